@@ -1,0 +1,184 @@
+"""From a recipe's `model` section to a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field, PositiveInt, model_validator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
+
+from weft.config import Section, did_you_mean
+from weft.errors import ConfigError
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4},
+}
+"""Sizes used where the recipe names an architecture and leaves its sizes out; sized for a laptop."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoRASection(Section):
+    """Train low-rank adapters instead of every weight (PEFT LoRA).
+
+        y = W x + (alpha / rank) B A x
+    """
+
+    rank: PositiveInt = Field(16, description="r, the rank of every adapter")
+    alpha: float = Field(16.0, gt=0, description="scale numerator; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
+
+
+class ModelConfig(Section):
+    """Which causal language model to train: from scratch by architecture, or from pretrained weights."""
+
+    architecture: str | None = Field(None, description="a transformers model type: llama, gpt2, qwen2, ...")
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of that architecture's configuration")
+    pretrained: str | None = Field(None, description="local folder or hub name of pretrained weights (safetensors)")
+    revision: str | None = Field(None, description="hub revision of the pretrained weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype the parameters are held in")
+    lora: LoRASection | None = Field(None, description="train LoRA adapters only; absent trains every weight")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ModelConfig:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of architecture (from scratch) and pretrained (a folder or hub name)")
+        if self.pretrained is not None and self.config:
+            raise ValueError("config belongs to architecture; a pretrained model brings its own")
+        if self.architecture is None and self.lora is None and self.dtype != "float32":
+            raise ValueError("full training holds its weights in float32; use training.precision: bf16 for speed")
+        return self
+
+
+def build_model(
+    config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int, folder: Path | None = None
+) -> nn.Module:
+    """Build (or load) the model a recipe asks for.
+
+    Args:
+        config: the `model` section.
+        vocab_size: ids the tokenizer can give.
+        sequence_length: longest sequence it must take.
+        eos_id: end-of-document id, stored in the configuration.
+        seed: initial weights are a function of it alone.
+        folder: relative pretrained paths are also looked for below this folder (the recipe's).
+    Raises:
+        ConfigError: unknown architecture or key, or a model too small for the tokenizer or the sequence length.
+    """
+    set_seed(seed)
+    if config.pretrained is not None:
+        model = _load_pretrained(config, folder)
+        held = int(model.get_input_embeddings().weight.shape[0])
+        if held < vocab_size:
+            raise ConfigError(
+                f"model {config.pretrained!r} has {held} token embeddings and the tokenizer gives {vocab_size} ids; "
+                f"use tokenizer.pretrained: {config.pretrained}"
+            )
+    else:
+        assert config.architecture is not None
+        model = AutoModelForCausalLM.from_config(
+            architecture_config(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=eos_id)
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < sequence_length:
+        raise ConfigError(f"training.sequence_length is {sequence_length}; the model takes at most {longest} positions")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    if config.lora is not None:
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora.rank,
+                lora_alpha=config.lora.alpha,
+                lora_dropout=config.lora.dropout,
+                target_modules=config.lora.target_modules,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    built: nn.Module = model
+    return built
+
+
+def architecture_config(
+    config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int
+) -> PretrainedConfig:
+    """The `transformers` configuration of a model trained from scratch.
+
+    Raises:
+        ConfigError: no such architecture, or a key it does not have.
+    """
+    name = str(config.architecture)
+    try:
+        default = AutoConfig.for_model(name)
+    except ValueError:
+        raise ConfigError(f"model.architecture {name!r} is no transformers model type; try llama, gpt2 or qwen2") from None
+    known = set(default.to_dict()) | set(default.attribute_map)
+    for key in config.config:
+        if key not in known:
+            raise ConfigError(f"model.config.{key}: unknown key of {name}{did_you_mean(key, known)}")
+    sizes = {**SMALL.get(name, {}), **config.config}
+    sizes.setdefault("max_position_embeddings", max(sequence_length, 1024))
+    sizes["vocab_size"] = vocab_size
+    sizes["bos_token_id"] = eos_id
+    sizes["eos_token_id"] = eos_id
+    built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
+    return built
+
+
+def _load_pretrained(config: ModelConfig, folder: Path | None) -> Any:
+    name = str(config.pretrained)
+    if folder is not None and not Path(name).exists() and (folder / name).exists():
+        name = str(folder / name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=config.revision, dtype=DTYPES[config.dtype], use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained {config.pretrained!r} cannot be loaded: {error}") from error
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Load a model weft (or transformers, or PEFT) saved: a full model folder, or an adapter beside its base's name.
+
+    Raises:
+        ConfigError: the folder holds no loadable causal language model.
+    """
+    try:
+        if (folder / "adapter_config.json").exists():
+            adapter = LoraConfig.from_pretrained(str(folder))
+            base = AutoModelForCausalLM.from_pretrained(str(adapter.base_model_name_or_path), use_safetensors=True)
+            model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+            return model
+        model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+        return model
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
