@@ -63,6 +63,11 @@ def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and not Console(file=stream).is_dumb_terminal
 
 
+def _write_line(stream: TextIO, line: str) -> None:
+    stream.write(line + "\n")
+    stream.flush()
+
+
 class _Bar(Progress):
     """A rich progress bar with one free line of text under it."""
 
@@ -202,7 +207,7 @@ class TrainingDisplay:
         if now >= self._next_line or step >= total_steps:
             self._next_line = now + self.log_every_seconds
             mixture = f"  mixture {weights_text(self._weights, self.top_weights)}" if self._weights else ""
-            print(f"{self.description} {status}{mixture}", file=self._stream, flush=True)
+            _write_line(self._stream, f"{self.description} {status}{mixture}")
 
     def message(self, text: str) -> None:
         """Write a line above the bar (an evaluation's result, a checkpoint's path)."""
@@ -211,7 +216,7 @@ class TrainingDisplay:
         if self._bar is not None:
             self._bar.console.print(Text(text))
         else:
-            print(text, file=self._stream, flush=True)
+            _write_line(self._stream, text)
 
 
 class ProgressCounter:
@@ -295,7 +300,7 @@ def progress(
         now = clock()
         if last or now >= next_line:
             next_line = now + log_every_seconds
-            print(f"{description} {status(done)}", file=stream, flush=True)
+            _write_line(stream, f"{description} {status(done)}")
 
     counter = ProgressCounter(line)
     yield counter
