@@ -67,7 +67,9 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of architecture (from scratch) and pretrained (a folder or hub name)")
         if self.pretrained is not None and self.config:
             raise ValueError("config belongs to architecture; a pretrained model brings its own")
-        if self.architecture is None and self.lora is None and self.dtype != "float32":
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("lora adapts a pretrained model: give pretrained, or drop lora to train from scratch")
+        if self.lora is None and self.dtype != "float32":
             raise ValueError("full training holds its weights in float32; use training.precision: bf16 for speed")
         return self
 
