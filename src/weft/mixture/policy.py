@@ -1,8 +1,11 @@
 """The contract of a mixture policy: a pure pair (`init`, `update`) over a frozen state.
 
-A policy never touches the model or the data. The loop measures what the policy `needs`, hands it over as a `Report`, and
-samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come free
+A policy never touches the model or the data. The loop measures what the policy `needs`, hands it over as a `Report`,
+and samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come free
 (`state_to_json`, `state_from_json`).
+
+A new policy is one file in this folder: a config section, a frozen state, and a class registered by name. `doge.py` is
+a good one to read.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from weft.config import Section
-from weft.errors import NumericsError
+from weft.config import Section, validate
+from weft.errors import CheckpointError, ConfigError, NumericsError
 from weft.registry import Registry
 
 Signal = Literal["losses", "reference_losses", "target_alignment", "generalist_alignment", "target_histogram", "basis"]
@@ -88,13 +92,49 @@ class Report:
 class PolicyConfig(Section):
     """Base of every policy's configuration.
 
-    Attributes:
-        policy: registered name.
-        update_every_steps: T_r, optimizer steps between two updates.
+    A subclass narrows `policy` to `Literal["<registered name>"]` with that name as default.
     """
 
-    policy: str
-    update_every_steps: int = 100
+    policy: str = Field(description="Registered name of the mixture policy.")
+    update_every_steps: int = Field(
+        default=100, ge=1, description="T_r, optimizer steps between two updates; constant policies ignore it."
+    )
+
+    @classmethod
+    def example(cls, domains: Sequence[str]) -> Self:
+        """A valid configuration for these domains: the defaults, unless a key has none (then override this).
+
+        The reference pages and the conformance suite are built on it, so that a new policy joins both unasked.
+        """
+        return cls.model_validate({})
+
+
+class AlignmentPolicyConfig(PolicyConfig):
+    """Base of the configuration of policies driven by gradient alignment.
+
+    `precondition` is carried for whoever measures the alignment: it decides the direction v, not the rule.
+    """
+
+    normalize: Literal["raw", "scale", "cosine"] = Field(
+        default="scale",
+        description=(
+            "raw: a_i = <g_i, v>. scale: a_i / (||v|| mean_j ||g_j||), which keeps the groups' relative magnitudes and "
+            "makes eta free of units. cosine: a_i / (||v|| ||g_i||)."
+        ),
+    )
+    precondition: Literal["none", "adam"] = Field(
+        default="none",
+        description="Direction v = g, or v = g / (sqrt(vhat) + eps) with Adam's second moment of the run.",
+    )
+    alignment_decay: FiniteFloat = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description=(
+            "Moving average over each group's last alignments (0: the newest alone). A group absent from a probe keeps "
+            "its last value either way."
+        ),
+    )
 
 
 S = TypeVar("S")
@@ -103,15 +143,21 @@ S = TypeVar("S")
 class MixturePolicy(Protocol[S]):
     """A mixture policy; `S` is its frozen state.
 
-    Class attributes:
-        Config: the pydantic section it is configured by.
-        needs: signals the loop must measure or prepare.
+    Attributes:
+        Config: the pydantic section it is configured by; `__init__` takes one.
+        config: that section, as given.
+        needs: signals the loop must measure or prepare; may depend on the configuration.
     """
 
     Config: ClassVar[type[PolicyConfig]]
-    needs: ClassVar[frozenset[Signal]]
 
     def __init__(self, config: Any) -> None: ...
+
+    @property
+    def config(self) -> PolicyConfig: ...
+
+    @property
+    def needs(self) -> frozenset[Signal]: ...
 
     def init(self, setting: MixtureSetting) -> S:
         """The state before the first step.
@@ -126,7 +172,12 @@ class MixturePolicy(Protocol[S]):
         ...
 
     def update(self, state: S, report: Report) -> S:
-        """The state after a report; the old state stays valid."""
+        """The state after a report; the old state stays valid.
+
+        Raises:
+            ConfigError: the report lacks a signal the policy needs.
+            NumericsError: a measured number is not finite although its group was drawn.
+        """
         ...
 
     def diagnostics(self, state: S) -> Mapping[str, float | list[float]]:
@@ -137,12 +188,44 @@ class MixturePolicy(Protocol[S]):
 policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weft.mixture")
 
 
+def build_policy(value: Mapping[str, Any], where: str = "mixture") -> MixturePolicy[Any]:
+    """The policy a recipe asks for.
+
+    Args:
+        value: `{"policy": name, ...}` with the keys of that policy's `Config`.
+        where: the place in the recipe, for messages.
+    Raises:
+        ConfigError: no or unknown policy name, unknown key or wrong value, each with what is allowed.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}; it must be a mapping with the key 'policy'")
+    name = value.get("policy")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}.policy is {name!r}; it must be one of: {', '.join(policies)}")
+    policy = policies[name]
+    return policy(validate(policy.Config, dict(value), where))
+
+
+def missing_signal(policy: str, signal: Signal) -> ConfigError:
+    """The error for a setting or a report without something the policy declared in `needs`."""
+    return ConfigError(
+        f"mixture policy {policy!r} needs the signal {signal!r}, and none came; whoever drives it must measure or "
+        "prepare every name in `policy.needs`"
+    )
+
+
+def entropy(weights_G: Tensor) -> float:
+    """-sum_i w_i log w_i in nats: log G when uniform, 0 when one group has it all."""
+    return float(torch.special.entr(weights_G).sum())
+
+
 def exponentiated_gradient(weights_G: Tensor, exponents_G: Tensor) -> Tensor:
     """Mirror step on the simplex, computed in log space.
 
         w'_i = w_i exp(x_i) / sum_j w_j exp(x_j)
 
-    A NaN exponent leaves that entry's unnormalised weight where it was (exponent 0).
+    A NaN exponent means nothing is known of that entry: its weight stays exactly as it was, and the others share the
+    rest of the mass by the rule above.
 
     Args:
         weights_G: float64, non-negative, sums to 1.
@@ -152,12 +235,18 @@ def exponentiated_gradient(weights_G: Tensor, exponents_G: Tensor) -> Tensor:
     Raises:
         NumericsError: an exponent is infinite.
     """
-    exponents_G = torch.nan_to_num(exponents_G.to(torch.float64), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    exponents_G = exponents_G.to(torch.float64)
     if torch.isinf(exponents_G).any():
         raise NumericsError(
             f"mirror step exponents {exponents_G.tolist()} hold an infinity; lower eta or use normalize: scale"
         )
-    return torch.softmax(torch.log(weights_G) + exponents_G, dim=0)
+    known_G = ~torch.isnan(exponents_G) & (weights_G > 0)
+    if not known_G.any():
+        return weights_G
+    known = weights_G[known_G]
+    moved_G = weights_G.clone()
+    moved_G[known_G] = torch.softmax(torch.log(known) + exponents_G[known_G], dim=0) * known.sum()
+    return moved_G
 
 
 def with_floor(weights_G: Tensor, floor: float) -> Tensor:
@@ -165,30 +254,58 @@ def with_floor(weights_G: Tensor, floor: float) -> Tensor:
     return (1.0 - floor) * weights_G + floor / len(weights_G)
 
 
+def constant(**options: Any) -> Any:
+    """A state field that `init` derives from the setting and no update changes: not written to JSON, taken from the
+    template when read back."""
+    return dataclasses.field(metadata={"constant": True}, **options)
+
+
 def state_to_json(state: Any) -> dict[str, Any]:
-    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers stay."""
-    return {
-        field.name: _to_json(getattr(state, field.name)) for field in dataclasses.fields(state)
-    }
+    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers stay; `constant` fields are
+    left out. NaN is kept, as Python's json module writes it."""
+    return {field.name: _to_json(getattr(state, field.name)) for field in _variable_fields(state)}
 
 
 def state_from_json(template: S, value: Mapping[str, Any]) -> S:
-    """Rebuild a state from `state_to_json`, with `template` (from `init`) giving types; exact to the last bit."""
-    names = [field.name for field in dataclasses.fields(template)]  # type: ignore[arg-type]
-    return type(template)(**{name: _from_json(getattr(template, name), value[name]) for name in names})
+    """Rebuild a state from `state_to_json`, exact to the last bit.
+
+    Args:
+        template: the state `init` gives under the same configuration and setting: types, shapes, `constant` fields.
+        value: what `state_to_json` gave, also after a round trip through JSON text.
+    Raises:
+        CheckpointError: the fields or a tensor's size are not those of the template.
+    """
+    names = [field.name for field in _variable_fields(template)]
+    if set(names) != set(value):
+        raise CheckpointError(
+            f"saved state of {type(template).__name__} holds {sorted(value)}, expected {sorted(names)}; "
+            "was it written by another policy or version?"
+        )
+    fields = {name: _from_json(getattr(template, name), value[name], name) for name in names}
+    return cast(S, dataclasses.replace(cast(Any, template), **fields))
+
+
+def _variable_fields(state: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(state) if not field.metadata.get("constant")]
 
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, tuple):
         return [_to_json(item) for item in value]
     return value
 
 
-def _from_json(template: Any, value: Any) -> Any:
+def _from_json(template: Any, value: Any, name: str) -> Any:
     if isinstance(template, Tensor):
-        return torch.tensor(value, dtype=template.dtype).reshape(template.shape)
+        tensor = torch.tensor(value, dtype=template.dtype)
+        if tensor.shape != template.shape:
+            raise CheckpointError(
+                f"saved state field {name!r} has shape {tuple(tensor.shape)}, expected {tuple(template.shape)}; "
+                "did the number of domains change?"
+            )
+        return tensor
     if isinstance(template, tuple):
         return tuple(value)
     return value
