@@ -114,8 +114,8 @@ class _Pace:
 class TrainingDisplay:
     """Training progress on stderr.
 
-    On a terminal: a bar with steps, loss, tokens/s and time left, and the largest mixture weights under it. Elsewhere: the
-    same in one plain line at the first and last step and at most every `log_every_seconds` between.
+    On a terminal: a bar with steps, loss, tokens/s and time left, and the largest mixture weights under it. Elsewhere:
+    the same in one plain line at the first and last step and at most every `log_every_seconds` between.
 
     Args:
         description: what is being trained; the bar's label.

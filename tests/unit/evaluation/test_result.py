@@ -1,0 +1,142 @@
+"""Differences between two evaluations, means over sets, and the window file."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from weft.errors import DataError
+from weft.evaluation.perplexity import evaluate_source
+from weft.evaluation.result import (
+    SetResult,
+    WindowScores,
+    load_windows,
+    mean_result,
+    paired_difference,
+    ratio_and_error,
+    save_windows,
+)
+
+
+def scored(seed: int, count: int = 40, shift: float = 0.0) -> WindowScores:
+    hardness_N = np.random.default_rng(1).gamma(4.0, 30.0, count)
+    nats_N = hardness_N + np.random.default_rng(seed).normal(shift, 2.0, count)
+    tokens_N = np.full(count, 32, dtype=np.int64)
+    tokens_N[-1] = 5
+    return WindowScores("f", np.arange(count, dtype=np.int64) * 32, tokens_N, nats_N, 3.0)
+
+
+def result(scores: WindowScores | None, nats: float = 2.0, se: float = 0.1) -> SetResult:
+    return SetResult(nats, se, math.exp(nats), nats / 2, se / 2, 100, 300, scores)
+
+
+def test_a_paired_difference_is_the_mean_over_tokens_with_the_error_of_the_differences() -> None:
+    first, second = scored(2, shift=1.0), scored(3)
+    difference = paired_difference(result(first), result(second))
+    d = first.nats_N - second.nats_N
+    total = first.tokens_N.sum()
+    ratio = d.sum() / total
+    error = math.sqrt(40 / 39 * ((d - ratio * first.tokens_N) ** 2).sum()) / total
+    assert difference.nats_per_token == pytest.approx(ratio, rel=1e-12)
+    assert difference.nats_per_token_se == pytest.approx(error, rel=1e-12)
+    assert difference.bits_per_byte == pytest.approx(ratio / 3 / math.log(2), rel=1e-12)
+    assert difference.bits_per_byte_se == pytest.approx(error / 3 / math.log(2), rel=1e-12)
+    assert difference.windows == 40
+
+
+def test_pairing_removes_what_both_models_find_hard() -> None:
+    first, second = scored(2, shift=1.0), scored(3)
+    unpaired = math.hypot(*(ratio_and_error(s.nats_N, s.tokens_N)[1] for s in (first, second)))
+    assert paired_difference(result(first), result(second)).nats_per_token_se < 0.2 * unpaired
+
+
+def test_a_model_compared_with_itself_differs_by_nothing_and_signs_flip() -> None:
+    first, second = result(scored(2)), result(scored(3))
+    same = paired_difference(first, first)
+    assert (same.nats_per_token, same.nats_per_token_se) == (0.0, 0.0)
+    there, back = paired_difference(first, second), paired_difference(second, first)
+    assert there.bits_per_byte == -back.bits_per_byte
+    assert there.bits_per_byte_se == pytest.approx(back.bits_per_byte_se)
+
+
+def test_two_infinite_losses_have_no_difference() -> None:
+    scores = scored(2)
+    infinite = replace(scores, nats_N=np.where(np.arange(40) == 3, math.inf, scores.nats_N))
+    difference = paired_difference(result(infinite), result(infinite))
+    assert math.isnan(difference.nats_per_token)
+    assert math.isnan(difference.nats_per_token_se)
+
+
+def test_what_cannot_be_paired_says_why() -> None:
+    scores = scored(2)
+    with pytest.raises(DataError, match="per_window=True"):
+        paired_difference(result(scores), result(None))
+    with pytest.raises(DataError, match="different sets"):
+        paired_difference(result(scores), result(replace(scores, fingerprint="g")))
+    with pytest.raises(DataError, match=r"different windows \(40 and 39\)"):
+        paired_difference(result(scores), result(scored(2, count=39)))
+
+
+def test_the_error_of_a_mean_is_right_on_average() -> None:
+    """Over many samples of windows, the estimated error matches the spread of the estimates."""
+    rng = np.random.default_rng(0)
+    estimates = []
+    for _ in range(2000):
+        sizes = rng.integers(8, 33, 50)
+        estimates.append(ratio_and_error(rng.normal(3.0, 1.0, 50) * sizes, sizes))
+    ratios, errors = np.array(estimates).T
+    assert np.sqrt((errors**2).mean()) == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_a_mean_over_sets_counts_each_once() -> None:
+    mean = mean_result({"a": result(None, 1.0, 0.3), "b": result(None, 2.0, 0.4)})
+    assert mean.nats_per_token == 1.5
+    assert mean.nats_per_token_se == pytest.approx(0.25)
+    assert mean.bits_per_byte == 0.75
+    assert mean.bits_per_byte_se == pytest.approx(0.125)
+    with pytest.raises(DataError, match="at least one set"):
+        mean_result({})
+
+
+def test_windows_come_back_from_their_file(tmp_path: Path, bigram: Any, source: Any) -> None:
+    first = evaluate_source(bigram, source, sequence_length=16, batch_size=4, per_window=True)
+    path = tmp_path / "windows.safetensors"
+    save_windows(path, {"target": first, "odd/näme.x": first})
+    loaded = load_windows(path)
+    assert list(loaded) == ["target", "odd/näme.x"]
+    for scores in loaded.values():
+        assert first.windows is not None
+        assert scores.fingerprint == "array"
+        assert scores.bytes_per_token == first.windows.bytes_per_token
+        assert np.array_equal(scores.nats_N, first.windows.nats_N)
+        assert np.array_equal(scores.starts_N, first.windows.starts_N)
+    assert [item.name for item in tmp_path.iterdir()] == ["windows.safetensors"]
+
+
+def test_a_torn_or_missing_window_file_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="evaluate the run again"):
+        load_windows(tmp_path / "none")
+    path = tmp_path / "windows.safetensors"
+    save_windows(path, {"target": result(scored(1))})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_windows(path)
+    with pytest.raises(DataError, match="'target' kept no window losses"):
+        save_windows(path, {"target": result(None)})
+
+
+def test_numbers_survive_json() -> None:
+    value = json.loads(json.dumps(result(scored(1), 2.125, math.nan).to_json(), allow_nan=False))
+    assert value == {
+        "nats_per_token": 2.125,
+        "nats_per_token_se": None,
+        "perplexity": math.exp(2.125),
+        "bits_per_byte": 1.0625,
+        "bits_per_byte_se": None,
+        "tokens": 100,
+        "bytes": 300,
+    }
