@@ -14,26 +14,26 @@ from torch import Tensor
 from weft.errors import ConfigError
 from weft.mixture.initial import Initial, initial_needs, initial_weights
 from weft.mixture.policy import (
+    CONSTANT,
     AlignmentPolicyConfig,
     MixtureSetting,
     PolicyConfig,
     Report,
     Signal,
-    constant,
     entropy,
     exponentiated_gradient,
     missing_signal,
     policies,
     with_floor,
 )
-from weft.mixture.scaling import max_abs, read_alignment, smooth_alignment
+from weft.mixture.signals import max_abs, read_alignment, smooth_alignment
 from weft.mixture.uniform import uniform_weights
 
 
 class DgaConfig(AlignmentPolicyConfig):
     """Configuration of `dga`."""
 
-    policy: Literal["dga"] = "dga"
+    policy: Literal["dga"] = Field(default="dga", description="Name of this policy.")
     eta: FiniteFloat = Field(
         default=5.0, gt=0.0, description="Step of the mirror update; free of units with normalize: scale or cosine."
     )
@@ -92,8 +92,8 @@ class DgaState:
     max_exponent: float
     updates: int
     skipped: int
-    groups: tuple[str, ...] = constant()
-    basis_ND: Tensor = constant()
+    groups: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
+    basis_ND: Tensor = dataclasses.field(metadata=CONSTANT)
 
 
 @policies.register("dga", paper="arXiv:2410.02498")

@@ -16,7 +16,7 @@ from weft.mixture.policy import MixtureSetting, PolicyConfig, Signal, missing_si
 class ImportanceConfig(PolicyConfig):
     """Configuration of `importance`."""
 
-    policy: Literal["importance"] = "importance"
+    policy: Literal["importance"] = Field(default="importance", description="Name of this policy.")
     smoothing: FiniteFloat = Field(
         default=0.0, ge=0.0, le=1.0, description="Share of the uniform distribution mixed into the histogram."
     )
@@ -28,6 +28,7 @@ def importance_weights(setting: MixtureSetting, policy: str = "importance") -> T
     Args:
         setting: with `target_histogram_D`.
         policy: who asks, for the message.
+
     Raises:
         ConfigError: no histogram, or one that is not a distribution over the domains.
     """

@@ -21,6 +21,7 @@ def initial_weights(initial: Initial, setting: MixtureSetting, policy: str) -> T
         initial: the static policy whose weights are taken (with its default options).
         setting: what is known of the domains.
         policy: who asks, for messages.
+
     Raises:
         ConfigError: `importance` without the target's histogram, `proportional` without token counts.
     """

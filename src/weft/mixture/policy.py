@@ -1,8 +1,8 @@
 """The contract of a mixture policy: a pure pair (`init`, `update`) over a frozen state.
 
 A policy never touches the model or the data. The loop measures what the policy `needs`, hands it over as a `Report`,
-and samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come free
-(`state_to_json`, `state_from_json`).
+and samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come
+free (`state_to_json`, `state_from_json`).
 
 A new policy is one file in this folder: a config section, a frozen state, and a class registered by name. `doge.py` is
 a good one to read.
@@ -194,6 +194,7 @@ def build_policy(value: Mapping[str, Any], where: str = "mixture") -> MixturePol
     Args:
         value: `{"policy": name, ...}` with the keys of that policy's `Config`.
         where: the place in the recipe, for messages.
+
     Raises:
         ConfigError: no or unknown policy name, unknown key or wrong value, each with what is allowed.
     """
@@ -230,8 +231,10 @@ def exponentiated_gradient(weights_G: Tensor, exponents_G: Tensor) -> Tensor:
     Args:
         weights_G: float64, non-negative, sums to 1.
         exponents_G: float64.
+
     Returns:
         float64, sums to 1; entries at exactly 0 stay 0.
+
     Raises:
         NumericsError: an exponent is infinite.
     """
@@ -254,15 +257,16 @@ def with_floor(weights_G: Tensor, floor: float) -> Tensor:
     return (1.0 - floor) * weights_G + floor / len(weights_G)
 
 
-def constant(**options: Any) -> Any:
-    """A state field that `init` derives from the setting and no update changes: not written to JSON, taken from the
-    template when read back."""
-    return dataclasses.field(metadata={"constant": True}, **options)
+CONSTANT: Mapping[str, Any] = {"constant": True}
+"""Metadata of a state field that `init` derives from the setting and no update changes: not written to JSON, taken from
+the template when read back, as in `basis_ND: Tensor = dataclasses.field(metadata=CONSTANT)`."""
 
 
 def state_to_json(state: Any) -> dict[str, Any]:
-    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers stay; `constant` fields are
-    left out. NaN is kept, as Python's json module writes it."""
+    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers stay.
+
+    `CONSTANT` fields are left out. NaN is kept, as Python's json module writes it.
+    """
     return {field.name: _to_json(getattr(state, field.name)) for field in _variable_fields(state)}
 
 
@@ -270,8 +274,9 @@ def state_from_json(template: S, value: Mapping[str, Any]) -> S:
     """Rebuild a state from `state_to_json`, exact to the last bit.
 
     Args:
-        template: the state `init` gives under the same configuration and setting: types, shapes, `constant` fields.
+        template: the state `init` gives under the same configuration and setting: types, shapes, `CONSTANT` fields.
         value: what `state_to_json` gave, also after a round trip through JSON text.
+
     Raises:
         CheckpointError: the fields or a tensor's size are not those of the template.
     """

@@ -16,7 +16,7 @@ from weft.mixture.policy import MixtureSetting, PolicyConfig, policies
 class ProportionalConfig(PolicyConfig):
     """Configuration of `proportional`."""
 
-    policy: Literal["proportional"] = "proportional"
+    policy: Literal["proportional"] = Field(default="proportional", description="Name of this policy.")
     temperature: FiniteFloat = Field(
         default=1.0,
         ge=0.0,

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 class StaticConfig(PolicyConfig):
     """Configuration of `static`."""
 
-    policy: Literal["static"] = "static"
+    policy: Literal["static"] = Field(default="static", description="Name of this policy.")
     weights: dict[str, Annotated[FiniteFloat, Field(ge=0.0)]] = Field(
         description="Weight of every domain by name, not negative; they sum to 1 within 1e-6. 0 leaves a domain out."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weft.mixture.constant import ConstantPolicy, ConstantState
@@ -14,7 +15,7 @@ from weft.mixture.policy import MixtureSetting, PolicyConfig, policies
 class UniformConfig(PolicyConfig):
     """Configuration of `uniform`: nothing to choose."""
 
-    policy: Literal["uniform"] = "uniform"
+    policy: Literal["uniform"] = Field(default="uniform", description="Name of this policy.")
 
 
 def uniform_weights(groups: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measured dot products made comparable: the step DGA and DoGE share before the mirror step."""
+"""What a report says, checked and put on a scale, before a policy acts on it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def read_alignment(
         config: of the policy that asks.
         signal: the signal it asked for, for messages.
         groups: the G names, for messages.
+
     Returns:
         a_G, float64, NaN for a group absent from the probe; None when the probe tells nothing: no group was present,
         or the direction or every gradient is exactly 0.
+
     Raises:
         ConfigError: no alignment in the report, the wrong number of groups, or norms missing.
         NumericsError: a dot product or a norm of a group that was present is not finite.
@@ -73,10 +75,51 @@ def read_alignment(
     return along_G / size if size > 0.0 else None
 
 
+def read_losses(
+    values_D: Tensor | None, report: Report, policy: str, signal: Signal, domains: Sequence[str]
+) -> Tensor | None:
+    """Per-domain losses of a report, checked.
+
+    Args:
+        values_D: the report's losses, or excess losses, nats per token; NaN where nothing was drawn.
+        report: whose `tokens_D` says which domains were drawn.
+        policy: who asks, for messages.
+        signal: the signal it asked for, for messages.
+        domains: the D names, for messages.
+
+    Returns:
+        float64, NaN for a domain not drawn; None when no domain was drawn.
+
+    Raises:
+        ConfigError: the losses are missing, or of another number of domains.
+        NumericsError: the loss of a domain that was drawn is not finite.
+    """
+    if values_D is None:
+        raise missing_signal(policy, signal)
+    values_D = values_D.to(torch.float64)
+    if values_D.shape != (len(domains),):
+        raise ConfigError(
+            f"the report holds {tuple(values_D.shape)} losses; policy {policy!r} has {len(domains)} domains"
+        )
+    present_D = ~(torch.isnan(values_D) & (report.tokens_D == 0))
+    _require_finite(values_D, present_D, "losses", domains, report.step)
+    return values_D if bool(present_D.any()) else None
+
+
 def smooth_alignment(old_G: Tensor, new_G: Tensor, decay: float) -> Tensor:
     """s'_i = decay s_i + (1 - decay) a_i; the first value of a group as it is, and s_i where a_i is NaN."""
     mixed_G = torch.where(torch.isnan(old_G), new_G, decay * old_G + (1.0 - decay) * new_G)
     return torch.where(torch.isnan(new_G), old_G, mixed_G)
+
+
+def keep_last(old_D: Tensor, new_D: Tensor) -> Tensor:
+    """The new values, and the old one wherever the new is NaN."""
+    return torch.where(torch.isnan(new_D), old_D, new_D)
+
+
+def running_mean(mean_D: Tensor, value_D: Tensor, count: int) -> Tensor:
+    """The mean of count + 1 values, from the mean of the first `count` and the next; with count 0, the value itself."""
+    return mean_D + (value_D - mean_D) / (count + 1) if count else value_D
 
 
 def max_abs(values_G: Tensor) -> float:
