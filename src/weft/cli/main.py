@@ -1,0 +1,91 @@
+"""The `weft` command: a lazy group, so that `weft --help` loads nothing heavy.
+
+Every command lives in its own file and is imported when it is called. Errors a user can mend become one line on stderr and
+an exit code: 0 success, 1 the run failed, 2 the call or the recipe was wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from weft import __version__
+from weft.config import did_you_mean
+from weft.errors import ConfigError, WeftError
+
+COMMANDS: dict[str, str] = {
+    "prepare": "Read, de-duplicate, split and tokenise a recipe's corpora.",
+    "domains": "Show the domains: sizes, typical documents, nearest neighbours.",
+    "train": "Train a language model on an online mixture; continues where it stopped.",
+    "eval": "Measure a trained model on held-out text of every domain and of the target.",
+    "report": "Write one self-contained HTML page about one run or several.",
+    "demo": "Run the main job on built-in text: three mixtures compared.",
+}
+"""Name -> one line for `weft --help`, in the order of use. Each is the function `run` of `weft.cli.<name>`."""
+
+
+class LazyGroup(TyperGroup):
+    """A group that knows its commands' names and imports each on first use."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The command names in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand:
+        """Import and wrap one command.
+
+        Raises:
+            ConfigError: no such command, with a suggestion.
+        """
+        if cmd_name not in COMMANDS:
+            raise ConfigError(f"no command {cmd_name!r}{did_you_mean(cmd_name, COMMANDS)}")
+        module = importlib.import_module(f"weft.cli.{cmd_name}")
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        single.command(name=cmd_name, help=module.run.__doc__)(module.run)
+        command = typer.main.get_command(single)
+        assert isinstance(command, TyperCommand)
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+app = typer.Typer(
+    cls=LazyGroup, name="weft", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"weft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def weft(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log details to stderr."),
+) -> None:
+    """Modular language models: find the data mixture that helps a target while a model trains."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a command and turn errors into exit codes."""
+    try:
+        app(args=arguments)
+    except WeftError as error:
+        typer.echo(f"weft: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,39 @@
+"""`weft report`: one HTML page about one run or several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.cli.options import JsonOption, SetOption, print_json
+from weft.errors import ConfigError
+from weft.pipeline.recipe import load_recipe
+from weft.reporting.report import write_report
+
+
+def run(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or recipes naming them.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the page goes; default: report.html in the first run.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page about one run or several.
+
+    The page needs no network: summary, mixture over time, alignments, loss curves, epochs and the resolved recipes.
+    Unfinished runs are shown as far as they are.
+    """
+    folders = [load_recipe(run, set_ or []).run if run.suffix in (".yaml", ".yml") else run for run in runs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no run folder; weft train makes one")
+    path = output if output is not None else folders[0] / "report.html"
+    write_report(folders, path, title=title)
+    if json:
+        print_json({"report": str(path)})
+    else:
+        typer.echo(str(path))

@@ -1,0 +1,31 @@
+"""`weft train`: train on an online mixture."""
+
+from __future__ import annotations
+
+import typer
+
+from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table, sets_table
+from weft.pipeline.recipe import load_recipe, plan
+from weft.pipeline.train import run_training
+
+
+def run(recipe: RecipeArgument, set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
+    """Train a language model on an online mixture.
+
+    Prepares the corpora where that is not done yet. Run again after an interruption, it continues from the last
+    checkpoint; run again after the end, it prints the result.
+    """
+    resolved = load_recipe(recipe, set_ or [])
+    if dry_run:
+        described = {"recipe": resolved.resolved(), "plan": plan(resolved)}
+        if json:
+            print_json(described)
+        else:
+            typer.echo(resolved.to_yaml())
+            print_table("plan", ["what", "value"], [[name, f"{value}"] for name, value in described["plan"].items()])
+        return
+    result = run_training(resolved)
+    if json:
+        print_json(result)
+    else:
+        sets_table(f"{resolved.run}: {result['policy']}, {result['train_tokens']:,} tokens", result)

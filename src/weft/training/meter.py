@@ -1,0 +1,81 @@
+"""Losses by domain since the last report: sums on the device, reduced over ranks when asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was trained on since the last report.
+
+    Attributes:
+        sequences_D: sequences per domain, float64.
+        losses_D: mean training loss, nats per token; NaN where nothing was drawn.
+        reference_losses_D: the reference model's loss on the same sequences; None without a reference.
+        excess_losses_D: mean over tokens of max(loss - reference loss, 0); None without a reference.
+    """
+
+    sequences_D: Tensor
+    losses_D: Tensor
+    reference_losses_D: Tensor | None
+    excess_losses_D: Tensor | None
+
+
+class DomainMeter:
+    """Sums of losses by domain.
+
+    Args:
+        domains: D.
+        device: where the sums live, so that metering needs no synchronisation.
+    """
+
+    COUNT, LOSS, REFERENCE, EXCESS = range(4)
+
+    def __init__(self, domains: int, device: torch.device) -> None:
+        self._sums_4D = torch.zeros(4, domains, dtype=torch.float64, device=device)
+        self._with_reference = False
+
+    def add(self, domains_B: Tensor, losses_BT: Tensor, reference_BT: Tensor | None) -> None:
+        """Add a micro-batch: domain of each sequence, its token losses and the reference model's."""
+        domains_B = domains_B.to(self._sums_4D.device)
+        rows = [torch.ones(len(domains_B), dtype=torch.float64, device=self._sums_4D.device), losses_BT.double().mean(1)]
+        if reference_BT is not None:
+            self._with_reference = True
+            rows += [reference_BT.double().mean(1), (losses_BT - reference_BT).clamp(min=0).double().mean(1)]
+        for row, values_B in enumerate(rows):
+            self._sums_4D[row].index_add_(0, domains_B, values_B)
+
+    def report(self, accelerator: Accelerator) -> Measured:
+        """Means over all ranks since the last report; starts the next interval."""
+        sums = self._reduced(accelerator)
+        self._sums_4D.zero_()
+        count = sums[self.COUNT]
+        means = sums[1:] / count
+        return Measured(
+            sequences_D=count,
+            losses_D=means[0],
+            reference_losses_D=means[1] if self._with_reference else None,
+            excess_losses_D=means[2] if self._with_reference else None,
+        )
+
+    def state_dict(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Sums over all ranks, exact in JSON."""
+        return {"sums": self._reduced(accelerator).tolist(), "with_reference": self._with_reference}
+
+    def load_state_dict(self, state: dict[str, Any], *, keep: bool) -> None:
+        """Continue from stored sums; one rank keeps them and the others start at zero."""
+        self._with_reference = bool(state["with_reference"])
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self._sums_4D.copy_(sums if keep else torch.zeros_like(sums))
+
+    def _reduced(self, accelerator: Accelerator) -> Tensor:
+        sums: Tensor = self._sums_4D.clone()
+        if accelerator.num_processes > 1:
+            torch.distributed.all_reduce(sums)
+        return sums.cpu()

@@ -1,0 +1,78 @@
+"""Recipe sections are strict, and every message helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from weft.config import Section, apply_overrides, did_you_mean, read_yaml, validate
+from weft.errors import ConfigError
+
+
+class Inner(Section):
+    learning_rate: float = 0.1
+    names: list[str] = []
+
+
+class Outer(Section):
+    inner: Inner = Inner()
+    steps: int
+
+
+def test_unknown_key_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match=r"inner\.learning_rat: unknown key; did you mean 'learning_rate'\?"):
+        validate(Outer, {"steps": 1, "inner": {"learning_rat": 0.1}}, "")
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(Outer, {"inner": {"learning_rate": "fast"}, "stepz": 3}, "training")
+    message = str(caught.value)
+    assert "training.steps: missing" in message
+    assert "training.inner.learning_rate" in message and "'fast'" in message
+    assert "training.stepz: unknown key; did you mean 'steps'?" in message
+
+
+def test_did_you_mean_lists_what_is_allowed_when_nothing_is_near() -> None:
+    assert did_you_mean("zzz", ["uniform", "dga"]) == "; allowed: dga, uniform"
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("inner.learning_rate=3e-4", ("inner", "learning_rate"), 3e-4),
+        ("inner.names=[a, b]", ("inner", "names"), ["a", "b"]),
+        ("inner.names.0=z", ("inner", "names", 0), "z"),
+        ("new.section.key=null", ("new", "section", "key"), None),
+        ("steps=7", ("steps",), 7),
+    ],
+)
+def test_overrides_reach_any_depth(override: str, path: tuple[str | int, ...], value: object) -> None:
+    here: object = apply_overrides({"steps": 1, "inner": {"names": ["x"]}}, [override])
+    for part in path:
+        here = here[part]  # type: ignore[index]
+    assert here == value
+
+
+def test_overrides_leave_the_original_alone() -> None:
+    original = {"inner": {"names": ["x"]}}
+    apply_overrides(original, ["inner.names.0=y"])
+    assert original == {"inner": {"names": ["x"]}}
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=1", "inner.names.5=z", "steps.deep=1", "steps={"])
+def test_malformed_overrides_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides({"steps": 1, "inner": {"names": ["x"]}}, [override])
+
+
+def test_read_yaml_explains_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds list"):
+        read_yaml(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(tmp_path / "broken.yaml")

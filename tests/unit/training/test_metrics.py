@@ -1,0 +1,66 @@
+"""metrics.jsonl is rewound to the checkpoint and survives a torn last line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from weft.training.metrics import MetricsLog, flatten, read_metrics
+
+
+def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsLog(path)
+    for step in (10, 20, 30):
+        first.write("train", step, step * 100, loss=1.0 / step)
+    first.close()
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')
+    second = MetricsLog(path, resume_step=20)
+    second.write("train", 30, 3000, loss=0.5)
+    second.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[0]["loss"] == 0.1 and lines[2]["loss"] == 0.5
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 0, "tokens": 0}\n')
+    MetricsLog(path).close()
+    assert path.read_text() == ""
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("mixture", 1, 1, weights={"a": float("nan")}, listed=[float("inf"), 1.0])
+    log.close()
+    line = next(read_metrics(path))
+    assert line["weights"] == {"a": None} and line["listed"] == [None, 1.0]
+
+
+def test_sinks_get_every_line_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+    class Sink:
+        def __init__(self) -> None:
+            self.lines: list[object] = []
+            self.closed = False
+
+        def write(self, line: object) -> None:
+            self.lines.append(line)
+
+        def close(self) -> None:
+            self.closed = True
+
+    sink = Sink()
+    log = MetricsLog(tmp_path / "a.jsonl", sinks=(sink,))
+    log.write("train", 1, 1, loss=2.0)
+    log.close()
+    assert sink.lines == [{"kind": "train", "step": 1, "tokens": 1, "loss": 2.0}] and sink.closed
+    MetricsLog(tmp_path / "b.jsonl", enabled=False).write("train", 1, 1)
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_flatten_names_every_number() -> None:
+    line = {"kind": "eval", "step": 3, "tokens": 7, "sets": {"a": {"x": 1.5, "none": None}}, "flag": True}
+    assert dict(flatten(line)) == {"eval/tokens": 7.0, "eval/sets/a/x": 1.5}
