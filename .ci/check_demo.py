@@ -1,0 +1,52 @@
+"""Check what the demonstration left behind: finite numbers for every policy, and a report that needs no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+POLICIES = {"uniform", "importance", "dga"}
+
+
+def numbers(value: Any, place: str = "summary") -> dict[str, float]:
+    """Every number of a JSON value, by its dotted place."""
+    if isinstance(value, dict):
+        return {
+            key: number for name, inner in value.items() for key, number in numbers(inner, f"{place}.{name}").items()
+        }
+    if isinstance(value, list):
+        return {key: number for i, inner in enumerate(value) for key, number in numbers(inner, f"{place}[{i}]").items()}
+    return {place: float(value)} if isinstance(value, (int, float)) and not isinstance(value, bool) else {}
+
+
+def problems(folder: Path) -> list[str]:
+    """One line for everything that is wrong with a demonstration's folder."""
+    found = []
+    mixture = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["mixture"]
+    found += [f"{place} is {number}" for place, number in numbers(mixture).items() if not math.isfinite(number)]
+    for key in ("target_bpb", "generic_bpb"):
+        missing = POLICIES - set(mixture[key])
+        if missing:
+            found.append(f"{key} lacks {', '.join(sorted(missing))}")
+        found += [
+            f"{key}.{name} is {value} bits per byte" for name, value in mixture[key].items() if not 0 < float(value) < 8
+        ]
+    if mixture["train_tokens"] <= 0:
+        found.append(f"train_tokens is {mixture['train_tokens']}")
+    if not mixture["seconds"]:
+        found.append("seconds is empty")
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    if "</html>" not in report:
+        found.append("report.html is cut off")
+    found += [f"report.html loads {url}" for url in re.findall(r"(?:src|href)=[\"'](https?://[^\"']+)", report)]
+    return found
+
+
+if __name__ == "__main__":
+    wrong = problems(Path(sys.argv[1]))
+    print("\n".join(wrong) or "summary.json and report.html are sound")
+    sys.exit(bool(wrong))

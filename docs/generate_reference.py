@@ -1,0 +1,312 @@
+"""Write docs/reference/commands.md and docs/reference/recipe.md from the code; `--check` fails where they are stale.
+
+The commands come from the typer application, the recipe's keys from its pydantic models and the registered policies.
+A key or an option without a description is an error: nothing a user can type goes undocumented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from weft.cli.main import app
+from weft.mixture.policy import policies
+from weft.pipeline.recipe import Recipe
+
+FOLDER = Path(__file__).parent / "reference"
+NOTICE = "<!-- Written by docs/generate_reference.py; `make fix` renews it. -->"
+
+
+class UndocumentedError(Exception):
+    """Something a user can type has no description."""
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options, in the order of `weft --help`."""
+    group: Any = typer.main.get_command(app)
+    context = typer.Context(group, info_name="weft")
+    lines = [
+        "# Commands",
+        "",
+        NOTICE,
+        "",
+        prose(group.help or ""),
+        "",
+        "Results go to stdout, logs and progress to stderr. Exit codes: 0 success, 1 the run failed, 2 the call or the "
+        "recipe was wrong.",
+        "",
+        *parameter_tables(group, "weft"),
+    ]
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if getattr(command, "hidden", False):
+            continue
+        if not command.help:
+            raise UndocumentedError(f"weft {name}")
+        arguments = [usage_name(parameter) for parameter in command.params if is_argument(parameter)]
+        usage = " ".join(["weft", name, *arguments, "[OPTIONS]"])
+        lines += ["", f"## weft {name}", "", "```text", usage, "```", "", prose(command.help), ""]
+        lines += parameter_tables(command, f"weft {name}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def is_argument(parameter: Any) -> bool:
+    """Whether a click parameter is positional."""
+    return bool(parameter.param_type_name == "argument")
+
+
+def usage_name(parameter: Any) -> str:
+    """How an argument appears in the usage line."""
+    name = (parameter.metavar or parameter.name).upper()
+    if parameter.nargs == -1 or getattr(parameter, "multiple", False):
+        name += "..."
+    return name if parameter.required else f"[{name}]"
+
+
+def parameter_tables(command: Any, where: str) -> list[str]:
+    """A table of the arguments and one of the options of a command, each where there are any."""
+    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+    for parameter in shown:
+        if not getattr(parameter, "help", None):
+            raise UndocumentedError(f"{where}: {parameter.name}")
+    arguments = [[f"`{usage_name(p)}`", cell(p.help)] for p in shown if is_argument(p)]
+    options = [[option_name(p), cell(p.help), option_default(p)] for p in shown if not is_argument(p)]
+    lines: list[str] = []
+    if arguments:
+        lines += [*table(["argument", "meaning"], arguments), ""]
+    if options:
+        lines += [*table(["option", "meaning", "default"], options), ""]
+    return lines
+
+
+def option_name(parameter: Any) -> str:
+    """`--set KEY=VALUE` (may repeat), `--json`, `--plain / --no-plain`."""
+    names = ", ".join(f"`{name}`" for name in sorted(parameter.opts, key=len, reverse=True))
+    if parameter.secondary_opts:
+        return f"{names} / " + ", ".join(f"`{name}`" for name in parameter.secondary_opts)
+    if parameter.is_flag:
+        return names
+    value = parameter.metavar or parameter.name.upper()
+    return f"{names} `{value}`" + (", repeatable" if parameter.multiple else "")
+
+
+def option_default(parameter: Any) -> str:
+    """The default as text; empty where there is none."""
+    default = parameter.default
+    if default is None or default == [] or default == () or (parameter.is_flag and not default):
+        return ""
+    if callable(default):
+        return "computed"
+    return f"`{default}`"
+
+
+# -------------------------------------------------------------------------------------------------------------- recipe
+
+
+def recipe_page() -> str:
+    """Every section of the recipe, then the keys of each mixture policy."""
+    lines = [
+        "# Recipe",
+        "",
+        NOTICE,
+        "",
+        "A recipe is one YAML file. Unknown keys are errors with a suggestion, nothing is coerced silently, and the "
+        "run folder keeps the recipe with every default spelled out. `--set section.key=value` overrides a key; "
+        "`--dry-run` prints the resolved recipe.",
+        "",
+    ]
+    for place, section in sections(Recipe, ""):
+        if place:
+            lines += [f"## {place}", ""]
+        lines += [*section_body(section, place or "recipe"), ""]
+    lines += ["## mixture, by policy", "", "The keys of `mixture` depend on `mixture.policy`.", ""]
+    for name in policies:
+        entry = policies.entry(name)
+        paper = f" ({entry.paper})" if entry.paper else ""
+        lines += [f"### mixture.policy: {name}", "", first_paragraph(entry.cls) + paper, ""]
+        lines += [*section_body(entry.cls.Config, f"mixture policy {name}", introduce=False), ""]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def sections(section: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The section itself and every section below it, depth first, each with its dotted place.
+
+    The policies' sections are left out: they are listed by name from the registry.
+    """
+    yield place, section
+    configs = {policies[name].Config for name in policies}
+    for name, field in section.model_fields.items():
+        for model, many in models_in(field.annotation):
+            if model not in configs:
+                yield from sections(model, f"{place}.{name}".lstrip(".") + ("[]" if many else ""))
+
+
+def models_in(annotation: Any, many: bool = False) -> list[tuple[type[BaseModel], bool]]:
+    """The pydantic models in an annotation, and whether each stands in a list or mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, many)]
+    many = many or typing.get_origin(annotation) in (list, tuple, dict)
+    return [found for inner in typing.get_args(annotation) for found in models_in(inner, many)]
+
+
+def section_body(section: type[BaseModel], where: str, introduce: bool = True) -> list[str]:
+    """A section's one-paragraph description and the table of its keys."""
+    descriptions = attribute_descriptions(section)
+    rows = []
+    for name, field in section.model_fields.items():
+        description = field.description or descriptions.get(name)
+        if not description:
+            raise UndocumentedError(f"{where}: {name}")
+        rows.append([f"`{field.alias or name}`", cell(type_text(field)), default_text(field), cell(description)])
+    introduction = [first_paragraph(section), ""] if introduce else []
+    return [*introduction, *table(["key", "type", "default", "meaning"], rows)]
+
+
+def attribute_descriptions(section: type[BaseModel]) -> dict[str, str]:
+    """What the `Attributes:` part of a section's docstring, or of its bases' docstrings, says of each key."""
+    found: dict[str, str] = {}
+    for cls in reversed(section.__mro__):
+        text = inspect.cleandoc(cls.__doc__ or "")
+        block = re.search(r"^Attributes:\n((?:[ \t]+.*\n?|\n)+)", text, flags=re.MULTILINE)
+        for item in re.finditer(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", block.group(1) if block else "", re.MULTILINE):
+            found[item.group(1)] = " ".join(item.group(2).split())
+    return found
+
+
+def type_text(field: FieldInfo) -> str:
+    """A key's type in words a YAML author knows, with its bounds."""
+    bounds = [
+        f"{sign} {getattr(constraint, attribute)}"
+        for constraint in field.metadata
+        for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if getattr(constraint, attribute, None) is not None
+    ]
+    return ", ".join([annotation_text(field.annotation), *bounds])
+
+
+WORDS = {
+    int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any value",
+    Path: "path", dict: "mapping", list: "list",
+}  # fmt: skip
+
+
+def annotation_text(annotation: Any) -> str:
+    """A type annotation in words."""
+    if annotation in WORDS:
+        return WORDS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        bounds = [
+            f"{sign} {getattr(constraint, attribute)}"
+            for constraint in arguments[1:]
+            for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+            if getattr(constraint, attribute, None) is not None
+        ]
+        return " ".join([annotation_text(arguments[0]), *bounds])
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(annotation_text(argument) for argument in arguments))
+    if origin is list or (origin is tuple and arguments[-1:] == (...,)):
+        return f"list of {annotation_text(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)}: " + ", ".join(annotation_text(argument) for argument in arguments)
+    if origin is dict:
+        return f"mapping of {annotation_text(arguments[0])} to {annotation_text(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def default_text(field: FieldInfo) -> str:
+    """A key's default as YAML would write it."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True) if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
+    if value is PydanticUndefined or isinstance(value, BaseModel):
+        return ""
+    if value is None:
+        return "absent"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, (tuple, list)):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value}`" if value != "" else "`''`"
+
+
+# -------------------------------------------------------------------------------------------------------------- prose
+
+
+def first_paragraph(cls: type) -> str:
+    """The summary of a class, one line."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return cell(text.split("\n\n")[0])
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: indented equations become code, the rest stays."""
+    blocks = []
+    for block in inspect.cleandoc(text).replace("\b\n", "").split("\n\n"):
+        lines = block.splitlines()
+        if lines and all(line.startswith("  ") for line in lines):
+            blocks.append("\n".join(["```text", inspect.cleandoc(block), "```"]))
+        else:
+            blocks.append(block)
+    return "\n\n".join(blocks)
+
+
+def cell(text: str) -> str:
+    """Text for a table cell: one line, pipes and angle brackets escaped."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join("---" for _ in header) + " |",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def main() -> int:
+    """Write both pages, or with `--check` compare them; 1 where something is stale or undocumented."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is stale")
+    check = parser.parse_args().check
+    try:
+        pages = {"commands.md": commands_page(), "recipe.md": recipe_page()}
+    except UndocumentedError as error:
+        print(f"docs/generate_reference.py: no description: {error}", file=sys.stderr)
+        return 1
+    FOLDER.mkdir(exist_ok=True)
+    stale = []
+    for name, text in pages.items():
+        path = FOLDER / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(f"stale: docs/reference/{', docs/reference/'.join(stale)}; run `make fix`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
