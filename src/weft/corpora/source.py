@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from weft.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,40 @@ class Source(Protocol):
     def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """One run of `count` tokens from each start, a fresh array of shape (N, count)."""
         ...
+
+
+class ArraySource:
+    """Tokens held in memory as a `Source`: for tests, benchmarks and loops that bring their own tokens.
+
+    Args:
+        tokens: token ids, one-dimensional.
+        text_bytes: UTF-8 bytes of the text they stand for; needed for bits per byte only.
+    Raises:
+        DataError: the tokens are not one-dimensional integers.
+    """
+
+    def __init__(self, tokens: ArrayLike, *, text_bytes: int = 0) -> None:
+        array = np.asarray(tokens)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise DataError(f"tokens have shape {array.shape} and dtype {array.dtype}; give one row of integers")
+        self._tokens = np.ascontiguousarray(array, dtype=np.int64)
+        self.bytes = text_bytes
+        self.fingerprint = hashlib.blake2b(self._tokens.tobytes(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """See `Source.read`."""
+        self._check(start, start + count)
+        return self._tokens[start : start + count].copy()
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """See `Source.read_many`."""
+        if len(starts_N):
+            self._check(int(starts_N.min()), int(starts_N.max()) + count)
+        return self._tokens[starts_N[:, None] + np.arange(count)]
+
+    def _check(self, first: int, end: int) -> None:
+        if first < 0 or end > len(self._tokens):
+            raise DataError(f"tokens {first} .. {end} were asked for; the source holds {len(self._tokens)}")
