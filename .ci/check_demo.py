@@ -14,13 +14,10 @@ POLICIES = {"uniform", "importance", "dga"}
 
 def numbers(value: Any, place: str = "summary") -> dict[str, float]:
     """Every number of a JSON value, by its dotted place."""
-    if isinstance(value, dict):
-        return {
-            key: number for name, inner in value.items() for key, number in numbers(inner, f"{place}.{name}").items()
-        }
-    if isinstance(value, list):
-        return {key: number for i, inner in enumerate(value) for key, number in numbers(inner, f"{place}[{i}]").items()}
-    return {place: float(value)} if isinstance(value, (int, float)) and not isinstance(value, bool) else {}
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: number for name, item in inner for key, number in numbers(item, f"{place}.{name}").items()}
+    return {place: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}
 
 
 def problems(folder: Path) -> list[str]:
