@@ -46,7 +46,7 @@ class DogeConfig(AlignmentPolicyConfig):
     initial: Initial = Field(default="uniform", description="Weights before the first update.")
     sample: Literal["current", "average"] = Field(
         default="current",
-        description="What is sampled: the newest weights, or their mean over updates (what the paper's final run uses).",
+        description="What is sampled: the newest weights, or their mean over updates (the paper's final run).",
     )
 
 
