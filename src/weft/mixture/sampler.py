@@ -390,9 +390,9 @@ class MixtureSampler:
             steps = 1
             domains_N, cursors_N = self._within_caps(domains_N[: self.batch_size])
         sequences_N, epochs_N = self._sequences(domains_N, cursors_N)
-        ones_B, mixture_D = np.ones(self.batch_size), weights_D.copy()
+        ones_N, mixture_D = np.ones(len(domains_N)), weights_D.copy()
         self._planned = [
-            Draw(self._step + index, domains_N[here], sequences_N[here], epochs_N[here], ones_B, mixture_D)
+            Draw(self._step + index, domains_N[here], sequences_N[here], epochs_N[here], ones_N[here], mixture_D)
             for index in range(steps)
             for here in [slice(index * self.batch_size, (index + 1) * self.batch_size)]
         ][::-1]
