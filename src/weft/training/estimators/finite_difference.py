@@ -1,0 +1,83 @@
+"""Derivatives along v from two forward passes: composes with whatever can run forward, at a known loss of accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import ConfigError
+from weft.models.hf import SequenceLosses
+from weft.training.estimators.direction import (
+    check_direction,
+    chunks,
+    evaluation_mode,
+    norm,
+    trainable_parameters,
+    without_data_parallel,
+)
+
+
+def finite_difference(
+    model: nn.Module,
+    losses: SequenceLosses,
+    tokens_BT1: Tensor,
+    direction: Mapping[str, Tensor],
+    *,
+    relative_epsilon: float = 3e-4,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """<grad L_b, v> of every sequence by a central difference, without dropout.
+
+        ( L_b(theta + h v) - L_b(theta - h v) ) / 2h  =  <grad L_b, v> + O(h^2),       h = epsilon ||theta|| / ||v||
+
+    The loss's own rounding divided by h is the other part of the error: 0.01 to 1.4% together in float32, a few percent under
+    bfloat16 autocast. Cost: 2F per training batch's worth of sequences and a copy of the trainable parameters, which are
+    back to their every bit afterwards. Do not call it between a forward pass and its backward pass.
+
+    Args:
+        model: see `gradient_direction`; sharded parameters work where every rank runs the same number of micro-batches.
+        losses: see `SequenceLosses`.
+        tokens_BT1: this rank's probe sequences.
+        direction: v.
+        relative_epsilon: epsilon, the length of a step relative to that of the parameters; 1e-4 to 1e-3 serve float32.
+        micro_batch: sequences per forward pass; None takes all at once.
+    Returns:
+        dots_B: float32 (float64 for a float64 model); 0 where v is 0.
+    Raises:
+        ConfigError: parameters narrower than float32, which cannot hold so small a step.
+    """
+    module = without_data_parallel(model)
+    parameters = trainable_parameters(model)
+    check_direction(direction, parameters)
+    narrow = sorted(name for name, parameter in parameters.items() if parameter.dtype.itemsize < 4)
+    if narrow:
+        raise ConfigError(
+            f"{narrow[0]} is {parameters[narrow[0]].dtype}, in which a finite difference vanishes; keep parameters in "
+            f"float32 or use the shadow estimator"
+        )
+    length = norm(direction.values())
+    if length == 0.0:
+        return torch.zeros(len(tokens_BT1), device=tokens_BT1.device)
+    step = relative_epsilon * norm([parameter.detach() for parameter in parameters.values()]) / length
+    sides = []
+    with torch.no_grad(), evaluation_mode(module), _restored(parameters) as origin:
+        for sign in (1.0, -1.0):
+            for name, parameter in parameters.items():
+                parameter.copy_(origin[name] + sign * step * direction[name])
+            found = [losses(module, chunk) for chunk in chunks(tokens_BT1, micro_batch)]
+            sides.append(torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device))
+    return (sides[0] - sides[1]) / (2.0 * step)
+
+
+@contextmanager
+def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Copies of the parameters, put back on the way out whatever happens."""
+    origin = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield origin
+    finally:
+        for name, parameter in parameters.items():
+            parameter.copy_(origin[name])

@@ -1,0 +1,97 @@
+"""A backward pass per group: exact, with norms, the oracle of the other estimators.
+
+Cost: a forward and a backward pass for every probe sequence (3F per training batch's worth). Gradients stream: one group's is
+in memory at a time, never G of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from weft.errors import ConfigError, NumericsError
+from weft.mixture.policy import Alignment
+from weft.models.hf import SequenceLosses
+from weft.training.estimators.direction import (
+    add,
+    check_direction,
+    dot,
+    evaluation_mode,
+    is_sharded,
+    norm,
+    sum_over_ranks,
+    trainable_parameters,
+    without_data_parallel,
+    zeros,
+)
+from weft.training.estimators.groups import over_ranks
+
+
+def separate_alignment(
+    model: nn.Module,
+    losses: SequenceLosses,
+    batches: Iterable[tuple[int, Tensor]],
+    direction: Mapping[str, Tensor],
+    groups: int,
+    *,
+    process_group: ProcessGroup | None = None,
+) -> Alignment:
+    """Each group's gradient by a backward pass of its own, without dropout.
+
+        g_i = (1 / n_i) sum_{b in group i} grad L_b,       a_i = <g_i, v>,       norms_i = ||g_i||
+
+    Args:
+        model: see `gradient_direction`.
+        losses: see `SequenceLosses`.
+        batches: (group, tokens_BT1) pairs in ascending group order; a group may come in several micro-batches, and
+            different ranks may hold different ones. Read as a stream.
+        direction: v, the same on every rank.
+        groups: G.
+        process_group: ranks to reduce over; None is the default group where one is initialised.
+    Returns:
+        an Alignment with norms, the same on every rank; NaN and count 0 for a group no rank brought.
+    Raises:
+        ConfigError: groups out of range or not ascending; sharded parameters.
+        NumericsError: a gradient is not finite.
+    """
+    module = without_data_parallel(model)
+    parameters = trainable_parameters(model)
+    check_direction(direction, parameters)
+    if is_sharded(parameters.values()):
+        raise ConfigError(
+            "separate backward passes need whole parameters on every rank, and these are sharded; use finite_difference"
+        )
+    v = [direction[name] for name in parameters]
+    rows_3G = torch.full((3, groups), torch.nan, dtype=torch.float64)
+    rows_3G[2] = 0.0
+    stream = iter(batches)
+    pending = next(stream, None)
+    with evaluation_mode(module):
+        for group in range(groups):
+            gradient, count = zeros(parameters), 0
+            while pending is not None and pending[0] == group:
+                tokens_BT1 = pending[1]
+                loss = losses(module, tokens_BT1).sum()
+                add(gradient, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+                count += len(tokens_BT1)
+                pending = next(stream, None)
+            everyone = int(over_ranks(torch.tensor([float(count)], dtype=torch.float64), direction, process_group))
+            if everyone:
+                for part in gradient.values():
+                    sum_over_ranks(part, process_group).div_(everyone)
+                figures = [float(dot(gradient.values(), v)), norm(gradient.values()), float(everyone)]
+                rows_3G[:, group] = torch.tensor(figures, dtype=torch.float64)
+    if pending is not None:
+        raise ConfigError(
+            f"a batch of group {pending[0]} came out of turn; batches must come in ascending order of groups 0 to {groups - 1}"
+        )
+    dots_G, norms_G, counts_G = rows_3G
+    if not torch.isfinite(norms_G[counts_G > 0]).all():
+        odd = torch.nonzero((counts_G > 0) & ~torch.isfinite(norms_G)).flatten().tolist()
+        raise NumericsError(f"the gradient of groups {odd} is not finite; their losses overflow")
+    return Alignment(
+        dots_G=dots_G, counts_G=counts_G.to(torch.int64), direction_norm=norm(direction.values()), norms_G=norms_G
+    )
