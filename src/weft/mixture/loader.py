@@ -107,8 +107,8 @@ class MixtureLoader:
                 )
         if world < 1 or not 0 <= rank < world or sampler.batch_size % world:
             raise ConfigError(
-                f"rank {rank} of {world} cannot take an equal part of a batch of {sampler.batch_size} sequences; choose "
-                "a batch size that is a multiple of the number of processes"
+                f"rank {rank} of {world} cannot take an equal part of a batch of {sampler.batch_size} sequences; "
+                "choose a batch size that is a multiple of the number of processes"
             )
         if prefetch_steps < 0:
             raise ConfigError(f"prefetch_steps is {prefetch_steps}; it must be 0 or more")
