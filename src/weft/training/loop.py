@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from weft.corpora.source import Source
 from weft.errors import CheckpointError, ConfigError, NumericsError
-from weft.mixture.loader import Batch, MixtureLoader
+from weft.mixture.loader import Batch, MixtureLoader, sequence_counts
 from weft.mixture.policy import (
     Alignment,
     MixturePolicy,
@@ -151,7 +151,7 @@ class Trainer:
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules())
 
         self.sampler = MixtureSampler(
-            [_sequences(source, config.sequence_length, name) for name, source in zip(task.domains, task.sources, strict=True)],
+            sequence_counts(task.sources, config.sequence_length, task.domains),
             config.batch_sequences, seed, names=task.domains,
             exhaustion=config.exhaustion, max_epochs=config.max_epochs,
         )  # fmt: skip
@@ -183,14 +183,14 @@ class Trainer:
             raise ConfigError(f"mixture policy {name!r} needs a reference model; give mixture.reference a run folder")
         self.direction_kind = next((kind for kind in ("target", "generalist") if f"{kind}_alignment" in needs), None)
         self.groups_GD = torch.eye(len(self.task.domains), dtype=torch.float64)
-        if "basis" in needs:
-            assert self.task.setting.basis_ND is not None
+        if "basis" in needs and self.task.setting.basis_ND is not None:
             self.groups_GD = self.task.setting.basis_ND
         self.target_probe = None
         if self.direction_kind == "target":
             assert self.task.target is not None
-            count = _sequences(self.task.target, self.config.sequence_length, "the target")
-            sampler = MixtureSampler([count], min(count, self.alignment_config.target_sequences), _derive(self.seed, "target"))
+            counts = sequence_counts([self.task.target], self.config.sequence_length, ["target"])
+            size = min(counts[0], self.alignment_config.target_sequences)
+            sampler = MixtureSampler(counts, size, _derive(self.seed, "target"))
             self.target_probe = MixtureLoader((self.task.target,), sampler, self.config.sequence_length)
 
     def _choose_estimator(self) -> align.Choice | None:
@@ -365,9 +365,7 @@ class Trainer:
         dots: list[Tensor] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         shadow = direction is not None and not cumulative
-        with _eager(self.module) if shadow else nullcontext(), (
-            align.ShadowProbe(self.module, direction) if shadow and direction is not None else nullcontext()
-        ) as probe:
+        with align.ShadowProbe(self.module, direction) if shadow and direction is not None else nullcontext() as probe:
             meter = align.CumulativeDots(self.parameters, direction) if cumulative and direction is not None else None
             for index, piece in enumerate(pieces):
                 last = index == len(pieces) - 1
@@ -385,17 +383,9 @@ class Trainer:
                     if meter is not None:
                         dots.append(meter.after(weights / self.local_batch).cpu())
             if meter is not None:
-                self._sync_gradients()
+                align.average_gradients(self.parameters)
         loss = float(self.accelerator.reduce(total, "mean")) if self.world > 1 else float(total)
         return loss, torch.cat(dots) if dots else None, order_B
-
-    def _sync_gradients(self) -> None:
-        """Average gradients over ranks after a step whose every backward was local."""
-        if self.world > 1:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= self.world
 
     def _losses(self, tokens_BT1: Tensor, domains_B: Tensor) -> Tensor:
         """Training losses per sequence, metered by domain; with a reference model also its losses and the excess."""
@@ -583,16 +573,6 @@ def _eager(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._compiled_call_impl = compiled
-
-
-def _sequences(source: Source, sequence_length: int, name: str) -> int:
-    count = (len(source) - 1) // sequence_length
-    if count < 1:
-        raise ConfigError(
-            f"{name} has {len(source)} training tokens, fewer than one sequence of {sequence_length} and its last label; "
-            f"shorten training.sequence_length or give it more text"
-        )
-    return count
 
 
 def _derive(seed: int, purpose: str) -> int:
