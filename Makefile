@@ -56,7 +56,7 @@ bench: setup ## every benchmark, quickly; FULL=1 regenerates benchmarks/results 
 	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do echo "== $$file $(BENCH_ARGS)"; $(BIN)/python $$file $(BENCH_ARGS); done
 
 docs: $(VENV)/.ready-docs reference ## the documentation site, into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 reference: setup ## docs/reference from the commands and the recipe's models
 	$(BIN)/python docs/generate_reference.py
