@@ -126,7 +126,7 @@ def needed_setting(policy, setting):
 
 
 def needed_report(policy, report, alignments):
-    """The report with what the policy did not ask for taken away; alignment per basis distribution where it uses them."""
+    """The report without what the policy did not ask for; alignment per basis distribution where it uses them."""
     wants_alignment = bool(policy.needs & {"target_alignment", "generalist_alignment"})
     wants_reference = "reference_losses" in policy.needs
     return replace(
