@@ -1,0 +1,149 @@
+"""Clusters: planted ones are found, on one level and on two, and a saved clustering assigns alike."""
+
+import builtins
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from weft.domains.cluster import ClusterConfig, Clusters, fit_clusters, nearest
+from weft.domains.embed import unit_rows
+from weft.errors import ConfigError, DataError
+
+
+def planted(kinds: int, per_kind: int, dimensions: int = 16, seed: int = 0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    centres = unit_rows(rng.normal(size=(kinds, dimensions)))
+    truth = np.repeat(np.arange(kinds), per_kind)
+    rows = unit_rows(centres[truth] + 0.02 * rng.normal(size=(kinds * per_kind, dimensions)))
+    order = rng.permutation(len(rows))
+    return rows[order], truth[order]
+
+
+def purity(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+    return sum(np.bincount(truth[found == cluster]).max() for cluster in np.unique(found)) / len(truth)
+
+
+@pytest.mark.parametrize("flat_limit", [256, 4])
+def test_planted_clusters_are_found_on_one_level_and_on_two(flat_limit: int) -> None:
+    rows, truth = planted(9, 30)
+    clusters = fit_clusters(rows, ClusterConfig(n=18, flat_limit=flat_limit), seed=0)
+    assert (len(clusters.groups_GE) > 1) == (flat_limit == 4)
+    found = clusters.assign(rows)
+    assert purity(found, truth) > 0.97
+    assert set(found) == set(range(len(clusters)))
+    assert 9 <= len(clusters) <= 18
+
+
+def test_exactly_as_many_clusters_as_kinds() -> None:
+    rows, truth = planted(5, 40)
+    clusters = fit_clusters(rows, ClusterConfig(n=5), seed=3)
+    assert len(clusters) == 5
+    assert purity(clusters.assign(rows), truth) == 1.0
+
+
+def test_the_same_seed_gives_the_same_clusters() -> None:
+    rows, _ = planted(12, 20)
+    for limit in (256, 3):
+        config = ClusterConfig(n=12, flat_limit=limit)
+        first, second = fit_clusters(rows, config, seed=5), fit_clusters(rows, config, seed=5)
+        assert np.array_equal(first.centroids_CE, second.centroids_CE)
+        assert not np.array_equal(first.centroids_CE, fit_clusters(rows, config, seed=6).centroids_CE)
+
+
+def test_assignment_streams() -> None:
+    rows, _ = planted(9, 30)
+    clusters = fit_clusters(rows, ClusterConfig(n=12, flat_limit=4), seed=0)
+    parts = [clusters.assign(rows[start : start + 7]) for start in range(0, len(rows), 7)]
+    assert np.array_equal(np.concatenate(parts), clusters.assign(rows))
+    assert len(clusters.assign(rows[:0])) == 0
+
+
+def test_repeated_documents_leave_no_empty_cluster() -> None:
+    rows = np.repeat(unit_rows(np.eye(3)), 10, axis=0)
+    for limit in (256, 2):
+        clusters = fit_clusters(rows, ClusterConfig(n=8, flat_limit=limit), seed=0)
+        assert len(clusters) == 3
+        assert set(clusters.assign(rows)) == {0, 1, 2}
+
+
+def test_one_cluster_is_the_mean() -> None:
+    rows, _ = planted(3, 5)
+    assert np.allclose(fit_clusters(rows, ClusterConfig(n=1), 0).centroids_CE[0], rows.mean(axis=0), atol=1e-6)
+
+
+def test_as_many_clusters_as_documents_and_one_more() -> None:
+    rows, _ = planted(6, 1)
+    assert len(fit_clusters(rows, ClusterConfig(n=6, flat_limit=2), 0)) <= 6
+    with pytest.raises(ConfigError, match="n is 7 but there are only 6 documents"):
+        fit_clusters(rows, ClusterConfig(n=7), 0)
+
+
+def test_saved_clusters_assign_alike(tmp_path: Path) -> None:
+    rows, _ = planted(9, 20)
+    clusters = fit_clusters(rows, ClusterConfig(n=12, flat_limit=4), seed=0)
+    clusters.save(tmp_path / "clusters.npz")
+    again = Clusters.load(tmp_path / "clusters.npz")
+    assert np.array_equal(again.assign(rows), clusters.assign(rows))
+    (tmp_path / "clusters.npz").write_bytes(b"torn")
+    with pytest.raises(DataError, match="cannot be read"):
+        Clusters.load(tmp_path / "clusters.npz")
+
+
+def test_dissolved_clusters_give_their_documents_to_the_nearest_other() -> None:
+    rows, _ = planted(9, 20)
+    clusters = fit_clusters(rows, ClusterConfig(n=12, flat_limit=4), seed=0)
+    kept = np.ones(len(clusters), bool)
+    kept[clusters.group_C == clusters.group_C[-1]] = False
+    fewer = clusters.keep(kept)
+    assert len(fewer) == kept.sum()
+    assert len(fewer.groups_GE) == len(clusters.groups_GE) - 1
+    found = fewer.assign(rows)
+    assert found.max() < len(fewer)
+    before = clusters.assign(rows)
+    unmoved = kept[before]
+    renumbered = np.cumsum(kept) - 1
+    assert np.array_equal(found[unmoved], renumbered[before[unmoved]])
+    with pytest.raises(DataError, match="no cluster is left"):
+        clusters.keep(np.zeros(len(clusters), bool))
+
+
+def test_nearest_is_by_distance_not_by_dot_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    rows, centroids = rng.normal(size=(50, 4)).astype(np.float32), 3 * rng.normal(size=(7, 4)).astype(np.float32)
+    expected = np.linalg.norm(rows[:, None] - centroids[None], axis=2).argmin(axis=1)
+    assert np.array_equal(nearest(rows, centroids), expected)
+    monkeypatch.setattr("weft.domains.cluster._BLOCK_FLOATS", 21)
+    assert np.array_equal(nearest(rows, centroids), expected)
+
+
+def test_faiss_where_it_is_and_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, truth = planted(4, 10)
+
+    class Kmeans:
+        def __init__(self, dimensions: int, count: int, **named: Any) -> None:
+            self.count, self.seed = count, named["seed"]
+
+        def train(self, data: NDArray[np.float32]) -> None:
+            self.centroids = np.stack([rows[truth == kind].mean(axis=0) for kind in range(self.count)])
+
+    module = types.ModuleType("faiss")
+    module.Kmeans = Kmeans  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faiss", module)
+    config = ClusterConfig(n=4, backend="faiss")
+    assert np.array_equal(fit_clusters(rows, config, 0).assign(rows), truth)
+    monkeypatch.delitem(sys.modules, "faiss")
+    original = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **named: Any) -> Any:
+        if name == "faiss":
+            raise ImportError(name)
+        return original(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match="pip install faiss-cpu"):
+        fit_clusters(rows, config, 0)
