@@ -32,7 +32,7 @@ class DoremiConfig(PolicyConfig):
     policy: Literal["doremi"] = Field(default="doremi", description="Name of this policy.")
     reference: str | None = Field(
         default=None,
-        description="Folder of a finished run whose model is the reference; null: one of the same size is trained first.",
+        description="Folder of a finished run whose model is the reference; null: one of equal size is trained first.",
     )
     reference_policy: Literal["proportional", "uniform"] = Field(
         default="proportional", description="Mixture the reference model is trained on when `reference` is null."
