@@ -4,7 +4,8 @@ A store is a folder:
 
     index.json          what is in it, with the size and BLAKE2b of every file, and a checksum over itself
     tokens-00000.bin    `shard_tokens` tokens each (the last one fewer), little-endian uint16 or uint32
-    documents.bin       per document three little-endian uint64: end in tokens, UTF-8 bytes of its text, end in origins.bin
+    documents.bin       three little-endian uint64 per document: its end in tokens, UTF-8 bytes of its text, and the
+                        end of its origin in origins.bin
     origins.bin         where each document came from, UTF-8, one after another
 
 Tokens of the documents follow each other, each document closed by the end-of-document token. A writer works in a hidden
@@ -163,6 +164,11 @@ class MultiStoreWriter:
     Each store is the subfolder `folder_name(label)`; `stores.json` lists labels and folders in order of name. All
     labels share `buffer_bytes` of memory: when it is used up, the fullest buffers are written. One file is open at a
     time. `resume`, `commit` and `mark` work as in `TokenStoreWriter`.
+
+    Attributes:
+        documents: documents appended so far over all labels, those of an interrupted run included.
+        tokens: tokens likewise.
+        bytes: UTF-8 bytes of text likewise.
     """
 
     def __init__(
@@ -182,32 +188,22 @@ class MultiStoreWriter:
         self._pending_bytes = 0
         self._stores: dict[str, StoreFiles] = {}
         self._folders: dict[str, str] = {}
+        self._folded: set[str] = set()
+        self.documents = self.tokens = self.bytes = 0
         self.mark = ""
         journal = self._partial.read_journal()
         if journal is not None:
             states = journal.get("stores")
             if isinstance(states, dict) and all(self._open(label).restore(states[label]) for label in states):
                 self.mark = str(journal["mark"])
+                self.documents = sum(store.documents for store in self._stores.values())
+                self.tokens = sum(store.tokens for store in self._stores.values())
+                self.bytes = sum(store.bytes for store in self._stores.values())
                 self._remove_strangers()
             else:
                 _log.warning("%s does not hold what its journal says; starting again", self._partial.path)
                 self._partial.clear()
-                self._stores, self._folders = {}, {}
-
-    @property
-    def documents(self) -> int:
-        """Documents appended so far, over all labels."""
-        return sum(store.documents for store in self._stores.values())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens appended so far, over all labels."""
-        return sum(store.tokens for store in self._stores.values())
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the documents appended so far, over all labels."""
-        return sum(store.bytes for store in self._stores.values())
+                self._stores, self._folders, self._folded = {}, {}, set()
 
     def append(self, tokens: ArrayLike, text_bytes: int, origin: str = "", label: str | None = None) -> None:
         """Append one document to the store of its label.
@@ -218,9 +214,12 @@ class MultiStoreWriter:
         if label is None:
             raise DataError(f"document {origin or '(no origin)'} has no label; set label, label_field or label_from")
         store = self._stores.get(label) or self._open(label)
-        before = store.pending_bytes
+        pending, length = store.pending_bytes, store.tokens
         store.append(tokens, text_bytes, origin)
-        self._pending_bytes += store.pending_bytes - before
+        self._pending_bytes += store.pending_bytes - pending
+        self.documents += 1
+        self.tokens += store.tokens - length
+        self.bytes += text_bytes
         if self._pending_bytes >= self._buffer_bytes:
             self._flush_fullest()
 
@@ -265,10 +264,11 @@ class MultiStoreWriter:
     def _open(self, label: str) -> StoreFiles:
         name = folder_name(label)
         folder = self._partial.path / name
-        if label not in self._folders and name.casefold() in {taken.casefold() for taken in self._folders.values()}:
+        if name.casefold() in self._folded:
             raise DataError(f"label {label!r} would share its folder {name!r} with another label; rename one of them")
         make_folder(folder)
         self._folders[label] = name
+        self._folded.add(name.casefold())
         self._stores[label] = StoreFiles(folder, self._vocabulary, self._shard_tokens)
         return self._stores[label]
 

@@ -25,6 +25,7 @@ INDEX = "index.json"
 DOCUMENTS = "documents.bin"
 ORIGINS = "origins.bin"
 JOURNAL = "journal.json"
+_NO_ROOM = "see that there is space and permission, then run again"
 DOCUMENT = np.dtype([("end", "<u8"), ("text_bytes", "<u8"), ("origin_end", "<u8")])
 
 
@@ -271,21 +272,24 @@ class PartialFolder:
     def abandon(self, *, keep: bool) -> None:
         if self.closed:
             return
-        if not keep:
+        if not (keep and (self.path / JOURNAL).exists()):
             shutil.rmtree(self.path)
         os.close(self._lock)
         self.closed = True
 
 
 def shard_name(number: int) -> str:
+    """File name of a shard."""
     return f"tokens-{number:05d}.bin"
 
 
 def new_hash() -> Any:
+    """A running BLAKE2b-256, for contents."""
     return hashlib.blake2b(digest_size=32)
 
 
 def file_digest(path: Path) -> str:
+    """BLAKE2b-256 of a file, read in blocks."""
     digest = new_hash()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -295,6 +299,7 @@ def file_digest(path: Path) -> str:
 
 
 def checksum(value: Any) -> str:
+    """BLAKE2b-128 of a JSON value in canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":")).encode("utf-8")
     return hashlib.blake2b(canonical, digest_size=16).hexdigest()
 
@@ -305,6 +310,7 @@ def map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, or say why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -322,10 +328,11 @@ def write_json(path: Path, value: Any, sync: bool = False) -> None:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; free some space and run again") from error
+        raise DataError(f"cannot write {path}: {error.strerror}; {_NO_ROOM}") from error
 
 
 def sync_file(path: Path) -> None:
+    """Force a file or a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

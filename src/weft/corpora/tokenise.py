@@ -175,8 +175,8 @@ def _skip_known(
 def _changed(path: Path, known: int) -> str:
     partial = path.with_name(f".{path.name}.partial")
     return (
-        f"the documents for {path} are not those of the interrupted run: its first {known} documents differ now; restore "
-        f"the corpus, or delete {partial} to start again"
+        f"the documents for {path} are not those of the interrupted run: its first {known} documents differ now; "
+        f"restore the corpus, or delete {partial} to start again"
     )
 
 

@@ -6,6 +6,7 @@ document. Its fingerprint names everything that decides the ids, so a store can 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -99,13 +100,13 @@ class Tokenizer:
         eos_id = hf.eos_token_id
         if not isinstance(eos_id, int):
             raise ConfigError(
-                f"tokenizer {name} has no end-of-sequence token, which weft puts after every document; use one that has "
-                f"an eos_token, or set it (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and name that "
-                f"folder"
+                f"tokenizer {name} has no end-of-sequence token, which weft puts after every document; use one "
+                f"that has an eos_token, or set it (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and "
+                f"name that folder"
             )
         self.hf = hf
         self.eos_id: int = eos_id
-        self.vocab_size: int = max(max(hf.get_vocab().values()), eos_id) + 1
+        self.vocab_size: int = max([*hf.get_vocab().values(), eos_id]) + 1
         self._backend: tokenizers.Tokenizer | None = None
         contents: dict[str, Any]
         if isinstance(hf, PreTrainedTokenizerFast):
@@ -228,9 +229,7 @@ def train_tokenizer(texts: Iterable[str], config: TrainConfig) -> Tokenizer:
         raise DataError("a tokenizer cannot be trained: the training text is empty")
     _silence_fork_warning()
     backend.train_from_iterator(_chain(first, sample), trainer=trainer)
-    hf: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, eos_token=END_OF_DOCUMENT
-    )
+    hf: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_DOCUMENT)
     return Tokenizer(hf, "trained on text")
 
 
@@ -244,8 +243,8 @@ def load_pretrained(name: str, revision: str | None = None) -> Tokenizer:
         hf = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"tokenizer.pretrained {name!r} cannot be loaded: {error}; give a local folder or the name of a tokenizer on "
-            f"the hub that needs no code of its own"
+            f"tokenizer.pretrained {name!r} cannot be loaded: {error}; give a local folder or the name of a tokenizer "
+            f"on the hub that needs no code of its own"
         ) from error
     return Tokenizer(hf, repr(name))
 
@@ -306,9 +305,9 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
-_fork_hooks_installed = False
 
 
+@functools.cache
 def _silence_fork_warning() -> None:
     """Make forks after threaded encoding safe and quiet.
 
@@ -316,8 +315,7 @@ def _silence_fork_warning() -> None:
     DataLoader worker, for one). Turning them off just before a fork, in the child only, is what it asks for. A value
     the user has set is left alone.
     """
-    global _fork_hooks_installed
-    if _fork_hooks_installed or not hasattr(os, "register_at_fork"):
+    if not hasattr(os, "register_at_fork"):
         return
     set_here = False
 
@@ -334,4 +332,3 @@ def _silence_fork_warning() -> None:
             set_here = False
 
     os.register_at_fork(before=before, after_in_parent=after_in_parent)
-    _fork_hooks_installed = True
