@@ -386,7 +386,7 @@ class MixtureSampler:
         domains_N = _inverse_cdf(sums_D, uniforms_N)
         cursors_N = self._cursors_D[domains_N] + _ranks(domains_N)
         if self._capped and (cursors_N + 1 >= self.max_sequences_D[domains_N]).any():
-            # A domain runs out within these steps: take this one alone, slot by slot in effect.
+            # A domain runs out within these steps: take this step alone, slot by slot.
             steps = 1
             domains_N, cursors_N = self._within_caps(domains_N[: self.batch_size])
         sequences_N, epochs_N = self._sequences(domains_N, cursors_N)
@@ -400,36 +400,36 @@ class MixtureSampler:
         self._look_ahead = 2 * steps
 
     def _within_caps(self, domains_B: Ints) -> tuple[Ints, Ints]:
-        """Give the slots that overflow a cap to the remaining domains, as if slots were filled one after the other.
+        """Fill the slots of one batch one after the other, giving those that overflow a cap to the remaining domains.
 
-        A slot whose domain is exhausted draws again, from its own further random numbers, among the domains that are
-        not: given the past, that is the renormalised mixture.
+        A slot whose domain is exhausted draws again, from its own further random numbers, among the domains not yet
+        found exhausted: given the past, that is the renormalised mixture. Slow, and needed only where a domain ends.
         """
-        domains_B = domains_B.copy()
-        left_D = self._effective()[0].copy()
-        attempts_B = np.zeros(len(domains_B), dtype=np.int64)
-        first = self._step * self.batch_size
-        while True:
-            cursors_B = self._cursors_D[domains_B] + _ranks(domains_B)
-            over_B = cursors_B >= self.max_sequences_D[domains_B]
-            if not over_B.any():
-                return domains_B, cursors_B
-            slot = int(np.argmax(over_B))
-            gone = domains_B[slot]
-            if self.exhaustion == "stop":
-                raise SamplerExhausted(
-                    f"domain {self.names[gone]!r} reached its cap of {self.max_sequences_D[gone]} sequences "
-                    f"({self.max_sequences_D[gone] / self.sequences_D[gone]:g} epochs) in step {self._step}"
-                )
-            left_D[gone] = 0.0
-            left_sums_D = np.cumsum(left_D)
-            self._check_left(left_sums_D)
-            again_B = (domains_B == gone) & (np.arange(len(domains_B)) >= slot)
-            attempts_B[again_B] += 1
-            for attempt in np.unique(attempts_B[again_B]):
-                now_B = again_B & (attempts_B == attempt)
-                uniforms_B = self._uniforms(_TRAIN, first, len(domains_B), attempt=int(attempt))
-                domains_B[now_B] = _inverse_cdf(left_sums_D, uniforms_B[now_B])
+        domains = domains_B.tolist()
+        left_D, sums_D = self._effective()
+        left_D = left_D.copy()
+        drawn: dict[int, int] = {}
+        uniforms_AB: list[Floats] = []
+        for slot, domain in enumerate(domains):
+            attempt = 0
+            while self._cursors_D[domain] + drawn.get(domain, 0) >= self.max_sequences_D[domain]:
+                if self.exhaustion == "stop":
+                    raise SamplerExhausted(
+                        f"domain {self.names[domain]!r} reached its cap of {self.max_sequences_D[domain]} sequences "
+                        f"({self.max_sequences_D[domain] / self.sequences_D[domain]:g} epochs) in step {self._step}"
+                    )
+                left_D[domain] = 0.0
+                sums_D = np.cumsum(left_D)
+                self._check_left(sums_D)
+                if attempt == len(uniforms_AB):
+                    first = self._step * self.batch_size
+                    uniforms_AB.append(self._uniforms(_TRAIN, first, self.batch_size, attempt=attempt + 1))
+                domain = int(_inverse_cdf(sums_D, uniforms_AB[attempt][slot : slot + 1])[0])
+                attempt += 1
+            drawn[domain] = drawn.get(domain, 0) + 1
+            domains[slot] = domain
+        filled_B = np.array(domains, dtype=np.int64)
+        return filled_B, self._cursors_D[filled_B] + _ranks(filled_B)
 
     def _check_left(self, sums_D: Floats) -> None:
         if not sums_D[-1] > 0:

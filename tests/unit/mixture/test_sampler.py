@@ -1,0 +1,578 @@
+"""The draw: permutations, random numbers by counter, repetition caps, stratified batches, probes, state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from weft.errors import CheckpointError, ConfigError, WeftError
+from weft.mixture.sampler import Draw, MixtureSampler, SamplerExhausted, keyed_permutation
+
+GOLDEN_DOMAINS = [[2, 2, 0, 2, 1, 1, 1, 2], [2, 1, 2, 1, 1, 2, 1, 2]]
+GOLDEN_SEQUENCES = [
+    [758344987264, 957363490934, 0, 21950021160, 11, 84, 7, 917127572586],
+    [919417983061, 14, 339040336715, 31, 23, 876088647115, 9, 4018312810],
+]
+
+
+def keys(count: int, start: int = 0) -> NDArray[np.uint64]:
+    return np.random.default_rng(start).integers(0, 2**64, size=count, dtype=np.uint64)
+
+
+def permutation(n: int, key: int) -> NDArray[np.int64]:
+    return keyed_permutation(np.arange(n), np.full(n, n), np.full(n, key, dtype=np.uint64))
+
+
+def chi_square(counts: NDArray[np.int64]) -> float:
+    """Standardised: about normal with mean 0 and deviation 1 when all cells are equally likely."""
+    expected = counts.sum() / counts.size
+    statistic = float(((counts - expected) ** 2).sum() / expected)
+    return (statistic - (counts.size - 1)) / math.sqrt(2 * (counts.size - 1))
+
+
+# -- the permutation ----------------------------------------------------------------------------------------------
+
+
+def test_every_size_up_to_300_is_permuted() -> None:
+    sizes = np.arange(1, 301)
+    positions_N = np.concatenate([np.arange(n) for n in sizes])
+    sizes_N = np.repeat(sizes, sizes)
+    for key in keys(5):
+        result_N = keyed_permutation(positions_N, sizes_N, np.full(len(sizes_N), key))
+        for n, part in zip(sizes, np.split(result_N, np.cumsum(sizes)[:-1]), strict=True):
+            assert (np.sort(part) == np.arange(n)).all(), n
+
+
+@pytest.mark.parametrize("n", [1009, 4096, 65537, 10**5 + 3])
+def test_larger_sizes_are_permuted(n: int) -> None:
+    assert (np.sort(permutation(n, 5)) == np.arange(n)).all()
+
+
+def test_sizes_near_the_limit_stay_in_range_and_distinct() -> None:
+    n = 2**61 + 12345
+    positions_N = np.concatenate([np.arange(2000), n - 1 - np.arange(2000)])
+    result_N = keyed_permutation(positions_N, np.full(4000, n), np.full(4000, 9, dtype=np.uint64))
+    assert (result_N >= 0).all()
+    assert (result_N < n).all()
+    assert len(np.unique(result_N)) == 4000
+    assert abs(result_N.astype(np.float64).mean() / n - 0.5) < 5 * math.sqrt(1 / 12 / 4000)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
+def test_every_order_of_a_few_things_is_equally_likely(n: int) -> None:
+    trials = 40_000
+    orders = keyed_permutation(np.tile(np.arange(n), trials), np.full(n * trials, n), np.repeat(keys(trials, n), n))
+    codes = (orders.reshape(trials, n) * n ** np.arange(n)).sum(axis=1)
+    counts = np.unique(codes, return_counts=True)[1]
+    assert len(counts) == math.factorial(n)
+    assert abs(chi_square(counts)) < 4
+
+
+@pytest.mark.parametrize("n", [7, 16, 50, 97])
+def test_every_thing_is_equally_likely_at_every_position(n: int) -> None:
+    trials = 20_000
+    orders = keyed_permutation(np.tile(np.arange(n), trials), np.full(n * trials, n), np.repeat(keys(trials, n), n))
+    where = np.tile(np.arange(n), trials) * n + orders
+    assert abs(chi_square(np.bincount(where, minlength=n * n))) < 4
+
+
+def test_neighbours_part() -> None:
+    n, trials = 61, 20_000
+    pairs = keyed_permutation(np.tile([10, 11], trials), np.full(2 * trials, n), np.repeat(keys(trials), 2))
+    gaps = np.diff(pairs.reshape(trials, 2), axis=1)[:, 0] % n
+    assert (gaps > 0).all()
+    assert abs(chi_square(np.bincount(gaps, minlength=n)[1:])) < 4
+
+
+# -- the draw -----------------------------------------------------------------------------------------------------
+
+
+def draws(sampler: MixtureSampler, steps: int) -> list[Draw]:
+    return [sampler.draw() for _ in range(steps)]
+
+
+def same(a: Draw, b: Draw) -> bool:
+    return a.step == b.step and all(
+        (getattr(a, name) == getattr(b, name)).all()
+        for name in ("domains_B", "sequences_B", "epochs_B", "loss_weights_B", "weights_D")
+    )
+
+
+def test_the_draw_never_changes_between_versions() -> None:
+    # A checkpoint continues as it began only if these numbers stay; changing them needs a new state format.
+    sampler = MixtureSampler([5, 100, 10**12], 8, 7, weights_D=[0.25, 0.25, 0.5])
+    first, second = draws(sampler, 2)
+    assert first.domains_B.tolist() == GOLDEN_DOMAINS[0]
+    assert second.domains_B.tolist() == GOLDEN_DOMAINS[1]
+    assert first.sequences_B.tolist() == GOLDEN_SEQUENCES[0]
+    assert second.sequences_B.tolist() == GOLDEN_SEQUENCES[1]
+
+
+def test_how_far_the_sampler_plans_ahead_does_not_show() -> None:
+    steadily = MixtureSampler([7, 30, 11], 5, 3, weights_D=[0.2, 0.5, 0.3])
+    forgetful = steadily.copy()
+    for _ in range(60):
+        fresh = MixtureSampler([7, 30, 11], 5, 3)
+        fresh.load_state_dict(forgetful.state_dict())
+        assert same(fresh.draw(), steadily.draw())
+        forgetful = fresh
+
+
+def test_a_slot_depends_on_its_number_not_on_the_batch_size() -> None:
+    small, large = MixtureSampler([9, 9, 9], 6, 1), MixtureSampler([9, 9, 9], 24, 1)
+    slots = np.concatenate([draw.domains_B for draw in draws(small, 8)])
+    assert slots.tolist() == np.concatenate([draw.domains_B for draw in draws(large, 2)]).tolist()
+
+
+def test_domains_follow_the_weights() -> None:
+    weights_D = np.array([0.5, 0.0, 0.2, 0.05, 0.25])
+    sampler = MixtureSampler([10**6] * 5, 1000, 11, weights_D=weights_D)
+    counts_D = np.bincount(np.concatenate([draw.domains_B for draw in draws(sampler, 200)]), minlength=5)
+    deviation_D = np.sqrt(200_000 * weights_D * (1 - weights_D))
+    assert counts_D[1] == 0
+    assert (np.abs(counts_D - 200_000 * weights_D) <= 4 * deviation_D).all()
+
+
+def test_seeds_domains_and_epochs_differ() -> None:
+    def order(seed: int, domain: int, epoch: int) -> list[int]:
+        sampler = MixtureSampler([50, 50], 50, seed, weights_D=np.eye(2)[domain])
+        draw = draws(sampler, epoch + 1)[epoch]
+        assert (draw.domains_B == domain).all()
+        assert (draw.epochs_B == epoch).all()
+        assert sorted(draw.sequences_B.tolist()) == list(range(50))
+        return draw.sequences_B.tolist()
+
+    orders = [order(seed, domain, epoch) for seed in (0, 1) for domain in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(one) for one in orders}) == 8
+
+
+def test_a_batch_larger_than_a_domain_runs_over_its_epochs() -> None:
+    sampler = MixtureSampler([3], 10, 0)
+    draw = sampler.draw()
+    assert draw.epochs_B.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert sampler.epochs_D().tolist() == [10 / 3]
+    assert sampler.drawn_D().tolist() == [10]
+
+
+def test_a_weight_next_to_nothing_is_not_lost_and_the_last_domain_needs_no_weight() -> None:
+    sampler = MixtureSampler([4, 4, 4], 50_000, 0, weights_D=[1e-3, 1 - 1e-3, 0.0])
+    counts_D = np.bincount(sampler.draw().domains_B, minlength=3)
+    assert 20 <= counts_D[0] <= 85
+    assert counts_D[2] == 0
+
+
+def test_shards_are_slices() -> None:
+    draw = MixtureSampler([100, 100], 12, 0).draw()
+    assert draw.shard(0, 1).domains_B.tolist() == draw.domains_B.tolist()
+    assert draw.shard(1, 3).sequences_B.tolist() == draw.sequences_B[4:8].tolist()
+    with pytest.raises(ConfigError, match="12 sequences cannot be cut into 5"):
+        draw.shard(0, 5)
+    with pytest.raises(ConfigError, match="no rank 3 of 3"):
+        draw.shard(3, 3)
+
+
+# -- changing weights ---------------------------------------------------------------------------------------------
+
+
+def test_weights_change_at_the_step_named() -> None:
+    plain = MixtureSampler([1000, 1000], 16, 5)
+    changed = plain.copy()
+    changed.set_weights(7, [0.0, 1.0])
+    changed.set_weights(9, [1.0, 0.0])
+    for step in range(12):
+        draw, other = changed.draw(), plain.draw()
+        if step < 7:
+            assert same(draw, other)
+        else:
+            assert (draw.domains_B == (1 if step < 9 else 0)).all()
+    assert changed.weights_D.tolist() == [1.0, 0.0]
+
+
+def test_a_change_within_what_was_planned_ahead_still_counts() -> None:
+    sampler = MixtureSampler([1000, 1000], 4, 5)
+    draws(sampler, 20)
+    sampler.set_weights(sampler.step + 2, [1.0, 0.0])
+    assert len({int(d) for draw in draws(sampler, 2) for d in draw.domains_B}) == 2
+    assert (sampler.draw().domains_B == 0).all()
+
+
+def test_the_last_of_two_changes_for_one_step_wins() -> None:
+    sampler = MixtureSampler([10, 10], 8, 0)
+    sampler.set_weights(1, [1.0, 0.0])
+    sampler.set_weights(1, [0.0, 1.0])
+    sampler.draw()
+    assert (sampler.draw().domains_B == 1).all()
+
+
+def test_the_past_cannot_change() -> None:
+    sampler = MixtureSampler([10, 10], 8, 0)
+    draws(sampler, 3)
+    with pytest.raises(ConfigError, match=r"cannot change at step 2: .*earliest step that can change is 3"):
+        sampler.set_weights(2, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5, 0.4], r"sum to 0\.9 over 2 domains; must be 1"),
+        ([1.5, -0.5], "'b' is -0.5"),
+        ([math.nan, 1.0], "'a' is nan"),
+        ([1.0], r"shape \(1,\); 2 domains need \(2,\)"),
+    ],
+)
+def test_weights_must_be_a_distribution(weights: list[float], message: str) -> None:
+    sampler = MixtureSampler([10, 10], 8, 0, names=["a", "b"])
+    with pytest.raises(ConfigError, match=message):
+        sampler.set_weights(0, weights)
+
+
+def test_callers_arrays_stay_theirs() -> None:
+    mine = np.array([0.5, 0.5])
+    sampler = MixtureSampler([10, 10], 8, 0, weights_D=mine)
+    mine[:] = [1.0, 0.0]
+    sampler.weights_D[:] = 0.0
+    sampler.effective_weights_D[:] = 0.0
+    sampler.draw().weights_D[:] = 0.0
+    assert sampler.weights_D.tolist() == [0.5, 0.5]
+    assert sampler.effective_weights_D.tolist() == [0.5, 0.5]
+
+
+# -- caps ---------------------------------------------------------------------------------------------------------
+
+
+def mix64(word: int) -> int:
+    """SplitMix64's output function in plain integers."""
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
+    return word ^ (word >> 31)
+
+
+def slot_by_slot(sizes: list[int], caps: list[int], batch: int, seed: int, weights: list[float]) -> Iterator[list[int]]:
+    """The definition of `drop`, one slot after the other: draw, and draw again while the domain drawn is exhausted."""
+    key = np.array([seed, mix64((seed + 0x9E3779B97F4A7C15) % 2**64)], dtype=np.uint64)
+
+    def uniform(slot: int, attempt: int) -> float:
+        counter = np.array([slot // 4, 0, attempt, 1], dtype=np.uint64)
+        return float(int(np.random.Philox(key=key, counter=counter).random_raw(4)[slot % 4]) >> 11) * 2.0**-53
+
+    drawn = [0] * len(sizes)
+    for step in range(10**9):
+        among = [w if n < cap else 0.0 for w, n, cap in zip(weights, drawn, caps, strict=True)]
+        at_start = np.cumsum(among)
+        domains = []
+        for slot in range(step * batch, (step + 1) * batch):
+            attempt = 0
+            while True:
+                if not sum(among) > 0:
+                    return
+                sums = np.cumsum(among) if attempt else at_start
+                domain = int(np.searchsorted(sums, uniform(slot, attempt) * sums[-1], side="right"))
+                if drawn[domain] < caps[domain]:
+                    break
+                among[domain] = 0.0
+                attempt += 1
+            drawn[domain] += 1
+            domains.append(domain)
+        yield domains
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("batch", [1, 3, 16, 41])
+def test_drop_equals_filling_slots_one_by_one(batch: int, seed: int) -> None:
+    sizes, caps, weights = [3, 17, 8, 40, 5], [6, 25, 8, 60, 7], [0.3, 0.25, 0.2, 0.15, 0.1]
+    epochs = [cap / size for cap, size in zip(caps, sizes, strict=True)]
+    sampler = MixtureSampler(sizes, batch, seed, exhaustion="drop", max_epochs=epochs, weights_D=weights)
+    expected = slot_by_slot(sizes, caps, batch, seed, weights)
+    for domains in expected:
+        assert sampler.draw().domains_B.tolist() == domains
+    with pytest.raises(SamplerExhausted, match="every domain of positive weight reached its cap"):
+        sampler.draw()
+    assert sampler.drawn_D().sum() == sum(caps) // batch * batch
+
+
+def test_dropping_a_domain_leaves_the_others_in_proportion() -> None:
+    # The first domain runs out within the first batch; what it would have had goes to the others by their weights.
+    weights_D = np.array([0.6, 0.3, 0.1])
+    counts_D = np.zeros(3)
+    for seed in range(400):
+        sampler = MixtureSampler([10, 10**6, 10**6], 100, seed, exhaustion="drop", weights_D=weights_D)
+        counts_D += np.bincount(sampler.draw().domains_B, minlength=3)
+    assert counts_D[0] == 400 * 10
+    share = counts_D[1] / counts_D[1:].sum()
+    assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / counts_D[1:].sum())
+
+
+def test_effective_weights_lose_what_is_exhausted() -> None:
+    sampler = MixtureSampler([4, 100, 100], 4, 0, exhaustion="drop", weights_D=[1.0, 0.0, 0.0])
+    sampler.draw()
+    assert sampler.effective_weights_D.tolist() == [0, 0, 0]
+    with pytest.raises(SamplerExhausted, match="give weight to a domain that is not exhausted"):
+        sampler.draw()
+    sampler.set_weights(1, [0.5, 0.4, 0.1])
+    assert sampler.effective_weights_D == pytest.approx([0, 0.8, 0.2])
+    assert sampler.weights_D.tolist() == [0.5, 0.4, 0.1]
+    draw = sampler.draw()
+    assert draw.weights_D == pytest.approx([0, 0.8, 0.2])
+    assert (draw.domains_B > 0).all()
+
+
+def test_stop_ends_at_the_first_batch_that_cannot_be_filled_and_changes_nothing() -> None:
+    sampler = MixtureSampler([10, 1000], 4, 2, exhaustion="stop", names=["small", "large"])
+    small = np.cumsum([(draw.domains_B == 0).sum() for draw in draws(MixtureSampler([10, 1000], 4, 2), 20)])
+    delivered = int((small <= 10).sum())
+    draws(sampler, delivered)
+    before = sampler.state_dict()
+    with pytest.raises(SamplerExhausted, match=r"'small' reached its cap of 10 sequences \(1 epochs\)") as caught:
+        sampler.draw()
+    assert isinstance(caught.value, WeftError)
+    assert sampler.state_dict() == before
+    assert 0 < delivered < 20
+
+
+def test_stop_may_go_on_under_a_higher_cap() -> None:
+    first = MixtureSampler([10], 5, 2, exhaustion="stop")
+    draws(first, 2)
+    with pytest.raises(SamplerExhausted):
+        first.draw()
+    second = MixtureSampler([10], 5, 2, exhaustion="stop", max_epochs=2)
+    second.load_state_dict(first.state_dict())
+    assert [draw.epochs_B.tolist() for draw in draws(second, 2)] == [[1] * 5, [1] * 5]
+
+
+def test_fractions_of_an_epoch_round_down_but_not_below_what_was_meant() -> None:
+    assert MixtureSampler([30], 1, 0, exhaustion="drop", max_epochs=0.1).max_sequences_D.tolist() == [3]
+    assert MixtureSampler([10], 1, 0, exhaustion="drop", max_epochs=2.57).max_sequences_D.tolist() == [25]
+    sampler = MixtureSampler([10, 3], 16, 0, exhaustion="drop", max_epochs=[math.inf, 1])
+    draws(sampler, 20)
+    assert sampler.drawn_D().tolist() == [317, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_epochs": 2.0}, "max_epochs is 2.0 but exhaustion is 'repeat'"),
+        ({"exhaustion": "drop", "max_epochs": 0}, "every cap must be above 0"),
+        ({"exhaustion": "drop", "max_epochs": math.nan}, "every cap must be above 0"),
+        ({"exhaustion": "stop", "max_epochs": 0.01}, "of domain 'a' .* is less than one sequence"),
+        ({"exhaustion": "stop", "max_epochs": [1.0]}, r"shape \(1,\) for 2 domains"),
+        ({"exhaustion": "wrap"}, "allowed: 'repeat', 'drop', 'stop'"),
+        ({"sequences_D": [3, 0]}, "too short for one training sequence: domain 'b'"),
+        ({"sequences_D": []}, "at least one"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"seed": -1}, r"0 \.\. 2\*\*63"),
+        ({"names": ["a"]}, "1 names for 2 domains"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, object], message: str) -> None:
+    given = {"sequences_D": [10, 10], "batch_size": 4, "seed": 0, "names": ["a", "b"], **arguments}
+    if given["sequences_D"] == []:
+        given["names"] = None
+    with pytest.raises(ConfigError, match=message):
+        MixtureSampler(**given)  # type: ignore[arg-type]
+
+
+# -- stratified draws ---------------------------------------------------------------------------------------------
+
+
+def test_stratified_draws_give_every_domain_its_minimum_and_keep_the_estimate() -> None:
+    weights_D = np.array([0.7, 0.2, 0.09, 0.01, 0.0])
+    sampler = MixtureSampler([1000] * 5, 64, 0, weights_D=weights_D)
+    for _ in range(20):
+        draw = sampler.draw(min_per_domain=4)
+        counts_D = np.bincount(draw.domains_B, minlength=5)
+        assert (counts_D[:4] >= 4).all()
+        assert counts_D[4] == 0
+        assert np.bincount(draw.domains_B, draw.loss_weights_B, minlength=5) / 64 == pytest.approx(weights_D, abs=1e-12)
+        assert draw.weights_D == pytest.approx(weights_D, abs=1e-15)
+        # Domains above their minimum keep the proportions, up to whole numbers.
+        assert np.abs(counts_D[:3] - 60 * np.array([70, 20, 9]) / 99).max() <= 1
+
+
+def test_stratified_draws_spread_domains_over_the_ranks() -> None:
+    sampler = MixtureSampler([1000] * 2, 64, 0)
+    draw = sampler.draw(min_per_domain=1)
+    for rank in range(4):
+        assert 2 <= (draw.shard(rank, 4).domains_B == 0).sum() <= 14
+
+
+def test_stratified_counts_are_right_on_average() -> None:
+    weights_D = [0.36, 0.35, 0.29]
+    sampler = MixtureSampler([1000] * 3, 10, 0, weights_D=weights_D)
+    counts = sum(np.bincount(sampler.draw(min_per_domain=1).domains_B, minlength=3) for _ in range(1000))
+    assert counts / 10_000 == pytest.approx(weights_D, abs=0.008)
+
+
+def test_a_stratified_step_takes_the_place_of_an_ordinary_one() -> None:
+    mixed, plain = MixtureSampler([1000] * 3, 8, 0), MixtureSampler([1000] * 3, 8, 0)
+    draws(mixed, 4)
+    draws(plain, 4)
+    mixed.draw(min_per_domain=2)
+    plain.draw()
+    assert mixed.draw().domains_B.tolist() == plain.draw().domains_B.tolist()
+    assert mixed.drawn_D().sum() == plain.drawn_D().sum() == 48
+
+
+def test_stratified_draws_must_fit_into_the_batch() -> None:
+    sampler = MixtureSampler([10] * 5, 8, 0)
+    with pytest.raises(ConfigError, match="2 over 5 domains of positive weight needs 10 sequences; the batch has 8"):
+        sampler.draw(min_per_domain=2)
+    with pytest.raises(ConfigError, match="min_per_domain is -1"):
+        sampler.draw(min_per_domain=-1)
+    assert sampler.step == 0
+
+
+def test_stratified_draws_respect_caps_under_drop() -> None:
+    sampler = MixtureSampler([2, 1000, 1000], 16, 0, exhaustion="drop", weights_D=[0.5, 0.25, 0.25])
+    draw = sampler.draw(min_per_domain=4)
+    counts_D = np.bincount(draw.domains_B, minlength=3)
+    assert counts_D.tolist() == [2, 7, 7]
+    # What the first domain could not supply goes to the others; nothing is blown up to make good for it.
+    assert draw.weights_D == pytest.approx([2 / 16, 7 / 16, 7 / 16])
+    assert draw.loss_weights_B == pytest.approx(np.ones(16))
+    assert sampler.effective_weights_D.tolist() == [0, 0.5, 0.5]
+
+
+def test_stratified_draws_end_as_ordinary_ones_do() -> None:
+    stop = MixtureSampler([3, 1000], 8, 0, exhaustion="stop", names=["small", "large"])
+    before = stop.state_dict()
+    with pytest.raises(SamplerExhausted, match="needs 4 sequences of domain 'small', whose cap leaves 3"):
+        stop.draw(min_per_domain=1)
+    assert stop.state_dict() == before
+    drop = MixtureSampler([3, 4], 8, 0, exhaustion="drop")
+    with pytest.raises(SamplerExhausted, match="too little left"):
+        drop.draw(min_per_domain=1)
+
+
+# -- probes -------------------------------------------------------------------------------------------------------
+
+
+def test_probes_leave_the_draw_alone_and_repeat_themselves() -> None:
+    probed, plain = MixtureSampler([50, 60], 8, 3, exhaustion="stop"), MixtureSampler([50, 60], 8, 3, exhaustion="stop")
+    first = probed.probe(4, None, 20)
+    assert same(probed.draw(), plain.draw())
+    again = probed.probe(4, None, 20)
+    assert probed.state_dict() == plain.state_dict()
+    assert first.sequences_N.tolist() == again.sequences_N.tolist()
+    assert first.sequences_N.tolist() != probed.probe(5, None, 20).sequences_N.tolist()
+
+
+def test_probes_draw_without_replacement_uniformly() -> None:
+    sampler = MixtureSampler([12, 40], 8, 3)
+    counts = np.zeros(12, dtype=np.int64)
+    for step in range(3000):
+        probe = sampler.probe(step, None, 5)
+        assert probe.groups_N.tolist() == probe.domains_N.tolist() == [0] * 5 + [1] * 5
+        assert len(set(probe.sequences_N[:5].tolist())) == 5
+        counts += np.bincount(probe.sequences_N[:5], minlength=12)
+    # Without replacement the spread is smaller than a chi-square's; only the upper side is a finding.
+    assert chi_square(counts) < 4
+
+
+def test_probes_use_a_domain_up_before_they_repeat() -> None:
+    probe = MixtureSampler([3, 40], 8, 3).probe(0, None, 7)
+    assert sorted(probe.sequences_N[:3].tolist()) == sorted(probe.sequences_N[3:6].tolist()) == [0, 1, 2]
+
+
+def test_probes_of_distributions_follow_them_and_share_no_sequence() -> None:
+    rows_GD = np.array([[0.5, 0.5, 0.0], [0.0, 0.1, 0.9]])
+    sampler = MixtureSampler([100_000] * 3, 8, 3)
+    probe = sampler.probe(0, rows_GD, 4000)
+    for group, row_D in enumerate(rows_GD):
+        counts_D = np.bincount(probe.domains_N[probe.groups_N == group], minlength=3)
+        assert np.abs(counts_D - 4000 * row_D).max() <= 4 * math.sqrt(4000 * 0.25)
+        assert (counts_D[row_D == 0] == 0).all()
+    assert len(set(zip(probe.domains_N.tolist(), probe.sequences_N.tolist(), strict=True))) == 8000
+
+
+def test_parts_of_a_probe_make_up_the_probe() -> None:
+    probe = MixtureSampler([9, 9, 9], 8, 3).probe(0, None, 3)
+    parts = [probe.shard(rank, 4) for rank in range(4)]
+    assert [len(part) for part in parts] == [2, 2, 2, 3]
+    assert np.concatenate([part.sequences_N for part in parts]).tolist() == probe.sequences_N.tolist()
+
+
+def test_probe_arguments_are_checked() -> None:
+    sampler = MixtureSampler([9, 9], 8, 3)
+    with pytest.raises(ConfigError, match="at least 1"):
+        sampler.probe(0, None, 0)
+    with pytest.raises(ConfigError, match=r"sum to 0\.5"):
+        sampler.probe(0, [[1.0, 0.0], [0.5, 0.0]], 2)
+
+
+# -- state --------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_json_and_exact() -> None:
+    sampler = MixtureSampler([10, 20, 30], 8, 3, weights_D=[0.1, 0.2, 0.7])
+    draws(sampler, 5)
+    sampler.set_weights(5, np.array([1, 2, 4]) / 7)
+    sampler.set_weights(8, [0.3, 0.3, 0.4])
+    twin = MixtureSampler([10, 20, 30], 8, 3)
+    twin.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert twin.state_dict() == sampler.state_dict()
+    assert all(same(a, b) for a, b in zip(draws(twin, 10), draws(sampler, 10), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (MixtureSampler([10, 20], 8, 4), "seed 3, this run has 4"),
+        (MixtureSampler([10, 20], 4, 3), "batch_size 8, this run has 4"),
+        (MixtureSampler([10, 21], 8, 3), "20 sequences in domain '1', this run has 21"),
+        (MixtureSampler([10], 8, 3), "2 domains, this run has 1"),
+    ],
+)
+def test_the_state_of_another_draw_is_refused(other: MixtureSampler, message: str) -> None:
+    sampler = MixtureSampler([10, 20], 8, 3)
+    draws(sampler, 2)
+    before = other.state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        other.load_state_dict(sampler.state_dict())
+    assert other.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", 99),
+        ("cursors", [1, 2]),
+        ("cursors", [17, -1]),
+        ("cursors", [16]),
+        ("cursors", "much"),
+        ("weights", [0.5, 0.6]),
+        ("scheduled", [[1, [0.5, 0.5]]]),
+        ("scheduled", 3),
+        ("step", None),
+    ],
+)
+def test_a_damaged_state_is_refused(key: str, value: object) -> None:
+    sampler = MixtureSampler([10, 20], 8, 3)
+    draws(sampler, 2)
+    state = sampler.state_dict()
+    with pytest.raises(CheckpointError):
+        sampler.load_state_dict({**state, key: value})
+    del state[key]
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        sampler.load_state_dict(state)
+    assert sampler.step == 2
+
+
+def test_a_copy_goes_its_own_way_and_its_draws_can_be_recorded() -> None:
+    sampler = MixtureSampler([5, 20], 4, 3, exhaustion="drop", max_epochs=2)
+    sampler.set_weights(6, [0.9, 0.1])
+    twin = sampler.copy()
+    for _ in range(9):
+        sampler.advance(twin.draw())
+        assert sampler.state_dict() == twin.state_dict()
+    draw = twin.draw()
+    assert sampler.step == 9
+    with pytest.raises(ConfigError, match="record whole batches in order"):
+        sampler.advance(draw.shard(0, 2))
+    sampler.advance(draw)
+    with pytest.raises(ConfigError, match="step 9 with 4 sequences cannot be recorded at step 10"):
+        sampler.advance(draw)
