@@ -36,6 +36,7 @@ from weft.training.estimators.direction import (
     precondition,
     trainable_parameters,
     unwrap,
+    zeros,
 )
 from weft.training.estimators.finite_difference import finite_difference
 from weft.training.estimators.groups import group_alignment, with_batch_norm
@@ -70,11 +71,11 @@ class AlignmentConfig(Section):
 
     estimator: Literal["auto", "separate", "cumulative", "shadow", "finite_difference"] = Field(
         "auto",
-        description="how derivatives along the direction are taken; auto: by what the run allows, with the reason logged",
+        description="how derivatives along the direction are taken; auto: by what the run allows, reason logged",
     )
     probe: Literal["auto", "batch", "extra"] = Field(
         "auto",
-        description="batch: measure on the training batch; extra: on sequences drawn for the purpose; auto: batch where it works",
+        description="batch: measure on the training batch; extra: on further ones; auto: batch where it works",
     )
     sequences_per_group: PositiveInt = Field(8, description="extra probes: sequences per domain or basis distribution")
     target_sequences: PositiveInt = Field(32, description="sequences behind each direction")
@@ -108,11 +109,16 @@ def choose_estimator(
     batch_size: int,
     needs_norms: bool = False,
     basis: bool = False,
+    losses: SequenceLosses | None = None,
 ) -> Choice:
-    """Settle `auto` by what the run allows, and refuse what it does not.
+    """Settle `auto` by what the run allows, cheapest first, and refuse what it does not allow.
 
-    In this order: norms wanted -> separate; sharded parameters -> finite_difference; a micro-batch for every group ->
-    cumulative; a sequence for every group in the batch -> shadow on the batch; else shadow on extra sequences.
+        cumulative on the batch         a micro-batch for every group
+        shadow on the batch             a sequence for every group
+        separate on extra sequences     whole parameters; exact, with norms (after shadow where processes are several,
+                                        because it reduces every group's gradient over them)
+        shadow on extra sequences       whole parameters
+        finite_difference               anything, sharded parameters included
 
     Args:
         config: the recipe's `alignment` section.
@@ -122,90 +128,70 @@ def choose_estimator(
         batch_size: sequences per optimizer step over all processes.
         needs_norms: the policy wants ||g_i|| (normalize: cosine).
         basis: groups are distributions over domains, to which no training sequence belongs.
+        losses: with it, a pass over two short sequences tells whether the shadow estimator can probe this model;
+            without it, a model it cannot probe is refused when the first probe runs.
     Raises:
         ConfigError: the configuration asks for what cannot work here.
     """
     parameters = trainable_parameters(model)
+    sharded = is_sharded(parameters.values()) and "parameters are sharded over processes"
     narrow = any(parameter.dtype.itemsize < 4 for parameter in parameters.values())
-    sharded = is_sharded(parameters.values())
-    batch_obstacle = _batch_obstacle(config, model, groups, batch_size, basis)
-    obstacles: dict[Estimator, str | None] = {
-        "separate": "parameters are sharded over processes" if sharded else None,
-        "cumulative": _first(
-            (needs_norms, "it gives no norms of groups, which normalize: cosine needs"),
-            (sharded, "parameters are sharded over processes"),
-            (narrow, "gradients accumulate in less than float32"),
-            (accumulation_steps < groups, f"{accumulation_steps} micro-batches cannot hold {groups} groups one by one"),
-            (config.probe == "extra", "it measures on the training batch and probe is extra"),
-            (batch_obstacle is not None, batch_obstacle or ""),
-        ),
-        "shadow": _first(
-            (needs_norms, "it gives no norms of groups, which normalize: cosine needs"),
-            (sharded, "parameters are sharded over processes"),
-            (config.probe == "batch" and batch_obstacle is not None, batch_obstacle or ""),
-        ),
-        "finite_difference": _first(
-            (needs_norms, "it gives no norms of groups, which normalize: cosine needs"),
-            (narrow, "parameters in less than float32 cannot hold its small steps"),
-            (config.probe == "batch", "it measures on extra sequences and probe is batch"),
-        ),
-    }
-    if config.probe == "batch":
-        obstacles["separate"] = obstacles["separate"] or "it measures on extra sequences and probe is batch"
-    if config.estimator != "auto":
-        obstacle = obstacles[config.estimator]
-        if obstacle is not None:
-            usable = [name for name, why in obstacles.items() if why is None]
-            raise ConfigError(
-                f"alignment.estimator {config.estimator} cannot be used: {obstacle}; usable here: "
-                f"{', '.join(usable) or 'none with this probe, sharding and policy'}"
-            )
-        on_batch = config.estimator == "cumulative" or (
-            config.estimator == "shadow" and config.probe != "extra" and batch_obstacle is None
-        )
-        return Choice(config.estimator, "batch" if on_batch else "extra", "asked for")
-    order: tuple[Estimator, ...] = ("cumulative", "shadow", "separate", "finite_difference")
-    for name in order:
-        if obstacles[name] is None:
-            return _explain(name, config, groups, batch_size, accumulation_steps, needs_norms, sharded, batch_obstacle)
-    raise ConfigError("no alignment estimator fits: " + "; ".join(f"{name}: {why}" for name, why in obstacles.items()))
-
-
-def _explain(
-    name: Estimator,
-    config: AlignmentConfig,
-    groups: int,
-    batch_size: int,
-    accumulation_steps: int,
-    needs_norms: bool,
-    sharded: bool,
-    batch_obstacle: str | None,
-) -> Choice:
-    if name == "cumulative":
-        return Choice(name, "batch", f"{accumulation_steps} micro-batches per step hold {groups} groups one by one")
-    if name == "separate":
-        return Choice(name, "extra", "the policy needs the norm of every group's gradient")
-    if name == "finite_difference":
-        why = "parameters are sharded over processes" if sharded else "only forward passes work here"
-        return Choice(name, "extra", why)
-    if config.probe == "extra":
-        return Choice(name, "extra", "extra probes were asked for")
-    if batch_obstacle is not None:
-        return Choice(name, "extra", batch_obstacle)
-    return Choice(name, "batch", f"a batch of {batch_size} sequences holds all {groups} groups")
-
-
-def _batch_obstacle(config: AlignmentConfig, model: nn.Module, groups: int, batch_size: int, basis: bool) -> str | None:
-    """Why alignments cannot be measured on the training batch itself."""
+    norms = needs_norms and "it gives no norm per group, which normalize: cosine needs"
     wanted = groups * config.min_sequences_per_domain
-    return _first(
-        (basis, "a training sequence belongs to a domain, not to a basis distribution"),
-        (has_dropout(model), "the model trains with dropout, which probes leave out"),
-        (
-            wanted > batch_size,
-            f"{groups} groups of {config.min_sequences_per_domain} do not fit a batch of {batch_size}",
-        ),
+    batch = (
+        (basis and "a training sequence belongs to a domain, not to a basis distribution")
+        or (has_dropout(model) and "the model trains with dropout, which probes leave out")
+        or (wanted > batch_size and f"{wanted} sequences for {groups} groups do not fit a batch of {batch_size}")
     )
+    shadow = norms or sharded or (losses is not None and _shadow_refusal(model, losses, parameters))
+    obstacles: dict[tuple[Estimator, Probe], str | bool] = {
+        ("cumulative", "batch"): norms
+        or sharded
+        or (narrow and "gradients accumulate in less than float32")
+        or batch
+        or (accumulation_steps < groups and f"{accumulation_steps} micro-batches are fewer than {groups} groups"),
+        ("shadow", "batch"): shadow or batch,
+        ("separate", "extra"): sharded,
+        ("shadow", "extra"): shadow,
+        ("finite_difference", "extra"): norms or (narrow and "parameters in less than float32 cannot hold its steps"),
+    }
+    order = list(obstacles)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        order[2], order[3] = order[3], order[2]
+    asked = [
+        (estimator, probe)
+        for estimator, probe in order
+        if config.estimator in ("auto", estimator) and config.probe in ("auto", probe)
+    ]
+    for place, candidate in enumerate(asked):
+        if not obstacles[candidate]:
+            passed_over = [f"not {' on '.join(other)}: {obstacles[other]}" for other in asked[:place]]
+            return Choice(*candidate, "; ".join([_MERITS[candidate], *passed_over]))
+    usable = [" on ".join(candidate) for candidate in order if not obstacles[candidate]]
+    reasons = [f"{' on '.join(candidate)}: {obstacles[candidate]}" for candidate in asked]
+    raise ConfigError(
+        f"alignment.estimator {config.estimator} with probe {config.probe} cannot be used "
+        f"({'; '.join(reasons) or 'there is no such pair'}); usable here: {', '.join(usable) or 'none'}"
+    )
+
+
+_MERITS: dict[tuple[Estimator, Probe], str] = {
+    ("cumulative", "batch"): "micro-batches of one group each make it nearly free",
+    ("shadow", "batch"): "the training step itself gives every sequence's derivative",
+    ("separate", "extra"): "exact, with norms",
+    ("shadow", "extra"): "exact, all groups in one pass",
+    ("finite_difference", "extra"): "needs forward passes only",
+}
+
+
+def _shadow_refusal(model: nn.Module, losses: SequenceLosses, parameters: Mapping[str, nn.Parameter]) -> str | bool:
+    """Why the shadow estimator refuses this model, found by trying; False if it does not."""
+    tokens_BT1 = torch.zeros(2, 5, dtype=torch.int64, device=next(iter(parameters.values())).device)
+    try:
+        shadow_dots(model, losses, tokens_BT1, zeros(parameters))
+    except ConfigError as error:
+        return str(error)
+    return False
 
 
 def has_dropout(model: nn.Module) -> bool:

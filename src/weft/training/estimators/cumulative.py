@@ -40,13 +40,14 @@ class CumulativeDots:
         check_direction(direction, parameters)
         if is_sharded(parameters.values()):
             raise ConfigError(
-                "cumulative dots need this rank's own gradient, and sharded gradients arrive averaged; use finite_difference"
+                "cumulative dots need this rank's own gradient, and sharded gradients arrive averaged; "
+                "use finite_difference"
             )
         narrow = sorted(name for name, parameter in parameters.items() if parameter.dtype.itemsize < 4)
         if narrow:
             raise ConfigError(
-                f"{narrow[0]} accumulates its gradient in {parameters[narrow[0]].dtype}, too coarse for differences; keep "
-                f"parameters in float32 (autocast may still compute in bfloat16) or use the shadow estimator"
+                f"{narrow[0]} accumulates its gradient in {parameters[narrow[0]].dtype}, too coarse for differences; "
+                f"keep parameters in float32 (autocast may still compute in bfloat16) or use the shadow estimator"
             )
         self._parameters = list(parameters.values())
         self._v = [direction[name] for name in parameters]
@@ -56,8 +57,8 @@ class CumulativeDots:
         """The mean derivative over the micro-batch whose backward pass has just run.
 
         Args:
-            coefficients_B: what each sequence's loss was multiplied by before `backward`, as in `ShadowProbe.dots`; equal
-                ones give the plain mean of <g_b, v>, unequal ones the mean weighted by them.
+            coefficients_B: what each sequence's loss was multiplied by before `backward`, as in `ShadowProbe.dots`;
+                equal ones give the plain mean of <g_b, v>, unequal ones the mean weighted by them.
         Returns:
             dots_B: that mean, once for each sequence, float64; nothing waits for the device until it is read.
         Raises:
@@ -66,8 +67,8 @@ class CumulativeDots:
         total = high_precision(coefficients_B.detach()).sum()
         if float(total) == 0.0:
             raise ConfigError(
-                "the micro-batch's loss coefficients sum to 0, so its gradient cannot be measured; leave it out, give the "
-                "mixture a floor, or set alignment.probe: extra"
+                "the micro-batch's loss coefficients sum to 0, so its gradient cannot be measured; leave it out, give "
+                "the mixture a floor, or set alignment.probe: extra"
             )
         now = self._read()
         mean = (now - self._before.to(now.device)) / total.to(now.device)

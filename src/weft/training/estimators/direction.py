@@ -1,7 +1,7 @@
 """The direction v that alignments are measured along, and the few things every estimator does with a model.
 
-A direction is a gradient held outside `.grad`: one tensor per trainable parameter, tied parameters once. It is taken with
-`torch.autograd.grad`, so neither `.grad` nor the optimizer's state ever sees it.
+A direction is a gradient held outside `.grad`: one tensor per trainable parameter, tied parameters once. It is taken
+with `torch.autograd.grad`, so neither `.grad` nor the optimizer's state ever sees it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def gradient_direction(
 
         v = grad_theta  (1 / B) sum_b L_b(theta)            B counts the sequences of all ranks
 
-    Each rank brings sequences of its own (their number may differ, and be 0, unless parameters are sharded); all ranks get
-    the same v. The training step around it is not disturbed: `.grad`, the optimizer and the modules' modes stay as they were.
+    Each rank brings sequences of its own (their number may differ, and be 0, unless parameters are sharded); all
+    ranks get the same v. The training step around it is not disturbed: `.grad`, the optimizer and the modules' modes
+    stay as they were.
 
     Args:
         model: the model, also wrapped in `DistributedDataParallel` or compiled; frozen parameters do not enter v.
@@ -70,8 +71,8 @@ def gradient_direction(
                 sum_over_ranks(part, process_group)
     if not math.isfinite(norm(direction.values())):
         raise NumericsError(
-            f"the gradient of the mean loss over {total:.0f} sequences is not finite; lower the learning rate or look for "
-            f"sequences whose loss is infinite"
+            f"the gradient of the mean loss over {total:.0f} sequences is not finite; lower the learning rate or look "
+            f"for sequences whose loss is infinite"
         )
     return direction
 
@@ -102,8 +103,8 @@ def precondition(
                 scaled[name] = part.clone()
                 continue
             raise ConfigError(
-                f"precondition: adam needs the second moment of {name}, and the optimizer has none; use AdamW or Adam and "
-                f"take at least one optimizer step first, or set precondition: none"
+                f"precondition: adam needs the second moment of {name}, and the optimizer has none; use AdamW or Adam "
+                f"and take at least one optimizer step first, or set precondition: none"
             )
         group = settings[parameter]
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
@@ -188,8 +189,7 @@ def dot(left: Iterable[Tensor | None], right: Iterable[Tensor]) -> Tensor:
         a scalar on the parameters' device; nothing waits for the device until it is read.
     """
     with torch.no_grad():
-        parts = [_whole((x.to(y.dtype) * y).sum()) if isinstance(y, DTensor) else torch.dot(x.reshape(-1).to(y.dtype), y.reshape(-1))
-                 for x, y in zip(left, right, strict=True) if x is not None]  # fmt: skip
+        parts = [_product(x, y) for x, y in zip(left, right, strict=True) if x is not None]
         return high_precision(torch.stack(parts)).sum() if parts else torch.zeros((), dtype=torch.float64)
 
 
@@ -234,8 +234,11 @@ def sum_over_ranks(values: Tensor, process_group: ProcessGroup | None = None) ->
     return values
 
 
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(y, DTensor):
+        total: Tensor = (x.to(y.dtype) * y).sum().full_tensor()
+        return total
+    return torch.dot(x.reshape(-1).to(y.dtype), y.reshape(-1))
 
 
 def _gradients_by_backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:

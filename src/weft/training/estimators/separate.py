@@ -1,7 +1,7 @@
 """A backward pass per group: exact, with norms, the oracle of the other estimators.
 
-Cost: a forward and a backward pass for every probe sequence (3F per training batch's worth). Gradients stream: one group's is
-in memory at a time, never G of them.
+Cost: a forward and a backward pass for every probe sequence (3F per training batch's worth). Gradients stream: one
+group's is in memory at a time, never G of them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def separate_alignment(
                 rows_3G[:, group] = torch.tensor(figures, dtype=torch.float64)
     if pending is not None:
         raise ConfigError(
-            f"a batch of group {pending[0]} came out of turn; batches must come in ascending order of groups 0 to {groups - 1}"
+            f"a batch of group {pending[0]} came out of turn; batches must come in ascending order of groups "
+            f"0 to {groups - 1}"
         )
     dots_G, norms_G, counts_G = rows_3G
     if not torch.isfinite(norms_G[counts_G > 0]).all():

@@ -1,14 +1,14 @@
 """Derivatives of single sequences along v, taken from the training step's own backward pass.
 
-Give sequence b a scalar s_b = 0 and let every module that owns parameters theta_m answer, for that sequence, as if it stood at
-theta_m + s_b v_m. To first order its output gains s_b times a shadow term,
+Give sequence b a scalar s_b = 0 and let every module m that owns parameters theta_m answer, for that sequence, as if it
+stood at theta_m + s_b v_m. To first order its output gains s_b times a shadow term J_m(x_b) v_m,
 
-    y_b + s_b J_m(x_b) v_m        linear  x_b V^T + v_bias        embedding  V[idx_b]        anything else  by forward mode
+    linear  x_b V^T + v_bias      embedding  V[idx_b]      norm  xhat_b V + v_bias      anything else  by forward mode
 
-so that backpropagation leaves dL_b / ds_b = <grad L_b, v> in the gradient of s. Since s is 0, nothing needs to be added in the
-forward pass: the term exists only in the backward pass of `_Tap` functions, outputs and parameter gradients keep their every
-bit, and nothing is saved that the backward pass of the module does not hold anyway. Inputs count as constants in the shadow
-term: what an earlier module contributes arrives through its own. Tied parameters carry one V at every place they are used.
+and backpropagation leaves dL_b / ds_b = <grad L_b, v> in the gradient of s. As s is 0, nothing is added in the forward
+pass: the shadow exists only in the backward pass of the functions at the foot of this file, which hand y and its
+gradient on untouched, so losses and parameter gradients keep their every bit. Inputs count as constants in a shadow;
+what an earlier module contributes arrives through its own. Tied parameters carry one V at every place they are used.
 
 Cost: at most one forward pass (1F) per probed step, and V, which is as large as the trainable parameters.
 """
@@ -16,8 +16,10 @@ Cost: at most one forward pass (1F) per probed step, and V, which is as large as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -49,57 +51,65 @@ class ShadowProbe:
                 dots_B = probe.dots(coefficients_B)
 
     Losses and parameter gradients are those of the step without the probe, bit for bit. The same holds under autocast,
-    gradient accumulation, DDP and activation checkpointing. Inside the `with`, compiled models run eagerly: compiled code
-    would not see the probe.
+    gradient accumulation, DDP and activation checkpointing.
 
-    The first axis of every module's output must run over sequences (or be 1 and broadcast over them, as position embeddings
-    do): a module that sees sequences flattened together, such as a mixture of experts, is refused, because its output cannot be
-    told apart by sequence. Dropout stays as the training step has it, so that <g_b, v> is of the gradient under that step's
-    mask; use `shadow_dots` for a pass without.
+    The first axis of every module's output must run over sequences (or be 1 and broadcast over them, as that of
+    position embeddings). A module that sees sequences flattened together, such as a mixture of experts, is refused,
+    because its output cannot be told apart by sequence. An output changed in place by what follows is refused by PyTorch.
+    Dropout stays as the training step has it: <g_b, v> is then of the gradient under that step's mask; `shadow_dots`
+    has none.
+
+    A model compiled before the probe was entered would not see it, so by default models run eagerly inside the `with`.
+    To probe compiled steps, enter the probe first, then compile the model, pass `compiled=True` and stay inside for the
+    whole training, with `along` for each new direction: steps without `begin` are plain ones.
 
     Args:
         model: see `gradient_direction`.
         direction: v. Modules without trainable parameters get no hook.
+        compiled: leave `torch.compile` on.
     Raises:
         ConfigError: the direction is of another model, a module cannot be probed, or parameters are sharded over ranks.
     """
 
-    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
-        self._model = unwrap(model)
-        parameters = trainable_parameters(model)
-        check_direction(direction, parameters)
-        if is_sharded(parameters.values()):
+    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor], *, compiled: bool = False) -> None:
+        self._model, self._compiled = unwrap(model), compiled
+        self._parameters = trainable_parameters(model)
+        if is_sharded(self._parameters.values()):
             raise ConfigError(
-                "the shadow estimator needs whole parameters on every rank, and these are sharded; use finite_difference"
+                "the shadow estimator needs whole parameters on every rank, and these are sharded; "
+                "use finite_difference"
             )
-        v = {id(parameter): direction[name] for name, parameter in parameters.items()}
-        self._taps = []
-        for name, module in self._model.named_modules():
-            own = {key: v[id(p)] for key, p in module._parameters.items() if p is not None and p.requires_grad}
-            if own:
-                self._taps.append(_tap_for(name or "model", module, own))
+        self._taps = [
+            _tap_for(name or "model", module, own)
+            for name, module in self._model.named_modules()
+            if (own := [key for key, p in module._parameters.items() if p is not None and p.requires_grad])
+        ]
+        first = next(iter(self._parameters.values()))
+        self._dtype, self._device = wide(first.dtype), first.device
         self._slopes_B: Tensor | None = None
-        self._dtype = wide(next(iter(parameters.values())).dtype)
-        self._device = next(iter(parameters.values())).device
-        self._seen: set[int] = set()
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._eager = torch.compiler.set_stance("default")
+        self._exits = ExitStack()
+        self.along(direction)
+
+    def along(self, direction: Mapping[str, Tensor]) -> None:
+        """Measure along another direction from the next `begin` on; compiled code stays valid."""
+        check_direction(direction, self._parameters)
+        v = {id(parameter): direction[name] for name, parameter in self._parameters.items()}
+        for tap in self._taps:
+            tap.v = {key: v[id(tap.module._parameters[key])] for key in tap.own}
 
     def __enter__(self) -> ShadowProbe:
-        self._eager = torch.compiler.set_stance("force_eager")
+        if not self._compiled:
+            self._exits.enter_context(torch.compiler.set_stance("force_eager"))
         for tap in self._taps:
-            hook = self._hook(tap)
-            self._handles.append(tap.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            handle = tap.module.register_forward_hook(self._hook(tap), prepend=True, with_kwargs=True)
+            self._exits.callback(handle.remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
         self._slopes_B = None
-        self._eager.__exit__(kind, error, trace)
+        self._exits.close()
 
     def begin(self, batch_size: int) -> Tensor:
         """Start a (micro-)batch; returns s_B, all zero, whose gradient the backward pass fills.
@@ -108,7 +118,8 @@ class ShadowProbe:
             batch_size: B, sequences of the next forward pass.
         """
         self._slopes_B = torch.zeros(batch_size, dtype=self._dtype, device=self._device, requires_grad=True)
-        self._seen.clear()
+        for tap in self._taps:
+            tap.called = False
         return self._slopes_B
 
     def dots(self, coefficients_B: Tensor) -> Tensor:
@@ -126,24 +137,34 @@ class ShadowProbe:
         if slopes_B is None or slopes_B.grad is None:
             raise ConfigError("no derivative has arrived: call begin, the model, backward and then dots, in this order")
         for tap in self._taps:
-            if id(tap) not in self._seen and any(tap.module._parameters[key].grad is not None for key in tap.v):  # type: ignore[union-attr]
-                raise ConfigError(tap.refuse("its parameters got a gradient although the module itself was not called"))
+            if not (tap.called or self._compiled) and tap.has_gradient():
+                raise ConfigError(tap.refuse("its parameters got a gradient although the module was not called"))
         if coefficients_B.shape != slopes_B.shape or bool((coefficients_B == 0).any()):
             raise ConfigError(
-                f"coefficients of shape {tuple(coefficients_B.shape)} with {int((coefficients_B == 0).sum())} zeros came for "
-                f"{len(slopes_B)} sequences; give one per sequence, none 0: a sequence without a share in the loss has no "
-                f"gradient to measure (leave it out, give the mixture a floor, or set alignment.probe: extra)"
+                f"coefficients of shape {tuple(coefficients_B.shape)} with {int((coefficients_B == 0).sum())} zeros "
+                f"came for {len(slopes_B)} sequences; give one per sequence, none 0: a sequence without a share in the "
+                f"loss has no gradient to measure (leave it out, give the mixture a floor, or set probe: extra)"
             )
         dots_B = slopes_B.grad / coefficients_B.detach().to(slopes_B)
         self._slopes_B = None
         return dots_B
+
+    def require_all_called(self) -> None:
+        """Refuse a parameter that v says matters and whose module was not called, after a pass without `backward`.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        for tap in self._taps:
+            if not tap.called and any(bool(part.any()) for part in tap.v.values()):
+                raise ConfigError(tap.refuse("its parameters matter to the loss although the module was not called"))
 
     def _hook(self, tap: _Tap) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
         def attach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             slopes_B = self._slopes_B
             if slopes_B is None or not torch.is_grad_enabled():
                 return None
-            self._seen.add(id(tap))
+            tap.called = True
             self._slopes_B = None  # a tap that runs the module again must not be tapped
             try:
                 return tap.attach(args, kwargs, output, slopes_B)
@@ -179,6 +200,7 @@ def shadow_dots(
             slopes_B = probe.begin(len(chunk))
             (dots_B,) = torch.autograd.grad(losses(module, chunk).sum(), slopes_B)
             found.append(dots_B)
+            probe.require_all_called()
     return torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device)
 
 
@@ -188,12 +210,18 @@ def shadow_dots(
 class _Tap:
     """A module whose parameters have a V, and how its shadow term is formed. This one serves any module.
 
-    The term J_m v_m is computed beside the forward pass by forward-mode differentiation of the module with respect to its
-    own parameters, so the module may use them in any differentiable way; children answer for theirs.
+    The term J_m v_m is computed beside the forward pass by forward-mode differentiation of the module with respect to
+    its own parameters, so the module may use them in any differentiable way; children answer for theirs.
     """
 
-    def __init__(self, name: str, module: nn.Module, v: dict[str, Tensor]) -> None:
-        self.name, self.module, self.v = name, module, v
+    def __init__(self, name: str, module: nn.Module, own: list[str]) -> None:
+        self.name, self.module, self.own = name, module, own
+        self.v: dict[str, Tensor] = {}
+        self.called = False
+
+    def has_gradient(self) -> bool:
+        """Whether `.grad` holds anything for the module's own parameters."""
+        return any(p is not None and p.grad is not None for p in map(self.module._parameters.get, self.own))
 
     def refuse(self, why: str) -> str:
         """The message of a refusal."""
@@ -234,9 +262,11 @@ class _Tap:
         def forward(parameters: dict[str, Tensor]) -> Any:
             return torch.func.functional_call(body, parameters, args, kwargs)
 
+        if torch.compiler.is_compiling():
+            return list(tree_flatten(torch.func.jvp(forward, (primals,), (tangents,))[1])[0])
         before = torch.get_rng_state()
         try:
-            _, tangent = torch.func.jvp(forward, (primals,), (tangents,))
+            tangent = torch.func.jvp(forward, (primals,), (tangents,))[1]
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ConfigError(self.refuse(f"forward-mode differentiation fails in it ({error})")) from error
         if not torch.equal(before, torch.get_rng_state()):
@@ -259,22 +289,25 @@ class _Body(nn.Module):
 class _LinearTap(_Tap):
     """nn.Linear, weight (O, I), and transformers' Conv1D, weight (I, O)."""
 
-    def __init__(self, name: str, module: nn.Module, v: dict[str, Tensor], *, transposed: bool) -> None:
-        super().__init__(name, module, v)
-        self.weight_OI = v["weight"].t() if transposed and "weight" in v else v.get("weight")
-        self.bias_O = v.get("bias")
+    def __init__(self, name: str, module: nn.Module, own: list[str], *, transposed: bool) -> None:
+        super().__init__(name, module, own)
+        self.transposed = transposed
 
     def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, slopes_B: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         shared = self.spread(output, slopes_B)
-        return _Linear.apply(output, slopes_B, x.detach(), self.weight_OI, self.bias_O, shared)  # type: ignore
+        weight = self.v.get("weight")
+        weight_OI = weight.t() if weight is not None and self.transposed else weight
+        return _Linear.apply(  # type: ignore[no-any-return, no-untyped-call]
+            output, slopes_B, x.detach(), weight_OI, self.v.get("bias"), shared
+        )
 
 
 class _EmbeddingTap(_Tap):
     """nn.Embedding; one-dimensional indices are positions shared by all sequences."""
 
-    def __init__(self, name: str, module: nn.Embedding, v: dict[str, Tensor]) -> None:
-        super().__init__(name, module, v)
+    def __init__(self, name: str, module: nn.Embedding, own: list[str]) -> None:
+        super().__init__(name, module, own)
         if module.max_norm is not None or module.scale_grad_by_freq:
             raise ConfigError(self.refuse("max_norm and scale_grad_by_freq mix sequences"))
         self.padding = module.padding_idx
@@ -284,19 +317,89 @@ class _EmbeddingTap(_Tap):
         if index.ndim == 1 and len(slopes_B) > 1:
             index, output = index.unsqueeze(0), output.unsqueeze(0)
         shared = self.spread(output, slopes_B)
-        return _Embedding.apply(output, slopes_B, index, self.v["weight"], self.padding, shared)  # type: ignore
+        return _Embedding.apply(  # type: ignore[no-any-return, no-untyped-call]
+            output, slopes_B, index, self.v["weight"], self.padding, shared
+        )
 
 
-def _tap_for(name: str, module: nn.Module, v: dict[str, Tensor]) -> _Tap:
+class _NormTap(_Tap):
+    """LayerNorm and RMSNorm by whatever class: y = (c + weight) xhat + bias, xhat = x normalised over its last axis."""
+
+    def __init__(self, name: str, module: nn.Module, own: list[str], *, centred: bool) -> None:
+        super().__init__(name, module, own)
+        self.centred, self.epsilon = centred, _epsilon(module)
+
+    def attach(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, slopes_B: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        shared = self.spread(output, slopes_B)
+        return _Norm.apply(  # type: ignore[no-any-return, no-untyped-call]
+            output, slopes_B, x.detach(), self.v.get("weight"), self.v.get("bias"), self.epsilon, self.centred, shared
+        )
+
+
+def _normalised(x: Tensor, epsilon: float, centred: bool) -> Tensor:
+    """x over its root mean square along the last axis, after taking out the mean if `centred`."""
+    x = x.to(wide(x.dtype))
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+def _epsilon(module: nn.Module) -> float:
+    value = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return value if isinstance(value, float) else torch.finfo(torch.float32).eps
+
+
+_norm_forms: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
+
+
+def _norm_form(module: nn.Module) -> bool | None:
+    """Whether a module is a LayerNorm (True), an RMSNorm (False) or neither (None), judged by what it computes.
+
+    Its forward is run once on random input with random parameters and held against y = (c + weight) xhat + bias, c =
+    0 or 1.
+    """
+    if module not in _norm_forms:
+        _norm_forms[module] = _measure_norm_form(module)
+    return _norm_forms[module]
+
+
+def _measure_norm_form(module: nn.Module) -> bool | None:
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    weight = own.get("weight")
+    if weight is None or weight.ndim != 1 or not own.keys() <= {"weight", "bias"} or any(module.children()):
+        return None
+    random = torch.Generator().manual_seed(0)
+    draw = {f"module.{key}": torch.randn(p.shape, generator=random).to(p) for key, p in own.items()}
+    x = torch.randn(1, 4, len(weight), generator=random).to(weight)
+    bias = draw.get("module.bias", torch.zeros_like(weight))
+    try:
+        with torch.no_grad():
+            y = torch.func.functional_call(_Body(module), draw, (x,))
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    near = 1e-5 if weight.dtype.itemsize >= 4 else 0.05
+    for centred in (True, False):
+        for offset in (0.0, 1.0):
+            expected = (offset + draw["module.weight"]) * _normalised(x, _epsilon(module), centred) + bias
+            if torch.allclose(y.to(expected.dtype), expected, rtol=near, atol=near):
+                return centred
+    return None
+
+
+def _tap_for(name: str, module: nn.Module, own: list[str]) -> _Tap:
     """The cheapest tap that is exact for a module; one that overrides a known forward counts as unknown."""
     forward = type(module).forward
     if forward is nn.Linear.forward:
-        return _LinearTap(name, module, v, transposed=False)
+        return _LinearTap(name, module, own, transposed=False)
     if forward is Conv1D.forward:
-        return _LinearTap(name, module, v, transposed=True)
+        return _LinearTap(name, module, own, transposed=True)
     if forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
-        return _EmbeddingTap(name, module, v)
-    return _Tap(name, module, v)
+        return _EmbeddingTap(name, module, own)
+    centred = _norm_form(module)
+    return _Tap(name, module, own) if centred is None else _NormTap(name, module, own, centred=centred)
 
 
 # -- the backward passes: y goes through untouched, s_b receives <grad y_b, shadow_b> ----------------------------------
@@ -378,3 +481,37 @@ class _Embedding(torch.autograd.Function):
             shadow = shadow.masked_fill((index == ctx.padding).unsqueeze(-1), 0.0)
         slopes_B = _rows(grad, shadow, ctx.batch, ctx.dtype)
         return _gathered(grad, ctx.shared), slopes_B, None, None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    """Shadow V xhat + v_bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        slopes_B: Tensor,
+        x: Tensor,
+        weight_H: Tensor | None,
+        bias_H: Tensor | None,
+        epsilon: float,
+        centred: bool,
+        shared: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_H, bias_H)
+        ctx.batch, ctx.dtype, ctx.shared = len(slopes_B), slopes_B.dtype, shared
+        ctx.epsilon, ctx.centred = epsilon, centred
+        return _spread_over(y, slopes_B, shared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_H, bias_H = ctx.saved_tensors
+        batch, dtype, width = ctx.batch, ctx.dtype, grad.shape[-1]
+        slopes_B = torch.zeros(batch, dtype=dtype, device=grad.device)
+        wide_grad = grad.to(dtype)
+        if weight_H is not None:
+            products = wide_grad * _normalised(x, ctx.epsilon, ctx.centred)
+            slopes_B = slopes_B + products.reshape(batch, -1, width).sum(1) @ weight_H.to(dtype)
+        if bias_H is not None:
+            slopes_B = slopes_B + wide_grad.reshape(batch, -1, width).sum(1) @ bias_H.to(dtype)
+        return _gathered(grad, ctx.shared), slopes_B, None, None, None, None, None, None
