@@ -1,0 +1,151 @@
+"""The scripts that write documents from code and records."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, PositiveInt
+
+from weft.config import Section
+
+
+class Inner(Section):
+    """What is inside.
+
+    Attributes:
+        depth: how deep, told
+            over two lines.
+    """
+
+    depth: PositiveInt = 3
+
+
+class Outer(Section):
+    """What is outside.
+
+    More about it.
+    """
+
+    kind: Literal["a", "b"] = Field("a", description="one | two")
+    inner: Inner = Field(default_factory=Inner, description="the inside")
+    many: list[Inner] = Field(description="several")
+
+
+@pytest.fixture
+def reference(load_script):
+    return load_script("docs/generate_reference.py")
+
+
+@pytest.fixture
+def tables(load_script, tmp_path, monkeypatch):
+    module = load_script("docs/benchmark_table.py")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    for name in ("README.md", "docs/benchmarks.md"):
+        (tmp_path / name).write_text(f"before\n\n{module.BEGIN}\n{module.END}\n\nafter\n")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr("sys.argv", ["benchmark_table.py"])
+    return module
+
+
+def test_a_section_becomes_a_table_of_its_keys(reference):
+    assert reference.section_body(Outer, "outer") == [
+        "What is outside.",
+        "",
+        "| key | type | default | meaning |",
+        "| --- | --- | --- | --- |",
+        "| `kind` | `a`, `b` | `a` | one \\| two |",
+        "| `inner` | section |  | the inside |",
+        "| `many` | list of section | required | several |",
+    ]
+
+
+def test_descriptions_come_from_the_docstring_where_the_field_has_none(reference):
+    assert reference.section_body(Inner, "inner", introduce=False)[-1] == (
+        "| `depth` | integer, > 0 | `3` | how deep, told over two lines. |"
+    )
+
+
+def test_sections_below_are_found_with_their_places(reference):
+    assert [place for place, _ in reference.sections(Outer, "")] == ["", "inner", "many[]"]
+
+
+def test_a_key_without_description_is_an_error(reference):
+    class Silent(Section):
+        """Says nothing of its key."""
+
+        key: int = 1
+
+    with pytest.raises(reference.UndocumentedError, match="silent: key"):
+        reference.section_body(Silent, "silent")
+
+
+def test_headline_figures_become_rows_and_pages_follow(tables, tmp_path):
+    (tmp_path / "results/speed.json").write_text(
+        json.dumps({"headline": [{"figure": "ratio", "measured": "3.1 (3.0 .. 3.2)", "goal": "at least 3"}]})
+    )
+    (tmp_path / "results/speed.md").write_text("# Speed\n\n## Details\n\ntext\n")
+    assert tables.main() == 0
+    row = "| ratio | 3.1 (3.0 .. 3.2) | at least 3 | [speed](benchmarks/results/speed.md) |"
+    assert row in (tmp_path / "README.md").read_text()
+    page = (tmp_path / "docs/benchmarks.md").read_text()
+    assert "## speed\n" in page
+    assert "### Details\n\ntext" in page
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+
+
+def test_a_changed_record_makes_the_table_stale_and_writing_mends_it(tables, tmp_path, monkeypatch, capsys):
+    assert tables.main() == 0
+    monkeypatch.setattr("sys.argv", ["benchmark_table.py", "--check"])
+    assert tables.main() == 0
+    (tmp_path / "results/a.json").write_text(json.dumps({"headline": [{"figure": "x", "measured": "1"}]}))
+    (tmp_path / "results/a.md").write_text("# A\n")
+    assert tables.main() == 1
+    assert "README.md" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["benchmark_table.py"])
+    assert tables.main() == 0
+    monkeypatch.setattr("sys.argv", ["benchmark_table.py", "--check"])
+    assert tables.main() == 0
+
+
+def test_a_page_without_markers_is_refused(tables, tmp_path):
+    (tmp_path / "README.md").write_text("no place for a table\n")
+    with pytest.raises(ValueError, match=r"README\.md must hold the markers"):
+        tables.main()
+
+
+@pytest.fixture
+def demo(tmp_path):
+    def write(page: str = "<html><img src='data:,'></html>", **changes: object) -> Path:
+        scores = {"uniform": 2.0, "importance": 1.9, "dga": 1.8}
+        mixture = {"target_bpb": scores, "generic_bpb": scores, "train_tokens": 10, "seconds": {"dga": 1.0}, **changes}
+        (tmp_path / "summary.json").write_text(json.dumps({"mixture": mixture}))
+        (tmp_path / "report.html").write_text(page)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"train_tokens": 0}, "train_tokens is 0"),
+        ({"target_bpb": {"uniform": 2.0, "dga": 1.8}}, "target_bpb lacks importance"),
+        (
+            {"generic_bpb": {"uniform": float("nan"), "importance": 1.0, "dga": 1.0}},
+            "summary.generic_bpb.uniform is nan",
+        ),
+        ({"page": "<html><script src='https://example.org/x.js'></script></html>"}, "report.html loads"),
+        ({"page": "<html>"}, "report.html is cut off"),
+    ],
+)
+def test_what_is_wrong_with_a_demonstration_is_found(load_script, demo, changes, problem):
+    found = load_script(".ci/check_demo.py").problems(demo(**changes))
+    if problem is None:
+        assert not found
+    else:
+        assert any(line.startswith(problem) for line in found)
