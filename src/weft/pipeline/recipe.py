@@ -15,7 +15,7 @@ from weft.config import Section, apply_overrides, read_yaml, validate
 from weft.evaluation.suite import EvaluationConfig
 from weft.mixture.policy import PolicyConfig, build_policy
 from weft.models.factory import ModelConfig, architecture_config
-from weft.pipeline.prepare import DataConfig
+from weft.pipeline.data_config import DataConfig
 from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
 

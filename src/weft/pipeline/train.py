@@ -22,7 +22,8 @@ from weft.evaluation.result import save_windows
 from weft.evaluation.suite import EvaluationConfig, SuiteResult, evaluate_suite
 from weft.mixture.policy import MixtureSetting, build_policy
 from weft.models.factory import build_model, count_parameters, load_model
-from weft.pipeline.prepare import PreparedData, prepare
+from weft.pipeline.prepare import prepare
+from weft.pipeline.prepared import PreparedData
 from weft.pipeline.recipe import Recipe
 from weft.training.loop import Task, Trainer, TrainingResult
 from weft.training.metrics import MetricsSink, TensorBoardSink, WandbSink
@@ -47,7 +48,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     recipe.run.mkdir(parents=True, exist_ok=True)
     with _only_one(recipe.run) if process.is_main_process else _nothing():
         with process.main_process_first():
-            data = prepare(recipe.data, recipe.prepared_folder)
+            data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
         identity = recipe.identity(data.fingerprint)
         finished = _finished(recipe, identity)
         process.wait_for_everyone()

@@ -1,0 +1,186 @@
+"""Train one small model per (policy, budget, seed) on the same data and tokens, several at a time, and keep every result.
+
+A finished run leaves `<work>/<name>.json`; running the benchmark again reuses it, so an interrupted benchmark continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import say, write_atomically
+from _domains_text import TokenisedDomain
+from torch import nn
+
+from weft.corpora.source import ArraySource
+from weft.evaluation.suite import EvaluationConfig, evaluate_suite
+from weft.mixture.policy import MixtureSetting, build_policy
+from weft.models.factory import ModelConfig, build_model, count_parameters
+from weft.training.alignment import AlignmentConfig
+from weft.training.config import TrainingConfig
+from weft.training.loop import Task, Trainer
+from weft.training.metrics import read_metrics
+from weft.training.runtime import choose_runtime
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything a run reads: domains, the target and what a histogram or a basis says of it."""
+
+    domains: tuple[TokenisedDomain, ...]
+    target_train: ArraySource
+    target_heldout: ArraySource
+    target_histogram: tuple[float, ...]
+    basis: tuple[tuple[float, ...], ...] | None
+    vocab_size: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: where its data comes from and what differs.
+
+    Attributes:
+        data: arguments of the benchmark's data function.
+        method: the row it belongs to.
+        mixture: the recipe's `mixture` section, or None to train on the target alone.
+        seed: of weights and draws.
+        training, model, alignment: sections of the recipe.
+    """
+
+    data: Mapping[str, Any]
+    method: str
+    mixture: Mapping[str, Any] | None
+    seed: int
+    training: Mapping[str, Any]
+    model: Mapping[str, Any]
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: int = 4
+    generic_tokens: int = 4096
+
+    @property
+    def name(self) -> str:
+        """A name that changes with every choice."""
+        text = json.dumps(self.__dict__, sort_keys=True, default=dict)
+        return f"{self.method}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[str, Any]:
+    """Train and evaluate one model; returns its curve, its mixture over time and its cost."""
+    data = make_data(**spec.data)
+    target_only = spec.mixture is None
+    names = ("target",) if target_only else tuple(domain.name for domain in data.domains)
+    sources = (data.target_train,) if target_only else tuple(domain.train for domain in data.domains)
+    setting = MixtureSetting(
+        domains=names,
+        tokens_D=torch.tensor([len(source) for source in sources], dtype=torch.float64),
+        target_histogram_D=None if target_only else torch.tensor(data.target_histogram, dtype=torch.float64),
+        basis_ND=None if data.basis is None or target_only else torch.tensor(data.basis, dtype=torch.float64),
+    )
+    config = TrainingConfig.model_validate(dict(spec.training))
+    model = build_model(
+        ModelConfig.model_validate(dict(spec.model)),
+        vocab_size=data.vocab_size,
+        sequence_length=config.sequence_length,
+        eos_id=data.eos_id,
+        seed=spec.seed,
+    )
+    parameters = count_parameters(model)
+    evaluation = EvaluationConfig(max_tokens_per_set=spec.generic_tokens)
+    whole = EvaluationConfig(max_tokens_per_set=None)
+
+    def evaluate(module: nn.Module) -> dict[str, Any]:
+        target = evaluate_suite(module, {}, data.target_heldout, sequence_length=config.sequence_length, config=whole)
+        generic = evaluate_suite(
+            module, {d.name: d.heldout for d in data.domains}, sequence_length=config.sequence_length, config=evaluation
+        )
+        assert generic.generic is not None
+        return {"sets": {"target": target.sets["target"].to_json()}, "generic": generic.generic.to_json()}
+
+    folder = work / f"{spec.name}.run"
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer = Trainer(
+        model,
+        Task(names, sources, build_policy(dict(spec.mixture or {"policy": "uniform"})), setting, data.target_train),
+        config,
+        alignment=AlignmentConfig.model_validate(dict(spec.alignment)),
+        runtime=choose_runtime(config, parameters=parameters),
+        folder=folder,
+        seed=spec.seed,
+        evaluate=evaluate,
+        evaluate_every_steps=max(1, config.total_steps // spec.evaluations),
+    )
+    start = time.perf_counter()
+    result = trainer.run()
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    curve = [
+        {
+            "tokens": line["tokens"],
+            "target": line["sets"]["target"]["bits_per_byte"],
+            "generic": line["generic"]["bits_per_byte"],
+        }
+        for line in lines
+        if line["kind"] == "eval" and line["step"] > 0
+    ]
+    mixtures = [list(line["weights"].values()) for line in lines if line["kind"] == "mixture"]
+    shutil.rmtree(folder)
+    return {
+        "method": spec.method,
+        "seed": spec.seed,
+        "data": dict(spec.data),
+        "curve": curve,
+        "target": curve[-1]["target"],
+        "target_best": min(point["target"] for point in curve),
+        "generic": curve[-1]["generic"],
+        "tokens": result.tokens,
+        "steps": result.step,
+        "parameters": parameters,
+        "seconds": result.seconds,
+        "wall_seconds": time.perf_counter() - start,
+        "alignment_share": result.seconds["alignment"] / (result.seconds["train"] + result.seconds["alignment"]),
+        "weights": result.weights,
+        "epochs_max": max(result.epochs.values()),
+        "mixtures": mixtures,
+        "estimator": None if trainer.choice is None else [trainer.choice.estimator, trainer.choice.probe],
+    }
+
+
+def run_all(
+    specs: Sequence[RunSpec], make_data: Callable[..., Data], work: Path, *, processes: int
+) -> list[dict[str, Any]]:
+    """Run what is not done yet, one thread per process, and return every result in the order of `specs`."""
+    work.mkdir(parents=True, exist_ok=True)
+    todo = [spec for spec in specs if not (work / f"{spec.name}.json").exists()]
+    say(f"{len(specs)} runs, {len(specs) - len(todo)} of them done already")
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    start = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run_one, spec, make_data, work): spec for spec in todo}
+        for count, future in enumerate(as_completed(running), start=1):
+            spec, result = running[future], future.result()
+            write_atomically(work / f"{spec.name}.json", json.dumps(result))
+            say(
+                f"[{count}/{len(todo)} {time.perf_counter() - start:.0f}s] {spec.method} {dict(spec.data)} "
+                f"target {result['target']:.4f} generic {result['generic']:.4f} "
+                f"({result['wall_seconds']:.0f}s, alignment {100 * result['alignment_share']:.0f}%)"
+            )
+    return [json.loads((work / f"{spec.name}.json").read_text()) for spec in specs]
+
+
+def roughness(mixtures: Sequence[Sequence[float]]) -> float:
+    """How much a mixture jumps: mean total-variation distance between neighbouring updates, after the first third.
+
+        mean_t  1/2 sum_i |alpha_i(t + 1) - alpha_i(t)|
+    """
+    late = torch.tensor(mixtures, dtype=torch.float64)[len(mixtures) // 3 :]
+    return float(0.5 * (late[1:] - late[:-1]).abs().sum(dim=1).mean()) if len(late) > 1 else 0.0

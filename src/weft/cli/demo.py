@@ -1,0 +1,41 @@
+"""`weft demo`: the main job on built-in text."""
+
+from __future__ import annotations
+
+import typer
+
+from weft.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table
+from weft.pipeline.demo import demo_recipe, run_demo
+
+
+def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
+    """Run the main job on built-in text: three mixtures compared.
+
+    Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
+    summary.json and one run folder per mixture. Finished parts are reused.
+    """
+    recipe = demo_recipe(set_ or [])
+    if dry_run:
+        typer.echo(recipe.to_yaml())
+        return
+    mixture = run_demo(recipe)["mixture"]
+    if json:
+        print_json({"mixture": mixture})
+        return
+    rows = [
+        [
+            name,
+            f"{number(mixture['target_bpb'][name])} ± {number(mixture['target_bpb_se'][name])}",
+            number(mixture["generic_bpb"][name]),
+            number(mixture["epochs_of_the_most_read_domain"][name], 1),
+            number(mixture["seconds"][name]["train"] + mixture["seconds"][name]["alignment"], 0),
+            number(mixture["seconds"][name]["alignment"], 1),
+        ]
+        for name in mixture["target_bpb"]
+    ]
+    print_table(
+        f"bits per byte after {mixture['train_tokens']:,} training tokens",
+        ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
+        rows,
+    )
+    typer.echo(f"report: {recipe.run.parent / 'report.html'}")

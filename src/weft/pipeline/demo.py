@@ -1,0 +1,76 @@
+"""The demonstration: the main job on built-in text, three mixtures side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weft.config import apply_overrides
+from weft.mixture.policy import build_policy
+from weft.pipeline.recipe import Recipe, make_recipe
+from weft.pipeline.train import run_training
+from weft.reporting.report import write_report
+
+POLICIES = ("uniform", "importance", "dga")
+"""What is compared, each as registered; `dga` is the recipe's own mixture."""
+
+
+def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe the demonstration follows, `demo.yaml` beside this file."""
+    text = resources.files("weft.pipeline").joinpath("demo.yaml").read_text(encoding="utf-8")
+    return make_recipe(apply_overrides(yaml.safe_load(text), overrides))
+
+
+def run_demo(recipe: Recipe) -> dict[str, Any]:
+    """Train the recipe's model on each mixture and write report.html and summary.json beside the runs.
+
+    Runs that are finished already are reused.
+
+    Returns:
+        summary.json as a mapping.
+    """
+    results = {}
+    for policy in POLICIES:
+        mixture = recipe.mixture
+        if policy != mixture.policy:
+            mixture = build_policy({"policy": policy, "update_every_steps": mixture.update_every_steps}).config
+        results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": recipe.run.parent / policy}))
+    folder = recipe.run.parent
+    write_report(
+        [folder / policy for policy in POLICIES],
+        folder / "report.html",
+        title="weft demo: a mixture found while training",
+        prepared=recipe.prepared_folder,
+    )
+    summary = {"mixture": summarise(results)}
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of summary.json's `mixture` section."""
+    tokens = {result["train_tokens"] for result in results.values()}
+    assert len(tokens) == 1, f"the runs compared trained on different numbers of tokens: {tokens}"
+    return {
+        "target_bpb": {name: result["sets"]["target"]["bits_per_byte"] for name, result in results.items()},
+        "target_bpb_se": {name: result["sets"]["target"]["bits_per_byte_se"] for name, result in results.items()},
+        "generic_bpb": {name: result["generic"]["bits_per_byte"] for name, result in results.items()},
+        "train_tokens": tokens.pop(),
+        "seconds": {
+            name: {part: round(seconds, 2) for part, seconds in result["seconds"].items()}
+            for name, result in results.items()
+        },
+        "weights": {name: result["weights"] for name, result in results.items()},
+        "epochs_of_the_most_read_domain": {name: max(result["epochs"].values()) for name, result in results.items()},
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
