@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 import sys
 import types
@@ -19,7 +20,6 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from weft.cli.main import app
 from weft.mixture.policy import policies
@@ -62,7 +62,7 @@ def commands_page() -> str:
         usage = " ".join(["weft", name, *arguments, "[OPTIONS]"])
         lines += ["", f"## weft {name}", "", "```text", usage, "```", "", prose(command.help), ""]
         lines += parameter_tables(command, f"weft {name}")
-    return "\n".join(lines).rstrip() + "\n"
+    return finished(lines)
 
 
 def is_argument(parameter: Any) -> bool:
@@ -72,8 +72,8 @@ def is_argument(parameter: Any) -> bool:
 
 def usage_name(parameter: Any) -> str:
     """How an argument appears in the usage line."""
-    name = (parameter.metavar or parameter.name).upper()
-    if parameter.nargs == -1 or getattr(parameter, "multiple", False):
+    name = str(parameter.metavar or parameter.name.upper())
+    if (parameter.nargs == -1 or getattr(parameter, "multiple", False)) and not name.endswith("..."):
         name += "..."
     return name if parameter.required else f"[{name}]"
 
@@ -102,7 +102,8 @@ def option_name(parameter: Any) -> str:
     if parameter.is_flag:
         return names
     value = parameter.metavar or parameter.name.upper()
-    return f"{names} `{value}`" + (", repeatable" if parameter.multiple else "")
+    said = "repeatable" in parameter.help
+    return f"{names} `{value}`" + (", repeatable" if parameter.multiple and not said else "")
 
 
 def option_default(parameter: Any) -> str:
@@ -130,17 +131,19 @@ def recipe_page() -> str:
         "`--dry-run` prints the resolved recipe.",
         "",
     ]
+    places: dict[type[BaseModel], list[str]] = {}
     for place, section in sections(Recipe, ""):
-        if place:
-            lines += [f"## {place}", ""]
-        lines += [*section_body(section, place or "recipe"), ""]
+        places.setdefault(section, []).append(place)
+    for section, shared in places.items():
+        if shared != [""]:
+            lines += [f"## {', '.join(shared)}", ""]
+        lines += [*section_body(section, shared[0] or "recipe"), ""]
     lines += ["## mixture, by policy", "", "The keys of `mixture` depend on `mixture.policy`.", ""]
     for name in policies:
         entry = policies.entry(name)
-        paper = f" ({entry.paper})" if entry.paper else ""
-        lines += [f"### mixture.policy: {name}", "", first_paragraph(entry.cls) + paper, ""]
+        lines += [f"### {name}", "", first_paragraph(entry.cls) + paper_link(entry.paper), ""]
         lines += [*section_body(entry.cls.Config, f"mixture policy {name}", introduce=False), ""]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+    return finished(lines)
 
 
 def sections(section: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -189,14 +192,27 @@ def attribute_descriptions(section: type[BaseModel]) -> dict[str, str]:
 
 
 def type_text(field: FieldInfo) -> str:
-    """A key's type in words a YAML author knows, with its bounds."""
-    bounds = [
-        f"{sign} {getattr(constraint, attribute)}"
-        for constraint in field.metadata
-        for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+    """A key's type in words a YAML author knows, with its bounds; null is not named where absence says it."""
+    annotation = field.annotation
+    if field.default is None and typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        rest = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
+        return " or ".join([annotation_text(argument) for argument in rest]) + bounds_text(field.metadata)
+    return annotation_text(annotation) + bounds_text(field.metadata)
+
+
+def bounds_text(metadata: Sequence[Any]) -> str:
+    """The strictest of each kind of bound: ` ≥ 0, < 1`."""
+    found = {
+        attribute: getattr(constraint, attribute)
+        for constraint in metadata
+        for attribute in ("gt", "ge", "lt", "le")
         if getattr(constraint, attribute, None) is not None
-    ]
-    return ", ".join([annotation_text(field.annotation), *bounds])
+    }
+    if "ge" in found and found.get("gt", -math.inf) < found["ge"]:
+        found.pop("gt", None)
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    text = ", ".join(f"{signs[attribute]} {limit:g}" for attribute, limit in found.items())
+    return f" {text}" if text else ""
 
 
 WORDS = {
@@ -211,13 +227,7 @@ def annotation_text(annotation: Any) -> str:
         return WORDS[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        bounds = [
-            f"{sign} {getattr(constraint, attribute)}"
-            for constraint in arguments[1:]
-            for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
-            if getattr(constraint, attribute, None) is not None
-        ]
-        return " ".join([annotation_text(arguments[0]), *bounds])
+        return annotation_text(arguments[0]) + bounds_text(arguments[1:])
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
@@ -234,28 +244,47 @@ def annotation_text(annotation: Any) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """A key's default as YAML would write it."""
+    """A key's default as YAML would write it; of a section, only the keys that differ from the section's own."""
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True) if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
-    if value is PydanticUndefined or isinstance(value, BaseModel):
-        return ""
-    if value is None:
-        return "absent"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, BaseModel):
+        own = {name: inner.get_default() for name, inner in type(value).model_fields.items()}
+        changed = {name: set_to for name in own if (set_to := getattr(value, name)) != own[name]}
+        plain = {name: set_to for name, set_to in changed.items() if not isinstance(set_to, BaseModel)}
+        return ", ".join(f"`{name}: {yaml_text(set_to)}`" for name, set_to in plain.items())
+    return "absent" if value is None else f"`{yaml_text(value)}`"
+
+
+def yaml_text(value: Any) -> str:
+    """A plain value as YAML writes it on one line."""
     if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, (tuple, list)):
-        return f"`[{', '.join(map(str, value))}]`"
-    return f"`{value}`" if value != "" else "`''`"
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(yaml_text, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
 # -------------------------------------------------------------------------------------------------------------- prose
 
 
+def finished(lines: Sequence[str]) -> str:
+    """Lines as a page: never two empty ones in a row, one newline at the end."""
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def paper_link(paper: str | None) -> str:
+    """` ([arXiv:1234.5678](...))` for an arXiv identifier, the text itself for anything else."""
+    if paper is None:
+        return ""
+    identifier = paper.removeprefix("arXiv:")
+    return f" ([{paper}](https://arxiv.org/abs/{identifier}))" if identifier != paper else f" ({paper})"
+
+
 def first_paragraph(cls: type) -> str:
     """The summary of a class, one line."""
     text = inspect.cleandoc(cls.__doc__ or "")
-    return cell(text.split("\n\n")[0])
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def prose(text: str) -> str:
@@ -271,8 +300,10 @@ def prose(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Text for a table cell: one line, pipes and angle brackets escaped."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Text for a table cell: one line, no full stop after a single sentence, pipes and angle brackets escaped."""
+    text = " ".join(text.split())
+    text = text.removesuffix(".") if ". " not in text else text
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

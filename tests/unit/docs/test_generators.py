@@ -64,7 +64,7 @@ def test_a_section_becomes_a_table_of_its_keys(reference):
 
 def test_descriptions_come_from_the_docstring_where_the_field_has_none(reference):
     assert reference.section_body(Inner, "inner", introduce=False)[-1] == (
-        "| `depth` | integer, > 0 | `3` | how deep, told over two lines. |"
+        "| `depth` | integer > 0 | `3` | how deep, told over two lines |"
     )
 
 
