@@ -155,7 +155,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            data = self._input or self._file.read(1 << 13)  # small, because a block may hold 30 000 times its size
+            data = self._input or self._file.read(1 << 10)  # little, for it may hold 30 000 times its size
             self._input = b""
             if not data:
                 if self._frame is not None:

@@ -40,7 +40,8 @@ class CorpusConfig(Section):
         format: of the files: `jsonl` (JSON Lines), `text`, `code` (a file per document), `parquet`, or `auto`: by
             suffix. Any but Parquet may end in `.gz` or `.zst`.
         split_documents: what a document of a text file is: the whole `file`, or what stands between `blank_lines`.
-        suffixes: of the files of a folder to read, such as `[".py"]`; default those of the format.
+        suffixes: of the files of a folder to read, such as `[".py"]` (`""`: files without one);
+            default those of the format.
         text_field: where the text is in a JSON object, Parquet row or dataset row; may be dotted (`data.text`).
         label: the domain of every document.
         label_field: where the domain is in a record; may be dotted. A whole number is taken as its decimal form.
@@ -92,8 +93,10 @@ class CorpusConfig(Section):
             raise ValueError(f"label_field needs records; files of format {self.format} have none: use label_from")
         if self.split_documents != "file" and self.format not in ("auto", "text"):
             raise ValueError(f"split_documents goes with format text, not {self.format}")
-        if self.suffixes is not None and not all(suffix.startswith(".") for suffix in self.suffixes):
-            raise ValueError(f"suffixes {list(self.suffixes)} must each begin with a dot")
+        if self.suffixes is not None and not all(suffix[:1] in ("", ".") for suffix in self.suffixes):
+            raise ValueError(
+                f"suffixes {list(self.suffixes)} must each begin with a dot, or be empty for files without one"
+            )
         return self
 
     @property

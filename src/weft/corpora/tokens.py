@@ -266,6 +266,8 @@ def split_long(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         cut = _CUT.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        if cut is None and len(text) - start <= 2 * PIECE_CHARACTERS:
+            break
         end = cut.end() if cut is not None else start + PIECE_CHARACTERS
         yield text[start:end]
         start = end

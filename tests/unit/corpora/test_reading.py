@@ -1,0 +1,320 @@
+"""Reading: every format and compression, every fault by file and line, limits, labels, constant memory."""
+
+import gzip
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from weft.config import validate
+from weft.corpora.formats import open_binary
+from weft.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weft.errors import ConfigError, DataError
+
+TEXTS = ["one", "zwei\n\nlines", "trois 🧵 é", "four"]
+
+
+def compress(data: bytes, kind: str) -> bytes:
+    if kind == ".gz":
+        return gzip.compress(data)
+    if kind == ".zst":
+        return zstandard.ZstdCompressor().compress(data)
+    return data
+
+
+def jsonl(records: list[object]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def read(report: ReadingReport | None = None, **config: object) -> list[tuple[str, str, str | None]]:
+    documents = read_documents(validate(CorpusConfig, config, "corpus"), report or ReadingReport())
+    return [(document.text, document.origin, document.label) for document in documents]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson"])
+def test_json_lines(tmp_path: Path, suffix: str, compression: str) -> None:
+    path = tmp_path / f"a{suffix}{compression}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + jsonl([{"text": text} for text in TEXTS]) + b"\n", compression))
+    report = ReadingReport()
+    assert read(report, path=str(path)) == [(text, f"{path}:{i}", None) for i, text in enumerate(TEXTS, 1)]
+    assert report.documents == 4
+    assert report.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert (report.files, report.blank_lines, report.skipped) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_text_whole_and_in_paragraphs(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"a.txt{compression}"
+    path.write_bytes(compress(b"\n  \nfirst\nline\n\n\r\nsecond\r\n \n", compression))
+    assert read(path=str(path)) == [("\n  \nfirst\nline\n\n\r\nsecond\r\n \n", f"{path}:1", None)]
+    assert read(path=str(path), split_documents="blank_lines") == [
+        ("first\nline", f"{path}:3", None),
+        ("second", f"{path}:7", None),
+    ]
+
+
+def test_zstd_of_several_frames_and_large_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    data = bytes(range(256)) * 9 + b"\0" * 3_000_000
+    path.write_bytes(compress(data, ".zst") + compress(b"", ".zst") + compress(b"tail", ".zst"))
+    with open_binary(path) as file:
+        assert file.read() == data + b"tail"
+
+
+def test_parquet_with_nested_and_binary_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [{"data": {"text": text, "lang": "x"}, "raw": text.encode(), "id": 7} for text in TEXTS]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    expected = [(text, f"{path}[{i}]") for i, text in enumerate(TEXTS)]
+    assert read(path=str(path), text_field="data.text", label_field="data.lang") == [(*row, "x") for row in expected]
+    assert read(path=str(path), text_field="raw", label_field="id") == [(*row, "7") for row in expected]
+
+
+def test_a_folder_is_read_in_order_of_path_and_says_what_it_leaves(tmp_path: Path) -> None:
+    for name in ["b/z.py", "b/a.PY", "a.jsonl", "c.md", "d.bin", ".git/x.py", "b/.hidden.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "json"}' if name.endswith("jsonl") else name)
+    report = ReadingReport()
+    names = [Path(origin.rpartition(":")[0]).name for _, origin, _ in read(report, path=str(tmp_path))]
+    assert names == ["a.jsonl", "a.PY", "z.py", "c.md"]
+    assert (report.ignored_files, report.ignored_examples) == (1, [str(tmp_path / "d.bin")])
+    assert [text for text, _, _ in read(path=str(tmp_path), format="code")] == ["b/a.PY", "b/z.py"]
+    assert [text for text, _, _ in read(path=str(tmp_path), suffixes=[".bin"])] == ["d.bin"]
+    assert [text for text, _, _ in read(path=f"{tmp_path}/**/*.py")] == ["b/z.py"]
+
+
+def test_labels(tmp_path: Path) -> None:
+    path = tmp_path / "cs.RO.jsonl.gz"
+    path.write_bytes(compress(jsonl([{"text": "a", "meta": {"d": "x"}, "meta.n": 3}]), ".gz"))
+    labels = {
+        "fixed": {"label": "fixed"},
+        "cs.RO": {"label_from": "file"},
+        tmp_path.name: {"label_from": "folder"},
+        "x": {"label_field": "meta.d"},
+        "3": {"label_field": "meta.n"},
+    }
+    for label, config in labels.items():
+        assert read(path=str(path), **config)[0][2] == label
+
+
+FAULTS = {
+    "undecodable": (b'{"text": "\xff"}', r"byte 0xff at column 11"),
+    "broken_json": (b'{"text": ', "not valid JSON"),
+    "not_an_object": (b'["text"]', "JSON array"),
+    "missing_field": (b'{"txt": "a"}', "field 'text' is missing; fields: txt"),
+    "not_text": (b'{"text": 3}', "type int, not text"),
+    "empty": (b'{"text": " \\n"}', "empty"),
+    "missing_label": (b'{"text": "a", "d": null}', "field 'd' holds None"),
+}
+
+
+@pytest.mark.parametrize("reason", FAULTS)
+def test_a_faulty_line_is_counted_or_stops_and_always_named(tmp_path: Path, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    good = jsonl([{"text": "good", "d": "x"}])
+    line, message = FAULTS[reason]
+    path.write_bytes(good + line + b"\n" + good)
+    config = {"path": str(path), "label_field": "d"} if reason == "missing_label" else {"path": str(path)}
+    report = ReadingReport()
+    assert [origin for _, origin, _ in read(report, **config, on_error="skip")] == [f"{path}:1", f"{path}:3"]
+    assert dict(report.problems) == {reason: 1}
+    assert report.examples[reason][0].startswith(f"{path}:2: ")
+    assert any(f"{path}:2" in text for text in report.lines())
+    report = ReadingReport()
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:2: .*{re.escape(message)}.*on_error: skip"):
+        read(report, **config)
+    assert report.problems[reason] == 1
+    assert report.documents == 1
+
+
+def test_lone_surrogates_and_deep_nesting_are_faults_not_crashes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\\ud800"}\n{"text": ' + b"[" * 200_000 + b"\n")
+    report = ReadingReport()
+    assert read(report, path=str(path), on_error="skip") == []
+    assert dict(report.problems) == {"undecodable": 1, "broken_json": 1}
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_a_truncated_file_is_never_taken_for_a_short_one(tmp_path: Path, suffix: str, compression: str) -> None:
+    path = tmp_path / f"a{suffix}{compression}"
+    words = [f"{i * 2654435761 % 2**32:x}" for i in range(60_000)]
+    data = compress(jsonl([{"text": word} for word in words]), compression)
+    path.write_bytes(data[: len(data) // 2])
+    report = ReadingReport()
+    taken = read(report, path=str(path), on_error="skip")
+    assert dict(report.problems) == {"truncated": 1}
+    assert (0 < len(taken) < len(words)) if suffix == ".jsonl" else taken == []
+    place = f"{path}:{len(taken) + 1}"
+    assert report.examples["truncated"][0].startswith(place)
+    with pytest.raises(DataError, match=re.escape(place) + ".*ends too early"):
+        read(path=str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt.gz"])
+def test_a_file_that_is_not_what_it_says_is_unreadable(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"this is neither of them, but it is long enough")
+    report = ReadingReport()
+    assert read(report, path=str(tmp_path), on_error="skip") == []
+    assert dict(report.problems) == {"unreadable": 1}
+    with pytest.raises(DataError, match=rf"{re.escape(name)}.*cannot be read"):
+        read(path=str(tmp_path))
+
+
+def test_a_truncated_parquet_and_a_missing_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"body": "x"}] * 3), path)
+    with pytest.raises(DataError, match=r"a\.parquet: has no column for text; it has body"):
+        read(path=str(path))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet\[0\]: cannot be read as Parquet"):
+        read(path=str(path))
+
+
+def test_undecodable_parquet_rows_are_named_singly(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    good = pa.array([b"ok", b"\xff", b"fine"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": good}), path)
+    report = ReadingReport()
+    assert [text for text, _, _ in read(report, path=str(path), on_error="skip")] == ["ok", "fine"]
+    assert report.examples["undecodable"][0].startswith(f"{path}[1]: byte 0xff")
+
+
+def test_undecodable_text_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo\nbad \xff\n\nthree\n")
+    with pytest.raises(DataError, match=re.escape(f"{path}:4: byte 0xff")):
+        read(path=str(path))
+    report = ReadingReport()
+    assert read(report, path=str(path), on_error="skip", split_documents="blank_lines") == [
+        ("one", f"{path}:1", None),
+        ("three", f"{path}:6", None),
+    ]
+    assert report.problems["undecodable"] == 1
+
+
+def test_the_report_keeps_only_some_examples_and_becomes_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}\n" * 50)
+    report = ReadingReport(keep_examples=3)
+    read(report, path=str(path), on_error="skip")
+    value = json.loads(json.dumps(report.to_json()))
+    assert value["problems"] == {"missing_field": 50}
+    assert value["examples"]["missing_field"] == [
+        f"{path}:{i}: field 'text' is missing; fields: none" for i in (1, 2, 3)
+    ]
+
+
+def test_limits(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": "ééé"}] * 10))
+    report = ReadingReport()
+    assert len(read(report, path=str(path), max_documents=4)) == 4
+    assert report.stopped_at == [f"{path}:4: max_documents 4"]
+    assert len(read(path=str(path), max_bytes=17)) == 2
+    assert len(read(path=str(path), max_bytes=18)) == 3
+
+
+def test_nothing_found_says_so(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="matches no file"):
+            read(path=str(path))
+    with pytest.raises(DataError, match="holds no file of format code"):
+        read(path=str(tmp_path), format="code")
+    (tmp_path / "odd").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be told from its suffix; set format"):
+        read(path=str(tmp_path / "odd"))
+    assert read(path=str(tmp_path / "odd"), format="text")[0][0] == "x"
+    with pytest.raises(ConfigError, match="has no field 'd'"):
+        read(path=str(tmp_path / "odd"), format="auto", suffixes=[""], label_field="d")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "exactly one of path, dataset and builtin"),
+        ({"path": "a", "builtin": "all"}, "path and builtin"),
+        ({"path": "a", "label": "x", "label_from": "file"}, "at most one"),
+        ({"path": "a", "revision": "x"}, "revision goes with dataset, not with path"),
+        ({"dataset": "a", "label_from": "file"}, "label_from goes with path"),
+        ({"builtin": "all", "label_field": "x"}, "have no fields"),
+        ({"path": "a", "format": "code", "label_field": "x"}, "use label_from"),
+        ({"path": "a", "format": "jsonl", "split_documents": "blank_lines"}, "goes with format text"),
+        ({"path": "a", "suffixes": ["py"]}, "begin with a dot"),
+        ({"path": "a", "on_eror": "skip"}, "did you mean 'on_error'"),
+    ],
+)
+def test_configurations_that_make_no_sense(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(CorpusConfig, config, "corpus")
+
+
+def test_a_resolved_configuration_is_valid_again() -> None:
+    for value in ({"path": "a"}, {"dataset": "b", "split": "test"}, {"builtin": ["licences"]}):
+        config = validate(CorpusConfig, value, "corpus")
+        assert validate(CorpusConfig, config.model_dump(mode="json"), "corpus") == config
+
+
+def test_builtin_corpora() -> None:
+    report = ReadingReport()
+    rows = read(report, builtin=["licences"], max_documents=3)
+    assert [label for _, _, label in rows] == ["licences"] * 3
+    assert report.documents == 3
+    assert {label for _, _, label in read(builtin=["licences"], max_documents=2, label="law")} == {"law"}
+    with pytest.raises(ConfigError, match="did you mean 'licences'"):
+        read_documents(CorpusConfig(builtin=("licenses",)), ReadingReport())
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_datasets_from_a_folder(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").write_bytes(jsonl([{"text": text, "n": 1} for text in TEXTS]))
+    rows = read(dataset=str(tmp_path / "d"), streaming=streaming, label_field="n")
+    assert rows == [(text, f"{tmp_path / 'd'}[{i}]", "1") for i, text in enumerate(TEXTS)]
+
+
+def test_datasets_saved_to_disk_with_class_labels(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "topic": datasets.ClassLabel(names=["sea", "sky"])})
+    saved = datasets.Dataset.from_dict({"text": ["a", "b", None], "topic": [1, 0, 1]}, features=features)
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "d")
+    report = ReadingReport()
+    rows = read(report, dataset=str(tmp_path / "d"), label_field="topic", on_error="skip")
+    assert [(text, label) for text, _, label in rows] == [("a", "sky"), ("b", "sea")]
+    assert report.examples["missing_field"][0].startswith(f"{tmp_path / 'd'}[2]: ")
+    with pytest.raises(DataError, match="split missing"):
+        read(dataset=str(tmp_path / "d"), split="missing")
+    with pytest.raises(DataError, match="cannot be opened"):
+        read(dataset=str(tmp_path / "nowhere"))
+
+
+def test_the_fingerprint_of_an_input_changes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": "a"}]))
+    config = CorpusConfig(path=str(path))
+    first = corpus_fingerprint(config)
+    assert corpus_fingerprint(config) == first
+    assert corpus_fingerprint(CorpusConfig(path=str(path), max_documents=1)) != first
+    path.write_bytes(jsonl([{"text": "ab"}]))
+    assert corpus_fingerprint(config) != first
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"a.jsonl{compression}"
+    path.write_bytes(compress(jsonl([{"text": f"{i} " + "word " * 400} for i in range(10_000)]), compression))
+    config = CorpusConfig(path=str(path))
+    tracemalloc.start()
+    total = sum(len(document.text) for document in read_documents(config, ReadingReport()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 20_000_000
+    assert peak < 8_000_000

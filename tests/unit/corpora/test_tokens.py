@@ -1,0 +1,226 @@
+"""Tokenizers: text comes back, training is deterministic, fingerprints follow contents, folders load with transformers."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from weft.config import validate
+from weft.corpora import tokens
+from weft.corpora.tokens import (
+    END_OF_DOCUMENT,
+    Tokenizer,
+    TokenizerConfig,
+    TrainConfig,
+    load_pretrained,
+    make_tokenizer,
+    split_long,
+    train_tokenizer,
+)
+from weft.errors import ConfigError, DataError
+
+TEXTS = [f"def f_{i}(x):\n    return x + {i}  # éß {i * 7919}\n\n\nthe cat sat on the mat\n" for i in range(300)]
+SMALL = TrainConfig(vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS, SMALL)
+
+
+TOKENIZER = train_tokenizer(TEXTS, SMALL)
+
+
+@given(st.text())
+def test_text_comes_back_unchanged(text: str) -> None:
+    (ids,) = TOKENIZER.encode_batch([text])
+    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.eos_id not in ids
+
+
+def test_every_byte_is_in_the_vocabulary_and_the_size_is_as_asked(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 400
+    text = "".join(map(chr, range(0x800))) + "\U0010ffff\U0001f9f5"
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_a_spelt_out_special_token_is_ordinary_text(tokenizer: Tokenizer) -> None:
+    text = f"a{END_OF_DOCUMENT}b"
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_training_is_deterministic_across_processes(tokenizer: Tokenizer) -> None:
+    script = (
+        "import json, sys\n"
+        "from weft.corpora.tokens import TrainConfig, train_tokenizer\n"
+        "print(train_tokenizer(json.load(sys.stdin), TrainConfig(vocab_size=400)).fingerprint)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], input=json.dumps(TEXTS), capture_output=True, text=True)
+    assert out.stdout.strip() == tokenizer.fingerprint, out.stderr
+    assert train_tokenizer(iter(TEXTS), SMALL).fingerprint == tokenizer.fingerprint
+
+
+def test_the_sample_is_the_front_of_the_text() -> None:
+    taken = []
+
+    def stream() -> object:
+        for text in TEXTS:
+            taken.append(text)
+            yield text
+
+    limited = train_tokenizer(stream(), TrainConfig(vocab_size=300, sample_bytes=1000))
+    assert sum(len(text.encode()) for text in taken[:-1]) < 1000
+    assert len(taken) < 20
+    assert limited.fingerprint != train_tokenizer(TEXTS, TrainConfig(vocab_size=300)).fingerprint
+
+
+def test_no_text_is_an_error() -> None:
+    for texts in ([], [""]):
+        with pytest.raises(DataError, match="training text is empty"):
+            train_tokenizer(texts, SMALL)
+
+
+def test_a_saved_folder_loads_everywhere_without_a_word(
+    tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.save(tmp_path / "t")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf = AutoTokenizer.from_pretrained(tmp_path / "t")
+        loaded = Tokenizer.load(tmp_path / "t")
+    assert capfd.readouterr() == ("", "")
+    text = TEXTS[3] + " 🧵"
+    assert hf(text, add_special_tokens=False)["input_ids"] == loaded.encode_batch([text])[0].tolist()
+    assert hf.eos_token_id == loaded.eos_id == tokenizer.eos_id
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert pickle.loads(pickle.dumps(loaded)).fingerprint == tokenizer.fingerprint
+    assert load_pretrained(str(tmp_path / "t")).fingerprint == tokenizer.fingerprint
+
+
+def test_the_fingerprint_follows_the_contents(tokenizer: Tokenizer) -> None:
+    assert train_tokenizer(TEXTS, TrainConfig(vocab_size=401)).fingerprint != tokenizer.fingerprint
+    hf = pickle.loads(pickle.dumps(tokenizer.hf))
+    hf.eos_token = "a"
+    assert Tokenizer(hf).fingerprint != tokenizer.fingerprint
+
+
+def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "cat": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def test_other_tokenizers_keep_their_texts_whole_and_survive_a_round_trip(tmp_path: Path) -> None:
+    word_tokenizer(eos_token="</s>").save_pretrained(tmp_path / "t")
+    tokenizer = load_pretrained(str(tmp_path / "t"))
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["cat cat cat dog", ""])] == [[2, 2, 2, 0], []]
+    tokenizer.save(tmp_path / "u")
+    assert Tokenizer.load(tmp_path / "u").fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = Tokenizer(ByT5Tokenizer(), "byt5")
+    (ids,) = tokenizer.encode_batch(["héllo </s>"])
+    assert tokenizer.decode(ids) == "héllo </s>"
+    assert tokenizer.eos_id not in ids
+    tokenizer.save(tmp_path / "t")
+    assert Tokenizer.load(tmp_path / "t").fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
+    word_tokenizer().save_pretrained(tmp_path / "t")
+    with pytest.raises(ConfigError, match=r"has no end-of-sequence token.*eos_token"):
+        load_pretrained(str(tmp_path / "t"))
+
+
+def test_missing_and_broken_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        Tokenizer.load(tmp_path / "none")
+    (tmp_path / "t").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        Tokenizer.load(tmp_path / "t")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path / "t"))
+
+
+def test_the_configuration_is_one_of_two() -> None:
+    assert TokenizerConfig().train == TrainConfig()
+    assert validate(TokenizerConfig, {"pretrained": "x", "revision": "y"}, "tokenizer").train is None
+    for value in ({"train": {}, "pretrained": "x"}, {"revision": "x"}, {"train": {"vocab_size": 256}}):
+        with pytest.raises(ConfigError):
+            validate(TokenizerConfig, value, "tokenizer")
+    resolved = TokenizerConfig().model_dump()
+    assert validate(TokenizerConfig, resolved, "tokenizer") == TokenizerConfig()
+
+
+def test_make_tokenizer_reads_text_only_to_train(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+
+    def untouched() -> object:
+        pytest.fail("the text was read")
+        yield ""
+
+    assert make_tokenizer(TokenizerConfig(pretrained=str(tmp_path)), untouched()).fingerprint == tokenizer.fingerprint
+    assert make_tokenizer(TokenizerConfig(train=SMALL), iter(TEXTS)).fingerprint == tokenizer.fingerprint
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from(["a", "bc ", "\n", "\n\n", " ", "é", "x\ny", "\r\n", "'s"]), max_size=60))
+def test_cutting_long_texts_does_not_change_the_ids(parts: list[str]) -> None:
+    text = "".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "PIECE_CHARACTERS", 8)
+        assert "".join(split_long(text)) == text
+        pieces = list(split_long(text))
+        cut = TOKENIZER.encode_batch(["short", text, "end"])
+    assert TOKENIZER.decode(cut[1]) == text
+    natural = all(len(piece) > 1 and piece[-1] == "\n" and not piece[-2].isspace() for piece in pieces[:-1])
+    if natural and all(not piece[0].isspace() for piece in pieces[1:]):
+        np.testing.assert_array_equal(cut[1], TOKENIZER.encode_batch([text])[0])
+    np.testing.assert_array_equal(cut[2], TOKENIZER.encode_batch(["end"])[0])
+
+
+def test_natural_cuts_leave_the_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(TEXTS)
+    (whole,) = TOKENIZER.encode_batch([text])
+    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 100)
+    pieces = list(split_long(text))
+    assert len(pieces) > 50
+    assert all(piece[-1] == "\n" and not piece[-2].isspace() for piece in pieces)
+    np.testing.assert_array_equal(TOKENIZER.encode_batch([text])[0], whole)
+
+
+def test_a_fork_after_encoding_is_quiet_and_can_encode() -> None:
+    script = (
+        "import os, sys\n"
+        "from weft.corpora.tokens import TrainConfig, train_tokenizer\n"
+        "t = train_tokenizer(['some text here'] * 9, TrainConfig(vocab_size=270))\n"
+        "t.encode_batch(['some text'] * 64)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    t.encode_batch(['some text'] * 64)\n"
+        "    os._exit(0)\n"
+        "status = os.waitpid(pid, 0)[1]\n"
+        "assert 'TOKENIZERS_PARALLELISM' not in os.environ\n"
+        "sys.exit(os.waitstatus_to_exitcode(status))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env)
+    assert (out.returncode, out.stderr) == (0, "")
