@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, environment
 from safetensors.torch import load_file
+from support.tiny_project import command, environment
 
 Write = Callable[..., Path]
 
