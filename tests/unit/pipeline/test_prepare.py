@@ -1,0 +1,476 @@
+"""Preparation: whole, deterministic, without leaks, reused when nothing changed and never replaced unasked."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from weft.config import validate
+from weft.corpora.store import TokenStore
+from weft.errors import ConfigError, DataError
+from weft.pipeline import prepare as module
+from weft.pipeline.prepare import DataConfig, PreparedData, prepare
+
+WORDS = {
+    "sea": "ship sails over deep water past the harbour and grey wave breaks on a hull while gulls cry".split(),
+    "code": "def return for in range ( ) : total += index print import self None while yield lambda".split(),
+    "law": "licensee shall not be liable damages arising out of agreement herein notwithstanding clause".split(),
+}
+
+
+def texts(kind: str, count: int, seed: int = 0, words: int = 40) -> list[str]:
+    rng = np.random.default_rng([seed, *kind.encode()])
+    return [f"{kind} {seed} {i}: " + " ".join(rng.choice(WORDS[kind], words)) for i in range(count)]
+
+
+def write(path: Path, documents: list[str], label: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [{"text": text} | ({} if label is None else {"label": label}) for text in documents]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+Make = Callable[..., DataConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Three domains of 30 documents, a target of 20 like `sea`; keywords change the data section."""
+    for kind in WORDS:
+        write(tmp_path / "in" / f"{kind}.jsonl", texts(kind, 30), kind)
+    write(tmp_path / "in" / "target.jsonl", texts("sea", 20, seed=9))
+
+    def config(**changes: Any) -> DataConfig:
+        value: dict[str, Any] = {
+            "corpora": [{"path": str(tmp_path / "in" / f"{kind}.jsonl"), "label_field": "label"} for kind in WORDS],
+            "target": [{"path": str(tmp_path / "in" / "target.jsonl")}],
+            "tokenizer": {"train": {"vocab_size": 320}},
+            "split": {"fraction": 0.1},
+            "domains": {"embedder": {"dimensions": 8}},
+        }
+        return validate(DataConfig, {**value, **changes}, "data")
+
+    return config
+
+
+def run(config: DataConfig, folder: Path, **named: Any) -> PreparedData:
+    return prepare(config, folder, progress=False, **named)
+
+
+def store(source: Any) -> TokenStore:
+    assert isinstance(source, TokenStore)
+    return source
+
+
+def decoded(data: PreparedData, source: Any) -> list[str]:
+    opened = store(source)
+    return [
+        data.tokenizer.decode(opened.read(int(first), int(last - first - 1))) for first, last in opened.document_spans
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "verified.json"
+    }
+
+
+def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> None:
+    data = run(make(), tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ["code", "law", "sea"]
+    everything: list[str] = []
+    for domain in data.domains:
+        train, held = decoded(data, domain.train), decoded(data, domain.heldout)
+        assert (len(train), len(held)) == (27, 3)
+        assert domain.documents == 27
+        assert domain.bytes == sum(len(text.encode()) for text in train)
+        everything += train + held
+    assert sorted(everything) == sorted(text for kind in WORDS for text in texts(kind, 30))
+    target = decoded(data, data.target_train), decoded(data, data.target_heldout)
+    assert [len(part) for part in target] == [16, 4]
+    assert sorted(target[0] + target[1]) == sorted(texts("sea", 20, seed=9))
+    assert data.basis_ND is None
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "heldout", "prepared.json", "target", "tokenizer", "train",
+    ]  # fmt: skip
+
+
+def test_the_histogram_finds_the_planted_target(make: Make, tmp_path: Path) -> None:
+    data = run(make(), tmp_path / "data")
+    assert data.target_histogram_D is not None
+    assert data.target_histogram_D.dtype == torch.float64
+    assert data.target_histogram_D.tolist() == [0.0, 0.0, 1.0]
+    facts = {item["name"]: item for item in data.domain_facts()}
+    assert facts["sea"]["documents"] == 27
+    assert all(item["excerpt"].startswith("sea") for item in facts["sea"]["typical"])
+    assert {item["name"] for item in facts["sea"]["neighbours"]} == {"code", "law"}
+    assert "sea.jsonl" in facts["sea"]["typical"][0]["origin"]
+
+
+def test_twice_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    first, second = run(make(), tmp_path / "a"), run(make(), tmp_path / "b")
+    assert first.fingerprint == second.fingerprint
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_the_process_does_not_matter(make: Make, tmp_path: Path) -> None:
+    config = make(domains={"by": "clusters", "clusters": {"n": 3, "min_bytes": 1}, "embedder": {"dimensions": 8}})
+    here = run(config, tmp_path / "a")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    program = (
+        "import sys, json\n"
+        "from weft.pipeline.prepare import DataConfig, prepare\n"
+        "config = DataConfig.model_validate_json(open(sys.argv[1]).read())\n"
+        "print(prepare(config, sys.argv[2], progress=False).fingerprint)\n"
+    )
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    there = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "config.json"), str(tmp_path / "b")],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert there.stdout.strip() == here.fingerprint
+
+
+def test_seeds_choose_other_documents(make: Make, tmp_path: Path) -> None:
+    first, second = run(make(), tmp_path / "a"), run(make(seed=1), tmp_path / "b")
+    assert decoded(first, first.domains[0].heldout) != decoded(second, second.domains[0].heldout)
+
+
+def test_what_is_prepared_and_unchanged_is_reused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(make(), tmp_path / "data")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    monkeypatch.setattr(module, "read_documents", lambda *_: pytest.fail("read again"))
+    for rebuild in (False, True):
+        again = run(make(), tmp_path / "data", rebuild=rebuild)
+        assert again.fingerprint == first.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert PreparedData.load(tmp_path / "data", expect=make()).fingerprint == first.fingerprint
+
+
+def test_a_changed_configuration_is_named_and_replaces_nothing(make: Make, tmp_path: Path) -> None:
+    run(make(), tmp_path / "data")
+    before = files(tmp_path / "data")
+    changed = make(split={"fraction": 0.2})
+    with pytest.raises(DataError, match=r"data\.split\.fraction: 0\.1 before, 0\.2 now.*--rebuild"):
+        run(changed, tmp_path / "data")
+    with pytest.raises(DataError, match=r"another configuration \(split\.fraction"):
+        PreparedData.load(tmp_path / "data", expect=changed)
+    assert files(tmp_path / "data") == before
+    data = run(changed, tmp_path / "data", rebuild=True)
+    assert store(data.domains[0].heldout).documents == 6
+    assert not (tmp_path / ".data.old").exists()
+    assert not (tmp_path / ".data.preparing").exists()
+
+
+def test_a_changed_input_is_named_and_replaces_nothing(make: Make, tmp_path: Path) -> None:
+    first = run(make(), tmp_path / "data")
+    write(tmp_path / "in" / "law.jsonl", texts("law", 31), "law")
+    with pytest.raises(DataError, match=r"corpora\.2 .*law\.jsonl\) changed"):
+        run(make(), tmp_path / "data")
+    assert PreparedData.load(tmp_path / "data").fingerprint == first.fingerprint
+    assert run(make(), tmp_path / "data", rebuild=True).fingerprint != first.fingerprint
+
+
+def test_texts_of_the_target_are_removed_from_training(make: Make, tmp_path: Path) -> None:
+    target = texts("sea", 20, seed=9)
+    write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + target[:7] + texts("sea", 2), "sea")
+    data = run(make(), tmp_path / "data")
+    sea = data.domains[2]
+    assert not set(decoded(data, sea.train) + decoded(data, sea.heldout)) & set(target)
+    dropped = {(item["set"], item["already_in"]): item["documents"] for item in data.summary()["duplicates"]["dropped"]}
+    assert dropped == {("corpora", "target"): 7, ("corpora", "corpora"): 2}
+
+
+def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = texts("sea", 20, seed=9)
+    write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + target[:1], "sea")
+    monkeypatch.setattr(module.SeenDocuments, "unique", lambda self, documents, name: iter(documents))
+    with pytest.raises(DataError, match="sets that must be apart share documents"):
+        run(make(), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("step", ["_discover", "_tokenizer", "_cap", "_tokenise", "_describe"])
+def test_an_interrupted_preparation_goes_on(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    config = make(domains={"max_train_tokens": 500, "embedder": {"dimensions": 8}})
+    whole = run(config, tmp_path / "whole")
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Preparation, step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "read_documents", lambda *_: pytest.fail("read again"))
+        assert run(config, tmp_path / "data").fingerprint == whole.fingerprint
+    assert files(tmp_path / "data") == files(tmp_path / "whole")
+
+
+def test_an_interrupted_preparation_of_something_else_is_discarded(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_tokenizer", lambda *_: pytest.fail("stop here"))
+        with pytest.raises(pytest.fail.Exception):
+            run(make(), tmp_path / "data")
+    write(tmp_path / "in" / "law.jsonl", texts("law", 12, seed=3), "law")
+    data = run(make(), tmp_path / "data")
+    assert data.domains[1].documents + store(data.domains[1].heldout).documents == 12
+
+
+def test_an_interrupted_replacement_is_finished_or_undone(make: Make, tmp_path: Path) -> None:
+    folder, old, work = tmp_path / "data", tmp_path / ".data.old", tmp_path / ".data.preparing"
+    first = run(make(), folder)
+    folder.rename(old)
+    assert run(make(), folder).fingerprint == first.fingerprint
+    assert not old.exists()
+    changed = make(seed=5)
+    second = run(changed, tmp_path / "second")
+    folder.rename(old)
+    (tmp_path / "second").rename(work)
+    assert run(changed, folder).fingerprint == second.fingerprint
+    assert not old.exists()
+
+
+def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    first = run(make(), folder)
+    tokens = folder / "train" / "sea" / "tokens-00000.bin"
+    content = bytearray(tokens.read_bytes())
+    content[10] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(DataError, match="has changed since it was written"):
+        run(make(), folder)
+    assert run(make(), folder, rebuild=True).fingerprint == first.fingerprint
+    shutil.rmtree(folder / "heldout")
+    with pytest.raises(DataError, match="a part was replaced"):
+        PreparedData.load(folder)
+    manifest = folder / "prepared.json"
+    manifest.write_text(manifest.read_text().replace('"code"', '"c0de"'))
+    with pytest.raises(DataError, match="has changed since it was written"):
+        PreparedData.load(folder)
+    manifest.write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        PreparedData.load(folder)
+    with pytest.raises(DataError, match="holds no prepared data"):
+        PreparedData.load(tmp_path / "nowhere")
+
+
+def test_a_folder_of_something_else_is_left_alone(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match="holds files but no prepared data"):
+        run(make(), tmp_path / "data", rebuild=True)
+    assert (tmp_path / "data" / "thesis.tex").read_text() == "mine"
+
+
+def test_domains_by_file(make: Make, tmp_path: Path) -> None:
+    config = make(corpora=[{"path": str(tmp_path / "in")}], domains={"by": "file", "embedder": {"dimensions": 8}})
+    data = run(config, tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ["code", "law", "sea"]  # the target's file is all target
+
+
+def test_clusters_find_the_planted_kinds(make: Make, tmp_path: Path) -> None:
+    clusters = {"by": "clusters", "clusters": {"n": 3, "min_bytes": 100}, "embedder": {"dimensions": 8}}
+    data = run(make(domains=clusters), tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ["cluster_0", "cluster_1", "cluster_2"]
+    kinds = [{text.split()[0] for text in decoded(data, domain.train)} for domain in data.domains]
+    assert sorted(map(sorted, kinds)) == [["code"], ["law"], ["sea"]]
+    assert data.target_histogram_D is not None
+    assert data.target_histogram_D[kinds.index({"sea"})] == 1.0
+
+
+def test_small_clusters_are_dissolved(make: Make, tmp_path: Path) -> None:
+    size = len(texts("sea", 1)[0]) * 8
+    clusters = {"by": "clusters", "clusters": {"n": 20, "min_bytes": size}, "embedder": {"dimensions": 8}}
+    data = run(make(domains=clusters), tmp_path / "data")
+    sizes = [domain.bytes + store(domain.heldout).bytes for domain in data.domains]
+    assert 3 <= len(sizes) < 20
+    assert min(sizes) >= size
+    documents = sum(domain.documents + store(domain.heldout).documents for domain in data.domains)
+    assert documents == 90
+
+
+def test_token_caps_are_exact_and_random(make: Make, tmp_path: Path) -> None:
+    full = run(make(), tmp_path / "full")
+    data = run(make(domains={"max_train_tokens": 700, "embedder": {"dimensions": 8}}), tmp_path / "data")
+    assert [len(domain.train) for domain in data.domains] == [700, 700, 700]
+    assert all(domain.documents < 27 for domain in data.domains)
+    assert data.tokenizer.fingerprint == full.tokenizer.fingerprint
+    assert decoded(data, data.domains[0].heldout) == decoded(full, full.domains[0].heldout)
+    mine = decoded(data, TokenStore(tmp_path / "data" / "train" / "code"))
+    everything = decoded(full, full.domains[0].train)
+    assert set(mine) < set(everything)
+    assert mine != everything[: len(mine)]
+    loose = run(make(domains={"max_train_tokens": 10**6, "embedder": {"dimensions": 8}}), tmp_path / "loose")
+    assert [len(domain.train) for domain in loose.domains] == [len(domain.train) for domain in full.domains]
+
+
+def test_few_target_examples_nest(make: Make, tmp_path: Path) -> None:
+    chosen = []
+    for count in (3, 8):
+        data = run(make(target_train_documents=count), tmp_path / str(count))
+        assert store(data.target_heldout).documents == 4
+        chosen.append(set(decoded(data, data.target_train)))
+    assert len(chosen[0]) == 3
+    assert chosen[0] < chosen[1]
+
+
+def test_separate_heldout_sets(make: Make, tmp_path: Path) -> None:
+    sea = texts("sea", 30)
+    write(tmp_path / "in" / "held.jsonl", sea[:2] + texts("sea", 3, seed=4), "sea")
+    write(tmp_path / "in" / "target_held.jsonl", texts("sea", 6, seed=7))
+    held = [{"path": str(tmp_path / "in" / "held.jsonl"), "label_field": "label"}]
+    target_held = [{"path": str(tmp_path / "in" / "target_held.jsonl")}]
+    data = run(make(heldout=held, target_heldout=target_held), tmp_path / "data")
+    assert [domain.heldout is None for domain in data.domains] == [True, True, False]
+    assert decoded(data, data.domains[2].heldout) == sea[:2] + texts("sea", 3, seed=4)
+    assert data.domains[2].documents == 28
+    assert store(data.target_heldout).documents == 6
+    assert store(data.target_train).documents == 20
+    assert "no held-out text for 2 domains (code, law)" in data.summary()["warnings"][0]
+    write(tmp_path / "in" / "held.jsonl", texts("sea", 3, seed=4), "ocean")
+    with pytest.raises(DataError, match="label 'ocean', which no corpus has"):
+        run(make(heldout=held), tmp_path / "other")
+
+
+def test_the_target_as_a_domain(make: Make, tmp_path: Path) -> None:
+    config = make(domains={"include_target": True, "embedder": {"dimensions": 8}})
+    data = run(config, tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ["code", "law", "sea", "target_examples"]
+    assert data.domains[3].heldout is None
+    assert data.domains[3].train.fingerprint == store(data.target_train).fingerprint
+    assert data.target_histogram_D is not None
+    assert data.target_histogram_D.shape == (4,)
+
+
+@pytest.mark.parametrize("of", ["target_shards", "groups", "sets"])
+def test_a_basis_holds_distributions(make: Make, tmp_path: Path, of: str) -> None:
+    basis: dict[str, Any] = {"of": of, "count": 2}
+    if of == "sets":
+        basis = {"of": of, "sets": [{"path": str(tmp_path / "in" / f"{kind}.jsonl")} for kind in ("law", "code")]}
+    data = run(make(domains={"basis": basis, "embedder": {"dimensions": 8}}), tmp_path / "data")
+    assert data.basis_ND is not None
+    assert data.basis_ND.dtype == torch.float64
+    assert data.basis_ND.shape == (2, 3)
+    assert torch.allclose(data.basis_ND.sum(1), torch.ones(2, dtype=torch.float64))
+    if of == "target_shards":
+        assert data.basis_ND.tolist() == [[0, 0, 1], [0, 0, 1]]
+    if of == "groups":
+        assert (data.basis_ND > 0).sum(0).tolist() == [1, 1, 1]
+    if of == "sets":
+        assert data.basis_ND.tolist() == [[0, 1, 0], [1, 0, 0]]
+        assert [item["set"] for item in data.summary()["reading"]].count("basis") == 2
+
+
+def test_without_a_target(make: Make, tmp_path: Path) -> None:
+    data = run(make(target=[]), tmp_path / "data")
+    assert (data.target_train, data.target_heldout, data.target_histogram_D) == (None, None, None)
+    assert set(data.summary()["sets"]) == set(WORDS)
+    for wrong in ({"target_train_documents": 3}, {"domains": {"include_target": True}}):
+        with pytest.raises(ConfigError, match="needs a target"):
+            make(target=[], **wrong)
+
+
+def test_one_domain_and_a_target_of_one_document(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "in" / "target.jsonl", texts("sea", 1, seed=9))
+    config = make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl"), "label": "only"}])
+    with caplog.at_level(logging.WARNING):
+        data = run(config, tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ["only"]
+    assert data.target_histogram_D is not None
+    assert data.target_histogram_D.tolist() == [1.0]
+    assert data.target_heldout is None
+    assert "the target has one document" in caplog.text
+
+
+def test_a_domain_of_one_document_keeps_it_for_training(make: Make, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "law.jsonl", texts("law", 1), "law")
+    data = run(make(), tmp_path / "data")
+    assert data.domains[1].documents == 1
+    assert data.domains[1].heldout is None
+    assert any("'law' has one document" in line for line in data.summary()["warnings"])
+
+
+def test_a_missing_label_names_the_document(make: Make, tmp_path: Path) -> None:
+    config = make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl")}])
+    with pytest.raises(DataError, match=r"sea\.jsonl:1 has no label.*by: clusters"):
+        run(config, tmp_path / "data")
+
+
+def test_reserved_names_are_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="may not be called 'target'"):
+        run(make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl"), "label": "target"}]), tmp_path / "data")
+
+
+def test_more_clusters_than_documents(make: Make, tmp_path: Path) -> None:
+    config = make(domains={"by": "clusters", "clusters": {"n": 91}, "embedder": {"dimensions": 8}})
+    with pytest.raises(ConfigError, match="n is 91 but there are only 90 documents"):
+        run(config, tmp_path / "data")
+
+
+def test_a_corpus_that_is_all_target_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    config = make(corpora=[{"path": str(tmp_path / "in" / "target.jsonl"), "label": "sea"}])
+    with pytest.raises(DataError, match=r"data\.corpora holds no document that is not in another set"):
+        run(config, tmp_path / "data")
+
+
+def test_more_shards_than_target_documents(make: Make, tmp_path: Path) -> None:
+    config = make(domains={"basis": {"of": "target_shards", "count": 17}, "embedder": {"dimensions": 8}})
+    with pytest.raises(ConfigError, match="count is 17 but the target has 16 training documents"):
+        run(config, tmp_path / "data")
+
+
+def test_senseless_sections_are_refused(make: Make) -> None:
+    for wrong, message in (
+        ({"domains": {"by": "clusters"}}, "clusters goes with by"),
+        ({"domains": {"basis": {"of": "groups"}}}, "need a count"),
+        ({"domains": {"by": "file"}, "corpora": [{"builtin": "all"}]}, "by: file needs corpora that are files"),
+        ({"corpora": []}, "at least 1 item"),
+        ({"domain": {}}, "did you mean 'domains'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(**wrong)
+
+
+def test_builtin_corpora_are_domains(tmp_path: Path) -> None:
+    config = validate(
+        DataConfig,
+        {
+            "corpora": [{"builtin": ["licences", "json"], "max_bytes": 30_000}],
+            "tokenizer": {"train": {"vocab_size": 400}},
+            "domains": {"embedder": {"dimensions": 8}},
+        },
+        "data",
+    )
+    data = run(config, tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ["json", "licences"]
+    assert data.summary()["sets"]["json"]["bytes"] > 15_000
+
+
+def test_who_comes_second_waits_and_finds_the_work_done(make: Make, tmp_path: Path) -> None:
+    config = make()
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run, config, tmp_path / "data") for _ in range(2)]
+        prints = {future.result().fingerprint for future in both}
+    assert len(prints) == 1
+    assert not (tmp_path / ".data.preparing").exists()
