@@ -1,7 +1,7 @@
 """Real text for the mixture benchmarks: natural domains from JSON Lines files, cut to a budget of tokens each.
 
-The files are `DATA/domains/NAME.jsonl.zst` with `{"text": ..., "sub": ...}` per line; `sub` is a finer label. Every choice is
-made by a seed, so that development and report runs can use different targets, documents and seeds.
+The files are `DATA/domains/NAME.jsonl.zst` with `{"text": ..., "sub": ...}` per line; `sub` is a finer label. Every
+choice is made by a seed, so that development and report runs can use different targets, documents and seeds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def shuffled(texts: Sequence[str], seed: int) -> list[str]:
 
 
 @functools.cache
-def make_tokenizer(data: Path, domains: tuple[TextDomain, ...], vocab_size: int, bytes_per_domain: int = 200_000) -> Tokenizer:
+def make_tokenizer(
+    data: Path, domains: tuple[TextDomain, ...], vocab_size: int, bytes_per_domain: int = 200_000
+) -> Tokenizer:
     """A byte-level BPE trained on an equal sample of every domain."""
 
     def sample() -> Iterator[str]:

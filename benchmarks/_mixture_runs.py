@@ -1,6 +1,7 @@
-"""Train one small model per (policy, budget, seed) on the same data and tokens, several at a time, and keep every result.
+"""Mixtures compared: one small model per (setting, method, seed), on the same data and number of tokens.
 
-A finished run leaves `<work>/<name>.json`; running the benchmark again reuses it, so an interrupted benchmark continues.
+A finished run leaves `<work>/<name>.json`; running the benchmark again with the same `--work` continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import say, write_atomically
+from _common import finish, parser, say, spread, table, write_atomically
 from _domains_text import TokenisedDomain
 from torch import nn
 
@@ -31,6 +34,23 @@ from weft.training.config import TrainingConfig
 from weft.training.loop import Task, Trainer
 from weft.training.metrics import read_metrics
 from weft.training.runtime import choose_runtime
+
+MODEL: dict[str, Any] = {
+    "architecture": "llama",
+    "config": {
+        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+TRAINING: dict[str, Any] = {
+    "sequence_length": 128, "batch_sequences": 24, "tokens": 1_600_000, "lr": 3e-3, "warmup_steps": 30,
+    "save_every_steps": 1_000_000, "log_every_steps": 1_000_000, "threads": 1,
+}  # fmt: skip
+FIRST_SEED = {"report": 0, "dev": 100}
+QUICK_TOKENS = 40_000
+
+Method = tuple[Mapping[str, Any] | None, Mapping[str, Any]]
+"""The recipe's `mixture` section (None: train on the target's documents alone) and its `alignment` section."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +72,14 @@ class RunSpec:
 
     Attributes:
         data: arguments of the benchmark's data function.
-        method: the row it belongs to.
+        setting, method: the table and the row it belongs to.
         mixture: the recipe's `mixture` section, or None to train on the target alone.
         seed: of weights and draws.
         training, model, alignment: sections of the recipe.
     """
 
     data: Mapping[str, Any]
+    setting: str
     method: str
     mixture: Mapping[str, Any] | None
     seed: int
@@ -135,9 +156,9 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
     mixtures = [list(line["weights"].values()) for line in lines if line["kind"] == "mixture"]
     shutil.rmtree(folder)
     return {
+        "setting": spec.setting,
         "method": spec.method,
         "seed": spec.seed,
-        "data": dict(spec.data),
         "curve": curve,
         "target": curve[-1]["target"],
         "target_best": min(point["target"] for point in curve),
@@ -170,17 +191,131 @@ def run_all(
             spec, result = running[future], future.result()
             write_atomically(work / f"{spec.name}.json", json.dumps(result))
             say(
-                f"[{count}/{len(todo)} {time.perf_counter() - start:.0f}s] {spec.method} {dict(spec.data)} "
+                f"[{count}/{len(todo)} {time.perf_counter() - start:.0f}s] "
+                f"{spec.setting}, {spec.method}, seed {spec.seed}: "
                 f"target {result['target']:.4f} generic {result['generic']:.4f} "
                 f"({result['wall_seconds']:.0f}s, alignment {100 * result['alignment_share']:.0f}%)"
             )
     return [json.loads((work / f"{spec.name}.json").read_text()) for spec in specs]
 
 
+def experiment(
+    theme: str,
+    about: str,
+    methods: Mapping[str, Method],
+    settings: Mapping[str, Mapping[str, Any]],
+    make_data: Callable[..., Data],
+    to_markdown: Callable[[Mapping[str, Any]], str],
+    *,
+    targets: Mapping[str, str],
+) -> None:
+    """The command line of a comparison: every method in every setting and seed, then one result.
+
+    Args:
+        theme: name of the result.
+        about: the benchmark's docstring.
+        methods: rows of the tables; the one called `dga` is what margins are taken to.
+        settings: tables; further arguments of `make_data`.
+        make_data: (source, split, seed, **setting) -> Data, importable by worker processes.
+        to_markdown: the record as a page.
+        targets: the target's name by split.
+    """
+    flags = parser(about.splitlines()[0])
+    flags.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with domains/*.jsonl.zst")
+    flags.add_argument("--split", choices=("report", "dev"), default="report", help="dev: another target, other seeds")
+    flags.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    flags.add_argument("--work", type=Path, default=None, help="where finished runs are kept, to continue later")
+    arguments = flags.parse_args()
+    if not (arguments.data / "domains").is_dir():
+        if not arguments.quick:
+            flags.error(f"{arguments.data} holds no domains/*.jsonl.zst; name the folder with --data")
+        sys.stdout.write(json.dumps({"theme": theme, "skipped": "no text to read; name its folder with --data"}) + "\n")
+        return
+    if arguments.split == "dev" and not arguments.quick:
+        theme = f"{theme}.dev"
+    training = {**TRAINING, "tokens": QUICK_TOKENS} if arguments.quick else TRAINING
+    chosen = dict(list(settings.items())[:1]) if arguments.quick else settings
+    first = FIRST_SEED[arguments.split]
+    seeds = range(first, first + (1 if arguments.quick else arguments.seeds))
+    specs = [
+        RunSpec(
+            data={"source": str(arguments.data), "split": arguments.split, "seed": seed, **setting},
+            setting=name, method=method, mixture=mixture, seed=seed,
+            training=training, model=MODEL, alignment=alignment,
+        )
+        for name, setting in chosen.items() for seed in seeds for method, (mixture, alignment) in methods.items()
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        results = run_all(specs, make_data, arguments.work or Path(temporary), processes=arguments.processes)
+    record = {
+        "split": arguments.split,
+        "target": targets[arguments.split],
+        "seeds": len(seeds),
+        "parameters": results[0]["parameters"],
+        "train_tokens": results[0]["tokens"],
+        "training": dict(training),
+        "methods": {
+            name: {"mixture": dict(mixture) if mixture else None, "alignment": dict(alignment)}
+            for name, (mixture, alignment) in methods.items()
+        },
+        "settings": {name: summarise([r for r in results if r["setting"] == name]) for name in chosen},
+    }
+    finish(theme, arguments, record, to_markdown)
+
+
+def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Spread over seeds of every figure, by method."""
+    dga = {result["seed"]: result["target"] for result in results if result["method"] == "dga"}
+    rows = {}
+    for method in dict.fromkeys(result["method"] for result in results):
+        runs = [result for result in results if result["method"] == method]
+        figures = {
+            "target": [run["target"] for run in runs],
+            "margin": [run["target"] - dga[run["seed"]] for run in runs],
+            "target_best": [run["target_best"] for run in runs],
+            "generic": [run["generic"] for run in runs],
+            "epochs_max": [run["epochs_max"] for run in runs],
+            "jumps": [roughness(run["mixtures"]) for run in runs],
+            "alignment_share": [run["alignment_share"] for run in runs],
+        }
+        rows[method] = {name: spread(values).as_json() for name, values in figures.items()}
+        rows[method]["curves"] = [run["curve"] for run in runs]
+        rows[method]["estimator"] = runs[0]["estimator"]
+    return rows
+
+
+COLUMNS = {
+    "target": "target",
+    "margin": "margin to DGA",
+    "target_best": "target, best on the way",
+    "generic": "generic",
+    "epochs_max": "epochs of the most read",
+    "jumps": "jumps",
+    "alignment_share": "alignment's share of time",
+}
+FORMS = {"margin": "{:+.4f}", "epochs_max": "{:.1f}", "jumps": "{:.3f}", "alignment_share": "{:.0%}"}
+LEGEND = (
+    "Bits per byte on held-out text, median (lowest .. highest) over seeds; `generic` is the mean over the domains. "
+    "`margin to DGA` is the method's target minus DGA's, seed by seed: positive where DGA is better. `jumps` is the "
+    "total-variation distance between the mixtures of neighbouring updates, after the first third of training."
+)
+
+
+def rows_table(rows: Mapping[str, Any]) -> str:
+    """One setting as a Markdown table."""
+
+    def show(values: Mapping[str, float], form: str) -> str:
+        middle, low, high = (form.format(values[key]) for key in ("median", "low", "high"))
+        return middle if low == high else f"{middle} ({low} .. {high})"
+
+    body = [[name, *(show(row[key], FORMS.get(key, "{:.4f}")) for key in COLUMNS)] for name, row in rows.items()]
+    return table(["method", *COLUMNS.values()], body)
+
+
 def roughness(mixtures: Sequence[Sequence[float]]) -> float:
     """How much a mixture jumps: mean total-variation distance between neighbouring updates, after the first third.
 
-        mean_t  1/2 sum_i |alpha_i(t + 1) - alpha_i(t)|
+    mean_t  1/2 sum_i |alpha_i(t + 1) - alpha_i(t)|
     """
     late = torch.tensor(mixtures, dtype=torch.float64)[len(mixtures) // 3 :]
     return float(0.5 * (late[1:] - late[:-1]).abs().sum(dim=1).mean()) if len(late) > 1 else 0.0

@@ -60,7 +60,9 @@ def test_two_processes_equal_one(tmp_path: Path, estimator: str) -> None:
     assert_close(tmp_path / "runs/one", tmp_path / "runs/two")
     first = json.loads((tmp_path / "runs/one/result.json").read_text())
     second = json.loads((tmp_path / "runs/two/result.json").read_text())
-    assert first["sets"]["target"]["nats_per_token"] == pytest.approx(second["sets"]["target"]["nats_per_token"], abs=1e-4)
+    assert first["sets"]["target"]["nats_per_token"] == pytest.approx(
+        second["sets"]["target"]["nats_per_token"], abs=1e-4
+    )
 
 
 @pytest.mark.slow

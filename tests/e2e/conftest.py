@@ -19,7 +19,13 @@ def weft(tmp_path: Path) -> Weft:
 
     def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         finished = subprocess.run(
-            command(*arguments), capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=300, check=False
+            command(*arguments),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment(),
+            timeout=300,
+            check=False,
         )
         if check is not None:
             assert finished.returncode == check, finished.stderr

@@ -27,7 +27,8 @@ def test_from_corpora_to_report(tmp_path: Path, recipe: Write, weft: Weft) -> No
     assert {fact["name"] for fact in facts} == set(WORDS)
 
     result = json.loads(weft("train", path, "--json").stdout)
-    assert result["steps"] == 60 and result["train_tokens"] == 60 * 8 * 32
+    assert result["steps"] == 60
+    assert result["train_tokens"] == 60 * 8 * 32
     assert set(result["sets"]) == SETS
     assert math.isclose(sum(result["weights"].values()), 1.0, abs_tol=1e-9)
     first, last = eval_lines(tmp_path / "runs/one")
@@ -57,13 +58,16 @@ def test_the_run_folder_says_how_it_was_made(tmp_path: Path, recipe: Write, weft
     weft("train", path, "--set", "training.steps=4", "--set", "evaluation.every_steps=null")
     run = tmp_path / "runs/one"
     described = json.loads((run / "run.json").read_text())
-    assert described["seed"] == 3 and "torch" in described["packages"] and described["fingerprints"]["data"]
+    assert described["seed"] == 3
+    assert "torch" in described["packages"]
+    assert described["fingerprints"]["data"]
     assert {choice["setting"] for choice in described["runtime"]} >= {"device", "precision", "compile", "threads"}
     # The resolved recipe is itself a recipe, and the same one.
     result = json.loads((run / "result.json").read_text())
     again = json.loads(weft("train", run / "recipe.yaml", "--json").stdout)
     assert again["identity"] == result["identity"]
-    assert (run / "model" / "model.safetensors").exists() and (run / "model" / "tokenizer.json").exists()
+    assert (run / "model" / "model.safetensors").exists()
+    assert (run / "model" / "tokenizer.json").exists()
 
 
 def test_dry_run_shows_the_resolved_recipe_and_does_nothing(tmp_path: Path, recipe: Write, weft: Weft) -> None:
@@ -71,7 +75,8 @@ def test_dry_run_shows_the_resolved_recipe_and_does_nothing(tmp_path: Path, reci
     described = json.loads(weft("train", path, "--dry-run", "--json", "--set", "training.lr=0.5").stdout)
     assert described["recipe"]["training"]["lr"] == 0.5
     assert described["recipe"]["mixture"]["eta"] > 0, "defaults are spelled out"
-    assert described["plan"]["tokens"] == 60 * 8 * 32 and described["plan"]["parameters"] > 1000
+    assert described["plan"]["tokens"] == 60 * 8 * 32
+    assert described["plan"]["parameters"] > 1000
     assert not (tmp_path / "runs").exists()
 
 
@@ -110,11 +115,13 @@ def test_another_recipe_does_not_continue_a_run(recipe: Write, weft: Weft) -> No
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path, recipe: Write, weft: Weft) -> None:
     path = recipe()
     finished = weft(
-        "train", path, "--set", "training.lr=1e30", "--set", "training.warmup_steps=0", "--set", "training.clip_norm=null",
-        "--set", "training.save_every_steps=1", "--set", "mixture.policy=uniform", "--set", "evaluation.every_steps=null",
+        "train", path, "--set", "training.lr=1e30", "--set", "training.warmup_steps=0",
+        "--set", "training.clip_norm=null", "--set", "training.save_every_steps=1",
+        "--set", "mixture.policy=uniform", "--set", "evaluation.every_steps=null",
         check=1,
     )  # fmt: skip
-    assert "nothing was applied" in finished.stderr and "step-0000000" in finished.stderr
+    assert "nothing was applied" in finished.stderr
+    assert "step-0000000" in finished.stderr
     assert any((tmp_path / "runs/one/checkpoints").glob("step-*"))
 
 
@@ -128,5 +135,6 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, recipe: Write, weft: W
     state = newest / "tensors.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     finished = weft("train", path, "--set", "training.steps=20")
-    assert "is corrupt" in finished.stderr and newest.name in finished.stderr
+    assert "is corrupt" in finished.stderr
+    assert newest.name in finished.stderr
     assert (run / "model/model.safetensors").read_bytes() == expected

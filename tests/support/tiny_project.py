@@ -15,14 +15,17 @@ import yaml
 WORDS = {
     "cooking": "pan butter onion garlic simmer stir salt pepper oven roast sauce pot heat slice serve taste".split(),
     "sailing": "mast sail wind harbour tide rope anchor deck hull keel storm captain crew bow stern wave".split(),
-    "algebra": "ring field ideal module group kernel image exact functor prime root degree matrix basis norm trace".split(),
+    "algebra": "ring field ideal module group kernel image exact prime root degree matrix basis norm trace".split(),
 }
 TARGET_WORDS = WORDS["sailing"][3:13]
+
 
 def sentence(rng: random.Random, words: list[str]) -> str:
     """A few words of a domain, some of them repeated, so that there is something to learn."""
     start = rng.randrange(len(words))
-    return " ".join(words[(start + i * rng.choice((1, 1, 1, 2))) % len(words)] for i in range(rng.randrange(8, 14))) + "."
+    return (
+        " ".join(words[(start + i * rng.choice((1, 1, 1, 2))) % len(words)] for i in range(rng.randrange(8, 14))) + "."
+    )
 
 
 def write_corpora(folder: Path) -> None:

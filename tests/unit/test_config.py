@@ -12,7 +12,7 @@ from weft.errors import ConfigError
 
 class Inner(Section):
     learning_rate: float = 0.1
-    names: list[str] = []
+    names: tuple[str, ...] = ()
 
 
 class Outer(Section):
@@ -30,7 +30,8 @@ def test_every_problem_is_reported_at_once() -> None:
         validate(Outer, {"inner": {"learning_rate": "fast"}, "stepz": 3}, "training")
     message = str(caught.value)
     assert "training.steps: missing" in message
-    assert "training.inner.learning_rate" in message and "'fast'" in message
+    assert "training.inner.learning_rate" in message
+    assert "'fast'" in message
     assert "training.stepz: unknown key; did you mean 'steps'?" in message
 
 

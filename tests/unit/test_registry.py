@@ -10,7 +10,9 @@ from weft.registry import Registry
 
 
 def test_discovery_finds_every_policy_file() -> None:
-    assert {"uniform", "static", "proportional", "importance", "dga", "doge", "doremi", "group_dro", "odm"} <= set(policies)
+    assert {"uniform", "static", "proportional", "importance", "dga", "doge", "doremi", "group_dro", "odm"} <= set(
+        policies
+    )
     assert len(policies) == len(set(policies))
 
 

@@ -9,10 +9,13 @@ from weft.pipeline.prepare import prepare
 from weft.pipeline.recipe import load_recipe
 
 
-def run(recipe: RecipeArgument, set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False
+) -> None:
     """Show the domains: sizes, typical documents, nearest neighbours.
 
-    Prepares the corpora where that is not done yet. `target` is the share of the target's documents nearest to a domain.
+    Prepares the corpora where that is not done yet. `target` is the share of the target's documents nearest to a
+    domain.
     """
     resolved = load_recipe(recipe, set_ or [])
     if dry_run:

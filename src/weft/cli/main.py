@@ -1,7 +1,7 @@
 """The `weft` command: a lazy group, so that `weft --help` loads nothing heavy.
 
-Every command lives in its own file and is imported when it is called. Errors a user can mend become one line on stderr and
-an exit code: 0 success, 1 the run failed, 2 the call or the recipe was wrong.
+Every command lives in its own file and is imported when it is called. Errors a user can mend become one line on stderr
+and an exit code: 0 success, 1 the run failed, 2 the call or the recipe was wrong.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def weft(
 ) -> None:
     """Modular language models: find the data mixture that helps a target while a model trains."""
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
     )
 
 

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False)]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False)
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=value", help="Override one key of the recipe; repeatable.", show_default=False),

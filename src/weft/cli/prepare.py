@@ -14,7 +14,9 @@ from weft.pipeline.recipe import load_recipe
 def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Prepare again even where the inputs changed since.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Prepare again even where the inputs changed since.")
+    ] = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:

@@ -9,7 +9,9 @@ from weft.pipeline.recipe import load_recipe, plan
 from weft.pipeline.train import run_training
 
 
-def run(recipe: RecipeArgument, set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False
+) -> None:
     """Train a language model on an online mixture.
 
     Prepares the corpora where that is not done yet. Run again after an interruption, it continues from the last

@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoRASection(Section):
     """Train low-rank adapters instead of every weight (PEFT LoRA).
 
-        y = W x + (alpha / rank) B A x
+    y = W x + (alpha / rank) B A x
     """
 
     rank: PositiveInt = Field(16, description="r, the rank of every adapter")
@@ -125,9 +125,7 @@ def build_model(
     return built
 
 
-def architecture_config(
-    config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int
-) -> PretrainedConfig:
+def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int) -> PretrainedConfig:
     """The `transformers` configuration of a model trained from scratch.
 
     Raises:
@@ -137,7 +135,9 @@ def architecture_config(
     try:
         default = AutoConfig.for_model(name)
     except ValueError:
-        raise ConfigError(f"model.architecture {name!r} is no transformers model type; try llama, gpt2 or qwen2") from None
+        raise ConfigError(
+            f"model.architecture {name!r} is no transformers model type; try llama, gpt2 or qwen2"
+        ) from None
     known = set(default.to_dict()) | set(default.attribute_map)
     for key in config.config:
         if key not in known:
@@ -175,8 +175,7 @@ def load_model(folder: Path) -> nn.Module:
             base = AutoModelForCausalLM.from_pretrained(str(adapter.base_model_name_or_path), use_safetensors=True)
             model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
             return model
-        model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
-        return model
+        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
 

@@ -39,7 +39,9 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
         mixture = recipe.mixture
         if policy != mixture.policy:
             mixture = build_policy({"policy": policy, "update_every_steps": mixture.update_every_steps}).config
-        results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": recipe.run.parent / policy}))
+        results[policy] = run_training(
+            recipe.model_copy(update={"mixture": mixture, "run": recipe.run.parent / policy})
+        )
     folder = recipe.run.parent
     write_report(
         [folder / policy for policy in POLICIES],

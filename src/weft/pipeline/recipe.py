@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, NonNegativeInt, SerializeAsAny, field_validator
+from transformers import AutoModelForCausalLM
 
 from weft.config import Section, apply_overrides, read_yaml, validate
 from weft.evaluation.suite import EvaluationConfig
@@ -25,13 +27,16 @@ class Recipe(Section):
 
     run: Path = Field(description="run folder: everything the run writes goes there")
     prepared: Path | None = Field(
-        None, description="folder of the prepared data, shared by runs on the same data; absent: `data` in the run folder"
+        None,
+        description="folder of the prepared data, shared by runs on the same data; absent: `data` in the run folder",
     )
     seed: NonNegativeInt = Field(0, description="of initial weights, the draw, the probes and dropout")
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
     model: ModelConfig = Field(description="the model to train")
     mixture: SerializeAsAny[PolicyConfig] = Field(description="mixture policy and its options")
-    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="how gradient alignment is measured")
+    alignment: AlignmentConfig = Field(
+        default_factory=AlignmentConfig, description="how gradient alignment is measured"
+    )
     training: TrainingConfig = Field(description="length, optimizer, precision, checkpoints")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, how often")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
@@ -90,8 +95,7 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run will do, before anything is read: parameters, tokens, steps.
-    """
+    """What a run will do, before anything is read: parameters, tokens, steps."""
     training = recipe.training
     described: dict[str, Any] = {
         "run": str(recipe.run),
@@ -109,9 +113,6 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def count_from_config(model: ModelConfig, vocab_size: int, sequence_length: int) -> int:
     """Parameters of a model from scratch, counted on the meta device: no memory is taken."""
-    import torch  # heavy, and only a dry run comes here without it
-    from transformers import AutoModelForCausalLM
-
     config = architecture_config(model, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)

@@ -43,7 +43,8 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         WeftError: for every cause a user can mend; what was complete before stays.
     """
     process = PartialState(
-        timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION), cpu=recipe.training.device == "cpu" or not torch.cuda.is_available()
+        timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
+        cpu=recipe.training.device == "cpu" or not torch.cuda.is_available(),
     )
     recipe.run.mkdir(parents=True, exist_ok=True)
     with _only_one(recipe.run) if process.is_main_process else _nothing():
@@ -65,9 +66,7 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         recipe.model, vocab_size=data.tokenizer.vocab_size, sequence_length=recipe.training.sequence_length,
         eos_id=data.tokenizer.eos_id, seed=recipe.seed,
     )  # fmt: skip
-    runtime = choose_runtime(
-        recipe.training, parameters=count_parameters(model), processes=process.num_processes
-    )
+    runtime = choose_runtime(recipe.training, parameters=count_parameters(model), processes=process.num_processes)
     if process.is_main_process:
         _write(recipe.run / "recipe.yaml", recipe.to_yaml())
         described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
@@ -176,7 +175,9 @@ def _result(
         "weights": trained.weights,
         "epochs": trained.epochs,
         "stopped_early": trained.stopped_early,
-        "estimator": None if choice is None else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
+        "estimator": None
+        if choice is None
+        else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
         **final.to_json(),
     }
 
@@ -188,7 +189,7 @@ def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if result["identity"] != identity:
         raise CheckpointError(
-            f"{recipe.run} holds a finished run of another recipe or other data; choose another run folder, or remove it"
+            f"{recipe.run} holds a finished run of another recipe or other data; choose another run folder or remove it"
         )
     return result
 
@@ -212,7 +213,9 @@ def _only_one(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"another process is training in {run}; wait for it or choose another run folder") from None
+            raise CheckpointError(
+                f"another process is training in {run}; wait for it or choose another run folder"
+            ) from None
         yield
 
 

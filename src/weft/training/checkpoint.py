@@ -136,8 +136,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             found = _describe(path / name)
             if found != expected:
                 raise CheckpointError(
-                    f"checkpoint {path} is corrupt: {name} has {found['bytes']} bytes and digest {found['blake2b'][:12]}, "
-                    f"its manifest says {expected['bytes']} and {expected['blake2b'][:12]}"
+                    f"checkpoint {path} is corrupt: {name} has {found['bytes']} bytes and digest "
+                    f"{found['blake2b'][:12]}, its manifest says {expected['bytes']} and {expected['blake2b'][:12]}"
                 )
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = load_file(path / TENSORS)

@@ -2,8 +2,8 @@
 
 One step reads as a sentence: draw a batch by the mixture, take a gradient step on it, and every T_r steps measure what
 the policy needs, let it update, and give the sampler its new weights from the next step on. All of a run's state is in
-the weights, the optimizer's moments, the sampler, the policy and the step number; random numbers of a step are a function
-of (seed, step, rank), so a run killed at any moment continues to the same bits.
+the weights, the optimizer's moments, the sampler, the policy and the step number; random numbers of a step are a
+function of (seed, step, rank), so a run killed at any moment continues to the same bits.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Trainer:
         self.device = self.accelerator.device
         if config.batch_sequences % self.world:
             raise ConfigError(
-                f"training.batch_sequences is {config.batch_sequences}, which {self.world} processes cannot share equally"
+                f"training.batch_sequences is {config.batch_sequences}; {self.world} processes cannot share it equally"
             )
         self.local_batch = config.batch_sequences // self.world
         self.micro_batch = min(config.micro_batch_sequences or self.local_batch, self.local_batch)
@@ -436,7 +436,8 @@ class Trainer:
         with self._probing():
             return align.probe_alignment(
                 self.choice.estimator, self.module, sequence_losses, self._share(tokens).to(self.device),
-                self._share(groups), len(self.groups_GD), direction, self.alignment_config, micro_batch=self.micro_batch,
+                self._share(groups), len(self.groups_GD), direction, self.alignment_config,
+                micro_batch=self.micro_batch,
             )  # fmt: skip
 
     @contextmanager
@@ -547,8 +548,10 @@ def load_tensors(
         for key in ("step", "exp_avg", "exp_avg_sq"):
             stored = tensors.get(f"optimizer.{key}.{name}")
             if stored is not None:
-                state[key] = stored.clone() if key == "step" and parameter.device.type == "cpu" else stored.to(
-                    parameter.device, copy=True
+                state[key] = (
+                    stored.clone()
+                    if key == "step" and parameter.device.type == "cpu"
+                    else stored.to(parameter.device, copy=True)
                 )
         if state:
             optimizer.state[parameter] = state

@@ -44,7 +44,10 @@ class DomainMeter:
     def add(self, domains_B: Tensor, losses_BT: Tensor, reference_BT: Tensor | None) -> None:
         """Add a micro-batch: domain of each sequence, its token losses and the reference model's."""
         domains_B = domains_B.to(self._sums_4D.device)
-        rows = [torch.ones(len(domains_B), dtype=torch.float64, device=self._sums_4D.device), losses_BT.double().mean(1)]
+        rows = [
+            torch.ones(len(domains_B), dtype=torch.float64, device=self._sums_4D.device),
+            losses_BT.double().mean(1),
+        ]
         if reference_BT is not None:
             self._with_reference = True
             rows += [reference_BT.double().mean(1), (losses_BT - reference_BT).clamp(min=0).double().mean(1)]

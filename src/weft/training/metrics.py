@@ -101,7 +101,7 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an optional extra
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional extra
 
         self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
@@ -125,7 +125,7 @@ class WandbSink:
     """
 
     def __init__(self, folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
-        import wandb  # an optional extra
+        import wandb  # noqa: PLC0415 - an optional extra
 
         self._run = wandb.init(project="weft", name=name, dir=str(folder), config=dict(recipe))
 

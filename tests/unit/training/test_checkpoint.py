@@ -17,7 +17,9 @@ from weft.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpo
 
 
 def make(step: int) -> Checkpoint:
-    return Checkpoint(step, {"model.w": torch.full((3,), float(step)), "model.n": torch.tensor(step)}, {"policy": {"x": 0.1}})
+    return Checkpoint(
+        step, {"model.w": torch.full((3,), float(step)), "model.n": torch.tensor(step)}, {"policy": {"x": 0.1}}
+    )
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -25,7 +27,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     state = {"weights": [0.1, 1 / 3, float("nan")], "name": "ä"}
     save_checkpoint(tmp_path, Checkpoint(3, {"model.w": weights}, state))
     loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded.step == 3
+    assert loaded is not None
+    assert loaded.step == 3
     assert torch.equal(loaded.tensors["model.w"], weights)
     assert repr(loaded.state) == repr(state)
 
@@ -60,8 +63,10 @@ def test_a_harmed_checkpoint_is_passed_over_with_a_warning(
         path.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded.step == 1
-    assert "step-00000002" in caplog.text and "before it" in caplog.text
+    assert loaded is not None
+    assert loaded.step == 1
+    assert "step-00000002" in caplog.text
+    assert "before it" in caplog.text
 
 
 def test_when_none_is_whole_it_says_so(tmp_path: Path) -> None:
@@ -77,7 +82,8 @@ def test_leftovers_of_an_interrupted_write_are_ignored_and_removed(tmp_path: Pat
     leftover.mkdir()
     (leftover / "state.json").write_text("{")
     loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded.step == 1
+    assert loaded is not None
+    assert loaded.step == 1
     assert not leftover.exists()
 
 

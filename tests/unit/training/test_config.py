@@ -25,7 +25,9 @@ def test_cosine_ends_at_its_fraction() -> None:
 
 
 def test_wsd_is_flat_and_then_linear() -> None:
-    config = TrainingConfig(steps=100, warmup_steps=0, lr=1.0, schedule="wsd", decay_fraction=0.2, final_lr_fraction=0.0)
+    config = TrainingConfig(
+        steps=100, warmup_steps=0, lr=1.0, schedule="wsd", decay_fraction=0.2, final_lr_fraction=0.0
+    )
     assert {learning_rate(config, step) for step in range(80)} == {1.0}
     assert learning_rate(config, 90) == pytest.approx(0.5)
     assert learning_rate(config, 99) == pytest.approx(0.05)

@@ -21,7 +21,8 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
     second.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]
-    assert lines[0]["loss"] == 0.1 and lines[2]["loss"] == 0.5
+    assert lines[0]["loss"] == 0.1
+    assert lines[2]["loss"] == 0.5
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
@@ -37,7 +38,8 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log.write("mixture", 1, 1, weights={"a": float("nan")}, listed=[float("inf"), 1.0])
     log.close()
     line = next(read_metrics(path))
-    assert line["weights"] == {"a": None} and line["listed"] == [None, 1.0]
+    assert line["weights"] == {"a": None}
+    assert line["listed"] == [None, 1.0]
 
 
 def test_sinks_get_every_line_and_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -56,7 +58,8 @@ def test_sinks_get_every_line_and_other_ranks_write_nothing(tmp_path: Path) -> N
     log = MetricsLog(tmp_path / "a.jsonl", sinks=(sink,))
     log.write("train", 1, 1, loss=2.0)
     log.close()
-    assert sink.lines == [{"kind": "train", "step": 1, "tokens": 1, "loss": 2.0}] and sink.closed
+    assert sink.lines == [{"kind": "train", "step": 1, "tokens": 1, "loss": 2.0}]
+    assert sink.closed
     MetricsLog(tmp_path / "b.jsonl", enabled=False).write("train", 1, 1)
     assert not (tmp_path / "b.jsonl").exists()
 
