@@ -138,8 +138,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         "# DGA with many domains and few target examples",
         "",
-        f"Target {record['target']}; {record['parameters']:,} parameters; {record['train_tokens']:,} training tokens for "
-        f"every method; {record['seeds']} seeds. DGA reweights distributions over the clusters: the histograms of "
+        f"Target {record['target']}; {record['parameters']:,} parameters; {record['train_tokens']:,} training tokens "
+        f"for every method; {record['seeds']} seeds. DGA reweights distributions over the clusters: the histograms of "
         f"small auxiliary sets, the target's own and the uniform one. {LEGEND}",
     ]
     for setting, rows in record["settings"].items():

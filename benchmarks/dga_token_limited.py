@@ -82,7 +82,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "# DGA with few tokens per domain",
         "",
         f"Target {record['target']} from {TARGET_DOCUMENTS} documents; {len(DOMAINS)} domains; "
-        f"{record['parameters']:,} parameters; {record['train_tokens']:,} training tokens for every method; {record['seeds']} seeds. {LEGEND}",
+        f"{record['parameters']:,} parameters; {record['train_tokens']:,} training tokens for every method; "
+        f"{record['seeds']} seeds. {LEGEND}",
     ]
     for setting, rows in record["settings"].items():
         lines += ["", f"## {setting}", "", rows_table(rows)]

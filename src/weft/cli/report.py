@@ -10,7 +10,7 @@ import typer
 from weft.cli.options import JsonOption, SetOption, print_json
 from weft.errors import ConfigError
 from weft.pipeline.recipe import load_recipe
-from weft.reporting.report import write_report
+from weft.pipeline.report import report_runs
 
 
 def run(
@@ -32,7 +32,7 @@ def run(
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no run folder; weft train makes one")
     path = output if output is not None else folders[0] / "report.html"
-    write_report(folders, path, title=title)
+    report_runs(folders, path, title)
     if json:
         print_json({"report": str(path)})
     else:

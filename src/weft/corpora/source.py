@@ -84,7 +84,8 @@ class ArraySource:
         """See `Source.read_many`."""
         if len(starts_N):
             self._check(int(starts_N.min()), int(starts_N.max()) + count)
-        return self._tokens[starts_N[:, None] + np.arange(count)]
+        rows: NDArray[np.int64] = self._tokens[starts_N[:, None] + np.arange(count)]
+        return rows
 
     def _check(self, first: int, end: int) -> None:
         if first < 0 or end > len(self._tokens):

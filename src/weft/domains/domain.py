@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weft.corpora.source import Source
+from weft.corpora.store import TokenStore
 from weft.errors import DataError
 
 
@@ -26,7 +27,7 @@ class Domain:
 
     name: str
     train: Source
-    heldout: Source | None
+    heldout: TokenStore | None
     documents: int
     bytes: int
 

@@ -45,7 +45,7 @@ class LoRASection(Section):
     """
 
     rank: PositiveInt = Field(16, description="r, the rank of every adapter")
-    alpha: float = Field(16.0, gt=0, description="scale numerator; the update is scaled by alpha / rank")
+    alpha: PositiveInt = Field(16, description="scale numerator; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
 

@@ -13,8 +13,8 @@ import yaml
 from weft.config import apply_overrides
 from weft.mixture.policy import build_policy
 from weft.pipeline.recipe import Recipe, make_recipe
+from weft.pipeline.report import report_runs
 from weft.pipeline.train import run_training
-from weft.reporting.report import write_report
 
 POLICIES = ("uniform", "importance", "dga")
 """What is compared, each as registered; `dga` is the recipe's own mixture."""
@@ -43,12 +43,7 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
             recipe.model_copy(update={"mixture": mixture, "run": recipe.run.parent / policy})
         )
     folder = recipe.run.parent
-    write_report(
-        [folder / policy for policy in POLICIES],
-        folder / "report.html",
-        title="weft demo: a mixture found while training",
-        prepared=recipe.prepared_folder,
-    )
+    report_runs([folder / policy for policy in POLICIES], folder / "report.html", "A mixture found while training")
     summary = {"mixture": summarise(results)}
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -103,16 +103,16 @@ class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional extra
 
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Write the line's numbers under `kind/name`."""
         for name, value in flatten(line):
-            self._writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandbSink:
