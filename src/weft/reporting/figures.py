@@ -27,6 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 
 from weft.progress import count_text
+from weft.reporting.html import clean, escape
 
 WIDTH = 10.0
 """Figure width in inches; the page scales it to the text's width."""
@@ -58,6 +59,7 @@ _STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 6.0,
+    "axes.titley": 1.0,  # given, so that matplotlib need not measure every label to find it
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
@@ -152,7 +154,8 @@ def domain_lines(domains: Sequence[str]) -> dict[str, Line]:
 
 
 def shorten(text: str, limit: int = 26) -> str:
-    """At most `limit` characters, the middle left out."""
+    """At most `limit` characters, the middle left out; what no font can draw is replaced."""
+    text = clean(text)
     if len(text) <= limit:
         return text
     head = (limit - 1) * 2 // 3
@@ -459,14 +462,7 @@ def inline_svg(svg: str, key: str, description: str) -> str:
     viewbox = re.search(r'viewBox="([^"]*)"', body)
     assert viewbox is not None, "matplotlib wrote an SVG without a viewBox"
     end = body.index(">")
-    label = _attribute(description)
-    return f'<svg viewBox="{viewbox[1]}" role="img" aria-label="{label}"' + body[end:]
-
-
-def _attribute(text: str) -> str:
-    for plain, entity in (("&", "&amp;"), ('"', "&quot;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(plain, entity)
-    return text
+    return f'<svg viewBox="{viewbox[1]}" role="img" aria-label="{escape(description)}"' + body[end:]
 
 
 def _round_path(path: str) -> str:

@@ -1,0 +1,85 @@
+"""What every part of a report shares: the baseline, the colours, and which domains have a name of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from weft.reporting.compare import (
+    baseline_of,
+)
+from weft.reporting.figures import (
+    OTHER,
+    Line,
+    domain_lines,
+    run_lines,
+)
+from weft.reporting.runs import Run, Score
+
+NAMED_DOMAINS = 9
+"""Domains with a colour of their own; the rest of a larger set is shown together."""
+OPEN_ROWS = 15
+"""Rows up to which a table by domain is shown open."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The runs with what every part of the page shares.
+
+    Attributes:
+        runs: in the order given.
+        baseline: the run the others are compared with.
+        run_lines: colour and dash by run.
+        domains: every domain any run mentions.
+        named: the domains with a colour of their own.
+        domain_lines: colour by named domain, and of the rest.
+    """
+
+    runs: tuple[Run, ...]
+    baseline: Run
+    run_lines: dict[str, Line]
+    domains: tuple[str, ...]
+    named: tuple[str, ...]
+    domain_lines: dict[str, Line]
+
+    @property
+    def scored_domains(self) -> list[str]:
+        """The domains with held-out scores in any run."""
+        return [name for name in self.domains if any(domain_score(run, name) is not None for run in self.runs)]
+
+    @staticmethod
+    def of(runs: Sequence[Run]) -> View:
+        """Choose baseline, colours and named domains for some runs."""
+        baseline = baseline_of(runs)
+        domains = list(dict.fromkeys(name for run in runs for name in run.domains))
+        named = domains
+        if len(domains) > NAMED_DOMAINS:
+            importance = {name: max(_mean_weight(run, name) for run in runs) for name in domains}
+            named = sorted(domains, key=lambda name: -importance[name])[:NAMED_DOMAINS]
+        shown = [*named, OTHER] if len(named) < len(domains) else list(named)
+        labels = [run.label for run in runs]
+        return View(
+            tuple(runs),
+            baseline,
+            run_lines(labels, baseline.label if len(runs) > 1 else None),
+            tuple(domains),
+            tuple(named),
+            domain_lines(shown),
+        )
+
+
+def _mean_weight(run: Run, domain: str) -> float:
+    values_N = run.domain_series("weights", domain)[1]
+    known_N = values_N[np.isfinite(values_N)]
+    if len(known_N):
+        return float(known_N.mean())
+    weight = run.weights.get(domain, 0.0)
+    return weight if math.isfinite(weight) else 0.0
+
+
+def domain_score(run: Run, name: str) -> Score | None:
+    """A domain's latest score, or None."""
+    return run.final.domains.get(name) if run.final is not None else None

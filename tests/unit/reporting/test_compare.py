@@ -1,0 +1,129 @@
+"""The first sentence of a report says what the numbers say."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from weft.evaluation.result import load_windows, paired_window_difference
+from weft.reporting.compare import (
+    baseline_of,
+    decimals_for,
+    difference_text,
+    finding,
+    generic_gap,
+    target_gap,
+)
+from weft.reporting.runs import Run, read_runs
+
+
+def bits(folder: Path, key: str = "target") -> float:
+    result = json.loads((folder / "result.json").read_text())
+    return float(result["generic"]["bits_per_byte"] if key == "generic" else result["sets"][key]["bits_per_byte"])
+
+
+def edit(folder: Path, **values: object) -> None:
+    path = folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def by_label(runs: list[Run]) -> dict[str, Run]:
+    return {run.label: run for run in runs}
+
+
+def test_differences_are_paired_over_the_same_windows(three_runs: list[Path]) -> None:
+    runs = by_label(read_runs(three_runs))
+    gap = target_gap(runs["dga"], runs["uniform"])
+    assert gap is not None
+    first, second = (load_windows(three_runs[i] / "windows.safetensors")["target"] for i in (2, 0))
+    expected = paired_window_difference(first, second)
+    assert gap.paired
+    assert gap.value == pytest.approx(bits(three_runs[2]) - bits(three_runs[0]), abs=1e-12)
+    assert gap.value == pytest.approx(expected.bits_per_byte, rel=1e-9)
+    assert gap.error == expected.bits_per_byte_se
+    generic = generic_gap(runs["dga"], runs["uniform"])
+    assert generic is not None
+    assert generic.paired
+    assert generic.value == pytest.approx(bits(three_runs[2], "generic") - bits(three_runs[0], "generic"), abs=1e-12)
+
+
+def test_without_window_losses_errors_add_up(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = [make_run(tmp_path / policy, policy, windows=policy == "uniform") for policy in ("uniform", "dga")]
+    runs = by_label(read_runs(folders))
+    gap = target_gap(runs["dga"], runs["uniform"])
+    assert gap is not None
+    assert not gap.paired
+    errors = [run.final.target.bits_per_byte_se for run in runs.values() if run.final is not None]
+    assert gap.error == pytest.approx(math.hypot(*errors))
+    assert "not compared window by window" in finding(list(runs.values())).details[-1]
+
+
+def test_a_lead_is_said_with_its_size_and_its_price(three_runs: list[Path]) -> None:
+    found = finding(read_runs(three_runs))
+    gain = bits(three_runs[0]) - bits(three_runs[2])
+    assert found.headline.startswith(f"dga predicts the target best: {bits(three_runs[2]):.3f} bits per byte, ")
+    assert f"{gain:.3f} ± 0.002 ({gain / bits(three_runs[0]):.1%}) below uniform." in found.headline
+    cost = bits(three_runs[2], "generic") - bits(three_runs[0], "generic")
+    assert cost > 0
+    assert f"dga is {cost:.3f} ±" in found.details[0]
+    assert "worse than uniform" in found.details[0]
+    assert "one seed" in found.details[-1]
+
+
+def test_a_loss_is_said_as_plainly(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = [make_run(tmp_path / p, p, target_bits=b) for p, b in (("dga", 1.95), ("uniform", 1.9))]
+    runs = read_runs(folders)
+    assert baseline_of(runs).policy == "uniform"
+    assert finding(runs).headline.startswith("No mixture is ahead of uniform on the target")
+    assert "dga, is 0.050 ±" in finding(runs).headline
+    assert "behind" in finding(runs).headline
+
+
+def test_what_is_within_the_error_is_no_lead(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = [make_run(tmp_path / p, p, target_bits=b) for p, b in (("uniform", 1.9), ("dga", 1.8995))]
+    headline = finding(read_runs(folders)).headline
+    assert headline.startswith("dga and uniform are not told apart on the target")
+    assert "within the uncertainty of the held-out text" in headline
+
+
+def test_an_unknown_error_makes_no_lead(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = [make_run(tmp_path / p, p, windows=False) for p in ("uniform", "dga")]
+    for folder in folders:
+        sets = json.loads((folder / "result.json").read_text())["sets"]
+        sets["target"]["bits_per_byte_se"] = None
+        edit(folder, sets=sets)
+    assert "by how much is not certain" in finding(read_runs(folders)).headline
+
+
+def test_one_run_says_where_it_came_from(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folder = make_run(tmp_path / "demo", "dga")
+    found = finding(read_runs([folder]))
+    assert found.headline.startswith(f"dga predicts the target at {bits(folder):.3f} ± 0.009 bits per byte")
+    assert "after 3.28M training tokens, from 4." in found.headline or "from 3." in found.headline
+
+
+def test_unequal_costs_and_other_text_are_said(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = [make_run(tmp_path / p, p) for p in ("uniform", "dga")]
+    assert not any("differ in training tokens" in text for text in finding(read_runs(folders)).details)
+    edit(folders[1], train_tokens=4_000_000)
+    sets = json.loads((folders[1] / "result.json").read_text())["sets"]
+    sets["target"]["tokens"] = 5
+    edit(folders[1], sets=sets)
+    details = " ".join(finding(read_runs(folders)).details)
+    assert "differ in training tokens (3.28M to 4.00M)" in details
+    assert "different target text" in details
+
+
+def test_without_a_target_there_is_nothing_to_claim(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert finding(read_runs([tmp_path / "run"])).headline == "No run has a result on the target yet."
+
+
+def test_differences_have_a_true_minus_and_enough_decimals() -> None:
+    assert difference_text(-0.0434, 0.0026) == "−0.043 ± 0.003"
+    assert difference_text(0.0434, math.nan) == "+0.043"
+    assert difference_text(0.0434, 0.0002, 4, sign=False) == "0.0434 ± 0.0002"
+    assert decimals_for([0.01, 0.0004]) == 4
+    assert decimals_for([0.01, math.nan, 0.0]) == 3
