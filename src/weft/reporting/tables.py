@@ -41,8 +41,10 @@ def summary_table(view: View) -> str:
         row += [Cell(_gap(target_gaps, position, run is view.baseline))] if several else []
         row.append(Cell(_score(generics[position], position == best_generic and several)))
         row += [Cell(_gap(generic_gaps, position, run is view.baseline))] if several else []
-        seconds = run.seconds.get("train", math.nan)
-        share = run.seconds.get("alignment", math.nan) / seconds if seconds > 0 else math.nan
+        alignment = run.seconds.get("alignment", math.nan)
+        seconds = math.fsum(value for value in (run.seconds.get("train", math.nan), alignment) if math.isfinite(value))
+        seconds = seconds if seconds > 0 else math.nan
+        share = alignment / seconds
         row.append(Cell(data(run.train_tokens, count_text(run.train_tokens))))
         row.append(Cell(data(seconds, duration_text(seconds))))
         row.append(Cell(data(share, f"{share:.1%}")))
