@@ -236,7 +236,7 @@ def sum_over_ranks(values: Tensor, process_group: ProcessGroup | None = None) ->
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
     if isinstance(y, DTensor):
-        total: Tensor = (x.to(y.dtype) * y).sum().full_tensor()
+        total: Tensor = (x.to(y.dtype) * y).sum().full_tensor()  # type: ignore[attr-defined]
         return total
     return torch.dot(x.reshape(-1).to(y.dtype), y.reshape(-1))
 
@@ -247,7 +247,7 @@ def _gradients_by_backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> 
     for parameter, _ in held:
         parameter.grad = None
     try:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return [parameter.grad for parameter, _ in held]
     finally:
         for parameter, gradient in held:

@@ -36,7 +36,7 @@ def finite_difference(
     The loss's own rounding divided by h is the other part of the error: 0.01 to 1.4% together in float32, a few
     percent under bfloat16 autocast. Cost: 2F per training batch's worth of sequences and a copy of the trainable
     parameters, which are back to their every bit afterwards. Do not call it between a forward pass and its backward
-    pass.
+    pass. The padding row of an embedding, which backward passes leave out, counts here where it is used.
 
     Args:
         model: see `gradient_direction`; sharded parameters work where every rank runs the same number of micro-batches.

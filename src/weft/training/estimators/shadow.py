@@ -15,6 +15,7 @@ Cost: at most one forward pass (1F) per probed step, and V, which is as large as
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -55,9 +56,9 @@ class ShadowProbe:
 
     The first axis of every module's output must run over sequences (or be 1 and broadcast over them, as that of
     position embeddings). A module that sees sequences flattened together, such as a mixture of experts, is refused,
-    because its output cannot be told apart by sequence. An output changed in place by what follows is refused by PyTorch.
-    Dropout stays as the training step has it: <g_b, v> is then of the gradient under that step's mask; `shadow_dots`
-    has none.
+    because its output cannot be told apart by sequence. An output changed in place by what follows is refused by
+    PyTorch. Dropout stays as the training step has it: <g_b, v> is then of the gradient under that step's mask;
+    `shadow_dots` has none.
 
     A model compiled before the probe was entered would not see it, so by default models run eagerly inside the `with`.
     To probe compiled steps, enter the probe first, then compile the model, pass `compiled=True` and stay inside for the
@@ -258,6 +259,10 @@ class _Tap:
         own = {f"module.{key}": self.module._parameters[key] for key in self.v}
         primals = {key: p.detach() for key, p in own.items() if p is not None}
         tangents = {f"module.{key}": v.to(primals[f"module.{key}"].dtype) for key, v in self.v.items()}
+        padding = getattr(self.module, "padding_idx", None)
+        if isinstance(padding, int) and "module.weight" in tangents:  # that row of an embedding has no gradient
+            rows = torch.arange(len(tangents["module.weight"]), device=tangents["module.weight"].device)
+            tangents["module.weight"] = tangents["module.weight"].masked_fill((rows == padding).unsqueeze(1), 0.0)
 
         def forward(parameters: dict[str, Tensor]) -> Any:
             return torch.func.functional_call(body, parameters, args, kwargs)
@@ -266,7 +271,9 @@ class _Tap:
             return list(tree_flatten(torch.func.jvp(forward, (primals,), (tangents,))[1])[0])
         before = torch.get_rng_state()
         try:
-            tangent = torch.func.jvp(forward, (primals,), (tangents,))[1]
+            with warnings.catch_warnings():  # forward mode loads rules that PyTorch itself wrote with torch.jit.script
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+                tangent = torch.func.jvp(forward, (primals,), (tangents,))[1]
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ConfigError(self.refuse(f"forward-mode differentiation fails in it ({error})")) from error
         if not torch.equal(before, torch.get_rng_state()):
@@ -380,7 +387,7 @@ def _measure_norm_form(module: nn.Module) -> bool | None:
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
-    near = 1e-5 if weight.dtype.itemsize >= 4 else 0.05
+    near = {torch.float64: 1e-12, torch.float32: 1e-5}.get(weight.dtype, 0.05)
     for centred in (True, False):
         for offset in (0.0, 1.0):
             expected = (offset + draw["module.weight"]) * _normalised(x, _epsilon(module), centred) + bias
