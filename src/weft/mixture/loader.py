@@ -8,6 +8,7 @@ ahead, and a change of weights takes effect at the step it names: batches read t
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import deque
@@ -25,6 +26,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from weft.corpora.source import Source
 from weft.errors import ConfigError, DataError
 from weft.mixture.sampler import Draw, MixtureSampler, ProbeDraw, SamplerExhausted
+
+BLOCK_TOKENS = 1 << 18
+"""Batches smaller than this are read several at a time, which spares calls per domain."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class MixtureLoader:
         sequence_length: T, tokens predicted per sequence.
         rank: this process.
         world: processes sharing each batch.
-        prefetch_steps: batches read ahead by a background thread; 0 reads on demand.
+        prefetch_steps: batches read ahead by a background thread; 0 reads on demand, small batches a few at a time.
     Raises:
         ConfigError: the sources are not those the sampler was made for, or B does not divide by `world`.
         DataError: a source is too short for one sequence.
@@ -116,7 +122,8 @@ class MixtureLoader:
         self.rank, self.world = rank, world
         self.prefetch_steps = prefetch_steps
         self._reader = _Reader(tuple(sources), sequence_length, rank, world)
-        self._ahead = _ReadAhead(sampler, self._reader, prefetch_steps)
+        local_tokens = (sampler.batch_size // world) * (sequence_length + 1)
+        self._ahead = _ReadAhead(sampler, self._reader, prefetch_steps, max(1, BLOCK_TOKENS // local_tokens))
         self._changes = sampler.changes
         weakref.finalize(self, self._ahead.stop)
 
@@ -137,7 +144,7 @@ class MixtureLoader:
 
         Raises:
             SamplerExhausted: the caps let no further batch be filled; the sampler's state is as before the call.
-            Exception: whatever reading a source raised; the same batch comes again at the next call.
+            Exception: whatever reading a source raised, in the thread too; the same batch comes again at the next call.
         """
         if self._changes != self.sampler.changes or self._ahead.next_step != self.sampler.step:
             self._resume_from_sampler()
@@ -151,7 +158,7 @@ class MixtureLoader:
         follows = self._changes == self.sampler.changes and self._ahead.next_step == self.sampler.step
         self.sampler.set_weights(step, weights_D)
         if follows:
-            self._ahead.rewind(step, self.sampler)
+            self._ahead.rewind(self.sampler, keep_before=step)
             self._changes = self.sampler.changes
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +186,7 @@ class MixtureLoader:
         self.close()
 
     def _resume_from_sampler(self) -> None:
-        self._ahead.rewind(self.sampler.step, self.sampler)
+        self._ahead.rewind(self.sampler)
         self._changes = self.sampler.changes
 
 
@@ -218,12 +225,15 @@ class _Reader:
         self._length = sequence_length
         self._rank, self._world = rank, world
 
-    def batch(self, draw: Draw) -> NDArray[np.int64]:
-        """This rank's rows of a draw."""
-        here = draw.shard(self._rank, self._world)
-        return self.rows(here.domains_B, here.sequences_B)
+    def batches(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
+        """This rank's rows of some draws, shape (draws, B, T + 1)."""
+        parts = [draw.shard(self._rank, self._world) for draw in draws]
+        domains_N = np.concatenate([part.domains_B for part in parts])
+        sequences_N = np.concatenate([part.sequences_B for part in parts])
+        return self.rows(domains_N, sequences_N).reshape(len(draws), -1, self._length + 1)
 
     def rows(self, domains_N: NDArray[np.int64], sequences_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Any sequences, shape (N, T + 1)."""
         order_N = np.argsort(domains_N, kind="stable")
         sorted_N = domains_N[order_N]
         starts_N = sequences_N[order_N] * self._length
@@ -239,31 +249,34 @@ class _Reader:
 
 
 class _Entry:
-    """One batch being read ahead: drawn, then read, or failed."""
+    """One batch drawn: waiting for its tokens, or read, or failed."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.draw: Draw | None = None
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
         self.tokens_BT1: NDArray[np.int64] | None = None
-        self.error: Exception | None = None
+        self.failed = False
 
     @property
     def ready(self) -> bool:
-        return self.tokens_BT1 is not None or self.error is not None
+        return self.tokens_BT1 is not None or self.failed
 
 
 class _ReadAhead:
-    """A queue of batches in order of step, filled by a thread from a copy of the sampler.
+    """A queue of batches in order of step, drawn from a copy of the sampler, read by the consumer or by a thread.
 
-    Invariant, under the lock: the copy stands right behind the last entry, and the sampler at the first.
+    Invariant, under the lock: the copy stands right behind the last entry, and the sampler at the first. Whatever goes
+    wrong in the thread only ends its work: the consumer meets the same batch itself and gets the error first hand.
     """
 
-    def __init__(self, sampler: MixtureSampler, reader: _Reader, depth: int) -> None:
+    def __init__(self, sampler: MixtureSampler, reader: _Reader, depth: int, largest_block: int) -> None:
         self._reader = reader
         self._depth = depth
+        self._largest_block = largest_block
+        self._block = 1
         self._changed = threading.Condition()
         self._entries: deque[_Entry] = deque()
         self._sampler = sampler.copy()
+        self._ended = False
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -271,52 +284,38 @@ class _ReadAhead:
     def next_step(self) -> int:
         """The step `take` delivers next."""
         with self._changed:
-            return self._entries[0].step if self._entries else self._sampler.step
+            return self._entries[0].draw.step if self._entries else self._sampler.step
 
     def take(self, min_per_domain: int, sampler: MixtureSampler) -> tuple[Draw, NDArray[np.int64]]:
         """Remove and return the first batch; draw and read it here if the thread has not begun it."""
         with self._changed:
             if min_per_domain:
-                self._rewind(sampler.step, sampler)
-            if not self._entries:
-                draw = self._sampler.draw(min_per_domain)
-            else:
-                entry = self._entries[0]
-                self._changed.wait_for(lambda: entry.ready)
-                if entry.error is not None:
-                    self._rewind(sampler.step, sampler)
-                    raise entry.error
-                assert entry.draw is not None and entry.tokens_BT1 is not None
-                self._entries.popleft()
-                self._changed.notify_all()
-                return entry.draw, entry.tokens_BT1
+                self._rewind(sampler)
+            if self._entries:
+                head = self._entries[0]
+                self._changed.wait_for(lambda: head.ready)
+                if not head.failed:
+                    return self._pop()
+                self._rewind(sampler)
+            # A thread takes over from the second batch on; without one a few small batches are read together.
+            block = self._draw(1 if self._depth or min_per_domain else self._block, min_per_domain)
             self._start()
             self._changed.notify_all()
         try:
-            return draw, self._reader.batch(draw)
+            self._read(block)
         except Exception:
-            self.rewind(sampler.step, sampler)
-            raise
-
-    def rewind(self, step: int, sampler: MixtureSampler) -> None:
-        """Throw away what is queued from `step` on and draw it anew as `sampler` now would."""
+            self.rewind(sampler)
+            if len(block) == 1:
+                raise
+            return self.take(min_per_domain, sampler)  # the failure may lie in a later batch of the block
         with self._changed:
-            self._rewind(step, sampler)
+            return self._pop()
+
+    def rewind(self, sampler: MixtureSampler, keep_before: int = 0) -> None:
+        """Throw away what is queued, from step `keep_before` on, and draw it anew as `sampler` now would."""
+        with self._changed:
+            self._rewind(sampler, keep_before)
             self._changed.notify_all()
-
-    def _rewind(self, step: int, sampler: MixtureSampler) -> None:
-        kept = [entry for entry in self._entries if entry.step < step and entry.error is None]
-        self._entries = deque(kept)
-        self._sampler = sampler.copy()
-        for entry in kept:
-            assert entry.draw is not None
-            self._sampler.advance(entry.draw)
-
-    def _start(self) -> None:
-        if self._depth and self._thread is None:
-            self._stopping = False
-            self._thread = threading.Thread(target=self._work, name="weft-read-ahead", daemon=True)
-            self._thread.start()
 
     def stop(self) -> None:
         """End the thread and wait for it."""
@@ -327,28 +326,66 @@ class _ReadAhead:
         if thread is not None and thread is not threading.current_thread():  # the collector may run in any thread
             thread.join()
 
-    def _may_read(self) -> bool:
-        failed = bool(self._entries) and self._entries[-1].error is not None
-        return self._stopping or (len(self._entries) < self._depth and not failed)
+    def _pop(self) -> tuple[Draw, NDArray[np.int64]]:
+        entry = self._entries.popleft()
+        self._changed.notify_all()
+        assert entry.tokens_BT1 is not None
+        return entry.draw, entry.tokens_BT1
+
+    def _rewind(self, sampler: MixtureSampler, keep_before: int = 0) -> None:
+        kept = [entry for entry in self._entries if entry.draw.step < keep_before and not entry.failed]
+        self._entries = deque(kept)
+        self._sampler = sampler.copy()
+        for entry in kept:
+            self._sampler.advance(entry.draw)
+        self._ended = False
+        self._block = 1
+
+    def _draw(self, steps: int, min_per_domain: int = 0) -> list[_Entry]:
+        """Queue up to `steps` batches, at least one."""
+        block: list[_Entry] = []
+        for _ in range(steps):
+            try:
+                block.append(_Entry(self._sampler.draw(min_per_domain)))
+            except SamplerExhausted:
+                if not block:
+                    raise
+                break
+        self._entries.extend(block)
+        self._block = min(2 * self._block, self._largest_block)
+        return block
+
+    def _read(self, block: list[_Entry]) -> None:
+        tokens_SBT1 = self._reader.batches([entry.draw for entry in block])
+        with self._changed:
+            for entry, tokens_BT1 in zip(block, tokens_SBT1, strict=True):
+                entry.tokens_BT1 = tokens_BT1
+            self._changed.notify_all()
+
+    def _start(self) -> None:
+        if self._depth and self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._work, name="weft-read-ahead", daemon=True)
+            self._thread.start()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._may_read)
+                self._changed.wait_for(lambda: self._stopping or (not self._ended and len(self._entries) < self._depth))
                 if self._stopping:
                     return
-                entry = _Entry(self._sampler.step)
                 try:
-                    entry.draw = self._sampler.draw()
-                except SamplerExhausted as error:
-                    entry.error = error
-                self._entries.append(entry)
-            tokens_BT1, failure = None, None
-            if entry.draw is not None:
-                try:
-                    tokens_BT1 = self._reader.batch(entry.draw)
-                except Exception as error:  # noqa: BLE001 - handed to the consumer, whatever it is
-                    failure = error
-            with self._changed:
-                entry.tokens_BT1, entry.error = tokens_BT1, entry.error or failure
-                self._changed.notify_all()
+                    block = self._draw(min(self._block, self._depth - len(self._entries)))
+                except SamplerExhausted:
+                    self._ended = True
+                    continue
+            try:
+                self._read(block)
+            except Exception as error:  # noqa: BLE001 - the consumer will meet it, whatever it is
+                _log.debug("reading ahead from step %d ended: %s", block[0].draw.step, error)
+                with self._changed:
+                    if any(entry is block[0] for entry in self._entries):  # not thrown away meanwhile
+                        self._ended = True
+                    for entry in block:
+                        entry.failed = True
+                    self._changed.notify_all()

@@ -84,6 +84,8 @@ class Draw:
                 f"a batch of {len(self)} sequences cannot be cut into {world} equal shards; choose a batch size "
                 "that is a multiple of the number of processes"
             )
+        if world == 1:
+            return self
         size = len(self) // world
         here = slice(rank * size, (rank + 1) * size)
         return replace(

@@ -24,32 +24,21 @@ T = 4
 SIZES = (41, 60, 17)
 
 
-class Watched(ArraySource):
-    """A source that counts reads, can be held up and can fail."""
+class Fragile(ArraySource):
+    """A source whose reads can be made to fail, all of them or those of one sequence."""
 
-    def __init__(self, tokens: NDArray[np.int64]) -> None:
-        super().__init__(tokens)
-        self.reads = 0
-        self.changed = threading.Condition()
-        self.failure: Exception | None = None
+    failure: Exception | None = None
+    bad_start: int | None = None
 
     def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        if self.failure is not None:
+        if self.failure is not None and (self.bad_start is None or self.bad_start in starts_N):
             raise self.failure
-        result = super().read_many(starts_N, count)
-        with self.changed:
-            self.reads += 1
-            self.changed.notify_all()
-        return result
-
-    def wait_for_reads(self, reads: int) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.reads >= reads, timeout=60), f"only {self.reads} reads"
+        return super().read_many(starts_N, count)
 
 
-def sources() -> list[Watched]:
+def sources() -> list[Fragile]:
     """Token j of source i is 1000 i + j, so that a row tells where it came from."""
-    return [Watched(1000 * index + np.arange(size)) for index, size in enumerate(SIZES)]
+    return [Fragile(1000 * index + np.arange(size)) for index, size in enumerate(SIZES)]
 
 
 def loader(prefetch: int = 0, batch: int = 6, world: int = 1, rank: int = 0, **options: object) -> MixtureLoader:
@@ -62,10 +51,17 @@ def rows(batch: Batch) -> list[list[int]]:
     return batch.tokens_BT1.tolist()
 
 
-def watched(loader: MixtureLoader, index: int = 0) -> Watched:
-    source = loader._reader._sources[index]
-    assert isinstance(source, Watched)
-    return source
+def source(loader: MixtureLoader, index: int = 0) -> Fragile:
+    part = loader._reader._sources[index]
+    assert isinstance(part, Fragile)
+    return part
+
+
+def wait_until_ahead(loader: MixtureLoader, batches: int) -> None:
+    """Wait for the thread to have read so many batches that nobody asked for yet."""
+    ahead = loader._ahead
+    with ahead._changed:
+        assert ahead._changed.wait_for(lambda: sum(entry.ready for entry in ahead._entries) >= batches, timeout=60)
 
 
 def test_sequence_counts_leave_room_for_the_last_label() -> None:
@@ -121,8 +117,7 @@ def test_reading_ahead_does_not_show(prefetch: int) -> None:
 def test_weights_change_at_the_step_named_although_later_batches_were_read() -> None:
     with loader(4) as batches:
         batches.next()
-        source = watched(batches)
-        source.wait_for_reads(3)  # of batches that are not asked for yet
+        wait_until_ahead(batches, 4)
         assert batches.lag_steps == 0
         batches.set_weights(2, [0.0, 0.0, 1.0])
         assert set(batches.next().domains_B.tolist()) != {2}
@@ -137,7 +132,7 @@ def test_weights_change_at_the_step_named_although_later_batches_were_read() -> 
 def test_weights_set_behind_the_loaders_back_count_too() -> None:
     with loader(4) as batches:
         batches.next()
-        watched(batches).wait_for_reads(3)
+        wait_until_ahead(batches, 4)
         batches.sampler.set_weights(1, [0.0, 0.0, 1.0])
         assert set(batches.next().domains_B.tolist()) == {2}
         batches.sampler.draw()
@@ -148,7 +143,7 @@ def test_the_state_is_that_of_the_next_batch_to_be_delivered() -> None:
     with loader(4) as batches:
         for _ in range(3):
             batches.next()
-        watched(batches).wait_for_reads(5)
+        wait_until_ahead(batches, 4)
         state = json.loads(json.dumps(batches.state_dict()))
         assert state["step"] == 3
         expected = [rows(batches.next()) for _ in range(6)]
@@ -179,7 +174,7 @@ def test_iteration_ends_when_the_caps_say_so(prefetch: int, exhaustion: str) -> 
 def test_the_end_found_ahead_is_reconsidered_when_weights_change() -> None:
     with loader(4, batch=2, exhaustion="drop", weights_D=[0.0, 0.0, 1.0]) as batches:
         batches.next()
-        watched(batches, 2).wait_for_reads(2)  # domain c has two batches; the thread meets the end next
+        wait_until_ahead(batches, 1)  # domain c has two batches; the thread meets the end next
         batches.set_weights(2, [0.5, 0.5, 0.0])
         assert set(batches.next().domains_B.tolist()) == {2}
         assert 2 not in batches.next().domains_B.tolist()
@@ -190,23 +185,38 @@ def test_a_failing_read_reaches_the_consumer_and_can_be_tried_again(prefetch: in
     plain = loader(weights_D=[1.0, 0.0, 0.0])
     with loader(prefetch, weights_D=[1.0, 0.0, 0.0]) as batches:
         assert rows(batches.next()) == rows(plain.next())
-        if prefetch:
-            watched(batches).wait_for_reads(1 + prefetch)  # those are good; the failure comes behind them
-        watched(batches).failure = OSError("the disk is gone")
-        for _ in range(prefetch):
+        wait_until_ahead(batches, prefetch)  # those are good; the failure comes behind them
+        good = 1 + prefetch if prefetch else 1
+        source(batches).failure = OSError("the disk is gone")
+        for _ in range(good - 1):
             assert rows(batches.next()) == rows(plain.next())
         for _ in range(3):
             with pytest.raises(OSError, match="the disk is gone"):
                 batches.next()
-        assert batches.sampler.step == 1 + prefetch
-        watched(batches).failure = None
-        retried = None
-        while retried is None:  # the thread may have failed once more before the disk came back
-            try:
-                retried = batches.next()
-            except OSError:
-                continue
-        assert rows(retried) == rows(plain.next())
+        assert batches.sampler.step == good
+        source(batches).failure = None
+        for _ in range(12):
+            assert rows(batches.next()) == rows(plain.next())
+
+
+@pytest.mark.parametrize("prefetch", [0, 8])
+def test_a_failing_read_fails_its_own_batch_and_none_before(prefetch: int) -> None:
+    plain = loader(weights_D=[0.5, 0.5, 0.0], batch=1)
+    expected = [plain.next() for _ in range(30)]
+    bad = next(step for step, batch in enumerate(expected) if step > 8 and batch.domains_B[0] == 0)
+    start = int(expected[bad].draw.sequences_B[0]) * T
+    good = next(
+        step
+        for step, batch in enumerate(expected)
+        if batch.domains_B[0] == 0 and batch.draw.sequences_B[0] * T == start
+    )
+    with loader(prefetch, weights_D=[0.5, 0.5, 0.0], batch=1) as batches:
+        source(batches).failure, source(batches).bad_start = OSError("bad sector"), start
+        for step in range(good):
+            assert rows(batches.next()) == rows(expected[step])
+        with pytest.raises(OSError, match="bad sector"):
+            batches.next()
+        assert batches.sampler.step == good
 
 
 def test_closing_ends_the_thread_and_loses_nothing() -> None:
