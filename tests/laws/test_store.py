@@ -82,13 +82,13 @@ def test_an_interrupted_writer_goes_on_from_its_last_commit(
         assert [again.origin(i) for i in range(len(rows))] == [whole.origin(i) for i in range(len(rows))]
 
 
-class Interrupted(Exception):
+class StreamBrokeError(Exception):
     pass
 
 
 def breaking(documents: list[Document], after: int) -> Iterator[Document]:
     yield from documents[:after]
-    raise Interrupted
+    raise StreamBrokeError
 
 
 @settings(max_examples=20, deadline=None)
@@ -108,7 +108,7 @@ def test_tokenising_through_interruptions_gives_the_same_stores(
         for function, name in ((tokenise_documents, "one"), (tokenise_by_label, "many")):
             whole = function(documents, TOKENIZER, root / f"{name}-whole")
             for after in breaks:
-                with pytest.raises(Interrupted):
+                with pytest.raises(StreamBrokeError):
                     function(breaking(documents, after), TOKENIZER, root / name, **sizes)
                 assert not (root / name).exists()
             result = function(documents, TOKENIZER, root / name, **sizes)

@@ -77,7 +77,7 @@ def tokenise_by_label(
     *,
     shard_tokens: int = SHARD_TOKENS,
     batch_bytes: int = 2 << 20,
-    commit_bytes: int = 32 << 20,
+    commit_bytes: int = 128 << 20,
     overwrite: bool = False,
     progress: Callable[[TokeniseProgress], None] | None = None,
 ) -> dict[str, TokenStore]:
