@@ -140,8 +140,9 @@ class TokenStoreWriter:
         if self._files.documents == 0:
             self.abort()
             raise DataError(f"token store {self._partial.final} would hold no document")
-        self._files.close()
-        self._partial.publish()
+        with self._partial.kept_on_failure():
+            self._files.close()
+            self._partial.publish()
         return TokenStore(self._partial.final, verify="sizes")
 
     def abort(self, keep: bool = False) -> None:
@@ -240,12 +241,13 @@ class MultiStoreWriter:
         if not self._stores:
             self.abort()
             raise DataError(f"token stores {self._partial.final} would hold no document")
-        for store in self._stores.values():
-            store.close(sync=False)
-        names = {label: self._folders[label] for label in sorted(self._stores)}
-        write_json(self._partial.path / "stores.json", names)
-        os.sync()  # one flush of everything is far cheaper than thousands of single ones
-        self._partial.publish()
+        with self._partial.kept_on_failure():
+            for store in self._stores.values():
+                store.close(sync=False)
+            names = {label: self._folders[label] for label in sorted(self._stores)}
+            write_json(self._partial.path / "stores.json", names)
+            os.sync()  # one flush of everything is far cheaper than thousands of single ones
+            self._partial.publish()
         return open_stores(self._partial.final, verify="sizes")
 
     def abort(self, keep: bool = False) -> None:

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,15 @@ class PartialFolder:
         sync_file(self.final.parent)
         os.close(self._lock)
         self.closed = True
+
+    @contextlib.contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Let go of the folder when the body fails: what is on record stays for a writer that resumes."""
+        try:
+            yield
+        except BaseException:
+            self.abandon(keep=self.resume)
+            raise
 
     def abandon(self, *, keep: bool) -> None:
         if self.closed:

@@ -14,6 +14,7 @@ import pytest
 from weft.corpora import store_files
 from weft.corpora.source import Source
 from weft.corpora.store import MultiStoreWriter, TokenStore, TokenStoreWriter, Vocabulary, folder_name, open_stores
+from weft.corpora.store_files import StoreFiles
 from weft.errors import DataError
 
 VOCABULARY = Vocabulary(size=50, eos_id=0, fingerprint="tok")
@@ -206,11 +207,31 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_store(tmp_path: Path, monkey
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_files, "open", full, raising=False)
-    writer = TokenStoreWriter(tmp_path / "s", VOCABULARY, buffer_bytes=1)
-    with pytest.raises(DataError, match=r"tokens-00000.bin: No space left on device.*run again"), writer:
-        writer.append([1], 1)
-    assert not list(tmp_path.iterdir())
+    for buffer_bytes in (1, 1 << 20):  # fails in append, fails in finish
+        writer = TokenStoreWriter(tmp_path / "s", VOCABULARY, buffer_bytes=buffer_bytes)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_files, "open", full, raising=False)
+            with pytest.raises(DataError, match=r"tokens-00000.bin: No space left on device.*run again"), writer:
+                writer.append([1], 1)
+        assert not list(tmp_path.iterdir())
+    assert len(write(tmp_path / "s", ROWS)) == 13
+
+
+def test_a_disk_that_fills_while_finishing_costs_only_what_was_not_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = TokenStoreWriter(tmp_path / "s", VOCABULARY, resume=True)
+    writer.append([1], 1)
+    writer.commit("one")
+    writer.append([2], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreFiles, "close", lambda self: (_ for _ in ()).throw(DataError("full")))
+        with pytest.raises(DataError, match="full"):
+            writer.finish()
+    with TokenStoreWriter(tmp_path / "s", VOCABULARY, resume=True) as again:
+        assert (again.documents, again.mark) == (1, "one")
+        again.append([3], 1)
+    assert TokenStore(tmp_path / "s").read(0, 4).tolist() == [1, 0, 3, 0]
 
 
 def test_thousands_of_domains_at_once_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
