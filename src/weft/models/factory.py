@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,16 +114,15 @@ def build_model(
         if config.lora is not None:
             model.enable_input_require_grads()
     if config.lora is not None:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora.rank,
-                lora_alpha=config.lora.alpha,
-                lora_dropout=config.lora.dropout,
-                target_modules=config.lora.target_modules,
-                task_type="CAUSAL_LM",
-            ),
+        section = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            task_type="CAUSAL_LM",
         )
+        with _peft_warnings():
+            model = get_peft_model(model, section)
     built: nn.Module = model
     return built
 
@@ -173,11 +175,20 @@ def load_model(folder: Path) -> nn.Module:
         if (folder / "adapter_config.json").exists():
             adapter = LoraConfig.from_pretrained(str(folder))
             base = AutoModelForCausalLM.from_pretrained(str(adapter.base_model_name_or_path), use_safetensors=True)
-            model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+            with _peft_warnings():
+                model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
             return model
         return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
+
+
+@contextmanager
+def _peft_warnings() -> Iterator[None]:
+    """PEFT still reads an attribute that transformers renamed; its warning is not for weft's users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:

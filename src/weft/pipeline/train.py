@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from weft.errors import CheckpointError, ConfigError
 from weft.evaluation.result import save_windows
@@ -42,6 +43,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     Raises:
         WeftError: for every cause a user can mend; what was complete before stays.
     """
+    transformers_logging.disable_progress_bar()
     process = PartialState(
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
         cpu=recipe.training.device == "cpu" or not torch.cuda.is_available(),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -129,9 +130,7 @@ class Trainer:
         self.task, self.config, self.alignment_config, self.runtime = task, config, alignment, runtime
         self.folder, self.seed, self.identity = folder, seed, identity
         self.evaluate, self.evaluate_every_steps = evaluate, evaluate_every_steps
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if runtime.bf16 else "no", cpu=runtime.device.type == "cpu"
-        )
+        self.accelerator = Accelerator(cpu=runtime.device.type == "cpu")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         if config.batch_sequences % self.world:
@@ -164,7 +163,7 @@ class Trainer:
         self.choice = self._choose_estimator()
         self.meter = DomainMeter(len(task.domains), self.device)
         self.state = task.policy.init(task.setting)
-        self.loader.set_weights(0, task.policy.weights(self.state))
+        self.loader.set_weights(0, task.policy.weights(self.state).numpy())
         self.step = 0
         self.seconds = {"train": 0.0, "alignment": 0.0, "eval": 0.0, "save": 0.0}
         self._resume()
@@ -262,8 +261,27 @@ class Trainer:
             NumericsError: the loss or the gradient is not finite; the last good checkpoint stays.
             CheckpointError: a checkpoint cannot be written; the last good one stays.
         """
+        try:
+            stopped = self._run()
+        finally:
+            self.close()
+        return TrainingResult(
+            step=self.step,
+            tokens=self.tokens,
+            weights=self._weights_by_domain(),
+            epochs=self._epochs_by_domain(),
+            seconds=dict(self.seconds),
+            stopped_early=stopped,
+        )
+
+    def close(self) -> None:
+        """End background reading and close metrics.jsonl."""
+        self.loader.close()
+        self.metrics.close()
+
+    def _run(self) -> str | None:
+        """Train to the end; returns why it came early, if it did."""
         total = self.config.total_steps
-        stopped = None
         if self.step == 0:
             self._log_mixture(None, {})
             self._evaluate()
@@ -274,9 +292,9 @@ class Trainer:
                 try:
                     loss, norm = self._train_step()
                 except SamplerExhausted as error:
-                    stopped = str(error)
                     log.warning("training ends at step %d of %d: %s", self.step, total, error)
-                    break
+                    self.save()
+                    return str(error)
                 last = self.step == total
                 if self.step % self.config.log_every_steps == 0 or last:
                     elapsed = time.perf_counter() - window_start
@@ -287,26 +305,13 @@ class Trainer:
                     )
                     display.update(self.step, total, self.tokens, loss, speed, self._weights_by_domain())
                     window_start, window_step = time.perf_counter(), self.step
+                before = time.perf_counter()
                 if self.evaluate_every_steps and (self.step % self.evaluate_every_steps == 0 or last):
-                    before = time.perf_counter()
                     self._evaluate()
-                    window_start += time.perf_counter() - before
                 if self.step % self.config.save_every_steps == 0 or last:
-                    before = time.perf_counter()
                     self.save()
-                    window_start += time.perf_counter() - before
-        if stopped is not None:
-            self.save()
-        self.loader.close()
-        self.metrics.close()
-        return TrainingResult(
-            step=self.step,
-            tokens=self.tokens,
-            weights=self._weights_by_domain(),
-            epochs=self._epochs_by_domain(),
-            seconds=dict(self.seconds),
-            stopped_early=stopped,
-        )
+                window_start += time.perf_counter() - before
+        return None
 
     def _train_step(self) -> tuple[float, float]:
         """One optimizer step and, every T_r steps, one policy update; returns the loss and the gradient norm."""
@@ -373,7 +378,7 @@ class Trainer:
                     tokens, weights = tokens_BT1[piece], weights_B[piece]
                     if probe is not None:
                         probe.begin(len(piece))
-                    with self.accelerator.autocast():
+                    with self._autocast():
                         losses = self._losses(tokens, domains_B[piece])
                     scaled = (weights * losses).sum() / self.local_batch
                     self.accelerator.backward(scaled)
@@ -412,11 +417,12 @@ class Trainer:
     def _direction(self) -> Direction:
         """v: the target's gradient (or the mean gradient over domains), preconditioned where the policy asks."""
         if self.target_probe is not None:
-            draw = self.target_probe.sampler.probe(self.step, torch.ones(1, 1, dtype=torch.float64),
-                                                   self.target_probe.sampler.batch_size)  # fmt: skip
+            rotating = self.target_probe.sampler
+            draw = rotating.probe(self.step, None, rotating.batch_size)
             tokens = self.target_probe.probe_tokens(draw)
         else:
-            uniform = torch.full((1, len(self.task.domains)), 1 / len(self.task.domains), dtype=torch.float64)
+            domains = len(self.task.domains)
+            uniform = np.full((1, domains), 1.0 / domains)
             draw = self.sampler.probe(2 * self.step + 1, uniform, self.alignment_config.target_sequences)
             tokens = self.loader.probe_tokens(draw)
         with self._probing():
@@ -431,7 +437,7 @@ class Trainer:
         """Alignments of every group on sequences drawn for the purpose, which cost no training tokens."""
         assert self.choice is not None
         direction = self._direction()
-        draw = self.sampler.probe(2 * self.step, self.groups_GD, self.alignment_config.sequences_per_group)
+        draw = self.sampler.probe(2 * self.step, self.groups_GD.numpy(), self.alignment_config.sequences_per_group)
         tokens, groups = self.loader.probe_tokens(draw), torch.from_numpy(draw.groups_N)
         with self._probing():
             return align.probe_alignment(
@@ -443,8 +449,12 @@ class Trainer:
     @contextmanager
     def _probing(self) -> Iterator[None]:
         """Probes run on the bare module, uncompiled, in the run's precision."""
-        with _eager(self.module), self.accelerator.autocast():
+        with _eager(self.module), self._autocast():
             yield
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 autocast where the runtime chose it; a context of its own, since accelerate's is shared by all runs."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16)
 
     def _share(self, rows: Tensor) -> Tensor:
         """This rank's rows of a probe; sums and counts are reduced over ranks afterwards."""
@@ -461,7 +471,7 @@ class Trainer:
             alignment=alignment,
         )
         self.state = self.task.policy.update(self.state, report)
-        self.loader.set_weights(self.step, self.task.policy.weights(self.state))
+        self.loader.set_weights(self.step, self.task.policy.weights(self.state).numpy())
         losses = dict(zip(self.task.domains, measured.losses_D.tolist(), strict=True))
         self._log_mixture(alignment, losses)
 
