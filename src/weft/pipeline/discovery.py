@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +71,24 @@ def by_label(corpus: Spool, heldout: Spool, folder: Path) -> Discovered:
             f"{', '.join(names[:20])}"
         )
     found = Discovered(names, Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
+    place = {name: number for number, name in enumerate(names)}
     for spool, numbers in ((corpus, found.train), (heldout, found.heldout)):
-        table = np.array([names.index(label) for label in spool.labels], dtype=np.int64)
+        table = np.array([place[label] for label in spool.labels], dtype=np.int64)
         numbers.write(table[block["label"]] for block in spool.facts())
     return found
 
 
 def _need_labels(spool: Spool) -> None:
-    for document, number in zip(spool, _label_numbers(spool), strict=True) if _lacks_labels(spool) else ():
-        if number == NO_LABEL:
+    start = 0
+    for block in spool.facts():
+        without = np.flatnonzero(block["label"] == NO_LABEL)
+        if len(without):
+            document = next(islice(spool, start + int(without[0]), None))
             raise DataError(
                 f"document {document.origin} has no label to make a domain of; set label, label_field or label_from on "
                 f"its corpus, or use domains.by: clusters"
             )
-
-
-def _lacks_labels(spool: Spool) -> bool:
-    return any(bool((block["label"] == NO_LABEL).any()) for block in spool.facts())
-
-
-def _label_numbers(spool: Spool) -> Iterator[int]:
-    for block in spool.facts():
-        yield from block["label"].tolist()
+        start += len(block)
 
 
 def by_clusters(
@@ -106,8 +103,7 @@ def by_clusters(
     options = config.domains.clusters
     assert options is not None
     embedding = config.domains.embedder
-    ends = {name: folder / name for name in ("train.u4", "heldout.u4")}
-    found = Discovered((), Numbers(ends["train.u4"]), Numbers(ends["heldout.u4"]))
+    found = Discovered((), Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
     if (folder / "names.json").exists():
         names = tuple(json.loads((folder / "names.json").read_text(encoding="utf-8")))
         return dataclasses.replace(found, names=names), _saved_embedder(config, folder), Clusters.load(folder / "k.npz")

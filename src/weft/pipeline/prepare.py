@@ -302,9 +302,6 @@ class _Preparation:
         heldout = HeldoutPlan(none if config.heldout else config.split, seed)
         for (digest, _), number in zip(spools["corpora"].digests(), discovered.train, strict=True):
             heldout.observe(discovered.names[number], digest)
-        for name, documents in sorted(heldout.documents().items()):
-            if documents == 1 and not config.heldout and config.split.fraction > 0:
-                self.warnings.append(f"domain {name!r} has one document: nothing of it is held out")
         target_heldout = HeldoutPlan(none if config.target_heldout else config.target_split, seed)
         for digest, _ in spools["target"].digests():
             target_heldout.observe("target", digest)
