@@ -208,7 +208,7 @@ def domain_charts(view: View) -> str:
         panels.append(Panel(name, tuple(curves)))
     if max((len(curve.x_N) for panel in panels for curve in panel.curves), default=0) < 2:
         return ""
-    legend = [run.label for run in view.runs] if len(view.runs) > 1 else []
+    legend = [one.label for one in view.contenders] if len(view.runs) > 1 else []
     chart = small_multiples(panels, view.run_lines, y_label="bits per byte", legend=legend)
     caption = "Bits per byte on each domain's held-out text; each frame has its own scale."
     if len(shown) < len(scored):
@@ -224,30 +224,29 @@ def _spread(view: View, name: str) -> float:
 
 def epoch_chart(view: View) -> str:
     """How often each domain's training text was read."""
-    runs = [run for run in view.runs if any(math.isfinite(value) for value in run.epochs.values())]
-    if not runs:
+    passes = {one.label: {name: one.epochs(name) for name in view.domains} for one in view.contenders}
+    passes = {label: row for label, row in passes.items() if any(math.isfinite(value) for value in row.values())}
+    if not passes:
         return ""
     names = list(view.domains)
-    left_out = ""
+    caption = "How often each domain's training text was read. Beyond one pass text repeats."
+    if view.contenders[0].repeated:
+        caption += " Means over repeated runs."
     if len(names) > BAR_GROUPS:
-        most = {name: max(_finite(run.epochs.get(name)) for run in runs) for name in names}
+        most = {name: max((row[name] for row in passes.values() if math.isfinite(row[name])), default=0.0)
+                for name in names}  # fmt: skip
         names = sorted(names, key=lambda name: -most[name])[:BAR_GROUPS]
-        left_out = f" Shown: the {BAR_GROUPS} domains read most often, of {len(view.domains)}."
-    values = {run.label: [run.epochs.get(name, math.nan) for name in names] for run in runs}
-    near_one = max(value for row in values.values() for value in row if math.isfinite(value)) >= 0.5
+        caption += f" Shown: the {BAR_GROUPS} domains read most often, of {len(view.domains)}."
+    near_one = max(value for row in passes.values() for value in row.values() if math.isfinite(value)) >= 0.5
     chart = grouped_bars(
-        names, values, view.run_lines, x_label="passes over the domain's training text",
-        mark=1.0 if near_one else None, mark_label="1 pass",
+        names, {label: [row[name] for name in names] for label, row in passes.items()}, view.run_lines,
+        x_label="passes over the domain's training text", mark=1.0 if near_one else None, mark_label="1 pass",
     )  # fmt: skip
-    caption = f"How often each domain's training text was read. Beyond one pass text repeats.{left_out}"
     most_read = "; ".join(
-        f"{run.label}: " + ", ".join(f"{name} {value:.2f}" for name, value in _largest(run.epochs, 3)) for run in runs
+        f"{label}: " + ", ".join(f"{name} {value:.2f}" for name, value in _largest(row, 3))
+        for label, row in passes.items()
     )
     return _figure("epochs", chart, caption, f"Passes over each domain's training text. Most: {most_read}.")
-
-
-def _finite(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else 0.0
 
 
 def training_charts(view: View) -> str:

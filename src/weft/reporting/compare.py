@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from weft.errors import DataError
 from weft.evaluation.result import mean_difference, paired_window_difference
@@ -18,7 +21,7 @@ CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Gap:
-    """A run's bits per byte minus the baseline's; negative is better.
+    """A contender's bits per byte minus the baseline's; negative is better.
 
     Attributes:
         value: the difference.
@@ -36,9 +39,88 @@ class Gap:
         return abs(self.value) > CLEAR * self.error
 
 
-def baseline_of(runs: Sequence[Run]) -> Run:
-    """The run the others are compared with: the first of the uniform mixture, else the first."""
-    return next((run for run in runs if run.policy == "uniform"), runs[0])
+@dataclass(frozen=True)
+class Contender:
+    """What is compared: one run, or the runs that differ in nothing but their seed.
+
+    Attributes:
+        label: the run's, or the repeated runs' policy.
+        runs: one or several.
+        target: the run's score, or the mean over runs with its standard error over runs (NaN for fewer than two).
+        generic: likewise, of the mean over domains.
+        repeated: whether the report compares repeated runs at all.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    target: Score
+    generic: Score
+    repeated: bool
+
+    def domain(self, name: str) -> Score:
+        """A domain's score, likewise; NaN throughout where there is none."""
+        scores = [run.final.domains.get(name, Score()) if run.final is not None else Score() for run in self.runs]
+        return _mean_over_runs(scores) if self.repeated else scores[0]
+
+    def weight(self, name: str) -> float:
+        """A domain's final mixture weight, the mean over runs; NaN where unknown."""
+        return _known_mean([run.weights.get(name, math.nan) for run in self.runs])
+
+    def epochs(self, name: str) -> float:
+        """Passes over a domain's training text, the mean over runs; NaN where unknown."""
+        return _known_mean([run.epochs.get(name, math.nan) for run in self.runs])
+
+
+def contenders_of(runs: Sequence[Run]) -> list[Contender]:
+    """Gather runs whose recipes differ only in `seed`, `run` and `prepared`; each run by itself where none repeats."""
+    by_recipe: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.recipe.items() if key not in ("seed", "run", "prepared")}
+        key = json.dumps(settings, sort_keys=True, default=str) if settings else run.label
+        by_recipe.setdefault(key, []).append(run)
+    if len(by_recipe) == len(runs):
+        return [Contender(run.label, (run,), target_score(run), generic_score(run), False) for run in runs]
+    groups = list(by_recipe.values())
+    policies = [group[0].policy for group in groups]
+    labels = [
+        policy if policy and policies.count(policy) == 1 else group[0].label
+        for policy, group in zip(policies, groups, strict=True)
+    ]
+    return [
+        Contender(
+            label,
+            tuple(group),
+            _mean_over_runs([target_score(run) for run in group]),
+            _mean_over_runs([generic_score(run) for run in group]),
+            True,
+        )
+        for label, group in zip(labels, groups, strict=True)
+    ]
+
+
+def _known_mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _mean_over_runs(scores: Sequence[Score]) -> Score:
+    bits = [score.bits_per_byte for score in scores if math.isfinite(score.bits_per_byte)]
+    if not bits:
+        return Score()
+    error = statistics.stdev(bits) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+    return Score(bits_per_byte=statistics.fmean(bits), bits_per_byte_se=error)
+
+
+Compared = TypeVar("Compared", Run, Contender)
+
+
+def baseline_of(compared: Sequence[Compared]) -> Compared:
+    """What the others are compared with: the first of the uniform mixture, else the first."""
+    return next((one for one in compared if _policy(one) == "uniform"), compared[0])
+
+
+def _policy(one: Run | Contender) -> str:
+    return one.policy if isinstance(one, Run) else one.runs[0].policy
 
 
 def target_score(run: Run) -> Score:
@@ -51,29 +133,32 @@ def generic_score(run: Run) -> Score:
     return run.final.generic if run.final is not None else Score()
 
 
-def target_gap(run: Run, baseline: Run) -> Gap | None:
-    """A run against the baseline on the target; None where a number is missing."""
-    return _gap(run, baseline, target_score(run), target_score(baseline), [TARGET])
+def target_gap(one: Contender, baseline: Contender) -> Gap | None:
+    """A contender against the baseline on the target; None where a number is missing."""
+    return _gap(one, baseline, one.target, baseline.target, [TARGET])
 
 
-def generic_gap(run: Run, baseline: Run) -> Gap | None:
-    """A run against the baseline on the mean over domains; None where a number is missing."""
-    names = _domain_names(run.final)
-    if names != _domain_names(baseline.final):
+def generic_gap(one: Contender, baseline: Contender) -> Gap | None:
+    """A contender against the baseline on the mean over domains; None where a number is missing."""
+    names = _domain_names(one.runs[0].final)
+    if names != _domain_names(baseline.runs[0].final):
         names = []
-    return _gap(run, baseline, generic_score(run), generic_score(baseline), names)
+    return _gap(one, baseline, one.generic, baseline.generic, names)
 
 
 def _domain_names(evaluation: Evaluation | None) -> list[str]:
     return sorted(evaluation.domains) if evaluation is not None else []
 
 
-def _gap(run: Run, baseline: Run, score: Score, reference: Score, names: Sequence[str]) -> Gap | None:
+def _gap(one: Contender, baseline: Contender, score: Score, reference: Score, names: Sequence[str]) -> Gap | None:
     value = score.bits_per_byte - reference.bits_per_byte
-    if run is baseline or not math.isfinite(value):
+    if one is baseline or not math.isfinite(value):
         return None
+    if one.repeated:
+        return Gap(value, math.hypot(score.bits_per_byte_se, reference.bits_per_byte_se), False)
+    windows, others = one.runs[0].windows, baseline.runs[0].windows
     try:
-        differences = {name: paired_window_difference(run.windows[name], baseline.windows[name]) for name in names}
+        differences = {name: paired_window_difference(windows[name], others[name]) for name in names}
         return Gap(value, mean_difference(differences).bits_per_byte_se, True)
     except (KeyError, DataError):
         return Gap(value, math.hypot(score.bits_per_byte_se, reference.bits_per_byte_se), False)
@@ -93,23 +178,20 @@ class Finding:
 
 
 def finding(runs: Sequence[Run]) -> Finding:
-    """Say what the runs show about the target, as it is: ahead, behind, or not told apart."""
+    """Say what the runs show about the target, as it is: ahead, behind, or not told apart.
+
+    Repeated runs speak through their mean, never through the luckiest of them.
+    """
     scored = [run for run in runs if math.isfinite(target_score(run).bits_per_byte)]
     if not scored:
         return Finding("No run has a result on the target yet.", tuple(_caveats(runs, [])))
-    if len(scored) == 1:
-        run = scored[0]
-        start = next((e.target for e in run.evaluations if math.isfinite(e.target.bits_per_byte)), Score())
-        fall = f", from {start.bits_per_byte:.3f} at the start" if start.bits_per_byte != _bits(run) else ""
-        headline = f"{run.label} predicts the target at {_with_error(target_score(run))} bits per byte"
-        after = f" after {count_text(run.train_tokens)} training tokens" if math.isfinite(run.train_tokens) else ""
-        return Finding(headline + after + (fall if math.isfinite(start.bits_per_byte) else "") + ".",
-                       tuple(_caveats(runs, scored)))  # fmt: skip
-    baseline = baseline_of(scored)
-    others = [run for run in scored if run is not baseline]
-    best = min(others, key=_bits)
+    contenders = contenders_of(scored)
+    if len(contenders) == 1:
+        return Finding(_alone(contenders[0]), tuple(_caveats(runs, scored)))
+    baseline = baseline_of(contenders)
+    best = min((one for one in contenders if one is not baseline), key=_bits)
     gap = target_gap(best, baseline)
-    assert gap is not None, "both runs have a target score"
+    assert gap is not None, "both have a target score"
     percent = abs(gap.value) / _bits(baseline)
     size = difference_text(abs(gap.value), gap.error, decimals_for([gap.error]), sign=False)
     if gap.value < 0 and gap.clear:
@@ -124,7 +206,8 @@ def finding(runs: Sequence[Run]) -> Finding:
         )
     else:
         lead = "ahead" if gap.value < 0 else "behind"
-        why = "by how much is not certain" if math.isnan(gap.error) else "within the uncertainty of the held-out text"
+        why = "within the uncertainty of " + ("the repeated runs" if best.repeated else "the held-out text")
+        why = "by how much is not certain" if math.isnan(gap.error) else why
         headline = (
             f"{best.label} and {baseline.label} are not told apart on the target: {_bits(best):.3f} against "
             f"{_bits(baseline):.3f} bits per byte, {size} {lead}, {why}."
@@ -143,12 +226,35 @@ def finding(runs: Sequence[Run]) -> Finding:
             details.append(f"On the generic domains {best.label} is {size} bits per byte worse than {baseline.label}.")
         else:
             details.append(f"On the generic domains {best.label} is also {size} bits per byte better.")
-    details.append(
-        "± is one standard error over windows of held-out text"
-        + (", of the paired difference" if gap.paired else "; the runs were not compared window by window")
-        + ". Each run is one seed: the spread over seeds is not in it."
-    )
+    details.append(_meaning_of_error(gap, contenders))
     return Finding(headline, tuple(details + _caveats(runs, scored)))
+
+
+def _alone(one: Contender) -> str:
+    """The headline where there is nothing to compare with."""
+    headline = f"{one.label} predicts the target at {_with_error(one.target)} bits per byte"
+    if one.repeated:
+        return f"{headline}, the mean over {len(one.runs)} runs."
+    run = one.runs[0]
+    if math.isfinite(run.train_tokens):
+        headline += f" after {count_text(run.train_tokens)} training tokens"
+    start = next((e.target for e in run.evaluations if math.isfinite(e.target.bits_per_byte)), Score())
+    if math.isfinite(start.bits_per_byte) and start.bits_per_byte != _bits(one):
+        headline += f", from {start.bits_per_byte:.3f} at the start"
+    return headline + "."
+
+
+def _meaning_of_error(gap: Gap, contenders: Sequence[Contender]) -> str:
+    if contenders[0].repeated:
+        counts = ", ".join(f"{one.label} {len(one.runs)}" for one in contenders)
+        return (
+            f"Values are means over runs that differ only in their seed ({counts}); ± is one standard error over runs."
+        )
+    how = ", of the paired difference" if gap.paired else "; the runs were not compared window by window"
+    return (
+        f"± is one standard error over windows of held-out text{how}. "
+        "Each run is one seed: the spread over seeds is not in it."
+    )
 
 
 def _caveats(runs: Sequence[Run], scored: Sequence[Run]) -> list[str]:
@@ -170,8 +276,8 @@ def _caveats(runs: Sequence[Run], scored: Sequence[Run]) -> list[str]:
     return result
 
 
-def _bits(run: Run) -> float:
-    return target_score(run).bits_per_byte
+def _bits(one: Contender) -> float:
+    return one.target.bits_per_byte
 
 
 def _with_error(score: Score) -> str:

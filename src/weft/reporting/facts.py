@@ -114,7 +114,9 @@ def prepared_facts(prepared: Mapping[str, Any] | None) -> str:
                 ]
                 for name, facts in listed.items()
             ]
-            head = column_head([escape(key.capitalize()), *(escape(c.replace("_", " ")) for c in columns)])
+            head = column_head(
+                [escape(key.capitalize().removesuffix("s")), *(escape(c.replace("_", " ")) for c in columns)]
+            )
             content = table(f"Prepared {escape(key)}.", head, rows, kind="dense")
             text += details(f"{len(rows)} {escape(key)}", content, is_open=len(rows) <= OPEN_ROWS)
     flat = flatten(rest)

@@ -34,6 +34,8 @@ WIDTH = 10.0
 
 OTHER = "other"
 
+LEGEND_COLUMNS = 6
+
 INK, MUTED, RULE, PALE = "#1f2933", "#5b6673", "#d9dee4", "#c3c9d1"
 DOMAIN_COLOURS = (
     "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#44aa99", "#882255", "#999933", "#aa4499",
@@ -322,7 +324,7 @@ def small_multiples(
     with _styled():
         columns = min(columns, len(panels))
         rows = -(-len(panels) // columns)
-        top = 0.3 + (0.3 if legend else 0.0)
+        top = 0.3 + (0.14 + 0.17 * -(-len(legend) // LEGEND_COLUMNS) if legend else 0.0)
         height = top + row_height * rows + 0.42
         figure = Figure(figsize=(WIDTH, height))
         wide = columns <= 2
@@ -388,7 +390,7 @@ def grouped_bars(
         runs = list(values)
         bar = min(0.115, 0.5 / max(1, len(runs)))
         group = bar * len(runs) + 0.11
-        top, bottom = 0.42, 0.5
+        top, bottom = 0.25 + 0.17 * -(-len(runs) // LEGEND_COLUMNS), 0.5
         height = top + group * len(names) + bottom
         figure = Figure(figsize=(WIDTH, height))
         left = min(2.6, 0.2 + _text_width([shorten(name) for name in names], 8.0))
@@ -587,7 +589,14 @@ def _label_ends(axis: Axes, panel: Panel, lines: Mapping[str, Line], height_poin
             fontsize=8.0,
             color=colour,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -627,7 +636,7 @@ def _legend_above(
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(0.0, 1 - 0.02 / height),
-        ncols=max(1, min(len(labels), 6)),
+        ncols=max(1, min(len(labels), LEGEND_COLUMNS)),
         borderaxespad=0.0,
         borderpad=0.1,
         handlelength=1.0 if bars else 2.0,

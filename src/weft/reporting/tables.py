@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from weft.progress import count_text, duration_text
 from weft.reporting.compare import (
     Gap,
+    baseline_of,
     decimals_for,
     difference_text,
     generic_gap,
@@ -17,30 +18,25 @@ from weft.reporting.compare import (
 )
 from weft.reporting.html import DASH, Cell, column_head, data, details, escape, table
 from weft.reporting.runs import Run, Score
-from weft.reporting.view import OPEN_ROWS, View, domain_score
+from weft.reporting.view import OPEN_ROWS, View
 
 
 def summary_table(view: View) -> str:
-    """One line per run: losses, differences, cost; and under it what is missing."""
+    """One line per run: losses, differences, cost; above it the means of repeated runs, under it what is missing."""
     several = len(view.runs) > 1
+    repeated = view.contenders[0].repeated
+    compared = several and not repeated
     targets = [target_score(run) for run in view.runs]
     generics = [generic_score(run) for run in view.runs]
     best_target, best_generic = (_best([score.bits_per_byte for score in scores]) for scores in (targets, generics))
-    target_gaps = [target_gap(run, view.baseline) for run in view.runs]
-    generic_gaps = [generic_gap(run, view.baseline) for run in view.runs]
-    against = f"against {escape(view.baseline.label)}"
-    heads = ["Run", "Target<br>bits per byte"]
-    heads += [f"Target<br>{against}"] if several else []
-    heads += ["Generic<br>bits per byte"]
-    heads += [f"Generic<br>{against}"] if several else []
-    heads += ["Training<br>tokens", "Training<br>time", "Alignment<br>share of it"]
+    columns = _gap_columns(view) if compared else []
     rows = []
     for position, run in enumerate(view.runs):
         row = [Cell(_run_name(view, run), "text", header=True)]
-        row.append(Cell(_score(targets[position], position == best_target and several)))
-        row += [Cell(_gap(target_gaps, position, run is view.baseline))] if several else []
-        row.append(Cell(_score(generics[position], position == best_generic and several)))
-        row += [Cell(_gap(generic_gaps, position, run is view.baseline))] if several else []
+        row.append(Cell(_score(targets[position], position == best_target and compared)))
+        row += [Cell(columns[0][position])] if compared else []
+        row.append(Cell(_score(generics[position], position == best_generic and compared)))
+        row += [Cell(columns[1][position])] if compared else []
         alignment = run.seconds.get("alignment", math.nan)
         seconds = math.fsum(value for value in (run.seconds.get("train", math.nan), alignment) if math.isfinite(value))
         seconds = seconds if seconds > 0 else math.nan
@@ -49,10 +45,12 @@ def summary_table(view: View) -> str:
         row.append(Cell(data(seconds, duration_text(seconds))))
         row.append(Cell(data(share, f"{share:.1%}")))
         rows.append(row)
-    best = " The lowest value of a column is bold." if several else ""
-    caption = f"Held-out text, ± one standard error; lower is better.{best}"
+    caption = "Held-out text, ± one standard error over its windows; lower is better."
+    caption += " The lowest value of a column is bold." if compared else ""
+    heads = [*_loss_heads(view, "Run", compared), "Training<br>tokens", "Training<br>time", "Alignment<br>share of it"]
+    text = _means_table(view) if repeated else ""
+    text += table(caption, column_head(heads), rows)
     problems = [(run, problem) for run in view.runs for problem in run.problems]
-    text = table(caption, column_head(heads), rows)
     if problems:
         items = "\n".join(
             f"<li>{f'<strong>{escape(run.label)}:</strong> ' if several else ''}{escape(problem)}</li>"
@@ -60,6 +58,47 @@ def summary_table(view: View) -> str:
         )
         text += f'\n<ul class="warning" aria-label="What is missing">\n{items}\n</ul>'
     return text
+
+
+def _means_table(view: View) -> str:
+    """Means over the runs that differ only in their seed."""
+    scores = [[one.target for one in view.contenders], [one.generic for one in view.contenders]]
+    best = [_best([score.bits_per_byte for score in column]) for column in scores]
+    gaps = _gap_columns(view)
+    compared = len(view.contenders) > 1
+    rows = []
+    for position, one in enumerate(view.contenders):
+        name = _swatch(view, one.label) + escape(one.label)
+        row = [Cell(name, "text", header=True)]
+        for column in (0, 1):
+            row.append(Cell(_score(scores[column][position], compared and best[column] == position)))
+            row += [Cell(gaps[column][position])] if compared else []
+        row.append(Cell(str(len(one.runs))))
+        rows.append(row)
+    caption = (
+        "Means over runs that differ only in their seed, ± one standard error over runs; lower is better. "
+        "The lowest value of a column is bold."
+    )
+    heads = [*_loss_heads(view, "Mixture", compared), "Runs"]
+    return table(caption, column_head(heads), rows) + "\n<h3>Each run</h3>\n"
+
+
+def _loss_heads(view: View, first: str, compared: bool) -> list[str]:
+    heads = [first]
+    for name in ("Target", "Generic"):
+        heads.append(f"{name}<br>bits per byte")
+        heads += [f"{name}<br>against {escape(baseline_of(view.contenders).label)}"] if compared else []
+    return heads
+
+
+def _gap_columns(view: View) -> list[list[str]]:
+    """The cells of the two columns of differences: target and generic."""
+    baseline = baseline_of(view.contenders)
+    columns = []
+    for difference in (target_gap, generic_gap):
+        gaps = [difference(one, baseline) for one in view.contenders]
+        columns.append([_gap(gaps, i, one is baseline) for i, one in enumerate(view.contenders)])
+    return columns
 
 
 def _best(values: Sequence[float]) -> int | None:
@@ -72,11 +111,11 @@ def _run_name(view: View, run: Run) -> str:
     if not run.finished:
         notes.append(f"not finished, step {run.steps:.0f}" if math.isfinite(run.steps) else "not finished")
     sub = f'<span class="sub">{escape(", ".join(notes))}</span>' if notes else ""
-    return _swatch(view, run) + escape(run.label) + sub
+    return _swatch(view, run.label) + escape(run.label) + sub
 
 
-def _swatch(view: View, run: Run) -> str:
-    return f'<span class="swatch" style="background:{view.run_lines[run.label].colour}"></span>'
+def _swatch(view: View, label: str) -> str:
+    return f'<span class="swatch" style="background:{view.run_lines[label].colour}"></span>'
 
 
 def _score(score: Score, best: bool = False) -> str:
@@ -103,32 +142,29 @@ def _gap(gaps: Sequence[Gap | None], position: int, is_baseline: bool) -> str:
 
 def domain_table(view: View) -> str:
     """Final loss and weight by domain, open where it is short."""
-    runs, names = view.runs, view.scored_domains
+    names, shown = view.scored_domains, view.contenders
     if not names:
         return ""
-    weights = any(run.weights for run in runs) and len(runs) <= 5
+    weights = any(run.weights for run in view.runs) and len(shown) <= 5
+    labels = [_swatch(view, one.label) + escape(one.label) for one in shown]
     if weights:
-        groups = "".join(
-            f'<th scope="colgroup" colspan="2">{_swatch(view, run)}{escape(run.label)}</th>' for run in runs
-        )
-        columns = '<th scope="col">bits per byte</th><th scope="col">weight</th>' * len(runs)
+        groups = "".join(f'<th scope="colgroup" colspan="2">{label}</th>' for label in labels)
+        columns = '<th scope="col">bits per byte</th><th scope="col">weight</th>' * len(shown)
         head = f'<tr><th scope="col" rowspan="2" class="text">Domain</th>{groups}</tr><tr>{columns}</tr>'
     else:
-        head = column_head(["Domain", *(escape(run.label) for run in runs)])
+        head = column_head(["Domain", *labels])
     rows = []
     for name in names:
-        scores = [domain_score(run, name) or Score() for run in runs]
+        scores = [one.domain(name) for one in shown]
         best = _best([score.bits_per_byte for score in scores])
         row = [Cell(escape(name), "text", header=True)]
-        for position, run in enumerate(runs):
-            row.append(Cell(_score(scores[position], position == best and len(runs) > 1)))
-            if weights:
-                weight = run.weights.get(name, math.nan)
-                row.append(Cell(data(weight, f"{weight:.1%}")))
+        for position, one in enumerate(shown):
+            row.append(Cell(_score(scores[position], position == best and len(shown) > 1)))
+            row += [Cell(data(one.weight(name), f"{one.weight(name):.1%}"))] if weights else []
         rows.append(row)
-    caption = "Final bits per byte on held-out text, ± one standard error" + (
-        ", and final mixture weight." if weights else "."
-    )
+    over = "over runs" if shown[0].repeated else "over windows"
+    caption = f"Final bits per byte on held-out text, ± one standard error {over}"
+    caption += ", and final mixture weight." if weights else "."
     text = table(caption, head, rows, kind="dense")
     return details(f"All {len(names)} domains as a table", text, is_open=len(names) <= OPEN_ROWS)
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weft.reporting.compare import (
-    baseline_of,
-)
+from weft.reporting.compare import Contender, baseline_of, contenders_of
 from weft.reporting.figures import (
     OTHER,
     Line,
@@ -31,15 +29,15 @@ class View:
 
     Attributes:
         runs: in the order given.
-        baseline: the run the others are compared with.
-        run_lines: colour and dash by run.
+        contenders: what is compared: the runs, or the groups of runs that differ only in their seed.
+        run_lines: colour and dash by run and by contender; repeated runs share theirs.
         domains: every domain any run mentions.
         named: the domains with a colour of their own.
         domain_lines: colour by named domain, and of the rest.
     """
 
     runs: tuple[Run, ...]
-    baseline: Run
+    contenders: tuple[Contender, ...]
     run_lines: dict[str, Line]
     domains: tuple[str, ...]
     named: tuple[str, ...]
@@ -52,19 +50,21 @@ class View:
 
     @staticmethod
     def of(runs: Sequence[Run]) -> View:
-        """Choose baseline, colours and named domains for some runs."""
-        baseline = baseline_of(runs)
+        """Choose what is compared, colours and named domains for some runs."""
+        contenders = contenders_of(runs)
+        lines = run_lines(
+            [one.label for one in contenders], baseline_of(contenders).label if len(contenders) > 1 else None
+        )
         domains = list(dict.fromkeys(name for run in runs for name in run.domains))
         named = domains
         if len(domains) > NAMED_DOMAINS:
             importance = {name: max(_mean_weight(run, name) for run in runs) for name in domains}
             named = sorted(domains, key=lambda name: -importance[name])[:NAMED_DOMAINS]
         shown = [*named, OTHER] if len(named) < len(domains) else list(named)
-        labels = [run.label for run in runs]
         return View(
             tuple(runs),
-            baseline,
-            run_lines(labels, baseline.label if len(runs) > 1 else None),
+            tuple(contenders),
+            {run.label: lines[one.label] for one in contenders for run in one.runs} | lines,
             tuple(domains),
             tuple(named),
             domain_lines(shown),

@@ -5,11 +5,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from weft.evaluation.result import load_windows, paired_window_difference
 from weft.reporting.compare import (
+    Contender,
     baseline_of,
+    contenders_of,
     decimals_for,
     difference_text,
     finding,
@@ -29,8 +32,8 @@ def edit(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def by_label(runs: list[Run]) -> dict[str, Run]:
-    return {run.label: run for run in runs}
+def by_label(runs: list[Run]) -> dict[str, Contender]:
+    return {one.label: one for one in contenders_of(runs)}
 
 
 def test_differences_are_paired_over_the_same_windows(three_runs: list[Path]) -> None:
@@ -55,9 +58,8 @@ def test_without_window_losses_errors_add_up(tmp_path: Path, make_run: Callable[
     gap = target_gap(runs["dga"], runs["uniform"])
     assert gap is not None
     assert not gap.paired
-    errors = [run.final.target.bits_per_byte_se for run in runs.values() if run.final is not None]
-    assert gap.error == pytest.approx(math.hypot(*errors))
-    assert "not compared window by window" in finding(list(runs.values())).details[-1]
+    assert gap.error == pytest.approx(math.hypot(*(one.target.bits_per_byte_se for one in runs.values())))
+    assert "not compared window by window" in finding(read_runs(folders)).details[-1]
 
 
 def test_a_lead_is_said_with_its_size_and_its_price(three_runs: list[Path]) -> None:
@@ -127,3 +129,59 @@ def test_differences_have_a_true_minus_and_enough_decimals() -> None:
     assert difference_text(0.0434, 0.0002, 4, sign=False) == "0.0434 ± 0.0002"
     assert decimals_for([0.01, 0.0004]) == 4
     assert decimals_for([0.01, math.nan, 0.0]) == 3
+
+
+def nine_runs(root: Path, make_run: Callable[..., Path], levels: dict[str, list[float]]) -> list[Path]:
+    return [
+        make_run(root / f"{policy}-{seed}", policy, ["a", "b"], seed=seed, target_bits=level)
+        for policy, row in levels.items()
+        for seed, level in enumerate(row)
+    ]
+
+
+def test_repeated_runs_speak_through_their_mean(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = nine_runs(tmp_path, make_run, {"uniform": [1.90, 1.91, 1.92], "dga": [1.80, 1.84, 1.82]})
+    runs = read_runs(folders)
+    groups = by_label(runs)
+    assert {label: len(one.runs) for label, one in groups.items()} == {"uniform": 3, "dga": 3}
+    values = {policy: [bits(f) for f in folders if f.name.startswith(policy)] for policy in groups}
+    for policy, one in groups.items():
+        assert one.target.bits_per_byte == pytest.approx(np.mean(values[policy]))
+        assert one.target.bits_per_byte_se == pytest.approx(np.std(values[policy], ddof=1) / math.sqrt(3))
+    gap = target_gap(groups["dga"], groups["uniform"])
+    assert gap is not None
+    assert gap.value == pytest.approx(np.mean(values["dga"]) - np.mean(values["uniform"]))
+    assert gap.error == pytest.approx(math.hypot(*(one.target.bits_per_byte_se for one in groups.values())))
+    found = finding(runs)
+    assert found.headline.startswith(f"dga predicts the target best: {np.mean(values['dga']):.3f} bits per byte, ")
+    assert "(uniform 3, dga 3); ± is one standard error over runs." in found.details[1]
+    assert groups["dga"].weight("a") == pytest.approx(
+        np.mean([json.loads((f / "result.json").read_text())["weights"]["a"] for f in folders if "dga" in f.name])
+    )
+
+
+def test_a_lucky_seed_is_no_lead(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = nine_runs(tmp_path, make_run, {"uniform": [1.85, 1.86, 1.87], "dga": [1.70, 1.95, 1.92]})
+    headline = finding(read_runs(folders)).headline
+    assert "not told apart" in headline
+    assert "within the uncertainty of the repeated runs" in headline
+
+
+def test_a_single_seed_beside_repeated_ones_has_no_known_error(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = nine_runs(tmp_path, make_run, {"uniform": [1.90, 1.91], "dga": [1.80]})
+    assert "by how much is not certain" in finding(read_runs(folders)).headline
+
+
+def test_runs_of_other_settings_are_not_repetitions(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = nine_runs(tmp_path, make_run, {"dga": [1.8, 1.9]})
+    recipe = folders[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("eta: 5.0", "eta: 1.0"))
+    contenders = contenders_of(read_runs(folders))
+    assert [one.label for one in contenders] == ["dga-0", "dga-1"]
+    assert not contenders[0].repeated
+
+
+def test_repetitions_of_one_setting_alone_give_a_mean(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    headline = finding(read_runs(nine_runs(tmp_path, make_run, {"dga": [1.8, 1.9]}))).headline
+    assert headline.startswith("dga predicts the target at 1.8")
+    assert headline.endswith("bits per byte, the mean over 2 runs.")

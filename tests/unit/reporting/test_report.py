@@ -331,3 +331,27 @@ def test_mistakes_are_said(tmp_path: Path, three_runs: list[Path]) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="cannot be written"):
         write_report(three_runs[:1], tmp_path / "file" / "r.html")
+
+
+def test_repeated_runs_are_shown_as_means_and_one_by_one(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    folders = [
+        make_run(tmp_path / f"{policy}-{seed}", policy, ["a", "b"], seed=seed, target_bits=level + 0.01 * seed)
+        for policy, level in (("uniform", 1.9), ("dga", 1.8))
+        for seed in range(2)
+    ]
+    page = page_of(folders, tmp_path)
+    means, each, by_domain = (page.rows(name) for name in ("Means over runs", "Held-out text", "Final bits per byte"))
+    results = {folder.name: json.loads((folder / "result.json").read_text()) for folder in folders}
+    for policy in ("uniform", "dga"):
+        pair = [results[f"{policy}-{seed}"] for seed in range(2)]
+        low, high = sorted(result["sets"]["target"]["bits_per_byte"] for result in pair)
+        assert means[policy][0][1] == pytest.approx([(low + high) / 2, (high - low) / 2])
+        assert means[policy][-1][0] == "2"
+        column = 0 if policy == "uniform" else 2
+        assert by_domain["a"][column][1][0] == pytest.approx(
+            sum(result["sets"]["a"]["bits_per_byte"] for result in pair) / 2
+        )
+    assert means["dga"][1][1][0] == pytest.approx(means["dga"][0][1][0] - means["uniform"][0][1][0])
+    for name, result in results.items():
+        row = next(row for label, row in each.items() if label.startswith(name))
+        assert row[0][1][0] == result["sets"]["target"]["bits_per_byte"]
