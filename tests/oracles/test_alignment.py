@@ -230,7 +230,7 @@ def test_direction_is_the_gradient_of_the_mean_loss(name: str) -> None:
     expected = plain_gradient(model, tokens)
     assert v.keys() == expected.keys()
     for key, part in v.items():
-        assert (part - expected[key]).norm() <= (1e-7 if name == "gemma2" else 1e-10) * expected[key].norm(), key
+        assert (part - expected[key]).norm() <= (1e-6 if name == "gemma2" else 1e-10) * expected[key].norm(), key
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -398,6 +398,7 @@ def test_precondition_follows_adamw(amsgrad: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # from torch's own compiler
 def test_compiled_steps() -> None:
     torch.manual_seed(4)
     torch.compiler.reset()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,11 +134,12 @@ def without_data_parallel(model: nn.Module) -> nn.Module:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient, by name in the unwrapped model, tied ones once.
+    """Parameters that require a gradient, by name in the unwrapped model, tied ones once; sharded ones as shards.
 
     Raises:
         ConfigError: there are none.
     """
+    reshard(model)
     found = {name: parameter for name, parameter in unwrap(model).named_parameters() if parameter.requires_grad}
     if not found:
         raise ConfigError("no parameter of the model requires a gradient, so no alignment can be measured")
@@ -162,6 +164,13 @@ def check_direction(direction: Mapping[str, Tensor], parameters: Mapping[str, nn
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
     """Whether parameters are split over ranks (FSDP2's fully_shard, tensor parallelism)."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 keeps gathered after a forward pass, so that the shards are the parameters again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def zeros(parameters: Mapping[str, nn.Parameter]) -> Direction:

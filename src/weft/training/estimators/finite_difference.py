@@ -15,6 +15,7 @@ from weft.training.estimators.direction import (
     chunks,
     evaluation_mode,
     norm,
+    reshard,
     trainable_parameters,
     without_data_parallel,
 )
@@ -69,6 +70,7 @@ def finite_difference(
             for name, parameter in parameters.items():
                 parameter.copy_(origin[name] + sign * step * direction[name])
             found = [losses(module, chunk) for chunk in chunks(tokens_BT1, micro_batch)]
+            reshard(module)
             sides.append(torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device))
     return (sides[0] - sides[1]) / (2.0 * step)
 

@@ -1,0 +1,221 @@
+"""Two gloo ranks measure what one process measures: under DDP with every estimator, under FSDP2 with those that can."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from weft.errors import ConfigError
+from weft.mixture.policy import Alignment
+from weft.models.hf import sequence_losses
+from weft.training.alignment import (
+    AlignmentConfig,
+    CumulativeDots,
+    ShadowProbe,
+    average_gradients,
+    choose_estimator,
+    finite_difference,
+    gradient_direction,
+    group_alignment,
+    probe_alignment,
+    separate_alignment,
+)
+
+pytestmark = pytest.mark.distributed
+
+GROUPS, ROWS, TARGET_ROWS = 4, 8, 5
+GROUP_OF_ROW = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0])  # group 3 has no sequence
+WEIGHTS = torch.tensor([0.5, 1.5, 1.0, 1.2, 0.8, 0.7, 1.1, 1.2])
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    )
+
+
+def draw(rows: int, seed: int) -> Tensor:
+    return torch.randint(0, 32, (rows, 13), generator=torch.Generator().manual_seed(seed))
+
+
+def as_json(found: Alignment) -> dict[str, Any]:
+    return {
+        "dots": [None if x != x else x for x in found.dots_G.tolist()],
+        "counts": found.counts_G.tolist(),
+        "norms": None if found.norms_G is None else [None if x != x else x for x in found.norms_G.tolist()],
+        "direction_norm": found.direction_norm,
+    }
+
+
+def gradients_of(model: nn.Module) -> list[float]:
+    """A fingerprint of all gradients: 32 fixed random projections."""
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return (torch.randn(32, len(flat), generator=torch.Generator().manual_seed(3)) @ flat).tolist()
+
+
+def measure(rank: int, world: int) -> dict[str, Any]:
+    """Everything, on this rank's share of the rows; with one rank, the reference."""
+    module = llama()
+    model = DistributedDataParallel(module) if world > 1 else module
+    tokens, groups = draw(ROWS, 1)[rank::world], GROUP_OF_ROW[rank::world]
+    coefficients = WEIGHTS[rank::world] / (ROWS // world)  # DDP averages over ranks
+    v = gradient_direction(model, sequence_losses, draw(TARGET_ROWS, 2)[rank::world], micro_batch=2)
+    found: dict[str, Any] = {}
+    for estimator in ("separate", "shadow", "finite_difference"):
+        alignment = probe_alignment(
+            estimator, model, sequence_losses, tokens, groups, GROUPS, v, AlignmentConfig(), micro_batch=3
+        )
+        found[f"{estimator} on extra sequences"] = as_json(alignment)
+    assert all(p.grad is None for p in module.parameters())
+
+    (coefficients * sequence_losses(model, tokens)).sum().backward()
+    plain = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    with ShadowProbe(model, v) as probe:
+        probe.begin(len(tokens))
+        (coefficients * sequence_losses(model, tokens)).sum().backward()
+        dots = probe.dots(coefficients)
+    assert all(torch.equal(p.grad, before) for p, before in zip(module.parameters(), plain, strict=True))
+    found["shadow on the batch"] = as_json(group_alignment(dots, groups, GROUPS, v))
+    found["gradient"] = gradients_of(module)
+    module.zero_grad()
+
+    parameters = dict(module.named_parameters())
+    meter, dots_of_pieces, order = CumulativeDots(parameters, v), [], []
+    for group in groups.unique().tolist():
+        piece = torch.nonzero(groups == group).flatten()
+        equal = coefficients[piece].mean().expand(len(piece))
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else torch.enable_grad():
+            (equal * sequence_losses(model, tokens[piece])).sum().backward()
+        dots_of_pieces.append(meter.after(equal))
+        order.append(piece)
+    found["cumulative"] = as_json(group_alignment(torch.cat(dots_of_pieces), groups[torch.cat(order)], GROUPS, v))
+    local = [p.grad.clone() for p in module.parameters()]
+    average_gradients(parameters)
+    if world > 1:
+        for parameter, own in zip(module.parameters(), local, strict=True):
+            total = own.clone()
+            dist.all_reduce(total)
+            assert torch.allclose(parameter.grad, total / world)
+    return found
+
+
+def measure_lone_rank(rank: int, world: int) -> dict[str, Any]:
+    """Only rank 0 has target and probe sequences; the others still take part and learn the same."""
+    model = llama()
+    tokens, groups = (draw(ROWS, 1), GROUP_OF_ROW) if rank == 0 else (draw(0, 1), GROUP_OF_ROW[:0])
+    v = gradient_direction(model, sequence_losses, draw(TARGET_ROWS if rank == 0 else 0, 2))
+    return {
+        estimator: as_json(
+            probe_alignment(estimator, model, sequence_losses, tokens, groups, GROUPS, v, AlignmentConfig())
+        )
+        for estimator in ("separate", "shadow", "finite_difference")
+    }
+
+
+def measure_sharded(rank: int, world: int) -> dict[str, Any]:
+    model = llama()
+    if world > 1:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    tokens, groups = draw(ROWS, 1)[rank::world], GROUP_OF_ROW[rank::world]
+    sequence_losses(model, tokens).mean().backward()
+    before = [local(p.grad).clone() for p in model.parameters()]
+    weights = [local(p.detach()).clone() for p in model.parameters()]
+    v = gradient_direction(model, sequence_losses, draw(6, 2)[rank::world], micro_batch=2)
+    dots = finite_difference(model, sequence_losses, tokens, v, micro_batch=2)
+    found = as_json(group_alignment(dots, groups, GROUPS, v))
+    for parameter, gradient, weight in zip(model.parameters(), before, weights, strict=True):
+        assert torch.equal(local(parameter.grad), gradient)
+        assert torch.equal(local(parameter.detach()), weight)
+    facts = {"model": model, "accumulation_steps": 8, "groups": GROUPS, "batch_size": ROWS}
+    found["choice"] = choose_estimator(AlignmentConfig(), **facts).estimator  # type: ignore[arg-type]
+    found["refused"] = []
+    if world > 1:
+        for attempt in (
+            lambda: ShadowProbe(model, v),
+            lambda: CumulativeDots(dict(model.named_parameters()), v),
+            lambda: separate_alignment(model, sequence_losses, [], v, GROUPS),
+        ):
+            try:
+                attempt()
+            except ConfigError as error:
+                found["refused"].append(str(error))
+    return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], dot_bound: float) -> None:
+    assert found["counts"] == expected["counts"] == [3, 2, 3, 0]
+    assert found["direction_norm"] == pytest.approx(expected["direction_norm"], rel=1e-5)
+    for one, other in zip(found["dots"], expected["dots"], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or one == pytest.approx(other, abs=dot_bound)
+    if expected["norms"] is not None:
+        assert found["norms"][:3] == pytest.approx(expected["norms"][:3], rel=1e-5)
+
+
+def test_ddp_equals_one_process(run_ranks: Callable[..., list[Any]]) -> None:
+    one = measure(0, 1)
+    ranks = run_ranks(__file__, "measure")
+    exact = one["separate on extra sequences"]
+    scale = max(exact["norms"][:3]) * exact["direction_norm"]
+    for rank in ranks:
+        assert rank["gradient"] == pytest.approx(one["gradient"], rel=1e-4, abs=1e-5)
+        for key in one.keys() - {"gradient"}:
+            bound = 2e-3 if "finite" in key else 1e-5
+            assert_close(rank[key], one[key], bound * scale)
+            assert_close(rank[key], {**exact, "norms": None}, (1e-2 if "finite" in key else 1e-5) * scale)
+    assert ranks[0] == ranks[1]
+
+
+def test_a_rank_without_sequences_takes_part(run_ranks: Callable[..., list[Any]]) -> None:
+    one = measure_lone_rank(0, 1)
+    ranks = run_ranks(__file__, "measure_lone_rank")
+    scale = max(one["separate"]["norms"][:3]) * one["separate"]["direction_norm"]
+    for rank in ranks:
+        for estimator, expected in one.items():
+            assert_close(rank[estimator], expected, (2e-3 if "finite" in estimator else 1e-5) * scale)
+
+
+def test_fsdp2_measures_by_finite_difference_and_refuses_the_rest(run_ranks: Callable[..., list[Any]]) -> None:
+    one = measure_sharded(0, 1)
+    ranks = run_ranks(__file__, "measure_sharded")
+    scale = one["direction_norm"] ** 2
+    for rank in ranks:
+        assert_close(rank, one, 2e-3 * scale)
+        assert rank["choice"] == "finite_difference"
+        assert len(rank["refused"]) == 3
+        assert all("use finite_difference" in message for message in rank["refused"])
+    assert one["choice"] == "cumulative"
+
+
+def rank_main(cases: dict[str, Callable[[int, int], Any]]) -> None:
+    """Run the case named on the command line as one rank and leave its answer as JSON."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['WEFT_TEST_STORE']}", rank=rank, world_size=world)
+    answer = cases[sys.argv[1]](rank, world)
+    Path(os.environ["WEFT_TEST_ANSWER"]).write_text(json.dumps(answer))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    rank_main({case.__name__: case for case in (measure, measure_lone_rank, measure_sharded)})

@@ -1,0 +1,475 @@
+"""The alignment engine's edges: choices and their reasons, groups, refusals, and what must be left as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from weft.errors import ConfigError, NumericsError
+from weft.models.hf import sequence_losses
+from weft.training.alignment import (
+    AlignmentConfig,
+    CumulativeDots,
+    ShadowProbe,
+    average_gradients,
+    choose_estimator,
+    finite_difference,
+    gradient_direction,
+    group_alignment,
+    has_dropout,
+    precondition,
+    probe_alignment,
+    separate_alignment,
+    shadow_dots,
+    with_batch_norm,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+class Bigram(nn.Module):
+    """The smallest language model: an embedding and, optionally, modules before the head."""
+
+    def __init__(self, *middle: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(10, 4)
+        self.middle = nn.Sequential(*middle)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.middle(self.tokens(input_ids)))
+
+
+def losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+    logits, labels = model(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
+    return (
+        nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+    )
+
+
+def tokens(rows: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 10, (rows, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+def choice(config: AlignmentConfig | None = None, model: nn.Module | None = None, **facts: Any) -> tuple[str, str, str]:
+    given: dict[str, Any] = {"accumulation_steps": 1, "groups": 4, "batch_size": 16, **facts}
+    chosen = choose_estimator(config or AlignmentConfig(), model=model or Bigram(), **given)
+    return chosen.estimator, chosen.probe, chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected", "reason"),
+    [
+        ({}, ("shadow", "batch"), "fewer than 4 groups"),
+        ({"accumulation_steps": 4}, ("cumulative", "batch"), "nearly free"),
+        ({"groups": 17}, ("separate", "extra"), "17 sequences for 17 groups do not fit a batch of 16"),
+        ({"needs_norms": True, "accumulation_steps": 4}, ("separate", "extra"), "normalize: cosine"),
+        ({"basis": True, "accumulation_steps": 4}, ("separate", "extra"), "basis distribution"),
+        ({"model": Bigram(nn.Dropout(0.1))}, ("separate", "extra"), "dropout"),
+        ({"config": AlignmentConfig(probe="extra")}, ("separate", "extra"), "exact"),
+        ({"config": AlignmentConfig(estimator="shadow", probe="extra")}, ("shadow", "extra"), "one pass"),
+        ({"config": AlignmentConfig(estimator="shadow"), "basis": True}, ("shadow", "extra"), "basis distribution"),
+        ({"config": AlignmentConfig(estimator="finite_difference")}, ("finite_difference", "extra"), "forward passes"),
+        ({"config": AlignmentConfig(min_sequences_per_domain=5)}, ("separate", "extra"), "20 sequences for 4 groups"),
+        ({"model": Bigram().bfloat16(), "accumulation_steps": 4}, ("shadow", "batch"), "less than float32"),
+    ],
+)
+def test_choice(facts: dict[str, Any], expected: tuple[str, str], reason: str) -> None:
+    estimator, probe, why = choice(**facts)
+    assert (estimator, probe) == expected
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("config", "facts", "why"),
+    [
+        ({"estimator": "cumulative"}, {}, "1 micro-batches are fewer than 4 groups"),
+        ({"estimator": "shadow"}, {"needs_norms": True}, "normalize: cosine"),
+        ({"estimator": "shadow", "probe": "batch"}, {"groups": 20}, "do not fit a batch of 16"),
+        ({"estimator": "separate", "probe": "batch"}, {}, "no such pair"),
+        ({"estimator": "finite_difference"}, {"model": Bigram().bfloat16()}, "less than float32"),
+    ],
+)
+def test_choice_refuses_and_says_what_works(config: dict[str, Any], facts: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as raised:
+        choice(AlignmentConfig(**config), **facts)
+    assert "usable here: " in str(raised.value)
+    assert "separate on extra" in str(raised.value)
+
+
+def test_choice_tries_the_shadow_on_the_model() -> None:
+    torch.manual_seed(0)
+    experts = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    assert choice(model=llama(), losses=sequence_losses)[:2] == ("shadow", "batch")
+    estimator, probe, why = choice(model=experts, losses=sequence_losses)
+    assert (estimator, probe) == ("separate", "extra")
+    assert "does not run over the 2 sequences" in why
+    assert all(p.grad is None for p in experts.parameters())
+
+
+def test_dropout_is_found_in_settings_too() -> None:
+    assert not has_dropout(llama())
+    assert has_dropout(llama(attention_dropout=0.1))
+    assert has_dropout(Bigram(nn.Dropout(0.1)))
+    assert not has_dropout(Bigram(nn.Dropout(0.0)))
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_means_with_nan_for_the_absent() -> None:
+    direction = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    found = group_alignment(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 0, 2]), 4, direction)
+    assert found.dots_G.tolist()[0] == 2.0
+    assert math.isnan(found.dots_G[1])
+    assert found.dots_G[2] == 3.5
+    assert found.counts_G.tolist() == [1, 0, 2, 0]
+    assert found.dots_G.dtype == torch.float64
+    assert found.direction_norm == 5.0
+    assert found.norms_G is None
+    assert with_batch_norm(found, 0.5).batch_norm == 0.5
+
+
+def test_groups_refuse_what_does_not_fit() -> None:
+    direction = {"a": torch.ones(1)}
+    with pytest.raises(ConfigError, match=r"both must be \(B,\)"):
+        group_alignment(torch.ones(3), torch.zeros(2, dtype=torch.int64), 2, direction)
+    with pytest.raises(ConfigError, match="allowed are 0 to 1"):
+        group_alignment(torch.ones(2), torch.tensor([0, 2]), 2, direction)
+    with pytest.raises(NumericsError, match=r"groups \[1\]"):
+        group_alignment(torch.tensor([1.0, torch.inf]), torch.tensor([0, 1]), 2, direction)
+
+
+# -- what must be left as it was --------------------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before["modes"] == after["modes"]
+    assert before["hooks"] == after["hooks"]
+    assert torch.equal(before["random"], after["random"])
+    for kind in ("weights", "gradients"):
+        for name, value in before[kind].items():
+            other = after[kind][name]
+            assert (value is None) == (other is None)
+            assert value is None or torch.equal(value, other), (kind, name)
+
+
+@pytest.mark.parametrize("estimator", ["separate", "shadow", "finite_difference"])
+def test_probes_leave_the_training_state_alone(estimator: str) -> None:
+    model = Bigram(nn.Dropout(0.5), nn.LayerNorm(4), nn.Linear(4, 4))
+    model.middle[2].eval()  # a mode of its own, as some fine-tuning sets
+    losses(model, tokens(3)).mean().backward()
+    before = snapshot(model)
+    v = gradient_direction(model, losses, tokens(2, seed=1))
+    probe_alignment(estimator, model, losses, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, AlignmentConfig())
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("estimator", ["separate", "shadow", "finite_difference"])
+def test_probes_leave_the_training_state_alone_when_the_loss_fails(estimator: str) -> None:
+    model = Bigram(nn.Dropout(0.5))
+    v = gradient_direction(model, losses, tokens(2, seed=1))
+    before = snapshot(model)
+    calls = []
+
+    def failing(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return losses(model, tokens_BT1)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        probe_alignment(
+            estimator, model, failing, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, AlignmentConfig(), micro_batch=2
+        )
+    assert_same(before, snapshot(model))
+
+
+def test_evaluation_inside_a_probe_is_not_probed() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2, seed=1))
+    with ShadowProbe(model, v) as probe:
+        probe.begin(3)
+        with torch.no_grad():
+            losses(model, tokens(7))
+        losses(model, tokens(3)).mean().backward()
+        dots = probe.dots(torch.full((3,), 1 / 3))
+        losses(model, tokens(7)).mean().backward()  # no begin: a plain step
+    assert torch.allclose(dots, shadow_dots(model, losses, tokens(3), v), rtol=1e-5)
+
+
+def test_frozen_parameters_stay_out() -> None:
+    model = Bigram(nn.Linear(4, 4))
+    model.tokens.requires_grad_(False)
+    model.middle[0].weight.requires_grad_(False)
+    v = gradient_direction(model, losses, tokens(2))
+    assert v.keys() == {"middle.0.bias", "head.weight", "head.bias"}
+    with ShadowProbe(model, v):
+        assert not model.tokens._forward_hooks
+    expected = separate_alignment(model, losses, [(b, tokens(3)[b : b + 1]) for b in range(3)], v, 3).dots_G
+    assert torch.allclose(shadow_dots(model, losses, tokens(3), v).double(), expected, rtol=1e-4)
+
+
+def test_no_sequences_give_no_dots() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    for estimator in ("separate", "shadow", "finite_difference"):
+        found = probe_alignment(
+            estimator, model, losses, tokens(0), torch.zeros(0, dtype=torch.int64), 2, v, AlignmentConfig()
+        )
+        assert found.counts_G.tolist() == [0, 0]
+        assert found.dots_G.isnan().all()
+
+
+def test_zero_direction() -> None:
+    model = Bigram()
+    v = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert shadow_dots(model, losses, tokens(3), v).tolist() == [0.0] * 3
+    assert finite_difference(model, losses, tokens(3), v).tolist() == [0.0] * 3
+
+
+def test_padding_row_of_an_embedding_has_no_gradient() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3.0 * super().forward(input)
+
+    for kind in (nn.Embedding, Scaled):
+        model = Bigram()
+        model.tokens = kind(10, 4, padding_idx=3)
+        model.head.weight = model.tokens.weight
+        batch = tokens(4)
+        assert (batch[:, :-1] == 3).any()
+        v = gradient_direction(model, losses, tokens(3, seed=1))
+        assert v["tokens.weight"][3].any()
+        expected = separate_alignment(model, losses, [(b, batch[b : b + 1]) for b in range(4)], v, 4).dots_G
+        assert torch.allclose(shadow_dots(model, losses, batch, v).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+class Flattening(nn.Module):
+    """Sees all tokens of the batch in one row, as a mixture of experts does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(0, 1)).view(x.shape)
+
+
+class Bypassing(nn.Module):
+    """Uses a child's weight without calling the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.linear.weight.t()
+
+
+class Noisy(nn.Module):
+    """Owns a parameter and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + torch.rand_like(x)
+
+
+class Undifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum((0, 1))
+
+
+class BackwardOnly(nn.Module):
+    """Owns a parameter used by a function without a forward-mode rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Undifferentiable.apply(x, self.scale)
+
+
+@pytest.mark.parametrize(
+    ("middle", "why"),
+    [
+        (Flattening, r"middle.0.linear \(Linear\): its output of shape \(15, 4\) does not run over the 3 sequences"),
+        (Bypassing, "not called"),
+        (Noisy, "random numbers"),
+        (BackwardOnly, "forward-mode"),
+    ],
+)
+def test_shadow_refuses_what_it_cannot_attribute(middle: Callable[[], nn.Module], why: str) -> None:
+    model = Bigram(middle())
+    v = gradient_direction(model, losses, tokens(2))
+    with pytest.raises(ConfigError, match=why) as raised:
+        shadow_dots(model, losses, tokens(3), v)
+    assert "finite_difference" in str(raised.value)
+    with pytest.raises(ConfigError, match=why):
+        probed_step(model, v)
+
+
+def probed_step(model: nn.Module, v: dict[str, Tensor]) -> Tensor:
+    with ShadowProbe(model, v) as probe:
+        probe.begin(3)
+        losses(model, tokens(3)).mean().backward()
+        return probe.dots(torch.full((3,), 1 / 3))
+
+
+def test_one_flattened_sequence_can_be_attributed() -> None:
+    model = Bigram(Flattening())
+    v = gradient_direction(model, losses, tokens(2))
+    expected = separate_alignment(model, losses, [(b, tokens(3)[b : b + 1]) for b in range(3)], v, 3).dots_G
+    assert torch.allclose(shadow_dots(model, losses, tokens(3), v, micro_batch=1).double(), expected, rtol=1e-4)
+
+
+def test_shadow_refuses_embeddings_that_mix_sequences() -> None:
+    model = Bigram()
+    model.tokens = nn.Embedding(10, 4, scale_grad_by_freq=True)
+    with pytest.raises(ConfigError, match="scale_grad_by_freq"):
+        ShadowProbe(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()})
+
+
+def test_shadow_asks_for_its_calls_in_order() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    with ShadowProbe(model, v) as probe:
+        with pytest.raises(ConfigError, match="begin, the model, backward"):
+            probe.dots(torch.ones(3))
+        probe.begin(3)
+        with pytest.raises(ConfigError, match="begin, the model, backward"):
+            probe.dots(torch.ones(3))
+        losses(model, tokens(3)).mean().backward()
+        with pytest.raises(ConfigError, match="1 zeros came for 3 sequences"):
+            probe.dots(torch.tensor([0.5, 0.0, 0.5]))
+        with pytest.raises(ConfigError, match=r"shape \(2,\)"):
+            probe.dots(torch.ones(2))
+
+
+def test_direction_of_another_model_is_refused() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    short = {name: part for name, part in v.items() if name != "head.bias"}
+    wrong = {**v, "head.bias": torch.zeros(3)}
+    for odd in (short, wrong):
+        with pytest.raises(ConfigError, match=r"at head\.bias"):
+            ShadowProbe(model, odd)
+        with pytest.raises(ConfigError, match=r"at head\.bias"):
+            CumulativeDots(dict(model.named_parameters()), odd)
+        with pytest.raises(ConfigError, match=r"at head\.bias"):
+            finite_difference(model, losses, tokens(2), odd)
+        with pytest.raises(ConfigError, match=r"at head\.bias"):
+            separate_alignment(model, losses, [], odd, 2)
+
+
+def test_directions_need_sequences_parameters_and_finite_losses() -> None:
+    model = Bigram()
+    with pytest.raises(ConfigError, match="0 sequences"):
+        gradient_direction(model, losses, tokens(0))
+    with pytest.raises(ConfigError, match="micro_batch is 0"):
+        gradient_direction(model, losses, tokens(2), micro_batch=0)
+    with pytest.raises(NumericsError, match="not finite"):
+        gradient_direction(model, lambda m, t: losses(m, t) * torch.inf, tokens(2))
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter"):
+        gradient_direction(model, losses, tokens(2))
+
+
+def test_separate_wants_ascending_groups_and_finite_gradients() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    with pytest.raises(ConfigError, match="group 0 came out of turn"):
+        separate_alignment(model, losses, [(1, tokens(2)), (0, tokens(2))], v, 2)
+    with pytest.raises(ConfigError, match="group 2 came out of turn"):
+        separate_alignment(model, losses, [(2, tokens(2))], v, 2)
+    with pytest.raises(NumericsError, match=r"groups \[1\]"):
+        separate_alignment(model, lambda m, t: losses(m, t) * torch.inf, [(1, tokens(2))], v, 2)
+
+
+def test_narrow_parameters_are_refused_where_they_would_lie() -> None:
+    model = Bigram().bfloat16()
+    v = gradient_direction(model, losses, tokens(2))
+    assert all(part.dtype == torch.float32 for part in v.values())
+    with pytest.raises(ConfigError, match="too coarse"):
+        CumulativeDots(dict(model.named_parameters()), v)
+    with pytest.raises(ConfigError, match="vanishes"):
+        finite_difference(model, losses, tokens(2), v)
+
+
+def test_cumulative_refuses_weightless_micro_batches() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    meter = CumulativeDots(dict(model.named_parameters()), v)
+    with pytest.raises(ConfigError, match="sum to 0"):
+        meter.after(torch.zeros(2))
+
+
+def test_cumulative_starts_from_what_is_there() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    losses(model, tokens(4, seed=3)).sum().backward()
+    meter = CumulativeDots(dict(model.named_parameters()), v)
+    losses(model, tokens(1)).sum().mul(0.5).backward()
+    expected = separate_alignment(model, losses, [(0, tokens(1))], v, 1).dots_G
+    assert torch.allclose(meter.after(torch.tensor([0.5])), expected, rtol=1e-4)
+    average_gradients(dict(model.named_parameters()))  # one process: nothing to average
+
+
+def test_precondition_needs_moments() -> None:
+    model = Bigram()
+    v = gradient_direction(model, losses, tokens(2))
+    with pytest.raises(ConfigError, match="at least one optimizer step"):
+        precondition(v, torch.optim.AdamW(model.parameters()), dict(model.named_parameters()))
+    with pytest.raises(ConfigError, match="use AdamW or Adam"):
+        precondition(v, torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters()))
+
+
+def test_cumulative_has_no_probe_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="cannot measure extra sequences"):
+        probe_alignment("cumulative", Bigram(), losses, tokens(1), torch.zeros(1), 1, {}, AlignmentConfig())
