@@ -3,7 +3,7 @@
 Synthetic corpora of growing size are prepared, each in a process of its own, whose peak resident memory is recorded.
 The text is random words of a fixed vocabulary with a Zipf distribution, in JSON Lines; one document in fifty is a copy.
 
-    python benchmarks/prepare_memory.py [--quick] [--json] [--sizes-mb 20 80 320]
+    python benchmarks/prepare_memory.py [--quick] [--json] [--sizes-mb 10 40 160]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from weft.corpora.reading import CorpusConfig, ReadingReport, read_documents
 from weft.corpora.tokenise import tokenise_documents
 from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
 
-SIZES_MB = (20, 80, 320)
+SIZES_MB = (10, 40, 160)
 QUICK_SIZES_MB = (2, 4, 8)
 WORDS = 20_000
 
