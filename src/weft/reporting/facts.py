@@ -150,7 +150,12 @@ def reading_notes(view: View) -> str:
         "± one standard error": "Over windows of held-out text, taken as independent; for sets of a few long documents "
         "it is too small. The spread over training seeds is not in it.",
     }
-    if len(view.runs) > 1:
+    if view.contenders[0].repeated:
+        entries["Repeated runs"] = (
+            "Runs that differ only in their seed are compared through their means; there ± is one standard error over "
+            "runs, which few runs estimate roughly. Called clear from two standard errors."
+        )
+    elif len(view.runs) > 1:
         entries["Differences"] = (
             "Paired window by window where both runs kept their window losses: what makes a window hard cancels. "
             "Called clear from two standard errors."
