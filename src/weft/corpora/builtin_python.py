@@ -70,10 +70,8 @@ def code_pieces(source: str) -> Iterator[Piece]:
         return
     for row, column in comments:
         lines[row - 1] = lines[row - 1][:column].rstrip() or GONE
-    for node in ast.walk(tree):
-        for body in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
-            if isinstance(body, list):
-                _remove_strings(body, lines)
+    for body in _bodies(tree):
+        _remove_strings(body, lines)
     yield from _top_level(tree, lines)
 
 
@@ -92,6 +90,18 @@ def _top_level(tree: ast.Module, lines: list[str]) -> Iterator[Piece]:
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
         if text.strip():
             yield Piece(name, text)
+
+
+def _bodies(tree: ast.Module) -> Iterator[list[ast.stmt]]:
+    """Every list of statements, without a look into expressions: they are most of a tree."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        waiting += [*getattr(node, "handlers", ()), *getattr(node, "cases", ())]
+        for body in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
+            if isinstance(body, list):
+                yield body
+                waiting += body
 
 
 def _remove_strings(body: list[ast.stmt], lines: list[str]) -> None:
