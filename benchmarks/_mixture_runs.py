@@ -38,12 +38,12 @@ from weft.training.runtime import choose_runtime
 MODEL: dict[str, Any] = {
     "architecture": "llama",
     "config": {
-        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
+        "hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4,
     },
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "sequence_length": 128, "batch_sequences": 24, "tokens": 1_600_000, "lr": 3e-3, "warmup_steps": 30,
+    "sequence_length": 128, "batch_sequences": 24, "tokens": 1_200_000, "lr": 3e-3, "warmup_steps": 30,
     "save_every_steps": 1_000_000, "log_every_steps": 1_000_000, "threads": 1,
 }  # fmt: skip
 FIRST_SEED = {"report": 0, "dev": 100}

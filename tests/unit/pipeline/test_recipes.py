@@ -1,0 +1,57 @@
+"""Every recipe that ships is valid, and a resolved recipe is the same recipe again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from weft.errors import ConfigError
+from weft.pipeline.demo import demo_recipe
+from weft.pipeline.recipe import load_recipe, make_recipe, plan
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert plan(recipe)["steps"] > 0
+    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 3
+
+
+def test_the_demonstration_is_a_recipe_like_any_other() -> None:
+    recipe = demo_recipe(["training.tokens=1000"])
+    assert recipe.training.tokens == 1000
+    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_plan_counts_parameters_without_building_the_model() -> None:
+    described = plan(demo_recipe())
+    vocabulary, hidden, inner, layers = 1024, 96, 256, 3
+    layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
+    assert described["parameters"] == vocabulary * hidden + layers * layer + hidden
+    assert described["tokens"] == described["steps"] * 24 * 128
+
+
+def test_identity_knows_what_decides_the_weights() -> None:
+    recipe = demo_recipe()
+    same = demo_recipe(["run=elsewhere", "evaluation.every_steps=7", "training.save_every_steps=3"])
+    assert same.identity("data") == recipe.identity("data")
+    assert demo_recipe(["training.lr=0.1"]).identity("data") != recipe.identity("data")
+    assert demo_recipe(["mixture.eta=1"]).identity("data") != recipe.identity("data")
+    assert recipe.identity("other data") != recipe.identity("data")
+
+
+def test_every_problem_of_a_recipe_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_recipe({"run": "x", "model": {"architecture": "llama"}, "mixture": {"policy": "uniform"}, "trainin": {}})
+    message = str(caught.value)
+    assert "data: missing" in message
+    assert "training: missing" in message
+    assert "trainin: unknown key; did you mean 'training'?" in message
