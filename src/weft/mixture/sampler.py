@@ -38,7 +38,7 @@ LOOK_AHEAD_SLOTS = 8192
 """Slots planned in one vectorised pass when nothing is about to change."""
 
 _UNLIMITED = np.iinfo(np.int64).max
-_ROUNDS = 20  # fewer leave permutations of 5 or 6 things measurably uneven
+_ROUNDS, _SMALL_ROUNDS, _SMALL = 10, 20, 256  # fewer than 16 leave permutations of 5 or 6 things measurably uneven
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -326,7 +326,10 @@ class MixtureSampler:
         self._advance(draw)
 
     def _advance(self, draw: Draw) -> None:
-        np.add.at(self._cursors_D, draw.domains_B, 1)
+        if len(self._cursors_D) <= 4 * self.batch_size:
+            self._cursors_D += np.bincount(draw.domains_B, minlength=len(self._cursors_D))
+        else:
+            np.add.at(self._cursors_D, draw.domains_B, 1)
         self._step += 1
         if self._capped and (self._cursors_D[draw.domains_B] >= self.max_sequences_D[draw.domains_B]).any():
             self._forget()
@@ -618,7 +621,7 @@ class MixtureSampler:
 def keyed_permutation(positions_N: Ints, sizes_N: Ints, keys_N: Words) -> Ints:
     """Where position x of 0 .. n-1 goes under the permutation of n things that `key` names, for each entry by itself.
 
-    A Feistel network over Z_a x Z_b, a = ceil(sqrt n), b = ceil(n / a), twenty rounds:
+    A Feistel network over Z_a x Z_b, a = ceil(sqrt n), b = ceil(n / a), ten rounds, twenty below n = 256:
 
         x = l b + r;    l <- l + F(r) mod a,    r <- r + F(l) mod b,    ...
 
@@ -631,22 +634,34 @@ def keyed_permutation(positions_N: Ints, sizes_N: Ints, keys_N: Words) -> Ints:
         keys_N: the permutation's name; unrelated keys give unrelated permutations.
     Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
+    small_N = sizes_N < _SMALL
+    if not small_N.any():
+        return _permute(positions_N, sizes_N, keys_N, _ROUNDS)
+    if small_N.all():
+        return _permute(positions_N, sizes_N, keys_N, _SMALL_ROUNDS)
+    result_N = np.empty_like(positions_N)
+    for part_N, rounds in ((small_N, _SMALL_ROUNDS), (~small_N, _ROUNDS)):
+        result_N[part_N] = _permute(positions_N[part_N], sizes_N[part_N], keys_N[part_N], rounds)
+    return result_N
+
+
+def _permute(positions_N: Ints, sizes_N: Ints, keys_N: Words, rounds: int) -> Ints:
     a_N = np.ceil(np.sqrt(sizes_N)).astype(np.uint64)
     n_N = sizes_N.astype(np.uint64)
     b_N = (n_N + a_N - np.uint64(1)) // a_N
-    result_N = _feistel(positions_N.astype(np.uint64), a_N, b_N, keys_N)
+    result_N = _feistel(positions_N.astype(np.uint64), a_N, b_N, keys_N, rounds)
     outside = np.flatnonzero(result_N >= n_N)
     while len(outside):
-        result_N[outside] = _feistel(result_N[outside], a_N[outside], b_N[outside], keys_N[outside])
+        result_N[outside] = _feistel(result_N[outside], a_N[outside], b_N[outside], keys_N[outside], rounds)
         outside = outside[result_N[outside] >= n_N[outside]]
     return result_N.astype(np.int64)
 
 
-def _feistel(x_N: Words, a_N: Words, b_N: Words, keys_N: Words) -> Words:
+def _feistel(x_N: Words, a_N: Words, b_N: Words, keys_N: Words, rounds: int) -> Words:
     left_N, right_N = np.divmod(x_N, b_N)
     keys_N = keys_N.copy()
     half = np.uint64(32)
-    for index in range(_ROUNDS):
+    for index in range(rounds):
         keys_N += _GOLDEN
         if index % 2 == 0:
             left_N += ((_mix(right_N + keys_N) >> half) * a_N) >> half
