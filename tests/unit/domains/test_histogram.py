@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.domains.embed import unit_rows
@@ -19,6 +19,7 @@ from weft.domains.histogram import (
 from weft.errors import ConfigError, DataError
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.floats(0.0, 1.0))
 def test_a_histogram_counts(domains: list[int], smoothing: float) -> None:
     shares = histogram(np.array(domains), 6, smoothing)

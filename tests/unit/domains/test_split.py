@@ -4,7 +4,7 @@ import hashlib
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.config import validate
@@ -23,6 +23,7 @@ def chosen(documents: list[bytes], config: SplitConfig, seed: int = 0) -> set[by
     return {digest for digest in documents if plan.is_heldout("d", digest)}
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     st.integers(1, 300), st.floats(0.0, 0.99), st.integers(0, 20), st.integers(0, 60), st.integers(0, 3), st.randoms()
 )
@@ -66,6 +67,7 @@ def test_senseless_bounds_are_refused() -> None:
         validate(SplitConfig, {"min_documents": 5, "max_documents": 2}, "data.split")
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, ALL - 1), unique=True, max_size=60), st.integers(0, 30))
 def test_lowest_is_the_sorted_prefix(places: list[int], count: int) -> None:
     lowest = Lowest(count)
@@ -75,6 +77,7 @@ def test_lowest_is_the_sorted_prefix(places: list[int], count: int) -> None:
     assert [place for place in sorted(places) if place < lowest.threshold()] == sorted(places)[:count]
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.dictionaries(st.integers(0, ALL - 1), st.integers(1, 50), max_size=40), st.integers(1, 400), st.randoms())
 def test_a_budget_is_filled_by_the_shortest_sorted_prefix(
     sizes: dict[int, int], limit: int, rng: random.Random
