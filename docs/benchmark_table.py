@@ -1,7 +1,7 @@
 """Put the recorded figures of benchmarks/results into the README and docs/benchmarks.md; `--check` fails where stale.
 
-A benchmark's JSON record may hold `headline`: a list of `{"figure": ..., "measured": ..., "goal": ...}`, each a short
-text. These become the rows of the README's table, so that no figure is ever typed by hand. docs/benchmarks.md shows
+`HEADLINES` says which figures of a benchmark's record stand in the README's table, each beside its goal, so that none
+is ever typed by hand. A record without an entry there gets a row that leads to its page. docs/benchmarks.md shows
 every recorded page whole.
 """
 
@@ -11,8 +11,9 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,16 +25,102 @@ def records() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
 
-def headline_table(found: dict[str, dict[str, Any]], link: str) -> str:
+class Row(NamedTuple):
+    """One line of the table: what was measured, the value with its spread, what it should be."""
+
+    figure: str
+    measured: str
+    goal: str
+
+
+def show(spread: Mapping[str, float], form: str = "{:.2f}", scale: float = 1.0) -> str:
+    """`median (low .. high)` of a recorded spread; the median alone where nothing was repeated."""
+    middle, low, high = (form.format(spread[key] * scale) for key in ("median", "low", "high"))
+    return middle if spread["n"] == 1 else f"{middle} ({low} .. {high})"
+
+
+def alignment_cost(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Overhead of the estimator that is the usual choice, and the errors of the cheap ones."""
+    way = "shadow on the batch"
+    for size in record["sizes"].values():
+        model = f"{size['parameters'] / 1e6:.1f}M parameters"
+        for groups, by_every in size["overhead"][way].items():
+            for every, goal in (("100", "≤ 2 %"), ("1", "≤ 50 %")):
+                measured = show(by_every[every], "{:.1f}", 100) + " %"
+                yield Row(f"DGA over plain training, {groups} domains, T_r = {every}, {model}", measured, goal)
+        cheap = [error for name, error in size["error"]["float32"].items() if name.endswith("on the batch")]
+        measured = f"{max(error['high'] for error in cheap):.0e}"
+        yield Row(f"worst error of the alignments taken on the batch, float32, {model}", measured, "≤ 1e-4")
+
+
+def comparison(record: Mapping[str, Any]) -> Iterator[Row]:
+    """How far behind DGA, in the target's bits per byte and seed by seed, the fixed mixtures are."""
+    for setting, methods in record["settings"].items():
+        margins = [
+            f"{name} {show(methods[name]['margin'], '{:+.3f}')}"
+            for name in ("uniform", "importance")
+            if name in methods
+        ]
+        figure = f"target bits per byte beyond DGA's, {setting}, {record['parameters'] / 1e6:.1f}M parameters"
+        yield Row(figure, "; ".join(margins), "all above 0")
+
+
+def prepare_memory(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Whether peak memory stays flat while the corpus grows."""
+    ratios = record["ratios_last_to_first"]
+    figure = f"peak memory of preparing a corpus {ratios['corpus']:.0f} times as large"
+    yield Row(figure, f"{ratios['peak_memory']:.2f} times", "about 1 time")
+
+
+def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Speed against the best peer, and what the peers do when weights change."""
+    yield Row("sampler's tokens/s over the best peer's, as documented", show(record["weft_over_best_peer"]) + " times",
+              "≥ 3 times")  # fmt: skip
+    by_hand = show(record["weft_over_best_peer_with_code_by_hand"]) + " times"
+    yield Row("the same, over peers whose rows are read by code of our own", by_hand, "")
+    acts = {name: act for name, act in record["behaviour"].items() if "by hand" not in name}
+    right = [
+        name
+        for name, act in acts.items()
+        if act["batches_until_change"] == 0 and act["repeated"] == 0 and act["resumes_after_change"]
+    ]
+    ours = [name for name in acts if name.startswith("weft")]
+    figure = "change of weights at the step promised, nothing repeated, exact resume after it"
+    peers = len(acts) - len(ours)
+    measured = f"weft: {'yes' if set(ours) <= set(right) else 'no'}; {len(set(right) - set(ours))} of {peers} peers"
+    yield Row(figure, measured, "weft alone")
+
+
+HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
+    "alignment_cost": alignment_cost,
+    "dga_few_examples": comparison,
+    "dga_token_limited": comparison,
+    "prepare_memory": prepare_memory,
+    "sampler": sampler,
+}
+
+
+def headlines(theme: str, record: Mapping[str, Any]) -> list[Row]:
+    """The rows of a record; none for one on which settings were chosen (`<theme>.dev`)."""
+    if theme.endswith(".dev"):
+        return []
+    return list(HEADLINES[theme](record)) if theme in HEADLINES else [Row(theme.replace("_", " "), "see its page", "")]
+
+
+def headline_table(found: Mapping[str, Mapping[str, Any]], link: str) -> str:
     """One row per headline figure; `link` is where a theme's page lies, with `{theme}` in it."""
     rows = [
-        f"| {row['figure']} | {row['measured']} | {row.get('goal', '')} | [{theme}]({link.format(theme=theme)}) |"
+        f"| {row.figure} | {row.measured} | {row.goal} | [{theme}]({link.format(theme=theme)}) |"
         for theme, record in found.items()
-        for row in record.get("headline", [])
+        for row in headlines(theme, record)
     ]
     if not rows:
         return "No figures are recorded in this revision: `make bench FULL=1` records them."
-    return "\n".join(["| figure | measured | goal | benchmark |", "| --- | --- | --- | --- |", *rows])
+    header = [
+        "| figure | measured: median (lowest .. highest) over seeds | goal | benchmark |",
+        "| --- | --- | --- | --- |",
+    ]
+    return "\n".join([*header, *rows])
 
 
 def pages(found: dict[str, dict[str, Any]]) -> str:

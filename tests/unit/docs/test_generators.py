@@ -82,27 +82,51 @@ def test_a_key_without_description_is_an_error(reference):
         reference.section_body(Silent, "silent")
 
 
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "low": median - 0.1, "high": median + 0.1, "n": 3}
+
+
+COMPARISON = {
+    "parameters": 450_000,
+    "settings": {"64 clusters": {"uniform": {"margin": spread(0.3)}, "importance": {"margin": spread(-0.2)}}},
+}
+
+
+def record(folder: Path, theme: str, value: object) -> None:
+    (folder / f"results/{theme}.json").write_text(json.dumps(value))
+    (folder / f"results/{theme}.md").write_text("# Title\n\n## Details\n\ntext\n")
+
+
 def test_headline_figures_become_rows_and_pages_follow(tables, tmp_path):
-    (tmp_path / "results/speed.json").write_text(
-        json.dumps({"headline": [{"figure": "ratio", "measured": "3.1 (3.0 .. 3.2)", "goal": "at least 3"}]})
-    )
-    (tmp_path / "results/speed.md").write_text("# Speed\n\n## Details\n\ntext\n")
+    record(tmp_path, "dga_few_examples", COMPARISON)
+    record(tmp_path, "dga_few_examples.dev", COMPARISON)
+    record(tmp_path, "novel_thing", {})
     assert tables.main() == 0
-    row = "| ratio | 3.1 (3.0 .. 3.2) | at least 3 | [speed](benchmarks/results/speed.md) |"
-    assert row in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    margins = "uniform +0.300 (+0.200 .. +0.400); importance -0.200 (-0.300 .. -0.100)"
+    assert f"64 clusters, 0.5M parameters | {margins} | all above 0 | [dga_few_examples](benchmarks/results/" in readme
+    assert "| novel thing | see its page |  | [novel_thing](benchmarks/results/novel_thing.md) |" in readme
+    assert ".dev" not in readme
     page = (tmp_path / "docs/benchmarks.md").read_text()
-    assert "## speed\n" in page
+    assert "## novel_thing\n" in page
     assert "### Details\n\ntext" in page
     assert page.startswith("before\n")
     assert page.endswith("after\n")
+
+
+def test_every_recorded_benchmark_has_the_figures_its_rows_name(load_script):
+    module = load_script("docs/benchmark_table.py")
+    for theme, value in module.records().items():
+        rows = module.headlines(theme, value)
+        assert all(row.figure and row.measured for row in rows)
+        assert rows or theme.endswith(".dev")
 
 
 def test_a_changed_record_makes_the_table_stale_and_writing_mends_it(tables, tmp_path, monkeypatch, capsys):
     assert tables.main() == 0
     monkeypatch.setattr("sys.argv", ["benchmark_table.py", "--check"])
     assert tables.main() == 0
-    (tmp_path / "results/a.json").write_text(json.dumps({"headline": [{"figure": "x", "measured": "1"}]}))
-    (tmp_path / "results/a.md").write_text("# A\n")
+    record(tmp_path, "a", {})
     assert tables.main() == 1
     assert "README.md" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["benchmark_table.py"])
