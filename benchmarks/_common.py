@@ -1,7 +1,7 @@
 """What every benchmark shares: its flags, the record of the machine, spread over seeds, and atomic results.
 
-A benchmark is `benchmarks/<theme>.py`; it writes `benchmarks/results/<theme>.json` and `<theme>.md`. Figures are ratios of things timed
-in pairs within one run, because seconds depend on the machine and on what else it is doing.
+A benchmark is `benchmarks/<theme>.py`; it writes `benchmarks/results/<theme>.json` and `<theme>.md`. Figures are ratios
+of things timed in pairs within one run, because seconds depend on the machine and on what else it is doing.
 """
 
 from __future__ import annotations
@@ -85,13 +85,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
 def finish(
-    theme: str, arguments: argparse.Namespace, result: Mapping[str, Any], to_markdown: Callable[[Mapping[str, Any]], str]
+    theme: str,
+    arguments: argparse.Namespace,
+    result: Mapping[str, Any],
+    to_markdown: Callable[[Mapping[str, Any]], str],
 ) -> None:
     """Print the result, and unless `--quick` write `<theme>.json` and `<theme>.md` (each replaced atomically)."""
     record = {"theme": theme, "quick": arguments.quick, "environment": environment(arguments.note), **result}

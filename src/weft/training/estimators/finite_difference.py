@@ -44,7 +44,8 @@ def finite_difference(
         losses: see `SequenceLosses`.
         tokens_BT1: this rank's probe sequences.
         direction: v.
-        relative_epsilon: epsilon, the length of a step relative to that of the parameters; 1e-4 to 1e-3 serve float32.
+        relative_epsilon: epsilon, the length of a step relative to that of the parameters; 1e-4 to 1e-3 serve float32,
+            1e-3 bfloat16 autocast.
         micro_batch: sequences per forward pass; None takes all at once.
     Returns:
         dots_B: float32 (float64 for a float64 model); 0 where v is 0.
@@ -69,6 +70,7 @@ def finite_difference(
         for sign in (1.0, -1.0):
             for name, parameter in parameters.items():
                 parameter.copy_(origin[name] + sign * step * direction[name])
+            torch.clear_autocast_cache()  # it would hand out the parameters before they moved
             found = [losses(module, chunk) for chunk in chunks(tokens_BT1, micro_batch)]
             reshard(module)
             sides.append(torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device))
@@ -84,3 +86,4 @@ def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tens
     finally:
         for name, parameter in parameters.items():
             parameter.copy_(origin[name])
+        torch.clear_autocast_cache()
