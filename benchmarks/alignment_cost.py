@@ -106,6 +106,13 @@ class Training:
         target = self.text.draw(torch.zeros(sequences, dtype=torch.int64))
         return gradient_direction(self.model, sequence_losses, target, micro_batch=MICRO)
 
+    def warm_up(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Groups, tokens and a direction, with a plain step taken before."""
+        groups_B = torch.arange(BATCH) % 8
+        tokens = self.text.draw(groups_B)
+        self.step(tokens)
+        return groups_B, tokens, self.direction(BATCH // 8)
+
     def measure(self, way: str, groups_B: Tensor, tokens: Tensor, v: Mapping[str, Tensor], groups: int) -> Any:
         """One measurement; on the batch it includes the training step."""
         if way == "shadow on the batch":
@@ -254,12 +261,12 @@ def measure_size(name: str, arguments: argparse.Namespace, clock: Callable[[], f
     precise: dict[str, list[dict[str, float]]] = {"float32": [], "bfloat16 autocast": []}
     for seed in range(arguments.seeds):
         training = Training(SIZES[name], length, seed)
-        one_round(training, clock, group_counts[:1])  # warm-up
+        training.measure(WAYS[0], *training.warm_up(), 8)
         for index in range(rounds):
             ratios.append(one_round(training, clock, group_counts))
             _common.say(f"{name}, seed {seed}, round {index}: plain step {ratios[-1]['plain seconds']:.2f} s")
         for groups in group_counts if name == "0.4M" else ():
-            checks[groups] += [end_to_end(training, clock, groups) for _ in range(2)]
+            checks[groups].append(end_to_end(training, clock, groups))
             _common.say(f"{name}, seed {seed}, end to end with {groups} groups: {checks[groups][-1]:+.2%}")
         training.text.length = min(length, 64)
         precise["float32"].append(errors(training, rows=8))
@@ -335,7 +342,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 def main() -> None:
     flags = _common.parser((__doc__ or "").splitlines()[0])
-    flags.add_argument("--rounds", type=int, default=3, help="rounds per seed and size")
+    flags.add_argument("--rounds", type=int, default=2, help="rounds per seed and size")
     flags.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall",
         help="cpu: processor time of this process, for a machine busy with other work (use with --threads 1)",
