@@ -60,7 +60,7 @@ class CumulativeDots:
             coefficients_B: what each sequence's loss was multiplied by before `backward`, as in `ShadowProbe.dots`;
                 equal ones give the plain mean of <g_b, v>, unequal ones the mean weighted by them.
         Returns:
-            dots_B: that mean, once for each sequence, float64; nothing waits for the device until it is read.
+            dots_B: that mean, once for each sequence, float64.
         Raises:
             ConfigError: the coefficients sum to 0.
         """

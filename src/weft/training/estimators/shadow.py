@@ -249,7 +249,7 @@ class _Tap:
             return True
         raise ConfigError(
             self.refuse(
-                f"its output of shape {tuple(y.shape)} does not run over the {batch} sequences of the batch first"
+                f"the first axis of its output, of shape {tuple(y.shape)}, does not run over the {batch} sequences"
             )
         )
 
@@ -269,15 +269,15 @@ class _Tap:
 
         if torch.compiler.is_compiling():
             return list(tree_flatten(torch.func.jvp(forward, (primals,), (tangents,))[1])[0])
-        before = torch.get_rng_state()
+        before = _random_states()
         try:
             with warnings.catch_warnings():  # forward mode loads rules that PyTorch itself wrote with torch.jit.script
                 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
                 tangent = torch.func.jvp(forward, (primals,), (tangents,))[1]
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ConfigError(self.refuse(f"forward-mode differentiation fails in it ({error})")) from error
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
+        if not all(map(torch.equal, before, _random_states())):
+            _set_random_states(before)
             raise ConfigError(self.refuse("it draws random numbers in its forward pass"))
         return list(tree_flatten(tangent)[0])
 
@@ -291,6 +291,18 @@ class _Body(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.forward(*args, **kwargs)
+
+
+def _random_states() -> list[Tensor]:
+    """States of the generators of the CPU and of the present CUDA device, if one is in use."""
+    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_cuda else [])]
+
+
+def _set_random_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 class _LinearTap(_Tap):
@@ -376,9 +388,9 @@ def _measure_norm_form(module: nn.Module) -> bool | None:
     weight = own.get("weight")
     if weight is None or weight.ndim != 1 or not own.keys() <= {"weight", "bias"} or any(module.children()):
         return None
-    random = torch.Generator().manual_seed(0)
-    draw = {f"module.{key}": torch.randn(p.shape, generator=random).to(p) for key, p in own.items()}
-    x = torch.randn(1, 4, len(weight), generator=random).to(weight)
+    random = torch.Generator("cpu").manual_seed(0)
+    draw = {f"module.{key}": torch.randn(p.shape, generator=random, device="cpu").to(p) for key, p in own.items()}
+    x = torch.randn(1, 4, len(weight), generator=random, device="cpu").to(weight)
     bias = draw.get("module.bias", torch.zeros_like(weight))
     try:
         with torch.no_grad():
