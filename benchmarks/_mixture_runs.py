@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -87,7 +88,7 @@ class RunSpec:
     model: Mapping[str, Any]
     alignment: Mapping[str, Any] = field(default_factory=dict)
     evaluations: int = 4
-    generic_tokens: int = 4096
+    generic_tokens: int = 2048
 
     @property
     def name(self) -> str:
@@ -139,7 +140,7 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         folder=folder,
         seed=spec.seed,
         evaluate=evaluate,
-        evaluate_every_steps=max(1, config.total_steps // spec.evaluations),
+        evaluate_every_steps=math.ceil(config.total_steps / spec.evaluations),
     )
     start = time.perf_counter()
     result = trainer.run()

@@ -31,7 +31,7 @@ TARGETS = {
     "report": TextDomain("cs.RO", "arxiv_cs", "cs.RO"),
     "dev": TextDomain("q-bio.BM", "arxiv_bio_stat_econ", "q-bio.BM"),
 }
-TARGET_DOCUMENTS, TARGET_HELDOUT, DOMAIN_HELDOUT = 40, 200, 16
+TARGET_DOCUMENTS, TARGET_HELDOUT, DOMAIN_HELDOUT = 40, 120, 12
 VOCABULARY = 1024
 BUDGETS = (10_000, 30_000, 100_000)
 SIZES = 2.0 ** np.linspace(-0.5, 0.5, len(DOMAINS))
