@@ -18,11 +18,13 @@ little. Memory: peak resident memory of a process that trains and measures, less
 from __future__ import annotations
 
 import argparse
+import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import _common
@@ -239,15 +241,31 @@ def run_for_peak(way: str) -> None:
             del v
         if not way.endswith("batch"):
             training.step(tokens)
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(own_peak_bytes())
+
+
+def own_peak_bytes() -> int:
+    """Peak resident memory of this process. Linux's ru_maxrss would count the parent's from before it was started."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1))  # type: ignore[union-attr]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory() -> dict[str, Any]:
     parameters = sum(p.numel() for p in build(MEMORY_SIZE, 0).parameters())
-    plain = peak_bytes("plain")
-    extra = {way: (peak_bytes(way) - plain) / (4 * parameters) for way in WAYS}
-    return {"parameters": parameters, "bytes_of_v": 4 * parameters, "plain_peak_bytes": plain, "extra_over_v": extra}
+    extra: dict[str, list[float]] = {way: [] for way in WAYS}
+    plains = []
+    for _ in range(3):
+        plains.append(peak_bytes("plain"))
+        for way, found in extra.items():
+            found.append((peak_bytes(way) - plains[-1]) / (4 * parameters))
+    return {
+        "parameters": parameters,
+        "bytes_of_v": 4 * parameters,
+        "plain_peak_bytes": _common.spread(plains).as_json(),
+        "extra_over_v": {way: _common.spread(found).as_json() for way, found in extra.items()},
+    }
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -335,7 +353,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         memory = record["memory"]
         megabytes = memory["bytes_of_v"] / 2**20
         lines += ["", f"## Memory, {memory['parameters']:,} parameters (v is {megabytes:.0f} MiB)", ""]
-        rows = [[way, f"{value:.2f}", f"{value * megabytes:.0f}"] for way, value in memory["extra_over_v"].items()]
+        extra = {way: _common.Spread(**found) for way, found in memory["extra_over_v"].items()}
+        rows = [[way, found.show("{:.2f}"), found.show("{:.0f}", megabytes)] for way, found in extra.items()]
         lines.append(_common.table(["estimator", "extra peak, in units of v", "MiB"], rows))
     return "\n".join([*lines, "", f"Clock: {record['clock']}. " + _common.environment_lines(record)])
 
