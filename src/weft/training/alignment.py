@@ -55,6 +55,7 @@ __all__ = [
     "finite_difference",
     "gradient_direction",
     "group_alignment",
+    "has_dropout",
     "precondition",
     "probe_alignment",
     "separate_alignment",

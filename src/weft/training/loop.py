@@ -147,7 +147,7 @@ class Trainer:
         self.reference = task.reference.to(self.device).eval().requires_grad_(False) if task.reference else None
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.parameters, config)
-        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules())
+        self.has_dropout = align.has_dropout(self.module)
 
         self.sampler = MixtureSampler(
             sequence_counts(task.sources, config.sequence_length, task.domains),
@@ -203,6 +203,7 @@ class Trainer:
             batch_size=self.config.batch_sequences,
             needs_norms=getattr(self.task.policy.config, "normalize", None) == "cosine",
             basis="basis" in self.task.policy.needs,
+            losses=sequence_losses,
         )
         log.info("alignment estimator %s on %s: %s", choice.estimator, choice.probe, choice.reason)
         return choice
