@@ -51,7 +51,7 @@ def _records(path: Path) -> list[tuple[str, str]]:
     """(sub, text) of every line of a file."""
     with path.open("rb") as raw:
         stream = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), encoding="utf-8")
-        return [(record["sub"], record["text"]) for record in map(json.loads, stream)]
+        return [(record.get("sub", ""), record["text"]) for record in map(json.loads, stream)]
 
 
 def read_texts(data: Path, domain: TextDomain) -> Iterator[str]:
