@@ -47,7 +47,6 @@ METHODS: dict[str, Method] = {
     "importance": ({"policy": "importance", **EVERY}, {}),
     "dga": (DGA, PROBE),
     "dga, no EMA": ({**DGA, "ema": 1.0}, PROBE),
-    "dga, uniform start": ({**DGA, "initial": "uniform"}, PROBE),
     "doge": ({"policy": "doge", **EVERY}, PROBE),
     "target alone": (None, {}),
 }
