@@ -1,0 +1,32 @@
+"""On a CUDA device: the shadow term against separate backward passes, in float32 and under bf16 autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weft.models.factory import ModelConfig, build_model
+from weft.models.hf import sequence_losses
+from weft.training.alignment import gradient_direction, separate_alignment, shadow_dots
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 3e-2)])
+def test_shadow_equals_separate_on_cuda(bf16: bool, tolerance: float) -> None:
+    section = ModelConfig(architecture="llama", config={"hidden_size": 64, "intermediate_size": 128})
+    model = build_model(section, vocab_size=256, sequence_length=32, eos_id=0, seed=0).cuda()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, (6, 33), generator=generator).cuda()
+    target = torch.randint(0, 256, (4, 33), generator=generator).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
+        direction = gradient_direction(model, sequence_losses, target)
+        batches = [(row, tokens[row : row + 1]) for row in range(6)]
+        exact = separate_alignment(model, sequence_losses, batches, direction, 6)
+        dots = shadow_dots(model, sequence_losses, tokens, direction).double().cpu()
+    assert exact.norms_G is not None
+    scale = exact.norms_G * exact.direction_norm
+    assert ((dots - exact.dots_G).abs() / scale).max().item() < tolerance
