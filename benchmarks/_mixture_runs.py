@@ -129,8 +129,7 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         assert generic.generic is not None
         return {"sets": {"target": target.sets["target"].to_json()}, "generic": generic.generic.to_json()}
 
-    folder = work / f"{spec.name}.run"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{spec.name}.", dir=work))
     trainer = Trainer(
         model,
         Task(names, sources, build_policy(dict(spec.mixture or {"policy": "uniform"})), setting, data.target_train),
@@ -156,7 +155,7 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
     ]
     mixtures = [list(line["weights"].values()) for line in lines if line["kind"] == "mixture"]
     shutil.rmtree(folder)
-    return {
+    found = {
         "setting": spec.setting,
         "method": spec.method,
         "seed": spec.seed,
@@ -175,6 +174,8 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         "mixtures": mixtures,
         "estimator": None if trainer.choice is None else [trainer.choice.estimator, trainer.choice.probe],
     }
+    write_atomically(work / f"{spec.name}.json", json.dumps(found))
+    return found
 
 
 def run_all(
@@ -190,7 +191,6 @@ def run_all(
         running = {pool.submit(run_one, spec, make_data, work): spec for spec in todo}
         for count, future in enumerate(as_completed(running), start=1):
             spec, result = running[future], future.result()
-            write_atomically(work / f"{spec.name}.json", json.dumps(result))
             say(
                 f"[{count}/{len(todo)} {time.perf_counter() - start:.0f}s] "
                 f"{spec.setting}, {spec.method}, seed {spec.seed}: "

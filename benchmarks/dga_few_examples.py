@@ -53,7 +53,6 @@ PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_grou
 """As chosen for few tokens per domain on its development target; nothing was tuned here (docs/log.md)."""
 METHODS: dict[str, Method] = {
     "uniform": ({"policy": "uniform", **EVERY}, {}),
-    "proportional": ({"policy": "proportional", **EVERY}, {}),
     "importance": ({"policy": "importance", **EVERY}, {}),
     "importance, smoothed": ({"policy": "importance", "smoothing": 0.5, **EVERY}, {}),
     "dga": (DGA, PROBE),

@@ -7,6 +7,7 @@ resolved section can be written back with every default spelled out.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=BaseModel)
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -46,7 +49,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"recipe {path} holds {type(value).__name__}; it must hold a mapping of sections")
@@ -67,7 +70,7 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
             raise ConfigError(f"--set {override!r} is not of the form section.key=value")
         try:
             value = yaml.safe_load(raw)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
         if isinstance(value, str):
             value = _number_or_text(value)
@@ -85,10 +88,7 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 def _number_or_text(value: str) -> float | str:
     """YAML 1.1 reads `3e-4` as text; a person who types it means a number."""
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    return float(value) if _EXPONENT.fullmatch(value) else value
 
 
 def _index(items: list[Any], part: str, override: str) -> int:

@@ -89,6 +89,7 @@ def test_dry_run_shows_the_resolved_recipe_and_does_nothing(tmp_path: Path, reci
         ({"model": {"architecture": "llama", "config": {"hiden_size": 3}}}, 2, "did you mean 'hidden_size'"),
         ({"data": {"corpora": [{"path": "corpora/absent.jsonl"}]}}, 1, "absent.jsonl"),
         ({"data": {"corpora": [{"path": "corpora/algebra.jsonl", "label": "a"}]}}, 2, "give data.target"),
+        ({"run": "/proc/nowhere/run"}, 1, "/proc/nowhere"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_an_exit_code(

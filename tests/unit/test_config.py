@@ -47,6 +47,7 @@ def test_did_you_mean_lists_what_is_allowed_when_nothing_is_near() -> None:
         ("inner.names.0=z", ("inner", "names", 0), "z"),
         ("new.section.key=null", ("new", "section", "key"), None),
         ("steps=7", ("steps",), 7),
+        ("steps=nan", ("steps",), "nan"),
     ],
 )
 def test_overrides_reach_any_depth(override: str, path: tuple[str | int, ...], value: object) -> None:

@@ -38,4 +38,4 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
         rows,
     )
-    typer.echo(f"report: {recipe.run.parent / 'report.html'}")
+    typer.echo(f"report: {recipe.run / 'report.html'}")

@@ -77,6 +77,7 @@ def weft(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log details to stderr."),
 ) -> None:
     """Modular language models: find the data mixture that helps a target while a model trains."""
+    logging.getLogger("weft").setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO if verbose else logging.WARNING,
@@ -88,6 +89,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command and turn errors into exit codes."""
     try:
         app(args=arguments)
-    except WeftError as error:
+    except (WeftError, OSError) as error:
         typer.echo(f"weft: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -6,7 +6,7 @@ import typer
 
 from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table, sets_table
 from weft.pipeline.recipe import load_recipe, plan
-from weft.pipeline.train import run_training
+from weft.pipeline.train import is_main_process, run_training
 
 
 def run(
@@ -27,6 +27,8 @@ def run(
             print_table("plan", ["what", "value"], [[name, f"{value}"] for name, value in described["plan"].items()])
         return
     result = run_training(resolved)
+    if not is_main_process():
+        return
     if json:
         print_json(result)
     else:

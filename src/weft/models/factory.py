@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt, model_validator
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
 
@@ -77,9 +79,7 @@ class ModelConfig(Section):
         return self
 
 
-def build_model(
-    config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int, folder: Path | None = None
-) -> nn.Module:
+def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> nn.Module:
     """Build (or load) the model a recipe asks for.
 
     Args:
@@ -88,13 +88,12 @@ def build_model(
         sequence_length: longest sequence it must take.
         eos_id: end-of-document id, stored in the configuration.
         seed: initial weights are a function of it alone.
-        folder: relative pretrained paths are also looked for below this folder (the recipe's).
     Raises:
         ConfigError: unknown architecture or key, or a model too small for the tokenizer or the sequence length.
     """
     set_seed(seed)
     if config.pretrained is not None:
-        model = _load_pretrained(config, folder)
+        model = _load_pretrained(config)
         held = int(model.get_input_embeddings().weight.shape[0])
         if held < vocab_size:
             raise ConfigError(
@@ -103,7 +102,7 @@ def build_model(
             )
     else:
         assert config.architecture is not None
-        model = AutoModelForCausalLM.from_config(
+        model = from_architecture(
             architecture_config(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=eos_id)
         )
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -122,7 +121,7 @@ def build_model(
             task_type="CAUSAL_LM",
         )
         with _peft_warnings():
-            model = get_peft_model(model, section)
+            model = get_peft_model(model, section, revision=config.revision)
     built: nn.Module = model
     return built
 
@@ -144,42 +143,66 @@ def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length
     for key in config.config:
         if key not in known:
             raise ConfigError(f"model.config.{key}: unknown key of {name}{did_you_mean(key, known)}")
-    sizes = {**SMALL.get(name, {}), **config.config}
-    sizes.setdefault("max_position_embeddings", max(sequence_length, 1024))
-    sizes["vocab_size"] = vocab_size
-    sizes["bos_token_id"] = eos_id
-    sizes["eos_token_id"] = eos_id
-    built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
+    asked = {default.attribute_map.get(key, key): value for key, value in config.config.items()}
+    small = {default.attribute_map.get(key, key): value for key, value in SMALL.get(name, {}).items()}
+    positions = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    sizes = {positions: max(sequence_length, 1024), "pad_token_id": None, **small, **asked}
+    sizes |= {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    try:
+        built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config does not make a {name}: {error}") from error
     return built
 
 
-def _load_pretrained(config: ModelConfig, folder: Path | None) -> Any:
-    name = str(config.pretrained)
-    if folder is not None and not Path(name).exists() and (folder / name).exists():
-        name = str(folder / name)
+def from_architecture(config: PretrainedConfig) -> Any:
+    """A model with fresh weights.
+
+    Raises:
+        ConfigError: the configuration's sizes do not fit each other, or it is of no causal language model.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"model.config does not make a {config.model_type} language model: {error}") from error
+
+
+def _load_pretrained(config: ModelConfig) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, revision=config.revision, dtype=DTYPES[config.dtype], use_safetensors=True, trust_remote_code=False
+            str(config.pretrained),
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.pretrained {config.pretrained!r} cannot be loaded: {error}") from error
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
     """Load a model weft (or transformers, or PEFT) saved: a full model folder, or an adapter beside its base's name.
 
+    Args:
+        folder: what `save_pretrained` wrote.
+        dtype: of the base under an adapter; a full model keeps the dtype it was stored in.
     Raises:
         ConfigError: the folder holds no loadable causal language model.
     """
     try:
         if (folder / "adapter_config.json").exists():
             adapter = LoraConfig.from_pretrained(str(folder))
-            base = AutoModelForCausalLM.from_pretrained(str(adapter.base_model_name_or_path), use_safetensors=True)
+            base = AutoModelForCausalLM.from_pretrained(
+                str(adapter.base_model_name_or_path),
+                revision=adapter.revision,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+            )
             with _peft_warnings():
                 model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
             return model
         return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from weft.config import apply_overrides
+from weft.errors import ConfigError
 from weft.mixture.policy import build_policy
 from weft.pipeline.recipe import Recipe, make_recipe
 from weft.pipeline.report import report_runs
@@ -34,15 +35,18 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
     Returns:
         summary.json as a mapping.
     """
+    if recipe.mixture.policy != "dga" or recipe.training.exhaustion != "repeat":
+        raise ConfigError(
+            f"the demonstration compares {', '.join(POLICIES)} on equal tokens, and `mixture` is its dga run's section; "
+            f"policy {recipe.mixture.policy} with exhaustion {recipe.training.exhaustion} wants a recipe of its own"
+        )
+    folder = recipe.run
     results = {}
     for policy in POLICIES:
         mixture = recipe.mixture
-        if policy != mixture.policy:
+        if policy != "dga":
             mixture = build_policy({"policy": policy, "update_every_steps": mixture.update_every_steps}).config
-        results[policy] = run_training(
-            recipe.model_copy(update={"mixture": mixture, "run": recipe.run.parent / policy})
-        )
-    folder = recipe.run.parent
+        results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": folder / policy}))
     report_runs([folder / policy for policy in POLICIES], folder / "report.html", "A mixture found while training")
     summary = {"mixture": summarise(results)}
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from pydantic import Field, NonNegativeInt, SerializeAsAny, field_validator
-from transformers import AutoModelForCausalLM
 
 from weft.config import Section, apply_overrides, read_yaml, validate
+from weft.errors import ConfigError
 from weft.evaluation.suite import EvaluationConfig
 from weft.mixture.policy import PolicyConfig, build_policy
-from weft.models.factory import ModelConfig, architecture_config
+from weft.models.factory import ModelConfig, architecture_config, from_architecture
 from weft.pipeline.data_config import DataConfig
 from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
@@ -96,6 +97,7 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What a run will do, before anything is read: parameters, tokens, steps."""
+    check(recipe)
     training = recipe.training
     described: dict[str, Any] = {
         "run": str(recipe.run),
@@ -111,9 +113,26 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     return described
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what can be seen to be wrong before anything is read.
+
+    Raises:
+        ConfigError: the policy follows a target and there is none, or a tracker is not installed.
+    """
+    needs = build_policy(recipe.mixture.model_dump()).needs
+    name = recipe.mixture.policy
+    if needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
+        raise ConfigError(f"mixture policy {name!r} follows a target and the data has none; give data.target")
+    if "basis" in needs and recipe.data.domains.basis is None:
+        raise ConfigError(f"mixture policy {name!r} reweights distributions; say which in data.domains.basis")
+    for tracker in recipe.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"trackers names {tracker}, which is not installed: pip install 'weft[{tracker}]'")
+
+
 def count_from_config(model: ModelConfig, vocab_size: int, sequence_length: int) -> int:
     """Parameters of a model from scratch, counted on the meta device: no memory is taken."""
     config = architecture_config(model, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
+        built = from_architecture(config)
     return sum(parameter.numel() for parameter in built.parameters())

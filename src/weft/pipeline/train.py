@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from accelerate import PartialState
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from weft.errors import CheckpointError, ConfigError
+from weft.errors import CheckpointError, ConfigError, DataError
 from weft.evaluation.result import save_windows
 from weft.evaluation.suite import EvaluationConfig, SuiteResult, evaluate_suite
 from weft.mixture.policy import MixtureSetting, build_policy
 from weft.models.factory import build_model, count_parameters, load_model
 from weft.pipeline.prepare import prepare
 from weft.pipeline.prepared import PreparedData
-from weft.pipeline.recipe import Recipe
+from weft.pipeline.recipe import Recipe, check
 from weft.training.loop import Task, Trainer, TrainingResult
 from weft.training.metrics import MetricsSink, TensorBoardSink, WandbSink
 from weft.training.runtime import Runtime, choose_runtime, environment
@@ -48,6 +47,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
         cpu=recipe.training.device == "cpu" or not torch.cuda.is_available(),
     )
+    check(recipe)
     recipe.run.mkdir(parents=True, exist_ok=True)
     with _only_one(recipe.run) if process.is_main_process else _nothing():
         with process.main_process_first():
@@ -56,14 +56,17 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         finished = _finished(recipe, identity)
         process.wait_for_everyone()
         if finished is not None:
-            log.info("%s is finished; nothing to do", recipe.run)
+            log.info("%s is finished; this is its result", recipe.run)
             return finished
+        _refuse_another_run(recipe, identity)
+        if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
+            raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
         return _train(recipe, data, identity, process)
 
 
 def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialState) -> dict[str, Any]:
     policy = build_policy(recipe.mixture.model_dump())
-    reference = _reference(recipe, policy.config) if "reference_losses" in policy.needs else None
+    reference = _reference(recipe, policy.config, data) if "reference_losses" in policy.needs else None
     model = build_model(
         recipe.model, vocab_size=data.tokenizer.vocab_size, sequence_length=recipe.training.sequence_length,
         eos_id=data.tokenizer.eos_id, seed=recipe.seed,
@@ -73,6 +76,12 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         _write(recipe.run / "recipe.yaml", recipe.to_yaml())
         described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
         _write(recipe.run / "run.json", json.dumps(described, indent=2) + "\n")
+    latest: list[SuiteResult] = []
+
+    def evaluate(module: nn.Module) -> dict[str, Any]:
+        latest[:] = [_evaluate(module, data, recipe, runtime, recipe.evaluation)]
+        return latest[0].to_json()
+
     trainer = Trainer(
         model,
         training_task(data, policy, reference),
@@ -81,23 +90,32 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         runtime=runtime,
         folder=recipe.run,
         seed=recipe.seed,
-        evaluate=lambda module: _evaluate(module, data, recipe, runtime, recipe.evaluation).to_json(),
+        evaluate=evaluate,
         evaluate_every_steps=recipe.evaluation.every_steps or 0,
         identity=identity,
         sinks=_sinks(recipe) if process.is_main_process else (),
     )
     trained = trainer.run()
-    start = time.perf_counter()
-    final = _evaluate(trainer.module, data, recipe, runtime, recipe.evaluation)
-    trained.seconds["eval"] = trained.seconds.get("eval", 0.0) + time.perf_counter() - start
-    result = _result(recipe, trained, final, trainer.module, identity, trainer.choice)
     if process.is_main_process:
         trainer.module.save_pretrained(recipe.run / "model")  # type: ignore[operator]
         data.tokenizer.save(recipe.run / "model")
-        save_windows(recipe.run / "windows.safetensors", final.sets)
+    if trainer.evaluated_step != trained.step:
+        start = time.perf_counter()
+        evaluate(trainer.module)
+        trained.seconds["eval"] += time.perf_counter() - start
+    if reference is not None:
+        trained.seconds["reference"] = _reference_seconds(recipe, policy.config)
+    result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.choice)
+    if process.is_main_process:
+        save_windows(recipe.run / "windows.safetensors", latest[0].sets)
         _write(recipe.run / "result.json", json.dumps(result, indent=2) + "\n")
     process.wait_for_everyone()
     return result
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return bool(PartialState().is_main_process)
 
 
 def training_task(data: PreparedData, policy: Any, reference: nn.Module | None = None) -> Task:
@@ -127,7 +145,8 @@ def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteRe
         raise ConfigError(f"{run} has no trained model yet; finish it with weft train")
     data = PreparedData.load(recipe.prepared_folder)
     runtime = choose_runtime(recipe.training, parameters=0)
-    model = load_model(run / "model").to(runtime.device)
+    _require_same_data(run, data)
+    model = load_model(run / "model", dtype=recipe.model.dtype).to(runtime.device)
     return _evaluate(model, data, recipe, runtime, config)
 
 
@@ -146,9 +165,9 @@ def _evaluate(
     )
 
 
-def _reference(recipe: Recipe, policy: Any) -> nn.Module:
+def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
     """DoReMi's reference: the model of the run it names, or one trained first on a plain mixture."""
-    folder = Path(policy.reference) if policy.reference is not None else recipe.run / "reference"
+    folder = _reference_folder(recipe, policy)
     if policy.reference is None:
         plain = recipe.model_copy(
             update={
@@ -160,7 +179,29 @@ def _reference(recipe: Recipe, policy: Any) -> nn.Module:
         run_training(plain)
     if not (folder / "model").is_dir():
         raise ConfigError(f"mixture.reference {folder} holds no trained model; give a finished run folder, or null")
-    return load_model(folder / "model")
+    _require_same_data(folder, data)
+    return load_model(folder / "model", dtype=recipe.model.dtype)
+
+
+def _reference_folder(recipe: Recipe, policy: Any) -> Path:
+    return Path(policy.reference) if policy.reference is not None else recipe.run / "reference"
+
+
+def _reference_seconds(recipe: Recipe, policy: Any) -> float:
+    """What training the reference took, a cost of the policy that needs it."""
+    spent = json.loads((_reference_folder(recipe, policy) / "result.json").read_text(encoding="utf-8"))["seconds"]
+    return float(spent["train"] + spent["alignment"])
+
+
+def _require_same_data(run: Path, data: PreparedData) -> None:
+    """Token ids mean something only together with the tokenizer that made them."""
+    path = run / "run.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["data"] if path.exists() else "none"
+    if found != data.fingerprint:
+        raise DataError(
+            f"{run} was trained on other prepared data (fingerprint {found}, here {data.fingerprint}); point `prepared` "
+            f"at the data it was trained on"
+        )
 
 
 def _result(
@@ -199,13 +240,23 @@ def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:
 def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
     sinks: list[MetricsSink] = []
     for tracker in recipe.trackers:
-        if find_spec(tracker) is None:
-            raise ConfigError(f"trackers names {tracker}, which is not installed: pip install 'weft[{tracker}]'")
         if tracker == "tensorboard":
             sinks.append(TensorBoardSink(recipe.run / "tensorboard"))
         else:
             sinks.append(WandbSink(recipe.run, recipe.run.name, recipe.resolved()))
     return tuple(sinks)
+
+
+def _refuse_another_run(recipe: Recipe, identity: str) -> None:
+    """Leave an unfinished run of another recipe as it is."""
+    path = recipe.run / "run.json"
+    if not path.exists() or not any((recipe.run / "checkpoints").glob("step-*")):
+        return
+    if json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["run"] != identity:
+        raise CheckpointError(
+            f"{recipe.run} holds an unfinished run of another recipe or other data; choose another run folder or "
+            f"remove it"
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ Each has a file in `estimators/` and can be used alone in any PyTorch loop.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -62,6 +63,9 @@ __all__ = [
     "shadow_dots",
     "with_batch_norm",
 ]
+
+_DROPS = re.compile(r"drop|pdrop$")
+"""Names of settings that hold a rate of dropout applied by a function instead of a module."""
 
 Estimator = Literal["separate", "cumulative", "shadow", "finite_difference"]
 Probe = Literal["batch", "extra"]
@@ -200,8 +204,9 @@ def has_dropout(model: nn.Module) -> bool:
     for module in unwrap(model).modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-        rate = getattr(module, "attention_dropout", None)
-        if isinstance(rate, float) and rate > 0:
+        settings = getattr(module, "config", None)
+        rates = {**vars(module), **(vars(settings) if settings is not None else {})}
+        if any(isinstance(rate, float) and rate > 0 and _DROPS.search(name) for name, rate in rates.items()):
             return True
     return False
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weft.config import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(Section):
@@ -21,7 +23,7 @@ class TrainingConfig(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; give this or tokens")
     tokens: PositiveInt | None = Field(None, description="training tokens; steps = tokens / (B T), rounded up")
     lr: PositiveFloat = Field(1e-3, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moment decays, each from 0 to below 1")
     eps: PositiveFloat = Field(1e-8, description="AdamW denominator offset")
     weight_decay: float = Field(0.1, ge=0, description="AdamW decay, applied to matrices and not to norms or biases")
     clip_norm: PositiveFloat | None = Field(1.0, description="largest global gradient norm; absent: no clipping")

@@ -8,6 +8,7 @@ function of (seed, step, rank), so a run killed at any moment continues to the s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -147,7 +148,6 @@ class Trainer:
         self.reference = task.reference.to(self.device).eval().requires_grad_(False) if task.reference else None
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.parameters, config)
-        self.has_dropout = align.has_dropout(self.module)
 
         self.sampler = MixtureSampler(
             sequence_counts(task.sources, config.sequence_length, task.domains),
@@ -165,7 +165,9 @@ class Trainer:
         self.state = task.policy.init(task.setting)
         self.loader.set_weights(0, task.policy.weights(self.state).numpy())
         self.step = 0
+        self.evaluated_step = -1
         self.seconds = {"train": 0.0, "alignment": 0.0, "eval": 0.0, "save": 0.0}
+        self._warn_of_what_cannot_happen()
         self._resume()
         self.metrics = MetricsLog(
             folder / "metrics.jsonl", resume_step=self.step, sinks=sinks, enabled=self.accelerator.is_main_process
@@ -191,6 +193,16 @@ class Trainer:
             size = min(counts[0], self.alignment_config.target_sequences)
             sampler = MixtureSampler(counts, size, _derive(self.seed, "target"))
             self.target_probe = MixtureLoader((self.task.target,), sampler, self.config.sequence_length)
+
+    def _warn_of_what_cannot_happen(self) -> None:
+        total, name = self.config.total_steps, self.task.policy.config.policy
+        if self.task.policy.needs - {"target_histogram", "basis"} and self.every > total:
+            log.warning(
+                "mixture policy %s updates every %d steps and training takes %d: it never will", name, self.every, total
+            )
+        warmup = self.config.warmup_steps
+        if warmup >= total:
+            log.warning("warm-up takes %d of %d steps: the peak learning rate is never reached", warmup, total)
 
     def _choose_estimator(self) -> align.Choice | None:
         if self.direction_kind is None:
@@ -287,6 +299,8 @@ class Trainer:
             self._log_mixture(None, {})
             self._evaluate()
         self.module.train()
+        for choice in self.runtime.choices:
+            log.info("%s: %s (%s)", choice.setting, choice.value, choice.reason)
         window_start, window_step = time.perf_counter(), self.step
         with TrainingDisplay(enabled=self.accelerator.is_main_process) as display:
             while self.step < total:
@@ -320,8 +334,7 @@ class Trainer:
         aligning = 0.0
         updating = (self.step + 1) % self.every == 0
         in_batch = updating and self.choice is not None and self.choice.probe == "batch"
-        if self.has_dropout:
-            torch.manual_seed(_derive(self.seed, f"step {self.step} rank {self.rank}"))
+        torch.manual_seed(_derive(self.seed, f"step {self.step} rank {self.rank}"))
         direction: Direction | None = None
         if in_batch:
             direction = self._direction()
@@ -350,6 +363,9 @@ class Trainer:
                 else:
                     alignment = self._probe()
                 alignment = align.with_batch_norm(alignment, norm)
+                if getattr(self.task.policy.config, "normalize", None) != "cosine":
+                    # Only some estimators measure norms: eta must mean the same whichever was chosen.
+                    alignment = dataclasses.replace(alignment, norms_G=None)
             self._update_policy(alignment)
             aligning += time.perf_counter() - before
         elapsed = time.perf_counter() - start
@@ -430,7 +446,7 @@ class Trainer:
             direction = align.gradient_direction(
                 self.module, sequence_losses, self._share(tokens).to(self.device), micro_batch=self.micro_batch
             )
-        if getattr(self.task.policy.config, "precondition", "none") == "adam":
+        if getattr(self.task.policy.config, "precondition", "none") == "adam" and self.step > 0:
             direction = align.precondition(direction, self.optimizer, self.parameters)
         return direction
 
@@ -483,6 +499,9 @@ class Trainer:
             "domain_losses": dict(losses),
             "diagnostics": dict(self.task.policy.diagnostics(self.state)),
         }
+        if self.config.exhaustion == "drop":
+            left = self.sampler.effective_weights_D.tolist()
+            values["effective_weights"] = dict(zip(self.task.domains, left, strict=True))
         if alignment is not None:
             basis = len(alignment.dots_G) != len(self.task.domains) or "basis" in self.task.policy.needs
             names: Sequence[str] = [f"basis {i}" for i in range(len(alignment.dots_G))] if basis else self.task.domains
@@ -497,6 +516,7 @@ class Trainer:
         result = self.evaluate(self.module)
         self.module.train()
         self.metrics.write("eval", self.step, self.tokens, **result)
+        self.evaluated_step = self.step
         self.seconds["eval"] += time.perf_counter() - start
 
     def _weights_by_domain(self) -> dict[str, float]:

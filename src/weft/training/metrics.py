@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from weft.errors import CheckpointError
+
 
 class MetricsSink(Protocol):
     """Where metric lines also go: TensorBoard, Weights & Biases."""
@@ -46,8 +48,14 @@ class MetricsLog:
         """Append one line; numbers that are not finite become null."""
         line = {"kind": kind, "step": step, "tokens": tokens, **_finite(values)}
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"metrics.jsonl cannot be written: {error}; free some space, then the same command continues from "
+                    f"the last checkpoint"
+                ) from error
         for sink in self._sinks:
             sink.write(line)
 

@@ -80,6 +80,8 @@ def test_pretrained_weights_and_adapters_go_round(tmp_path: Path) -> None:
         ({"architecture": "lama"}, "no transformers model type"),
         ({"architecture": "llama", "config": {"hiden_size": 2}}, "did you mean 'hidden_size'"),
         ({"pretrained": "/nonexistent/model"}, "cannot be loaded"),
+        ({"architecture": "t5"}, "does not make a t5 language model"),
+        ({"architecture": "gpt2", "config": {"n_embd": 130}}, "does not make a gpt2 language model"),
     ],
 )
 def test_what_cannot_be_built_says_why(section: dict[str, Any], message: str) -> None:
@@ -93,6 +95,17 @@ def test_a_model_too_small_for_the_tokenizer_or_the_sequence_is_refused(tmp_path
         build(pretrained=str(tmp_path / "base"), vocab_size=33)
     with pytest.raises(ConfigError, match="takes at most 1024 positions"):
         build(pretrained=str(tmp_path / "base"), sequence_length=2000)
+
+
+def test_aliases_of_an_architecture_are_respected() -> None:
+    model = build(architecture="gpt2", config={"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2})
+    assert model.config.n_positions == 64  # type: ignore[union-attr]
+
+
+def test_no_token_of_the_tokenizer_is_taken_for_padding() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = build(architecture="phi3", config={**sizes, "num_key_value_heads": 2})
+    assert model.get_input_embeddings().padding_idx is None  # type: ignore[operator]
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

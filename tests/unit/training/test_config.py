@@ -50,6 +50,7 @@ def test_tokens_become_steps_rounded_up() -> None:
         ({"steps": 1, "max_epochs": 2}, "set exhaustion to drop or stop"),
         ({"steps": 1, "learning_rate": 1}, "unknown key"),
         ({"steps": 0}, "greater than 0"),
+        ({"steps": 1, "betas": [1.5, 0.9]}, "less than 1"),
     ],
 )
 def test_contradictions_are_refused(value: dict[str, object], message: str) -> None:

@@ -223,6 +223,31 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
         trainer(tmp_path, {"policy": "dga"}, sequence_length=900)
 
 
+def test_what_can_never_happen_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(tmp_path, {"policy": "dga", "update_every_steps": 100}, warmup_steps=50)
+    run.close()
+    assert "updates every 100 steps and training takes 24" in caplog.text
+    assert "peak learning rate is never reached" in caplog.text
+
+
+def test_adam_preconditioning_starts_with_the_plain_direction(tmp_path: Path) -> None:
+    """Before the first optimizer step there is no second moment to divide by."""
+    result = run_all(trainer(tmp_path, {"policy": "dga", "precondition": "adam", "update_every_steps": 1}))
+    assert result.weights["b"] == max(result.weights.values())
+
+
+def test_eta_means_the_same_under_every_estimator(tmp_path: Path) -> None:
+    """`scale` divides by the training gradient's norm, whether or not an estimator also measures each group's."""
+    found = {}
+    for estimator in ("separate", "finite_difference"):
+        run = trainer(tmp_path / estimator, {"policy": "dga"}, alignment={"estimator": estimator, "probe": "extra"})
+        while run.step < 4:
+            run._train_step()
+        found[estimator] = run.task.policy.diagnostics(run.state)["max_exponent"]
+        run.close()
+    assert found["separate"] == pytest.approx(found["finite_difference"], rel=0.02)
+
+
 def test_bf16_autocast_trains_and_aligns(tmp_path: Path) -> None:
     result = run_all(trainer(tmp_path, {"policy": "dga", "ema": 0.5}, precision="bf16"))
     assert result.weights["b"] == max(result.weights.values())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from weft.errors import CheckpointError
 from weft.training.metrics import MetricsLog, flatten, read_metrics
 
 
@@ -62,6 +65,18 @@ def test_sinks_get_every_line_and_other_ranks_write_nothing(tmp_path: Path) -> N
     assert sink.closed
     MetricsLog(tmp_path / "b.jsonl", enabled=False).write("train", 1, 1)
     assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+
+    def full(line: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("weft.training.metrics.json.dumps", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written.*No space left.*same command continues"):
+        log.write("train", 1, 1)
+    log.close()
 
 
 def test_flatten_names_every_number() -> None:
