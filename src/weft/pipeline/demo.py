@@ -37,7 +37,7 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.mixture.policy != "dga" or recipe.training.exhaustion != "repeat":
         raise ConfigError(
-            f"the demonstration compares {', '.join(POLICIES)} on equal tokens, and `mixture` is its dga run's section; "
+            f"the demonstration compares {', '.join(POLICIES)} on equal tokens; `mixture` is its dga run's section; "
             f"policy {recipe.mixture.policy} with exhaustion {recipe.training.exhaustion} wants a recipe of its own"
         )
     folder = recipe.run

@@ -199,8 +199,8 @@ def _require_same_data(run: Path, data: PreparedData) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["data"] if path.exists() else "none"
     if found != data.fingerprint:
         raise DataError(
-            f"{run} was trained on other prepared data (fingerprint {found}, here {data.fingerprint}); point `prepared` "
-            f"at the data it was trained on"
+            f"{run} was trained on other prepared data (fingerprint {found}, here {data.fingerprint}); point "
+            f"`prepared` at the data it was trained on"
         )
 
 
