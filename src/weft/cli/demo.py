@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from weft.cli.dry_run import show_plan
 from weft.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table
 from weft.pipeline.demo import demo_recipe, run_demo
 
@@ -16,7 +17,7 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
     """
     recipe = demo_recipe(set_ or [])
     if dry_run:
-        typer.echo(recipe.to_yaml())
+        show_plan(recipe, json)
         return
     mixture = run_demo(recipe)["mixture"]
     if json:

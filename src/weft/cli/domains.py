@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from weft.cli.dry_run import show_plan
 from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
 from weft.pipeline.prepare import prepare
 from weft.pipeline.recipe import load_recipe
@@ -19,7 +20,7 @@ def run(
     """
     resolved = load_recipe(recipe, set_ or [])
     if dry_run:
-        typer.echo(resolved.to_yaml())
+        show_plan(resolved, json)
         return
     data = prepare(resolved.data, resolved.prepared_folder)
     facts = data.domain_facts()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from weft.cli.dry_run import show_plan
 from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, sets_table
 from weft.pipeline.recipe import load_recipe
 from weft.pipeline.train import evaluate_run
@@ -30,7 +31,7 @@ def run(
     if max_tokens is not None:
         config = config.model_copy(update={"max_tokens_per_set": max_tokens or None})
     if dry_run:
-        typer.echo(resolved.to_yaml())
+        show_plan(resolved, json)
         return
     result = evaluate_run(resolved.run, resolved, config).to_json()
     if json:

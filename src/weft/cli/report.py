@@ -20,6 +20,7 @@ def run(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and do nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page about one run or several.
@@ -32,6 +33,9 @@ def run(
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no run folder; weft train makes one")
     path = output if output is not None else folders[0] / "report.html"
+    if dry_run:
+        print_json({"report": str(path), "runs": [str(folder) for folder in folders]})
+        return
     report_runs(folders, path, title)
     if json:
         print_json({"report": str(path)})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import typer
-
-from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table, sets_table
-from weft.pipeline.recipe import load_recipe, plan
+from weft.cli.dry_run import show_plan
+from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, sets_table
+from weft.pipeline.recipe import load_recipe
 from weft.pipeline.train import is_main_process, run_training
 
 
@@ -19,12 +18,7 @@ def run(
     """
     resolved = load_recipe(recipe, set_ or [])
     if dry_run:
-        described = {"recipe": resolved.resolved(), "plan": plan(resolved)}
-        if json:
-            print_json(described)
-        else:
-            typer.echo(resolved.to_yaml())
-            print_table("plan", ["what", "value"], [[name, f"{value}"] for name, value in described["plan"].items()])
+        show_plan(resolved, json)
         return
     result = run_training(resolved)
     if not is_main_process():
