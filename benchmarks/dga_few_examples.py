@@ -54,7 +54,6 @@ PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_grou
 METHODS: dict[str, Method] = {
     "uniform": ({"policy": "uniform", **EVERY}, {}),
     "importance": ({"policy": "importance", **EVERY}, {}),
-    "importance, smoothed": ({"policy": "importance", "smoothing": 0.5, **EVERY}, {}),
     "dga": (DGA, PROBE),
     "dga, no EMA": ({**DGA, "ema": 1.0}, PROBE),
     "target alone": (None, {}),

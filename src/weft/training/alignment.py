@@ -88,8 +88,8 @@ class AlignmentConfig(Section):
     relative_epsilon: PositiveFloat | None = Field(
         None,
         description=(
-            "finite_difference: length of the step relative to that of the parameters; absent: 3e-4, and 1e-3 under bf16 "
-            "autocast, whose forward passes are coarser"
+            "finite_difference: length of the step relative to that of the parameters; absent: 3e-4, and 1e-3 under "
+            "bf16 autocast, whose forward passes are coarser"
         ),
     )
 
