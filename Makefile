@@ -53,7 +53,7 @@ fix: setup ## what can be mended by machine: style, format, generated documents
 BENCH_ARGS := $(if $(FULL),,--quick --json)
 
 bench: setup ## every benchmark, quickly; FULL=1 regenerates benchmarks/results (hours)
-	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do echo "== $$file $(BENCH_ARGS)"; $(BIN)/python $$file $(BENCH_ARGS); done
+	@set -e; for file in $$(grep -l '__main__' benchmarks/[a-z]*.py); do echo "== $$file $(BENCH_ARGS)"; $(BIN)/python $$file $(BENCH_ARGS); done
 
 docs: $(VENV)/.ready-docs reference ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
