@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,7 +14,7 @@ from weft.errors import ConfigError
 from weft.mixture.policy import build_policy
 from weft.pipeline.recipe import Recipe, make_recipe
 from weft.pipeline.report import report_runs
-from weft.pipeline.train import run_training
+from weft.pipeline.train import run_training, write_whole
 
 POLICIES = ("uniform", "importance", "dga")
 """What is compared, each as registered; `dga` is the recipe's own mixture."""
@@ -49,7 +48,7 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
         results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": folder / policy}))
     report_runs([folder / policy for policy in POLICIES], folder / "report.html", "A mixture found while training")
     summary = {"mixture": summarise(results)}
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -69,9 +68,3 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "weights": {name: result["weights"] for name, result in results.items()},
         "epochs_of_the_most_read_domain": {name: max(result["epochs"].values()) for name, result in results.items()},
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

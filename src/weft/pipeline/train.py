@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     )
     check(recipe)
     recipe.run.mkdir(parents=True, exist_ok=True)
-    with _only_one(recipe.run) if process.is_main_process else _nothing():
+    with _only_one(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
             data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
         identity = recipe.identity(data.fingerprint)
@@ -73,9 +73,9 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
     )  # fmt: skip
     runtime = choose_runtime(recipe.training, parameters=count_parameters(model), processes=process.num_processes)
     if process.is_main_process:
-        _write(recipe.run / "recipe.yaml", recipe.to_yaml())
+        write_whole(recipe.run / "recipe.yaml", recipe.to_yaml())
         described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
-        _write(recipe.run / "run.json", json.dumps(described, indent=2) + "\n")
+        write_whole(recipe.run / "run.json", json.dumps(described, indent=2) + "\n")
     latest: list[SuiteResult] = []
 
     def evaluate(module: nn.Module) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
     result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.choice)
     if process.is_main_process:
         save_windows(recipe.run / "windows.safetensors", latest[0].sets)
-        _write(recipe.run / "result.json", json.dumps(result, indent=2) + "\n")
+        write_whole(recipe.run / "result.json", json.dumps(result, indent=2) + "\n")
     process.wait_for_everyone()
     return result
 
@@ -272,12 +272,7 @@ def _only_one(run: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old one or the new one, never half."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(text, encoding="utf-8")
