@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from weft.errors import ConfigError
-from weft.mixture.initial import Initial, initial_needs, initial_weights
+from weft.mixture.initial import Initial, initial_needs, initial_weights, nearest_mixture
 from weft.mixture.policy import (
     CONSTANT,
     AlignmentPolicyConfig,
@@ -53,7 +53,22 @@ class DgaConfig(AlignmentPolicyConfig):
         le=1.0,
         description="c, the share of the uniform distribution in every mirror step, so that no group is lost for good.",
     )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
+    initial: Initial = Field(
+        default="uniform",
+        description=(
+            "Weights before the first update. With reweight: basis, those of the basis distributions whose mixture is "
+            "nearest to it."
+        ),
+    )
+    anchor: FiniteFloat = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description=(
+            "tau, the pull of every mirror step towards the initial weights, so that probe noise does not add up over "
+            "updates; 0: none."
+        ),
+    )
     reweight: Literal["domains", "basis"] = Field(
         default="domains",
         description=(
@@ -61,14 +76,6 @@ class DgaConfig(AlignmentPolicyConfig):
             "domains in the hundreds and more."
         ),
     )
-
-    @model_validator(mode="after")
-    def _basis_starts_uniform(self) -> Self:
-        if self.reweight == "basis" and self.initial != "uniform":
-            raise ValueError(
-                f"initial: {self.initial} is a distribution over domains; reweight: basis starts from initial: uniform"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class DgaState:
         skipped: reports that told nothing (no group present, or a direction of norm 0) and changed nothing.
         groups: names of the groups, for messages.
         basis_ND: the basis distributions under reweight: basis, else shape (0, D).
+        initial_G: weights before the first update, what `anchor` pulls to.
     """
 
     weights_G: Tensor
@@ -94,6 +102,7 @@ class DgaState:
     skipped: int
     groups: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
     basis_ND: Tensor = dataclasses.field(metadata=CONSTANT)
+    initial_G: Tensor = dataclasses.field(metadata=CONSTANT)
 
 
 @policies.register("dga", paper="arXiv:2410.02498")
@@ -104,19 +113,23 @@ class DgaPolicy:
     the mixture takes the step that makes this change largest under a Kullback-Leibler pull to where it is:
 
         a_i    = <g_i, g_spe>, scaled as `normalize` says
-        m_i    = alpha_i exp(eta a_i) / sum_j alpha_j exp(eta a_j)
+        m_i   prop. to  alpha_i^(1 - tau) alpha0_i^tau exp(eta a_i)  tau = anchor, alpha0 = initial weights
         m      = (1 - c) m + c / G                                   c = floor
         alpha <- (1 - beta) alpha + beta m                           beta = ema
 
+    With tau > 0 the pull is to both the present and the initial weights, and a constant alignment settles at
+    alpha0_i exp(eta a_i / tau), normalised, instead of at a corner.
+
     With `ema_feedback: false` the second line starts from the last m instead of alpha. With `reweight: basis` the same
-    runs on w over N basis distributions p_n, and alpha = sum_n w_n p_n; alignments then arrive per basis distribution.
-    The weights decide what is sampled; they never weigh the loss again.
+    runs on w over N basis distributions p_n, and alpha = sum_n w_n p_n; alignments then arrive per basis distribution,
+    and w starts where alpha is nearest to the initial weights over domains (`nearest_mixture`). The
+    weights decide what is sampled; they never weigh the loss again.
 
     A group absent from a probe (NaN) keeps its last alignment; one never yet seen keeps its weight. A probe that tells
     nothing changes nothing and is counted in the diagnostic `skipped`.
 
     Paper: Fan, Grangier, Ablin, arXiv 2410.02498; distribution reweighting is its section on many domains. `scale`,
-    `ema_feedback`, `floor` and `alignment_decay` are choices of this implementation.
+    `ema_feedback`, `floor`, `anchor` and `alignment_decay` are choices of this implementation.
     """
 
     Config: ClassVar[type[PolicyConfig]] = DgaConfig
@@ -134,11 +147,12 @@ class DgaPolicy:
         if config.reweight == "basis":
             basis_ND = _checked_basis(setting)
             groups = tuple(f"basis {n}" for n in range(len(basis_ND)))
-            start_G = uniform_weights(len(groups))
+            start_G = self._basis_start(setting, basis_ND)
         else:
             basis_ND = torch.zeros(0, len(setting.domains), dtype=torch.float64)
             groups = setting.domains
-            start_G = with_floor(initial_weights(config.initial, setting, config.policy), config.floor)
+            start_G = initial_weights(config.initial, setting, config.policy)
+        start_G = with_floor(start_G, config.floor)
         return DgaState(
             weights_G=start_G,
             mirror_G=start_G,
@@ -148,7 +162,13 @@ class DgaPolicy:
             skipped=0,
             groups=groups,
             basis_ND=basis_ND,
+            initial_G=start_G,
         )
+
+    def _basis_start(self, setting: MixtureSetting, basis_ND: Tensor) -> Tensor:
+        if self.config.initial == "uniform":
+            return uniform_weights(len(basis_ND))
+        return nearest_mixture(initial_weights(self.config.initial, setting, self.config.policy), basis_ND)
 
     def weights(self, state: DgaState) -> Tensor:
         return state.weights_G @ state.basis_ND if self.config.reweight == "basis" else state.weights_G
@@ -161,7 +181,8 @@ class DgaPolicy:
         alignment_G = smooth_alignment(state.alignment_G, new_G, config.alignment_decay)
         exponents_G = config.eta * alignment_G
         start_G = state.weights_G if config.ema_feedback else state.mirror_G
-        mirror_G = with_floor(exponentiated_gradient(start_G, exponents_G), config.floor)
+        pull_G = config.anchor * torch.where(start_G > 0, state.initial_G / start_G, 1.0).log()
+        mirror_G = with_floor(exponentiated_gradient(start_G, exponents_G + pull_G), config.floor)
         return dataclasses.replace(
             state,
             weights_G=(1.0 - config.ema) * state.weights_G + config.ema * mirror_G,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from weft.mixture.importance import importance_weights
@@ -35,3 +36,31 @@ def initial_weights(initial: Initial, setting: MixtureSetting, policy: str) -> T
 def initial_needs(initial: Initial) -> frozenset[Signal]:
     """The signals `initial_weights` reads."""
     return frozenset({"target_histogram"}) if initial == "importance" else frozenset()
+
+
+def nearest_mixture(target_D: Tensor, basis_ND: Tensor, *, steps: int = 1000) -> Tensor:
+    """Weights of basis distributions whose mixture is nearest to a distribution.
+
+        w = argmin KL(h || sum_n w_n p_n) = argmax sum_d h_d log sum_n w_n p_nd
+
+    by expectation maximisation, which climbs to the (concave) optimum from w uniform:
+
+        w_n <- w_n sum_d h_d p_nd / (sum_m w_m p_md)
+
+    Args:
+        target_D: h, sums to 1. Domains that no basis distribution reaches are left out.
+        basis_ND: p, rows sum to 1.
+        steps: of expectation maximisation.
+    Returns:
+        w over N, float64, sums to 1; uniform where no basis distribution reaches any domain of h.
+    """
+    reached_D = basis_ND.sum(dim=0) > 0
+    h_D = torch.where(reached_D, target_D, 0.0)
+    weights_N = uniform_weights(len(basis_ND))
+    if not h_D.sum() > 0:
+        return weights_N
+    h_D = h_D / h_D.sum()
+    for _ in range(steps):
+        mixed_D = (weights_N @ basis_ND).clamp_min(torch.finfo(torch.float64).tiny)
+        weights_N = weights_N * (basis_ND @ (h_D / mixed_D))
+    return weights_N / weights_N.sum()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from weft.errors import ConfigError, NumericsError
+from weft.mixture.initial import nearest_mixture
 from weft.mixture.policy import Alignment, MixtureSetting, Report, build_policy
 
 NAN = math.nan
@@ -213,9 +214,40 @@ def test_a_basis_that_is_none_is_an_error(basis):
         policy.init(MixtureSetting(SETTING.domains, SETTING.tokens_D, basis_ND=tensor(basis)))
 
 
-def test_basis_reweighting_starts_uniform():
-    with pytest.raises(ConfigError, match="reweight: basis starts from initial: uniform"):
-        dga(reweight="basis", initial="proportional")
+def test_basis_reweighting_starts_nearest_to_the_initial_weights():
+    basis_ND = tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 0.5, 0.5]])
+    policy = dga(reweight="basis", initial="importance", floor=0.0)
+    setting = MixtureSetting(
+        SETTING.domains, SETTING.tokens_D, basis_ND=basis_ND, target_histogram_D=tensor([0.1, 0.4, 0.5])
+    )
+    assert policy.needs == {"target_alignment", "basis", "target_histogram"}
+    assert policy.weights(policy.init(setting)).tolist() == pytest.approx([0.1, 0.4, 0.5], abs=1e-6)
+
+
+def test_nearest_mixture_is_the_best_of_a_grid():
+    basis_ND = tensor([[0.7, 0.2, 0.1, 0.0], [0.0, 0.3, 0.7, 0.0]])
+    target_D = tensor([0.3, 0.4, 0.1, 0.2])
+    found_N = nearest_mixture(target_D, basis_ND)
+
+    def score(first: float) -> float:
+        mixed_D = first * basis_ND[0] + (1.0 - first) * basis_ND[1]
+        return float((target_D[:3] * mixed_D[:3].log()).sum())
+
+    best = max((step / 1000 for step in range(1, 1000)), key=score)
+    assert float(found_N[0]) == pytest.approx(best, abs=1e-3)
+
+
+def test_nearest_mixture_of_something_out_of_reach_is_uniform():
+    assert nearest_mixture(tensor([0.0, 0.0, 1.0]), tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])).tolist() == [0.5, 0.5]
+
+
+def test_an_anchor_keeps_constant_alignments_from_running_to_a_corner():
+    policy = dga(normalize="raw", eta=1.0, ema=1.0, floor=0.0, anchor=0.5)
+    state = policy.init(SETTING)
+    for _ in range(200):
+        state = policy.update(state, probe([0.2, 0.0, -0.1]))
+    expected = torch.softmax(tensor([0.4, 0.0, -0.2]), dim=0)
+    assert policy.weights(state).tolist() == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 def test_diagnostics():

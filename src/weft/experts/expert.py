@@ -1,0 +1,122 @@
+"""What an expert is: a LoRA adapter, its gate, what it says of its own data, and a card.
+
+The types every other file of the room reads and writes. All tensors are float32 on the CPU, whatever the files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """The adapter of one linear module.
+
+        y = W u + scale * B (A u)
+
+    Attributes:
+        A_RI: input factor, rank x input width.
+        B_OR: output factor, output width x rank.
+        scale: alpha / rank, or alpha / sqrt(rank) for rslora.
+    """
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.A_RI.shape[0])
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Which base model an expert adapts.
+
+    Attributes:
+        name: local folder or hub name, as PEFT's `base_model_name_or_path`.
+        revision: hub revision, or None.
+        fingerprint: of the base's parameters (`base_fingerprint`); None where nobody knows it.
+    """
+
+    name: str
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class LoRAExpert:
+    """An adapter over a base model.
+
+    Attributes:
+        name: unique in a library; letters, digits, `.`, `_` and `-`.
+        base: the model it adapts.
+        modules: adapter by the base model's own module name (`model.layers.0.self_attn.q_proj`).
+        peft_config: PEFT's adapter_config.json as read or as it will be written.
+    """
+
+    name: str
+    base: BaseReference
+    modules: Mapping[str, LoRAFactors]
+    peft_config: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A post-hoc gate: one vector per adapted module (Muqeeth et al. 2024, arXiv:2402.05859).
+
+    Attributes:
+        vectors: v_I by module name, width of the module's input.
+        facts: how it was trained: steps, learning rate, tokens, data fingerprint, seed.
+    """
+
+    vectors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an expert's own data looks like, for routers that need no gate; made without seeing anybody else's.
+
+    Attributes:
+        means: mean over examples of the mean module input (base model with this expert switched on), v_I by module.
+        embeddings_NF: unit-length embeddings of N training inputs, for retrieval.
+        embedder: what made them, so that a query is embedded alike ("tokens-1024", "sentence-transformers:NAME").
+        token_counts_V: how often each token id occurs in the sampled training tokens.
+        bigram_counts_K: counts of hashed (previous, next) token pairs, K buckets (`bigram_bucket`).
+        facts: examples, tokens, data fingerprint, seed.
+    """
+
+    means: Mapping[str, Tensor]
+    embeddings_NF: Tensor
+    embedder: str
+    token_counts_V: Tensor
+    bigram_counts_K: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An entry of a library: the adapter and what came with it.
+
+    Attributes:
+        lora: the adapter.
+        gate: its gate, or None: then only routers that need none can use it.
+        statistics: of its data, or None.
+        card: base and revision, data fingerprint, training settings, metrics; JSON values.
+    """
+
+    lora: LoRAExpert
+    gate: Gate | None = None
+    statistics: Statistics | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.lora.name
