@@ -14,7 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt, model_validator
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from weft.config import Section, did_you_mean
 from weft.errors import ConfigError
@@ -204,6 +211,29 @@ def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
+
+
+def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """Load a whole language model, decoder-only or encoder-decoder, from a folder or the hub.
+
+    Args:
+        name: folder or hub name.
+        revision: hub revision.
+        dtype: the parameters are held in.
+    Raises:
+        ConfigError: there is no such model, it is neither kind, or its weights are not safetensors.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_pretrained(
+            name, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"base model {name!r} cannot be loaded: {error}") from error
+    return model
 
 
 @contextmanager
