@@ -1,0 +1,111 @@
+"""One expert on for a while, and a model left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support.tiny_expert import DOWN, LENGTH, VOCAB, Fingerprint, Q, V, llama, random_expert
+
+from weft.errors import ExpertError
+from weft.experts.adapted import adapted, unchanged
+from weft.experts.expert import Gate
+
+
+def test_an_adapted_model_is_the_model_with_the_product_added_to_its_weights() -> None:
+    model, merged = llama().double(), llama().double()
+    expert = random_expert(model)
+    for name, factors in expert.modules.items():
+        delta = factors.scale * factors.B_OR.double() @ factors.A_RI.double()
+        merged.get_submodule(name).weight.data += delta
+    tokens = torch.randint(VOCAB, (3, LENGTH))
+    with torch.no_grad(), adapted(model, expert):
+        logits = model(tokens).logits
+    torch.testing.assert_close(logits, merged(tokens).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gate_scales_the_branch_alone() -> None:
+    model = llama().double()
+    expert = random_expert(model, {Q: 2})
+    v_I = torch.randn(32, dtype=torch.float64)
+    u = torch.randn(2, 5, 32, dtype=torch.float64)
+    module, factors = model.get_submodule(Q), expert.modules[Q]
+    with torch.no_grad():
+        plain = module(u)
+        with adapted(model, expert, Gate({Q: v_I})):
+            gated = module(u)
+    g = 1 / (1 + torch.exp(-(u * v_I).sum(-1, keepdim=True)))
+    branch = torch.einsum("or,ri,bti->bto", factors.B_OR.double(), factors.A_RI.double(), g * u) * factors.scale
+    torch.testing.assert_close(gated, plain + branch, rtol=1e-12, atol=1e-12)
+
+
+def test_it_works_in_bfloat16_and_keeps_the_output_in_it() -> None:
+    model = llama().bfloat16()
+    tokens = torch.randint(VOCAB, (1, LENGTH))
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with adapted(model, random_expert(model)):
+            on = model(tokens).logits
+    assert on.dtype == torch.bfloat16
+    assert not torch.equal(on, plain)
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_the_model_is_itself_afterwards(error: bool) -> None:
+    model = llama()
+    before = Fingerprint(model)
+    try:
+        with adapted(model, random_expert(model)):
+            assert len(model.get_submodule(DOWN)._forward_hooks) == 1
+            if error:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    before.check(model)
+
+
+def compiled_code(*args: object, **kwargs: object) -> None:
+    raise AssertionError("compiled code ran")
+
+
+def test_a_model_compiled_in_place_runs_uncompiled_meanwhile() -> None:
+    model, tokens = llama(), torch.randint(VOCAB, (1, LENGTH))
+    model._compiled_call_impl = compiled_code
+    with adapted(model, random_expert(model)):
+        model(tokens)
+    with pytest.raises(AssertionError, match="compiled code ran"):
+        model(tokens)
+
+
+def test_an_expert_of_another_base_is_refused_before_anything_changes() -> None:
+    expert, other = random_expert(llama()), llama(hidden_size=16)
+    before = Fingerprint(other)
+    with pytest.raises(ExpertError, match="made for another base"), adapted(other, expert):
+        pass
+    before.check(other)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_unchanged_undoes_wrapping_hooks_attributes_modes_flags_and_buffers() -> None:
+    model = llama()
+    model.get_submodule(V).weight.requires_grad_(False)
+    model.model.layers[0].train()
+    before = Fingerprint(model)
+    buffers = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+
+    def meddle() -> None:
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        model.note = "new"
+        model.train()
+        model.register_forward_hook(lambda *_: None)
+        model._compiled_call_impl = compiled_code
+        for module in model.modules():
+            for name, buffer in list(module._buffers.items()):
+                module._buffers[name] = buffer.clone()
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"), unchanged(model):
+        meddle()
+    before.check(model)
+    assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == buffers
+    assert model._compiled_call_impl is None

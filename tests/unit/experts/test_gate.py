@@ -1,0 +1,350 @@
+"""Post-hoc gates: the formula, who learns, and a base that notices nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_expert import (
+    DOWN,
+    LENGTH,
+    VOCAB,
+    Fingerprint,
+    Q,
+    V,
+    cyclic_source,
+    llama,
+    random_expert,
+)
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
+
+from weft.corpora.source import ArraySource
+from weft.errors import CheckpointError, DataError, ExpertError
+from weft.experts.adapted import adapted
+from weft.experts.expert import Gate, LoRAFactors
+from weft.experts.gate import (
+    GateConfig,
+    GatedLinear,
+    adapter_fingerprint,
+    attach_gates,
+    detach_gates,
+    gate_parameters,
+    gated,
+    read_gates,
+    train_gate,
+)
+from weft.experts.lora import module_widths
+from weft.models.hf import token_losses
+from weft.training.config import TrainingConfig
+from weft.training.loop import Trainer
+from weft.training.metrics import read_metrics
+
+TRAINING = TrainingConfig(
+    steps=1, sequence_length=LENGTH, batch_sequences=8, device="cpu", threads=1, save_every_steps=100
+)
+
+
+def train(model: nn.Module, folder: Path, **changes: Any) -> Gate:
+    given: dict[str, Any] = {
+        "expert": random_expert(model), "source": cyclic_source(), "config": GateConfig(steps=8, lr=0.05),
+        "folder": folder, "seed": 3, "training": TRAINING, **changes,
+    }  # fmt: skip
+    return train_gate(model, **given)
+
+
+# -- the module ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), Conv1D(5, 6)])
+def test_the_gated_module_is_the_formula(base: nn.Module) -> None:
+    base = base.double()
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator)
+    module = GatedLinear(base, LoRAFactors(A, B, 0.25))
+    module.v.data.normal_(generator=generator)
+    u = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator)
+    y = module(u)
+    W = base.weight if isinstance(base, nn.Linear) else base.weight.T
+    bias = torch.zeros(5) if base.bias is None else base.bias
+    for b in range(3):
+        for t in range(4):
+            g = 1.0 / (1.0 + torch.exp(-(module.v.double() @ u[b, t])))
+            expected = W @ u[b, t] + bias + 0.25 * (B.double() @ (A.double() @ (g * u[b, t])))
+            torch.testing.assert_close(y[b, t], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_zero_gate_is_half_the_branch() -> None:
+    base = nn.Linear(6, 5)
+    factors = LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 0.25)
+    module, u = GatedLinear(base, factors), torch.randn(7, 6)
+    full = base(u) + 0.25 * u @ factors.A_RI.T @ factors.B_OR.T
+    torch.testing.assert_close(module(u), (base(u) + full) / 2)
+
+
+def test_the_gate_is_computed_in_float32_around_bfloat16() -> None:
+    base = nn.Linear(512, 4).bfloat16()
+    module = GatedLinear(base, LoRAFactors(torch.randn(2, 512), torch.randn(4, 2), 1.0))
+    assert module.A_RI.dtype == torch.bfloat16
+    assert module.v.dtype == torch.float32
+    module.v.data.fill_(1e-3)
+    u = torch.randn(3, 512).bfloat16()
+    assert module(u).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(u).float().sum().backward()
+    assert module.v.grad is not None
+    assert module.v.grad.dtype == torch.float32
+
+
+def test_factors_stay_float32_over_a_quantised_weight() -> None:
+    base = nn.Linear(6, 5)
+    base.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
+    module = GatedLinear(base, LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 1.0))
+    assert module.A_RI.dtype == torch.float32
+
+
+def test_the_wrapper_answers_for_its_base_and_stores_nothing_but_the_vector() -> None:
+    base = nn.Linear(6, 5)
+    module = GatedLinear(base, LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 1.0))
+    assert module.weight is base.weight
+    assert module.bias is base.bias
+    assert module_widths(module) == (6, 5)
+    assert sorted(module.state_dict()) == ["base.bias", "base.weight", "v"]
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = module.nonsense
+
+
+# -- in a model ---------------------------------------------------------------------------------------------------
+
+
+def test_only_the_vectors_get_gradients() -> None:
+    model = llama()
+    with gated(model, random_expert(model)) as gates:
+        tokens = torch.randint(VOCAB, (2, LENGTH))
+        model(tokens, labels=tokens).loss.backward()
+        assert set(gates) == {Q, V, DOWN}
+        trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert trained == {f"{name}.v" for name in gates}
+        assert all(v.grad is not None and v.grad.abs().sum() > 0 for v in gate_parameters(model).values())
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_a_gated_block_leaves_the_model_as_it_was(error: bool) -> None:
+    model = llama()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.layers[1].train()
+    before = Fingerprint(model)
+    try:
+        with gated(model, random_expert(model)):
+            model.train()
+            if error:
+                raise RuntimeError
+    except RuntimeError:
+        pass
+    before.check(model)
+
+
+def test_gates_are_not_attached_twice_and_detaching_nothing_is_fine() -> None:
+    model = llama()
+    modules = dict(model.named_modules())
+    detach_gates(model)
+    attach_gates(model, random_expert(model))
+    with pytest.raises(ExpertError, match="carries gates already"):
+        attach_gates(model, random_expert(model))
+    detach_gates(model)
+    assert dict(model.named_modules()) == modules
+
+
+def test_gates_in_an_encoder_decoder_learn_in_a_loop_of_ones_own() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
+    model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0))
+    model.eval()
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.k",
+             "decoder.block.0.layer.2.DenseReluDense.wo"]  # fmt: skip
+    expert = random_expert(model, dict.fromkeys(names, 2))
+    before = Fingerprint(model)
+    tokens, labels = torch.randint(1, VOCAB, (4, 9)), torch.randint(1, VOCAB, (4, 5))
+    with gated(model, expert):
+        vectors = gate_parameters(model)
+        optimizer = torch.optim.AdamW(vectors.values(), lr=0.05, weight_decay=0.0)
+        losses = []
+        for _ in range(6):
+            loss = model(input_ids=tokens, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        gate = Gate(read_gates(model))
+        with torch.no_grad():
+            inside = model(input_ids=tokens, labels=labels).loss
+    before.check(model)
+    assert losses[-1] < losses[0]
+    assert set(gate.vectors) == set(names)
+    assert all(vector.abs().sum() > 0 for vector in gate.vectors.values())
+    with adapted(model, expert, gate), torch.no_grad():
+        torch.testing.assert_close(model(input_ids=tokens, labels=labels).loss, inside)
+
+
+def test_gates_in_gpt2() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB, n_positions=32)).eval()
+    expert = random_expert(model, {"transformer.h.0.attn.c_attn": 2, "transformer.h.0.mlp.c_proj": 2})
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    with gated(model, expert) as gates, torch.no_grad():
+        for gate in gates.values():
+            gate.v.normal_()
+        inside, learnt = model(tokens).logits, Gate(read_gates(model))
+    with adapted(model, expert, learnt), torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, inside)
+
+
+def loss_with(model: nn.Module, gate: Gate, source: ArraySource) -> float:
+    tokens = torch.from_numpy(source.read(0, 100 * LENGTH)).view(100, LENGTH)
+    with torch.no_grad(), adapted(model, random_expert(model), gate):
+        return token_losses(model, tokens).mean().item()
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_fills_the_facts_and_leaves_no_trace(tmp_path: Path) -> None:
+    model = llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = Fingerprint(model)
+    source = cyclic_source()
+    gate = train(model, tmp_path, source=source, config=GateConfig(steps=30, lr=0.1))
+    before.check(model)
+    assert gate.facts["steps"] == 30
+    assert gate.facts["lr"] == 0.1
+    assert gate.facts["tokens"] == 30 * 8 * LENGTH
+    assert gate.facts["data"] == source.fingerprint
+    assert gate.facts["seed"] == 3
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert [gate.facts["first_loss"], gate.facts["last_loss"]] == [losses[0], losses[-1]]
+    assert len(losses) == 30
+    untrained = Gate({name: torch.zeros_like(v) for name, v in gate.vectors.items()})
+    assert loss_with(model, gate, source) < loss_with(model, untrained, source) - 0.01
+    assert {name: tuple(v.shape) for name, v in gate.vectors.items()} == {Q: (32,), V: (32,), DOWN: (48,)}
+    assert all(v.dtype == torch.float32 and v.abs().sum() > 0 for v in gate.vectors.values())
+
+
+def test_it_is_adamw_on_the_formula(tmp_path: Path) -> None:
+    """Two steps by hand: no decay, warm-up, clipping, on the batches the loader draws."""
+    model = llama()
+    batches = []
+    original = Trainer._losses
+
+    def spy(self: Trainer, tokens: torch.Tensor, domains: torch.Tensor) -> torch.Tensor:
+        batches.append(tokens.clone())
+        return original(self, tokens, domains)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_losses", spy)
+        gate = train(model, tmp_path, config=GateConfig(steps=2, lr=0.02))
+    with gated(model, random_expert(model)):
+        model.train()
+        vectors = gate_parameters(model)
+        optimizer = torch.optim.AdamW(vectors.values(), lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        for tokens in batches:
+            logits = model(tokens[:, :-1]).logits
+            nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            nn.utils.clip_grad_norm_(vectors.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        expected = read_gates(model)
+    for name, vector in gate.vectors.items():
+        torch.testing.assert_close(vector, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    model = llama()
+    plain = train(model, tmp_path / "plain")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    before = Fingerprint(model)
+    saving = train(model, tmp_path / "saving")
+    before.check(model)
+    for name, vector in plain.vectors.items():
+        torch.testing.assert_close(saving.vectors[name], vector)
+
+
+def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    whole = train(model, tmp_path / "whole")
+    again = train(model, tmp_path / "whole")
+    assert again.facts == whole.facts
+    before, original = Fingerprint(model), Trainer._train_step
+
+    def killed(self: Trainer) -> tuple[float, float]:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tmp_path / "killed")
+    before.check(model)
+    resumed = train(model, tmp_path / "killed")
+    for name, vector in whole.vectors.items():
+        assert torch.equal(again.vectors[name], vector)
+        assert torch.equal(resumed.vectors[name], vector)
+    for key in ("first_loss", "last_loss", "tokens"):
+        assert resumed.facts[key] == whole.facts[key]
+
+
+def test_a_folder_with_another_gate_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    train(model, tmp_path)
+    for change in (
+        {"seed": 4}, {"config": GateConfig(steps=8, lr=0.04)}, {"source": cyclic_source(seed=9)},
+        {"expert": random_expert(model, seed=5)},
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match="another recipe"):
+            train(model, tmp_path, **change)
+
+
+def test_no_steps_give_zero_vectors_and_say_so(tmp_path: Path) -> None:
+    gate = train(llama(), tmp_path, config=GateConfig(steps=0))
+    assert all(not vector.any() for vector in gate.vectors.values())
+    assert gate.facts["steps"] == gate.facts["tokens"] == 0
+    assert gate.facts["first_loss"] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    model = llama()
+    before = Fingerprint(model)
+    with pytest.raises(DataError, match="one training sequence"):
+        train(model, tmp_path, source=cyclic_source(LENGTH))
+    before.check(model)
+    with pytest.raises(ExpertError, match="another base"):
+        train(model, tmp_path, expert=random_expert(llama(hidden_size=16)))
+    before.check(model)
+
+
+def test_the_gates_section_takes_the_rest_from_the_experts() -> None:
+    like = TrainingConfig(
+        steps=500, batch_sequences=12, sequence_length=20, weight_decay=0.3, schedule="cosine", lr=1.0,
+        betas=(0.8, 0.9), clip_norm=0.5, precision="fp32",
+    )  # fmt: skip
+    section = GateConfig().training(like)
+    assert (section.steps, section.lr, section.warmup_steps, section.schedule) == (100, 5e-3, 6, "constant")
+    assert (section.weight_decay, section.clip_norm, section.betas) == (0.0, 0.5, (0.8, 0.9))
+    assert (section.batch_sequences, section.sequence_length, section.precision) == (12, 20, "fp32")
+    section = GateConfig(steps=50, batch_sequences=3, sequence_length=7).training(TrainingConfig(tokens=99))
+    assert (section.total_steps, section.batch_sequences, section.sequence_length) == (50, 3, 7)
+
+
+def test_an_adapters_fingerprint_is_of_its_numbers_and_modules() -> None:
+    model = llama()
+    one = adapter_fingerprint(random_expert(model))
+    assert one == adapter_fingerprint(random_expert(model))
+    assert one != adapter_fingerprint(random_expert(model, seed=2))
+    assert one != adapter_fingerprint(random_expert(model, {Q: 2}))
