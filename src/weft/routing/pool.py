@@ -38,6 +38,8 @@ class ModulePool(nn.Module):
     A_ERI: Tensor
     B_ERO: Tensor
     place_E: Tensor
+    mean_A_RI: Tensor | None
+    mean_B_RO: Tensor | None
 
     def __init__(self, site: Site, adapters: Sequence[LoRAFactors], experts: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -54,6 +56,8 @@ class ModulePool(nn.Module):
         self.register_buffer("A_ERI", A_ERI, persistent=False)
         self.register_buffer("B_ERO", B_ERO, persistent=False)
         self.register_buffer("place_E", place_E, persistent=False)
+        self.register_buffer("mean_A_RI", None, persistent=False)
+        self.register_buffer("mean_B_RO", None, persistent=False)
         self.complete = len(adapters) == experts
 
     def delta(self, u_BTI: Tensor, routing: Routing) -> Tensor:
@@ -68,7 +72,31 @@ class ModulePool(nn.Module):
             weights_NK = torch.where(experts_NK >= 0, weights_NK, 0.0)
             experts_NK = experts_NK.clamp_min(0)
         delta_NO = routed_delta(u_BTI.flatten(0, -2), experts_NK, weights_NK, self.A_ERI, self.B_ERO)
-        return delta_NO.view(*u_BTI.shape[:-1], delta_NO.shape[-1])
+        delta_BTO = delta_NO.view(*u_BTI.shape[:-1], delta_NO.shape[-1])
+        if routing.background_BT is None:
+            return delta_BTO
+        assert self.mean_A_RI is not None
+        assert self.mean_B_RO is not None
+        h_BTR = (u_BTI.to(self.mean_A_RI.dtype) @ self.mean_A_RI.T) * routing.background_BT[..., None]
+        return delta_BTO + h_BTR.to(self.mean_B_RO.dtype) @ self.mean_B_RO
+
+    def set_background(self, rank: int) -> None:
+        """Make (or with rank 0 forget) the factors of the mean update, cut to a rank by singular values.
+
+        By a randomised singular value decomposition with a fixed start (Halko et al. 2011, arXiv:0909.4061).
+        """
+        self.mean_A_RI = self.mean_B_RO = None
+        if not rank:
+            return
+        experts = len(self.place_E)
+        mean_OI = self.dense_delta(torch.full((experts,), 1.0 / experts))
+        rank = min(rank, *mean_OI.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            U_OR, s_R, V_IR = torch.svd_lowrank(mean_OI.cpu(), q=min(rank + 8, *mean_OI.shape), niter=4)
+        root_R = s_R[:rank].sqrt()
+        self.mean_A_RI = (V_IR[:, :rank] * root_R).T.contiguous().to(self.A_ERI)
+        self.mean_B_RO = (U_OR[:, :rank] * root_R).T.contiguous().to(self.B_ERO)
 
     def dense_delta(self, weights_E: Tensor) -> Tensor:
         """sum_z w_z scale_z B_z A_z as one matrix, OI, float32, for weights that no token changes."""

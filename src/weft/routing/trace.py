@@ -12,6 +12,9 @@ from torch import Tensor
 
 from weft.routing.router import Routing, Site
 
+MEAN = "(mean of all)"
+"""The name under which a trace lists the mean of all experts, where a router uses it."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -19,7 +22,7 @@ class Trace:
 
     Attributes:
         tokens: the sequence's token ids.
-        experts: names, in the pool's order.
+        experts: names, in the pool's order; last `(mean of all)` where the router uses it.
         sites: adapted modules that read these tokens, in the order of execution.
         weights_STE: weight of each expert at each module and token, float32; rows sum to 1, or to 0 where the base
             worked alone.
@@ -98,10 +101,15 @@ def make_trace(
     weights = []
     for _, routing in seen.values():
         chosen_TK = routing.experts_BTK[row][real_T].cpu()
-        weights_TE = torch.zeros(chosen_TK.shape[0], len(experts))
+        weights_TE = torch.zeros(chosen_TK.shape[0], len(experts) + 1)
         weights_TE.scatter_add_(1, chosen_TK, routing.weights_BTK[row][real_T].float().cpu())
+        if routing.background_BT is not None:
+            weights_TE[:, -1] = routing.background_BT[row][real_T].float().cpu()
         weights.append(weights_TE)
-    return Trace(tuple(tokens), tuple(experts), tuple(seen), torch.stack(weights))
+    weights_STE = torch.stack(weights)
+    if any(routing.background_BT is not None for _, routing in seen.values()):
+        return Trace(tuple(tokens), (*experts, MEAN), tuple(seen), weights_STE)
+    return Trace(tuple(tokens), tuple(experts), tuple(seen), weights_STE[..., :-1])
 
 
 def _named(weights_E: Tensor, experts: Sequence[str]) -> dict[str, float]:
