@@ -1,4 +1,4 @@
-"""Prefix evidence and per-token gates together: a choice that is coherent over modules, with room for the token's own."""
+"""Prefix evidence and per-token gates together: a choice coherent over modules, with room for the token's own."""
 
 from __future__ import annotations
 

@@ -2,20 +2,22 @@
 
     delta[n] = sum_k w[n, k] B[e[n, k]] (A[e[n, k]] u[n])
 
-Four ways to the same numbers, chosen by size and device; the cost grows with the tokens and the chosen K, and with the
+Five ways to the same numbers, chosen by size and device; the cost grows with the tokens and the chosen K, and with the
 pool only as far as its factors must be read.
 
 | way     | used                            | how                                                               |
 |---------|---------------------------------|-------------------------------------------------------------------|
-| gather  | few tokens: decoding            | each assignment's own factors are copied, two batched products    |
+| gather  | a handful of tokens             | each assignment's own factors are copied, two batched products    |
+| each    | CPU, few tokens: decoding       | a product per assignment with A, then rows of B summed in place   |
 | packed  | CPU, without gradient           | assignments sorted by expert into rows of equal number, batched   |
-|         |                                 | products over the pool; crowded experts get products of their own |
+|         |                                 | products over the pool; what exceeds the rows, expert by expert   |
 | grouped | accelerators, and with gradient | assignments sorted by expert, two grouped products                |
 | loop    | where grouped products are not  | the same sorted order, one expert after the other                 |
 """
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Sequence
 
@@ -23,9 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COPY_SECONDS_PER_BYTE = 1e-10
-CALL_SECONDS = 9e-6
-"""Costs behind the choice on the CPU: of copying factors, and of one small matrix product. Rough on purpose."""
+CALL_SECONDS = 7e-6
+"""Of one small matrix product, beyond its arithmetic. This and what follows decide only which way is taken: they were
+measured on one x86 core with 512-bit vectors, and only how they compare with one another matters."""
+COPY_SECONDS_PER_BYTE = 8e-11
+READ_SECONDS_PER_BYTE = 3e-11
+SECONDS_PER_FLOP = 1.6e-11
+FEW_ASSIGNMENTS = 8
+KEPT_BYTES = 1 << 28
+"""Scratch buffers larger than this are not kept between calls."""
 
 
 def routed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -44,10 +52,11 @@ def routed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     assignments = experts_NK.numel()
     if assignments == 0:
         return u_NI.new_zeros(u_NI.shape[0], B_ERO.shape[2])
-    if _cheap_to_copy(assignments, A_ERI, B_ERO):
+    if assignments <= FEW_ASSIGNMENTS:
         return gather_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if u_NI.device.type == "cpu" and not grad:
-        return packed_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
+        way = each_delta if _cheaper_each(assignments, A_ERI, B_ERO) else packed_delta
+        return way(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if _can_group(A_ERI, B_ERO):
         return grouped_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     return loop_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
@@ -61,6 +70,24 @@ def gather_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     B_NXO = B_ERO.index_select(0, flat_M).view(tokens, chosen * B_ERO.shape[1], B_ERO.shape[2])
     h_NX = torch.bmm(A_NXI, u_NI[:, :, None]).view(tokens, chosen, -1) * weights_NK.to(u_NI.dtype)[:, :, None]
     return torch.bmm(h_NX.view(tokens, 1, -1), B_NXO)[:, 0]
+
+
+def each_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
+    """By a product of its own with A for every assignment, and B's rows summed where they lie; see `routed_delta`.
+
+    The sum over rank and experts, delta[n] = sum_kr (w[n, k] h[n, k, r]) B[e[n, k], r], is a weighted bag of K R rows of
+    the table B, so that no factor is copied. No gradient.
+    """
+    tokens, chosen = experts_NK.shape
+    experts, rank, out = B_ERO.shape
+    h_NKR = u_NI.new_empty(tokens, chosen, rank)
+    for u_I, h_KR, chosen_K in zip(u_NI.unbind(), h_NKR.unbind(), experts_NK.tolist(), strict=True):
+        for h_R, expert in zip(h_KR.unbind(), chosen_K, strict=True):
+            torch.mv(A_ERI[expert], u_I, out=h_R)
+    h_NKR *= weights_NK.to(u_NI.dtype)[:, :, None]
+    row_NKR = experts_NK[:, :, None] * rank + torch.arange(rank, device=experts_NK.device)
+    table_XO = B_ERO.reshape(experts * rank, out)
+    return F.embedding_bag(row_NKR.flatten(1), table_XO, per_sample_weights=h_NKR.flatten(1), mode="sum")
 
 
 def loop_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -84,31 +111,28 @@ def grouped_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: T
 
 
 def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
-    """By one batched product over experts with few tokens each, and products of their own for crowded ones.
+    """By one batched product over the pool, and products of their own for what crowded experts have beyond its rows.
 
-    Assignments are laid out as rows: C rows for each of the E experts (an expert's tokens, then rows nobody reads),
-    after them the assignments of experts with more than C tokens, expert by expert. Rows are scratch memory kept
-    between calls: fresh memory costs more than the products. No gradient. See `routed_delta`.
+    Assignments are laid out as rows: C rows for each of the E experts (its first tokens, then rows nobody reads), after
+    them, expert by expert, the tokens beyond the first C. Rows are scratch memory kept between calls: fresh memory costs
+    more than the products. No gradient. See `routed_delta`.
     """
     tokens, chosen = experts_NK.shape
     experts, rank, width = A_ERI.shape
     out = B_ERO.shape[2]
     flat_M = experts_NK.flatten()
     order_M = flat_M.argsort(stable=True)
-    counts_E = torch.bincount(flat_M, minlength=experts)
-    capacity = _capacity(counts_E, rank * (width + out) * A_ERI.element_size())
-    crowded_E = counts_E > capacity
-    # An expert's first row: expert * capacity, or its place among the crowded ones' assignments after all of those.
-    crowded_counts_E = counts_E * crowded_E
-    packed = experts * capacity
-    first_E = torch.where(
-        crowded_E,
-        packed + crowded_counts_E.cumsum(0) - crowded_counts_E,
-        torch.arange(experts, device=flat_M.device) * capacity,
-    )
     sorted_M = flat_M[order_M]
-    row_M = (first_E - (counts_E.cumsum(0) - counts_E))[sorted_M] + torch.arange(len(flat_M), device=flat_M.device)
-    rows = packed + int(crowded_counts_E.sum())
+    counts_E = torch.bincount(flat_M, minlength=experts)
+    counts = counts_E.tolist()
+    capacity = _capacity(counts, rank, width, out, A_ERI.element_size())
+    packed = experts * capacity
+    # The r-th token of expert e lies in row e C + r while r < C, and otherwise among the rows beyond.
+    rank_M = torch.arange(len(flat_M), device=flat_M.device) - (counts_E.cumsum(0) - counts_E)[sorted_M]
+    beyond_E = (counts_E - capacity).clamp_min_(0)
+    first_beyond_E = beyond_E.cumsum(0) - beyond_E + (packed - capacity)
+    row_M = torch.where(rank_M < capacity, sorted_M * capacity, first_beyond_E[sorted_M]) + rank_M
+    rows = packed + sum(count - capacity for count in counts if count > capacity)
     token_X = flat_M.new_zeros(rows)
     token_X[row_M] = order_M.div(chosen, rounding_mode="floor")
     u_XI = torch.index_select(u_NI, 0, token_X, out=_scratch("inputs", (rows, width), u_NI))
@@ -119,11 +143,12 @@ def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
         torch.bmm(u_XI[:packed].view(experts, capacity, width), A_ERI.transpose(1, 2), out=h_ECR)
         torch.bmm(h_ECR, B_ERO, out=update_XO[:packed].view(experts, capacity, out))
     begin = packed
-    for expert, count in _counts_of(crowded_counts_E):
-        end = begin + count
-        torch.mm(u_XI[begin:end], A_ERI[expert].T, out=h_XR[begin:end])
-        torch.mm(h_XR[begin:end], B_ERO[expert], out=update_XO[begin:end])
-        begin = end
+    for expert, count in enumerate(counts):
+        if count > capacity:
+            end = begin + count - capacity
+            torch.mm(u_XI[begin:end], A_ERI[expert].T, out=h_XR[begin:end])
+            torch.mm(h_XR[begin:end], B_ERO[expert], out=update_XO[begin:end])
+            begin = end
     row_NK = torch.empty_like(flat_M)
     row_NK[order_M] = row_M
     return F.embedding_bag(
@@ -131,29 +156,30 @@ def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     )
 
 
-def _capacity(counts_E: Tensor, factor_bytes: int) -> int:
-    """Rows per expert in the batched product: all that fit the busiest, unless few experts take most of the tokens.
+def _capacity(counts: Sequence[int], rank: int, width: int, out: int, element_size: int) -> int:
+    """Rows per expert in the batched product that make the whole cheapest.
 
-    A batched product reads every expert's factors and as many rows as the capacity says; a product of its own costs a
-    call. Capacities tried are quantiles of the counts.
+    The batched product reads every expert's factors and works on as many rows as the capacity says, wanted or not; what
+    is beyond costs two calls per expert that has more. Only the experts' own counts need be tried.
     """
-    experts = len(counts_E)
-    ordered = sorted(counts_E.tolist())
-    best, cost = 0, sum(1 for count in ordered if count) * 2 * CALL_SECONDS
-    for place in (0.5, 0.8, 0.9, 0.95, 1.0):
-        capacity = ordered[min(experts - 1, int(place * experts))]
-        crowded = sum(1 for count in ordered if count > capacity)
-        wasted = experts * capacity - sum(count for count in ordered if count <= capacity)
-        read = experts * factor_bytes * COPY_SECONDS_PER_BYTE / 4
-        estimate = read + crowded * 2 * CALL_SECONDS + wasted * 3e-7
-        if capacity and estimate < cost:
-            best, cost = capacity, estimate
+    ordered = sorted(counts)
+    experts = len(ordered)
+    row = 2 * rank * (width + out) * SECONDS_PER_FLOP + width * element_size * COPY_SECONDS_PER_BYTE
+    read = experts * rank * (width + out) * element_size * READ_SECONDS_PER_BYTE
+    work = sum(ordered) * row
+    best, cheapest = 0, (experts - bisect.bisect_right(ordered, 0)) * 2 * CALL_SECONDS + work
+    after = 0  # place in `ordered` of the first count above the capacity
+    below = 0  # sum of the counts up to it
+    while after < experts:
+        capacity = ordered[after]
+        until = bisect.bisect_right(ordered, capacity, lo=after)
+        below += capacity * (until - after)
+        after = until
+        wasted = after * capacity - below
+        cost = read + (experts - after) * 2 * CALL_SECONDS + work + wasted * row
+        if capacity and cost < cheapest:
+            best, cheapest = capacity, cost
     return best
-
-
-def _counts_of(counts_E: Tensor) -> list[tuple[int, int]]:
-    """(expert, tokens) of every expert with tokens."""
-    return [(expert, count) for expert, count in enumerate(counts_E.tolist()) if count]
 
 
 def _sorted(experts_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,16 +190,18 @@ def _sorted(experts_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tenso
     return order_M.div(experts_NK.shape[1], rounding_mode="floor"), weights_NK.flatten()[order_M], counts_E
 
 
-def _cheap_to_copy(assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> bool:
-    """Whether copying the factors of every assignment costs less than sorting and reading the pool once."""
+def _cheaper_each(assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> bool:
+    """Whether a product per assignment costs less than sorting and reading the pool once."""
     factor_bytes = (A_ERI[0].numel() + B_ERO[0].numel()) * A_ERI.element_size()
-    pool = A_ERI.shape[0] * factor_bytes * COPY_SECONDS_PER_BYTE / 4
-    return assignments * factor_bytes * COPY_SECONDS_PER_BYTE < 30 * CALL_SECONDS + pool
+    pool = A_ERI.shape[0] * factor_bytes * 2 * READ_SECONDS_PER_BYTE + 20 * CALL_SECONDS
+    return assignments * (CALL_SECONDS / 2 + factor_bytes * COPY_SECONDS_PER_BYTE) < pool
 
 
 def _can_group(A_ERI: Tensor, B_ERO: Tensor) -> bool:
-    """Grouped products want rows of a multiple of 16 bytes, and on CUDA bfloat16 is the surest type."""
+    """Grouped products want rows of a multiple of 16 bytes and no float64; on CUDA bfloat16 is the surest type."""
     size = A_ERI.element_size()
+    if A_ERI.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
+        return False
     return all(width * size % 16 == 0 for width in (A_ERI.shape[1], A_ERI.shape[2], B_ERO.shape[2])) and (
         A_ERI.device.type != "cuda" or A_ERI.dtype == torch.bfloat16
     )
@@ -195,6 +223,9 @@ def _scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
         numbers *= size
     key = (use, like.dtype)
     held = _SCRATCH.buffers.get(key)
-    if held is None or held.numel() < numbers:
-        held = _SCRATCH.buffers[key] = torch.empty(numbers, dtype=like.dtype, device=like.device)
+    if held is None or held.numel() < numbers or held.device != like.device:
+        with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
+            held = torch.empty(numbers, dtype=like.dtype, device=like.device)
+        if numbers * like.element_size() <= KEPT_BYTES:
+            _SCRATCH.buffers[key] = held
     return held[:numbers].view(tuple(shape))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from weft.experts.expert import Expert
 from weft.routing.router import Call, Router, RouterConfig, Routing, Site, buffer_name
+from weft.routing.trace import layer_of
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class PrototypeRouter(Router):
             self.register_buffer(f"{buffer_name(site)}:penalty", penalty_E, persistent=False)
             self.register_buffer(f"{buffer_name(site)}:experts", torch.tensor(site.experts), persistent=False)
         self.penalised = {site.name for site in sites if bool(self._of(site, "penalty").isinf().any())}
+        self.complete = {site.name for site in sites if site.experts == tuple(range(len(experts)))}
         for name, modules in blank.items():
             log.warning(
                 "expert %s has an empty %s vector in %d modules (%s ...): it is not chosen there while another has one",
@@ -93,21 +95,33 @@ class PrototypeRouter(Router):
         weights_BTK = torch.softmax(scores_BTK / self.config.temperature, dim=-1)
         if self.config.abstain_below is not None:
             weights_BTK = weights_BTK * (scores_BTK[..., :1] >= self.config.abstain_below)
-        routing = Routing(self._of(site, "experts")[place_BTK], weights_BTK)
+        experts_BTK = place_BTK if site.name in self.complete else self._of(site, "experts")[place_BTK]
+        routing = Routing(experts_BTK, weights_BTK)
         if scope is not None:
             call.decisions[scope] = routing
         return routing
 
+    def all_scores(self, site: Site, u_BTI: Tensor) -> Tensor:
+        """Scores of every expert of a module, in the order of `site.experts`; 0 for an empty vector."""
+        u_BTI = u_BTI.float()
+        return self.scores(self.adjust(u_BTI @ self._of(site, "v").T), u_BTI)
+
+    def places(self, site: Site) -> Tensor:
+        """Places in the pool of a module's experts."""
+        places_E: Tensor = self._of(site, "experts")
+        return places_E
+
     def _of(self, site: Site, kind: str) -> Any:
-        return self.get_buffer(f"{buffer_name(site)}:{kind}")
+        return self._buffers[f"{buffer_name(site)}:{kind}"]
 
     def _scope(self, site: Site) -> tuple[bool, str] | None:
         """Where a decision holds: None for this module alone, else a key for all that share it."""
         if self.config.share == "module":
             return None
-        numbers = [part for part in site.name.split(".") if part.isdigit()]
-        layer = site.name[: site.name.index(numbers[0]) + len(numbers[0])] if numbers else site.name
-        return (site.reads_encoder, layer if self.config.share == "layer" else "model")
+        if self.config.share == "layer":
+            return (site.reads_encoder, layer_of(site.name))
+        # The encoder and the cross-attention that reads it may run in different passes: each decides for itself.
+        return (site.reads_encoder, "encoder" if "encoder" in site.name.split(".") else "decoder")
 
 
 def standardise(v_EI: Tensor) -> Tensor:
@@ -126,5 +140,13 @@ class StandardisedRouter(PrototypeRouter):
     """
 
     def scores(self, best_BTK: Tensor, u_BTI: Tensor) -> Tensor:
-        variance_BT1 = u_BTI.var(dim=-1, correction=0, keepdim=True)
-        return best_BTK / torch.sqrt((variance_BT1 + EPSILON) * u_BTI.shape[-1])
+        return best_BTK * (inverse_deviation(u_BTI) * u_BTI.shape[-1] ** -0.5)
+
+
+def inverse_deviation(u_BTI: Tensor) -> Tensor:
+    """1 / sqrt(var + 1e-5) over the last axis, BT1, with the biased variance."""
+    if torch.is_grad_enabled() and u_BTI.requires_grad:
+        return torch.rsqrt(u_BTI.var(dim=-1, correction=0, keepdim=True) + EPSILON)
+    # As layer normalisation finds it, several times as fast on a CPU as `var`; it has no gradient there.
+    found_BT1: Tensor = torch.native_layer_norm(u_BTI, [u_BTI.shape[-1]], None, None, EPSILON)[2]
+    return found_BT1

@@ -49,7 +49,7 @@ class RetrievalRouter(Router):
         embedders = {expert.name: expert.statistics.embedder for expert in experts if expert.statistics is not None}
         if len(set(embedders.values())) > 1:
             raise ExpertError(
-                f"the experts' inputs were embedded differently ({embedders}); collect their statistics with one embedder"
+                f"the experts' inputs were embedded differently ({embedders}); collect statistics with one embedder"
             )
         self.embedder = statistics[0].embedder
         self.embed: Embed | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.routing.pool import ModulePool
-from weft.routing.router import Call, Router, Site
+from weft.routing.router import Call, Router, Routing, Site
 
 
 class Switch:
@@ -20,6 +20,20 @@ class Switch:
         self.router = router
         self.call: Call | None = None
         self.enabled = True
+
+    def begin(self, call: Call) -> None:
+        """Tell the router of a pass and let the modules route it; in full precision also under autocast."""
+        with torch.autocast(call.mask_BT.device.type, enabled=False):
+            self.router.begin(call)
+        self.call = call
+
+    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+        """Ask the router, in full precision also under autocast, and tell who wants to know."""
+        with torch.autocast(u_BTI.device.type, enabled=False):
+            routing = self.router.route(site, u_BTI, call)
+        if call.record is not None:
+            call.record(site, routing)
+        return routing
 
 
 class RoutedLinear(nn.Module):
@@ -59,10 +73,7 @@ class RoutedLinear(nn.Module):
         assert self.pool is not None
         shape = u_BTI.shape
         u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(switch.call.mask_BT.shape[0], -1, shape[-1])
-        routing = switch.router.route(self.site, u_tokens, switch.call)
-        if switch.call.record is not None:
-            switch.call.record(self.site, routing)
-        delta = self.pool.delta(u_tokens, routing).view(y_BTO.shape)
+        delta = self.pool.delta(u_tokens, switch.route(self.site, u_tokens, switch.call)).view(y_BTO.shape)
         if torch.is_grad_enabled() and (y_BTO.requires_grad or delta.requires_grad):
             return y_BTO + delta.to(y_BTO.dtype)
         return y_BTO.add_(delta.to(y_BTO.dtype))

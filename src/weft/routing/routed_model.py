@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from weft.config import Section, validate
 from weft.errors import ConfigError, ExpertError
 from weft.experts.expert import BaseReference, Expert
 from weft.experts.library import ExpertLibrary
@@ -38,6 +39,25 @@ MANIFEST, EXPERTS, BASE = "routed.json", "experts", "base"
 _ENCODER = re.compile(r"(^|\.)encoder\.|(EncDecAttention|encoder_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$")
 
 
+class _BaseEntry(Section):
+    """Where the base of a saved routed model is."""
+
+    name: str
+    revision: str | None
+    copied: bool
+
+
+class _Manifest(Section):
+    """What `routed.json` holds."""
+
+    format: str
+    base: _BaseEntry
+    fingerprint: str | None
+    dtype: str
+    router: dict[str, Any]
+    experts: list[str]
+
+
 class RoutedModel(nn.Module):
     """A frozen base model whose adapted modules ask a router, for every token, which experts work on it.
 
@@ -53,7 +73,8 @@ class RoutedModel(nn.Module):
         base: where the base can be loaded from, for `save_pretrained`.
 
     Raises:
-        ConfigError: the router's section is wrong, or it cannot serve an encoder-decoder model.
+        ConfigError: the router's section is wrong, it cannot serve an encoder-decoder model, or the base is routed
+            already.
         ExpertError: an expert was made for another base, or lacks what the router reads.
     """
 
@@ -72,6 +93,8 @@ class RoutedModel(nn.Module):
             raise ExpertError("a routed model needs at least one expert; the pool is empty")
         if len({expert.name for expert in experts}) < len(experts):
             raise ExpertError(f"experts of a pool need different names; got {[expert.name for expert in experts]}")
+        if any(isinstance(module, RoutedLinear) for module in model.modules()):
+            raise ConfigError("the base model is routed already; call unload() on that routed model, or use_router")
         for expert in experts:
             check_fits(expert.lora, model)
         self.experts = tuple(experts)
@@ -151,9 +174,9 @@ class RoutedModel(nn.Module):
         built.to(self.device)
         static_E = built.static_weights_E
         for site in self.sites:
-            routed = self.model.get_submodule(site.name)
-            assert isinstance(routed, RoutedLinear)
+            routed = self._routed(site)
             routed.folded = None
+            self._pools[site.name].set_background(built.background_rank)
             if static_E is not None and (folded := _fold(routed.base, self._pools[site.name], static_E)) is not None:
                 routed.folded = folded
         if static_E is not None and any(self._routed(site).folded is None for site in self.sites):
@@ -170,12 +193,13 @@ class RoutedModel(nn.Module):
 
     def _routed(self, site: Site) -> RoutedLinear:
         module = self.model.get_submodule(site.name)
-        assert isinstance(module, RoutedLinear)
+        if not isinstance(module, RoutedLinear):
+            raise ConfigError("this routed model was unloaded; build another over the base and the experts")
         return module
 
     def unload(self) -> PreTrainedModel:
-        """Take the experts out and give the base model back as it was."""
-        for site in self.sites:
+        """Take the experts out and give the base model back as it was; once is enough."""
+        for site in self.sites if self._hooks else ():
             _put(self.model, site.name, self._routed(site).base)
         for hook in self._hooks:
             hook.remove()
@@ -252,8 +276,7 @@ class RoutedModel(nn.Module):
                 record = self._record
                 if record is not None:
                     call.record = lambda site, routing: record.__setitem__(site.name, (site, routing))
-                self.switch.router.begin(call)
-                self.switch.call = call
+                self.switch.begin(call)
 
             return hook
 
@@ -349,16 +372,17 @@ class RoutedModel(nn.Module):
             raise ConfigError(f"{folder} holds no routed model ({MANIFEST}: {error}); build one first") from error
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; build the routed model again")
-        place = described["base"]
+        manifest = validate(_Manifest, described, str(folder / MANIFEST))
+        place = manifest.base
         if base is None:
-            base = folder / BASE if place["copied"] else place["name"]
+            base = folder / BASE if place.copied else place.name
         return cls.from_library(
             base,
             folder / EXPERTS,
-            described["router"],
-            experts=described["experts"],
-            revision=place["revision"] if str(base) == place["name"] else None,
-            dtype=described["dtype"],
+            manifest.router,
+            experts=manifest.experts,
+            revision=place.revision if str(base) == place.name else None,
+            dtype=manifest.dtype,
             device=device,
         )
 

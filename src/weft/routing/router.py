@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from weft.config import Section, did_you_mean, validate
 from weft.errors import ConfigError, ExpertError
+from weft.experts.companions import check_gate, check_statistics
 from weft.experts.expert import Expert
 from weft.registry import Registry
 
@@ -30,15 +31,19 @@ Need = Literal["gate", "statistics"]
 class Routing:
     """Who works on each token of one module.
 
-        y = W u + sum_k weights[..., k] scale_k B_k A_k u          k over the chosen experts
+        y = W u + sum_k weights[..., k] scale_k B_k A_k u + background D u          k over the chosen experts
+
+    with D the mean of all the pool's updates, (1/N) sum_z scale_z B_z A_z, cut to the router's `background_rank`.
 
     Attributes:
         experts_BTK: int64, places in the pool's list of experts; distinct within a token.
         weights_BTK: float32; 0 where a place is not used.
+        background_BT: float32, weight of the mean of all experts; None where the router never uses it.
     """
 
     experts_BTK: Tensor
     weights_BTK: Tensor
+    background_BT: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class RouterConfig(Section):
 
 
 class Router(nn.Module):
-    """Chooses experts. Buffers move with the model; nothing is trained.
+    """Chooses experts. Buffers move with the model and keep their dtype; nothing is trained.
 
     Attributes:
         Config: the router's section.
@@ -154,6 +159,16 @@ class Router(nn.Module):
     def static_weights_E(self) -> Tensor | None:
         """Weights that are the same for every token and module, or None; then nothing need be routed at run time."""
         return None
+
+    @property
+    def background_rank(self) -> int:
+        """Rank to which the mean of all experts is cut for `Routing.background_BT`; 0: never used."""
+        return 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to a device, but not to another dtype: routing is decided in float32."""
+        moved: Self = super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def begin(self, call: Call) -> None:
         """Told once before a forward pass."""
@@ -194,7 +209,7 @@ def build_router(
 
     Raises:
         ConfigError: see `router_config`.
-        ExpertError: an expert lacks what the router reads, naming it.
+        ExpertError: an expert lacks what the router reads, or has it for other modules, naming it.
     """
     config = router_config(section)
     cls = routers[config.router]
@@ -207,6 +222,11 @@ def build_router(
                 f"{'has' if len(lacking) == 1 else 'have'} none; make one with `weft experts gate`, leave the expert "
                 f"out, or use a router without that need: {', '.join(free)}"
             )
+    for expert in experts:
+        if "gate" in cls.needs and expert.gate is not None:
+            check_gate(expert.lora, expert.gate)
+        if "statistics" in cls.needs and expert.statistics is not None:
+            check_statistics(expert.lora, expert.statistics)
     return cls(config, experts, sites)
 
 
