@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CALL_SECONDS = 7e-6
+CALL_SECONDS = 1e-5
 """Of one small matrix product, beyond its arithmetic. This and what follows decide only which way is taken: they were
 measured on one x86 core with 512-bit vectors, and only how they compare with one another matters."""
 COPY_SECONDS_PER_BYTE = 8e-11
@@ -75,8 +75,8 @@ def gather_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
 def each_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
     """By a product of its own with A for every assignment, and B's rows summed where they lie; see `routed_delta`.
 
-    The sum over rank and experts, delta[n] = sum_kr (w[n, k] h[n, k, r]) B[e[n, k], r], is a weighted bag of K R rows of
-    the table B, so that no factor is copied. No gradient.
+    The sum over rank and experts, delta[n] = sum_kr (w[n, k] h[n, k, r]) B[e[n, k], r], is a weighted bag of K R rows
+    of the table B, so that no factor is copied. No gradient.
     """
     tokens, chosen = experts_NK.shape
     experts, rank, out = B_ERO.shape
@@ -114,8 +114,8 @@ def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     """By one batched product over the pool, and products of their own for what crowded experts have beyond its rows.
 
     Assignments are laid out as rows: C rows for each of the E experts (its first tokens, then rows nobody reads), after
-    them, expert by expert, the tokens beyond the first C. Rows are scratch memory kept between calls: fresh memory costs
-    more than the products. No gradient. See `routed_delta`.
+    them, expert by expert, the tokens beyond the first C. Rows are scratch memory kept between calls: fresh memory
+    costs more than the products. No gradient. See `routed_delta`.
     """
     tokens, chosen = experts_NK.shape
     experts, rank, width = A_ERI.shape
@@ -142,13 +142,12 @@ def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
         h_ECR = h_XR[:packed].view(experts, capacity, rank)
         torch.bmm(u_XI[:packed].view(experts, capacity, width), A_ERI.transpose(1, 2), out=h_ECR)
         torch.bmm(h_ECR, B_ERO, out=update_XO[:packed].view(experts, capacity, out))
-    begin = packed
-    for expert, count in enumerate(counts):
-        if count > capacity:
-            end = begin + count - capacity
-            torch.mm(u_XI[begin:end], A_ERI[expert].T, out=h_XR[begin:end])
-            torch.mm(h_XR[begin:end], B_ERO[expert], out=update_XO[begin:end])
-            begin = end
+    crowded = [(expert, count - capacity) for expert, count in enumerate(counts) if count > capacity]
+    sizes = [packed, *(count for _, count in crowded)]
+    pieces = zip(crowded, u_XI.split(sizes)[1:], h_XR.split(sizes)[1:], update_XO.split(sizes)[1:], strict=True)
+    for (expert, _), u_CI, h_CR, update_CO in pieces:
+        torch.mm(u_CI, A_ERI[expert].T, out=h_CR)
+        torch.mm(h_CR, B_ERO[expert], out=update_CO)
     row_NK = torch.empty_like(flat_M)
     row_NK[order_M] = row_M
     return F.embedding_bag(
