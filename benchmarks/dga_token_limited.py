@@ -38,9 +38,9 @@ SIZES = 2.0 ** np.linspace(-0.5, 0.5, len(DOMAINS))
 """Domain sizes over the budget, dealt out by the seed: proportional is then not the same as uniform."""
 
 EVERY = {"update_every_steps": 10}
-DGA = {"policy": "dga", "eta": 15.0, "initial": "importance", **EVERY}
+DGA = {"policy": "dga", "eta": 15.0, "initial": "importance", "precondition": "adam", "anchor": 0.1, **EVERY}
 PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_group": 6, "target_sequences": 48}
-"""Chosen on the development target at 30 000 tokens per domain, with two seeds (docs/log.md)."""
+"""Chosen on the development target with two seeds (docs/log.md)."""
 METHODS: dict[str, Method] = {
     "uniform": ({"policy": "uniform", **EVERY}, {}),
     "proportional": ({"policy": "proportional", **EVERY}, {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -116,7 +116,7 @@ class RoutedModel(nn.Module):
             _put(model, site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
         self._hooks = self._install_hooks()
         self._decisive_BT: Tensor | None = None
-        self._record: dict[str, tuple[Site, Routing]] | None = None
+        self._record: Callable[[Site, Routing], None] | None = None
         self.use_router(router_)
 
     # -- making one ---------------------------------------------------------------------------------------------
@@ -235,6 +235,15 @@ class RoutedModel(nn.Module):
         finally:
             self.switch.enabled = before
 
+    @contextmanager
+    def recording(self, record: Callable[[Site, Routing], None]) -> Iterator[Self]:
+        """Tell every decision of the passes run inside: module and routing, in the order of execution."""
+        before, self._record = self._record, record
+        try:
+            yield self
+        finally:
+            self._record = before
+
     def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> list[Trace]:
         """Run the model once and tell, for each sequence, who worked on each token in each module.
 
@@ -247,14 +256,15 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"router {self.router.config.router!r} gives every token the same experts; there is nothing to trace"
             )
-        self._record = {}
-        try:
-            with torch.inference_mode():
-                self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            encoder = is_encoder_decoder(self.model)
-            seen = {name: value for name, value in self._record.items() if value[0].reads_encoder or not encoder}
-        finally:
-            self._record = None
+        told: dict[str, tuple[Site, Routing]] = {}
+
+        def record(site: Site, routing: Routing) -> None:
+            told[site.name] = (site, routing)
+
+        with self.recording(record), torch.inference_mode():
+            self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        encoder = is_encoder_decoder(self.model)
+        seen = {name: value for name, value in told.items() if value[0].reads_encoder or not encoder}
         real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         names = [expert.name for expert in self.experts]
         return [
@@ -273,9 +283,7 @@ class RoutedModel(nn.Module):
                     return
                 call = make_call(arguments_of(module.forward, args, kwargs), self._decisive_BT)
                 call.owner = module
-                record = self._record
-                if record is not None:
-                    call.record = lambda site, routing: record.__setitem__(site.name, (site, routing))
+                call.record = self._record
                 self.switch.begin(call)
 
             return hook
