@@ -140,7 +140,8 @@ class StandardisedRouter(PrototypeRouter):
     """
 
     def scores(self, best_BTK: Tensor, u_BTI: Tensor) -> Tensor:
-        return best_BTK * (inverse_deviation(u_BTI) * u_BTI.shape[-1] ** -0.5)
+        scores_BTK: Tensor = best_BTK * (inverse_deviation(u_BTI) * u_BTI.shape[-1] ** -0.5)
+        return scores_BTK
 
 
 def inverse_deviation(u_BTI: Tensor) -> Tensor:
