@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from weft.cli.main import app
 from weft.mixture.policy import policies
 from weft.pipeline.recipe import Recipe
+from weft.routing.router import routers
 
 FOLDER = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate_reference.py; `make fix` renews it. -->"
@@ -52,17 +53,28 @@ def commands_page() -> str:
         "",
         *parameter_tables(group, "weft"),
     ]
+    for name, command in commands_of(group, context, "weft"):
+        lines += ["", f"## {name}", ""]
+        if hasattr(command, "list_commands"):
+            lines += [prose(command.help)]
+            continue
+        arguments = [usage_name(parameter) for parameter in command.params if is_argument(parameter)]
+        lines += ["```text", " ".join([name, *arguments, "[OPTIONS]"]), "```", "", prose(command.help), ""]
+        lines += parameter_tables(command, name)
+    return finished(lines)
+
+
+def commands_of(group: Any, context: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every command below a group with its whole name, depth first, a group before its own commands."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if getattr(command, "hidden", False):
             continue
         if not command.help:
-            raise UndocumentedError(f"weft {name}")
-        arguments = [usage_name(parameter) for parameter in command.params if is_argument(parameter)]
-        usage = " ".join(["weft", name, *arguments, "[OPTIONS]"])
-        lines += ["", f"## weft {name}", "", "```text", usage, "```", "", prose(command.help), ""]
-        lines += parameter_tables(command, f"weft {name}")
-    return finished(lines)
+            raise UndocumentedError(f"{path} {name}")
+        yield f"{path} {name}", command
+        if hasattr(command, "list_commands"):
+            yield from commands_of(command, context, f"{path} {name}")
 
 
 def is_argument(parameter: Any) -> bool:
@@ -120,7 +132,7 @@ def option_default(parameter: Any) -> str:
 
 
 def recipe_page() -> str:
-    """Every section of the recipe, then the keys of each mixture policy."""
+    """Every section of the recipe, then the keys of each mixture policy and of each router."""
     lines = [
         "# Recipe",
         "",
@@ -143,6 +155,11 @@ def recipe_page() -> str:
         entry = policies.entry(name)
         lines += [f"### {name}", "", first_paragraph(entry.cls) + paper_link(entry.paper), ""]
         lines += [*section_body(entry.cls.Config, f"mixture policy {name}", introduce=False), ""]
+    lines += ["## Routers", "", "What `weft route build --router NAME --set router.KEY=VALUE` takes.", ""]
+    for name in routers:
+        router = routers.entry(name)
+        lines += [f"### {name}", "", first_paragraph(router.cls) + paper_link(router.paper), ""]
+        lines += [*section_body(router.cls.Config, f"router {name}", introduce=False, without="router"), ""]
     return finished(lines)
 
 
@@ -167,17 +184,19 @@ def models_in(annotation: Any, many: bool = False) -> list[tuple[type[BaseModel]
     return [found for inner in typing.get_args(annotation) for found in models_in(inner, many)]
 
 
-def section_body(section: type[BaseModel], where: str, introduce: bool = True) -> list[str]:
-    """A section's one-paragraph description and the table of its keys."""
+def section_body(section: type[BaseModel], where: str, introduce: bool = True, without: str = "") -> list[str]:
+    """A section's one-paragraph description and the table of its keys, less the one named."""
     descriptions = attribute_descriptions(section)
     rows = []
     for name, field in section.model_fields.items():
+        if name == without:
+            continue
         description = field.description or descriptions.get(name)
         if not description:
             raise UndocumentedError(f"{where}: {name}")
         rows.append([f"`{field.alias or name}`", cell(type_text(field)), default_text(field), cell(description)])
     introduction = [first_paragraph(section), ""] if introduce else []
-    return [*introduction, *table(["key", "type", "default", "meaning"], rows)]
+    return [*introduction, *(table(["key", "type", "default", "meaning"], rows) if rows else ["No keys."])]
 
 
 def attribute_descriptions(section: type[BaseModel]) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import typer
 
 from weft.cli.options import print_json, print_table
@@ -14,9 +17,13 @@ def show_plan(recipe: Recipe, json: bool) -> None:
     Raises:
         ConfigError: the recipe contradicts itself in a way that can be seen without reading anything.
     """
-    described = plan(recipe)
+    show(recipe.resolved(), recipe.to_yaml(), plan(recipe), json)
+
+
+def show(resolved: Mapping[str, Any], text: str, described: Mapping[str, Any], json: bool) -> None:
+    """Print a resolved recipe, as a mapping or as YAML, and what following it would do."""
     if json:
-        print_json({"recipe": recipe.resolved(), "plan": described})
+        print_json({"recipe": resolved, "plan": described})
         return
-    typer.echo(recipe.to_yaml())
+    typer.echo(text)
     print_table("plan", ["what", "value"], [[name, f"{value}"] for name, value in described.items()])

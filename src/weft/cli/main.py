@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 import typer
@@ -24,27 +26,49 @@ COMMANDS: dict[str, str] = {
     "train": "Train a language model on an online mixture; continues where it stopped.",
     "eval": "Measure a trained model on held-out text of every domain and of the target.",
     "report": "Write one self-contained HTML page about one run or several.",
+    "experts": "Make experts, one per domain, and keep a library of them.",
+    "route": "Choose among experts per token and per module; compare the ways to choose.",
     "demo": "Run the main job on built-in text: three mixtures compared.",
 }
-"""Name -> one line for `weft --help`, in the order of use. Each is the function `run` of `weft.cli.<name>`."""
+"""Name -> one line for `weft --help`, in the order of use.
+
+Each is the function `run` of `weft.cli.<name>`, or a package there with a table `COMMANDS` of its own.
+"""
 
 
 class LazyGroup(TyperGroup):
-    """A group that knows its commands' names and imports each on first use."""
+    """A group that knows its commands' names and imports each on first use.
+
+    Attributes:
+        package: where the commands lie.
+        commands_help: name -> one line, in the order of use.
+    """
+
+    package: str = __package__
+    commands_help: Mapping[str, str] = COMMANDS
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The command names in the order of use."""
-        return list(COMMANDS)
+        return list(self.commands_help)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand:
-        """Import and wrap one command.
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | LazyGroup:
+        """Import and wrap one command, or one group of commands.
 
         Raises:
             ConfigError: no such command, with a suggestion.
         """
-        if cmd_name not in COMMANDS:
-            raise ConfigError(f"no command {cmd_name!r}{did_you_mean(cmd_name, COMMANDS)}")
-        module = importlib.import_module(f"weft.cli.{cmd_name}")
+        if cmd_name not in self.commands_help:
+            place = self.package.removeprefix(__package__).replace(".", " ").strip()
+            where = f" of weft {place}" if place else ""
+            raise ConfigError(f"no command {cmd_name!r}{where}{did_you_mean(cmd_name, self.commands_help)}")
+        name = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        module = importlib.import_module(f"{self.package}.{name}")
+        if hasattr(module, "COMMANDS"):
+            group = LazyGroup(
+                name=cmd_name, help=self.commands_help[cmd_name], no_args_is_help=True, rich_markup_mode=None
+            )
+            group.package, group.commands_help = module.__name__, module.COMMANDS
+            return group
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         single.command(name=cmd_name, help=module.run.__doc__)(module.run)
         command = typer.main.get_command(single)
@@ -54,7 +78,7 @@ class LazyGroup(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands from the table, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self.commands_help.items()))
 
 
 app = typer.Typer(

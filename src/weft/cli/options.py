@@ -11,8 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from weft.errors import ConfigError
+
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False)
+]
+LibraryArgument = Annotated[
+    Path, typer.Argument(metavar="LIBRARY", help="Folder of the expert library.", show_default=False)
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -22,6 +27,23 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def names_of(text: str) -> list[str]:
+    """The names in `a,b,c`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers in `0.5,0.3,0.2`.
+
+    Raises:
+        ConfigError: a part is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; give numbers with commas between: 0.5,0.5") from None
 
 
 def print_json(value: Any) -> None:

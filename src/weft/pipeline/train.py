@@ -145,7 +145,7 @@ def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteRe
         raise ConfigError(f"{run} has no trained model yet; finish it with weft train")
     data = PreparedData.load(recipe.prepared_folder)
     runtime = choose_runtime(recipe.training, parameters=0)
-    _require_same_data(run, data)
+    require_same_data(run, data)
     model = load_model(run / "model", dtype=recipe.model.dtype).to(runtime.device)
     return _evaluate(model, data, recipe, runtime, config)
 
@@ -179,7 +179,7 @@ def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
         run_training(plain)
     if not (folder / "model").is_dir():
         raise ConfigError(f"mixture.reference {folder} holds no trained model; give a finished run folder, or null")
-    _require_same_data(folder, data)
+    require_same_data(folder, data)
     return load_model(folder / "model", dtype=recipe.model.dtype)
 
 
@@ -193,8 +193,12 @@ def _reference_seconds(recipe: Recipe, policy: Any) -> float:
     return float(spent["train"] + spent["alignment"])
 
 
-def _require_same_data(run: Path, data: PreparedData) -> None:
-    """Token ids mean something only together with the tokenizer that made them."""
+def require_same_data(run: Path, data: PreparedData) -> None:
+    """Refuse a run of other data: token ids mean something only together with the tokenizer that made them.
+
+    Raises:
+        DataError: the run was trained on other prepared data, or does not tell.
+    """
     path = run / "run.json"
     found = json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["data"] if path.exists() else "none"
     if found != data.fingerprint:

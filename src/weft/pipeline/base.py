@@ -1,0 +1,92 @@
+"""The base model under experts: loaded, told by its fingerprint, and checked against the tokenizer of the data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from weft.corpora.tokens import Tokenizer, load_pretrained
+from weft.errors import ConfigError, DataError
+from weft.experts.expert import BaseReference
+from weft.experts.lora import base_fingerprint
+from weft.models.factory import load_base
+from weft.pipeline.expert_recipe import ExpertRecipe
+from weft.pipeline.prepared import PreparedData
+from weft.pipeline.train import require_same_data
+from weft.routing.calls import is_encoder_decoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory, on the CPU, and how it is told."""
+
+    model: PreTrainedModel
+    reference: BaseReference
+
+
+def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
+    """Load the base of a recipe's experts and check that the prepared data is its own.
+
+    Raises:
+        ConfigError: there is no such model, it is no causal language model, or it is too small for the tokenizer or the
+            sequences.
+        DataError: the data was tokenised with another tokenizer, or the run's own model was trained on other data.
+    """
+    transformers_logging.disable_progress_bar()
+    name, revision = recipe.base, recipe.experts.revision
+    if recipe.experts.base is None:
+        if not Path(name).is_dir():
+            raise ConfigError(f"{recipe.run} has no trained model yet; finish it with weft train, or set experts.base")
+        require_same_data(recipe.run, data)
+    if (Path(name) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"the base {name} is an adapter over another model; name that model as experts.base, or merge the adapter "
+            f"into it first (PEFT: merge_and_unload, save_pretrained)"
+        )
+    model = load_base(name, revision=revision, dtype=recipe.experts.dtype)
+    if is_encoder_decoder(model):
+        raise ConfigError(
+            f"the base {name} is an encoder-decoder model; experts are trained here on causal language models: train "
+            f"its adapters with PEFT and import them (weft experts import)"
+        )
+    _check_tokenizer(model, data.tokenizer, name, revision)
+    gate_length = recipe.experts.gate.sequence_length or 0
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < (asked := max(recipe.experts.training.sequence_length, gate_length)):
+        raise ConfigError(f"experts.training.sequence_length is {asked}; the base takes at most {longest} positions")
+    return Base(model, BaseReference(name, revision, base_fingerprint(model)))
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, name: str, revision: str | None) -> None:
+    held = len(model.get_input_embeddings().get_parameter("weight"))
+    if held < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the base {name} has {held} token embeddings and the tokenizer of the data gives {tokenizer.vocab_size} "
+            f"ids; prepare the data with data.tokenizer: {{pretrained: {name}}}"
+        )
+    own = base_tokenizer(name, revision)
+    if own is None:
+        log.warning("the base %s brings no tokenizer to compare; make sure that the data was tokenised for it", name)
+    elif own.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"the data was tokenised with another tokenizer than the one that comes with the base {name}; prepare it "
+            f"with data.tokenizer: {{pretrained: {name}}}, in a folder of its own (prepared)"
+        )
+
+
+def base_tokenizer(name: str, revision: str | None = None) -> Tokenizer | None:
+    """The tokenizer that comes with a base model; None where none can be loaded or it has no end-of-text token."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return None
+    try:
+        return load_pretrained(name, revision)
+    except ConfigError as error:
+        log.info("no tokenizer beside the base %s: %s", name, error)
+        return None

@@ -1,0 +1,109 @@
+"""The recipe of experts: a whole recipe with an `experts` section, or a small file for a base that exists already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, NonNegativeInt
+
+from weft.config import Section, apply_overrides, read_yaml, validate
+from weft.errors import ConfigError
+from weft.evaluation.suite import EvaluationConfig
+from weft.pipeline.data_config import DataConfig
+from weft.pipeline.experts_config import ExpertsConfig
+from weft.pipeline.recipe import Recipe, make_recipe
+
+
+class ExpertRecipe(Section):
+    """What making, routing and judging experts needs of a recipe."""
+
+    run: Path = Field(description="run folder: everything the run writes goes there")
+    prepared: Path | None = Field(None, description="folder of the prepared data; absent: `data` in the run folder")
+    seed: NonNegativeInt = Field(0, description="of first values and of every draw")
+    data: DataConfig = Field(description="corpora, target, domains and tokenizer")
+    experts: ExpertsConfig = Field(description="base, adapters, gates and statistics")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured")
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Where the prepared data lies."""
+        return self.prepared if self.prepared is not None else self.run / "data"
+
+    @property
+    def base(self) -> str:
+        """Folder or hub name of the base; an existing folder is told by its absolute path."""
+        name = self.experts.base if self.experts.base is not None else str(self.run / "model")
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+    @property
+    def library_folder(self) -> Path:
+        """Where the experts go."""
+        return self.experts.library if self.experts.library is not None else self.run / "experts"
+
+    def training_folder(self, name: str) -> Path:
+        """Where an expert is trained: checkpoints and metrics."""
+        return self.run / "training" / name
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as plain YAML values."""
+        value: dict[str, Any] = self.model_dump(mode="json")
+        return value
+
+    def to_yaml(self) -> str:
+        """The resolved recipe."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+_WHOLE = frozenset(Recipe.model_fields) - frozenset(ExpertRecipe.model_fields)
+"""Keys by which a whole recipe is known."""
+
+
+def load_expert_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ExpertRecipe:
+    """Read a recipe and apply `section.key=value` overrides; see `make_expert_recipe`.
+
+    Raises:
+        ConfigError: one line for every problem.
+    """
+    return make_expert_recipe(apply_overrides(read_yaml(path), overrides))
+
+
+def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
+    """Validate a recipe of experts given as a mapping.
+
+    Either a whole recipe with an `experts` section, whose base is the model it trains unless `experts.base` names
+    another; or run, prepared, seed, data, evaluation and experts alone, and then `experts.base` is needed.
+
+    Raises:
+        ConfigError: one line for every problem.
+    """
+    if _WHOLE & set(value):
+        recipe = make_recipe(value)
+        if recipe.experts is None:
+            raise ConfigError("experts: missing; add a section `experts: {}`, whose defaults will do, to make experts")
+        return ExpertRecipe.model_validate({name: getattr(recipe, name) for name in ExpertRecipe.model_fields})
+    small = validate(ExpertRecipe, dict(value), "")
+    if small.experts.base is None:
+        raise ConfigError(
+            "experts.base: missing; name the base model (a folder or hub name), or add the sections that train one: "
+            "model, mixture and training"
+        )
+    return small
+
+
+def expert_plan(recipe: ExpertRecipe) -> dict[str, Any]:
+    """What making the experts will do, before anything is read."""
+    config = recipe.experts
+    training = config.training
+    return {
+        "base": recipe.base,
+        "library": str(recipe.library_folder),
+        "domains": "every domain of the data" if config.domains is None else ", ".join(config.domains),
+        "rank": config.lora.rank,
+        "steps_per_expert": training.total_steps,
+        "tokens_per_expert": training.total_steps * training.batch_sequences * training.sequence_length,
+        "gate_steps": config.gate.steps,
+        "statistics_examples": config.statistics_examples,
+    }
