@@ -1,0 +1,109 @@
+"""What the tests of routing share: problems for its kernels with a float64 answer, and ways to run routed models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support.experts import prompts
+from torch import Tensor
+
+from weft.routing.routed_model import RoutedModel
+from weft.routing.router import Call, Memory, Routing
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest error over the largest entry. Inputs are rounded before both; what is left is rounding on the way."""
+
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def kernel_problem(
+    tokens: int,
+    chosen: int,
+    experts: int,
+    rank: int,
+    width: int,
+    out: int,
+    assigned: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> Problem:
+    """Random u_NI, experts_NK, weights_NK (a third of them zero), A_ERI, B_ERO.
+
+    Args:
+        assigned: "even" over the experts, "skewed" to the first ones, or "drawn" at random; distinct within a token.
+    """
+    generator = torch.Generator().manual_seed(seed * 10_007 + tokens * 31 + chosen * 7 + experts + rank)
+    if assigned == "even":
+        experts_NK = torch.arange(tokens * chosen).view(tokens, chosen) % experts
+    else:
+        odds_E = torch.ones(experts) if assigned == "drawn" else 8.0 ** -torch.arange(experts).float()
+        order_NE = torch.rand(tokens, experts, generator=generator).log() / odds_E.clamp_min(1e-30)
+        experts_NK = order_NE.topk(chosen, dim=1).indices
+    weights_NK = torch.rand(tokens, chosen, generator=generator)
+    weights_NK[torch.rand(tokens, chosen, generator=generator) < 0.3] = 0.0
+    return (
+        torch.randn(tokens, width, generator=generator).to(dtype),
+        experts_NK,
+        weights_NK,
+        torch.randn(experts, rank, width, generator=generator).to(dtype),
+        torch.randn(experts, rank, out, generator=generator).to(dtype),
+    )
+
+
+def loop_reference(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
+    """delta[n] = sum_k w[n, k] B[e[n, k]] A[e[n, k]] u[n], one product at a time in float64."""
+    delta_NO = torch.zeros(u_NI.shape[0], B_ERO.shape[2], dtype=torch.float64)
+    for n in range(u_NI.shape[0]):
+        for k in range(experts_NK.shape[1]):
+            expert = int(experts_NK[n, k])
+            h_R = A_ERI[expert].double() @ u_NI[n].double()
+            delta_NO[n] += float(weights_NK[n, k]) * (B_ERO[expert].double().T @ h_R)
+    return delta_NO
+
+
+def assert_solves(delta_NO: Tensor, problem: Problem) -> None:
+    """The update of a kernel is that of the loop, within the rounding of its dtype."""
+    expected_NO = loop_reference(*(tensor.cpu() for tensor in problem))
+    dtype = problem[3].dtype
+    assert delta_NO.dtype == dtype
+    assert delta_NO.shape == expected_NO.shape
+    if expected_NO.numel():
+        error = (delta_NO.cpu().double() - expected_NO).abs().max() / expected_NO.abs().max().clamp_min(1e-30)
+        assert float(error) < TOLERANCE[dtype]
+
+
+def inputs_for(model: Any, *, seed: int = 0, batch: int = 2, tokens: int = 6) -> dict[str, Tensor]:
+    """Token ids for one pass; for an encoder-decoder model also the decoder's."""
+    given = {"input_ids": prompts(batch, tokens, seed=seed)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.cat([torch.zeros(batch, 1, dtype=torch.int64), prompts(batch, 3, seed=9)], 1)
+    return given
+
+
+def logits(model: Any, **given: Any) -> Tensor:
+    """One pass without gradient."""
+    with torch.no_grad():
+        found: Tensor = model(**given).logits
+    return found
+
+
+def generate(model: Any, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
+    """Six tokens without sampling; what a decoder-only model was given is cut off."""
+    settings = {"do_sample": False, "max_new_tokens": 6, **options}
+    found: Tensor = model.generate(ids_BT, attention_mask=mask_BT, **settings)
+    return found if model.config.is_encoder_decoder else found[:, ids_BT.shape[1] :]
+
+
+def recorded(routed: RoutedModel, **given: Any) -> dict[str, Routing]:
+    """Every site's routing in one pass."""
+    found: dict[str, Routing] = {}
+    with routed.recording(lambda site, routing: found.__setitem__(site.name, routing)):
+        logits(routed, **given)
+    return found
+
+
+def call_for(batch: int, tokens: int) -> Call:
+    """A pass over sequences without padding, of which only the shape is known."""
+    mask_BT = torch.ones(batch, tokens, dtype=torch.bool)
+    return Call(None, mask_BT, mask_BT, Memory())
