@@ -2,13 +2,14 @@
 
     delta[n] = sum_k w[n, k] B[e[n, k]] (A[e[n, k]] u[n])
 
-Five ways to the same numbers, chosen by size and device; the cost grows with the tokens and the chosen K, and with the
+Six ways to the same numbers, chosen by size and device; the cost grows with the tokens and the chosen K, and with the
 pool only as far as its factors must be read.
 
 | way     | used                            | how                                                               |
 |---------|---------------------------------|-------------------------------------------------------------------|
 | gather  | a handful of tokens             | each assignment's own factors are copied, two batched products    |
 | each    | CPU, few tokens: decoding       | a product per assignment with A, then rows of B summed in place   |
+| dense   | CPU, few experts                | all experts on every token, those not chosen with weight 0        |
 | packed  | CPU, without gradient           | assignments sorted by expert into rows of equal number, batched   |
 |         |                                 | products over the pool; what exceeds the rows, expert by expert   |
 | grouped | accelerators, and with gradient | assignments sorted by expert, two grouped products                |
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 CALL_SECONDS = 1e-5
 """Of one small matrix product, beyond its arithmetic. This and what follows decide only which way is taken: they were
@@ -31,6 +34,8 @@ measured on one x86 core with 512-bit vectors, and only how they compare with on
 COPY_SECONDS_PER_BYTE = 8e-11
 READ_SECONDS_PER_BYTE = 3e-11
 SECONDS_PER_FLOP = 1.6e-11
+LARGE_PRODUCT = 0.7
+"""What an operation costs in a large matrix product, as a part of what it costs in a small one."""
 FEW_ASSIGNMENTS = 8
 KEPT_BYTES = 1 << 28
 """Scratch buffers larger than this are not kept between calls."""
@@ -55,8 +60,7 @@ def routed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     if assignments <= FEW_ASSIGNMENTS:
         return gather_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if u_NI.device.type == "cpu" and not grad:
-        way = each_delta if _cheaper_each(assignments, A_ERI, B_ERO) else packed_delta
-        return way(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
+        return _cheapest(u_NI.shape[0], assignments, A_ERI, B_ERO)(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if _can_group(A_ERI, B_ERO):
         return grouped_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     return loop_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
@@ -108,6 +112,15 @@ def grouped_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: T
     h_MR = F.grouped_mm(u_NI.index_select(0, tokens_M), A_ERI.transpose(1, 2), offs=offsets_E)
     update_MO = F.grouped_mm(h_MR * weights_M.to(u_NI.dtype)[:, None], B_ERO, offs=offsets_E)
     return u_NI.new_zeros(u_NI.shape[0], B_ERO.shape[2]).index_add(0, tokens_M, update_MO)
+
+
+def dense_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
+    """By two products with all experts' factors side by side, masked by the weights between; see `routed_delta`."""
+    experts, rank, width = A_ERI.shape
+    weights_NE = u_NI.new_zeros(u_NI.shape[0], experts).scatter_add(1, experts_NK, weights_NK.to(u_NI.dtype))
+    h_NER = (u_NI @ A_ERI.reshape(experts * rank, width).T).view(-1, experts, rank) * weights_NE[:, :, None]
+    delta_NO: Tensor = h_NER.flatten(1) @ B_ERO.reshape(experts * rank, -1)
+    return delta_NO
 
 
 def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -189,11 +202,19 @@ def _sorted(experts_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tenso
     return order_M.div(experts_NK.shape[1], rounding_mode="floor"), weights_NK.flatten()[order_M], counts_E
 
 
-def _cheaper_each(assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> bool:
-    """Whether a product per assignment costs less than sorting and reading the pool once."""
-    factor_bytes = (A_ERI[0].numel() + B_ERO[0].numel()) * A_ERI.element_size()
-    pool = A_ERI.shape[0] * factor_bytes * 2 * READ_SECONDS_PER_BYTE + 20 * CALL_SECONDS
-    return assignments * (CALL_SECONDS / 2 + factor_bytes * COPY_SECONDS_PER_BYTE) < pool
+def _cheapest(tokens: int, assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> Way:
+    """The way that costs least on a CPU: what it copies and reads, its arithmetic, and its calls."""
+    experts = A_ERI.shape[0]
+    numbers = A_ERI[0].numel() + B_ERO[0].numel()
+    copied = numbers * A_ERI.element_size() * COPY_SECONDS_PER_BYTE
+    pool = experts * numbers * A_ERI.element_size() * READ_SECONDS_PER_BYTE
+    flop = 2 * numbers * SECONDS_PER_FLOP
+    costs = {
+        each_delta: 3 * CALL_SECONDS + assignments * (CALL_SECONDS / 2 + copied),
+        dense_delta: 4 * CALL_SECONDS + pool + tokens * experts * flop * LARGE_PRODUCT,
+        packed_delta: 30 * CALL_SECONDS + 2 * pool + assignments * (flop + copied / 16) * 1.5,
+    }
+    return min(costs, key=costs.__getitem__)
 
 
 def _can_group(A_ERI: Tensor, B_ERO: Tensor) -> bool:
