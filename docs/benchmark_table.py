@@ -72,6 +72,15 @@ def prepare_memory(record: Mapping[str, Any]) -> Iterator[Row]:
     yield Row(figure, f"{ratios['peak_memory']:.2f} times", "about 1 time")
 
 
+def routing_speed(record: Mapping[str, Any]) -> Iterator[Row]:
+    """The goals of routing's cost at every size, met or not."""
+    for goal in record["goals"]:
+        unit = "" if goal["at_most"] is None else " times"
+        bound = "yes" if goal["at_most"] is None else f"{'≤' if goal['at_most'] else '≥'} {goal['limit']:g} times"
+        measured = show(goal["measured"]) + unit if unit else ("yes" if goal["met"] else "no")
+        yield Row(f"routing: {goal['goal']}, hidden size {goal['hidden']}", measured, bound)
+
+
 def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
     """Speed against the best peer, and what the peers do when weights change."""
     yield Row("sampler's tokens/s over the best peer's, as documented", show(record["weft_over_best_peer"]) + " times",
@@ -96,6 +105,7 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "dga_few_examples": comparison,
     "dga_token_limited": comparison,
     "prepare_memory": prepare_memory,
+    "routing_speed": routing_speed,
     "sampler": sampler,
 }
 
