@@ -187,7 +187,7 @@ class RouteEvaluation:
         """Base, routers, best single expert and oracle, by label."""
         found = {BASE: self.base, **self.routes}
         if self.best_single is not None:
-            found[f"{BEST_SINGLE} ({self.best_single})"] = self.singles[self.best_single]
+            found[BEST_SINGLE] = self.singles[self.best_single]
             found[ORACLE] = self.oracle_result
         return found
 

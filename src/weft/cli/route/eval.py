@@ -88,7 +88,8 @@ def _print(found: RouteEvaluation, title: str) -> None:
         print_table(f"{title}: bits per byte", ["", *shown], rows)
     for note in found.notes:
         typer.echo(f"note: {note}")
-    if found.oracle:
+    if found.best_single is not None:
+        typer.echo(f"best single: {found.best_single}")
         typer.echo("oracle: " + ", ".join(f"{expert} on {name}" for name, expert in found.oracle.items()))
 
 
