@@ -335,17 +335,27 @@ class RoutedModel(nn.Module):
             ConfigError: the folder is not empty.
         """
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(f"{folder} is not empty; choose a new folder for the routed model or remove it")
         making = folder.with_name(f".{folder.name}.writing")
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
-        library = ExpertLibrary.create(making / EXPERTS, self.base_reference)
+        try:
+            self._write(making, copy_base)
+            if folder.exists():
+                folder.rmdir()
+            making.rename(folder)
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+
+    def _write(self, folder: Path, copy_base: bool) -> None:
+        library = ExpertLibrary.create(folder / EXPERTS, self.base_reference)
         for expert in self.experts:
             library.add(expert)
         if copy_base:
             with self._unrouted() as model:
-                model.save_pretrained(making / BASE)
+                model.save_pretrained(folder / BASE)
         described = {
             "format": FORMAT,
             "base": {"name": self.base_reference.name, "revision": self.base_reference.revision, "copied": copy_base},
@@ -354,10 +364,7 @@ class RoutedModel(nn.Module):
             "router": self.router.config.model_dump(mode="json"),
             "experts": [expert.name for expert in self.experts],
         }
-        (making / MANIFEST).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        making.rename(folder)
+        (folder / MANIFEST).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,317 @@
+"""Building, saving, loading and misusing a routed model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.experts import BASE, gpt2, llama, make_expert, make_pool, padded, prompts, renamed, t5, with_texts
+from support.routing import inputs_for, logits
+from torch import nn
+
+from weft.errors import ConfigError, ExpertError
+from weft.experts.expert import BaseReference
+from weft.experts.library import ExpertLibrary
+from weft.experts.lora import base_fingerprint
+from weft.routing.routed_linear import RoutedLinear
+from weft.routing.routed_model import MANIFEST, RoutedModel
+
+
+def library_of(folder: Path, base: BaseReference = BASE, count: int = 3) -> ExpertLibrary:
+    library = ExpertLibrary.create(folder, base)
+    for expert in make_pool(llama(), count, base=base):
+        library.add(expert)
+    return library
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_needs_experts_of_different_names() -> None:
+    with pytest.raises(ExpertError, match="at least one expert"):
+        RoutedModel(llama(), [])
+    expert = make_expert(llama())
+    with pytest.raises(ExpertError, match=r"different names; got \['a', 'a'\]"):
+        RoutedModel(llama(), [expert, expert])
+
+
+def test_experts_of_another_base_are_refused_and_the_base_stays_whole() -> None:
+    model = gpt2()
+    expected = logits(model, **inputs_for(model))
+    with pytest.raises(ExpertError, match=r"'a' was made for another base .*q_proj is not in the model"):
+        RoutedModel(model, [make_expert(llama())])
+    narrow = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList()})})
+    with pytest.raises(ExpertError, match="was made for another base"):
+        RoutedModel(narrow, [make_expert(llama())])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown router"):
+        RoutedModel(model, [make_expert(model)], "nobody")
+    with pytest.raises(ExpertError, match="needs a gate"):
+        RoutedModel(model, [make_expert(model, gate=False)])
+    assert torch.equal(logits(model, **inputs_for(model)), expected)
+    assert not any(isinstance(module, RoutedLinear) for module in model.modules())
+
+
+def test_a_routed_base_is_not_routed_again() -> None:
+    model = llama()
+    first = RoutedModel(model, make_pool(model))
+    with pytest.raises(ConfigError, match="routed already; call unload"):
+        RoutedModel(model, make_pool(llama()))
+    first.unload()
+    RoutedModel(model, make_pool(llama()))
+
+
+def test_an_unloaded_model_is_the_base_and_says_so(tmp_path: Path) -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model))
+    base = routed.unload()
+    again = RoutedModel(model, make_pool(llama()))
+    expected = logits(again, **inputs_for(model))
+    assert routed.unload() is base
+    assert torch.equal(logits(again, **inputs_for(model)), expected)
+    again.unload()
+    for use in (lambda: again.use_router("merged"), lambda: again.save_pretrained(tmp_path / "routed", copy_base=True)):
+        with pytest.raises(ConfigError, match="was unloaded; build another"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["prefix", "blend"])
+def test_routers_from_left_to_right_refuse_encoder_decoder_models(name: str) -> None:
+    model = t5()
+    pool = make_pool(model)
+    with pytest.raises(ConfigError, match=f"router '{name}' .*decoder-only"):
+        RoutedModel(model, pool, name)
+    routed = RoutedModel(model, pool)
+    expected = logits(routed, **inputs_for(model))
+    with pytest.raises(ConfigError, match=f"router '{name}' .*decoder-only"):
+        routed.use_router(name)
+    assert torch.equal(logits(routed, **inputs_for(model)), expected)
+
+
+def test_retrieval_reads_ids_and_only_continues_what_it_began() -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model), "retrieval")
+    ids_BT = prompts()
+    embedded_BTH = model.get_input_embeddings()(ids_BT)
+    with pytest.raises(ConfigError, match="was given embeddings; pass input_ids"):
+        routed(inputs_embeds=embedded_BTH)
+    with routed.disabled():
+        cache = routed(ids_BT, use_cache=True).past_key_values
+    with pytest.raises(ConfigError, match="continues one it has not seen"):
+        routed(ids_BT[:, :1], past_key_values=cache)
+    assert bool(logits(routed, input_ids=ids_BT).isfinite().all())
+    per_token = RoutedModel(llama(), make_pool(llama()))
+    torch.testing.assert_close(logits(per_token, inputs_embeds=embedded_BTH), logits(per_token, input_ids=ids_BT))
+
+
+def test_a_pass_that_fails_leaves_the_model_ready() -> None:
+    for model in (llama(), t5()):
+        routed = RoutedModel(model, make_pool(model))
+        given = inputs_for(model)
+        expected = logits(routed, **given)
+        with pytest.raises(IndexError):
+            routed(**{**given, "input_ids": given["input_ids"] + 1000})
+        assert routed.switch.call is None
+        assert torch.equal(logits(routed, **given), expected)
+
+
+def test_masks_of_another_shape_are_explained() -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model), "retrieval")
+    ids_BT = prompts(2, 6)
+    with pytest.raises(ConfigError, match=r"attention_mask has shape \(2, 4\) for 2 sequences of 6 tokens"):
+        routed(ids_BT, attention_mask=torch.ones(2, 4))
+    with pytest.raises(ConfigError, match=r"routing_mask has shape \(2, 5\); .*\(2, 6\)"):
+        routed(ids_BT, routing_mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="neither input_ids nor inputs_embeds"):
+        routed()
+
+
+def test_a_routing_mask_hides_the_continuation_from_the_choice() -> None:
+    ids_BT = prompts(1, 8)
+    pool = [with_texts(make_expert(llama(), "a"), ids_BT[:, :4]), with_texts(make_expert(llama(), "b", seed=1), ids_BT)]
+    routed = RoutedModel(llama(), pool, "retrieval")
+    single = {name: RoutedModel(llama(), pool, {"router": "single", "expert": name}) for name in "ab"}
+    mask_BT = torch.arange(8)[None] < 4
+    with torch.no_grad():
+        masked = routed(ids_BT, routing_mask=mask_BT).logits
+    torch.testing.assert_close(masked, logits(single["a"], input_ids=ids_BT), rtol=1e-4, atol=1e-4)
+    whole = logits(routed, input_ids=ids_BT)
+    torch.testing.assert_close(whole, logits(single["b"], input_ids=ids_BT), rtol=1e-4, atol=1e-4)
+
+
+# -- from a library -------------------------------------------------------------------------------------------------
+
+
+def test_a_library_gives_its_experts_in_the_order_asked_for(tmp_path: Path) -> None:
+    library = library_of(tmp_path / "experts")
+    routed = RoutedModel.from_library(llama(), tmp_path / "experts")
+    assert [expert.name for expert in routed.experts] == ["a", "b", "c"]
+    expected = logits(RoutedModel(llama(), make_pool(llama(), 3)), **inputs_for(llama()))
+    assert torch.equal(logits(routed, **inputs_for(llama())), expected)
+    some = RoutedModel.from_library(llama(), library, "arrow", experts=["c", "a"])
+    assert [expert.name for expert in some.experts] == ["c", "a"]
+    with pytest.raises(ExpertError, match="no expert 'd'"):
+        RoutedModel.from_library(llama(), library, experts=["d"])
+
+
+def test_a_broken_expert_is_named_with_those_that_are_whole(tmp_path: Path) -> None:
+    library = library_of(tmp_path / "experts")
+    (library.path("b") / "gate.safetensors").write_bytes(b"")
+    with pytest.raises(ExpertError, match=r"1 of 3 experts cannot be used .*b: .*name the others: a, c"):
+        RoutedModel.from_library(llama(), library)
+    assert len(RoutedModel.from_library(llama(), library, experts=["a", "c"]).experts) == 2
+
+
+def test_a_library_of_another_base_is_refused_by_its_fingerprint(tmp_path: Path) -> None:
+    fingerprint = base_fingerprint(llama())
+    library = library_of(tmp_path / "experts", replace(BASE, fingerprint=fingerprint))
+    RoutedModel.from_library(llama(), library)
+    with pytest.raises(ExpertError, match=f"was made for the base tiny-base .fingerprint {fingerprint}"):
+        RoutedModel.from_library(llama(seed=1), library)
+
+
+# -- saved ----------------------------------------------------------------------------------------------------------
+
+
+def saved(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "base")
+    routed = RoutedModel(llama(), make_pool(llama(), 2), base=BaseReference(str(tmp_path / "base")))
+    routed.save_pretrained(tmp_path / "routed")
+    return tmp_path / "routed"
+
+
+def test_a_saved_model_takes_a_new_or_an_empty_folder(tmp_path: Path) -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty; choose a new folder"):
+        routed.save_pretrained(tmp_path / "full")
+    with pytest.raises(ConfigError, match=r"notes.txt is not empty"):
+        routed.save_pretrained(tmp_path / "full" / "notes.txt")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    routed.save_pretrained(tmp_path / "empty")
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["experts", MANIFEST]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        described = json.loads(text)
+        change(described)
+        return json.dumps(described)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "holds no routed model"),
+        (lambda text: "[]", "is not of the format"),
+        (edited(lambda described: described.update(format="weft routed model 0")), "is not of the format"),
+        (edited(lambda described: described.pop("base")), "base: missing"),
+        (edited(lambda described: described["base"].pop("copied")), "base.copied: missing"),
+        (edited(lambda described: described.update(experts="all")), "experts: "),
+        (edited(lambda described: described.update(router={"router": "phatgose"})), "did you mean 'phatgoose'"),
+        (edited(lambda described: described.update(dtype="int8")), "dtype 'int8'; allowed"),
+        (edited(lambda described: described["base"].update(name="/no/such/base")), "cannot be loaded"),
+    ],
+)
+def test_a_broken_manifest_is_explained(harm: Callable[[str], str], message: str, tmp_path: Path) -> None:
+    manifest = saved(tmp_path) / MANIFEST
+    manifest.write_text(harm(manifest.read_text()))
+    with pytest.raises(ConfigError, match=message):
+        RoutedModel.from_pretrained(manifest.parent)
+
+
+def test_a_folder_without_a_manifest_or_an_expert_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no routed model"):
+        RoutedModel.from_pretrained(tmp_path)
+    folder = saved(tmp_path)
+    (folder / "experts" / "b" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ExpertError, match="1 of 2 experts cannot be used"):
+        RoutedModel.from_pretrained(folder)
+
+
+# -- as a Hugging Face model ----------------------------------------------------------------------------------------
+
+
+def test_it_answers_for_its_base() -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model))
+    assert routed.config is model.config
+    assert routed.generation_config is model.generation_config
+    assert routed.device == torch.device("cpu")
+    assert routed.dtype == torch.float32
+    assert routed.get_input_embeddings() is model.get_input_embeddings()
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = routed.no_such_thing
+    routed_linear = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert routed_linear.in_features == 32
+    assert "experts=" in repr(routed_linear)
+
+
+def test_nothing_of_the_pool_is_trained_or_saved_with_the_base() -> None:
+    model = llama()
+    names = {name for name, _ in model.named_parameters()}
+    routed = RoutedModel(model, make_pool(model))
+    assert {name.replace(".base.", ".") for name, _ in model.named_parameters()} == names
+    assert {name.replace(".base.", ".").removeprefix("model.") for name in routed.state_dict()} >= names
+    assert not [name for name in routed.state_dict() if "A_ERI" in name or "folded" in name or ":v" in name]
+
+
+def test_switches_may_be_nested() -> None:
+    model = llama()
+    given = inputs_for(model)
+    base = logits(model, **given)
+    routed = RoutedModel(model, make_pool(model))
+    with routed.disabled():
+        with routed.disabled():
+            pass
+        assert torch.equal(logits(routed, **given), base)
+    with pytest.raises(RuntimeError), routed.disabled():
+        raise RuntimeError
+    assert not torch.equal(logits(routed, **given), base)
+
+
+def test_every_decision_is_told_in_order_and_only_inside() -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model))
+    told: list[str] = []
+    with routed.recording(lambda site, routing: told.append(site.name)):
+        logits(routed, **inputs_for(model))
+    logits(routed, **inputs_for(model))
+    assert told == [site.name for site in routed.sites]
+
+
+def test_adapters_of_one_module_must_have_its_widths() -> None:
+    model = llama()
+    expert = make_expert(model)
+    name = "model.layers.0.self_attn.q_proj"
+    factors = expert.lora.modules[name]
+    wrong = replace(factors, A_RI=torch.zeros(factors.rank, 31))
+    other = replace(renamed(expert, "b").lora, modules={**expert.lora.modules, name: wrong})
+    with pytest.raises(ExpertError, match="maps 32 to 32, the adapter 31 to 32"):
+        RoutedModel(model, [expert, replace(expert, lora=other)])
+
+
+def test_prompts_of_different_lengths_choose_by_their_own_tokens() -> None:
+    rows = [prompts(1, 4, seed=1)[0], prompts(1, 7, seed=2)[0]]
+    pool = [
+        with_texts(make_expert(llama(), name, seed=seed), row[None])
+        for seed, (name, row) in enumerate(zip("ab", rows, strict=True))
+    ]
+    routed = RoutedModel(llama(), pool, "retrieval")
+    for left in (True, False):
+        ids_BT, mask_BT = padded(rows, left=left)
+        traces = routed.trace(ids_BT, mask_BT)
+        assert [trace.usage_SE[0].argmax().item() for trace in traces] == [0, 1]
+        assert [len(trace.tokens) for trace in traces] == [4, 7]
