@@ -1,0 +1,136 @@
+"""What a router is told of a pass, from the arguments of the model's forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from weft.errors import ConfigError
+from weft.routing.calls import arguments_of, decoder_call, encoder_call, encoder_decoder_call, remember
+from weft.routing.router import Memory, Site
+
+IDS = torch.arange(6).view(2, 3)
+ENCODER_SITE = Site("encoder.block.0.q", 0, (0,), 4, reads_encoder=True)
+DECODER_SITE = Site("decoder.block.0.q", 1, (0,), 4)
+
+
+def test_arguments_are_found_by_place_and_by_name() -> None:
+    def forward(input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> None: ...
+
+    assert arguments_of(forward, (1, 2), {"labels": 3}) == {"input_ids": 1, "attention_mask": 2, "labels": 3}
+    assert arguments_of(forward, (), {"input_ids": 1}) == {"input_ids": 1}
+
+
+def test_without_a_mask_every_token_is_real() -> None:
+    call = decoder_call({"input_ids": IDS}, None)
+    assert call.input_ids_BT is IDS
+    assert call.mask_BT.tolist() == call.decisive_BT.tolist() == [[True] * 3] * 2
+    assert not call.continues
+    assert not call.memory.tensors
+    assert decoder_call({"input_ids": IDS, "attention_mask": torch.zeros(2, 1, 3, 3)}, None).mask_BT.all()
+
+
+def test_embeddings_come_without_ids() -> None:
+    call = decoder_call({"inputs_embeds": torch.zeros(2, 3, 8)}, None)
+    assert call.input_ids_BT is None
+    assert call.mask_BT.shape == (2, 3)
+    with pytest.raises(ConfigError, match="neither input_ids nor inputs_embeds"):
+        decoder_call({}, None)
+
+
+def test_a_routing_mask_tells_only_real_tokens() -> None:
+    mask_BT = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    call = decoder_call({"input_ids": IDS, "attention_mask": mask_BT}, torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert call.mask_BT.tolist() == [[False, True, True], [True, True, True]]
+    assert call.decisive_BT.tolist() == [[False, True, False], [True, False, False]]
+    with pytest.raises(ConfigError, match=r"routing_mask has shape \(2, 2\)"):
+        decoder_call({"input_ids": IDS}, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 3), (3, 3)])
+def test_a_mask_that_does_not_cover_the_tokens_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"for 2 sequences of 3 tokens; it must cover them"):
+        decoder_call({"input_ids": IDS, "attention_mask": torch.ones(shape)}, None)
+
+
+def filled_cache(batch: int, tokens: int) -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.zeros(batch, 1, tokens, 4), torch.zeros(batch, 1, tokens, 4), 0)
+    return cache
+
+
+def test_a_continued_pass_brings_its_memory_and_the_end_of_the_mask() -> None:
+    cache = filled_cache(1, 4)
+    began = decoder_call({"input_ids": IDS[:1]}, None)
+    began.memory.tensors["choice"] = torch.tensor([7])
+    remember(began, BaseModelOutputWithCache(cache))
+    mask_BT = torch.tensor([[0, 1, 1, 1, 1, 0, 1]])
+    call = decoder_call({"input_ids": IDS[:1], "attention_mask": mask_BT, "past_key_values": cache}, None)
+    assert call.continues
+    assert call.mask_BT.tolist() == [[True, False, True]]
+    assert call.memory.tensors["choice"].tolist() == [7]
+    repeated = decoder_call({"input_ids": IDS, "past_key_values": cache}, None)
+    assert repeated.memory.tensors["choice"].tolist() == [7, 7]
+    assert isinstance(cache, DynamicCache)
+    assert cache.get_seq_length() == 4
+
+
+class BaseModelOutputWithCache:
+    """An output with a cache and nothing else."""
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.past_key_values = cache
+
+
+def test_an_empty_cache_begins_a_text_anew() -> None:
+    call = decoder_call({"input_ids": IDS, "past_key_values": DynamicCache()}, None)
+    assert not call.continues
+
+
+def test_nothing_to_remember_leaves_the_cache_as_it_is() -> None:
+    cache = filled_cache(2, 1)
+    remember(decoder_call({"input_ids": IDS}, None), BaseModelOutputWithCache(cache))
+    assert type(cache) is DynamicCache
+
+
+def test_what_an_encoder_decided_travels_with_its_output() -> None:
+    began = encoder_call({"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, None)
+    assert began.mask_BT.tolist() == [[True, True, False], [True, True, True]]
+    began.memory.tensors["choice"] = torch.tensor([3, 4])
+    output = BaseModelOutput(last_hidden_state=torch.zeros(2, 3, 8))
+    remember(began, output)
+    call = encoder_decoder_call(
+        {"encoder_outputs": output, "decoder_input_ids": torch.zeros(2, 5, dtype=torch.int64)}, None
+    )
+    assert call.continues
+    assert call.input_ids_BT is None
+    assert call.memory.tensors["choice"].tolist() == [3, 4]
+    assert call.site_mask(ENCODER_SITE).shape == (2, 3)
+    assert call.site_mask(DECODER_SITE).shape == (2, 5)
+    output.last_hidden_state = torch.zeros(4, 3, 8)
+    beams = encoder_decoder_call({"encoder_outputs": output}, None)
+    assert beams.memory.tensors["choice"].tolist() == [3, 3, 4, 4]
+    assert beams.site_mask(DECODER_SITE) is beams.mask_BT
+
+
+def test_the_decoders_own_mask_is_told() -> None:
+    decoder_mask_BT = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    call = encoder_decoder_call(
+        {"input_ids": IDS, "labels": torch.zeros(2, 3), "decoder_attention_mask": decoder_mask_BT}, None
+    )
+    assert call.site_mask(DECODER_SITE).tolist() == decoder_mask_BT.bool().tolist()
+    assert call.site_mask(ENCODER_SITE).all()
+
+
+def test_a_memory_of_another_batch_is_refused() -> None:
+    cache = filled_cache(2, 4)
+    began = decoder_call({"input_ids": IDS}, None)
+    began.memory = Memory()
+    began.memory.tensors["choice"] = torch.tensor([3, 4])
+    remember(began, BaseModelOutputWithCache(cache))
+    with pytest.raises(ConfigError, match="decided for 2 sequences and the model is now given 3"):
+        decoder_call({"input_ids": torch.zeros(3, 1, dtype=torch.int64), "past_key_values": cache}, None)

@@ -1,0 +1,149 @@
+"""What a router's section may say, what its experts must bring, and what it remembers beside a cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.experts import llama, make_expert, make_pool, prompts, with_gate
+
+from weft.errors import ConfigError, ExpertError
+from weft.experts.expert import Gate
+from weft.routing.phatgoose import PhatgooseConfig
+from weft.routing.prototypes import standardise
+from weft.routing.routed_model import RoutedModel
+from weft.routing.router import Memory, Site, build_router, place_of, router_config, routers, whole_sequence
+
+MODULE = "model.layers.0.self_attn.q_proj"
+SITES = [Site(MODULE, 0, (0, 1), 32)]
+
+
+def two() -> list[Any]:
+    return [make_expert(llama(), name, seed=seed, modules=[MODULE]) for seed, name in enumerate(("news", "code"))]
+
+
+def test_a_section_may_be_a_name_a_mapping_or_ready() -> None:
+    assert router_config("phatgoose") == PhatgooseConfig()
+    config = router_config({"router": "phatgoose", "k": 3})
+    assert config == PhatgooseConfig(k=3)
+    assert router_config(config) is config
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("phatgose", "unknown router 'phatgose'; did you mean 'phatgoose'"),
+        ({"k": 2}, "section names it: router: phatgoose; allowed: arrow, average-activation"),
+        ({"router": "phatgoose", "tempreature": 2.0}, "router.tempreature: unknown key; did you mean 'temperature'"),
+        ({"router": "phatgoose", "k": 0}, r"router.k: .*greater than 0 \(got 0\)"),
+        ({"router": "arrow", "share": "block"}, "router.share: .*'module', 'layer' or 'model'"),
+        ({"router": "single"}, "router.expert: missing"),
+        ({"router": "retrieval", "read_tokens": -1}, "router.read_tokens"),
+    ],
+)
+def test_wrong_sections_are_explained(section: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_router(section, two(), SITES)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"router": "single", "expert": "cod"}, "no expert 'cod'; did you mean 'code'"),
+        ({"router": "merged", "weights": {"law": 1.0}}, "no expert 'law'; allowed: code, news"),
+        ({"router": "merged", "weights": {"code": float("nan")}}, "must be finite"),
+    ],
+)
+def test_unknown_experts_and_weights_are_explained(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_router(section, two(), SITES)
+
+
+def test_missing_gates_are_listed_with_a_way_out() -> None:
+    bare = [replace(expert, gate=None) for expert in two()]
+    with pytest.raises(ExpertError, match=r"needs a gate and news, code have none; make one with .*: arrow, average-a"):
+        build_router("phatgoose", bare, SITES)
+    with pytest.raises(ExpertError, match="needs a gate and code has none"):
+        build_router("phatgoose", [two()[0], bare[1]], SITES)
+
+
+def test_a_gate_or_statistics_of_other_modules_are_refused() -> None:
+    news, code = two()
+    for vectors in ({}, {MODULE: torch.zeros(31)}, {MODULE: torch.full((32,), torch.nan)}):
+        with pytest.raises(ExpertError, match="'code'"):
+            build_router("phatgoose", [news, replace(code, gate=Gate(vectors))], SITES)
+    assert code.statistics is not None
+    with pytest.raises(ExpertError, match="'code'"):
+        build_router("average-activation", [news, replace(code, statistics=replace(code.statistics, means={}))], SITES)
+
+
+def test_statistics_of_different_embedders_do_not_mix() -> None:
+    news, code = two()
+    assert code.statistics is not None
+    other = replace(code, statistics=replace(code.statistics, embedder="tokens-32"))
+    with pytest.raises(ExpertError, match=r"embedded differently .*news.*tokens-64.*code.*tokens-32"):
+        build_router("retrieval", [news, other], SITES)
+
+
+def test_an_empty_gate_is_chosen_where_no_expert_has_another() -> None:
+    pool = [with_gate(expert, torch.zeros_like) for expert in make_pool(llama(), 2, mixed=False)]
+    routed = RoutedModel(llama(), pool, {"router": "phatgoose", "k": 1})
+    trace = routed.trace(prompts(1))[0]
+    torch.testing.assert_close(trace.weights_STE.sum(-1), torch.ones(14, 7))
+
+
+def test_every_router_is_discovered_with_its_own_section() -> None:
+    expected = {"arrow", "average-activation", "merged", "phatgoose", "random", "retrieval", "single", "uniform"}
+    assert expected <= set(routers)
+    for name in routers:
+        assert routers[name].Config.model_fields["router"].default == name
+        undescribed = [
+            key for key, field in routers[name].Config.model_fields.items() if key != "router" and not field.description
+        ]
+        assert not undescribed
+
+
+def test_places_are_found_by_name() -> None:
+    assert place_of("code", ("news", "code")) == 1
+    with pytest.raises(ConfigError, match="did you mean 'news'"):
+        place_of("new", ("news", "code"))
+
+
+def test_standardised_vectors_have_mean_zero_and_variance_one() -> None:
+    v_EI = 5.0 + 3.0 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    found_EI = standardise(v_EI)
+    torch.testing.assert_close(found_EI.mean(1), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_EI.var(1, correction=0), torch.ones(4), rtol=1e-4, atol=0)
+    assert torch.equal(standardise(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+def test_random_vectors_are_a_function_of_seed_and_site() -> None:
+    pool, given = make_pool(llama()), prompts()
+    with torch.no_grad():
+        first, again, other = (
+            RoutedModel(llama(), pool, {"router": "random", "seed": seed})(given).logits for seed in (3, 3, 4)
+        )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-2)
+
+
+def test_memory_follows_rows_and_repeats() -> None:
+    memory = Memory(follows_tokens=True)
+    memory.tensors["choice"] = torch.tensor([[1], [2]])
+    repeated = memory.expanded(6)
+    assert repeated.follows_tokens
+    assert repeated.tensors["choice"].flatten().tolist() == [1, 1, 1, 2, 2, 2]
+    repeated.select(torch.tensor([5, 0]))
+    assert repeated.tensors["choice"].flatten().tolist() == [2, 1]
+    assert memory.tensors["choice"].flatten().tolist() == [1, 2]
+    with pytest.raises(ConfigError, match="decided for 2 sequences and the model is now given 3"):
+        memory.expanded(3)
+
+
+def test_one_choice_serves_a_whole_sequence() -> None:
+    routing = whole_sequence(torch.tensor([[1, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]).double(), 3)
+    assert routing.experts_BTK.tolist() == [[[1, 0]] * 3, [[2, 1]] * 3]
+    assert routing.weights_BTK.dtype == torch.float32
+    assert routing.weights_BTK[0].tolist() == [[0.75, 0.25]] * 3
