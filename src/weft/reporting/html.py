@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from weft.errors import DataError
 
 DASH = "–"
 
@@ -83,3 +87,20 @@ def section(key: str, title: str, inside: str) -> str:
 def figure(svg: str, caption: str) -> str:
     """A chart with its caption; `caption` is HTML."""
     return f"<figure>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>"
+
+
+def write_page(page: str, output: str | Path) -> Path:
+    """Write a page as UTF-8, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    output = Path(output)
+    partial = output.with_name(f".{output.name}.writing")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise DataError(f"the page {output} cannot be written: {error.strerror}") from error
+    return output
