@@ -1,12 +1,12 @@
 """`write_report`: run folders in, one self-contained HTML page out.
 
-The page is text, tables and inline SVG; it loads nothing and runs nothing. The same folders give the same bytes.
+The page is text, tables and inline SVG; it loads nothing, and runs nothing unless it shows a routing trace. The same
+folders give the same bytes.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 from weft import __version__
-from weft.errors import ConfigError, DataError
+from weft.errors import ConfigError
 from weft.progress import count_text
 from weft.reporting.charts import (
     alignment_chart,
@@ -26,7 +26,8 @@ from weft.reporting.charts import (
 )
 from weft.reporting.compare import finding
 from weft.reporting.facts import environment_facts, prepared_facts, reading_notes, recipe_facts
-from weft.reporting.html import escape, section
+from weft.reporting.html import escape, section, write_page
+from weft.reporting.routing import RoutingFacts, routing_section, routing_style
 from weft.reporting.runs import Run, read_runs
 from weft.reporting.tables import domain_table, summary_table, time_table
 from weft.reporting.view import View
@@ -38,6 +39,7 @@ def write_report(
     title: str | None = None,
     *,
     prepared: Mapping[str, Any] | None = None,
+    routing: RoutingFacts | None = None,
 ) -> Path:
     """Write one HTML page about one run or several.
 
@@ -46,27 +48,25 @@ def write_report(
         output: the file to write; written whole or not at all.
         title: of the page; made from the runs' names when None.
         prepared: facts of the prepared data (`PreparedData.summary()`): sizes by set become a table, the rest a list.
+        routing: what routers did with the experts trained from these runs; shown as a section of its own.
     Returns:
         `output` as a path.
     Raises:
-        ConfigError: no run is given.
+        ConfigError: no run is given, or the routing's facts do not fit together.
+        NumericsError: a routing weight is not a share.
         DataError: a path is not a folder, or the page cannot be written.
     """
     if not runs:
         raise ConfigError("a report needs at least one run folder; none was given")
-    page = render_report(read_runs(runs), title, prepared)
-    output = Path(output)
-    partial = output.with_name(f".{output.name}.writing")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        raise DataError(f"the report {output} cannot be written: {error.strerror}") from error
-    return output
+    return write_page(render_report(read_runs(runs), title, prepared, routing), output)
 
 
-def render_report(runs: Sequence[Run], title: str | None = None, prepared: Mapping[str, Any] | None = None) -> str:
+def render_report(
+    runs: Sequence[Run],
+    title: str | None = None,
+    prepared: Mapping[str, Any] | None = None,
+    routing: RoutingFacts | None = None,
+) -> str:
     """The page as text."""
     view = View.of(runs)
     parts = [
@@ -77,6 +77,7 @@ def render_report(runs: Sequence[Run], title: str | None = None, prepared: Mappi
         ("domains", "By domain", "Loss by domain", domain_charts(view) + domain_table(view)),
         ("epochs", "Epochs", "Passes over the data", epoch_chart(view)),
         ("training", "Training", "Training", training_charts(view) + time_table(view)),
+        ("routing", "Routing", "Routing", routing_section(routing) if routing is not None else ""),
         ("data", "Data", "Prepared data", prepared_facts(prepared)),
         ("recipe", "Recipe", "Recipe", recipe_facts(view)),
         ("environment", "Environment", "Environment", environment_facts(view)),
@@ -89,7 +90,7 @@ def render_report(runs: Sequence[Run], title: str | None = None, prepared: Mappi
     return page.substitute(
         version=escape(__version__),
         title=escape(title if title is not None else _title(runs)),
-        style=style.strip(),
+        style=style.strip() + (routing_style(routing) if routing is not None else ""),
         kicker=_kicker(view),
         headline=escape(found.headline),
         qualifiers="\n".join(f'<p class="note">{escape(text)}</p>' for text in found.details),
