@@ -21,7 +21,9 @@ position's logits are asked for, as in generation, so that the head does not hid
 | dense pool         | all experts' factors as two matrices, [u A'] masked by the weights, then B'                |
 
 PEFT Arrow builds a tensor of tokens x experts x output width; where it would need more than the memory allowed, that is
-recorded and it is not run. Memory: processes of their own that build a contestant and run it once.
+recorded and it is not run. Neither of PEFT's is run with more adapters than `--peft-up-to`, because the time PEFT takes
+to add them grows with the square of their number. Memory: processes of their own that build a contestant and run it
+once.
 """
 
 from __future__ import annotations
@@ -125,8 +127,11 @@ def build_weft(model: LlamaForCausalLM, pool: Pool, count: int) -> RoutedModel:
     return RoutedModel(twin(model), pool.experts(count), {"router": "phatgoose", "k": K})
 
 
-def build_peft(model: LlamaForCausalLM, pool: Pool, count: int, *, arrow: bool) -> peft.PeftModel:
-    """PEFT's model over the same adapters; `arrow`: as `create_arrow_model` makes it, without files."""
+def build_peft(model: LlamaForCausalLM, pool: Pool, count: int) -> peft.PeftModel:
+    """PEFT's model over the same adapters, Arrow's router active, as `create_arrow_model` makes it from files.
+
+    Forward passes given `adapter_names` use those and no router.
+    """
     targets = sorted({name.rpartition(".")[2] for name in pool.A})
     names = [f"task_{place}" for place in range(count)]
 
@@ -142,12 +147,11 @@ def build_peft(model: LlamaForCausalLM, pool: Pool, count: int, *, arrow: bool) 
             for factors, source in ((layer.lora_A, A), (layer.lora_B, pool.B[name])):
                 weight = source[place].to(layer.weight)  # a view of the pool where nothing need be moved
                 factors[adapter].weight = nn.Parameter(weight, requires_grad=False)
-    if arrow:
-        router = ArrowConfig(top_k=min(K, count))
-        router.task_adapter_names = names
-        router.gks_adapter_names = []
-        adapted.add_adapter("arrow_router", config(arrow_config=router))
-        adapted.set_adapter("arrow_router")
+    router = ArrowConfig(top_k=min(K, count))
+    router.task_adapter_names = names
+    router.gks_adapter_names = []
+    adapted.add_adapter("arrow_router", config(arrow_config=router))
+    adapted.set_adapter("arrow_router")
     return adapted.eval()
 
 
@@ -277,8 +281,7 @@ def measure(
     stacked = pointers(ours)
     dense = build_dense(model, pool, count)
     check_alike(ours, dense, Workload("prefill", model, seed))
-    plain = build_peft(model, pool, count, arrow=False)
-    arrow: peft.PeftModel | None = None
+    adapted = build_peft(model, pool, count) if count <= arguments.peft_up_to else None
     found: dict[str, Any] = {"does_not_fit": {}, "workloads": {}}
     for name in workloads:
         workload = Workload(name, model, seed)
@@ -288,13 +291,13 @@ def measure(
             "weft": partial(workload.run, ours),
             FEW: partial(workload.run, few),
             DENSE: partial(workload.run, dense),
-            NAMES: partial(workload.run, plain, adapter_names=adapters),
         }
         needed = arrow_bytes(model, workload.batch * workload.tokens, count)
-        if needed <= EXTRA_MEMORY:
-            arrow = arrow or build_peft(model, pool, count, arrow=True)
-            contestants[ARROW] = partial(workload.run, arrow)
-        else:
+        if adapted is not None:
+            contestants[NAMES] = partial(workload.run, adapted, adapter_names=adapters)
+            if needed <= EXTRA_MEMORY:
+                contestants[ARROW] = partial(workload.run, adapted)
+        if needed > EXTRA_MEMORY:
             found["does_not_fit"][name] = needed
         with torch.inference_mode():
             taken = in_turns(contestants, arguments.rounds, device, turn=arguments.turn, slow=arguments.slow)
@@ -370,7 +373,7 @@ def run_for_memory(who: str, hidden: int, layers: int, count: int) -> None:
         BASE: lambda: model,
         "weft": lambda: build_weft(model, pool, count),
         DENSE: lambda: build_dense(model, pool, count),
-        ARROW: lambda: build_peft(model, pool, count, arrow=True),
+        ARROW: lambda: build_peft(model, pool, count),
     }
     before = peak_bytes()
     contestant = makers[who]()
@@ -495,7 +498,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "setting": {
             "rank": RANK, "k": K, "context": CONTEXT, "rounds": arguments.rounds, "seeds": arguments.seeds,
             "device": device.type, "dtype": "bfloat16" if device.type == "cuda" else "float32",
-            "allowed_bytes": EXTRA_MEMORY, "peft": metadata.version("peft"),
+            "allowed_bytes": EXTRA_MEMORY, "peft_up_to": arguments.peft_up_to, "peft": metadata.version("peft"),
         },
         "experts_compared": arguments.experts_compared,
         "sizes": sizes,
@@ -541,7 +544,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         for workload in next(iter(size["experts"].values()))["workloads"]:
             for count, cell in cells:
                 ratios = cell["workloads"][workload]["over_base"]
-                shown = [show(ratios.get(who)) for who in contestants]
+                shown = [show(ratios.get(who)) or "not run" for who in contestants]
                 if workload in cell["does_not_fit"]:
                     shown[-1] = f"does not fit: {cell['does_not_fit'][workload] / 2**30:.1f} GiB"
                 rows.append([workload, count, *shown, show(cell["workloads"][workload]["over_own_8"])])
@@ -573,6 +576,12 @@ def main() -> None:
     flags.add_argument("--hidden", type=int, nargs="+", default=[512, 768, 2048], help="hidden sizes")
     flags.add_argument("--experts", type=int, nargs="+", default=[1, 8, 36, 166, 512], help="numbers of experts")
     flags.add_argument("--experts-compared", type=int, default=166, help="number of experts that goals speak of")
+    flags.add_argument(
+        "--peft-up-to",
+        type=int,
+        default=166,
+        help="more adapters than this PEFT is not given: adding one takes longer the more there are",
+    )
     flags.add_argument("--rounds", type=int, default=7, help="rounds per seed")
     flags.add_argument("--turn", type=float, default=0.2, help="seconds of a contestant's turn, one forward at least")
     flags.add_argument(
