@@ -1,8 +1,9 @@
 """What routing every token among N experts costs beside the base model's forward pass, against what else there is.
 
 Llama-type models with random weights, LoRA adapters of rank 16 on all linears of attention and MLP, random gates, two
-experts per token. Random gates spread the tokens over all experts, so that every expert's factors are read in every
-module: the hardest case. "Skewed" shortens most gates, so that a few experts take most of the tokens.
+experts per token. Random gates prefer nobody, so that tokens spread over nearly all experts, whose factors must then be
+read: meant as the hard case. They spread evenly before attention and less so before the MLP, where a random model's
+tokens resemble each other; how even it is stands below each table. "Skewed" shortens most gates on top of that.
 
     prefill    one sequence of 512 tokens
     decode 1   the next token of one sequence, behind a KV cache of 512 tokens
