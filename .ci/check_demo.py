@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 POLICIES = {"uniform", "importance", "dga"}
+ROUTERS = {"base", "merged", "retrieval", "average-activation", "arrow", "phatgoose", "prefix", "blend", "oracle"}
+EXPERTS_AT_LEAST = 6
 
 
 def numbers(value: Any, place: str = "summary") -> dict[str, float]:
@@ -23,8 +25,9 @@ def numbers(value: Any, place: str = "summary") -> dict[str, float]:
 def problems(folder: Path) -> list[str]:
     """One line for everything that is wrong with a demonstration's folder."""
     found = []
-    mixture = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["mixture"]
-    found += [f"{place} is {number}" for place, number in numbers(mixture).items() if not math.isfinite(number)]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    mixture, routing = summary["mixture"], summary["routing"]
+    found += [f"{place} is {number}" for place, number in numbers(summary).items() if not math.isfinite(number)]
     for key in ("target_bpb", "generic_bpb"):
         missing = POLICIES - set(mixture[key])
         if missing:
@@ -36,6 +39,18 @@ def problems(folder: Path) -> list[str]:
         found.append(f"train_tokens is {mixture['train_tokens']}")
     if not mixture["seconds"]:
         found.append("seconds is empty")
+    for key in ("heldout_bpb", "unseen_bpb"):
+        if missing := ROUTERS - set(routing[key]):
+            found.append(f"routing.{key} lacks {', '.join(sorted(missing))}")
+        found += [
+            f"routing.{key}.{name} is {value} bits per byte"
+            for name, value in routing[key].items()
+            if not 0 < float(value) < 8
+        ]
+    if len(routing["experts"]) < EXPERTS_AT_LEAST:
+        found.append(f"routing has {len(routing['experts'])} experts")
+    if not routing["relative_forward_time"] > 0:
+        found.append(f"routing.relative_forward_time is {routing['relative_forward_time']}")
     report = (folder / "report.html").read_text(encoding="utf-8")
     if "</html>" not in report:
         found.append("report.html is cut off")

@@ -38,21 +38,22 @@ VOCABULARY, LENGTH = 2048, 128
 MODEL: dict[str, Any] = {
     "architecture": "llama",
     "config": {
-        "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
+        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 BASE_TRAINING: dict[str, Any] = {
-    "sequence_length": LENGTH, "batch_sequences": 32, "tokens": 4_000_000, "lr": 3e-3, "warmup_steps": 50,
+    "sequence_length": LENGTH, "batch_sequences": 32, "tokens": 3_000_000, "lr": 3e-3, "warmup_steps": 50,
     "save_every_steps": 200, "log_every_steps": 100, "threads": 1,
 }  # fmt: skip
 EXPERT: dict[str, Any] = {
     "lora": {"rank": 8, "alpha": 8},
     "training": {
-        "sequence_length": LENGTH, "batch_sequences": 16, "steps": 200, "lr": 3e-3, "threads": 1,
-        "save_every_steps": 100, "log_every_steps": 100,
+        "sequence_length": LENGTH, "batch_sequences": 16, "steps": 120, "lr": 3e-3, "threads": 1,
+        "save_every_steps": 120, "log_every_steps": 100,
     },
-    "validate_every_steps": 50, "validation_tokens": 8192, "statistics_examples": 500,
+    "gate": {"batch_sequences": 8},
+    "validate_every_steps": 40, "validation_tokens": 4096, "statistics_examples": 400,
 }  # fmt: skip
 BASE_TOKENS, EXPERT_TOKENS = 120_000, 250_000
 HELDOUT_TOKENS = 12_000
@@ -301,17 +302,14 @@ class Setting:
             return pool
         model = self.base()
         training = ExpertTraining.model_validate(self.expert).training
-        return [
-            replace(
-                expert,
-                gate=train_gate(
-                    model, expert.lora, self.parts[expert.name]["train"], GateConfig(steps=gate_steps),
-                    folder=self.work / "gates" / f"{expert.name}-{gate_steps}-{gate_seed}", seed=gate_seed,
-                    training=training,
-                ),
-            )
-            for expert in pool
-        ]  # fmt: skip
+        config = GateConfig(steps=gate_steps, batch_sequences=self.expert["gate"]["batch_sequences"])
+        found = []
+        for expert in pool:
+            folder = self.work / "gates" / f"{expert.name}-{gate_steps}-{gate_seed}"
+            source = self.parts[expert.name]["train"]
+            gate = train_gate(model, expert.lora, source, config, folder=folder, seed=gate_seed, training=training)
+            found.append(replace(expert, gate=gate))
+        return found
 
     def multitask(self) -> Expert:
         """The adapter trained on everything."""

@@ -45,7 +45,7 @@ BYTES_PER_FILE, BYTES_PER_DOCUMENT = 1_000_000, 4_000
 TARGET_HELDOUT, HELDOUT_PER_CLUSTER, AUXILIARY_DOCUMENTS = 120, 2, 20
 VOCABULARY = 1024
 EXAMPLES = 5
-CLUSTERS = (64, 256)
+CLUSTERS = (64,)
 
 EVERY = {"update_every_steps": 10}
 DGA = {"policy": "dga", "reweight": "basis", "eta": 15.0, "initial": "importance", "anchor": 0.1, **EVERY}

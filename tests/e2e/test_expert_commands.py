@@ -145,6 +145,9 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, weft: Call
     assert all(sum(each.values()) == pytest.approx(1) for each in traced["token_weights"])
     assert "model.layers.1" in weft("route", "trace", routed, "pan butter onion.")
     assert "0 tokens" in weft("route", "trace", routed, "", code=2)
+    page = tmp_path / "trace.html"
+    assert str(page) in weft("route", "trace", routed, "pan butter onion.", "--html", page)
+    assert "Who worked on which token" in page.read_text(encoding="utf-8")
 
     # -- comparing
     options = ["--experts", names, "--max-tokens", "256"]

@@ -10,19 +10,20 @@ from weft.pipeline.demo import demo_recipe, run_demo
 
 
 def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
-    """Run the main job on built-in text: three mixtures compared.
+    """Run the main jobs on built-in text: three mixtures compared, then experts and every router over them.
 
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
-    summary.json and one run folder per mixture. Finished parts are reused.
+    summary.json, one run folder per mixture, the experts in pool/experts. Finished parts are reused.
     """
     recipe = demo_recipe(set_ or [])
     if dry_run:
         show_plan(recipe, json)
         return
-    mixture = run_demo(recipe)["mixture"]
+    summary = run_demo(recipe)
     if json:
-        print_json({"mixture": mixture})
+        print_json(summary)
         return
+    mixture, routing = summary["mixture"], summary["routing"]
     rows = [
         [
             name,
@@ -39,4 +40,13 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
         rows,
     )
+    print_table(
+        f"bits per byte of {len(routing['experts'])} experts over the uniform mixture's model, by router",
+        ["router", "mean of domains", "text no expert saw (the target)"],
+        [
+            [label.replace("_", " "), number(value), number(routing["unseen_bpb"].get(label))]
+            for label, value in sorted(routing["heldout_bpb"].items(), key=lambda row: -row[1])
+        ],
+    )
+    typer.echo(f"a routed forward pass takes {routing['relative_forward_time']:.2f} times the base's")
     typer.echo(f"report: {recipe.run / 'report.html'}")

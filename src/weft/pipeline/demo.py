@@ -1,4 +1,4 @@
-"""The demonstration: the main job on built-in text, three mixtures side by side."""
+"""The demonstration on built-in text: three mixtures side by side, then experts and every router over them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import yaml
 from weft.config import apply_overrides
 from weft.errors import ConfigError
 from weft.mixture.policy import build_policy
+from weft.pipeline.demo_routing import route_demo
 from weft.pipeline.recipe import Recipe, make_recipe
 from weft.pipeline.report import report_runs
 from weft.pipeline.train import run_training, write_whole
 
 POLICIES = ("uniform", "importance", "dga")
 """What is compared, each as registered; `dga` is the recipe's own mixture."""
+BASE_RUN = "uniform"
+"""The run whose model the experts adapt: a generalist."""
 
 
 def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
@@ -27,9 +30,9 @@ def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
 
 
 def run_demo(recipe: Recipe) -> dict[str, Any]:
-    """Train the recipe's model on each mixture and write report.html and summary.json beside the runs.
+    """Train the recipe's model on each mixture, experts over one of the models, and compare mixtures and routers.
 
-    Runs that are finished already are reused.
+    Writes report.html and summary.json beside the runs. What is finished already is reused.
 
     Returns:
         summary.json as a mapping.
@@ -46,8 +49,14 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
         if policy != "dga":
             mixture = build_policy({"policy": policy, "update_every_steps": mixture.update_every_steps}).config
         results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": folder / policy}))
-    report_runs([folder / policy for policy in POLICIES], folder / "report.html", "A mixture found while training")
-    summary = {"mixture": summarise(results)}
+    routing, facts = route_demo(recipe, folder / BASE_RUN, folder / "pool")
+    report_runs(
+        [folder / policy for policy in POLICIES],
+        folder / "report.html",
+        "A mixture found while training, and experts routed",
+        routing=facts,
+    )
+    summary = {"mixture": summarise(results), "routing": routing}
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

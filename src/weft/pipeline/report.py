@@ -11,13 +11,21 @@ from weft.errors import WeftError
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.recipe import load_recipe
 from weft.reporting.report import write_report
+from weft.reporting.routing import RoutingFacts
 
 log = logging.getLogger(__name__)
 
 
-def report_runs(runs: Sequence[Path], output: Path, title: str | None = None) -> Path:
-    """Write the page about these runs; the first run's prepared data is described where it can still be opened."""
-    return write_report(runs, output, title=title, prepared=_prepared(runs[0]) if runs else None)
+def report_runs(
+    runs: Sequence[Path], output: Path, title: str | None = None, *, routing: RoutingFacts | None = None
+) -> Path:
+    """Write the page about these runs; the first run's prepared data is described where it can still be opened.
+
+    Args:
+        routing: what routers did with experts over these runs' models.
+    """
+    prepared = _prepared(runs[0]) if runs else None
+    return write_report(runs, output, title=title, prepared=prepared, routing=routing)
 
 
 def _prepared(run: Path) -> dict[str, Any] | None:

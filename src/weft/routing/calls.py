@@ -20,12 +20,18 @@ _MEMORY = "weft_memory"
 
 def arguments_of(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A forward's arguments by name, whether given by place or by name."""
-    bound = inspect.signature(forward).bind_partial(*args, **kwargs)
+    signature = _signature(getattr(forward, "__func__", forward))
+    bound = signature.bind_partial(*((None, *args) if hasattr(forward, "__func__") else args), **kwargs)
     found = dict(bound.arguments)
-    for name, parameter in inspect.signature(forward).parameters.items():
+    for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             found |= found.pop(name, {})
     return found
+
+
+@functools.lru_cache(maxsize=32)
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:

@@ -29,7 +29,10 @@ class Switch:
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
         """Ask the router, in full precision also under autocast, and tell who wants to know."""
-        with torch.autocast(u_BTI.device.type, enabled=False):
+        if torch.is_autocast_enabled(u_BTI.device.type):
+            with torch.autocast(u_BTI.device.type, enabled=False):
+                routing = self.router.route(site, u_BTI, call)
+        else:
             routing = self.router.route(site, u_BTI, call)
         if call.record is not None:
             call.record(site, routing)

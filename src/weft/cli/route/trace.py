@@ -12,6 +12,7 @@ from torch import Tensor
 
 from weft.cli.options import JsonOption, number, print_json, print_table
 from weft.pipeline.routes import TracedText, trace_text
+from weft.reporting.inspect import write_trace_page
 
 
 def run(
@@ -22,6 +23,10 @@ def run(
         typer.Option(help="Another place to load the base from: folder or hub name.", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option(help="Experts named per token and layer.", min=1)] = 3,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE.html", help="Also write a page to look at it.", show_default=False),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show which experts work on each token of a text, and how much each layer uses them.
@@ -30,10 +35,14 @@ def run(
     logarithm of their number where all work alike.
     """
     traced = trace_text(folder, sys.stdin.read() if text == "-" else text, base=base)
+    if html is not None:
+        write_trace_page([(f"{folder}", traced.trace, traced.tokens)], html, "Who worked on which token")
     if json:
         print_json(traced.to_json())
         return
     _print(traced, folder, top)
+    if html is not None:
+        typer.echo(f"page: {html}")
 
 
 def _print(traced: TracedText, folder: Path, top: int) -> None:
