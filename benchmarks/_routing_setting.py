@@ -164,7 +164,7 @@ class Setting:
         steps = {"steps": 5} if quick else {}
         self.expert = {**EXPERT, "training": {**EXPERT["training"], **steps}}
         if quick:
-            self.expert |= {"statistics_examples": 8, "validate_every_steps": 0}
+            self.expert |= {"statistics_examples": 8, "validate_every_steps": 0, "gate": {"steps": 3}}
         self.heldout_tokens = 1_000 if quick else HELDOUT_TOKENS
         work.mkdir(parents=True, exist_ok=True)
 
