@@ -1,0 +1,283 @@
+"""Robust gates against the convex programme, published numbers, brute force and closed forms."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.gating import chain_scores, kl, markov, normalised, random_problem, reference
+
+from weft.gating import (
+    Box,
+    Features,
+    FitConfig,
+    ScoredSequences,
+    Vertices,
+    best_constant_gate,
+    certify,
+    channel_capacity,
+    enumerated,
+    exact_robust_gate,
+    fit_robust_gate,
+    mixture_regrets,
+)
+from weft.gating.bayes import BayesGate, FixedShareGate
+from weft.gating.exact import entropies
+from weft.gating.problem import dual_value, evaluate, log_model, make_problem
+
+pytest.importorskip("cvxpy")
+
+# eps: capacity, exact robust gate, best constant gate, Blahut-Arimoto mixture of Q, uniform mixture
+TABLE = {
+    0.1: (0.320626, 0.320626, 0.324761, 0.338393, 0.375534),
+    0.5: (0.320626, 0.323577, 0.412775, 0.469283, 0.479436),
+    1.0: (0.320626, 0.396852, 0.625759, 0.741137, 0.739460),
+}
+each_eps = pytest.mark.parametrize("eps", list(TABLE))
+
+
+@each_eps
+def test_the_reference_table(eps):
+    P, Q = reference(eps)
+    capacity = channel_capacity(np.log(P))
+    found = (
+        capacity.value,
+        exact_robust_gate(P, Q).value,
+        best_constant_gate(P, Q).value,
+        mixture_regrets(P, Q, channel_capacity(Q).lam_D).max(),
+        mixture_regrets(P, Q, [1 / 3] * 3).max(),
+    )
+    assert found == pytest.approx(TABLE[eps], abs=2e-6)
+    assert capacity.gap <= 1e-9
+
+
+@each_eps
+def test_full_batch_primal_dual_reaches_the_programme(eps):
+    P, Q = reference(eps)
+    exact = exact_robust_gate(P, Q)
+    fit = fit_robust_gate(P, Q, config=FitConfig(steps=2000))
+    assert fit.value == pytest.approx(TABLE[eps][1], abs=1e-3)
+    assert fit.value >= exact.value - 1e-7
+    assert abs(fit.z - 1.0) < 1e-5
+    assert fit.lam == pytest.approx(exact.lam, abs=1e-3)
+    assert fit.mu == pytest.approx(exact.z_multiplier, abs=1e-3)
+    assert fit.gap_kind == "exact"
+    assert fit.value - fit.gap - 1e-7 <= exact.value <= fit.value + 1e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("eps", "value"), [(0.1, 0.320627), (0.5, 0.323578), (1.0, 0.396858)])
+def test_the_default_steps_reach_the_reference_figures(eps, value):
+    P, Q = reference(eps)
+    fit = fit_robust_gate(P, Q)
+    assert fit.value == pytest.approx(value, abs=1.5e-6)
+    assert abs(fit.z - 1.0) < 1e-6
+    if eps == 0.5:
+        assert fit.lam == pytest.approx([0.306, 0.387, 0.307], abs=1e-3)
+
+
+@pytest.mark.parametrize(("eps", "steps", "batch"), [(0.5, 3000, 256), (1.0, 2000, 128)])
+def test_mini_batches_and_sampled_z_come_within_a_hundredth(eps, steps, batch):
+    P, Q = reference(eps)
+    exact = exact_robust_gate(P, Q)
+    r = np.random.default_rng(1)
+
+    def drawn(k, count):
+        points = r.choice(40, count, p=Q[k])
+        features = Features(points_B=torch.from_numpy(points))
+        return ScoredSequences.of(np.log(Q.T[points]), features=features, name=f"expert {k}")
+
+    domains, _ = enumerated(P, Q)
+    fit = fit_robust_gate(
+        domains,
+        [drawn(k, 40_000) for k in range(3)],
+        gate="tabular",
+        offsets=entropies(P),
+        config=FitConfig(steps=steps, batch_sequences=batch, batch_samples=256, best_response_steps=0),
+        held_out_samples=[drawn(k, 40_000) for k in range(3)],
+    )
+    truth = evaluate(fit.gate, make_problem(P, Q))
+    assert truth.worst == pytest.approx(exact.value, abs=1e-2)
+    assert fit.value == pytest.approx(exact.value, abs=1e-2)
+    assert fit.lam == pytest.approx(exact.lam, abs=1e-2)
+    assert fit.z_source == "held-out samples"
+    half = fit.z_ci[1] - fit.z
+    assert abs(fit.z - truth.z) < 2 * half < 0.02
+    assert math.isnan(fit.gap)
+
+
+def test_the_dual_by_water_filling_meets_the_programme_at_its_multipliers():
+    for seed in range(5):
+        P, Q = random_problem(seed, experts=4)
+        exact = exact_robust_gate(P, Q)
+        problem = make_problem(P, Q)
+        assert dual_value(problem, exact.lam) == pytest.approx(exact.value, abs=1e-6)
+        for lam in np.random.default_rng(seed).dirichlet(np.ones(3), size=20):
+            assert dual_value(problem, lam) <= exact.value + 1e-7
+
+
+def test_a_single_mixture_has_its_own_optimum():
+    P, Q = random_problem(3)
+    mixture = np.array([0.2, 0.5, 0.3])
+    alone = exact_robust_gate((mixture @ P)[None], Q)
+    exact = exact_robust_gate(P, Q, mixtures=[mixture])
+    fit = fit_robust_gate(P, Q, mixtures=Vertices([mixture]), config=FitConfig(steps=1500))
+    assert exact.value == pytest.approx(alone.value, abs=1e-7)
+    assert exact.lam == pytest.approx(mixture)
+    assert fit.value == pytest.approx(alone.value, abs=1e-3)
+    assert kl(mixture @ P, exact.pi) == pytest.approx(exact.value, abs=1e-9)
+
+
+def test_vertices_at_the_domains_and_the_whole_box_are_no_restriction():
+    P, Q = reference(1.0)
+    free = exact_robust_gate(P, Q)
+    for mixtures in (np.eye(3), Box(), Box(0.0, 1.0)):
+        restricted = exact_robust_gate(P, Q, mixtures=mixtures)
+        assert restricted.value == pytest.approx(free.value, abs=1e-7)
+        assert restricted.lam == pytest.approx(free.lam, abs=1e-4)
+    config = FitConfig(steps=300)
+    unrestricted = fit_robust_gate(P, Q, config=config)
+    for mixtures in (np.eye(3), Box()):
+        fit = fit_robust_gate(P, Q, mixtures=mixtures, config=config)
+        assert fit.value == pytest.approx(unrestricted.value, abs=1e-12)
+
+
+def test_a_box_binds_in_the_programme_and_in_the_fit_alike():
+    P, Q = reference(1.0)
+    box = Box([0.1, 0.4, 0.1], 0.6)
+    for offsets in (None, entropies(P)):
+        exact = exact_robust_gate(P, Q, mixtures=box, offsets=offsets)
+        fit = fit_robust_gate(P, Q, mixtures=box, offsets=offsets, config=FitConfig(steps=2500, eta=0.2))
+        assert exact.lam[1] == pytest.approx(0.4, abs=1e-3)
+        assert fit.value == pytest.approx(exact.value, abs=1e-3)
+        assert fit.lam == pytest.approx(exact.lam, abs=5e-3)
+        assert exact.value < exact_robust_gate(P, Q).value
+
+
+def test_the_constant_gate_is_fitted_to_the_best_constant():
+    P, Q = reference(0.5)
+    exact = best_constant_gate(P, Q)
+    fit = fit_robust_gate(P, Q, gate="constant", config=FitConfig(steps=2000))
+    assert fit.value == pytest.approx(exact.value, abs=1e-4)
+    weights = fit.gate.log_weights(Features(1)).exp()[0].numpy()
+    assert weights == pytest.approx(exact.gate[:, 0], abs=1e-2)
+    assert fit.z == pytest.approx(1.0, abs=1e-12)
+    assert fit.gap_kind == "estimate"
+    assert -1e-9 <= fit.gap < 1e-2
+
+
+def test_points_only_some_experts_know():
+    P = normalised([[3, 2, 1, 0, 0], [0, 1, 1, 2, 0]])
+    Q = normalised([[3, 1, 1, 0, 0], [0, 1, 1, 3, 0]])
+    exact = exact_robust_gate(P, Q)
+    fit = fit_robust_gate(P, Q, config=FitConfig(steps=1500))
+    assert fit.value == pytest.approx(exact.value, abs=1e-3)
+    assert np.isfinite(exact.gate).all()
+    assert channel_capacity(P).value <= exact.value + 1e-7
+
+
+# ---------------------------------------------------------------------------------------------------------- text models
+
+
+def texts(length, letters=3):
+    return list(itertools.product(range(letters), repeat=length))
+
+
+def scored(seed, length):
+    """All texts of a length under three Markov chains: (texts, B x T x E)."""
+    start, step = markov(seed)
+    every = texts(length)
+    return every, torch.from_numpy(np.stack([chain_scores(start, step, text) for text in every]))
+
+
+def test_the_bayes_router_is_the_exact_conditional_of_the_mixture():
+    prior = np.array([0.5, 0.2, 0.3])
+    every, logp_BTE = scored(0, 4)
+    gate = BayesGate.of(prior)
+    logw_BTE = gate.log_weights(Features(logp_BTE=logp_BTE))
+    mixed_BT = torch.logsumexp(logw_BTE + logp_BTE, dim=-1).exp().numpy()
+    start, step = markov(0)
+
+    def mixture(prefix):
+        if not prefix:
+            return 1.0
+        return float(prior @ np.exp(chain_scores(start, step, prefix).sum(axis=0)))
+
+    for b, text in enumerate(every):
+        for t in range(4):
+            assert mixed_BT[b, t] == pytest.approx(mixture(text[: t + 1]) / mixture(text[:t]), rel=1e-12)
+    whole = log_model(gate, logp_BTE.sum(dim=1), Features(logp_BTE=logp_BTE))
+    assert float(whole.exp().sum()) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3])
+def test_fixed_share_is_a_sum_over_all_sequences_of_experts(share):
+    prior = np.array([0.5, 0.2, 0.3])
+    every, logp_BTE = scored(1, 4)
+    gate = FixedShareGate.of(prior, share)
+    whole = log_model(gate, logp_BTE.sum(dim=1), Features(logp_BTE=logp_BTE)).exp().numpy()
+    switch = (1 - share) * np.eye(3) + share / 3
+    for b in range(0, len(every), 7):
+        p = logp_BTE[b].exp().numpy()
+        total = 0.0
+        for path in itertools.product(range(3), repeat=4):
+            term = prior[path[0]] * p[0, path[0]]
+            for t in range(1, 4):
+                term *= switch[path[t - 1], path[t]] * p[t, path[t]]
+            total += term
+        assert whole[b] == pytest.approx(total, rel=1e-12)
+    assert whole.sum() == pytest.approx(1.0, rel=1e-12)
+
+
+def test_a_causal_gate_is_fitted_without_samples_to_the_best_constant():
+    every, logp_BTE = scored(2, 3)
+    q_XE = logp_BTE.sum(dim=1).exp().numpy()
+    P = normalised(q_XE.T * np.exp(0.3 * np.random.default_rng(0).normal(size=q_XE.T.shape)))
+    exact = best_constant_gate(P, q_XE.T)
+    domains = [
+        ScoredSequences.of(np.log(q_XE), features=Features(logp_BTE=logp_BTE), weights_N=row, tokens_N=[3] * len(every))
+        for row in P
+    ]
+    fit = fit_robust_gate(domains, gate="bayes", offsets=entropies(P), config=FitConfig(steps=1500))
+    assert fit.z == 1.0
+    assert fit.z_ci == (1.0, 1.0)
+    assert fit.value == pytest.approx(exact.value, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- gates on features
+
+
+def gaussian_sets(seed, count, means, tokens=4):
+    """Domains that are products of Gaussians with known experts; x is scored by density."""
+    r = np.random.default_rng(seed)
+
+    def score(x):
+        return np.stack([-0.5 * ((x - m) ** 2).sum(axis=1) for m in means], axis=1) - 0.5 * tokens * np.log(2 * np.pi)
+
+    sets = []
+    for mean in means:
+        x = r.normal(mean, 1.0, size=(count, tokens))
+        sets.append(ScoredSequences.of(score(x), tokens_N=[tokens] * count))
+    return sets
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp"])
+def test_gates_on_features_beat_the_uniform_mixture_of_overlapping_gaussians(gate):
+    means = (-1.0, 0.2, 1.0)
+    domains, samples = gaussian_sets(0, 1500, means), gaussian_sets(1, 1500, means)
+    config = FitConfig(steps=800, lr=0.02, batch_sequences=128)
+    fit = fit_robust_gate(domains, samples, gate=gate, config=config)
+    new, draws = gaussian_sets(2, 3000, means), gaussian_sets(3, 3000, means)
+    uniform = evaluate(
+        fit_robust_gate(new, draws, gate="constant", config=FitConfig(steps=1)).gate, make_problem(new, draws)
+    )
+    certificate = certify(fit, new, draws)
+    capacity = certificate.capacity
+    assert capacity is not None
+    assert capacity.label == "estimate"
+    assert certificate.worst.value < uniform.worst - 0.03
+    # The experts are the domains, so the capacity bounds the regret, up to the noise of both.
+    assert certificate.worst.high > capacity.low
+    assert certificate.z.low - 0.02 < 1.0 < certificate.z.high + 0.02
+    assert fit.gap < 0.1

@@ -1,0 +1,82 @@
+"""Causal gates without training: padding, dead prefixes, refusals."""
+
+import math
+
+import pytest
+import torch
+
+from weft.errors import ConfigError
+from weft.gating.bayes import BayesGate, FixedShareGate
+from weft.gating.gate import Features, init_gate
+from weft.gating.problem import log_model
+
+INF = math.inf
+
+
+def scores(*rows):
+    """One text, T x E, as features."""
+    return Features(logp_BTE=torch.tensor([rows], dtype=torch.float64))
+
+
+def test_weights_by_hand():
+    found = BayesGate.of([0.5, 0.5]).log_weights(scores([math.log(0.2), math.log(0.6)], [0.0, 0.0])).exp()
+    assert found[0].tolist() == [pytest.approx([0.5, 0.5]), pytest.approx([0.25, 0.75])]
+    shared = FixedShareGate.of([0.5, 0.5], 0.1).log_weights(scores([math.log(0.2), math.log(0.6)], [0.0, 0.0])).exp()
+    assert shared[0, 1].tolist() == pytest.approx([0.9 * 0.25 + 0.05, 0.9 * 0.75 + 0.05])
+
+
+def test_bayes_never_recovers_an_expert_it_saw_fail_and_fixed_share_does():
+    text = scores([-INF, -1.0], [-1.0, -9.0], [-1.0, -9.0], [0.0, 0.0])
+    bayes = BayesGate.of([0.5, 0.5]).log_weights(text).exp()[0]
+    assert bayes[1:, 0].tolist() == [0.0, 0.0, 0.0]
+    shared = FixedShareGate.of([0.5, 0.5], 0.01).log_weights(text).exp()[0]
+    assert shared[1, 0] == pytest.approx(0.005)
+    assert shared[3, 0] > 0.9
+
+
+@pytest.mark.parametrize("gate", [BayesGate.of([0.3, 0.7]), FixedShareGate.of([0.3, 0.7], 0.1)])
+def test_after_an_impossible_prefix_the_first_weights_return_and_the_text_keeps_probability_0(gate):
+    text = scores([-1.0, -2.0], [-INF, -INF], [-1.0, -2.0], [-1.0, -2.0])
+    weights = gate.log_weights(text).exp()[0]
+    assert weights[2].tolist() == pytest.approx([0.3, 0.7])
+    assert weights[3].tolist() == pytest.approx([0.3, 0.7])
+    assert float(log_model(gate, text.logp_BTE.sum(dim=1), text)) == -INF
+
+
+@pytest.mark.parametrize("gate", [BayesGate.of([0.3, 0.7]), FixedShareGate.of([0.3, 0.7], 0.1)])
+def test_padding_changes_nothing(gate):
+    short = scores([-1.0, -3.0], [-4.0, -2.0])
+    padded = Features(
+        logp_BTE=torch.tensor([[[-1.0, -3.0], [9.0, -9.0], [-4.0, -2.0], [-INF, -INF]]], dtype=torch.float64),
+        mask_BT=torch.tensor([[True, False, True, False]]),
+    )
+    dense, sparse = gate.log_weights(short), gate.log_weights(padded)
+    torch.testing.assert_close(sparse[:, [0, 2]], dense)
+    totals = [log_model(gate, each.logp_BTE.sum(dim=1), each) for each in (short, padded)]
+    torch.testing.assert_close(totals[1], totals[0])
+
+
+def test_gradients_of_the_prior_survive_impossible_experts():
+    gate = BayesGate.of([0.3, 0.7])
+    logits_E = gate.tensors["logits_E"].clone().requires_grad_(True)
+    text = scores([-INF, -1.0], [-1.0, -2.0])
+    log_model(gate.replaced({"logits_E": logits_E}), text.logp_BTE.sum(dim=1), text).sum().backward()
+    assert logits_E.grad.tolist() == pytest.approx([-0.3, 0.3])
+
+
+def test_long_texts_do_not_underflow():
+    logp_BTE = torch.full((1, 5000, 3), -11.0)
+    logp_BTE[..., 1] = -10.9
+    weights = BayesGate.of([1 / 3] * 3).log_weights(Features(logp_BTE=logp_BTE))
+    assert weights.dtype == torch.float64
+    assert float(weights[0, -1, 1]) == pytest.approx(0.0, abs=1e-9)
+    assert float(weights[0, -1, 0]) == pytest.approx(-0.1 * 4999, rel=1e-3)
+
+
+def test_what_is_refused():
+    with pytest.raises(ConfigError, match="must be at least 0 and below 1"):
+        FixedShareGate.of([0.5, 0.5], 1.0)
+    with pytest.raises(ConfigError, match="over 3"):
+        BayesGate.of([0.3, 0.3, 0.4]).log_weights(scores([-1.0, -1.0]))
+    with pytest.raises(ConfigError, match="log-probability of every token"):
+        init_gate("bayes", 2, Features(2))

@@ -1,0 +1,123 @@
+"""Certificates: labels, figures, JSON."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from support.gating import random_problem
+
+from weft.errors import ConfigError, DataError
+from weft.gating import Certificate, FitConfig, ScoredSequences, certify, channel_capacity, fit_robust_gate
+from weft.gating.bayes import BayesGate
+from weft.gating.constant import ConstantGate
+from weft.gating.features import sequence_features
+
+CONFIG = FitConfig(steps=300, best_response_steps=20)
+
+
+def gaussians(seed, count=400, tokens=4):
+    """Two overlapping Gaussian domains, scored by their own densities; in clusters of four."""
+    r = np.random.default_rng(seed)
+    found = []
+    for mean in (-0.5, 0.5):
+        x = r.normal(mean, 1.0, size=(count, tokens))
+        logp = np.stack([-0.5 * (x - m) ** 2 - 0.5 * math.log(2 * math.pi) for m in (-0.5, 0.5)], axis=2)
+        logq = logp.sum(axis=1)
+        features = sequence_features(logq, [tokens] * count, logp_NTE=logp)
+        clusters = np.arange(count) // 4
+        found.append(ScoredSequences.of(logq, features=features, tokens_N=[tokens] * count, clusters_N=clusters))
+    return found
+
+
+def test_an_enumerated_problem_is_certified_exactly():
+    P, Q = random_problem(0)
+    fit = fit_robust_gate(P, Q, config=CONFIG)
+    found = certify(fit, P, Q)
+    assert (found.worst.label, found.z.label, found.lower.label, found.capacity.label) == (
+        "exact",
+        "exact",
+        "bound",
+        "bound",
+    )
+    assert found.worst.value == pytest.approx(fit.worst)
+    assert found.capacity.value == pytest.approx(channel_capacity(P).value)
+    # Z is not quite 1 after 300 steps, by which pi / Z may undercut what gates with Z = 1 can reach.
+    slack = abs(found.z.value - 1.0)
+    assert found.capacity.value <= found.worst.value
+    assert found.lower.value - slack <= found.at_lam.value <= found.worst.value
+    assert found.gap.value == pytest.approx(found.worst.value - found.lower.value)
+    assert [row.lam for row in found.domains] == pytest.approx(fit.lam.tolist())
+    assert found.worst.low is None
+    assert found.offsets == "entropy"
+
+
+def test_samples_are_labelled_as_such():
+    domains, samples, held, draws = (gaussians(seed) for seed in range(4))
+    fit = fit_robust_gate(domains, samples, config=CONFIG)
+    found = certify(fit, held, draws)
+    assert {found.worst.label, found.z.label, found.lower.label, found.gap.label, found.capacity.label} == {"estimate"}
+    assert found.z.low < found.z.value < found.z.high
+    assert "cluster-robust" in found.z.how
+    assert "800 samples of 2 experts" in found.z.how
+    assert "compare only as far" in found.capacity.how
+    row = found.domains[0]
+    assert (row.name, row.sequences, row.tokens) == ("domain 0", 400, pytest.approx(4.0))
+    assert row.value == pytest.approx(row.cross_entropy - row.offset)
+    assert row.low < row.value < row.high
+    assert max(each.value for each in found.domains) == pytest.approx(found.worst.value)
+    assert found.worst_domain in ("domain 0", "domain 1")
+
+
+def test_per_token_figures_divide_the_capacity_too():
+    held, draws = gaussians(2), gaussians(3)
+    gate = ConstantGate.of([0.5, 0.5])
+    by_sequence, by_token = (certify(gate, held, draws, unit=unit, nu=[0.5, 0.5]) for unit in ("sequence", "token"))
+    for name in ("capacity", "worst", "at_lam"):
+        assert getattr(by_token, name).value * 4 == pytest.approx(getattr(by_sequence, name).value)
+    assert by_token.unit == "token"
+
+
+def test_causal_gates_need_no_samples_and_a_gate_alone_has_no_gap():
+    held = gaussians(2)
+    found = certify(BayesGate.of([0.5, 0.5]), held)
+    assert found.causal
+    assert (found.z.value, found.z.label) == (1.0, "exact")
+    assert (found.lower, found.gap, found.capacity) == (None, None, None)
+    constant = certify(ConstantGate.of([0.5, 0.5]), held, gaussians(3))
+    assert found.worst.value == pytest.approx(constant.worst.value)
+
+
+def test_restricted_mixtures_have_their_own_capacity():
+    P, Q = random_problem(1)
+    mixtures = np.array([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    fit = fit_robust_gate(P, Q, mixtures=mixtures, config=CONFIG)
+    found = certify(fit, P, Q, mixtures=mixtures)
+    assert found.capacity.value == pytest.approx(channel_capacity(mixtures @ P).value)
+    assert found.capacity.value <= found.worst.value
+    known = channel_capacity(P)
+    assert certify(fit, P, Q, mixtures=mixtures, capacity=known).capacity.value == known.value
+
+
+def test_json_both_ways():
+    P, Q = random_problem(0)
+    for found in (
+        certify(ConstantGate.of([0.2, 0.3, 0.5]), P, Q, nu=[0.2, 0.3, 0.5], config=CONFIG),
+        certify(ConstantGate.of([0.5, 0.5]), gaussians(2, count=4), gaussians(3)),
+    ):
+        text = json.dumps(found.to_json(), allow_nan=False)
+        assert Certificate.from_json(text) == found
+        assert Certificate.from_json(json.loads(text)) == found
+    with pytest.raises(DataError, match="no certificate"):
+        Certificate.from_json("{}")
+    with pytest.raises(DataError, match="no certificate"):
+        Certificate.from_json("nonsense")
+
+
+def test_what_is_refused():
+    P, Q = random_problem(0)
+    gate = ConstantGate.of([0.2, 0.3, 0.5])
+    with pytest.raises(ConfigError, match="nu has 2 entries"):
+        certify(gate, P, Q, nu=[0.5, 0.5])
+    with pytest.raises(ConfigError, match="capacity is of 2 domains"):
+        certify(gate, P, Q, capacity=channel_capacity(P[:2]))

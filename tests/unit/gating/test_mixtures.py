@@ -1,0 +1,70 @@
+"""Sets of mixtures: corners, projections, refusals."""
+
+import numpy as np
+import pytest
+
+from weft.errors import ConfigError
+from weft.gating import Box, Vertices
+from weft.gating.mixtures import box_vertices, kl_projection, player
+
+
+def test_projection_by_hand():
+    z = np.exp(kl_projection(np.log([0.7, 0.2, 0.1]), np.zeros(3), np.array([0.4, 1.0, 1.0])))
+    assert z == pytest.approx([0.4, 0.4, 0.2])
+    z = np.exp(kl_projection(np.log([0.7, 0.2, 0.1]), np.array([0.0, 0.0, 0.3]), np.ones(3)))
+    assert z == pytest.approx([0.7 * 7 / 9, 0.7 * 2 / 9, 0.3])
+
+
+def test_bounds_that_leave_one_point():
+    point = np.array([0.2, 0.5, 0.3])
+    assert np.exp(kl_projection(np.log([0.9, 0.05, 0.05]), point, np.ones(3))) == pytest.approx(point)
+    assert np.exp(kl_projection(np.log([0.9, 0.05, 0.05]), np.zeros(3), point)) == pytest.approx(point)
+    value, nu = player(Box(point), 3).best(np.array([1.0, 2.0, 4.0]))
+    assert value == pytest.approx(float(point @ [1.0, 2.0, 4.0]))
+    assert nu == pytest.approx(point)
+
+
+def test_corners_of_a_box():
+    assert sorted(box_vertices(player(Box(), 3)).tolist()) == sorted(np.eye(3).tolist())
+    found = box_vertices(player(Box(0.1, 0.6), 3))
+    assert sorted(np.round(found, 9).tolist()) == sorted(
+        [[0.6, 0.3, 0.1], [0.6, 0.1, 0.3], [0.3, 0.6, 0.1], [0.1, 0.6, 0.3], [0.3, 0.1, 0.6], [0.1, 0.3, 0.6]]
+    )
+    with pytest.raises(ConfigError, match="at most 12"):
+        box_vertices(player(Box(0.0, 0.5), 13))
+
+
+def test_an_ignored_mixture_comes_back_quickly():
+    opponent = player(None, 2)
+    log_nu = opponent.start()
+    for _ in range(1000):
+        log_nu = opponent.step(log_nu, np.array([1.0, 0.0]))
+    for _ in range(31):
+        log_nu = opponent.step(log_nu, np.array([0.0, 1.0]))
+    assert np.exp(log_nu)[1] > 0.5
+
+
+def test_vertices_mix_the_domains():
+    opponent = player(Vertices([[0.5, 0.5], [1.0, 0.0]], [0.1, 0.2]), 2)
+    assert opponent.lam(np.array([0.5, 0.5])) == pytest.approx([0.75, 0.25])
+    assert opponent.offsets_M == pytest.approx([0.1, 0.2])
+    assert player([[0.5, 0.5]], 2).offsets_M is None
+
+
+@pytest.mark.parametrize(
+    ("mixtures", "match"),
+    [
+        ([[0.5, 0.6]], "sum to 1"),
+        ([[1.0]], "needs 2"),
+        (np.zeros((0, 2)), "hold no mixture"),
+        (Vertices([[0.5, 0.5]], [0.1, 0.2]), "offsets_M"),
+        (Box(0.6), "no mixture lies within"),
+        (Box(None, 0.4), "no mixture lies within"),
+        (Box([0.5, 0.0], [0.4, 1.0]), "no mixture lies within"),
+        (Box([0.1, 0.1, 0.1]), "needs 2 numbers"),
+        (Box(-0.1), "from 0 to 1"),
+    ],
+)
+def test_what_is_refused(mixtures, match):
+    with pytest.raises(ConfigError, match=match):
+        player(mixtures, 2)

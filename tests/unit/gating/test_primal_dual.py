@@ -1,0 +1,184 @@
+"""Fitting: units, offsets, progress, states, refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.gating import random_problem
+
+from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weft.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate
+from weft.gating.constant import ConstantGate
+from weft.gating.problem import evaluate, make_problem
+
+SHORT = FitConfig(steps=20, report_every_steps=10, best_response_steps=5)
+
+
+def sets(seed, count=40, experts=2, tokens=8, gap=1.0):
+    """Sequences of as many domains as experts, each likelier under its own expert."""
+    r = np.random.default_rng(seed)
+    found = []
+    for k in range(experts):
+        logq = r.normal(-20.0, 2.0, size=(count, 1)) + r.normal(0.0, 1.0, size=(count, experts))
+        logq[:, k] += gap
+        found.append(ScoredSequences.of(logq, tokens_N=[tokens] * count, name=f"set {k}"))
+    return found
+
+
+def test_a_fit_reports_on_the_way_and_is_deterministic():
+    lines = []
+    one = fit_robust_gate(
+        sets(0), sets(1), config=SHORT, on_progress=lambda line, state: lines.append((line, state.step))
+    )
+    assert [step for _, step in lines] == [10, 20]
+    assert tuple(line for line, _ in lines) == one.history
+    assert one.history[-1].worst_domain in ("set 0", "set 1")
+    assert one.history[-1].worst == pytest.approx(max(one.history[-1].values))
+    assert one.gate.config.gate == "linear"
+    assert one.z_source == "samples of the fit"
+    assert one.z_ci[0] < one.z < one.z_ci[1]
+    again = fit_robust_gate(sets(0), sets(1), config=SHORT)
+    assert again.history == one.history
+    assert again.worst == one.worst
+
+
+def test_mini_batches_depend_on_the_seed():
+    configs = [SHORT.model_copy(update={"batch_sequences": 8, "seed": seed}) for seed in (0, 0, 1)]
+    worst = [fit_robust_gate(sets(0), sets(1), config=config).worst for config in configs]
+    assert worst[0] == worst[1] != worst[2]
+
+
+def test_names_come_from_a_mapping():
+    fit = fit_robust_gate(dict(zip("ab", sets(0), strict=True)), sets(1), config=SHORT)
+    assert fit.history[-1].worst_domain in ("a", "b")
+
+
+def test_values_are_those_of_the_normalised_model_by_hand():
+    domains, samples = sets(0), sets(1)
+    gate = ConstantGate.of([0.3, 0.7])
+    problem = make_problem(domains, samples)
+    found = evaluate(gate, problem)
+    for d, one in enumerate(domains):
+        logq = one.logq_NE.numpy()
+        regret = logq[:, d] - np.log(np.exp(logq) @ [0.3, 0.7])
+        assert found.values_D[d] == pytest.approx(regret.mean())
+        assert found.errors_D[d] == pytest.approx(regret.std(ddof=1) / math.sqrt(len(regret)))
+    assert found.z == pytest.approx(1.0)
+    assert found.z_error == 0.0
+
+
+def test_tokens_divide_each_domain_by_its_own_length():
+    domains = [
+        ScoredSequences.of([[-10.0, -12.0], [-30.0, -36.0]], tokens_N=[10, 30]),
+        ScoredSequences.of([[-9.0, -6.0]], tokens_N=[3]),
+    ]
+    samples = sets(1)
+    gate = ConstantGate.of([0.5, 0.5])
+    found = evaluate(gate, make_problem(domains, samples, unit="token", offsets="none"))
+    ce = [-np.logaddexp(-10, -12) - np.logaddexp(-30, -36) + 2 * math.log(2), -np.logaddexp(-9, -6) + math.log(2)]
+    assert found.ce_D == pytest.approx([ce[0] / 40, ce[1] / 3])
+    own = make_problem(domains, samples, unit="token")
+    assert own.offsets_D * own.report == pytest.approx([1.0, 2.0])
+    given = make_problem(domains, samples, unit="token", offsets=[1.0, 2.0])
+    assert given.offsets_D == pytest.approx(own.offsets_D)
+
+
+def test_equal_lengths_make_the_units_equivalent():
+    by_sequence = fit_robust_gate(sets(0), sets(1), config=SHORT)
+    by_token = fit_robust_gate(sets(0), sets(1), config=SHORT.model_copy(update={"unit": "token"}))
+    assert by_token.worst * 8 == pytest.approx(by_sequence.worst, rel=1e-9)
+    assert by_token.lam == pytest.approx(by_sequence.lam, rel=1e-9)
+    assert by_token.gap * 8 == pytest.approx(by_sequence.gap, rel=1e-6)
+
+
+def test_clusters_widen_the_interval():
+    logq = np.repeat(np.random.default_rng(0).normal(-20, 1, size=(10, 2)), 5, axis=0)
+    alone = ScoredSequences.of(logq)
+    together = ScoredSequences.of(logq, clusters_N=np.repeat(np.arange(10), 5))
+    samples = sets(1)
+    gate = ConstantGate.of([0.5, 0.5])
+    errors = [evaluate(gate, make_problem([one], samples, own_experts=[0])).errors_D[0] for one in (alone, together)]
+    # Five copies of ten sequences are ten sequences.
+    assert errors[1] / errors[0] == pytest.approx(math.sqrt(5 * 49 / 9 / 5), rel=1e-9)
+
+
+def test_a_vertex_may_bring_its_own_offset():
+    domains, samples = sets(0), sets(1)
+    gate = ConstantGate.of([0.5, 0.5])
+    plain = evaluate(gate, make_problem(domains, samples, mixtures=[[0.5, 0.5]], offsets="none")).worst
+    shifted = make_problem(domains, samples, mixtures=Vertices([[0.5, 0.5]], [3.0]), offsets="expert")
+    assert evaluate(gate, shifted).worst == pytest.approx(plain - 3.0)
+
+
+def test_the_gate_may_be_one_already_fitted():
+    first = fit_robust_gate(sets(0), sets(1), config=SHORT)
+    more = fit_robust_gate(sets(0), sets(1), gate=first.gate, config=SHORT.model_copy(update={"steps": 200}))
+    assert more.worst < first.worst + 1e-6
+
+
+def test_minus_infinity_is_legal():
+    domains = sets(0)
+    logq = domains[0].logq_NE.clone()
+    logq[:5, 1] = -math.inf
+    domains[0] = ScoredSequences.of(logq, tokens_N=domains[0].tokens_N)
+    for config in (SHORT, SHORT.model_copy(update={"batch_sequences": 8})):
+        fit = fit_robust_gate(domains, sets(1), config=config)
+        assert math.isfinite(fit.worst)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in fit.gate.tensors.values())
+
+
+def test_a_state_of_another_fit_is_refused(tmp_path):
+    state = fit_robust_gate(sets(0), sets(1), config=SHORT, until=5).state
+    assert state.step == 5
+    with pytest.raises(CheckpointError, match=r"another config.*'steps'"):
+        fit_robust_gate(sets(0), sets(1), config=SHORT.model_copy(update={"steps": 30}), state=state)
+    three, samples = sets(0, experts=3), sets(1, experts=3)
+    with pytest.raises(CheckpointError, match="mixes 2"):
+        fit_robust_gate(three, samples, config=SHORT, state=state)
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="torn"):
+        FitState.load(path)
+
+
+def test_what_is_refused():
+    domains, samples = sets(0), sets(1)
+    with pytest.raises(DataError, match="no domain came"):
+        fit_robust_gate([], samples)
+    with pytest.raises(ConfigError, match=r"ScoredSequences\.of"):
+        fit_robust_gate({"a": np.zeros((3, 2))}, samples)
+    with pytest.raises(ConfigError, match="samples of 1 experts came for 2"):
+        fit_robust_gate(domains, samples[:1])
+    with pytest.raises(ConfigError, match="Z must be measured"):
+        fit_robust_gate(domains)
+    with pytest.raises(ConfigError, match="scored by 3 experts"):
+        fit_robust_gate(domains, sets(1, experts=3))
+    with pytest.raises(ConfigError, match="each domain's own expert"):
+        fit_robust_gate(domains[:1] * 3, samples)
+    with pytest.raises(ConfigError, match="allowed: 'expert'"):
+        fit_robust_gate(domains, samples, offsets="own")
+    with pytest.raises(ConfigError, match="enumerated domains"):
+        fit_robust_gate(domains, samples, offsets="entropy")
+    with pytest.raises(ConfigError, match="array Q"):
+        fit_robust_gate(np.eye(2))
+    with pytest.raises(ConfigError, match="'sequence' or 'token'"):
+        make_problem(domains, samples, unit="byte")
+    with pytest.raises(ConfigError, match="needs tokens_N"):
+        make_problem([ScoredSequences.of([[0.0, 0.0]])], samples, unit="token", own_experts=[0])
+    with pytest.raises(ConfigError, match="two halves"):
+        fit_robust_gate(domains, samples, config=FitConfig(steps=1, batch_samples=1))
+    with pytest.raises(ConfigError, match="over 3 experts"):
+        fit_robust_gate(domains, samples, gate=ConstantGate.of([0.2, 0.3, 0.5]))
+    dead = ScoredSequences.of([[-1.0, -1.0], [-math.inf, -math.inf]], features=Features(2), name="dead")
+    with pytest.raises(DataError, match="dead: 1 of 2 sequences"):
+        fit_robust_gate([dead], samples, gate="constant", own_experts=[0])
+    half = ScoredSequences.of([[-math.inf, -1.0]], features=Features(1), name="half")
+    with pytest.raises(DataError, match="own expert 0"):
+        fit_robust_gate([half], samples, gate="constant", own_experts=[0])
+    with pytest.raises(NumericsError, match="became"):
+        fit_robust_gate(*random_problem(0), config=FitConfig(steps=50, lr=1e308))
+    killed = ConstantGate.of([1.0, 0.0])
+    with pytest.raises(NumericsError, match="half: the gated model's cross-entropy is inf"):
+        evaluate(killed, make_problem([half], samples, offsets="none"))
