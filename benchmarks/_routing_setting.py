@@ -58,7 +58,7 @@ EXPERT: dict[str, Any] = {
 BASE_TOKENS, EXPERT_TOKENS = 120_000, 250_000
 HELDOUT_TOKENS = 12_000
 """Per set and split; development and report read different documents."""
-QUESTIONS = 100
+QUESTIONS = 50
 
 HELD_OUT_SUBS = {"arxiv_cs": "cs.RO", "qa_medical": None, "legal_uscode": None}
 """Sub-domains kept from base and experts; None: the file's most frequent label but one."""

@@ -34,6 +34,7 @@ MIN_TOKENS = 500
 ROUTERS: dict[str, dict[str, Any]] = {
     "merged": {"router": "merged"},
     "retrieval": {"router": "retrieval"},
+    "retrieval by 32 tokens": {"router": "retrieval", "read_tokens": 32},
     "average activation": {"router": "average-activation"},
     "arrow": {"router": "arrow"},
     "random": {"router": "random"},
@@ -182,8 +183,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         f"Base of {record['parameters']:,} parameters, {record['experts']} LoRA experts, {len(record['gate_seeds'])} "
         "seeds of gate training (median, lowest .. highest; rows without a range do not depend on gates or were run "
         "with one seed). Bits per byte on held-out text, lower is better; accuracy by length-normalised likelihood. "
-        "`retrieval` reads the whole window it is then scored on, which is more than a causal router knows; `oracle "
-        "expert` looks at the held-out loss.",
+        "`retrieval` reads the whole window it is then scored on, which is more than a causal router knows; "
+        "`retrieval by 32 tokens` decides by the window's first quarter. `oracle expert` looks at the held-out loss.",
         "",
     ]
     forms = {"bits_per_byte": "{:.4f}", "accuracy": "{:.3f}"}

@@ -19,7 +19,7 @@ class BlendConfig(PrefixConfig):
     """Configuration of `blend`."""
 
     router: Literal["blend"] = "blend"  # type: ignore[assignment]
-    gate_weight: NonNegativeFloat = Field(0.5, description="weight of the gates' scores beside the prefix's evidence")
+    gate_weight: NonNegativeFloat = Field(1.0, description="weight of the gates' scores beside the prefix's evidence")
 
 
 @routers.register("blend")

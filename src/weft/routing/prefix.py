@@ -28,13 +28,14 @@ class PrefixConfig(RouterConfig):
     half_life_tokens: PositiveFloat = Field(
         32.0, description="evidence counts half as much so many tokens later; long: a topic, short: follows changes"
     )
-    temperature: PositiveFloat = Field(4.0, description="the evidence, in nats, is divided by it")
+    temperature: PositiveFloat = Field(8.0, description="the evidence, in nats, is divided by it")
     background_bias: FiniteFloat = Field(
-        0.0, description="added to the evidence for the pool as a whole, whose text is nobody's in particular"
+        -8.0,
+        description="added to the log-posterior of the pool as a whole, whose n-grams fit any text too well",
     )
     background_rank: PositiveInt = Field(64, description="rank to which the mean of all experts is cut")
     bigram_strength: NonNegativeFloat = Field(
-        8.0, description="kappa: a pair's count is trusted over its second token's when much larger"
+        32.0, description="kappa: a pair's count is trusted over its second token's when much larger"
     )
 
 
