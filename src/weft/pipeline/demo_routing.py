@@ -84,7 +84,7 @@ def changing_text(data: PreparedData) -> str:
 def facts(found: Mapping[str, Any], traced: TracedText) -> RoutingFacts:
     """What the report shows of the comparison and of one text."""
     return RoutingFacts(
-        table=found["bits_per_byte"],
+        table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
         relative_forward_time=found["relative_forward_time"],
         traces=[(f"{TRACED} on a text that changes domain midway", traced.trace, traced.tokens)],
     )
