@@ -5,7 +5,7 @@ serve both halves with one choice; routers that decide per token can change. Tol
 loss in bits per token, and the weight on the expert whose domain it is. Base, experts and gates are those of
 `routing_quality.py`; give the same `--work` to train nothing again.
 
-    python benchmarks/routing_switch.py --data PATH      # regenerates benchmarks/results/routing_switch.{json,md,svg}
+    python benchmarks/routing_switch.py --data PATH      # regenerates benchmarks/results/routing_switch.{json,md}
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from weft.models.hf import token_losses
 from weft.routing.routed_model import RoutedModel
 from weft.routing.router import Routing, Site
 
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "assets" / "routing_switch.svg"
 HALF = 64
 PAIRS_PER_SEED = 96
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -136,7 +137,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             ],
         ),
         "",
-        "![loss and weight around the change](routing_switch.svg)",
+        "![loss and weight around the change](../../docs/assets/routing_switch.svg)",
     ]
     return "\n".join([*lines, "", environment_lines(record)])
 
@@ -197,7 +198,7 @@ def main() -> None:
     record = {"windows": count, "seeds": seeds, "half": HALF, "routers": ROUTERS, "rows": rows}
     finish("routing_switch", arguments, record, to_markdown)
     if not arguments.quick:
-        draw(record, arguments.results / "routing_switch.svg")
+        draw(record, PICTURE)
 
 
 def _row(found: list[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:

@@ -81,6 +81,25 @@ def routing_speed(record: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(f"routing: {goal['goal']}, hidden size {goal['hidden']}", measured, bound)
 
 
+def routing_quality(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Bits per byte by router, on data experts were trained for and on data no expert saw."""
+    for group, said in (("held_in", "experts' own held-out data"), ("unseen", "data no expert saw")):
+        values = {name: row["groups"][group]["bits_per_byte"] for name, row in record["rows"].items()}
+        shown = ("base", "merged", "arrow", "retrieval by 32 tokens", "phatgoose", "blend", "oracle expert")
+        measured = "; ".join(f"{name} {show(values[name], '{:.3f}')}" for name in shown)
+        figure = f"bits per byte by router, {record['experts']} experts, {len(record['sets'][group])} sets: {said}"
+        yield Row(figure, measured, "phatgoose ahead of post-hoc rivals on unseen; blend ahead of all")
+
+
+def routing_switch(record: Mapping[str, Any]) -> Iterator[Row]:
+    """How soon after a change of domain the right expert has most of the weight, and what the loss is then."""
+    rows = record["rows"]
+    for stretch in ("5 to 16", "17 to 64"):
+        shown = ("base", "retrieval, first half", "phatgoose", "blend", "oracle")
+        measured = "; ".join(f"{name} {show(rows[name]['bits'][stretch], '{:.2f}')}" for name in shown)
+        yield Row(f"bits per token, {stretch} tokens after a change of domain", measured, "below a choice per sequence")
+
+
 def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
     """Speed against the best peer, and what the peers do when weights change."""
     yield Row("sampler's tokens/s over the best peer's, as documented", show(record["weft_over_best_peer"]) + " times",
@@ -105,7 +124,9 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "dga_few_examples": comparison,
     "dga_token_limited": comparison,
     "prepare_memory": prepare_memory,
+    "routing_quality": routing_quality,
     "routing_speed": routing_speed,
+    "routing_switch": routing_switch,
     "sampler": sampler,
 }
 
@@ -141,7 +162,7 @@ def pages(found: dict[str, dict[str, Any]]) -> str:
         if not path.exists():
             raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing beside its .json; run benchmarks/{theme}.py")
         body = re.sub(r"\A# .*\n", "", path.read_text(encoding="utf-8"))
-        body = re.sub(r"^(#+) ", r"#\1 ", body, flags=re.MULTILINE)
+        body = re.sub(r"^(#+) ", r"#\1 ", body, flags=re.MULTILINE).replace("(../../docs/assets/", "(assets/")
         parts.append(f"## {theme}\n\nRegenerate with `.venv/bin/python benchmarks/{theme}.py`.\n\n{body.strip()}")
     return "\n\n".join(parts)
 
