@@ -25,6 +25,7 @@ from weft.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_
 from weft.pipeline.train import write_whole
 from weft.reporting.routing import RoutingFacts
 from weft.routing.routed_model import RoutedModel
+from weft.routing.router import router_config
 
 ROUTERS = ("merged", "retrieval", "average-activation", "arrow", "random", "phatgoose", "prefix", "blend")
 TRACED = "blend"
@@ -95,7 +96,8 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Scores and times, kept in routing.json for as long as experts, data and settings stay the same."""
     cards = [(name, facts["adapter"], facts["losses"]) for name, facts in made["experts"].items()]
-    settings = [__version__, data.fingerprint, recipe.experts.model_dump(mode="json"), cards, ROUTERS]
+    routers = [router_config(name).model_dump(mode="json") for name in ROUTERS]
+    settings = [__version__, data.fingerprint, recipe.experts.model_dump(mode="json"), cards, routers]
     settings.append(recipe.evaluation.model_dump(mode="json"))
     identity = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = folder / "routing.json"
