@@ -20,6 +20,9 @@ from weft.experts.files import parse_json, parse_metadata, parse_tensors, to_jso
 GATE, STATISTICS = "gate.safetensors", "statistics.safetensors"
 UNIT_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1."""
+MAX_VECTOR_NORM = 1e9
+"""Largest length of a gate's vector or a mean input; activations in half precision stay far below, and squares of what
+is much longer overflow, so that one expert would turn everybody's scores into NaN."""
 
 _METADATA = "weft"
 _MEANS = "means."
@@ -27,10 +30,11 @@ _SHOWN = 3
 
 
 def check_gate(lora: LoRAExpert, gate: Gate) -> None:
-    """Check that a gate has one finite vector for each module of an adapter, as wide as the module's input.
+    """Check that a gate has one sound vector for each module of an adapter, as wide as the module's input.
 
     Raises:
-        ExpertError: a vector is missing, one too many, of another width, NaN or infinite.
+        ExpertError: a vector is missing, one too many, of another width, NaN, infinite or longer than
+            `MAX_VECTOR_NORM`.
     """
     _check_vectors(lora, gate.vectors, "gate", "train the gate again on this adapter")
 
@@ -138,6 +142,11 @@ def _check_vectors(lora: LoRAExpert, vectors: Mapping[str, Tensor], what: str, c
             )
         if not torch.isfinite(vector).all():
             raise ExpertError(f"{where}: the vector of {module} holds NaN or infinite values; {cure}")
+        norm = float(vector.double().norm())
+        if norm > MAX_VECTOR_NORM:
+            raise ExpertError(
+                f"{where}: the vector of {module} has a norm of {norm:.3g}, more than {MAX_VECTOR_NORM:g}; {cure}"
+            )
 
 
 def _described(name: str, file: str, data: bytes) -> dict[str, Any]:

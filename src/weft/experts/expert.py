@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +48,11 @@ class BaseReference:
     name: str
     revision: str | None = None
     fingerprint: str | None = None
+
+
+def base_name(name: str) -> str:
+    """How a base is told: a hub name as it is, a folder by its absolute path."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)

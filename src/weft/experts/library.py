@@ -45,7 +45,7 @@ from weft.experts.companions import (
     encode_gate,
     encode_statistics,
 )
-from weft.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics
+from weft.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name
 from weft.experts.files import describe, explained_writing, parse_json, sync_folder, to_json, write_file
 from weft.experts.lora import CONFIG, WEIGHTS, lora_files, parse_lora, read_lora
 
@@ -489,7 +489,9 @@ def _check_base(what: str, base: BaseReference, mine: BaseReference, folder: Pat
                 f"{what} is of another base than library {folder}: {base.name or 'unnamed'} ({base.fingerprint}), not "
                 f"{mine.name} ({mine.fingerprint}); use a library for each base"
             )
-    elif base.name != mine.name or (None not in (base.revision, mine.revision) and base.revision != mine.revision):
+    elif base_name(base.name) != base_name(mine.name) or (
+        None not in (base.revision, mine.revision) and base.revision != mine.revision
+    ):
         log.warning(
             "%s says its base is %s (revision %s), library %s is for %s (revision %s); no fingerprints to compare: "
             "make sure that they are the same model",

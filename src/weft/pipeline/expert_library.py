@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig
 
 from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import BaseReference, Expert
+from weft.experts.expert import BaseReference, Expert, base_name
 from weft.experts.library import MANIFEST, ExpertLibrary
 from weft.experts.lora import read_lora, update_norm, write_lora
 from weft.experts.merge import merge_experts
@@ -41,19 +41,14 @@ def import_experts(
         raise ConfigError(f"one name for {len(sources)} adapters; import them one by one to name them")
     if (folder / MANIFEST).exists():
         library = ExpertLibrary.open(folder)
-        if base is not None and _place(base) != _place(library.base.name):
+        if base is not None and base_name(base) != base_name(library.base.name):
             raise ConfigError(
                 f"library {folder} is for the base {library.base.name}, not {base}; use a library for each base"
             )
     else:
-        reference = _named_base(sources[0], revision) if base is None else BaseReference(_place(base))
+        reference = _named_base(sources[0], revision) if base is None else BaseReference(base_name(base))
         library = ExpertLibrary.create(folder, reference)
     return [library.import_peft(source, name=name, revision=revision) for source in sources]
-
-
-def _place(base: str) -> str:
-    """A base's name; a folder by its absolute path."""
-    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def _named_base(source: str, revision: str | None) -> BaseReference:
@@ -71,7 +66,7 @@ def _named_base(source: str, revision: str | None) -> BaseReference:
         reference = BaseReference(config.base_model_name_or_path or "", config.revision)
     if not reference.name:
         raise ExpertError(f"{source!r} does not name its base; name it for the new library (--base)")
-    return BaseReference(_place(reference.name), reference.revision)
+    return BaseReference(base_name(reference.name), reference.revision)
 
 
 def list_experts(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt
 from weft.config import Section, apply_overrides, read_yaml, validate
 from weft.errors import ConfigError
 from weft.evaluation.suite import EvaluationConfig
+from weft.experts.expert import base_name
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.experts_config import ExpertsConfig
 from weft.pipeline.recipe import Recipe, make_recipe
@@ -35,8 +36,7 @@ class ExpertRecipe(Section):
     @property
     def base(self) -> str:
         """Folder or hub name of the base; an existing folder is told by its absolute path."""
-        name = self.experts.base if self.experts.base is not None else str(self.run / "model")
-        return str(Path(name).resolve()) if Path(name).is_dir() else name
+        return base_name(self.experts.base if self.experts.base is not None else str(self.run / "model"))
 
     @property
     def library_folder(self) -> Path:

@@ -16,6 +16,7 @@ from weft.corpora.tokens import Tokenizer
 from weft.errors import ConfigError, DataError
 from weft.evaluation.result import finite_or_none, mean_result
 from weft.evaluation.suite import EvaluationConfig, SuiteDifference, SuiteResult, evaluate_suite, suite_difference
+from weft.experts.expert import base_name
 from weft.experts.library import ExpertLibrary
 from weft.pipeline.base import base_tokenizer, open_base
 from weft.pipeline.expert_recipe import ExpertRecipe
@@ -68,14 +69,12 @@ def build_route(
         ExpertError: an expert is broken, of another base, or lacks what the router reads.
     """
     transformers_logging.disable_progress_bar()
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} is not empty; choose a new folder for the routed model or remove it")
     config = router_config(router)
     opened = ExpertLibrary.open(library)
-    place = opened.base.name if base is None else base
+    place = base_name(opened.base.name if base is None else base)
     revision = opened.base.revision if base is None else revision
-    if Path(place).is_dir():
-        place = str(Path(place).resolve())
     routed = RoutedModel.from_library(place, opened, config, experts=experts, revision=revision, dtype=dtype)
     routed.save_pretrained(output, copy_base=copy_base)
     tokenizer = base_tokenizer(place, revision)

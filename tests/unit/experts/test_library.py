@@ -315,6 +315,7 @@ def rewrite(library: ExpertLibrary, file: str, change: Callable[[dict[str, torch
         ("gate.safetensors", lambda t: t.update(x=torch.ones(3)), "x is not adapted"),
         ("gate.safetensors", lambda t: t.update({"model.a": torch.ones(5)}), r"model.a is \(5,\); it must be \(6,\)"),
         ("gate.safetensors", lambda t: t["model.b"].fill_(float("nan")), "model.b holds NaN"),
+        ("gate.safetensors", lambda t: t["model.b"].fill_(3e38), "model.b has a norm of .*more than 1e.09; train"),
         ("statistics.safetensors", lambda t: t.pop("means.model.a"), "nothing for model.a"),
         ("statistics.safetensors", lambda t: t.pop("embeddings"), "must hold embeddings"),
         ("statistics.safetensors", lambda t: t["embeddings"].mul_(1.01), "each must be 1 ± 0.001"),
@@ -377,6 +378,18 @@ def test_an_expert_of_another_base_is_refused_or_warned_of(
         library.add(Expert(lora("y", base=BaseReference("other"))))
     assert "expert 'y' says its base is other" in caplog.text
     assert library.load("y").lora.base == BaseReference("other")
+
+
+def test_one_folder_is_one_base_however_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    library = ExpertLibrary.create(tmp_path / "library", BaseReference(str(tmp_path / "base")))
+    library.add(Expert(lora("x", base=BaseReference("base"))))
+    assert not caplog.records
+    library.add(Expert(lora("y", base=BaseReference(""))))
+    assert "says its base is unnamed" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------- gates, statistics

@@ -21,7 +21,7 @@ from weft.pipeline.expert_recipe import ExpertRecipe, expert_plan, load_expert_r
 from weft.pipeline.experts import expert_domains, gate_expert, train_experts
 from weft.pipeline.prepare import prepare
 from weft.pipeline.recipe import make_recipe
-from weft.pipeline.routes import parse_router
+from weft.pipeline.routes import build_route, parse_router
 
 EXPERTS: dict[str, Any] = {
     "lora": {"rank": 2},
@@ -261,3 +261,9 @@ def test_an_adapter_is_no_base(tmp_path: Path, corpora: Path) -> None:
 def test_a_run_without_a_model_says_how_to_get_one(tmp_path: Path, corpora: Path) -> None:
     with pytest.raises(ConfigError, match=r"finish it with weft train, or set experts\.base"):
         train_experts(recipe_in(tmp_path, corpora, base=None), progress=False)
+
+
+def test_a_routed_model_is_not_built_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("something else")
+    with pytest.raises(ConfigError, match="choose a new folder"):
+        build_route(tmp_path / "experts", "merged", tmp_path / "taken")
