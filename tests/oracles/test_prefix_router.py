@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.experts import VOCAB, llama, make_pool
+from transformers import DynamicCache
 
 from weft.experts.statistics import bigram_bucket
 from weft.routing.routed_model import RoutedModel
@@ -95,6 +96,21 @@ def test_padding_between_passes_ages_nothing(experts):
     mask = torch.cat([torch.zeros(1, 9, dtype=torch.int64), torch.ones_like(tokens)], dim=1)
     beside = next(iter(routings(model, padded, attention_mask=mask).values()))
     torch.testing.assert_close(beside.weights_BTK[:, 9:], alone.weights_BTK, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [3, 5, 6])
+def test_pieces_that_end_in_padding_equal_one_pass(experts, padding):
+    tokens = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(8))
+    mask = torch.ones_like(tokens)
+    mask[:, padding] = 0
+    model = RoutedModel(llama(), experts, SECTION)
+    whole = next(iter(routings(model, tokens, attention_mask=mask).values()))
+    cache, found = DynamicCache(), []
+    for start, stop in ((0, 2), (2, 4), (4, 6), (6, 9)):
+        given = {"attention_mask": mask[:, :stop], "past_key_values": cache}
+        found.append(next(iter(routings(model, tokens[:, start:stop], **given).values())).background_BT)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(found, dim=1)[real], whole.background_BT[real], atol=1e-6, rtol=1e-5)
 
 
 def test_a_pool_that_wins_everywhere_is_the_merged_model(experts):

@@ -433,8 +433,24 @@ def test_the_prompts_choice_stays_when_the_text_would_choose_otherwise(beams: in
     router = routed.router
     assert router.sequence_scores(prompt_BT, mask_BT.bool()).argmax(1).tolist() == [0]
     assert router.sequence_scores(written_BT, torch.ones_like(written_BT).bool()).argmax(1).tolist() == [1]
-    found = generate(routed, prompt_BT, mask_BT, num_beams=beams, max_new_tokens=10)
-    assert torch.equal(found, written_BT[:, 6:])
+    for use_cache in (True, False):
+        found = generate(routed, prompt_BT, mask_BT, num_beams=beams, max_new_tokens=10, use_cache=use_cache)
+        assert torch.equal(found, written_BT[:, 6:])
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "retrieval", "prefix"])
+def test_sampling_several_texts_and_static_caches_change_nothing(router: str) -> None:
+    routed = RoutedModel(llama(), make_pool(llama()), router)
+    ids_BT, mask_BT = padded(ROWS, left=True)
+    dynamic = generate(routed, ids_BT, mask_BT)
+    fixed = generate(routed, ids_BT, mask_BT, cache_implementation="static", disable_compile=True)
+    assert torch.equal(fixed, dynamic)
+    several: list[Tensor] = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        options = {"do_sample": True, "num_beams": 3, "num_return_sequences": 2, "use_cache": use_cache}
+        several.append(generate(routed, ids_BT, mask_BT, **options))
+    assert torch.equal(*several)
 
 
 def two_choices() -> tuple[RoutedModel, Tensor]:

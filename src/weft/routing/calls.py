@@ -44,9 +44,10 @@ def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
         ConfigError: neither ids nor embeddings were given, or masks of another shape.
     """
     ids_BT, device, shape = _read(arguments, "input_ids", "inputs_embeds")
-    mask_BT = _mask(arguments.get("attention_mask"), shape, device)
     cache = arguments.get("past_key_values")
-    continues = cache is not None and cache.get_seq_length() > 0
+    past = 0 if cache is None else int(cache.get_seq_length())
+    continues = past > 0
+    mask_BT = _mask(arguments.get("attention_mask"), shape, device, past)
     memory = getattr(cache, _MEMORY, None) if continues else None
     return Call(
         input_ids_BT=ids_BT,
@@ -147,9 +148,20 @@ def _read(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor | None, tor
     raise ConfigError(f"the model was given neither {' nor '.join(names)}")
 
 
-def _mask(attention_mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """True for the real tokens of this pass; a mask over a cached prefix too is cut to its end."""
+def _mask(attention_mask: Any, shape: tuple[int, ...], device: torch.device, past: int = 0) -> Tensor:
+    """True for the real tokens of this pass; a mask over a cached prefix too is cut to its end.
+
+    Of a mask per pair of tokens (B, 1, T, keys), as `generate` makes for static caches, the real tokens are those that
+    see themselves.
+    """
     batch, tokens = shape
+    if isinstance(attention_mask, Mapping):  # one per kind of layer
+        attention_mask = attention_mask.get("full_attention")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+        seen_BTK = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        if seen_BTK.shape[1] == tokens and seen_BTK.shape[2] >= past + tokens:
+            own_BT = seen_BTK[:, :, past : past + tokens].diagonal(dim1=1, dim2=2)
+            return own_BT.to(device).expand(batch, tokens)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:

@@ -101,7 +101,7 @@ class PrefixRouter(Router):
         memory = Memory(follows_tokens=True)
         sums_BTG = self._evidence(ids_BT, call.mask_BT, call.memory)
         memory.tensors[_SUMS] = sums_BTG[:, -1]
-        memory.tensors[_LAST] = _last_token(ids_BT, call.mask_BT, call.memory.tensors.get(_LAST))
+        memory.tensors[_LAST] = torch.where(call.mask_BT[:, -1], ids_BT[:, -1], -1)
         call.memory = memory
         call.decisions["posterior"] = self._posterior(sums_BTG)
         call.decisions["routing"] = self._choose(call.decisions["posterior"])
@@ -183,9 +183,3 @@ def _before(ids_BT: Tensor, last_B: Tensor | None) -> Tensor:
     if last_B is None:
         return torch.full_like(ids_BT[:, :1], -1)
     return last_B[:, None].to(ids_BT.device)
-
-
-def _last_token(ids_BT: Tensor, mask_BT: Tensor, last_B: Tensor | None) -> Tensor:
-    """The last token if it is real: the one a continuation's first token follows; -1 after padding."""
-    last = torch.where(mask_BT[:, -1], ids_BT[:, -1], -1)
-    return last if last_B is None else torch.where(mask_BT[:, -1], last, last_B.to(last.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.config import Section, validate
 from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import BaseReference, Expert
+from weft.experts.expert import BaseReference, Expert, base_name
 from weft.experts.library import ExpertLibrary
 from weft.experts.lora import base_fingerprint, check_fits, module_widths
 from weft.models.factory import load_base
@@ -34,8 +35,14 @@ from weft.routing.routed_linear import RoutedLinear, Switch
 from weft.routing.router import Call, Router, RouterConfig, Routing, Site, build_router
 from weft.routing.trace import Trace, make_trace
 
+log = logging.getLogger(__name__)
+
 FORMAT = "weft routed model 1"
 MANIFEST, EXPERTS, BASE = "routed.json", "experts", "base"
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+"""Arguments of `generate` that hold the prompt."""
+_FINGERPRINTED = {"torch.float32", "torch.bfloat16", "torch.float64"}
+"""Dtypes in which a base has one fingerprint."""
 _ENCODER = re.compile(r"(^|\.)encoder\.|(EncDecAttention|encoder_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$")
 
 
@@ -116,6 +123,7 @@ class RoutedModel(nn.Module):
             _put(model, site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
         self._hooks = self._install_hooks()
         self._decisive_BT: Tensor | None = None
+        self._prompt_tokens: int | None = None
         self._record: Callable[[Site, Routing], None] | None = None
         self.use_router(router_)
 
@@ -131,9 +139,12 @@ class RoutedModel(nn.Module):
         experts: Sequence[str] | None = None,
         revision: str | None = None,
         dtype: str = "float32",
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> Self:
         """Route over the experts of a library.
+
+        A base in float16 or quantised has another fingerprint than the same base in float32; it is taken with a
+        warning.
 
         Args:
             base: a folder, a hub name or a model in memory.
@@ -141,7 +152,7 @@ class RoutedModel(nn.Module):
             router: a router's name or section.
             experts: names of those to use; None for all. One that is broken is an error.
             revision, dtype: of a base that is loaded.
-            device: where the routed model is put.
+            device: where the routed model is put; None for where the base is.
         Raises:
             ConfigError, ExpertError: as the class.
         """
@@ -156,13 +167,21 @@ class RoutedModel(nn.Module):
         model = base if isinstance(base, PreTrainedModel) else load_base(str(base), revision=revision, dtype=dtype)
         reference = opened.base
         if not isinstance(base, PreTrainedModel):
-            reference = BaseReference(str(base), revision, opened.base.fingerprint)
+            reference = BaseReference(base_name(str(base)), revision, opened.base.fingerprint)
         if opened.base.fingerprint is not None and (found := base_fingerprint(model)) != opened.base.fingerprint:
-            raise ExpertError(
-                f"the library {opened.folder} was made for the base {opened.base.name} (fingerprint "
-                f"{opened.base.fingerprint}); the model given has fingerprint {found}: load that base"
+            coarse = {str(parameter.dtype) for parameter in model.parameters()} - _FINGERPRINTED
+            if not coarse:
+                raise ExpertError(
+                    f"the library {opened.folder} was made for the base {opened.base.name} (fingerprint "
+                    f"{opened.base.fingerprint}); the model given has fingerprint {found}: load that base"
+                )
+            log.warning(
+                "the base is held in %s, which leaves nothing to compare with the fingerprint of %s that the library "
+                "%s was made for; make sure that it is that model",
+                *(", ".join(sorted(coarse)), opened.base.name, opened.folder),
             )
-        return cls(model, chosen, router, base=reference).to(device)
+        routed = cls(model, chosen, router, base=reference)
+        return routed if device is None else routed.to(device)
 
     def use_router(self, router: Mapping[str, Any] | RouterConfig | str | Router) -> None:
         """Route by another router over the same pool; nothing is stacked again.
@@ -219,11 +238,17 @@ class RoutedModel(nn.Module):
         try:
             return self.model(*args, **kwargs)
         finally:
-            self._decisive_BT = None
+            self._decisive_BT = self.switch.call = None  # also after KeyboardInterrupt, which passes hooks by
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, routed."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        """The base model's `generate`, routed; routers that decide once per sequence read the prompt alone."""
+        prompt = args[0] if args else next((kwargs[key] for key in _PROMPTS if kwargs.get(key) is not None), None)
+        if isinstance(prompt, Tensor) and prompt.dim() > 1 and not is_encoder_decoder(self.model):
+            self._prompt_tokens = prompt.shape[1]
+        try:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self._prompt_tokens = self.switch.call = None
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
@@ -247,7 +272,8 @@ class RoutedModel(nn.Module):
     def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> list[Trace]:
         """Run the model once and tell, for each sequence, who worked on each token in each module.
 
-        Of an encoder-decoder model the modules that read the encoder's tokens are told.
+        Of an encoder-decoder model the modules that read the encoder's tokens are told; the decoder need not be given
+        anything to read.
 
         Raises:
             ConfigError: the router's weights are the same everywhere, so that there is nothing to trace.
@@ -261,9 +287,13 @@ class RoutedModel(nn.Module):
         def record(site: Site, routing: Routing) -> None:
             told[site.name] = (site, routing)
 
+        encoder = is_encoder_decoder(self.model)
+        if encoder and not any(key in kwargs for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels")):
+            starts = (self.model.config.decoder_start_token_id, self.model.config.pad_token_id, 0)
+            start = next(token for token in starts if token is not None)
+            kwargs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
         with self.recording(record), torch.inference_mode():
             self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        encoder = is_encoder_decoder(self.model)
         seen = {name: value for name, value in told.items() if value[0].reads_encoder or not encoder}
         real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         names = [expert.name for expert in self.experts]
@@ -281,7 +311,11 @@ class RoutedModel(nn.Module):
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if self.switch.call is not None or not self.switch.enabled:
                     return
+                _refuse_checkpointing(module)
                 call = make_call(arguments_of(module.forward, args, kwargs), self._decisive_BT)
+                if self._prompt_tokens is not None:  # without a cache `generate` gives what it wrote as well
+                    call.decisive_BT = call.decisive_BT.clone()
+                    call.decisive_BT[:, self._prompt_tokens :] = False
                 call.owner = module
                 call.record = self._record
                 self.switch.begin(call)
@@ -368,14 +402,18 @@ class RoutedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, base: str | Path | PreTrainedModel | None = None, device: torch.device | str = "cpu"
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Path | PreTrainedModel | None = None,
+        device: torch.device | str | None = None,
     ) -> Self:
         """Load what `save_pretrained` wrote.
 
         Args:
             folder: the routed model's folder.
             base: another place to load the base from, or the base itself; None for where it came from.
-            device: where the model is put.
+            device: where the model is put; None for where the base is.
         Raises:
             ConfigError: the folder holds no routed model, or its base cannot be loaded.
             ExpertError: as the class.
@@ -390,6 +428,11 @@ class RoutedModel(nn.Module):
         manifest = validate(_Manifest, described, str(folder / MANIFEST))
         place = manifest.base
         if base is None:
+            if not place.copied and not place.name:
+                raise ConfigError(
+                    f"{folder} does not say where its base is: it was built on a model without a name; give the base "
+                    "(base=), or save the routed model with copy_base=True"
+                )
             base = folder / BASE if place.copied else place.name
         return cls.from_library(
             base,
@@ -462,6 +505,23 @@ def _compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return weight.dtype
     return default
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    """Recomputed layers would run after the pass, unrouted, and give gradients of another function.
+
+    Raises:
+        ConfigError: the model is training with gradient checkpointing.
+    """
+    if (
+        torch.is_grad_enabled()
+        and model.training
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    ):
+        raise ConfigError(
+            "a routed model cannot run its layers again in the backward pass; call gradient_checkpointing_disable(), "
+            "or eval() where nothing of the base is trained"
+        )
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

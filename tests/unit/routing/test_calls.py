@@ -79,6 +79,24 @@ def test_a_continued_pass_brings_its_memory_and_the_end_of_the_mask() -> None:
     assert cache.get_seq_length() == 4
 
 
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("kind", ["bool", "float", "by layer"])
+def test_in_a_mask_per_pair_of_tokens_real_ones_see_themselves(kind: str, past: int) -> None:
+    real_BT = torch.tensor([[False, True, True], [True, True, True]])
+    causal_TK = torch.ones(3, 8, dtype=torch.bool).tril(past)
+    seen_BTK = causal_TK.expand(2, 3, 8).clone()
+    seen_BTK[:, :, past : past + 3] &= real_BT[:, None]
+    mask: Any = seen_BTK[:, None]
+    if kind == "float":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    given = {
+        "input_ids": IDS,
+        "attention_mask": {"full_attention": mask} if kind == "by layer" else mask,
+        "past_key_values": filled_cache(2, past) if past else None,
+    }
+    assert torch.equal(decoder_call(given, None).mask_BT, real_BT)
+
+
 class BaseModelOutputWithCache:
     """An output with a cache and nothing else."""
 

@@ -120,6 +120,35 @@ def test_a_pass_that_fails_leaves_the_model_ready() -> None:
         assert torch.equal(logits(routed, **given), expected)
 
 
+@pytest.mark.parametrize("options", [None, {"max_new_tokens": 2}])
+def test_an_interrupted_pass_leaves_nothing_behind(options: dict[str, int] | None) -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model), "retrieval")
+    expected = logits(routed, **inputs_for(model))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.get_submodule("model.layers.1").register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        routed(prompts(2, 6, seed=77)) if options is None else routed.generate(prompts(2, 6, seed=77), **options)
+    hook.remove()
+    assert torch.equal(logits(routed, **inputs_for(model)), expected)
+
+
+def test_layers_that_would_run_again_unrouted_are_refused() -> None:
+    model = llama()
+    routed = RoutedModel(model, make_pool(model))
+    layer = model.get_submodule("model.layers.0")
+    layer.gradient_checkpointing = True
+    routed(prompts())
+    routed.train()
+    with pytest.raises(ConfigError, match="gradient_checkpointing_disable"):
+        routed(prompts())
+    layer.gradient_checkpointing = False
+    routed(prompts())
+
+
 def test_masks_of_another_shape_are_explained() -> None:
     model = llama()
     routed = RoutedModel(model, make_pool(model), "retrieval")
@@ -176,6 +205,31 @@ def test_a_library_of_another_base_is_refused_by_its_fingerprint(tmp_path: Path)
         RoutedModel.from_library(llama(seed=1), library)
 
 
+def test_a_base_in_another_precision_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    library = library_of(tmp_path / "experts", replace(BASE, fingerprint=base_fingerprint(llama())))
+    RoutedModel.from_library(llama().bfloat16(), library)
+    assert not caplog.records
+    routed = RoutedModel.from_library(llama().half(), library)
+    assert "the base is held in torch.float16" in caplog.text
+    assert routed.dtype == torch.float16
+
+
+def test_a_base_in_memory_stays_where_it_is(tmp_path: Path) -> None:
+    library = library_of(tmp_path / "experts")
+    with torch.device("meta"):
+        somewhere = llama()
+    assert RoutedModel.from_library(somewhere, library).device.type == "meta"
+
+
+def test_a_base_folder_is_told_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    library = library_of(tmp_path / "experts")
+    monkeypatch.chdir(tmp_path)
+    RoutedModel.from_library("base", library).save_pretrained("routed")
+    monkeypatch.chdir("/")
+    assert len(RoutedModel.from_pretrained(tmp_path / "routed").experts) == 3
+
+
 # -- saved ----------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +284,13 @@ def test_a_broken_manifest_is_explained(harm: Callable[[str], str], message: str
     manifest.write_text(harm(manifest.read_text()))
     with pytest.raises(ConfigError, match=message):
         RoutedModel.from_pretrained(manifest.parent)
+
+
+def test_a_base_without_a_name_is_asked_for(tmp_path: Path) -> None:
+    RoutedModel(llama(), make_pool(llama(), 2)).save_pretrained(tmp_path / "routed")
+    with pytest.raises(ConfigError, match="does not say where its base is"):
+        RoutedModel.from_pretrained(tmp_path / "routed")
+    assert len(RoutedModel.from_pretrained(tmp_path / "routed", base=llama()).experts) == 2
 
 
 def test_a_folder_without_a_manifest_or_an_expert_is_explained(tmp_path: Path) -> None:

@@ -112,6 +112,16 @@ def test_of_encoder_decoder_models_the_encoders_tokens_are_told() -> None:
     assert trace.weights_STE.shape[1] == 6
 
 
+def test_a_decoder_need_not_be_given_anything_to_read() -> None:
+    model = t5()
+    routed = RoutedModel(model, make_pool(model))
+    given = inputs_for(model, batch=1)
+    expected = routed.trace(given["input_ids"], decoder_input_ids=given["decoder_input_ids"])[0]
+    found = routed.trace(given["input_ids"])[0]
+    assert found.sites == expected.sites
+    assert torch.equal(found.weights_STE, expected.weights_STE)
+
+
 def test_fixed_weights_leave_nothing_to_trace() -> None:
     model = llama()
     routed = RoutedModel(model, make_pool(model), "merged")
