@@ -1,0 +1,174 @@
+"""The learned causal gate: where it starts, padding, impossible experts, fewer experts per token, missing scores."""
+
+import math
+
+import pytest
+import torch
+
+from weft.errors import ConfigError
+from weft.gating.bayes import BayesGate, FixedShareGate
+from weft.gating.gate import Features, init_gate, load_gate, save_gate
+from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, fill_unseen, with_top
+from weft.gating.problem import log_model
+
+PRIOR = [0.5, 0.2, 0.3]
+INF = math.inf
+
+
+def scores(seed=0, batch=4, time=7, experts=3, scale=4.0):
+    generator = torch.Generator().manual_seed(seed)
+    return -scale * torch.rand(batch, time, experts, generator=generator, dtype=torch.float64)
+
+
+def trained(config=None, seed=0, size=0.5, prior=PRIOR):
+    """A gate moved away from where it starts."""
+    gate = PrefixGate.of(prior, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = {
+        name: gate.tensors[name]
+        + size * torch.randn(gate.tensors[name].shape, generator=generator, dtype=torch.float64)
+        for name in gate.learned
+    }
+    return gate.replaced(noise)
+
+
+def test_it_starts_as_bayes_or_as_fixed_share():
+    features = Features(logp_BTE=scores(time=300))
+    start = PrefixGate.of(PRIOR).standardised(features)
+    torch.testing.assert_close(
+        start.log_weights(features).exp(), BayesGate.of(PRIOR).log_weights(features).exp(), rtol=1e-12, atol=1e-15
+    )
+    shared = PrefixGate.of(PRIOR, PrefixGateConfig(base="fixed_share", share=0.03)).standardised(features)
+    torch.testing.assert_close(
+        shared.log_weights(features), FixedShareGate.of(PRIOR, 0.03).log_weights(features), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_a_prior_of_zero_and_impossible_tokens_keep_an_expert_out():
+    logp_BTE = scores()
+    logp_BTE[0, 2, 1] = -INF
+    features = Features(logp_BTE=logp_BTE)
+    for prior in (PRIOR, [0.0, 0.4, 0.6]):
+        weights = PrefixGate.of(prior).log_weights(features).exp()
+        torch.testing.assert_close(weights, BayesGate.of(prior).log_weights(features).exp())
+        assert weights[0, 3:, 1].tolist() == [0.0] * 4
+    moved = trained().log_weights(features)
+    assert bool(torch.isfinite(moved).all())
+
+
+def test_a_prefix_nobody_can_write_leaves_finite_weights_and_gradients():
+    logp_BTE = scores()
+    logp_BTE[1, 3] = -INF
+    features = Features(logp_BTE=logp_BTE)
+    gate = trained()
+    theta = {name: gate.tensors[name].requires_grad_(True) for name in gate.learned}
+    logw_BTE = gate.replaced(theta).log_weights(features)
+    torch.testing.assert_close(torch.logsumexp(logw_BTE, dim=-1), torch.zeros(4, 7, dtype=torch.float64))
+    for gradient in torch.autograd.grad(logw_BTE.clamp_min(-50.0).sum(), list(theta.values())):
+        assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("top", [None, 1, 2])
+def test_batches_and_token_by_token_agree_over_chunks_and_padding(top):
+    gate = trained(PrefixGateConfig(top=top))
+    logp_BTE = scores(batch=3, time=290)
+    mask_BT = torch.rand(3, 290, generator=torch.Generator().manual_seed(1)) < 0.8
+    mask_BT[2] = True
+    logw_BTE = gate.log_weights(Features(logp_BTE=logp_BTE, mask_BT=mask_BT))
+    state = gate.begin(3)
+    for t in range(290):
+        torch.testing.assert_close(gate.current(state), logw_BTE[:, t], rtol=1e-8, atol=1e-9)
+        state = gate.advance(state, logp_BTE[:, t], mask_BT[:, t])
+    order = torch.tensor([2, 0, 0])
+    picked = {name: each[order] for name, each in state.items()}
+    torch.testing.assert_close(gate.current(picked), gate.current(state)[order])
+
+
+def test_padding_changes_nothing_wherever_it_stands_and_whatever_it_holds():
+    gate, short = trained(), scores(batch=1, time=4)
+    padded = torch.full((1, 7, 3), -INF, dtype=torch.float64)
+    places = [1, 2, 4, 6]
+    padded[:, places] = short
+    padded[0, 0] = torch.tensor([9.0, -9.0, 2.0])
+    mask = torch.zeros(1, 7, dtype=torch.bool)
+    mask[:, places] = True
+    masked = Features(logp_BTE=padded, mask_BT=mask)
+    dense = gate.log_weights(Features(logp_BTE=short))
+    torch.testing.assert_close(gate.log_weights(masked)[:, places], dense)
+    nothing = torch.zeros(1)
+    torch.testing.assert_close(
+        log_model(gate, nothing, masked), log_model(gate, nothing, Features(logp_BTE=short)), rtol=1e-12, atol=0
+    )
+
+
+def test_length_beyond_the_prefix_changes_nothing():
+    gate, long = trained(), scores(time=40)
+    torch.testing.assert_close(
+        gate.log_weights(Features(logp_BTE=long[:, :9])), gate.log_weights(Features(logp_BTE=long))[:, :9]
+    )
+
+
+def test_relabelling_experts_relabels_the_weights():
+    gate, logp_BTE = trained(), scores()
+    order = [2, 0, 1]
+    per_expert = {name: gate.tensors[name][order] for name in ("prior_E", "bias_E", "expert_EH")}
+    torch.testing.assert_close(
+        gate.replaced(per_expert).log_weights(Features(logp_BTE=logp_BTE[..., order])),
+        gate.log_weights(Features(logp_BTE=logp_BTE))[..., order],
+        rtol=1e-10,
+        atol=1e-12,
+    )
+
+
+def test_standardisation_uses_real_tokens_alone():
+    logp_BTE = scores(batch=2, time=5)
+    padded = torch.cat([logp_BTE, torch.full((2, 3, 3), -40.0, dtype=torch.float64)], dim=1)
+    mask = torch.tensor([[True] * 5 + [False] * 3] * 2)
+    one = PrefixGate.of(PRIOR).standardised(Features(logp_BTE=logp_BTE))
+    other = PrefixGate.of(PRIOR).standardised(Features(logp_BTE=padded, mask_BT=mask))
+    for name in ("mean_F", "scale_F"):
+        torch.testing.assert_close(one.tensors[name], other.tensors[name])
+    alone = init_gate("prefix", 1, Features(logp_BTE=logp_BTE[..., :1]))
+    assert alone.log_weights(Features(logp_BTE=logp_BTE[..., :1])).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_top_keeps_the_largest_weights_renormalised(tmp_path, top):
+    features = Features(logp_BTE=scores())
+    gate = trained()
+    full, sparse = gate.log_weights(features).exp(), with_top(gate, top)
+    found = sparse.log_weights(features).exp()
+    kept = torch.where(found > 0, full, torch.zeros_like(full))
+    assert bool(((found > 0).sum(dim=-1) == top).all())
+    torch.testing.assert_close(kept.sum(dim=-1), full.topk(top, dim=-1).values.sum(dim=-1))
+    torch.testing.assert_close(found, kept / kept.sum(dim=-1, keepdim=True))
+    save_gate(sparse, tmp_path / "gate.safetensors")
+    assert load_gate(tmp_path / "gate.safetensors").config == sparse.config
+    torch.testing.assert_close(with_top(sparse, None).log_weights(features).exp(), full)
+    with pytest.raises(ConfigError, match="top is 0"):
+        with_top(gate, 0)
+
+
+def test_scores_of_experts_that_did_not_run_are_those_of_the_rest():
+    logw = torch.tensor([[math.log(0.75), math.log(0.25), -INF]])
+    logp = torch.tensor([[math.log(0.2), math.log(0.6), math.nan]])
+    ran = torch.tensor([[True, True, False]])
+    filled = fill_unseen(logw, logp, ran)
+    assert filled.exp()[0].tolist() == pytest.approx([0.2, 0.6, 0.3])
+    alone = fill_unseen(logw, logp, torch.tensor([[False, True, False]]))
+    assert alone.exp()[0].tolist() == pytest.approx([0.6, 0.6, 0.6])
+    with pytest.raises(ConfigError, match="by no expert"):
+        fill_unseen(logw, logp, torch.zeros(1, 3, dtype=torch.bool))
+    gate = BayesGate.of(PRIOR)
+    state = gate.advance(gate.begin(1), torch.tensor([[-1.0, -3.0, -2.0]], dtype=torch.float64))
+    before = gate.current(state)
+    ran = torch.tensor([[True, False, True]])
+    after = gate.current(gate.advance(state, fill_unseen(before, torch.tensor([[-0.5, 0.0, -4.0]]).double(), ran)))
+    assert float(after[0, 1].exp()) == pytest.approx(float(before[0, 1].exp()))
+
+
+def test_wrong_numbers_of_experts_and_priors_are_refused():
+    with pytest.raises(ConfigError, match="over 3"):
+        PrefixGate.of(PRIOR).log_weights(Features(logp_BTE=scores(experts=2)))
+    with pytest.raises(ConfigError, match="prior_E"):
+        PrefixGate.of([0.5, 0.6])
