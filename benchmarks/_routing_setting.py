@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zstandard
 from _common import say, write_atomically
@@ -259,7 +260,8 @@ class Setting:
         return BaseReference(str(self.work / "base"), None, base_fingerprint(model))
 
     def train_experts(self, names: Sequence[str] | None = None) -> None:
-        """Train what the library lacks: every domain's and task's expert, and `multitask`, all data at once."""
+        """Train what the library lacks: every domain's and task's expert, and `multitask`: one adapter, all their data
+        and as many steps as all of them together."""
         model = self.base()
         library = ExpertLibrary.open_or_create(self.work / "library", self.reference(model))
         for name in names if names is not None else (*self.names, "multitask"):
@@ -267,12 +269,13 @@ class Setting:
                 continue
             config = ExpertTraining.model_validate(self.expert)
             if name == "multitask":
-                source = self._all_data()
-                steps = self.expert["training"]["steps"] * 3
-                config = ExpertTraining.model_validate(
-                    {**self.expert, "training": {**self.expert["training"], "steps": steps}, "gate": {"steps": 0}}
-                )
-                heldout = None
+                source, heldout = self._all_data("train"), self._all_data("validation")
+                steps = self.expert["training"]["steps"] * len(self.names)
+                training = {**self.expert["training"], "steps": steps}
+                changed = {"training": training, "gate": {"steps": 0}, "statistics_examples": 0}
+                if self.expert["validate_every_steps"]:
+                    changed |= {"validate_every_steps": steps // 8, "validation_tokens": None}
+                config = ExpertTraining.model_validate({**self.expert, **changed})
             else:
                 source, heldout = self.parts[name]["train"], self.parts[name]["validation"]
             expert = train_expert(
@@ -283,16 +286,20 @@ class Setting:
             losses = expert.card["losses"] or {}
             say(f"{name}: {json.dumps(losses)[:200]}")
 
-    def _all_data(self) -> ArraySource:
-        """Every expert's training tokens, interleaved in windows so that any stretch holds all of them."""
-        pieces = [self.parts[name]["train"] for name in self.names]
-        shortest = min(len(piece) for piece in pieces)
-        blocks = [
-            torch.from_numpy(piece.read(start, LENGTH).astype("int64"))
-            for start in range(0, shortest - LENGTH, LENGTH)
+    def _all_data(self, use: str) -> ArraySource:
+        """Every expert's tokens of one use, in a random order of windows, each window of one expert's data."""
+        pieces = [self.parts[name][use] for name in self.names]
+        windows = [
+            piece.read(start, LENGTH).astype("int64")
             for piece in pieces
+            for start in range(0, len(piece) - LENGTH + 1, LENGTH)
         ]
-        return ArraySource(torch.cat(blocks).numpy(), text_bytes=sum(piece.bytes for piece in pieces))
+        order = np.random.default_rng(0).permutation(len(windows))
+        share = len(windows) * LENGTH / sum(len(piece) for piece in pieces)
+        return ArraySource(
+            np.concatenate([windows[place] for place in order]),
+            text_bytes=round(share * sum(piece.bytes for piece in pieces)),
+        )
 
     def experts(self, *, gate_steps: int = 100, gate_seed: int = 0) -> list[Expert]:
         """The pool with gates of so many steps and such a seed; seed 0 and 100 steps are the library's own."""

@@ -11,6 +11,7 @@ documents: settings are chosen there, `--split report` (the default) only report
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -23,10 +24,12 @@ import torch
 from _common import environment_lines, finish, parser, say, spread, table
 from _routing_setting import EvaluationSet, Setting
 
+from weft import __version__
 from weft.evaluation.choices import score_choices
 from weft.evaluation.perplexity import evaluate_source
 from weft.experts.expert import Expert
 from weft.routing.routed_model import RoutedModel
+from weft.routing.router import router_config
 
 BATCH = 16
 MIN_TOKENS = 500
@@ -80,13 +83,17 @@ def evaluate(setting: Setting, split: str, *, seeds: Sequence[int], quick: bool)
     pool = setting.experts()
     rows: dict[str, Any] = {}
 
-    def row(name: str, make: Any) -> None:
-        key = f"scores-{split}-{name}".replace(" ", "_").replace("/", "_")
+    def row(name: str, make: Any, router: Mapping[str, Any] | None = None) -> None:
+        settings = None if router is None else router_config(router).model_dump(mode="json")
+        identity = [split, name, settings, __version__, [len(each.questions) for each in everything]]
+        digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=6).hexdigest()
+        key = f"scores-{split}-{name}-{digest}".replace(" ", "_").replace("/", "_")
         known = setting.remembered(key)
         if known is None:
             start = time.perf_counter()
+            model = make()
             with torch.inference_mode():
-                known = score(make(), everything, setting)
+                known = score(model, everything, setting)
             setting.remember(key, known)
             say(f"{name}: {time.perf_counter() - start:.0f} s, mean {mean(known, everything):.4f}")
         rows[name] = known
@@ -107,17 +114,18 @@ def evaluate(setting: Setting, split: str, *, seeds: Sequence[int], quick: bool)
     row("base", setting.base)
     row("multitask", lambda: RoutedModel(setting.base(), [setting.multitask()], _single("multitask")))
     for expert in pool:
-        row(f"expert {expert.name}", routed_by(_single(expert.name)))
+        row(f"expert {expert.name}", routed_by(_single(expert.name)), _single(expert.name))
     for name, router in ROUTERS.items():
-        row(name, routed_by(router))
+        row(name, routed_by(router), router)
     for seed in seeds[1:]:
         for name in GATED:
-            row(f"{name}, seed {seed}", routed_by(ROUTERS[name], seed=seed))
+            row(f"{name}, seed {seed}", routed_by(ROUTERS[name], seed=seed), ROUTERS[name])
     if not quick:
         for name, router in ABLATIONS.items():
-            row(name, routed_by(router))
+            row(name, routed_by(router), router)
         for steps in GATE_STEPS:
-            row(f"phatgoose, {steps} gate steps", routed_by(ROUTERS["phatgoose"], steps=steps))
+            router = ROUTERS["phatgoose"]
+            row(f"phatgoose, {steps} gate steps", routed_by(router, steps=steps), router)
     names = {group: [each.name for each in sets] for group, sets in groups.items()}
     return {"sets": names, "rows": combine(rows, pool, names, seeds)}
 
@@ -184,7 +192,9 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "seeds of gate training (median, lowest .. highest; rows without a range do not depend on gates or were run "
         "with one seed). Bits per byte on held-out text, lower is better; accuracy by length-normalised likelihood. "
         "`retrieval` reads the whole window it is then scored on, which is more than a causal router knows; "
-        "`retrieval by 32 tokens` decides by the window's first quarter. `oracle expert` looks at the held-out loss.",
+        "`retrieval by 32 tokens` decides by the window's first quarter. `oracle expert` and `best single expert` are "
+        "chosen on the text they are scored on. `multitask` is one adapter trained on all experts' data for as many steps "
+        "as all experts together.",
         "",
     ]
     forms = {"bits_per_byte": "{:.4f}", "accuracy": "{:.3f}"}

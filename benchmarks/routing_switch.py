@@ -95,8 +95,10 @@ def measure(model: Any, tokens_NT1: Tensor, places_N2: Tensor) -> tuple[Tensor, 
 def summary(bits_ST: np.ndarray[Any, Any], weight_ST: np.ndarray[Any, Any] | None) -> dict[str, Any]:
     """Spread over seeds: before the change, and in stretches after it."""
     stretches = {"before": (HALF // 2, HALF), **{name: (HALF + a, HALF + b) for name, (a, b) in AFTER.items()}}
+    # Position t is the prediction of token t + 1.
+    bits = {name: bits_ST[:, a - 1 : b - 1].mean(axis=1) for name, (a, b) in stretches.items()}
     return {
-        "bits": {name: spread(bits_ST[:, a:b].mean(axis=1).tolist()).as_json() for name, (a, b) in stretches.items()},
+        "bits": {name: spread(values.tolist()).as_json() for name, values in bits.items()},
         "weight": None
         if weight_ST is None
         else {name: spread(weight_ST[:, a:b].mean(axis=1).tolist()).as_json() for name, (a, b) in stretches.items()},
@@ -146,7 +148,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """Loss relative to the base and weight on the right expert, by position."""
     mpl.rcParams["svg.hashsalt"] = "weft"
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, constrained_layout=True)
-    positions = np.arange(2 * HALF) - HALF
+    positions = np.arange(2 * HALF) - HALF + 1
     base = np.array(record["rows"]["base"]["bits_by_position"])
     kernel = np.ones(5) / 5
     for name in (*NAMED, "oracle"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,20 +14,19 @@ from weft.experts.statistics import bigram_bucket
 from weft.routing.routed_model import RoutedModel
 from weft.routing.router import Routing, Site
 
-HALF_LIFE, TEMPERATURE, KAPPA, BIAS = 7.0, 2.0, 3.0, -0.4
+SHARE, TEMPERATURE, KAPPA = 0.07, 2.0, 3.0
 SECTION = {
-    "router": "prefix", "k": 2, "half_life_tokens": HALF_LIFE, "temperature": TEMPERATURE, "bigram_strength": KAPPA,
-    "background_bias": BIAS, "background_rank": 64,
+    "router": "prefix", "k": 2, "share": SHARE, "temperature": TEMPERATURE, "bigram_strength": KAPPA,
+    "background_rank": 64,
 }  # fmt: skip
 
 
 def posteriors(experts, tokens):
-    """pi at every token over the experts and, last, the pool; the equations of the docstring, one token at a time."""
+    """pi after every token; the equations of the docstring, one token at a time."""
     count = len(experts)
     unigrams = [(e.statistics.token_counts_V.double() + 0.5) for e in experts]
     unigrams = [each / each.sum() for each in unigrams]
-    decay = 2.0 ** (-1.0 / HALF_LIFE)
-    sums = [0.0] * (count + 1)
+    posterior = [1.0 / count] * count
     found = []
     for place, token in enumerate(tokens):
         likelihoods = []
@@ -39,13 +39,14 @@ def posteriors(experts, tokens):
             bucket = int(bigram_bucket(torch.tensor(before), torch.tensor(token)))
             pairs = float(expert.statistics.bigram_counts_K[bucket])
             seen = float(expert.statistics.token_counts_V[before])
-            likelihoods.append((pairs + KAPPA * alone) / (seen + KAPPA))
-        likelihoods.append(sum(likelihoods) / count)
-        sums = [decay * old + math.log(new) for old, new in zip(sums, likelihoods, strict=True)]
-        scaled = torch.tensor(sums, dtype=torch.float64) / TEMPERATURE
-        scaled[-1] += BIAS
-        found.append(torch.softmax(scaled, dim=0))
-    return torch.stack(found)
+            likelihoods.append(min(1.0, (pairs + KAPPA * alone) / (seen + KAPPA)))
+        moved = [
+            ((1 - SHARE) * old + SHARE / count) * new ** (1 / TEMPERATURE)
+            for old, new in zip(posterior, likelihoods, strict=True)
+        ]
+        posterior = [each / sum(moved) for each in moved]
+        found.append(posterior)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def routings(model, ids, **kwargs):
@@ -67,8 +68,8 @@ def experts():
 def test_the_posterior_is_that_of_a_loop_over_tokens(experts):
     tokens = torch.randint(0, VOCAB, (1, 50), generator=torch.Generator().manual_seed(5))
     model = RoutedModel(llama(), experts, SECTION)
-    expected_TG = posteriors(experts, tokens[0].tolist())
-    best_TK, places_TK = expected_TG[:, :-1].topk(2, dim=-1)
+    expected_TE = posteriors(experts, tokens[0].tolist())
+    best_TK, places_TK = expected_TE.topk(2, dim=-1)
     found = routings(model, tokens)
     assert len(found) == len(model.sites)
     for routing in found.values():
@@ -78,7 +79,7 @@ def test_the_posterior_is_that_of_a_loop_over_tokens(experts):
         torch.testing.assert_close(routing.background_BT[0].double(), 1 - best_TK.sum(dim=-1), atol=1e-5, rtol=1e-4)
 
 
-def test_long_prefixes_are_summed_in_pieces_to_the_same(experts):
+def test_a_continued_prefix_is_the_same_as_a_whole_one(experts):
     tokens = torch.randint(0, VOCAB, (1, 64), generator=torch.Generator().manual_seed(6))
     model = RoutedModel(llama(), experts, {**SECTION, "k": 4})
     whole = next(iter(routings(model, tokens).values()))
@@ -88,7 +89,7 @@ def test_long_prefixes_are_summed_in_pieces_to_the_same(experts):
     torch.testing.assert_close(rest.background_BT, whole.background_BT[:, 23:], atol=1e-6, rtol=1e-5)
 
 
-def test_padding_between_passes_ages_nothing(experts):
+def test_padding_says_nothing(experts):
     tokens = torch.randint(0, VOCAB, (1, 20), generator=torch.Generator().manual_seed(7))
     model = RoutedModel(llama(), experts, SECTION)
     alone = next(iter(routings(model, tokens).values()))
@@ -113,13 +114,26 @@ def test_pieces_that_end_in_padding_equal_one_pass(experts, padding):
     torch.testing.assert_close(torch.cat(found, dim=1)[real], whole.background_BT[real], atol=1e-6, rtol=1e-5)
 
 
-def test_a_pool_that_wins_everywhere_is_the_merged_model(experts):
-    tokens = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(8))
-    model = RoutedModel(llama(), experts, {**SECTION, "background_bias": 1e6})
-    with torch.inference_mode():
-        prefix = model(input_ids=tokens).logits
-        model.use_router("merged")
-        torch.testing.assert_close(prefix, model(input_ids=tokens).logits, atol=2e-4, rtol=2e-4)
+def test_a_text_that_changes_hands_is_followed_and_one_that_may_not_is_not(experts):
+    first = torch.arange(0, 20).repeat(3)
+    second = torch.arange(40, 60).repeat(3)
+    named = []
+    for expert, text in zip(experts[:2], (first, second), strict=True):
+        counts = torch.bincount(text, minlength=VOCAB)
+        pairs = torch.bincount(bigram_bucket(text[:-1], text[1:]), minlength=65536)
+        named.append(
+            replace(expert, statistics=replace(expert.statistics, token_counts_V=counts, bigram_counts_K=pairs))
+        )
+    tokens = torch.cat([first[:20], second[:8]])[None]
+    weight_on_second = {}
+    for share in (0.0, 0.02):
+        model = RoutedModel(llama(), named, {**SECTION, "share": share, "temperature": 5.0})
+        routing = next(iter(routings(model, tokens).values()))
+        weights_TE = torch.zeros(28, 2).scatter(1, routing.experts_BTK[0], routing.weights_BTK[0])
+        assert weights_TE[19, 0] > 0.9
+        weight_on_second[share] = float(weights_TE[-1, 1])
+    assert weight_on_second[0.02] > 0.9
+    assert weight_on_second[0.0] < 0.1
 
 
 def test_a_gate_weight_of_zero_is_the_prefix_alone_and_a_large_one_is_not(experts):
@@ -149,9 +163,9 @@ def test_the_blend_adds_centred_gate_scores_to_the_log_posterior(experts):
 
     gates_EI = torch.stack([experts[place].gate.vectors[site.name].double() for place in site.experts])
     c_TS = standard(u_TI) @ standard(gates_EI).T / math.sqrt(site.width)
-    log_TG = posteriors(experts, tokens[0].tolist()).log()
-    log_TG[:, list(site.experts)] += weight * (c_TS - c_TS.mean(-1, keepdim=True))
-    expected_TG = torch.softmax(log_TG, dim=-1)
+    log_TE = posteriors(experts, tokens[0].tolist()).log()
+    log_TE[:, list(site.experts)] += weight * (c_TS - c_TS.mean(-1, keepdim=True))
+    expected_TE = torch.softmax(log_TE, dim=-1)
     found_TE = torch.zeros(15, len(experts), dtype=torch.float64)
     found_TE.scatter_(1, routing.experts_BTK[0], routing.weights_BTK[0].double())
-    torch.testing.assert_close(found_TE, expected_TG[:, :-1], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found_TE, expected_TE, atol=1e-5, rtol=1e-3)

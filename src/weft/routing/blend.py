@@ -26,7 +26,7 @@ class BlendConfig(PrefixConfig):
 class BlendRouter(PrefixRouter):
     """The posterior of `prefix`, moved in every module by the scores of PHATGOOSE's gates.
 
-        l_z = log pi_z(t) + w (c_z - mean_z c_z)        l_pool = log pi_pool(t)        p = softmax over experts and pool
+        p  proportional to  pi_z(t) exp( w (c_z - mean_z c_z) )
 
     with pi the posterior of `prefix` and c_z the gate's score of `phatgoose`. The k experts of highest p work with
     weights p_z, the mean of all experts with the rest. w = 0 is `prefix`.
@@ -44,9 +44,9 @@ class BlendRouter(PrefixRouter):
         self.gates = PhatgooseRouter(PhatgooseConfig(), experts, sites)
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
-        posterior_BTG: Tensor = call.decisions["posterior"]
+        posterior_BTE: Tensor = call.decisions["posterior"]
         scores_BTS = self.gates.all_scores(site, u_BTI)
         local_BTS = scores_BTS - scores_BTS.mean(dim=-1, keepdim=True)
-        log_BTG = posterior_BTG.clamp_min(torch.finfo(torch.float32).tiny).log()
-        moved_BTG = log_BTG.index_add(-1, self.gates.places(site), self.config.gate_weight * local_BTS)
-        return self._choose(torch.softmax(moved_BTG, dim=-1))
+        log_BTE = posterior_BTE.clamp_min(torch.finfo(torch.float32).tiny).log()
+        moved_BTE = log_BTE.index_add(-1, self.gates.places(site), self.config.gate_weight * local_BTS)
+        return self._choose(torch.softmax(moved_BTE, dim=-1))

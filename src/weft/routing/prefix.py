@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -15,9 +14,8 @@ from weft.experts.expert import Expert
 from weft.experts.statistics import bigram_bucket
 from weft.routing.router import Call, Memory, Need, Router, RouterConfig, Routing, Site, routers
 
-CHUNK = 64
-"""Tokens of a prefix summed up at once."""
-_SUMS, _LAST = "prefix.sums", "prefix.last"
+_SMALLEST = 1e-30
+_POSTERIOR, _LAST = "prefix.posterior", "prefix.last"
 
 
 class PrefixConfig(RouterConfig):
@@ -25,14 +23,10 @@ class PrefixConfig(RouterConfig):
 
     router: Literal["prefix"] = "prefix"
     k: PositiveInt = Field(2, description="experts per token")
-    half_life_tokens: PositiveFloat = Field(
-        32.0, description="evidence counts half as much so many tokens later; long: a topic, short: follows changes"
+    share: FiniteFloat = Field(
+        0.02, ge=0.0, lt=1.0, description="probability that the text changes hands between two tokens; 0: never"
     )
-    temperature: PositiveFloat = Field(8.0, description="the evidence, in nats, is divided by it")
-    background_bias: FiniteFloat = Field(
-        -8.0,
-        description="added to the log-posterior of the pool as a whole, whose n-grams fit any text too well",
-    )
+    temperature: PositiveFloat = Field(5.0, description="what a token says, in nats, is divided by it")
     background_rank: PositiveInt = Field(64, description="rank to which the mean of all experts is cut")
     bigram_strength: NonNegativeFloat = Field(
         32.0, description="kappa: a pair's count is trusted over its second token's when much larger"
@@ -41,23 +35,24 @@ class PrefixConfig(RouterConfig):
 
 @routers.register("prefix")
 class PrefixRouter(Router):
-    """The posterior over experts, and over the pool as a whole, given the text read so far.
+    """The posterior over experts given the text read so far.
 
     Every expert's statistics hold how often tokens and (hashed) pairs of tokens occur in its data; that is a bigram
-    model p_z, backed off to single tokens. The pool as a whole is their average. With the decayed evidence of a prefix
+    model p_z, backed off to single tokens. A filter over the text that may change hands at any token gives
 
-        S_z(t) = g S_z(t - 1) + log p_z(x_t | x_{t-1}),        g = 2^(-1 / half_life)
-        pi     = softmax over the N experts and the pool of S(t) / temperature
+        pi_z(t)  proportional to  [ (1 - s) pi_z(t - 1) + s / N ] p_z(x_t | x_{t-1})^(1 / temperature)
 
-    the k experts of highest posterior work with weights pi_z, in every module alike, and the mean of all experts works
-    with the rest of the mass. So a text like an expert's own gets that expert, a text like nobody's gets what merging
-    would give, and a change of topic is followed at the pace of the half-life. Causal: a token's choice depends on it
-    and those before it. In generation the sums travel with the KV cache.
+    from pi uniform, with s = share. The k experts of highest posterior work with weights pi_z, in every module alike,
+    and the mean of all experts works with the rest of the mass: text like an expert's own gets that expert, text that
+    fits several gets them and what merging would give. Because s keeps every expert possible, a change of topic is
+    followed within tokens. Causal: a token's choice depends on it and those before it. In generation the posterior
+    travels with the KV cache.
 
-        p_z(w | v) = (count_z(v w) + kappa p_z(w)) / (count_z(v) + kappa)
+        p_z(w | v) = (count_z(v w) + kappa p_z(w)) / (count_z(v) + kappa)          at most 1
         p_z(w)     = (count_z(w) + 1/2) / (sum_w' count_z(w') + V/2)
 
-    An addition of weft's to the routers of the literature.
+    An addition of weft's to the routers of the literature. The filter is the fixed-share rule of Herbster and Warmuth
+    1998 with tempered likelihoods: n-grams of neighbouring tokens repeat each other, and say less together than alone.
     """
 
     Config: ClassVar[type[RouterConfig]] = PrefixConfig
@@ -81,11 +76,6 @@ class PrefixRouter(Router):
         self.register_buffer("unigram_VE", unigram_VE.float(), persistent=False)
         self.register_buffer("count_VE", tokens_VE.float(), persistent=False)
         self.register_buffer("pairs_KE", pairs_KE.float(), persistent=False)
-        decay = 2.0 ** (-1.0 / config.half_life_tokens)
-        steps_C = torch.arange(CHUNK, dtype=torch.float64)
-        lower_CC = torch.tril(decay ** (steps_C[:, None] - steps_C[None, :]).clamp_min(0))
-        self.register_buffer("lower_CC", lower_CC.float(), persistent=False)
-        self.register_buffer("carry_C", (decay ** (steps_C + 1)).float(), persistent=False)
 
     @property
     def background_rank(self) -> int:
@@ -93,63 +83,53 @@ class PrefixRouter(Router):
 
     def begin(self, call: Call) -> None:
         ids_BT = call.input_ids_BT
-        if ids_BT is None or (call.continues and _SUMS not in call.memory.tensors):
+        if ids_BT is None or (call.continues and _POSTERIOR not in call.memory.tensors):
             raise ConfigError(
                 f"router {self.config.router!r} reads token ids from the start of the text; pass input_ids, and the "
                 "past_key_values the routed model itself returned"
             )
         memory = Memory(follows_tokens=True)
-        sums_BTG = self._evidence(ids_BT, call.mask_BT, call.memory)
-        memory.tensors[_SUMS] = sums_BTG[:, -1]
+        posterior_BTE = self.filtered(ids_BT, call.mask_BT, call.memory)
+        memory.tensors[_POSTERIOR] = posterior_BTE[:, -1]
         memory.tensors[_LAST] = torch.where(call.mask_BT[:, -1], ids_BT[:, -1], -1)
         call.memory = memory
-        call.decisions["posterior"] = self._posterior(sums_BTG)
-        call.decisions["routing"] = self._choose(call.decisions["posterior"])
+        call.decisions["posterior"] = posterior_BTE
+        call.decisions["routing"] = self._choose(posterior_BTE)
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
         routing: Routing = call.decisions["routing"]
         return routing
 
-    def _evidence(self, ids_BT: Tensor, mask_BT: Tensor, memory: Memory) -> Tensor:
-        """S_BTG: decayed sums of log-likelihood under each expert, and last under the pool; padding adds nothing."""
-        likelihood_BTE = self.likelihoods(ids_BT, mask_BT, memory.tensors.get(_LAST))
-        gains_BTG = torch.cat([likelihood_BTE, likelihood_BTE.mean(dim=-1, keepdim=True)], dim=-1).log()
-        # Only differences count; taking the best one off each token keeps the sums small.
-        gains_BTG = (gains_BTG - gains_BTG.amax(dim=-1, keepdim=True)) * mask_BT[..., None]
-        sums_BG = memory.tensors.get(_SUMS)
-        if sums_BG is None:
-            sums_BG = gains_BTG.new_zeros(gains_BTG.shape[0], gains_BTG.shape[2])
-        real_BT = mask_BT if not bool(mask_BT.all()) else None
-        pieces = []
-        for start in range(0, gains_BTG.shape[1], CHUNK):
-            piece_BCG = gains_BTG[:, start : start + CHUNK]
-            length = piece_BCG.shape[1]
-            if real_BT is None:
-                lower_CC, carry_C = self._decays(length)
-                summed_BCG = lower_CC @ piece_BCG + carry_C[:, None] * sums_BG[:, None]
-            else:
-                summed_BCG = self._with_padding(piece_BCG, real_BT[:, start : start + CHUNK], sums_BG)
-            pieces.append(summed_BCG)
-            sums_BG = summed_BCG[:, -1]
-        return torch.cat(pieces, dim=1)
+    def filtered(self, ids_BT: Tensor, mask_BT: Tensor, memory: Memory) -> Tensor:
+        """pi_BTE after every token, float32; padding changes nothing.
 
-    def _decays(self, length: int) -> tuple[Tensor, Tensor]:
-        return self.get_buffer("lower_CC")[:length, :length], self.get_buffer("carry_C")[:length]
-
-    def _with_padding(self, piece_BCG: Tensor, real_BC: Tensor, sums_BG: Tensor) -> Tensor:
-        """The same where padding stands between: evidence ages by real tokens alone."""
-        age_BC = real_BC.cumsum(dim=1).float()
-        apart_BCC = age_BC[:, :, None] - age_BC[:, None, :]
-        rate = math.log(2.0) / self.config.half_life_tokens
-        causal_CC = torch.ones_like(apart_BCC[0]).tril()
-        lower_BCC = torch.exp(-rate * apart_BCC.clamp_min(0)) * causal_CC
-        return lower_BCC @ piece_BCG + torch.exp(-rate * age_BC)[..., None] * sums_BG[:, None]
+        Args:
+            ids_BT: token ids.
+            mask_BT: True for real tokens.
+            memory: of the passes before, for a text that continues.
+        """
+        likelihood_BTE = self.likelihoods(ids_BT, mask_BT, memory.tensors.get(_LAST)).log() / self.config.temperature
+        # Only ratios count; taking the best out of each token keeps products from vanishing.
+        said_BTE = (likelihood_BTE - likelihood_BTE.amax(dim=-1, keepdim=True)).exp()
+        said_BTE = torch.where(mask_BT[..., None].to(said_BTE.device), said_BTE, 1.0)
+        experts = said_BTE.shape[-1]
+        posterior_BE = memory.tensors.get(_POSTERIOR)
+        if posterior_BE is None:
+            posterior_BE = said_BTE.new_full((said_BTE.shape[0], experts), 1.0 / experts)
+        keep_BT1 = 1.0 - self.config.share * mask_BT[..., None].to(said_BTE)
+        steps = []
+        for said_BE, keep_B1 in zip(said_BTE.unbind(1), keep_BT1.unbind(1), strict=True):
+            moved_BE = (keep_B1 * posterior_BE + (1.0 - keep_B1) / experts) * said_BE
+            moved_BE = moved_BE.clamp_min(_SMALLEST)
+            posterior_BE = moved_BE / moved_BE.sum(dim=-1, keepdim=True)
+            steps.append(posterior_BE)
+        return torch.stack(steps, dim=1)
 
     def likelihoods(self, ids_BT: Tensor, mask_BT: Tensor, last_B: Tensor | None = None) -> Tensor:
         """p_z(x_t | x_{t-1}) of every token under every expert's bigram model, BTE, float32.
 
         Args:
-            ids_BT: token ids; ids the experts never counted get the floor of the smoothing.
+            ids_BT: token ids; one outside the range the experts counted says nothing: 1 under every expert.
             mask_BT: True for real tokens. After padding, or at the start, a token stands alone.
             last_B: the token before the first, -1 for none.
         """
@@ -163,18 +143,14 @@ class PrefixRouter(Router):
         previous_BT = before_BT.clamp(0, len(unigram_VE) - 1)
         pairs_BTE = pairs_KE[bigram_bucket(previous_BT, known_BT, len(pairs_KE))]
         kappa = self.config.bigram_strength
-        backed_BTE = (pairs_BTE + kappa * alone_BTE) / (count_VE[previous_BT] + kappa).clamp_min(1e-12)
-        floor = float(unigram_VE.min())
-        return torch.where(paired_BT[..., None], backed_BTE.clamp_min(floor * 1e-3), alone_BTE)
+        backed_BTE = (pairs_BTE + kappa * alone_BTE) / (count_VE[previous_BT] + kappa).clamp_min(_SMALLEST)
+        lowest = float(unigram_VE.min()) * 1e-3
+        likely_BTE = torch.where(paired_BT[..., None], backed_BTE.clamp(lowest, 1.0), alone_BTE)
+        counted_BT = (ids_BT >= 0) & (ids_BT < len(unigram_VE))
+        return torch.where(counted_BT[..., None], likely_BTE, 1.0)
 
-    def _posterior(self, sums_BTG: Tensor) -> Tensor:
-        evidence_BTG = sums_BTG / self.config.temperature
-        bias_G = torch.zeros(evidence_BTG.shape[-1], device=evidence_BTG.device)
-        bias_G[-1] = self.config.background_bias
-        return torch.softmax(evidence_BTG + bias_G, dim=-1)
-
-    def _choose(self, posterior_BTG: Tensor) -> Routing:
-        best_BTK, choice_BTK = posterior_BTG[..., :-1].topk(min(self.config.k, len(self.names)), dim=-1)
+    def _choose(self, posterior_BTE: Tensor) -> Routing:
+        best_BTK, choice_BTK = posterior_BTE.topk(min(self.config.k, len(self.names)), dim=-1)
         return Routing(choice_BTK, best_BTK, (1.0 - best_BTK.sum(dim=-1)).clamp_min(0.0))
 
 
