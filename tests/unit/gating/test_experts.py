@@ -1,0 +1,184 @@
+"""Pools of experts: every expert scores as it does alone, whatever it shares, and misfits are refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import experts as tiny
+from support.gated import mixed_pool, tokens, whole_pool
+from support.tiny_expert import Fingerprint, random_expert
+
+from weft.errors import ConfigError, ExpertError
+from weft.experts.adapted import adapted
+from weft.experts.expert import BaseReference, Expert
+from weft.experts.library import ExpertLibrary
+from weft.experts.lora import base_fingerprint, write_lora
+from weft.gating import experts as room
+from weft.gating.experts import ExpertPool, ExpertSource, Member, Rows
+from weft.models.language_model import LanguageModel
+
+
+def alone(member, ids):
+    with torch.no_grad():
+        if member.lora is None:
+            return member.model(input_ids=ids).logits.log_softmax(-1)
+        with adapted(member.model, member.lora):
+            return member.model(input_ids=ids).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.qwen2, tiny.gpt2])
+def test_every_expert_scores_as_it_does_alone(make):
+    base = make()
+    modules = {
+        "llama": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"],
+        "qwen2": ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"],
+        "gpt2": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"],
+    }[base.config.model_type]
+    first = random_expert(base, {modules[0]: 2, modules[1]: 3}, seed=1)
+    second = replace(random_expert(base, {modules[1]: 5}, seed=2), name="second")
+    ids = tokens(3, 9)
+    plain = alone(Member("base", base), ids)
+    members = [Member("a", base, first), Member("b", base, second), Member("base", base)]
+    expected = [alone(member, ids) for member in members]
+    pool = ExpertPool(members)
+    found = pool.log_probs(ids)
+    assert found.dtype == torch.float32
+    for expert, want in enumerate(expected):
+        torch.testing.assert_close(found[:, :, expert], want, atol=2e-5, rtol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    scores = pool.token_log_probs(ids)
+    labels = ids[:, 1:, None, None].expand(-1, -1, 3, -1)
+    torch.testing.assert_close(scores, found[:, :-1].gather(-1, labels)[..., 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(base(input_ids=ids).logits.log_softmax(-1), plain)  # hooks rest between passes
+
+
+def test_the_base_is_held_once_and_its_modules_stay():
+    base = tiny.llama()
+    before = Fingerprint(base)
+    pool = ExpertPool([Member("a", base, random_expert(base)), Member("base", base)])
+    assert sum(p.numel() for p in pool.parameters()) == sum(p.numel() for p in base.parameters())
+    assert not any(p.requires_grad for p in pool.parameters())
+    assert pool.train().backbones[0].model.training is False
+    pool.release()
+    for parameter in base.parameters():
+        parameter.requires_grad_(True)
+    before.check(base)
+
+
+def test_memory_is_bounded_by_passes_of_few_experts(monkeypatch):
+    pool, ids = mixed_pool(), tokens(2, 7)
+    wide = pool.token_log_probs(ids)
+    monkeypatch.setattr(room, "LOGITS", 1)
+    torch.testing.assert_close(pool.token_log_probs(ids), wide, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    pool, ids = mixed_pool(), tokens(1, 6)
+    pad = torch.zeros(1, 3, dtype=torch.int64)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if side == "left":
+        padded, mask, own = torch.cat([pad, ids], 1), torch.cat([pad.bool(), real], 1), slice(3, None)
+    else:
+        padded, mask, own = torch.cat([ids, pad], 1), torch.cat([real, pad.bool()], 1), slice(0, 5)
+    scores = pool.token_log_probs(padded, mask)
+    torch.testing.assert_close(scores[:, own], pool.token_log_probs(ids), atol=2e-5, rtol=1e-5)
+    assert scores.abs().sum() == scores[:, own].abs().sum()
+
+
+def test_rows_take_the_cheapest_form():
+    assert Rows.of(torch.tensor([2, 2])).one == 2
+    assert Rows.of(torch.tensor([1, 1, 0, 0])).blocks == (1, 0)
+    assert Rows.of(torch.tensor([0, 1, 0])).each is not None
+    assert Rows.of(torch.tensor([0, 1, 1, 1])).each is not None
+
+
+def test_rows_of_any_form_run_their_own_experts():
+    pool = mixed_pool()
+    backbone, ids = pool.backbones[0], tokens(4, 5)
+    alone = [backbone.run(Rows(one=place), ids) for place in range(3)]
+    for places in ([0, 1, 2, 1], [1, 1, 0, 0], [2, 2, 2, 2], [0, 2, 0, 2]):
+        found = backbone.run(Rows.of(torch.tensor(places)), ids)
+        for row, place in enumerate(places):
+            torch.testing.assert_close(found[row], alone[place][row], atol=2e-5, rtol=1e-5)
+
+
+def test_one_expert_is_a_language_model():
+    pool, ids = mixed_pool(), tokens(2, 5)
+    one = pool.expert("second")
+    assert isinstance(one, LanguageModel)
+    torch.testing.assert_close(one.log_probs(ids), pool.log_probs(ids)[:, :, 2], atol=2e-5, rtol=1e-5)
+    with pytest.raises(ExpertError, match="did you mean 'second'"):
+        pool.expert("secnd")
+
+
+def test_a_library_its_base_and_peft_folders_load(tmp_path):
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    reference = BaseReference(str(tmp_path / "base"), None, base_fingerprint(base))
+    library = ExpertLibrary.create(tmp_path / "library", reference)
+    loras = [replace(random_expert(base, seed=i), name=f"e{i}", base=reference) for i in (1, 2)]
+    for lora in loras:
+        library.add(Expert(lora))
+    write_lora(tmp_path / "peft", loras[0])
+    ids = tokens(2, 6)
+    expected = ExpertPool([Member("e1", base, loras[0]), Member("e2", base, loras[1])]).log_probs(ids)
+    for pool in (
+        ExpertPool.from_library(tmp_path / "library"),
+        ExpertPool.from_library(library, base, experts=["e1", "e2"]),
+        ExpertPool.load(
+            [
+                ExpertSource(name="e1", model=str(tmp_path / "peft")),
+                ExpertSource(name="e2", library=str(tmp_path / "library"), expert="e2"),
+            ]
+        ),
+    ):
+        assert pool.names == ("e1", "e2")
+        assert len(pool.backbones) == 1
+        torch.testing.assert_close(pool.log_probs(ids), expected, atol=2e-5, rtol=1e-5)
+    tiny.llama(5).save_pretrained(tmp_path / "other")
+    with pytest.raises(ExpertError, match="load the base it was trained on"):
+        ExpertPool.from_library(library, tmp_path / "other")
+
+
+def test_fingerprints_follow_weights_and_adapters():
+    pool = mixed_pool()
+    before = pool.fingerprints()
+    assert list(before) == list(pool.names)
+    assert len(set(before.values())) == 4
+    assert mixed_pool().fingerprints() == before
+    with torch.no_grad():
+        next(iter(pool.members[1].model.parameters())).mul_(1.5)
+    after = pool.fingerprints()
+    assert [name for name in before if before[name] != after[name]] == ["whole"]
+
+
+def test_other_vocabularies_and_tokenizers_are_refused():
+    small, model = tiny.llama(), tiny.llama(1)
+    small.resize_token_embeddings(60)
+    with pytest.raises(ConfigError, match="vocabulary of 60 and 'a' one of 64"):
+        ExpertPool.of({"a": model, "b": small})
+    with pytest.raises(ConfigError, match="different tokenizers"):
+        ExpertPool([Member("a", model, tokenizer="x"), Member("c", model), Member("b", tiny.llama(2), tokenizer="y")])
+    with pytest.raises(ConfigError, match="decoder-only"):
+        ExpertPool.of({"t5": tiny.t5()})
+    with pytest.raises(ConfigError, match="decoder-only"):
+        ExpertPool.of({"linear": torch.nn.Linear(2, 2)})
+
+
+def test_bad_pools_and_ids_are_refused():
+    model = tiny.llama()
+    with pytest.raises(ExpertError, match="one expert at least"):
+        ExpertPool([])
+    with pytest.raises(ExpertError, match="different names"):
+        ExpertPool([Member("a", model), Member("a", model)])
+    with pytest.raises(ExpertError, match="another base"):
+        ExpertPool([Member("a", tiny.gpt2(), random_expert(model))])
+    with pytest.raises(ConfigError, match="vocabulary of 64"):
+        whole_pool(1).log_probs(torch.tensor([[64]]))
+    with pytest.raises(ConfigError, match="64 positions"):
+        whole_pool(1).log_probs(torch.ones(1, 66, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="B x T"):
+        whole_pool(1).log_probs(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="give library"):
+        ExpertSource(name="a", model="x", expert="y")
