@@ -1,0 +1,94 @@
+"""Sparse students: the objective's value and gradient, training, the table, serving with scores left unknown."""
+
+import math
+
+import pytest
+import torch
+from support.distillation import Language
+from support.gating import kl
+
+from weft.distillation import DistilConfig, distil_sparse, log_served, sparse_table
+from weft.distillation.sparse import log_sparse
+from weft.distillation.structural import log_student
+from weft.errors import ConfigError
+from weft.gating import Features
+from weft.gating.bayes import BayesGate
+from weft.gating.constant import ConstantGate
+from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, with_top
+
+PRIOR = [0.45, 0.2, 0.35]
+
+
+@pytest.fixture(scope="module")
+def language():
+    return Language(0, length=4)
+
+
+@pytest.mark.parametrize("top", [1, 2, None])
+def test_the_objective_is_worth_the_restricted_log_probability_and_moves_every_weight(language, top):
+    gate = PrefixGate.of(PRIOR, PrefixGateConfig(top=top))
+    bias = gate.tensors["bias_E"].requires_grad_(True)
+    value = log_sparse(gate.replaced({"bias_E": bias}), language.features)
+    torch.testing.assert_close(value.detach(), log_student(gate, language.features))
+    (gradient,) = torch.autograd.grad((torch.from_numpy(language.model(ConstantGate.of(PRIOR))) * value).sum(), bias)
+    assert bool((gradient.abs() > 1e-6).all()) or top is None
+
+
+def test_masked_tokens_do_not_count(language):
+    gate = PrefixGate.of(PRIOR, PrefixGateConfig(top=2))
+    mask = torch.ones(language.logp_XTE.shape[:2], dtype=torch.bool)
+    mask[:, 2:] = False
+    masked = Features(logp_BTE=language.logp_XTE, mask_BT=mask)
+    short = Features(logp_BTE=language.logp_XTE[:, :2])
+    torch.testing.assert_close(log_sparse(gate, masked), log_sparse(gate, short))
+    torch.testing.assert_close(log_served(gate, masked), log_served(gate, short))
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_training_with_the_restriction_lowers_its_cost(language, top):
+    gate, start = ConstantGate.of(PRIOR), PrefixGate.of(PRIOR)
+    config = DistilConfig(steps=150, batch_sequences=None, evaluate_every_steps=25)
+    found = distil_sparse(gate, start, language.enumerated(), top, config=config)
+    assert found.kl < 0.9 * found.history[0].kl
+    assert found.gate.config.top == top
+    student = language.causal_model(found.gate)
+    assert student.sum() == pytest.approx(1.0, rel=1e-10)
+    assert kl(language.model(gate), student) == pytest.approx(found.kl, rel=1e-6)
+
+
+def test_the_table_says_what_each_costs(language):
+    gate = ConstantGate.of(PRIOR)
+    students = [with_top(PrefixGate.of(PRIOR), top) for top in (1, 2, None)] + [BayesGate.of(PRIOR)]
+    domains = {"a": language.support(language.q_XE[:, 0]), "b": language.support(language.q_XE[:, 1])}
+    rows = sparse_table(gate, students, language.enumerated(), domains)
+    assert [row.experts_per_token for row in rows] == [1, 2, None, None]
+    assert rows[0].kl > rows[1].kl > rows[2].kl == pytest.approx(0.0, abs=1e-9)
+    model = language.model(gate)
+    for k, name in enumerate(domains):
+        p = language.q_XE[:, k]
+        assert rows[2].ce[name] == pytest.approx(-(p @ torch.from_numpy(model).log().numpy()) / 4)
+        assert rows[2].ce_unseen[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
+        assert rows[3].ce[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
+        assert math.isfinite(rows[0].ce_unseen[name])
+
+
+def test_serving_without_the_scores_of_sleeping_experts(language):
+    full, one = PrefixGate.of(PRIOR), PrefixGate.of(PRIOR, PrefixGateConfig(top=1))
+    # Nothing is learned of the others: the first choice stays.
+    torch.testing.assert_close(log_served(one, language.features), language.logq_XE[:, 0])
+    torch.testing.assert_close(log_served(full, language.features), log_student(full, language.features))
+    two = with_top(full, 2)
+    torch.testing.assert_close(log_served(two, language.features, known_tokens=4), log_student(two, language.features))
+    for top in (1, 2):
+        served = log_served(with_top(full, top), language.features, known_tokens=1)
+        assert float(served.exp().sum()) == pytest.approx(1.0, rel=1e-10)
+
+
+def test_refusals(language):
+    gate, samples = ConstantGate.of(PRIOR), language.enumerated()
+    with pytest.raises(ConfigError, match="'prefix' gate"):
+        distil_sparse(gate, BayesGate.of(PRIOR), samples, 1)
+    with pytest.raises(ConfigError, match="from 1 to 3"):
+        distil_sparse(gate, PrefixGate.of(PRIOR), samples, 4)
+    with pytest.raises(ConfigError, match="no `top`"):
+        log_sparse(BayesGate.of(PRIOR), language.features)
