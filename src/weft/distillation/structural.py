@@ -11,6 +11,7 @@ gates; for others it is a start: it follows who wrote the prefix, not what is be
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from weft.gating.sequences import ScoredSequences
 Weighting = Literal["balance", "gate"]
 LogModel = Callable[[CausalGate, Features], Tensor]
 """log of a student's probability of B sequences, with a gradient: what training goes up."""
+
+log = logging.getLogger(__name__)
 
 _KIND = "distillation of a gate"
 _STANDARDISED_ON = 512
@@ -326,6 +329,9 @@ def distil_structural(
         DataError: too few samples to hold some out.
         NumericsError: a loss stops being finite.
         CheckpointError: the state is of another distillation.
+
+    A held-out KL clearly below 0 is logged as a warning: no student can be nearer than the model itself, so the samples
+    are not draws from the experts as scored (another temperature, a cut tail, other prompts).
     """
     return run_distillation(
         gate, samples, log_student, student=student, held_out=held_out, real=real, lam=lam, config=config, state=state,
@@ -390,6 +396,13 @@ def run_distillation(
     kept = state.student.to("cpu", torch.float64).replaced(_wide(state.best))
     kl, error = _kl(train, kept)
     held_kl, held_error = _kl(test, kept)
+    if held_kl < -max(5.0 * held_error, 1e-6):
+        log.warning(
+            "KL to the gated model is %.4g with standard error %.2g: below 0, so the samples are not what the experts "
+            "would write by these scores; draw them at temperature 1, uncut, and score them as they were drawn",
+            held_kl,
+            held_error,
+        )
     step = max((line.step for line in state.history if line.best), default=0)
     return DistilResult(kept, kl, error, held_kl, held_error, train.z, train.exact, step, state.history, state)
 

@@ -195,6 +195,17 @@ def test_a_student_of_another_kind_and_one_to_go_on_from(language):
     assert still.kl == pytest.approx(kl(pi, language.routed(np.full(language.logp_XTE.shape, 1 / 3))))
 
 
+def test_samples_that_no_expert_drew_are_noticed(language, caplog):
+    gate, draws = linear(language), language.draws(400, 0)
+    distil_structural(gate, draws, config=QUICK)
+    assert not caplog.records
+    greedy = language.logq_XE.argmax(dim=0)
+    same = [language.scored(torch.full((400,), int(x))) for x in greedy]
+    same = [dataclasses.replace(one, logq_NE=one.logq_NE - torch.tensor([2.0, 0.0, 0.0])) for one in same]
+    distil_structural(ConstantGate.of([0.9, 0.05, 0.05]), same, config=QUICK)
+    assert "temperature 1" in caplog.text
+
+
 def test_refusals(language):
     gate, samples = ConstantGate.of([0.6, 0.1, 0.3]), language.draws(30, 0)
     with pytest.raises(ConfigError, match="not causal"):
