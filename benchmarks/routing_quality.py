@@ -193,8 +193,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "with one seed). Bits per byte on held-out text, lower is better; accuracy by length-normalised likelihood. "
         "`retrieval` reads the whole window it is then scored on, which is more than a causal router knows; "
         "`retrieval by 32 tokens` decides by the window's first quarter. `oracle expert` and `best single expert` are "
-        "chosen on the text they are scored on. `multitask` is one adapter trained on all experts' data for as many steps "
-        "as all experts together.",
+        "chosen on the text they are scored on. `multitask` is one adapter trained on all experts' data for as many "
+        "steps as all experts together.",
         "",
     ]
     forms = {"bits_per_byte": "{:.4f}", "accuracy": "{:.3f}"}

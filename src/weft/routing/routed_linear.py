@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,19 +15,40 @@ from weft.routing.pool import ModulePool
 from weft.routing.router import Call, Router, Routing, Site
 
 
+class Pass(threading.local):
+    """The pass under way and what it was told beside the model's own arguments; each thread has its own.
+
+    Attributes:
+        call: the pass, None between passes.
+        decisive_BT: tokens a decision per sequence may read, None for all.
+        prompt_tokens: length of the prompt, while `generate` runs.
+        record: called with every decision.
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.decisive_BT: Tensor | None = None
+        self.prompt_tokens: int | None = None
+        self.record: Callable[[Site, Routing], None] | None = None
+
+    def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
+        """A copy of a model is in no pass."""
+        return Pass, ()
+
+
 class Switch:
     """What the routed modules of one model share: the router, the pass under way, and whether routing is on."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self.call: Call | None = None
+        self.passing = Pass()
         self.enabled = True
 
     def begin(self, call: Call) -> None:
         """Tell the router of a pass and let the modules route it; in full precision also under autocast."""
         with torch.autocast(call.mask_BT.device.type, enabled=False):
             self.router.begin(call)
-        self.call = call
+        self.passing.call = call
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
         """Ask the router, in full precision also under autocast, and tell who wants to know."""
@@ -67,7 +90,8 @@ class RoutedLinear(nn.Module):
     def forward(self, u_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See the class."""
         switch = self.switch
-        if not switch.enabled or switch.call is None:
+        call = switch.passing.call
+        if not switch.enabled or call is None:
             result: Tensor = self.base(u_BTI, *args, **kwargs)
             return result
         if self.folded is not None:
@@ -75,8 +99,8 @@ class RoutedLinear(nn.Module):
         y_BTO: Tensor = self.base(u_BTI, *args, **kwargs)
         assert self.pool is not None
         shape = u_BTI.shape
-        u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(switch.call.mask_BT.shape[0], -1, shape[-1])
-        delta = self.pool.delta(u_tokens, switch.route(self.site, u_tokens, switch.call)).view(y_BTO.shape)
+        u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(call.mask_BT.shape[0], -1, shape[-1])
+        delta = self.pool.delta(u_tokens, switch.route(self.site, u_tokens, call)).view(y_BTO.shape)
         if torch.is_grad_enabled() and (y_BTO.requires_grad or delta.requires_grad):
             return y_BTO + delta.to(y_BTO.dtype)
         return y_BTO.add_(delta.to(y_BTO.dtype))
@@ -92,7 +116,7 @@ class RoutedLinear(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base" or name.startswith("__"):
                 raise
             return getattr(self.base, name)
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,7 +72,8 @@ class RoutedModel(nn.Module):
         y = W u + sum_k p_k scale_k B_k A_k u
 
     `forward`, `generate` (KV cache, beams, left and right padding) and everything else a Hugging Face model has work as
-    they do on the base. The experts' factors are stacked once, here; a forward pass stacks nothing.
+    they do on the base. The experts' factors are stacked once, here; a forward pass stacks nothing. Several threads may
+    run passes at once, as on the base.
 
     Args:
         model: the base; its adapted modules are replaced in place, and put back by `unload`.
@@ -102,8 +104,10 @@ class RoutedModel(nn.Module):
             raise ExpertError(f"experts of a pool need different names; got {[expert.name for expert in experts]}")
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise ConfigError("the base model is routed already; call unload() on that routed model, or use_router")
+        found = base_fingerprint(model) if any(expert.lora.base.fingerprint for expert in experts) else None
+        comparable = not _coarse_dtypes(model)
         for expert in experts:
-            check_fits(expert.lora, model)
+            check_fits(expert.lora, model, fingerprint=found if comparable else None)
         self.experts = tuple(experts)
         self.base_reference = base if base is not None else BaseReference(getattr(model.config, "_name_or_path", ""))
         self.sites = _sites(model, experts)
@@ -122,9 +126,6 @@ class RoutedModel(nn.Module):
         for site in self.sites:
             _put(model, site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
         self._hooks = self._install_hooks()
-        self._decisive_BT: Tensor | None = None
-        self._prompt_tokens: int | None = None
-        self._record: Callable[[Site, Routing], None] | None = None
         self.use_router(router_)
 
     # -- making one ---------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class RoutedModel(nn.Module):
         if not isinstance(base, PreTrainedModel):
             reference = BaseReference(base_name(str(base)), revision, opened.base.fingerprint)
         if opened.base.fingerprint is not None and (found := base_fingerprint(model)) != opened.base.fingerprint:
-            coarse = {str(parameter.dtype) for parameter in model.parameters()} - _FINGERPRINTED
+            coarse = _coarse_dtypes(model)
             if not coarse:
                 raise ExpertError(
                     f"the library {opened.folder} was made for the base {opened.base.name} (fingerprint "
@@ -234,21 +235,23 @@ class RoutedModel(nn.Module):
             routing_mask: BT, True for the tokens that routers which decide once per sequence may read (a prompt and not
                 its continuation); None for all.
         """
-        self._decisive_BT = routing_mask
+        self.switch.passing.decisive_BT = routing_mask
         try:
             return self.model(*args, **kwargs)
         finally:
-            self._decisive_BT = self.switch.call = None  # also after KeyboardInterrupt, which passes hooks by
+            self.switch.passing.decisive_BT = self.switch.passing.call = (
+                None  # also after KeyboardInterrupt, which passes hooks by
+            )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, routed; routers that decide once per sequence read the prompt alone."""
         prompt = args[0] if args else next((kwargs[key] for key in _PROMPTS if kwargs.get(key) is not None), None)
         if isinstance(prompt, Tensor) and prompt.dim() > 1 and not is_encoder_decoder(self.model):
-            self._prompt_tokens = prompt.shape[1]
+            self.switch.passing.prompt_tokens = prompt.shape[1]
         try:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
-            self._prompt_tokens = self.switch.call = None
+            self.switch.passing.prompt_tokens = self.switch.passing.call = None
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
@@ -263,11 +266,12 @@ class RoutedModel(nn.Module):
     @contextmanager
     def recording(self, record: Callable[[Site, Routing], None]) -> Iterator[Self]:
         """Tell every decision of the passes run inside: module and routing, in the order of execution."""
-        before, self._record = self._record, record
+        passing = self.switch.passing
+        before, passing.record = passing.record, record
         try:
             yield self
         finally:
-            self._record = before
+            passing.record = before
 
     def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> list[Trace]:
         """Run the model once and tell, for each sequence, who worked on each token in each module.
@@ -307,37 +311,36 @@ class RoutedModel(nn.Module):
         encoder_decoder = is_encoder_decoder(model)
         make = encoder_decoder_call if encoder_decoder else decoder_call
 
-        def begin(make_call: Any) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if self.switch.call is not None or not self.switch.enabled:
-                    return
-                _refuse_checkpointing(module)
-                call = make_call(arguments_of(module.forward, args, kwargs), self._decisive_BT)
-                if self._prompt_tokens is not None:  # without a cache `generate` gives what it wrote as well
-                    call.decisive_BT = call.decisive_BT.clone()
-                    call.decisive_BT[:, self._prompt_tokens :] = False
-                call.owner = module
-                call.record = self._record
-                self.switch.begin(call)
-
-            return hook
-
-        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            call = self.switch.call
-            if call is not None and call.owner is module:
-                self.switch.call = None
-                if output is not None:
-                    remember(call, output)
-
+        # Methods and partials of them, not closures: `copy.deepcopy` gives a copy hooks of its own.
         found = [
-            model.register_forward_pre_hook(begin(make), with_kwargs=True),
-            model.register_forward_hook(end, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(partial(self._begin, make), with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
         if encoder_decoder:
             encoder = model.get_encoder()
-            found.append(encoder.register_forward_pre_hook(begin(encoder_call), with_kwargs=True))
-            found.append(encoder.register_forward_hook(end, with_kwargs=True, always_call=True))
+            found.append(encoder.register_forward_pre_hook(partial(self._begin, encoder_call), with_kwargs=True))
+            found.append(encoder.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         return found
+
+    def _begin(self, make_call: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passing = self.switch.passing
+        if passing.call is not None or not self.switch.enabled:
+            return
+        _refuse_checkpointing(module)
+        call: Call = make_call(arguments_of(module.forward, args, kwargs), passing.decisive_BT)
+        if passing.prompt_tokens is not None:  # without a cache `generate` gives what it wrote as well
+            call.decisive_BT = call.decisive_BT.clone()
+            call.decisive_BT[:, passing.prompt_tokens :] = False
+        call.owner = module
+        call.record = passing.record
+        self.switch.begin(call)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self.switch.passing.call
+        if call is not None and call.owner is module:
+            self.switch.passing.call = None
+            if output is not None:
+                remember(call, output)
 
     # -- as a Hugging Face model --------------------------------------------------------------------------------
 
@@ -345,7 +348,7 @@ class RoutedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model" or name.startswith("__"):
                 raise
             return getattr(self.model, name)
 
@@ -471,6 +474,11 @@ class _Constant(Router):
         used_K, weights_K = self.get_buffer("used_K"), self.get_buffer("weights_K")
         shape = (*u_BTI.shape[:2], len(used_K))
         return Routing(used_K.expand(shape), weights_K.expand(shape))
+
+
+def _coarse_dtypes(model: nn.Module) -> set[str]:
+    """Types of a model's parameters under which it has another fingerprint than in float32."""
+    return {str(parameter.dtype) for parameter in model.parameters()} - _FINGERPRINTED
 
 
 def _sites(model: nn.Module, experts: Sequence[Expert]) -> tuple[Site, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +118,7 @@ def test_a_pass_that_fails_leaves_the_model_ready() -> None:
         expected = logits(routed, **given)
         with pytest.raises(IndexError):
             routed(**{**given, "input_ids": given["input_ids"] + 1000})
-        assert routed.switch.call is None
+        assert routed.switch.passing.call is None
         assert torch.equal(logits(routed, **given), expected)
 
 
@@ -376,3 +378,34 @@ def test_prompts_of_different_lengths_choose_by_their_own_tokens() -> None:
         traces = routed.trace(ids_BT, mask_BT)
         assert [trace.usage_SE[0].argmax().item() for trace in traces] == [0, 1]
         assert [len(trace.tokens) for trace in traces] == [4, 7]
+
+
+def test_a_base_of_other_weights_is_refused_and_one_in_another_precision_is_not() -> None:
+    made_for = replace(BASE, fingerprint=base_fingerprint(llama()))
+    experts = make_pool(llama(), 2, base=made_for)
+    with pytest.raises(ExpertError, match="made for another base"):
+        RoutedModel(llama(seed=1), experts)
+    assert len(RoutedModel(llama().half(), experts).experts) == 2
+    assert len(RoutedModel(llama(), experts).experts) == 2
+
+
+def test_threads_share_a_routed_model_without_mixing_their_texts() -> None:
+    routed = RoutedModel(llama(), make_pool(llama()), "prefix")
+    texts = [prompts(2, 12 + place, seed=place) for place in range(8)]
+    expected = [logits(routed, input_ids=text_BT) for text_BT in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text_BT: logits(routed, input_ids=text_BT), texts * 4))
+    for place, each in enumerate(found):
+        torch.testing.assert_close(each, expected[place % len(texts)], atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_routes_by_itself() -> None:
+    routed = RoutedModel(llama(), make_pool(llama()))
+    expected = logits(routed, input_ids=prompts())
+    copied = copy.deepcopy(routed)
+    copied.use_router("merged")
+    assert torch.equal(logits(routed, input_ids=prompts()), expected)
+    copied.use_router("phatgoose")
+    assert torch.equal(logits(copied, input_ids=prompts()), expected)
+    assert routed.unload() is not copied.model
+    assert torch.equal(logits(copied, input_ids=prompts()), expected)

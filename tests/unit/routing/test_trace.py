@@ -135,4 +135,4 @@ def test_a_trace_leaves_no_recorder_behind() -> None:
     routed.trace(prompts(1))
     with pytest.raises(IndexError):
         routed.trace(prompts(1) + 1000)
-    assert routed._record is None
+    assert routed.switch.passing.record is None
