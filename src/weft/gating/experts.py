@@ -32,6 +32,10 @@ from weft.models.factory import load_base
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""
+BUSY = {"cpu": 512}
+"""Tokens that keep a device busy: experts share a pass while all their tokens together are no more. Beyond that a pass
+of several is no faster than several passes, and needs more memory."""
+BUSY_ELSEWHERE = 1 << 14
 
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -150,11 +154,16 @@ class _Branches(nn.Module):
         if u.dtype != self.A_ERI.dtype and not torch.is_autocast_enabled(u.device.type):
             u = u.to(self.A_ERI.dtype)
         if rows.one is not None:
-            delta = (u.flatten(0, -2) @ self.A_ERI[rows.one].T) @ self.B_ERO[rows.one]
+            h_NR = u.flatten(0, -2) @ self.A_ERI[rows.one].T
+            B_RO, y_NO = self.B_ERO[rows.one], y.flatten(0, -2)
+            result = torch.addmm(y_NO, h_NR, B_RO) if y.dtype == h_NR.dtype == B_RO.dtype else y_NO + h_NR @ B_RO
         else:
             A_MRI, B_MRO = self._chosen(rows)
-            delta = torch.bmm(torch.bmm(u.reshape(len(A_MRI), -1, u.shape[-1]), A_MRI.transpose(1, 2)), B_MRO)
-        return y + delta.view(y.shape).to(y.dtype)
+            h_MNR = torch.bmm(u.reshape(len(A_MRI), -1, u.shape[-1]), A_MRI.transpose(1, 2))
+            y_MNO = y.reshape(len(A_MRI), -1, y.shape[-1])
+            same = y.dtype == h_MNR.dtype == B_MRO.dtype
+            result = torch.baddbmm(y_MNO, h_MNR, B_MRO) if same else y_MNO + torch.bmm(h_MNR, B_MRO)
+        return result.view(y.shape).to(y.dtype)
 
     def _chosen(self, rows: Rows) -> tuple[Tensor, Tensor]:
         if rows.blocks is None:
@@ -454,8 +463,10 @@ class ExpertPool(nn.Module):
     def _passes(
         self, backbone: Backbone, ids_BT: Tensor, arguments: Mapping[str, Tensor]
     ) -> Iterable[tuple[list[int], Tensor]]:
-        """As many of a backbone's experts at a time as `LOGITS` allows: their places there, and logits_MBTV."""
-        together = max(1, LOGITS // max(1, ids_BT.numel() * self.vocab_size))
+        """As many of a backbone's experts at a time as gain by it: their places there, and logits_MBTV."""
+        tokens = max(1, ids_BT.numel())
+        most = min(LOGITS // self.vocab_size, BUSY.get(ids_BT.device.type, BUSY_ELSEWHERE))
+        together = max(1, most // tokens)
         for first in range(0, len(backbone), together):
             places = list(range(first, min(first + together, len(backbone))))
             times = len(places)

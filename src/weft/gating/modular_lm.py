@@ -51,6 +51,9 @@ from weft.gating.gate import CausalGate, Features, Gate, State, load_gate, save_
 from weft.gating.modular_cache import ModularCache
 from weft.gating.slots import rows_of
 
+PIECE = 64
+"""Tokens per sequence that a long prompt is read by, at least."""
+
 FORMAT = "weft modular model 1"
 MANIFEST, GATE, BASES, ADAPTERS = "modular.json", "gate.safetensors", "backbone", "adapters"
 
@@ -66,7 +69,7 @@ class ModularConfig(PretrainedConfig):
     model_type = "weft_modular"
 
     def __init__(
-        self, vocab_size: int = 0, top_m: int | None = None, refresh_every: int | None = 16, **kwargs: Any
+        self, vocab_size: int = 0, top_m: int | None = None, refresh_every: int | None = 32, **kwargs: Any
     ) -> None:
         self.vocab_size = vocab_size
         self.top_m = top_m
@@ -106,7 +109,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self, pool: ExpertPool, gate: Gate, *, top_m: int | None = None, refresh_every: int | None = 16
+        self, pool: ExpertPool, gate: Gate, *, top_m: int | None = None, refresh_every: int | None = 32
     ) -> None:
         if not isinstance(gate, CausalGate):
             raise ConfigError(
@@ -281,7 +284,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             start = min(int(cache.done_EB[experts].min()), end - kept)
             places_X = torch.arange(len(backbone)).repeat_interleave(batch)
             index_X = torch.arange(len(places_X))
-            step = max(1, room.LOGITS // (len(places_X) * self.vocab_size))
+            step = max(PIECE, room.LOGITS // (len(places_X) * self.vocab_size))
             tail: list[Tensor] = []
             for first in range(start, end, step):
                 last = min(end, first + step)

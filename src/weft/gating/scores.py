@@ -456,7 +456,8 @@ def _check_scores(pool: ExpertPool, task: ShardTask, first: int, logp_BTE: NDArr
     if dead_B.any():
         raise DataError(
             f"{task.title(first + int(dead_B.argmax()))} has probability 0 under every expert "
-            f"({', '.join(pool.names)}), and no gate can give it any; leave that text out or add an expert that knows it"
+            f"({', '.join(pool.names)}), and no gate can give it any; leave that text out or add an expert that can "
+            "say it"
         )
 
 

@@ -12,6 +12,7 @@ from weft.corpora.source import ArraySource
 from weft.errors import ConfigError
 from weft.evaluation.perplexity import evaluate_source
 from weft.gating import experts as room
+from weft.gating import modular_lm
 from weft.gating.bayes import BayesGate, FixedShareGate
 from weft.gating.experts import ExpertPool, ExpertSource
 from weft.gating.gate import Features, init_gate
@@ -136,7 +137,8 @@ def test_prompts_larger_than_memory_are_read_in_pieces(monkeypatch):
     model = ModularLM(mixed_pool(), GATES["share"](4))
     ids = tokens(2, 9)
     whole = model(ids, use_cache=True, logits_to_keep=3).logits
-    monkeypatch.setattr(room, "LOGITS", 6 * 2 * 64)
+    monkeypatch.setattr(room, "LOGITS", 1)
+    monkeypatch.setattr(modular_lm, "PIECE", 2)
     pieces = model(ids, use_cache=True, logits_to_keep=3).logits
     assert whole.shape == (2, 3, 64)
     torch.testing.assert_close(pieces, whole, atol=2e-5, rtol=1e-5)
