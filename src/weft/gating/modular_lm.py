@@ -49,6 +49,7 @@ from weft.gating import experts as room
 from weft.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
 from weft.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
 from weft.gating.modular_cache import ModularCache
+from weft.gating.prefix_gate import PrefixGate
 from weft.gating.slots import rows_of
 
 PIECE = 64
@@ -96,7 +97,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
     Args:
         pool: the experts.
         gate: a causal gate over them.
-        top_m: m; None for all experts.
+        top_m: m; None: as the gate was trained (`prefix` with `top`), else all experts.
         refresh_every: tokens between two catch-ups of every expert; matters where `top_m` is below E.
     Raises:
         ConfigError: the gate is not causal or is over another number of experts, or a setting is out of range.
@@ -118,6 +119,8 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             )
         if gate.experts != len(pool):
             raise ConfigError(f"a gate over {gate.experts} experts came with a pool of {len(pool)}; they must be equal")
+        if top_m is None and isinstance(gate, PrefixGate):
+            top_m = gate.config.top
         if top_m is not None and not 1 <= top_m <= len(pool):
             raise ConfigError(f"top_m is {top_m}; it must be from 1 to the {len(pool)} experts of the pool, or None")
         if refresh_every is not None and refresh_every < 1:

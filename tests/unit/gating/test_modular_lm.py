@@ -19,9 +19,22 @@ from weft.gating.gate import Features, init_gate
 from weft.gating.modular_lm import ModularLM
 from weft.models.language_model import LanguageModel
 
+
+def moved(gate):
+    """A gate some way from where fitting starts."""
+    random = torch.Generator().manual_seed(0)
+    return gate.replaced(
+        {
+            name: gate.tensors[name] + 0.3 * torch.randn(gate.tensors[name].shape, generator=random)
+            for name in gate.learned
+        }
+    )
+
+
 GATES = {
     "bayes": lambda experts: BayesGate.of([1 / experts] * experts),
     "share": lambda experts: FixedShareGate.of([1 / experts] * experts, 0.05),
+    "prefix": lambda experts: moved(init_gate("prefix", experts, Features(logp_BTE=-3 * torch.rand(4, 9, experts)))),
     "uniform": lambda experts: init_gate("causal_uniform", experts, Features(logp_BTE=torch.zeros(1, 1, experts))),
 }
 
@@ -241,6 +254,16 @@ def test_what_cannot_be_served_is_refused():
         model.generate(ids, assistant_model=tiny.llama(), max_new_tokens=2)
     with pytest.raises(ConfigError, match="64 positions"):
         model.generate(tokens(1, 60), max_new_tokens=10)
+
+
+def test_a_gate_trained_for_few_experts_is_served_with_as_many():
+    gate = init_gate({"gate": "prefix", "top": 2}, 4, Features(logp_BTE=-3 * torch.rand(4, 9, 4)))
+    model = ModularLM(mixed_pool(), gate)
+    assert model.config.top_m == 2
+    assert ModularLM(mixed_pool(), gate, top_m=1).config.top_m == 1
+    ids = tokens(2, 6)
+    assert (torch.isinf(model.weights(ids)).sum(-1) == 2).all()
+    assert model.generate(ids, max_new_tokens=5, num_beams=2).shape == (2, 11)
 
 
 def test_experts_stay_frozen_and_in_evaluation_mode():
