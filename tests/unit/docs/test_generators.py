@@ -143,10 +143,21 @@ def test_a_page_without_markers_is_refused(tables, tmp_path):
 
 @pytest.fixture
 def demo(tmp_path):
-    def write(page: str = "<html><img src='data:,'></html>", **changes: object) -> Path:
+    def write(
+        page: str = "<html><img src='data:,'></html>", routing: dict[str, object] | None = None, **changes: object
+    ) -> Path:
         scores = {"uniform": 2.0, "importance": 1.9, "dga": 1.8}
         mixture = {"target_bpb": scores, "generic_bpb": scores, "train_tokens": 10, "seconds": {"dga": 1.0}, **changes}
-        (tmp_path / "summary.json").write_text(json.dumps({"mixture": mixture}))
+        routers = "base merged retrieval average-activation arrow phatgoose prefix blend oracle".split()
+        by_router = dict.fromkeys(routers, 2.0)
+        routing = {
+            "heldout_bpb": by_router,
+            "unseen_bpb": by_router,
+            "experts": list("abcdef"),
+            "relative_forward_time": 1.5,
+            **(routing or {}),
+        }
+        (tmp_path / "summary.json").write_text(json.dumps({"mixture": mixture, "routing": routing}))
         (tmp_path / "report.html").write_text(page)
         return tmp_path
 
@@ -161,10 +172,14 @@ def demo(tmp_path):
         ({"target_bpb": {"uniform": 2.0, "dga": 1.8}}, "target_bpb lacks importance"),
         (
             {"generic_bpb": {"uniform": float("nan"), "importance": 1.0, "dga": 1.0}},
-            "summary.generic_bpb.uniform is nan",
+            "summary.mixture.generic_bpb.uniform is nan",
         ),
         ({"page": "<html><script src='https://example.org/x.js'></script></html>"}, "report.html loads"),
         ({"page": "<html>"}, "report.html is cut off"),
+        ({"routing": {"unseen_bpb": {"base": 2.0}}}, "routing.unseen_bpb lacks arrow"),
+        ({"routing": {"heldout_bpb": {"base": 20.0}}}, "routing.heldout_bpb.base is 20.0 bits per byte"),
+        ({"routing": {"experts": ["a"]}}, "routing has 1 experts"),
+        ({"routing": {"relative_forward_time": 0.0}}, "routing.relative_forward_time is 0.0"),
     ],
 )
 def test_what_is_wrong_with_a_demonstration_is_found(load_script, demo, changes, problem):

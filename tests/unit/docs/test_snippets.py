@@ -8,7 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from support.experts import llama, make_pool, prompts
 
+from weft.experts.expert import BaseReference
+from weft.experts.library import ExpertLibrary
+from weft.experts.lora import base_fingerprint
 from weft.mixture.policy import MixtureSetting, Report, build_policy, policies
 from weft.pipeline.recipe import make_recipe
 
@@ -29,8 +33,9 @@ def execute(monkeypatch):
     """Runs the text of a module; what it registers does not outlive the test."""
     entries = dict(policies._entries)
 
-    def run(code: str) -> None:
+    def run(code: str, **known: object) -> None:
         module = ModuleType("snippet")
+        module.__dict__.update(known)
         monkeypatch.setitem(sys.modules, "snippet", module)
         exec(compile(code, "snippet", "exec"), module.__dict__)
 
@@ -39,10 +44,23 @@ def execute(monkeypatch):
     policies._entries.update(entries)
 
 
+@pytest.fixture
+def pool(tmp_path):
+    """What the pages call runs/pool: a base and a library of experts over it; and the ids of a prompt."""
+    model = llama()
+    folder = tmp_path / "runs" / "pool"
+    model.save_pretrained(folder / "model")
+    base = BaseReference("runs/pool/model", None, base_fingerprint(model))
+    library = ExpertLibrary.create(folder / "experts", base)
+    for expert in make_pool(model, 2, base=base):
+        library.add(expert)
+    return {"ids": prompts(1, 5)}
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, execute, tmp_path, monkeypatch):
+def test_python_blocks_run(code, execute, pool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    execute(code)
+    execute(code, **pool)
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
