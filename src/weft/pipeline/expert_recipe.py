@@ -15,6 +15,7 @@ from weft.evaluation.suite import EvaluationConfig
 from weft.experts.expert import base_name
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.experts_config import ExpertsConfig
+from weft.pipeline.gate_recipe import GatingConfig
 from weft.pipeline.recipe import Recipe, make_recipe
 
 
@@ -27,6 +28,7 @@ class ExpertRecipe(Section):
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
     experts: ExpertsConfig = Field(description="base, adapters, gates and statistics")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured")
+    gating: GatingConfig | None = Field(None, description="a gate over the experts; absent: the defaults")
 
     @property
     def prepared_folder(self) -> Path:
@@ -42,6 +44,16 @@ class ExpertRecipe(Section):
     def library_folder(self) -> Path:
         """Where the experts go."""
         return self.experts.library if self.experts.library is not None else self.run / "experts"
+
+    @property
+    def scores_folder(self) -> Path:
+        """Where the experts' scores go."""
+        return self.run / "scores"
+
+    @property
+    def gate_folder(self) -> Path:
+        """Where the fitted gate and its certificate go."""
+        return self.run / "gate"
 
     def training_folder(self, name: str) -> Path:
         """Where an expert is trained: checkpoints and metrics."""

@@ -89,8 +89,6 @@ def open_workshop(recipe: ExpertRecipe, *, progress: bool = True) -> Workshop:
 def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = None) -> dict[str, Domain]:
     """The domains that get an expert, by the expert's name.
 
-    That is the domain's own name, with a dash for what a folder's name may not hold.
-
     Args:
         domains: of the data.
         wanted: names of some of them; None for all.
@@ -105,7 +103,7 @@ def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = Non
     for domain in domains:
         if wanted is not None and domain.name not in wanted:
             continue
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", domain.name).lstrip("._-")[:_LONGEST_NAME] or "domain"
+        name = expert_name(domain.name)
         if name.lower() in {other.lower() for other in found}:
             raise ConfigError(
                 f"domains {found[name].name if name in found else name!r} and {domain.name!r} would both have the "
@@ -113,6 +111,11 @@ def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = Non
             )
         found[name] = domain
     return found
+
+
+def expert_name(domain: str) -> str:
+    """The name of a domain's expert: its own, with a dash for what a folder's name may not hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", domain).lstrip("._-")[:_LONGEST_NAME] or "domain"
 
 
 def train_experts(
@@ -144,7 +147,7 @@ def train_experts(
     """
     if processes < 1:
         raise ConfigError(f"processes is {processes}; it must be at least 1")
-    group = _group(recipe)
+    group = process_group(recipe)
     first = group is None or group.is_main_process
     with nullcontext() if group is None else group.main_process_first():
         shop = open_workshop(recipe, progress=progress and first)
@@ -413,7 +416,7 @@ def _claim(work: Path, name: str, identity: str, *, replace: bool) -> None:
         write_whole(path, json.dumps({"expert": name, "identity": identity}) + "\n")
 
 
-def _group(recipe: ExpertRecipe) -> PartialState | None:
+def process_group(recipe: ExpertRecipe) -> PartialState | None:
     """The process group torchrun started this process in; None for a process on its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
