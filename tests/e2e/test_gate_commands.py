@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import yaml
 from support.tiny_project import WORDS, recipe_value, write_corpora
 
 from weft.cli.main import main
+from weft.errors import NumericsError
+from weft.gating.gate import load_gate
+from weft.gating.primal_dual import Progress
+from weft.pipeline import gating
 
 EXPERTS = {
     "lora": {"rank": 4, "alpha": 8},
@@ -59,7 +64,13 @@ def project(tmp_path: Path) -> Path:
     return path
 
 
-def test_from_experts_to_a_certified_gate(project: Path, tmp_path: Path, weft: Call) -> None:
+def cut_short(table: Any, line: Progress) -> None:
+    raise NumericsError(f"cut short at {line.step}")
+
+
+def test_from_experts_to_a_certified_gate(
+    project: Path, tmp_path: Path, weft: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "runs/one"
     weft("train", project, "--json")
     weft("experts", "train", project, "--json")
@@ -80,3 +91,54 @@ def test_from_experts_to_a_certified_gate(project: Path, tmp_path: Path, weft: C
     assert weft("score", project, "--json") == scored
     assert "samples of sailing" in weft("score", project)
     assert "stale" in weft("score", project, "--set", "gating.scores.length=4", code=1)
+
+    # -- fitting
+    assert "fit one first" in weft("gate", "certify", project, code=1)
+    planned = weft("gate", "fit", project, "--dry-run", "--json")
+    assert (planned["plan"]["gate"], planned["plan"]["fit_steps"]) == ("linear", 60)
+    fitted = weft("gate", "fit", project, "--json")
+    assert weft.err.count("lambda") == 2  # type: ignore[attr-defined]
+    assert "fit 60/60  worst " in weft.err  # type: ignore[attr-defined]
+    assert fitted["worst"] == pytest.approx(max(each["value"] for each in fitted["domains"].values()))
+    assert fitted["domains"][fitted["worst_domain"]]["value"] == pytest.approx(fitted["worst"])
+    assert sum(each["lam"] for each in fitted["domains"].values()) == pytest.approx(1)
+    assert fitted["z_ci"][0] <= fitted["z"] <= fitted["z_ci"][1]
+    assert [line["step"] for line in fitted["history"]] == [30, 60]
+    assert load_gate(run / "gate/gate.safetensors").experts == 3
+    assert json.loads((run / "gate/fit.json").read_text()) == fitted
+
+    # a fit cut short at its first report goes on to the same gate
+    shutil.rmtree(run / "gate")
+    with monkeypatch.context() as patch:
+        patch.setattr(gating._FitTable, "add", cut_short)
+        assert "cut short at 30" in weft("gate", "fit", project, code=1)
+    assert not (run / "gate/fit.json").exists()
+    assert weft("gate", "fit", project, "--json") == fitted
+    assert "fit 30/60" not in weft.err  # type: ignore[attr-defined]
+    assert sorted(path.name for path in (run / "gate").iterdir()) == ["fit.json", "gate.safetensors"]
+    assert "worst domain: " in weft("gate", "fit", project)
+
+    # -- certifying
+    certificate = weft("gate", "certify", project, "--json")
+    assert json.loads((run / "gate/certificate.json").read_text()) == certificate
+    assert certificate["worst"]["label"] == "estimate"
+    assert certificate["gap"]["value"] == pytest.approx(certificate["worst"]["value"] - certificate["lower"]["value"])
+    for row in certificate["domains"]:
+        sequences = scored["domains"][row["name"]]["sequences"]
+        assert row["sequences"] + fitted["domains"][row["name"]]["sequences"] == sequences
+    printed = weft("gate", "certify", project)
+    assert "Z: estimate; mean over" in printed
+    assert "other settings" in weft("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
+
+    # -- other gates, offsets and mixtures; what cannot be fitted leaves the gate as it is
+    assert "place in the enumerated support" in weft("gate", "fit", project, "--set", "gating.gate=tabular", code=2)
+    assert json.loads((run / "gate/fit.json").read_text()) == fitted
+    causal = ["--set", "gating.gate=fixed_share", "--set", "gating.offsets=none", "--set", "gating.fit.unit=token"]
+    refitted = weft("gate", "fit", project, *causal, "--set", "gating.mixtures.upper={cooking: 0.2}", "--json")
+    assert (refitted["z"], refitted["unit"], refitted["gate"]["gate"]) == (1.0, "token", "fixed_share")
+    assert refitted["domains"]["cooking"]["lam"] <= 0.2 + 1e-9
+    assert not (run / "gate/certificate.json").exists()
+    unknown = ["--set", "gating.mixtures.upper={coking: 0.2}"]
+    assert "did you mean 'cooking'" in weft("gate", "fit", project, *unknown, code=2)
+    assert "none for algebra, sailing" in weft("gate", "fit", project, "--set", "gating.offsets={cooking: 1.0}", code=2)
+    assert "score again" in weft("gate", "fit", project, "--set", "gating.scores.length=4", code=1)

@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "experts": "Make experts, one per domain, and keep a library of them.",
     "route": "Choose among experts per token and per module; compare the ways to choose.",
     "score": "Score held-out text and samples under every expert, for gates over them.",
+    "gate": "Fit one gate over the experts, best against the worst mixture, and certify it.",
     "demo": "Run the main jobs on built-in text: mixtures compared, then experts and routers.",
 }
 """Name -> one line for `weft --help`, in the order of use.

@@ -1,29 +1,46 @@
 """From a library of experts to their scores, and on to a robust gate and its certificate.
 
 <run>/scores/              the score cache (`weft.gating.scores`)
-<run>/gate/                gate.safetensors, state.safetensors (to continue from), fit.json, certificate.json
+<run>/gate/                gate.safetensors, fit.json, certificate.json; while a fit is under way also
+                               plan.json, of what, and state.safetensors, to continue from
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from weft.corpora.source import Source
-from weft.errors import ConfigError
+from weft.errors import ConfigError, DataError
 from weft.evaluation.result import finite_or_none
 from weft.experts.library import ExpertLibrary
+from weft.gating.certificate import Certificate, certify
 from weft.gating.experts import ExpertPool
-from weft.gating.scores import ScoreCache, score
+from weft.gating.gate import gates, load_gate, save_gate
+from weft.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
+from weft.gating.scores import ScoreCache, ScoreSplit, score
 from weft.pipeline.base import open_base
 from weft.pipeline.expert_recipe import ExpertRecipe
-from weft.pipeline.experts import process_group
+from weft.pipeline.experts import expert_name, process_group
 from weft.pipeline.gate_recipe import GatingConfig, check_domains
 from weft.pipeline.prepare import prepare
-from weft.pipeline.prepared import PreparedData
+from weft.pipeline.prepared import PreparedData, changed_keys
+from weft.pipeline.train import write_whole
+from weft.progress import weights_text
 from weft.training.runtime import choose_runtime
+
+GATE, STATE, FIT, PLAN, CERTIFICATE = (
+    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json",
+)  # fmt: skip
 
 
 def gating_config(recipe: ExpertRecipe) -> GatingConfig:
@@ -138,3 +155,237 @@ def score_summary(cache: ScoreCache) -> dict[str, Any]:
             for name, text in cache.samples.items()
         },
     }
+
+
+# -- fitting ------------------------------------------------------------------------------------------------------
+
+
+def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
+    """Fit the gate that is best against the worst mixture of the scored domains; no expert is run.
+
+    A fit that is there already, of the same scores and settings, is kept; an interrupted one goes on from its last
+    report; one of other scores or settings is replaced once the new one is done.
+
+    Args:
+        recipe: of the experts and the gate.
+        progress: show a live table on stderr.
+    Returns:
+        What fit.json holds: see `fit_facts`.
+    Raises:
+        ConfigError: the gate, the offsets or the mixtures do not fit what was scored.
+        DataError: nothing is scored yet, or a set is too small to be split.
+        NumericsError: a loss stops being finite.
+        CheckpointError: the gate cannot be written.
+    """
+    config = gating_config(recipe)
+    scores = open_scores(recipe)
+    folder, identity = recipe.gate_folder, fit_identity(scores.cache, config, recipe.seed)
+    found = _read_facts(folder / FIT)
+    if found is not None and found.get("identity") == identity:
+        return found
+    unfinished = _read_facts(folder / PLAN)
+    state = None
+    if unfinished is not None and unfinished.get("identity") == identity and (folder / STATE).exists():
+        state = FitState.load(folder / STATE)
+    else:
+        (folder / STATE).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / PLAN, json.dumps({"identity": identity}) + "\n")
+    table = _FitTable(scores.names, config.fit, enabled=progress)
+
+    def report(line: Progress, now: FitState) -> None:
+        now.save(folder / STATE)
+        table.add(line)
+
+    result = fit_robust_gate(
+        scores.split.domains,
+        scores.split.samples or None,
+        gate=config.gate,
+        config=config.fit,
+        held_out_samples=scores.split.held_samples or None,
+        state=state,
+        on_progress=report,
+        **scores.problem,
+    )
+    facts = {"identity": identity, **fit_facts(result, scores)}
+    for name in (FIT, CERTIFICATE):
+        (folder / name).unlink(missing_ok=True)
+    save_gate(result.gate, folder / GATE)
+    write_whole(folder / FIT, json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    for name in (PLAN, STATE):
+        (folder / name).unlink(missing_ok=True)
+    return facts
+
+
+@dataclass(frozen=True, eq=False)
+class OpenScores:
+    """A score cache as a recipe's gate sees it.
+
+    Attributes:
+        cache: the scores.
+        split: sequences to fit on and held-out ones.
+        problem: offsets, mixtures and own experts, as `fit_robust_gate` and `certify` take them.
+    """
+
+    cache: ScoreCache
+    split: ScoreSplit
+    problem: Mapping[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the domains."""
+        return tuple(self.cache.domains)
+
+
+def open_scores(recipe: ExpertRecipe) -> OpenScores:
+    """Open a run's scores and put together what the recipe asks of a gate over them.
+
+    Raises:
+        ConfigError: a gate that sees whole sequences and no samples, a domain without an expert of its own where the
+            offsets need one, or a domain that is named and was not scored.
+        DataError: nothing is scored yet, or with other settings than the recipe's.
+    """
+    config = gating_config(recipe)
+    cache = ScoreCache.open(recipe.scores_folder)
+    changed = changed_keys(cache.config.model_dump(mode="json"), config.scores.model_dump(mode="json"), "gating.scores")
+    if config.experts is not None and list(cache.experts) != config.experts:
+        changed.append(f"gating.experts: {', '.join(cache.experts)} before, {', '.join(config.experts)} now")
+    if config.domains is not None and list(cache.domains) != config.domains:
+        changed.append(f"gating.domains: {', '.join(cache.domains)} before, {', '.join(config.domains)} now")
+    if changed:
+        raise DataError(
+            f"the scores in {cache.folder} were made with other settings ({'; '.join(changed)}); score again (weft "
+            "score --overwrite)"
+        )
+    names = list(cache.domains)
+    causal = gates[config.gate.gate].causal
+    if not causal and not cache.samples:
+        raise ConfigError(
+            f"gate {config.gate.gate!r} sees whole sequences and needs samples of the experts for Z; score some "
+            "(gating.scores.samples), or take a causal gate"
+        )
+    problem: dict[str, Any] = {
+        "offsets": config.offsets_over(names),
+        "mixtures": config.mixtures.over(names),
+        "own_experts": None,
+    }
+    if config.offsets == "expert":
+        places = {name: place for place, name in enumerate(cache.experts)}
+        alone = [name for name in names if expert_name(name) not in places]
+        if alone:
+            raise ConfigError(
+                f"gating.offsets is 'expert' and {', '.join(alone)} has no expert of its own among those scored; take "
+                "offsets 'none' or numbers, or leave the domain out (gating.domains)"
+            )
+        problem["own_experts"] = [places[expert_name(name)] for name in names]
+    return OpenScores(cache, cache.split(config.held_out_fraction, seed=recipe.seed, tokens=causal), problem)
+
+
+def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
+    """Hash of all that decides a fit: scores, seed of the split, gate and settings."""
+    value = config.model_dump(mode="json", exclude={"scores", "experts", "domains"})
+    text = json.dumps([cache.fingerprint, seed, value], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
+    """A fit as JSON; nats of `unit`, measured on the sequences of the fit.
+
+    Returns:
+        scores (fingerprint), experts, gate (section), unit, worst, worst_domain, gap (None where it was not asked for),
+        gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain: sequences, value, lam;
+        history, a list of `Progress`.
+    """
+    names = scores.names
+    return {
+        "scores": scores.cache.fingerprint,
+        "experts": list(scores.cache.experts),
+        "gate": result.gate.config.model_dump(mode="json"),
+        "unit": result.unit,
+        "worst": float(result.worst),
+        "worst_domain": names[result.worst_domain],
+        "gap": finite_or_none(float(result.gap)),
+        "gap_kind": result.gap_kind,
+        "z": float(result.z),
+        "z_ci": [finite_or_none(float(end)) for end in result.z_ci],
+        "z_source": result.z_source,
+        "mu": float(result.mu),
+        "nu": result.nu.tolist(),
+        "domains": {
+            name: {
+                "sequences": len(scores.split.domains[name]),
+                "value": float(result.values[place]),
+                "lam": float(result.lam[place]),
+            }
+            for place, name in enumerate(names)
+        },
+        "history": [dataclasses.asdict(line) for line in result.history],
+    }
+
+
+class _FitTable:
+    """A fit's history on stderr, a line per report."""
+
+    def __init__(self, domains: Sequence[str], config: FitConfig, *, enabled: bool) -> None:
+        self.domains = domains
+        self.config = config
+        self.enabled = enabled
+
+    def add(self, line: Progress) -> None:
+        mixture = weights_text(dict(zip(self.domains, line.lam, strict=True)), 3)
+        text = (
+            f"fit {line.step}/{self.config.steps}  worst {line.worst_domain} {line.worst:.4f} nats/{self.config.unit}  "
+            f"opponent's gap {line.gap:.4f}  Z {line.z:.4f}  lambda {mixture}"
+        )
+        if self.enabled:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def _read_facts(path: Path) -> dict[str, Any] | None:
+    """A JSON file of the gate's folder; None where there is none.
+
+    Raises:
+        DataError: it is torn or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it and fit again (weft gate fit)") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no facts of a fit; delete it and fit again (weft gate fit)")
+    return found
+
+
+# -- certifying ---------------------------------------------------------------------------------------------------
+
+
+def certify_gate(recipe: ExpertRecipe) -> Certificate:
+    """Measure the fitted gate on the sequences that were held out, and write its certificate.
+
+    Raises:
+        ConfigError: as `fit_gate`.
+        DataError: there is no gate, or it was fitted on other scores or with other settings than the recipe's.
+        CheckpointError: the gate's file is torn.
+    """
+    config = gating_config(recipe)
+    scores = open_scores(recipe)
+    folder = recipe.gate_folder
+    facts = _read_facts(folder / FIT)
+    if facts is None:
+        raise DataError(f"{folder} holds no fitted gate; fit one first (weft gate fit)")
+    if facts.get("identity") != fit_identity(scores.cache, config, recipe.seed):
+        raise DataError(f"the gate in {folder} was fitted on other scores or with other settings; fit it again")
+    found = certify(
+        load_gate(folder / GATE),
+        scores.split.held_domains,
+        scores.split.held_samples or None,
+        nu=facts["nu"],
+        unit=config.fit.unit,
+        config=config.fit,
+        **scores.problem,
+    )
+    write_whole(folder / CERTIFICATE, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    return found

@@ -11,7 +11,7 @@ import pytest
 
 from weft.cli.main import COMMANDS, main
 
-GROUPS = {name: import_module(f"weft.cli.{name}").COMMANDS for name in ("experts", "route")}
+GROUPS = {name: import_module(f"weft.cli.{name}").COMMANDS for name in ("experts", "route", "gate")}
 
 
 def test_groups_are_commands() -> None:
