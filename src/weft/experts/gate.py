@@ -107,7 +107,7 @@ def attach_gates(model: nn.Module, expert: LoRAExpert) -> dict[str, GatedLinear]
     gates = {}
     for name, factors in expert.modules.items():
         gates[name] = GatedLinear(model.get_submodule(name), factors)
-        _put(model, name, gates[name])
+        model.set_submodule(name, gates[name])
     return gates
 
 
@@ -118,12 +118,7 @@ def detach_gates(model: nn.Module) -> None:
     """
     found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, GatedLinear)]
     for name, module in found:
-        _put(model, name, module.base)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, module.base)
 
 
 @contextmanager

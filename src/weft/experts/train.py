@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +33,7 @@ from weft.experts.gate import GateConfig, fingerprint_of, one_domain, train_gate
 from weft.experts.library import check_name
 from weft.experts.lora import base_fingerprint, from_peft_model
 from weft.experts.statistics import Decode, collect_statistics, embedder_named
-from weft.models.factory import LoRASection, count_parameters
+from weft.models.factory import LoRASection, count_parameters, peft_warnings
 from weft.models.hf import token_losses
 from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
@@ -298,7 +296,7 @@ def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, see
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]), _peft_warnings():
+    with torch.random.fork_rng(devices=[]), peft_warnings():
         torch.manual_seed(seed)
         try:
             peft_model: PeftModel = get_peft_model(model, section, revision=base.revision)
@@ -310,14 +308,6 @@ def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, see
             if ".lora_A." in name:
                 factor.data.copy_(torch.randn(factor.shape, generator=generator) * config.init_std)
     return peft_model
-
-
-@contextmanager
-def _peft_warnings() -> Iterator[None]:
-    """PEFT still reads an attribute that transformers renamed; its warning is not for weft's users."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        yield
 
 
 class _Best:

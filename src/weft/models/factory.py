@@ -127,7 +127,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
             target_modules=config.lora.target_modules,
             task_type="CAUSAL_LM",
         )
-        with _peft_warnings():
+        with peft_warnings():
             model = get_peft_model(model, section, revision=config.revision)
     built: nn.Module = model
     return built
@@ -205,7 +205,7 @@ def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
             )
-            with _peft_warnings():
+            with peft_warnings():
                 model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
             return model
         return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
@@ -237,7 +237,7 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
 
 
 @contextmanager
-def _peft_warnings() -> Iterator[None]:
+def peft_warnings() -> Iterator[None]:
     """PEFT still reads an attribute that transformers renamed; its warning is not for weft's users."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

@@ -59,6 +59,7 @@ class ModulePool(nn.Module):
         self.register_buffer("mean_A_RI", None, persistent=False)
         self.register_buffer("mean_B_RO", None, persistent=False)
         self.complete = len(adapters) == experts
+        self.background_rank = 0
 
     def delta(self, u_BTI: Tensor, routing: Routing) -> Tensor:
         """What the chosen experts add to the module's output, BTO, in the factors' dtype.
@@ -81,10 +82,13 @@ class ModulePool(nn.Module):
         return delta_BTO + h_BTR.to(self.mean_B_RO.dtype) @ self.mean_B_RO
 
     def set_background(self, rank: int) -> None:
-        """Make (or with rank 0 forget) the factors of the mean update, cut to a rank by singular values.
+        """Make (or with rank 0 forget) the factors of the mean update, cut to a rank by singular values, unless made.
 
         By a randomised singular value decomposition with a fixed start (Halko et al. 2011, arXiv:0909.4061).
         """
+        if rank == self.background_rank:
+            return
+        self.background_rank = rank
         self.mean_A_RI = self.mean_B_RO = None
         if not rank:
             return

@@ -124,7 +124,7 @@ class RoutedModel(nn.Module):
         self.switch = Switch(router_)
         self.router = router_
         for site in self.sites:
-            _put(model, site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
+            model.set_submodule(site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
         self._hooks = self._install_hooks()
         self.use_router(router_)
 
@@ -220,7 +220,7 @@ class RoutedModel(nn.Module):
     def unload(self) -> PreTrainedModel:
         """Take the experts out and give the base model back as it was; once is enough."""
         for site in self.sites if self._hooks else ():
-            _put(self.model, site.name, self._routed(site).base)
+            self.model.set_submodule(site.name, self._routed(site).base)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -452,12 +452,12 @@ class RoutedModel(nn.Module):
         """The base model with its own modules for a while."""
         routed = {site.name: self._routed(site) for site in self.sites}
         for name, module in routed.items():
-            _put(self.model, name, module.base)
+            self.model.set_submodule(name, module.base)
         try:
             yield self.model
         finally:
             for name, module in routed.items():
-                _put(self.model, name, module)
+                self.model.set_submodule(name, module)
 
 
 class _Constant(Router):
@@ -530,8 +530,3 @@ def _refuse_checkpointing(model: nn.Module) -> None:
             "a routed model cannot run its layers again in the backward pass; call gradient_checkpointing_disable(), "
             "or eval() where nothing of the base is trained"
         )
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

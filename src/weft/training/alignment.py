@@ -215,10 +215,6 @@ def has_dropout(model: nn.Module) -> bool:
     return False
 
 
-def _first(*cases: tuple[bool, str]) -> str | None:
-    return next((why for holds, why in cases if holds), None)
-
-
 def probe_alignment(
     estimator: str,
     model: nn.Module,
