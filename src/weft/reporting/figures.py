@@ -324,7 +324,7 @@ def small_multiples(
     with _styled():
         columns = min(columns, len(panels))
         rows = -(-len(panels) // columns)
-        top = 0.3 + (0.14 + 0.17 * -(-len(legend) // LEGEND_COLUMNS) if legend else 0.0)
+        top = 0.3 + (0.14 + 0.17 * -(-len(legend) // _legend_columns(legend)) if legend else 0.0)
         height = top + row_height * rows + 0.42
         figure = Figure(figsize=(WIDTH, height))
         wide = columns <= 2
@@ -390,7 +390,7 @@ def grouped_bars(
         runs = list(values)
         bar = min(0.115, 0.5 / max(1, len(runs)))
         group = bar * len(runs) + 0.11
-        top, bottom = 0.25 + 0.17 * -(-len(runs) // LEGEND_COLUMNS), 0.5
+        top, bottom = 0.25 + 0.17 * -(-len(runs) // _legend_columns(runs)), 0.5
         height = top + group * len(names) + bottom
         figure = Figure(figsize=(WIDTH, height))
         left = min(2.6, 0.2 + _text_width([shorten(name) for name in names], 8.0))
@@ -623,6 +623,12 @@ def spread(positions: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
     return result
 
 
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Columns of a legend: fewer where long names would leave the figure."""
+    width = _text_width([shorten(label) for label in labels], 8.0) + 0.4
+    return max(1, min(len(labels), LEGEND_COLUMNS, int(WIDTH / width)))
+
+
 def _legend_above(
     figure: Figure, labels: Sequence[str], lines: Mapping[str, Line], height: float, *, bars: bool = False
 ) -> None:
@@ -636,7 +642,7 @@ def _legend_above(
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(0.0, 1 - 0.02 / height),
-        ncols=max(1, min(len(labels), LEGEND_COLUMNS)),
+        ncols=_legend_columns(labels),
         borderaxespad=0.0,
         borderpad=0.1,
         handlelength=1.0 if bars else 2.0,

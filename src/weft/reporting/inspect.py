@@ -6,16 +6,12 @@ page is complete without it for the mean over all modules. The same traces give 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 
-from weft import __version__
 from weft.errors import ConfigError
 from weft.reporting.html import escape, section, write_page
+from weft.reporting.layout import contents, page_text
 from weft.reporting.trace_parts import trace_headline, trace_script, trace_sections, trace_size, trace_style
 from weft.reporting.traces import LabelledTrace, Palette, TraceFacts
 
@@ -43,18 +39,12 @@ def render_trace_page(traces: Sequence[LabelledTrace], title: str) -> str:
     if not traces:
         raise ConfigError("a trace page needs at least one trace; none was given")
     facts = [TraceFacts.of(one) for one in traces]
-    script = trace_script()
-    report = resources.files("weft.reporting").joinpath("page/report.css").read_text(encoding="utf-8")
-    page = Template(resources.files("weft.reporting").joinpath("page/trace.html").read_text(encoding="utf-8"))
     keys = [f"trace-{place}" for place in range(len(facts))]
-    return page.substitute(
-        version=escape(__version__),
-        title=escape(title),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(script)}'",
-        style=report.strip() + "\n" + trace_style(),
+    return page_text(
+        title=title,
         kicker="Routing trace" if len(facts) == 1 else f"{len(facts)} routing traces",
-        headline=escape(trace_headline(facts)),
-        contents=_contents(keys, facts),
+        headline=trace_headline(facts),
+        opening=contents([(f"{key}-section", escape(one.label)) for key, one in zip(keys, facts, strict=True)]),
         body="\n".join(
             section(
                 f"{key}-section",
@@ -63,16 +53,6 @@ def render_trace_page(traces: Sequence[LabelledTrace], title: str) -> str:
             )
             for key, one, palette in zip(keys, facts, Palette.each(facts), strict=True)
         ),
-        script=script,
+        style="\n" + trace_style(),
+        script=trace_script(),
     )
-
-
-def _contents(keys: Sequence[str], facts: Sequence[TraceFacts]) -> str:
-    if len(facts) == 1:
-        return ""
-    links = "\n".join(f'<a href="#{key}-section">{escape(one.label)}</a>' for key, one in zip(keys, facts, strict=True))
-    return f'<nav aria-label="Contents">{links}</nav>'
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

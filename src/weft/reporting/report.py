@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from weft import __version__
 from weft.errors import ConfigError
 from weft.progress import count_text
 from weft.reporting.charts import (
@@ -26,7 +23,9 @@ from weft.reporting.charts import (
 )
 from weft.reporting.compare import finding
 from weft.reporting.facts import environment_facts, prepared_facts, reading_notes, recipe_facts
-from weft.reporting.html import escape, section, write_page
+from weft.reporting.gating import GatingFacts, gating_section, gating_style
+from weft.reporting.html import section, write_page
+from weft.reporting.layout import contents, notes, page_text
 from weft.reporting.routing import RoutingFacts, routing_section, routing_style
 from weft.reporting.runs import Run, read_runs
 from weft.reporting.tables import domain_table, summary_table, time_table
@@ -40,6 +39,7 @@ def write_report(
     *,
     prepared: Mapping[str, Any] | None = None,
     routing: RoutingFacts | None = None,
+    gating: GatingFacts | None = None,
 ) -> Path:
     """Write one HTML page about one run or several.
 
@@ -49,6 +49,7 @@ def write_report(
         title: of the page; made from the runs' names when None.
         prepared: facts of the prepared data (`PreparedData.summary()`): sizes by set become a table, the rest a list.
         routing: what routers did with the experts trained from these runs; shown as a section of its own.
+        gating: of a robust gate over such experts; shown as a section of its own.
     Returns:
         `output` as a path.
     Raises:
@@ -58,7 +59,7 @@ def write_report(
     """
     if not runs:
         raise ConfigError("a report needs at least one run folder; none was given")
-    return write_page(render_report(read_runs(runs), title, prepared, routing), output)
+    return write_page(render_report(read_runs(runs), title, prepared, routing, gating), output)
 
 
 def render_report(
@@ -66,6 +67,7 @@ def render_report(
     title: str | None = None,
     prepared: Mapping[str, Any] | None = None,
     routing: RoutingFacts | None = None,
+    gating: GatingFacts | None = None,
 ) -> str:
     """The page as text."""
     view = View.of(runs)
@@ -78,6 +80,7 @@ def render_report(
         ("epochs", "Epochs", "Passes over the data", epoch_chart(view)),
         ("training", "Training", "Training", training_charts(view) + time_table(view)),
         ("routing", "Routing", "Routing", routing_section(routing) if routing is not None else ""),
+        ("gating", "Robust gate", "Robust gate", gating_section(gating) if gating is not None else ""),
         ("data", "Data", "Prepared data", prepared_facts(prepared)),
         ("recipe", "Recipe", "Recipe", recipe_facts(view)),
         ("environment", "Environment", "Environment", environment_facts(view)),
@@ -85,17 +88,15 @@ def render_report(
     ]
     parts = [part for part in parts if part[3]]
     found = finding(runs)
-    page = Template(resources.files("weft.reporting").joinpath("page/report.html").read_text(encoding="utf-8"))
-    style = resources.files("weft.reporting").joinpath("page/report.css").read_text(encoding="utf-8")
-    return page.substitute(
-        version=escape(__version__),
-        title=escape(title if title is not None else _title(runs)),
-        style=style.strip() + (routing_style(routing) if routing is not None else ""),
+    return page_text(
+        title=title if title is not None else _title(runs),
         kicker=_kicker(view),
-        headline=escape(found.headline),
-        qualifiers="\n".join(f'<p class="note">{escape(text)}</p>' for text in found.details),
-        contents="\n".join(f'<a href="#{key}">{short}</a>' for key, short, _, _ in parts),
+        headline=found.headline,
+        opening=notes(found.details) + "\n" + contents([(key, short) for key, short, _, _ in parts]),
         body="\n".join(section(key, heading, inside) for key, _, heading, inside in parts),
+        style=(routing_style(routing) if routing is not None else "") + (gating_style() if gating is not None else ""),
+        source=" from the run folders' own files",
+        closed=False,
     )
 
 

@@ -6,13 +6,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weft.reporting.figures import shorten
 from weft.reporting.html import DASH, Cell, column_head, data, details, escape, figure, table
+from weft.reporting.layout import page_file
 from weft.reporting.traces import (
     BASE,
     OTHER,
@@ -44,16 +44,12 @@ _REORDERING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 def trace_style() -> str:
     """The style sheet of a trace's parts."""
-    return _page_file("trace.css") + "\n" + colour_rules()
+    return page_file("trace.css") + "\n" + colour_rules()
 
 
 def trace_script() -> str:
     """The program that recolours the tokens, without its tags."""
-    return _page_file("trace_script.html").removeprefix("<script>").removesuffix("</script>")
-
-
-def _page_file(name: str) -> str:
-    return resources.files("weft.reporting").joinpath(f"page/{name}").read_text(encoding="utf-8").strip()
+    return page_file("trace_script.html").removeprefix("<script>").removesuffix("</script>")
 
 
 def percent(share: float) -> str:

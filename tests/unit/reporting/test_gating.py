@@ -1,0 +1,340 @@
+"""The robust gate of a report: findings that are honest, tables that keep their numbers, a page that runs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.errors import ConfigError, DataError
+from weft.gating.certificate import Certificate, DomainRow, Figure
+from weft.reporting.gating import GatingFacts, gate_page, gating_findings, gating_section, models_table
+from weft.reporting.report import write_report
+
+ROBUST = {"code": 0.002, "prose": 0.004}
+TABLE: dict[str, Mapping[str, float]] = {
+    "uniform": {"code": 0.5, "prose": 0.3},
+    "bayes": {"code": 0.011, "prose": 0.012},
+    "robust": ROBUST,
+    "student": {"code": 0.0061, "prose": -0.001},
+    "student-top-1": {"code": 0.03, "prose": 0.02},
+}
+
+
+def row(values: Mapping[str, float], error: float = 0.0002, **more: Any) -> dict[str, Any]:
+    worst = max(values, key=lambda name: values[name])
+    return {
+        "worst": values[worst],
+        "worst_domain": worst,
+        "mean": sum(values.values()) / len(values),
+        "domains": {
+            name: {"value": value, "error": error, "cross_entropy": 2.0 + value} for name, value in values.items()
+        },
+        **more,
+    }
+
+
+def rows(table: Mapping[str, Mapping[str, float]] = TABLE, error: float = 0.0002) -> dict[str, dict[str, Any]]:
+    return {name: row(values, error) for name, values in table.items()}
+
+
+def certificate(values: Mapping[str, float] = ROBUST) -> Certificate:
+    worst = max(values, key=lambda name: values[name])
+    return Certificate(
+        unit="token",
+        offsets="expert",
+        causal=False,
+        capacity=None,
+        worst=Figure(values[worst], "estimate", "on these sequences", values[worst] - 0.001, values[worst] + 0.001),
+        worst_domain=worst,
+        at_lam=Figure(0.0035, "estimate", "against the mixture"),
+        lower=Figure(0.003, "bound", "closed form, none < it"),
+        gap=Figure(values[worst] - 0.003, "bound", "at most this"),
+        z=Figure(1.0, "exact", "summed over the support"),
+        domains=tuple(
+            DomainRow(name, 1200, 127.0, 2.0 + value, 2.0, value, value - 0.001, value + 0.001, 1 / len(values))
+            for name, value in values.items()
+        ),
+    )
+
+
+def fit(names: Sequence[str] = ("code", "prose"), reports: int = 5) -> dict[str, Any]:
+    share = [1 / len(names)] * len(names)
+    return {
+        "unit": "token",
+        "worst": 0.0033,
+        "worst_domain": names[0],
+        "gap": None,
+        "domains": {name: {"sequences": 3000, "value": 0.0033, "lam": share[0]} for name in names},
+        "history": [
+            {"step": 500 * k, "worst": 0.3 / k, "worst_domain": names[0], "lam": share, "gap": 0.1 / k, "z": 1.0}
+            for k in range(1, reports + 1)
+        ],
+    }
+
+
+def table_rows(text: str) -> dict[str, list[str]]:
+    found = re.findall(r'<tr><th scope="row" class="text">(.*?)</th>(.*?)</tr>', text)
+    return {name.split("<")[0]: re.findall(r"<td.*?>(.*?)</td>", cells) for name, cells in found}
+
+
+def values(cell: str) -> list[float]:
+    return [float(value) for value in re.findall(r'<data value="(.*?)"', cell)]
+
+
+# -- facts --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_at_all_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="without a certificate, a fit and rows"):
+        GatingFacts()
+    with pytest.raises(ConfigError, match="without a certificate, a fit and rows"):
+        GatingFacts.of(students=[{"rows": {}}])
+
+
+def test_parts_of_different_units_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="different unit: token, sequence"):
+        GatingFacts(certificate(), rows=rows(), unit="sequence")
+    with pytest.raises(ConfigError, match="different offsets: expert, none"):
+        GatingFacts(certificate(), rows=rows(), offsets="none")
+
+
+def test_facts_come_from_the_files_of_a_run() -> None:
+    student = {"scores": "s", "unit": "token", "offsets": "expert", "rows": rows()}
+    direct = {**student, "rows": {**rows(), "bayes": row({"code": 9.0}), "direct": row(ROBUST)}}
+    written = json.loads(json.dumps([certificate().to_json(), {"scores": "s", **fit()}, student, direct]))
+    facts = GatingFacts.of(written[0], written[1], written[2:])
+    assert facts.certificate == certificate()
+    assert list(facts.rows) == [*TABLE, "direct"]
+    assert facts.worst("bayes") == 0.012
+    assert (facts.nats, facts.relative_to) == ("nats per token", "expert")
+    assert GatingFacts.of(students=[{**student, "offsets": [1.0, 2.0]}]).relative_to == "values"
+    with pytest.raises(ConfigError, match="different scores: t, s"):
+        GatingFacts.of(fit={"scores": "t", **fit()}, students=[student])
+    with pytest.raises(DataError, match="no certificate"):
+        GatingFacts.of({"worst": 1.0})
+
+
+# -- findings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_that_wins_is_said_to_be_better_by_how_much() -> None:
+    said = gating_findings(GatingFacts(certificate(), rows=rows()))
+    assert "the robust gate is worst on prose, 0.0040 nats per token above that domain's own expert" in said[0]
+    assert (
+        "the best of 2 rivals, bayes, is worst on prose, 0.0120 above: the robust gate is better by 0.0080." in said[0]
+    )
+    assert any("causal student is worst on code" in text and "better than bayes by 0.0059" in text for text in said)
+    assert any(text.startswith("Of the 3 gates and students here, 2 have a lower worst case") for text in said)
+    assert any("lower than this gate's by more than 0.0010 nats per token" in text for text in said)
+
+
+def test_a_gate_that_loses_is_said_to_be_worse() -> None:
+    table = {**TABLE, "robust": {"code": 0.02, "prose": 0.001}, "student": {"code": 0.03, "prose": 0.001}}
+    said = gating_findings(GatingFacts(rows=rows(table), unit="token", offsets="expert"))
+    assert "the robust gate is worse by 0.0080." in said[0]
+    assert any("worse than bayes by 0.0180" in text for text in said)
+    assert any("none has a lower worst case" in text for text in said)
+
+
+def test_a_difference_within_the_errors_is_called_open() -> None:
+    close = {"bayes": {"code": 0.0120}, "student": {"code": 0.0115}}
+    said = " ".join(gating_findings(GatingFacts(rows=rows(close, error=0.0004), unit="token")))
+    assert f"leave that open: ± {1.96 * math.sqrt(2) * 0.0004:.4f} at 95 %" in said
+    assert "leave that open" not in " ".join(gating_findings(GatingFacts(rows=rows(close, error=0.0001), unit="token")))
+    equal = {"bayes": {"code": 0.01200}, "student": {"code": 0.01201}}
+    assert "equal in the first four decimals" in gating_findings(GatingFacts(rows=rows(equal)))[0]
+
+
+def test_a_worst_mixture_is_not_called_a_worst_domain() -> None:
+    given = {name: {**one, "worst": 0.9 * one["worst"]} for name, one in rows().items()}
+    facts = GatingFacts(rows=given, unit="sequence", offsets="none")
+    assert (
+        "is at worst, over the allowed mixtures, with a cross-entropy of 0.0036 nats per sequence"
+        in (gating_findings(facts)[0])
+    )
+    assert "The worst case is over the allowed mixtures" in models_table(facts)
+
+
+def test_without_rivals_or_rows_less_is_said() -> None:
+    alone = gating_findings(GatingFacts(rows=rows({"student": ROBUST}), unit="token"))
+    assert alone[0].endswith("No rival was measured.")
+    certified = gating_findings(GatingFacts(certificate()))
+    assert "worst case is 0.0040 nats per token (95 % interval 0.0030 to 0.0050)" in certified[0]
+    fitted = gating_findings(GatingFacts(fit=fit()))
+    assert "On the sequences it was fitted on" in fitted[0]
+    assert fitted[1] == "Nothing is certified on held-out sequences yet."
+
+
+def test_an_estimated_gap_is_no_bound() -> None:
+    known = dataclasses.replace(certificate(), gap=Figure(0.0012, "estimate", "may understate"))
+    assert "estimated at 0.0012" in gating_findings(GatingFacts(known))[-1]
+    below = dataclasses.replace(certificate(), gap=Figure(-0.0003, "estimate", "may understate"))
+    assert gating_findings(GatingFacts(below))[-1].startswith("Nothing left to gain was found")
+    assert len(gating_findings(GatingFacts(dataclasses.replace(certificate(), gap=None)))) == 1
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_table_holds_the_numbers_and_the_lowest_is_bold() -> None:
+    found = table_rows(models_table(GatingFacts(rows=rows(), unit="token", offsets="expert")))
+    assert list(found) == list(TABLE)
+    for name, cells in found.items():
+        given = TABLE[name]
+        assert cells[0] == max(given, key=lambda domain: given[domain])
+        assert values(cells[1]) == pytest.approx([max(given.values()), 0.0002])
+        assert values(cells[2]) == pytest.approx([sum(given.values()) / 2])
+        assert [values(cell)[0] for cell in cells[3:]] == list(given.values())
+    best = [[name for name, cells in found.items() if "best" in cells[column]] for column in range(1, 5)]
+    assert best == [["robust"], ["student"], ["robust"], ["student"]]
+    assert ">−0.0010</data>" in found["student"][4]
+
+
+def test_rivals_experts_per_token_and_distances_are_shown_where_known() -> None:
+    given = rows() | {"student-top-1": row(TABLE["student-top-1"], kl=0.71, kl_error=0.02, experts_per_token=1)}
+    text = models_table(GatingFacts(rows=given))
+    assert text.count('<span class="sub">rival</span>') == 2
+    assert "1 expert per token" in text
+    assert values(table_rows(text)["student-top-1"][3]) == [0.71, 0.02]
+    assert table_rows(text)["bayes"][3] == "–"
+    assert "KL" not in models_table(GatingFacts(rows=rows()))
+
+
+def test_many_domains_become_rows() -> None:
+    names = [f"domain {i}" for i in range(9)]
+    table = {
+        model: {name: i + shift for i, name in enumerate(names)} for model, shift in (("bayes", 0.1), ("student", 0.0))
+    }
+    text = models_table(GatingFacts(rows=rows(table)))
+    found = table_rows(text)
+    assert len(found["student"]) == 3
+    assert "All 9 domains" in text
+    assert [values(cell)[0] for cell in found["domain 3"]] == [3.1, 3.0]
+    assert "best" in found["domain 3"][1]
+
+
+def test_missing_and_infinite_numbers_are_dashes() -> None:
+    broken = row({"code": math.nan, "prose": 0.1}) | {"worst": math.inf, "mean": None}
+    given = {"bayes": row({"code": 0.2}), "student": broken}
+    found = table_rows(gating_section(GatingFacts(rows=given)))
+    assert found["student"][1:4] == ["–", "–", "–"]
+    assert found["bayes"][4] == "–"
+    assert "inf" not in found["student"][1]
+    assert "nan" not in gating_section(GatingFacts(rows=given)).lower()
+    assert "No model" in gating_findings(GatingFacts(rows={"student": {}}))[0]
+
+
+def test_the_certificate_says_what_each_figure_is() -> None:
+    infinite = dataclasses.replace(certificate(), worst=Figure(None, "exact", "no support"))
+    text = gating_section(GatingFacts(infinite))
+    found = table_rows(text)
+    assert found["Worst case"][:2] == ["infinite", "–"]
+    assert found["Capacity"] == ["–"] * 4
+    assert values(found["Lower end"][0]) == [0.003]
+    assert found["Lower end"][2] == '<span class="label bound">bound</span>'
+    assert found["Lower end"][3] == "Closed form, none &lt; it"
+    assert found["Z"][2] == '<span class="label exact">exact</span>'
+    shown = table_rows(gating_section(GatingFacts(certificate())))
+    assert values(shown["Worst case"][1]) == pytest.approx([0.003, 0.005])
+    assert shown["Worst case"][2] == '<span class="label estimate">estimate</span>'
+    half = dataclasses.replace(certificate(), z=Figure(1.0, "estimate", "samples", 0.9, None))
+    assert table_rows(gating_section(GatingFacts(half)))["Z"][1].endswith("to +∞")
+
+
+def test_the_gate_by_domain_is_the_certificates() -> None:
+    found = table_rows(gating_section(GatingFacts(certificate())))
+    assert [values(cell) for cell in found["prose"]] == [
+        [1200.0], [127.0], [2.004], [2.0], [0.004], pytest.approx([0.003, 0.005]), [0.5],
+    ]  # fmt: skip
+    assert "best" in found["prose"][4]
+    assert "best" not in found["code"][4]
+    bare = dataclasses.replace(
+        certificate(),
+        domains=tuple(dataclasses.replace(one, tokens=None, lam=None) for one in certificate().domains),
+    )
+    text = gating_section(GatingFacts(bare))
+    assert len(table_rows(text)["code"]) == 5
+    assert "λ" not in text
+
+
+def test_a_fit_alone_shows_its_own_domains() -> None:
+    text = gating_section(GatingFacts(fit=fit()))
+    assert [values(cell) for cell in table_rows(text)["code"]] == [[3000.0], [0.0033], [0.5]]
+    assert "not held out" in text
+
+
+# -- charts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_is_drawn_with_a_description() -> None:
+    text = gating_section(GatingFacts(certificate(), fit()))
+    assert text.count("<svg") == text.count('role="img"') == 2
+    assert "worst case from 0.3000 to 0.0600" in text
+    assert "Largest at the end: code 50.0%, prose 50.0%" in text
+    ids = re.findall(r'\sid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert gating_section(GatingFacts(certificate(), fit())) == text
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 10, "lam": [0.5, 0.5], "worst": None, "gap": math.nan}], None])
+def test_a_short_or_broken_history_is_no_mistake(history: list[dict[str, Any]] | None) -> None:
+    text = gating_section(GatingFacts(fit={**fit(), "history": history}))
+    assert text.count("<svg") == (2 if history else 0)
+
+
+def test_of_many_domains_the_heaviest_are_named() -> None:
+    names = [f"d{i}" for i in range(12)]
+    facts = fit(names)
+    for line in facts["history"]:
+        line["lam"] = [(i + 1) / 78 for i in range(12)]
+    text = gating_section(GatingFacts(fit=facts))
+    legend = re.findall(r">(d\d+|other)</text>", text)
+    assert sorted(legend, key=len) == ["d3", "d4", "d5", "d6", "d7", "d8", "d9", "d10", "d11", "other"]
+    assert "the other 3 are added up" in text
+
+
+# -- pages --------------------------------------------------------------------------------------------------------
+
+
+def test_everything_from_outside_is_escaped() -> None:
+    bad = "<b>&"
+    given = {"bayes": row({bad: 0.1}), bad: row({bad: 0.2})}
+    facts = GatingFacts(certificate({bad: 0.1, "c": 0.2}), fit([bad, "c"]), given)
+    for text in (gating_section(facts), gate_page(facts, bad)):
+        assert "<b>" not in text
+        assert "&lt;b&gt;&amp;" in text
+
+
+def test_a_page_of_its_own_runs_nothing_and_leads_to_its_parts() -> None:
+    page = gate_page(GatingFacts(certificate(), fit(), rows()), "The gate")
+    assert page.startswith("<!DOCTYPE html>")
+    assert page.endswith("</html>\n")
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page
+    assert "<script" not in page
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
+    assert "9 domains" not in page
+    assert "Robust gate · 2 domains · values in nats per token" in page
+    for key in re.findall(r'<a href="#([^"]*)">', page):
+        assert page.count(f'<section id="{key}"') == 1
+    assert re.findall(r'<a href="#gating-(\w+)">', page) == ["models", "certificate", "domains", "fit"]
+    assert page.count('<p class="headline">') == 1
+    assert "<nav" not in gate_page(GatingFacts(rows=rows()), "Rows alone")
+
+
+def test_a_report_has_the_section_where_facts_are_given(three_runs: list[Path], tmp_path: Path) -> None:
+    without = write_report(three_runs[:1], tmp_path / "a.html").read_text(encoding="utf-8")
+    facts = GatingFacts(certificate(), fit(), rows())
+    given = write_report(three_runs[:1], tmp_path / "b.html", gating=facts).read_text(encoding="utf-8")
+    assert 'id="gating"' not in without
+    assert ".label" not in without
+    assert given.count('<section id="gating"') == 1
+    assert given.index('href="#training"') < given.index('href="#gating"') < given.index('href="#recipe"')
+    assert ".label.bound" in given or ".label.exact" in given
+    assert "http" not in given
