@@ -62,7 +62,7 @@ GATES = ("linear", "mlp")
 MINI, FULL = "mini-batches", "full batch"
 BATCH = 1024
 """Sequences of all domains together in a mini-batch (and as many samples)."""
-FULL_UP_TO = 1_600_000
+FULL_UP_TO = 800_000
 """Sequences x experts up to which fits on the full batch are timed."""
 NEAR_LINEAR = 1.1
 """The largest exponent, over the last tenfold, that counts as near-linear."""
@@ -250,11 +250,12 @@ def run_for_memory(gate: str, way: str, experts: int, sequences: int) -> None:
 
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory beyond the libraries', over the bytes of the data."""
+    """Peak memory beyond the libraries', over the bytes of the data, at the most sequences of each way."""
     found = []
     for experts in arguments.experts:
-        for sequences in arguments.sequences[-2:]:
-            for way in ways(sequences, experts):
+        for way in (MINI, FULL):
+            possible = [sequences for sequences in arguments.sequences if way in ways(sequences, experts)]
+            for sequences in possible[-1:]:
                 for gate in GATES:
                     command = [sys.executable, __file__, "--memory-of", gate, way, str(experts), str(sequences)]
                     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
