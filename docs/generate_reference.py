@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from weft.cli.main import app
+from weft.gating.gate import GateConfig, gates
 from weft.mixture.policy import policies
 from weft.pipeline.recipe import Recipe
 from weft.routing.router import routers
@@ -132,7 +133,7 @@ def option_default(parameter: Any) -> str:
 
 
 def recipe_page() -> str:
-    """Every section of the recipe, then the keys of each mixture policy and of each router."""
+    """Every section of the recipe, then the keys of each mixture policy, of each router and of each gate."""
     lines = [
         "# Recipe",
         "",
@@ -160,16 +161,22 @@ def recipe_page() -> str:
         router = routers.entry(name)
         lines += [f"### {name}", "", first_paragraph(router.cls) + paper_link(router.paper), ""]
         lines += [*section_body(router.cls.Config, f"router {name}", introduce=False, without="router"), ""]
+    lines += ["## Gates", "", "What `gating.gate` takes in a recipe; `gate: NAME` alone where the defaults will do.", ""]
+    for name in gates:
+        gate = gates.entry(name)
+        sees = "sees the prefix" if gate.cls.causal else "sees the whole sequence"
+        lines += [f"### {name}", "", f"{first_paragraph(gate.cls)} It {sees}." + paper_link(gate.paper), ""]
+        lines += [*section_body(gate.cls.Config, f"gate {name}", introduce=False, without="gate"), ""]
     return finished(lines)
 
 
 def sections(section: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
     """The section itself and every section below it, depth first, each with its dotted place.
 
-    The policies' sections are left out: they are listed by name from the registry.
+    The policies' and gates' sections are left out: they are listed by name from the registry.
     """
     yield place, section
-    configs = {policies[name].Config for name in policies}
+    configs = {policies[name].Config for name in policies} | {GateConfig}
     for name, field in section.model_fields.items():
         for model, many in models_in(field.annotation):
             if model not in configs:

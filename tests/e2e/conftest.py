@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import Call
 from support.tiny_project import command, environment, write_corpora, write_recipe
 
 Weft = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,6 +33,13 @@ def weft(tmp_path: Path) -> Weft:
         return finished
 
     return run
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line in this process, in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return Call(capsys)
 
 
 @pytest.fixture

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from peft import PeftModel
+from support.command_line import Call
 from support.tiny_project import WORDS, recipe_value, write_corpora
 from transformers import AutoModelForCausalLM
 
-from weft.cli.main import main
 from weft.experts.library import ExpertLibrary
 from weft.routing.routed_model import RoutedModel
 
@@ -28,26 +26,6 @@ EXPERTS = {
     "embedder": "tokens-64",
 }  # fmt: skip
 """Three experts in a few seconds; `device` keeps them off an accelerator."""
-
-Call = Callable[..., Any]
-
-
-@pytest.fixture
-def weft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`weft("experts", "list", ..., code=0)`: what the command prints, JSON where it was asked for."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path, code: int = 0) -> Any:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert (caught.value.code or 0) == code, printed.err
-        if code:
-            return printed.err
-        return json.loads(printed.out) if "--json" in arguments else printed.out
-
-    return call
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -67,91 +45,91 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads a renamed attribute
-def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, weft: Call) -> None:
+def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call) -> None:
     run, library = tmp_path / "runs/one", tmp_path / "runs/one/experts"
-    assert "finish it with weft train" in weft("experts", "train", project, code=2)
-    weft("train", project, "--json")
+    assert "finish it with weft train" in call("experts", "train", project, code=2)
+    call("train", project, "--json")
 
     # -- experts
-    made = weft("experts", "train", project, "--only", "cooking", "--json")
+    made = call("experts", "train", project, "--only", "cooking", "--json")
     assert {name: facts["status"] for name, facts in made["experts"].items()} == {"cooking": "made"}
-    made = weft("experts", "train", project, "--json")
+    made = call("experts", "train", project, "--json")
     assert {name: facts["status"] for name, facts in made["experts"].items()} == {
         "algebra": "made", "cooking": "kept", "sailing": "made",
     }  # fmt: skip
     for facts in made["experts"].values():
         assert facts["losses"]["after"]["bits_per_byte"] < facts["losses"]["before"]["bits_per_byte"]
     assert (run / "training/cooking/adapter/metrics.jsonl").exists()
-    refused = weft("experts", "train", project, "--set", "experts.lora.rank=8", code=1)
+    refused = call("experts", "train", project, "--set", "experts.lora.rank=8", code=1)
     assert "settings.lora.rank: 4 before, 8 now" in refused
     assert "--replace" in refused
-    assert "did you mean 'cooking'" in weft("experts", "train", project, "--only", "coking", code=2)
+    assert "did you mean 'cooking'" in call("experts", "train", project, "--only", "coking", code=2)
 
     # -- looking at them
-    listed = weft("experts", "list", library, "--json")
+    listed = call("experts", "list", library, "--json")
     assert [(each["name"], each["gate"], each["statistics"]) for each in listed] == [
         (name, True, True) for name in sorted(WORDS)
     ]
-    assert "cooking" in weft("experts", "list", library)
-    shown = weft("experts", "show", library, "cooking", "--json")
+    assert "cooking" in call("experts", "list", library)
+    shown = call("experts", "show", library, "cooking", "--json")
     assert {each["rank"] for each in shown["modules"].values()} == {4}
     assert shown["card"]["about"]["domain"] == "cooking"
-    assert weft("experts", "show", library, "--json")["experts"] == sorted(WORDS)
-    assert "model.layers.0.mlp.down_proj" in weft("experts", "show", library, "cooking")
-    assert "did you mean 'cooking'" in weft("experts", "show", library, "cookin", code=1)
+    assert call("experts", "show", library, "--json")["experts"] == sorted(WORDS)
+    assert "model.layers.0.mlp.down_proj" in call("experts", "show", library, "cooking")
+    assert "did you mean 'cooking'" in call("experts", "show", library, "cookin", code=1)
 
     # -- a gate again, and the experts stay those of the recipe with that gate
     fingerprints = {name: ExpertLibrary.open(library).fingerprint([name]) for name in WORDS}
     gate = ["--set", "experts.gate.steps=6"]
-    assert weft("experts", "gate", project, "cooking", *gate, "--json")["gate"]["steps"] == 6
+    assert call("experts", "gate", project, "cooking", *gate, "--json")["gate"]["steps"] == 6
     opened = ExpertLibrary.open(library)
     changed = {name for name in WORDS if opened.fingerprint([name]) != fingerprints[name]}
     assert changed == {"cooking"}
-    kept = weft("experts", "train", project, *gate, "--only", "cooking", "--json")
+    kept = call("experts", "train", project, *gate, "--only", "cooking", "--json")
     assert kept["experts"]["cooking"]["status"] == "kept"
-    assert "weft experts gate" in weft("experts", "train", project, "--only", "cooking", code=1)
+    assert "weft experts gate" in call("experts", "train", project, "--only", "cooking", code=1)
 
     # -- merging, as a PEFT folder too; an adapter from a PEFT folder; its gate
-    merged = weft("experts", "merge", library, "cooking", "sailing", "--as", "both", "--to", "both", "--json")
+    merged = call("experts", "merge", library, "cooking", "sailing", "--as", "both", "--to", "both", "--json")
     assert merged["weights"] == {"cooking": 0.5, "sailing": 0.5}
     assert (merged["rank"], merged["kept_norm"]) == (8, 1.0)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "model"), tmp_path / "both")
-    weft("experts", "merge", library, "cooking", "sailing", "--rank", "2", "--weights", "1,2", "--to", "small")
-    assert "where the merged adapter goes" in weft("experts", "merge", library, "cooking", code=2)
+    call("experts", "merge", library, "cooking", "sailing", "--rank", "2", "--weights", "1,2", "--to", "small")
+    assert "where the merged adapter goes" in call("experts", "merge", library, "cooking", code=2)
     other = tmp_path / "others"
-    (imported,) = weft("experts", "import", other, "small", "--name", "found", "--json")
+    (imported,) = call("experts", "import", other, "small", "--name", "found", "--json")
     assert (imported["name"], imported["ranks"]) == ("found", [2])
     assert ExpertLibrary.open(other).base.name == str(run / "model")
-    weft("experts", "import", library, "small")
-    assert weft("experts", "list", library, "--json")[-1] == {
+    call("experts", "import", library, "small")
+    assert call("experts", "list", library, "--json")[-1] == {
         "name": "small", "origin": "small", "gate": False, "statistics": False, "losses": None,
     }  # fmt: skip
-    assert "needs a gate and both, small have none" in weft("route", "build", library, "--to", "routed", code=1)
-    assert "belongs to no domain" in weft("experts", "gate", project, "small", code=2)
-    assert weft("experts", "gate", project, "small", "--domain", "algebra", "--json")["statistics"]["examples"] == 20
+    assert "needs a gate and both, small have none" in call("route", "build", library, "--to", "routed", code=1)
+    assert "belongs to no domain" in call("experts", "gate", project, "small", code=2)
+    assert call("experts", "gate", project, "small", "--domain", "algebra", "--json")["statistics"]["examples"] == 20
 
     # -- routing
     routed = tmp_path / "routed"
     names = ",".join(WORDS)
-    built = weft("route", "build", library, "--to", routed, "--set", "router.k=1", "--experts", names, "--json")
+    built = call("route", "build", library, "--to", routed, "--set", "router.k=1", "--experts", names, "--json")
     assert built["router"]["k"] == 1
     assert built["experts"] == list(WORDS)
     assert len(RoutedModel.from_pretrained(routed).experts) == 3
-    assert "router.kk: unknown key; did you mean 'k'" in weft(
+    assert "router.kk: unknown key; did you mean 'k'" in call(
         "route", "build", library, "--to", "x", "--set", "router.kk=1", code=2
     )
-    traced = weft("route", "trace", routed, "pan butter onion. mast sail wind.", "--json")
+    traced = call("route", "trace", routed, "pan butter onion. mast sail wind.", "--json")
     assert "".join(traced["token_texts"]) == "pan butter onion. mast sail wind."
     assert all(sum(each.values()) == pytest.approx(1) for each in traced["token_weights"])
-    assert "model.layers.1" in weft("route", "trace", routed, "pan butter onion.")
-    assert "0 tokens" in weft("route", "trace", routed, "", code=2)
+    assert "model.layers.1" in call("route", "trace", routed, "pan butter onion.")
+    assert "0 tokens" in call("route", "trace", routed, "", code=2)
     page = tmp_path / "trace.html"
-    assert str(page) in weft("route", "trace", routed, "pan butter onion.", "--html", page)
+    assert str(page) in call("route", "trace", routed, "pan butter onion.", "--html", page)
     assert "Who worked on which token" in page.read_text(encoding="utf-8")
 
     # -- comparing
     options = ["--experts", names, "--max-tokens", "256"]
-    table = weft("route", "eval", project, *options, "--routers", "phatgoose:k=1,merged", "--json")
+    table = call("route", "eval", project, *options, "--routers", "phatgoose:k=1,merged", "--json")
     rows = table["rows"]
     assert list(rows) == ["base", "phatgoose:k=1", "merged", "best single", "oracle"]
     assert set(rows["merged"]["sets"]) == {"target", *WORDS}
@@ -160,11 +138,11 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, weft: Call
     lowest = min(single["sets"]["cooking"]["bits_per_byte"] for single in table["singles"].values())
     assert rows["oracle"]["sets"]["cooking"]["bits_per_byte"] == lowest
     assert rows["oracle"]["generic"]["bits_per_byte"] < rows["base"]["generic"]["bits_per_byte"]
-    printed = weft("route", "eval", project, *options, "--no-singles")
+    printed = call("route", "eval", project, *options, "--no-singles")
     assert "average-activation" in printed
     assert "retrieval chooses by text that includes the tokens it is scored on" in printed
 
     # -- removing
-    assert "no expert 'nobody'" in weft("experts", "remove", library, "both", "nobody", code=1)
-    left = weft("experts", "remove", library, "both", "small", "--json")
+    assert "no expert 'nobody'" in call("experts", "remove", library, "both", "nobody", code=1)
+    left = call("experts", "remove", library, "both", "small", "--json")
     assert left == {"removed": ["both", "small"], "experts": sorted(WORDS)}

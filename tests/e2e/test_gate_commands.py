@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.command_line import Call
 from support.tiny_project import WORDS, recipe_value, write_corpora
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weft.cli.main import main
+from weft.distillation import student_kl
 from weft.errors import NumericsError
 from weft.gating.gate import load_gate
 from weft.gating.primal_dual import Progress
-from weft.pipeline import gating
+from weft.gating.scores import ScoreCache
+from weft.pipeline import gating, students
 
 EXPERTS = {
     "lora": {"rank": 4, "alpha": 8},
@@ -29,28 +31,18 @@ EXPERTS = {
 GATING = {
     "scores": {"length": 8, "sequences": 40, "samples": 40, "batch_size": 40},
     "fit": {"steps": 60, "report_every_steps": 30, "best_response_steps": 20},
+    "students": {
+        "distil": {"steps": 40, "evaluate_every_steps": 20},
+        "experts_per_token": [1, 2, 3],
+        "direct": {"fit": {"steps": 40, "lr": 0.02, "report_every_steps": 20, "best_response_steps": 0}},
+        "dense": {
+            "model": {"architecture": "llama", "config": {"hidden_size": 16, "num_hidden_layers": 1}},
+            "training": {"sequence_length": 8, "batch_sequences": 8, "steps": 6, "device": "cpu", "warmup_steps": 1},
+            "token_kl": 0.5,
+            "evaluate_every_steps": 3,
+        },
+    },
 }
-
-Call = Callable[..., Any]
-
-
-@pytest.fixture
-def weft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`weft("score", ..., code=0)`: what the command prints, JSON where it was asked for; stderr where it fails."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path, code: int = 0) -> Any:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        assert (caught.value.code or 0) == code, printed.err
-        if code:
-            return printed.err
-        call.err = printed.err  # type: ignore[attr-defined]
-        return json.loads(printed.out) if "--json" in arguments else printed.out
-
-    return call
 
 
 @pytest.fixture
@@ -69,36 +61,36 @@ def cut_short(table: Any, line: Progress) -> None:
 
 
 def test_from_experts_to_a_certified_gate(
-    project: Path, tmp_path: Path, weft: Call, monkeypatch: pytest.MonkeyPatch
+    project: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs/one"
-    weft("train", project, "--json")
-    weft("experts", "train", project, "--json")
+    call("train", project, "--json")
+    call("experts", "train", project, "--json")
 
     # -- scoring
-    planned = weft("score", project, "--dry-run", "--json")
+    planned = call("score", project, "--dry-run", "--json")
     assert planned["plan"]["scores"] == "runs/one/scores"
     assert planned["recipe"]["gating"]["gate"]["gate"] == "linear"
     assert not (run / "scores").exists()
-    assert "did you mean 'cooking'" in weft("score", project, "--set", "gating.domains=[coking]", code=2)
-    scored = weft("score", project, "--json")
+    assert "did you mean 'cooking'" in call("score", project, "--set", "gating.domains=[coking]", code=2)
+    scored = call("score", project, "--json")
     assert scored["experts"] == sorted(WORDS)
     assert set(scored["domains"]) == set(WORDS)
     for name, facts in scored["domains"].items():
         assert facts["tokens"] == 8 * facts["sequences"]
         assert min(facts["nats_per_token"], key=facts["nats_per_token"].get) == name
     assert scored["samples"] == {name: {"sequences": 40, "tokens": 320} for name in sorted(WORDS)}
-    assert weft("score", project, "--json") == scored
-    assert "samples of sailing" in weft("score", project)
-    assert "stale" in weft("score", project, "--set", "gating.scores.length=4", code=1)
+    assert call("score", project, "--json") == scored
+    assert "samples of sailing" in call("score", project)
+    assert "stale" in call("score", project, "--set", "gating.scores.length=4", code=1)
 
     # -- fitting
-    assert "fit one first" in weft("gate", "certify", project, code=1)
-    planned = weft("gate", "fit", project, "--dry-run", "--json")
+    assert "fit one first" in call("gate", "certify", project, code=1)
+    planned = call("gate", "fit", project, "--dry-run", "--json")
     assert (planned["plan"]["gate"], planned["plan"]["fit_steps"]) == ("linear", 60)
-    fitted = weft("gate", "fit", project, "--json")
-    assert weft.err.count("lambda") == 2  # type: ignore[attr-defined]
-    assert "fit 60/60  worst " in weft.err  # type: ignore[attr-defined]
+    fitted = call("gate", "fit", project, "--json")
+    assert call.err.count("lambda") == 2
+    assert "fit 60/60  worst " in call.err
     assert fitted["worst"] == pytest.approx(max(each["value"] for each in fitted["domains"].values()))
     assert fitted["domains"][fitted["worst_domain"]]["value"] == pytest.approx(fitted["worst"])
     assert sum(each["lam"] for each in fitted["domains"].values()) == pytest.approx(1)
@@ -110,35 +102,115 @@ def test_from_experts_to_a_certified_gate(
     # a fit cut short at its first report goes on to the same gate
     shutil.rmtree(run / "gate")
     with monkeypatch.context() as patch:
-        patch.setattr(gating._FitTable, "add", cut_short)
-        assert "cut short at 30" in weft("gate", "fit", project, code=1)
+        patch.setattr(gating.FitTable, "add", cut_short)
+        assert "cut short at 30" in call("gate", "fit", project, code=1)
     assert not (run / "gate/fit.json").exists()
-    assert weft("gate", "fit", project, "--json") == fitted
-    assert "fit 30/60" not in weft.err  # type: ignore[attr-defined]
+    assert call("gate", "fit", project, "--json") == fitted
+    assert "fit 30/60" not in call.err
     assert sorted(path.name for path in (run / "gate").iterdir()) == ["fit.json", "gate.safetensors"]
-    assert "worst domain: " in weft("gate", "fit", project)
+    assert "worst domain: " in call("gate", "fit", project)
 
     # -- certifying
-    certificate = weft("gate", "certify", project, "--json")
+    certificate = call("gate", "certify", project, "--json")
     assert json.loads((run / "gate/certificate.json").read_text()) == certificate
     assert certificate["worst"]["label"] == "estimate"
     assert certificate["gap"]["value"] == pytest.approx(certificate["worst"]["value"] - certificate["lower"]["value"])
     for row in certificate["domains"]:
         sequences = scored["domains"][row["name"]]["sequences"]
         assert row["sequences"] + fitted["domains"][row["name"]]["sequences"] == sequences
-    printed = weft("gate", "certify", project)
+    printed = call("gate", "certify", project)
     assert "Z: estimate; mean over" in printed
-    assert "other settings" in weft("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
+    assert "Certificate" in (run / "gate/report.html").read_text()
+    assert "other settings" in call("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
 
     # -- other gates, offsets and mixtures; what cannot be fitted leaves the gate as it is
-    assert "place in the enumerated support" in weft("gate", "fit", project, "--set", "gating.gate=tabular", code=2)
+    assert "place in the enumerated support" in call("gate", "fit", project, "--set", "gating.gate=tabular", code=2)
     assert json.loads((run / "gate/fit.json").read_text()) == fitted
     causal = ["--set", "gating.gate=fixed_share", "--set", "gating.offsets=none", "--set", "gating.fit.unit=token"]
-    refitted = weft("gate", "fit", project, *causal, "--set", "gating.mixtures.upper={cooking: 0.2}", "--json")
+    refitted = call("gate", "fit", project, *causal, "--set", "gating.mixtures.upper={cooking: 0.2}", "--json")
     assert (refitted["z"], refitted["unit"], refitted["gate"]["gate"]) == (1.0, "token", "fixed_share")
     assert refitted["domains"]["cooking"]["lam"] <= 0.2 + 1e-9
     assert not (run / "gate/certificate.json").exists()
     unknown = ["--set", "gating.mixtures.upper={coking: 0.2}"]
-    assert "did you mean 'cooking'" in weft("gate", "fit", project, *unknown, code=2)
-    assert "none for algebra, sailing" in weft("gate", "fit", project, "--set", "gating.offsets={cooking: 1.0}", code=2)
-    assert "score again" in weft("gate", "fit", project, "--set", "gating.scores.length=4", code=1)
+    assert "did you mean 'cooking'" in call("gate", "fit", project, *unknown, code=2)
+    assert "none for algebra, sailing" in call("gate", "fit", project, "--set", "gating.offsets={cooking: 1.0}", code=2)
+    assert "score again" in call("gate", "fit", project, "--set", "gating.scores.length=4", code=1)
+
+
+def test_students_that_can_be_served(
+    project: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs/one"
+    call("train", project, "--json")
+    call("experts", "train", project, "--json")
+    assert "weft score" in call("gate", "distil", project, code=1)
+    call("score", project, "--json")
+    assert "fit one first" in call("gate", "distil", project, code=1)
+    call("gate", "fit", project, "--json")
+
+    planned = call("gate", "distil", project, "--dry-run", "--json")
+    assert planned["plan"]["students"] == "student, student-top-1, student-top-2, student-top-3, dense"
+
+    # cut short at a report, the work goes on to what it would have been
+    def stop(work: Any, text: str) -> None:
+        if text.startswith("distil student-top-1 20/"):
+            raise NumericsError("cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(students._Work, "tell", stop)
+        assert "cut short" in call("gate", "distil", project, code=1)
+    assert not (run / "students/student.json").exists()
+    made = call("gate", "distil", project, "--json")
+    assert "distil student 20/" not in call.err
+    assert "distil student-top-1 40/40" in call.err
+    assert not list((run / "students").glob(".making-*"))
+    shutil.rmtree(run / "students")
+    assert call("gate", "distil", project, "--json") == made
+    assert "distil student 20/40" in call.err
+    assert call("gate", "distil", project, "--json") == made
+    assert call.err == ""
+
+    rows = made["rows"]
+    assert set(rows) == {
+        "uniform", "bayes", "fixed share", "robust", "student", "student-top-1", "student-top-2", "dense",
+        "student-top-1, never refreshed", "student-top-2, never refreshed",
+    }  # fmt: skip
+    for row in rows.values():
+        assert row["worst"] == pytest.approx(max(each["value"] for each in row["domains"].values()))
+        assert row["domains"][row["worst_domain"]]["value"] == pytest.approx(row["worst"])
+    assert rows["bayes"]["worst"] < rows["uniform"]["worst"]
+    assert "student-top-2" in call("gate", "distil", project)
+    assert "student-top-2" in (run / "gate/report.html").read_text()
+    call("report", run)
+    assert "student-top-2" in (run / "report.html").read_text()
+
+    # each loads as a Hugging Face model and says of held-out text what the table says
+    cache = ScoreCache.open(run / "scores")
+    split = cache.split(0.25, seed=recipe_value()["seed"], tokens=True)
+    for name in ("student", "dense"):
+        model = AutoModelForCausalLM.from_pretrained(rows[name]["model"])
+        for domain, (_, held) in split.domain_rows.items():
+            logs = students.log_likelihoods(model, cache.domains[domain], held)
+            assert -float(logs.mean()) == pytest.approx(rows[name]["domains"][domain]["cross_entropy"], rel=1e-4)
+        if name == "student":
+            kl, _ = student_kl(load_gate(run / "gate/gate.safetensors"), model.gate, split.held_samples)
+            assert rows["student"]["kl"] == pytest.approx(kl)
+    tokenizer = AutoTokenizer.from_pretrained(rows["student-top-1"]["model"])
+    model = AutoModelForCausalLM.from_pretrained(rows["student-top-1"]["model"])
+    assert (model.config.top_m, model.config.refresh_every) == (1, 32)
+    prompt = tokenizer("the boat", return_tensors="pt").input_ids
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.shape[1]
+
+    # the objective itself needs neither a fitted gate nor samples
+    shutil.rmtree(run / "gate")
+    direct = call("gate", "distil", project, "--direct", "--json", "--set", "gating.students.dense=null")
+    assert "fit 40/40" in call.err
+    assert {"direct", "direct-top-1", "direct-top-2", "fixed share"} < set(direct["rows"])
+    assert "robust" not in direct["rows"]
+    assert direct["rows"]["direct"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert AutoModelForCausalLM.from_pretrained(direct["rows"]["direct"]["model"]).gate.experts == 3
+
+    # experts that changed are not served under a gate fitted on others
+    call("experts", "train", project, "--set", "experts.lora.rank=2", "--replace", "--json")
+    changed = ["--set", "gating.students.dense=null", "--set", "gating.students.refresh_every=4"]
+    assert "changed since the experts were scored" in call("gate", "distil", project, "--direct", *changed, code=1)

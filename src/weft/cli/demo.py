@@ -10,7 +10,7 @@ from weft.pipeline.demo import demo_recipe, run_demo
 
 
 def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
-    """Run the main jobs on built-in text: three mixtures compared, then experts and every router over them.
+    """Run the main jobs on built-in text: three mixtures compared, experts and every router, a robust gate.
 
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
     summary.json, one run folder per mixture, the experts in pool/experts. Finished parts are reused.
@@ -49,4 +49,16 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         ],
     )
     typer.echo(f"a routed forward pass takes {routing['relative_forward_time']:.2f} times the base's")
+    robust = summary["robust"]
+    print_table(
+        f"regret to the domain's own expert, nats/{robust['unit']}, on held-out text",
+        ["one model for all domains", "worst domain", "its regret", "mean of domains"],
+        [
+            [name.replace("_", " "), robust["worst_domain"][name], number(worst), number(robust["mean_regret"][name])]
+            for name, worst in robust["worst_domain_regret"].items()
+        ],
+    )
+    typer.echo(
+        f"capacity between the experts: {number(robust['capacity_bound'])}; Z of the gate: {number(robust['z'])}"
+    )
     typer.echo(f"report: {recipe.run / 'report.html'}")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weft.errors import DataError
+from weft.files import write_whole
 
 FORMAT = "weft token store 1"
 INDEX = "index.json"
@@ -329,14 +330,8 @@ def make_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any, sync: bool = False) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(value, indent=1), sync=sync)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; {_NO_ROOM}") from error
 

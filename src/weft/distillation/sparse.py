@@ -8,14 +8,22 @@ choice learns from the unrestricted weights as well (`log_sparse`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.distillation.structural import DistilConfig, DistilResult, log_students, run_distillation, student_kl
+from weft.distillation.structural import (
+    DistilConfig,
+    DistilProgress,
+    DistilResult,
+    DistilState,
+    distil_structural,
+    log_students,
+    student_kl,
+)
 from weft.errors import ConfigError
 from weft.gating.features import FLOOR
 from weft.gating.gate import CausalGate, Features, Gate
@@ -81,13 +89,16 @@ def distil_sparse(
     real: Mapping[str, ScoredSequences] | Sequence[ScoredSequences] = (),
     lam: Any = None,
     config: DistilConfig | None = None,
+    state: DistilState | None = None,
+    until: int | None = None,
+    on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
 ) -> DistilResult:
     """Train a student further with only its m best experts per token.
 
     Args:
         gate: the teacher.
         student: a "prefix" gate, as `distil_structural` gave it.
-        samples, held_out, real, lam, config: as in `distil_structural`.
+        samples, held_out, real, lam, config, state, until, on_progress: as in `distil_structural`.
         experts_per_token: m. With all of them, training is that of `distil_structural`.
     Returns:
         The result; its gate carries m in its configuration (`top`) and can be saved and driven like any other.
@@ -100,8 +111,9 @@ def distil_sparse(
     if not 1 <= experts_per_token <= student.experts:
         raise ConfigError(f"experts_per_token is {experts_per_token}; it must be from 1 to {student.experts}")
     start = with_top(student, experts_per_token)
-    return run_distillation(
-        gate, samples, log_sparse, student=start, held_out=held_out, real=real, lam=lam, config=config
+    return distil_structural(
+        gate, samples, student=start, held_out=held_out, real=real, lam=lam, config=config, objective=log_sparse,
+        state=state, until=until, on_progress=on_progress,
     )  # fmt: skip
 
 

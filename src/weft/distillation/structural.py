@@ -201,17 +201,19 @@ class Weighted:
         mass_B: weight of each, float64; E_{pi_g}[f] = sum_b mass_b f(x_b), and their sum estimates Z.
         log_model_B: log pi_g(x), not divided by Z, nats.
         expert_B: who drew it.
+        causal: whether the gate is, and so Z known to be 1.
     """
 
     samples: tuple[ScoredSequences, ...]
     mass_B: Tensor
     log_model_B: Tensor
     expert_B: Tensor
+    causal: bool = False
 
     @property
     def z(self) -> float:
-        """Z of the gate on these samples."""
-        return float(self.mass_B.sum())
+        """Z of the gate: on these samples, or 1 of a causal one."""
+        return 1.0 if self.causal else float(self.mass_B.sum())
 
     @property
     def exact(self) -> bool:
@@ -264,7 +266,7 @@ def weigh(gate: Gate, samples: Sequence[ScoredSequences], *, weighting: Weightin
             masses.append(one.probability() * ratio_N.exp())
             logs.append(logm_N)
     labels_B = torch.repeat_interleave(torch.arange(len(sets)), torch.tensor([len(one) for one in sets]))
-    found = Weighted(sets, torch.cat(masses), torch.cat(logs), labels_B)
+    found = Weighted(sets, torch.cat(masses), torch.cat(logs), labels_B, gate.causal)
     if not math.isfinite(found.z) or found.z <= 0.0:
         raise NumericsError(f"Z of the gate on these samples is {found.z}; it must be positive and finite")
     return found
@@ -275,7 +277,7 @@ def student_kl(
 ) -> tuple[float, float]:
     """KL(pi_g / Z || student) on samples of the experts, nats per sequence, and its standard error.
 
-        KL = (1 / Z) sum_b m_b (log pi_g(x_b) - log s(x_b)) - log Z         Z = sum_b m_b, of the same samples
+        KL = (1 / M) sum_b m_b (log pi_g(x_b) - log s(x_b)) - log Z         M = sum_b m_b;  Z = M, or 1 of a causal gate
 
     Self-normalised: the error is that of the ratio (delta method), over sequences or clusters within each expert. Of
     samples the estimate can come out below 0; of an enumerated support it is exact, with error 0.
@@ -300,6 +302,7 @@ def distil_structural(
     real: Mapping[str, ScoredSequences] | Sequence[ScoredSequences] = (),
     lam: Any = None,
     config: DistilConfig | None = None,
+    objective: LogModel | None = None,
     state: DistilState | None = None,
     until: int | None = None,
     on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
@@ -321,6 +324,8 @@ def distil_structural(
         real: scored sequences of the domains, for `config.real_fraction` above 0; the same part of them is held out.
         lam: the mixture of domains they are drawn by; None: equal parts.
         config: None: the defaults.
+        objective: what the steps go up, in place of log s(x); measurements are of log s(x) in any case. None:
+            `log_student`.
         state: continue from here; gate, data and config must be those of the interrupted distillation.
         until: stop after so many steps in all, to continue later from `result.state`.
         on_progress: called with each measurement and the state to continue from.
@@ -333,34 +338,8 @@ def distil_structural(
     A held-out KL clearly below 0 is logged as a warning: no student can be nearer than the model itself, so the samples
     are not draws from the experts as scored (another temperature, a cut tail, other prompts).
     """
-    return run_distillation(
-        gate, samples, log_student, student=student, held_out=held_out, real=real, lam=lam, config=config, state=state,
-        until=until, on_progress=on_progress,
-    )  # fmt: skip
-
-
-def log_student(student: CausalGate, features: Features) -> Tensor:
-    """log s(x) of B sequences, nats."""
-    logp_BTE = features.get("tokens", student.config.gate)
-    return log_model(student, logp_BTE[:, :0].sum(dim=1), features)
-
-
-def run_distillation(
-    gate: Gate,
-    samples: Sequence[ScoredSequences],
-    objective: LogModel,
-    *,
-    student: str | Mapping[str, Any] | GateConfig | CausalGate | None = None,
-    held_out: Sequence[ScoredSequences] | None = None,
-    real: Mapping[str, ScoredSequences] | Sequence[ScoredSequences] = (),
-    lam: Any = None,
-    config: DistilConfig | None = None,
-    state: DistilState | None = None,
-    until: int | None = None,
-    on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
-) -> DistilResult:
-    """`distil_structural` with another objective for the steps, such as one a sparse student can learn from."""
     config = config or DistilConfig()
+    objective = objective or log_student
     sets = tuple(samples)
     for number, one in enumerate(sets):
         one.features.get("tokens", "student")
@@ -405,6 +384,12 @@ def run_distillation(
         )
     step = max((line.step for line in state.history if line.best), default=0)
     return DistilResult(kept, kl, error, held_kl, held_error, train.z, train.exact, step, state.history, state)
+
+
+def log_student(student: CausalGate, features: Features) -> Tensor:
+    """log s(x) of B sequences, nats."""
+    logp_BTE = features.get("tokens", student.config.gate)
+    return log_model(student, logp_BTE[:, :0].sum(dim=1), features)
 
 
 def _causal(gate: Gate) -> CausalGate:
@@ -599,19 +584,31 @@ def log_students(student: CausalGate, one: ScoredSequences) -> Tensor:
 
 def _kl(data: Weighted, student: CausalGate) -> tuple[float, float]:
     """See `student_kl`."""
-    logs_B = torch.cat([log_students(student, one) for one in data.samples])
+    return model_kl(data, torch.cat([log_students(student, one) for one in data.samples]))
+
+
+def model_kl(data: Weighted, logs_B: Tensor) -> tuple[float, float]:
+    """KL(pi_g / Z || s) of any model, nats per sequence, and its standard error; see `student_kl`.
+
+    Args:
+        data: what `weigh` made of the teacher and samples of the experts.
+        logs_B: log s(x) of those samples in order, nats.
+    Raises:
+        NumericsError: the model gives a sample no probability.
+    """
+    logs_B = logs_B.to(torch.float64)
     carrying_B = data.mass_B > 0
     excess_B = torch.where(carrying_B, data.log_model_B - logs_B, torch.zeros_like(logs_B))
     if not bool(torch.isfinite(excess_B).all()):
         raise NumericsError(
             f"the student gives {int((~torch.isfinite(excess_B)).sum())} of {len(excess_B)} samples no probability"
         )
-    z = data.z
-    mean = float(data.mass_B @ excess_B) / z
-    kl = mean - math.log(z)
+    total = float(data.mass_B.sum())
+    mean = float(data.mass_B @ excess_B) / total
+    kl = mean - math.log(data.z)
     if data.exact:
         return kl, 0.0
-    influence_B = data.mass_B * (excess_B - mean - 1.0) / z
+    influence_B = data.mass_B * (excess_B - mean - (0.0 if data.causal else 1.0)) / total
     variance, first = 0.0, 0
     for one in data.samples:
         terms_N = influence_B[first : first + len(one)]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from weft.errors import DataError
+from weft.files import whole
 
 
 @dataclass(frozen=True)
@@ -271,9 +272,8 @@ def save_windows(path: str | Path, results: Mapping[str, SetResult]) -> None:
             "fingerprint": result.windows.fingerprint,
             "bytes_per_token": result.windows.bytes_per_token,
         }
-    partial = path.with_name(path.name + ".partial")
-    save_file(arrays, partial, metadata={"sets": json.dumps(about)})
-    partial.replace(path)
+    with whole(path) as partial:
+        save_file(arrays, partial, metadata={"sets": json.dumps(about)})
 
 
 def load_windows(path: str | Path) -> dict[str, WindowScores]:

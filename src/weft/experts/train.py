@@ -33,6 +33,7 @@ from weft.experts.gate import GateConfig, fingerprint_of, one_domain, train_gate
 from weft.experts.library import check_name
 from weft.experts.lora import base_fingerprint, from_peft_model
 from weft.experts.statistics import Decode, collect_statistics, embedder_named
+from weft.files import whole
 from weft.models.factory import LoRASection, count_parameters, peft_warnings
 from weft.models.hf import token_losses
 from weft.training.alignment import AlignmentConfig
@@ -329,13 +330,12 @@ class _Best:
         """Keep these weights if their loss is lower than every one before."""
         if not loss < self.loss:
             return
-        temporary = self.path.with_name(f".writing-{self.path.name}")
         facts = json.dumps({"identity": self.identity, "step": step, "loss": loss})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"weft": facts})
-            temporary.replace(self.path)
+            with whole(self.path) as temporary:
+                save_file(tensors, temporary, {"weft": facts})
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the best adapter could not be written to {self.path}: {error}") from error
         self.loss = loss

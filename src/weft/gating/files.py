@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from weft.errors import CheckpointError
+from weft.files import whole
 
 _KEY = "weft"
 
@@ -26,17 +25,11 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
     """
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     data = save(plain, metadata={_KEY: json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False)})
-    temporary = path.with_name(f".writing-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with whole(path, sync=True) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{kind} cannot be written to {path}: {error.strerror or error}; see that there is space and permission"
         ) from error

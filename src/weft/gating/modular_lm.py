@@ -27,7 +27,6 @@ changes what every layer above it sees.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from weft.errors import ConfigError
 from weft.experts.expert import BaseReference, Expert
 from weft.experts.library import ExpertLibrary
 from weft.experts.lora import base_fingerprint
+from weft.files import whole_folder
 from weft.gating import experts as room
 from weft.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
 from weft.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
@@ -414,24 +414,13 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         folder = Path(save_directory)
         if kwargs:
             raise ConfigError(f"save_pretrained of a gated model takes copy_experts alone; got {', '.join(kwargs)}")
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ConfigError(f"{folder} is not empty; choose a new folder for the gated model or remove it")
         homeless = [member.name for member in self.pool.members if member.source is None]
         if homeless and not copy_experts:
             raise ConfigError(
                 f"experts {', '.join(homeless)} were made in memory and lie nowhere; save with copy_experts=True"
             )
-        making = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        try:
+        with whole_folder(folder, "gated model") as making:
             self._write(making, copy_experts)
-            if folder.exists():
-                folder.rmdir()
-            making.rename(folder)
-        except BaseException:
-            shutil.rmtree(making, ignore_errors=True)
-            raise
 
     def _write(self, folder: Path, copy: bool) -> None:
         members = self.pool.members

@@ -290,25 +290,48 @@ def evaluate(gate: Gate, problem: Problem) -> Evaluation:
     fits(gate, problem)
     with torch.no_grad():
         z, z_error = (1.0, 0.0) if gate.causal else _normaliser(gate, problem)
-        count = len(problem.domains)
-        nats_D, errors_D = np.zeros(count), np.zeros(count)
-        for d, one in enumerate(problem.domains):
-            ce_N = torch.cat(
-                [-log_model(gate, one.logq_NE[rows], one.features.rows(rows)) for rows in _chunks(one, gate.causal)]
-            ).to(torch.float64)
-            weights_N = one.probability()
-            nats_D[d] = float(weights_N @ ce_N)
-            if not math.isfinite(nats_D[d]):
-                raise NumericsError(
-                    f"{problem.names[d]}: the gated model's cross-entropy is {nats_D[d]}; it gives "
-                    f"{int((~torch.isfinite(ce_N)).sum())} sequences no probability"
-                )
-            if problem.support is None:
-                if problem.own_D:
-                    ce_N = ce_N + one.logq_NE[:, problem.own_D[d]]
-                errors_D[d] = _domain_error(ce_N, weights_N, one, problem.unit) * problem.scale_D[d]
+        logs = [
+            torch.cat(
+                [log_model(gate, one.logq_NE[rows], one.features.rows(rows)) for rows in _chunks(one, gate.causal)]
+            )
+            for one in problem.domains
+        ]
+    return measure(logs, problem, z=z, z_error=z_error)
+
+
+def measure(logs: Sequence[Tensor], problem: Problem, *, z: float = 1.0, z_error: float = 0.0) -> Evaluation:
+    """What any model is worth on all data of a problem, from its log-probabilities of the domains' sequences.
+
+    Args:
+        logs: for each domain, log m(x) of its sequences, N, nats.
+        problem: the domains, offsets and mixtures.
+        z: by which m is divided; 1 for a language model.
+        z_error: its standard error.
+    Raises:
+        ConfigError: another number of domains or sequences.
+        NumericsError: a domain's cross-entropy is not finite.
+    """
+    if [len(each) for each in logs] != [len(one) for one in problem.domains]:
+        raise ConfigError(
+            f"log-probabilities of {[len(each) for each in logs]} sequences came for domains of "
+            f"{[len(one) for one in problem.domains]}; give every sequence of every domain one"
+        )
     if not math.isfinite(z) or z <= 0.0:
         raise NumericsError(f"Z is {z}; it must be positive and finite")
+    count = len(problem.domains)
+    nats_D, errors_D = np.zeros(count), np.zeros(count)
+    for d, (one, logs_N) in enumerate(zip(problem.domains, logs, strict=True)):
+        ce_N, weights_N = -logs_N.detach().to(torch.float64), one.probability()
+        nats_D[d] = float(weights_N @ ce_N)
+        if not math.isfinite(nats_D[d]):
+            raise NumericsError(
+                f"{problem.names[d]}: the model's cross-entropy is {nats_D[d]}; it gives "
+                f"{int((~torch.isfinite(ce_N)).sum())} sequences no probability"
+            )
+        if problem.support is None:
+            if problem.own_D:
+                ce_N = ce_N + one.logq_NE[:, problem.own_D[d]]
+            errors_D[d] = _domain_error(ce_N, weights_N, one, problem.unit) * problem.scale_D[d]
     ce_D = problem.scale_D * (nats_D + math.log(z))
     values_D = ce_D - problem.offsets_D
     payoff, nu_M = problem.opponent.best(problem.payoffs(values_D))

@@ -151,12 +151,16 @@ class ScoreSplit:
         samples: to fit on.
         held_domains: held out.
         held_samples: held out.
+        domain_rows: places in the cache of the domains' sequences, (to fit on, held out), by name.
+        sample_rows: likewise of the samples, in the experts' order.
     """
 
     domains: dict[str, ScoredSequences]
     samples: tuple[ScoredSequences, ...]
     held_domains: dict[str, ScoredSequences]
     held_samples: tuple[ScoredSequences, ...]
+    domain_rows: dict[str, tuple[Tensor, Tensor]]
+    sample_rows: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +174,7 @@ class ScoreCache:
         samples: samples by the expert they were drawn from.
         config: what was asked for.
         fingerprint: of experts, tokens and settings.
+        expert_fingerprints: of each expert, as `ExpertPool.fingerprints` has them.
     """
 
     folder: Path
@@ -178,6 +183,7 @@ class ScoreCache:
     samples: dict[str, ScoredText]
     config: ScoreConfig
     fingerprint: str
+    expert_fingerprints: dict[str, str]
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> ScoreCache:
@@ -204,6 +210,7 @@ class ScoreCache:
             sets["sample"],
             ScoreConfig(**index["config"]),
             index["fingerprint"],
+            dict(index["plan"]["experts"]),
         )
 
     def sequences(self, *, tokens: bool = False) -> tuple[dict[str, ScoredSequences], tuple[ScoredSequences, ...]]:
@@ -228,13 +235,16 @@ class ScoreCache:
             DataError: a set cannot be split.
         """
         domains, samples = self.sequences(tokens=tokens)
-        parts = {name: _divisible(domain).split(fraction, seed) for name, domain in domains.items()}
-        drawn = [sample.split(fraction, seed) for sample in samples]
+        sets = {name: _divisible(domain) for name, domain in domains.items()}
+        rows = {name: one.split_rows(fraction, seed) for name, one in sets.items()}
+        drawn = tuple(sample.split_rows(fraction, seed) for sample in samples)
         return ScoreSplit(
-            {name: part[0] for name, part in parts.items()},
-            tuple(part[0] for part in drawn),
-            {name: part[1] for name, part in parts.items()},
-            tuple(part[1] for part in drawn),
+            {name: one.rows(rows[name][0]) for name, one in sets.items()},
+            tuple(one.rows(kept) for one, (kept, _) in zip(samples, drawn, strict=True)),
+            {name: one.rows(rows[name][1]) for name, one in sets.items()},
+            tuple(one.rows(held) for one, (_, held) in zip(samples, drawn, strict=True)),
+            rows,
+            drawn,
         )
 
 

@@ -109,8 +109,8 @@ class ScoredSequences:
             clusters_N=None if self.clusters_N is None else self.clusters_N[index_B],
         )
 
-    def split(self, fraction: float, seed: int) -> tuple[ScoredSequences, ScoredSequences]:
-        """Two disjoint parts, the second with about `fraction` of the sequences (whole clusters), for held-out figures.
+    def split_rows(self, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Places of two disjoint parts, ascending; the second has about `fraction` of the sequences (whole clusters).
 
         Raises:
             ConfigError: the fraction is not between 0 and 1, or the sequences are an enumerated support.
@@ -129,7 +129,12 @@ class ScoredSequences:
         chosen = torch.zeros(len(names), dtype=torch.bool)
         chosen[order[:held]] = True
         out_N = chosen[place_N]
-        return self.rows((~out_N).nonzero()[:, 0]), self.rows(out_N.nonzero()[:, 0])
+        return (~out_N).nonzero()[:, 0], out_N.nonzero()[:, 0]
+
+    def split(self, fraction: float, seed: int) -> tuple[ScoredSequences, ScoredSequences]:
+        """Two disjoint parts, for held-out figures; see `split_rows`."""
+        kept, held = self.split_rows(fraction, seed)
+        return self.rows(kept), self.rows(held)
 
 
 def enumerated(P: Any, Q: Any) -> tuple[tuple[ScoredSequences, ...], tuple[ScoredSequences, ...]]:

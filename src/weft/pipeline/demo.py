@@ -1,4 +1,4 @@
-"""The demonstration on built-in text: three mixtures side by side, then experts and every router over them."""
+"""The demonstration on built-in text: three mixtures side by side, experts and every router over them, a gate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import yaml
 
 from weft.config import apply_overrides
 from weft.errors import ConfigError
+from weft.files import write_whole
 from weft.mixture.policy import build_policy
+from weft.pipeline.demo_gating import gate_demo
 from weft.pipeline.demo_routing import route_demo
 from weft.pipeline.recipe import Recipe, make_recipe
 from weft.pipeline.report import report_runs
-from weft.pipeline.train import run_training, write_whole
+from weft.pipeline.train import run_training
 
 POLICIES = ("uniform", "importance", "dga")
 """What is compared, each as registered; `dga` is the recipe's own mixture."""
@@ -30,7 +32,7 @@ def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
 
 
 def run_demo(recipe: Recipe) -> dict[str, Any]:
-    """Train the recipe's model on each mixture, experts over one of the models, and compare mixtures and routers.
+    """Train the recipe's model on each mixture, experts over one of the models, and a robust gate over the experts.
 
     Writes report.html and summary.json beside the runs. What is finished already is reused.
 
@@ -49,14 +51,17 @@ def run_demo(recipe: Recipe) -> dict[str, Any]:
         if policy != "dga":
             mixture = build_policy({"policy": policy, "update_every_steps": mixture.update_every_steps}).config
         results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": folder / policy}))
-    routing, facts = route_demo(recipe, folder / BASE_RUN, folder / "pool")
+    base, pool = folder / BASE_RUN, folder / "pool"
+    routing, routing_facts = route_demo(recipe, base, pool)
+    robust, gating_facts = gate_demo(recipe, base, pool, len(routing["experts"]))
     report_runs(
         [folder / policy for policy in POLICIES],
         folder / "report.html",
-        "A mixture found while training, and experts routed",
-        routing=facts,
+        "A mixture found while training, experts routed, and a robust gate",
+        routing=routing_facts,
+        gating=gating_facts,
     )
-    summary = {"mixture": summarise(results), "routing": routing}
+    summary = {"mixture": summarise(results), "routing": routing, "robust": robust}
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -17,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from weft import __version__
 from weft.errors import ConfigError
+from weft.files import write_whole
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.experts import train_experts
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.recipe import Recipe
 from weft.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, trace_text
-from weft.pipeline.train import write_whole
 from weft.reporting.routing import RoutingFacts
 from weft.routing.routed_model import RoutedModel
 from weft.routing.router import router_config
@@ -70,6 +70,7 @@ def expert_recipe(recipe: Recipe, base_run: Path, folder: Path) -> ExpertRecipe:
         data=recipe.data,
         experts=recipe.experts.model_copy(update={"base": str(base_run / "model")}),
         evaluation=recipe.evaluation,
+        gating=recipe.gating,
     )
 
 

@@ -29,6 +29,7 @@ from weft.domains.histogram import (
 )
 from weft.domains.split import Lowest, position
 from weft.errors import DataError
+from weft.files import write_whole
 from weft.pipeline.data_config import RESERVED_NAMES, DataConfig
 from weft.pipeline.spool import NO_LABEL, Numbers, Spool
 
@@ -152,9 +153,7 @@ def by_clusters(
     fewer.save(folder / "k.npz")
     width = len(str(len(fewer) - 1))
     names = tuple(f"cluster_{number:0{width}d}" for number in range(len(fewer)))
-    temporary = folder / ".names.json"
-    temporary.write_text(json.dumps(names), encoding="utf-8")
-    temporary.replace(folder / "names.json")
+    write_whole(folder / "names.json", json.dumps(names))
     return dataclasses.replace(found, names=names), embedder, fewer
 
 

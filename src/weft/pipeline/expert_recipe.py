@@ -55,6 +55,11 @@ class ExpertRecipe(Section):
         """Where the fitted gate and its certificate go."""
         return self.run / "gate"
 
+    @property
+    def students_folder(self) -> Path:
+        """Where the students of the gate go."""
+        return self.run / "students"
+
     def training_folder(self, name: str) -> Path:
         """Where an expert is trained: checkpoints and metrics."""
         return self.run / "training" / name

@@ -36,12 +36,13 @@ from weft.experts.library import ExpertLibrary, check_name
 from weft.experts.lora import check_fits
 from weft.experts.statistics import collect_statistics, embedder_named
 from weft.experts.train import ExpertTraining, train_expert
+from weft.files import write_whole
 from weft.models.factory import count_parameters
 from weft.pipeline.base import Base, open_base
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.prepare import prepare
 from weft.pipeline.prepared import PreparedData, changed_keys
-from weft.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION, write_whole
+from weft.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weft.training.runtime import choose_runtime
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, FiniteFloat, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, FiniteFloat, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from weft.config import Section, did_you_mean
+from weft.distillation.dense import DenseConfig
+from weft.distillation.structural import DistilConfig
 from weft.errors import ConfigError
 from weft.gating.gate import GateConfig, gate_config
 from weft.gating.linear import LinearConfig
 from weft.gating.mixtures import Box, MixtureSet, Vertices
+from weft.gating.prefix_gate import PrefixGateConfig
 from weft.gating.primal_dual import FitConfig
 from weft.gating.scores import ScoreConfig
+from weft.models.factory import ModelConfig
 
 
 class MixturesConfig(Section):
@@ -53,6 +57,43 @@ class MixturesConfig(Section):
         return Box([self.lower.get(name, 0.0) for name in domains], [self.upper.get(name, 1.0) for name in domains])
 
 
+class DirectConfig(Section):
+    """The causal gate that is trained on the minimax objective itself; see `PrefixGateConfig` and `FitConfig`."""
+
+    gate: PrefixGateConfig = Field(
+        default_factory=lambda: PrefixGateConfig(base="fixed_share"), description="the gate, and where it starts"
+    )
+    fit: FitConfig = Field(
+        default_factory=lambda: FitConfig(
+            steps=600, lr=0.02, final_lr=0.002, batch_sequences=32, report_every_steps=100, best_response_steps=0
+        ),
+        description="how it is fitted; its unit is that of gating.fit",
+    )
+
+
+class DenseStudentConfig(DenseConfig):
+    """One small language model that learns what the gated model says."""
+
+    model: ModelConfig = Field(description="architecture and sizes, or weights to start from")
+
+
+class StudentsConfig(Section):
+    """What `weft gate distil` makes of a gate: causal models that can be served."""
+
+    gate: PrefixGateConfig = Field(
+        default_factory=PrefixGateConfig, description="the causal gate that is distilled into"
+    )
+    distil: DistilConfig = Field(default_factory=DistilConfig, description="how; sparse students likewise")
+    experts_per_token: list[PositiveInt] = Field(
+        [1, 2], description="a sparse student for each; those not below the number of experts are left out"
+    )
+    refresh_every: PositiveInt | None = Field(
+        32, description="tokens after which a sparse student's sleeping experts catch up; null: never"
+    )
+    direct: DirectConfig = Field(default_factory=DirectConfig, description="the gate of weft gate distil --direct")
+    dense: DenseStudentConfig | None = Field(None, description="a dense student as well; absent: none")
+
+
 class GatingConfig(Section):
     """One gate over frozen experts, best against the worst mixture of the domains."""
 
@@ -78,6 +119,7 @@ class GatingConfig(Section):
     held_out_fraction: FiniteFloat = Field(
         0.25, gt=0.0, lt=1.0, description="share of the scored sequences that certifies the gate and is not fitted on"
     )
+    students: StudentsConfig = Field(default_factory=StudentsConfig, description="what the gate is distilled into")
 
     @field_validator("gate", mode="before")
     @classmethod

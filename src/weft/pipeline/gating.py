@@ -1,7 +1,7 @@
 """From a library of experts to their scores, and on to a robust gate and its certificate.
 
 <run>/scores/              the score cache (`weft.gating.scores`)
-<run>/gate/                gate.safetensors, fit.json, certificate.json; while a fit is under way also
+<run>/gate/                gate.safetensors, fit.json, certificate.json, report.html; while a fit is under way also
                                plan.json, of what, and state.safetensors, to continue from
 """
 
@@ -23,9 +23,10 @@ from weft.corpora.source import Source
 from weft.errors import ConfigError, DataError
 from weft.evaluation.result import finite_or_none
 from weft.experts.library import ExpertLibrary
+from weft.files import write_whole
 from weft.gating.certificate import Certificate, certify
 from weft.gating.experts import ExpertPool
-from weft.gating.gate import gates, load_gate, save_gate
+from weft.gating.gate import Gate, gates, load_gate, save_gate
 from weft.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
 from weft.gating.scores import ScoreCache, ScoreSplit, score
 from weft.pipeline.base import open_base
@@ -34,7 +35,7 @@ from weft.pipeline.experts import expert_name, process_group
 from weft.pipeline.gate_recipe import GatingConfig, check_domains
 from weft.pipeline.prepare import prepare
 from weft.pipeline.prepared import PreparedData, changed_keys
-from weft.pipeline.train import write_whole
+from weft.pipeline.report import write_gate_page
 from weft.progress import weights_text
 from weft.training.runtime import choose_runtime
 
@@ -180,10 +181,10 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
     config = gating_config(recipe)
     scores = open_scores(recipe)
     folder, identity = recipe.gate_folder, fit_identity(scores.cache, config, recipe.seed)
-    found = _read_facts(folder / FIT)
+    found = read_facts(folder / FIT)
     if found is not None and found.get("identity") == identity:
         return found
-    unfinished = _read_facts(folder / PLAN)
+    unfinished = read_facts(folder / PLAN)
     state = None
     if unfinished is not None and unfinished.get("identity") == identity and (folder / STATE).exists():
         state = FitState.load(folder / STATE)
@@ -191,7 +192,7 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         (folder / STATE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / PLAN, json.dumps({"identity": identity}) + "\n")
-    table = _FitTable(scores.names, config.fit, enabled=progress)
+    table = FitTable(scores.names, config.fit, enabled=progress)
 
     def report(line: Progress, now: FitState) -> None:
         now.save(folder / STATE)
@@ -237,9 +238,12 @@ class OpenScores:
         return tuple(self.cache.domains)
 
 
-def open_scores(recipe: ExpertRecipe) -> OpenScores:
+def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScores:
     """Open a run's scores and put together what the recipe asks of a gate over them.
 
+    Args:
+        recipe: of the experts and the gate.
+        causal: whether gates over them will be causal, which need scores of tokens; None: as the recipe's gate is.
     Raises:
         ConfigError: a gate that sees whole sequences and no samples, a domain without an expert of its own where the
             offsets need one, or a domain that is named and was not scored.
@@ -258,7 +262,7 @@ def open_scores(recipe: ExpertRecipe) -> OpenScores:
             "score --overwrite)"
         )
     names = list(cache.domains)
-    causal = gates[config.gate.gate].causal
+    causal = gates[config.gate.gate].causal if causal is None else causal
     if not causal and not cache.samples:
         raise ConfigError(
             f"gate {config.gate.gate!r} sees whole sequences and needs samples of the experts for Z; score some "
@@ -283,7 +287,7 @@ def open_scores(recipe: ExpertRecipe) -> OpenScores:
 
 def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
     """Hash of all that decides a fit: scores, seed of the split, gate and settings."""
-    value = config.model_dump(mode="json", exclude={"scores", "experts", "domains"})
+    value = config.model_dump(mode="json", exclude={"scores", "experts", "domains", "students"})
     text = json.dumps([cache.fingerprint, seed, value], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -323,7 +327,7 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     }
 
 
-class _FitTable:
+class FitTable:
     """A fit's history on stderr, a line per report."""
 
     def __init__(self, domains: Sequence[str], config: FitConfig, *, enabled: bool) -> None:
@@ -342,7 +346,7 @@ class _FitTable:
             sys.stderr.flush()
 
 
-def _read_facts(path: Path) -> dict[str, Any] | None:
+def read_facts(path: Path) -> dict[str, Any] | None:
     """A JSON file of the gate's folder; None where there is none.
 
     Raises:
@@ -363,7 +367,7 @@ def _read_facts(path: Path) -> dict[str, Any] | None:
 
 
 def certify_gate(recipe: ExpertRecipe) -> Certificate:
-    """Measure the fitted gate on the sequences that were held out, and write its certificate.
+    """Measure the fitted gate on the sequences that were held out, and write its certificate and its page.
 
     Raises:
         ConfigError: as `fit_gate`.
@@ -373,13 +377,9 @@ def certify_gate(recipe: ExpertRecipe) -> Certificate:
     config = gating_config(recipe)
     scores = open_scores(recipe)
     folder = recipe.gate_folder
-    facts = _read_facts(folder / FIT)
-    if facts is None:
-        raise DataError(f"{folder} holds no fitted gate; fit one first (weft gate fit)")
-    if facts.get("identity") != fit_identity(scores.cache, config, recipe.seed):
-        raise DataError(f"the gate in {folder} was fitted on other scores or with other settings; fit it again")
+    gate, facts = open_gate(recipe, scores)
     found = certify(
-        load_gate(folder / GATE),
+        gate,
         scores.split.held_domains,
         scores.split.held_samples or None,
         nu=facts["nu"],
@@ -388,4 +388,21 @@ def certify_gate(recipe: ExpertRecipe) -> Certificate:
         **scores.problem,
     )
     write_whole(folder / CERTIFICATE, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    write_gate_page(recipe.run)
     return found
+
+
+def open_gate(recipe: ExpertRecipe, scores: OpenScores) -> tuple[Gate, dict[str, Any]]:
+    """The fitted gate and its facts (`fit_facts`).
+
+    Raises:
+        DataError: there is no gate, or it was fitted on other scores or with other settings than the recipe's.
+        CheckpointError: the gate's file is torn.
+    """
+    folder = recipe.gate_folder
+    facts = read_facts(folder / FIT)
+    if facts is None:
+        raise DataError(f"{folder} holds no fitted gate; fit one first (weft gate fit)")
+    if facts.get("identity") != fit_identity(scores.cache, gating_config(recipe), recipe.seed):
+        raise DataError(f"the gate in {folder} was fitted on other scores or with other settings; fit it again")
+    return load_gate(folder / GATE), facts

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from weft.corpora.tokenise import TokeniseProgress, tokenise_by_label, tokenise_
 from weft.corpora.tokens import Tokenizer, make_tokenizer
 from weft.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weft.errors import DataError
+from weft.files import write_whole
 from weft.pipeline.data_config import TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weft.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe
 from weft.pipeline.prepared import (
@@ -528,12 +528,7 @@ def _write_text(path: Path, text: str) -> None:
     Raises:
         DataError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.writing")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, text, sync=True)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; free some space and run again") from error

@@ -1,31 +1,98 @@
-"""The report of one run or several, with the facts of the data they share."""
+"""The report of one run or several, with the facts of the data they share, and the page of a run's gate."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError
+from weft.errors import ConfigError, DataError, WeftError
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.recipe import load_recipe
+from weft.reporting.gating import GatingFacts, gate_page
+from weft.reporting.html import write_page
 from weft.reporting.report import write_report
 from weft.reporting.routing import RoutingFacts
 
 log = logging.getLogger(__name__)
 
 
+CERTIFICATE, FIT, STUDENTS = "gate/certificate.json", "gate/fit.json", ("students/student.json", "students/direct.json")
+"""What a gate and its students leave in a run folder."""
+GATE_PAGE = "gate/report.html"
+
+
 def report_runs(
-    runs: Sequence[Path], output: Path, title: str | None = None, *, routing: RoutingFacts | None = None
+    runs: Sequence[Path],
+    output: Path,
+    title: str | None = None,
+    *,
+    routing: RoutingFacts | None = None,
+    gating: GatingFacts | None = None,
 ) -> Path:
     """Write the page about these runs; the first run's prepared data is described where it can still be opened.
 
     Args:
+        runs: their folders.
+        output: the page.
+        title: of the page.
         routing: what routers did with experts over these runs' models.
+        gating: of a robust gate over such experts; None: of the first run that holds one.
     """
     prepared = _prepared(runs[0]) if runs else None
-    return write_report(runs, output, title=title, prepared=prepared, routing=routing)
+    if gating is None:
+        gating = next((facts for facts in map(_known_gate, runs) if facts is not None), None)
+    return write_report(runs, output, title=title, prepared=prepared, routing=routing, gating=gating)
+
+
+def write_gate_page(run: Path) -> Path:
+    """Write what is known of a run's gate and its students as a page beside the gate; returns its path.
+
+    Raises:
+        ConfigError: nothing is known, or what lies there is of different gates.
+        DataError: a file is torn, or the page cannot be written.
+    """
+    return write_page(gate_page(gate_facts(run), f"The gate of {run.resolve().name}"), run / GATE_PAGE)
+
+
+def gate_facts(run: Path) -> GatingFacts:
+    """What a run's files say of its gate.
+
+    Raises:
+        ConfigError, DataError: as `write_gate_page`.
+    """
+    fit, students = _read(run / FIT), []
+    for name in STUDENTS:
+        found = _read(run / name)
+        if found is None:
+            continue
+        if fit is not None and (found["scores"] != fit["scores"] or found["fit"] not in (None, fit["identity"])):
+            log.warning("%s is of another gate than %s and left out; distil again", run / name, run / FIT)
+            continue
+        students.append(found)
+    return GatingFacts.of(_read(run / CERTIFICATE), fit, students)
+
+
+def _known_gate(run: Path) -> GatingFacts | None:
+    if not any((run / name).exists() for name in (CERTIFICATE, FIT, *STUDENTS)):
+        return None
+    try:
+        return gate_facts(run)
+    except (ConfigError, DataError) as error:
+        log.warning("the report leaves the gate of %s out: %s", run, error)
+        return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it and make it again") from error
+    return found
 
 
 def _prepared(run: Path) -> dict[str, Any] | None:

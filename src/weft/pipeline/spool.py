@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from weft.corpora.source import Document
 from weft.errors import DataError
+from weft.files import whole, write_whole
 
 NO_LABEL = np.iinfo(np.uint32).max
 FACTS = np.dtype([("digest", "V16"), ("bytes", "<u8"), ("label", "<u4")])
@@ -80,9 +81,7 @@ class SpoolWriter:
             self._raw.close()
             self._facts_file.close()
         if kind is None:
-            temporary = self._folder / ".labels.json"
-            temporary.write_text(json.dumps(list(self._labels)), encoding="utf-8")
-            temporary.replace(self._folder / "labels.json")
+            write_whole(self._folder / "labels.json", json.dumps(list(self._labels)))
 
 
 class Spool:
@@ -130,11 +129,9 @@ class Numbers:
 
     def write(self, batches: Iterable[NDArray[np.int64]]) -> None:
         """Write batch after batch; the file appears when all is on disk."""
-        temporary = self._path.with_name(f".{self._path.name}")
-        with temporary.open("wb") as file:
+        with whole(self._path) as temporary, temporary.open("wb") as file:
             for batch in batches:
                 file.write(batch.astype("<u4").tobytes())
-        temporary.replace(self._path)
 
     def exists(self) -> bool:
         """Whether they have been written."""

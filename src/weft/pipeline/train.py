@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from weft.errors import CheckpointError, ConfigError, DataError
 from weft.evaluation.result import save_windows
 from weft.evaluation.suite import EvaluationConfig, SuiteResult, evaluate_suite
+from weft.files import write_whole
 from weft.mixture.policy import MixtureSetting, build_policy
 from weft.models.factory import build_model, count_parameters, load_model
 from weft.pipeline.prepare import prepare
@@ -274,10 +275,3 @@ def _only_one(run: Path) -> Iterator[None]:
                 f"another process is training in {run}; wait for it or choose another run folder"
             ) from None
         yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

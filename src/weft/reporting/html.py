@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weft.errors import DataError
+from weft.files import write_whole
 
 DASH = "–"
 
@@ -96,11 +96,9 @@ def write_page(page: str, output: str | Path) -> Path:
         DataError: it cannot be written.
     """
     output = Path(output)
-    partial = output.with_name(f".{output.name}.writing")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
+        write_whole(output, page)
     except OSError as error:
         raise DataError(f"the page {output} cannot be written: {error.strerror}") from error
     return output

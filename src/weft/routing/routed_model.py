@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from weft.errors import ConfigError, ExpertError
 from weft.experts.expert import BaseReference, Expert, base_name
 from weft.experts.library import ExpertLibrary
 from weft.experts.lora import base_fingerprint, check_fits, module_widths
+from weft.files import whole_folder
 from weft.models.factory import load_base
 from weft.routing.calls import (
     arguments_of,
@@ -372,19 +372,8 @@ class RoutedModel(nn.Module):
             ConfigError: the folder is not empty.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ConfigError(f"{folder} is not empty; choose a new folder for the routed model or remove it")
-        making = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        try:
+        with whole_folder(folder, "routed model") as making:
             self._write(making, copy_base)
-            if folder.exists():
-                folder.rmdir()
-            making.rename(folder)
-        except BaseException:
-            shutil.rmtree(making, ignore_errors=True)
-            raise
 
     def _write(self, folder: Path, copy_base: bool) -> None:
         library = ExpertLibrary.create(folder / EXPERTS, self.base_reference)

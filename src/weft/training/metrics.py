@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weft.errors import CheckpointError
+from weft.files import write_whole
 
 
 class MetricsSink(Protocol):
@@ -86,9 +87,7 @@ def _rewind(path: Path, resume_step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step and resume_step > 0]
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,9 @@ from support.experts import llama, make_pool, prompts
 from weft.experts.expert import BaseReference
 from weft.experts.library import ExpertLibrary
 from weft.experts.lora import base_fingerprint
+from weft.gating.experts import ExpertPool
+from weft.gating.modular_lm import ModularLM
+from weft.gating.prefix_gate import PrefixGate, with_top
 from weft.mixture.policy import MixtureSetting, Report, build_policy, policies
 from weft.pipeline.recipe import make_recipe
 
@@ -46,7 +49,7 @@ def execute(monkeypatch):
 
 @pytest.fixture
 def pool(tmp_path):
-    """What the pages call runs/pool: a base and a library of experts over it; and the ids of a prompt."""
+    """What the pages call runs/pool: a base, a library of experts over it, a student of a gate; the ids of a prompt."""
     model = llama()
     folder = tmp_path / "runs" / "pool"
     model.save_pretrained(folder / "model")
@@ -54,6 +57,9 @@ def pool(tmp_path):
     library = ExpertLibrary.create(folder / "experts", base)
     for expert in make_pool(model, 2, base=base):
         library.add(expert)
+    gate = with_top(PrefixGate.of([0.5, 0.5]), 1)
+    experts = ExpertPool.from_library(library, folder / "model")
+    ModularLM(experts, gate).save_pretrained(folder / "students" / "student-top-1")
     return {"ids": prompts(1, 5)}
 
 

@@ -6,6 +6,7 @@ Read `fit.py` first.
 
 COMMANDS: dict[str, str] = {
     "fit": "Fit the gate that is best against the worst mixture of domains.",
+    "distil": "Make causal models of the gate that can be served: full, sparse, dense.",
     "certify": "Measure a gate on held-out sequences: bounds, estimates, exact figures.",
 }
 """Name -> one line for `weft gate --help`, in the order of use."""

@@ -9,6 +9,7 @@ from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 from weft.gating.certificate import Certificate, Figure
 from weft.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
 from weft.pipeline.gating import CERTIFICATE, certify_gate, gate_plan
+from weft.pipeline.report import GATE_PAGE
 
 
 def run(
@@ -17,7 +18,7 @@ def run(
     """Measure the fitted gate on held-out sequences: worst case, gap, Z, and the capacity no model can be below.
 
     Every figure says whether it is a bound, an estimate or exact. The certificate is also written to
-    gate/certificate.json in the run folder.
+    gate/certificate.json in the run folder, and a page about the gate to gate/report.html.
     """
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
@@ -66,6 +67,7 @@ def _print(found: Certificate, recipe: ExpertRecipe) -> None:
     typer.echo(f"worst domain: {found.worst_domain}")
     for name, figure in figures.items():
         typer.echo(f"{name}: {_meaning(figure)}")
+    typer.echo(f"page: {recipe.run / GATE_PAGE}")
 
 
 def _meaning(figure: Figure) -> str:

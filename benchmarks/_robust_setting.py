@@ -1,0 +1,333 @@
+"""The setting of the robust-gate benchmarks: one expert per domain, and monoliths of as many parameters and tokens.
+
+Everything is trained once into a work folder and found there again; a run that is cut off continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import say, write_atomically
+from _domains_text import TextDomain, encode, make_tokenizer, read_texts, shuffled
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from weft.corpora.source import ArraySource
+from weft.corpora.tokens import Tokenizer
+from weft.mixture.policy import MixtureSetting, build_policy
+from weft.models.factory import ModelConfig, build_model, count_parameters, load_base
+from weft.models.hf import sequence_losses
+from weft.training.alignment import AlignmentConfig
+from weft.training.config import TrainingConfig
+from weft.training.loop import Task, Trainer
+from weft.training.runtime import choose_runtime
+
+SETS: dict[str, tuple[str, ...]] = {
+    "far": ("novels_en", "legal_uscode", "chat_taskdialog", "qa_medical", "math_word", "encyc_factbook"),
+    "near": ("arxiv_cs", "arxiv_math", "arxiv_physics", "arxiv_bio_stat_econ", "biomed_fulltext", "qa_medical"),
+}
+"""Domains whose text differs at sight, and domains that blur into each other."""
+LENGTH, VOCABULARY = 128, 1024
+USES: dict[str, int] = {"report": 24_000, "dev": 16_000, "gate": 26_000}
+"""Tokens of each domain that are no training text: to report on, to choose by, to fit gates on. Documents differ."""
+
+
+def _architecture(hidden: int, inner: int, layers: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    return {"architecture": "llama", "config": {**sizes, **heads}}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of one comparison.
+
+    Attributes:
+        expert: architecture of an expert.
+        monolith: of a model with the parameters of six experts.
+        base_tokens: what a branched expert's base is trained on.
+        expert_tokens: what each branched expert is trained on after that.
+        domain_tokens: text of a domain that there is to train on, before sizes are dealt out.
+    """
+
+    expert: Mapping[str, Any] = field(default_factory=lambda: _architecture(64, 168, 2))
+    monolith: Mapping[str, Any] = field(default_factory=lambda: _architecture(144, 448, 3))
+    base_tokens: int = 600_000
+    expert_tokens: int = 300_000
+    domain_tokens: int = 400_000
+
+    @property
+    def total_tokens(self) -> int:
+        """What all experts together, their base and their gate are trained on: each monolith's training tokens."""
+        return self.base_tokens + 6 * (self.expert_tokens + USES["gate"])
+
+    @property
+    def scratch_tokens(self) -> int:
+        """Of an expert without a base, so that six come to the same."""
+        return self.expert_tokens + self.base_tokens // 6
+
+
+WEAK_SHARE = 0.1
+"""Part of its training that a weak expert gets; every second domain has one in the setting `strong and weak`."""
+POLICIES: dict[str, dict[str, Any]] = {
+    "uniform": {"policy": "uniform"},
+    "proportional": {"policy": "proportional"},
+    "group_dro": {"policy": "group_dro"},
+    "doremi": {"policy": "doremi"},
+    "dga": {"policy": "dga", "eta": 15.0, "precondition": "adam"},
+}
+"""Mixtures the monoliths train on. DGA's target: equal parts of the gate text; DoReMi's reference: `uniform`."""
+PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_group": 6, "target_sequences": 48}
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One model to train.
+
+    Attributes:
+        name: unique within a work folder.
+        model: architecture, or `pretrained`, the name of the run it goes on from.
+        domains: whose text it reads.
+        mixture: the recipe's section.
+        tokens: it is trained on.
+        gate_text: whether the gates' text is among its training text.
+        reference: name of the run whose model DoReMi compares with.
+        conflict: measure cosines between the domains' gradients while training.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    domains: tuple[str, ...]
+    mixture: Mapping[str, Any]
+    tokens: int
+    gate_text: bool = False
+    reference: str | None = None
+    conflict: bool = False
+
+
+def runs_of(names: tuple[str, ...], scale: Scale) -> dict[str, RunSpec]:
+    """Every model of one comparison, by name, in an order in which each finds what it goes on from."""
+    found = [RunSpec("base", scale.expert, names, POLICIES["uniform"], scale.base_tokens)]
+    for name in names:
+        go_on = {"pretrained": "base"}
+        found += [
+            RunSpec(f"branched {name}", go_on, (name,), POLICIES["uniform"], scale.expert_tokens),
+            RunSpec(f"scratch {name}", scale.expert, (name,), POLICIES["uniform"], scale.scratch_tokens),
+        ]
+    for name in names[1::2]:
+        weak = int(WEAK_SHARE * scale.expert_tokens)
+        found.append(RunSpec(f"weak {name}", {"pretrained": "base"}, (name,), POLICIES["uniform"], weak))
+    for policy, section in POLICIES.items():
+        found.append(
+            RunSpec(
+                f"monolith {policy}", scale.monolith, names, section, scale.total_tokens, gate_text=True,
+                reference="monolith uniform" if policy == "doremi" else None, conflict=policy == "uniform",
+            )
+        )  # fmt: skip
+    return {run.name: run for run in found}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One set of domains, one seed: text, and models in a work folder.
+
+    Attributes:
+        data: folder of the text.
+        work: folder of this setting's models.
+        names: of the domains.
+        seed: of documents, weights and draws.
+        scale: sizes.
+    """
+
+    data: Path
+    work: Path
+    names: tuple[str, ...]
+    seed: int
+    scale: Scale = Scale()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Common to all sets, so that bits per byte compare."""
+        every = sorted({name for names in SETS.values() for name in names})
+        return make_tokenizer(self.data, tuple(TextDomain(name, name) for name in every), VOCABULARY)
+
+    def text(self, name: str) -> dict[str, ArraySource]:
+        """A domain's tokens by use: report, dev and gate are the same for every seed, train depends on it."""
+        ordered = shuffled(list(read_texts(self.data, TextDomain(name, name))), 0)
+        found, place = {}, 0
+        for use, tokens in USES.items():
+            taken = _enough(ordered[place:], tokens)
+            found[use] = encode(self.tokenizer, ordered[place : place + taken])
+            place += taken
+        sizes = 2.0 ** np.linspace(-0.5, 0.5, len(self.names))
+        size = np.random.default_rng(self.seed).permutation(sizes)[self.names.index(name)]
+        rest = shuffled(ordered[place:], self.seed)
+        found["train"] = encode(self.tokenizer, rest[: _enough(rest, int(size * self.scale.domain_tokens))])
+        return found
+
+    def folder(self, run: str) -> Path:
+        """Where a run's model lies; its name changes with every choice behind it."""
+        return self.work / f"{run.replace(' ', '-')}-{self._digest(run)}"
+
+    def _digest(self, run: str) -> str:
+        spec = self.runs[run]
+        behind = [self._digest(each) for each in (spec.model.get("pretrained"), spec.reference) if each is not None]
+        plain = {**spec.__dict__, "domains": list(spec.domains)}
+        text = json.dumps([plain, behind, self.seed, self.names, self.scale.domain_tokens, USES], default=dict)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    @property
+    def runs(self) -> dict[str, RunSpec]:
+        """Every model of the setting."""
+        return runs_of(self.names, self.scale)
+
+    def load(self, run: str) -> PreTrainedModel:
+        """A trained model."""
+        return load_base(str(self.folder(run))).eval()
+
+    def facts(self, run: str) -> dict[str, Any]:
+        """What is known of a training."""
+        found: dict[str, Any] = json.loads((self.folder(run) / "facts.json").read_text())
+        return found
+
+
+def _enough(texts: Sequence[str], tokens: int) -> int:
+    """How many documents make up so many tokens, by an estimate of 2.8 bytes per token that errs upwards."""
+    held = 0
+    for count, text in enumerate(texts):
+        if held >= 2.8 * tokens:
+            return count
+        held += len(text.encode())
+    return len(texts)
+
+
+def windows(source: ArraySource, limit: int | None = None) -> NDArray[np.int64]:
+    """Windows of LENGTH scored tokens and the one before, N x (LENGTH + 1), none shared."""
+    count = (len(source) - 1) // LENGTH
+    starts = np.arange(count if limit is None else min(count, limit)) * LENGTH
+    return np.stack([source.read(int(start), LENGTH + 1).astype(np.int64) for start in starts])
+
+
+def train(setting: Setting, name: str) -> dict[str, Any]:
+    """Train one model; returns its facts."""
+    folder, spec = setting.folder(name), setting.runs[name]
+    if (folder / "facts.json").exists():
+        return setting.facts(name)
+    texts = {domain: setting.text(domain) for domain in spec.domains}
+    sources = []
+    for domain in spec.domains:
+        parts = [texts[domain]["train"], *([texts[domain]["gate"]] if spec.gate_text else [])]
+        sources.append(ArraySource(np.concatenate([part.read(0, len(part)) for part in parts]), text_bytes=1))
+    step = 24 * LENGTH
+    config = TrainingConfig.model_validate(
+        {
+            "sequence_length": LENGTH, "batch_sequences": 24, "tokens": spec.tokens, "lr": 3e-3,
+            "warmup_steps": min(40, max(2, spec.tokens // step // 10)), "save_every_steps": 200,
+            "log_every_steps": 1_000_000, "threads": 1,
+        }
+    )  # fmt: skip
+    begin = spec.model.get("pretrained")
+    section = {"pretrained": str(setting.folder(begin))} if begin is not None else dict(spec.model)
+    model = build_model(
+        ModelConfig.model_validate(section), vocab_size=setting.tokenizer.vocab_size, sequence_length=LENGTH,
+        eos_id=setting.tokenizer.eos_id, seed=setting.seed,
+    )  # fmt: skip
+    parameters = count_parameters(model)
+    target = np.concatenate([windows(texts[domain]["gate"], 100).reshape(-1) for domain in spec.domains])
+    task = Task(
+        spec.domains,
+        tuple(sources),
+        build_policy({"update_every_steps": 20, **spec.mixture}),
+        MixtureSetting(spec.domains, torch.tensor([float(len(s)) for s in sources], dtype=torch.float64)),
+        target=ArraySource(target, text_bytes=1),
+        reference=None if spec.reference is None else setting.load(spec.reference),
+    )
+    probes = {domain: torch.from_numpy(windows(texts[domain]["dev"], 32)) for domain in spec.domains}
+    conflict: list[dict[str, Any]] = []
+
+    def measure(module: nn.Module) -> dict[str, Any]:
+        conflict.append(gradient_cosines(module, probes))
+        return {}
+
+    trainer = Trainer(
+        model, task, config, alignment=AlignmentConfig.model_validate(PROBE if spec.mixture["policy"] == "dga" else {}),
+        runtime=choose_runtime(config, parameters=parameters), folder=folder / "training", seed=setting.seed,
+        evaluate=measure if spec.conflict else None,
+        evaluate_every_steps=max(1, config.total_steps // 4) if spec.conflict else 0,
+    )  # fmt: skip
+    result = trainer.run()
+    assert isinstance(trainer.module, PreTrainedModel)
+    trainer.module.save_pretrained(folder)
+    facts = {
+        "run": name, "parameters": parameters, "tokens": result.tokens, "seconds": result.seconds,
+        "weights": result.weights, "conflict": conflict, "epochs": result.epochs,
+    }  # fmt: skip
+    write_atomically(folder / "facts.json", json.dumps(facts))
+    return facts
+
+
+def gradient_cosines(module: nn.Module, probes: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Cosines between the domains' gradients of the mean loss: matrix, mean of the pairs, share of them below 0."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    rows = []
+    with torch.enable_grad():
+        for tokens_BT1 in probes.values():
+            gradients = torch.autograd.grad(sequence_losses(module, tokens_BT1).mean(), parameters)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    unit_DP = torch.nn.functional.normalize(torch.stack(rows).double(), dim=1)
+    cosines_DD = unit_DP @ unit_DP.T
+    pairs = cosines_DD[~torch.eye(len(rows), dtype=torch.bool)]
+    return {
+        "mean": float(pairs.mean()),
+        "least": float(pairs.min()),
+        "negative": float((pairs < 0).double().mean()),
+        "matrix": cosines_DD.tolist(),
+    }
+
+
+def train_all(settings: Sequence[Setting], wanted: Sequence[str], *, processes: int) -> None:
+    """Train what is missing, one thread per process, in waves: what others go on from comes first."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    jobs = [(setting, name) for setting in settings for name in setting.runs if name.startswith(tuple(wanted))]
+    for wave in _waves(jobs):
+        todo = [(setting, name) for setting, name in wave if not (setting.folder(name) / "facts.json").exists()]
+        if not todo:
+            continue
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            running = {pool.submit(train, setting, name): (setting, name) for setting, name in todo}
+            for count, future in enumerate(as_completed(running), start=1):
+                facts = future.result()
+                seconds = sum(facts["seconds"].values())
+                say(f"[{count}/{len(todo)}] {running[future][0].work.name}: {facts['run']} in {seconds:.0f} s")
+
+
+def _waves(jobs: Sequence[tuple[Setting, str]]) -> Iterator[list[tuple[Setting, str]]]:
+    """Jobs that need no other job, then those that need only the former."""
+    first, second = [], []
+    for setting, name in jobs:
+        spec = setting.runs[name]
+        needs = [each for each in (spec.model.get("pretrained"), spec.reference) if each is not None]
+        (second if needs else first).append((setting, name))
+        first += [(setting, each) for each in needs if (setting, each) not in first and (setting, each) not in jobs]
+    longest_first = sorted(first, key=lambda job: -job[0].runs[job[1]].tokens)
+    yield longest_first
+    yield sorted(second, key=lambda job: -job[0].runs[job[1]].tokens)
+
+
+def quick_scale() -> Scale:
+    """Sizes for a run of seconds."""
+    return replace(
+        Scale(expert=_architecture(16, 40, 1), monolith=_architecture(24, 64, 2)),
+        base_tokens=9_000, expert_tokens=6_000, domain_tokens=12_000,
+    )  # fmt: skip

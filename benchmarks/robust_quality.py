@@ -1,0 +1,520 @@
+"""Robust gates over one expert per domain against monoliths of the experts' total parameters and training tokens.
+
+Two sets of domains (far and near), three kinds of experts (branched from a shared base, from scratch, and branched with
+every second one weak), three offsets, mixtures nobody tuned for, text that changes domain midway. Documents to report
+on are read by nothing else.
+
+    python benchmarks/robust_quality.py --data PATH --work PATH     # regenerates benchmarks/results/robust_quality.*
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import environment_lines, finish, parser, say, spread, table, write_atomically
+from _robust_setting import LENGTH, POLICIES, SETS, USES, Scale, Setting, quick_scale, train_all, windows
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from weft.distillation import (
+    DenseConfig,
+    DistilConfig,
+    WeightedText,
+    distil_dense,
+    distil_sparse,
+    distil_structural,
+    log_served,
+    student_kl,
+    weigh,
+)
+from weft.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, sampled_capacity, sequence_features
+from weft.gating.bayes import BayesGate
+from weft.gating.experts import ExpertPool
+from weft.gating.gate import CausalGate, Gate, init_gate
+from weft.gating.modular_lm import ModularLM
+from weft.gating.problem import log_model
+from weft.gating.scores import ScoreCache, ScoreConfig, score
+from weft.models.hf import token_losses
+
+KINDS = ("branched", "scratch", "strong and weak")
+OFFSETS = ("own expert", "best known", "none")
+BATCH = 64
+MIXTURES = 100
+SAMPLES = 256
+FIT = FitConfig(steps=4000, unit="token", report_every_steps=4000, best_response_steps=0)
+DIRECT_GATE = {"gate": "prefix", "base": "fixed_share"}
+DIRECT = FitConfig(
+    steps=400, lr=0.02, final_lr=0.002, batch_sequences=24, unit="token", report_every_steps=400, best_response_steps=0
+)
+DISTIL = DistilConfig(steps=600, patience=None)
+DENSE_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Windows of every domain, and of texts that change domain midway."""
+
+    domains: Mapping[str, NDArray[np.int64]]
+    bytes_per_token: Mapping[str, float]
+    changing: NDArray[np.int64]
+
+
+def read(setting: Setting, use: str) -> Text:
+    """The windows of one use; changing ones go from each domain to each other, half a window of both."""
+    sources = {name: setting.text(name)[use] for name in setting.names}
+    found = {name: windows(source) for name, source in sources.items()}
+    half = LENGTH // 2
+    changing = [
+        np.concatenate([found[first][place % len(found[first]), : half + 1], found[second][-1 - place, 1 : half + 1]])
+        for first in found
+        for second in found
+        if first != second
+        for place in range(6)
+    ]
+    per_token = {name: source.bytes / len(source) for name, source in sources.items()}
+    return Text(found, per_token, np.stack(changing))
+
+
+@torch.inference_mode()
+def model_logs(model: nn.Module, tokens_NT1: NDArray[np.int64]) -> Tensor:
+    """log p(x) of windows under one model, nats, float64."""
+    parts = torch.from_numpy(tokens_NT1).split(BATCH)
+    return torch.cat([-token_losses(model, part).double().sum(dim=1) for part in parts])
+
+
+@torch.inference_mode()
+def scored(pool: ExpertPool, tokens_NT1: NDArray[np.int64], name: str) -> ScoredSequences:
+    """Windows under every expert, with the scores of tokens."""
+    logp_NTE = torch.cat([pool.token_log_probs(part) for part in torch.from_numpy(tokens_NT1).split(BATCH)])
+    logq_NE = logp_NTE.double().sum(dim=1)
+    lengths_N = torch.full((len(logq_NE),), LENGTH)
+    features = sequence_features(logq_NE, lengths_N, logp_NTE=logp_NTE)
+    return ScoredSequences.of(logq_NE, features=features, tokens_N=lengths_N, name=name)
+
+
+def gate_logs(gate: Gate, one: ScoredSequences) -> Tensor:
+    """log pi_g(x) of windows, not divided by Z."""
+    wide = gate.to("cpu", torch.float64)
+    rows = torch.arange(len(one)).split(BATCH)
+    with torch.no_grad():
+        return torch.cat([log_model(wide, one.logq_NE[each].double(), one.features.rows(each)) for each in rows])
+
+
+@dataclass(eq=False)
+class Comparison:
+    """One (set, seed, kind of experts): experts scored, models and gates evaluated on the report text."""
+
+    setting: Setting
+    kind: str
+    folder: Path
+    quick: bool
+
+    def __post_init__(self) -> None:
+        self.names = self.setting.names
+        self.pool = ExpertPool.of({name: self.setting.load(run) for name, run in self.experts().items()})
+        self.report, self.dev = read(self.setting, "report"), read(self.setting, "dev")
+        self.on_report = {name: scored(self.pool, self.report.domains[name], name) for name in self.names}
+        self.on_changing = scored(self.pool, self.report.changing, "changing")
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def experts(self) -> dict[str, str]:
+        """Each domain's run."""
+        found = {}
+        for place, name in enumerate(self.names):
+            kind = "scratch" if self.kind == "scratch" else "branched"
+            weak = self.kind == "strong and weak" and place % 2 == 1
+            found[name] = f"weak {name}" if weak else f"{kind} {name}"
+        return found
+
+    # -- evaluating ---------------------------------------------------------------------------------------------
+
+    def add(self, row: str, logs: Callable[[str], Tensor], changing: Tensor | None, **facts: Any) -> None:
+        """A row: cross-entropy of each domain and of changing text, nats per token."""
+        ce = {name: -float(logs(name).mean()) / LENGTH for name in self.names}
+        if changing is not None:
+            facts["changing"] = -float(changing.mean()) / LENGTH
+        self.rows[row] = {"ce": ce, **facts}
+
+    def add_model(self, row: str, model: nn.Module, **facts: Any) -> None:
+        """A language model's row."""
+        logs = {name: model_logs(model, self.report.domains[name]) for name in self.names}
+        dev = {name: -float(model_logs(model, self.dev.domains[name]).mean()) / LENGTH for name in self.names}
+        self.add(row, logs.__getitem__, model_logs(model, self.report.changing), dev=dev, **facts)
+
+    def add_gate(self, row: str, gate: Gate, z: float = 1.0, **facts: Any) -> None:
+        """A gated model's row; the weights of a sequence-level gate are divided by Z."""
+        shift = np.log(z)
+        logs = {name: gate_logs(gate, one) - shift for name, one in self.on_report.items()}
+        self.add(row, logs.__getitem__, gate_logs(gate, self.on_changing) - shift, z=z, **facts)
+
+    # -- the rows -----------------------------------------------------------------------------------------------
+
+    def single_models(self) -> None:
+        """Experts, base, monoliths, average of the experts' parameters."""
+        for place, name in enumerate(self.names):
+            logs = {each: self.on_report[each].logq_NE[:, place] for each in self.names}
+            self.add(f"expert {name}", logs.__getitem__, self.on_changing.logq_NE[:, place])
+            model = self.pool.members[place].model
+            dev = {each: -float(model_logs(model, self.dev.domains[each]).mean()) / LENGTH for each in self.names}
+            self.rows[f"expert {name}"]["dev"] = dev
+        self.rows["oracle expert"] = {
+            "ce": {name: self.rows[f"expert {name}"]["ce"][name] for name in self.names},
+            "changing": min(self.rows[f"expert {name}"]["changing"] for name in self.names),
+        }
+        if self.kind != "scratch":
+            self.add_model("base", self.setting.load("base"))
+        self.add_model("parameter average", _average([member.model for member in self.pool.members]))
+        for policy in POLICIES:
+            run = f"monolith {policy}"
+            if (self.setting.folder(run) / "facts.json").exists():
+                self.add_model(run, self.setting.load(run))
+
+    def untrained_gates(self) -> None:
+        """Mixtures of the experts that need no training."""
+        features = self.on_report[self.names[0]].features
+        for row, section in (
+            ("uniform mixture", {"gate": "causal_uniform"}),
+            ("bayes", {"gate": "bayes"}),
+            ("fixed share", {"gate": "fixed_share"}),
+        ):
+            self.add_gate(row, init_gate(section, len(self.names), features))
+
+    def trained_gates(self) -> dict[str, Any]:
+        """Robust gates, their students, direct gates, for every offset; facts of the fits."""
+        sequences, samples = 24 if self.quick else 512, 24 if self.quick else SAMPLES
+        cache = score(
+            self.pool,
+            {name: self.setting.text(name)["gate"] for name in self.names},
+            self.folder / "scores",
+            ScoreConfig(length=LENGTH, sequences=sequences, samples=samples, batch_size=BATCH, seed=self.setting.seed),
+            eos_id=self.setting.tokenizer.eos_id,
+            show=False,
+        )
+        domains, drawn = cache.sequences(tokens=True)
+        parts = [one.split(0.25, self.setting.seed) for one in drawn]
+        fit_samples, held_samples = [part[0] for part in parts], [part[1] for part in parts]
+        capacity = sampled_capacity([one.logq_NE for one in held_samples])
+        self.add_gate("bayes, capacity prior", BayesGate.of(capacity.lam_D))
+        facts: dict[str, Any] = {"capacity": capacity.value / LENGTH, "fits": {}}
+        for offset in OFFSETS:
+            values = self._offsets(offset)
+            start = time.perf_counter()
+            fit = FIT.model_copy(update={"steps": 200}) if self.quick else FIT
+            found = fit_robust_gate(
+                domains, fit_samples, gate="linear", config=fit, offsets=values, held_out_samples=held_samples
+            )
+            self.add_gate(f"robust gate, offset {offset}", found.gate, found.z)
+            student = self._students(offset, found, fit_samples, held_samples, cache)
+            fit = DIRECT.model_copy(update={"steps": 20}) if self.quick else DIRECT
+            direct = fit_robust_gate(domains, None, gate=DIRECT_GATE, config=fit, offsets=values)
+            self.add_gate(f"direct gate, offset {offset}", direct.gate)
+            facts["fits"][offset] = {
+                "z": found.z, "z_ci": list(found.z_ci), "mu": found.mu, "lam": found.lam.tolist(),
+                "worst_on_fit": found.worst, "student_kl": student, "seconds": time.perf_counter() - start,
+            }  # fmt: skip
+        return facts
+
+    def _offsets(self, offset: str) -> Any:
+        """As `fit_robust_gate` takes them; `best known` is measured on the development text."""
+        if offset != "best known":
+            return "expert" if offset == "own expert" else "none"
+        known = [row["dev"] for row in self.rows.values() if "dev" in row]
+        return [min(dev[name] for dev in known) for name in self.names]
+
+    def _students(
+        self,
+        offset: str,
+        found: FitResult,
+        fit_samples: Sequence[ScoredSequences],
+        held_samples: Sequence[ScoredSequences],
+        cache: ScoreCache,
+    ) -> dict[str, float]:
+        config = DISTIL.model_copy(update={"steps": 20, "evaluate_every_steps": 10}) if self.quick else DISTIL
+        student = distil_structural(found.gate, fit_samples, config=config).gate
+        self.add_gate(f"student, offset {offset}", student)
+        kl = {"student": student_kl(found.gate, student, held_samples)[0]}
+        if offset != OFFSETS[0]:
+            return kl
+        for top in (2, 1):
+            sparse = distil_sparse(found.gate, student, fit_samples, top, config=config).gate
+            self.add_gate(f"student, top {top}", sparse)
+            served = {name: log_served(sparse, one.features) for name, one in self.on_report.items()}
+            changing = log_served(sparse, self.on_changing.features)
+            self.add(f"student, top {top}, never refreshed", served.__getitem__, changing)
+            kl[f"top {top}"] = student_kl(found.gate, sparse, held_samples)[0]
+        if self.kind == "branched":
+            self.add_model("dense student", self._dense(found.gate, student, fit_samples, cache))
+        return kl
+
+    def _dense(
+        self, gate: Gate, student: CausalGate, fit_samples: Sequence[ScoredSequences], cache: ScoreCache
+    ) -> nn.Module:
+        """An expert-sized model, begun at the base, that learns the student's distributions on training text."""
+        tokens, weights = [], weigh(gate, fit_samples)
+        for name, one in zip(cache.experts, cache.samples.values(), strict=True):
+            kept = cache.samples[name].sequences().split_rows(0.25, self.setting.seed)[0]
+            tokens.append(one.tokens_NT1[kept.numpy()])
+        real = np.concatenate([windows(self.setting.text(name)["train"], 1500) for name in self.names])
+        training = {
+            "sequence_length": LENGTH, "batch_sequences": 24, "tokens": 6_000 if self.quick else DENSE_TOKENS,
+            "lr": 3e-3, "warmup_steps": 2 if self.quick else 40, "threads": 1,
+        }  # fmt: skip
+        config = DenseConfig.model_validate(
+            {"training": training, "token_kl": 0.5, "real_fraction": 0.75, "evaluate_every_steps": 0}
+        )
+        result = distil_dense(
+            self.setting.load("base"),
+            WeightedText.sampled(weights, tokens),
+            config,
+            vocab_size=self.setting.tokenizer.vocab_size,
+            eos_id=self.setting.tokenizer.eos_id,
+            teacher=ModularLM(self.pool, student).log_probs,
+            real=WeightedText.of(real),
+            seed=self.setting.seed,
+        )
+        return result.model
+
+
+def _average(models: Sequence[PreTrainedModel]) -> nn.Module:
+    """The model whose parameters are the mean of these."""
+    average = type(models[0])(models[0].config)
+    states = [model.state_dict() for model in models]
+    average.load_state_dict({key: sum(state[key] for state in states) / len(states) for key in states[0]})
+    return average.eval()
+
+
+def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, Any]:
+    """One comparison, kept in the work folder."""
+    settings = [FIT.model_dump(mode="json"), DIRECT.model_dump(mode="json"), DISTIL.model_dump(mode="json")]
+    present = [policy for policy in POLICIES if (setting.folder(f"monolith {policy}") / "facts.json").exists()]
+    behind = [str(setting.folder(run)) for run in setting.runs]
+    text = json.dumps([settings, present, behind, kind, SAMPLES, DENSE_TOKENS, DIRECT_GATE])
+    folder = work / f"{kind.replace(' ', '-')}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    path = folder / "result.json"
+    if path.exists():
+        known: dict[str, Any] = json.loads(path.read_text())
+        return known
+    start = time.perf_counter()
+    comparison = Comparison(setting, kind, folder, quick)
+    comparison.single_models()
+    comparison.untrained_gates()
+    facts = comparison.trained_gates()
+    found = {
+        "rows": comparison.rows,
+        "facts": facts,
+        "bytes_per_token": dict(comparison.report.bytes_per_token),
+        "conflict": setting.facts("monolith uniform")["conflict"],
+        "parameters": {run: setting.facts(run)["parameters"] for run in ("base", "monolith uniform")},
+    }
+    write_atomically(path, json.dumps(found))
+    say(f"{work.name}, {kind}: {time.perf_counter() - start:.0f} s")
+    return found
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+
+def shifts(domains: int) -> NDArray[np.float64]:
+    """Test mixtures nobody tuned for, uniform on the simplex: MIXTURES x D."""
+    return np.random.default_rng(7).dirichlet(np.ones(domains), size=MIXTURES)
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each row: worst value under each offset, mean cross-entropy, shifted mixtures, changing text, bits per byte.
+
+    A row that is fitted once for each offset becomes one row, each figure from the fit for its offset; means are of
+    the fit for the own expert's.
+    """
+    rows = dict(found["rows"])
+    names = list(rows["oracle expert"]["ce"])
+    single = [row for row in rows if row.startswith(("expert ", "monolith ", "base"))]
+    offsets = {
+        "own expert": {name: rows["oracle expert"]["ce"][name] for name in names},
+        "best known": {name: min(rows[row]["ce"][name] for row in single) for name in names},
+        "none": dict.fromkeys(names, 0.0),
+    }
+    families: dict[str, dict[str, str]] = {}
+    for row in rows:
+        family, _, offset = row.partition(", offset ")
+        families.setdefault(family, {})[offset or "all"] = row
+    answer = {}
+    for family, members in families.items():
+        if family.startswith("expert "):
+            continue
+        main = rows[members.get("all", members.get("own expert", ""))]
+        ce_D = np.array([main["ce"][name] for name in names])
+        regret_D = ce_D - np.array([offsets["own expert"][name] for name in names])
+        mixed_M, moved_M = shifts(len(names)) @ ce_D, shifts(len(names)) @ regret_D
+        worst = {}
+        for offset, shift in offsets.items():
+            own = rows[members.get("all", members.get(offset, ""))]["ce"]
+            worst[offset] = max(own[name] - shift[name] for name in names)
+        bits = {name: main["ce"][name] / np.log(2) / found["bytes_per_token"][name] for name in names}
+        answer[family] = {
+            "worst": worst,
+            "mean": float(ce_D.mean()),
+            "shifted_mean": float(mixed_M.mean()),
+            "shifted_worst_regret": float(moved_M.max()),
+            "shifted_sd_regret": float(moved_M.std()),
+            "changing": main.get("changing"),
+            "bits_per_byte": bits,
+        }
+    return answer
+
+
+def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Spreads over seeds of every figure of every row."""
+    each = [figures(run) for run in runs]
+    rows = {}
+    for row in each[0]:
+        mine = [one[row] for one in each if row in one]
+        rows[row] = {
+            "worst": {offset: spread([one["worst"][offset] for one in mine]).as_json() for offset in OFFSETS},
+            **{
+                key: spread([one[key] for one in mine]).as_json()
+                for key in ("mean", "shifted_mean", "shifted_worst_regret", "shifted_sd_regret", "changing")
+                if mine[0][key] is not None
+            },
+            "bits_per_byte": {
+                name: spread([one["bits_per_byte"][name] for one in mine]).as_json()
+                for name in mine[0]["bits_per_byte"]
+            },
+        }
+    last = [run["conflict"][-1] for run in runs]
+    first = [run["conflict"][0] for run in runs]
+    return {
+        "rows": rows,
+        "seeds": len(runs),
+        "capacity_nats_per_token": spread([run["facts"]["capacity"] for run in runs]).as_json(),
+        "fits": [run["facts"]["fits"] for run in runs],
+        "conflict": {
+            when: {key: spread([one[key] for one in lines]).as_json() for key in ("mean", "least", "negative")}
+            for when, lines in (("first measured", first), ("at the end", last))
+        },
+        "parameters": runs[0]["parameters"],
+    }
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """One table per set of domains and kind of experts."""
+
+    def show(value: Mapping[str, float] | None, form: str = "{:.4f}") -> str:
+        if value is None:
+            return "-"
+        middle, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
+        return middle if low == high else f"{middle} ({low} .. {high})"
+
+    lines = [
+        "# Robust gates against monoliths",
+        "",
+        f"Six domains, one expert each. A monolith has the experts' total parameters and is trained on the experts', "
+        f"their base's and their gates' tokens together ({record['monolith_tokens']:,}). Worst: the largest over "
+        "domains of cross-entropy minus offset, nats per token, on report text; offsets are the own expert's "
+        "cross-entropy, the best known single model's per domain (experts, base, monoliths), and none. Robust gate, "
+        "student and direct gate are fitted once for each offset; their other columns are of the fit for the own "
+        f"expert's. Shifted: {MIXTURES} random mixtures nobody tuned for, largest and standard deviation of the regret "
+        "to the own experts. Changing: windows that go from one domain to another after half of their tokens. Median "
+        "(lowest .. highest) over seeds.",
+    ]
+    for title, one in record["comparisons"].items():
+        conflict = one["conflict"]["at the end"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"{one['seeds']} seeds; expert {one['parameters']['base']:,} parameters, monolith "
+            f"{one['parameters']['monolith uniform']:,}. Cosines between the domains' gradients in the uniform "
+            f"monolith at the end: mean {show(conflict['mean'], '{:.3f}')}, least {show(conflict['least'], '{:.3f}')}, "
+            f"{show(conflict['negative'], '{:.2f}')} of the pairs below 0. Capacity between the experts "
+            f"{show(one['capacity_nats_per_token'])} nats per token.",
+            "",
+            table(
+                ["model", *(f"worst, {offset}" for offset in OFFSETS), "mean", "shifted: worst", "sd", "changing"],
+                [
+                    [
+                        name,
+                        *(show(row["worst"][offset]) for offset in OFFSETS),
+                        show(row["mean"]),
+                        show(row["shifted_worst_regret"]),
+                        show(row["shifted_sd_regret"]),
+                        show(row.get("changing")),
+                    ]
+                    for name, row in one["rows"].items()
+                ],
+            ),
+            "",
+            "Bits per byte by domain:",
+            "",
+            table(
+                ["model", *next(iter(one["rows"].values()))["bits_per_byte"]],
+                [
+                    [name, *(show(value, "{:.3f}") for value in row["bits_per_byte"].values())]
+                    for name, row in one["rows"].items()
+                ],
+            ),
+        ]
+    return "\n".join([*lines, "", environment_lines(record)])
+
+
+def main() -> None:
+    """Train what is not there yet, fit, evaluate, report."""
+    flags = parser(str(__doc__).splitlines()[0])
+    flags.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with domains/")
+    flags.add_argument("--work", type=Path, default=None, help="where trained models and results are kept")
+    flags.add_argument("--processes", type=int, default=2, help="models trained at a time, one thread each")
+    flags.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="sets of domains")
+    flags.add_argument("--first-seed", type=int, default=0, help="100 and up: development")
+    flags.add_argument("--train-only", action="store_true", help="train models and stop")
+    arguments = flags.parse_args()
+    if not (arguments.data / "domains").is_dir():
+        if not arguments.quick:
+            flags.error(f"{arguments.data} holds no domains/*.jsonl.zst; name the folder with --data")
+        sys.stdout.write(json.dumps({"theme": "robust_quality", "skipped": "no text; name it with --data"}) + "\n")
+        return
+    quick = arguments.quick
+    scale = quick_scale() if quick else Scale()
+    seeds = range(arguments.first_seed, arguments.first_seed + (1 if quick else arguments.seeds))
+    sets = arguments.sets[:1] if quick else arguments.sets
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        settings = {
+            (name, seed): Setting(arguments.data, work / f"{name}-{seed}", SETS[name], seed, scale)
+            for seed in seeds
+            for name in sets
+        }
+        wanted = ["base", "branched", "scratch", "weak", "monolith"]
+        train_all(list(settings.values()), wanted, processes=1 if quick else arguments.processes)
+        if arguments.train_only:
+            return
+        comparisons = {}
+        for name in sets:
+            for kind in KINDS[:1] if quick else KINDS:
+                mine = [settings[name, seed] for seed in seeds]
+                comparisons[f"{name} domains, experts {kind}"] = combine(
+                    [compare(setting, kind, setting.work, quick) for setting in mine]
+                )
+    record = {
+        "sets": {name: list(SETS[name]) for name in sets},
+        "seeds": list(seeds),
+        "monolith_tokens": scale.total_tokens,
+        "uses": USES,
+        "comparisons": comparisons,
+    }
+    theme = "robust_quality" if arguments.first_seed < 100 else "robust_quality.dev"
+    finish(theme, arguments, record, to_markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Files and folders that appear whole or not at all: written beside their place and renamed into it.
+
+A reader sees the old one or the new one, never half of one. What is left by a killed process is a name that begins with
+a dot and ends with `.writing`; the next writer of the same file replaces it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from weft.errors import ConfigError
+
+
+@contextmanager
+def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Give a path to write to; it becomes `path` when the block ends, and is dropped when the block fails.
+
+    Args:
+        path: of the file.
+        sync: force it to disk before it takes its place.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        yield temporary
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write a text file, UTF-8; see `whole`."""
+    with whole(path, sync=sync) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path, what: str) -> Iterator[Path]:
+    """Give a new folder to fill; it becomes `folder` when the block ends, and is dropped when the block fails.
+
+    Args:
+        folder: new, or there and empty.
+        what: goes into it, for the message.
+    Raises:
+        ConfigError: it is not empty, or a file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; choose a new folder for the {what} or remove it")
+    making = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        yield making
+        if folder.exists():
+            folder.rmdir()
+        making.rename(folder)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
