@@ -208,7 +208,7 @@ def _duality(
     if kind == "exact":
         how = "closed form (water-filling) over all sequence-level gates: with Z = 1, none has a worst case below it"
         label: Label = "bound"
-        gap_how = "`worst` is above the optimum over gates with Z = 1 by at most this"
+        gap_how = "the worst case is above the optimum over gates with Z = 1 by at most this"
     else:
         how = (
             f"{config.best_response_steps if gate.learned else 0} steps of a gate of this kind against the mixture, on "

@@ -146,6 +146,7 @@ class Gate(ABC):
         causal: weights at t come from tokens before t alone, and `log_weights` answers BTE.
         needs: fields of `Features` it reads.
         learned: names of the tensors that fitting moves; the others are constants of the fit.
+        shrunk: those of them that are pulled to 0 where data are few (`FitConfig.ridge`).
         config: the section it was made with.
         experts: E.
         tensors: parameters and constants by name.
@@ -159,6 +160,7 @@ class Gate(ABC):
     causal: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()
     learned: ClassVar[tuple[str, ...]] = ()
+    shrunk: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.experts < 1:

@@ -32,6 +32,7 @@ class LinearGate(Gate):
     Config: ClassVar[type[GateConfig]] = LinearConfig
     needs: ClassVar[frozenset[Need]] = SEQUENCE
     learned: ClassVar[tuple[str, ...]] = ("weight_EF", "bias_E")
+    shrunk: ClassVar[tuple[str, ...]] = ("weight_EF",)
     config: LinearConfig
 
     @classmethod

@@ -33,6 +33,7 @@ class MlpGate(Gate):
     Config: ClassVar[type[GateConfig]] = MlpConfig
     needs: ClassVar[frozenset[Need]] = SEQUENCE
     learned: ClassVar[tuple[str, ...]] = ("weight_EF", "bias_E", "out_EH", "in_HF", "in_H")
+    shrunk: ClassVar[tuple[str, ...]] = ("weight_EF", "out_EH")
     config: MlpConfig
 
     @classmethod

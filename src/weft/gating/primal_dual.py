@@ -50,6 +50,11 @@ class FitConfig(Section):
     final_fraction: FiniteFloat = Field(0.5, gt=0.0, le=1.0, description="the last part, which is averaged over")
     eta: PositiveFloat = Field(0.05, description="step of the mixture's exponentiated gradient, 1 / nats per sequence")
     rho: FiniteFloat = Field(1.0, ge=0.0, description="weight of the squared penalty on Z - 1")
+    ridge: FiniteFloat = Field(
+        1.0,
+        ge=0.0,
+        description="pull of linear and mlp weights to 0, as a prior worth so many sequences of each domain",
+    )
     mu_lr: PositiveFloat = Field(0.05, description="step of mu's ascent")
     batch_sequences: PositiveInt | None = Field(None, description="sequences per domain and step; absent: all of them")
     batch_samples: PositiveInt | None = Field(
@@ -452,6 +457,13 @@ def _losses(gate: Gate, batch: _Batch, scale_D: Tensor) -> tuple[Tensor, Tensor,
     return scale_D * excess_D, z, halves[0] * halves[1]
 
 
+def _ridge(config: FitConfig, problem: Problem) -> float:
+    """Weight of the sum of squares; 0 where the problem is enumerated, for then nothing is unknown."""
+    if problem.support is not None:
+        return 0.0
+    return config.ridge * len(problem.domains) / sum(len(one) for one in problem.domains)
+
+
 def _descend(
     state: FitState, batch: _Batch, problem: Problem, nu_M: Floats, lr: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Floats, float]:
@@ -461,6 +473,7 @@ def _descend(
     theta = {name: state.gate.tensors[name].detach().requires_grad_(True) for name in names}
     excess_D, z, squared = _losses(state.gate.replaced(theta), batch, scale_D)
     loss = torch.from_numpy(problem.opponent.lam(nu_M)) @ excess_D + state.mu * (z - 1.0) + 0.5 * config.rho * squared
+    loss = loss + 0.5 * _ridge(config, problem) * sum((theta[name] ** 2).sum() for name in state.gate.shrunk)
     if not math.isfinite(float(loss.detach())):
         raise NumericsError(
             f"the loss of the gate became {float(loss.detach())} at step {state.step}; lower lr (now {lr:g}), or look "

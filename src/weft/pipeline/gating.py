@@ -39,8 +39,8 @@ from weft.pipeline.report import write_gate_page
 from weft.progress import weights_text
 from weft.training.runtime import choose_runtime
 
-GATE, STATE, FIT, PLAN, CERTIFICATE = (
-    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json",
+GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
+    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json", "report.html",
 )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         **scores.problem,
     )
     facts = {"identity": identity, **fit_facts(result, scores)}
-    for name in (FIT, CERTIFICATE):
+    for name in (FIT, CERTIFICATE, PAGE):
         (folder / name).unlink(missing_ok=True)
     save_gate(result.gate, folder / GATE)
     write_whole(folder / FIT, json.dumps(facts, indent=1, allow_nan=False) + "\n")

@@ -180,5 +180,30 @@ def test_what_is_refused():
     with pytest.raises(NumericsError, match="became"):
         fit_robust_gate(*random_problem(0), config=FitConfig(steps=50, lr=1e308))
     killed = ConstantGate.of([1.0, 0.0])
-    with pytest.raises(NumericsError, match="half: the gated model's cross-entropy is inf"):
+    with pytest.raises(NumericsError, match="half: the model's cross-entropy is inf"):
         evaluate(killed, make_problem([half], samples, offsets="none"))
+
+
+def test_ridge_counts_where_data_are_few_and_not_where_all_is_known() -> None:
+    random = np.random.default_rng(0)
+
+    def draw(count: int) -> tuple[list[ScoredSequences], list[ScoredSequences]]:
+        def scored(good: int) -> ScoredSequences:
+            means = np.where(np.arange(3) == good, -60.0, -63.0)
+            return ScoredSequences.of(means + random.normal(0, 4, (count, 3)), tokens_N=np.full(count, 32))
+
+        return [scored(d) for d in range(3)], [scored(k) for k in range(3)]
+
+    domains, samples = draw(12)
+    fresh = make_problem(*draw(2000))
+    values = {}
+    for ridge in (0.0, 1.0):
+        config = FitConfig(steps=400, report_every_steps=400, best_response_steps=0, ridge=ridge)
+        values[ridge] = evaluate(fit_robust_gate(domains, samples, gate="linear", config=config).gate, fresh)
+    assert values[1.0].worst < values[0.0].worst
+    assert abs(values[1.0].z - 1.0) < abs(values[0.0].z - 1.0)
+
+    P, Q = random_problem(0)
+    features = {"steps": 50, "report_every_steps": 50}
+    with_ridge, without = (fit_robust_gate(P, Q, config=FitConfig(ridge=ridge, **features)) for ridge in (9.0, 0.0))
+    assert with_ridge.worst == without.worst
