@@ -189,7 +189,7 @@ def test_ridge_counts_where_data_are_few_and_not_where_all_is_known() -> None:
 
     def draw(count: int) -> tuple[list[ScoredSequences], list[ScoredSequences]]:
         def scored(good: int) -> ScoredSequences:
-            means = np.where(np.arange(3) == good, -60.0, -63.0)
+            means = np.where(np.arange(3) == good, -60.0, -66.0)
             return ScoredSequences.of(means + random.normal(0, 4, (count, 3)), tokens_N=np.full(count, 32))
 
         return [scored(d) for d in range(3)], [scored(k) for k in range(3)]
