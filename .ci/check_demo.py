@@ -12,6 +12,7 @@ from typing import Any
 POLICIES = {"uniform", "importance", "dga"}
 ROUTERS = {"base", "merged", "retrieval", "average-activation", "arrow", "phatgoose", "prefix", "blend", "oracle"}
 EXPERTS_AT_LEAST = 6
+GATES = {"monolith", "uniform", "bayes", "fixed_share", "robust", "student"}
 
 
 def numbers(value: Any, place: str = "summary") -> dict[str, float]:
@@ -51,6 +52,18 @@ def problems(folder: Path) -> list[str]:
         found.append(f"routing has {len(routing['experts'])} experts")
     if not routing["relative_forward_time"] > 0:
         found.append(f"routing.relative_forward_time is {routing['relative_forward_time']}")
+    robust = summary["robust"]
+    if missing := GATES - set(robust["worst_domain_regret"]):
+        found.append(f"robust.worst_domain_regret lacks {', '.join(sorted(missing))}")
+    found += [
+        f"robust.worst_domain_regret.{name} is {value} nats per token"
+        for name, value in robust["worst_domain_regret"].items()
+        if not -8 < float(value) < 8
+    ]
+    if not robust["capacity_bound"] >= 0:
+        found.append(f"robust.capacity_bound is {robust['capacity_bound']}")
+    if not 0 < robust["z"] < 10:
+        found.append(f"robust.z is {robust['z']}")
     report = (folder / "report.html").read_text(encoding="utf-8")
     if "</html>" not in report:
         found.append("report.html is cut off")

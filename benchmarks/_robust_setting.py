@@ -43,10 +43,22 @@ USES: dict[str, int] = {"report": 24_000, "dev": 16_000, "gate": 26_000}
 """Tokens of each domain that are no training text: to report on, to choose by, to fit gates on. Documents differ."""
 
 
-def _architecture(hidden: int, inner: int, layers: int) -> dict[str, Any]:
+def architecture(hidden: int, inner: int, layers: int) -> dict[str, Any]:
+    """The recipe's `model` section of a small llama."""
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     return {"architecture": "llama", "config": {**sizes, **heads}}
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "uniform": {"policy": "uniform"},
+    "proportional": {"policy": "proportional"},
+    "group_dro": {"policy": "group_dro"},
+    "doremi": {"policy": "doremi"},
+    "dga": {"policy": "dga", "eta": 15.0, "precondition": "adam"},
+}
+"""Mixtures the monoliths train on. DGA's target: equal parts of the gate text; DoReMi's reference: `uniform`."""
+PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_group": 6, "target_sequences": 48}
 
 
 @dataclass(frozen=True)
@@ -59,18 +71,22 @@ class Scale:
         base_tokens: what a branched expert's base is trained on.
         expert_tokens: what each branched expert is trained on after that.
         domain_tokens: text of a domain that there is to train on, before sizes are dealt out.
+        uses: tokens of each domain that are no training text.
+        policies: mixtures the monoliths are trained on.
     """
 
-    expert: Mapping[str, Any] = field(default_factory=lambda: _architecture(64, 168, 2))
-    monolith: Mapping[str, Any] = field(default_factory=lambda: _architecture(144, 448, 3))
+    expert: Mapping[str, Any] = field(default_factory=lambda: architecture(64, 168, 2))
+    monolith: Mapping[str, Any] = field(default_factory=lambda: architecture(144, 448, 3))
     base_tokens: int = 600_000
     expert_tokens: int = 300_000
     domain_tokens: int = 400_000
+    uses: Mapping[str, int] = field(default_factory=lambda: USES)
+    policies: tuple[str, ...] = tuple(POLICIES)
 
     @property
     def total_tokens(self) -> int:
-        """What all experts together, their base and their gate are trained on: each monolith's training tokens."""
-        return self.base_tokens + 6 * (self.expert_tokens + USES["gate"])
+        """What six experts together, their base and their gate are trained on: each monolith's training tokens."""
+        return self.base_tokens + 6 * (self.expert_tokens + self.uses["gate"])
 
     @property
     def scratch_tokens(self) -> int:
@@ -80,15 +96,6 @@ class Scale:
 
 WEAK_SHARE = 0.1
 """Part of its training that a weak expert gets; every second domain has one in the setting `strong and weak`."""
-POLICIES: dict[str, dict[str, Any]] = {
-    "uniform": {"policy": "uniform"},
-    "proportional": {"policy": "proportional"},
-    "group_dro": {"policy": "group_dro"},
-    "doremi": {"policy": "doremi"},
-    "dga": {"policy": "dga", "eta": 15.0, "precondition": "adam"},
-}
-"""Mixtures the monoliths train on. DGA's target: equal parts of the gate text; DoReMi's reference: `uniform`."""
-PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_group": 6, "target_sequences": 48}
 
 
 @dataclass(frozen=True)
@@ -128,10 +135,10 @@ def runs_of(names: tuple[str, ...], scale: Scale) -> dict[str, RunSpec]:
     for name in names[1::2]:
         weak = int(WEAK_SHARE * scale.expert_tokens)
         found.append(RunSpec(f"weak {name}", {"pretrained": "base"}, (name,), POLICIES["uniform"], weak))
-    for policy, section in POLICIES.items():
+    for policy in scale.policies:
         found.append(
             RunSpec(
-                f"monolith {policy}", scale.monolith, names, section, scale.total_tokens, gate_text=True,
+                f"monolith {policy}", scale.monolith, names, POLICIES[policy], scale.total_tokens, gate_text=True,
                 reference="monolith uniform" if policy == "doremi" else None, conflict=policy == "uniform",
             )
         )  # fmt: skip
@@ -166,7 +173,7 @@ class Setting:
         """A domain's tokens by use: report, dev and gate are the same for every seed, train depends on it."""
         ordered = shuffled(list(read_texts(self.data, TextDomain(name, name))), 0)
         found, place = {}, 0
-        for use, tokens in USES.items():
+        for use, tokens in self.scale.uses.items():
             taken = _enough(ordered[place:], tokens)
             found[use] = encode(self.tokenizer, ordered[place : place + taken])
             place += taken
@@ -184,7 +191,9 @@ class Setting:
         spec = self.runs[run]
         behind = [self._digest(each) for each in (spec.model.get("pretrained"), spec.reference) if each is not None]
         plain = {**spec.__dict__, "domains": list(spec.domains)}
-        text = json.dumps([plain, behind, self.seed, self.names, self.scale.domain_tokens, USES], default=dict)
+        text = json.dumps(
+            [plain, behind, self.seed, self.names, self.scale.domain_tokens, dict(self.scale.uses)], default=dict
+        )
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @property
@@ -328,6 +337,7 @@ def _waves(jobs: Sequence[tuple[Setting, str]]) -> Iterator[list[tuple[Setting, 
 def quick_scale() -> Scale:
     """Sizes for a run of seconds."""
     return replace(
-        Scale(expert=_architecture(16, 40, 1), monolith=_architecture(24, 64, 2)),
+        Scale(expert=architecture(16, 40, 1), monolith=architecture(24, 64, 2)),
         base_tokens=9_000, expert_tokens=6_000, domain_tokens=12_000,
+        uses={"report": 1_500, "dev": 1_500, "gate": 3_000}, policies=("uniform", "doremi", "dga"),
     )  # fmt: skip

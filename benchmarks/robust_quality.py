@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import LENGTH, POLICIES, SETS, USES, Scale, Setting, quick_scale, train_all, windows
+from _robust_setting import LENGTH, SETS, Scale, Setting, quick_scale, train_all, windows
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from weft.distillation import (
     DenseConfig,
@@ -175,10 +176,8 @@ class Comparison:
         if self.kind != "scratch":
             self.add_model("base", self.setting.load("base"))
         self.add_model("parameter average", _average([member.model for member in self.pool.members]))
-        for policy in POLICIES:
-            run = f"monolith {policy}"
-            if (self.setting.folder(run) / "facts.json").exists():
-                self.add_model(run, self.setting.load(run))
+        for policy in self.setting.scale.policies:
+            self.add_model(f"monolith {policy}", self.setting.load(f"monolith {policy}"))
 
     def untrained_gates(self) -> None:
         """Mixtures of the experts that need no training."""
@@ -265,7 +264,9 @@ class Comparison:
         for name, one in zip(cache.experts, cache.samples.values(), strict=True):
             kept = cache.samples[name].sequences().split_rows(0.25, self.setting.seed)[0]
             tokens.append(one.tokens_NT1[kept.numpy()])
-        real = np.concatenate([windows(self.setting.text(name)["train"], 1500) for name in self.names])
+        real = np.concatenate(
+            [windows(self.setting.text(name)["train"], 40 if self.quick else 1500) for name in self.names]
+        )
         training = {
             "sequence_length": LENGTH, "batch_sequences": 24, "tokens": 6_000 if self.quick else DENSE_TOKENS,
             "lr": 3e-3, "warmup_steps": 2 if self.quick else 40, "threads": 1,
@@ -297,9 +298,8 @@ def _average(models: Sequence[PreTrainedModel]) -> nn.Module:
 def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, Any]:
     """One comparison, kept in the work folder."""
     settings = [FIT.model_dump(mode="json"), DIRECT.model_dump(mode="json"), DISTIL.model_dump(mode="json")]
-    present = [policy for policy in POLICIES if (setting.folder(f"monolith {policy}") / "facts.json").exists()]
     behind = [str(setting.folder(run)) for run in setting.runs]
-    text = json.dumps([settings, present, behind, kind, SAMPLES, DENSE_TOKENS, DIRECT_GATE])
+    text = json.dumps([settings, behind, kind, SAMPLES, DENSE_TOKENS, DIRECT_GATE])
     folder = work / f"{kind.replace(' ', '-')}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
     path = folder / "result.json"
     if path.exists():
@@ -483,14 +483,16 @@ def main() -> None:
         sys.stdout.write(json.dumps({"theme": "robust_quality", "skipped": "no text; name it with --data"}) + "\n")
         return
     quick = arguments.quick
+    count = 3 if quick else None
     scale = quick_scale() if quick else Scale()
     seeds = range(arguments.first_seed, arguments.first_seed + (1 if quick else arguments.seeds))
     sets = arguments.sets[:1] if quick else arguments.sets
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         settings = {
-            (name, seed): Setting(arguments.data, work / f"{name}-{seed}", SETS[name], seed, scale)
+            (name, seed): Setting(arguments.data, work / f"{name}-{seed}", SETS[name][:count], seed, scale)
             for seed in seeds
             for name in sets
         }
@@ -509,7 +511,7 @@ def main() -> None:
         "sets": {name: list(SETS[name]) for name in sets},
         "seeds": list(seeds),
         "monolith_tokens": scale.total_tokens,
-        "uses": USES,
+        "uses": dict(scale.uses),
         "comparisons": comparisons,
     }
     theme = "robust_quality" if arguments.first_seed < 100 else "robust_quality.dev"

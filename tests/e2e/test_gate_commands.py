@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_from_experts_to_a_certified_gate(
     assert call("score", project, "--json") == scored
     assert "samples of sailing" in call("score", project)
     assert "stale" in call("score", project, "--set", "gating.scores.length=4", code=1)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        assert "weft[ray]" in call("score", project, "--ray", code=2)
 
     # -- fitting
     assert "fit one first" in call("gate", "certify", project, code=1)

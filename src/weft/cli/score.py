@@ -22,6 +22,10 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Throw away scores of other experts, text or settings.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Over the machines of a Ray cluster (extra 'ray'), which share a disk.")
+    ] = False,
+    gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each Ray task; 0 for CPUs.")] = 0.0,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -34,7 +38,7 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return
-    result = score_experts(resolved, overwrite=overwrite)
+    result = score_experts(resolved, overwrite=overwrite, ray=ray, gpus=gpus)
     if not is_main_process():
         return
     if json:

@@ -50,6 +50,9 @@ class DistilConfig(Section):
     final_lr_fraction: FiniteFloat = Field(0.05, ge=0.0, le=1.0, description="learning rate at the last step over `lr`")
     batch_sequences: PositiveInt | None = Field(64, description="sequences drawn per step; absent: all, weighted")
     real_fraction: FiniteFloat = Field(0.0, ge=0.0, lt=1.0, description="part of the loss that is real text's")
+    ridge: FiniteFloat = Field(
+        1.0, ge=0.0, description="pull of the learned correction to 0, like a prior worth so many samples per expert"
+    )
     weighting: Weighting = Field(
         "balance", description="balance: weights averaged over which expert drew a sample; gate: g(x, k) itself"
     )
@@ -428,7 +431,11 @@ def _responsibilities(gate: Gate, train: Weighted) -> Tensor:
 
 
 class _Draw:
-    """The sequences of a step, a pure function of seed and step: (features, weights that sum to 1) in parts."""
+    """The sequences of a step, a pure function of seed and step: (features, weights that sum to 1) in parts.
+
+    Attributes:
+        ridge: weight of half the sum of squares; 0 where the samples are enumerated, for then nothing is unknown.
+    """
 
     def __init__(
         self, train: Weighted, real: tuple[ScoredSequences, ...], lam_D: list[float], config: DistilConfig
@@ -442,6 +449,7 @@ class _Draw:
             weights_B = torch.cat([part * one.probability() for part, one in zip(lam_D, real, strict=True)])
             self.parts.append((config.real_fraction, real, weights_B))
         self._totals = [weights_B.cumsum(0) for _, _, weights_B in self.parts]
+        self.ridge = 0.0 if train.exact else config.ridge * len(train.samples) / len(train.mass_B)
 
     def __call__(self, step: int) -> list[tuple[Features, Tensor]]:
         size, rng = self.config.batch_sequences, np.random.default_rng([self.config.seed, step])
@@ -483,7 +491,10 @@ def _step(state: DistilState, draw: _Draw, objective: LogModel) -> DistilState:
     theta = {name: state.student.tensors[name].detach().requires_grad_(True) for name in names}
     student = state.student.replaced(theta)
     total = 0.0
-    gradients = {name: torch.zeros_like(each) for name, each in theta.items()}
+    gradients = {
+        name: draw.ridge * each.detach() if name in student.shrunk else torch.zeros_like(each)
+        for name, each in theta.items()
+    }
     for features, weight_B in draw(state.step):
         logs_B = objective(student, features)
         loss = -(weight_B.to(logs_B.dtype) * logs_B).sum()

@@ -144,6 +144,7 @@ class _Branches(nn.Module):
         self.register_buffer("A_ERI", A_ERI, persistent=False)
         self.register_buffer("B_ERO", B_ERO, persistent=False)
         self.switch = switch
+        self._views: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] = A_ERI, {}
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         """Add the branch; None leaves the output as it is."""
@@ -154,9 +155,14 @@ class _Branches(nn.Module):
         if u.dtype != self.A_ERI.dtype and not torch.is_autocast_enabled(u.device.type):
             u = u.to(self.A_ERI.dtype)
         if rows.one is not None:
-            h_NR = u.flatten(0, -2) @ self.A_ERI[rows.one].T
-            B_RO, y_NO = self.B_ERO[rows.one], y.flatten(0, -2)
-            result = torch.addmm(y_NO, h_NR, B_RO) if y.dtype == h_NR.dtype == B_RO.dtype else y_NO + h_NR @ B_RO
+            A_IR, B_RO = self._of(rows.one)
+            h_NR = u.reshape(-1, len(A_IR)) @ A_IR
+            same = y.dtype == h_NR.dtype == B_RO.dtype
+            if same and y.is_contiguous() and not torch.is_grad_enabled():
+                y.view(-1, B_RO.shape[1]).addmm_(h_NR, B_RO)  # nobody else holds what a module has just made
+                return None
+            y_NO = y.flatten(0, -2)
+            result = torch.addmm(y_NO, h_NR, B_RO) if same else y_NO + h_NR @ B_RO
         else:
             A_MRI, B_MRO = self._chosen(rows)
             h_MNR = torch.bmm(u.reshape(len(A_MRI), -1, u.shape[-1]), A_MRI.transpose(1, 2))
@@ -164,6 +170,17 @@ class _Branches(nn.Module):
             same = y.dtype == h_MNR.dtype == B_MRO.dtype
             result = torch.baddbmm(y_MNO, h_MNR, B_MRO) if same else y_MNO + torch.bmm(h_MNR, B_MRO)
         return result.view(y.shape).to(y.dtype)
+
+    def _of(self, place: int) -> tuple[Tensor, Tensor]:
+        """One expert's factors, cut out once: token by token, that would be a good part of the branch's time."""
+        buffers = self.__dict__["_buffers"]
+        A_ERI, B_ERO = buffers["A_ERI"], buffers["B_ERO"]
+        if self._views[0] is not A_ERI:
+            self._views = A_ERI, {}
+        views = self._views[1]
+        if place not in views:
+            views[place] = A_ERI[place].T, B_ERO[place]
+        return views[place]
 
     def _chosen(self, rows: Rows) -> tuple[Tensor, Tensor]:
         if rows.blocks is None:

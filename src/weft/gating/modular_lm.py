@@ -337,8 +337,10 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         if revised:
             cache.state, rows = self._replay(cache, 1)
             logw_BE = rows[0]
-        logw_BM = torch.log_softmax(logw_BE.gather(1, chosen_BM), dim=-1).float()
         logq_BMV = cache.logq_EBV[chosen_BM, torch.arange(batch, device=chosen_BM.device)[:, None]]
+        if self.config.top_m == 1:
+            return logq_BMV
+        logw_BM = torch.log_softmax(logw_BE.gather(1, chosen_BM), dim=-1).float()
         return torch.logsumexp(logq_BMV + logw_BM[..., None], dim=1)[:, None]
 
     def _run(

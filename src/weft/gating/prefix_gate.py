@@ -6,6 +6,7 @@ to a sequence-level gate; `fit_robust_gate` fits it to the minimax objective its
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar, Literal, Self
 
@@ -72,6 +73,7 @@ class PrefixGate(CausalGate):
     learned: ClassVar[tuple[str, ...]] = (
         "mix_2", "bias_E", "in_HF", "in_H", "expert_EH", "middle_HH", "pool_HH", "middle_H", "out_H",
     )  # fmt: skip
+    shrunk: ClassVar[tuple[str, ...]] = ("bias_E", "expert_EH", "out_H")
     config: PrefixGateConfig
 
     @classmethod
@@ -146,7 +148,7 @@ class PrefixGate(CausalGate):
         """Features BTEF and the two log-posteriors BTE2 of every prefix."""
         logp_BTE = logp_BTE.to(self.tensors["prior_E"].dtype)
         seen = Features(logp_BTE=logp_BTE, mask_BT=mask_BT)
-        bayes, share = self._untrained()
+        bayes, share = self._untrained
         posteriors_BTE2 = torch.stack([bayes.log_weights(seen), share.log_weights(seen)], dim=-1)
         worth_BTE = _worth(logp_BTE)
         count_BT = torch.arange(logp_BTE.shape[1], device=logp_BTE.device).expand(logp_BTE.shape[:2])
@@ -203,6 +205,7 @@ class PrefixGate(CausalGate):
         second_XEH = torch.tanh(first_XEH @ at["middle_HH"].T + pooled_X1H + at["middle_H"])
         return posteriors_XE2.clamp_min(_DEAD) @ at["mix_2"] + at["bias_E"] + second_XEH @ at["out_H"]
 
+    @functools.cached_property
     def _untrained(self) -> tuple[BayesGate, FixedShareGate]:
         prior = {"logits_E": self.tensors["prior_E"]}
         share = FixedShareConfig(share=self.config.share)
@@ -211,7 +214,7 @@ class PrefixGate(CausalGate):
     # -- token by token -----------------------------------------------------------------------------------------
 
     def begin(self, batch: int) -> State:
-        bayes, share = self._untrained()
+        bayes, share = self._untrained
         prior_E = self.tensors["prior_E"]
         state = {_BAYES + name: each for name, each in bayes.begin(batch).items()}
         state |= {_SHARE + name: each for name, each in share.begin(batch).items()}
@@ -220,13 +223,13 @@ class PrefixGate(CausalGate):
         return state
 
     def current(self, state: State) -> Tensor:
-        bayes, share = self._untrained()
+        bayes, share = self._untrained
         posteriors_BE2 = torch.stack([bayes.current(_part(state, _BAYES)), share.current(_part(state, _SHARE))], dim=-1)
         values_BEF = self._features(state["sums_BLE"], state["count_B"], posteriors_BE2)
         return self.restricted(self._logits(values_BEF, posteriors_BE2))
 
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
-        bayes, share = self._untrained()
+        bayes, share = self._untrained
         before_BLE, count_B = state["sums_BLE"], state["count_B"]
         logp_BE = logp_BE.to(before_BLE.dtype)
         after = {_BAYES + n: each for n, each in bayes.advance(_part(state, _BAYES), logp_BE, mask_B).items()}

@@ -53,7 +53,7 @@ class FitConfig(Section):
     ridge: FiniteFloat = Field(
         1.0,
         ge=0.0,
-        description="pull of linear and mlp weights to 0, like a prior worth so many sequences per domain",
+        description="pull of a gate's weights to 0, like a prior worth so many sequences per domain",
     )
     mu_lr: PositiveFloat = Field(0.05, description="step of mu's ascent")
     batch_sequences: PositiveInt | None = Field(None, description="sequences per domain and step; absent: all of them")

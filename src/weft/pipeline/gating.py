@@ -25,10 +25,10 @@ from weft.evaluation.result import finite_or_none
 from weft.experts.library import ExpertLibrary
 from weft.files import write_whole
 from weft.gating.certificate import Certificate, certify
-from weft.gating.experts import ExpertPool
+from weft.gating.experts import ExpertPool, ExpertSource
 from weft.gating.gate import Gate, gates, load_gate, save_gate
 from weft.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
-from weft.gating.scores import ScoreCache, ScoreSplit, score
+from weft.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
 from weft.pipeline.base import open_base
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.experts import expert_name, process_group
@@ -69,7 +69,14 @@ def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:
 # -- scoring ------------------------------------------------------------------------------------------------------
 
 
-def score_experts(recipe: ExpertRecipe, *, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
+def score_experts(
+    recipe: ExpertRecipe,
+    *,
+    overwrite: bool = False,
+    ray: bool = False,
+    gpus: float = 0.0,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Score the domains' held-out text, and samples of each expert, under every expert of the recipe's library.
 
     What an interrupted run has scored is not scored again. Started by torchrun, the ranks share the work.
@@ -77,11 +84,13 @@ def score_experts(recipe: ExpertRecipe, *, overwrite: bool = False, progress: bo
     Args:
         recipe: of the experts.
         overwrite: throw away scores of other experts, text or settings.
+        ray: over the machines of a Ray cluster, all of which see the library and the base at the same place.
+        gpus: of each of its tasks; 0 for CPUs.
         progress: show progress on stderr.
     Returns:
         `score_summary` of the cache.
     Raises:
-        ConfigError: no text is held out, or settings do not fit the experts.
+        ConfigError: no text is held out, settings do not fit the experts, or Ray is asked for and not installed.
         DataError, ExpertError, NumericsError, CheckpointError: as `prepare`, `open_base`, `ExpertPool` and `score`.
     """
     config = gating_config(recipe)
@@ -91,8 +100,24 @@ def score_experts(recipe: ExpertRecipe, *, overwrite: bool = False, progress: bo
         data = prepare(recipe.data, recipe.prepared_folder, progress=progress and first)
     texts = held_out_texts(data, config)
     base = open_base(recipe, data)
-    device = choose_runtime(recipe.experts.training, parameters=0).device if group is None else group.device
     library = ExpertLibrary.open(recipe.library_folder)
+    if ray:
+        names = config.experts if config.experts is not None else library.names
+        place = str(library.folder.resolve())
+        sources = [ExpertSource(name=name, library=place, expert=name) for name in names]
+        cache = score_with_ray(
+            sources,
+            texts,
+            recipe.scores_folder,
+            config.scores,
+            eos_id=data.tokenizer.eos_id,
+            dtype=recipe.experts.dtype,
+            gpus=gpus,
+            overwrite=overwrite,
+            show=progress,
+        )
+        return score_summary(cache)
+    device = choose_runtime(recipe.experts.training, parameters=0).device if group is None else group.device
     pool = ExpertPool.from_library(library, base.model, experts=config.experts, device=device)
     cache = score(
         pool,

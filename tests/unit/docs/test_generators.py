@@ -144,7 +144,10 @@ def test_a_page_without_markers_is_refused(tables, tmp_path):
 @pytest.fixture
 def demo(tmp_path):
     def write(
-        page: str = "<html><img src='data:,'></html>", routing: dict[str, object] | None = None, **changes: object
+        page: str = "<html><img src='data:,'></html>",
+        routing: dict[str, object] | None = None,
+        robust: dict[str, object] | None = None,
+        **changes: object,
     ) -> Path:
         scores = {"uniform": 2.0, "importance": 1.9, "dga": 1.8}
         mixture = {"target_bpb": scores, "generic_bpb": scores, "train_tokens": 10, "seconds": {"dga": 1.0}, **changes}
@@ -157,7 +160,10 @@ def demo(tmp_path):
             "relative_forward_time": 1.5,
             **(routing or {}),
         }
-        (tmp_path / "summary.json").write_text(json.dumps({"mixture": mixture, "routing": routing}))
+        gates = dict.fromkeys("monolith uniform bayes fixed_share robust student".split(), 0.1)
+        robust = {"worst_domain_regret": gates, "capacity_bound": 0.02, "z": 1.01, **(robust or {})}
+        summary = {"mixture": mixture, "routing": routing, "robust": robust}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
         (tmp_path / "report.html").write_text(page)
         return tmp_path
 
@@ -180,6 +186,9 @@ def demo(tmp_path):
         ({"routing": {"heldout_bpb": {"base": 20.0}}}, "routing.heldout_bpb.base is 20.0 bits per byte"),
         ({"routing": {"experts": ["a"]}}, "routing has 1 experts"),
         ({"routing": {"relative_forward_time": 0.0}}, "routing.relative_forward_time is 0.0"),
+        ({"robust": {"worst_domain_regret": {"bayes": 0.1}}}, "robust.worst_domain_regret lacks fixed_share"),
+        ({"robust": {"z": 0.0}}, "robust.z is 0.0"),
+        ({"robust": {"capacity_bound": -0.1}}, "robust.capacity_bound is -0.1"),
     ],
 )
 def test_what_is_wrong_with_a_demonstration_is_found(load_script, demo, changes, problem):

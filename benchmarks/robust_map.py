@@ -1,0 +1,207 @@
+"""Where experts under one gate beat a monolith of their total size and tokens, and where it beats them: a map.
+
+Tokens per domain x capacity x distance between domains, experts branched from a shared base, everything else as in
+`robust_quality.py`. The monolith is trained on the uniform mixture.
+
+    python benchmarks/robust_map.py --data PATH --work PATH     # regenerates results/robust_map.* and picture
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import torch
+from _common import environment_lines, finish, parser, say, spread, table, write_atomically
+from _robust_setting import SETS, Scale, Setting, architecture, quick_scale, train_all
+from robust_quality import DIRECT, DIRECT_GATE, Comparison, figures, read, scored
+from transformers.utils import logging as transformers_logging
+
+from weft.gating import fit_robust_gate
+
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "robust_map.svg"
+TOKENS = (50_000, 150_000, 600_000)
+"""Training tokens of each expert after the base, which is trained on twice as many."""
+CAPACITIES = {
+    "small": (architecture(32, 84, 2), architecture(96, 288, 2)),
+    "large": (architecture(64, 168, 2), architecture(144, 448, 3)),
+}
+"""Architectures of an expert and of a monolith of six experts' parameters."""
+ROWS = ("monolith uniform", "oracle expert", "uniform mixture", "bayes", "fixed share", "direct gate")
+MEASURES = ("own expert", "best known", "mean", "changing")
+
+
+def scale(tokens: int, capacity: str) -> Scale:
+    """Sizes of one cell."""
+    expert, monolith = CAPACITIES[capacity]
+    return Scale(
+        expert=expert, monolith=monolith, base_tokens=2 * tokens, expert_tokens=tokens, policies=("uniform",)
+    )  # fmt: skip
+
+
+def cell(setting: Setting, quick: bool) -> dict[str, dict[str, float]]:
+    """Worst value under two offsets, mean cross-entropy and changing text of every row; kept in the work folder."""
+    path = setting.folder("monolith uniform") / "map.json"
+    if path.exists():
+        known: dict[str, dict[str, float]] = json.loads(path.read_text())
+        return known
+    comparison = Comparison(setting, "branched", path.parent, quick)
+    comparison.single_models()
+    comparison.untrained_gates()
+    gate_text = read(setting, "gate").domains
+    domains = {name: scored(comparison.pool, gate_text[name], name) for name in setting.names}
+    config = DIRECT.model_copy(update={"steps": 20}) if quick else DIRECT
+    comparison.add_gate("direct gate", fit_robust_gate(domains, None, gate=DIRECT_GATE, config=config).gate)
+    rows = figures({"rows": comparison.rows, "bytes_per_token": dict(comparison.report.bytes_per_token)})
+    found = {
+        name: {**rows[name]["worst"], "mean": rows[name]["mean"], "changing": rows[name]["changing"]} for name in ROWS
+    }
+    write_atomically(path, json.dumps(found))
+    say(f"{setting.work.name}: {json.dumps(found)[:200]}")
+    return found
+
+
+def combine(cells: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Spreads over seeds, and of each gate's margin to the monolith."""
+    return {
+        name: {
+            measure: {
+                "value": spread([one[name][measure] for one in cells]).as_json(),
+                "behind_monolith": spread(
+                    [one[name][measure] - one["monolith uniform"][measure] for one in cells]
+                ).as_json(),
+            }
+            for measure in MEASURES
+        }
+        for name in ROWS
+    }
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """One table per measure: gates' margin to the monolith by cell."""
+
+    def show(value: Mapping[str, float], form: str) -> str:
+        middle, low, high = (form.format(value[key]) for key in ("median", "low", "high"))
+        return middle if low == high else f"{middle} ({low} .. {high})"
+
+    lines = [
+        "# Where modular wins",
+        "",
+        f"Six domains, experts branched from a shared base, {record['seeds']} seeds. Nats per token on report text, "
+        "median (lowest .. highest). The monolith has the experts' total parameters and is trained on the base's, the "
+        "experts' and the gates' tokens together. Below 0: ahead of the monolith.",
+    ]
+    titles = {
+        "own expert": "Worst domain by regret to the own expert",
+        "best known": "Worst domain by regret to the best known single model",
+        "mean": "Mean cross-entropy of the domains",
+        "changing": "Text that changes domain midway",
+    }
+    for measure, title in titles.items():
+        shown = [name for name in ROWS if name != "monolith uniform"]
+        lines += [
+            "",
+            f"## {title}: behind the monolith by",
+            "",
+            table(
+                ["domains", "capacity", "tokens per expert", "monolith", *shown],
+                [
+                    [
+                        one["set"], one["capacity"], f"{one['tokens']:,}",
+                        show(one["rows"]["monolith uniform"][measure]["value"], "{:.3f}"),
+                        *(show(one["rows"][name][measure]["behind_monolith"], "{:+.3f}") for name in shown),
+                    ]
+                    for one in record["cells"]
+                ],
+            ),
+        ]  # fmt: skip
+    lines += ["", "![margin to the monolith](../../docs/assets/robust_map.svg)"]
+    return "\n".join([*lines, "", environment_lines(record)])
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Margin to the monolith over tokens per expert, a panel for each set of domains and measure."""
+    mpl.rcParams["svg.hashsalt"] = "weft"
+    measures = {"best known": "worst domain,\nbest known offset", "mean": "mean", "changing": "changing text"}
+    sets = list(dict.fromkeys(one["set"] for one in record["cells"]))
+    figure, grid = plt.subplots(
+        len(sets), len(measures), figsize=(9, 2.6 * len(sets)), sharex=True, constrained_layout=True, squeeze=False
+    )
+    for row, name in enumerate(sets):
+        for column, (measure, title) in enumerate(measures.items()):
+            axes = grid[row][column]
+            for capacity, style in zip(CAPACITIES, ("--", "-"), strict=True):
+                cells = [one for one in record["cells"] if one["set"] == name and one["capacity"] == capacity]
+                for model, colour in (("fixed share", "C0"), ("direct gate", "C1"), ("oracle expert", "0.5")):
+                    margins = [one["rows"][model][measure]["behind_monolith"] for one in cells]
+                    tokens = [one["tokens"] for one in cells]
+                    axes.plot(
+                        tokens, [one["median"] for one in margins], style, color=colour, label=f"{model}, {capacity}"
+                    )
+                    axes.fill_between(
+                        tokens, [one["low"] for one in margins], [one["high"] for one in margins], color=colour,
+                        alpha=0.15, linewidth=0,
+                    )  # fmt: skip
+            axes.axhline(0, color="0.7", linewidth=1)
+            axes.set_xscale("log")
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axes.set_title(title, fontsize=9)
+            if row == len(sets) - 1:
+                axes.set_xlabel("tokens per expert")
+            if column == 0:
+                axes.set_ylabel(f"{name} domains:\nnats per token over the monolith", fontsize=8)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=3, fontsize=8, loc="outside lower center")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Train what is not there yet, evaluate every cell, report and draw."""
+    flags = parser(str(__doc__).splitlines()[0])
+    flags.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with domains/")
+    flags.add_argument("--work", type=Path, default=None, help="where trained models and results are kept")
+    flags.add_argument("--processes", type=int, default=2, help="models trained at a time, one thread each")
+    arguments = flags.parse_args()
+    if not (arguments.data / "domains").is_dir():
+        if not arguments.quick:
+            flags.error(f"{arguments.data} holds no domains/*.jsonl.zst; name the folder with --data")
+        sys.stdout.write(json.dumps({"theme": "robust_map", "skipped": "no text; name it with --data"}) + "\n")
+        return
+    quick = arguments.quick
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    places = [(name, capacity, tokens) for name in SETS for capacity in CAPACITIES for tokens in TOKENS]
+    seeds = range(1 if quick else arguments.seeds)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        cells = []
+        for name, capacity, tokens in places[:1] if quick else places:
+            settings = [
+                Setting(
+                    arguments.data,
+                    work / f"map-{name}-{capacity}-{tokens}-{seed}",
+                    SETS[name][: 3 if quick else None],
+                    seed,
+                    quick_scale() if quick else scale(tokens, capacity),
+                )
+                for seed in seeds
+            ]
+            train_all(settings, ["base", "branched", "monolith uniform"], processes=1 if quick else arguments.processes)
+            rows = combine([cell(setting, quick) for setting in settings])
+            cells.append({"set": name, "capacity": capacity, "tokens": tokens, "rows": rows})
+    record = {"seeds": len(seeds), "cells": cells}
+    finish("robust_map", arguments, record, to_markdown)
+    if not quick:
+        draw(record, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
