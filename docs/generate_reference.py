@@ -161,7 +161,7 @@ def recipe_page() -> str:
         router = routers.entry(name)
         lines += [f"### {name}", "", first_paragraph(router.cls) + paper_link(router.paper), ""]
         lines += [*section_body(router.cls.Config, f"router {name}", introduce=False, without="router"), ""]
-    lines += ["## Gates", "", "What `gating.gate` takes in a recipe; `gate: NAME` alone where the defaults will do.", ""]
+    lines += ["## Gates", "", "What `gating.gate` takes in a recipe: `gate: NAME`, or a mapping with these keys.", ""]
     for name in gates:
         gate = gates.entry(name)
         sees = "sees the prefix" if gate.cls.causal else "sees the whole sequence"
