@@ -9,8 +9,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +283,7 @@ def train(setting: Setting, name: str) -> dict[str, Any]:
         "weights": result.weights, "conflict": conflict, "epochs": result.epochs,
     }  # fmt: skip
     write_atomically(folder / "facts.json", json.dumps(facts))
+    say(f"{setting.work.name}: {name} in {sum(result.seconds.values()):.0f} s")
     return facts
 
 
@@ -305,20 +306,21 @@ def gradient_cosines(module: nn.Module, probes: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def train_all(settings: Sequence[Setting], wanted: Sequence[str], *, processes: int) -> None:
-    """Train what is missing, one thread per process, in waves: what others go on from comes first."""
+def in_processes(work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], *, processes: int) -> list[Any]:
+    """`work(*job)` of every job, one thread per process; the answers in the jobs' order."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    if processes == 1 or len(jobs) < 2:
+        return [work(*job) for job in jobs]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [future.result() for future in [pool.submit(work, *job) for job in jobs]]
+
+
+def train_all(settings: Sequence[Setting], wanted: Sequence[str], *, processes: int) -> None:
+    """Train what is missing, in waves: what others go on from comes first."""
     jobs = [(setting, name) for setting in settings for name in setting.runs if name.startswith(tuple(wanted))]
     for wave in _waves(jobs):
         todo = [(setting, name) for setting, name in wave if not (setting.folder(name) / "facts.json").exists()]
-        if not todo:
-            continue
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running = {pool.submit(train, setting, name): (setting, name) for setting, name in todo}
-            for count, future in enumerate(as_completed(running), start=1):
-                facts = future.result()
-                seconds = sum(facts["seconds"].values())
-                say(f"[{count}/{len(todo)}] {running[future][0].work.name}: {facts['run']} in {seconds:.0f} s")
+        in_processes(train, todo, processes=processes)
 
 
 def _waves(jobs: Sequence[tuple[Setting, str]]) -> Iterator[list[tuple[Setting, str]]]:

@@ -19,7 +19,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import SETS, Scale, Setting, architecture, quick_scale, train_all
+from _robust_setting import SETS, Scale, Setting, architecture, in_processes, quick_scale, train_all
 from robust_quality import DIRECT, DIRECT_GATE, Comparison, figures, read, scored
 from transformers.utils import logging as transformers_logging
 
@@ -51,6 +51,8 @@ def cell(setting: Setting, quick: bool) -> dict[str, dict[str, float]]:
     if path.exists():
         known: dict[str, dict[str, float]] = json.loads(path.read_text())
         return known
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     comparison = Comparison(setting, "branched", path.parent, quick)
     comparison.single_models()
     comparison.untrained_gates()
@@ -182,21 +184,25 @@ def main() -> None:
     seeds = range(1 if quick else arguments.seeds)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        cells = []
-        for name, capacity, tokens in places[:1] if quick else places:
-            settings = [
-                Setting(
-                    arguments.data,
-                    work / f"map-{name}-{capacity}-{tokens}-{seed}",
-                    SETS[name][: 3 if quick else None],
-                    seed,
-                    quick_scale() if quick else scale(tokens, capacity),
-                )
-                for seed in seeds
-            ]
-            train_all(settings, ["base", "branched", "monolith uniform"], processes=1 if quick else arguments.processes)
-            rows = combine([cell(setting, quick) for setting in settings])
-            cells.append({"set": name, "capacity": capacity, "tokens": tokens, "rows": rows})
+        places = places[:1] if quick else places
+        settings = [
+            Setting(
+                arguments.data,
+                work / f"map-{name}-{capacity}-{tokens}-{seed}",
+                SETS[name][: 3 if quick else None],
+                seed,
+                quick_scale() if quick else scale(tokens, capacity),
+            )
+            for name, capacity, tokens in places
+            for seed in seeds
+        ]
+        processes = 1 if quick else arguments.processes
+        train_all(settings, ["base", "branched", "monolith uniform"], processes=processes)
+        found = in_processes(cell, [(setting, quick) for setting in settings], processes=processes)
+    cells = [
+        {"set": name, "capacity": capacity, "tokens": tokens, "rows": combine(found[first : first + len(seeds)])}
+        for (name, capacity, tokens), first in zip(places, range(0, len(found), len(seeds)), strict=True)
+    ]
     record = {"seeds": len(seeds), "cells": cells}
     finish("robust_map", arguments, record, to_markdown)
     if not quick:

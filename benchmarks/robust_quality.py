@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import LENGTH, SETS, Scale, Setting, quick_scale, train_all, windows
+from _robust_setting import LENGTH, SETS, Scale, Setting, in_processes, quick_scale, train_all, windows
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -306,6 +306,8 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
         known: dict[str, Any] = json.loads(path.read_text())
         return known
     start = time.perf_counter()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     comparison = Comparison(setting, kind, folder, quick)
     comparison.single_models()
     comparison.untrained_gates()
@@ -500,13 +502,19 @@ def main() -> None:
         train_all(list(settings.values()), wanted, processes=1 if quick else arguments.processes)
         if arguments.train_only:
             return
-        comparisons = {}
-        for name in sets:
-            for kind in KINDS[:1] if quick else KINDS:
-                mine = [settings[name, seed] for seed in seeds]
-                comparisons[f"{name} domains, experts {kind}"] = combine(
-                    [compare(setting, kind, setting.work, quick) for setting in mine]
-                )
+        kinds = KINDS[:1] if quick else KINDS
+        jobs = [(name, kind, seed) for name in sets for kind in kinds for seed in seeds]
+        found = in_processes(
+            compare,
+            [(settings[name, seed], kind, settings[name, seed].work, quick) for name, kind, seed in jobs],
+            processes=1 if quick else arguments.processes,
+        )
+        done = dict(zip(jobs, found, strict=True))
+        comparisons = {
+            f"{name} domains, experts {kind}": combine([done[name, kind, seed] for seed in seeds])
+            for name in sets
+            for kind in kinds
+        }
     record = {
         "sets": {name: list(SETS[name]) for name in sets},
         "seeds": list(seeds),
