@@ -31,6 +31,7 @@ from weft.models.hf import sequence_losses
 from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
 from weft.training.loop import Task, Trainer
+from weft.training.metrics import read_metrics
 from weft.training.runtime import choose_runtime
 
 SETS: dict[str, tuple[str, ...]] = {
@@ -41,6 +42,13 @@ SETS: dict[str, tuple[str, ...]] = {
 LENGTH, VOCABULARY = 128, 1024
 USES: dict[str, int] = {"report": 24_000, "dev": 16_000, "gate": 26_000}
 """Tokens of each domain that are no training text: to report on, to choose by, to fit gates on. Documents differ."""
+
+
+TRAINING: dict[str, Any] = {
+    "sequence_length": LENGTH, "batch_sequences": 24, "lr": 3e-3, "save_every_steps": 200,
+    "log_every_steps": 1_000_000, "threads": 1,
+}  # fmt: skip
+"""Of every model, experts and monoliths alike."""
 
 
 def architecture(hidden: int, inner: int, layers: int) -> dict[str, Any]:
@@ -174,13 +182,12 @@ class Setting:
         ordered = shuffled(list(read_texts(self.data, TextDomain(name, name))), 0)
         found, place = {}, 0
         for use, tokens in self.scale.uses.items():
-            taken = _enough(ordered[place:], tokens)
-            found[use] = encode(self.tokenizer, ordered[place : place + taken])
+            found[use], taken = _cut(self.tokenizer, ordered[place:], tokens)
             place += taken
         sizes = 2.0 ** np.linspace(-0.5, 0.5, len(self.names))
         size = np.random.default_rng(self.seed).permutation(sizes)[self.names.index(name)]
         rest = shuffled(ordered[place:], self.seed)
-        found["train"] = encode(self.tokenizer, rest[: _enough(rest, int(size * self.scale.domain_tokens))])
+        found["train"], _ = _cut(self.tokenizer, rest, int(size * self.scale.domain_tokens))
         return found
 
     def folder(self, run: str) -> Path:
@@ -211,14 +218,14 @@ class Setting:
         return found
 
 
-def _enough(texts: Sequence[str], tokens: int) -> int:
-    """How many documents make up so many tokens, by an estimate of 2.8 bytes per token that errs upwards."""
-    held = 0
-    for count, text in enumerate(texts):
-        if held >= 2.8 * tokens:
-            return count
-        held += len(text.encode())
-    return len(texts)
+def _cut(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> tuple[ArraySource, int]:
+    """The first so many tokens of the documents, fewer where there are not so many, and the documents they are from."""
+    held, taken = encode(tokenizer, []), 0
+    while len(held) < tokens and taken < len(texts):
+        taken = min(len(texts), max(16, 2 * taken))
+        held = encode(tokenizer, texts[:taken])
+    size = min(tokens, len(held))
+    return ArraySource(held.read(0, size), text_bytes=round(held.bytes * size / len(held))), taken
 
 
 def windows(source: ArraySource, limit: int | None = None) -> NDArray[np.int64]:
@@ -238,14 +245,9 @@ def train(setting: Setting, name: str) -> dict[str, Any]:
     for domain in spec.domains:
         parts = [texts[domain]["train"], *([texts[domain]["gate"]] if spec.gate_text else [])]
         sources.append(ArraySource(np.concatenate([part.read(0, len(part)) for part in parts]), text_bytes=1))
-    step = 24 * LENGTH
-    config = TrainingConfig.model_validate(
-        {
-            "sequence_length": LENGTH, "batch_sequences": 24, "tokens": spec.tokens, "lr": 3e-3,
-            "warmup_steps": min(40, max(2, spec.tokens // step // 10)), "save_every_steps": 200,
-            "log_every_steps": 1_000_000, "threads": 1,
-        }
-    )  # fmt: skip
+    steps = spec.tokens // (TRAINING["batch_sequences"] * LENGTH)
+    warmup = min(40, max(2, steps // 10))
+    config = TrainingConfig.model_validate({**TRAINING, "tokens": spec.tokens, "warmup_steps": warmup})
     begin = spec.model.get("pretrained")
     section = {"pretrained": str(setting.folder(begin))} if begin is not None else dict(spec.model)
     model = build_model(
@@ -263,11 +265,9 @@ def train(setting: Setting, name: str) -> dict[str, Any]:
         reference=None if spec.reference is None else setting.load(spec.reference),
     )
     probes = {domain: torch.from_numpy(windows(texts[domain]["dev"], 32)) for domain in spec.domains}
-    conflict: list[dict[str, Any]] = []
 
     def measure(module: nn.Module) -> dict[str, Any]:
-        conflict.append(gradient_cosines(module, probes))
-        return {}
+        return {"conflict": gradient_cosines(module, probes)}
 
     trainer = Trainer(
         model, task, config, alignment=AlignmentConfig.model_validate(PROBE if spec.mixture["policy"] == "dga" else {}),
@@ -278,6 +278,8 @@ def train(setting: Setting, name: str) -> dict[str, Any]:
     result = trainer.run()
     assert isinstance(trainer.module, PreTrainedModel)
     trainer.module.save_pretrained(folder)
+    lines = read_metrics(folder / "training" / "metrics.jsonl") if spec.conflict else ()
+    conflict = [{"step": line["step"], **line["conflict"]} for line in lines if line["kind"] == "eval"]
     facts = {
         "run": name, "parameters": parameters, "tokens": result.tokens, "seconds": result.seconds,
         "weights": result.weights, "conflict": conflict, "epochs": result.epochs,

@@ -8,6 +8,7 @@ Tokens per domain x capacity x distance between domains, experts branched from a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
 from _robust_setting import SETS, Scale, Setting, architecture, in_processes, quick_scale, train_all
-from robust_quality import DIRECT, DIRECT_GATE, Comparison, figures, read, scored
+from robust_quality import DIRECT, DIRECT_GATE, VERSION, Comparison, figures, read, scored
 from transformers.utils import logging as transformers_logging
 
 from weft.gating import fit_robust_gate
@@ -47,7 +48,11 @@ def scale(tokens: int, capacity: str) -> Scale:
 
 def cell(setting: Setting, quick: bool) -> dict[str, dict[str, float]]:
     """Worst value under two offsets, mean cross-entropy and changing text of every row; kept in the work folder."""
-    path = setting.folder("monolith uniform") / "map.json"
+    key = json.dumps(
+        [VERSION, DIRECT.model_dump(mode="json"), DIRECT_GATE, [str(setting.folder(r)) for r in setting.runs]]
+    )
+    digest = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+    path = setting.folder("monolith uniform") / f"map-{digest}.json"
     if path.exists():
         known: dict[str, dict[str, float]] = json.loads(path.read_text())
         return known
@@ -97,7 +102,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "",
         f"Six domains, experts branched from a shared base, {record['seeds']} seeds. Nats per token on report text, "
         "median (lowest .. highest). The monolith has the experts' total parameters and is trained on the base's, the "
-        "experts' and the gates' tokens together. Below 0: ahead of the monolith.",
+        "experts' and the gates' tokens together. Below 0: ahead of the monolith. The direct gate is fitted to regret "
+        "to the own expert throughout.",
     ]
     titles = {
         "own expert": "Worst domain by regret to the own expert",

@@ -48,6 +48,8 @@ from weft.gating.problem import log_model
 from weft.gating.scores import ScoreCache, ScoreConfig, score
 from weft.models.hf import token_losses
 
+VERSION = 1
+"""Of what a comparison measures; results kept in a work folder are of one version."""
 KINDS = ("branched", "scratch", "strong and weak")
 OFFSETS = ("own expert", "best known", "none")
 BATCH = 64
@@ -153,11 +155,11 @@ class Comparison:
         dev = {name: -float(model_logs(model, self.dev.domains[name]).mean()) / LENGTH for name in self.names}
         self.add(row, logs.__getitem__, model_logs(model, self.report.changing), dev=dev, **facts)
 
-    def add_gate(self, row: str, gate: Gate, z: float = 1.0, **facts: Any) -> None:
+    def add_gate(self, row: str, gate: Gate, z: float = 1.0) -> None:
         """A gated model's row; the weights of a sequence-level gate are divided by Z."""
         shift = np.log(z)
         logs = {name: gate_logs(gate, one) - shift for name, one in self.on_report.items()}
-        self.add(row, logs.__getitem__, gate_logs(gate, self.on_changing) - shift, z=z, **facts)
+        self.add(row, logs.__getitem__, gate_logs(gate, self.on_changing) - shift, z=z)
 
     # -- the rows -----------------------------------------------------------------------------------------------
 
@@ -171,13 +173,15 @@ class Comparison:
             self.rows[f"expert {name}"]["dev"] = dev
         self.rows["oracle expert"] = {
             "ce": {name: self.rows[f"expert {name}"]["ce"][name] for name in self.names},
-            "changing": min(self.rows[f"expert {name}"]["changing"] for name in self.names),
+            "changing": -float(self.on_changing.logq_NE.amax(dim=1).mean()) / LENGTH,
         }
         if self.kind != "scratch":
             self.add_model("base", self.setting.load("base"))
         self.add_model("parameter average", _average([member.model for member in self.pool.members]))
         for policy in self.setting.scale.policies:
             self.add_model(f"monolith {policy}", self.setting.load(f"monolith {policy}"))
+        known = [row["dev"] for name, row in self.rows.items() if is_single(name)]
+        self.best_known = [min(dev[name] for dev in known) for name in self.names]
 
     def untrained_gates(self) -> None:
         """Mixtures of the experts that need no training."""
@@ -224,12 +228,34 @@ class Comparison:
             }  # fmt: skip
         return facts
 
+    def wider_gates(self) -> None:
+        """Causal gates over the experts and two models that cost no training: their base and their average."""
+        if self.kind == "scratch":
+            return
+        experts = [member.model for member in self.pool.members]
+        models = dict(zip(self.names, experts, strict=True))
+        pool = ExpertPool.of({**models, "base": self.setting.load("base"), "average": _average(experts)})
+        gate_text = read(self.setting, "gate").domains
+        domains = {name: scored(pool, gate_text[name], name) for name in self.names}
+        narrow = self.on_report, self.on_changing
+        self.on_report = {name: scored(pool, self.report.domains[name], name) for name in self.names}
+        self.on_changing = scored(pool, self.report.changing, "changing")
+        features = self.on_changing.features
+        self.add_gate("fixed share with base and average", init_gate({"gate": "fixed_share"}, len(pool), features))
+        config = DIRECT.model_copy(update={"steps": 20}) if self.quick else DIRECT
+        for offset in OFFSETS:
+            found = fit_robust_gate(
+                domains, None, gate=DIRECT_GATE, config=config, offsets=self._offsets(offset),
+                own_experts=tuple(range(len(self.names))),
+            )  # fmt: skip
+            self.add_gate(f"direct gate with base and average, offset {offset}", found.gate)
+        self.on_report, self.on_changing = narrow
+
     def _offsets(self, offset: str) -> Any:
         """As `fit_robust_gate` takes them; `best known` is measured on the development text."""
         if offset != "best known":
             return "expert" if offset == "own expert" else "none"
-        known = [row["dev"] for row in self.rows.values() if "dev" in row]
-        return [min(dev[name] for dev in known) for name in self.names]
+        return self.best_known
 
     def _students(
         self,
@@ -287,7 +313,7 @@ class Comparison:
         return result.model
 
 
-def _average(models: Sequence[PreTrainedModel]) -> nn.Module:
+def _average(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
     """The model whose parameters are the mean of these."""
     average = type(models[0])(models[0].config)
     states = [model.state_dict() for model in models]
@@ -299,7 +325,7 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
     """One comparison, kept in the work folder."""
     settings = [FIT.model_dump(mode="json"), DIRECT.model_dump(mode="json"), DISTIL.model_dump(mode="json")]
     behind = [str(setting.folder(run)) for run in setting.runs]
-    text = json.dumps([settings, behind, kind, SAMPLES, DENSE_TOKENS, DIRECT_GATE])
+    text = json.dumps([VERSION, settings, behind, kind, SAMPLES, DENSE_TOKENS, DIRECT_GATE])
     folder = work / f"{kind.replace(' ', '-')}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
     path = folder / "result.json"
     if path.exists():
@@ -312,6 +338,7 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
     comparison.single_models()
     comparison.untrained_gates()
     facts = comparison.trained_gates()
+    comparison.wider_gates()
     found = {
         "rows": comparison.rows,
         "facts": facts,
@@ -332,6 +359,11 @@ def shifts(domains: int) -> NDArray[np.float64]:
     return np.random.default_rng(7).dirichlet(np.ones(domains), size=MIXTURES)
 
 
+def is_single(row: str) -> bool:
+    """Whether a row is one of the single models among which the best known of a domain is looked for."""
+    return row.startswith(("expert ", "monolith ")) or row in ("base", "parameter average")
+
+
 def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each row: worst value under each offset, mean cross-entropy, shifted mixtures, changing text, bits per byte.
 
@@ -340,7 +372,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     rows = dict(found["rows"])
     names = list(rows["oracle expert"]["ce"])
-    single = [row for row in rows if row.startswith(("expert ", "monolith ", "base"))]
+    single = [row for row in rows if is_single(row)]
     offsets = {
         "own expert": {name: rows["oracle expert"]["ce"][name] for name in names},
         "best known": {name: min(rows[row]["ce"][name] for row in single) for name in names},
@@ -356,8 +388,11 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             continue
         main = rows[members.get("all", members.get("own expert", ""))]
         ce_D = np.array([main["ce"][name] for name in names])
-        regret_D = ce_D - np.array([offsets["own expert"][name] for name in names])
-        mixed_M, moved_M = shifts(len(names)) @ ce_D, shifts(len(names)) @ regret_D
+        mixtures_MD = shifts(len(names))
+        moved = {
+            offset: mixtures_MD @ (ce_D - np.array([shift[name] for name in names]))
+            for offset, shift in offsets.items()
+        }
         worst = {}
         for offset, shift in offsets.items():
             own = rows[members.get("all", members.get(offset, ""))]["ce"]
@@ -366,9 +401,9 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         answer[family] = {
             "worst": worst,
             "mean": float(ce_D.mean()),
-            "shifted_mean": float(mixed_M.mean()),
-            "shifted_worst_regret": float(moved_M.max()),
-            "shifted_sd_regret": float(moved_M.std()),
+            "shifted_mean": float(moved["none"].mean()),
+            **{f"shifted_worst, {offset}": float(moved_M.max()) for offset, moved_M in moved.items()},
+            **{f"shifted_sd, {offset}": float(moved_M.std()) for offset, moved_M in moved.items()},
             "changing": main.get("changing"),
             "bits_per_byte": bits,
         }
@@ -385,24 +420,28 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "worst": {offset: spread([one["worst"][offset] for one in mine]).as_json() for offset in OFFSETS},
             **{
                 key: spread([one[key] for one in mine]).as_json()
-                for key in ("mean", "shifted_mean", "shifted_worst_regret", "shifted_sd_regret", "changing")
-                if mine[0][key] is not None
+                for key in mine[0]
+                if key not in ("worst", "bits_per_byte") and mine[0][key] is not None
             },
             "bits_per_byte": {
                 name: spread([one["bits_per_byte"][name] for one in mine]).as_json()
                 for name in mine[0]["bits_per_byte"]
             },
         }
-    last = [run["conflict"][-1] for run in runs]
-    first = [run["conflict"][0] for run in runs]
+    if any(set(one) != set(each[0]) for one in each):
+        raise ValueError("seeds have different rows: results of another version are in the work folder")
+    measured = [line["step"] for line in runs[0]["conflict"]]
     return {
         "rows": rows,
         "seeds": len(runs),
         "capacity_nats_per_token": spread([run["facts"]["capacity"] for run in runs]).as_json(),
         "fits": [run["facts"]["fits"] for run in runs],
         "conflict": {
-            when: {key: spread([one[key] for one in lines]).as_json() for key in ("mean", "least", "negative")}
-            for when, lines in (("first measured", first), ("at the end", last))
+            str(step): {
+                key: spread([run["conflict"][place][key] for run in runs]).as_json()
+                for key in ("mean", "least", "negative")
+            }
+            for place, step in enumerate(measured)
         },
         "parameters": runs[0]["parameters"],
     }
@@ -421,35 +460,47 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "# Robust gates against monoliths",
         "",
         f"Six domains, one expert each. A monolith has the experts' total parameters and is trained on the experts', "
-        f"their base's and their gates' tokens together ({record['monolith_tokens']:,}). Worst: the largest over "
-        "domains of cross-entropy minus offset, nats per token, on report text; offsets are the own expert's "
-        "cross-entropy, the best known single model's per domain (experts, base, monoliths), and none. Robust gate, "
-        "student and direct gate are fitted once for each offset; their other columns are of the fit for the own "
-        f"expert's. Shifted: {MIXTURES} random mixtures nobody tuned for, largest and standard deviation of the regret "
-        "to the own experts. Changing: windows that go from one domain to another after half of their tokens. Median "
-        "(lowest .. highest) over seeds.",
+        f"their base's and their gates' tokens together ({record['monolith_tokens']:,}); all models with one learning "
+        "rate. Worst: the largest over domains of cross-entropy minus offset, nats per token, on report text; offsets "
+        "are the own expert's cross-entropy, the best known single model's per domain (experts, base, parameter "
+        "average, monoliths), and none. Robust gate, student and direct gates are fitted once for each offset; their "
+        f"other columns are of the fit for the own expert's. Shifted: {MIXTURES} random mixtures nobody tuned for; "
+        "mean cross-entropy, and largest (standard deviation) of the values under two offsets. Changing: windows that "
+        "go from one domain to another after half of their tokens; the oracle there is the best expert of each window.",
+        "",
+        "Not equal to the monolith's budget: with strong and weak experts the modular side has fewer tokens; with base "
+        "and average the gate is over two models more, which cost no training; the dense student learns from "
+        f"{record['dense_tokens']:,} further tokens, three quarters of them training text. The tokenizer was trained "
+        "on text of every domain, report documents among it; documents of a book or a topic may be on both sides.",
     ]
     for title, one in record["comparisons"].items():
-        conflict = one["conflict"]["at the end"]
+        conflict = "; ".join(
+            f"step {step} {show(line['mean'], '{:.3f}')} ({show(line['negative'], '{:.2f}')} of the pairs below 0)"
+            for step, line in one["conflict"].items()
+        )
         lines += [
             "",
             f"## {title}",
             "",
             f"{one['seeds']} seeds; expert {one['parameters']['base']:,} parameters, monolith "
-            f"{one['parameters']['monolith uniform']:,}. Cosines between the domains' gradients in the uniform "
-            f"monolith at the end: mean {show(conflict['mean'], '{:.3f}')}, least {show(conflict['least'], '{:.3f}')}, "
-            f"{show(conflict['negative'], '{:.2f}')} of the pairs below 0. Capacity between the experts "
-            f"{show(one['capacity_nats_per_token'])} nats per token.",
+            f"{one['parameters']['monolith uniform']:,}. Mean cosine between two domains' gradients in the uniform "
+            f"monolith: {conflict}. Capacity between the experts: {show(one['capacity_nats_per_token'])} nats/token.",
             "",
             table(
-                ["model", *(f"worst, {offset}" for offset in OFFSETS), "mean", "shifted: worst", "sd", "changing"],
+                [
+                    "model", *(f"worst, {offset}" for offset in OFFSETS), "mean", "shifted: mean",
+                    *(f"shifted: worst (sd), {offset}" for offset in OFFSETS[:2]), "changing",
+                ],
                 [
                     [
                         name,
                         *(show(row["worst"][offset]) for offset in OFFSETS),
                         show(row["mean"]),
-                        show(row["shifted_worst_regret"]),
-                        show(row["shifted_sd_regret"]),
+                        show(row["shifted_mean"]),
+                        *(
+                            f"{show(row[f'shifted_worst, {offset}'])} ({show(row[f'shifted_sd, {offset}'])})"
+                            for offset in OFFSETS[:2]
+                        ),
                         show(row.get("changing")),
                     ]
                     for name, row in one["rows"].items()
@@ -465,7 +516,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
                     for name, row in one["rows"].items()
                 ],
             ),
-        ]
+        ]  # fmt: skip
     return "\n".join([*lines, "", environment_lines(record)])
 
 
@@ -519,6 +570,7 @@ def main() -> None:
         "sets": {name: list(SETS[name]) for name in sets},
         "seeds": list(seeds),
         "monolith_tokens": scale.total_tokens,
+        "dense_tokens": DENSE_TOKENS,
         "uses": dict(scale.uses),
         "comparisons": comparisons,
     }

@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all: written beside their place and renamed into it.
 
-A reader sees the old one or the new one, never half of one. What is left by a killed process is a name that begins with
-a dot and ends with `.writing`; the next writer of the same file replaces it.
+A reader sees the old one or the new one, never half of one, also where two processes write the same. What a killed
+process leaves behind begins with a dot and ends with `.writing`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
         path: of the file.
         sync: force it to disk before it takes its place.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = _beside(path)
     try:
         yield temporary
         if sync:
@@ -54,7 +54,7 @@ def whole_folder(folder: Path, what: str) -> Iterator[Path]:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; choose a new folder for the {what} or remove it")
-    making = folder.with_name(f".{folder.name}.writing")
+    making = _beside(folder)
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
@@ -65,3 +65,7 @@ def whole_folder(folder: Path, what: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.writing")

@@ -8,6 +8,7 @@ import typer
 
 from weft.cli.dry_run import show
 from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
+from weft.errors import ConfigError
 from weft.pipeline.expert_recipe import load_expert_recipe
 from weft.pipeline.gating import gate_plan, score_experts
 from weft.pipeline.train import is_main_process
@@ -34,6 +35,8 @@ def run(
     The scores go to `scores` in the run folder; gates are fitted on them without running an expert again. Run again
     after an interruption, the command continues. Under torchrun the ranks share the work.
     """
+    if gpus and not ray:
+        raise ConfigError(f"--gpus {gpus:g} is of Ray's tasks; give --ray with it, or leave it out")
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)

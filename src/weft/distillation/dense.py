@@ -63,6 +63,7 @@ class WeightedText:
         mask_NT: True where the label counts; None: everywhere.
         log_model_N: the teacher's log-probability of the labels that count, not divided by Z, nats; None: unknown.
         z: by which it is to be divided.
+        causal: whether the teacher is a causal gate's model, and so `z` known to be 1.
         exact: the sequences are an enumerated support, so that figures on them have no error.
     """
 
@@ -72,6 +73,7 @@ class WeightedText:
     log_model_N: Tensor | None = None
     z: float = 1.0
     exact: bool = False
+    causal: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens_NT1)
@@ -126,7 +128,7 @@ class WeightedText:
         joined = np.concatenate([np.asarray(each) for each in tokens])
         mask = None if masks is None else np.concatenate([np.asarray(each) for each in masks])
         found = cls.of(joined, weights_N=weighted.mass_B, mask_NT=mask, log_model_N=weighted.log_model_B, z=weighted.z)
-        return replace(found, exact=weighted.exact)
+        return replace(found, exact=weighted.exact, causal=weighted.causal)
 
 
 @dataclass(frozen=True)
@@ -394,7 +396,8 @@ class _Run:
         mean = float(one.weights_N @ excess_N)
         if one.exact:
             return ce, mean - math.log(one.z), 0.0
-        influence_N = one.weights_N * (excess_N - mean - 1.0) + 1.0 / len(one)
+        unknown = 0.0 if one.causal else 1.0
+        influence_N = one.weights_N * (excess_N - mean - unknown) + unknown / len(one)
         count = len(one)
         error = math.sqrt(float((influence_N**2).sum()) * count / (count - 1)) if count > 1 else math.inf
         return ce, mean - math.log(one.z), error

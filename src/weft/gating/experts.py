@@ -158,8 +158,9 @@ class _Branches(nn.Module):
             A_IR, B_RO = self._of(rows.one)
             h_NR = u.reshape(-1, len(A_IR)) @ A_IR
             same = y.dtype == h_NR.dtype == B_RO.dtype
-            if same and y.is_contiguous() and not torch.is_grad_enabled():
-                y.view(-1, B_RO.shape[1]).addmm_(h_NR, B_RO)  # nobody else holds what a module has just made
+            alone = len(module._forward_hooks) == 1  # else somebody may hold what the module has just made
+            if same and alone and y.is_contiguous() and not torch.is_grad_enabled():
+                y.view(-1, B_RO.shape[1]).addmm_(h_NR, B_RO)
                 return None
             y_NO = y.flatten(0, -2)
             result = torch.addmm(y_NO, h_NR, B_RO) if same else y_NO + h_NR @ B_RO

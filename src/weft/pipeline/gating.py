@@ -196,7 +196,7 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         recipe: of the experts and the gate.
         progress: show a live table on stderr.
     Returns:
-        What fit.json holds: see `fit_facts`.
+        What fit.json holds: identity, problem (`problem_identity`) and `fit_facts`.
     Raises:
         ConfigError: the gate, the offsets or the mixtures do not fit what was scored.
         DataError: nothing is scored yet, or a set is too small to be split.
@@ -233,7 +233,8 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         on_progress=report,
         **scores.problem,
     )
-    facts = {"identity": identity, **fit_facts(result, scores)}
+    problem = problem_identity(scores.cache, config, recipe.seed)
+    facts = {"identity": identity, "problem": problem, **fit_facts(result, scores)}
     for name in (FIT, CERTIFICATE, PAGE):
         (folder / name).unlink(missing_ok=True)
     save_gate(result.gate, folder / GATE)
@@ -317,6 +318,13 @@ def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def problem_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
+    """Hash of what decides on which sequences, and relative to what, a model is measured: whatever the gate."""
+    value = config.model_dump(mode="json", include={"offsets", "mixtures", "held_out_fraction"})
+    text = json.dumps([cache.fingerprint, seed, value, config.fit.unit], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     """A fit as JSON; nats of `unit`, measured on the sequences of the fit.
 
@@ -372,7 +380,7 @@ class FitTable:
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
-    """A JSON file of the gate's folder; None where there is none.
+    """A JSON file of a gate or its students; None where there is none.
 
     Raises:
         DataError: it is torn or holds something else.
@@ -382,9 +390,9 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it and fit again (weft gate fit)") from error
+        raise DataError(f"{path} cannot be read ({error}); delete it and run the command again") from error
     if not isinstance(found, dict):
-        raise DataError(f"{path} holds no facts of a fit; delete it and fit again (weft gate fit)")
+        raise DataError(f"{path} holds no JSON object; delete it and run the command again")
     return found
 
 

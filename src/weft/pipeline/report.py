@@ -64,12 +64,15 @@ def gate_facts(run: Path) -> GatingFacts:
         ConfigError, DataError: as `write_gate_page`.
     """
     fit, students = _read(run / FIT), []
+    problem = None if fit is None else fit.get("problem")
     for name in STUDENTS:
         found = _read(run / name)
         if found is None:
             continue
-        if fit is not None and (found["scores"] != fit["scores"] or found["fit"] not in (None, fit["identity"])):
-            log.warning("%s is of another gate than %s and left out; distil again", run / name, run / FIT)
+        problem = found.get("problem") if problem is None else problem
+        of_another = fit is not None and found.get("fit") not in (None, fit.get("identity"))
+        if found.get("problem") != problem or of_another:
+            log.warning("%s is of another gate or problem and left out; run weft gate distil again", run / name)
             continue
         students.append(found)
     return GatingFacts.of(_read(run / CERTIFICATE), fit, students)
@@ -87,11 +90,13 @@ def _known_gate(run: Path) -> GatingFacts | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete it and make it again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object; delete it and make it again")
     return found
 
 

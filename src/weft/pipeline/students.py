@@ -45,9 +45,19 @@ from weft.gating.sequences import ScoredSequences
 from weft.models.hf import token_losses
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
-from weft.pipeline.gating import FitTable, OpenScores, fit_identity, gating_config, open_gate, open_scores, read_facts
+from weft.pipeline.gating import (
+    FitTable,
+    OpenScores,
+    fit_identity,
+    gating_config,
+    open_gate,
+    open_scores,
+    problem_identity,
+    read_facts,
+)
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.report import write_gate_page
+from weft.training.runtime import choose_runtime
 
 STUDENT, DIRECT, DENSE = "student", "direct", "dense"
 RIVALS: Mapping[str, Mapping[str, Any]] = {
@@ -73,8 +83,8 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         progress: a line per report on stderr.
     Returns:
         What the kind's JSON file holds: identity, scores (fingerprint), fit (identity of the gate that was distilled),
-        experts, unit, offsets, and rows by model: `table_row`, with kl, kl_error, experts_per_token and model (folder)
-        where there are such.
+        problem (`problem_identity`), experts, unit, offsets, and rows by model: `table_row`, with kl, kl_error,
+        experts_per_token and model (folder) where there are such.
     Raises:
         ConfigError: the recipe's settings do not fit what was scored, or samples are missing.
         DataError: nothing is scored or fitted yet, or experts have changed since they were scored.
@@ -92,7 +102,7 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
     identity = _identity(scores, config, recipe.seed, kind)
     folder = recipe.students_folder
     known = read_facts(folder / f"{kind}.json")
-    if known is not None and known.get("identity") == identity:
+    if known is not None and known.get("identity") == identity and _all_there(known):
         return known
     work = _Work(folder / f".making-{kind}", identity, progress)
     if direct:
@@ -104,7 +114,7 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         lam = [fitted[1]["domains"][name]["lam"] for name in scores.names]
         students = {STUDENT: _distilled(teacher, scores, config, lam, work)}
     students |= _sparse(teacher, students[kind], kind, scores, config, work)
-    rows = _rows(teacher, students, scores, config)
+    rows = _rows(teacher, students, scores, config, robust=not direct)
     pool, tokenizer = _open_pool(recipe, scores)
     models: dict[str, PreTrainedModel] = {}
     for name, gate in students.items():
@@ -117,8 +127,9 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         models[name] = dense.train(tokenizer, work.folder / DENSE, work.tell)
         rows[name] = dense.row(models[name])
     (folder / f"{kind}.json").unlink(missing_ok=True)
+    for old in (kind, *(each.name for each in folder.glob(f"{kind}-*")), *([DENSE] if kind == STUDENT else [])):
+        shutil.rmtree(folder / old, ignore_errors=True)
     for name, model in models.items():
-        shutil.rmtree(folder / name, ignore_errors=True)
         model.save_pretrained(folder / name)
         tokenizer.save(folder / name)
         rows[name]["model"] = str(folder / name)
@@ -126,6 +137,7 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         "identity": identity,
         "scores": scores.cache.fingerprint,
         "fit": None if fitted is None else fitted[1]["identity"],
+        "problem": problem_identity(scores.cache, config, recipe.seed),
         "experts": list(scores.cache.experts),
         "unit": config.fit.unit,
         "offsets": scores.problem["offsets"],
@@ -135,6 +147,11 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
     work.done()
     write_gate_page(recipe.run)
     return found
+
+
+def _all_there(known: Mapping[str, Any]) -> bool:
+    """Whether every model that was made still lies where it was put."""
+    return all(Path(row["model"]).is_dir() for row in known["rows"].values() if "model" in row)
 
 
 def student_plan(recipe: ExpertRecipe, *, direct: bool) -> dict[str, Any]:
@@ -328,6 +345,8 @@ class _Dense:
                 f"distil dense {line.step}/{section.training.total_steps}{loss}  cross-entropy {line.ce:.4f} nats/token"
             )
 
+        runtime = choose_runtime(section.training, parameters=0)
+        self.served.pool.to(runtime.device)
         found = distil_dense(
             section.model,
             fit,
@@ -339,8 +358,10 @@ class _Dense:
             held_out=stop,
             folder=folder,
             seed=self.seed,
+            runtime=runtime,
             on_progress=report,
         )
+        self.served.pool.cpu()
         found.model.cpu()
         assert isinstance(found.model, PreTrainedModel)
         return found.model
@@ -429,13 +450,13 @@ def log_likelihoods(model: nn.Module, text: ScoredText, rows_N: Tensor) -> Tenso
 
 
 def _rows(
-    teacher: Gate, students: Mapping[str, CausalGate], scores: OpenScores, config: GatingConfig
+    teacher: Gate, students: Mapping[str, CausalGate], scores: OpenScores, config: GatingConfig, *, robust: bool
 ) -> dict[str, dict[str, Any]]:
     """Rivals, the teacher and its students on held-out sequences, each student as it is and as it is served."""
     problem, held = held_out_problem(scores, config), scores.split.held_samples
     features = problem.domains[0].features
     gates: dict[str, Gate] = {name: init_gate(section, problem.experts, features) for name, section in RIVALS.items()}
-    if not teacher.causal:
+    if robust:
         gates["robust"] = teacher
     rows: dict[str, dict[str, Any]] = {}
     for name, gate in {**gates, **students}.items():
