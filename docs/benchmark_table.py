@@ -100,6 +100,36 @@ def routing_switch(record: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(f"bits per token, {stretch} tokens after a change of domain", measured, "below a choice per sequence")
 
 
+def gate_fit(record: Mapping[str, Any]) -> Iterator[Row]:
+    """How the time of fitting grows, how far from the exact programme it ends, and what few sequences cost."""
+    for goal in record["goals"]:
+        how = f"{goal['way']}, {goal['gate']}, {goal['experts']} experts"
+        figure = f"fitting a gate, {how}: exponent of time over sequences"
+        yield Row(figure, show(goal["measured"]), f"≤ {goal['limit']:g}")
+    rows = record["exact"]["rows"]
+    if rows:
+        measured = f"{max(abs(row['difference'][end]) for row in rows for end in ('low', 'high')):.0e} nats"
+        points = rows[-1]["points"]
+        yield Row(f"fitted robust value off the exact programme's, up to {points:,} points", measured, "≤ 1e-3")
+
+
+def modular_serving(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Time per token of one expert per token over one expert alone."""
+    for goal in record["goals"]:
+        if goal["text"] == "stays":
+            figure = f"gated model, {goal['who']}, over one expert alone: time per token, {goal['cell']}"
+            yield Row(figure, show(goal["measured"]) + " times", f"≤ {record['goal']:g} times")
+
+
+def robust_quality(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Worst domain by regret to the best known single model, in each setting."""
+    shown = ("monolith uniform", "oracle expert", "fixed share", "robust gate", "student", "direct gate")
+    for title, one in record["comparisons"].items():
+        values = {name: one["rows"][name]["worst"]["best known"] for name in shown}
+        measured = "; ".join(f"{name} {show(value, '{:.3f}')}" for name, value in values.items())
+        yield Row(f"worst domain over the best known model, nats per token: {title}", measured, "gates ahead")
+
+
 def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
     """Speed against the best peer, and what the peers do when weights change."""
     yield Row("sampler's tokens/s over the best peer's, as documented", show(record["weft_over_best_peer"]) + " times",
@@ -123,7 +153,10 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "alignment_cost": alignment_cost,
     "dga_few_examples": comparison,
     "dga_token_limited": comparison,
+    "gate_fit": gate_fit,
+    "modular_serving": modular_serving,
     "prepare_memory": prepare_memory,
+    "robust_quality": robust_quality,
     "routing_quality": routing_quality,
     "routing_speed": routing_speed,
     "routing_switch": routing_switch,
