@@ -35,4 +35,5 @@ for name in ("capacity", "worst", "gap", "z"):
     figure = getattr(certificate, name)
     print(f"{name}: {figure.value:.4f} ({figure.label})")
 student = distil_structural(fitted.gate, samples, config=DistilConfig(steps=100)).gate
-print("student, KL to the gated model: %.4f ± %.4f nats" % student_kl(fitted.gate, student, held_samples))
+kl, error = student_kl(fitted.gate, student, held_samples)
+print(f"student, KL to the gated model: {kl:.4f} ± {error:.4f} nats")
