@@ -104,6 +104,7 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
     known = read_facts(folder / f"{kind}.json")
     if known is not None and known.get("identity") == identity and _all_there(known):
         return known
+    pool, tokenizer = _open_pool(recipe, scores)
     work = _Work(folder / f".making-{kind}", identity, progress)
     if direct:
         teacher: Gate = _direct(scores, config, work)
@@ -115,7 +116,6 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         students = {STUDENT: _distilled(teacher, scores, config, lam, work)}
     students |= _sparse(teacher, students[kind], kind, scores, config, work)
     rows = _rows(teacher, students, scores, config, robust=not direct)
-    pool, tokenizer = _open_pool(recipe, scores)
     models: dict[str, PreTrainedModel] = {}
     for name, gate in students.items():
         top = gate.config.top if isinstance(gate, PrefixGate) else None
