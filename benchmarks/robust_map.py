@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def main() -> None:
                 work / f"map-{name}-{capacity}-{tokens}-{seed}",
                 SETS[name][: 3 if quick else None],
                 seed,
-                quick_scale() if quick else scale(tokens, capacity),
+                replace(quick_scale(), policies=("uniform",)) if quick else scale(tokens, capacity),
             )
             for name, capacity, tokens in places
             for seed in seeds
