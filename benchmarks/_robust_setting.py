@@ -102,6 +102,8 @@ class Scale:
         return self.expert_tokens + self.base_tokens // 6
 
 
+COMPUTE = "monolith expert-sized"
+"""A model as cheap to train and to serve as the experts one by one, on the monoliths' tokens, uniform mixture."""
 WEAK_SHARE = 0.1
 """Part of its training that a weak expert gets; every second domain has one in the setting `strong and weak`."""
 
@@ -143,6 +145,7 @@ def runs_of(names: tuple[str, ...], scale: Scale) -> dict[str, RunSpec]:
     for name in names[1::2]:
         weak = int(WEAK_SHARE * scale.expert_tokens)
         found.append(RunSpec(f"weak {name}", {"pretrained": "base"}, (name,), POLICIES["uniform"], weak))
+    found.append(RunSpec(COMPUTE, scale.expert, names, POLICIES["uniform"], scale.total_tokens, gate_text=True))
     for policy in scale.policies:
         found.append(
             RunSpec(

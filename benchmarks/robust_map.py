@@ -21,7 +21,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import SETS, Scale, Setting, architecture, in_processes, quick_scale, train_all
+from _robust_setting import COMPUTE, SETS, Scale, Setting, architecture, in_processes, quick_scale, train_all
 from robust_quality import DIRECT, DIRECT_GATE, VERSION, Comparison, figures, read, scored
 from transformers.utils import logging as transformers_logging
 
@@ -35,7 +35,8 @@ CAPACITIES = {
     "large": (architecture(64, 168, 2), architecture(144, 448, 3)),
 }
 """Architectures of an expert and of a monolith of six experts' parameters."""
-ROWS = ("monolith uniform", "oracle expert", "uniform mixture", "bayes", "fixed share", "direct gate")
+WIDER = "direct gate with base and average"
+ROWS = ("monolith uniform", COMPUTE, "oracle expert", "uniform mixture", "bayes", "fixed share", "direct gate", WIDER)
 MEASURES = ("own expert", "best known", "mean", "changing")
 
 
@@ -66,6 +67,8 @@ def cell(setting: Setting, quick: bool) -> dict[str, dict[str, float]]:
     domains = {name: scored(comparison.pool, gate_text[name], name) for name in setting.names}
     config = DIRECT.model_copy(update={"steps": 20}) if quick else DIRECT
     comparison.add_gate("direct gate", fit_robust_gate(domains, None, gate=DIRECT_GATE, config=config).gate)
+    comparison.wider_gates(("own expert",))
+    comparison.rows[WIDER] = comparison.rows.pop(f"{WIDER}, offset own expert")
     rows = figures({"rows": comparison.rows, "bytes_per_token": dict(comparison.report.bytes_per_token)})
     found = {
         name: {**rows[name]["worst"], "mean": rows[name]["mean"], "changing": rows[name]["changing"]} for name in ROWS
@@ -204,7 +207,7 @@ def main() -> None:
             for seed in seeds
         ]
         processes = 1 if quick else arguments.processes
-        train_all(settings, ["base", "branched", "monolith uniform"], processes=processes)
+        train_all(settings, ["base", "branched", "monolith uniform", COMPUTE], processes=processes)
         found = in_processes(cell, [(setting, quick) for setting in settings], processes=processes)
     cells = [
         {"set": name, "capacity": capacity, "tokens": tokens, "rows": combine(found[first : first + len(seeds)])}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import LENGTH, SETS, Scale, Setting, in_processes, quick_scale, train_all, windows
+from _robust_setting import COMPUTE, LENGTH, SETS, Scale, Setting, in_processes, quick_scale, train_all, windows
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -178,8 +178,8 @@ class Comparison:
         if self.kind != "scratch":
             self.add_model("base", self.setting.load("base"))
         self.add_model("parameter average", _average([member.model for member in self.pool.members]))
-        for policy in self.setting.scale.policies:
-            self.add_model(f"monolith {policy}", self.setting.load(f"monolith {policy}"))
+        for run in (COMPUTE, *(f"monolith {policy}" for policy in self.setting.scale.policies)):
+            self.add_model(run, self.setting.load(run))
         known = [row["dev"] for name, row in self.rows.items() if is_single(name)]
         self.best_known = [min(dev[name] for dev in known) for name in self.names]
 
@@ -228,7 +228,7 @@ class Comparison:
             }  # fmt: skip
         return facts
 
-    def wider_gates(self) -> None:
+    def wider_gates(self, offsets: Sequence[str] = OFFSETS) -> None:
         """Causal gates over the experts and two models that cost no training: their base and their average."""
         if self.kind == "scratch":
             return
@@ -243,7 +243,7 @@ class Comparison:
         features = self.on_changing.features
         self.add_gate("fixed share with base and average", init_gate({"gate": "fixed_share"}, len(pool), features))
         config = DIRECT.model_copy(update={"steps": 20}) if self.quick else DIRECT
-        for offset in OFFSETS:
+        for offset in offsets:
             found = fit_robust_gate(
                 domains, None, gate=DIRECT_GATE, config=config, offsets=self._offsets(offset),
                 own_experts=tuple(range(len(self.names))),
