@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -69,10 +70,10 @@ class Ticket(Protocol):
     """One running request."""
 
     def next(self, timeout_s: float | None = None) -> Token | Finished:
-        """Wait for the next event; after `Finished` nothing more comes.
+        """Wait for the next event; after `Finished` nothing more comes. With `timeout_s=0` it never blocks.
 
         Raises:
-            TimeoutError: nothing came in time; the request goes on.
+            TimeoutError: nothing came in time, or nothing is there yet; the request goes on.
         """
 
     def cancel(self) -> None:
@@ -115,9 +116,22 @@ class Generator(Protocol):
 
     opened: OpenModel
 
-    def submit(self, prompt_ids: list[int], sampling: Sampling, *, timeout_s: float | None = None) -> Ticket:
+    def submit(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[], None] | None = None,
+    ) -> Ticket:
         """Queue a request; returns at once.
 
+        Args:
+            prompt_ids: to continue; at least one.
+            sampling: how tokens are drawn.
+            timeout_s: from now, the time in the queue included; None for no limit.
+            on_event: called after every event, `Finished` too, once `Ticket.next(0)` would return it; from any thread,
+                without a lock held. It never blocks and raises nothing.
         Raises:
             QueueFullError: too many wait.
             ConfigError: the prompt is empty, too long with max_tokens for the model, or a setting is out of range.
