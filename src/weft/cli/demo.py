@@ -6,20 +6,21 @@ import typer
 
 from weft.cli.dry_run import show_plan
 from weft.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table
-from weft.pipeline.demo import demo_recipe, run_demo
+from weft.pipeline.demo import demo_project, run_demo
 
 
 def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
-    """Run the main jobs on built-in text: three mixtures compared, experts and every router, a robust gate.
+    """Run the whole pipeline on built-in text: a mixture found while training, experts routed, a robust gate.
 
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
-    summary.json, one run folder per mixture, the experts in pool/experts. Finished parts are reused.
+    summary.json, the model, its rivals, experts, routed models, gate and students. Finished stages are reused.
     """
-    recipe = demo_recipe(set_ or [])
+    project = demo_project(set_ or [])
     if dry_run:
-        show_plan(recipe, json)
+        assert project.whole is not None
+        show_plan(project.whole, json)
         return
-    summary = run_demo(recipe)
+    summary = run_demo(project)
     if json:
         print_json(summary)
         return
@@ -41,7 +42,7 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         rows,
     )
     print_table(
-        f"bits per byte of {len(routing['experts'])} experts over the uniform mixture's model, by router",
+        f"bits per byte of {len(routing['experts'])} experts over that model, by router",
         ["router", "mean of domains", "text no expert saw (the target)"],
         [
             [label.replace("_", " "), number(value), number(routing["unseen_bpb"].get(label))]
@@ -61,4 +62,4 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
     typer.echo(
         f"capacity between the experts: {number(robust['capacity_bound'])}; Z of the gate: {number(robust['z'])}"
     )
-    typer.echo(f"report: {recipe.run / 'report.html'}")
+    typer.echo(f"report: {project.run / 'report.html'}")

@@ -21,6 +21,8 @@ from weft.config import did_you_mean
 from weft.errors import ConfigError, WeftError
 
 COMMANDS: dict[str, str] = {
+    "run": "Carry a recipe through all its stages; skips what is done, continues what was interrupted.",
+    "status": "Say what of a run folder is done, running, interrupted or stale.",
     "prepare": "Read, de-duplicate, split and tokenise a recipe's corpora.",
     "domains": "Show the domains: sizes, typical documents, nearest neighbours.",
     "train": "Train a language model on an online mixture; continues where it stopped.",
@@ -30,7 +32,7 @@ COMMANDS: dict[str, str] = {
     "route": "Choose among experts per token and per module; compare the ways to choose.",
     "score": "Score held-out text and samples under every expert, for gates over them.",
     "gate": "Fit one gate over the experts, best against the worst mixture, and certify it.",
-    "demo": "Run the main jobs on built-in text: mixtures compared, then experts and routers.",
+    "demo": "Run the whole pipeline on built-in text: a mixture found, experts routed, a robust gate.",
 }
 """Name -> one line for `weft --help`, in the order of use.
 

@@ -1,8 +1,9 @@
-"""The demonstration on built-in text: three mixtures side by side, experts and every router over them, a gate."""
+"""The demonstration: the whole pipeline on built-in text."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -11,74 +12,32 @@ import yaml
 
 from weft.config import apply_overrides
 from weft.errors import ConfigError
-from weft.files import write_whole
-from weft.mixture.policy import build_policy
-from weft.pipeline.demo_gating import gate_demo
-from weft.pipeline.demo_routing import route_demo
-from weft.pipeline.recipe import Recipe, make_recipe
-from weft.pipeline.report import report_runs
-from weft.pipeline.train import run_training
-
-POLICIES = ("uniform", "importance", "dga")
-"""What is compared, each as registered; `dga` is the recipe's own mixture."""
-BASE_RUN = "uniform"
-"""The run whose model the experts adapt: a generalist."""
+from weft.pipeline.project import Project, make_project
+from weft.pipeline.project_report import SUMMARY
+from weft.pipeline.runner import run_project
 
 
-def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe the demonstration follows, `demo.yaml` beside this file."""
+def demo_project(overrides: Sequence[str] = ()) -> Project:
+    """The project the demonstration carries out, `demo.yaml` beside this file."""
     text = resources.files("weft.pipeline").joinpath("demo.yaml").read_text(encoding="utf-8")
-    return make_recipe(apply_overrides(yaml.safe_load(text), overrides))
+    return make_project(apply_overrides(yaml.safe_load(text), overrides))
 
 
-def run_demo(recipe: Recipe) -> dict[str, Any]:
-    """Train the recipe's model on each mixture, experts over one of the models, and a robust gate over the experts.
-
-    Writes report.html and summary.json beside the runs. What is finished already is reused.
+def run_demo(project: Project) -> dict[str, Any]:
+    """Carry the demonstration out; what is finished is reused.
 
     Returns:
         summary.json as a mapping.
+    Raises:
+        ConfigError: a section was overridden away.
+        WeftError: as `run_project`.
     """
-    if recipe.mixture.policy != "dga" or recipe.training.exhaustion != "repeat":
+    parts = project.parts
+    if project.whole is None or parts is None or parts.routing is None or parts.gating is None:
         raise ConfigError(
-            f"the demonstration compares {', '.join(POLICIES)} on equal tokens; `mixture` is its dga run's section; "
-            f"policy {recipe.mixture.policy} with exhaustion {recipe.training.exhaustion} wants a recipe of its own"
+            "the demonstration shows a mixture, experts, routers and a gate; keep the sections experts, routing and "
+            "gating, or write a recipe of your own for weft run"
         )
-    folder = recipe.run
-    results = {}
-    for policy in POLICIES:
-        mixture = recipe.mixture
-        if policy != "dga":
-            mixture = build_policy({"policy": policy, "update_every_steps": mixture.update_every_steps}).config
-        results[policy] = run_training(recipe.model_copy(update={"mixture": mixture, "run": folder / policy}))
-    base, pool = folder / BASE_RUN, folder / "pool"
-    routing, routing_facts = route_demo(recipe, base, pool)
-    robust, gating_facts = gate_demo(recipe, base, pool, len(routing["experts"]))
-    report_runs(
-        [folder / policy for policy in POLICIES],
-        folder / "report.html",
-        "A mixture found while training, experts routed, and a robust gate",
-        routing=routing_facts,
-        gating=gating_facts,
-    )
-    summary = {"mixture": summarise(results), "routing": routing, "robust": robust}
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run_project(project, processes=min(2, os.cpu_count() or 1))
+    summary: dict[str, Any] = json.loads((project.run / SUMMARY).read_text(encoding="utf-8"))
     return summary
-
-
-def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures of summary.json's `mixture` section."""
-    tokens = {result["train_tokens"] for result in results.values()}
-    assert len(tokens) == 1, f"the runs compared trained on different numbers of tokens: {tokens}"
-    return {
-        "target_bpb": {name: result["sets"]["target"]["bits_per_byte"] for name, result in results.items()},
-        "target_bpb_se": {name: result["sets"]["target"]["bits_per_byte_se"] for name, result in results.items()},
-        "generic_bpb": {name: result["generic"]["bits_per_byte"] for name, result in results.items()},
-        "train_tokens": tokens.pop(),
-        "seconds": {
-            name: {part: round(seconds, 2) for part, seconds in result["seconds"].items()}
-            for name, result in results.items()
-        },
-        "weights": {name: result["weights"] for name, result in results.items()},
-        "epochs_of_the_most_read_domain": {name: max(result["epochs"].values()) for name, result in results.items()},
-    }

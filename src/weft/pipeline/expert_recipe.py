@@ -16,6 +16,7 @@ from weft.experts.expert import base_name
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.experts_config import ExpertsConfig
 from weft.pipeline.gate_recipe import GatingConfig
+from weft.pipeline.project_config import RoutingConfig
 from weft.pipeline.recipe import Recipe, make_recipe
 
 
@@ -28,6 +29,7 @@ class ExpertRecipe(Section):
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
     experts: ExpertsConfig = Field(description="base, adapters, gates and statistics")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured")
+    routing: RoutingConfig | None = Field(None, description="routers over the experts, compared by `weft run`")
     gating: GatingConfig | None = Field(None, description="a gate over the experts; absent: the defaults")
 
     @property
@@ -56,6 +58,11 @@ class ExpertRecipe(Section):
         return self.run / "gate"
 
     @property
+    def routed_folder(self) -> Path:
+        """Where routed models go, one folder each."""
+        return self.run / "routed"
+
+    @property
     def students_folder(self) -> Path:
         """Where the students of the gate go."""
         return self.run / "students"
@@ -74,7 +81,7 @@ class ExpertRecipe(Section):
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
 
-_WHOLE = frozenset(Recipe.model_fields) - frozenset(ExpertRecipe.model_fields)
+WHOLE = frozenset(Recipe.model_fields) - frozenset(ExpertRecipe.model_fields)
 """Keys by which a whole recipe is known."""
 
 
@@ -96,7 +103,7 @@ def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
     Raises:
         ConfigError: one line for every problem.
     """
-    if _WHOLE & set(value):
+    if WHOLE & set(value):
         recipe = make_recipe(value)
         if recipe.experts is None:
             raise ConfigError("experts: missing; add a section `experts: {}`, whose defaults will do, to make experts")

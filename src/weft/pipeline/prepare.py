@@ -72,7 +72,7 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
         ConfigError: the configuration does not fit the data.
     """
     folder = Path(folder)
-    identity = _identity(config)
+    identity = data_identity(config)
     if (found := _reuse(folder, identity, rebuild)) is not None:
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
     return PreparedData.load(folder)
 
 
-def _identity(config: DataConfig) -> dict[str, Any]:
+def data_identity(config: DataConfig) -> dict[str, Any]:
     """What decides the result: configuration, state of the inputs, version of these steps."""
     inputs = {
         f"{name}.{number} ({corpus.name})": corpus_fingerprint(corpus)

@@ -21,6 +21,7 @@ from weft.models.factory import ModelConfig, architecture_config, from_architect
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.experts_config import ExpertsConfig
 from weft.pipeline.gate_recipe import GatingConfig
+from weft.pipeline.project_config import CompareConfig, RoutingConfig
 from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
 
@@ -46,7 +47,9 @@ class Recipe(Section):
         default_factory=list, description="where metrics also go, beside metrics.jsonl"
     )
     experts: ExpertsConfig | None = Field(None, description="experts over a base, made by `weft experts train`")
+    routing: RoutingConfig | None = Field(None, description="routers over the experts, compared by `weft run`")
     gating: GatingConfig | None = Field(None, description="a gate over the experts, made by `weft gate fit`")
+    compare: CompareConfig = Field(default_factory=CompareConfig, description="rivals that `weft run` trains beside")
 
     @field_validator("mixture", mode="before")
     @classmethod
@@ -70,7 +73,7 @@ class Recipe(Section):
     def identity(self, data_fingerprint: str) -> str:
         """Hash of all that decides the trained weights: two runs of the same identity are the same run."""
         value = self.resolved()
-        for key in ("run", "prepared", "evaluation", "data", "trackers", "experts", "gating"):
+        for key in ("run", "prepared", "evaluation", "data", "trackers", "experts", "routing", "gating", "compare"):
             del value[key]
         for key in ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps"):
             del value["training"][key]

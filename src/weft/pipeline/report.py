@@ -15,6 +15,7 @@ from weft.reporting.gating import GatingFacts, gate_page
 from weft.reporting.html import write_page
 from weft.reporting.report import write_report
 from weft.reporting.routing import RoutingFacts
+from weft.reporting.score_table import ScoreTable
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +30,26 @@ def report_runs(
     output: Path,
     title: str | None = None,
     *,
+    data: Path | None = None,
     routing: RoutingFacts | None = None,
     gating: GatingFacts | None = None,
+    models: ScoreTable | None = None,
 ) -> Path:
-    """Write the page about these runs; the first run's prepared data is described where it can still be opened.
+    """Write the page about these runs; the prepared data is described where it can still be opened.
 
     Args:
-        runs: their folders.
+        runs: their folders; none where the page is about experts over a model that was there before.
         output: the page.
         title: of the page.
+        data: folder of the prepared data; None: the first run's.
         routing: what routers did with experts over these runs' models.
         gating: of a robust gate over such experts; None: of the first run that holds one.
+        models: every model, on the same held-out text.
     """
-    prepared = _prepared(runs[0]) if runs else None
+    prepared = _described(data) if data is not None else _prepared(runs[0]) if runs else None
     if gating is None:
         gating = next((facts for facts in map(_known_gate, runs) if facts is not None), None)
-    return write_report(runs, output, title=title, prepared=prepared, routing=routing, gating=gating)
+    return write_report(runs, output, title=title, prepared=prepared, routing=routing, gating=gating, models=models)
 
 
 def write_gate_page(run: Path) -> Path:
@@ -104,7 +109,15 @@ def _prepared(run: Path) -> dict[str, Any] | None:
     if not (run / "recipe.yaml").exists():
         return None
     try:
-        return PreparedData.load(load_recipe(run / "recipe.yaml").prepared_folder).summary()
+        return _described(load_recipe(run / "recipe.yaml").prepared_folder)
+    except ConfigError as error:
+        log.warning("the report leaves the prepared data out: %s", error)
+        return None
+
+
+def _described(folder: Path) -> dict[str, Any] | None:
+    try:
+        return PreparedData.load(folder).summary()
     except WeftError as error:
         log.warning("the report leaves the prepared data out: %s", error)
         return None

@@ -154,6 +154,19 @@ def _all_there(known: Mapping[str, Any]) -> bool:
     return all(Path(row["model"]).is_dir() for row in known["rows"].values() if "model" in row)
 
 
+def read_students(recipe: ExpertRecipe) -> dict[str, dict[str, Any]]:
+    """Rows of the students that lie in a run folder, by name; empty where none were made.
+
+    Raises:
+        DataError: a file is torn.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for kind in (STUDENT, DIRECT):
+        known = read_facts(recipe.students_folder / f"{kind}.json") or {"rows": {}}
+        found |= {Path(row["model"]).name: row for row in known["rows"].values() if "model" in row}
+    return found
+
+
 def student_plan(recipe: ExpertRecipe, *, direct: bool) -> dict[str, Any]:
     """What distilling will do, before anything is read."""
     config, kind = gating_config(recipe).students, DIRECT if direct else STUDENT

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
 from weft.errors import ConfigError
-from weft.pipeline.demo import demo_recipe
-from weft.pipeline.recipe import load_recipe, make_recipe, plan
+from weft.pipeline.demo import demo_project
+from weft.pipeline.recipe import Recipe, load_recipe, make_recipe, plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+
+
+def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    whole = demo_project(overrides).whole
+    assert whole is not None
+    return whole
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -12,7 +12,8 @@ import torch
 
 from weft.errors import ConfigError
 from weft.reporting.report import write_report
-from weft.reporting.routing import RoutingFacts, routers_table, routing_section, routing_style
+from weft.reporting.routing import RoutingFacts, routing_section, routing_style
+from weft.reporting.score_table import ScoreTable, score_table
 from weft.routing.trace import Trace
 
 TABLE = {
@@ -38,7 +39,7 @@ def values(cell: str) -> list[float]:
 
 
 def test_values_means_and_differences_are_the_tables() -> None:
-    rows = rows_of(routers_table(RoutingFacts(TABLE)))
+    rows = rows_of(score_table(ScoreTable(TABLE)))
     assert list(rows) == list(TABLE)
     for router, cells in rows.items():
         scores = [sum(TABLE[router].values()) / 2, *TABLE[router].values()]
@@ -50,32 +51,32 @@ def test_values_means_and_differences_are_the_tables() -> None:
 
 
 def test_the_best_method_is_bold_and_the_oracle_is_a_bound() -> None:
-    text = routers_table(RoutingFacts(TABLE))
+    text = score_table(ScoreTable(TABLE))
     rows = rows_of(text)
     best = [[router for router, cells in rows.items() if "best" in cells[column]] for column in range(3)]
     assert best == [["phatgoose"], ["phatgoose"], ["arrow"]]
     assert "the oracle aside" in text
-    assert "the oracle aside" not in routers_table(RoutingFacts({"base": {"a": 1.0}, "arrow": {"a": 0.9}}))
+    assert "the oracle aside" not in score_table(ScoreTable({"base": {"a": 1.0}, "arrow": {"a": 0.9}}))
 
 
 def test_a_missing_score_is_a_dash_and_leaves_no_mean() -> None:
     table = {"base": {"a": 1.0, "b": 2.0}, "arrow": {"a": 0.9}, "other": {"a": math.nan, "b": 1.0}}
-    facts = RoutingFacts(table)
-    rows = rows_of(routers_table(facts))
+    facts = ScoreTable(table)
+    rows = rows_of(score_table(facts))
     assert rows["arrow"][0] == rows["arrow"][2] == rows["other"][1] == "–"
     assert math.isnan(facts.mean("arrow"))
     assert values(rows["arrow"][1]) == pytest.approx([0.9, -0.1])
 
 
 def test_without_a_base_there_are_no_differences() -> None:
-    text = routers_table(RoutingFacts({"arrow": {"a": 0.9}, "phatgoose": {"a": 0.8}}))
+    text = score_table(ScoreTable({"arrow": {"a": 0.9}, "phatgoose": {"a": 0.8}}))
     assert "difference" not in text
     assert [values(cells[0]) for cells in rows_of(text).values()] == [[0.9], [0.8]]
 
 
 def test_many_sets_become_rows() -> None:
     table = {name: {f"set {i}": 1.0 + i + shift for i in range(20)} for name, shift in (("base", 0.1), ("arrow", 0.0))}
-    text = routers_table(RoutingFacts(table))
+    text = score_table(ScoreTable(table))
     assert "All 20 sets" in text
     rows = rows_of(text)
     assert len(rows["arrow"]) == 1

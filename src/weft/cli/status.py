@@ -1,0 +1,45 @@
+"""`weft status`: what of a run folder is done, running, stale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.cli.options import JsonOption, number, print_json, print_table
+from weft.errors import ConfigError
+from weft.pipeline.project import Project, load_project
+from weft.pipeline.runner import StageStatus, project_status
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of weft run.", show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """Show what of a run folder is done, running, interrupted, failed, stale or to do, and why.
+
+    The recipe is the one weft run last carried out there; texts and settings are compared with what the results were
+    made of.
+    """
+    recipe = folder / "stages" / "recipe.yaml"
+    if not recipe.exists():
+        raise ConfigError(f"{folder} is no run folder of weft run ({recipe} is not there); run a recipe first")
+    project = load_project(recipe)
+    show_status(project, project_status(project), json)
+
+
+def show_status(project: Project, found: Sequence[StageStatus], json: bool) -> None:
+    """Print where every stage stands."""
+    if json:
+        print_json({"run": str(project.run), "stages": [status.to_json() for status in found]})
+        return
+    print_table(
+        str(project.run),
+        ["stage", "what", "state", "s", "why"],
+        [
+            [status.stage.name, status.stage.title, status.state, number(status.seconds, 1), status.why]
+            for status in found
+        ],
+    )

@@ -1,0 +1,119 @@
+"""Every model of a project on the same held-out text, and the gate's rival on the sequences no gate was fitted on.
+
+<run>/evaluation.json       what was found
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.errors import DataError
+from weft.evaluation.suite import evaluate_suite
+from weft.files import write_whole
+from weft.gating.problem import measure
+from weft.models.factory import load_model
+from weft.pipeline.any_model import open_model
+from weft.pipeline.expert_recipe import ExpertRecipe
+from weft.pipeline.gating import gating_config, open_scores
+from weft.pipeline.prepared import PreparedData
+from weft.pipeline.project import MONOLITH, Project
+from weft.pipeline.rivals import rival_folders
+from weft.pipeline.route_stage import routed_folder, routing_config
+from weft.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
+from weft.progress import progress as show_progress
+from weft.training.runtime import choose_runtime
+
+EVALUATION = "evaluation.json"
+
+
+def models_of(project: Project) -> dict[str, Path | str]:
+    """Where the models lie that a project has made so far, by what a table calls them; `base` is the experts' base."""
+    found: dict[str, Path | str] = {}
+    if project.whole is not None and (project.run / "result.json").exists():
+        found["base"] = project.run / "model"
+    elif project.parts is not None and project.whole is None:
+        found["base"] = project.parts.base
+    found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(project).items()}
+    if project.parts is None:
+        return found
+    for router in routing_config(project.parts).build:
+        if (folder := routed_folder(project.parts, router)).is_dir():
+            found[f"routed: {router}"] = folder
+    for name, row in read_students(project.parts).items():
+        found[f"gate: {name}"] = Path(row["model"])
+    return found
+
+
+def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any]:
+    """Measure every model on the held-out text of every domain and of the target, all on the same windows.
+
+    Returns:
+        What evaluation.json holds: sequence_length; models, by name: path, kind, experts, sets and generic as in a
+        run's result.json; monolith: its row among the gates (`table_row`), or None.
+    Raises:
+        WeftError: a model cannot be opened or measured.
+    """
+    data = PreparedData.load(project.prepared_folder)
+    config = project.whole.evaluation if project.whole is not None else _parts(project).evaluation
+    training = project.whole.training if project.whole is not None else _parts(project).experts.training
+    lengths = [training.sequence_length]
+    if project.parts is not None:
+        lengths.append(project.parts.experts.training.sequence_length)
+    length, device = min(lengths), choose_runtime(training, parameters=0).device
+    places = models_of(project)
+    found: dict[str, Any] = {}
+    with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
+        for name, place in places.items():
+            opened = open_model(place, device=str(device))
+            result = evaluate_suite(
+                opened.model,
+                {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None},
+                data.target_heldout,
+                sequence_length=length,
+                config=config,
+                device=device,
+            )
+            found[name] = {
+                "path": str(place), "kind": opened.kind, "experts": list(opened.experts), **result.to_json()
+            }  # fmt: skip
+            counter.advance()
+    value = {"sequence_length": length, "models": found, MONOLITH: _monolith_row(project)}
+    write_whole(project.run / EVALUATION, json.dumps(value, indent=1) + "\n")
+    return value
+
+
+def read_evaluation(project: Project) -> dict[str, Any]:
+    """What `evaluate_models` found.
+
+    Raises:
+        DataError: it has not been carried out, or the file is torn.
+    """
+    path = project.run / EVALUATION
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make it again: weft run --from evaluate") from error
+    return found
+
+
+@torch.inference_mode()
+def _monolith_row(project: Project) -> dict[str, Any] | None:
+    """The rival on the sequences no gate was fitted on."""
+    folder = project.rivals_folder / MONOLITH
+    if project.parts is None or project.parts.gating is None or not (folder / "result.json").exists():
+        return None
+    scores = open_scores(project.parts, causal=True)
+    problem = held_out_problem(scores, gating_config(project.parts))
+    model = load_model(folder / "model")
+    domains, rows = scores.cache.domains, scores.split.domain_rows
+    logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
+    return table_row(measure(logs, problem), problem)
+
+
+def _parts(project: Project) -> ExpertRecipe:
+    assert project.parts is not None
+    return project.parts

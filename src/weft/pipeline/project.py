@@ -1,0 +1,133 @@
+"""A recipe as a whole project: which parts it has, and where each leaves what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weft.config import apply_overrides, read_yaml
+from weft.mixture.policy import PolicyConfig, build_policy
+from weft.models.factory import ModelConfig
+from weft.pipeline.data_config import DataConfig
+from weft.pipeline.expert_recipe import WHOLE, ExpertRecipe, make_expert_recipe
+from weft.pipeline.recipe import Recipe, make_recipe
+
+MONOLITH = "monolith"
+
+
+@dataclass(frozen=True)
+class Project:
+    """What `weft run` carries through.
+
+    Attributes:
+        whole: the recipe, where it trains a model.
+        parts: of the experts and the gate, where it has any.
+    """
+
+    whole: Recipe | None
+    parts: ExpertRecipe | None
+
+    @property
+    def _any(self) -> Recipe | ExpertRecipe:
+        found = self.whole if self.whole is not None else self.parts
+        assert found is not None
+        return found
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self._any.run
+
+    @property
+    def data(self) -> DataConfig:
+        """The corpora."""
+        return self._any.data
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Where the prepared data lies."""
+        return self._any.prepared_folder
+
+    @property
+    def rivals_folder(self) -> Path:
+        """Where the rivals are trained, each in a folder of its own."""
+        return self.run / "rivals"
+
+    @property
+    def stages_folder(self) -> Path:
+        """What is known of each stage."""
+        return self.run / "stages"
+
+    @property
+    def makes_experts(self) -> bool:
+        """Whether experts are made or imported."""
+        return self.parts is not None and (self.whole is None or self.whole.experts is not None)
+
+    @property
+    def mixtures(self) -> list[PolicyConfig]:
+        """The rivals' mixtures."""
+        return [] if self.whole is None else self.whole.compare.mixtures
+
+    @property
+    def monolith(self) -> bool:
+        """Whether a single model is trained beside the experts."""
+        return self.whole is not None and self.whole.compare.monolith and self.makes_experts
+
+    def rival(self, policy: PolicyConfig) -> Recipe:
+        """The recipe of the same model on another mixture."""
+        assert self.whole is not None
+        return self.whole.model_copy(
+            update={
+                "mixture": policy,
+                "run": self.rivals_folder / policy.policy,
+                "prepared": self.prepared_folder,
+            }
+        )
+
+    def monolith_recipe(self, experts: int) -> Recipe:
+        """The recipe of the gate's rival: the experts' base, trained on for as many tokens as all experts together."""
+        assert self.whole is not None
+        assert self.parts is not None
+        each = self.parts.experts.training
+        tokens = experts * each.total_steps * each.batch_sequences * each.sequence_length
+        return self.whole.model_copy(
+            update={
+                "run": self.rivals_folder / MONOLITH,
+                "prepared": self.prepared_folder,
+                "model": ModelConfig(pretrained=self.parts.base, revision=self.parts.experts.revision),
+                "mixture": build_policy({"policy": "uniform"}).config,
+                "training": self.whole.training.model_copy(update={"tokens": tokens, "steps": None}),
+                "evaluation": self.whole.evaluation.model_copy(update={"every_steps": None}),
+            }
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain YAML values."""
+        return self._any.resolved()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; reading it again gives this project."""
+        return self._any.to_yaml()
+
+
+def load_project(path: str | Path, overrides: Sequence[str] = ()) -> Project:
+    """Read a recipe of any kind and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: one line for every problem.
+    """
+    return make_project(apply_overrides(read_yaml(path), overrides))
+
+
+def make_project(value: Mapping[str, Any]) -> Project:
+    """Validate a recipe given as a mapping: a whole one, which trains a model, or one of experts over a given base.
+
+    Raises:
+        ConfigError: one line for every problem.
+    """
+    if not WHOLE & set(value):
+        return Project(None, make_expert_recipe(value))
+    whole = make_recipe(value)
+    return Project(whole, make_expert_recipe(value) if whole.experts is not None else None)

@@ -1,0 +1,135 @@
+"""The pipeline's routing: every router compared on held-out text, routed models written, one of them timed and traced.
+
+<run>/routing.json          what was found
+<run>/routed/ROUTER/        a routed model (`weft route build`)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from weft.errors import DataError
+from weft.experts.library import ExpertLibrary
+from weft.files import write_whole
+from weft.pipeline.expert_recipe import ExpertRecipe
+from weft.pipeline.prepared import PreparedData
+from weft.pipeline.project_config import RoutingConfig
+from weft.pipeline.routes import BEST_SINGLE, build_route, evaluate_routes, parse_router, trace_text
+from weft.reporting.routing import RoutingFacts
+from weft.routing.routed_model import RoutedModel
+
+ROUTING = "routing.json"
+HALF_TOKENS = 60
+"""Tokens of each domain in the text that is traced."""
+
+
+def routing_config(recipe: ExpertRecipe) -> RoutingConfig:
+    """The recipe's `routing` section; the defaults where it has none."""
+    return RoutingConfig() if recipe.routing is None else recipe.routing
+
+
+def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
+    """Compare the routers over a library's experts and write the routed models.
+
+    Returns:
+        What routing.json holds: heldout_bpb (mean over domains) and unseen_bpb (the target's) by router; bits_per_byte
+        by router and set; best_single; experts; relative_forward_time of the last model written (None where it is not
+        timed); notes.
+    Raises:
+        WeftError: as `evaluate_routes` and `build_route`.
+    """
+    config = routing_config(recipe)
+    evaluation = evaluate_routes(recipe, config.routers, progress=progress)
+    for router in config.build:
+        shutil.rmtree(routed_folder(recipe, router), ignore_errors=True)
+        build_route(recipe.library_folder, parse_router(router), routed_folder(recipe, router))
+    rows = {label.partition(" (")[0].replace(" ", "_"): row for label, row in evaluation.rows.items()}
+    generic = {label: row.generic for label, row in rows.items()}
+    timed = None
+    if config.timed_pairs:
+        data = PreparedData.load(recipe.prepared_folder)
+        timed = relative_forward_time(routed_folder(recipe, config.build[-1]), data, config.timed_pairs)
+    found = {
+        "heldout_bpb": {label: mean.bits_per_byte for label, mean in generic.items() if mean is not None},
+        "unseen_bpb": {label: row.sets["target"].bits_per_byte for label, row in rows.items() if "target" in row.sets},
+        "bits_per_byte": {
+            label: {name: each.bits_per_byte for name, each in row.sets.items()} for label, row in rows.items()
+        },
+        BEST_SINGLE.replace(" ", "_"): evaluation.best_single,
+        "experts": sorted(ExpertLibrary.open(recipe.library_folder).names),
+        "relative_forward_time": timed,
+        "notes": list(evaluation.notes),
+    }
+    write_whole(recipe.run / ROUTING, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def routed_folder(recipe: ExpertRecipe, router: str) -> Path:
+    """Where a routed model is written."""
+    return recipe.routed_folder / router.replace(":", ",")
+
+
+def read_routing(recipe: ExpertRecipe) -> dict[str, Any]:
+    """What `route_experts` found.
+
+    Raises:
+        DataError: it has not been carried out, or the file is torn.
+    """
+    path = recipe.run / ROUTING
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make it again: weft run --from route") from error
+    return found
+
+
+def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFacts:
+    """What the report shows of the comparison and of one text."""
+    config = routing_config(recipe)
+    text, label = config.trace, "the recipe's text"
+    if text is None:
+        text, label = changing_text(PreparedData.load(recipe.prepared_folder)), "a text that changes domain midway"
+    traced = trace_text(routed_folder(recipe, config.build[0]), text)
+    return RoutingFacts(
+        table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
+        relative_forward_time=found["relative_forward_time"],
+        traces=[(f"{config.build[0]} on {label}", traced.trace, traced.tokens)],
+    )
+
+
+def changing_text(data: PreparedData) -> str:
+    """Held-out text that changes domain midway: from the first domain to the second that hold out any."""
+    pieces: list[str] = []
+    for domain in data.domains:
+        if domain.heldout is not None and len(domain.heldout) > HALF_TOKENS and len(pieces) < 2:
+            pieces.append(data.tokenizer.decode(domain.heldout.read(0, HALF_TOKENS).tolist()))
+    return "\n".join(pieces)
+
+
+@torch.inference_mode()
+def relative_forward_time(folder: Path, data: PreparedData, pairs: int) -> float:
+    """Median over pairs of a routed forward pass's time over the base's, on the same held-out tokens."""
+    transformers_logging.disable_progress_bar()
+    model = RoutedModel.from_pretrained(folder)
+    heldout = next(domain.heldout for domain in data.domains if domain.heldout is not None)
+    tokens = min(512, len(heldout))
+    ids_BT = torch.from_numpy(heldout.read(0, tokens).astype("int64"))[None, : tokens // 4 * 4].view(4, -1)
+    ratios = []
+    for _ in range(pairs + 2):
+        with model.disabled():
+            start = time.perf_counter()
+            model(ids_BT)
+            base = time.perf_counter() - start
+        start = time.perf_counter()
+        model(ids_BT)
+        ratios.append((time.perf_counter() - start) / base)
+    return statistics.median(ratios[2:])

@@ -1,0 +1,275 @@
+"""The stages of a project, declared once: what each needs, what decides it, what it leaves, how it is carried out.
+
+prepare -> train -> experts -> rivals -> route -> score -> gate -> distil -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weft.pipeline.experts import train_experts
+from weft.pipeline.gating import certify_gate, fit_gate, score_experts
+from weft.pipeline.models_table import EVALUATION, evaluate_models
+from weft.pipeline.prepare import data_identity, prepare
+from weft.pipeline.prepared import MANIFEST
+from weft.pipeline.project import MONOLITH, Project
+from weft.pipeline.project_report import REPORT, SUMMARY, report_project
+from weft.pipeline.rivals import train_monolith, train_rivals
+from weft.pipeline.route_stage import ROUTING, route_experts
+from weft.pipeline.students import distil_gate
+from weft.pipeline.train import run_training
+
+_NOT_DECIDING = ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps")
+"""Keys of a training section that its result does not depend on."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a stage is asked to work.
+
+    Attributes:
+        replace: discard what is there of other settings.
+        processes: experts made at once.
+        progress: show progress on stderr.
+    """
+
+    replace: bool = False
+    processes: int = 1
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a project.
+
+    Attributes:
+        name: as `--from` and `--until` take it.
+        title: what it does, in a few words.
+        needs: stages whose results it reads.
+        wanted: whether a project has it.
+        settings: all in the recipe that decides its result, as JSON values.
+        outputs: files that are there when it is done, in the order of reading.
+        work: carry it out; continues what was interrupted, keeps what is finished.
+        discard: files and folders that are removed before it is made anew.
+        costly: whether its result is replaced only when that is asked for.
+        shared: whether torchrun's processes share its work; the others leave it to the first.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    wanted: Callable[[Project], bool]
+    settings: Callable[[Project], Any]
+    outputs: Callable[[Project], Sequence[Path]]
+    work: Callable[[Project, Call], Any]
+    discard: Callable[[Project], Sequence[Path]] = lambda project: ()
+    costly: bool = False
+    shared: bool = False
+
+    def clear(self, project: Project) -> None:
+        """Remove what an earlier making left."""
+        for path in self.discard(project):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+# -- what decides each --------------------------------------------------------------------------------------------
+
+
+def _training(recipe: Any) -> dict[str, Any]:
+    """A recipe's part of a training."""
+    value: dict[str, Any] = recipe.resolved()
+    kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
+    kept["training"] = {key: each for key, each in kept["training"].items() if key not in _NOT_DECIDING}
+    return {**kept, "evaluation": value["evaluation"]}
+
+
+def _rivals(project: Project) -> dict[str, Any]:
+    found = {policy.policy: _training(project.rival(policy)) for policy in project.mixtures}
+    if project.monolith:
+        found[MONOLITH] = {"experts": _experts(project)}
+    return found
+
+
+def _experts(project: Project) -> dict[str, Any]:
+    assert project.parts is not None
+    value = project.parts.experts.model_dump(mode="json", exclude={"library"})
+    for key in _NOT_DECIDING:
+        value["training"].pop(key, None)
+    return {"seed": project.parts.seed, "base": None if project.whole else project.parts.base, **value}
+
+
+def _gating(*keys: str) -> Callable[[Project], Any]:
+    def settings(project: Project) -> Any:
+        assert project.parts is not None
+        assert project.parts.gating is not None
+        return {"seed": project.parts.seed, **project.parts.gating.model_dump(mode="json", include=set(keys))}
+
+    return settings
+
+
+def _routing(project: Project) -> Any:
+    assert project.parts is not None
+    assert project.parts.routing is not None
+    evaluation = project.parts.evaluation.model_dump(mode="json", exclude={"every_steps"})
+    return {"routing": project.parts.routing.model_dump(mode="json"), "evaluation": evaluation}
+
+
+# -- what each does -----------------------------------------------------------------------------------------------
+
+
+def _parts(project: Project) -> Any:
+    assert project.parts is not None
+    return project.parts
+
+
+def _whole(project: Project) -> Any:
+    assert project.whole is not None
+    return project.whole
+
+
+def _train_rivals(project: Project, call: Call) -> None:
+    train_rivals(project)
+    if project.monolith:
+        train_monolith(project, progress=call.progress)
+
+
+def _gate(project: Project, call: Call) -> None:
+    fit_gate(_parts(project), progress=call.progress)
+    certify_gate(_parts(project))
+
+
+def _has_gate(project: Project) -> bool:
+    return project.parts is not None and project.parts.gating is not None
+
+
+_TRAINED = (
+    "checkpoints", "metrics.jsonl", "model", "result.json", "run.json", "recipe.yaml", "windows.safetensors",
+    "reference", "tensorboard",
+)  # fmt: skip
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "prepare",
+        "corpora to domains and tokens",
+        (),
+        lambda project: True,
+        lambda project: data_identity(project.data),
+        lambda project: [project.prepared_folder / MANIFEST],
+        lambda project, call: prepare(
+            project.data, project.prepared_folder, rebuild=call.replace, progress=call.progress
+        ),
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "train",
+        "the base, on its mixture",
+        ("prepare",),
+        lambda project: project.whole is not None,
+        lambda project: _training(_whole(project)),
+        lambda project: [project.run / "result.json", project.run / "model" / "config.json"],
+        lambda project, call: run_training(_whole(project)),
+        lambda project: [project.run / name for name in _TRAINED],
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "experts",
+        "an expert per domain, with its gate",
+        ("prepare", "train"),
+        lambda project: project.makes_experts,
+        _experts,
+        lambda project: [_parts(project).library_folder / "library.json"],
+        lambda project, call: train_experts(
+            _parts(project), replace=call.replace, processes=call.processes, progress=call.progress
+        ),
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "rivals",
+        "other mixtures and the monolith",
+        ("prepare", "train"),
+        lambda project: bool(project.mixtures) or project.monolith,
+        _rivals,
+        lambda project: [project.rivals_folder / name / "result.json" for name in _rivals(project)],
+        _train_rivals,
+        lambda project: [project.rivals_folder],
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "route",
+        "routers compared, routed models written",
+        ("prepare", "experts"),
+        lambda project: project.makes_experts and _parts(project).routing is not None,
+        _routing,
+        lambda project: [project.run / ROUTING],
+        lambda project, call: route_experts(_parts(project), progress=call.progress),
+        lambda project: [project.run / ROUTING, project.run / "routed"],
+    ),
+    Stage(
+        "score",
+        "text and samples under every expert",
+        ("prepare", "experts"),
+        _has_gate,
+        _gating("scores", "experts", "domains"),
+        lambda project: [_parts(project).scores_folder / "index.json"],
+        lambda project, call: score_experts(_parts(project), overwrite=call.replace, progress=call.progress),
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "gate",
+        "the robust gate and its certificate",
+        ("score",),
+        _has_gate,
+        _gating("gate", "fit", "offsets", "mixtures", "held_out_fraction"),
+        lambda project: [_parts(project).gate_folder / name for name in ("fit.json", "certificate.json")],
+        _gate,
+        lambda project: [_parts(project).gate_folder],
+    ),
+    Stage(
+        "distil",
+        "causal students that can be served",
+        ("score", "gate"),
+        _has_gate,
+        _gating("students"),
+        lambda project: [_parts(project).students_folder / "student.json"],
+        lambda project, call: distil_gate(_parts(project), progress=call.progress),
+        lambda project: [_parts(project).students_folder],
+    ),
+    Stage(
+        "evaluate",
+        "every model on the same held-out text",
+        ("prepare", "train", "rivals", "experts", "route", "distil"),
+        lambda project: True,
+        lambda project: project.resolved()["evaluation"],
+        lambda project: [project.run / EVALUATION],
+        lambda project, call: evaluate_models(project, progress=call.progress),
+        lambda project: [project.run / EVALUATION],
+    ),
+    Stage(
+        "report",
+        "one page and one summary",
+        ("train", "rivals", "route", "gate", "distil", "evaluate"),
+        lambda project: True,
+        lambda project: None,
+        lambda project: [project.run / REPORT, project.run / SUMMARY],
+        lambda project, call: report_project(project),
+        lambda project: [project.run / REPORT, project.run / SUMMARY],
+    ),
+)
+"""In the order in which they are carried out."""
+
+
+def stages_of(project: Project) -> tuple[Stage, ...]:
+    """The stages a project has."""
+    return tuple(stage for stage in STAGES if stage.wanted(project))

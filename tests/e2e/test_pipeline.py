@@ -1,0 +1,108 @@
+"""`weft run` and `weft status` on a tiny project: every stage, then nothing, then only what a change reaches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.command_line import Call
+from support.tiny_project import WORDS, command, environment, recipe_value
+
+from weft.pipeline.any_model import open_model
+
+PARTS: dict[str, Any] = {
+    "training": {**recipe_value()["training"], "steps": 40},
+    "experts": {
+        "lora": {"rank": 2, "alpha": 4},
+        "training": {"sequence_length": 32, "batch_sequences": 8, "steps": 8, "lr": 3e-3, "device": "cpu"},
+        "validate_every_steps": 0,
+        "gate": {"steps": 2},
+        "statistics_examples": 8,
+    },
+    "routing": {"routers": ["merged", "phatgoose"], "build": ["phatgoose"], "timed_pairs": 1},
+    "gating": {
+        "scores": {"length": 8, "sequences": 24, "samples": 16, "batch_size": 40},
+        "fit": {"unit": "token", "steps": 60, "report_every_steps": 30, "best_response_steps": 20},
+        "held_out_fraction": 0.5,
+        "students": {"distil": {"steps": 10, "evaluate_every_steps": 10}, "experts_per_token": [1]},
+    },
+    "compare": {"mixtures": ["uniform"], "monolith": True},
+}
+
+
+def states(call: Call) -> dict[str, str]:
+    found = call("status", "runs/one", "--json")
+    return {stage["stage"]: stage["state"] for stage in found["stages"]}
+
+
+def acts(call: Call, *arguments: str) -> dict[str, str]:
+    planned = call("run", "recipe.yaml", "--dry-run", "--json", *arguments)
+    return {stage["stage"]: stage["act"] for stage in planned["stages"]}
+
+
+def test_a_project_runs_once_and_then_only_what_changed(
+    call: Call, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe(PARTS)
+    refused = call("status", "runs/one", code=2)
+    assert "is no run folder of weft run" in refused
+    assert set(acts(call).values()) == {"run"}
+    assert not (tmp_path / "runs").exists(), "--dry-run writes nothing"
+
+    call("run", path)
+    assert set(states(call).values()) == {"done"}
+    summary = json.loads((tmp_path / "runs/one/summary.json").read_text())
+    assert list(summary["mixture"]["target_bpb"]) == ["dga", "uniform"]
+    assert set(summary["routing"]["heldout_bpb"]) == {"base", "merged", "phatgoose", "best_single", "oracle"}
+    assert summary["routing"]["seconds"] > 0
+    assert {"monolith", "uniform", "bayes", "fixed_share", "robust", "student"} == set(
+        summary["robust"]["worst_domain_regret"]
+    )
+    models = summary["models"]
+    assert list(models) == [
+        "base", "rival: uniform", "rival: monolith", "routed: phatgoose", "gate: student", "gate: student-top-1",
+    ]  # fmt: skip
+    for model in models.values():
+        assert set(model["bits_per_byte"]) == {"target", *WORDS}
+        assert all(0 < value < 8 for value in model["bits_per_byte"].values())
+        assert open_model(model["path"]).kind == model["kind"]
+    page = (tmp_path / "runs/one/report.html").read_text()
+    for heading in ("Every model", "Mixture over time", "Routing", "Robust gate"):
+        assert f">{heading}<" in page
+
+    assert set(acts(call).values()) == {"skip"}
+    call("run", path)
+    assert call.err.count("done already") == 10
+
+    steps = ("--set", "gating.students.distil.steps=5")
+    assert [stage for stage, act in acts(call, *steps).items() if act == "replace"] == ["distil", "evaluate", "report"]
+    slower = call("run", path, "--set", "training.lr=1e-4", code=2)
+    assert "the stage train was made of something else (training.lr: 0.003 before, 0.0001 now)" in slower
+    assert "weft run --from train" in slower
+    (tmp_path / "runs/one/gate/fit.json").write_text("{}")
+    assert states(call)["gate"] == "stale"
+    call("run", path, "--until", "gate")
+    assert states(call)["gate"] == "done"
+
+
+def test_a_killed_pipeline_continues(call: Call, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe({"training": {**recipe_value()["training"], "steps": 4000, "save_every_steps": 5}})
+    checkpoints = tmp_path / "runs/one/checkpoints"
+    process = subprocess.Popen(command("run", path), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not any(checkpoints.glob("step-*")) and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert states(call)["train"] == "running"
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert states(call) == {"prepare": "done", "train": "interrupted", "evaluate": "to do", "report": "to do"}
+    assert acts(call)["train"] == "continue"

@@ -1,0 +1,239 @@
+"""Stages are skipped, continued, made anew or refused by what they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_project import recipe_value
+
+from weft.errors import CheckpointError, ConfigError, DataError
+from weft.pipeline import runner
+from weft.pipeline.project import Project, make_project
+from weft.pipeline.runner import plan_stages, project_status, run_project
+from weft.pipeline.stage_records import alone, at_work, read_record
+from weft.pipeline.stages import STAGES, Stage, stages_of
+
+
+@dataclass
+class Workshop:
+    """Four stages that write what they read: text -> (costly) model -> gate -> page."""
+
+    settings: dict[str, Any] = field(default_factory=lambda: {"text": 1, "model": 1, "gate": 1, "page": 1})
+    worked: list[tuple[str, bool]] = field(default_factory=list)
+    fails: str | None = None
+
+    def stages(self, project: Project) -> tuple[Stage, ...]:
+        needs = {"text": (), "model": ("text",), "gate": ("model",), "page": ("gate",)}
+        return tuple(
+            Stage(
+                name, f"make {name}", needs[name], lambda project: True, self._settings(name), self._outputs(name),
+                self._work(name), self._outputs(name), costly=name in ("text", "model"),
+            )
+            for name in needs
+        )  # fmt: skip
+
+    def _settings(self, name: str) -> Callable[[Project], Any]:
+        return lambda project: {"value": self.settings[name], "path": Path("x")}
+
+    def _outputs(self, name: str) -> Callable[[Project], list[Path]]:
+        return lambda project: [project.run / f"{name}.txt"]
+
+    def _work(self, name: str) -> Callable[[Project, runner.Call], None]:
+        def work(project: Project, call: runner.Call) -> None:
+            self.worked.append((name, call.replace))
+            if self.fails == name:
+                raise DataError(f"{name} is torn")
+            path = project.run / f"{name}.txt"
+            if path.exists() and name == "model" and path.read_text() != f"{self.settings[name]}":
+                raise CheckpointError("holds another model")
+            path.write_text(f"{self.settings[name]}")
+
+        return work
+
+    def take(self) -> list[tuple[str, bool]]:
+        taken, self.worked = self.worked, []
+        return taken
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    found = Workshop()
+    monkeypatch.setattr(runner, "stages_of", found.stages)
+    return found
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project({**recipe_value(), "run": str(tmp_path / "run")})
+
+
+def states(project: Project) -> dict[str, str]:
+    return {status.stage.name: status.state for status in project_status(project)}
+
+
+def test_a_second_run_does_nothing(shop: Workshop, project: Project) -> None:
+    assert set(states(project).values()) == {"to do"}
+    assert {status.state for status in run_project(project, progress=False)} == {"done"}
+    assert shop.take() == [("text", False), ("model", False), ("gate", False), ("page", False)]
+    run_project(project, progress=False)
+    assert shop.take() == []
+
+
+def test_a_change_reaches_what_depends_on_it(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    shop.take()
+    shop.settings["gate"] = 2
+    found = {status.stage.name: status for status in project_status(project)}
+    assert {name: status.state for name, status in found.items()} == {
+        "text": "done", "model": "done", "gate": "stale", "page": "stale",
+    }  # fmt: skip
+    assert found["gate"].why == "value: 1 before, 2 now"
+    assert found["page"].why == "gate is stale"
+    run_project(project, progress=False)
+    assert shop.take() == [("gate", True), ("page", True)]
+
+
+def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    shop.take()
+    shop.settings["model"] = 2
+    assert [act for _, act in plan_stages(project)] == ["skip", "refuse", "replace", "replace"]
+    with pytest.raises(ConfigError, match=r"stage model was made of something else \(value: 1 before, 2 now\).*--from"):
+        run_project(project, progress=False)
+    assert shop.take() == []
+    assert (project.run / "model.txt").read_text() == "1"
+    run_project(project, from_stage="model", progress=False)
+    assert shop.take() == [("model", True), ("gate", True), ("page", True)]
+    assert (project.run / "model.txt").read_text() == "2"
+
+
+def test_a_costly_stage_over_a_new_one_is_not_replaced_either(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    shop.settings["text"] = 2
+    run_project(project, from_stage="text", until="text", progress=False)
+    found = {status.stage.name: status for status in project_status(project)}
+    assert found["model"].why == "text was made anew"
+    with pytest.raises(ConfigError, match="text was made anew"):
+        run_project(project, progress=False)
+
+
+def test_from_makes_anew_even_what_is_unchanged(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    shop.take()
+    run_project(project, from_stage="gate", progress=False)
+    assert shop.take() == [("gate", True), ("page", True)]
+
+
+def test_until_stops_and_the_next_run_goes_on(shop: Workshop, project: Project) -> None:
+    run_project(project, until="model", progress=False)
+    assert states(project) == {"text": "done", "model": "done", "gate": "to do", "page": "to do"}
+    shop.take()
+    run_project(project, progress=False)
+    assert shop.take() == [("gate", False), ("page", False)]
+
+
+def test_a_failure_is_kept_and_continued(shop: Workshop, project: Project) -> None:
+    shop.fails = "gate"
+    with pytest.raises(DataError, match="gate is torn"):
+        run_project(project, progress=False)
+    failed = project_status(project)[2]
+    assert (failed.state, failed.why) == ("failed", "gate is torn")
+    shop.fails = None
+    shop.take()
+    run_project(project, progress=False)
+    assert shop.take() == [("gate", False), ("page", False)]
+
+
+def test_an_interrupted_stage_is_continued_without_discarding(shop: Workshop, project: Project) -> None:
+    class Killed(BaseException):
+        pass
+
+    stages = shop.stages(project)
+    model = stages[1]
+
+    def killed(project: Project, call: runner.Call) -> None:
+        (project.run / "half").write_text("half")
+        raise Killed
+
+    broken = Stage(**{**model.__dict__, "work": killed})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "stages_of", lambda project: (stages[0], broken, *stages[2:]))
+        with pytest.raises(Killed):
+            run_project(project, progress=False)
+    assert states(project)["model"] == "interrupted"
+    shop.take()
+    run_project(project, progress=False)
+    assert shop.take()[0] == ("model", False)
+
+
+def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    shop.take()
+    (project.run / "gate.txt").unlink()
+    assert "gate.txt is gone" in project_status(project)[2].why
+    run_project(project, progress=False)
+    assert shop.take() == [("gate", True)]
+    (project.run / "gate.txt").write_text("by hand")
+    assert "gate.txt has changed since" in project_status(project)[2].why
+    run_project(project, progress=False)
+    assert shop.take() == [("gate", True)]
+    (project.run / "model.txt").unlink()
+    run_project(project, progress=False)
+    assert shop.take() == [("model", False)], "a costly stage goes on from what is left"
+
+
+def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Project) -> None:
+    with pytest.raises(ConfigError, match=r"--from gat: this project has no such stage; did you mean 'gate'"):
+        plan_stages(project, from_stage="gat")
+    with pytest.raises(ConfigError, match=r"--until x: this project has no such stage"):
+        plan_stages(project, until="x")
+    with pytest.raises(ConfigError, match="comes after --until text"):
+        plan_stages(project, from_stage="gate", until="text")
+    with pytest.raises(ConfigError, match=r"the stage text before it is not done \(to do\)"):
+        plan_stages(project, from_stage="gate")
+
+
+def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Project) -> None:
+    run_project(project, until="text", progress=False)
+    assert not at_work(project.stages_folder)
+    with alone(project.stages_folder):
+        assert at_work(project.stages_folder)
+        with pytest.raises(CheckpointError, match="another weft run is at work"):
+            run_project(project, progress=False)
+
+
+def test_a_torn_record_is_named(shop: Workshop, project: Project) -> None:
+    run_project(project, until="text", progress=False)
+    (project.stages_folder / "text.json").write_text("{")
+    with pytest.raises(DataError, match=r"text\.json cannot be read"):
+        project_status(project)
+
+
+def test_records_say_what_was_left(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    record = read_record(project.stages_folder, "gate")
+    model = read_record(project.stages_folder, "model")
+    assert record is not None
+    assert model is not None
+    assert list(record.outputs) == [str(project.run / "gate.txt")]
+    assert record.needs == {"model": model.digest}
+
+
+def test_every_stage_needs_only_earlier_ones() -> None:
+    names = [stage.name for stage in STAGES]
+    assert len(set(names)) == len(names)
+    for place, stage in enumerate(STAGES):
+        assert set(stage.needs) <= set(names[:place]), stage.name
+
+
+def test_a_project_has_the_stages_of_its_sections(tmp_path: Path) -> None:
+    value = {**recipe_value(), "run": str(tmp_path)}
+    assert [stage.name for stage in stages_of(make_project(value))] == ["prepare", "train", "evaluate", "report"]
+    experts = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
+    assert [stage.name for stage in stages_of(make_project({**value, **experts}))] == [stage.name for stage in STAGES]
+    small = {"run": str(tmp_path), "data": value["data"], "experts": {"base": "some/base"}}
+    assert [stage.name for stage in stages_of(make_project(small))] == ["prepare", "experts", "evaluate", "report"]
