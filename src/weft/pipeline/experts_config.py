@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from weft.config import Section
 from weft.experts.train import ExpertTraining
+
+
+class ImportedExpert(Section):
+    """An adapter made elsewhere that joins the library."""
+
+    source: str = Field(description="PEFT LoRA adapter: a folder or a hub name")
+    name: str | None = Field(None, description="its name in the library; absent: the last part of its source")
+    revision: str | None = Field(None, description="hub revision")
+    domain: str | None = Field(
+        None, description="domain of the data on which its gate and statistics are made; absent: it gets neither"
+    )
+
+    @property
+    def title(self) -> str:
+        """Its name in the library."""
+        return self.name if self.name is not None else PurePath(self.source).name
 
 
 class ExpertsConfig(ExpertTraining):
@@ -24,14 +41,29 @@ class ExpertsConfig(ExpertTraining):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype the base is held in")
     library: Path | None = Field(None, description="folder of the experts; absent: `experts` in the run folder")
     domains: list[str] | None = Field(
-        None, min_length=1, description="domains that get an expert; absent: every domain of the data"
+        None,
+        min_length=1,
+        description="domains that get an expert; absent: every domain of the data, or none where adapters are imported",
     )
+    imports: list[ImportedExpert] = Field(default_factory=list, description="adapters that `weft run` imports")
 
     @model_validator(mode="after")
     def _revision_of_a_base(self) -> ExpertsConfig:
         if self.revision is not None and self.base is None:
             raise ValueError("revision goes with base; the run's own model has none")
         return self
+
+    @model_validator(mode="after")
+    def _different_names(self) -> ExpertsConfig:
+        names = [each.title.lower() for each in self.imports]
+        if len(set(names)) < len(names):
+            raise ValueError(f"imports: two adapters would have one name ({', '.join(names)}); give each a name")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether any expert is trained here."""
+        return self.domains is not None or not self.imports
 
     @property
     def expert_training(self) -> ExpertTraining:

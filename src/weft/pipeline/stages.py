@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft.pipeline.expert_imports import import_recipe_experts
 from weft.pipeline.experts import train_experts
 from weft.pipeline.gating import certify_gate, fit_gate, score_experts
 from weft.pipeline.models_table import EVALUATION, evaluate_models
@@ -140,6 +141,15 @@ def _train_rivals(project: Project, call: Call) -> None:
         train_monolith(project, progress=call.progress)
 
 
+def _make_experts(project: Project, call: Call) -> None:
+    parts = project.parts
+    assert parts is not None
+    if parts.experts.imports:
+        import_recipe_experts(parts, replace=call.replace, progress=call.progress)
+    if parts.experts.trains:
+        train_experts(parts, replace=call.replace, processes=call.processes, progress=call.progress)
+
+
 def _gate(project: Project, call: Call) -> None:
     fit_gate(_parts(project), progress=call.progress)
     certify_gate(_parts(project))
@@ -187,9 +197,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: project.makes_experts,
         _experts,
         lambda project: [_parts(project).library_folder / "library.json"],
-        lambda project, call: train_experts(
-            _parts(project), replace=call.replace, processes=call.processes, progress=call.progress
-        ),
+        _make_experts,
         costly=True,
         shared=True,
     ),

@@ -1,0 +1,75 @@
+"""Adapters that a recipe imports: brought in once, kept, gated on a domain, replaced only when asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
+from support import served
+from support.tiny_project import recipe_value, write_corpora
+
+from weft.errors import ExpertError
+from weft.experts.library import ExpertLibrary
+from weft.models.factory import load_base, peft_warnings
+from weft.pipeline.expert_imports import import_recipe_experts
+from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
+from weft.pipeline.experts_config import ExpertsConfig
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> ExpertRecipe:
+    """Two adapters over a base with its own tokenizer; the second gets a gate on a domain."""
+    base = served.write_model(tmp_path, "plain")
+    for name in ("one", "two"):
+        with peft_warnings():
+            model = get_peft_model(
+                load_base(str(base)), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            )
+            model.save_pretrained(tmp_path / "adapters" / name)
+    write_corpora(tmp_path / "corpora")
+    data = recipe_value()["data"]
+    data = {
+        "corpora": [{**each, "path": str(tmp_path / each["path"])} for each in data["corpora"]],
+        "tokenizer": {"pretrained": str(base)},
+    }
+    imports = [
+        {"source": str(tmp_path / "adapters" / "one")},
+        {"source": str(tmp_path / "adapters" / "two"), "name": "sailor", "domain": "sailing"},
+    ]
+    training = {"sequence_length": 16, "batch_sequences": 4, "device": "cpu"}
+    experts = {
+        "base": str(base), "imports": imports, "training": training, "gate": {"steps": 1}, "statistics_examples": 4,
+    }  # fmt: skip
+    return make_expert_recipe({"run": str(tmp_path / "run"), "data": data, "experts": experts})
+
+
+def test_adapters_are_imported_once_and_gated_where_asked_for(recipe: ExpertRecipe) -> None:
+    found = import_recipe_experts(recipe, progress=False)
+    assert {name: (facts["gate"], facts["statistics"]) for name, facts in found.items()} == {
+        "one": (False, False),
+        "sailor": (True, True),
+    }
+    before = ExpertLibrary.open(recipe.library_folder).fingerprint()
+    assert import_recipe_experts(recipe, progress=False) == found
+    assert ExpertLibrary.open(recipe.library_folder).fingerprint() == before
+
+
+def test_another_source_under_the_same_name_is_refused_unless_replaced(recipe: ExpertRecipe) -> None:
+    import_recipe_experts(recipe, progress=False)
+    one, two = recipe.experts.imports
+    swapped = two.model_copy(update={"name": "one", "domain": None})
+    other = recipe.model_copy(update={"experts": recipe.experts.model_copy(update={"imports": [swapped]})})
+    with pytest.raises(ExpertError, match=r"expert 'one' in .* came from .*one', not from .*two'; replace it"):
+        import_recipe_experts(other, progress=False)
+    assert import_recipe_experts(other, replace=True, progress=False)["one"]["source"] == two.source
+    assert one.source != two.source
+
+
+def test_names_must_differ_and_imports_stop_training() -> None:
+    with pytest.raises(ValidationError, match="two adapters would have one name"):
+        ExpertsConfig.model_validate({"imports": [{"source": "a/same"}, {"source": "b/Same"}]})
+    assert not ExpertsConfig.model_validate({"imports": [{"source": "a/x"}]}).trains
+    assert ExpertsConfig.model_validate({"imports": [{"source": "a/x"}], "domains": ["law"]}).trains
+    assert ExpertsConfig.model_validate({}).trains
