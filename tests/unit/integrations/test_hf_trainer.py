@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from support import mixtures
 from support.mixtures import LENGTH, NAMES, PROBES, SOURCES, STEPS, TARGET, model, online, quiet, train_with_weft
 from support.mixtures import updates_of as updates
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
@@ -31,6 +32,12 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "odm"},
     {"policy": "doremi"},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with mixtures.light_collections():
+        yield
 
 
 def trainer(folder: Path, mixture: OnlineMixture, *, net: Any = None, **changes: Any) -> Trainer:
