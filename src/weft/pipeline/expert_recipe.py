@@ -27,7 +27,9 @@ class ExpertRecipe(Section):
     prepared: Path | None = Field(None, description="folder of the prepared data; absent: `data` in the run folder")
     seed: NonNegativeInt = Field(0, description="of first values and of every draw")
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
-    experts: ExpertsConfig = Field(description="base, adapters, gates and statistics")
+    experts: ExpertsConfig = Field(
+        default_factory=lambda: ExpertsConfig.model_validate({}), description="base, adapters, gates and statistics"
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured")
     routing: RoutingConfig | None = Field(None, description="routers over the experts, compared by `weft run`")
     gating: GatingConfig | None = Field(None, description="a gate over the experts; absent: the defaults")
@@ -98,18 +100,24 @@ def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
     """Validate a recipe of experts given as a mapping.
 
     Either a whole recipe with an `experts` section, whose base is the model it trains unless `experts.base` names
-    another; or run, prepared, seed, data, evaluation and experts alone, and then `experts.base` is needed.
+    another; or run, prepared, seed, data, evaluation and experts alone, and then `experts.base` is needed; or a gate
+    over models that are there already (`gating.pool`), and then no base is.
 
     Raises:
         ConfigError: one line for every problem.
     """
     if WHOLE & set(value):
         recipe = make_recipe(value)
+        known = {name: getattr(recipe, name) for name in ExpertRecipe.model_fields}
         if recipe.experts is None:
-            raise ConfigError("experts: missing; add a section `experts: {}`, whose defaults will do, to make experts")
-        return ExpertRecipe.model_validate({name: getattr(recipe, name) for name in ExpertRecipe.model_fields})
+            if recipe.gating is None or recipe.gating.pool is None:
+                raise ConfigError(
+                    "experts: missing; add a section `experts: {}`, whose defaults will do, to make experts"
+                )
+            del known["experts"]
+        return ExpertRecipe.model_validate(known)
     small = validate(ExpertRecipe, dict(value), "")
-    if small.experts.base is None:
+    if small.experts.base is None and (small.gating is None or small.gating.pool is None):
         raise ConfigError(
             "experts.base: missing; name the base model (a folder or hub name), or add the sections that train one: "
             "model, mixture and training"

@@ -11,6 +11,7 @@ from weft.config import Section, did_you_mean
 from weft.distillation.dense import DenseConfig
 from weft.distillation.structural import DistilConfig
 from weft.errors import ConfigError
+from weft.gating.experts import ExpertSource
 from weft.gating.gate import GateConfig, gate_config
 from weft.gating.linear import LinearConfig
 from weft.gating.mixtures import Box, MixtureSet, Vertices
@@ -100,6 +101,11 @@ class GatingConfig(Section):
     experts: list[str] | None = Field(
         None, min_length=1, description="experts of the library the gate is over; absent: all of them"
     )
+    pool: list[ExpertSource] | None = Field(
+        None,
+        min_length=1,
+        description="whole models, or adapters wherever they lie, that the gate is over; absent: the library's experts",
+    )
     domains: list[str] | None = Field(
         None, min_length=1, description="domains whose held-out text is scored; absent: every domain that has some"
     )
@@ -120,6 +126,12 @@ class GatingConfig(Section):
         0.25, gt=0.0, lt=1.0, description="share of the scored sequences that certifies the gate and is not fitted on"
     )
     students: StudentsConfig = Field(default_factory=StudentsConfig, description="what the gate is distilled into")
+
+    @model_validator(mode="after")
+    def _one_pool(self) -> GatingConfig:
+        if self.pool is not None and self.experts is not None:
+            raise ValueError("experts names some of the library's; pool brings its own: give one of the two")
+        return self
 
     @field_validator("gate", mode="before")
     @classmethod

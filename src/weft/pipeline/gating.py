@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from weft.corpora.source import Source
+from weft.corpora.tokens import Tokenizer
 from weft.errors import ConfigError, DataError
 from weft.evaluation.result import finite_or_none
 from weft.experts.library import ExpertLibrary
@@ -39,6 +41,8 @@ from weft.pipeline.report import write_gate_page
 from weft.progress import weights_text
 from weft.training.runtime import choose_runtime
 
+log = logging.getLogger(__name__)
+
 GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
     "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json", "report.html",
 )  # fmt: skip
@@ -53,9 +57,7 @@ def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:
     """What scoring, fitting and certifying will do, before anything is read."""
     config = gating_config(recipe)
     return {
-        "base": recipe.base,
-        "library": str(recipe.library_folder),
-        "experts": "every expert of the library" if config.experts is None else ", ".join(config.experts),
+        **_plan_of_pool(recipe, config),
         "domains": "every domain with held-out text" if config.domains is None else ", ".join(config.domains),
         "scores": str(recipe.scores_folder),
         "tokens_per_domain": f"{config.scores.sequences * config.scores.length} at most",
@@ -64,6 +66,13 @@ def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:
         "fit_steps": config.fit.steps,
         "result": str(recipe.gate_folder),
     }
+
+
+def _plan_of_pool(recipe: ExpertRecipe, config: GatingConfig) -> dict[str, str]:
+    if config.pool is not None:
+        return {"experts": ", ".join(source.name for source in config.pool)}
+    named = "every expert of the library" if config.experts is None else ", ".join(config.experts)
+    return {"base": recipe.base, "library": str(recipe.library_folder), "experts": named}
 
 
 # -- scoring ------------------------------------------------------------------------------------------------------
@@ -85,7 +94,7 @@ def score_experts(
         recipe: of the experts.
         overwrite: throw away scores of other experts, text or settings.
         ray: over the machines of a Ray cluster, all of which see the library and the base at the same place.
-        gpus: of each of its tasks; 0 for CPUs.
+        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
         progress: show progress on stderr.
     Returns:
         `score_summary` of the cache.
@@ -99,12 +108,8 @@ def score_experts(
     with nullcontext() if group is None else group.main_process_first():
         data = prepare(recipe.data, recipe.prepared_folder, progress=progress and first)
     texts = held_out_texts(data, config)
-    base = open_base(recipe, data)
-    library = ExpertLibrary.open(recipe.library_folder)
     if ray:
-        names = config.experts if config.experts is not None else library.names
-        place = str(library.folder.resolve())
-        sources = [ExpertSource(name=name, library=place, expert=name) for name in names]
+        sources = pool_sources(recipe)
         cache = score_with_ray(
             sources,
             texts,
@@ -113,12 +118,19 @@ def score_experts(
             eos_id=data.tokenizer.eos_id,
             dtype=recipe.experts.dtype,
             gpus=gpus,
+            cpus=recipe.experts.training.threads or 1,
             overwrite=overwrite,
             show=progress,
         )
         return score_summary(cache)
     device = choose_runtime(recipe.experts.training, parameters=0).device if group is None else group.device
-    pool = ExpertPool.from_library(library, base.model, experts=config.experts, device=device)
+    if config.pool is None:
+        base = open_base(recipe, data)
+        library = ExpertLibrary.open(recipe.library_folder)
+        pool = ExpertPool.from_library(library, base.model, experts=config.experts, device=device)
+    else:
+        pool = ExpertPool.load(config.pool, dtype=recipe.experts.dtype, device=device)
+        check_tokenizer(pool, data.tokenizer)
     cache = score(
         pool,
         texts,
@@ -129,6 +141,36 @@ def score_experts(
         show=progress,
     )
     return score_summary(cache)
+
+
+def pool_sources(recipe: ExpertRecipe) -> list[ExpertSource]:
+    """Where the experts of a recipe's gate can be loaded from, by any process that sees the same folders.
+
+    Raises:
+        ExpertError: there is no library, or an expert is not in it.
+    """
+    config = gating_config(recipe)
+    if config.pool is not None:
+        return list(config.pool)
+    library = ExpertLibrary.open(recipe.library_folder)
+    place = str(library.folder.resolve())
+    names = config.experts if config.experts is not None else library.names
+    return [ExpertSource(name=name, library=place, expert=name) for name in names]
+
+
+def check_tokenizer(pool: ExpertPool, tokenizer: Tokenizer) -> None:
+    """Refuse experts of another tokenizer than the data's: token ids would mean other text.
+
+    Raises:
+        DataError: they are.
+    """
+    if pool.tokenizer is None:
+        log.warning("the experts bring no tokenizer to compare; make sure that the data was tokenised for them")
+    elif pool.tokenizer != tokenizer.fingerprint:
+        raise DataError(
+            "the data was tokenised with another tokenizer than the experts'; prepare it with data.tokenizer: "
+            "{pretrained: one of the experts}, in a folder of its own (prepared)"
+        )
 
 
 def held_out_texts(data: PreparedData, config: GatingConfig) -> dict[str, Source]:
@@ -278,8 +320,10 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
     config = gating_config(recipe)
     cache = ScoreCache.open(recipe.scores_folder)
     changed = changed_keys(cache.config.model_dump(mode="json"), config.scores.model_dump(mode="json"), "gating.scores")
-    if config.experts is not None and list(cache.experts) != config.experts:
-        changed.append(f"gating.experts: {', '.join(cache.experts)} before, {', '.join(config.experts)} now")
+    wanted = config.experts if config.pool is None else [source.name for source in config.pool]
+    if wanted is not None and list(cache.experts) != wanted:
+        key = "gating.experts" if config.pool is None else "gating.pool"
+        changed.append(f"{key}: {', '.join(cache.experts)} before, {', '.join(wanted)} now")
     if config.domains is not None and list(cache.domains) != config.domains:
         changed.append(f"gating.domains: {', '.join(cache.domains)} before, {', '.join(config.domains)} now")
     if changed:
@@ -313,7 +357,7 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
 
 def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
     """Hash of all that decides a fit: scores, seed of the split, gate and settings."""
-    value = config.model_dump(mode="json", exclude={"scores", "experts", "domains", "students"})
+    value = config.model_dump(mode="json", exclude={"scores", "experts", "pool", "domains", "students"})
     text = json.dumps([cache.fingerprint, seed, value], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

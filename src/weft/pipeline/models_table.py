@@ -35,17 +35,24 @@ def models_of(project: Project) -> dict[str, Path | str]:
     found: dict[str, Path | str] = {}
     if project.whole is not None and (project.run / "result.json").exists():
         found["base"] = project.run / "model"
-    elif project.parts is not None and project.whole is None:
-        found["base"] = project.parts.base
+    elif project.whole is None and project.makes_experts:
+        found["base"] = _parts(project).base
     found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(project).items()}
     if project.parts is None:
         return found
+    for source in gating_config(project.parts).pool or ():
+        if source.library is None and source.model is not None:
+            found[f"expert: {source.name}"] = source.model
+    if not project.makes_experts:
+        return found | _students(project.parts)
     for router in routing_config(project.parts).build:
         if (folder := routed_folder(project.parts, router)).is_dir():
             found[f"routed: {router}"] = folder
-    for name, row in read_students(project.parts).items():
-        found[f"gate: {name}"] = Path(row["model"])
-    return found
+    return found | _students(project.parts)
+
+
+def _students(recipe: ExpertRecipe) -> dict[str, Path | str]:
+    return {f"gate: {name}": Path(row["model"]) for name, row in read_students(recipe).items()}
 
 
 def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any]:

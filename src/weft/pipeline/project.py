@@ -63,7 +63,9 @@ class Project:
     @property
     def makes_experts(self) -> bool:
         """Whether experts are made or imported."""
-        return self.parts is not None and (self.whole is None or self.whole.experts is not None)
+        if self.whole is not None:
+            return self.whole.experts is not None
+        return self.parts is not None and self.parts.experts.base is not None
 
     @property
     def mixtures(self) -> list[PolicyConfig]:
@@ -130,4 +132,5 @@ def make_project(value: Mapping[str, Any]) -> Project:
     if not WHOLE & set(value):
         return Project(None, make_expert_recipe(value))
     whole = make_recipe(value)
-    return Project(whole, make_expert_recipe(value) if whole.experts is not None else None)
+    pool = whole.gating is not None and whole.gating.pool is not None
+    return Project(whole, make_expert_recipe(value) if whole.experts is not None or pool else None)

@@ -104,13 +104,12 @@ def _robust(project: Project, monolith: Mapping[str, Any] | None) -> tuple[dict[
     made = read_facts(project.parts.students_folder / "student.json") or {"rows": {}}
     rows = {**({} if monolith is None else {MONOLITH: monolith}), **made["rows"]}
     shown = [name for name in COMPARED if name in rows]
-    assert certificate.capacity is not None
     summary = {
         "unit": certificate.unit,
         "worst_domain_regret": {name.replace(" ", "_"): rows[name]["worst"] for name in shown},
         "worst_domain": {name.replace(" ", "_"): rows[name]["worst_domain"] for name in shown},
         "mean_regret": {name.replace(" ", "_"): rows[name]["mean"] for name in shown},
-        "capacity_bound": certificate.capacity.value,
+        "capacity_bound": None if certificate.capacity is None else certificate.capacity.value,
         "z": certificate.z.value,
         "z_interval": [certificate.z.low, certificate.z.high],
         "lambda": {row.name: row.lam for row in certificate.domains},

@@ -228,7 +228,7 @@ STAGES: tuple[Stage, ...] = (
         "text and samples under every expert",
         ("prepare", "experts"),
         _has_gate,
-        _gating("scores", "experts", "domains"),
+        _gating("scores", "experts", "pool", "domains"),
         lambda project: [_parts(project).scores_folder / "index.json"],
         lambda project, call: score_experts(_parts(project), overwrite=call.replace, progress=call.progress),
         costly=True,

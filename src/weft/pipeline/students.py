@@ -52,6 +52,7 @@ from weft.pipeline.gating import (
     gating_config,
     open_gate,
     open_scores,
+    pool_sources,
     problem_identity,
     read_facts,
 )
@@ -323,9 +324,11 @@ def _open_pool(recipe: ExpertRecipe, scores: OpenScores) -> tuple[ExpertPool, To
     Raises:
         DataError: they have changed since.
     """
-    pool = ExpertPool.from_library(
-        recipe.library_folder, experts=list(scores.cache.experts), dtype=recipe.experts.dtype
-    )
+    sources = {source.name: source for source in pool_sources(recipe)}
+    missing = [name for name in scores.cache.experts if name not in sources]
+    if missing:
+        raise DataError(f"{', '.join(missing)}: scored, and not among the experts any more; score again")
+    pool = ExpertPool.load([sources[name] for name in scores.cache.experts], dtype=recipe.experts.dtype)
     now = pool.fingerprints()
     changed = [name for name, known in scores.cache.expert_fingerprints.items() if now.get(name) != known]
     if changed:
