@@ -1,0 +1,51 @@
+"""A real web server in a thread of the test, on a port the system chooses."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from weft.serving.http import build_app
+from weft.serving.request import Generator
+from weft.serving.serve_config import ServeConfig
+from weft.serving.server import Server, address_of, listen
+
+
+@dataclass(frozen=True)
+class Web:
+    """A running server."""
+
+    address: str
+    server: Server
+    thread: threading.Thread
+
+    def stop(self) -> None:
+        """As SIGTERM would."""
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        host, _, port = self.address.removeprefix("http://").rpartition(":")
+        return socket.create_connection((host, int(port)), timeout=10)
+
+
+@contextmanager
+def serving(engines: Mapping[str, Generator], config: ServeConfig | None = None) -> Iterator[Web]:
+    """Serve engines until the block ends; they are closed with the server."""
+    config = config or ServeConfig()
+    ready = threading.Event()
+    with listen("127.0.0.1", 0, config.timeout_seconds) as listener:
+        server = Server(build_app(engines, config), engines, config, ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        web = Web(address_of(listener), server, thread)
+        thread.start()
+        try:
+            assert ready.wait(20), "the server did not start"
+            yield web
+        finally:
+            web.stop()
