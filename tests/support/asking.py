@@ -64,14 +64,14 @@ def held(engine: Engine) -> Iterator[None]:
         thread.join(PATIENCE_S)
 
 
-def requests(count: int, seed: int, *, longest: int = 60) -> list[tuple[list[int], Sampling]]:
+def requests(count: int, seed: int, *, vocab: int = VOCAB, longest: int = 60, most: int = 24) -> list[tuple[list[int], Sampling]]:
     """Requests of all sorts: lengths, greedy and drawn, with log-probabilities and without."""
     rng = random.Random(seed)
     made = []
     for number in range(count):
-        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
+        prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, longest))]
         sampling = Sampling(
-            max_tokens=rng.randint(1, 24),
+            max_tokens=rng.randint(1, most),
             temperature=rng.choice([0.0, 0.0, 0.7, 1.0]),
             top_p=rng.choice([1.0, 0.8]),
             seed=number,

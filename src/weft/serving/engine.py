@@ -30,7 +30,8 @@ from weft.serving.checking import check_request, check_timeout
 from weft.serving.detokenise import AnswerText
 from weft.serving.drawing import Draw
 from weft.serving.request import Finished, FinishReason, Load, QueueFullError, Sampling, Token
-from weft.serving.stepping import OneByOne, Stepper, reads_in_pieces
+from weft.serving.stepping import Stepper, reads_in_pieces
+from weft.serving.trial import stepper_for
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Engine:
         self._end_ids = _end_ids(opened)
         self._piece = config.prompt_piece_tokens if reads_in_pieces(opened.model) else None
         with torch.inference_mode():
-            self._stepper: Stepper = OneByOne(opened)
+            self._stepper: Stepper = stepper_for(opened, config.slots, batching=config.batching)
         self._changed = threading.Condition()
         # Below: read and written with `_changed` held.
         self._waiting: deque[Request] = deque()

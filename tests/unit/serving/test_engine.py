@@ -270,7 +270,7 @@ def test_whoever_asks_to_is_told_of_every_event(engine: Engine) -> None:
 # -- when things go wrong -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batching", [False])
+@pytest.mark.parametrize("batching", [True, False])
 def test_an_error_ends_the_requests_of_its_pass(
     folders: dict[str, Path], batching: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

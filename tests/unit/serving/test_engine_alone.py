@@ -45,3 +45,9 @@ def check(opened: OpenModel, config: EngineConfig, *, count: int = 16, seed: int
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_request_per_pass(folders: dict[str, Path], kind: str) -> None:
     check(open_model(folders[kind]), EngineConfig(slots=8, batching=False, prompt_piece_tokens=16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_in_shared_passes(folders: dict[str, Path], kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    check(open_model(folders[kind]), EngineConfig(slots=5, prompt_piece_tokens=16), count=40)
+    assert "in turn" not in caplog.text
