@@ -46,9 +46,8 @@ from weft.serving.inspection_facts import (
     Totals,
     View,
 )
-from weft.serving.inspection_parts import GumbelNoise, Witness, layers_of, shadow, tokens_of
+from weft.serving.inspection_parts import MAX_CHARACTERS, GumbelNoise, Witness, layers_of, shadow, tokens_of
 
-MAX_CHARACTERS = 8192
 MAX_LOGITS = 1 << 29
 """Tokens times vocabulary of one text at most; 2 GiB as float32."""
 ALTERNATIVES = 5
@@ -193,21 +192,13 @@ class Inspector:
             FieldError: the text is too long.
         """
         ids = self.prompt_ids(text)
-        room = self.max_tokens - len(ids)
-        if room < 1:
-            raise FieldError(
-                f"the text has {len(ids)} tokens and fills the {self.max_tokens} that the model {self.name} can read; "
-                "shorten it",
-                "text",
-                "context_length_exceeded",
-            )
         with self._lock, torch.inference_mode():
             prompt_1T = torch.tensor([ids], device=self._model.device)
             noise = LogitsProcessorList([GumbelNoise(temperature, seed)])
             made_1T = self._model.generate(
                 prompt_1T,
                 attention_mask=torch.ones_like(prompt_1T),
-                max_new_tokens=min(room, max_tokens),
+                max_new_tokens=min(self.room(ids), max_tokens),
                 do_sample=False,
                 num_beams=1,
                 eos_token_id=self.tokenizer.eos_id,
@@ -223,9 +214,21 @@ class Inspector:
         """Token ids of a text to go on with; an empty one begins after the end of a document.
 
         Raises:
-            FieldError: as `inspect`, but that a text may be empty.
+            FieldError: as `inspect`, but that a text may be empty; or it leaves no room for a token.
         """
-        return self._read(text).ids if text else [self.tokenizer.eos_id]
+        ids = self._read(text).ids if text else [self.tokenizer.eos_id]
+        if self.room(ids) < 1:
+            raise FieldError(
+                f"the text has {len(ids)} tokens and fills the {self.max_tokens} that the model {self.name} can read; "
+                "shorten it",
+                "text",
+                "context_length_exceeded",
+            )
+        return ids
+
+    def room(self, ids: Sequence[int]) -> int:
+        """Tokens that may still come after a prompt."""
+        return self.max_tokens - len(ids)
 
     # -- asking -------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ from weft.routing.router import Routing, Site
 from weft.routing.trace import MEAN, layer_of, make_trace
 from weft.serving.inspection_facts import Layer, ModuleUsage, Part, View
 
+MAX_CHARACTERS = 8192
+"""Of a text that is looked at."""
+
 
 def shadow(model: Any, tokenizer: Tokenizer) -> Any:
     """A copy of a model's structure: modules, hooks and caches of its own, every weight shared.
@@ -93,10 +96,10 @@ class Witness:
             ModuleUsage(site, layer_of(site), tuple(round(u, 5) for u in usage_E[: len(experts)].tolist()), entropy)
             for site, usage_E, entropy in self.usage
         )
-        if self.only is not None:
-            return experts, (view(f"module:{self.module}", self.only),), modules
-        sums = list(self.sums.values())
-        every = torch.stack(sums).sum(dim=0) / max(1, sum(self.counts.values()))
+        nobody_TE = torch.zeros(len(self.ids), len(self.experts) + 1)
+        if self.module is not None:  # one that none of these experts adapts is the base's alone
+            return experts, (view(f"module:{self.module}", nobody_TE if self.only is None else self.only),), modules
+        every = sum(self.sums.values(), nobody_TE) / max(1, sum(self.counts.values()))
         layers = (view(f"layer:{layer}", sum_TE / self.counts[layer]) for layer, sum_TE in self.sums.items())
         return experts, (view("all", every), *layers), modules
 

@@ -1,0 +1,48 @@
+// Questions to the server. Whatever goes wrong comes as Trouble, with words for the person.
+
+const KEY = "weft-key";
+
+export class Trouble extends Error {
+  constructor(message, { status = 0, param = null } = {}) {
+    super(message);
+    this.status = status;
+    this.param = param;
+  }
+}
+
+export function keep(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+export async function ask(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(`api/${path}`, {
+      method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal,
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Trouble("The server does not answer. Is weft serve still running?");
+  }
+  const answer = await response.json().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    return null;
+  });
+  if (response.ok && answer !== null) return answer;
+  if (response.status === 401) sessionStorage.removeItem(KEY);
+  const told = answer?.error;
+  const wait = response.headers.get("Retry-After");
+  const said = told?.message ?? `The server answered ${response.status} without saying why.`;
+  throw new Trouble(sentence(said) + (wait ? ` Try again in ${wait} s.` : ""), {
+    status: response.status, param: told?.param ?? null,
+  });
+}
+
+function sentence(text) {
+  const whole = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
+}
