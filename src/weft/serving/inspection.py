@@ -86,10 +86,12 @@ class Inspector:
     Args:
         name: the model's name, as it is served.
         opened: the model. Nothing may run on it while the inspector is made; afterwards anything may.
+        max_characters: of a text.
     """
 
-    def __init__(self, name: str, opened: OpenModel) -> None:
+    def __init__(self, name: str, opened: OpenModel, *, max_characters: int = MAX_CHARACTERS) -> None:
         self.name = name
+        self.max_characters = max_characters
         self.kind = opened.kind
         self.experts = opened.experts
         self.tokenizer = opened.tokenizer
@@ -244,9 +246,9 @@ class Inspector:
             raise FieldError(f"{self.name} routes no module {module!r}{known}", "module", "not_found", missing=True)
 
     def _read(self, text: str) -> _Reading:
-        if len(text) > MAX_CHARACTERS:
+        if len(text) > self.max_characters:
             raise FieldError(
-                f"the text has {len(text)} characters; {MAX_CHARACTERS} are looked at at most, shorten it", "text"
+                f"the text has {len(text)} characters; {self.max_characters} are looked at at most, shorten it", "text"
             )
         try:
             text.encode("utf-8")

@@ -22,7 +22,7 @@ from weft.config import did_you_mean
 from weft.errors import NumericsError, WeftError
 from weft.pipeline.any_model import OpenModel
 from weft.reporting.traces import colour_rules
-from weft.serving.api_errors import ApiError, ErrorBody, queue_full
+from weft.serving.api_errors import ApiError, queue_full
 from weft.serving.inspection import Inspector, compare
 from weft.serving.inspection_facts import (
     Comparison,
@@ -33,7 +33,9 @@ from weft.serving.inspection_facts import (
     Totals,
 )
 from weft.serving.inspection_parts import MAX_CHARACTERS
+from weft.serving.limits import read_json
 from weft.serving.request import Finished, Generator, QueueFullError, Sampling
+from weft.serving.routes import ERRORS
 from weft.serving.schemas import WHOLE, Sent
 
 PAGE = Path(__file__).parent / "page"
@@ -148,18 +150,26 @@ class Continuation:
     text: str
 
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the question is wrong; `error.message` says what to do"},
-    404: {"model": ErrorBody, "description": "there is no such model, expert or module"},
-    429: {"model": ErrorBody, "description": "too many questions wait; `Retry-After` says when to come back"},
-}
+def _asks(kind: type[Sent], models: Mapping[str, Any], max_characters: int) -> dict[str, Any]:
+    """What the OpenAPI document says of a route that reads its body by itself."""
+    described = kind.model_json_schema()
+    for name, field in described["properties"].items():
+        if name in ("model", "a", "b"):
+            field["enum"] = list(models)
+        if name == "text":
+            field |= {"minLength": 0 if kind is GenerateRequest else 1, "maxLength": max_characters}
+    schema = {"application/json": {"schema": described}}
+    return {
+        "responses": {status: ERRORS[status] for status in (400, 404, 408, 413, 415, 429, 500)},
+        "openapi_extra": {"requestBody": {"required": True, "content": schema}},
+    }
 
 
 class _Desk:
     """One model's inspector, and the thread in which it works."""
 
-    def __init__(self, name: str, opened: OpenModel) -> None:
-        self.inspector = Inspector(name, opened)
+    def __init__(self, name: str, opened: OpenModel, max_characters: int) -> None:
+        self.inspector = Inspector(name, opened, max_characters=max_characters)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"inspect {name}")
         self.asked = 0
 
@@ -183,7 +193,9 @@ class _Desk:
             self.asked -= 1
 
 
-def inspector_router(models: Mapping[str, OpenModel], engines: Mapping[str, Generator]) -> APIRouter:
+def inspector_router(
+    models: Mapping[str, OpenModel], engines: Mapping[str, Generator], *, max_characters: int = MAX_CHARACTERS
+) -> APIRouter:
     """The page at `/`, its files under `/page/`, its questions under `/api/`.
 
     Errors are raised as `ApiError`; `api_errors.add_handlers` makes responses of them. A key, where one is needed, is
@@ -193,8 +205,9 @@ def inspector_router(models: Mapping[str, OpenModel], engines: Mapping[str, Gene
     Args:
         models: by the name they are served under. Nothing may run on them while the router is made.
         engines: what generates, by the same names; a model without one is generated from by itself.
+        max_characters: of a text, 8192 at most.
     """
-    desks = {name: _Desk(name, opened) for name, opened in models.items()}
+    desks = {name: _Desk(name, opened, max_characters) for name, opened in models.items()}
     router = APIRouter(tags=["inspector"])
     files = {file.name: _file(file) for file in sorted(PAGE.iterdir()) if file.suffix in _TYPES}
     files["colours.css"] = (colour_rules().encode(), _TYPES[".css"])
@@ -220,34 +233,36 @@ def inspector_router(models: Mapping[str, OpenModel], engines: Mapping[str, Gene
     async def part(name: str) -> Response:
         return page_file(name)
 
-    @router.get("/api/models", response_model=Models)
+    @router.get("/api/models", response_model=Models, responses={500: ERRORS[500]})
     async def list_models() -> Response:
         """Every model that can be looked at, with its experts, layers and modules."""
         return _json(Models, Models(tuple(desk.inspector.facts() for desk in desks.values())))
 
-    @router.post("/api/inspect", response_model=Inspection, responses=_REFUSALS)
-    async def inspect(asked: InspectRequest) -> Response:
+    @router.post("/api/inspect", response_model=Inspection, **_asks(InspectRequest, models, max_characters))
+    async def inspect(request: Request) -> Response:
         """Look at a text: loss and alternatives of every token, and the experts' weights."""
+        asked = await read_json(request, InspectRequest)
         desk = desk_of(asked.model)
         look = desk.inspector.inspect
         return _json(Inspection, await desk.ask(lambda: look(asked.text, without=asked.without, module=asked.module)))
 
-    @router.post("/api/compare", response_model=Comparison, responses=_REFUSALS)
-    async def compare_models(asked: CompareRequest) -> Response:
+    @router.post("/api/compare", response_model=Comparison, **_asks(CompareRequest, models, max_characters))
+    async def compare_models(request: Request) -> Response:
         """Look at a text with two models, side by side."""
+        asked = await read_json(request, CompareRequest)
         a, b = desk_of(asked.a, "a"), desk_of(asked.b, "b")
         return _json(Comparison, await a.ask(lambda: compare(a.inspector, b.inspector, asked.text)))
 
-    @router.post("/api/leave-one-out", response_model=LeaveOneOut, responses=_REFUSALS)
-    async def leave_one_out(request: Request, asked: LeaveOneOutRequest) -> Response:
+    @router.post("/api/leave-one-out", response_model=LeaveOneOut, **_asks(LeaveOneOutRequest, models, max_characters))
+    async def leave_one_out(request: Request) -> Response:
         """Leave every expert out once; others may ask in between."""
+        asked = await read_json(request, LeaveOneOutRequest)
         desk = desk_of(asked.model)
         inspector = desk.inspector
-        totals = await desk.ask(lambda: inspector.totals(asked.text))
         if len(inspector.experts) < 2:
-            raise ApiError(
-                400, f"{asked.model} has {len(inspector.experts)} experts; leaving one out needs two", param="model"
-            )
+            count = len(inspector.experts) or "no"
+            raise ApiError(404, f"{asked.model} has {count} experts; leaving one out needs two", param="model")
+        totals = await desk.ask(lambda: inspector.totals(asked.text))
         costs = []
         for name in inspector.experts:
             costs.append(await desk.ask(lambda name=name: inspector.cost_without(asked.text, name)))  # type: ignore[misc]
@@ -256,9 +271,10 @@ def inspector_router(models: Mapping[str, OpenModel], engines: Mapping[str, Gene
         costs.sort(key=lambda cost: -cost.change)
         return _json(LeaveOneOut, LeaveOneOut(asked.model, totals, tuple(costs)))
 
-    @router.post("/api/generate", response_model=Continuation, responses=_REFUSALS)
-    async def generate(request: Request, asked: GenerateRequest) -> Response:
+    @router.post("/api/generate", response_model=Continuation, **_asks(GenerateRequest, models, max_characters))
+    async def generate(request: Request) -> Response:
         """Go on with a text."""
+        asked = await read_json(request, GenerateRequest)
         desk = desk_of(asked.model)
         inspector, engine = desk.inspector, engines.get(asked.model)
         if engine is None:

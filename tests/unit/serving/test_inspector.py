@@ -193,7 +193,7 @@ def test_a_text_is_generated_through_the_engine(models: dict[str, OpenModel]) ->
         ("inspect", {"model": "routed", "text": "x", "top": 9}, 400, "top", "unknown field"),
         ("inspect", {"model": "routed"}, 400, "text", "missing"),
         ("compare", {"a": "plain", "b": "nobody", "text": "x"}, 404, "b", "no model"),
-        ("leave-one-out", {"model": "plain", "text": "x"}, 400, "model", "needs two"),
+        ("leave-one-out", {"model": "plain", "text": "x"}, 404, "model", "needs two"),
         ("generate", {"model": "plain", "text": "x", "max_tokens": 0}, 400, "max_tokens", "greater than"),
         ("generate", {"model": "plain", "text": "q " * 128}, 400, "text", "fills the 256"),
     ],
@@ -210,8 +210,31 @@ def test_what_is_wrong_is_said(
 
 
 def test_half_a_surrogate_pair_is_no_text(client: TestClient) -> None:
-    answer = client.post("/api/inspect", content=b'{"model": "plain", "text": "a\\ud800"}')
+    answer = client.post(
+        "/api/inspect", content=b'{"model": "plain", "text": "a\\ud800"}', headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 400
+
+
+def test_what_is_no_json_is_refused(client: TestClient) -> None:
+    headers = {"content-type": "application/json"}
+    broken = client.post("/api/inspect", content=b'{"model": ', headers=headers)
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_json")
+    assert client.post("/api/inspect", content=b"x", headers={"content-type": "text/plain"}).status_code == 415
+    nan = client.post("/api/generate", content=b'{"model":"plain","text":"","temperature":NaN}', headers=headers)
+    assert nan.status_code == 400
+
+
+def test_the_questions_are_described(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {
+        "/api/models", "/api/inspect", "/api/compare", "/api/leave-one-out", "/api/generate"
+    }  # fmt: skip
+    body = paths["/api/inspect"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == {"model", "text", "without", "module"}
+    assert body["properties"]["model"]["enum"] == ["plain", "routed", "gated"]
+    assert body["additionalProperties"] is False
+    assert "422" not in paths["/api/inspect"]["post"]["responses"]
 
 
 def test_too_many_questions_are_told_to_come_back(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
