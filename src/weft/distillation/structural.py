@@ -72,7 +72,7 @@ class DistilProgress:
     Attributes:
         step: steps taken.
         kl: KL(pi_g / Z || student) on held-out samples, nats per sequence.
-        error: its standard error; 0 where enumerated.
+        error: its standard error; 0 where enumerated, NaN where a single sequence was held out.
         loss: what is selected by: (1 - r) kl + r (cross-entropy on held-out real text, nats per sequence).
         best: whether the student is the best so far, and kept.
     """
@@ -131,7 +131,10 @@ class DistilState:
             "step": self.step,
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "stale": self.stale,
-            "history": [dataclasses.asdict(line) for line in self.history],
+            "history": [
+                {key: value if math.isfinite(value) else None for key, value in dataclasses.asdict(line).items()}
+                for line in self.history
+            ],
         }
         write_tensors(Path(path), _KIND, tensors, facts)
 
@@ -159,7 +162,10 @@ class DistilState:
                 best=group("best."),
                 best_loss=math.inf if facts["best_loss"] is None else float(facts["best_loss"]),
                 stale=int(facts["stale"]),
-                history=tuple(DistilProgress(**line) for line in facts["history"]),
+                history=tuple(
+                    DistilProgress(**{key: math.nan if value is None else value for key, value in line.items()})
+                    for line in facts["history"]
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} holds no distillation this version can continue: {error}") from error

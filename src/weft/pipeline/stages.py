@@ -184,7 +184,7 @@ STAGES: tuple[Stage, ...] = (
         ("prepare",),
         lambda project: project.whole is not None,
         lambda project: _training(_whole(project)),
-        lambda project: [project.run / "result.json", project.run / "model" / "config.json"],
+        lambda project: [project.run / "result.json"],
         lambda project, call: run_training(_whole(project)),
         lambda project: [project.run / name for name in _TRAINED],
         costly=True,

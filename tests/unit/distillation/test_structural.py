@@ -120,6 +120,16 @@ def test_the_best_student_is_kept_and_training_stops(language):
     assert not found.exact
 
 
+def test_an_error_that_one_sequence_cannot_give_is_kept(tmp_path, language):
+    state = distil_structural(linear(language), language.draws(20, 0), config=QUICK, until=5).state
+    first, *rest = state.history
+    alone = dataclasses.replace(state, history=(dataclasses.replace(first, error=math.nan), *rest))
+    alone.save(tmp_path / "state.safetensors")
+    read = DistilState.load(tmp_path / "state.safetensors").history
+    assert math.isnan(read[0].error)
+    assert read[1:] == tuple(rest)
+
+
 @pytest.mark.parametrize("batch", [None, 16])
 def test_stopped_and_continued_is_as_never_stopped(tmp_path, language, batch):
     gate, samples = linear(language), language.draws(100, 0)

@@ -1,0 +1,95 @@
+"""Every shipped recipe, planned as it is and carried out on tiny stand-ins for its text and its models."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
+from support import served
+from support.command_line import Call
+from support.tiny_project import WORDS, sentence
+
+from weft.models.factory import load_base, peft_warnings
+from weft.pipeline.project import make_project
+from weft.pipeline.runner import run_project
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SMALLER: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "sequence_length": 16, "batch_sequences": 8, "micro_batch_sequences": 4, "tokens": 1024, "steps": 4,
+    "warmup_steps": 1, "save_every_steps": 4, "update_every_steps": 2, "every_steps": None, "max_tokens_per_set": 256,
+    "batch_size": 8, "vocab_size": 300, "sample_documents": 50, "n": 3, "min_bytes": 1, "count": 2,
+    "target_train_documents": 8, "length": 8, "sequences": 8, "samples": 8, "statistics_examples": 4,
+    "precision": "fp32", "dtype": "float32", "backend": "sklearn", "target_sequences": 4, "dimensions": 4,
+}  # fmt: skip
+"""Sizes by key, wherever a recipe has it; all else stays as it ships."""
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_planned(call: Call, path: Path) -> None:
+    planned = call("run", path, "--dry-run", "--json")
+    acts = {stage["stage"]: stage["act"] for stage in planned["stages"]}
+    assert set(acts.values()) == {"run"}
+    assert next(iter(acts)) == "prepare"
+    assert list(acts)[-1] == "report"
+
+
+class StandIns:
+    """Text, models and adapters of a few kilobytes in the place of a recipe's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = str(served.write_model(folder / "base", "plain"))
+        self.texts = iter(range(1000))
+
+    def corpus(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """The same labels, made-up sentences."""
+        rng = random.Random(next(self.texts))
+        words = [word for each in WORDS.values() for word in each]
+        rng.shuffle(words)
+        texts = [" ".join(sentence(rng, words[: 15 + rng.randrange(5)]) for _ in range(6)) for _ in range(40)]
+        kept = {key: value for key, value in section.items() if key in ("label", "label_field", "on_error")}
+        path = self.folder / f"text-{rng.random()}.jsonl"
+        path.write_text("".join(json.dumps({"text": text, "source": "web"}) + "\n" for text in texts))
+        return {**kept, "path": str(path)}
+
+    def adapter(self, source: str) -> str:
+        """A random adapter over the stand-in base."""
+        place = self.folder / source
+        with peft_warnings():
+            config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            get_peft_model(load_base(self.base), config).save_pretrained(place)
+        return str(place)
+
+    def replace(self, value: Any, key: str = "") -> Any:
+        """A recipe's value with every text, model and size replaced."""
+        if key in ("corpora", "target", "heldout", "target_heldout"):
+            return [self.corpus(section) for section in value]
+        if key == "embedder":
+            return {}
+        if key in ("pretrained", "base", "model") and isinstance(value, str):
+            return self.base
+        if key == "source":
+            return self.adapter(value)
+        if key in SMALLER and not isinstance(value, Mapping):
+            return SMALLER[key]
+        if isinstance(value, Mapping):
+            return {name: self.replace(each, name) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self.replace(each) for each in value]
+        return value
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
+    value = StandIns(tmp_path).replace(yaml.safe_load(path.read_text()))
+    project = make_project({**value, "run": str(tmp_path / "run")})
+    assert {status.state for status in run_project(project, progress=False)} == {"done"}
+    assert (tmp_path / "run/report.html").stat().st_size > 1000
