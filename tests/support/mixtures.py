@@ -47,13 +47,13 @@ SOURCES = {name: source(20 * index, seed=index) for index, name in enumerate(NAM
 TARGET = source(20, seed=9, tokens=600)
 
 
-def model(*, seed: int = 0) -> Any:
+def model(*, seed: int = 0, vocab_size: int = VOCAB) -> Any:
     sizes = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2,
     }  # fmt: skip
     section = ModelConfig(architecture="llama", config=sizes)
-    return build_model(section, vocab_size=VOCAB, sequence_length=LENGTH + 1, eos_id=0, seed=seed)
+    return build_model(section, vocab_size=vocab_size, sequence_length=LENGTH + 1, eos_id=0, seed=seed)
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,12 +16,15 @@ import torch
 from support import mixtures
 from support.mixtures import LENGTH, NAMES, PROBES, SOURCES, STEPS, TARGET, model, online, quiet, train_with_weft
 from support.mixtures import updates_of as updates
+from support.tiny_project import WORDS, write_corpora
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
+from weft.config import validate
 from weft.corpora.source import ArraySource
 from weft.errors import CheckpointError, ConfigError, DataError
-from weft.integrations.hf_trainer import MixtureCallback, OnlineMixture
+from weft.integrations.hf_trainer import MixtureCallback, OnlineMixture, _token_losses
 from weft.integrations.online_mixture import Share
+from weft.pipeline.prepare import DataConfig, prepare
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "uniform"},
@@ -263,6 +267,16 @@ def test_the_dataset_shows_one_example_and_cannot_be_prepared() -> None:
         dataset.shuffle(seed=0)
 
 
+def test_a_model_that_gives_no_loss_per_token_is_refused_by_policies_that_need_it() -> None:
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="gave no logits"):
+        _token_losses(SimpleNamespace(logits=None), tokens)
+    with pytest.raises(ConfigError, match=r"gave logits of shape \(2, 8, 3\) for a batch of \(2, 5\)"):
+        _token_losses(SimpleNamespace(logits=torch.zeros(2, 8, 3)), tokens)
+    losses = _token_losses(SimpleNamespace(logits=torch.zeros(2, 5, 3)), tokens)
+    assert torch.allclose(losses, torch.full((2, 4), 3.0).log())
+
+
 def test_micro_batches_must_all_be_trained_on_once() -> None:
     net = model()
     run = online({"policy": "group_dro"}).start(net, Share(batch_sequences=4, micro_batch=2))
@@ -288,6 +302,23 @@ def test_sources_may_be_arrays_or_tokenised_datasets() -> None:
     assert mixture.task.sources[1].read(0, 8).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     with pytest.raises(DataError, match="must have input_ids"):
         OnlineMixture.of({"a": datasets.Dataset.from_dict({"text": ["x"]})}, sequence_length=4)
+
+
+def test_prepared_data_bring_their_target_and_its_histogram(tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    section = {
+        "corpora": [{"path": str(tmp_path / f"{name}.jsonl"), "label": name} for name in WORDS],
+        "target": [{"path": str(tmp_path / "target.jsonl")}],
+        "tokenizer": {"train": {"vocab_size": 300}},
+    }
+    data = prepare(validate(DataConfig, section, "data"), tmp_path / "data", progress=False)
+    mixture = OnlineMixture.of(tmp_path / "data", {"policy": "dga", "initial": "importance"}, sequence_length=LENGTH)
+    assert set(mixture.task.domains) == set(WORDS)
+    assert mixture.task.target is not None
+    assert mixture.task.target.fingerprint == data.target_train.fingerprint
+    assert OnlineMixture.of(data, target=TARGET, sequence_length=LENGTH).task.target is TARGET
+    run = mixture.start(mixtures.model(vocab_size=300), Share(batch_sequences=4, micro_batch=4))
+    assert max(run.weights(), key=run.weights().__getitem__) == "sailing"
 
 
 def test_a_policy_gets_what_it_needs_or_says_so() -> None:
