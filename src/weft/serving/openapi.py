@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from weft.serving.api_errors import ErrorBody
 from weft.serving.limits import is_open
+from weft.serving.replies import ChatChunk
 
 TEMPLATE = "#/components/schemas/{model}"
 METHODS = frozenset({"get", "put", "post", "delete", "options", "head", "patch", "trace"})
@@ -48,15 +49,16 @@ class Document:
             routes=self.app.routes,
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas["ErrorBody"] = _with_parts(ErrorBody, schemas)
+        for model in (ErrorBody, ChatChunk):
+            schemas[model.__name__] = _with_parts(model, schemas)
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 if method not in METHODS:
                     continue
                 if method == "post" and path in self.bodies:
-                    model = self.bodies[path]
-                    schemas[model.__name__] = _with_parts(model, schemas)
-                    operation["requestBody"] = {"required": True, "content": _json(model.__name__)}
+                    body = self.bodies[path]
+                    schemas[body.__name__] = _with_parts(body, schemas)
+                    operation["requestBody"] = {"required": True, "content": _json(body.__name__)}
                 self._errors(path, operation)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

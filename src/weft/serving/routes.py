@@ -30,7 +30,16 @@ COMPLETION_TOKENS = 16
 LONG_CHARACTERS = 4_000
 """Longer prompts are tokenised in a thread, so that they hold nobody up."""
 
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+
+def _streamed(model: str) -> dict[int | str, dict[str, Any]]:
+    """How a stream is documented: events whose data are pieces, or an error; the last one is `[DONE]`."""
+    parts = [{"$ref": f"#/components/schemas/{name}"} for name in (model, "ErrorBody")]
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    data = {"anyOf": [{"const": "[DONE]"}, json]}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong."},
     404: {"model": ErrorBody, "description": "There is no such model."},
@@ -160,7 +169,7 @@ def openai_router(
         """One of them."""
         return find(model).card
 
-    @router.post("/completions", response_model=Completion, responses={**ERRORS, 200: {"content": STREAM}})
+    @router.post("/completions", response_model=Completion, responses={**ERRORS, **_streamed("Completion")})
     async def completions(request: Request) -> Response:
         """Continue texts."""
         asked = await read_json(request, completion_model)
@@ -178,7 +187,7 @@ def openai_router(
             request, asked, model, ids, sampling, CompletionWriter(model.name, model.prompts, asked.logprobs)
         )
 
-    @router.post("/chat/completions", response_model=Chat, responses={**ERRORS, 200: {"content": STREAM}})
+    @router.post("/chat/completions", response_model=Chat, responses={**ERRORS, **_streamed("ChatChunk")})
     async def chat(request: Request) -> Response:
         """Answer in a conversation.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 SEED_BITS = 63
 
@@ -26,6 +26,14 @@ def _whole(value: Any) -> Any:
 WHOLE = BeforeValidator(_whole)
 """Makes an integer one as JSON Schema has it; it stands after the bounds, so that they show in the schema."""
 
+
+def _no(value: bool) -> bool:
+    if value:
+        raise ValueError("Input should be false")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_no), Field(json_schema_extra={"const": False})]
 Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
 StopText = Annotated[str, Field(min_length=1, max_length=1_000)]
 Label = Annotated[str, Field(max_length=1_000)]
@@ -121,7 +129,7 @@ class CompletionRequest(Request):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
 

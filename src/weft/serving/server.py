@@ -27,6 +27,9 @@ from weft.serving.stream import ABORT
 
 KEYS_VARIABLE = "WEFT_API_KEYS"
 KEEP_ALIVE_SECONDS = 30
+LINGER_SECONDS = 2.0
+"""What is no HTTP is answered, and the rest of it read and thrown away for so long."""
+
 STOP_SECONDS = 5
 """Running answers are ended at once; clients have so long to take what was written."""
 
@@ -116,6 +119,7 @@ class _Protocol(H11Protocol):
         super().__init__(*args, **kwargs)
         inner: Any = self.app
         self._head_timer: asyncio.TimerHandle | None = None
+        self._refused = False
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             scope[ABORT] = self.transport.abort
@@ -132,8 +136,9 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_head()
+        if not self._refused:
+            super().data_received(data)
+            self._watch_head()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -152,7 +157,10 @@ class _Protocol(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        # A connection closed with something unread is reset, and the client may never see the answer.
+        self._refused = True
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _watch_head(self) -> None:
         """Have the timer run while the head of a request is awaited."""
