@@ -23,6 +23,7 @@ from weft.errors import ConfigError, WeftError
 COMMANDS: dict[str, str] = {
     "run": "Carry a recipe through all its stages; skips what is done, continues what was interrupted.",
     "status": "Say what of a run folder is done, running, interrupted or stale.",
+    "plan": "Say what a recipe will take on given hardware: time, memory, traffic, disk.",
     "prepare": "Read, de-duplicate, split and tokenise a recipe's corpora.",
     "domains": "Show the domains: sizes, typical documents, nearest neighbours.",
     "train": "Train a language model on an online mixture; continues where it stopped.",

@@ -1,0 +1,444 @@
+"""The plan of a recipe: its stages in order, what they need together, and what was assumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.config import apply_overrides, read_yaml
+from weft.corpora.builtin import builtin_names
+from weft.corpora.store_files import DOCUMENT, Vocabulary
+from weft.corpora.tokens import load_pretrained
+from weft.errors import ConfigError
+from weft.mixture.policy import build_policy
+from weft.models.factory import ModelConfig
+from weft.pipeline.data_config import DataConfig
+from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
+from weft.pipeline.gate_recipe import GatingConfig
+from weft.pipeline.planning.calibrate import Calibration
+from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
+from weft.pipeline.planning.experts import PoolPlan, experts_stage, gate_stage, pool_stage, scoring_stage, serving_stage
+from weft.pipeline.planning.hardware import Hardware
+from weft.pipeline.planning.speed import Speed
+from weft.pipeline.planning.stage import DOES_NOT_FIT, Stage
+from weft.pipeline.planning.training import (
+    FSDP2,
+    Run,
+    alignment_choice,
+    alignment_stage,
+    machine_for,
+    settle,
+    training_stage,
+)
+from weft.pipeline.prepared import MANIFEST, PreparedData
+from weft.pipeline.recipe import Recipe, check, make_recipe
+from weft.training.runtime import choose_runtime
+
+DOCUMENT_TOKENS = 1000
+"""Tokens of a document where nothing is known of the text; decides the size of the documents' index alone."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the recipe does not say; None leaves it to the plan.
+
+    Attributes:
+        domains: D.
+        experts: E.
+        data_tokens: training tokens of all domains.
+        requests: served at once.
+        prompt: tokens of a prompt.
+        new: tokens generated.
+        chosen: K, experts per token of a routed model.
+    """
+
+    domains: int | None = None
+    experts: int | None = None
+    data_tokens: int | None = None
+    requests: int = 32
+    prompt: int | None = None
+    new: int = 256
+    chosen: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will cost.
+
+    Attributes:
+        recipe: where it was read from.
+        hardware: its name.
+        mfu: utilisation assumed of matrix products; None where kernels were measured.
+        stages: in the order of work.
+        assumptions: in plain sentences.
+    """
+
+    recipe: str
+    hardware: str
+    mfu: float | None
+    stages: tuple[Stage, ...]
+    assumptions: tuple[str, ...]
+
+    def stage(self, name: str) -> Stage:
+        """By name; KeyError where there is none."""
+        return {stage.name: stage for stage in self.stages}[name]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages that have a time, one after the other."""
+        return sum(stage.time.seconds for stage in self.stages if stage.time is not None)
+
+    @property
+    def disk_bytes(self) -> float:
+        """Of all stages."""
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Of all stages."""
+        return tuple(problem for stage in self.stages for problem in stage.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "recipe": self.recipe,
+            "hardware": self.hardware,
+            "mfu": self.mfu,
+            "stages": [stage.to_json() for stage in self.stages],
+            "seconds": self.seconds,
+            "disk_bytes": self.disk_bytes,
+            "problems": list(self.problems),
+            "assumptions": list(self.assumptions),
+        }
+
+
+@dataclass
+class _Facts:
+    """What is known of the data, and the sentences that say where it came from."""
+
+    domains: int
+    vocab_size: int | None
+    data_tokens: int | None
+    documents: int | None
+    said: list[str] = field(default_factory=list)
+    heldout: tuple[int, ...] | None = None
+    target_heldout: int = 0
+
+    def sequences(self, asked: int, length: int) -> list[int]:
+        """Held-out sequences of each domain: as many as are asked for, or as there are."""
+        if self.heldout is None:
+            return [asked] * self.domains
+        return [min(asked, tokens // length) for tokens in self.heldout]
+
+
+def plan_recipe(
+    path: str | Path,
+    hardware: Hardware,
+    *,
+    overrides: Sequence[str] = (),
+    mfu: float | None = None,
+    assumed: Assumed | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Plan a recipe file; see `plan_value`.
+
+    Raises:
+        ConfigError: the recipe is wrong, or something needed is not known.
+    """
+    value = apply_overrides(read_yaml(path), overrides)
+    return plan_value(value, hardware, name=str(path), mfu=mfu, assumed=assumed, calibration=calibration)
+
+
+def plan_value(
+    value: Mapping[str, Any],
+    hardware: Hardware,
+    *,
+    name: str = "recipe",
+    mfu: float | None = None,
+    assumed: Assumed | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """What following a recipe on some hardware will take.
+
+    Nothing is read but the recipe and, where it is there, the prepared data; nothing is allocated. On the CPU kernels
+    are timed (`Calibration`), with the threads and the memory settings `weft train` would choose.
+
+    Args:
+        value: the recipe.
+        hardware: from `parse_hardware`.
+        name: how it is called in the plan.
+        mfu: part of the peak that matrix products reach; None: the device's default.
+        assumed: what the recipe does not say.
+        calibration: measurements to go on with.
+    Raises:
+        ConfigError: the recipe is wrong, or something needed is not known.
+    """
+    if mfu is not None and not 0.0 < mfu <= 1.0:
+        raise ConfigError(f"mfu is {mfu}; it is a part of the peak, above 0 and at most 1")
+    assumed = assumed if assumed is not None else Assumed()
+    speed = Speed(hardware, mfu, calibration if calibration is not None else Calibration())
+    whole = not isinstance(value.get("experts"), Mapping) or "model" in value
+    recipe = make_recipe(value) if whole else None
+    wanted = value.get("experts") is not None
+    expert_recipe = make_expert_recipe(value) if wanted else None
+    data = recipe.data if recipe is not None else expert_recipe.data if expert_recipe is not None else None
+    prepared = recipe.prepared_folder if recipe is not None else expert_recipe.prepared_folder  # type: ignore[union-attr]
+    assert data is not None
+    facts = _facts(data, prepared, assumed)
+    stages: list[Stage] = []
+    if recipe is not None:
+        stages += _base_stages(recipe, speed, facts)
+    if expert_recipe is not None:
+        stages += _expert_stages(expert_recipe, recipe, speed, facts, assumed)
+    elif recipe is not None:
+        stages.append(_serving(recipe, speed, facts, assumed))
+    stages.insert(0, _prepared_stage(facts, stages))
+    used = None if hardware.device.measured else speed.utilisation
+    return Plan(name, hardware.name, used, tuple(stages), (*facts.said, *_assumptions(speed, stages)))
+
+
+# -- stages ----------------------------------------------------------------------------------------------------------
+
+
+def _base_stages(recipe: Recipe, speed: Speed, facts: _Facts) -> list[Stage]:
+    check(recipe)
+    counted = _counted(recipe.model, recipe.training.sequence_length, facts.vocab_size, recipe, speed)
+    machine = machine_for(recipe.training, speed)
+    devices = _processes(recipe.training.batch_sequences, speed.hardware.devices, facts)
+    if speed.hardware.device.measured:
+        choose_runtime(recipe.training, parameters=counted.sizes.parameters)
+    policy = build_policy(recipe.mixture.model_dump())
+    aligning = bool(policy.needs & {"target_alignment", "generalist_alignment"})
+    reference = counted.sizes.weight_bytes if "reference_losses" in policy.needs else 0.0
+    memory = {"aligning": aligning, "reference_bytes": reference}
+    run, layout, problems = settle(Run(counted, recipe.training, machine, devices), **memory)
+    stages = [training_stage(run, policy, layout, problems, aligning=aligning, domains=facts.domains)]
+    if aligning and recipe.training.total_steps >= recipe.mixture.update_every_steps:
+        groups = _groups(recipe, policy, facts)
+        choice, problem = alignment_choice(run, recipe.alignment, policy, groups)
+        if choice is None:
+            stages.append(Stage("alignment", "no estimator can measure it", limit=DOES_NOT_FIT, problems=(problem,)))
+        else:
+            stages.append(alignment_stage(run, recipe.alignment, policy, choice, groups))
+    stages.append(_evaluation_stage(recipe, run, facts))
+    return stages
+
+
+def _evaluation_stage(recipe: Recipe, run: Run, facts: _Facts) -> Stage:
+    """Held-out text of every domain and of the target, so many times; sets are dealt out to the devices."""
+    config, steps, length = recipe.evaluation, recipe.training.total_steps, recipe.training.sequence_length
+    times = 1 + (math.ceil(steps / config.every_steps) if config.every_steps else 0)
+    sets = facts.domains + bool(recipe.data.target)
+    most = config.max_tokens_per_set
+    if facts.heldout is not None:
+        held_out = [*facts.heldout, facts.target_heldout]
+        tokens = float(sum(size if most is None else min(size, most) for size in held_out))
+    elif most is None:
+        held = recipe.data.split.fraction or 0.0
+        tokens = (facts.data_tokens or 0) * held / max(1e-9, 1.0 - held)
+        facts.said.append(f"Each evaluation scores all held-out text, taken as {held:.0%} of the text.")
+    else:
+        tokens = float(most * sets)
+    work = run.counted.forward(config.batch_size, length)
+    passes = times * tokens / (config.batch_size * length)
+    time = run.machine.time(work, "forward").times(passes / run.devices)
+    return Stage(
+        "evaluation", f"{times} times {tokens:,.0f} tokens of {sets} sets", time, time.limit, work.flops * passes,
+        {}, 0.0, {}, {"times": times, "tokens_each": tokens, "sets": sets},
+    )  # fmt: skip
+
+
+def _expert_stages(
+    recipe: ExpertRecipe, whole: Recipe | None, speed: Speed, facts: _Facts, assumed: Assumed
+) -> list[Stage]:
+    config = recipe.experts
+    length = config.training.sequence_length
+    if config.base is not None:
+        base = pretrained_config(config.base, config.revision)
+    else:
+        assert whole is not None
+        base = model_config(whole.model, vocab_size=facts.vocab_size, sequence_length=length)
+    machine = machine_for(config.training, speed)
+    bf16 = machine.precision == "bf16"
+    checkpointing = whole is not None and config.base is None and whole.model.gradient_checkpointing
+    counted = Counted(base, config.dtype, bf16, checkpointing, config.lora)
+    bare = Counted(base, config.dtype, bf16)
+    if speed.hardware.device.measured:
+        choose_runtime(config.training, parameters=bare.sizes.parameters)
+    experts = assumed.experts or (facts.domains if config.domains is None else len(config.domains))
+    heldout = sum(facts.heldout) / len(facts.heldout) if facts.heldout else None
+    plan = PoolPlan(recipe, counted, bare, speed, facts.domains, experts, int(base.vocab_size), heldout)
+    prompt = _prompt(base, length, assumed)
+    gating = recipe.gating if recipe.gating is not None else GatingConfig()
+    return [
+        experts_stage(plan),
+        pool_stage(plan, prompt=prompt, chosen=min(assumed.chosen, experts)),
+        scoring_stage(plan, gating, facts.sequences(gating.scores.sequences, gating.scores.length)),
+        gate_stage(plan, gating, facts.sequences(gating.scores.sequences, gating.scores.length)),
+        serving_stage(
+            bare, speed, prompt=prompt, new=assumed.new, requests=assumed.requests, pool=plan,
+            chosen=min(assumed.chosen, experts),
+        ),
+    ]  # fmt: skip
+
+
+def _serving(recipe: Recipe, speed: Speed, facts: _Facts, assumed: Assumed) -> Stage:
+    config = model_config(recipe.model, vocab_size=facts.vocab_size, sequence_length=recipe.training.sequence_length)
+    counted = Counted(config, dtype=recipe.model.dtype, bf16=recipe.model.dtype == "bfloat16")
+    prompt = _prompt(config, recipe.training.sequence_length, assumed)
+    return serving_stage(counted, speed, prompt=prompt, new=assumed.new, requests=assumed.requests, pool=None, chosen=0)
+
+
+def _prompt(config: Any, length: int, assumed: Assumed) -> int:
+    longest = getattr(config, "max_position_embeddings", None)
+    prompt = assumed.prompt if assumed.prompt is not None else length
+    return prompt if longest is None else max(1, min(prompt, int(longest) - assumed.new))
+
+
+def _prepared_stage(facts: _Facts, stages: Sequence[Stage]) -> Stage:
+    """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond, 24 bytes per document."""
+    trained = max((int(stage.facts.get("tokens", 0)) for stage in stages), default=0)
+    tokens = facts.data_tokens if facts.data_tokens is not None else trained
+    if facts.data_tokens is None:
+        facts.said.append(
+            f"The text is not prepared and its size is not given (--data-tokens): taken as the {tokens:,} tokens that "
+            "are trained on, each read once."
+        )
+    vocabulary = Vocabulary(facts.vocab_size or 1 << 17, 0, "")
+    documents = facts.documents if facts.documents is not None else math.ceil(tokens / DOCUMENT_TOKENS)
+    return Stage(
+        "data",
+        f"{tokens:,} tokens of {facts.domains:,} domains, prepared",
+        disk={"tokens": float(tokens * vocabulary.dtype.itemsize), "documents": float(documents * DOCUMENT.itemsize)},
+        limit="disk",
+        facts={"tokens": tokens, "domains": facts.domains, "vocab_size": facts.vocab_size},
+    )
+
+
+# -- what is known ---------------------------------------------------------------------------------------------------
+
+
+def _facts(data: DataConfig, folder: Path, assumed: Assumed) -> _Facts:
+    """Domains, vocabulary and size of the text: from the prepared data, else from the recipe, else assumed."""
+    if (folder / MANIFEST).exists():
+        prepared = PreparedData.load(folder)
+        found = _Facts(
+            len(prepared.domains),
+            prepared.tokenizer.vocab_size,
+            sum(len(domain.train) for domain in prepared.domains),
+            sum(domain.documents for domain in prepared.domains),
+            [f"Domains, vocabulary and size of the text are those of the prepared data in {folder}."],
+            tuple(0 if domain.heldout is None else len(domain.heldout) for domain in prepared.domains),
+            0 if prepared.target_heldout is None else len(prepared.target_heldout),
+        )
+    else:
+        domains, said = _domains_of(data)
+        found = _Facts(domains, _vocabulary_of(data), None, None, said)
+    if assumed.domains is not None:
+        found.domains, found.heldout = assumed.domains, None
+        found.said = [line for line in found.said if "domains" not in line.lower()]
+        found.said.append(f"{assumed.domains:,} domains, as asked (--domains).")
+    if assumed.data_tokens is not None:
+        found.data_tokens, found.documents = assumed.data_tokens, None
+    return found
+
+
+def _domains_of(data: DataConfig) -> tuple[int, list[str]]:
+    own = int(data.domains.include_target)
+    if data.domains.clusters is not None:
+        return int(data.domains.clusters.n) + own, []
+    labels: set[str] = set()
+    unknown = False
+    for number, corpus in enumerate(data.corpora):
+        if corpus.label is not None:
+            labels.add(corpus.label)
+        elif corpus.builtin == "all":
+            labels |= set(builtin_names())
+        elif corpus.builtin is not None:
+            labels |= set(corpus.builtin)
+        else:
+            labels.add(f"corpus {number}")
+            unknown = unknown or bool(corpus.label_field or corpus.label_from or data.domains.by == "file")
+    said = []
+    if unknown:
+        said.append(
+            f"How many domains the text has is not known before it is read; taken as {len(labels)}, one per corpus "
+            "or label of the recipe (--domains says otherwise)."
+        )
+    return len(labels) + own, said
+
+
+def _vocabulary_of(data: DataConfig) -> int | None:
+    if data.tokenizer.train is not None:
+        return int(data.tokenizer.train.vocab_size)
+    name = data.tokenizer.pretrained
+    if name is None or not Path(name).is_dir():
+        return None
+    try:
+        return load_pretrained(name, data.tokenizer.revision).vocab_size
+    except ConfigError:
+        return None
+
+
+def _groups(recipe: Recipe, policy: Any, facts: _Facts) -> int:
+    """What alignments are measured of: domains, or basis distributions."""
+    basis = recipe.data.domains.basis
+    if "basis" not in policy.needs or basis is None:
+        return facts.domains
+    return len(basis.sets) if basis.count is None else int(basis.count)
+
+
+def _counted(section: ModelConfig, length: int, vocab_size: int | None, recipe: Recipe, speed: Speed) -> Counted:
+    config = model_config(section, vocab_size=vocab_size, sequence_length=length)
+    bf16 = machine_for(recipe.training, speed).precision == "bf16"
+    return Counted(config, section.dtype, bf16, section.gradient_checkpointing, section.lora)
+
+
+def _processes(batch: int, devices: int, facts: _Facts) -> int:
+    """Processes that share a batch equally: all devices, or the most that divide it."""
+    used = max(number for number in range(1, devices + 1) if batch % number == 0)
+    if used < devices:
+        facts.said.append(
+            f"A batch of {batch} sequences cannot be shared equally by {devices} devices: {used} are used; set "
+            f"training.batch_sequences to a multiple of {devices}."
+        )
+    return used
+
+
+def _assumptions(speed: Speed, stages: Sequence[Stage]) -> list[str]:
+    device = speed.hardware.device
+    if device.measured:
+        lines = [
+            "Kernels were timed on this machine one at a time, without running the model; whatever else runs on it "
+            "meanwhile slows both the timing and the work.",
+            "Memory counts Python and the libraries as they are loaded now.",
+        ]
+    else:
+        lines = [
+            f"Matrix products reach {speed.utilisation:.0%} of the peak of {device.name} (--mfu); what is published "
+            "for large dense models; small ones are held up by memory and launches, which are counted apart.",
+            f"Compiled code moves half the bytes and launches a third of the kernels; a launch takes "
+            f"{device.launch * 1e6:.0f} us.",
+            f"A device sends {speed.hardware.exchange / 1e9:.0f} GB/s to the others, all at once, 80 % of the "
+            "links' rate; in DDP the last micro-batch's backward pass hides traffic, in FSDP2 all computing does.",
+            "Devices do not wait for text: it is tokenised beforehand and read ahead.",
+        ]
+    lines.append("6 % of a device's memory is left to fragmentation and libraries.")
+    names = {stage.name for stage in stages}
+    if names & {"experts", "pool"}:
+        lines.append("An adapter is trained by one process; the devices make experts side by side.")
+        lines.append(
+            "A routed model holds every expert in memory; over several devices, layers lie one after the other."
+        )
+    if "scores" in names:
+        lines.append("Every domain and expert has as many sequences as the recipe asks for.")
+        lines.append("The time of fitting a gate is that of one x86 core (benchmarks/results/gate_fit.md).")
+        lines.append("Students of the gate, and reading and tokenising text, are not planned.")
+    if any(FSDP2 in str(stage.facts.get("layout", "")) for stage in stages):
+        lines.append(
+            "FSDP2 gathers one layer ahead; checkpoints are whole in the memory of the first process's machine."
+        )
+    return lines

@@ -1,0 +1,351 @@
+"""Counts of a plan against models that are really built and run, and figures against files that really exist."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_project import recipe_value
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+
+from weft.errors import ConfigError
+from weft.mixture.policy import build_policy
+from weft.models.factory import LoRASection, ModelConfig, build_model, count_parameters
+from weft.models.hf import token_losses
+from weft.pipeline.planning import counts
+from weft.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
+from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
+from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
+from weft.pipeline.planning.experts import fit_bytes, fit_seconds, score_cache_bytes
+from weft.pipeline.planning.hardware import DEVICES, parse_hardware
+from weft.pipeline.planning.speed import Speed
+from weft.pipeline.planning.trace import Kernel, Shape, record, shapes_only
+from weft.pipeline.planning.training import Run, machine_for, settle, state_bytes
+from weft.training.config import TrainingConfig
+from weft.training.loop import adamw
+
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "qwen2": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+}
+
+
+def config_of(kind: str = "llama", **sizes: Any) -> PretrainedConfig:
+    common = {"vocab_size": 96, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+    if kind != "gpt2":
+        common["num_key_value_heads"] = 2
+    return AutoConfig.for_model(kind, **{**common, **SIZES[kind], **sizes})
+
+
+def real(config: PretrainedConfig) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+# -- hardware --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "devices", "name"),
+    [
+        ("8xH100", 1, 8, "H100"), ("2x8xA100-80", 2, 8, "A100-80"), ("h200", 1, 1, "H200"), ("4xA100", 1, 4, "A100-80"),
+        ("1x4090", 1, 1, "RTX4090"), ("64x8xmi300x", 64, 8, "MI300X"), ("cpu", 1, 1, "cpu"), ("1xcpu", 1, 1, "cpu"),
+    ],
+)  # fmt: skip
+def test_hardware_is_read(text: str, nodes: int, devices: int, name: str) -> None:
+    found = parse_hardware(text)
+    assert (found.nodes, found.devices_per_node, found.device.name) == (nodes, devices, name)
+    assert parse_hardware(found.name) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("8xH1000", "did you mean 'H100'"), ("eight H100s", "8xH100"), ("0xH100", "at least 1"), ("8xcpu", "give cpu"),
+        ("", "8xH100"), ("2x2x2xH100", "2x8xH100"),
+    ],
+)  # fmt: skip
+def test_other_hardware_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        parse_hardware(text)
+
+
+def test_rings_over_machines_share_their_ports() -> None:
+    one, several = parse_hardware("8xH100"), parse_hardware("2x8xH100")
+    device = DEVICES["H100"]
+    assert one.exchange == pytest.approx(0.8 * device.link)
+    assert several.exchange == pytest.approx(0.8 * 8 * device.network)
+
+
+# -- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_parameters_are_those_of_the_built_model(kind: str, rank: int | None, tmp_path: Path) -> None:
+    config = config_of(kind)
+    real(config).save_pretrained(tmp_path)
+    section = ModelConfig(pretrained=str(tmp_path), lora=None if rank is None else LoRASection(rank=rank))
+    built = build_model(section, vocab_size=96, sequence_length=16, eos_id=0, seed=0)
+    planned = Counted(model_config(section, vocab_size=None, sequence_length=16), adapter=section.lora).sizes
+    assert planned.parameters == count_parameters(built)
+    assert planned.trainable == count_parameters(built, trainable=True)
+    assert planned.tensors == sum(p.requires_grad for p in built.parameters())
+    if rank is not None:
+        assert planned.trainable == sum(rank * (i + o) for i, o in planned.adapted)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_flops_are_those_counted_while_a_real_model_runs(kind: str) -> None:
+    config, tokens = config_of(kind), torch.zeros(3, 17, dtype=torch.int64)
+    model, planned = real(config).eval(), Counted(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward, torch.no_grad():
+        token_losses(model, tokens)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step:
+        token_losses(model, tokens).mean().backward()
+    assert planned.forward(3, 16).flops == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert planned.step(3, 16).flops == pytest.approx(step.get_total_flops(), rel=0.05)
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(input_ids=tokens[:, :16], past_key_values=cache, use_cache=True)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decode:
+            model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True)
+    assert planned.decode(3, 16).flops == pytest.approx(decode.get_total_flops(), rel=0.02)
+
+
+def test_closed_forms_hold_for_a_wide_model() -> None:
+    config = config_of(hidden_size=256, intermediate_size=768, num_hidden_layers=4, tie_word_embeddings=False)
+    planned, length = Counted(config), 256
+    matrices = planned.sizes.parameters - 96 * 256
+    formula = 2.0 * matrices + 4.0 * 4 * 256 * length
+    assert planned.forward(1, length).flops / length == pytest.approx(formula, rel=0.01)
+    assert planned.step(1, length).flops == pytest.approx(3 * planned.forward(1, length).flops, rel=0.1)
+    recomputing = Counted(config, checkpointing=True)
+    assert recomputing.step(1, length).flops == pytest.approx(4 * planned.forward(1, length).flops, rel=0.1)
+    assert recomputing.step(1, length).peak < planned.step(1, length).peak
+
+
+def test_an_adapters_step_leaves_out_the_weights_gradients() -> None:
+    config = config_of(hidden_size=128, intermediate_size=256)
+    whole, adapter = Counted(config).step(2, 16), Counted(config, adapter=LoRASection(rank=4)).step(2, 16)
+    assert 0.6 < adapter.flops / whole.flops < 0.8
+    assert Counted(config).activation_step(2, 16).flops == pytest.approx(2 / 3 * whole.flops, rel=0.03)
+
+
+def test_shapes_tell_what_real_tensors_do() -> None:
+    config, tokens = config_of(), torch.zeros(2, 9, dtype=torch.int64)
+    model = real(config)
+    found = record(lambda: token_losses(model, tokens).mean().backward())
+    planned = Counted(config).step(2, 8)
+    # A look at the position ids, eight operations that the shapes are spared, is all the difference.
+    assert 0 <= sum((Counter(found.kernels) - Counter(planned.kernels)).values()) <= 8
+    assert not Counter(planned.kernels) - Counter(found.kernels)
+    assert planned.peak == pytest.approx(found.peak, rel=0.01)
+    assert planned.kept == 4 * planned_parameters(config), "after the first micro-batch its gradients stay"
+
+
+def planned_parameters(config: PretrainedConfig) -> int:
+    return Counted(config).sizes.parameters
+
+
+def test_a_deep_model_is_counted_along_a_straight_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(num_hidden_layers=5)
+    line = Counted(config).step(2, 8)
+    monkeypatch.setattr(counts, "DEEP", 100)
+    whole = Counted(config).step(2, 8)
+    assert line.flops == pytest.approx(whole.flops, rel=1e-9)
+    assert line.operations == pytest.approx(whole.operations, rel=1e-9)
+    assert line.peak == pytest.approx(whole.peak, rel=0.02)
+    assert {key: pytest.approx(count) for key, count in line.kernels.items()} == dict(whole.kernels)
+
+
+def test_a_model_whose_configuration_is_elsewhere_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"local folder that holds its config\.json"):
+        pretrained_config("nobody/has-this-model")
+
+
+# -- memory and disk -------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_that_of_a_real_optimizer() -> None:
+    config = config_of()
+    model = real(config)
+    optimizer = adamw(dict(model.named_parameters()), TrainingConfig(steps=1))
+    token_losses(model, torch.zeros(2, 9, dtype=torch.int64)).mean().backward()
+    optimizer.step()
+    moments = sum(t.nbytes for state in optimizer.state.values() for key, t in state.items() if key != "step")
+    training = TrainingConfig(steps=1, batch_sequences=2, sequence_length=8)
+    speed = Speed(parse_hardware("1xH100"))
+    planned = Run(Counted(config), training, machine_for(training, speed), 1).memory()
+    assert planned["Adam moments"] == moments
+    assert planned["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert planned["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def run_of(hardware: str, *, hidden: int = 4096, layers: int = 32, micro: int = 1) -> Run:
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    config = config_of(**sizes, num_attention_heads=32)
+    speed = Speed(parse_hardware(hardware))
+    training = TrainingConfig(steps=1, batch_sequences=64, sequence_length=512, micro_batch_sequences=micro)
+    return Run(Counted(config), training, machine_for(training, speed), speed.hardware.devices)
+
+
+def test_a_model_too_large_for_ddp_is_split() -> None:
+    run, layout, problems = settle(run_of("8xH100"))
+    assert run.parallel == "fsdp2"
+    assert "set training.parallel: fsdp2" in layout
+    assert problems == ()
+    assert run.sent() == pytest.approx(7 / 8 * 8 * run.counted.sizes.parameters * 8)
+
+
+def test_what_fits_nowhere_is_told_how_to_fit() -> None:
+    _, _, problems = settle(run_of("1xRTX4090"))
+    assert len(problems) == 1
+    assert "devices with training.parallel: fsdp2" in problems[0]
+    _, _, problems = settle(run_of("1xL40S", hidden=1024, layers=24, micro=64))
+    assert "micro_batch_sequences: 1" in problems[0] or "gradient_checkpointing" in problems[0]
+
+
+def test_state_grows_with_the_domains() -> None:
+    policy = build_policy({"policy": "dga"})
+    few, many = state_bytes(10, policy), state_bytes(1000, policy)
+    assert 50 < many / few < 120
+
+
+def test_a_score_cache_is_as_large_as_its_arrays() -> None:
+    texts, samples, length, experts = 6, 4, 8, 3
+    arrays = (texts + samples) * (length * experts * 4 + (length + 1) * 4 + 4 + 8)
+    assert score_cache_bytes(texts, samples, length, experts) == arrays
+
+
+# -- fitted and measured speeds ----------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_fit_is_near_what_was_measured() -> None:
+    path = Path(__file__).parents[3] / "benchmarks" / "results" / "gate_fit.json"
+    measured = json.loads(path.read_text())
+    sizes, batch = measured["setting"]["sequences"], measured["setting"]["batch"]
+    off = []
+    for way, by_gate in measured["growth"].items():
+        for gate, by_experts in by_gate.items():
+            for name, one in by_experts.items():
+                for total, seconds in zip(sizes, one["seconds"], strict=False):
+                    experts = int(name)
+                    each = max(4, total // (2 * experts))
+                    found = fit_seconds(
+                        each * experts, each * experts, experts, experts, steps=measured["setting"]["steps"],
+                        batch=max(2, batch // experts) if way == "mini-batches" else None,
+                        hidden=32 if gate == "mlp" else 0,
+                    )  # fmt: skip
+                    off.append(abs(found / seconds["median"] - 1.0))
+    off.sort()
+    assert off[len(off) // 2] < 0.25
+    assert off[-1] < 1.0
+    assert fit_bytes(1_000_000, 8) == pytest.approx(99 * 2**20, rel=0.02)
+
+
+def test_time_is_kernels_and_operations() -> None:
+    ticks = iter(range(1_000_000))
+    calibration = Calibration(clock=lambda: float(next(ticks)) * 1e-4)
+    calibration.overheads = {"forward": 2e-6, "step": 3e-6, "optimizer": 4e-6}
+    with shapes_only():
+        a = torch.empty(8, 8)
+        work = record(lambda: (a @ a).relu().t())
+    once, twice = calibration.seconds(work, "step"), calibration.seconds(work.times(2.0), "step")
+    assert set(once) == {"matrix products", "other operations", "overhead"}
+    assert twice == {name: pytest.approx(2 * value) for name, value in once.items()}
+    assert once["overhead"] == pytest.approx(3e-6 * work.operations)
+    assert not calibration.failed
+
+
+def test_a_large_product_is_timed_in_part() -> None:
+    rows, inner, columns = 1 << 14, 1 << 10, 1 << 12
+    left = Shape((rows, inner), (inner, 1), torch.float32)
+    right = Shape((inner, columns), (1, inner), torch.float32)
+    kernel = Kernel(torch.ops.aten.mm.default, (left, right), {}, 2.0 * rows * inner * columns, 1.0)
+    found = _with_fewer_rows(kernel, LARGEST_FLOPS / kernel.flops)
+    assert found is not None
+    smaller, part = found
+    assert smaller.flops <= 1.1 * LARGEST_FLOPS
+    assert smaller.flops == pytest.approx(part * kernel.flops)
+    assert smaller.args[1] == right
+
+
+# -- whole plans -----------------------------------------------------------------------------------------------------
+
+
+def plan_of(hardware: str = "8xH100", *, assumed: Assumed | None = None, **changes: Any) -> Plan:
+    return plan_value({**recipe_value(), **changes}, parse_hardware(hardware), assumed=assumed)
+
+
+def test_a_plan_has_the_stages_of_its_recipe() -> None:
+    found = plan_of()
+    assert [stage.name for stage in found.stages] == ["data", "training", "alignment", "evaluation", "serving"]
+    training = found.stage("training").facts
+    assert training["tokens"] == 60 * 8 * 32
+    assert found.stage("alignment").facts["groups"] == 3
+    assert found.stage("alignment").facts["updates"] == 15
+    assert found.seconds > 0
+    assert found.problems == ()
+    assert json.loads(json.dumps(found.to_json()))["hardware"] == "8xH100"
+
+
+def test_mfu_counts_where_arithmetic_limits() -> None:
+    speed = Speed(parse_hardware("1xH100"), 0.2), Speed(parse_hardware("1xH100"), 0.4)
+    work = Counted(config_of(hidden_size=4096, intermediate_size=8192)).step(64, 512)
+    slow, fast = (each.time(work, "step", "bf16", compiled=True) for each in speed)
+    assert slow.limit == "compute"
+    assert slow.parts["compute"] == pytest.approx(2 * fast.parts["compute"])
+    with pytest.raises(ConfigError, match="above 0"):
+        plan_value(recipe_value(), parse_hardware("H100"), mfu=1.5)
+
+
+def test_alignment_costs_by_groups_not_by_domains() -> None:
+    data = recipe_value()["data"]
+    many = {"by": "clusters", "clusters": {"n": 600}}
+    by_domain = plan_of(data={**data, "domains": many}).stage("alignment").facts
+    basis = {**many, "basis": {"of": "groups", "count": 6}}
+    by_basis = plan_of(
+        data={**data, "domains": basis}, mixture={"policy": "dga", "reweight": "basis", "update_every_steps": 4}
+    ).stage("alignment").facts  # fmt: skip
+    assert (by_domain["groups"], by_basis["groups"]) == (600, 6)
+    assert by_domain["sequences_per_measurement"] == 8 + 600 * 8
+    assert by_basis["sequences_per_measurement"] == 8 + 6 * 8
+    assert by_domain["overhead"] > 3 * by_basis["overhead"]
+
+
+def test_the_reference_of_doremi_is_trained_too() -> None:
+    uniform = plan_of("3xH100", mixture={"policy": "uniform"})
+    assert any("cannot be shared equally by 3 devices" in line for line in uniform.assumptions)
+    plain = uniform.stage("training")
+    doremi = plan_of("3xH100", mixture={"policy": "doremi"}).stage("training")
+    assert doremi.flops == pytest.approx((2 + 1 / 3) * plain.flops, rel=0.05)
+    assert doremi.memory["reference model"] == plain.memory["weights"]
+
+
+def test_experts_pools_scores_and_gates_are_planned() -> None:
+    assumed = Assumed(domains=50, experts=20)
+    found = plan_of(experts={"lora": {"rank": 4}, "training": {"steps": 10}}, assumed=assumed)
+    names = ["data", "training", "alignment", "evaluation", "experts", "pool", "scores", "gate", "serving"]
+    assert [stage.name for stage in found.stages] == names
+    experts, pool, scores = (found.stage(name) for name in ("experts", "pool", "scores"))
+    assert experts.facts["experts_at_once"] == 8
+    widths = 2 * (4 * (32 + 32) + 2 * (32 + 64) + (64 + 32))
+    assert pool.memory["experts' factors"] == 20 * 4 * widths * 4
+    assert scores.disk["score cache"] == score_cache_bytes(50 * 512, 20 * 512, 128, 20)
+    assert any("50 domains" in line for line in found.assumptions)
+
+
+def test_an_unknown_vocabulary_is_asked_for() -> None:
+    data = {**recipe_value()["data"], "tokenizer": {"pretrained": "nobody/has-this-tokenizer"}}
+    with pytest.raises(ConfigError, match="size of the vocabulary is not known"):
+        plan_of(data=data)
