@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from support import served
 from support.experts import llama, make_pool, prompts
 
 from weft.experts.expert import BaseReference
@@ -47,12 +48,18 @@ def execute(monkeypatch):
     policies._entries.update(entries)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return served.tokenizer()
+
+
 @pytest.fixture
-def pool(tmp_path):
+def pool(tmp_path, tokenizer):
     """What the pages call runs/pool: a base, a library of experts over it, a student of a gate; the ids of a prompt."""
     model = llama()
     folder = tmp_path / "runs" / "pool"
     model.save_pretrained(folder / "model")
+    tokenizer.save(folder / "model")
     base = BaseReference("runs/pool/model", None, base_fingerprint(model))
     library = ExpertLibrary.create(folder / "experts", base)
     for expert in make_pool(model, 2, base=base):
