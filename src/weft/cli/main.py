@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "route": "Choose among experts per token and per module; compare the ways to choose.",
     "score": "Score held-out text and samples under every expert, for gates over them.",
     "gate": "Fit one gate over the experts, best against the worst mixture, and certify it.",
+    "serve": "Answer over HTTP as OpenAI's API does, and show the routing on a page.",
     "export": "Write a model for other programs: a Hugging Face checkpoint, PEFT adapters, GGUF.",
     "demo": "Run the whole pipeline on built-in text: a mixture found, experts routed, a robust gate.",
 }

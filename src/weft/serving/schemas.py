@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 SEED_BITS = 63
+SHORTEST_TIMEOUT_SECONDS = 1.0
+"""A request may ask for; nothing can be promised in less."""
 
 
 def _whole(value: Any) -> Any:
@@ -245,7 +247,8 @@ def request_models(bounds: Bounds) -> tuple[type[CompletionRequest], type[ChatRe
     choices = Annotated[int, Field(ge=1, le=bounds.max_choices), WHOLE]
     new_tokens = Annotated[int, Field(ge=1, le=bounds.max_new_tokens), WHOLE]
     top = Annotated[int, Field(ge=0, le=bounds.max_top_logprobs), WHOLE]
-    timeout = Annotated[float, Field(gt=0, le=bounds.timeout_seconds, allow_inf_nan=False)]
+    shortest = min(SHORTEST_TIMEOUT_SECONDS, bounds.timeout_seconds)
+    timeout = Annotated[float, Field(ge=shortest, le=bounds.timeout_seconds, allow_inf_nan=False)]
     text = Annotated[str, Field(max_length=bounds.max_prompt_characters)]
     token = Annotated[int, Field(ge=0, le=bounds.max_token_id), WHOLE]
     tokens = Annotated[list[token], Field(min_length=1, max_length=bounds.max_prompt_tokens)]
