@@ -64,7 +64,9 @@ def held(engine: Engine) -> Iterator[None]:
         thread.join(PATIENCE_S)
 
 
-def requests(count: int, seed: int, *, vocab: int = VOCAB, longest: int = 60, most: int = 24) -> list[tuple[list[int], Sampling]]:
+def requests(
+    count: int, seed: int, *, vocab: int = VOCAB, longest: int = 60, most: int = 24
+) -> list[tuple[list[int], Sampling]]:
     """Requests of all sorts: lengths, greedy and drawn, with log-probabilities and without."""
     rng = random.Random(seed)
     made = []

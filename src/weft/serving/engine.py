@@ -142,8 +142,7 @@ class Engine:
         self._vocab_size = _vocab_size(opened)
         self._end_ids = _end_ids(opened)
         self._piece = config.prompt_piece_tokens if reads_in_pieces(opened.model) else None
-        with torch.inference_mode():
-            self._stepper: Stepper = stepper_for(opened, config.slots, batching=config.batching)
+        self._stepper: Stepper = stepper_for(opened, config.slots, batching=config.batching)
         self._changed = threading.Condition()
         # Below: read and written with `_changed` held.
         self._waiting: deque[Request] = deque()

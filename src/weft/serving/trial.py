@@ -46,7 +46,8 @@ def stepper_for(opened: OpenModel, slots: int, *, batching: bool = True) -> Step
         if stepper is None:
             break
         try:
-            reason = trial(stepper, single, slots, _vocab_size(opened), opened.max_length)
+            with torch.inference_mode():
+                reason = trial(stepper, single, slots, _vocab_size(opened), opened.max_length)
         except Exception as error:
             log.debug("a trial of shared passes failed", exc_info=True)
             reason = f"{type(error).__name__}: {error}"
@@ -71,6 +72,8 @@ def _made(opened: OpenModel, rows: int) -> tuple[Stepper | None, str]:
 
 def trial(stepper: Stepper, single: Stepper, slots: int, vocab_size: int, max_length: int | None) -> str:
     """Compare what requests get together, in every place, with what they get alone.
+
+    To be called in inference mode, as engines step.
 
     Returns:
         What differs; empty if nothing does.
