@@ -26,7 +26,21 @@ SetOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")
 ]
+RayOption = Annotated[
+    bool, typer.Option("--ray", help="Over the machines of a Ray cluster (extra 'ray'), which share a disk.")
+]
+GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each Ray task; 0 for CPUs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def check_gpus(ray: bool, gpus: float) -> None:
+    """Refuse `--gpus` without `--ray`.
+
+    Raises:
+        ConfigError: it came.
+    """
+    if gpus and not ray:
+        raise ConfigError(f"--gpus {gpus:g} is of Ray's tasks; give --ray with it, or leave it out")
 
 
 def names_of(text: str) -> list[str]:

@@ -7,8 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli.dry_run import show
-from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
-from weft.errors import ConfigError
+from weft.cli.options import (
+    DryRunOption,
+    GpusOption,
+    JsonOption,
+    RayOption,
+    RecipeArgument,
+    SetOption,
+    check_gpus,
+    number,
+    print_json,
+    print_table,
+)
 from weft.pipeline.expert_recipe import load_expert_recipe
 from weft.pipeline.gating import gate_plan, score_experts
 from weft.pipeline.train import is_main_process
@@ -23,10 +33,8 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Throw away scores of other experts, text or settings.")
     ] = False,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Over the machines of a Ray cluster (extra 'ray'), which share a disk.")
-    ] = False,
-    gpus: Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each Ray task; 0 for CPUs.")] = 0.0,
+    ray: RayOption = False,
+    gpus: GpusOption = 0.0,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -35,8 +43,7 @@ def run(
     The scores go to `scores` in the run folder; gates are fitted on them without running an expert again. Run again
     after an interruption, the command continues. Under torchrun the ranks share the work.
     """
-    if gpus and not ray:
-        raise ConfigError(f"--gpus {gpus:g} is of Ray's tasks; give --ray with it, or leave it out")
+    check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)

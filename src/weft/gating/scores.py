@@ -21,9 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -45,6 +43,7 @@ from weft.corpora.source import Source
 from weft.corpora.store_files import checksum, file_digest, make_folder, sync_file, write_json
 from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weft.evaluation.perplexity import windows_of
+from weft.fan_out import Task, cluster, fan_out, keep, new_key
 from weft.gating.experts import ExpertPool, ExpertSource, Rows
 from weft.gating.features import sequence_features
 from weft.gating.files import read_tensors, write_tensors
@@ -57,7 +56,6 @@ INDEX, PLAN, SHARDS = "index.json", "plan.json", "shards"
 PARTS = ("logp", "tokens", "lengths", "clusters")
 
 _BLOCK = 1 << 20
-_IN_FLIGHT = 64
 _REMEDY = "choose another folder, or delete this one (overwrite=True) and score again"
 _log = logging.getLogger(__name__)
 
@@ -315,55 +313,59 @@ def score_with_ray(
     eos_id: int | None = None,
     dtype: str = "float32",
     gpus: float = 0,
+    cpus: int = 1,
     overwrite: bool = False,
     show: bool = True,
 ) -> ScoreCache:
-    """As `score`, over the machines of a Ray cluster: one remote task per shard, written here.
+    """As `score`, over the machines of a Ray cluster: a shard is a unit of work (`fan_out`), and is written here.
+
+    A shard that is scored twice because a worker died is written once.
 
     Args:
         experts: where to load the experts from, on every machine.
         domains, folder, config, eos_id, overwrite, show: as `score`; the folder need be seen from here alone.
         dtype: the experts' parameters are held in.
         gpus: of each task; 0 runs it on CPUs.
+        cpus: cores of each task.
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: as `score`; Ray is not installed, or a machine does not see the experts' folders.
         DataError, NumericsError, CheckpointError: as `score`.
+        WeftError: workers died again and again.
     """
     config = ScoreConfig() if config is None else config
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError(
-            "scoring over machines needs Ray: pip install 'weft[ray]', or use torchrun over processes"
-        ) from error
-    if not ray.is_initialized():
-        ray.init()
     sources = json.dumps([source.model_dump() for source in experts])
-    device = "cuda" if gpus else "cpu"
-    far_facts = ray.remote(num_gpus=gpus)(_far_facts)
-    far_shard = ray.remote(num_gpus=gpus)(_far_shard)
-    fingerprints, facts, fast = ray.get(far_facts.remote(sources, dtype, device))
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast)
-    plan = _make_plan(fingerprints, facts, domains, config, eos_id, bf16)
-    work = _Work(Path(folder), plan, overwrite, rank=0, world=1)
-    if work.finished:
-        return ScoreCache.open(folder)
-    with work.held():
-        left = [task for task in work.tasks if not work.has(task)]
-        total = sum(task.count for task in work.tasks)
-        with progress("score", total, unit="sequences", enabled=show) as counter:
-            counter.advance(total - sum(task.count for task in left))
-            running: dict[Any, ShardTask] = {}
-            while left or running:
-                while left and len(running) < _IN_FLIGHT:
-                    task = left.pop(0)
-                    running[far_shard.remote(sources, dtype, device, task, config.batch_size, bf16)] = task
-                ready, _ = ray.wait(list(running), num_returns=1)
-                for reference in ready:
-                    task = running.pop(reference)
-                    work.write(task, ray.get(reference))
-                    counter.advance(task.count)
-        work.finish(config)
+    places = [Path(place) for source in experts for place in (source.library, source.model) if place is not None]
+    over: dict[str, Any] = {"shared": [place for place in places if place.is_dir()], "gpus": gpus, "cpus": cpus}
+    far = (new_key(), sources, dtype, "cuda" if gpus else "cpu")
+    found: list[tuple[dict[str, str], PoolFacts, bool]] = []
+    with cluster(cpus, gpus):
+        facts_task = Task("the experts' fingerprints", far)
+        fan_out([facts_task], _far_facts, lambda _, facts: found.append(facts), show=False, **over)
+        fingerprints, facts, fast = found[0]
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and fast)
+        plan = _make_plan(fingerprints, facts, domains, config, eos_id, bf16)
+        work = _Work(Path(folder), plan, overwrite, rank=0, world=1)
+        if work.finished:
+            return ScoreCache.open(folder)
+        with work.held():
+            left = [task for task in work.tasks if not work.has(task)]
+            units = {
+                Task(
+                    f"shard {task.number}, {task.title(0)} and on", (*far, task, config.batch_size, bf16), task.count
+                ): task
+                for task in left
+            }
+            fan_out(
+                list(units),
+                _far_shard,
+                lambda unit, shard: work.write(units[unit], shard),
+                description="score",
+                unit="sequences",
+                already=sum(task.count for task in work.tasks) - sum(task.count for task in left),
+                show=show,
+                **over,
+            )
+            work.finish(config)
     return ScoreCache.open(folder)
 
 
@@ -947,16 +949,19 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 # -- elsewhere ----------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def _far_pool(sources: str, dtype: str, device: str) -> ExpertPool:
-    return ExpertPool.load([ExpertSource(**source) for source in json.loads(sources)], dtype=dtype, device=device)
+def _far_pool(key: str, sources: str, dtype: str, device: str) -> ExpertPool:
+    """The experts on a worker, loaded once for all its shards."""
+    return keep(
+        key,
+        lambda: ExpertPool.load([ExpertSource(**source) for source in json.loads(sources)], dtype=dtype, device=device),
+    )
 
 
-def _far_facts(sources: str, dtype: str, device: str) -> tuple[dict[str, str], PoolFacts, bool]:
-    pool = _far_pool(sources, dtype, device)
+def _far_facts(key: str, sources: str, dtype: str, device: str) -> tuple[dict[str, str], PoolFacts, bool]:
+    pool = _far_pool(key, sources, dtype, device)
     fast = _bf16(ScoreConfig(precision="auto"), pool.device)
     return pool.fingerprints(), PoolFacts(pool.names, pool.vocab_size, pool.longest), fast
 
 
-def _far_shard(sources: str, dtype: str, device: str, task: ShardTask, batch_size: int, bf16: bool) -> Shard:
-    return score_shard(_far_pool(sources, dtype, device), task, batch_size, bf16)
+def _far_shard(key: str, sources: str, dtype: str, device: str, task: ShardTask, batch_size: int, bf16: bool) -> Shard:
+    return score_shard(_far_pool(key, sources, dtype, device), task, batch_size, bf16)

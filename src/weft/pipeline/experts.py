@@ -1,7 +1,8 @@
 """One recipe, a library of experts: one expert per domain, each made without the others.
 
 Experts are independent of each other, so any number of processes may make them at once, on one machine or several that
-share the run folder: a lock per expert keeps two from making the same one, and the library takes additions in turn.
+share the run folder: a lock per expert keeps two from making the same one, and the library takes additions in turn. A
+worker that takes over from one that died goes on from its last checkpoint, or finds the expert in the library.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +38,7 @@ from weft.experts.library import ExpertLibrary, check_name
 from weft.experts.lora import check_fits
 from weft.experts.statistics import collect_statistics, embedder_named
 from weft.experts.train import ExpertTraining, train_expert
+from weft.fan_out import Task, fan_out, keep, new_key
 from weft.files import write_whole
 from weft.models.factory import count_parameters
 from weft.pipeline.base import Base, open_base
@@ -51,6 +54,9 @@ _LONGEST_NAME = 100
 _GATE_PARTS = ("gate", "statistics_examples", "embedder")
 """Keys of an expert's settings that its adapter does not depend on."""
 _GATE_SETTINGS = tuple(f"settings.{key}" for key in _GATE_PARTS)
+
+_PATIENCE_S = 120.0
+"""How long a worker waits for the lock of one that died: a file system may notice that only after a while."""
 
 Status = Literal["made", "kept"]
 
@@ -81,7 +87,10 @@ def open_workshop(recipe: ExpertRecipe, *, progress: bool = True) -> Workshop:
         ConfigError, DataError: as `prepare` and `open_base`, or a domain is named that is not there.
         ExpertError: the library is for another base, or two domains' experts would share a name.
     """
-    data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
+    return _workshop(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
+
+
+def _workshop(recipe: ExpertRecipe, data: PreparedData) -> Workshop:
     domains = expert_domains(data.domains, recipe.experts.domains)
     base = open_base(recipe, data)
     return Workshop(recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains)
@@ -125,6 +134,8 @@ def train_experts(
     only: Sequence[str] | None = None,
     replace: bool = False,
     processes: int = 1,
+    ray: bool = False,
+    gpus: float = 0.0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Make an expert of every domain and add each to the library as soon as it is whole.
@@ -139,15 +150,21 @@ def train_experts(
         replace: discard experts, and unfinished work, of other settings, data or seed under the same names.
         processes: how many to make at once. Each process uses an equal share of the cores (OMP_NUM_THREADS if that is
             set), and accelerators in turn; sums over another number of threads may differ in the last bits.
+        ray: over the machines of a Ray cluster instead, one task per expert; all of them see the run folder, the
+            prepared data, the base and the library at the same place.
+        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
         progress: show progress on stderr.
     Returns:
         library, base, and by expert: domain, status (made now, or kept), and its card's losses and adapter facts.
     Raises:
         ConfigError, DataError, ExpertError, CheckpointError, NumericsError: as `open_workshop` and `train_expert`; a
             name in `only` is not there; an expert of other settings has the name and `replace` is not set.
+        ConfigError, WeftError: as `fan_out`.
     """
     if processes < 1:
         raise ConfigError(f"processes is {processes}; it must be at least 1")
+    if ray and processes > 1:
+        raise ConfigError(f"processes is {processes} and Ray is asked for, which makes its own; give one of the two")
     group = process_group(recipe)
     first = group is None or group.is_main_process
     with nullcontext() if group is None else group.main_process_first():
@@ -158,7 +175,9 @@ def train_experts(
     rank, world = (0, 1) if group is None else (group.process_index, group.num_processes)
     todo = [name for name in names if name not in kept][rank::world]
     workers = min(processes, len(todo))
-    if workers and (workers > 1 or group is not None):
+    if ray:
+        _make_with_ray(shop, todo, replace=replace, gpus=gpus, progress=progress)
+    elif workers and (workers > 1 or group is not None):
         local_rank = 0 if group is None else group.local_process_index
         _make_in_processes(recipe, todo, workers, replace=replace, first_slot=local_rank * processes)
     else:
@@ -175,9 +194,14 @@ def train_experts(
     }
 
 
-def make_one(shop: Workshop, name: str, *, replace: bool = False) -> Status:
+def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: float = 0.0) -> Status:
     """Make one expert and add it to the library, or find it there.
 
+    Args:
+        shop: where it is made.
+        name: of the expert.
+        replace: discard what is there of other settings, data or seed.
+        patience_s: how long to wait for another process that is making it.
     Raises:
         CheckpointError: another process is making it, or its folder holds work of other settings and `replace` is not
             set.
@@ -185,7 +209,7 @@ def make_one(shop: Workshop, name: str, *, replace: bool = False) -> Status:
     """
     recipe, domain = shop.recipe, shop.domains[name]
     work = recipe.training_folder(name)
-    with _alone(work, name):
+    with _alone(work, name, patience_s):
         if _standing(shop, name, replace=replace):
             return "kept"
         _claim(work, name, fingerprint_of(_wanted(shop, name)), replace=replace)
@@ -391,14 +415,19 @@ def _summary(shop: Workshop, name: str, status: Status) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(work: Path, name: str) -> Iterator[None]:
+def _alone(work: Path, name: str, patience_s: float = 0.0) -> Iterator[None]:
     """Hold an expert's work folder against other processes."""
     work.parent.mkdir(parents=True, exist_ok=True)
     with (work.parent / f".{work.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"another process is making expert {name!r} in {work}; wait for it") from None
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise CheckpointError(f"another process is making expert {name!r} in {work}; wait for it") from None
+                time.sleep(0.1)
         yield
 
 
@@ -425,6 +454,35 @@ def process_group(recipe: ExpertRecipe) -> PartialState | None:
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
         cpu=recipe.experts.training.device == "cpu" or not torch.cuda.is_available(),
     )
+
+
+def _make_with_ray(shop: Workshop, names: Sequence[str], *, replace: bool, gpus: float, progress: bool) -> None:
+    """Make each expert on some machine of a Ray cluster."""
+    recipe = shop.recipe
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    key = new_key()
+    fan_out(
+        [Task(f"expert {name!r}", (key, recipe, name, replace)) for name in names],
+        _make_far,
+        lambda task, status: None,
+        shared=shared_folders(recipe),
+        gpus=gpus,
+        cpus=recipe.experts.training.threads or 1,
+        description="train",
+        unit="experts",
+        show=progress,
+    )
+
+
+def shared_folders(recipe: ExpertRecipe) -> list[Path]:
+    """Those folders of a recipe of experts that are there, and that all machines which work on it must see."""
+    folders = (recipe.run, recipe.prepared_folder, recipe.library_folder, Path(recipe.base))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _make_far(key: str, recipe: ExpertRecipe, name: str, replace: bool) -> Status:
+    shop = keep(key, lambda: _workshop(recipe, PreparedData.load(recipe.prepared_folder)))
+    return make_one(shop, name, replace=replace, patience_s=_PATIENCE_S)
 
 
 def _make_in_processes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from weft.evaluation.result import finite_or_none, mean_result
 from weft.evaluation.suite import EvaluationConfig, SuiteDifference, SuiteResult, evaluate_suite, suite_difference
 from weft.experts.expert import base_name
 from weft.experts.library import ExpertLibrary
+from weft.fan_out import Task, fan_out, keep, new_key
 from weft.pipeline.base import base_tokenizer, open_base
 from weft.pipeline.expert_recipe import ExpertRecipe
+from weft.pipeline.experts import shared_folders
 from weft.pipeline.prepare import prepare
+from weft.pipeline.prepared import PreparedData
 from weft.progress import progress as show_progress
 from weft.routing.retrieval import RetrievalRouter
 from weft.routing.routed_model import RoutedModel
@@ -235,6 +239,8 @@ def evaluate_routes(
     experts: Sequence[str] | None = None,
     config: EvaluationConfig | None = None,
     singles: bool = True,
+    ray: bool = False,
+    gpus: float = 0.0,
     progress: bool = True,
 ) -> RouteEvaluation:
     """Score base, routers and single experts on the recipe's held-out text, all on the same windows.
@@ -245,62 +251,120 @@ def evaluate_routes(
         experts: names of those to route among; None for all.
         config: how much to score; None for the recipe's.
         singles: score every expert alone too, for the best single one and the oracle; costs one evaluation per expert.
+        ray: over the machines of a Ray cluster, one task for the base, each router and each single expert; all of them
+            see the prepared data, the base and the library at the same place.
+        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
         progress: show progress on stderr.
     Raises:
         ConfigError: an unknown router or key, or nothing is held out.
         DataError, ExpertError: as `open_base` and `RoutedModel`.
+        ConfigError, WeftError: as `fan_out`.
     """
     data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
-    heldout = {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None}
-    if not heldout and data.target_heldout is None:
+    if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
         raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
-    library = ExpertLibrary.open(recipe.library_folder)
     sections = {text: router_config(parse_router(text)) for text in routes or ()}
-    base = open_base(recipe, data)
-    runtime = choose_runtime(recipe.experts.training, parameters=0)
-    model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=runtime.device)
-    names = [expert.name for expert in model.experts]
+    config = recipe.evaluation if config is None else config
+    bench = _Bench.open(recipe, data, experts, config, device=torch.device("cpu") if ray else None)
+    names = [expert.name for expert in bench.model.experts]
     notes: list[str] = []
     if routes is None:
-        sections, notes = _possible(model)
+        sections, notes = _possible(bench.model)
     for label, section in sections.items():
         if routers[section.router] is RetrievalRouter:
             notes.append(f"{label} chooses by text that includes the tokens it is scored on")
 
-    def score() -> SuiteResult:
-        return evaluate_suite(
-            model,
-            heldout,
-            data.target_heldout,
-            sequence_length=recipe.experts.training.sequence_length,
-            config=recipe.evaluation if config is None else config,
-            device=runtime.device,
-            per_window=True,
+    rows: dict[tuple[str, str], RouterSection | None] = {("base", BASE): None}
+    rows |= {("router", label): section for label, section in sections.items()}
+    rows |= {("expert", name): {"router": "single", "expert": name} for name in names if singles}
+    found: dict[tuple[str, str], SuiteResult] = {}
+    if ray:
+        key = new_key()
+        tasks = {
+            Task(f"{kind} {label!r}", (key, recipe, experts, config, router)): (kind, label)
+            for (kind, label), router in rows.items()
+        }
+        fan_out(
+            list(tasks),
+            _score_far,
+            lambda task, result: found.update({tasks[task]: result}),
+            shared=shared_folders(recipe),
+            gpus=gpus,
+            cpus=recipe.experts.training.threads or 1,
+            description="evaluate",
+            unit="models",
+            show=progress,
         )
-
-    alone: dict[str, SuiteResult] = {}
-    found: dict[str, SuiteResult] = {}
-    total = 1 + len(sections) + (len(names) if singles else 0)
-    with show_progress("evaluate", total=total, unit="models", enabled=progress) as counter:
-        with model.disabled():
-            plain = score()
-        counter.advance()
-        for label, section in sections.items():
-            model.use_router(section)
-            _give_text(model, data.tokenizer)
-            found[label] = score()
-            counter.advance()
-        for name in names if singles else ():
-            model.use_router({"router": "single", "expert": name})
-            alone[name] = score()
-            counter.advance()
+    else:
+        with show_progress("evaluate", total=len(rows), unit="models", enabled=progress) as counter:
+            for row, router in rows.items():
+                found[row] = bench.score(router)
+                counter.advance()
+    plain = found["base", BASE]
+    alone = {name: found["expert", name] for name in names if singles}
     if alone:
         notes.append("best single and oracle are chosen on the held-out text they are scored on")
     best = min(alone, key=lambda name: _mean(alone[name])) if alone else None
     oracle = {}
     for each in plain.sets if alone else ():
         oracle[each] = min(alone, key=lambda name: alone[name].sets[each].nats_per_token)
-    return RouteEvaluation(plain, found, alone, best, oracle, tuple(notes))
+    found_routes = {label: found["router", label] for label in sections}
+    return RouteEvaluation(plain, found_routes, alone, best, oracle, tuple(notes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """A base with its experts, and the text it is scored on, whoever routes."""
+
+    recipe: ExpertRecipe
+    config: EvaluationConfig
+    data: PreparedData
+    model: RoutedModel
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls,
+        recipe: ExpertRecipe,
+        data: PreparedData,
+        experts: Sequence[str] | None,
+        config: EvaluationConfig,
+        device: torch.device | None = None,
+    ) -> _Bench:
+        library = ExpertLibrary.open(recipe.library_folder)
+        base = open_base(recipe, data)
+        if device is None:
+            device = choose_runtime(recipe.experts.training, parameters=0).device
+        model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=device)
+        return cls(recipe, config, data, model, device)
+
+    def score(self, section: RouterSection | None) -> SuiteResult:
+        """Evaluate the experts under a router; the base alone where there is none."""
+        if section is not None:
+            self.model.use_router(section)
+            _give_text(self.model, self.data.tokenizer)
+        with self.model.disabled() if section is None else nullcontext():
+            return evaluate_suite(
+                self.model,
+                {domain.name: domain.heldout for domain in self.data.domains if domain.heldout is not None},
+                self.data.target_heldout,
+                sequence_length=self.recipe.experts.training.sequence_length,
+                config=self.config,
+                device=self.device,
+                per_window=True,
+            )
+
+
+def _score_far(
+    key: str,
+    recipe: ExpertRecipe,
+    experts: Sequence[str] | None,
+    config: EvaluationConfig,
+    section: RouterSection | None,
+) -> SuiteResult:
+    """One row of an evaluation, on a worker that keeps its bench for the next."""
+    bench = keep(key, lambda: _Bench.open(recipe, PreparedData.load(recipe.prepared_folder), experts, config))
+    return bench.score(section)
 
 
 def _possible(model: RoutedModel) -> tuple[dict[str, RouterConfig], list[str]]:

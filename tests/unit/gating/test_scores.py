@@ -1,12 +1,10 @@
 """The score cache: right numbers, the same bytes however it was made, and nothing stale, torn or impossible inside."""
 
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
-from support import experts as tiny
 from support.gated import mixed_pool, whole_pool
 
 from weft.corpora.source import ArraySource
@@ -14,7 +12,7 @@ from weft.errors import ConfigError, DataError, NumericsError
 from weft.gating import scores
 from weft.gating.bayes import BayesGate
 from weft.gating.certificate import certify
-from weft.gating.experts import ExpertPool, ExpertSource
+from weft.gating.experts import ExpertSource
 from weft.gating.primal_dual import FitConfig, fit_robust_gate
 from weft.gating.scores import ScoreCache, ScoreConfig, score, score_with_ray
 
@@ -285,58 +283,7 @@ def test_bf16_scores_are_near_and_named_in_the_fingerprint(tmp_path):
     assert 0 < difference.max() < 0.2
 
 
-class FakeRay(types.ModuleType):
-    """Ray's calls, in this process: tasks answer out of order and arrays come back read-only, as Ray's do."""
-
-    def __init__(self):
-        super().__init__("ray")
-        self.up, self.tasks = False, 0
-
-    def is_initialized(self):
-        return self.up
-
-    def init(self):
-        self.up = True
-
-    def remote(self, num_gpus):
-        def decorate(function):
-            return types.SimpleNamespace(remote=lambda *args: self.submit(function, args))
-
-        return decorate
-
-    def submit(self, function, args):
-        self.tasks += 1
-        answer = function(*args)
-        if isinstance(answer, scores.Shard):
-            for array in vars(answer).values():
-                array.flags.writeable = False
-        return Reference(answer)
-
-    def get(self, reference):
-        return reference.answer
-
-    def wait(self, references, num_returns):
-        return references[-num_returns:], references[:-num_returns]
-
-
-class Reference:
-    def __init__(self, answer):
-        self.answer = answer
-
-
-def test_machines_give_the_same_bytes_as_one_process(tmp_path, monkeypatch):
-    sources = []
-    for seed in range(2):
-        tiny.llama(seed).save_pretrained(tmp_path / f"m{seed}")
-        sources.append(ExpertSource(name=f"m{seed}", model=str(tmp_path / f"m{seed}")))
-    score(ExpertPool.load(sources), domains(), tmp_path / "one", CONFIG, eos_id=EOS, show=False)
+def test_machines_need_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"weft\[ray\]"):
-        score_with_ray(sources, domains(), tmp_path / "far", CONFIG, eos_id=EOS, show=False)
-    ray = FakeRay()
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    score_with_ray(sources, domains(), tmp_path / "far", CONFIG, eos_id=EOS, show=False)
-    assert ray.tasks == 1 + 2 * 3 + 2 * 2
-    assert contents(tmp_path / "one") == contents(tmp_path / "far")
-    score_with_ray(sources, domains(), tmp_path / "far", CONFIG, eos_id=EOS, show=False)
-    assert ray.tasks == 12  # finished: only the experts' fingerprints were asked for
+        score_with_ray([ExpertSource(name="m", model="nowhere")], domains(), tmp_path, CONFIG, eos_id=EOS, show=False)

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli.dry_run import show
-from weft.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
+from weft.cli.options import (
+    DryRunOption,
+    GpusOption,
+    JsonOption,
+    RayOption,
+    RecipeArgument,
+    SetOption,
+    check_gpus,
+    number,
+    print_json,
+    print_table,
+)
 from weft.pipeline.expert_recipe import expert_plan, load_expert_recipe
 from weft.pipeline.experts import train_experts
 from weft.pipeline.train import is_main_process
@@ -21,6 +32,8 @@ def run(
         typer.Option("--only", metavar="NAME", help="Make this expert only; repeatable.", show_default=False),
     ] = None,
     processes: Annotated[int, typer.Option(help="Experts made at once.", min=1)] = 1,
+    ray: RayOption = False,
+    gpus: GpusOption = 0.0,
     replace: Annotated[
         bool, typer.Option("--replace", help="Discard experts and unfinished work of other settings, data or seed.")
     ] = False,
@@ -31,13 +44,14 @@ def run(
 
     The recipe has an `experts` section: a recipe of weft train, whose model is then the base, or a small one with run,
     data and experts, where experts.base names the base. Each expert joins the library as soon as it is whole; run
-    again, the command continues. Under torchrun the experts are dealt out to the ranks.
+    again, the command continues. Under torchrun the experts are dealt out to the ranks, with --ray to machines.
     """
+    check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), expert_plan(resolved), json)
         return
-    result = train_experts(resolved, only=only, replace=replace, processes=processes)
+    result = train_experts(resolved, only=only, replace=replace, processes=processes, ray=ray, gpus=gpus)
     if not is_main_process():
         return
     if json:

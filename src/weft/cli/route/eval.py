@@ -9,9 +9,12 @@ import typer
 from weft.cli.dry_run import show
 from weft.cli.options import (
     DryRunOption,
+    GpusOption,
     JsonOption,
+    RayOption,
     RecipeArgument,
     SetOption,
+    check_gpus,
     names_of,
     print_json,
     print_table,
@@ -46,6 +49,8 @@ def run(
     singles: Annotated[
         bool, typer.Option("--singles/--no-singles", help="Score every expert alone, for best single and oracle.")
     ] = True,
+    ray: RayOption = False,
+    gpus: GpusOption = 0.0,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -54,6 +59,7 @@ def run(
     All are scored on the same windows; a standard error is over windows. Best single expert and oracle (the best expert
     of each set) are chosen on the very text they are scored on: they are bounds, not methods.
     """
+    check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     config = resolved.evaluation
     if max_tokens is not None:
@@ -67,6 +73,8 @@ def run(
         experts=None if experts is None else names_of(experts),
         config=config,
         singles=singles,
+        ray=ray,
+        gpus=gpus,
     )
     if json:
         print_json(found.to_json())
