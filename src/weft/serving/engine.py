@@ -108,8 +108,12 @@ class Request:
     def tell(self, event: Token | Finished) -> None:
         """Pass an event on to the asker; no lock is held."""
         self._events.put(event)
-        if self._on_event is not None:
+        if self._on_event is None:
+            return
+        try:
             self._on_event()
+        except Exception:  # a listener's fault must not stop the engine for everybody
+            log.exception("whoever listens to a request failed")
 
 
 class Engine:

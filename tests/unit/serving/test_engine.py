@@ -270,6 +270,14 @@ def test_whoever_asks_to_is_told_of_every_event(engine: Engine) -> None:
 # -- when things go wrong -------------------------------------------------------------------------------------------
 
 
+def test_a_listener_that_fails_stops_nobody(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def listen() -> None:
+        raise ZeroDivisionError
+
+    assert collect(engine.submit(PROMPT, GREEDY, on_event=listen)) == ask(engine, PROMPT, GREEDY)
+    assert "listens" in caplog.text
+
+
 @pytest.mark.parametrize("batching", [True, False])
 def test_an_error_ends_the_requests_of_its_pass(
     folders: dict[str, Path], batching: bool, caplog: pytest.LogCaptureFixture
