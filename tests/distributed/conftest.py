@@ -24,17 +24,38 @@ def run_ranks(tmp_path: Path) -> RunRanks:
         if __name__ == "__main__":
             rank_main({"case": function, ...})
 
-    with `rank_main` as below written out there, because a rank must be able to run without pytest.
+    with `rank_main` as in `test_alignment_ddp.py` written out there, because a rank must be able to run without pytest.
     """
+    return ranks_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder all tests of a file share, with each other and with the ranks of `run_shared_ranks`."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def run_shared_ranks(shared_folder: Path) -> RunRanks:
+    """`run_ranks` for a fixture of module scope: ranks start once and many tests look at what they left."""
+    return ranks_in(shared_folder)
+
+
+def ranks_in(folder: Path) -> RunRanks:
+    """`run_ranks` with its files in a folder, which the ranks find as that of `WEFT_TEST_ANSWER`."""
 
     def run(program: str, case: str, *, ranks: int = 2, timeout: float = 240) -> list[Any]:
-        processes, answers = [], [tmp_path / f"{case}-{rank}.json" for rank in range(ranks)]
+        processes, answers = [], [folder / f"{case}-{rank}.json" for rank in range(ranks)]
         calm = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         for rank, answer in enumerate(answers):
             place = {
                 "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
-                "WEFT_TEST_STORE": str(tmp_path / f"{case}-store"),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",  # accelerate asks for both; the ranks themselves meet in a file
+                "MASTER_PORT": "0",
+                "WEFT_TEST_STORE": str(folder / f"{case}-store"),
                 "WEFT_TEST_ANSWER": str(answer),
             }
             command = [sys.executable, "-W", "error::UserWarning", program, case]

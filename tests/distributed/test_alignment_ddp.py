@@ -30,7 +30,6 @@ from weft.training.alignment import (
     gradient_direction,
     group_alignment,
     probe_alignment,
-    separate_alignment,
 )
 
 pytestmark = pytest.mark.distributed
@@ -139,7 +138,23 @@ def measure_sharded(rank: int, world: int) -> dict[str, Any]:
     weights = [local(p.detach()).clone() for p in model.parameters()]
     v = gradient_direction(model, sequence_losses, draw(6, 2)[rank::world], micro_batch=2)
     dots = finite_difference(model, sequence_losses, tokens, v, micro_batch=2)
-    found = as_json(group_alignment(dots, groups, GROUPS, v))
+    found = {"finite_difference": as_json(group_alignment(dots, groups, GROUPS, v))}
+    for estimator in ("separate", "finite_difference"):
+        # Rank 0 has one sequence less than rank 1, so the ranks differ in passes, in all and within groups.
+        first = 1 if rank == 0 else 0
+        found[f"{estimator} on unequal shares"] = as_json(
+            probe_alignment(
+                estimator,
+                model,
+                sequence_losses,
+                tokens[first:],
+                groups[first:],
+                GROUPS,
+                v,
+                AlignmentConfig(),
+                micro_batch=2,
+            )
+        )
     for parameter, gradient, weight in zip(model.parameters(), before, weights, strict=True):
         assert torch.equal(local(parameter.grad), gradient)
         assert torch.equal(local(parameter.detach()), weight)
@@ -150,7 +165,6 @@ def measure_sharded(rank: int, world: int) -> dict[str, Any]:
         for attempt in (
             lambda: ShadowProbe(model, v),
             lambda: CumulativeDots(dict(model.named_parameters()), v),
-            lambda: separate_alignment(model, sequence_losses, [], v, GROUPS),
         ):
             try:
                 attempt()
@@ -163,8 +177,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, Any], dot_bound: float) -> None:
-    assert found["counts"] == expected["counts"] == [3, 2, 3, 0]
+def assert_close(found: dict[str, Any], expected: dict[str, Any], dot_bound: float, first: int = 3) -> None:
+    assert found["counts"] == expected["counts"] == [first, 2, 3, 0]
     assert found["direction_norm"] == pytest.approx(expected["direction_norm"], rel=1e-5)
     for one, other in zip(found["dots"], expected["dots"], strict=True):
         assert (one is None) == (other is None)
@@ -196,15 +210,21 @@ def test_a_rank_without_sequences_takes_part(run_ranks: Callable[..., list[Any]]
             assert_close(rank[estimator], expected, (2e-3 if "finite" in estimator else 1e-5) * scale)
 
 
-def test_fsdp2_measures_by_finite_difference_and_refuses_the_rest(run_ranks: Callable[..., list[Any]]) -> None:
+def test_fsdp2_measures_with_what_sharded_gradients_allow_and_refuses_the_rest(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
     one = measure_sharded(0, 1)
     ranks = run_ranks(__file__, "measure_sharded")
-    scale = one["direction_norm"] ** 2
+    exact, coarse = (one[f"{estimator} on unequal shares"] for estimator in ("separate", "finite_difference"))
+    scale = max(exact["norms"][:3]) * exact["direction_norm"]
     for rank in ranks:
-        assert_close(rank, one, 2e-3 * scale)
-        assert rank["choice"] == "finite_difference"
-        assert len(rank["refused"]) == 3
-        assert all("use finite_difference" in message for message in rank["refused"])
+        assert_close(rank["finite_difference"], one["finite_difference"], 2e-3 * scale)
+        assert_close(rank["finite_difference on unequal shares"], coarse, 2e-3 * scale, first=2)
+        assert_close(rank["separate on unequal shares"], exact, 1e-5 * scale, first=2)
+        assert rank["choice"] == "separate"
+        assert len(rank["refused"]) == 2
+        assert all("use separate or finite_difference" in message for message in rank["refused"])
+    assert ranks[0] == ranks[1]
     assert one["choice"] == "cumulative"
 
 

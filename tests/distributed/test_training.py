@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from support.command_line import Call
 from support.tiny_project import command, environment, write_corpora, write_recipe
 
+Train = Callable[..., None]
 
-def train(folder: Path, recipe: Path, run: str, *, processes: int, extra: tuple[str, ...] = ()) -> None:
-    settings = ["--set", f"run={run}", "--set", "prepared=prepared", *extra]
-    arguments = command("train", recipe, *settings)
-    if processes > 1:
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """`train(recipe, run, processes=2)`: `weft train` under torchrun, or in this process where one is enough."""
+    write_corpora(tmp_path / "corpora")
+    monkeypatch.chdir(tmp_path)
+    call = Call(capsys)
+
+    def run(recipe: Path, folder: str, *, processes: int, extra: tuple[str, ...] = ()) -> None:
+        arguments = ["train", recipe, "--set", f"run={folder}", "--set", "prepared=prepared", *extra]
+        if processes == 1:
+            call(*arguments)
+            return
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -25,11 +38,19 @@ def train(folder: Path, recipe: Path, run: str, *, processes: int, extra: tuple[
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
             "--master-addr", "127.0.0.1", "--master-port", str(port),
         ]  # fmt: skip
-        arguments = [*launcher, *arguments[1:]]
-    finished = subprocess.run(
-        arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+        finished = subprocess.run(
+            [*launcher, *command(*arguments)[1:]],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr[-4000:]
+
+    return run
+
+
+def back_to_the_checkpoint_before(run: Path) -> None:
+    """Take a finished run back to its last but one checkpoint, as if it had been stopped there."""
+    (run / "result.json").unlink()
+    shutil.rmtree(max((run / "checkpoints").glob("step-*")))
 
 
 def mixtures(run: Path) -> list[dict[str, Any]]:
@@ -50,13 +71,12 @@ def assert_close(first: Path, second: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("estimator", ["shadow", "cumulative", "separate"])
-def test_two_processes_equal_one(tmp_path: Path, estimator: str) -> None:
-    write_corpora(tmp_path / "corpora")
+def test_two_processes_equal_one(tmp_path: Path, train: Train, estimator: str) -> None:
     recipe = write_recipe(tmp_path, {"alignment": {"estimator": estimator, "target_sequences": 8}})
     micro = ("--set", "training.micro_batch_sequences=1") if estimator == "cumulative" else ()
     extra = ("--set", "training.steps=20", "--set", "evaluation.every_steps=10", *micro)
-    train(tmp_path, recipe, "runs/one", processes=1, extra=extra)
-    train(tmp_path, recipe, "runs/two", processes=2, extra=extra)
+    train(recipe, "runs/one", processes=1, extra=extra)
+    train(recipe, "runs/two", processes=2, extra=extra)
     assert_close(tmp_path / "runs/one", tmp_path / "runs/two")
     first = json.loads((tmp_path / "runs/one/result.json").read_text())
     second = json.loads((tmp_path / "runs/two/result.json").read_text())
@@ -68,17 +88,29 @@ def test_two_processes_equal_one(tmp_path: Path, estimator: str) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_moves_between_world_sizes(tmp_path: Path, before: int, after: int) -> None:
-    write_corpora(tmp_path / "corpora")
+def test_a_run_moves_between_world_sizes(tmp_path: Path, train: Train, before: int, after: int) -> None:
     recipe = write_recipe(tmp_path)
-    train(tmp_path, recipe, "runs/whole", processes=1)
-    train(tmp_path, recipe, "runs/moved", processes=before)
-    run = tmp_path / "runs/moved"
-    # Take the run back to its last but one checkpoint, as if it had been stopped there.
-    (run / "result.json").unlink()
-    newest = max((run / "checkpoints").glob("step-*"))
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
-    train(tmp_path, recipe, "runs/moved", processes=after)
+    train(recipe, "runs/whole", processes=1)
+    train(recipe, "runs/moved", processes=before)
+    back_to_the_checkpoint_before(tmp_path / "runs/moved")
+    train(recipe, "runs/moved", processes=after)
+    assert_close(tmp_path / "runs/whole", tmp_path / "runs/moved")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_split_model_equals_a_whole_one_and_goes_on_whole(tmp_path: Path, train: Train) -> None:
+    recipe = write_recipe(tmp_path, {"alignment": {"estimator": "separate", "target_sequences": 7}})
+    extra = ("--set", "training.steps=20", "--set", "evaluation.every_steps=10")
+    train(recipe, "runs/whole", processes=1, extra=extra)
+    train(recipe, "runs/moved", processes=2, extra=(*extra, "--set", "training.parallel=fsdp2"))
+    assert_close(tmp_path / "runs/whole", tmp_path / "runs/moved")
+    described = json.loads((tmp_path / "runs/moved/run.json").read_text())
+    assert {choice["setting"]: choice["value"] for choice in described["runtime"]}["parallel"] == "fsdp2"
+    results = [json.loads((tmp_path / f"runs/{run}/result.json").read_text()) for run in ("whole", "moved")]
+    for key in ("identity", "parameters", "trainable_parameters", "estimator"):
+        assert results[0][key] == results[1][key]
+
+    back_to_the_checkpoint_before(tmp_path / "runs/moved")
+    train(recipe, "runs/moved", processes=1, extra=extra)
     assert_close(tmp_path / "runs/whole", tmp_path / "runs/moved")

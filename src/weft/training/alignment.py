@@ -124,10 +124,10 @@ def choose_estimator(
 
         cumulative on the batch         a micro-batch for every group
         shadow on the batch             a sequence for every group
-        separate on extra sequences     whole parameters; exact, with norms (after shadow where processes are several,
-                                        because it reduces every group's gradient over them)
+        separate on extra sequences     exact, with norms, sharded parameters included (after shadow where processes
+                                        are several, because it reduces every group's gradient over them)
         shadow on extra sequences       whole parameters
-        finite_difference               anything, sharded parameters included
+        finite_difference               anything; where only forward passes can be afforded
 
     Args:
         config: the recipe's `alignment` section.
@@ -160,7 +160,7 @@ def choose_estimator(
         or batch
         or (accumulation_steps < groups and f"{accumulation_steps} micro-batches are fewer than {groups} groups"),
         ("shadow", "batch"): shadow or batch,
-        ("separate", "extra"): sharded,
+        ("separate", "extra"): False,
         ("shadow", "extra"): shadow,
         ("finite_difference", "extra"): norms or (narrow and "parameters in less than float32 cannot hold its steps"),
     }

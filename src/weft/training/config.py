@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from weft.config import Section
 
@@ -37,6 +45,10 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: on GPUs only")
     threads: PositiveInt | None = Field(None, description="CPU threads; absent: chosen for the machine")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator there is, else the CPU")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="several processes: ddp holds the model whole in each, fsdp2 splits it and its optimizer over them",
+    )
     log_every_steps: PositiveInt = Field(10, description="steps between two `train` lines of metrics.jsonl")
     save_every_steps: PositiveInt = Field(200, description="steps between two checkpoints")
     keep_checkpoints: PositiveInt = Field(2, ge=2, description="newest checkpoints kept; two, so that one may be torn")
@@ -55,6 +67,17 @@ class TrainingConfig(Section):
         if self.max_epochs is not None and self.exhaustion == "repeat":
             raise ValueError("max_epochs is a cap: set exhaustion to drop or stop with it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _values(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Every key, `parallel` only where it is not the default.
+
+        How processes share a model does not decide its weights, so it must not enter the fingerprint of a run.
+        """
+        values: dict[str, Any] = handler(self)
+        if values.get("parallel") == "ddp":
+            del values["parallel"]
+        return values
 
     @property
     def total_steps(self) -> int:

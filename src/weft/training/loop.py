@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,11 @@ from weft.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpo
 from weft.training.config import TrainingConfig, learning_rate
 from weft.training.meter import DomainMeter
 from weft.training.metrics import MetricsLog
+from weft.training.parallel import shard, units, whole
 from weft.training.runtime import Runtime
+from weft.training.state import adamw, dump_tensors, load_tensors, save_model
+
+__all__ = ["Evaluate", "Task", "Trainer", "TrainingResult", "adamw", "dump_tensors", "load_tensors"]
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +112,8 @@ class Trainer:
         evaluate_every_steps: 0 evaluates never.
         identity: fingerprint of what is trained; a checkpoint of another identity is refused.
         sinks: further receivers of metric lines.
+        may_shard: the caller can work with a model whose parameters are split over processes: it calls the trainer,
+            `evaluate` and `save_model` on every rank and reads no parameter itself.
 
     Raises:
         ConfigError: batch, processes and domains do not fit each other, or the policy needs what the task lacks.
@@ -127,6 +133,7 @@ class Trainer:
         evaluate_every_steps: int = 0,
         identity: str = "",
         sinks: tuple[Any, ...] = (),
+        may_shard: bool = False,
     ) -> None:
         self.task, self.config, self.alignment_config, self.runtime = task, config, alignment, runtime
         self.folder, self.seed, self.identity = folder, seed, identity
@@ -141,11 +148,13 @@ class Trainer:
         self.local_batch = config.batch_sequences // self.world
         self.micro_batch = min(config.micro_batch_sequences or self.local_batch, self.local_batch)
 
-        self.module = model.to(self.device)
-        if runtime.compile:
-            self.module.compile()
-        self.model: nn.Module = self.accelerator.prepare_model(self.module)
-        self.reference = task.reference.to(self.device).eval().requires_grad_(False) if task.reference else None
+        self.sharded = config.parallel == "fsdp2" and self.world > 1
+        if self.sharded and not may_shard:
+            raise ConfigError(
+                "training.parallel: fsdp2 splits the model of `weft train`; adapters and gates are small, and what "
+                "makes them reads them whole: use parallel: ddp there"
+            )
+        self._place(model, task.reference)
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.parameters, config)
 
@@ -174,6 +183,24 @@ class Trainer:
         )
 
     # -- set-up -------------------------------------------------------------------------------------------------
+
+    def _place(self, model: nn.Module, reference: nn.Module | None) -> None:
+        """Bring the models to the device: whole, or this rank's part of them."""
+        self.module, self.model, self.reference = model, model, reference
+        if reference is not None:
+            reference.eval().requires_grad_(False)
+        if self.sharded:
+            how: dict[str, Any] = {"device": self.device, "bf16": self.runtime.bf16}
+            shard(model, compiled=self.runtime.compile, **how)
+            if reference is not None:
+                shard(reference, trained=False, **how)
+            return
+        model.to(self.device)
+        if self.runtime.compile:
+            model.compile()
+        self.model = self.accelerator.prepare_model(model)
+        if reference is not None:
+            reference.to(self.device)
 
     def _check_needs(self) -> None:
         needs = self.task.policy.needs
@@ -240,10 +267,15 @@ class Trainer:
         log.info("continuing from step %d", self.step)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step (every rank calls this; the first writes)."""
+        """Write a checkpoint of the present step (every rank calls this; the first writes).
+
+        A sharded model and its optimizer are whole on the CPU of the first rank while it writes, and nowhere else.
+        """
         start = time.perf_counter()
         meter = self.meter.state_dict(self.accelerator)
-        if self.accelerator.is_main_process:
+        writes = self.accelerator.is_main_process
+        tensors = dump_tensors(self.module, self.optimizer, self.parameters, keep=writes)
+        if writes:
             self.metrics.flush()
             state = {
                 "identity": self.identity,
@@ -253,12 +285,15 @@ class Trainer:
                 "meter": meter,
                 "seconds": self.seconds,
             }
-            tensors = dump_tensors(self.module, self.optimizer, self.parameters)
             save_checkpoint(
                 self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=self.config.keep_checkpoints
             )
         self.accelerator.wait_for_everyone()
         self.seconds["save"] += time.perf_counter() - start
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model as a plain Hugging Face folder (every rank calls this; the first writes)."""
+        save_model(self.module, folder, writes=self.accelerator.is_main_process)
 
     @property
     def tokens(self) -> int:
@@ -343,11 +378,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         loss, dots_B, order_B = self._backward(batch, direction)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                self.parameters.values(), math.inf if self.config.clip_norm is None else self.config.clip_norm
-            )
-        )
+        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)))
         self._require_finite(loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -391,7 +423,7 @@ class Trainer:
             meter = align.CumulativeDots(self.parameters, direction) if cumulative and direction is not None else None
             for index, piece in enumerate(pieces):
                 last = index == len(pieces) - 1
-                with nullcontext() if last and meter is None else self.accelerator.no_sync(self.model):
+                with self._unreduced(last and meter is None):
                     tokens, weights = tokens_BT1[piece], weights_B[piece]
                     if probe is not None:
                         probe.begin(len(piece))
@@ -408,6 +440,13 @@ class Trainer:
                 align.average_gradients(self.parameters)
         loss = float(self.accelerator.reduce(total, "mean")) if self.world > 1 else float(total)
         return loss, torch.cat(dots) if dots else None, order_B
+
+    def _unreduced(self, last: bool) -> AbstractContextManager[Any]:
+        """Leave a micro-batch's gradient on its rank until the last one of the step.
+
+        Sharded gradients are reduced at every micro-batch: left on their rank they would be whole there.
+        """
+        return nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model)
 
     def _losses(self, tokens_BT1: Tensor, domains_B: Tensor) -> Tensor:
         """Training losses per sequence, metered by domain; with a reference model also its losses and the excess."""
@@ -515,6 +554,8 @@ class Trainer:
         start = time.perf_counter()
         result = self.evaluate(self.module)
         self.module.train()
+        for unit in units(self.module):
+            unit.reshard()
         self.metrics.write("eval", self.step, self.tokens, **result)
         self.evaluated_step = self.step
         self.seconds["eval"] += time.perf_counter() - start
@@ -529,65 +570,6 @@ class Trainer:
         return steps * self.config.batch_sequences * self.config.sequence_length
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms and biases alone."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
-    )  # fmt: skip
-
-
-def dump_tensors(
-    module: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """Trained weights, persistent buffers and optimizer moments under one flat set of names, on the CPU."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-    kept = module.state_dict()
-    tensors |= {f"model.{name}": buffer for name, buffer in module.named_buffers() if name in kept}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def load_tensors(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Undo `dump_tensors`.
-
-    Raises:
-        CheckpointError: the checkpoint is of another model.
-    """
-    kept = module.state_dict()
-    wanted = {**parameters, **{name: buffer for name, buffer in module.named_buffers() if name in kept}}
-    held = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
-    if held != set(wanted):
-        odd = sorted(held ^ set(wanted))
-        raise CheckpointError(f"the checkpoint is of another model: {odd[0]!r} and {len(odd) - 1} more do not match")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[f"model.{name}"])
-    for name, parameter in parameters.items():
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            stored = tensors.get(f"optimizer.{key}.{name}")
-            if stored is not None:
-                state[key] = (
-                    stored.clone()
-                    if key == "step" and parameter.device.type == "cpu"
-                    else stored.to(parameter.device, copy=True)
-                )
-        if state:
-            optimizer.state[parameter] = state
-
-
 def _pieces(domains_B: Tensor, size: int, *, pure: bool) -> Iterator[Tensor]:
     """Row indices of each micro-batch, in order; with `pure` none of them mixes domains."""
     rows = torch.arange(len(domains_B))
@@ -600,13 +582,15 @@ def _pieces(domains_B: Tensor, size: int, *, pure: bool) -> Iterator[Tensor]:
 
 @contextmanager
 def _eager(module: nn.Module) -> Iterator[None]:
-    """Run a module compiled in place as if it were not: hooks added later must be seen."""
-    compiled = module._compiled_call_impl
-    module._compiled_call_impl = None
+    """Run what was compiled in place as if it were not: hooks added later must be seen."""
+    compiled = [(part, part._compiled_call_impl) for part in module.modules() if part._compiled_call_impl is not None]
+    for part, _ in compiled:
+        part._compiled_call_impl = None
     try:
         yield
     finally:
-        module._compiled_call_impl = compiled
+        for part, call in compiled:
+            part._compiled_call_impl = call
 
 
 def _derive(seed: int, purpose: str) -> int:

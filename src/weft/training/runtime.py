@@ -72,6 +72,15 @@ def choose_runtime(config: TrainingConfig, *, parameters: int, processes: int = 
         compiled, reason = bool(config.compile), "asked for"
     choices.append(Choice("compile", str(compiled).lower(), reason))
 
+    if processes > 1:
+        split = config.parallel == "fsdp2"
+        reason = (
+            "asked for; each process holds its part of the model" if split else "each process holds the model whole"
+        )
+        choices.append(Choice("parallel", config.parallel, reason))
+    elif config.parallel == "fsdp2":
+        choices.append(Choice("parallel", "none", "one process has nobody to split the model with"))
+
     if device.type == "cpu":
         choices.append(_set_threads(config.threads, processes))
         choices.append(_set_malloc(parameters))

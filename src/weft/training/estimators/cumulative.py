@@ -41,7 +41,7 @@ class CumulativeDots:
         if is_sharded(parameters.values()):
             raise ConfigError(
                 "cumulative dots need this rank's own gradient, and sharded gradients arrive averaged; "
-                "use finite_difference"
+                "use separate or finite_difference"
             )
         narrow = sorted(name for name, parameter in parameters.items() if parameter.dtype.itemsize < 4)
         if narrow:

@@ -37,9 +37,8 @@ def gradient_direction(
 
         v = grad_theta  (1 / B) sum_b L_b(theta)            B counts the sequences of all ranks
 
-    Each rank brings sequences of its own (their number may differ, and be 0, unless parameters are sharded); all
-    ranks get the same v. The training step around it is not disturbed: `.grad`, the optimizer and the modules' modes
-    stay as they were.
+    Each rank brings sequences of its own (their number may differ, and be 0); all ranks get the same v. The training
+    step around it is not disturbed: `.grad`, the optimizer and the modules' modes stay as they were.
 
     Args:
         model: the model, also wrapped in `DistributedDataParallel` or compiled; frozen parameters do not enter v.
@@ -61,9 +60,9 @@ def gradient_direction(
         if is_sharded(parameters.values()):
             # Sharded gradients arrive averaged over ranks: scale so that their average is sum / total.
             ranks = torch.distributed.get_world_size(process_group)
-            for chunk in chunks(tokens_BT1, micro_batch):
-                loss = losses(module, chunk).sum() * (ranks / total)
-                add(direction, _gradients_by_backward(loss, parameters.values()))
+            for chunk, counts in in_step(chunks(tokens_BT1, micro_batch), tokens_BT1.device, process_group):
+                loss = losses(module, chunk).sum() * (counts * ranks / total)
+                add(direction, gradients_by_backward(loss, parameters.values()))
         else:
             for chunk in chunks(tokens_BT1, micro_batch):
                 loss = losses(module, chunk).sum() / total
@@ -100,7 +99,7 @@ def precondition(
         parameter = parameters[name]
         state = optimizer.state.get(parameter, {})
         if parameter not in settings or "exp_avg_sq" not in state:
-            if part.count_nonzero() == 0:
+            if norm([part]) == 0.0:
                 scaled[name] = part.clone()
                 continue
             raise ConfigError(
@@ -224,6 +223,31 @@ def chunks(tokens_BT1: Tensor, micro_batch: int | None) -> Sequence[Tensor]:
     return tokens_BT1.split(micro_batch or len(tokens_BT1)) if len(tokens_BT1) else ()
 
 
+def in_step(
+    pieces: Iterable[Tensor], device: torch.device, process_group: ProcessGroup | None = None
+) -> Iterator[tuple[Tensor, bool]]:
+    """Pieces of sequences for the passes of a sharded model, as many on every rank, and whether each counts.
+
+    Such a pass gathers parameters from all ranks, so a rank that has run out repeats a sequence that does not count.
+
+    Args:
+        pieces: this rank's, (B, T + 1) each.
+        device: where the model is.
+        process_group: ranks that share the model; None is the default group.
+    """
+    mine = iter(pieces)
+    spare = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    while True:
+        piece = next(mine, None)
+        if not sum_over_ranks(torch.tensor(float(piece is not None), device=device), process_group).item():
+            return
+        if piece is None:
+            yield spare, False
+        else:
+            spare = piece[:1]
+            yield piece, True
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode (dropout off), each restored to its own mode afterwards."""
@@ -250,7 +274,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return torch.dot(x.reshape(-1).to(y.dtype), y.reshape(-1))
 
 
-def _gradients_by_backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+def gradients_by_backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
     """Gradients of a sharded model, which deposits them only in `.grad`: put aside what is there, and put it back."""
     held = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in held:

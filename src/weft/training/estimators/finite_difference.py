@@ -14,6 +14,8 @@ from weft.training.estimators.direction import (
     check_direction,
     chunks,
     evaluation_mode,
+    in_step,
+    is_sharded,
     norm,
     reshard,
     trainable_parameters,
@@ -40,7 +42,7 @@ def finite_difference(
     pass. The padding row of an embedding, which backward passes leave out, counts here where it is used.
 
     Args:
-        model: see `gradient_direction`; sharded parameters work where every rank runs the same number of micro-batches.
+        model: see `gradient_direction`.
         losses: see `SequenceLosses`.
         tokens_BT1: this rank's probe sequences.
         direction: v.
@@ -65,13 +67,16 @@ def finite_difference(
     if length == 0.0:
         return torch.zeros(len(tokens_BT1), device=tokens_BT1.device)
     step = relative_epsilon * norm([parameter.detach() for parameter in parameters.values()]) / length
+    sharded = is_sharded(parameters.values())
     sides = []
     with torch.no_grad(), evaluation_mode(module), _restored(parameters) as origin:
         for sign in (1.0, -1.0):
             for name, parameter in parameters.items():
                 parameter.copy_(origin[name] + sign * step * direction[name])
             torch.clear_autocast_cache()  # it would hand out the parameters before they moved
-            found = [losses(module, chunk) for chunk in chunks(tokens_BT1, micro_batch)]
+            pieces = chunks(tokens_BT1, micro_batch)
+            passes = in_step(pieces, tokens_BT1.device) if sharded else ((piece, True) for piece in pieces)
+            found = [losses_B for losses_B, counts in ((losses(module, one), it) for one, it in passes) if counts]
             reshard(module)
             sides.append(torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device))
     return (sides[0] - sides[1]) / (2.0 * step)

@@ -1,12 +1,12 @@
 """A backward pass per group: exact, with norms, the oracle of the other estimators.
 
 Cost: a forward and a backward pass for every probe sequence (3F per training batch's worth). Gradients stream: one
-group's is in memory at a time, never G of them.
+group's is in memory at a time, never G of them; of a sharded model each rank holds its part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from weft.training.estimators.direction import (
     check_direction,
     dot,
     evaluation_mode,
+    gradients_by_backward,
+    in_step,
     is_sharded,
     norm,
     sum_over_ranks,
@@ -54,34 +56,45 @@ def separate_alignment(
     Returns:
         an Alignment with norms, the same on every rank; NaN and count 0 for a group no rank brought.
     Raises:
-        ConfigError: groups out of range or not ascending; sharded parameters.
+        ConfigError: groups out of range or not ascending.
         NumericsError: a gradient is not finite.
     """
     module = without_data_parallel(model)
     parameters = trainable_parameters(model)
     check_direction(direction, parameters)
-    if is_sharded(parameters.values()):
-        raise ConfigError(
-            "separate backward passes need whole parameters on every rank, and these are sharded; use finite_difference"
-        )
+    sharded = is_sharded(parameters.values())
+    device = next(iter(parameters.values())).device
     v = [direction[name] for name in parameters]
     rows_3G = torch.full((3, groups), torch.nan, dtype=torch.float64)
     rows_3G[2] = 0.0
     stream = iter(batches)
     pending = next(stream, None)
+
+    def pieces_of(group: int) -> Iterator[Tensor]:
+        nonlocal pending
+        while pending is not None and pending[0] == group:
+            yield pending[1]
+            pending = next(stream, None)
+
     with evaluation_mode(module):
         for group in range(groups):
             gradient, count = zeros(parameters), 0
-            while pending is not None and pending[0] == group:
-                tokens_BT1 = pending[1]
-                loss = losses(module, tokens_BT1).sum()
-                add(gradient, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
-                count += len(tokens_BT1)
-                pending = next(stream, None)
+            if sharded:
+                # Sharded gradients arrive averaged over ranks: scale so that their average is the sum.
+                ranks = torch.distributed.get_world_size(process_group)
+                for tokens_BT1, counts in in_step(pieces_of(group), device, process_group):
+                    loss = losses(module, tokens_BT1).sum() * (counts * ranks)
+                    add(gradient, gradients_by_backward(loss, parameters.values()))
+                    count += counts * len(tokens_BT1)
+            else:
+                for tokens_BT1 in pieces_of(group):
+                    loss = losses(module, tokens_BT1).sum()
+                    add(gradient, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+                    count += len(tokens_BT1)
             everyone = int(over_ranks(torch.tensor([float(count)], dtype=torch.float64), direction, process_group))
             if everyone:
                 for part in gradient.values():
-                    sum_over_ranks(part, process_group).div_(everyone)
+                    (part if sharded else sum_over_ranks(part, process_group)).div_(everyone)
                 figures = [float(dot(gradient.values(), v)), norm(gradient.values()), float(everyone)]
                 rows_3G[:, group] = torch.tensor(figures, dtype=torch.float64)
     if pending is not None:

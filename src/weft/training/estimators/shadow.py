@@ -78,7 +78,7 @@ class ShadowProbe:
         if is_sharded(self._parameters.values()):
             raise ConfigError(
                 "the shadow estimator needs whole parameters on every rank, and these are sharded; "
-                "use finite_difference"
+                "use separate or finite_difference"
             )
         self._taps = [
             _tap_for(name or "model", module, own)
