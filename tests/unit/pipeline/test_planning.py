@@ -256,7 +256,7 @@ def test_the_time_of_a_fit_is_near_what_was_measured() -> None:
 def test_time_is_kernels_and_operations() -> None:
     ticks = iter(range(1_000_000))
     calibration = Calibration(clock=lambda: float(next(ticks)) * 1e-4)
-    calibration.overheads = {"forward": 2e-6, "step": 3e-6, "optimizer": 4e-6}
+    calibration.overheads = {"forward": 2e-6, "step": 3e-6, "optimizer": 4e-6, "decode": 5e-6}
     with shapes_only():
         a = torch.empty(8, 8)
         work = record(lambda: (a @ a).relu().t())

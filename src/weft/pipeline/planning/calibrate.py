@@ -2,17 +2,18 @@
 
     seconds(work) = sum over kernels k of  n_k t_k  +  (operations) c
 
-t_k is measured with operands of the counted shapes, as many copies of them as the work keeps in use, so that a kernel
-finds its operands where it would find them in the run. c is what an operation costs in Python and in PyTorch's own
-book-keeping: it is measured once, on a fixed small model that is no model of the plan, as the part of its time that its
-kernels leave unexplained. No model of the plan is run.
+t_k is measured with operands of the counted shapes, kernels in turn. c is what an operation costs in Python and in
+PyTorch's own book-keeping: it is measured once, on a fixed small model that is no model of the plan, as the part of its
+time that its kernels leave unexplained. No model of the plan is run.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,21 +27,25 @@ from weft.corpora.source import ArraySource
 from weft.mixture.loader import MixtureLoader
 from weft.mixture.sampler import MixtureSampler
 from weft.models.hf import token_losses
+from weft.pipeline.planning.counts import Counted
+from weft.pipeline.planning.hardware import resident_bytes
 from weft.pipeline.planning.trace import Kernel, Shape, Work, record, shapes_only
+from weft.training.alignment import ShadowProbe
 from weft.training.config import TrainingConfig
 from weft.training.loop import adamw
 from weft.training.meter import DomainMeter
 
-Kind = Literal["forward", "step", "optimizer"]
-"""Without gradient; forward with gradient and backward; optimizer."""
+Kind = Literal["forward", "step", "optimizer", "decode"]
+"""Without gradient; forward with gradient and backward; optimizer; one token behind a cache."""
 Clock = Callable[[], float]
 
-KERNEL_SECONDS = 0.01
-"""Spent on one kernel."""
 LARGEST_FLOPS, LARGEST_BYTES = 4e9, 1 << 28
 """A larger kernel is timed with fewer rows, and its time taken in proportion."""
-COPIES = 12
-"""Sets of operands a kernel is timed on in turn, at most."""
+TOGETHER_BYTES, SECONDS_TOGETHER = 1 << 30, 1.5
+"""Operands of the kernels that are timed in turn, and about how long their rounds take."""
+LEAST_ROUNDS, MOST_ROUNDS = 4, 25
+REFERENCE, TOKENS, TURNS = (2, 9), 24, 6
+"""Token ids of a batch of the fixed small model, how many it generates, and how often it is timed."""
 
 _OTHER = "other operations"
 
@@ -53,36 +58,32 @@ class Calibration:
         clock: seconds; processor time is better where other work shares the machine and there is one thread.
 
     Attributes:
-        kernels: seconds of every kernel timed so far, by key and copies of operands.
+        kernels: seconds of every kernel timed so far, by its key in `Work.kernels`.
         overheads: c by kind of work.
         loops: seconds of a training step beside the model, by batch, length, micro-batches and domains.
+        resident: bytes this process held before anything was timed: Python and the libraries.
         token: seconds of `generate` per token beside the model's pass; None: not measured yet.
+        probe: seconds of a shadow probe per module and micro-batch beside its operations; None: not measured yet.
         failed: kernels that could not be run alone; they are taken by their bytes.
     """
 
     clock: Clock = time.perf_counter
-    kernels: dict[tuple[str, int], float] = field(default_factory=dict)
+    kernels: dict[str, float] = field(default_factory=dict)
     overheads: dict[Kind, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     loops: dict[tuple[int, ...], float] = field(default_factory=dict)
     token: float | None = None
+    probe: float | None = None
+    resident: float = field(default_factory=resident_bytes)
     _bytes_per_second: float | None = None
-
-    def kernel_seconds(self, key: str, kernel: Kernel, in_use: float) -> float:
-        """t_k of one kernel of a work that has so many bytes in use."""
-        copies = max(1, min(COPIES, round(in_use / max(1.0, kernel.bytes))))
-        copies = 1 << (copies.bit_length() - 1)
-        if (key, copies) not in self.kernels:
-            self.kernels[key, copies] = self._time(key, kernel, copies)
-        return self.kernels[key, copies]
 
     def seconds(self, work: Work, kind: Kind) -> dict[str, float]:
         """Time of a work by what it goes into: matrix products, other operations, overhead."""
+        self.measure(work.examples)
         found = {"matrix products": 0.0, _OTHER: 0.0}
         for key, count in work.kernels.items():
-            kernel = work.examples[key]
-            part = "matrix products" if kernel.flops else _OTHER
-            found[part] += count * self.kernel_seconds(key, kernel, work.peak)
+            part = "matrix products" if work.examples[key].flops else _OTHER
+            found[part] += count * self.kernels[key]
         return {**found, "overhead": self.overhead(kind) * work.operations}
 
     def overhead(self, kind: Kind) -> float:
@@ -113,7 +114,7 @@ class Calibration:
                     meter.add(domains_B, losses_BT, None)
                 times.append(self.clock() - start)
             loader.close()
-            self.loops[key] = statistics.median(times)
+            self.loops[key] = typical(times)
         return self.loops[key]
 
     def token_seconds(self) -> float:
@@ -124,10 +125,36 @@ class Calibration:
             prompt = torch.ones(1, 8, dtype=torch.int64)
             generating, passes = [], []
             for _ in range(5):
-                generating.append(self._spent(lambda: _generate(model, prompt, 24)) / 24)
-                passes.append(self._spent(lambda: _pass_by_pass(model, prompt, 24)) / 24)
-            self.token = max(0.0, statistics.median(generating[1:]) - statistics.median(passes[1:]))
+                generating.append(self._spent(lambda: _generate(model, prompt, TOKENS)) / TOKENS)
+                passes.append(self._spent(lambda: _pass_by_pass(model, prompt, TOKENS)) / TOKENS)
+            self.token = max(0.0, typical(generating) - typical(passes))
         return self.token
+
+    def shadow_seconds(self) -> float:
+        """What a shadow probe costs per module and micro-batch beside the operations that are counted of it."""
+        if self.probe is None:
+            with torch.random.fork_rng(devices=[]):
+                model = LlamaForCausalLM(_reference_config())
+            tokens = torch.zeros(*REFERENCE, dtype=torch.int64)
+            direction = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+            plain, probed = [], []
+
+            def step(probe: ShadowProbe | None) -> None:
+                if probe is not None:
+                    probe.begin(len(tokens))
+                token_losses(model, tokens).mean().backward()
+                if probe is not None:
+                    probe.dots(torch.full((len(tokens),), 1.0 / len(tokens)))
+
+            for _ in range(8):
+                plain.append(self._spent(lambda: step(None)))
+                with ShadowProbe(model, direction) as probe:
+                    probed.append(self._spent(lambda probe=probe: step(probe)))  # type: ignore[misc]
+            counted = Counted(model.config)
+            known = sum(self.seconds(counted.shadow(REFERENCE[0], REFERENCE[1] - 1), "forward").values())
+            extra = typical(probed) - typical(plain) - known
+            self.probe = max(0.0, extra) / counted.sizes.modules
+        return self.probe
 
     def _spent(self, work: Callable[[], Any]) -> float:
         start = self.clock()
@@ -136,41 +163,60 @@ class Calibration:
 
     # -- kernels ------------------------------------------------------------------------------------------------
 
-    def _time(self, key: str, kernel: Kernel, copies: int) -> float:
-        part = min(1.0, LARGEST_FLOPS / max(1.0, kernel.flops), LARGEST_BYTES / max(1.0, kernel.bytes))
-        if part < 1.0:
-            smaller = _with_fewer_rows(kernel, part)
-            if smaller is None:
-                return kernel.bytes / self.bytes_per_second()
-            kernel, part = smaller
-            copies = 1
-        try:
-            with torch.no_grad():
-                return self._run(kernel, copies) / part
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            self.failed[key] = str(error)
-            return kernel.bytes / part / self.bytes_per_second()
+    def measure(self, kernels: Mapping[str, Kernel]) -> None:
+        """Time those not timed yet: one call of each in turn, round after round; see `typical`.
 
-    def _run(self, kernel: Kernel, copies: int) -> float:
-        operands = [_operands(kernel) for _ in range(copies)]
-        function = kernel.function
-        for args, kwargs in operands[:2]:
-            function(*args, **kwargs)
+        In turn, because a run does not call one kernel again and again either: it finds its operands, and the
+        processor its instructions, where others have been at work.
+        """
+        ready: list[tuple[str, Kernel, float]] = []
+        for key, kernel in kernels.items():
+            if key in self.kernels:
+                continue
+            part = min(1.0, LARGEST_FLOPS / max(1.0, kernel.flops), LARGEST_BYTES / max(1.0, kernel.bytes))
+            smaller = (kernel, 1.0) if part == 1.0 else _with_fewer_rows(kernel, part)
+            if smaller is None:
+                self.kernels[key] = kernel.bytes / self.bytes_per_second()
+            else:
+                ready.append((key, *smaller))
+        while ready:
+            some: list[tuple[str, Kernel, float]] = []
+            while ready and (not some or sum(kernel.bytes for _, kernel, _ in [*some, ready[-1]]) < TOGETHER_BYTES):
+                some.append(ready.pop())
+            some.reverse()
+            self._time(some)
+
+    @torch.no_grad()
+    def _time(self, kernels: Sequence[tuple[str, Kernel, float]]) -> None:
+        calls: list[tuple[str, Callable[[], Any], float]] = []
+        for key, kernel, part in kernels:
+            call = _call(kernel)
+            try:
+                call()
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                self.failed[key] = str(error)
+                self.kernels[key] = kernel.bytes / part / self.bytes_per_second()
+            else:
+                calls.append((key, call, part))
+        times: list[list[float]] = [[] for _ in calls]
+        started = self.clock()
+        rounds = 0
+        while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and self.clock() - started < SECONDS_TOGETHER):
+            rounds += 1
+            for (_, call, _), found in zip(calls, times, strict=True):
+                start = self.clock()
+                call()
+                found.append(self.clock() - start)
+        asking = self._asking()
+        for (key, _, part), found in zip(calls, times, strict=True):
+            self.kernels[key] = max(0.0, typical(found) - asking) / part
+
+    def _asking(self) -> float:
+        """Seconds that asking the clock takes."""
         start = self.clock()
-        args, kwargs = operands[-1]
-        function(*args, **kwargs)
-        once = max(self.clock() - start, 1e-7)
-        repeats = max(1, min(200, int(KERNEL_SECONDS / 5 / once)))
-        found = []
-        place = 0
-        for _ in range(5 if once < KERNEL_SECONDS else 2):
-            start = self.clock()
-            for _ in range(repeats):
-                args, kwargs = operands[place]
-                place = (place + 1) % copies
-                function(*args, **kwargs)
-            found.append((self.clock() - start) / repeats)
-        return statistics.median(found)
+        for _ in range(100):
+            self.clock()
+        return (self.clock() - start) / 101
 
     def bytes_per_second(self) -> float:
         """Of a plain copy in memory, read and written."""
@@ -178,35 +224,47 @@ class Calibration:
             source = torch.zeros(1 << 23)
             shape = Shape(tuple(source.shape), (1,), source.dtype)
             copy = Kernel(torch.ops.aten.clone.default, (shape,), {}, 0.0, 2.0 * shape.bytes)
-            self._bytes_per_second = copy.bytes / self._run(copy, 2)
+            call = _call(copy)
+            call()
+            self._bytes_per_second = copy.bytes / typical([self._spent(call) for _ in range(5)])
         return self._bytes_per_second
 
     # -- what an operation costs beside its kernel ----------------------------------------------------------------
 
     def _measure_overheads(self) -> None:
-        """By the fixed small model: its time, less that of its kernels, over its operations."""
-        tokens = torch.zeros(2, 9, dtype=torch.int64)
-        config = _reference_config()
-        with torch.random.fork_rng(devices=[]):
-            for kind, work, seconds in self._reference(config, tokens):
-                alone = sum(
-                    count * self.kernel_seconds(key, work.examples[key], 0.0) for key, count in work.kernels.items()
-                )
-                self.overheads[kind] = max(0.0, seconds - alone) / max(1.0, work.operations)
+        """By the fixed small model: its time, less that of its kernels, over its operations.
 
-    def _reference(self, config: LlamaConfig, tokens: Tensor) -> list[tuple[Kind, Work, float]]:
+        Kernels and model are timed in turn, several times over, so that both meet the machine alike.
+        """
+        tokens, prompt = torch.zeros(*REFERENCE, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)
+        config = _reference_config()
         with shapes_only():
-            model = LlamaForCausalLM(config)
-            shadows = _parts(model, tokens)
+            shadows = _parts(LlamaForCausalLM(config), tokens)
             works = {kind: [record(part) for _ in range(2)][-1] for kind, part in shadows.items()}
-        real = _parts(LlamaForCausalLM(config), tokens)
-        times: dict[Kind, list[float]] = {kind: [] for kind in real}
-        for _ in range(12):
-            for kind, part in real.items():
-                start = self.clock()
-                part()
-                times[kind].append(self.clock() - start)
-        return [(kind, works[kind], statistics.median(times[kind][2:])) for kind in real]
+        works["decode"] = Counted(config).decode(1, len(prompt[0]) + TOKENS // 2)
+        with torch.random.fork_rng(devices=[]):
+            model = LlamaForCausalLM(config)
+        parts = dict(_parts(model, tokens))
+        found: dict[Kind, list[float]] = {kind: [] for kind in works}
+        for turn in range(TURNS):
+            for kind, work in works.items():
+                self.kernels = {key: value for key, value in self.kernels.items() if key not in work.examples}
+                self.measure(work.examples)
+                alone = sum(count * self.kernels[key] for key, count in work.kernels.items())
+                if kind == "decode":
+                    seconds = self._spent(lambda: _pass_by_pass(model, prompt, TOKENS)) / TOKENS
+                else:
+                    seconds = typical([self._spent(parts[kind]) for _ in range(8)])
+                if turn:
+                    found[kind].append(max(0.0, seconds - alone) / work.operations)
+        self.overheads = {kind: statistics.median(values) for kind, values in found.items()}
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The mean without the first, which warms up, and the slowest tenth: plans add up, and means do."""
+    rest = sorted(seconds[1:] if len(seconds) > 1 else seconds)
+    kept = rest[: max(1, len(rest) - math.ceil(len(rest) / 10))]
+    return sum(kept) / len(kept)
 
 
 def _reference_config() -> LlamaConfig:
@@ -246,8 +304,8 @@ def _parts(model: nn.Module, tokens: Tensor) -> Mapping[Kind, Callable[[], Any]]
     return {"forward": forward, "step": step, "optimizer": optimize}
 
 
-def _operands(kernel: Kernel) -> tuple[Any, Any]:
-    """Arguments of the shapes a kernel was counted with; whole numbers are 0, which every index may be."""
+def _call(kernel: Kernel) -> Callable[[], Any]:
+    """A kernel with operands of the shapes it was counted with; whole numbers are 0, which every index may be."""
 
     def make(leaf: Any) -> Any:
         if not isinstance(leaf, Shape):
@@ -257,8 +315,8 @@ def _operands(kernel: Kernel) -> tuple[Any, Any]:
             return tensor.fill_(0.5)
         return tensor.zero_()
 
-    result: tuple[Any, Any] = tree_map(make, (kernel.args, kernel.kwargs))
-    return result
+    args, kwargs = tree_map(make, (kernel.args, kernel.kwargs))
+    return functools.partial(kernel.function, *args, **kwargs)
 
 
 def _with_fewer_rows(kernel: Kernel, part: float) -> tuple[Kernel, float] | None:

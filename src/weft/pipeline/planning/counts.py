@@ -100,6 +100,7 @@ class Sizes:
         kv_bytes: keys and values of one token in all layers.
         weight_bytes: of the parameters, as they are held.
         tensors: that are trained.
+        modules: that hold trained parameters of their own.
         adapted: (input width, output width) of every linear module an adapter goes on.
     """
 
@@ -110,6 +111,7 @@ class Sizes:
     kv_bytes: float
     weight_bytes: int
     tensors: int
+    modules: int
     adapted: tuple[tuple[int, int], ...]
 
 
@@ -150,6 +152,7 @@ class Counted:
             largest_unit=max(inside, total - sum(count_parameters(layer) for layer in layers)),
             kv_bytes=2.0 * int(self.config.num_hidden_layers) * heads * width * item,
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            modules=sum(any(p.requires_grad for p in m.parameters(recurse=False)) for m in model.modules()),
             tensors=sum(p.requires_grad for p in model.parameters()),
             adapted=tuple(module_widths(module) for _, module in adaptable(bare, self.adapter)),
         )

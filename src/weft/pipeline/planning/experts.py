@@ -294,7 +294,7 @@ def scoring_stage(plan: PoolPlan, gating: GatingConfig, sequences: Sequence[int]
     if samples:
         token = plan.counted.drawn(config.batch_size, config.length // 2)
         times = math.ceil(config.samples / config.batch_size) * experts * config.length
-        drawing = machine.time(token, "forward").times(times)
+        drawing = machine.time(token, "decode").times(times)
         flops += token.flops * times
     time = (reading + drawing).times(1.0 / plan.speed.hardware.devices)
     disk = score_cache_bytes(texts, samples, config.length, experts)
@@ -428,7 +428,7 @@ def serving_stage(
     context = prompt + new // 2
     limit = MEMORY
     for batch in dict.fromkeys((1, at_once)):
-        time = machine.time(counted.decode(batch, context), "forward")
+        time = machine.time(counted.decode(batch, context), "decode")
         if cpu:
             token = speed.calibration.token_seconds()
             time = time + Time(token, {OVERHEAD: token})

@@ -23,7 +23,7 @@ from weft.errors import ConfigError
 from weft.mixture.policy import MixturePolicy, MixtureSetting, state_to_json
 from weft.mixture.sampler import MixtureSampler
 from weft.pipeline.planning.counts import Counted
-from weft.pipeline.planning.hardware import Hardware, Precision, resident_bytes
+from weft.pipeline.planning.hardware import Hardware, Precision
 from weft.pipeline.planning.speed import INTERCONNECT, OVERHEAD, Speed, Time
 from weft.pipeline.planning.stage import DOES_NOT_FIT, FILE_HEADER, USABLE, Stage
 from weft.pipeline.planning.trace import Work
@@ -174,7 +174,7 @@ class Run:
         if reference_bytes:
             found["reference model"] = share * reference_bytes
         if self.machine.hardware.device.measured:
-            found["Python and libraries"] = resident_bytes()
+            found["Python and libraries"] = self.machine.speed.calibration.resident
         return found
 
     def fits(self, **arguments: Any) -> bool:
@@ -426,6 +426,10 @@ def alignment_stage(
     for name, work in parts.items():
         kind = "forward" if name in ("forward passes", "shadow terms") else "step"
         once = once + run.machine.time(work, "optimizer" if name in ("dot products", "parameters moved") else kind)
+    if run.machine.hardware.device.measured and choice.estimator == "shadow":
+        pieces = sum(count for count, _ in run.pieces(int(sequences) - alignment.target_sequences or run.sequences))
+        host = run.machine.speed.calibration.shadow_seconds() * run.counted.sizes.modules * pieces
+        once = once + Time(host, {OVERHEAD: host})
     flops = sum(work.flops for work in parts.values()) * run.devices
     reduced = 2.0 * 4.0 * run.counted.sizes.trainable * (run.devices - 1) / run.devices
     sent = reduced + (reduced * groups if choice.estimator == "separate" else 0.0)

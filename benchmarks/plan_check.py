@@ -1,0 +1,465 @@
+"""What `weft plan` says beside what happens: time, memory and disk of real runs on this machine's CPU.
+
+For every size and seed a plan is made first, in a process of its own: the model is counted on shapes, and single
+kernels of those shapes are timed (`weft.pipeline.planning.calibrate`). No model that is checked is run for it. Then the
+work is done, each piece in a process of its own, and compared:
+
+    training step       the training loop's step, on made-up tokens
+    with alignment      a step at which every domain's alignment is measured (T_r = 1), by estimator
+    expert              `train_expert` as a whole: adapter, validation, gate, statistics
+    scores              `score`: text and samples under every expert
+    generation          greedy `generate`, seconds per token, one sequence and eight
+    memory              highest resident memory of the process that trained (VmHWM)
+    disk                a checkpoint, the saved model, an expert in its library, a score cache
+
+A figure is planned over measured; the goal is from 0.75 to 1.25. Seconds are of processor time where there is one
+thread, for the plan's kernels as for the runs.
+
+    python benchmarks/plan_check.py --threads 1  # regenerates benchmarks/results/plan_check.{json,md}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _common
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from weft.corpora.source import ArraySource
+from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weft.experts.library import ExpertLibrary
+from weft.experts.lora import module_widths
+from weft.experts.train import ExpertTraining, train_expert
+from weft.gating.experts import ExpertPool, Member
+from weft.gating.scores import ScoreConfig, score
+from weft.mixture.policy import MixtureSetting, build_policy
+from weft.models.factory import build_model, count_parameters
+from weft.pipeline.planning.calibrate import Calibration
+from weft.pipeline.planning.counts import adaptable
+from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
+from weft.pipeline.planning.hardware import parse_hardware
+from weft.pipeline.recipe import Recipe, make_recipe
+from weft.training.loop import Task, Trainer
+from weft.training.runtime import choose_runtime
+
+SIZES: dict[str, dict[str, int]] = {
+    "0.1M": {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "vocab": 512, "T": 64, "B": 16},
+    "0.4M": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab": 4096, "T": 256, "B": 16},
+    "1.3M": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "vocab": 4096, "T": 256, "B": 16},
+    "4.2M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab": 4096, "T": 256, "B": 8},
+    "12M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab": 4096, "T": 128, "B": 8},
+}
+DOMAINS, EXPERTS, RANK, MICRO = 4, 3, 8, 4
+ESTIMATORS = {
+    "shadow on the batch": "shadow",
+    "separate, extra": "separate",
+    "finite_difference, extra": "finite_difference",
+}
+PROMPT, NEW, REQUESTS = 32, 48, 8
+GOAL = 0.25
+STEPS = 6
+TIMES = (
+    "training step",
+    *(f"with {name}" for name in ESTIMATORS),
+    "expert",
+    "scores",
+    "generation, 1",
+    "generation, 8",
+)
+JOBS = ("train", "estimators", "expert", "scores", "generation")
+
+
+def recipe_of(size: str, seed: int, estimator: str = "shadow") -> Recipe:
+    """The recipe that is planned and run; its text is made up."""
+    wanted = SIZES[size]
+    model = {key: value for key, value in wanted.items() if "_" in key}
+    probe = "batch" if estimator == "shadow" else "extra"
+    return make_recipe(
+        {
+            "run": "unused",
+            "seed": seed,
+            "data": {
+                "corpora": [{"path": f"unused-{d}.jsonl", "label": f"domain {d}"} for d in range(DOMAINS)],
+                "target": [{"path": "unused.jsonl"}],
+                "tokenizer": {"train": {"vocab_size": wanted["vocab"]}},
+            },
+            "model": {
+                "architecture": "llama",
+                "config": {**model, "num_attention_heads": 4, "num_key_value_heads": 4},
+            },
+            "mixture": {"policy": "dga", "update_every_steps": 1},
+            "alignment": {
+                "estimator": estimator, "probe": probe, "sequences_per_group": 4, "target_sequences": wanted["B"] // 2,
+            },
+            "training": {
+                "sequence_length": wanted["T"], "batch_sequences": wanted["B"], "micro_batch_sequences": MICRO,
+                "steps": STEPS, "warmup_steps": 1, "save_every_steps": STEPS, "device": "cpu",
+            },
+            "experts": {
+                "lora": {"rank": RANK},
+                "training": {
+                    "sequence_length": wanted["T"], "batch_sequences": wanted["B"], "steps": STEPS, "device": "cpu",
+                    "save_every_steps": STEPS, "warmup_steps": 1,
+                },
+                "validate_every_steps": 0,
+                "validation_tokens": 2 * wanted["B"] * wanted["T"],
+                "gate": {"steps": STEPS},
+                "statistics_examples": 2 * wanted["B"],
+            },
+            "gating": {"scores": {"length": 64, "sequences": 32, "samples": 16}},
+        }
+    )  # fmt: skip
+
+
+class Work:
+    """The pieces of work of one size and seed, and the clock they are timed by."""
+
+    def __init__(self, size: str, seed: int, clock: Callable[[], float]) -> None:
+        self.size, self.seed, self.clock = size, seed, clock
+        self.random = np.random.default_rng(seed)
+        self.recipe = recipe_of(size, seed)
+        transformers_logging.disable_progress_bar()
+
+    def source(self, sequences: int = 64) -> ArraySource:
+        wanted = SIZES[self.size]
+        count = sequences * (wanted["T"] + 1)
+        return ArraySource(self.random.integers(0, wanted["vocab"], count), text_bytes=4 * count)
+
+    def model(self) -> Any:
+        wanted = SIZES[self.size]
+        return build_model(
+            self.recipe.model, vocab_size=wanted["vocab"], sequence_length=wanted["T"], eos_id=0, seed=self.seed
+        )
+
+    def spent(self, work: Callable[[], Any]) -> float:
+        start = self.clock()
+        work()
+        return self.clock() - start
+
+    # -- the plan ---------------------------------------------------------------------------------------------------
+
+    def plan(self, estimator: str = "shadow", calibration: Calibration | None = None, *, whole: bool = True) -> Plan:
+        value = recipe_of(self.size, self.seed, estimator).resolved()
+        if not whole:
+            value |= {"experts": None, "gating": None}
+        assumed = Assumed(domains=DOMAINS, experts=EXPERTS, requests=REQUESTS, prompt=PROMPT, new=NEW)
+        return plan_value(value, parse_hardware("cpu"), assumed=assumed, calibration=calibration)
+
+    def planned(self) -> dict[str, Any]:
+        """Every figure that is checked, as the plan has it."""
+        calibration = Calibration(self.clock)
+        plan = self.plan(calibration=calibration)
+        # Adapters, scores and gates were planned over the same base; a plain model's serving needs a plan of its own.
+        plain = self.plan(calibration=calibration, whole=False)
+        found = times_of(plain)
+        for name, estimator in ESTIMATORS.items():
+            if name not in found["estimators"]:
+                found["estimators"] |= times_of(self.plan(estimator, calibration, whole=False))["estimators"]
+        training, experts, scores = (plan.stage(name) for name in ("training", "experts", "scores"))
+        assert experts.time is not None
+        assert scores.time is not None
+        return {
+            **{name: found[name] for name in ("training step", "generation, 1", "generation, 8")},
+            **{f"with {name}": found["training step"] + more for name, more in found["estimators"].items()},
+            "expert": experts.facts["seconds_per_expert"],
+            "scores": scores.time.seconds,
+            "memory": training.memory_bytes,
+            "memory beyond libraries": training.memory_bytes - training.memory["Python and libraries"],
+            "checkpoint": training.disk["checkpoints"],
+            "model": training.disk["model"],
+            "expert in a library": experts.disk["library"] / EXPERTS,
+            "score cache": scores.disk["score cache"],
+        }
+
+    # -- the runs ---------------------------------------------------------------------------------------------------
+
+    def trainer(self, folder: Path, policy: Mapping[str, Any], recipe: Recipe) -> Trainer:
+        names = tuple(f"domain {d}" for d in range(DOMAINS))
+        built = build_policy(policy)
+        sources = tuple(self.source() for _ in names)
+        model = self.model()
+        runtime = choose_runtime(recipe.training, parameters=count_parameters(model))
+        task = Task(
+            domains=names, sources=sources, policy=built,
+            setting=MixtureSetting(names, torch.tensor([len(s) for s in sources], dtype=torch.float64)),
+            target=self.source(),
+        )  # fmt: skip
+        return Trainer(
+            model, task, recipe.training, alignment=recipe.alignment, runtime=runtime, folder=folder, seed=self.seed
+        )
+
+    def steps(self, trainer: Trainer) -> float:
+        """Mean over steps after a first one; means, since a plan is about sums."""
+        trainer.module.train()
+        trainer._train_step()
+        return statistics.mean(self.spent(trainer._train_step) for _ in range(STEPS - 1))
+
+    def train(self, folder: Path) -> dict[str, float]:
+        libraries = resident("VmRSS")
+        trainer = self.trainer(folder, {"policy": "uniform"}, self.recipe)
+        seconds = self.steps(trainer)
+        peak = resident("VmHWM")
+        trainer.save()
+        trainer.save_model(folder / "model")
+        trainer.close()
+        return {
+            "training step": seconds,
+            "memory": peak,
+            "memory beyond libraries": peak - libraries,
+            "checkpoint": bytes_in(folder / "checkpoints"),
+            "model": bytes_in(folder / "model"),
+        }
+
+    def estimators(self, folder: Path) -> dict[str, float]:
+        found = {}
+        for name, estimator in ESTIMATORS.items():
+            recipe = recipe_of(self.size, self.seed, estimator)
+            trainer = self.trainer(folder / estimator, recipe.mixture.model_dump(), recipe)
+            found[f"with {name}"] = self.steps(trainer)
+            trainer.close()
+        return found
+
+    def expert(self, folder: Path) -> dict[str, float]:
+        assert self.recipe.experts is not None
+        config: ExpertTraining = self.recipe.experts.expert_training
+        model, reference, source = self.model(), BaseReference("made-up"), self.source()
+        runtime = choose_runtime(config.training, parameters=count_parameters(model))
+        held = self.source(2 * config.training.batch_sequences)
+        made: list[Any] = []
+
+        def work() -> None:
+            made.append(
+                train_expert(
+                    model, reference, source, config, name="one", folder=folder / "work", seed=self.seed,
+                    heldout=held, runtime=runtime,
+                )
+            )  # fmt: skip
+
+        seconds = self.spent(work)
+        ExpertLibrary.create(folder / "library", made[0].lora.base).add(made[0])
+        return {"expert": seconds, "expert in a library": bytes_in(folder / "library" / "one")}
+
+    def scores(self, folder: Path) -> dict[str, float]:
+        assert self.recipe.gating is not None
+        config: ScoreConfig = self.recipe.gating.scores
+        model = self.model()
+        choose_runtime(self.recipe.training, parameters=count_parameters(model))
+        pool = ExpertPool([Member(f"expert {e}", model, self.adapter(model)) for e in range(EXPERTS)])
+        tokens = config.sequences * (config.length + 1)
+        domains = {
+            f"domain {d}": ArraySource(self.random.integers(0, SIZES[self.size]["vocab"], tokens))
+            for d in range(DOMAINS)
+        }
+        seconds = self.spent(lambda: score(pool, domains, folder / "scores", config, show=False))
+        return {"scores": seconds, "score cache": bytes_in(folder / "scores")}
+
+    def adapter(self, model: Any) -> LoRAExpert:
+        factors = {}
+        for name, module in adaptable(model, None):
+            inputs, outputs = module_widths(module)
+            factors[name] = LoRAFactors(0.01 * torch.randn(RANK, inputs), 0.01 * torch.randn(outputs, RANK), 1.0)
+        return LoRAExpert("made-up", BaseReference("made-up"), factors, {})
+
+    def generation(self, folder: Path) -> dict[str, float]:
+        model = self.model().eval()
+        choose_runtime(self.recipe.training, parameters=count_parameters(model))
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        found = {}
+        for batch in (1, REQUESTS):
+            tokens = torch.zeros(batch, PROMPT, dtype=torch.int64)
+
+            def work(count: int, tokens: torch.Tensor = tokens) -> None:
+                model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False)
+
+            work(2)
+            spent = [self.spent(lambda: work(NEW)) - self.spent(lambda: work(1)) for _ in range(3)]
+            found[f"generation, {batch}"] = statistics.median(spent) / (NEW - 1)
+        return found
+
+
+def times_of(plan: Plan) -> dict[str, Any]:
+    """Seconds of a step, of a measurement by estimator, and per generated token."""
+    training, alignment, serving = (plan.stage(name).facts for name in ("training", "alignment", "serving"))
+    estimator = next(name for name, value in ESTIMATORS.items() if value == alignment["estimator"])
+    return {
+        "training step": training["seconds_per_step"],
+        "estimators": {estimator: alignment["seconds_per_measurement"]},
+        "generation, 1": 1 / serving["tokens_per_second_at_1"],
+        "generation, 8": REQUESTS / serving[f"tokens_per_second_at_{REQUESTS}"],
+    }
+
+
+def resident(key: str) -> float:
+    """Bytes by /proc/self/status; NaN where there is none."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return float("nan")
+    found = re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+    return float("nan") if found is None else 1024.0 * int(found[1])
+
+
+def bytes_in(folder: Path) -> float:
+    return float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+
+
+# -- the whole ------------------------------------------------------------------------------------------------------
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def do(job: str, size: str, seed: int) -> dict[str, float]:
+    """One piece of work, in this process."""
+    work = Work(size, seed, clock_of(torch.get_num_threads()))
+    if job == "plan":
+        return work.planned()
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, float] = getattr(work, job)(Path(folder))
+    return found
+
+
+def alone(job: str, size: str, seed: int, threads: int) -> dict[str, float]:
+    """One piece of work, in a process of its own."""
+    command = [sys.executable, __file__, "--job", job, size, str(seed), "--threads", str(threads)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(f"{job} of {size} failed:\n{ran.stderr}")
+    found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    rows: dict[str, dict[str, Any]] = {}
+    for size in arguments.sizes:
+        ratios: dict[str, list[float]] = {}
+        values: dict[str, list[tuple[float, float]]] = {}
+        for seed in range(arguments.seeds):
+            if arguments.quick:
+                pairs = quick(size, seed)
+            else:
+                planned = alone("plan", size, seed, arguments.threads)
+                measured: dict[str, float] = {}
+                for job in arguments.jobs:
+                    measured |= alone(job, size, seed, arguments.threads)
+                pairs = {name: (planned[name], value) for name, value in measured.items()}
+            for name, (plan, value) in pairs.items():
+                ratios.setdefault(name, []).append(plan / value)
+                values.setdefault(name, []).append((plan, value))
+            said = ", ".join(f"{name} {plan / value:.2f}" for name, (plan, value) in pairs.items())
+            _common.say(f"{size}, seed {seed}: {said}")
+        rows[size] = {
+            name: {
+                "ratio": _common.spread(found).as_json(),
+                "planned": statistics.median(plan for plan, _ in values[name]),
+                "measured": statistics.median(value for _, value in values[name]),
+                "met": abs(statistics.median(found) - 1.0) <= GOAL,
+            }
+            for name, found in ratios.items()
+        }
+    every = [one for row in rows.values() for one in row.values()]
+    return {
+        "setting": {
+            "seeds": arguments.seeds, "goal": GOAL, "steps": STEPS, "domains": DOMAINS, "experts": EXPERTS,
+            "rank": RANK, "prompt": PROMPT, "new": NEW, "sizes": {size: SIZES[size] for size in rows},
+        },
+        "rows": rows,
+        "met": sum(one["met"] for one in every),
+        "of": len(every),
+    }  # fmt: skip
+
+
+def quick(size: str, seed: int) -> dict[str, tuple[float, float]]:
+    """The smallest check, in one process: a step, a step with alignment, generation, a checkpoint."""
+    work = Work(size, seed, clock_of(torch.get_num_threads()))
+    plan = work.plan(calibration=Calibration(work.clock), whole=False)
+    found = times_of(plan)
+    shadow = "shadow on the batch"
+    planned = {
+        "training step": found["training step"],
+        f"with {shadow}": found["training step"] + found["estimators"][shadow],
+        "generation, 1": found["generation, 1"],
+        "checkpoint": plan.stage("training").disk["checkpoints"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        measured = work.train(Path(folder) / "plain")
+        trainer = work.trainer(Path(folder) / "aligned", work.recipe.mixture.model_dump(), work.recipe)
+        measured[f"with {shadow}"] = work.steps(trainer)
+        trainer.close()
+        measured |= work.generation(Path(folder))
+    return {name: (value, measured[name]) for name, value in planned.items()}
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    setting, rows = record["setting"], record["rows"]
+    sizes = list(rows)
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+
+    def cell(size: str, name: str) -> str:
+        one = rows[size].get(name)
+        if one is None:
+            return ""
+        return _common.Spread(**one["ratio"]).show("{:.2f}") + ("" if one["met"] else " !")
+
+    def unit(name: str, value: float) -> str:
+        return f"{value * 1e3:.1f} ms" if name in TIMES else f"{value / 1e6:.2f} MB"
+
+    lines = [
+        "# A plan beside what happens", "", __doc__ or "",
+        f"{setting['seeds']} seeds; median (lowest .. highest); ! marks a median beyond the goal. Within it: "
+        f"{record['met']} of {record['of']}.", "",
+        "## Planned over measured", "",
+        _common.table(["", *sizes], [[name, *(cell(size, name) for size in sizes)] for name in names]), "",
+        "## Planned, measured", "",
+        _common.table(
+            ["", *sizes],
+            [
+                [
+                    name,
+                    *(
+                        f"{unit(name, rows[size][name]['planned'])}, {unit(name, rows[size][name]['measured'])}"
+                        if name in rows[size]
+                        else ""
+                        for size in sizes
+                    ),
+                ]
+                for name in names
+            ],
+        ),
+    ]  # fmt: skip
+    return "\n".join([*lines, "", _common.environment_lines(record)])
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    flags = _common.parser((__doc__ or "").splitlines()[0])
+    flags.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="models that are checked")
+    flags.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="what is run")
+    flags.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
+    arguments = flags.parse_args(given)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.job:
+        job, size, seed = arguments.job
+        sys.stdout.write(json.dumps(do(job, size, int(seed))) + "\n")
+        return
+    if arguments.quick:
+        arguments.seeds, arguments.sizes = 1, ["0.1M"]
+    _common.finish("plan_check", arguments, run(arguments), to_markdown)
+
+
+if __name__ == "__main__":
+    main()
