@@ -43,6 +43,8 @@ class CorpusConfig(Section):
         suffixes: of the files of a folder to read, such as `[".py"]` (`""`: files without one);
             default those of the format.
         text_field: where the text is in a JSON object, Parquet row or dataset row; may be dotted (`data.text`).
+        prompt_field: where the prompt is whose answer the text is, likewise; each document is then an example, a prompt
+            and a target, and its text is the two one after the other, with nothing put between them.
         label: the domain of every document.
         label_field: where the domain is in a record; may be dotted. A whole number is taken as its decimal form.
         label_from: the domain is the name of the `file` without suffixes, or of the `folder` it lies in.
@@ -62,6 +64,7 @@ class CorpusConfig(Section):
     split_documents: Literal["file", "blank_lines"] = "file"
     suffixes: tuple[str, ...] | None = None
     text_field: str = Field(default="text", min_length=1)
+    prompt_field: str | None = Field(default=None, min_length=1)
     label: str | None = Field(default=None, min_length=1)
     label_field: str | None = Field(default=None, min_length=1)
     label_from: Literal["file", "folder"] | None = None
@@ -87,8 +90,10 @@ class CorpusConfig(Section):
             wrong = sorted(changed & set(names)) if kind != kinds[0] else []
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} goes with {kind}, not with {kinds[0]}")
-        if kinds[0] == "builtin" and (self.label_field is not None or self.text_field != "text"):
-            raise ValueError("built-in corpora have no fields; leave text_field and label_field out")
+        if kinds[0] == "builtin" and (self.label_field or self.prompt_field or self.text_field != "text"):
+            raise ValueError("built-in corpora have no fields; leave text_field, prompt_field and label_field out")
+        if self.format in ("text", "code") and self.prompt_field is not None:
+            raise ValueError(f"prompt_field needs records; files of format {self.format} have none")
         if self.format in ("text", "code") and self.label_field is not None:
             raise ValueError(f"label_field needs records; files of format {self.format} have none: use label_from")
         if self.split_documents != "file" and self.format not in ("auto", "text"):
@@ -135,7 +140,10 @@ def corpus_fingerprint(config: CorpusConfig) -> str:
     Raises:
         DataError: a path that matches nothing.
     """
-    facts: list[Any] = [config.model_dump(mode="json")]
+    settings = config.model_dump(mode="json")
+    if config.prompt_field is None:
+        del settings["prompt_field"]  # younger than data that is prepared already
+    facts: list[Any] = [settings]
     if config.builtin is not None:
         facts.append(builtin_fingerprint(_builtin_selection(config)))
     elif config.path is not None:
@@ -185,38 +193,50 @@ def _documents(
     stop = config.on_error == "stop"
     for place, record in records:
         label_here = config.label if config.label is not None else label
-        text = record if isinstance(record, str) else _at(record, config.text_field)
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                report.fail("undecodable", place, f"byte {error.start} of {config.text_field} is not UTF-8", stop=stop)
-                continue
+        text = _text(record, config.text_field, place, report, stop=stop)
         if text is None:
+            continue
+        prompt = ""
+        if config.prompt_field is not None:
+            found = _text(record, config.prompt_field, place, report, stop=stop)
+            if found is None:
+                continue
+            prompt = found
+        if config.label_field is not None:
             assert not isinstance(record, str)
-            known = ", ".join(map(str, list(record)[:10])) or "none"
-            report.fail("missing_field", place, f"field {config.text_field!r} is missing; fields: {known}", stop=stop)
-        elif not isinstance(text, str):
-            detail = f"field {config.text_field!r} is of type {type(text).__name__}, not text"
-            report.fail("not_text", place, detail, stop=stop)
-        elif not text or text.isspace():
-            report.fail("empty", place, "the document is empty", stop=stop)
-        elif not _is_unicode(text):
-            report.fail(
-                "undecodable", place, "the text holds half a surrogate pair, which UTF-8 cannot hold", stop=stop
-            )
-        else:
-            if config.label_field is not None:
-                assert not isinstance(record, str)
-                value = _at(record, config.label_field)
-                if isinstance(value, int) and not isinstance(value, bool):
-                    value = str(value)
-                if not isinstance(value, str) or not value or not _is_unicode(value):
-                    detail = f"field {config.label_field!r} holds {value!r:.60}; a label must be text or a whole number"
-                    report.fail("missing_label", place, detail, stop=stop)
-                    continue
-                label_here = value
-            yield Document(text, place, label_here)
+            value = _at(record, config.label_field)
+            if isinstance(value, int) and not isinstance(value, bool):
+                value = str(value)
+            if not isinstance(value, str) or not value or not _is_unicode(value):
+                detail = f"field {config.label_field!r} holds {value!r:.60}; a label must be text or a whole number"
+                report.fail("missing_label", place, detail, stop=stop)
+                continue
+            label_here = value
+        yield Document(prompt + text, place, label_here, None if config.prompt_field is None else len(prompt))
+
+
+def _text(record: Record, field: str, place: str, report: ReadingReport, *, stop: bool) -> str | None:
+    """The text in a field of a record, or the record itself if it is text; None where the report was told why not."""
+    text = record if isinstance(record, str) else _at(record, field)
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            report.fail("undecodable", place, f"byte {error.start} of {field} is not UTF-8", stop=stop)
+            return None
+    if text is None:
+        assert not isinstance(record, str)
+        known = ", ".join(map(str, list(record)[:10])) or "none"
+        report.fail("missing_field", place, f"field {field!r} is missing; fields: {known}", stop=stop)
+    elif not isinstance(text, str):
+        report.fail("not_text", place, f"field {field!r} is of type {type(text).__name__}, not text", stop=stop)
+    elif not text or text.isspace():
+        report.fail("empty", place, "the document is empty", stop=stop)
+    elif not _is_unicode(text):
+        report.fail("undecodable", place, "the text holds half a surrogate pair, which UTF-8 cannot hold", stop=stop)
+    else:
+        return text
+    return None
 
 
 def _at(record: Mapping[str, Any], field: str) -> Any:
@@ -250,8 +270,10 @@ def _file_documents(
     def blank() -> None:
         report.blank_lines += 1
 
-    fields = (config.text_field,) if config.label_field is None else (config.text_field, config.label_field)
+    fields = tuple(filter(None, (config.text_field, config.prompt_field, config.label_field)))
     for path, kind in files:
+        if kind in ("text", "code") and config.prompt_field is not None:
+            raise ConfigError(f"{path} is a text file and has no field {config.prompt_field!r}; give JSON Lines")
         if kind in ("text", "code") and config.label_field is not None:
             raise ConfigError(f"{path} is a text file and has no field {config.label_field!r}; use label or label_from")
         report.files += 1
@@ -373,9 +395,8 @@ def _dataset_rows(config: CorpusConfig, report: ReadingReport) -> Iterator[tuple
     features = loaded.features or {}
     if config.label_field is not None and isinstance(features.get(config.label_field), datasets.ClassLabel):
         names = features[config.label_field].names
-    wanted = {
-        field for whole in (config.text_field, config.label_field) if whole for field in (whole, whole.split(".")[0])
-    }
+    asked = filter(None, (config.text_field, config.prompt_field, config.label_field))
+    wanted = {field for whole in asked for field in (whole, whole.split(".")[0])}
     if features and wanted & set(features):
         loaded = loaded.select_columns([field for field in features if field in wanted])
     row = 0

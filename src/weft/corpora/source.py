@@ -20,11 +20,14 @@ class Document:
         text: the text itself, valid Unicode.
         origin: where it came from, for people: `path:line`, `module.function` or `dataset[row]`.
         label: the domain the corpus gave it, or None when domains are to be discovered.
+        prompt: of an example, how many characters of the text are its prompt; the rest, never empty, is its target.
+            None: plain text.
     """
 
     text: str
     origin: str
     label: str | None = None
+    prompt: int | None = None
 
     def digest(self) -> bytes:
         """BLAKE2b-128 of the text's UTF-8 bytes: the identity used for exact-duplicate removal and splits."""

@@ -7,6 +7,8 @@ A store is a folder:
     documents.bin       three little-endian uint64 per document: its end in tokens, UTF-8 bytes of its text, and the
                         end of its origin in origins.bin
     origins.bin         where each document came from, UTF-8, one after another
+    prompts.bin         of a store of examples alone: two little-endian uint64 per document, the tokens of its prompt
+                        (the first of its tokens) and the UTF-8 bytes of its prompt
 
 Tokens of the documents follow each other, each document closed by the end-of-document token. A writer works in a hidden
 sibling folder and renames it when everything is on disk, so a half-written store is never opened. How the files are
@@ -29,12 +31,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from weft.corpora.examples import Examples
 from weft.corpora.store_files import (
     DOCUMENT,
     DOCUMENTS,
     FORMAT,
     INDEX,
     ORIGINS,
+    PROMPT,
+    PROMPTS,
     PartialFolder,
     StoreFiles,
     Vocabulary,
@@ -111,7 +116,14 @@ class TokenStoreWriter:
         """UTF-8 bytes of the documents appended so far."""
         return self._files.bytes
 
-    def append(self, tokens: ArrayLike, text_bytes: int, origin: str = "", label: str | None = None) -> None:
+    def append(
+        self,
+        tokens: ArrayLike,
+        text_bytes: int,
+        origin: str = "",
+        label: str | None = None,
+        prompt: tuple[int, int] | None = None,
+    ) -> None:
         """Append one document; the end-of-document token is added here.
 
         Args:
@@ -119,10 +131,11 @@ class TokenStoreWriter:
             text_bytes: length of the document's text in UTF-8 bytes.
             origin: where the document came from.
             label: ignored; there so that this writer and `MultiStoreWriter` are called alike.
+            prompt: of an example, how many of the tokens, and of the bytes, are its prompt's.
         Raises:
-            DataError: an id is outside the vocabulary, or the disk is full.
+            DataError: an id is outside the vocabulary, some documents are examples and some not, or the disk is full.
         """
-        self._files.append(tokens, text_bytes, origin)
+        self._files.append(tokens, text_bytes, origin, prompt)
         if self._files.pending_bytes >= self._buffer_bytes:
             self._files.flush()
 
@@ -206,17 +219,25 @@ class MultiStoreWriter:
                 self._partial.clear()
                 self._stores, self._folders, self._folded = {}, {}, set()
 
-    def append(self, tokens: ArrayLike, text_bytes: int, origin: str = "", label: str | None = None) -> None:
+    def append(
+        self,
+        tokens: ArrayLike,
+        text_bytes: int,
+        origin: str = "",
+        label: str | None = None,
+        prompt: tuple[int, int] | None = None,
+    ) -> None:
         """Append one document to the store of its label.
 
         Raises:
-            DataError: no label, an id outside the vocabulary, or the disk is full.
+            DataError: no label, an id outside the vocabulary, some documents of the label are examples and some not,
+                or the disk is full.
         """
         if label is None:
             raise DataError(f"document {origin or '(no origin)'} has no label; set label, label_field or label_from")
         store = self._stores.get(label) or self._open(label)
         pending, length = store.pending_bytes, store.tokens
-        store.append(tokens, text_bytes, origin)
+        store.append(tokens, text_bytes, origin, prompt)
         self._pending_bytes += store.pending_bytes - pending
         self.documents += 1
         self.tokens += store.tokens - length
@@ -399,6 +420,16 @@ class TokenStore:
         """Start and end of each document in tokens, its end-of-document token included, shape (documents, 2)."""
         ends = self.document_ends.astype(np.int64)
         return np.stack([np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends], axis=1)
+
+    @property
+    def examples(self) -> Examples | None:
+        """The documents as prompts and targets; None where they are plain text."""
+        if PROMPTS not in self._index["files"]:
+            return None
+        prompts = map_file(self.path / PROMPTS, PROMPT)
+        return Examples.of(
+            self, self.document_spans, prompts["tokens"], self.document_bytes - prompts["text_bytes"], self.eos_id
+        )
 
     def document_at(self, token: int) -> int:
         """Number of the document that holds a token."""

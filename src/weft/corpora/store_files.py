@@ -26,9 +26,11 @@ FORMAT = "weft token store 1"
 INDEX = "index.json"
 DOCUMENTS = "documents.bin"
 ORIGINS = "origins.bin"
+PROMPTS = "prompts.bin"
 JOURNAL = "journal.json"
 _NO_ROOM = "see that there is space and permission, then run again"
 DOCUMENT = np.dtype([("end", "<u8"), ("text_bytes", "<u8"), ("origin_end", "<u8")])
+PROMPT = np.dtype([("tokens", "<u8"), ("text_bytes", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,17 @@ class StoreFiles:
         self._records: list[tuple[int, int, int]] = []
         self._origins: list[bytes] = []
         self._origin_bytes = 0
+        self._prompts: list[tuple[int, int]] = []
+        self.examples = False
         self._written_tokens = 0
         self._shard_digests: list[str] = []
         self._shard_hash = new_hash()
         self._content_hash = new_hash()
         self._records_hash = new_hash()
         self._origins_hash = new_hash()
+        self._prompts_hash = new_hash()
 
-    def append(self, tokens: ArrayLike, text_bytes: int, origin: str) -> None:
+    def append(self, tokens: ArrayLike, text_bytes: int, origin: str, prompt: tuple[int, int] | None = None) -> None:
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
             raise DataError(f"document {origin}: tokens must be a row of integers, not {ids.dtype} {ids.shape}")
@@ -83,6 +88,15 @@ class StoreFiles:
                 f"document {origin}: token ids {int(ids.min())} .. {int(ids.max())} do not fit a vocabulary of "
                 f"{self.vocabulary.size}; was it encoded with another tokenizer?"
             )
+        if self.documents and self.examples != (prompt is not None):
+            raise DataError(
+                f"document {origin} has {'no' if prompt is None else 'a'} prompt, unlike those before it in "
+                f"{self.folder}; the documents of a domain must all be examples, or none: set prompt_field on all of "
+                f"its corpora, or on none"
+            )
+        if prompt is not None:
+            self.examples = True
+            self._prompts.append(prompt)
         self._tokens += [ids.astype(self.vocabulary.dtype), self._eos]
         self.tokens += len(ids) + 1
         self.bytes += int(text_bytes)
@@ -110,7 +124,9 @@ class StoreFiles:
                 self._shard_hash = new_hash()
         self._write(DOCUMENTS, np.array(self._records, dtype=DOCUMENT).tobytes(), self._records_hash)
         self._write(ORIGINS, b"".join(self._origins), self._origins_hash)
-        self._records, self._origins = [], []
+        if self.examples:
+            self._write(PROMPTS, np.array(self._prompts, dtype=PROMPT).tobytes(), self._prompts_hash)
+        self._records, self._origins, self._prompts = [], [], []
         self.pending_bytes = 0
 
     def _write(self, name: str, data: bytes, digest: Any) -> None:
@@ -137,7 +153,11 @@ class StoreFiles:
             "tokens": self.tokens,
             "bytes": self.bytes,
             "origin_bytes": self._origin_bytes,
-            "digests": [digest.hexdigest() for digest in (self._content_hash, self._records_hash, self._origins_hash)],
+            "examples": self.examples,
+            "digests": [
+                digest.hexdigest()
+                for digest in (self._content_hash, self._records_hash, self._origins_hash, self._prompts_hash)
+            ],
         }
 
     def restore(self, state: Any) -> bool:
@@ -149,6 +169,7 @@ class StoreFiles:
             return False
         self.documents, self.tokens, self.bytes = state["documents"], state["tokens"], state["bytes"]
         self._origin_bytes, self._written_tokens = state["origin_bytes"], state["tokens"]
+        self.examples = bool(state.get("examples"))
         item = self.vocabulary.dtype.itemsize
         full, rest = divmod(self.tokens, self.shard_tokens)
         try:
@@ -160,6 +181,10 @@ class StoreFiles:
                     self._shard_hash = new_hash()
             self._take_up(DOCUMENTS, self.documents * DOCUMENT.itemsize, self._records_hash)
             self._take_up(ORIGINS, self._origin_bytes, self._origins_hash)
+            if self.examples:
+                self._take_up(PROMPTS, self.documents * PROMPT.itemsize, self._prompts_hash)
+            else:
+                (self.folder / PROMPTS).unlink(missing_ok=True)
             for stray in self.folder.glob("tokens-*.bin"):
                 if stray.name not in {shard_name(number) for number in range(full + (rest > 0))}:
                     stray.unlink()
@@ -186,6 +211,12 @@ class StoreFiles:
         named = {shard_name(number): digest for number, digest in enumerate(digests)}
         named[DOCUMENTS] = self._records_hash.hexdigest()
         named[ORIGINS] = self._origins_hash.hexdigest()
+        contents = [
+            self.vocabulary.fingerprint, self._content_hash.hexdigest(), self._records_digest_without_origins()
+        ]  # fmt: skip
+        if self.examples:
+            named[PROMPTS] = self._prompts_hash.hexdigest()
+            contents.append(named[PROMPTS])
         files = {
             name: {"size": (self.folder / name).stat().st_size, "blake2b": digest} for name, digest in named.items()
         }
@@ -199,9 +230,7 @@ class StoreFiles:
             "tokens": self.tokens,
             "documents": self.documents,
             "bytes": self.bytes,
-            "fingerprint": checksum(
-                [self.vocabulary.fingerprint, self._content_hash.hexdigest(), self._records_digest_without_origins()]
-            ),
+            "fingerprint": checksum(contents),
             "files": files,
         }
         if sync:

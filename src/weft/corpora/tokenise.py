@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,28 @@ class TokeniseProgress:
     tokens: int
     bytes: int
     resumed_documents: int
+
+
+EncodedDocument = tuple[NDArray[np.uint32], tuple[int, int] | None]
+"""A document's token ids, and of an example how many of its tokens and of its UTF-8 bytes are the prompt's."""
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[EncodedDocument]:
+    """Encode documents; the prompt and the target of an example apart, so that no token spans both."""
+    texts: list[str] = []
+    for document in documents:
+        cut = document.prompt or 0
+        texts += [document.text[cut:]] if document.prompt is None else [document.text[:cut], document.text[cut:]]
+    encoded = iter(tokenizer.encode_batch(texts))
+    found: list[EncodedDocument] = []
+    for document in documents:
+        first_N = next(encoded)
+        if document.prompt is None:
+            found.append((first_N, None))
+        else:
+            size = len(document.text[: document.prompt].encode("utf-8"))
+            found.append((np.concatenate([first_N, next(encoded)]), (len(first_N), size)))
+    return found
 
 
 def tokenise_documents(
@@ -106,9 +128,9 @@ def _tokenise(
     mark = ""
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: tuple[_Batch, Future[list[NDArray[np.uint32]]]] | None = None
+            waiting: tuple[_Batch, Future[list[EncodedDocument]]] | None = None
             for batch in _batches(_skip_known(documents, writer, path), batch_bytes):
-                encoding = pool.submit(tokenizer.encode_batch, batch.texts)
+                encoding = pool.submit(encode_documents, tokenizer, batch.documents)
                 if waiting is not None:
                     mark = _store(waiting, writer)
                     if writer.bytes - committed_bytes >= commit_bytes:
@@ -131,24 +153,22 @@ class _Batch:
     """Documents to encode together; `mark` is the rolling digest after the last of them."""
 
     documents: list[Document]
-    texts: list[str]
     sizes: list[int]
     mark: str
 
 
 def _batches(marked: Iterator[tuple[Document, str]], batch_bytes: int) -> Iterator[_Batch]:
-    batch = _Batch([], [], [], "")
+    batch = _Batch([], [], "")
     total = 0
     for document, mark in marked:
         size = len(document.text.encode("utf-8"))
         batch.documents.append(document)
-        batch.texts.append(document.text)
         batch.sizes.append(size)
         batch.mark = mark
         total += size + 64
         if total >= batch_bytes:
             yield batch
-            batch = _Batch([], [], [], "")
+            batch = _Batch([], [], "")
             total = 0
     if batch.documents:
         yield batch
@@ -163,7 +183,8 @@ def _skip_known(
     number = 0
     for number, document in enumerate(documents, start=1):
         label = b"" if document.label is None else b"\x01" + document.label.encode("utf-8", errors="surrogatepass")
-        rolling = hashlib.blake2b(rolling + document.digest() + label, digest_size=16).digest()
+        prompt = b"" if document.prompt is None else b"\x02%d" % document.prompt
+        rolling = hashlib.blake2b(rolling + document.digest() + label + prompt, digest_size=16).digest()
         if number > known:
             yield document, rolling.hex()
         elif number == known and rolling.hex() != writer.mark:
@@ -182,6 +203,6 @@ def _changed(path: Path, known: int) -> str:
 
 def _store(waiting: tuple[_Batch, Future[Any]], writer: TokenStoreWriter | MultiStoreWriter) -> str:
     batch, encoding = waiting
-    for document, tokens, size in zip(batch.documents, encoding.result(), batch.sizes, strict=True):
-        writer.append(tokens, size, document.origin, document.label)
+    for document, (tokens_N, prompt), size in zip(batch.documents, encoding.result(), batch.sizes, strict=True):
+        writer.append(tokens_N, size, document.origin, document.label, prompt)
     return batch.mark

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from weft.corpora.examples import Examples, examples_of
 from weft.corpora.source import Source
 from weft.corpora.store import TokenStore
 from weft.errors import DataError
@@ -61,6 +62,12 @@ class TokenPrefix:
         if len(starts_N):
             self._check(int(np.min(starts_N)), int(np.max(starts_N)) + count)
         return self._source.read_many(starts_N, count)
+
+    @property
+    def examples(self) -> Examples | None:
+        """The examples of the source that are whole within the cap; None where it holds none."""
+        found = examples_of(self._source)
+        return None if found is None else found.until(self._tokens, self.fingerprint)
 
     def _check(self, start: int, end: int) -> None:
         if start < 0 or end > self._tokens or end < start:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from weft.config import did_you_mean
 from weft.corpora.formats import read_jsonl
@@ -27,8 +27,15 @@ from weft.errors import ConfigError, DataError, NumericsError
 from weft.evaluation.perplexity import evaluation_mode
 from weft.evaluation.result import finite_or_none, ratio_and_error
 from weft.models.language_model import LanguageModel
+from weft.models.prompted import (
+    Prompted,
+    attribute,
+    batches_by_length,
+    is_encoder_decoder,
+    prompted_inputs,
+    token_log_probs,
+)
 
-_IGNORED = -100  # what Hugging Face losses take for "no label here"
 _RESULT_FLOATS = (
     "accuracy",
     "accuracy_se",
@@ -316,7 +323,7 @@ def choice_scores(
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if not questions:
         raise DataError("there is no question to score")
-    encoder = _is_encoder_decoder(model)
+    encoder = is_encoder_decoder(model)
     layout = _Layout(
         separator=separator,
         start=() if start_token is None else (start_token,),
@@ -327,15 +334,18 @@ def choice_scores(
     asked = _tokenise(tokenizer, questions, layout)
     _check_vocabulary(model, asked)
 
-    rows = [_Row(q, c, one.prompt_P, choice_C) for q, one in enumerate(asked) for c, choice_C in enumerate(one.choices)]
+    places = [(question, number) for question, one in enumerate(asked) for number in range(len(one.choices))]
+    rows = [Prompted(asked[question].prompt_P, asked[question].choices[number]) for question, number in places]
     sums = [np.zeros(len(one.choices), dtype=np.float64) for one in asked]
+    equal = isinstance(model, LanguageModel)
     with evaluation_mode(model), torch.inference_mode():
-        for batch in _batches(rows, batch_size, encoder=encoder, equal_lengths=isinstance(model, LanguageModel)):
-            inputs = _encoder_inputs(batch) if encoder else _causal_inputs(batch)
-            logp_N = _log_probs(model, inputs, torch.device(device))
-            logp_B = np.bincount(inputs.row_N, weights=logp_N, minlength=len(batch))
-            for row, logp in zip(batch, logp_B, strict=True):
-                sums[row.question][row.choice] = logp
+        for batch_B in batches_by_length(rows, batch_size, encoder=encoder, equal_lengths=equal):
+            inputs = prompted_inputs([rows[index] for index in batch_B], encoder=encoder)
+            logp_N = token_log_probs(model, inputs, torch.device(device)).double().cpu().numpy()
+            logp_B = np.bincount(inputs.row_N, weights=logp_N, minlength=len(batch_B))
+            for index, logp in zip(batch_B, logp_B, strict=True):
+                question, number = places[index]
+                sums[question][number] = logp
     for index, sum_C in enumerate(sums):
         if np.isnan(sum_C).any():
             raise NumericsError(
@@ -472,7 +482,7 @@ def _best(scores: Sequence[float]) -> int:
     return int(np.argmax(np.asarray(scores, dtype=np.float64)))
 
 
-# -------------------------------------------------------------------------------------------------------- tokens, rows
+# -------------------------------------------------------------------------------------------------------------- tokens
 
 
 @dataclass(frozen=True)
@@ -493,37 +503,6 @@ class _Asked:
     prompt_P: NDArray[np.int64]
     choices: list[NDArray[np.int64]]
     truncated: bool
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One choice of one question: a row of a batch."""
-
-    question: int
-    choice: int
-    prompt_P: NDArray[np.int64]
-    choice_C: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What one forward pass reads, and where its predictions of the choices' N tokens are found.
-
-    Attributes:
-        tokens_BT: ids of prompt and choice (causal) or of the prompt (encoder-decoder), padded on the right.
-        mask_BT: where they are not padding.
-        routing_mask_BT: where they are of the prompt.
-        labels_BC: an encoder-decoder's labels; None for a causal model.
-        row_N, position_N, target_N: sequence, position and id of each token predicted.
-    """
-
-    tokens_BT: NDArray[np.int64]
-    mask_BT: NDArray[np.bool_]
-    routing_mask_BT: NDArray[np.bool_]
-    labels_BC: NDArray[np.int64] | None
-    row_N: NDArray[np.int64]
-    position_N: NDArray[np.int64]
-    target_N: NDArray[np.int64]
 
 
 def _tokenise(tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], layout: _Layout) -> list[_Asked]:
@@ -572,84 +551,12 @@ def _joined(ids_N: NDArray[Any], end: tuple[int, ...]) -> NDArray[np.int64]:
     return np.concatenate([ids_N.astype(np.int64), np.array(end, np.int64)])
 
 
-def _batches(rows: list[_Row], batch_size: int, *, encoder: bool, equal_lengths: bool) -> Iterator[list[_Row]]:
-    """Rows of about one length, the longest first, so that what does not fit in memory fails at once."""
-
-    def length(row: _Row) -> tuple[int, int]:
-        prompt, choice = len(row.prompt_P), len(row.choice_C)
-        return (prompt, choice) if encoder else (prompt + choice, 0)
-
-    batch: list[_Row] = []
-    for row in sorted(rows, key=length, reverse=True):
-        if batch and (len(batch) == batch_size or (equal_lengths and length(row) != length(batch[0]))):
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
-
-
-def _causal_inputs(batch: list[_Row]) -> _Inputs:
-    """Prompt, then the choice without its last token, which is predicted and never read."""
-    tokens_BT, mask_BT = _padded([np.concatenate([row.prompt_P, row.choice_C[:-1]]) for row in batch], 0)
-    prompt_B = np.array([len(row.prompt_P) for row in batch])
-    return _Inputs(
-        tokens_BT=tokens_BT,
-        mask_BT=mask_BT,
-        routing_mask_BT=np.arange(tokens_BT.shape[1]) < prompt_B[:, None],
-        labels_BC=None,
-        row_N=_row_numbers(batch),
-        position_N=np.concatenate([len(row.prompt_P) - 1 + np.arange(len(row.choice_C)) for row in batch]),
-        target_N=np.concatenate([row.choice_C for row in batch]),
-    )
-
-
-def _encoder_inputs(batch: list[_Row]) -> _Inputs:
-    """Prompt in the encoder, choice as the decoder's labels."""
-    tokens_BT, mask_BT = _padded([row.prompt_P for row in batch], 0)
-    return _Inputs(
-        tokens_BT=tokens_BT,
-        mask_BT=mask_BT,
-        routing_mask_BT=mask_BT,
-        labels_BC=_padded([row.choice_C for row in batch], _IGNORED)[0],
-        row_N=_row_numbers(batch),
-        position_N=np.concatenate([np.arange(len(row.choice_C)) for row in batch]),
-        target_N=np.concatenate([row.choice_C for row in batch]),
-    )
-
-
-def _row_numbers(batch: list[_Row]) -> NDArray[np.int64]:
-    return np.repeat(np.arange(len(batch)), [len(row.choice_C) for row in batch])
-
-
-def _padded(sequences: list[NDArray[np.int64]], padding: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Sequences as one array, padded on the right, and where it is not padding."""
-    length_B = np.array([len(sequence) for sequence in sequences])
-    mask_BT = np.arange(length_B.max()) < length_B[:, None]
-    ids_BT = np.full(mask_BT.shape, padding, dtype=np.int64)
-    ids_BT[mask_BT] = np.concatenate(sequences)
-    return ids_BT, mask_BT
-
-
 # --------------------------------------------------------------------------------------------------------------- model
-
-
-def _attribute(model: object, name: str) -> Any:
-    """An attribute of a model, or of the model inside a wrapper that has it as `module`; None where neither has it."""
-    value = getattr(model, name, None)
-    return value if value is not None else getattr(getattr(model, "module", None), name, None)
-
-
-def _is_encoder_decoder(model: object) -> bool:
-    if isinstance(model, LanguageModel):
-        return False
-    return getattr(_attribute(model, "config"), "is_encoder_decoder", False) is True
 
 
 def _check_vocabulary(model: nn.Module | LanguageModel, asked: list[_Asked]) -> None:
     """Raise before the model reads an id it has no embedding for, which a GPU reports without saying what is wrong."""
-    size = (
-        model.vocab_size if isinstance(model, LanguageModel) else _attribute(_attribute(model, "config"), "vocab_size")
-    )
+    size = model.vocab_size if isinstance(model, LanguageModel) else attribute(attribute(model, "config"), "vocab_size")
     every_N = np.concatenate([ids for one in asked for ids in (one.prompt_P, *one.choices)])
     wrong_N = every_N[(every_N < 0) | (every_N >= size)] if isinstance(size, int) else every_N[every_N < 0]
     if len(wrong_N):
@@ -658,32 +565,3 @@ def _check_vocabulary(model: nn.Module | LanguageModel, asked: list[_Asked]) -> 
             f"{f' to {size - 1}' if isinstance(size, int) else ''}; use the tokenizer that the model was trained with, "
             "and a start_token out of it"
         )
-
-
-def _log_probs(model: nn.Module | LanguageModel, inputs: _Inputs, device: torch.device) -> NDArray[np.float64]:
-    """logp_N of the choices' tokens, nats, float64."""
-    tokens_BT = torch.from_numpy(inputs.tokens_BT).to(device)
-    extra: dict[str, Tensor] = {}
-    if _attribute(model, "accepts_routing_mask") is True:
-        extra["routing_mask"] = torch.from_numpy(inputs.routing_mask_BT).to(device)
-    scores_BTV: Tensor
-    if isinstance(model, LanguageModel):
-        scores_BTV = model.log_probs(tokens_BT, **extra)
-    else:
-        if inputs.labels_BC is not None:
-            extra["labels"] = torch.from_numpy(inputs.labels_BC).to(device)
-        mask_BT = torch.from_numpy(inputs.mask_BT).to(device).long()
-        scores_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False, **extra).logits
-    expected = inputs.tokens_BT.shape if inputs.labels_BC is None else inputs.labels_BC.shape
-    if scores_BTV.shape[:2] != expected:
-        raise ConfigError(
-            f"the model returned scores of shape {tuple(scores_BTV.shape)} for {expected[0]} sequences of "
-            f"{expected[1]} positions; it must return one row over the vocabulary for each position it is given"
-        )
-    scores_NV = scores_BTV[torch.from_numpy(inputs.row_N).to(device), torch.from_numpy(inputs.position_N).to(device)]
-    if scores_NV.dtype in (torch.float16, torch.bfloat16):
-        scores_NV = scores_NV.float()
-    logp_NV = scores_NV if isinstance(model, LanguageModel) else torch.log_softmax(scores_NV, dim=-1)
-    logp_N = logp_NV.gather(-1, torch.from_numpy(inputs.target_N).to(device)[:, None]).squeeze(-1)
-    result: NDArray[np.float64] = logp_N.double().cpu().numpy()
-    return result

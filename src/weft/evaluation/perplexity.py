@@ -128,7 +128,7 @@ def evaluate_source(
             if counts:
                 nats_N[chosen_B] = nats_B
     if together:
-        nats_N = _sum_over_ranks(nats_N, torch.device(device))
+        nats_N = sum_over_ranks(nats_N, torch.device(device))
     if np.isnan(nats_N).any():
         raise NumericsError(
             f"the loss is not a number on {int(np.isnan(nats_N).sum())} of {len(nats_N)} held-out windows; "
@@ -200,7 +200,7 @@ def _window_nats(
     return result
 
 
-def _sum_over_ranks(values_N: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
+def sum_over_ranks(values_N: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
     """Add up the ranks' arrays; each window is non-zero on one rank alone, so the sum is exact."""
     on_device = device if dist.get_backend() == "nccl" else torch.device("cpu")
     total_N = torch.from_numpy(values_N).to(on_device)

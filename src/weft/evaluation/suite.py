@@ -11,7 +11,9 @@ from pydantic import Field
 from torch import nn
 
 from weft.config import Section
+from weft.corpora.examples import examples_of
 from weft.errors import ConfigError, DataError, NumericsError
+from weft.evaluation.examples import evaluate_examples
 from weft.evaluation.perplexity import HeldOut, evaluate_source
 from weft.evaluation.result import (
     Difference,
@@ -94,6 +96,8 @@ def evaluate_suite(
 ) -> SuiteResult:
     """Evaluate a model on the domains' held-out sets and on the target's; see `evaluate_source`.
 
+    A set of examples is scored on its targets (`evaluate_examples`), unless `losses` says how the model is scored.
+
     Args:
         domains: held-out source by domain.
         target: the target's held-out source.
@@ -111,6 +115,19 @@ def evaluate_suite(
     sets = {}
     for name, source in sources.items():
         try:
+            examples = examples_of(source) if losses is None else None
+            if examples is not None:
+                sets[name] = evaluate_examples(
+                    model,
+                    examples,
+                    sequence_length=sequence_length,
+                    batch_size=config.batch_size,
+                    max_tokens=config.max_tokens_per_set,
+                    device=device,
+                    per_window=per_window,
+                    distributed=distributed,
+                )
+                continue
             sets[name] = evaluate_source(
                 model,
                 source,

@@ -25,16 +25,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from weft.config import Section
+from weft.corpora.examples import examples_of
 from weft.corpora.source import Source
 from weft.errors import ExpertError
 from weft.experts.adapted import gate_values, low_rank, placed, unchanged
+from weft.experts.examples import domain_trainer
 from weft.experts.expert import Gate, LoRAExpert, LoRAFactors
 from weft.experts.lora import check_fits
-from weft.mixture.policy import MixtureSetting, build_policy
 from weft.models.factory import count_parameters
-from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer
 from weft.training.metrics import read_metrics
 from weft.training.runtime import Runtime, choose_runtime
 
@@ -138,7 +137,7 @@ def gated(model: nn.Module, expert: LoRAExpert) -> Iterator[dict[str, GatedLinea
 def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The gate vectors of a model with gates, by module name: what a loop of one's own trains.
 
-    `train_gate` trains causal language models. Any other model, with any loss, is trained so:
+    `train_gate` trains on next tokens or on examples. With any other loss a gate is trained so:
 
         with gated(model, expert):
             vectors = gate_parameters(model)
@@ -205,15 +204,16 @@ def train_gate(
     training: TrainingConfig | None = None,
     runtime: Runtime | None = None,
 ) -> Gate:
-    """Train the gate of an expert on a causal language model.
+    """Train the gate of an expert on windows of text, or on whole examples where the source holds them.
 
-    The model is left exactly as it was: modules, weights, modes, devices and `requires_grad`. A killed training
-    continues from its last checkpoint, a finished one is read back. For models of other kinds see `gate_parameters`.
+    Windows need a causal language model, examples may have an encoder-decoder as well (`ExampleTrainer`). The model is
+    left exactly as it was: modules, weights, modes, devices and `requires_grad`. A killed training continues from its
+    last checkpoint, a finished one is read back. For losses of one's own see `gate_parameters`.
 
     Args:
         model: the base model, bare.
         expert: the adapter, from here or from anywhere.
-        source: the training tokens of the expert.
+        source: the training tokens of the expert, with its examples if there are any.
         config: what is the gate's own.
         folder: checkpoints and metrics.jsonl go there.
         seed: of the draw of sequences, and of the base's dropout if it has any.
@@ -248,14 +248,16 @@ def train_gate(
         zeros = {name: torch.zeros(factors.A_RI.shape[1]) for name, factors in expert.modules.items()}
         return Gate(zeros, facts)
     section = config.training(like)
-    identity = fingerprint_of("gate", training_choices(section), adapter_fingerprint(expert), source.fingerprint, seed)
+    identity = fingerprint_of(
+        "gate", training_choices(section), adapter_fingerprint(expert), source.fingerprint, seed, *how_read(source)
+    )
     with gated(model, expert):
         _let_gradients_through_checkpointing(model)
-        trainer = Trainer(
+        trainer = domain_trainer(
             model,
-            one_domain(expert.name, source),
+            expert.name,
+            source,
             section,
-            alignment=AlignmentConfig(),
             runtime=runtime or choose_runtime(section, parameters=count_parameters(model)),
             folder=folder,
             seed=seed,
@@ -281,15 +283,14 @@ def _let_gradients_through_checkpointing(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def one_domain(name: str, source: Source) -> Task:
-    """A task of a single domain, for the training loop."""
-    tokens_D = torch.tensor([len(source)], dtype=torch.float64)
-    return Task((name,), (source,), build_policy({"policy": "uniform"}), MixtureSetting((name,), tokens_D))
-
-
 def training_choices(config: TrainingConfig) -> dict[str, Any]:
     """A `training` section as plain values, less what does not change the weights."""
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in _MACHINE_KEYS}
+
+
+def how_read(source: Source) -> list[str]:
+    """What a fingerprint says of a source of examples beside its contents; nothing of plain text."""
+    return [] if examples_of(source) is None else ["examples"]
 
 
 def fingerprint_of(*values: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weft.corpora.examples import examples_of
 from weft.corpora.source import Source
 from weft.domains.embed import EmbedderConfig, SentenceTransformerEmbedder
 from weft.errors import ConfigError, DataError, NumericsError
 from weft.experts.adapted import adapted, module_input, unchanged
+from weft.experts.examples import Reading, example_readings, prompted_examples
 from weft.experts.expert import LoRAExpert, Statistics
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,11 @@ def collect_statistics(
     into, in a model with this expert switched on, in evaluation mode. Sums are float64. Windows, embeddings and counts
     are a function of the source and the seed alone. The model is left exactly as it was.
 
+    Of a source of examples, N of them are drawn instead of windows and cut to T; padding enters nothing, an
+    encoder-decoder's modules see what is theirs, and embeddings are of the prompts alone: what a query knows too.
+
     Args:
-        model: a causal language model, bare, on the device to use.
+        model: a causal language model, or an encoder-decoder for examples; bare, on the device to use.
         expert: the adapter.
         source: its training tokens.
         examples: N, fewer where the source holds fewer windows.
@@ -88,11 +93,18 @@ def collect_statistics(
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     embedding = embed if embed is not None else embedder_named(embedder, decode)
-    tokens_NT = _windows(source, examples, sequence_length, seed)
-    vocabulary = _vocabulary_size(model)
-    if int(tokens_NT.max()) >= vocabulary:
+    held, batches, texts_N = examples_of(source), list[Reading](), list[Tensor]()
+    if held is None:
+        tokens_NT = _windows(source, examples, sequence_length, seed)
+        texts_N = list(tokens_NT)
+        batches = [Reading({"input_ids": rows}, rows) for rows in tokens_NT.split(batch_sequences)]
+    else:
+        prompted = prompted_examples(model, held, sequence_length, expert.name)
+        batches, texts_N = example_readings(prompted, examples, seed, batch_sequences)
+    vocabulary, all_N = _vocabulary_size(model), torch.cat(texts_N)
+    if int(all_N.max()) >= vocabulary:
         raise DataError(
-            f"the source holds token id {int(tokens_NT.max())} and the model embeds {vocabulary}; tokenise the text "
+            f"the source holds token id {int(all_N.max())} and the model embeds {vocabulary}; tokenise the text "
             f"with the model's own tokenizer"
         )
     device = next(model.parameters()).device
@@ -104,10 +116,11 @@ def collect_statistics(
             hook = model.get_submodule(name).register_forward_pre_hook(mean, with_kwargs=True)
             stack.callback(hook.remove)
         stack.enter_context(torch.no_grad())
-        for tokens_BT in tokens_NT.split(batch_sequences):
+        for batch in batches:
+            masks = {tuple(mask_BT.shape): mask_BT.to(device) for mask_BT in batch.masks}
             for mean in sums.values():
-                mean.examples = len(tokens_BT)
-            model(input_ids=tokens_BT.to(device), use_cache=False)
+                mean.examples, mean.masks = len(batch.query_BT), masks
+            model(**{name: ids_BT.to(device) for name, ids_BT in batch.arguments.items()}, use_cache=False)
     unreached = [name for name, mean in sums.items() if mean.count == 0]
     if unreached:
         log.warning("expert %s: %d modules saw no token, %s first", expert.name, len(unreached), unreached[0])
@@ -118,16 +131,17 @@ def collect_statistics(
     for name, mean_I in means.items():
         if not torch.isfinite(mean_I).all():
             raise NumericsError(f"expert {expert.name!r}: the mean input of {name} is not finite; the model overflows")
-    buckets = bigram_bucket(tokens_NT[:, :-1], tokens_NT[:, 1:], BIGRAM_BUCKETS)
+    pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts_N]
+    embedded = [embedding(batch.query_BT, batch.query_mask_BT).cpu().float() for batch in batches]
     return Statistics(
         means=means,
-        embeddings_NF=torch.cat([embedding(rows, None).cpu().float() for rows in tokens_NT.split(batch_sequences)]),
+        embeddings_NF=torch.cat(embedded),
         embedder=embedder,
-        token_counts_V=torch.bincount(tokens_NT.flatten(), minlength=vocabulary),
-        bigram_counts_K=torch.bincount(buckets.flatten(), minlength=BIGRAM_BUCKETS),
+        token_counts_V=torch.bincount(all_N, minlength=vocabulary),
+        bigram_counts_K=torch.bincount(torch.cat(pairs), minlength=BIGRAM_BUCKETS),
         facts={
-            "examples": len(tokens_NT),
-            "tokens": tokens_NT.numel(),
+            "examples": sum(len(batch.query_BT) for batch in batches),
+            "tokens": len(all_N),
             "sequence_length": sequence_length,
             "data": source.fingerprint,
             "seed": seed,
@@ -141,10 +155,15 @@ class _InputMean:
 
     Where a module sees tokens without their examples (a mixture-of-experts layer), its mean is over tokens, batch by
     batch.
+
+    Attributes:
+        examples: rows of the batch.
+        masks: where a batch is not padding, by shape; empty where nothing is padded.
     """
 
     def __init__(self) -> None:
         self.examples = 0
+        self.masks: Mapping[tuple[int, ...], Tensor] = {}
         self.sum_I: Tensor | None = None
         self.count = 0
 
@@ -153,7 +172,12 @@ class _InputMean:
         if u_XI.numel() == 0:
             return
         rows = self.examples if u_XI.ndim > 2 and u_XI.shape[0] == self.examples else 1
-        mean_BI = u_XI.reshape(rows, -1, u_XI.shape[-1]).mean(dim=1, dtype=torch.float64)
+        mask_BT = self.masks.get(tuple(u_XI.shape[:-1]))
+        if mask_BT is None:
+            mean_BI = u_XI.reshape(rows, -1, u_XI.shape[-1]).mean(dim=1, dtype=torch.float64)
+        else:
+            kept_BTI = u_XI.double().masked_fill(~mask_BT[..., None], 0.0)
+            mean_BI = kept_BTI.sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
         weight = self.examples // rows
         total_I = mean_BI.sum(dim=0) * weight
         self.sum_I = total_I if self.sum_I is None else self.sum_I + total_I

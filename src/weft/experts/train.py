@@ -25,26 +25,28 @@ from torch import Tensor, nn
 
 from weft import __version__
 from weft.config import Section
+from weft.corpora.examples import examples_of
 from weft.corpora.source import Source
 from weft.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError
 from weft.experts.adapted import unchanged
+from weft.experts.examples import domain_trainer, held_out_example_losses, training_source
 from weft.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
-from weft.experts.gate import GateConfig, fingerprint_of, one_domain, train_gate, training_choices, warmup_of
+from weft.experts.gate import GateConfig, fingerprint_of, how_read, train_gate, training_choices, warmup_of
 from weft.experts.library import check_name
 from weft.experts.lora import base_fingerprint, from_peft_model
 from weft.experts.statistics import Decode, collect_statistics, embedder_named
 from weft.files import whole
 from weft.models.factory import LoRASection, count_parameters, peft_warnings
 from weft.models.hf import token_losses
-from weft.training.alignment import AlignmentConfig
+from weft.models.prompted import is_encoder_decoder
 from weft.training.config import TrainingConfig
-from weft.training.loop import Trainer
 from weft.training.metrics import read_metrics
 from weft.training.runtime import Runtime, choose_runtime
 
 log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 1000
+PROMPTS_WANTED = "its corpora a prompt_field (data.corpora), and leave experts.examples out"
 ADAPTER, GATE, BEST = "adapter", "gate", "best.safetensors"
 
 _LOSSES = ("nats_per_token", "bits_per_byte", "scored_tokens")
@@ -108,6 +110,11 @@ class ExpertTraining(Section):
     """
 
     lora: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
+    examples: bool | None = Field(
+        None,
+        description="train on whole examples, loss on their targets (true), or on windows of text (false); absent: on "
+        "examples wherever a domain's documents have prompts",
+    )
     training: AdapterTraining = Field(default_factory=lambda: AdapterTraining.model_validate({}))
     validate_every_steps: NonNegativeInt = Field(
         100, description="held-out loss every so many steps, and the best adapter kept, step 0 too; 0 keeps the last"
@@ -142,9 +149,10 @@ def train_expert(
     checkpoint; a finished one gives the same expert again without training.
 
     Args:
-        model: the base, a bare causal language model.
+        model: the base, bare: a causal language model, or an encoder-decoder where the source holds examples.
         base: what the expert will say of its base; a missing fingerprint is computed.
-        source: the domain's training tokens.
+        source: the domain's training tokens; with prompts and targets, whole examples are trained on (see
+            `ExampleTrainer`), as `config.examples` says.
         config: how.
         name: the expert's.
         folder: checkpoints and metrics go to `adapter/` and `gate/` in it.
@@ -158,13 +166,17 @@ def train_expert(
         stopped_early), losses (before and after on held-out text: nats_per_token, and bits_per_byte where the source
         knows its bytes), gate, statistics, about, weft.
     Raises:
-        ConfigError: a target module or embedder that does not exist.
+        ConfigError: a target module or embedder that does not exist, or examples are wanted of a source of plain text.
         DataError: a source is too short, or its ids are not the model's.
         ExpertError: the name is not allowed, the model carries adapters already, or the adapter diverged.
         CheckpointError: the folder holds another recipe's training, or cannot be written.
         NumericsError: a loss or a gradient is not finite.
     """
     check_name(name)
+    source = training_source(source, name, config.examples)
+    heldout = None if heldout is None else training_source(heldout, name, config.examples)
+    if is_encoder_decoder(model) and examples_of(source) is None:
+        raise ConfigError(f"expert {name!r}: an encoder-decoder model learns from examples; give {PROMPTS_WANTED}")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ExpertError(f"expert {name!r}: the model carries PEFT adapters already; load the base without them")
     embed = embedder_named(config.embedder, decode) if config.statistics_examples else None
@@ -240,23 +252,29 @@ def _train_adapter(
         "adapter", config.lora.model_dump(mode="json"), training_choices(config.training), seed,
         [base.name, base.revision, base.fingerprint], source.fingerprint,
         [heldout.fingerprint, config.validate_every_steps, config.validation_tokens] if heldout is not None else None,
+        *how_read(source),
     )  # fmt: skip
+    held_examples = None if heldout is None else examples_of(heldout)
     with unchanged(model):
         peft_model = _with_lora(model, config.lora, base, seed)
         best = _Best(folder / BEST, identity)
 
         def validate(module: nn.Module) -> dict[str, Any]:
             assert heldout is not None
-            found = held_out_losses(module, heldout, length, config.training.batch_sequences, config.validation_tokens)
+            sizes = (length, config.training.batch_sequences, config.validation_tokens)
+            if held_examples is None:
+                found = held_out_losses(module, heldout, *sizes)
+            else:
+                found = held_out_example_losses(module, held_examples, *sizes)
             if selecting and trainer.accelerator.is_main_process:
                 best.offer(trainer.step, found["nats_per_token"], trainer.parameters)
             return found
 
-        trainer = Trainer(
+        trainer = domain_trainer(
             peft_model,
-            one_domain(name, source),
+            name,
+            source,
             config.training,
-            alignment=AlignmentConfig(),
             runtime=runtime,
             folder=folder / ADAPTER,
             seed=seed,
@@ -295,7 +313,7 @@ def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, see
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), peft_warnings():
         torch.manual_seed(seed)

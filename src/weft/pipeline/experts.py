@@ -29,11 +29,13 @@ from accelerate import PartialState
 from torch import nn
 
 from weft.config import did_you_mean, validate
+from weft.corpora.examples import examples_of
 from weft.domains.domain import Domain
 from weft.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weft.experts.adapted import unchanged
+from weft.experts.examples import training_source
 from weft.experts.expert import Expert
-from weft.experts.gate import adapter_fingerprint, fingerprint_of, train_gate, training_choices
+from weft.experts.gate import adapter_fingerprint, fingerprint_of, how_read, train_gate, training_choices
 from weft.experts.library import ExpertLibrary, check_name
 from weft.experts.lora import check_fits
 from weft.experts.statistics import collect_statistics, embedder_named
@@ -251,9 +253,12 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
     check_fits(expert.lora, shop.base.model, fingerprint=shop.base.reference.fingerprint)
     found = _domain_of(shop, expert, domain)
     config = recipe.experts.expert_training
+    source = training_source(found.train, found.name, config.examples)
     embed = embedder_named(config.embedder, shop.data.tokenizer.decode) if config.statistics_examples else None
     choices = [config.gate.model_dump(mode="json"), training_choices(config.training)]
-    identity = fingerprint_of(choices, adapter_fingerprint(expert.lora), found.train.fingerprint, recipe.seed)
+    identity = fingerprint_of(
+        choices, adapter_fingerprint(expert.lora), source.fingerprint, recipe.seed, *how_read(source)
+    )
     work = recipe.training_folder(name) / f"gate-{identity[:12]}"
     runtime = choose_runtime(config.training, parameters=count_parameters(shop.base.model))
     if progress:
@@ -262,13 +267,13 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
     with _alone(work, name), unchanged(model):
         model.to(runtime.device)
         gate = train_gate(
-            model, expert.lora, found.train, config.gate,
+            model, expert.lora, source, config.gate,
             folder=work, seed=recipe.seed, training=config.training, runtime=runtime,
         )  # fmt: skip
         statistics = expert.statistics
         if embed is not None:
             statistics = collect_statistics(
-                model, expert.lora, found.train,
+                model, expert.lora, source,
                 examples=config.statistics_examples, sequence_length=config.training.sequence_length,
                 seed=recipe.seed, batch_sequences=config.training.batch_sequences,
                 embedder=config.embedder, embed=embed,
@@ -304,7 +309,9 @@ def _check_lengths(shop: Workshop, names: Sequence[str]) -> None:
     """Refuse domains too small for one sequence before anything is trained."""
     length = shop.recipe.experts.training.sequence_length
     length = max(length, shop.recipe.experts.gate.sequence_length or 0)
-    short = [name for name in names if len(shop.domains[name].train) <= length]
+    asked = shop.recipe.experts.examples
+    sources = {name: training_source(shop.domains[name].train, name, asked) for name in names}
+    short = [name for name, source in sources.items() if examples_of(source) is None and len(source) <= length]
     if short:
         sizes = ", ".join(f"{name} ({len(shop.domains[name].train):,} tokens)" for name in short[:5])
         more = f" and {len(short) - 5} more" if len(short) > 5 else ""

@@ -17,7 +17,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from weft.corpora.dedup import SeenDocuments, check_no_leak, store_digests
 from weft.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
 from weft.corpora.source import Document
 from weft.corpora.store import TokenStore, open_stores
-from weft.corpora.tokenise import TokeniseProgress, tokenise_by_label, tokenise_documents
+from weft.corpora.tokenise import TokeniseProgress, encode_documents, tokenise_by_label, tokenise_documents
 from weft.corpora.tokens import Tokenizer, make_tokenizer
 from weft.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weft.errors import DataError
@@ -390,9 +390,9 @@ class _Preparation:
         draft = _Plan(plan.heldout, drafted, plan.target_heldout, plan.target_train)
         candidates = (pair for pair in self._train(spool, discovered, draft) if pair[1] in drafted)
         for batch in _batches(candidates, 256):
-            lengths = map(len, tokenizer.encode_batch([document.text for document, _ in batch]))
-            for (document, number), length in zip(batch, lengths, strict=True):
-                exact[number].add(position(document.digest(), seed, "cap"), length + 1)
+            encoded = encode_documents(tokenizer, [document for document, _ in batch])
+            for (document, number), (tokens_N, _) in zip(batch, encoded, strict=True):
+                exact[number].add(position(document.digest(), seed, "cap"), len(tokens_N) + 1)
         caps = {number: min(drafted[number], budget.threshold()) for number, budget in exact.items()}
         return _Plan(plan.heldout, caps, plan.target_heldout, plan.target_train)
 
@@ -401,7 +401,7 @@ class _Preparation:
 
         def labelled(pairs: Iterable[tuple[Document, int]]) -> Iterator[Document]:
             for document, number in pairs:
-                yield Document(document.text, document.origin, discovered.names[number])
+                yield replace(document, label=discovered.names[number])
 
         (self.work / "target").mkdir(exist_ok=True)
         with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:

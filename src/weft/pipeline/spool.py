@@ -58,7 +58,8 @@ class SpoolWriter:
         self.documents += 1
         self.bytes += size
         try:
-            self._texts.write(json.dumps([document.text, document.origin, document.label]) + "\n")
+            prompt = [] if document.prompt is None else [document.prompt]
+            self._texts.write(json.dumps([document.text, document.origin, document.label, *prompt]) + "\n")
             if len(self._facts) == _FACTS_AT_A_TIME:
                 self._flush()
         except OSError as error:

@@ -1,0 +1,162 @@
+"""Prompts and targets: read apart, stored together, found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from weft.corpora.examples import ExampleSource, examples_of
+from weft.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weft.corpora.source import ArraySource, Document
+from weft.corpora.store import TokenStore, TokenStoreWriter
+from weft.corpora.tokenise import tokenise_by_label, tokenise_documents
+from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weft.domains.domain import TokenPrefix
+from weft.errors import ConfigError, DataError
+
+PAIRS = [("is é a letter? ", "yes"), ("is 7 a letter? ", "no, a number"), ("say nothing much: ", "well")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["is a letter a number, yes or no, well much " * 9], TrainConfig(vocab_size=280))
+
+
+def write(path: Path, records: list[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def documents(pairs: list[tuple[str, str]] = PAIRS) -> list[Document]:
+    return [Document(p + t, f"o{i}", "task", len(p)) for i, (p, t) in enumerate(pairs)]
+
+
+def read(config: dict[str, Any], report: ReadingReport | None = None) -> list[Document]:
+    return list(read_documents(CorpusConfig.model_validate(config), report or ReadingReport()))
+
+
+def test_prompts_are_read_from_their_field(tmp_path: Path) -> None:
+    records = [{"in": {"text": p}, "out": t} for p, t in PAIRS]
+    config = {"path": write(tmp_path / "a.jsonl", records), "text_field": "out", "prompt_field": "in.text"}
+    found = read(config)
+    assert [(d.text[: d.prompt], d.text[d.prompt :]) for d in found] == PAIRS
+    assert [d.prompt for d in read({**config, "prompt_field": None})] == [None] * 3
+    pq.write_table(pa.table({"in": [p for p, _ in PAIRS], "out": [t for _, t in PAIRS]}), tmp_path / "a.parquet")
+    again = read({"path": str(tmp_path / "a.parquet"), "text_field": "out", "prompt_field": "in"})
+    assert [(d.text, d.prompt) for d in again] == [(d.text, d.prompt) for d in found]
+
+
+@pytest.mark.parametrize("record", [{"out": "x"}, {"in": 3, "out": "x"}, {"in": " ", "out": "x"}, {"in": "x"}])
+def test_a_faulty_prompt_is_a_faulty_record(tmp_path: Path, record: dict[str, Any]) -> None:
+    config = {"path": write(tmp_path / "a.jsonl", [record]), "text_field": "out", "prompt_field": "in"}
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        read(config)
+    report = ReadingReport()
+    assert read({**config, "on_error": "skip"}, report) == []
+
+
+def test_what_has_no_fields_has_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match="has no field 'p'"):
+        read({"path": str(tmp_path / "a.txt"), "prompt_field": "p"})
+    for wrong in ({"path": "a", "format": "code"}, {"builtin": "all"}):
+        with pytest.raises(ValueError, match="prompt_field"):
+            CorpusConfig.model_validate({**wrong, "prompt_field": "p"})
+
+
+def test_an_input_without_prompts_keeps_the_fingerprint_it_had_before_there_were_any(tmp_path: Path) -> None:
+    config = CorpusConfig(path=write(tmp_path / "a.jsonl", [{"text": "x", "p": "y"}]))
+    stat = Path(str(config.path)).stat()
+    settings = config.model_dump(mode="json", exclude={"prompt_field"})
+    known = json.dumps([settings, [config.path, stat.st_size, stat.st_mtime_ns]], sort_keys=True).encode()
+    assert corpus_fingerprint(config) == hashlib.blake2b(known, digest_size=16).hexdigest()
+    assert corpus_fingerprint(config) != corpus_fingerprint(config.model_copy(update={"prompt_field": "p"}))
+
+
+def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    store = tokenise_documents(documents(), tokenizer, tmp_path / "s", batch_bytes=20, shard_tokens=7)
+    examples = examples_of(store)
+    assert examples is not None
+    assert len(examples) == store.documents == 3
+    for (prompt, target), found in zip(PAIRS, examples.read([0, 1, 2]), strict=True):
+        assert tokenizer.decode(found.prompt_P.tolist()) == prompt
+        assert tokenizer.decode(found.target_C.tolist()) == target
+        assert found.prompt_P.tolist() == tokenizer.encode_batch([prompt])[0].tolist()
+    assert examples.target_bytes_N.tolist() == [len(t.encode()) for _, t in PAIRS]
+    assert store.bytes == sum(len((p + t).encode()) for p, t in PAIRS)
+    assert [len(part) for part in examples.read([2])[0]] == [examples.prompts_N[2], examples.targets_N[2]]
+    with pytest.raises(IndexError, match="example 3 of 3"):
+        examples.read([3])
+
+
+def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def made(name: str, cut: int | None) -> TokenStore:
+        with TokenStoreWriter(tmp_path / name, tokenizer.vocabulary) as writer:
+            writer.append([1, 2, 3, 4], 9, prompt=None if cut is None else (cut, 2 * cut))
+        return TokenStore(tmp_path / name)
+
+    stores = [made("plain", None), made("one", 1), made("two", 2), made("again", 2)]
+    prints = [store.fingerprint for store in stores]
+    assert len(set(prints)) == 3
+    assert prints[2] == prints[3]
+    assert examples_of(stores[0]) is None
+    assert not (tmp_path / "plain/prompts.bin").exists()
+    path = tmp_path / "two/prompts.bin"
+    path.write_bytes(b"\x01" + path.read_bytes()[1:])
+    with pytest.raises(DataError, match=r"prompts\.bin has changed"):
+        TokenStore(tmp_path / "two")
+
+
+def test_a_domain_is_of_one_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    mixed = [*documents(), Document("plain", "p", "task")]
+    with pytest.raises(DataError, match="has no prompt, unlike those before it"):
+        tokenise_by_label(mixed, tokenizer, tmp_path / "a")
+    with pytest.raises(DataError, match="has a prompt, unlike"):
+        tokenise_by_label(mixed[::-1], tokenizer, tmp_path / "b")
+    two = [*documents(), Document("plain", "p", "text")]
+    stores = tokenise_by_label(two, tokenizer, tmp_path / "c")
+    assert [examples_of(stores[label]) is None for label in ("task", "text")] == [False, True]
+
+
+def test_an_interrupted_store_of_examples_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    many = documents([(f"count {i}: ", f"{i * 31} and no more") for i in range(60)])
+
+    def stopping() -> Any:
+        yield from many[:40]
+        raise KeyboardInterrupt
+
+    sizes = {"batch_bytes": 200, "commit_bytes": 300}
+    whole = tokenise_documents(many, tokenizer, tmp_path / "whole", **sizes)
+    with pytest.raises(KeyboardInterrupt):
+        tokenise_documents(stopping(), tokenizer, tmp_path / "cut", **sizes)
+    assert (tmp_path / ".cut.partial/prompts.bin").exists()
+    resumed = tokenise_documents(many, tokenizer, tmp_path / "cut", **sizes)
+    assert resumed.fingerprint == whole.fingerprint
+    assert (tmp_path / "cut/prompts.bin").read_bytes() == (tmp_path / "whole/prompts.bin").read_bytes()
+    other = [Document(d.text, d.origin, d.label, d.prompt + 1 if d.prompt else None) for d in many]
+    with pytest.raises(KeyboardInterrupt):
+        tokenise_documents(stopping(), tokenizer, tmp_path / "moved", **sizes)
+    with pytest.raises(DataError, match="not those of the interrupted run"):
+        tokenise_documents(other, tokenizer, tmp_path / "moved", **sizes)
+
+
+def test_a_cap_keeps_whole_examples() -> None:
+    source = ExampleSource([([1, 2], [3]), ([4], [5, 6]), ([7], [8])], eos_id=9, target_bytes=[1, 2, 1])
+    assert source.read(0, len(source)).tolist() == [1, 2, 3, 9, 4, 5, 6, 9, 7, 8, 9]
+    for tokens, count in ((11, 3), (10, 2), (8, 2), (7, 1), (3, 0)):
+        prefix = TokenPrefix(source, tokens)
+        capped = examples_of(prefix)
+        assert capped is not None
+        assert len(capped) == count
+        assert capped.fingerprint == prefix.fingerprint
+    assert [part.tolist() for part in source.examples.read(np.array([1]))[0]] == [[4], [5, 6]]
+    assert examples_of(TokenPrefix(ArraySource([1, 2, 3]), 2)) is None
+    with pytest.raises(DataError, match="each with a target"):
+        ExampleSource([([1], [])], eos_id=9)

@@ -1,0 +1,95 @@
+"""Held-out examples are scored on their targets, one by one or together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.experts import llama, make_pool, t5
+
+from weft.corpora.examples import ExampleSource
+from weft.errors import ConfigError, DataError, NumericsError
+from weft.evaluation.examples import evaluate_examples
+from weft.evaluation.perplexity import evaluate_source
+from weft.evaluation.result import paired_difference
+from weft.evaluation.suite import EvaluationConfig, evaluate_suite
+from weft.models.hf import HFLanguageModel, sequence_losses
+from weft.models.prompted import is_encoder_decoder, target_nats
+from weft.models.prompted_examples import PromptedExamples
+from weft.routing.routed_model import RoutedModel
+
+CPU, EOS, LENGTH = torch.device("cpu"), 63, 9
+
+
+def task(count: int = 30) -> ExampleSource:
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(1, 60, rng.integers(1, 9)), rng.integers(1, 60, rng.integers(1, 6))) for _ in range(count)]
+    return ExampleSource(pairs, EOS, target_bytes=[4 * len(target) for _, target in pairs])
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_a_set_is_the_sum_of_its_targets(make: Any) -> None:
+    model, source = make().train(), task()
+    encoder = is_encoder_decoder(model)
+    prompted = PromptedExamples(source.examples, LENGTH, encoder)
+    found = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=7, per_window=True)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        nats = [float(target_nats(model, [row], CPU, encoder=encoder)) for row in prompted.rows(range(30))]
+    assert found.windows is not None
+    assert found.windows.nats_N.tolist() == pytest.approx(nats, rel=1e-4)
+    assert found.tokens == prompted.targets_N.sum()
+    assert found.nats_per_token == pytest.approx(sum(nats) / found.tokens, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / prompted.bytes_N.sum(), rel=1e-5)
+    part = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=4, max_tokens=20)
+    assert 0 < part.tokens <= 30
+    assert paired_difference(found, found).nats_per_token == 0.0
+
+
+def test_a_language_model_agrees_with_its_module() -> None:
+    model = llama()
+    sizes: dict[str, Any] = {"sequence_length": LENGTH, "batch_size": 5}
+    first = evaluate_examples(model, task().examples, **sizes)
+    second = evaluate_examples(HFLanguageModel(model), task().examples, **sizes)
+    assert second.nats_per_token == pytest.approx(first.nats_per_token, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+@pytest.mark.parametrize("router", ["merged", "phatgoose", "retrieval"])
+def test_neither_padding_nor_neighbours_matter_to_a_routed_model(make: Any, router: str) -> None:
+    model = make()
+    routed = RoutedModel(model, make_pool(model, 3), router)
+    sizes: dict[str, Any] = {"sequence_length": LENGTH, "per_window": True}
+    together = evaluate_examples(routed, task(12).examples, batch_size=12, **sizes).windows
+    alone = evaluate_examples(routed, task(12).examples, batch_size=1, **sizes).windows
+    assert together is not None
+    assert alone is not None
+    assert together.nats_N.tolist() == pytest.approx(alone.nats_N.tolist(), rel=1e-4)
+
+
+def test_a_suite_scores_examples_as_examples_and_text_as_text() -> None:
+    model, source = llama(), task()
+    suite = evaluate_suite(model, {"task": source}, sequence_length=LENGTH, config=EvaluationConfig(batch_size=4))
+    expected = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=4)
+    assert suite.sets["task"] == expected
+    text = evaluate_suite(model, {"task": source}, sequence_length=LENGTH, losses=sequence_losses)
+    windows = evaluate_source(model, source, sequence_length=LENGTH, batch_size=16)
+    assert text.sets["task"].nats_per_token == pytest.approx(windows.nats_per_token, rel=1e-5)
+    assert text.sets["task"].tokens == len(source) - 1
+
+
+def test_what_cannot_be_scored_is_said() -> None:
+    model, source = llama(), task()
+    for wrong in ({"sequence_length": 1}, {"batch_size": 0}, {"max_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            evaluate_examples(model, source.examples, **{"sequence_length": 8, "batch_size": 2, **wrong})
+    with pytest.raises(DataError, match="hold no bytes"):
+        evaluate_examples(model, ExampleSource([([1], [2])], EOS).examples, sequence_length=8, batch_size=2)
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(NumericsError, match=r"'task'.*not a number on 30 of 30 held-out examples"):
+        evaluate_suite(model, {"task": source}, sequence_length=LENGTH)
