@@ -56,3 +56,14 @@ def test_tokens_become_steps_rounded_up() -> None:
 def test_contradictions_are_refused(value: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(TrainingConfig, value, "training")
+
+
+def test_how_processes_share_a_model_is_told_only_where_asked_for() -> None:
+    """Runs made before the key existed keep their fingerprints."""
+    assert "parallel" not in TrainingConfig(steps=1).model_dump(mode="json")
+    split = TrainingConfig(steps=1, parallel="fsdp2")
+    told = split.model_dump(mode="json")
+    assert told["parallel"] == "fsdp2"
+    assert TrainingConfig.model_validate(told) == split
+    with pytest.raises(ConfigError, match="parallel"):
+        validate(TrainingConfig, {"steps": 1, "parallel": "fsdp1"}, "training")
