@@ -84,6 +84,11 @@ class DistilProgress:
     best: bool
 
 
+def _with_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement as it was before it went through JSON, which has no NaN."""
+    return {key: math.nan if value is None else value for key, value in line.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class DistilState:
     """Everything a distillation needs to continue as if it had never stopped; draws depend on seed and step alone.
@@ -162,10 +167,7 @@ class DistilState:
                 best=group("best."),
                 best_loss=math.inf if facts["best_loss"] is None else float(facts["best_loss"]),
                 stale=int(facts["stale"]),
-                history=tuple(
-                    DistilProgress(**{key: math.nan if value is None else value for key, value in line.items()})
-                    for line in facts["history"]
-                ),
+                history=tuple(DistilProgress(**_with_nan(line)) for line in facts["history"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} holds no distillation this version can continue: {error}") from error

@@ -60,7 +60,8 @@ def _check_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"top_p is {sampling.top_p!r}; it must be above 0 and at most 1")
     if sampling.seed is not None and not (_whole(sampling.seed) and -(1 << 63) <= sampling.seed < 1 << 64):
         raise ConfigError(f"seed is {sampling.seed!r}; it must be a whole number of at most 64 bits, or None")
-    if isinstance(sampling.stop, str) or not all(isinstance(stop, str) and stop for stop in sampling.stop):
+    stops: object = sampling.stop  # callers without a type checker may give anything
+    if not isinstance(stops, tuple | list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ConfigError(f"stop is {sampling.stop!r}; it must hold texts of one character at least")
     if sampling.logprobs is not None and not (_whole(sampling.logprobs) and 0 <= sampling.logprobs <= MOST_LOGPROBS):
         raise ConfigError(f"logprobs is {sampling.logprobs!r}; it must be from 0 to {MOST_LOGPROBS}, or None for none")
