@@ -176,7 +176,7 @@ class Work:
             "expert": experts.facts["seconds_per_expert"],
             "scores": scores.time.seconds,
             "memory": training.memory_bytes,
-            "memory beyond libraries": training.memory_bytes - training.memory["Python and libraries"],
+            "memory beyond libraries": training.memory_bytes - calibration.resident,
             "checkpoint": training.disk["checkpoints"],
             "model": training.disk["model"],
             "expert in a library": experts.disk["library"] / EXPERTS,

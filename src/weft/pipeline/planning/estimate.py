@@ -131,7 +131,7 @@ class _Facts:
         """Held-out sequences of each domain: as many as are asked for, or as there are."""
         if self.heldout is None:
             return [asked] * self.domains
-        return [min(asked, tokens // length) for tokens in self.heldout]
+        return [min(asked, math.ceil(max(0, tokens - 1) / length)) for tokens in self.heldout]
 
 
 def plan_recipe(
