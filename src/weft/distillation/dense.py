@@ -30,7 +30,7 @@ from weft.distillation.structural import Weighted
 from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weft.models.factory import ModelConfig, build_model, count_parameters
 from weft.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, save_checkpoint
-from weft.training.config import TrainingConfig, learning_rate
+from weft.training.config import NOT_DECIDING, TrainingConfig, learning_rate
 from weft.training.loop import adamw, dump_tensors, load_tensors
 from weft.training.runtime import Runtime, choose_runtime
 
@@ -465,7 +465,7 @@ def _identity(
 ) -> str:
     """Of what is trained on what: settings, data, and the student's first weights."""
     settings = config.model_dump(mode="json")
-    for name in ("save_every_steps", "keep_checkpoints", "log_every_steps", "threads"):
+    for name in (*NOT_DECIDING, "threads"):
         settings["training"].pop(name)
     digest = hashlib.blake2b(json.dumps([settings, seed, taught], sort_keys=True).encode(), digest_size=16)
     for one in (text, real, held_out):

@@ -33,7 +33,7 @@ from weft.experts.examples import domain_trainer
 from weft.experts.expert import Gate, LoRAExpert, LoRAFactors
 from weft.experts.lora import check_fits
 from weft.models.factory import count_parameters
-from weft.training.config import TrainingConfig
+from weft.training.config import NOT_DECIDING, TrainingConfig
 from weft.training.metrics import read_metrics
 from weft.training.runtime import Runtime, choose_runtime
 
@@ -41,9 +41,6 @@ log = logging.getLogger(__name__)
 
 WARMUP_FRACTION = 0.06
 """Part of an expert's or a gate's steps that warms up, as in the paper."""
-
-_MACHINE_KEYS = ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps")
-"""Keys of `training` that do not change what is trained."""
 
 
 class GatedLinear(nn.Module):
@@ -285,7 +282,7 @@ def _let_gradients_through_checkpointing(model: Any) -> None:
 
 def training_choices(config: TrainingConfig) -> dict[str, Any]:
     """A `training` section as plain values, less what does not change the weights."""
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in _MACHINE_KEYS}
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_DECIDING}
 
 
 def how_read(source: Source) -> list[str]:

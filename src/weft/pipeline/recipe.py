@@ -23,7 +23,7 @@ from weft.pipeline.experts_config import ExpertsConfig
 from weft.pipeline.gate_recipe import GatingConfig
 from weft.pipeline.project_config import CompareConfig, RoutingConfig
 from weft.training.alignment import AlignmentConfig
-from weft.training.config import TrainingConfig
+from weft.training.config import NOT_DECIDING, TrainingConfig
 
 
 class Recipe(Section):
@@ -75,7 +75,7 @@ class Recipe(Section):
         value = self.resolved()
         for key in ("run", "prepared", "evaluation", "data", "trackers", "experts", "routing", "gating", "compare"):
             del value[key]
-        for key in ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps"):
+        for key in NOT_DECIDING:
             del value["training"][key]
         text = json.dumps([value, data_fingerprint], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

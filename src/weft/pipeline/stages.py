@@ -23,9 +23,7 @@ from weft.pipeline.rivals import train_monolith, train_rivals
 from weft.pipeline.route_stage import ROUTING, route_experts
 from weft.pipeline.students import distil_gate
 from weft.pipeline.train import run_training
-
-_NOT_DECIDING = ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps")
-"""Keys of a training section that its result does not depend on."""
+from weft.training.config import NOT_DECIDING
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _training(recipe: Any) -> dict[str, Any]:
     """A recipe's part of a training."""
     value: dict[str, Any] = recipe.resolved()
     kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
-    kept["training"] = {key: each for key, each in kept["training"].items() if key not in _NOT_DECIDING}
+    kept["training"] = {key: each for key, each in kept["training"].items() if key not in NOT_DECIDING}
     return {**kept, "evaluation": value["evaluation"]}
 
 
@@ -101,7 +99,7 @@ def _rivals(project: Project) -> dict[str, Any]:
 def _experts(project: Project) -> dict[str, Any]:
     assert project.parts is not None
     value = project.parts.experts.model_dump(mode="json", exclude={"library"})
-    for key in _NOT_DECIDING:
+    for key in NOT_DECIDING:
         value["training"].pop(key, None)
     return {"seed": project.parts.seed, "base": None if project.whole else project.parts.base, **value}
 

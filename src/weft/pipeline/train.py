@@ -53,7 +53,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     with _only_one(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
             data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
-        identity = _identity(recipe, data)
+        identity = recipe.identity(data.fingerprint)
         finished = _finished(recipe, identity)
         process.wait_for_everyone()
         if finished is not None:
@@ -229,12 +229,6 @@ def _result(
         else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
         **final.to_json(),
     }
-
-
-def _identity(recipe: Recipe, data: PreparedData) -> str:
-    """The recipe's identity on this data, however processes share the model: a run may go on under another layout."""
-    training = recipe.training.model_copy(update={"parallel": "ddp"})
-    return recipe.model_copy(update={"training": training}).identity(data.fingerprint)
 
 
 def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:

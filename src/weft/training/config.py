@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weft.config import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+NOT_DECIDING = ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps", "parallel")
+"""Keys of a `training` section that do not decide what is trained."""
 
 
 class TrainingConfig(Section):
@@ -67,17 +63,6 @@ class TrainingConfig(Section):
         if self.max_epochs is not None and self.exhaustion == "repeat":
             raise ValueError("max_epochs is a cap: set exhaustion to drop or stop with it")
         return self
-
-    @model_serializer(mode="wrap")
-    def _values(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Every key, `parallel` only where it is not the default.
-
-        How processes share a model does not decide its weights, so it must not enter the fingerprint of a run.
-        """
-        values: dict[str, Any] = handler(self)
-        if values.get("parallel") == "ddp":
-            del values["parallel"]
-        return values
 
     @property
     def total_steps(self) -> int:

@@ -10,7 +10,8 @@ import yaml
 
 from weft.errors import ConfigError
 from weft.pipeline.demo import demo_project
-from weft.pipeline.recipe import Recipe, load_recipe, make_recipe, plan
+from weft.pipeline.project import load_project, make_project
+from weft.pipeline.recipe import Recipe, make_recipe, plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
@@ -23,9 +24,10 @@ def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    recipe = load_recipe(path)
-    assert plan(recipe)["steps"] > 0
-    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    project = load_project(path)
+    if project.whole is not None:
+        assert plan(project.whole)["steps"] > 0
+    assert make_project(yaml.safe_load(project.to_yaml())) == project
 
 
 def test_there_are_recipes() -> None:
@@ -50,6 +52,7 @@ def test_identity_knows_what_decides_the_weights() -> None:
     recipe = demo_recipe()
     same = demo_recipe(["run=elsewhere", "evaluation.every_steps=7", "training.save_every_steps=3"])
     assert same.identity("data") == recipe.identity("data")
+    assert demo_recipe(["training.parallel=fsdp2"]).identity("data") == recipe.identity("data")
     assert demo_recipe(["training.lr=0.1"]).identity("data") != recipe.identity("data")
     assert demo_recipe(["mixture.eta=1"]).identity("data") != recipe.identity("data")
     assert recipe.identity("other data") != recipe.identity("data")

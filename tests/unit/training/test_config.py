@@ -8,7 +8,7 @@ import pytest
 
 from weft.config import validate
 from weft.errors import ConfigError
-from weft.training.config import TrainingConfig, learning_rate
+from weft.training.config import NOT_DECIDING, TrainingConfig, learning_rate
 
 
 def test_warmup_is_linear_and_ends_at_the_peak() -> None:
@@ -58,12 +58,8 @@ def test_contradictions_are_refused(value: dict[str, object], message: str) -> N
         validate(TrainingConfig, value, "training")
 
 
-def test_how_processes_share_a_model_is_told_only_where_asked_for() -> None:
-    """Runs made before the key existed keep their fingerprints."""
-    assert "parallel" not in TrainingConfig(steps=1).model_dump(mode="json")
-    split = TrainingConfig(steps=1, parallel="fsdp2")
-    told = split.model_dump(mode="json")
-    assert told["parallel"] == "fsdp2"
-    assert TrainingConfig.model_validate(told) == split
+def test_how_processes_share_a_model_decides_nothing() -> None:
+    assert "parallel" in NOT_DECIDING
+    assert TrainingConfig(steps=1).model_dump(mode="json")["parallel"] == "ddp"
     with pytest.raises(ConfigError, match="parallel"):
         validate(TrainingConfig, {"steps": 1, "parallel": "fsdp1"}, "training")
