@@ -7,6 +7,10 @@ from types import ModuleType
 
 import pytest
 
+from weft.gating.gate import gates
+from weft.mixture.policy import policies
+from weft.routing.router import routers
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -28,3 +32,21 @@ def load_script(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def execute(monkeypatch):
+    """Runs the text of a module; policies, routers and gates it registers do not outlive the test."""
+    kept = [(registry, dict(registry._entries)) for registry in (policies, routers, gates) if len(registry)]
+
+    def run(code: str, **known: object) -> ModuleType:
+        module = ModuleType("snippet")
+        module.__dict__.update(known)
+        monkeypatch.setitem(sys.modules, "snippet", module)
+        exec(compile(code, "snippet", "exec"), module.__dict__)
+        return module
+
+    yield run
+    for registry, entries in kept:
+        registry._entries.clear()
+        registry._entries.update(entries)

@@ -1,12 +1,9 @@
 """The code and the recipes shown in the documents are real: Python runs, recipes are valid, named files exist."""
 
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
 import yaml
 from support import served
 from support.experts import llama, make_pool, prompts
@@ -17,35 +14,22 @@ from weft.experts.lora import base_fingerprint
 from weft.gating.experts import ExpertPool
 from weft.gating.modular_lm import ModularLM
 from weft.gating.prefix_gate import PrefixGate, with_top
-from weft.mixture.policy import MixtureSetting, Report, build_policy, policies
 from weft.pipeline.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = ROOT / "docs/tutorials"
+"""Their blocks build on one another; tests/e2e/test_tutorials.py carries them out in order."""
 
 
 def blocks(language: str) -> list:
     found = []
     for page in PAGES:
+        if language == "python" and page.parent == TUTORIALS:
+            continue
         code = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         found += [pytest.param(text, id=f"{page.relative_to(ROOT)}-{i}") for i, text in enumerate(code)]
     return found
-
-
-@pytest.fixture
-def execute(monkeypatch):
-    """Runs the text of a module; what it registers does not outlive the test."""
-    entries = dict(policies._entries)
-
-    def run(code: str, **known: object) -> None:
-        module = ModuleType("snippet")
-        module.__dict__.update(known)
-        monkeypatch.setitem(sys.modules, "snippet", module)
-        exec(compile(code, "snippet", "exec"), module.__dict__)
-
-    yield run
-    policies._entries.clear()
-    policies._entries.update(entries)
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +71,6 @@ def test_recipes_and_parts_of_recipes_are_valid(text):
         "training": {"steps": 1},
     }
     make_recipe(whole | part)
-
-
-def test_the_policy_of_the_how_to_page_does_what_the_page_says(root, execute):
-    page = (root / "docs/howto/own-policy.md").read_text(encoding="utf-8")
-    execute(re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1])
-    policy = build_policy({"policy": "progress_share", "floor": 0.1})
-    ones = torch.ones(2, dtype=torch.float64)
-    state = policy.init(MixtureSetting(("a", "b"), tokens_D=ones))
-    state = policy.update(state, Report(1, tokens_D=ones, losses_D=torch.tensor([3.0, 3.0])))
-    assert policy.weights(state).tolist() == [0.5, 0.5]
-    state = policy.update(state, Report(2, tokens_D=ones, losses_D=torch.tensor([2.0, 3.5])))
-    assert policy.weights(state).tolist() == pytest.approx([0.95, 0.05])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
