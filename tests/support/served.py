@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from support.experts import make_pool
 from support.tiny_project import WORDS, sentence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
 from weft.experts.expert import BaseReference
@@ -37,6 +37,23 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
         eos_token_id=256, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def t5(seed: int = 0) -> T5ForConditionalGeneration:
+    """A random layer of encoder and one of decoder, gated as in T5 v1.1."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=256,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def write_encoder_decoder(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny T5 with the tokenizer of the others; returns its folder."""
+    t5(seed).save_pretrained(folder)
+    tokenizer().save(folder)
+    return folder
 
 
 def write_model(folder: Path, kind: str, seed: int = 0) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from weft.config import Section
 from weft.corpora.examples import examples_of
 from weft.errors import ConfigError, DataError, NumericsError
+from weft.evaluation.choices import ChoiceResult
 from weft.evaluation.examples import evaluate_examples
 from weft.evaluation.perplexity import HeldOut, evaluate_source
 from weft.evaluation.result import (
@@ -23,6 +24,7 @@ from weft.evaluation.result import (
     mean_result,
     paired_difference,
 )
+from weft.evaluation.tasks import ChoiceTask
 from weft.models.hf import SequenceLosses
 from weft.models.language_model import LanguageModel
 
@@ -37,11 +39,13 @@ class EvaluationConfig(Section):
         every_steps: optimizer steps between two evaluations; None evaluates at the end alone.
         max_tokens_per_set: tokens scored per set, in evenly spaced windows; None scores everything.
         batch_size: windows per forward pass.
+        tasks: questions with listed answers, ranked by the base and every routed or single expert that are compared.
     """
 
     every_steps: int | None = Field(default=None, ge=1)
     max_tokens_per_set: int | None = Field(default=65_536, ge=1)
     batch_size: int = Field(default=16, ge=1)
+    tasks: tuple[ChoiceTask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ class SuiteResult:
     Attributes:
         sets: result by set name; the target's is under `"target"`.
         generic: mean over the domains, the target left out; None when only the target was evaluated.
+        tasks: ranked answers by task, where any were asked.
     """
 
     sets: dict[str, SetResult]
     generic: MeanResult | None
+    tasks: dict[str, ChoiceResult] = field(default_factory=dict)
 
     @property
     def domains(self) -> dict[str, SetResult]:
@@ -62,10 +68,18 @@ class SuiteResult:
         return {name: result for name, result in self.sets.items() if name != TARGET}
 
     def to_json(self) -> dict[str, Any]:
-        """`{"sets": {name: numbers}, "generic": numbers}`, as `metrics.jsonl` and `result.json` hold them."""
+        """`{"sets": {name: numbers}, "generic": numbers}`, as `metrics.jsonl` and `result.json` hold them.
+
+        With tasks also `{"tasks": {name: numbers}}`, without what was right question by question.
+        """
         value: dict[str, Any] = {"sets": {name: result.to_json() for name, result in self.sets.items()}}
         if self.generic is not None:
             value["generic"] = self.generic.to_json()
+        if self.tasks:
+            value["tasks"] = {
+                name: {key: number for key, number in result.to_json().items() if key != "correct"}
+                for name, result in self.tasks.items()
+            }
         return value
 
 

@@ -63,6 +63,7 @@ def open_model(
     tokenizer: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    encoder_decoder: bool = False,
 ) -> OpenModel:
     """Open a model for use, whatever made it.
 
@@ -74,8 +75,9 @@ def open_model(
         tokenizer: folder or hub name; None for the one that lies beside the model or its experts.
         dtype: a plain model's parameters are held in; routed and gated ones say themselves.
         device: where to run.
+        encoder_decoder: whether a plain encoder-decoder model will do.
     Raises:
-        ConfigError: there is no such model, or it is an encoder-decoder model.
+        ConfigError: there is no such model, or it is an encoder-decoder model and that will not do.
         DataError: it comes without a tokenizer and none was named.
         ExpertError: an expert does not fit its base.
     """
@@ -99,7 +101,7 @@ def open_model(
         kind, model, experts = "gated", gated, tuple(gated.pool.names)
         places = [str(folder), *_expert_places(gated)]
     else:
-        plain = _plain(folder, str(path), revision, dtype)
+        plain = _plain(folder, str(path), revision, dtype, encoder_decoder)
         kind, model, experts = "plain", plain.to(device), ()
         places = [str(folder) if folder.is_dir() else str(path)]
         if (folder / "adapter_config.json").exists():
@@ -111,13 +113,13 @@ def open_model(
     return OpenModel(str(path), kind, model, found, experts)
 
 
-def _plain(folder: Path, name: str, revision: str | None, dtype: str) -> Any:
+def _plain(folder: Path, name: str, revision: str | None, dtype: str, encoder_decoder: bool) -> Any:
     if (folder / "adapter_config.json").exists():
         return load_model(folder, dtype=dtype)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"there is no folder {name}; name a model's folder, or a hub name (owner/model)")
     model = load_base(str(folder) if folder.is_dir() else name, revision=revision, dtype=dtype)
-    if is_encoder_decoder(model):
+    if is_encoder_decoder(model) and not encoder_decoder:
         raise ConfigError(f"{name} is an encoder-decoder model; what is opened here predicts a text's next tokens")
     return model
 

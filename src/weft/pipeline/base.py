@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from weft.corpora.examples import examples_of
 from weft.corpora.tokens import Tokenizer, load_pretrained
 from weft.errors import ConfigError, DataError
 from weft.experts.expert import BaseReference
@@ -34,8 +35,8 @@ def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
     """Load the base of a recipe's experts and check that the prepared data is its own.
 
     Raises:
-        ConfigError: there is no such model, it is no causal language model, or it is too small for the tokenizer or the
-            sequences.
+        ConfigError: there is no such model, it is no language model, it is too small for the tokenizer or the
+            sequences, or it is an encoder-decoder and the data has no prompts.
         DataError: the data was tokenised with another tokenizer, or the run's own model was trained on other data.
     """
     transformers_logging.disable_progress_bar()
@@ -51,16 +52,30 @@ def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
         )
     model = load_base(name, revision=revision, dtype=recipe.experts.dtype)
     if is_encoder_decoder(model):
-        raise ConfigError(
-            f"the base {name} is an encoder-decoder model; experts are trained here on causal language models: train "
-            f"its adapters with PEFT and import them (weft experts import)"
-        )
+        _check_examples(recipe, data, name)
     _check_tokenizer(model, data.tokenizer, name, revision)
     gate_length = recipe.experts.gate.sequence_length or 0
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and longest < (asked := max(recipe.experts.training.sequence_length, gate_length)):
         raise ConfigError(f"experts.training.sequence_length is {asked}; the base takes at most {longest} positions")
     return Base(model, BaseReference(name, revision, base_fingerprint(model)))
+
+
+def _check_examples(recipe: ExpertRecipe, data: PreparedData, name: str) -> None:
+    """An encoder-decoder reads prompts and writes targets: it is trained and judged on examples alone."""
+    sources = [(domain.name, each) for domain in data.domains for each in (domain.train, domain.heldout)]
+    sources += [("the target", each) for each in (data.target_train, data.target_heldout)]
+    plain = list(dict.fromkeys(each for each, source in sources if source is not None and examples_of(source) is None))
+    if plain:
+        raise ConfigError(
+            f"the base {name} is an encoder-decoder model, which learns from prompts and targets, and documents of "
+            f"{', '.join(plain[:5])} have none; give their corpora a prompt_field, the held-out ones too"
+        )
+    if recipe.experts.examples is False:
+        raise ConfigError(
+            f"the base {name} is an encoder-decoder model, which learns from examples; leave out "
+            f"experts.examples: false"
+        )
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, name: str, revision: str | None) -> None:

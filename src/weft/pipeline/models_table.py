@@ -19,6 +19,7 @@ from weft.models.factory import load_model
 from weft.pipeline.any_model import open_model
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.gating import gating_config, open_scores
+from weft.pipeline.heldout import heldout_sets
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.project import MONOLITH, Project
 from weft.pipeline.rivals import rival_folders
@@ -71,15 +72,16 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
     if project.parts is not None:
         lengths.append(project.parts.experts.training.sequence_length)
     length, device = min(lengths), choose_runtime(training, parameters=0).device
+    domains, target = heldout_sets(data, None if project.parts is None else project.parts.experts.examples)
     places = models_of(project)
     found: dict[str, Any] = {}
     with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
         for name, place in places.items():
-            opened = open_model(place, device=str(device))
+            opened = open_model(place, device=str(device), encoder_decoder=True)
             result = evaluate_suite(
                 opened.model,
-                {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None},
-                data.target_heldout,
+                domains,
+                target,
                 sequence_length=length,
                 config=config,
                 device=device,

@@ -18,6 +18,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from weft.errors import DataError
+from weft.evaluation.suite import SuiteResult
+from weft.evaluation.tasks import mean_accuracy
 from weft.experts.library import ExpertLibrary
 from weft.files import write_whole
 from weft.pipeline.expert_recipe import ExpertRecipe
@@ -25,6 +27,7 @@ from weft.pipeline.prepared import PreparedData
 from weft.pipeline.project_config import RoutingConfig
 from weft.pipeline.routes import BEST_SINGLE, build_route, evaluate_routes, parse_router, trace_text
 from weft.reporting.routing import RoutingFacts
+from weft.routing.calls import is_encoder_decoder
 from weft.routing.routed_model import RoutedModel
 
 ROUTING = "routing.json"
@@ -42,7 +45,8 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
 
     Returns:
         What routing.json holds: heldout_bpb (mean over domains) and unseen_bpb (the target's) by router; bits_per_byte
-        by router and set; best_single; experts; relative_forward_time of the last model written (None where it is not
+        by router and set; accuracy by router and task, and mean_accuracy, where the evaluation has tasks; best_single;
+        experts; relative_forward_time of the last model written (None where it is not
         timed); notes.
     Raises:
         WeftError: as `evaluate_routes` and `build_route`.
@@ -64,6 +68,7 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
         "bits_per_byte": {
             label: {name: each.bits_per_byte for name, each in row.sets.items()} for label, row in rows.items()
         },
+        **_accuracies(rows),
         BEST_SINGLE.replace(" ", "_"): evaluation.best_single,
         "experts": sorted(ExpertLibrary.open(recipe.library_folder).names),
         "relative_forward_time": timed,
@@ -71,6 +76,18 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     }
     write_whole(recipe.run / ROUTING, json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _accuracies(rows: Mapping[str, SuiteResult]) -> dict[str, Any]:
+    """The share of right answers by router and task, and the mean over the tasks; nothing without tasks."""
+    asked = {label: row.tasks for label, row in rows.items() if row.tasks}
+    if not asked:
+        return {}
+    return {
+        "accuracy": {label: {name: each.accuracy for name, each in tasks.items()} for label, tasks in asked.items()},
+        "mean_accuracy": {label: mean_accuracy(tasks)[0] for label, tasks in asked.items()},
+        "chance": {name: each.chance for name, each in next(iter(asked.values())).items()},
+    }
 
 
 def routed_folder(recipe: ExpertRecipe, router: str) -> Path:
@@ -123,13 +140,16 @@ def relative_forward_time(folder: Path, data: PreparedData, pairs: int) -> float
     heldout = next(domain.heldout for domain in data.domains if domain.heldout is not None)
     tokens = min(512, len(heldout))
     ids_BT = torch.from_numpy(heldout.read(0, tokens).astype("int64"))[None, : tokens // 4 * 4].view(4, -1)
+    given = {"input_ids": ids_BT}
+    if is_encoder_decoder(model):
+        given["decoder_input_ids"] = ids_BT
     ratios = []
     for _ in range(pairs + 2):
         with model.disabled():
             start = time.perf_counter()
-            model(ids_BT)
+            model(**given)
             base = time.perf_counter() - start
         start = time.perf_counter()
-        model(ids_BT)
+        model(**given)
         ratios.append((time.perf_counter() - start) / base)
     return statistics.median(ratios[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from weft.corpora.tokens import Tokenizer
 from weft.errors import ConfigError, DataError
 from weft.evaluation.result import finite_or_none, mean_result
 from weft.evaluation.suite import EvaluationConfig, SuiteDifference, SuiteResult, evaluate_suite, suite_difference
+from weft.evaluation.tasks import Questions, read_tasks, score_tasks
 from weft.experts.expert import base_name
 from weft.experts.library import ExpertLibrary
 from weft.fan_out import Task, fan_out, keep, new_key
 from weft.pipeline.base import base_tokenizer, open_base
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.experts import shared_folders
+from weft.pipeline.heldout import heldout_sets
 from weft.pipeline.prepare import prepare
 from weft.pipeline.prepared import PreparedData
 from weft.progress import progress as show_progress
@@ -261,6 +263,7 @@ def evaluate_routes(
         ConfigError, WeftError: as `fan_out`.
     """
     data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
+    read_tasks((recipe.evaluation if config is None else config).tasks)
     if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
         raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
     sections = {text: router_config(parse_router(text)) for text in routes or ()}
@@ -320,6 +323,7 @@ class _Bench:
     config: EvaluationConfig
     data: PreparedData
     model: RoutedModel
+    questions: Questions
     device: torch.device
 
     @classmethod
@@ -336,23 +340,34 @@ class _Bench:
         if device is None:
             device = choose_runtime(recipe.experts.training, parameters=0).device
         model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=device)
-        return cls(recipe, config, data, model, device)
+        return cls(recipe, config, data, model, read_tasks(config.tasks), device)
 
     def score(self, section: RouterSection | None) -> SuiteResult:
         """Evaluate the experts under a router; the base alone where there is none."""
         if section is not None:
             self.model.use_router(section)
             _give_text(self.model, self.data.tokenizer)
+        domains, target = heldout_sets(self.data, self.recipe.experts.examples)
+        length = self.recipe.experts.training.sequence_length
         with self.model.disabled() if section is None else nullcontext():
-            return evaluate_suite(
+            result = evaluate_suite(
                 self.model,
-                {domain.name: domain.heldout for domain in self.data.domains if domain.heldout is not None},
-                self.data.target_heldout,
-                sequence_length=self.recipe.experts.training.sequence_length,
+                domains,
+                target,
+                sequence_length=length,
                 config=self.config,
                 device=self.device,
                 per_window=True,
             )
+            tasks = score_tasks(
+                self.model,
+                self.data.tokenizer,
+                self.questions,
+                batch_size=self.config.batch_size,
+                max_length=length,
+                device=self.device,
+            )
+        return replace(result, tasks=tasks)
 
 
 def _score_far(

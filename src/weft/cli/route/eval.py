@@ -21,6 +21,7 @@ from weft.cli.options import (
     with_error,
 )
 from weft.evaluation.result import Difference, MeanResult, SetResult
+from weft.evaluation.tasks import mean_accuracy
 from weft.pipeline.expert_recipe import expert_plan, load_expert_recipe
 from weft.pipeline.routes import RouteEvaluation, evaluate_routes
 
@@ -94,11 +95,23 @@ def _print(found: RouteEvaluation, title: str) -> None:
         shown = names[first : first + COLUMNS]
         rows = [[label, *(columns[name][place] for name in shown)] for place, label in enumerate(found.rows)]
         print_table(f"{title}: bits per byte", ["", *shown], rows)
+    _print_tasks(found, title)
     for note in found.notes:
         typer.echo(f"note: {note}")
     if found.best_single is not None:
         typer.echo(f"best single: {found.best_single}")
         typer.echo("oracle: " + ", ".join(f"{expert} on {name}" for name, expert in found.oracle.items()))
+
+
+def _print_tasks(found: RouteEvaluation, title: str) -> None:
+    rows = {label: row.tasks for label, row in found.rows.items() if row.tasks}
+    columns = {"mean over tasks": {label: with_error(*mean_accuracy(tasks)) for label, tasks in rows.items()}}
+    for name in found.base.tasks:
+        columns[name] = {label: with_error(t[name].accuracy, t[name].accuracy_se) for label, t in rows.items()}
+    for first in range(0, len(columns) if rows else 0, COLUMNS):
+        shown = list(columns)[first : first + COLUMNS]
+        table = [[label, *(columns[name][label] for name in shown)] for label in rows]
+        print_table(f"{title}: share of right answers", ["", *shown], table)
 
 
 def _cell(value: SetResult | MeanResult | Difference | None) -> str:

@@ -1,0 +1,155 @@
+"""From prompts and targets in files to experts and routers, over decoder-only and encoder-decoder bases."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import Call
+from support.served import write_encoder_decoder, write_model
+from support.tiny_project import WORDS
+
+from weft.corpora.examples import examples_of
+from weft.errors import ConfigError, ExpertError
+from weft.experts.library import ExpertLibrary
+from weft.pipeline.any_model import open_model
+from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
+from weft.pipeline.experts import gate_expert, open_workshop, train_experts
+from weft.pipeline.prepare import prepare
+from weft.pipeline.route_stage import ROUTING, route_experts
+
+NAMES = list(WORDS)
+
+
+def write_tasks(folder: Path) -> None:
+    """In every domain: which word follows another?"""
+    rng = random.Random(0)
+    for name, words in WORDS.items():
+        lines = []
+        for _ in range(60):
+            first = rng.randrange(len(words))
+            asked = " ".join(rng.choice(words) for _ in range(rng.randrange(1, 5)))
+            lines.append({"in": f"{asked} {words[first]}: ", "out": words[(first + 1) % len(words)]})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    question = {"prompt": "pan butter: ", "choices": ["onion", "mast"], "answer": "onion"}
+    (folder / "ask.jsonl").write_text(json.dumps(question) + "\n" + json.dumps({**question, "prompt": "oven: "}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {"llama": str(write_model(folder, "plain")), "t5": str(write_encoder_decoder(folder / "t5"))}
+
+
+def recipe(folder: Path, base: str, *, prompts: bool = True, **experts: Any) -> ExpertRecipe:
+    if not (folder / "ask.jsonl").exists():
+        write_tasks(folder)
+    fields = {"text_field": "out", "prompt_field": "in"} if prompts else {"text_field": "in"}
+    corpora = [{"path": str(folder / f"{name}.jsonl"), "label": name, **fields} for name in NAMES]
+    return make_expert_recipe(
+        {
+            "run": str(folder / "run"),
+            "data": {"corpora": corpora, "tokenizer": {"pretrained": base}, "split": {"fraction": 0.2}},
+            "experts": {
+                "base": base,
+                "domains": NAMES[:2],
+                "lora": {"rank": 2, "alpha": 4},
+                "training": {
+                    "steps": 4, "sequence_length": 24, "batch_sequences": 8, "lr": 0.01, "device": "cpu", "threads": 1,
+                },
+                "validate_every_steps": 2,
+                "gate": {"steps": 2},
+                "statistics_examples": 8,
+                **experts,
+            },
+            "routing": {"routers": ["phatgoose", "retrieval", "merged"], "timed_pairs": 1},
+            "evaluation": {"batch_size": 8, "tasks": [{"path": str(folder / "ask.jsonl")}]},
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_experts_of_tasks_are_made_kept_gated_and_routed(
+    kind: str, bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(tmp_path, bases[kind])
+    found = train_experts(made, progress=False)
+    assert {name: each["status"] for name, each in found["experts"].items()} == dict.fromkeys(NAMES[:2], "made")
+    again = train_experts(made, progress=False)
+    assert {each["status"] for each in again["experts"].values()} == {"kept"}
+    library = ExpertLibrary.open(made.library_folder)
+    data = prepare(made.data, made.prepared_folder, progress=False)
+    held = {domain.name: domain.heldout for domain in data.domains}
+    examples = examples_of(held[NAMES[0]])
+    assert examples is not None
+    scored = library.card(NAMES[0])["losses"]["after"]["scored_tokens"]
+    assert scored == int((examples.targets_N + 1).sum())
+    before = library.load(NAMES[0])
+    gate = gate_expert(made, NAMES[0], progress=False)
+    assert gate["gate"]["steps"] == 2
+    after = ExpertLibrary.open(made.library_folder).load(NAMES[0])
+    assert all((after.gate.vectors[name] == v_I).all() for name, v_I in before.gate.vectors.items())
+    table = route_experts(made, progress=False)
+    # The third domain has no expert, and is what the experts of the others are judged by.
+    assert set(table["bits_per_byte"]["phatgoose"]) == set(NAMES)
+    assert set(table["accuracy"]) >= {"base", "phatgoose", "retrieval", "merged", "best_single"}
+    assert table["accuracy"]["base"].keys() == {"ask"}
+    assert table["mean_accuracy"]["base"] == table["accuracy"]["base"]["ask"]
+    assert table["chance"] == {"ask": 0.5}
+    assert table["relative_forward_time"] > 0.0
+    assert json.loads((made.run / ROUTING).read_text())["accuracy"] == table["accuracy"]
+    if kind == "llama":
+        (tmp_path / "recipe.yaml").write_text(made.to_yaml())
+        printed = Call(capsys)("route", "eval", tmp_path / "recipe.yaml", "--routers", "merged", "--no-singles")
+        assert "share of right answers" in " ".join(printed.split())
+        assert "mean over tasks" in printed
+
+
+def test_experts_of_before_examples_are_the_ones_of_now(bases: dict[str, str], tmp_path: Path) -> None:
+    """A card that does not say `examples` is of windows or of examples as its data was, as the default still is."""
+    made = recipe(tmp_path, bases["llama"], prompts=False)
+    train_experts(made, progress=False)
+    for name in NAMES[:2]:
+        library = ExpertLibrary.open(made.library_folder)
+        expert = library.load(name)
+        del expert.card["settings"]["examples"]
+        library.add(expert, replace=True)
+    again = train_experts(made, progress=False)
+    assert {each["status"] for each in again["experts"].values()} == {"kept"}
+    with pytest.raises(ExpertError, match=r"settings\.examples: None before, False now"):
+        train_experts(recipe(tmp_path, bases["llama"], prompts=False, examples=False), progress=False)
+
+
+def test_what_an_encoder_decoder_cannot_learn_from_is_said(bases: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="documents of algebra, cooking, sailing have none; give their corpora a prompt_field"
+    ):
+        open_workshop(recipe(tmp_path, bases["t5"], prompts=False), progress=False)
+    half = recipe(tmp_path, bases["t5"]).model_dump(mode="json", exclude_none=True)
+    plain = [{"path": str(tmp_path / f"{name}.jsonl"), "label": name, "text_field": "in"} for name in NAMES[:1]]
+    half["run"], half["data"]["heldout"] = str(tmp_path / "half"), plain
+    with pytest.raises(ConfigError, match=r"documents of cooking have none; .* the held-out ones too"):
+        open_workshop(make_expert_recipe(half), progress=False)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"learns from examples; leave out experts\.examples: false"):
+        open_workshop(recipe(tmp_path / "other", bases["t5"], examples=False), progress=False)
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        open_model(bases["t5"])
+    assert open_model(bases["t5"], encoder_decoder=True).kind == "plain"
+
+
+def test_examples_may_be_shorter_than_a_window_and_are_asked_of_prompts_alone(
+    bases: dict[str, str], tmp_path: Path
+) -> None:
+    quick = {"gate": {"steps": 0}, "statistics_examples": 0, "validate_every_steps": 0}
+    long = recipe(tmp_path, bases["llama"], **quick)
+    training = long.experts.training.model_copy(update={"sequence_length": 200, "steps": 1})
+    experts = long.experts.model_copy(update={"training": training, "domains": NAMES[:1]})
+    found = train_experts(long.model_copy(update={"experts": experts}), progress=False)
+    assert found["experts"][NAMES[0]]["status"] == "made"
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(ConfigError, match=r"experts\.examples is true and the documents of 'cooking' have no prompts"):
+        train_experts(recipe(tmp_path / "plain", bases["llama"], prompts=False, examples=True), progress=False)
