@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from support.command_line import Call
 from support.tiny_project import WORDS, sentence
 
 from weft.models.factory import load_base, peft_warnings
-from weft.pipeline.project import make_project
+from weft.pipeline.project import load_project, make_project
 from weft.pipeline.runner import run_project
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -30,6 +30,10 @@ SMALLER: dict[str, Any] = {
     "precision": "fp32", "dtype": "float32", "backend": "sklearn", "target_sequences": 4, "dimensions": 4,
 }  # fmt: skip
 """Sizes by key, wherever a recipe has it; all else stays as it ships."""
+
+
+DATASETS = ["mrpc", "sciq"]
+"""Of the datasets that a recipe names as domains, those that have stand-ins."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -49,8 +53,41 @@ class StandIns:
         self.base = str(served.write_model(folder / "base", "plain"))
         self.texts = iter(range(1000))
 
+    def encoder_decoder(self) -> str:
+        """A T5 in the place of a T5."""
+        return str(served.write_encoder_decoder(self.folder / "t5"))
+
+    def examples(self, section: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Prompts and targets in the same fields, a folder for each of some datasets."""
+        rng = random.Random(next(self.texts))
+        folder = self.folder / f"examples-{rng.random()}"
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            answers = [rng.sample(WORDS["algebra"], 1 + number % 3) for number in range(40)]
+            lines = [
+                {section["prompt_field"]: f"{name} {rng.random()}?", section["text_field"]: " ".join(answer)}
+                for answer in answers
+            ]
+            (folder / name / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {**section, "path": f"{folder}/*/some.jsonl"}
+
+    def tasks(self, sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Questions with answers, one file where there was one and two where there were many."""
+        found = []
+        for number, section in enumerate(sections):
+            many = "*" in section["path"]
+            for name in ("one", "two") if many else (Path(section["path"]).stem,):
+                path = self.folder / f"tasks-{number}" / f"{name}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                line = {"prompt": "the ring is", "choices": ["a field", "an ideal", "exact"], "answer": 1}
+                path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "answer": "exact"}) + "\n")
+            found.append({**section, "path": str(path.parent / "*.jsonl" if many else path)})
+        return found
+
     def corpus(self, section: Mapping[str, Any]) -> dict[str, Any]:
         """The same labels, made-up sentences."""
+        if "prompt_field" in section:
+            return self.examples(section, DATASETS)
         rng = random.Random(next(self.texts))
         words = [word for each in WORDS.values() for word in each]
         rng.shuffle(words)
@@ -72,10 +109,14 @@ class StandIns:
         """A recipe's value with every text, model and size replaced."""
         if key in ("corpora", "target", "heldout", "target_heldout"):
             return [self.corpus(section) for section in value]
+        if key == "tasks":
+            return self.tasks(value)
+        if key == "domains" and isinstance(value, list):
+            return DATASETS
         if key == "embedder":
-            return {}
+            return {} if isinstance(value, Mapping) else "tokens-64"
         if key in ("pretrained", "base", "model") and isinstance(value, str):
-            return self.base
+            return self.encoder_decoder() if "t5" in value else self.base
         if key == "source":
             return self.adapter(value)
         if key in SMALLER and not isinstance(value, Mapping):
@@ -93,3 +134,19 @@ def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
     project = make_project({**value, "run": str(tmp_path / "run")})
     assert {status.state for status in run_project(project, progress=False)} == {"done"}
     assert (tmp_path / "run/report.html").stat().st_size > 1000
+    if tasks := value.get("evaluation", {}).get("tasks"):
+        accuracy = json.loads((tmp_path / "run/routing.json").read_text())["accuracy"]
+        names = {task.get("name") or Path(task["path"]).stem for task in tasks}
+        assert {name.partition("/")[0] for name in accuracy["phatgoose"]} == names
+
+
+def test_the_pool_of_the_paper_has_its_36_experts_and_11_tasks_nobody_was_trained_on() -> None:
+    recipe = load_project(RECIPES[0].parent / "phatgoose_t0.yaml").parts
+    assert recipe is not None
+    assert recipe.experts.domains is not None
+    assert len(set(recipe.experts.domains)) == 36
+    heldout = {Path(task.path).stem for task in recipe.evaluation.tasks if "t0_heldout" in task.path}
+    assert len(heldout) == 11
+    assert not heldout & set(recipe.experts.domains)
+    training = recipe.experts.training
+    assert (training.total_steps, training.warmup_steps, training.batch_sequences) == (1000, 60, 1024)
