@@ -41,12 +41,14 @@ check: setup ## style, types, layers, and that generated documents are current
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate_reference.py --check
+	$(BIN)/python docs/methods_table.py --check
 	$(BIN)/python docs/benchmark_table.py --check
 
 fix: setup ## what can be mended by machine: style, format, generated documents
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/methods_table.py
 	$(BIN)/python docs/benchmark_table.py
 
 # A benchmark is a file in benchmarks/ that can be run; without FULL=1 each takes about a minute and writes no results.
@@ -58,8 +60,9 @@ bench: setup ## every benchmark, quickly; FULL=1 regenerates benchmarks/results 
 docs: $(VENV)/.ready-docs reference ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-reference: setup ## docs/reference from the commands and the recipe's models
+reference: setup ## docs/reference from the commands and the recipe's models, the table of methods from the registries
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/methods_table.py
 
 # Pins are made from what the ranges of pyproject.toml resolve to today. The build of torch is left to the machine:
 # no local version suffix, and not the accelerator libraries torch itself pins.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support import served
-from support.experts import llama, make_pool, prompts
+from support.experts import make_pool, prompts
 
 from weft.experts.expert import BaseReference
 from weft.experts.library import ExpertLibrary
@@ -40,7 +40,7 @@ def tokenizer():
 @pytest.fixture
 def pool(tmp_path, tokenizer):
     """What the pages call runs/pool: a base, a library of experts over it, a student of a gate; the ids of a prompt."""
-    model = llama()
+    model = served.llama()
     folder = tmp_path / "runs" / "pool"
     model.save_pretrained(folder / "model")
     tokenizer.save(folder / "model")

@@ -1,0 +1,139 @@
+"""Fill the tables of docs/methods.md from the registries and docs/methods.yaml; `--check` fails where they are stale.
+
+Names, papers, files and needs are read off the registered classes. What a method does in a line, and what it costs, is
+written in docs/methods.yaml, which must have every registered name and no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import weft
+from weft.gating.gate import gates
+from weft.mixture.policy import policies
+from weft.registry import Registry
+from weft.routing.router import routers
+
+FOLDER = Path(__file__).parent
+PACKAGE = Path(weft.__file__).parent
+SIGNALS = {
+    "losses": "the domains' training losses",
+    "reference_losses": "a reference model",
+    "target_alignment": "target examples; alignments with them",
+    "generalist_alignment": "alignments with all domains",
+    "target_histogram": "target examples; embeddings",
+    "basis": "a basis of distributions",
+}
+OF_EXPERTS = {"gate": "its gate", "statistics": "its statistics"}
+OF_SEQUENCES = {
+    "sequence": "features of whole sequences",
+    "points": "an enumerated support",
+    "tokens": "tokens' scores",
+}
+REGISTRIES: Mapping[str, Registry[Any]] = {"policies": policies, "routers": routers, "gates": gates}
+
+
+class MismatchError(Exception):
+    """The words and the registries do not name the same methods."""
+
+
+def needs_of(kind: str, name: str) -> str:
+    """What a method needs, in words, as its class says."""
+    cls = REGISTRIES[kind][name]
+    if kind == "policies":
+        return words(SIGNALS, cls(cls.Config.example(("a", "b"))).needs)
+    if kind == "routers":
+        found = words(OF_EXPERTS, cls.needs)
+        return found if cls.supports_encoder_decoder else f"{found}; a decoder-only model"
+    return words(OF_SEQUENCES, cls.needs)
+
+
+def words(table: Mapping[str, str], needs: Iterable[str]) -> str:
+    """The needs in the table's order and words; `nothing` for none."""
+    wanted = set(needs)
+    return "; ".join(text for need, text in table.items() if need in wanted) or "nothing"
+
+
+def file_of(cls: type) -> str:
+    """Where a class is written, below src/weft."""
+    return Path(inspect.getfile(cls)).resolve().relative_to(PACKAGE).as_posix()
+
+
+def paper_of(paper: str | None) -> str:
+    """A link where the paper is on arXiv; a dash where there is none."""
+    if paper is None:
+        return "-"
+    identifier = paper.removeprefix("arXiv:")
+    return f"[{identifier}](https://arxiv.org/abs/{identifier})" if identifier != paper else paper
+
+
+def rows_of(kind: str, told: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """A row per registered method.
+
+    Raises:
+        MismatchError: a method has no words, or words have no method.
+    """
+    registry = REGISTRIES[kind]
+    missing, unknown = set(registry) - set(told), set(told) - set(registry)
+    if missing or unknown:
+        raise MismatchError(
+            f"docs/methods.yaml: {kind} lacks {sorted(missing) or 'nothing'}, and names what is not registered: "
+            f"{sorted(unknown) or 'nothing'}"
+        )
+    rows = []
+    for name in registry:
+        entry = registry.entry(name)
+        seen = [("the text so far" if entry.cls.causal else "the whole text")] if kind == "gates" else []
+        tail = [told[name]["costs"].strip(), paper_of(entry.paper), f"`{file_of(entry.cls)}`"]
+        rows.append([f"`{name}`", told[name]["does"], *seen, needs_of(kind, name), *tail])
+    return rows
+
+
+def table_of(kind: str, told: Mapping[str, Mapping[str, str]]) -> str:
+    """The Markdown table of a kind of method."""
+    needs = {"policies": "needs", "routers": "needs of an expert", "gates": "needs"}[kind]
+    header = ["name", "what it does", *(["reads"] if kind == "gates" else []), needs, "costs", "paper", "file"]
+    lines = [header, ["---"] * len(header), *rows_of(kind, told)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def filled(page: str, told: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    """The page with every table between its markers replaced."""
+    for kind in REGISTRIES:
+        begin, end = f"<!-- {kind}: begin (docs/methods_table.py) -->", f"<!-- {kind}: end -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise MismatchError(f"docs/methods.md must hold these once each: {begin} and {end}")
+        head, rest = page.split(begin)
+        page = f"{head}{begin}\n\n{table_of(kind, told[kind])}\n\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def main() -> int:
+    """Write the page, or with `--check` compare it; 1 where it is stale or the words do not fit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is stale")
+    check = parser.parse_args().check
+    path = FOLDER / "methods.md"
+    old = path.read_text(encoding="utf-8")
+    try:
+        new = filled(old, yaml.safe_load((FOLDER / "methods.yaml").read_text(encoding="utf-8")))
+    except MismatchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if new != old:
+        if check:
+            print("stale: docs/methods.md; run `make fix`", file=sys.stderr)
+            return 1
+        path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The table of methods names every registered method, and no other."""
+
+import shutil
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def table(load_script, root, tmp_path, monkeypatch):
+    module = load_script("docs/methods_table.py")
+    for name in ("methods.md", "methods.yaml"):
+        shutil.copy(root / "docs" / name, tmp_path)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr("sys.argv", ["methods_table.py", "--check"])
+    return module
+
+
+def test_the_page_is_current_and_has_a_row_for_every_method(table, root):
+    assert table.main() == 0
+    page = (root / "docs/methods.md").read_text(encoding="utf-8")
+    for kind, registry in table.REGISTRIES.items():
+        part = page.split(f"<!-- {kind}: begin")[1].split(f"<!-- {kind}: end")[0]
+        rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
+        assert [row[0].strip("| `") for row in rows] == list(registry)
+        assert all((root / "src/weft" / row[-1].strip("| `")).exists() for row in rows)
+
+
+def test_needs_are_those_the_classes_declare(table):
+    assert table.needs_of("policies", "uniform") == "nothing"
+    assert table.needs_of("policies", "doremi") == "the domains' training losses; a reference model"
+    assert table.needs_of("routers", "phatgoose") == "its gate"
+    assert table.needs_of("routers", "blend") == "its gate; its statistics; a decoder-only model"
+    assert table.needs_of("gates", "linear") == "features of whole sequences"
+
+
+def change(table, kind, **changes):
+    path = table.FOLDER / "methods.yaml"
+    told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    told[kind] = {name: words for name, words in (told[kind] | changes).items() if words is not None}
+    path.write_text(yaml.safe_dump(told), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("policies", {"dga": None}, "policies lacks ['dga']"),
+        ("routers", {"gone": {"does": "a", "costs": "b"}}, "not registered: ['gone']"),
+    ],
+)
+def test_words_and_registries_must_name_the_same(table, capsys, kind, changes, said):
+    change(table, kind, **changes)
+    assert table.main() == 1
+    assert said in capsys.readouterr().err
+
+
+def test_changed_words_make_the_page_stale_and_writing_mends_it(table, capsys, monkeypatch):
+    change(table, "gates", linear={"does": "something else", "costs": "nothing"})
+    assert table.main() == 1
+    assert "stale: docs/methods.md" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["methods_table.py"])
+    assert table.main() == 0
+    assert "| something else |" in (table.FOLDER / "methods.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["methods_table.py", "--check"])
+    assert table.main() == 0
+
+
+def test_a_page_without_markers_is_refused(table, capsys):
+    (table.FOLDER / "methods.md").write_text("no place for a table\n")
+    assert table.main() == 1
+    assert "must hold these once each" in capsys.readouterr().err
