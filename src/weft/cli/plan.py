@@ -62,9 +62,10 @@ def _show(plan: Plan) -> None:
     rows.append(["all", duration(plan.seconds), "", "", "", "", size(plan.disk_bytes)])
     print_table(
         f"{plan.recipe} on {plan.hardware}",
-        ["stage", "time", "limit", "FLOPs", "memory/device", "sent/device", "disk"],
+        ["stage", "time", "limit", "FLOPs", "memory", "sent", "disk"],
         rows,
     )
+    typer.echo("memory: on the fullest device; sent: by one device; FLOPs and disk: in all")
     for stage in plan.stages:
         typer.echo(f"\n{stage.name}: {stage.what}")
         for name, value in stage.facts.items():
@@ -108,7 +109,7 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds for people."""
-    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"

@@ -418,8 +418,9 @@ def _assumptions(speed: Speed, stages: Sequence[Stage]) -> list[str]:
         ]
     else:
         lines = [
-            f"Matrix products reach {speed.utilisation:.0%} of the peak of {device.name} (--mfu); what is published "
-            "for large dense models; small ones are held up by memory and launches, which are counted apart.",
+            f"Matrix products reach {speed.utilisation:.0%} of the peak of {device.name} (--mfu), recomputed ones "
+            "included: about what is published for large dense models; small ones are held up by memory and launches, "
+            "which are counted apart.",
             f"Compiled code moves half the bytes and launches a third of the kernels; a launch takes "
             f"{device.launch * 1e6:.0f} us.",
             f"A device sends {speed.hardware.exchange / 1e9:.0f} GB/s to the others, all at once, 80 % of the "

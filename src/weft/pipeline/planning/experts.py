@@ -29,6 +29,9 @@ from weft.pipeline.planning.training import Machine, Run, machine_for
 
 CARD_BYTES = 4096
 """An expert's card and adapter_config.json, about."""
+EXPERT_SECONDS = 0.15
+"""An expert beside its steps: adapter and gate put in and taken out, fingerprints, files. Measured on one x86 core with
+a model of next to no size."""
 DISK_BYTES_PER_SECOND = 1e9
 """Reading a library when a pool is built; an assumption, an ordinary solid-state disk."""
 
@@ -91,7 +94,10 @@ def experts_stage(plan: PoolPlan) -> Stage:
     config, machine = plan.config, plan.machine
     devices = plan.speed.hardware.devices
     run = Run(plan.counted, config.training, machine, 1)
-    parts: dict[str, Time] = {"adapter": run.step_time().times(config.training.total_steps)}
+    parts: dict[str, Time] = {
+        "adapter": run.step_time().times(config.training.total_steps),
+        "setting up": Time(EXPERT_SECONDS, {OVERHEAD: EXPERT_SECONDS}),
+    }
     work, optimizer = run.step_work()
     flops = (work.flops + optimizer.flops) * config.training.total_steps
     length, batch = config.training.sequence_length, config.training.batch_sequences
@@ -298,13 +304,21 @@ def scoring_stage(plan: PoolPlan, gating: GatingConfig, sequences: Sequence[int]
         flops += token.flops * times
     time = (reading + drawing).times(1.0 / plan.speed.hardware.devices)
     disk = score_cache_bytes(texts, samples, config.length, experts)
+    memory = {**pool_memory(plan), "activations": one.peak}
+    have = plan.speed.hardware.device.memory
+    problems: tuple[str, ...] = ()
+    if sum(memory.values()) > USABLE * have:
+        problems = (
+            f"scoring holds all experts on one device: {sum(memory.values()) / 1e9:.0f} GB on {have / 1e9:.0f} GB; "
+            "score fewer experts (gating.experts), of a smaller rank, with experts.dtype: bfloat16, or on the CPU",
+        )
     return Stage(
         "scores",
         f"{texts + samples:,} sequences of {config.length} tokens under {experts:,} experts",
         time,
-        time.limit,
+        DOES_NOT_FIT if problems else time.limit,
         flops,
-        {**pool_memory(plan), "activations": one.peak},
+        memory,
         0.0,
         {"score cache": disk},
         {
@@ -315,6 +329,7 @@ def scoring_stage(plan: PoolPlan, gating: GatingConfig, sequences: Sequence[int]
             "seconds_drawing_samples": drawing.seconds / plan.speed.hardware.devices,
             "experts_per_pass": together,
         },
+        problems,
     )
 
 

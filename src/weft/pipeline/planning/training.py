@@ -419,6 +419,24 @@ def measurement(run: Run, alignment: AlignmentConfig, choice: Choice, groups: in
     return parts, float(alignment.target_sequences + extra)
 
 
+def _sent_by_measuring(run: Run, alignment: AlignmentConfig, choice: Choice, groups: int) -> float:
+    """Bytes a device sends per measurement.
+
+    DDP sums the direction, and for `separate` every group's gradient: 2 (n - 1) / n x 4 bytes per parameter each. FSDP2
+    gathers the layers for every pass, as in training.
+    """
+    n, sizes = run.devices, run.counted.sizes
+    if n == 1:
+        return 0.0
+    if run.parallel == DDP:
+        return 2.0 * 4.0 * (n - 1) / n * sizes.trainable * (1 + (groups if choice.estimator == "separate" else 0))
+    gathered = 2.0 if run.machine.precision == "bf16" else 4.0
+    own = math.ceil(groups * alignment.sequences_per_group / n)
+    backward = sum(count for count, _ in run.pieces(max(1, math.ceil(alignment.target_sequences / n))))
+    forward = 2 * sum(count for count, _ in run.pieces(own))
+    return (n - 1) / n * sizes.parameters * (backward * (2.0 * gathered + 4.0) + forward * gathered)
+
+
 def alignment_stage(
     run: Run, alignment: AlignmentConfig, policy: MixturePolicy[Any], choice: Choice, groups: int
 ) -> Stage:
@@ -438,10 +456,10 @@ def alignment_stage(
         host = run.machine.speed.calibration.shadow_seconds() * run.counted.sizes.modules * pieces
         once = once + Time(host, {OVERHEAD: host})
     flops = sum(work.flops for work in parts.values()) * run.devices
-    reduced = 2.0 * 4.0 * run.counted.sizes.trainable * (run.devices - 1) / run.devices
-    sent = reduced + (reduced * groups if choice.estimator == "separate" else 0.0)
+    sent = _sent_by_measuring(run, alignment, choice, groups)
     traffic = run.machine.speed.exchange(sent)
-    once = once + Time(traffic, {INTERCONNECT: traffic})
+    hidden = once.seconds if run.parallel == FSDP2 else 0.0
+    once = once + Time(max(0.0, traffic - hidden), {INTERCONNECT: traffic})
     extra = {"finite_difference": 4.0, "separate": 1.6, "cumulative": 0.0, "shadow": 0.0}[choice.estimator]
     share = 1.0 / run.devices if run.parallel == FSDP2 else 1.0
     time = once.times(updates)
