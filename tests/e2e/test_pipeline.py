@@ -19,6 +19,7 @@ from weft.pipeline.any_model import open_model
 PARTS: dict[str, Any] = {
     "training": {**recipe_value()["training"], "steps": 40},
     "experts": {
+        "rival": "uniform",
         "lora": {"rank": 2, "alpha": 4},
         "training": {"sequence_length": 32, "batch_sequences": 8, "steps": 8, "lr": 3e-3, "device": "cpu"},
         "validate_every_steps": 0,
@@ -72,6 +73,8 @@ def test_a_project_runs_once_and_then_only_what_changed(
         assert set(model["bits_per_byte"]) == {"target", *WORDS}
         assert all(0 < value < 8 for value in model["bits_per_byte"].values())
         assert open_model(model["path"]).kind == model["kind"]
+    library = json.loads((tmp_path / "runs/one/experts/library.json").read_text())
+    assert library["base"]["name"].endswith("runs/one/rivals/uniform/model")
     page = (tmp_path / "runs/one/report.html").read_text()
     for heading in ("Every model", "Mixture over time", "Routing", "Robust gate"):
         assert f">{heading}<" in page

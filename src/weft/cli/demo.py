@@ -42,7 +42,7 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         rows,
     )
     print_table(
-        f"bits per byte of {len(routing['experts'])} experts over that model, by router",
+        f"bits per byte of {len(routing['experts'])} experts over the uniform mixture's model, by router",
         ["router", "mean of domains", "text no expert saw (the target)"],
         [
             [label.replace("_", " "), number(value), number(routing["unseen_bpb"].get(label))]

@@ -43,8 +43,11 @@ def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
     name, revision = recipe.base, recipe.experts.revision
     if recipe.experts.base is None:
         if not Path(name).is_dir():
-            raise ConfigError(f"{recipe.run} has no trained model yet; finish it with weft train, or set experts.base")
-        require_same_data(recipe.run, data)
+            raise ConfigError(
+                f"{recipe.base_run} has no trained model yet; finish it with weft run --until rivals (or weft train, "
+                "where experts.rival is not set), or set experts.base"
+            )
+        require_same_data(recipe.base_run, data)
     if (Path(name) / "adapter_config.json").exists():
         raise ConfigError(
             f"the base {name} is an adapter over another model; name that model as experts.base, or merge the adapter "

@@ -42,7 +42,19 @@ class ExpertRecipe(Section):
     @property
     def base(self) -> str:
         """Folder or hub name of the base; an existing folder is told by its absolute path."""
-        return base_name(self.experts.base if self.experts.base is not None else str(self.run / "model"))
+        if self.experts.base is not None:
+            return base_name(self.experts.base)
+        return base_name(str(self.base_run / "model"))
+
+    @property
+    def base_run(self) -> Path:
+        """The run whose model is the base, where the recipe trains it."""
+        return self.run if self.experts.rival is None else self.rivals_folder / self.experts.rival
+
+    @property
+    def rivals_folder(self) -> Path:
+        """Where rivals are trained, each in a folder of its own."""
+        return self.run / "rivals"
 
     @property
     def library_folder(self) -> Path:
@@ -115,8 +127,17 @@ def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
                     "experts: missing; add a section `experts: {}`, whose defaults will do, to make experts"
                 )
             del known["experts"]
+        elif recipe.experts.rival is not None:
+            rivals = [each.policy for each in recipe.compare.mixtures]
+            if recipe.experts.rival not in rivals:
+                raise ConfigError(
+                    f"experts.rival is {recipe.experts.rival!r}, which compare.mixtures does not train; it names "
+                    f"{', '.join(rivals) or 'none'}"
+                )
         return ExpertRecipe.model_validate(known)
     small = validate(ExpertRecipe, dict(value), "")
+    if small.experts.rival is not None:
+        raise ConfigError("experts.rival names a mixture that is trained here; this recipe trains no model: give base")
     if small.experts.base is None and (small.gating is None or small.gating.pool is None):
         raise ConfigError(
             "experts.base: missing; name the base model (a folder or hub name), or add the sections that train one: "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,14 @@ def _training(recipe: Any) -> dict[str, Any]:
 def _rivals(project: Project) -> dict[str, Any]:
     found = {policy.policy: _training(project.rival(policy)) for policy in project.mixtures}
     if project.monolith:
-        found[MONOLITH] = {"experts": _experts(project)}
+        assert project.parts is not None
+        experts = project.parts.experts
+        found[MONOLITH] = {
+            "tokens": experts.training.total_steps
+            * experts.training.batch_sequences
+            * experts.training.sequence_length,
+            **experts.model_dump(mode="json", include={"base", "rival", "revision", "domains"}),
+        }
     return found
 
 
@@ -189,17 +196,6 @@ STAGES: tuple[Stage, ...] = (
         shared=True,
     ),
     Stage(
-        "experts",
-        "an expert per domain, with its gate",
-        ("prepare", "train"),
-        lambda project: project.makes_experts,
-        _experts,
-        lambda project: [_parts(project).library_folder / "library.json"],
-        _make_experts,
-        costly=True,
-        shared=True,
-    ),
-    Stage(
         "rivals",
         "other mixtures and the monolith",
         ("prepare", "train"),
@@ -208,6 +204,17 @@ STAGES: tuple[Stage, ...] = (
         lambda project: [project.rivals_folder / name / "result.json" for name in _rivals(project)],
         _train_rivals,
         lambda project: [project.rivals_folder],
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "experts",
+        "an expert per domain, with its gate",
+        ("prepare", "train", "rivals"),
+        lambda project: project.makes_experts,
+        _experts,
+        lambda project: [_parts(project).library_folder / "library.json"],
+        _make_experts,
         costly=True,
         shared=True,
     ),
@@ -277,5 +284,13 @@ STAGES: tuple[Stage, ...] = (
 
 
 def stages_of(project: Project) -> tuple[Stage, ...]:
-    """The stages a project has."""
-    return tuple(stage for stage in STAGES if stage.wanted(project))
+    """The stages a project has; experts wait for the rivals only where one of them is their base."""
+    found = [stage for stage in STAGES if stage.wanted(project)]
+    if project.parts is None or project.parts.experts.rival is None:
+        found = [
+            replace(stage, needs=tuple(name for name in stage.needs if name != "rivals"))
+            if stage.name == "experts"
+            else stage
+            for stage in found
+        ]
+    return tuple(found)

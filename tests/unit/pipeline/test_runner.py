@@ -17,6 +17,8 @@ from weft.pipeline.runner import plan_stages, project_status, run_project
 from weft.pipeline.stage_records import alone, at_work, read_record
 from weft.pipeline.stages import STAGES, Stage, stages_of
 
+OVER = {"rival": "uniform"}
+
 
 @dataclass
 class Workshop:
@@ -235,5 +237,11 @@ def test_a_project_has_the_stages_of_its_sections(tmp_path: Path) -> None:
     assert [stage.name for stage in stages_of(make_project(value))] == ["prepare", "train", "evaluate", "report"]
     experts = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
     assert [stage.name for stage in stages_of(make_project({**value, **experts}))] == [stage.name for stage in STAGES]
+    plain = {stage.name: stage.needs for stage in stages_of(make_project({**value, **experts}))}
+    over = {stage.name: stage.needs for stage in stages_of(make_project({**value, **experts, "experts": OVER}))}
+    assert "rivals" not in plain["experts"]
+    assert "rivals" in over["experts"]
+    with pytest.raises(ConfigError, match=r"experts\.rival is 'doge', which .* does not train; it names uniform"):
+        make_project({**value, **experts, "experts": {"rival": "doge"}})
     small = {"run": str(tmp_path), "data": value["data"], "experts": {"base": "some/base"}}
     assert [stage.name for stage in stages_of(make_project(small))] == ["prepare", "experts", "evaluate", "report"]
