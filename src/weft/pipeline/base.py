@@ -43,10 +43,8 @@ def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
     name, revision = recipe.base, recipe.experts.revision
     if recipe.experts.base is None:
         if not Path(name).is_dir():
-            raise ConfigError(
-                f"{recipe.base_run} has no trained model yet; finish it with weft run --until rivals (or weft train, "
-                "where experts.rival is not set), or set experts.base"
-            )
+            how = "weft train" if recipe.experts.rival is None else "weft run --until rivals"
+            raise ConfigError(f"{recipe.base_run} has no trained model yet; finish it with {how}, or set experts.base")
         require_same_data(recipe.base_run, data)
     if (Path(name) / "adapter_config.json").exists():
         raise ConfigError(
