@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from weft.pipeline.project import MONOLITH
 from weft.reporting.figures import (
     Curve,
     Line,
@@ -84,8 +85,8 @@ def main() -> int:
     parser.add_argument("demo", type=Path, help="folder of a finished demonstration")
     parser.add_argument("--output", type=Path, default=PICTURE, help="where the picture goes")
     arguments = parser.parse_args()
-    folders = sorted(path.parent for path in arguments.demo.glob("*/result.json"))
-    runs = read_runs(folders)
+    rivals = sorted(path.parent for path in arguments.demo.glob("rivals/*/result.json") if path.parent.name != MONOLITH)
+    runs = read_runs([*([arguments.demo] if (arguments.demo / "result.json").exists() else []), *rivals])
     dga = [run for run in runs if run.policy == "dga"]
     if not dga:
         print(f"{arguments.demo} holds no finished run of the policy dga; run `make demo` first", file=sys.stderr)
