@@ -6,13 +6,15 @@ process leaves behind begins with a dot and ends with `.writing`.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from weft.errors import ConfigError
+from weft.errors import ConfigError, DataError
 
 
 @contextmanager
@@ -40,6 +42,26 @@ def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
     """Write a text file, UTF-8; see `whole`."""
     with whole(path, sync=sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path, cure: str) -> dict[str, Any] | None:
+    """Read a JSON file that holds an object; None where there is none.
+
+    Args:
+        path: of the file.
+        cure: what to do about a torn one, for the message.
+    Raises:
+        DataError: it is torn or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {cure}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object; {cure}")
+    return found
 
 
 @contextmanager

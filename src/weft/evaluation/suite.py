@@ -126,33 +126,18 @@ def evaluate_suite(
     if not sources:
         raise ConfigError("there is nothing to evaluate: no domain and no target has held-out text")
     config = EvaluationConfig() if config is None else config
+    how: dict[str, Any] = {
+        "sequence_length": sequence_length, "batch_size": config.batch_size, "max_tokens": config.max_tokens_per_set,
+        "device": device, "per_window": per_window, "distributed": distributed,
+    }  # fmt: skip
     sets = {}
     for name, source in sources.items():
         try:
             examples = examples_of(source) if losses is None else None
             if examples is not None:
-                sets[name] = evaluate_examples(
-                    model,
-                    examples,
-                    sequence_length=sequence_length,
-                    batch_size=config.batch_size,
-                    max_tokens=config.max_tokens_per_set,
-                    device=device,
-                    per_window=per_window,
-                    distributed=distributed,
-                )
-                continue
-            sets[name] = evaluate_source(
-                model,
-                source,
-                sequence_length=sequence_length,
-                batch_size=config.batch_size,
-                max_tokens=config.max_tokens_per_set,
-                device=device,
-                losses=losses,
-                per_window=per_window,
-                distributed=distributed,
-            )
+                sets[name] = evaluate_examples(model, examples, **how)
+            else:
+                sets[name] = evaluate_source(model, source, losses=losses, **how)
         except (DataError, NumericsError) as error:
             raise type(error)(f"evaluating {name!r}: {error}") from error
     return SuiteResult(sets, mean_result({name: sets[name] for name in domains}) if domains else None)

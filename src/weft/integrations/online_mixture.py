@@ -39,7 +39,7 @@ from weft.pipeline.train import training_task
 from weft.training import alignment as align
 from weft.training.alignment import AlignmentConfig, Direction
 from weft.training.estimators.direction import trainable_parameters
-from weft.training.loop import Task
+from weft.training.loop import Task, derive_seed
 from weft.training.meter import DomainMeter
 
 Tokens: TypeAlias = Source | datasets.Dataset | ArrayLike
@@ -260,7 +260,7 @@ class MixtureRun:
             assert task.target is not None
             counts = sequence_counts([task.target], mixture.sequence_length, ["target"])
             size = min(counts[0], config.target_sequences)
-            rotating = MixtureSampler(counts, size, _derive(mixture.seed, "target"))
+            rotating = MixtureSampler(counts, size, derive_seed(mixture.seed, "target"))
             self._target = MixtureLoader((task.target,), rotating, mixture.sequence_length)
         if self._kind is not None:
             with self._undisturbed():
@@ -519,8 +519,3 @@ def _source(tokens: Tokens, what: str) -> Source:
     if isinstance(tokens, Source):
         return tokens
     return ArraySource(cast(ArrayLike, tokens))
-
-
-def _derive(seed: int, purpose: str) -> int:
-    """A seed for one purpose, as the training loop derives it."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest(), "little")

@@ -16,7 +16,7 @@ from weft.experts.expert import base_name
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.experts_config import ExpertsConfig
 from weft.pipeline.gate_recipe import GatingConfig
-from weft.pipeline.project_config import RoutingConfig
+from weft.pipeline.project_config import RIVALS, RoutingConfig
 from weft.pipeline.recipe import Recipe, make_recipe
 
 
@@ -49,12 +49,7 @@ class ExpertRecipe(Section):
     @property
     def base_run(self) -> Path:
         """The run whose model is the base, where the recipe trains it."""
-        return self.run if self.experts.rival is None else self.rivals_folder / self.experts.rival
-
-    @property
-    def rivals_folder(self) -> Path:
-        """Where rivals are trained, each in a folder of its own."""
-        return self.run / "rivals"
+        return self.run if self.experts.rival is None else self.run / RIVALS / self.experts.rival
 
     @property
     def library_folder(self) -> Path:

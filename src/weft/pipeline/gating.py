@@ -25,7 +25,7 @@ from weft.corpora.tokens import Tokenizer
 from weft.errors import ConfigError, DataError
 from weft.evaluation.result import finite_or_none
 from weft.experts.library import ExpertLibrary
-from weft.files import write_whole
+from weft.files import read_object, write_whole
 from weft.gating.certificate import Certificate, certify
 from weft.gating.experts import ExpertPool, ExpertSource
 from weft.gating.gate import Gate, gates, load_gate, save_gate
@@ -429,15 +429,7 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     Raises:
         DataError: it is torn or holds something else.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it and run the command again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object; delete it and run the command again")
-    return found
+    return read_object(path, "delete it and run the command again")
 
 
 # -- certifying ---------------------------------------------------------------------------------------------------

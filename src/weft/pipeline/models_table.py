@@ -13,7 +13,7 @@ import torch
 
 from weft.errors import DataError
 from weft.evaluation.suite import evaluate_suite
-from weft.files import write_whole
+from weft.files import read_object, write_whole
 from weft.gating.problem import measure
 from weft.models.factory import load_model
 from weft.pipeline.any_model import open_model
@@ -102,10 +102,10 @@ def read_evaluation(project: Project) -> dict[str, Any]:
         DataError: it has not been carried out, or the file is torn.
     """
     path = project.run / EVALUATION
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); make it again: weft run --from evaluate") from error
+    cure = "make it again: weft run --from evaluate"
+    found = read_object(path, cure)
+    if found is None:
+        raise DataError(f"{path} is not there; {cure}")
     return found
 
 

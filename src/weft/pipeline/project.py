@@ -12,6 +12,7 @@ from weft.mixture.policy import PolicyConfig, build_policy
 from weft.models.factory import ModelConfig
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.expert_recipe import WHOLE, ExpertRecipe, make_expert_recipe
+from weft.pipeline.project_config import RIVALS
 from weft.pipeline.recipe import Recipe, make_recipe
 
 MONOLITH = "monolith"
@@ -53,7 +54,7 @@ class Project:
     @property
     def rivals_folder(self) -> Path:
         """Where the rivals are trained, each in a folder of its own."""
-        return self.run / "rivals"
+        return self.run / RIVALS
 
     @property
     def stages_folder(self) -> Path:

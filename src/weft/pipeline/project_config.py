@@ -10,6 +10,9 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, fie
 from weft.config import Section
 from weft.mixture.policy import PolicyConfig, build_policy
 
+RIVALS = "rivals"
+"""Folder in a run folder in which rivals are trained, each in a folder of its own."""
+
 
 def _policy(value: Any) -> Any:
     section = {"policy": value} if isinstance(value, str) else value

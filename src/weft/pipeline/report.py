@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from weft.errors import ConfigError, DataError, WeftError
+from weft.files import read_object
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.recipe import load_recipe
 from weft.reporting.gating import GatingFacts, gate_page
@@ -94,15 +94,7 @@ def _known_gate(run: Path) -> GatingFacts | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it and make it again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object; delete it and make it again")
-    return found
+    return read_object(path, "delete it and make it again")
 
 
 def _prepared(run: Path) -> dict[str, Any] | None:

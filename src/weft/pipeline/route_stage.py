@@ -21,7 +21,7 @@ from weft.errors import DataError
 from weft.evaluation.suite import SuiteResult
 from weft.evaluation.tasks import mean_accuracy
 from weft.experts.library import ExpertLibrary
-from weft.files import write_whole
+from weft.files import read_object, write_whole
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.project_config import RoutingConfig
@@ -102,10 +102,10 @@ def read_routing(recipe: ExpertRecipe) -> dict[str, Any]:
         DataError: it has not been carried out, or the file is torn.
     """
     path = recipe.run / ROUTING
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); make it again: weft run --from route") from error
+    cure = "make it again: weft run --from route"
+    found = read_object(path, cure)
+    if found is None:
+        raise DataError(f"{path} is not there; {cure}")
     return found
 
 

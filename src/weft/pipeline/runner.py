@@ -199,10 +199,10 @@ def run_project(
         together()
         if first:
             write_whole(project.stages_folder / "recipe.yaml", project.to_yaml())
+        known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
             if from_stage is None or act != "replace":
-                known = {each.stage.name: each for each in project_status(project)}
-                status = known[status.stage.name]
+                status = _status(project, status.stage, known, busy=False)
                 act = _act(status, anew=False)
                 _refuse(status, act)
             together()
@@ -212,6 +212,7 @@ def run_project(
                 call = Call(replace=act == "replace", processes=processes, progress=progress and first)
                 _carry_out(project, status.stage, call, keep=first)
             together()
+            known[status.stage.name] = StageStatus(status.stage, "done")
     return project_status(project)
 
 

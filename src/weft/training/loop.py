@@ -218,7 +218,7 @@ class Trainer:
             assert self.task.target is not None
             counts = sequence_counts([self.task.target], self.config.sequence_length, ["target"])
             size = min(counts[0], self.alignment_config.target_sequences)
-            sampler = MixtureSampler(counts, size, _derive(self.seed, "target"))
+            sampler = MixtureSampler(counts, size, derive_seed(self.seed, "target"))
             self.target_probe = MixtureLoader((self.task.target,), sampler, self.config.sequence_length)
 
     def _warn_of_what_cannot_happen(self) -> None:
@@ -369,7 +369,7 @@ class Trainer:
         aligning = 0.0
         updating = (self.step + 1) % self.every == 0
         in_batch = updating and self.choice is not None and self.choice.probe == "batch"
-        torch.manual_seed(_derive(self.seed, f"step {self.step} rank {self.rank}"))
+        torch.manual_seed(derive_seed(self.seed, f"step {self.step} rank {self.rank}"))
         direction: Direction | None = None
         if in_batch:
             direction = self._direction()
@@ -593,6 +593,6 @@ def _eager(module: nn.Module) -> Iterator[None]:
             part._compiled_call_impl = call
 
 
-def _derive(seed: int, purpose: str) -> int:
+def derive_seed(seed: int, purpose: str) -> int:
     """A seed for one purpose, independent of those for others."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest(), "little")
