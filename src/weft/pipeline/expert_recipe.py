@@ -151,7 +151,7 @@ def expert_plan(recipe: ExpertRecipe) -> dict[str, Any]:
         "domains": "every domain of the data" if config.domains is None else ", ".join(config.domains),
         "rank": config.lora.rank,
         "steps_per_expert": training.total_steps,
-        "tokens_per_expert": training.total_steps * training.batch_sequences * training.sequence_length,
+        "tokens_per_expert": training.total_tokens,
         "gate_steps": config.gate.steps,
         "statistics_examples": config.statistics_examples,
     }

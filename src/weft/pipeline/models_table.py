@@ -37,7 +37,7 @@ def models_of(project: Project) -> dict[str, Path | str]:
     if project.whole is not None and (project.run / "result.json").exists():
         found["base"] = project.run / "model"
     elif project.whole is None and project.makes_experts:
-        found["base"] = _parts(project).base
+        found["base"] = project.pool_recipe.base
     found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(project).items()}
     if project.parts is None:
         return found
@@ -66,8 +66,8 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
         WeftError: a model cannot be opened or measured.
     """
     data = PreparedData.load(project.prepared_folder)
-    config = project.whole.evaluation if project.whole is not None else _parts(project).evaluation
-    training = project.whole.training if project.whole is not None else _parts(project).experts.training
+    config = project.whole.evaluation if project.whole is not None else project.pool_recipe.evaluation
+    training = project.whole.training if project.whole is not None else project.pool_recipe.experts.training
     lengths = [training.sequence_length]
     if project.parts is not None:
         lengths.append(project.parts.experts.training.sequence_length)
@@ -121,8 +121,3 @@ def _monolith_row(project: Project) -> dict[str, Any] | None:
     domains, rows = scores.cache.domains, scores.split.domain_rows
     logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
     return table_row(measure(logs, problem), problem)
-
-
-def _parts(project: Project) -> ExpertRecipe:
-    assert project.parts is not None
-    return project.parts

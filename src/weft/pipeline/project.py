@@ -37,6 +37,18 @@ class Project:
         return found
 
     @property
+    def base_recipe(self) -> Recipe:
+        """The recipe of the model that is trained; only where there is one."""
+        assert self.whole is not None
+        return self.whole
+
+    @property
+    def pool_recipe(self) -> ExpertRecipe:
+        """The recipe of the experts and the gate; only where there is one."""
+        assert self.parts is not None
+        return self.parts
+
+    @property
     def run(self) -> Path:
         """The run folder."""
         return self._any.run
@@ -80,8 +92,7 @@ class Project:
 
     def rival(self, policy: PolicyConfig) -> Recipe:
         """The recipe of the same model on another mixture."""
-        assert self.whole is not None
-        return self.whole.model_copy(
+        return self.base_recipe.model_copy(
             update={
                 "mixture": policy,
                 "run": self.rivals_folder / policy.policy,
@@ -91,18 +102,15 @@ class Project:
 
     def monolith_recipe(self, experts: int) -> Recipe:
         """The recipe of the gate's rival: the experts' base, trained on for as many tokens as all experts together."""
-        assert self.whole is not None
-        assert self.parts is not None
-        each = self.parts.experts.training
-        tokens = experts * each.total_steps * each.batch_sequences * each.sequence_length
-        return self.whole.model_copy(
+        tokens = experts * self.pool_recipe.experts.training.total_tokens
+        return self.base_recipe.model_copy(
             update={
                 "run": self.rivals_folder / MONOLITH,
                 "prepared": self.prepared_folder,
-                "model": ModelConfig(pretrained=self.parts.base, revision=self.parts.experts.revision),
+                "model": ModelConfig(pretrained=self.pool_recipe.base, revision=self.pool_recipe.experts.revision),
                 "mixture": build_policy({"policy": "uniform"}).config,
-                "training": self.whole.training.model_copy(update={"tokens": tokens, "steps": None}),
-                "evaluation": self.whole.evaluation.model_copy(update={"every_steps": None}),
+                "training": self.base_recipe.training.model_copy(update={"tokens": tokens, "steps": None}),
+                "evaluation": self.base_recipe.evaluation.model_copy(update={"every_steps": None}),
             }
         )
 

@@ -98,10 +98,9 @@ def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 def _robust(project: Project, monolith: Mapping[str, Any] | None) -> tuple[dict[str, Any], GatingFacts]:
     """The `robust` section of summary.json, in nats of the certificate's unit, and what the report shows."""
-    assert project.parts is not None
-    certificate = Certificate.from_json(read_facts(project.parts.gate_folder / CERTIFICATE) or {})
-    fit = read_facts(project.parts.gate_folder / "fit.json")
-    made = read_facts(project.parts.students_folder / "student.json") or {"rows": {}}
+    certificate = Certificate.from_json(read_facts(project.pool_recipe.gate_folder / CERTIFICATE) or {})
+    fit = read_facts(project.pool_recipe.gate_folder / "fit.json")
+    made = read_facts(project.pool_recipe.students_folder / "student.json") or {"rows": {}}
     rows = {**({} if monolith is None else {MONOLITH: monolith}), **made["rows"]}
     shown = [name for name in COMPARED if name in rows]
     summary = {

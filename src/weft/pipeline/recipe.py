@@ -111,7 +111,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "policy": recipe.mixture.policy,
         "steps": training.total_steps,
         "sequences_per_step": training.batch_sequences,
-        "tokens": training.total_steps * training.batch_sequences * training.sequence_length,
+        "tokens": training.total_tokens,
         "policy_updates": training.total_steps // recipe.mixture.update_every_steps,
     }
     vocabulary = recipe.data.tokenizer.train.vocab_size if recipe.data.tokenizer.train is not None else None

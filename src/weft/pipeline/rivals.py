@@ -26,9 +26,8 @@ def train_monolith(project: Project, *, progress: bool = True) -> dict[str, Any]
     Returns:
         its result.json.
     """
-    assert project.parts is not None
     data = prepare(project.data, project.prepared_folder, progress=progress)
-    experts = expert_domains(data.domains, project.parts.experts.domains)
+    experts = expert_domains(data.domains, project.pool_recipe.experts.domains)
     return run_training(project.monolith_recipe(len(experts)))
 
 

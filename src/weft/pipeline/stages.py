@@ -13,14 +13,15 @@ from typing import Any
 
 from weft.pipeline.expert_imports import import_recipe_experts
 from weft.pipeline.experts import train_experts
-from weft.pipeline.gating import certify_gate, fit_gate, score_experts
+from weft.pipeline.gating import certify_gate, fit_gate, gating_config, score_experts
 from weft.pipeline.models_table import EVALUATION, evaluate_models
 from weft.pipeline.prepare import data_identity, prepare
 from weft.pipeline.prepared import MANIFEST
 from weft.pipeline.project import MONOLITH, Project
 from weft.pipeline.project_report import REPORT, SUMMARY, report_project
+from weft.pipeline.recipe import Recipe
 from weft.pipeline.rivals import train_monolith, train_rivals
-from weft.pipeline.route_stage import ROUTING, route_experts
+from weft.pipeline.route_stage import ROUTING, route_experts, routing_config
 from weft.pipeline.students import distil_gate
 from weft.pipeline.train import run_training
 from weft.training.config import NOT_DECIDING
@@ -81,9 +82,9 @@ class Stage:
 # -- what decides each --------------------------------------------------------------------------------------------
 
 
-def _training(recipe: Any) -> dict[str, Any]:
+def _training(recipe: Recipe) -> dict[str, Any]:
     """A recipe's part of a training."""
-    value: dict[str, Any] = recipe.resolved()
+    value = recipe.resolved()
     kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
     kept["training"] = {key: each for key, each in kept["training"].items() if key not in NOT_DECIDING}
     return {**kept, "evaluation": value["evaluation"]}
@@ -92,52 +93,36 @@ def _training(recipe: Any) -> dict[str, Any]:
 def _rivals(project: Project) -> dict[str, Any]:
     found = {policy.policy: _training(project.rival(policy)) for policy in project.mixtures}
     if project.monolith:
-        assert project.parts is not None
-        experts = project.parts.experts
+        experts = project.pool_recipe.experts
         found[MONOLITH] = {
-            "tokens": experts.training.total_steps
-            * experts.training.batch_sequences
-            * experts.training.sequence_length,
+            "tokens": experts.training.total_tokens,
             **experts.model_dump(mode="json", include={"base", "rival", "revision", "domains"}),
         }
     return found
 
 
 def _experts(project: Project) -> dict[str, Any]:
-    assert project.parts is not None
-    value = project.parts.experts.model_dump(mode="json", exclude={"library"})
+    value = project.pool_recipe.experts.model_dump(mode="json", exclude={"library"})
     for key in NOT_DECIDING:
         value["training"].pop(key, None)
-    return {"seed": project.parts.seed, "base": None if project.whole else project.parts.base, **value}
+    return {"seed": project.pool_recipe.seed, **value}
 
 
 def _gating(*keys: str) -> Callable[[Project], Any]:
     def settings(project: Project) -> Any:
-        assert project.parts is not None
-        assert project.parts.gating is not None
-        return {"seed": project.parts.seed, **project.parts.gating.model_dump(mode="json", include=set(keys))}
+        section = gating_config(project.pool_recipe)
+        return {"seed": project.pool_recipe.seed, **section.model_dump(mode="json", include=set(keys))}
 
     return settings
 
 
 def _routing(project: Project) -> Any:
-    assert project.parts is not None
-    assert project.parts.routing is not None
-    evaluation = project.parts.evaluation.model_dump(mode="json", exclude={"every_steps"})
-    return {"routing": project.parts.routing.model_dump(mode="json"), "evaluation": evaluation}
+    recipe = project.pool_recipe
+    evaluation = recipe.evaluation.model_dump(mode="json", exclude={"every_steps"})
+    return {"routing": routing_config(recipe).model_dump(mode="json"), "evaluation": evaluation}
 
 
 # -- what each does -----------------------------------------------------------------------------------------------
-
-
-def _parts(project: Project) -> Any:
-    assert project.parts is not None
-    return project.parts
-
-
-def _whole(project: Project) -> Any:
-    assert project.whole is not None
-    return project.whole
 
 
 def _train_rivals(project: Project, call: Call) -> None:
@@ -147,8 +132,7 @@ def _train_rivals(project: Project, call: Call) -> None:
 
 
 def _make_experts(project: Project, call: Call) -> None:
-    parts = project.parts
-    assert parts is not None
+    parts = project.pool_recipe
     if parts.experts.imports:
         import_recipe_experts(parts, replace=call.replace, progress=call.progress)
     if parts.experts.trains:
@@ -156,8 +140,8 @@ def _make_experts(project: Project, call: Call) -> None:
 
 
 def _gate(project: Project, call: Call) -> None:
-    fit_gate(_parts(project), progress=call.progress)
-    certify_gate(_parts(project))
+    fit_gate(project.pool_recipe, progress=call.progress)
+    certify_gate(project.pool_recipe)
 
 
 def _has_gate(project: Project) -> bool:
@@ -188,9 +172,9 @@ STAGES: tuple[Stage, ...] = (
         "the base, on its mixture",
         ("prepare",),
         lambda project: project.whole is not None,
-        lambda project: _training(_whole(project)),
+        lambda project: _training(project.base_recipe),
         lambda project: [project.run / "result.json"],
-        lambda project, call: run_training(_whole(project)),
+        lambda project, call: run_training(project.base_recipe),
         lambda project: [project.run / name for name in _TRAINED],
         costly=True,
         shared=True,
@@ -213,7 +197,7 @@ STAGES: tuple[Stage, ...] = (
         ("prepare", "train", "rivals"),
         lambda project: project.makes_experts,
         _experts,
-        lambda project: [_parts(project).library_folder / "library.json"],
+        lambda project: [project.pool_recipe.library_folder / "library.json"],
         _make_experts,
         costly=True,
         shared=True,
@@ -222,10 +206,10 @@ STAGES: tuple[Stage, ...] = (
         "route",
         "routers compared, routed models written",
         ("prepare", "experts"),
-        lambda project: project.makes_experts and _parts(project).routing is not None,
+        lambda project: project.makes_experts and project.pool_recipe.routing is not None,
         _routing,
         lambda project: [project.run / ROUTING],
-        lambda project, call: route_experts(_parts(project), progress=call.progress),
+        lambda project, call: route_experts(project.pool_recipe, progress=call.progress),
         lambda project: [project.run / ROUTING, project.run / "routed"],
     ),
     Stage(
@@ -234,8 +218,8 @@ STAGES: tuple[Stage, ...] = (
         ("prepare", "experts"),
         _has_gate,
         _gating("scores", "experts", "pool", "domains"),
-        lambda project: [_parts(project).scores_folder / "index.json"],
-        lambda project, call: score_experts(_parts(project), overwrite=call.replace, progress=call.progress),
+        lambda project: [project.pool_recipe.scores_folder / "index.json"],
+        lambda project, call: score_experts(project.pool_recipe, overwrite=call.replace, progress=call.progress),
         costly=True,
         shared=True,
     ),
@@ -245,9 +229,9 @@ STAGES: tuple[Stage, ...] = (
         ("score",),
         _has_gate,
         _gating("gate", "fit", "offsets", "mixtures", "held_out_fraction"),
-        lambda project: [_parts(project).gate_folder / name for name in ("fit.json", "certificate.json")],
+        lambda project: [project.pool_recipe.gate_folder / name for name in ("fit.json", "certificate.json")],
         _gate,
-        lambda project: [_parts(project).gate_folder],
+        lambda project: [project.pool_recipe.gate_folder],
     ),
     Stage(
         "distil",
@@ -255,9 +239,9 @@ STAGES: tuple[Stage, ...] = (
         ("score", "gate"),
         _has_gate,
         _gating("students"),
-        lambda project: [_parts(project).students_folder / "student.json"],
-        lambda project, call: distil_gate(_parts(project), progress=call.progress),
-        lambda project: [_parts(project).students_folder],
+        lambda project: [project.pool_recipe.students_folder / "student.json"],
+        lambda project, call: distil_gate(project.pool_recipe, progress=call.progress),
+        lambda project: [project.pool_recipe.students_folder],
     ),
     Stage(
         "evaluate",

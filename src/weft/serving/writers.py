@@ -46,22 +46,29 @@ class Writer(Protocol):
         """The last chunk, which holds the token counts alone."""
 
 
-class CompletionWriter:
-    """Answers in the form of `/v1/completions`."""
+class _Begun:
+    """What both forms say of a response.
 
-    def __init__(self, model: str, prompts: Prompts, top: int | None) -> None:
-        """Begin a response.
+    Args:
+        kind: of its identifier.
+        model: its name.
+        prompts: tells tokens' texts.
+        top: alternatives to report for each token; None for no log-probabilities.
+    """
 
-        Args:
-            model: its name.
-            prompts: tells tokens' texts.
-            top: alternatives to report for each token; None for no log-probabilities.
-        """
-        self.id = f"cmpl-{uuid.uuid4().hex}"
+    def __init__(self, kind: str, model: str, prompts: Prompts, top: int | None) -> None:
+        self.id = f"{kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = model
         self.prompts = prompts
         self.top = top
+
+
+class CompletionWriter(_Begun):
+    """Answers in the form of `/v1/completions`; arguments as of `_Begun`."""
+
+    def __init__(self, model: str, prompts: Prompts, top: int | None) -> None:
+        super().__init__("cmpl", model, prompts, top)
         self._offsets: dict[int, _Offset] = {}
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Completion:
@@ -109,22 +116,11 @@ class CompletionWriter:
         )
 
 
-class ChatWriter:
-    """Answers in the form of `/v1/chat/completions`."""
+class ChatWriter(_Begun):
+    """Answers in the form of `/v1/chat/completions`; arguments as of `_Begun`."""
 
     def __init__(self, model: str, prompts: Prompts, top: int | None) -> None:
-        """Begin a response.
-
-        Args:
-            model: its name.
-            prompts: tells tokens' texts.
-            top: alternatives to report for each token; None for no log-probabilities.
-        """
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.model = model
-        self.prompts = prompts
-        self.top = top
+        super().__init__("chatcmpl", model, prompts, top)
         self._begun: set[int] = set()
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> Chat:

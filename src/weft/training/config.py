@@ -72,6 +72,11 @@ class TrainingConfig(Section):
         assert self.tokens is not None
         return math.ceil(self.tokens / (self.batch_sequences * self.sequence_length))
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run, in whole steps."""
+        return self.total_steps * self.batch_sequences * self.sequence_length
+
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Learning rate of optimizer step `step` (counted from 0), a pure function so that resuming needs no state.

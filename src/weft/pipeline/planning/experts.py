@@ -143,7 +143,7 @@ def experts_stage(plan: PoolPlan) -> Stage:
         {
             "experts": plan.experts,
             "parameters_per_expert": sizes.trainable,
-            "tokens_per_expert": config.training.total_steps * batch * length,
+            "tokens_per_expert": config.training.total_tokens,
             "flops_per_expert": flops,
             "flops_per_token": work.flops / (batch * length),
             "seconds_per_expert": one.seconds,
