@@ -17,6 +17,7 @@ from support.tiny_project import WORDS, command, environment, recipe_value
 from weft.pipeline.any_model import open_model
 
 PARTS: dict[str, Any] = {
+    "evaluation": {"every_steps": 30, "tasks": [{"path": "ask.jsonl"}]},
     "training": {**recipe_value()["training"], "steps": 40},
     "experts": {
         "rival": "uniform",
@@ -51,6 +52,9 @@ def test_a_project_runs_once_and_then_only_what_changed(
     call: Call, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = recipe(PARTS)
+    question = {"prompt": "pan butter ", "choices": ["onion", "mast"], "answer": "onion"}
+    asked = tmp_path / "ask.jsonl"
+    asked.write_text(json.dumps(question) + "\n")
     refused = call("status", "runs/one", code=2)
     assert "is no run folder of weft run" in refused
     assert set(acts(call).values()) == {"run"}
@@ -67,17 +71,22 @@ def test_a_project_runs_once_and_then_only_what_changed(
     )
     models = summary["models"]
     assert list(models) == [
-        "base", "rival: uniform", "rival: monolith", "routed: phatgoose", "gate: student", "gate: student-top-1",
+        "mixture: dga", "rival: uniform", "rival: monolith", "routed: phatgoose", "gate: student",
+        "gate: student-top-1",
     ]  # fmt: skip
     for model in models.values():
         assert set(model["bits_per_byte"]) == {"target", *WORDS}
         assert all(0 < value < 8 for value in model["bits_per_byte"].values())
+        assert model["accuracy"]["ask"] in (0.0, 1.0)
         assert open_model(model["path"]).kind == model["kind"]
     library = json.loads((tmp_path / "runs/one/experts/library.json").read_text())
     assert library["base"]["name"].endswith("runs/one/rivals/uniform/model")
     page = (tmp_path / "runs/one/report.html").read_text()
     for heading in ("Every model", "Mixture over time", "Routing", "Robust gate"):
         assert f">{heading}<" in page
+    assert "difference to rival: uniform, which the experts are over" in page
+    assert "Share of right answers by model" in page
+    assert "Share of right answers by router" in page
 
     assert set(acts(call).values()) == {"skip"}
     call("run", path)
@@ -88,6 +97,9 @@ def test_a_project_runs_once_and_then_only_what_changed(
     slower = call("run", path, "--set", "training.lr=1e-4", code=2)
     assert "the stage train was made of something else (training.lr: 0.003 before, 0.0001 now)" in slower
     assert "weft run --from train" in slower
+    asked.write_text(json.dumps({**question, "answer": "mast"}) + "\n")
+    stale = [stage for stage, act in acts(call).items() if act == "replace"]
+    assert stale == ["route", "evaluate", "report"], "a task's questions reach what asks them"
     (tmp_path / "runs/one/gate/fit.json").write_text("{}")
     assert states(call)["gate"] == "stale"
     call("run", path, "--until", "gate")

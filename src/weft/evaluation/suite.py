@@ -39,7 +39,8 @@ class EvaluationConfig(Section):
         every_steps: optimizer steps between two evaluations; None evaluates at the end alone.
         max_tokens_per_set: tokens scored per set, in evenly spaced windows; None scores everything.
         batch_size: windows per forward pass.
-        tasks: questions with listed answers, ranked by the base and every routed or single expert that are compared.
+        tasks: questions with listed answers, ranked by the base and every routed or single expert that are compared,
+            and by every model in the table of `weft run`.
     """
 
     every_steps: int | None = Field(default=None, ge=1)

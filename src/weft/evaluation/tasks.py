@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -50,15 +51,7 @@ def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
     """
     found: dict[str, tuple[ChoiceTask, Sequence[ChoiceQuestion]]] = {}
     for task in tasks:
-        place = Path(task.path).expanduser()
-        single = place.is_file()
-        paths = (
-            [place] if single else sorted(Path(p) for p in glob.glob(str(place), recursive=True) if os.path.isfile(p))
-        )
-        if not paths:
-            raise DataError(
-                f"evaluation.tasks: {task.path!r} matches no file (looked from {Path.cwd()}); check the spelling"
-            )
+        single, paths = _files(task)
         for path in paths:
             own = path.name.removesuffix("".join(split_suffix(path)))
             name = own if task.name is None else task.name if single else f"{task.name}/{own}"
@@ -70,6 +63,35 @@ def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
                 questions = [questions[(2 * place + 1) * count // (2 * most)] for place in range(most)]
             found[name] = (task, questions)
     return found
+
+
+def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
+    """BLAKE2b of every file that holds the questions of some tasks, by path.
+
+    Raises:
+        DataError: a path matches no file, or one cannot be read.
+    """
+    found = {}
+    for path in (path for task in tasks for path in _files(task)[1]):
+        try:
+            with path.open("rb") as file:
+                found[str(path)] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        except OSError as error:
+            raise DataError(f"evaluation.tasks: {path} cannot be read: {error}") from error
+    return found
+
+
+def _files(task: ChoiceTask) -> tuple[bool, list[Path]]:
+    """Whether a task is one file, and the files it names."""
+    place = Path(task.path).expanduser()
+    if place.is_file():
+        return True, [place]
+    paths = sorted(Path(path) for path in glob.glob(str(place), recursive=True) if os.path.isfile(path))
+    if not paths:
+        raise DataError(
+            f"evaluation.tasks: {task.path!r} matches no file (looked from {Path.cwd()}); check the spelling"
+        )
+    return False, paths
 
 
 def score_tasks(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from weft.errors import DataError
 from weft.evaluation.suite import evaluate_suite
+from weft.evaluation.tasks import read_tasks, score_tasks
 from weft.files import read_object, write_whole
 from weft.gating.problem import measure
 from weft.models.factory import load_model
@@ -29,15 +31,29 @@ from weft.progress import progress as show_progress
 from weft.training.runtime import choose_runtime
 
 EVALUATION = "evaluation.json"
+BASE = "base"
+
+
+def base_of(project: Project) -> str | None:
+    """What a table calls the model that the experts are over; None where a project makes none."""
+    if not project.makes_experts:
+        return None
+    rival = project.pool_recipe.experts.rival
+    return BASE if rival is None else f"rival: {rival}"
 
 
 def models_of(project: Project) -> dict[str, Path | str]:
-    """Where the models lie that a project has made so far, by what a table calls them; `base` is the experts' base."""
+    """Where the models lie that a project has made so far, by what a table calls them.
+
+    The recipe's own model is `base`, and `mixture: POLICY` where its experts are over another.
+    """
     found: dict[str, Path | str] = {}
+    given = project.pool_recipe.experts.base if project.makes_experts else None
     if project.whole is not None and (project.run / "result.json").exists():
-        found["base"] = project.run / "model"
-    elif project.whole is None and project.makes_experts:
-        found["base"] = project.pool_recipe.base
+        own = BASE if given is None and base_of(project) in (None, BASE) else f"mixture: {project.whole.mixture.policy}"
+        found[own] = project.run / "model"
+    if given is not None:
+        found[BASE] = project.pool_recipe.base
     found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(project).items()}
     if project.parts is None:
         return found
@@ -60,24 +76,27 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
     """Measure every model on the held-out text of every domain and of the target, all on the same windows.
 
     Returns:
-        What evaluation.json holds: sequence_length; models, by name: path, kind, experts, sets and generic as in a
-        run's result.json; monolith: its row among the gates (`table_row`), or None.
+        What evaluation.json holds: sequence_length; base: `base_of`; models, by name: path, kind, experts, sets and
+        generic as in a run's result.json, and tasks where the recipe has any; monolith: its row among the gates
+        (`table_row`), or None.
     Raises:
         WeftError: a model cannot be opened or measured.
     """
     data = PreparedData.load(project.prepared_folder)
-    config = project.whole.evaluation if project.whole is not None else project.pool_recipe.evaluation
+    config = project.evaluation
     training = project.whole.training if project.whole is not None else project.pool_recipe.experts.training
     lengths = [training.sequence_length]
     if project.parts is not None:
         lengths.append(project.parts.experts.training.sequence_length)
     length, device = min(lengths), choose_runtime(training, parameters=0).device
     domains, target = heldout_sets(data, None if project.parts is None else project.parts.experts.examples)
+    questions = read_tasks(config.tasks)
     places = models_of(project)
     found: dict[str, Any] = {}
     with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
         for name, place in places.items():
-            opened = open_model(place, device=str(device), encoder_decoder=True)
+            revision = project.pool_recipe.experts.revision if name == BASE and project.makes_experts else None
+            opened = open_model(place, revision=revision, device=str(device), encoder_decoder=True)
             result = evaluate_suite(
                 opened.model,
                 domains,
@@ -86,11 +105,22 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
                 config=config,
                 device=device,
             )
+            tasks = score_tasks(
+                opened.model,
+                opened.tokenizer,
+                questions,
+                batch_size=config.batch_size,
+                max_length=length,
+                device=device,
+            )
             found[name] = {
-                "path": str(place), "kind": opened.kind, "experts": list(opened.experts), **result.to_json()
+                "path": str(place), "kind": opened.kind, "experts": list(opened.experts),
+                **replace(result, tasks=tasks).to_json(),
             }  # fmt: skip
             counter.advance()
-    value = {"sequence_length": length, "models": found, MONOLITH: _monolith_row(project)}
+    value = {
+        "sequence_length": length, "base": base_of(project), "models": found, MONOLITH: _monolith_row(project),
+    }  # fmt: skip
     write_whole(project.run / EVALUATION, json.dumps(value, indent=1) + "\n")
     return value
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.config import apply_overrides, read_yaml
+from weft.evaluation.suite import EvaluationConfig
 from weft.mixture.policy import PolicyConfig, build_policy
 from weft.models.factory import ModelConfig
 from weft.pipeline.data_config import DataConfig
@@ -57,6 +58,11 @@ class Project:
     def data(self) -> DataConfig:
         """The corpora."""
         return self._any.data
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """What is measured."""
+        return self._any.evaluation
 
     @property
     def prepared_folder(self) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from weft.files import write_whole
 from weft.gating.certificate import Certificate
 from weft.pipeline.gating import CERTIFICATE, read_facts
-from weft.pipeline.models_table import read_evaluation
+from weft.pipeline.models_table import BASE, read_evaluation
 from weft.pipeline.project import MONOLITH, Project
 from weft.pipeline.report import report_runs
 from weft.pipeline.rivals import rival_folders
@@ -52,8 +52,12 @@ def report_project(project: Project) -> dict[str, Any]:
         name: {one: values["bits_per_byte"] for one, values in each["sets"].items()}
         for name, each in evaluation["models"].items()
     }
+    asked = {name: each["tasks"] for name, each in evaluation["models"].items() if "tasks" in each}
+    accuracy = {name: {task: found["accuracy"] for task, found in tasks.items()} for name, tasks in asked.items()}
+    chance = {task: found["chance"] for tasks in asked.values() for task, found in tasks.items()}
     summary["models"] = {
         name: {"path": each["path"], "kind": each["kind"], "bits_per_byte": table[name]}
+        | ({"accuracy": accuracy[name]} if name in accuracy else {})
         for name, each in evaluation["models"].items()
     }
     runs = [project.run, *rivals.values()] if project.whole is not None else []
@@ -64,7 +68,7 @@ def report_project(project: Project) -> dict[str, Any]:
         data=project.prepared_folder,
         routing=routing,
         gating=gating,
-        models=ScoreTable(table, "model"),
+        models=ScoreTable(table, "model", evaluation.get("base") or BASE, accuracy, chance),
     )
     write_whole(project.run / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -46,8 +46,7 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     Returns:
         What routing.json holds: heldout_bpb (mean over domains) and unseen_bpb (the target's) by router; bits_per_byte
         by router and set; accuracy by router and task, and mean_accuracy, where the evaluation has tasks; best_single;
-        experts; relative_forward_time of the last model written (None where it is not
-        timed); notes.
+        experts; relative_forward_time of the last model written (None where it is not timed); notes.
     Raises:
         WeftError: as `evaluate_routes` and `build_route`.
     """
@@ -120,6 +119,8 @@ def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFact
         table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
         relative_forward_time=found["relative_forward_time"],
         traces=[(f"{config.build[0]} on {label}", traced.trace, traced.tokens)],
+        accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},
+        chance=found.get("chance", {}),
     )
 
 

@@ -1,6 +1,6 @@
 """The stages of a project, declared once: what each needs, what decides it, what it leaves, how it is carried out.
 
-prepare -> train -> experts -> rivals -> route -> score -> gate -> distil -> evaluate -> report
+prepare -> train -> rivals -> experts -> route -> score -> gate -> distil -> evaluate -> report
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from weft.evaluation.tasks import task_files
 from weft.pipeline.expert_imports import import_recipe_experts
 from weft.pipeline.experts import train_experts
 from weft.pipeline.gating import certify_gate, fit_gate, gating_config, score_experts
@@ -87,7 +88,7 @@ def _training(recipe: Recipe) -> dict[str, Any]:
     value = recipe.resolved()
     kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
     kept["training"] = {key: each for key, each in kept["training"].items() if key not in NOT_DECIDING}
-    return {**kept, "evaluation": value["evaluation"]}
+    return {**kept, "evaluation": {**value["evaluation"], "tasks": []}}  # training is not judged by tasks
 
 
 def _rivals(project: Project) -> dict[str, Any]:
@@ -116,10 +117,15 @@ def _gating(*keys: str) -> Callable[[Project], Any]:
     return settings
 
 
+def _evaluation(project: Project, **dump: Any) -> dict[str, Any]:
+    """The `evaluation` section, and what the files of its tasks hold."""
+    files = task_files(project.evaluation.tasks)
+    return {**project.evaluation.model_dump(mode="json", **dump), **({"task_files": files} if files else {})}
+
+
 def _routing(project: Project) -> Any:
-    recipe = project.pool_recipe
-    evaluation = recipe.evaluation.model_dump(mode="json", exclude={"every_steps"})
-    return {"routing": routing_config(recipe).model_dump(mode="json"), "evaluation": evaluation}
+    routing = routing_config(project.pool_recipe).model_dump(mode="json")
+    return {"routing": routing, "evaluation": _evaluation(project, exclude={"every_steps"})}
 
 
 # -- what each does -----------------------------------------------------------------------------------------------
@@ -248,7 +254,7 @@ STAGES: tuple[Stage, ...] = (
         "every model on the same held-out text",
         ("prepare", "train", "rivals", "experts", "route", "distil"),
         lambda project: True,
-        lambda project: project.resolved()["evaluation"],
+        _evaluation,
         lambda project: [project.run / EVALUATION],
         lambda project, call: evaluate_models(project, progress=call.progress),
         lambda project: [project.run / EVALUATION],

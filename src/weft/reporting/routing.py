@@ -21,11 +21,15 @@ class RoutingFacts:
         table: held-out bits per byte by router and set; `base` and `oracle` are rows like the others.
         relative_forward_time: time of a routed forward pass over the base's, where it was measured.
         traces: label, trace and token texts, of what a router did; the first is shown open.
+        accuracy: share of right answers by router and task, where any was asked.
+        chance: accuracy of guessing, by task.
     """
 
     table: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     relative_forward_time: float | None = None
     traces: Sequence[LabelledTrace] = ()
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
 
 
 def routing_style(facts: RoutingFacts) -> str:
@@ -42,7 +46,8 @@ def routing_section(facts: RoutingFacts) -> str:
     """
     if not facts.table and not facts.traces:
         raise ConfigError("routing facts came without a table and without traces; give one of them, or routing=None")
-    text = score_table(ScoreTable(facts.table)) if facts.table else ""
+    shown = ScoreTable(facts.table, accuracy=facts.accuracy, chance=facts.chance)
+    text = score_table(shown) if facts.table else ""
     time = facts.relative_forward_time
     if time is not None and math.isfinite(time):
         text += f"\n<p>A routed forward pass takes {data(time, f'{time:.2f}')} times as long as the base's.</p>"

@@ -128,3 +128,35 @@ def test_a_report_has_the_section_where_facts_are_given(three_runs: list[Path], 
     assert ".tokens {" in given
     assert ".tokens {" not in without
     assert "http" not in given
+
+
+ACCURACY = {"base": {"code": 0.25, "prose": 0.5}, "arrow": {"code": 0.75, "prose": 0.25}}
+
+
+def test_differences_are_taken_to_the_row_that_is_the_base() -> None:
+    text = score_table(ScoreTable({"own": {"a": 1.5}, "rival": {"a": 1.0}}, "model", base="rival"))
+    assert "difference to rival, which the experts are over" in text
+    rows = rows_of(text)
+    assert values(rows["own"][0]) == pytest.approx([1.5, 0.5])
+    assert values(rows["rival"][0]) == [1.0]
+
+
+def test_accuracies_are_shown_beside_guessing() -> None:
+    text = score_table(ScoreTable(TABLE, accuracy=ACCURACY, chance={"code": 0.25, "prose": 0.5}))
+    rows = rows_of(text.partition("Share of right answers")[2])
+    assert list(rows) == ["base", "arrow", "chance"]
+    assert [values(cell) for cell in rows["base"]] == [[0.375], [0.25], [0.5]]
+    assert [values(cell) for cell in rows["chance"]] == [[0.375], [0.25], [0.5]]
+    best = [[name for name, cells in rows.items() if "best" in cells[column]] for column in range(3)]
+    assert best == [["arrow"], ["arrow"], ["base"]]
+    assert "50.0%" in rows["base"][2]
+    assert "Share of right answers" not in score_table(ScoreTable(TABLE))
+    assert "Share of right answers by router" in routing_section(RoutingFacts(table=TABLE, accuracy=ACCURACY))
+
+
+def test_many_tasks_are_folded_away() -> None:
+    names = [f"task {number}" for number in range(9)]
+    text = score_table(ScoreTable(TABLE, accuracy={"base": dict.fromkeys(names, 0.5), "arrow": {"task 0": 1.0}}))
+    assert "All 9 tasks" in text
+    assert values(rows_of(text.partition("Share of right answers")[2])["base"][0]) == [0.5]
+    assert list(rows_of(text.partition("All 9 tasks")[2])) == names

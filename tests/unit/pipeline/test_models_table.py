@@ -1,0 +1,44 @@
+"""What the table of every model calls them, and which of them the experts are over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_project import recipe_value
+
+from weft.pipeline.models_table import base_of, models_of
+from weft.pipeline.project import Project, make_project
+
+
+def finished(folder: Path, experts: dict[str, Any] | None) -> Project:
+    """A recipe with a rival, both trained."""
+    value = {**recipe_value(), "run": str(folder), "compare": {"mixtures": ["uniform"]}}
+    project = make_project(value if experts is None else {**value, "experts": experts})
+    for run in (project.run, project.rivals_folder / "uniform"):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "result.json").write_text("{}")
+    return project
+
+
+@pytest.mark.parametrize(
+    ("experts", "names", "base"),
+    [
+        (None, ["base", "rival: uniform"], None),
+        ({}, ["base", "rival: uniform"], "base"),
+        ({"rival": "uniform"}, ["mixture: dga", "rival: uniform"], "rival: uniform"),
+        ({"base": "some/base"}, ["mixture: dga", "base", "rival: uniform"], "base"),
+    ],
+    ids=["no experts", "over it", "over a rival", "over a given model"],
+)
+def test_the_recipes_own_model_is_the_base_only_where_its_experts_are_over_it(
+    experts: dict[str, Any] | None, names: list[str], base: str | None, tmp_path: Path
+) -> None:
+    project = finished(tmp_path, experts)
+    found = models_of(project)
+    assert list(found) == names
+    assert found[names[0]] == tmp_path / "model"
+    assert base_of(project) == base
+    if base is not None:
+        assert str(found[base]).endswith(project.pool_recipe.base.removeprefix(str(tmp_path)))
