@@ -290,6 +290,26 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
     return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
 
 
+def remove_unwanted(recipe: ExpertRecipe) -> list[str]:
+    """Take experts out of a recipe's library that were trained for domains it no longer makes experts of.
+
+    Experts made elsewhere stay.
+
+    Returns:
+        Their names.
+    """
+    domains = PreparedData.load(recipe.prepared_folder).domains
+    wanted = {each.title for each in recipe.experts.imports}
+    if recipe.experts.trains:
+        wanted |= set(expert_domains(domains, recipe.experts.domains))
+    library = ExpertLibrary.open(recipe.library_folder)
+    found = [name for name in library.names if name not in wanted and "settings" in library.card(name)]
+    for name in found:
+        library.remove(name)
+        shutil.rmtree(recipe.training_folder(name), ignore_errors=True)
+    return found
+
+
 # -- which experts ------------------------------------------------------------------------------------------------
 
 

@@ -89,15 +89,15 @@ def _status(project: Project, stage: Stage, earlier: Mapping[str, StageStatus], 
     if keys:
         more = f"; {len(keys) - 3} more" if len(keys) > 3 else ""
         return StageStatus(stage, "stale", "; ".join(keys[:3]) + more, record.seconds, record.ended, settled=False)
-    if record.state == "begun":
-        return StageStatus(stage, "running" if busy else "interrupted")
-    if record.state == "failed":
-        return StageStatus(stage, "failed", record.message, record.seconds, record.ended)
     for name in stage.needs:
         before = read_record(project.stages_folder, name)
         if before is not None and before.state == "done" and record.needs.get(name) != before.digest:
             why = f"{name} was made anew"
             return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
+    if record.state == "begun":
+        return StageStatus(stage, "running" if busy else "interrupted")
+    if record.state == "failed":
+        return StageStatus(stage, "failed", record.message, record.seconds, record.ended)
     why = _moved(project, stage, record, earlier)
     return StageStatus(stage, "stale" if why else "done", why, record.seconds, record.ended)
 
@@ -205,11 +205,14 @@ def run_project(
                 status = _status(project, status.stage, known, busy=False)
                 act = _act(status, anew=False)
                 _refuse(status, act)
+            if act == "replace" and first:
+                status.stage.clear(project)
             together()
             place = f"stage {number + 1} of {len(planned)}, {status.stage.name}"
             _tell(f"{place}: {'done already' if act == 'skip' else status.stage.title}", progress and first)
             if act != "skip" and (first or status.stage.shared):
-                call = Call(replace=act == "replace", processes=processes, progress=progress and first)
+                replace = _replaces(project, status.stage, act)
+                call = Call(replace=replace, processes=processes, progress=progress and first)
                 _carry_out(project, status.stage, call, keep=first)
             together()
             known[status.stage.name] = StageStatus(status.stage, "done")
@@ -232,6 +235,14 @@ def _refuse(status: StageStatus, act: Act) -> None:
         )
 
 
+def _replaces(project: Project, stage: Stage, act: Act) -> bool:
+    """Whether a stage discards what is there of other settings: made anew, or going on with what was to be that."""
+    if act != "continue":
+        return act == "replace"
+    record = read_record(project.stages_folder, stage.name)
+    return record is not None and record.replace
+
+
 def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> None:
     """Run one stage and keep its record."""
     folder, start, began = project.stages_folder, time.perf_counter(), now()
@@ -241,12 +252,9 @@ def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> Non
 
     def write(state: Literal["begun", "done", "failed"], **facts: Any) -> None:
         if keep:
-            write_record(
-                folder, Record(stage=stage.name, state=state, settings=settings, needs=needs, began=began, **facts)
-            )
+            about = {"settings": settings, "needs": needs, "began": began, "replace": call.replace}
+            write_record(folder, Record(stage=stage.name, state=state, **about, **facts))
 
-    if call.replace and keep:
-        stage.clear(project)
     write("begun")
     try:
         stage.work(project, call)

@@ -37,6 +37,7 @@ class Record(Section):
         seconds: it took, interrupted attempts left out.
         outputs: BLAKE2b of each file it left, by path.
         message: of the failure.
+        replace: whether it was to discard what was there of other settings, which going on with it then does too.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class Record(Section):
     seconds: float = 0.0
     outputs: dict[str, str] = Field(default_factory=dict)
     message: str = ""
+    replace: bool = False
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from weft.evaluation.tasks import task_files
 from weft.pipeline.expert_imports import import_recipe_experts
-from weft.pipeline.experts import train_experts
+from weft.pipeline.experts import remove_unwanted, train_experts
 from weft.pipeline.gating import certify_gate, fit_gate, gating_config, score_experts
 from weft.pipeline.models_table import EVALUATION, evaluate_models
 from weft.pipeline.prepare import data_identity, prepare
@@ -24,7 +24,7 @@ from weft.pipeline.recipe import Recipe
 from weft.pipeline.rivals import train_monolith, train_rivals
 from weft.pipeline.route_stage import ROUTING, route_experts, routing_config
 from weft.pipeline.students import distil_gate
-from weft.pipeline.train import run_training
+from weft.pipeline.train import is_main_process, run_training
 from weft.training.config import NOT_DECIDING
 
 
@@ -72,8 +72,11 @@ class Stage:
     shared: bool = False
 
     def clear(self, project: Project) -> None:
-        """Remove what an earlier making left."""
-        for path in self.discard(project):
+        """Remove what an earlier making left: first that by which it is known to be done."""
+        discarded = self.discard(project)
+        for path in self.outputs(project) if discarded else ():
+            path.unlink(missing_ok=True)
+        for path in discarded:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -143,6 +146,8 @@ def _make_experts(project: Project, call: Call) -> None:
         import_recipe_experts(parts, replace=call.replace, progress=call.progress)
     if parts.experts.trains:
         train_experts(parts, replace=call.replace, processes=call.processes, progress=call.progress)
+    if call.replace and parts.experts.library is None and is_main_process():
+        remove_unwanted(parts)
 
 
 def _gate(project: Project, call: Call) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from support.tiny_project import recipe_value, write_corpora
 
 from weft.domains.domain import Domain
 from weft.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weft.experts.expert import Expert
 from weft.experts.library import ExpertLibrary
 from weft.pipeline.base import base_tokenizer
 from weft.pipeline.expert_recipe import ExpertRecipe, expert_plan, load_expert_recipe, make_expert_recipe
 from weft.pipeline.experts import expert_domains, gate_expert, train_experts
 from weft.pipeline.prepare import prepare
+from weft.pipeline.project import Project
 from weft.pipeline.recipe import make_recipe
 from weft.pipeline.routes import build_route, parse_router
+from weft.pipeline.runner import run_project
 
 EXPERTS: dict[str, Any] = {
     "lora": {"rank": 2},
@@ -185,6 +189,23 @@ def test_experts_are_made_once_and_another_one_needs_leave(tmp_path: Path, corpo
     with pytest.raises(CheckpointError, match="training of another expert 'cooking'"):
         train_experts(recipe, progress=False)
     assert statuses(train_experts(other, progress=False)) == {"cooking": "made"}, "read back from finished work"
+
+
+def test_made_anew_the_library_keeps_no_expert_that_the_recipe_does_not_make(tmp_path: Path, corpora: Path) -> None:
+    two = recipe_in(tmp_path, corpora, domains=["cooking", "sailing"])
+    run_project(Project(None, two), until="experts", progress=False)
+    library = ExpertLibrary.open(two.library_folder)
+    expert = library.load("sailing")
+    library.add(Expert(replace(expert.lora, name="mine"), card={"source": "elsewhere"}))
+    before = library.fingerprint(["cooking"])
+    one = Project(None, recipe_in(tmp_path, corpora, domains=["cooking"]))
+    with pytest.raises(ConfigError, match=r"stage experts was made of something else \(domains: .*--from experts"):
+        run_project(one, until="experts", progress=False)
+    assert library.names == ["cooking", "mine", "sailing"]
+    run_project(one, from_stage="experts", until="experts", progress=False)
+    assert library.names == ["cooking", "mine"]
+    assert library.fingerprint(["cooking"]) == before
+    assert not two.training_folder("sailing").exists()
 
 
 def test_saving_more_often_makes_no_other_expert(tmp_path: Path, corpora: Path) -> None:

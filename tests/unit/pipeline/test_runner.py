@@ -172,6 +172,57 @@ def test_an_interrupted_stage_is_continued_without_discarding(shop: Workshop, pr
     assert shop.take()[0] == ("model", False)
 
 
+def test_going_on_with_a_replacement_still_replaces(shop: Workshop, project: Project) -> None:
+    """A stage that keeps its own results apart, as data and experts are, must be told again what it may discard."""
+    run_project(project, progress=False)
+    shop.settings["model"], shop.fails = 2, "model"
+    with pytest.raises(DataError):
+        run_project(project, from_stage="model", progress=False)
+    shop.take()
+    shop.fails = None
+    run_project(project, until="model", progress=False)
+    assert shop.take() == [("model", True)]
+    record = read_record(project.stages_folder, "model")
+    assert record is not None
+    assert record.replace
+
+
+def test_what_is_discarded_is_first_no_longer_done(project: Project, tmp_path: Path) -> None:
+    """Killed while it removes a finished stage, a pipeline must not find that stage done."""
+    seen: list[bool] = []
+    result, weights = project.run / "result.json", project.run / "model"
+    weights.mkdir(parents=True)
+    result.write_text("{}")
+
+    class Watched(type(weights)):  # type: ignore[misc]
+        def is_dir(self, **how: Any) -> bool:
+            seen.append(result.exists())
+            return bool(super().is_dir(**how))
+
+    stage = Stage(
+        "model", "make model", (), lambda project: True, lambda project: None, lambda project: [result],
+        lambda project, call: None, lambda project: [Watched(weights), result],
+    )  # fmt: skip
+    stage.clear(project)
+    assert seen == [False]
+    assert not weights.exists()
+
+
+def test_interrupted_work_over_something_new_is_stale(shop: Workshop, project: Project) -> None:
+    shop.fails = "model"
+    with pytest.raises(DataError):
+        run_project(project, progress=False)
+    shop.fails = None
+    shop.settings["text"] = 2
+    run_project(project, from_stage="text", until="text", progress=False)
+    model = project_status(project)[1]
+    assert (model.state, model.why, model.settled) == ("stale", "text was made anew", False)
+    with pytest.raises(ConfigError, match=r"text was made anew.*--from model"):
+        run_project(project, progress=False)
+    run_project(project, from_stage="model", progress=False)
+    assert set(states(project).values()) == {"done"}
+
+
 def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Project) -> None:
     run_project(project, progress=False)
     shop.take()
