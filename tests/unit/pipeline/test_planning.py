@@ -19,13 +19,15 @@ from weft.errors import ConfigError
 from weft.mixture.policy import build_policy
 from weft.models.factory import LoRASection, ModelConfig, build_model, count_parameters
 from weft.models.hf import token_losses
+from weft.pipeline.expert_recipe import make_expert_recipe
 from weft.pipeline.planning import counts
 from weft.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
 from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
 from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
-from weft.pipeline.planning.experts import fit_bytes, fit_seconds, score_cache_bytes
+from weft.pipeline.planning.experts import PoolPlan, experts_stage, fit_bytes, fit_seconds, score_cache_bytes
 from weft.pipeline.planning.hardware import DEVICES, parse_hardware
 from weft.pipeline.planning.speed import Speed
+from weft.pipeline.planning.stage import Stage
 from weft.pipeline.planning.trace import Kernel, Shape, record, shapes_only
 from weft.pipeline.planning.training import Run, machine_for, settle, state_bytes
 from weft.training.config import TrainingConfig
@@ -171,6 +173,13 @@ def test_a_deep_model_is_counted_along_a_straight_line(monkeypatch: pytest.Monke
 def test_a_model_whose_configuration_is_elsewhere_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"local folder that holds its config\.json"):
         pretrained_config("nobody/has-this-model")
+
+
+def test_an_encoder_decoder_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5", d_model=16, num_layers=1).save_pretrained(tmp_path)
+    small = {key: recipe_value()[key] for key in ("run", "data")}
+    with pytest.raises(ConfigError, match=r"encoder-decoder model.* one of about its size .*--set .*experts\.base"):
+        plan_value({**small, "experts": {"base": str(tmp_path)}}, parse_hardware("H100"))
 
 
 # -- memory and disk -------------------------------------------------------------------------------------------------
@@ -343,6 +352,37 @@ def test_experts_pools_scores_and_gates_are_planned() -> None:
     assert pool.memory["experts' factors"] == 20 * 4 * widths * 4
     assert scores.disk["score cache"] == score_cache_bytes(50 * 512, 20 * 512, 128, 20)
     assert any("50 domains" in line for line in found.assumptions)
+
+
+def test_imported_adapters_are_not_trained() -> None:
+    imports = [{"source": "a", "domain": "cooking"}, {"source": "b", "domain": "sailing"}, {"source": "c"}]
+    counted, speed = Counted(config_of(), adapter=LoRASection()), Speed(parse_hardware("H100"))
+
+    def stage(count: int, **changes: Any) -> Stage:
+        experts = {"base": "some/base", "training": {"steps": 10, "sequence_length": 32}, "gate": {"steps": 2}}
+        small = {key: recipe_value()[key] for key in ("run", "data")}
+        recipe = make_expert_recipe({**small, "experts": {**experts, **changes}})
+        return experts_stage(PoolPlan(recipe, counted, Counted(config_of()), speed, 3, count, 96))
+
+    trained, found, mixed = stage(3), stage(3, imports=imports), stage(4, imports=imports, domains=["algebra"])
+    assert (found.facts["imported"], found.facts["of_them_gated"]) == (3, 2)
+    assert found.disk["checkpoints"] == 0.0
+    assert 0.0 < found.flops < trained.flops
+    assert found.time is not None
+    assert found.time.seconds == pytest.approx(2 * found.facts["seconds_per_imported_expert"])
+    assert mixed.facts["imported"] == 3
+    assert mixed.flops == pytest.approx(trained.flops / 3 + found.flops)
+
+
+def test_what_is_not_planned_is_said() -> None:
+    pool = {"pool": [{"name": "a", "model": "some/model"}, {"name": "b", "model": "other/model"}]}
+    small = {key: recipe_value()[key] for key in ("run", "data")}
+    for experts in ({}, {"experts": {"dtype": "bfloat16"}}):
+        with pytest.raises(ConfigError, match=r"gate over models that are there already \(gating\.pool\)"):
+            plan_value({**small, **experts, "gating": pool}, parse_hardware("H100"))
+    rivals = plan_of(compare={"mixtures": ["uniform"]})
+    assert any("Rivals are not planned" in line for line in rivals.assumptions)
+    assert not any("Rivals" in line for line in plan_of().assumptions)
 
 
 def test_an_unknown_vocabulary_is_asked_for() -> None:

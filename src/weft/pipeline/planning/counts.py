@@ -83,7 +83,10 @@ def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfi
             f"that holds its config.json (with --set), weights are not needed: {str(error).splitlines()[0]:.160}"
         ) from error
     if config.is_encoder_decoder:
-        raise ConfigError(f"{name} is an encoder-decoder model; plans are made for decoder-only language models")
+        raise ConfigError(
+            f"{name} is an encoder-decoder model, and plans are made of decoder-only language models; plan with one of "
+            "about its size in its place (--set model.pretrained=FOLDER, or experts.base=FOLDER)"
+        )
     return config
 
 

@@ -16,7 +16,7 @@ from weft.errors import ConfigError
 from weft.mixture.policy import build_policy
 from weft.models.factory import ModelConfig
 from weft.pipeline.data_config import DataConfig
-from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
+from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.gate_recipe import GatingConfig
 from weft.pipeline.planning.calibrate import Calibration
 from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
@@ -34,7 +34,8 @@ from weft.pipeline.planning.training import (
     training_stage,
 )
 from weft.pipeline.prepared import MANIFEST, PreparedData
-from weft.pipeline.recipe import Recipe, check, make_recipe
+from weft.pipeline.project import make_project
+from weft.pipeline.recipe import Recipe, check
 from weft.training.runtime import choose_runtime
 
 DOCUMENT_TOKENS = 1000
@@ -180,14 +181,14 @@ def plan_value(
         raise ConfigError(f"mfu is {mfu}; it is a part of the peak, above 0 and at most 1")
     assumed = assumed if assumed is not None else Assumed()
     speed = Speed(hardware, mfu, calibration if calibration is not None else Calibration())
-    whole = not isinstance(value.get("experts"), Mapping) or "model" in value
-    recipe = make_recipe(value) if whole else None
-    wanted = value.get("experts") is not None
-    expert_recipe = make_expert_recipe(value) if wanted else None
-    data = recipe.data if recipe is not None else expert_recipe.data if expert_recipe is not None else None
-    prepared = recipe.prepared_folder if recipe is not None else expert_recipe.prepared_folder  # type: ignore[union-attr]
-    assert data is not None
-    facts = _facts(data, prepared, assumed)
+    project = make_project(value)
+    recipe, expert_recipe = project.whole, project.pool_recipe if project.makes_experts else None
+    if recipe is None and expert_recipe is None:
+        raise ConfigError(
+            "the recipe puts a gate over models that are there already (gating.pool), and a plan is of training a "
+            "model or of making experts; weft run RECIPE --dry-run shows its stages"
+        )
+    facts = _facts(project.data, project.prepared_folder, assumed)
     stages: list[Stage] = []
     if recipe is not None:
         stages += _base_stages(recipe, speed, facts)
@@ -197,7 +198,13 @@ def plan_value(
         stages.append(_serving(recipe, speed, facts, assumed))
     stages.insert(0, _prepared_stage(facts, stages))
     used = None if hardware.device.measured else speed.utilisation
-    return Plan(name, hardware.name, used, tuple(stages), (*facts.said, *_assumptions(speed, stages)))
+    said = [*facts.said, *_assumptions(speed, stages)]
+    if project.mixtures or project.monolith:
+        said.append(
+            "Rivals are not planned: each mixture of compare takes the training once more, the monolith as many tokens "
+            "as all experts."
+        )
+    return Plan(name, hardware.name, used, tuple(stages), tuple(said))
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------
@@ -268,7 +275,8 @@ def _expert_stages(
     bare = Counted(base, config.dtype, bf16)
     if speed.hardware.device.measured:
         choose_runtime(config.training, parameters=bare.sizes.parameters)
-    experts = assumed.experts or (facts.domains if config.domains is None else len(config.domains))
+    trained = (facts.domains if config.domains is None else len(config.domains)) if config.trains else 0
+    experts = assumed.experts or trained + len(config.imports)
     heldout = sum(facts.heldout) / len(facts.heldout) if facts.heldout else None
     plan = PoolPlan(recipe, counted, bare, speed, facts.domains, experts, int(base.vocab_size), heldout)
     prompt = _prompt(base, length, assumed)

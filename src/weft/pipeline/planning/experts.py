@@ -89,39 +89,16 @@ def widths(sizes: Sizes) -> tuple[int, int]:
 def experts_stage(plan: PoolPlan) -> Stage:
     """All experts made, dealt out to the devices: adapter, validation, gate, statistics.
 
-    A device holds the whole base: adapters are trained by one process each.
+    A device holds the whole base: adapters are trained by one process each. Imported ones get gate and statistics
+    where they have a domain, one after the other.
     """
-    config, machine = plan.config, plan.machine
-    devices = plan.speed.hardware.devices
+    config, machine, devices = plan.config, plan.machine, plan.speed.hardware.devices
     run = Run(plan.counted, config.training, machine, 1)
-    parts: dict[str, Time] = {
-        "adapter": run.step_time().times(config.training.total_steps),
-        "setting up": Time(EXPERT_SECONDS, {OVERHEAD: EXPERT_SECONDS}),
-    }
-    work, optimizer = run.step_work()
-    flops = (work.flops + optimizer.flops) * config.training.total_steps
-    length, batch = config.training.sequence_length, config.training.batch_sequences
-    forward = plan.counted.forward(batch, length)
-    looks = 1 + (config.training.total_steps // config.validate_every_steps if config.validate_every_steps else 1)
-    known = [size for size in (config.validation_tokens, plan.heldout) if size is not None]
-    if known:
-        passes = looks * min(known) / (batch * length)
-        parts["validation"] = machine.time(forward, "forward").times(passes)
-        flops += forward.flops * passes
-    if config.gate.steps:
-        gate = config.gate.training(config.training)
-        step = plan.counted.gate_step(gate.batch_sequences, gate.sequence_length)
-        parts["gate"] = machine.time(step, "step").times(gate.total_steps)
-        flops += step.flops * gate.total_steps
-    if config.statistics_examples:
-        passes = config.statistics_examples / batch
-        parts["statistics"] = machine.time(forward, "forward").times(passes)
-        flops += forward.flops * passes
-    one = Time()
-    for time in parts.values():
-        one = one + time
-    rounds = math.ceil(plan.experts / devices)
-    time = one.times(rounds)
+    trained, gated = _made(plan)
+    training, flops = _adapter(plan, run)
+    finishing, flops_after = _gate_and_statistics(plan)
+    one, after = sum(training.values(), Time()), sum(finishing.values(), Time())
+    time = (one + after).times(math.ceil(trained / devices)) + after.times(gated)
     memory = run.memory()
     problems: tuple[str, ...] = ()
     have = plan.speed.hardware.device.memory
@@ -130,29 +107,77 @@ def experts_stage(plan: PoolPlan) -> Stage:
             f"an adapter is trained by one process, which holds the whole base: {sum(memory.values()) / 1e9:.1f} GB on "
             f"a device of {have / 1e9:.0f} GB; {_expert_remedy(plan, run)}",
         )
-    sizes = plan.counted.sizes
+    work, _ = run.step_work()
+    facts: dict[str, Any] = {"experts": plan.experts, "parameters_per_expert": plan.counted.sizes.trainable}
+    if trained:
+        facts |= {
+            "tokens_per_expert": config.training.total_tokens,
+            "flops_per_expert": flops + flops_after,
+            "flops_per_token": work.flops / (config.training.batch_sequences * config.training.sequence_length),
+            "seconds_per_expert": (one + after).seconds,
+            "seconds_per_adapter_step": run.step_time().seconds,
+            "seconds_per_expert_by_part": {name: part.seconds for name, part in {**training, **finishing}.items()},
+            "experts_at_once": min(devices, trained),
+        }
+    if imported := plan.experts - trained:
+        facts |= {"imported": imported, "of_them_gated": gated, "seconds_per_imported_expert": after.seconds}
+    how = f"{config.training.total_steps} steps each" if trained == plan.experts else f"{imported:,} of them imported"
     return Stage(
         "experts",
-        f"{plan.experts:,} experts of rank {config.lora.rank}, {config.training.total_steps} steps each",
+        f"{plan.experts:,} experts of rank {config.lora.rank}, {how}",
         time,
         DOES_NOT_FIT if problems else time.limit,
-        flops * plan.experts,
+        (flops + flops_after) * trained + flops_after * gated,
         memory,
         0.0,
-        {"library": library_bytes(plan) * plan.experts, "checkpoints": _checkpoints(plan) * plan.experts},
-        {
-            "experts": plan.experts,
-            "parameters_per_expert": sizes.trainable,
-            "tokens_per_expert": config.training.total_tokens,
-            "flops_per_expert": flops,
-            "flops_per_token": work.flops / (batch * length),
-            "seconds_per_expert": one.seconds,
-            "seconds_per_adapter_step": run.step_time().seconds,
-            "seconds_per_expert_by_part": {name: part.seconds for name, part in parts.items()},
-            "experts_at_once": min(devices, plan.experts),
-        },
+        {"library": library_bytes(plan) * plan.experts, "checkpoints": _checkpoints(plan) * trained},
+        facts,
         problems,
     )
+
+
+def _made(plan: PoolPlan) -> tuple[int, int]:
+    """How many experts are trained, and how many imported ones get a gate."""
+    imports = plan.config.imports
+    imported = min(len(imports), plan.experts) if plan.config.trains else plan.experts
+    named = sum(each.domain is not None for each in imports)
+    return plan.experts - imported, round(imported * named / len(imports)) if imports else 0
+
+
+def _adapter(plan: PoolPlan, run: Run) -> tuple[dict[str, Time], float]:
+    """Time by part and FLOPs of training one adapter and looking at held-out text."""
+    config, machine = plan.config, plan.machine
+    steps, length, batch = config.training.total_steps, run.config.sequence_length, run.config.batch_sequences
+    parts = {"adapter": run.step_time().times(steps)}
+    work, optimizer = run.step_work()
+    flops = (work.flops + optimizer.flops) * steps
+    looks = 1 + (steps // config.validate_every_steps if config.validate_every_steps else 1)
+    known = [size for size in (config.validation_tokens, plan.heldout) if size is not None]
+    if known:
+        forward, passes = plan.counted.forward(batch, length), looks * min(known) / (batch * length)
+        parts["validation"] = machine.time(forward, "forward").times(passes)
+        flops += forward.flops * passes
+    return parts, flops
+
+
+def _gate_and_statistics(plan: PoolPlan) -> tuple[dict[str, Time], float]:
+    """Time by part and FLOPs of what one expert gets beside its adapter."""
+    config, machine = plan.config, plan.machine
+    parts, flops = {"setting up": Time(EXPERT_SECONDS, {OVERHEAD: EXPERT_SECONDS})}, 0.0
+    if config.gate.steps:
+        gate = config.gate.training(config.training)
+        step = plan.counted.gate_step(gate.batch_sequences, gate.sequence_length)
+        parts["gate"] = machine.time(step, "step").times(gate.total_steps)
+        flops += step.flops * gate.total_steps
+    if config.statistics_examples:
+        batch = config.training.batch_sequences
+        forward, passes = (
+            plan.counted.forward(batch, config.training.sequence_length),
+            config.statistics_examples / batch,
+        )
+        parts["statistics"] = machine.time(forward, "forward").times(passes)
+        flops += forward.flops * passes
+    return parts, flops
 
 
 def _expert_remedy(plan: PoolPlan, run: Run) -> str:
