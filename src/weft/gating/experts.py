@@ -262,7 +262,8 @@ class ExpertPool(nn.Module):
     Args:
         members: the experts, in order.
     Raises:
-        ConfigError: experts differ in vocabulary or tokenizer, or are no decoder-only models.
+        ConfigError: experts differ in vocabulary or tokenizer, are no decoder-only models, or have attention heads that
+            do not share their keys and values evenly.
         ExpertError: no expert, names that are not unique, or an adapter that does not fit its model.
     """
 
@@ -275,6 +276,7 @@ class ExpertPool(nn.Module):
         if len(set(self.names)) < len(members):
             raise ExpertError(f"experts of a pool need different names; got {', '.join(self.names)}")
         self.vocab_size = _check_vocabulary(members)
+        _check_heads(members)
         groups: dict[int, list[int]] = {}
         for place, member in enumerate(members):
             groups.setdefault(id(member.model), []).append(place)
@@ -442,7 +444,7 @@ class ExpertPool(nn.Module):
         Returns:
             logp_BTEV: nats, float32; E times the size of one expert's.
         """
-        self.check_ids(tokens_BT)
+        self.check_ids(tokens_BT, tokens_BT.shape[-1])
         arguments = prefix_arguments(mask_BT)
         logp_BTEV: Tensor | None = None
         for backbone in self._backbones():
@@ -466,7 +468,7 @@ class ExpertPool(nn.Module):
         Returns:
             logp_BTE: nats, float32, 0 where nothing is scored.
         """
-        self.check_ids(tokens_BT1)
+        self.check_ids(tokens_BT1, tokens_BT1.shape[-1] - 1)
         inputs_BT, labels_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
         arguments = prefix_arguments(None if mask_BT1 is None else mask_BT1[:, :-1])
         logp_BTE = torch.empty((*labels_BT.shape, len(self)), dtype=torch.float32, device=tokens_BT1.device)
@@ -492,9 +494,12 @@ class ExpertPool(nn.Module):
             repeated: dict[str, Any] = {name: value.repeat(times, 1) for name, value in arguments.items()}
             yield places, backbone.run(rows, ids_BT.repeat(times, 1), **repeated).unflatten(0, (times, -1))
 
-    def check_ids(self, tokens_BT: Tensor) -> None:
+    def check_ids(self, tokens_BT: Tensor, read: int) -> None:
         """Refuse token ids and lengths the experts do not know.
 
+        Args:
+            tokens_BT: token ids, labels among them.
+            read: positions the experts will read.
         Raises:
             ConfigError: ids outside the vocabulary, or more tokens than positions.
         """
@@ -506,8 +511,8 @@ class ExpertPool(nn.Module):
                 f"{self.vocab_size}; encode the text with their tokenizer"
             )
         longest = self.longest
-        if longest is not None and tokens_BT.shape[1] > longest + 1:
-            raise ConfigError(f"sequences of {tokens_BT.shape[1]} tokens; the experts take {longest} positions at most")
+        if longest is not None and read > longest:
+            raise ConfigError(f"sequences of {read} tokens; the experts take {longest} positions at most")
 
     def _backbones(self) -> Iterable[Backbone]:
         for backbone in self.backbones:
@@ -527,6 +532,7 @@ class ExpertLanguageModel:
     @torch.no_grad()
     def log_probs(self, tokens_BT: Tensor) -> Tensor:
         """See `LanguageModel.log_probs`."""
+        self.pool.check_ids(tokens_BT, tokens_BT.shape[-1])
         return torch.log_softmax(self._backbone.run(self._rows, tokens_BT).float(), dim=-1)
 
 
@@ -584,6 +590,18 @@ def _check_vocabulary(members: Sequence[Member]) -> int:
                 "trained with one tokenizer"
             )
     return sizes[first.name]
+
+
+def _check_heads(members: Sequence[Member]) -> None:
+    """Refuse models whose attention cannot run: transformers builds them, and fails at the first token."""
+    for member in members:
+        config = member.model.config.get_text_config()
+        heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+        if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+            raise ConfigError(
+                f"expert {member.name!r} has {heads} attention heads over {shared} heads of keys and values; the first "
+                "must be a multiple of the second: build it anew with another num_key_value_heads"
+            )
 
 
 def _base_of(library: ExpertLibrary) -> tuple[str, str | None]:

@@ -196,10 +196,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
                 f"model's own forward gave for these {batch}"
             )
-        self.pool.check_ids(input_ids)
-        longest = self.pool.longest
-        if longest is not None and cache.length + count > longest:
-            raise ConfigError(f"{cache.length + count} tokens; the experts take {longest} positions at most")
+        self.pool.check_ids(input_ids, cache.length + count)
         cache.append(input_ids, _new_mask(attention_mask, cache.length, input_ids))
         if not self.sparse or count > 1 or cache.length == 1 or self._due(cache):
             logits_BKV = self._run_all(cache, kept)
@@ -238,7 +235,6 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     def _whole(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Every position of a text in one pass."""
-        self.pool.check_ids(ids_BT)
         logq_BTEV = self.pool.log_probs(ids_BT, mask_BT)
         labels_BTE1 = ids_BT[:, 1:, None, None].expand(-1, -1, len(self.pool), -1)
         logp_BTE = logq_BTEV[:, :-1].gather(-1, labels_BTE1)[..., 0]

@@ -7,6 +7,7 @@ import torch
 from support import experts as tiny
 from support.gated import mixed_pool, tokens, whole_pool
 from support.tiny_expert import Fingerprint, random_expert
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.errors import ConfigError, ExpertError
 from weft.experts.adapted import adapted
@@ -176,9 +177,27 @@ def test_bad_pools_and_ids_are_refused():
         ExpertPool([Member("a", tiny.gpt2(), random_expert(model))])
     with pytest.raises(ConfigError, match="vocabulary of 64"):
         whole_pool(1).log_probs(torch.tensor([[64]]))
-    with pytest.raises(ConfigError, match="64 positions"):
-        whole_pool(1).log_probs(torch.ones(1, 66, dtype=torch.int64))
     with pytest.raises(ConfigError, match="B x T"):
         whole_pool(1).log_probs(torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="give library"):
         ExpertSource(name="a", model="x", expert="y")
+
+
+def test_one_token_more_than_there_are_positions_is_refused():
+    pool = ExpertPool.of({"a": tiny.gpt2()})  # positions are learned: the model itself knows no more
+    assert pool.log_probs(tokens(1, 64)).shape[1] == 64
+    assert pool.token_log_probs(tokens(1, 65)).shape[1] == 64
+    for answer in (pool.log_probs, pool.expert("a").log_probs):
+        with pytest.raises(ConfigError, match="sequences of 65 tokens; the experts take 64 positions"):
+            answer(tokens(1, 65))
+    with pytest.raises(ConfigError, match="64 positions"):
+        pool.token_log_probs(tokens(1, 66))
+
+
+def test_heads_that_cannot_share_keys_and_values_are_refused():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"'b' has 6 attention heads over 4 heads.*num_key_value_heads"):
+        ExpertPool.of({"a": tiny.llama(), "b": LlamaForCausalLM(config)})

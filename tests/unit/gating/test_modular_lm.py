@@ -254,6 +254,10 @@ def test_what_cannot_be_served_is_refused():
         model.generate(ids, assistant_model=tiny.llama(), max_new_tokens=2)
     with pytest.raises(ConfigError, match="64 positions"):
         model.generate(tokens(1, 60), max_new_tokens=10)
+    for answer in (model, model.log_probs):
+        with pytest.raises(ConfigError, match="64 positions"):
+            answer(tokens(1, 65))
+    assert model.token_log_probs(tokens(1, 65)).shape == (1, 64)
 
 
 def test_a_gate_trained_for_few_experts_is_served_with_as_many():
