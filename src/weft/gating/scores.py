@@ -746,7 +746,8 @@ class _Work:
         if overwrite:
             self.barrier()
             if self.rank == 0:
-                _clear(folder)
+                with _alone(folder):
+                    _clear(folder)
             self.barrier()
         self.finished = (folder / INDEX).exists()
         found = _read_index(folder) if self.finished else _read_json(folder / PLAN)
@@ -760,23 +761,15 @@ class _Work:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Write the plan; let no second run into the folder meanwhile."""
-        lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC) if self.rank == 0 else -1
-        try:
+        with contextlib.nullcontext() if self.rank else _alone(self.folder):
             if self.rank == 0:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise DataError(
-                        f"another process is scoring into {self.folder}; wait for it to end, or choose another folder"
-                    ) from error
+                if (self.folder / INDEX).exists():
+                    raise DataError(f"another process has just finished the scores in {self.folder}; run again")
                 make_folder(self.folder / SHARDS)
                 facts = {"plan": self.plan.facts, "shard_sequences": self.plan.shard_sequences}
                 write_json(self.folder / PLAN, facts, sync=True)
             self.barrier()
             yield
-        finally:
-            if lock >= 0:
-                os.close(lock)
 
     def barrier(self) -> None:
         """Wait for the other ranks."""
@@ -875,6 +868,26 @@ class _Work:
                 f"cannot write {self.folder}: {error.strerror or error}; free some space and run again: the shards "
                 "scored so far are kept"
             ) from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no second run into a folder meanwhile.
+
+    Raises:
+        DataError: one is at work there.
+    """
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"another process is scoring into {folder}; wait for it to end, or choose another folder"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def _clear(folder: Path) -> None:

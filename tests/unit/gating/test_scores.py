@@ -226,16 +226,31 @@ def test_bad_input_is_refused(tmp_path):
         ScoreCache.open(tmp_path)
 
 
-def test_a_second_run_waits_its_turn(tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_waits_its_turn(tmp_path, monkeypatch, overwrite):
     real = scores.score_shard
 
     def nested(pool, task, *rest):
         with pytest.raises(DataError, match="another process is scoring"):
-            make(tmp_path)
+            make(tmp_path, overwrite=overwrite)
         return real(pool, task, *rest)
 
     monkeypatch.setattr(scores, "score_shard", nested)
-    make(tmp_path)
+    make(tmp_path)  # and loses nothing by it
+
+
+def test_what_another_run_has_just_finished_is_not_scored_again(tmp_path, monkeypatch):
+    held = scores._Work.held
+
+    def late(work):
+        monkeypatch.setattr(scores._Work, "held", held)
+        make(tmp_path)
+        return held(work)
+
+    monkeypatch.setattr(scores._Work, "held", late)
+    with pytest.raises(DataError, match="has just finished"):
+        make(tmp_path)
+    assert make(tmp_path).experts == whole_pool().names
 
 
 def test_altered_files_are_noticed(tmp_path):
