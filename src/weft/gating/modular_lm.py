@@ -26,8 +26,9 @@ changes what every layer above it sees.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -425,7 +426,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         sources = _copy_experts(self.pool, folder) if copy else [_absolute(member.source) for member in members]
         saved = _Saved(
             format=FORMAT,
-            dtype=str(members[0].model.dtype).removeprefix("torch."),
+            dtype=str(_widest(member.model.dtype for member in members)).removeprefix("torch."),
             top_m=self.config.top_m,
             refresh_every=self.config.refresh_every,
             copied=copy,
@@ -514,6 +515,11 @@ def _copy_experts(pool: ExpertPool, folder: Path) -> list[ExpertSource]:
     return [sources[place] for place in range(len(pool))]
 
 
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The float type that holds all of these; a pool is loaded in one."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
 def _inside(source: ExpertSource, folder: Path) -> ExpertSource:
     """A copied expert's source, from where the folder lies now.
 
@@ -535,6 +541,9 @@ def _inside(source: ExpertSource, folder: Path) -> ExpertSource:
 def _absolute(source: ExpertSource | None) -> ExpertSource:
     """A source that means the same from any folder; hub names stay."""
     assert source is not None
+    if source.library is not None and source.model is None:
+        base = ExpertLibrary.open(Path(source.library)).base
+        source = source.model_copy(update={"model": base.name, "revision": base.revision})
     places = {
         key: str(Path(value).resolve())
         for key in ("model", "library")

@@ -1,16 +1,22 @@
 """Gated models as Hugging Face models: generation of every kind, saving, and what is refused."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from support import experts as tiny
 from support.gated import mixed_pool, tokens, whole_pool
+from support.tiny_expert import random_expert
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from weft.corpora.source import ArraySource
 from weft.errors import ConfigError
 from weft.evaluation.perplexity import evaluate_source
+from weft.experts.expert import BaseReference, Expert
+from weft.experts.library import ExpertLibrary
+from weft.experts.lora import base_fingerprint
 from weft.gating import experts as room
 from weft.gating import modular_lm
 from weft.gating.bayes import BayesGate, FixedShareGate
@@ -209,6 +215,32 @@ def test_saved_models_come_back(tmp_path, copy):
     with pytest.raises(ConfigError, match="not empty"):
         model.save_pretrained(moved, copy_experts=copy)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_library_whose_base_is_named_from_here_is_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = tiny.llama()
+    base.save_pretrained("base")
+    reference = BaseReference("base", None, base_fingerprint(base))
+    library = ExpertLibrary.create(Path("library"), reference)
+    library.add(Expert(replace(random_expert(base), name="a", base=reference)))
+    model = ModularLM(ExpertPool.from_library("library"), GATES["bayes"](1))
+    model.save_pretrained("saved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ids = tokens(1, 5)
+    assert torch.equal(ModularLM.from_pretrained(tmp_path / "saved")(ids).logits, model(ids).logits)
+
+
+def test_experts_of_two_float_types_lose_nothing(tmp_path):
+    rough, fine = tiny.llama(0).to(torch.bfloat16), tiny.llama(1)
+    ModularLM(ExpertPool.of({"rough": rough, "fine": fine}), GATES["bayes"](2)).save_pretrained(
+        tmp_path / "saved", copy_experts=True
+    )
+    pool = ModularLM.from_pretrained(tmp_path / "saved").pool
+    for member, before in zip(pool.members, (rough, fine), strict=True):
+        for now, then in zip(member.model.parameters(), before.parameters(), strict=True):
+            assert torch.equal(now, then.float())
 
 
 def test_folders_that_hold_no_gated_model_are_refused(tmp_path):
