@@ -72,6 +72,14 @@ def _students(recipe: ExpertRecipe) -> dict[str, Path | str]:
     return {f"gate: {name}": Path(row["model"]) for name, row in read_students(recipe).items()}
 
 
+def _held(project: Project, name: str) -> dict[str, Any]:
+    """Revision and type of a base that was there before, as the experts were made over it."""
+    if name != BASE or not project.makes_experts or project.pool_recipe.experts.base is None:
+        return {}
+    experts = project.pool_recipe.experts
+    return {"revision": experts.revision, "dtype": experts.dtype}
+
+
 def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any]:
     """Measure every model on the held-out text of every domain and of the target, all on the same windows.
 
@@ -95,8 +103,7 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
     found: dict[str, Any] = {}
     with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
         for name, place in places.items():
-            revision = project.pool_recipe.experts.revision if name == BASE and project.makes_experts else None
-            opened = open_model(place, revision=revision, device=str(device), encoder_decoder=True)
+            opened = open_model(place, device=str(device), encoder_decoder=True, **_held(project, name))
             result = evaluate_suite(
                 opened.model,
                 domains,

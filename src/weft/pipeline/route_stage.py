@@ -54,7 +54,14 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     evaluation = evaluate_routes(recipe, config.routers, progress=progress)
     for router in config.build:
         shutil.rmtree(routed_folder(recipe, router), ignore_errors=True)
-        build_route(recipe.library_folder, parse_router(router), routed_folder(recipe, router))
+        build_route(
+            recipe.library_folder,
+            parse_router(router),
+            routed_folder(recipe, router),
+            base=recipe.base,
+            revision=recipe.experts.revision,
+            dtype=recipe.experts.dtype,
+        )
     rows = {label.partition(" (")[0].replace(" ", "_"): row for label, row in evaluation.rows.items()}
     generic = {label: row.generic for label, row in rows.items()}
     timed = None

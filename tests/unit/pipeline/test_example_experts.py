@@ -75,7 +75,7 @@ def recipe(folder: Path, base: str, *, prompts: bool = True, **experts: Any) -> 
 def test_experts_of_tasks_are_made_kept_gated_and_routed(
     kind: str, bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = recipe(tmp_path, bases[kind])
+    made = recipe(tmp_path, bases[kind], dtype="bfloat16")
     found = train_experts(made, progress=False)
     assert {name: each["status"] for name, each in found["experts"].items()} == dict.fromkeys(NAMES[:2], "made")
     again = train_experts(made, progress=False)
@@ -93,6 +93,7 @@ def test_experts_of_tasks_are_made_kept_gated_and_routed(
     after = ExpertLibrary.open(made.library_folder).load(NAMES[0])
     assert all((after.gate.vectors[name] == v_I).all() for name, v_I in before.gate.vectors.items())
     table = route_experts(made, progress=False)
+    assert json.loads((tmp_path / "run/routed/phatgoose/routed.json").read_text())["dtype"] == "bfloat16"
     # The third domain has no expert, and is what the experts of the others are judged by.
     assert set(table["bits_per_byte"]["phatgoose"]) == set(NAMES)
     assert set(table["accuracy"]) >= {"base", "phatgoose", "retrieval", "merged", "best_single"}
