@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self
 import torch
 
 from weft.errors import ConfigError, DataError
-from weft.gating.arrays import Floats, simplex_vector
+from weft.gating.arrays import TOLERANCE, Floats, simplex_vector
 from weft.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
 from weft.gating.gate import Gate
 from weft.gating.mixtures import MixtureSet
@@ -20,6 +21,8 @@ from weft.gating.primal_dual import Z_NORMAL, FitConfig, FitResult, against, bes
 from weft.gating.problem import Evaluation, Offsets, Problem, Unit, evaluate, make_problem
 
 Label = Literal["bound", "estimate", "exact"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,13 @@ def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
     clustered = any(one.clusters_N is not None for one in problem.samples)
     kind = "cluster-robust normal" if clustered else "normal"
     how = f"mean over {draws} samples of {problem.experts} experts, 95 % {kind} interval"
+    if not low - TOLERANCE <= 1.0 <= high + TOLERANCE:
+        off = (
+            f"the interval excludes 1: the gate makes {'more' if found.z > 1.0 else 'less'} than a distribution, and "
+            "figures are those of pi_g divided by this estimate; fit on more samples of the experts, or with more ridge"
+        )
+        log.warning("Z is %.4g, 95 %% from %.4g to %.4g: %s", found.z, low, high, off)
+        how = f"{how}; {off}"
     return Figure(found.z, "estimate", how, _finite(low), _finite(high))
 
 

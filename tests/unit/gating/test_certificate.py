@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from support.gating import random_problem
 
 from weft.errors import ConfigError, DataError
@@ -12,6 +13,7 @@ from weft.gating import Certificate, FitConfig, ScoredSequences, certify, channe
 from weft.gating.bayes import BayesGate
 from weft.gating.constant import ConstantGate
 from weft.gating.features import sequence_features
+from weft.gating.gate import init_gate
 
 CONFIG = FitConfig(steps=300, best_response_steps=20)
 
@@ -67,6 +69,27 @@ def test_samples_are_labelled_as_such():
     assert row.low < row.value < row.high
     assert max(each.value for each in found.domains) == pytest.approx(found.worst.value)
     assert found.worst_domain in ("domain 0", "domain 1")
+
+
+@pytest.mark.parametrize(("slope", "said"), [(-2.0, "less than a distribution"), (2.0, "more than a distribution")])
+def test_a_z_whose_interval_excludes_one_is_told_in_words(slope, said, caplog):
+    held, draws = gaussians(2), gaussians(3)
+    gate = init_gate("linear", 2, held[0].features)
+    tilted = gate.replaced({"weight_EF": torch.tensor([[0.0] * 4, [0.0, 0.0, -slope, slope]], dtype=torch.float64)})
+    found = certify(tilted, held, draws)
+    assert not found.z.low <= 1.0 <= found.z.high
+    assert said in found.z.how
+    assert f"Z is {found.z.value:.4g}" in caplog.text
+    assert "excludes 1" in caplog.text
+
+
+def test_a_gate_that_sums_to_one_by_construction_is_told_nothing(caplog):
+    held, draws = gaussians(2), gaussians(3)
+    for weights in ([1 / 3, 2 / 3], [0.1, 0.9]):
+        found = certify(ConstantGate.of(weights), held, draws)
+        assert found.z.low == found.z.high  # no spread: what is off is rounding
+        assert "excludes" not in found.z.how
+    assert not caplog.records
 
 
 def test_per_token_figures_divide_the_capacity_too():
