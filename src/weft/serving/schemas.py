@@ -251,8 +251,9 @@ def request_models(bounds: Bounds) -> tuple[type[CompletionRequest], type[ChatRe
     timeout = Annotated[float, Field(ge=shortest, le=bounds.timeout_seconds, allow_inf_nan=False)]
     text = Annotated[str, Field(max_length=bounds.max_prompt_characters)]
     token = Annotated[int, Field(ge=0, le=bounds.max_token_id), WHOLE]
-    tokens = Annotated[list[token], Field(min_length=1, max_length=bounds.max_prompt_tokens)]
-    many = Field(min_length=1, max_length=bounds.max_prompts)
+    # Lists stop at their first fault: a body of many small ones must not be reported at length.
+    tokens = Annotated[list[token], Field(min_length=1, max_length=bounds.max_prompt_tokens, fail_fast=True)]
+    many = Field(min_length=1, max_length=bounds.max_prompts, fail_fast=True)
     prompt = text | Annotated[list[text], many] | tokens | Annotated[list[tokens], many]
     shared: dict[str, Any] = {"model": (name, ...), "n": (choices | None, None), "timeout": (timeout | None, None)}
     completion = create_model(
@@ -265,13 +266,14 @@ def request_models(bounds: Bounds) -> tuple[type[CompletionRequest], type[ChatRe
         **shared,
     )
     part = create_model("TextPart", __base__=TextPart, text=(text, ...))
-    parts = Annotated[list[part], Field(min_length=1, max_length=bounds.max_messages)]
+    several = Field(min_length=1, max_length=bounds.max_messages, fail_fast=True)
+    parts = Annotated[list[part], several]
     message = create_model("Message", __base__=Message, __doc__=Message.__doc__, content=(text | parts, ...))
     chat = create_model(
         "ChatRequest",
         __base__=ChatRequest,
         __doc__=ChatRequest.__doc__,
-        messages=(Annotated[list[message], Field(min_length=1, max_length=bounds.max_messages)], ...),
+        messages=(Annotated[list[message], several], ...),
         max_completion_tokens=(new_tokens | None, None),
         max_tokens=(new_tokens | None, None),
         top_logprobs=(top | None, None),
