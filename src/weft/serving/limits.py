@@ -33,8 +33,8 @@ def is_open(path: str) -> bool:
 class Keys:
     """ASGI middleware that asks for a key: `Authorization: Bearer KEY`.
 
-    Every path but `OPEN_PATHS` and those in `OPEN_FOLDER` is covered. All keys are compared in full, in a time that
-    does not tell which fits.
+    Every path but `OPEN_PATHS` and those in `OPEN_FOLDER` is covered, wherever the application is mounted. All keys are
+    compared in full, in a time that does not tell which fits.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class Keys:
         self.keys = [key.encode("utf-8") for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.keys or is_open(scope["path"]) or self._known(scope):
+        if scope["type"] != "http" or not self.keys or is_open(_path_inside(scope)) or self._known(scope):
             await self.app(scope, receive, send)
             return
         error = ApiError(
@@ -58,6 +58,12 @@ class Keys:
         scheme, _, key = given.partition(b" ")
         fits = [hmac.compare_digest(key.strip(), known) for known in self.keys]
         return scheme.lower() == b"bearer" and any(fits)
+
+
+def _path_inside(scope: Scope) -> str:
+    """The path below the place where the application is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 class Intake:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
 from support.served import POSITIONS, VOCAB, write_model
@@ -485,6 +486,18 @@ def test_keys_open_all_but_the_health_check(engine: FakeEngine) -> None:
         assert client.get("/v1/models", headers={"authorization": given}).status_code == 200
     error_of(complete(client), 401)
     assert engine.tickets == []
+
+
+@pytest.mark.parametrize("place", ["/weft", "/page/weft", "/healthz"])
+def test_keys_cover_the_same_paths_where_the_app_is_mounted_in_another(engine: FakeEngine, place: str) -> None:
+    outer = FastAPI()
+    outer.mount(place, build_app({"tiny": engine}, ServeConfig(api_keys=("one",))))
+    client = TestClient(outer, raise_server_exceptions=False)
+    assert client.get(f"{place}/healthz").status_code == 200
+    assert error_of(client.get(f"{place}/page/nothing.js"), 404)
+    for path in ("/v1/models", "/metrics", "/openapi.json"):
+        error_of(client.get(f"{place}{path}"), 401)
+        assert client.get(f"{place}{path}", headers={"authorization": "Bearer one"}).status_code == 200
 
 
 def test_keys_are_not_shown() -> None:
