@@ -33,14 +33,14 @@ from weft.integrations.mixture_dataset import SlotDataset
 from weft.mixture.loader import MixtureLoader, sequence_counts
 from weft.mixture.policy import Alignment, MixtureSetting, Report, build_policy, state_from_json, state_to_json
 from weft.mixture.sampler import Exhaustion, MixtureSampler, SamplerExhausted
-from weft.models.hf import sequence_losses, token_losses
+from weft.models.hf import token_losses
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.train import training_task
-from weft.training import alignment as align
-from weft.training.alignment import AlignmentConfig, Direction
+from weft.training.alignment import AlignmentConfig
 from weft.training.estimators.direction import trainable_parameters
-from weft.training.loop import Task, derive_seed
+from weft.training.loop import Task
 from weft.training.meter import DomainMeter
+from weft.training.probes import AlignmentProbes
 
 Tokens: TypeAlias = Source | datasets.Dataset | ArrayLike
 """Token ids of a domain: a source, one row of integers, or a `datasets.Dataset` with a column `input_ids`."""
@@ -238,37 +238,19 @@ class MixtureRun:
         self._counts_D = np.zeros(len(task.domains), dtype=np.int64)
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # micro-batches of this step not yet taken
         self._unobserved: deque[tuple[Tensor, Tensor]] = deque()  # micro-batches taken whose losses are to come
-        self._prepare_probes()
+        self.probes = AlignmentProbes(
+            task.policy, task.setting, task.target, self.loader, mixture.alignment,
+            seed=mixture.seed, sequence_length=mixture.sequence_length, micro_batch=share.micro_batch,
+            device=self.device, rank=share.rank, world=share.num_processes,
+        )  # fmt: skip
+        with self._undisturbed():
+            self.choice = self.probes.choose(model, accumulation_steps=1, batch_size=share.batch_sequences)
         self.state = task.policy.init(task.setting)
         self.loader.set_weights(0, task.policy.weights(self.state).numpy())
         self._finished = 0
         if saved is not None:
             self._resume(saved)
         self._meter_state = self._read_meter()
-
-    def _prepare_probes(self) -> None:
-        mixture, task = self.mixture, self.mixture.task
-        needs, config = task.policy.needs, mixture.alignment
-        self._kind = next((kind for kind in ("target", "generalist") if f"{kind}_alignment" in needs), None)
-        self._groups_GD = torch.eye(len(task.domains), dtype=torch.float64)
-        if "basis" in needs and task.setting.basis_ND is not None:
-            self._groups_GD = task.setting.basis_ND
-        self._normalize = getattr(task.policy.config, "normalize", None)
-        self.choice: align.Choice | None = None
-        self._target: MixtureLoader | None = None
-        if self._kind == "target":
-            assert task.target is not None
-            counts = sequence_counts([task.target], mixture.sequence_length, ["target"])
-            size = min(counts[0], config.target_sequences)
-            rotating = MixtureSampler(counts, size, derive_seed(mixture.seed, "target"))
-            self._target = MixtureLoader((task.target,), rotating, mixture.sequence_length)
-        if self._kind is not None:
-            with self._undisturbed():
-                self.choice = align.choose_estimator(
-                    config, model=self.model, accumulation_steps=1, groups=len(self._groups_GD),
-                    batch_size=self.share.batch_sequences, needs_norms=self._normalize == "cosine",
-                    basis="basis" in needs, losses=sequence_losses,
-                )  # fmt: skip
 
     # -- what the loop asks -------------------------------------------------------------------------------------
 
@@ -293,12 +275,12 @@ class MixtureRun:
     def groups(self) -> tuple[str, ...]:
         """Names of what alignments are measured for: domains, or basis distributions."""
         if "basis" in self.mixture.task.policy.needs:
-            return tuple(f"basis {index}" for index in range(len(self._groups_GD)))
+            return tuple(f"basis {index}" for index in range(len(self.probes.groups_GD)))
         return self.mixture.task.domains
 
     def norm_needed_at(self, step: int) -> bool:
         """Whether the update after `step` optimizer steps wants the norm of that step's gradient, unclipped."""
-        return self._kind is not None and self._normalize == "scale" and step % self.every == 0
+        return self.probes.kind is not None and self.probes.normalize == "scale" and step % self.every == 0
 
     def exhausted(self) -> bool:
         """Whether the repetition caps leave too little for another batch."""
@@ -386,11 +368,11 @@ class MixtureRun:
         alignment = None
         if self.choice is not None:
             with self._undisturbed():
-                alignment = self._probe(optimizer)
-            if gradient_norm is not None:
-                alignment = align.with_batch_norm(alignment, gradient_norm)
-            if self._normalize != "cosine":  # only some estimators measure norms: eta must mean the same under each
-                alignment = dataclasses.replace(alignment, norms_G=None)
+                direction = self.probes.direction(
+                    self.model, self._finished, optimizer, trainable_parameters(self.model)
+                )
+                alignment = self.probes.measure(self.choice.estimator, self.model, self._finished, direction)
+            alignment = self.probes.for_policy(alignment, gradient_norm)
         measured = self._meter.report(self._ranks) if self.metering else None
         report = Report(
             step=self._finished,
@@ -405,32 +387,6 @@ class MixtureRun:
         weights_D = task.policy.weights(self.state)
         self.loader.set_weights(self._finished, weights_D.numpy())
         return Update(self._finished, weights_D, alignment, report.losses_D)
-
-    def _probe(self, optimizer: Any) -> Alignment:
-        """Alignments of every group on sequences drawn for the purpose, which cost no training tokens."""
-        assert self.choice is not None
-        config, step = self.mixture.alignment, self._finished
-        if self._target is not None:
-            drawn = self._target.sampler.probe(step, None, self._target.sampler.batch_size)
-            tokens = self._target.probe_tokens(drawn)
-        else:
-            uniform = np.full((1, len(self._counts_D)), 1.0 / len(self._counts_D))
-            tokens = self.loader.probe_tokens(self.sampler.probe(2 * step + 1, uniform, config.target_sequences))
-        direction: Direction = align.gradient_direction(
-            self.model, sequence_losses, self._share(tokens).to(self.device), micro_batch=self.share.micro_batch
-        )
-        if getattr(self.mixture.task.policy.config, "precondition", "none") == "adam":
-            direction = align.precondition(direction, optimizer, trainable_parameters(self.model))
-        drawn = self.sampler.probe(2 * step, self._groups_GD.numpy(), config.sequences_per_group)
-        tokens, groups = self.loader.probe_tokens(drawn), torch.from_numpy(drawn.groups_N)
-        return align.probe_alignment(
-            self.choice.estimator, self.model, sequence_losses, self._share(tokens).to(self.device),
-            self._share(groups), len(self._groups_GD), direction, config, micro_batch=self.share.micro_batch,
-        )  # fmt: skip
-
-    def _share(self, rows: Tensor) -> Tensor:
-        """This rank's rows of a probe; sums and counts are reduced over ranks afterwards."""
-        return rows[self.share.rank :: self.share.num_processes]
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Annotated, Literal
 
@@ -99,3 +100,8 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
         left = max(0, total - step) / decay_steps
         return config.lr * (final + (1 - final) * min(1.0, left))
     return config.lr
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose, independent of those for others."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest(), "little")

@@ -8,8 +8,6 @@ function of (seed, step, rank), so a run killed at any moment continues to the s
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import logging
 import math
 import time
@@ -19,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -36,15 +33,16 @@ from weft.mixture.policy import (
     state_to_json,
 )
 from weft.mixture.sampler import MixtureSampler, SamplerExhausted
-from weft.models.hf import sequence_losses, token_losses
+from weft.models.hf import token_losses
 from weft.progress import TrainingDisplay
 from weft.training import alignment as align
 from weft.training.alignment import AlignmentConfig, Direction
 from weft.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from weft.training.config import TrainingConfig, learning_rate
+from weft.training.config import TrainingConfig, derive_seed, learning_rate
 from weft.training.meter import DomainMeter
 from weft.training.metrics import MetricsLog
 from weft.training.parallel import shard, units, whole
+from weft.training.probes import AlignmentProbes
 from weft.training.runtime import Runtime
 from weft.training.state import adamw, dump_tensors, load_tensors, save_model
 
@@ -169,6 +167,11 @@ class Trainer:
         )  # fmt: skip
         self.every = task.policy.config.update_every_steps
         self._check_needs()
+        self.probes = AlignmentProbes(
+            task.policy, task.setting, task.target, self.loader, alignment,
+            seed=seed, sequence_length=config.sequence_length, micro_batch=self.micro_batch,
+            device=self.device, rank=self.rank, world=self.world,
+        )  # fmt: skip
         self.choice = self._choose_estimator()
         self.meter = DomainMeter(len(task.domains), self.device)
         self.state = task.policy.init(task.setting)
@@ -209,17 +212,6 @@ class Trainer:
             raise ConfigError(f"mixture policy {name!r} follows a target and the data has none; give data.target")
         if "reference_losses" in needs and self.reference is None:
             raise ConfigError(f"mixture policy {name!r} needs a reference model; give mixture.reference a run folder")
-        self.direction_kind = next((kind for kind in ("target", "generalist") if f"{kind}_alignment" in needs), None)
-        self.groups_GD = torch.eye(len(self.task.domains), dtype=torch.float64)
-        if "basis" in needs and self.task.setting.basis_ND is not None:
-            self.groups_GD = self.task.setting.basis_ND
-        self.target_probe = None
-        if self.direction_kind == "target":
-            assert self.task.target is not None
-            counts = sequence_counts([self.task.target], self.config.sequence_length, ["target"])
-            size = min(counts[0], self.alignment_config.target_sequences)
-            sampler = MixtureSampler(counts, size, derive_seed(self.seed, "target"))
-            self.target_probe = MixtureLoader((self.task.target,), sampler, self.config.sequence_length)
 
     def _warn_of_what_cannot_happen(self) -> None:
         total, name = self.config.total_steps, self.task.policy.config.policy
@@ -232,19 +224,13 @@ class Trainer:
             log.warning("warm-up takes %d of %d steps: the peak learning rate is never reached", warmup, total)
 
     def _choose_estimator(self) -> align.Choice | None:
-        if self.direction_kind is None:
-            return None
-        choice = align.choose_estimator(
-            self.alignment_config,
-            model=self.module,
+        choice = self.probes.choose(
+            self.module,
             accumulation_steps=math.ceil(self.local_batch / self.micro_batch),
-            groups=len(self.groups_GD),
             batch_size=self.config.batch_sequences,
-            needs_norms=getattr(self.task.policy.config, "normalize", None) == "cosine",
-            basis="basis" in self.task.policy.needs,
-            losses=sequence_losses,
         )
-        log.info("alignment estimator %s on %s: %s", choice.estimator, choice.probe, choice.reason)
+        if choice is not None:
+            log.info("alignment estimator %s on %s: %s", choice.estimator, choice.probe, choice.reason)
         return choice
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -391,13 +377,10 @@ class Trainer:
                 if in_batch:
                     assert direction is not None and dots_B is not None
                     groups_B = torch.from_numpy(batch.domains_B)[order_B]
-                    alignment = align.group_alignment(dots_B, groups_B, len(self.groups_GD), direction)
+                    alignment = align.group_alignment(dots_B, groups_B, len(self.probes.groups_GD), direction)
                 else:
                     alignment = self._probe()
-                alignment = align.with_batch_norm(alignment, norm)
-                if getattr(self.task.policy.config, "normalize", None) != "cosine":
-                    # Only some estimators measure norms: eta must mean the same whichever was chosen.
-                    alignment = dataclasses.replace(alignment, norms_G=None)
+                alignment = self.probes.for_policy(alignment, norm)
             self._update_policy(alignment)
             aligning += time.perf_counter() - before
         elapsed = time.perf_counter() - start
@@ -472,35 +455,15 @@ class Trainer:
 
     def _direction(self) -> Direction:
         """v: the target's gradient (or the mean gradient over domains), preconditioned where the policy asks."""
-        if self.target_probe is not None:
-            rotating = self.target_probe.sampler
-            draw = rotating.probe(self.step, None, rotating.batch_size)
-            tokens = self.target_probe.probe_tokens(draw)
-        else:
-            domains = len(self.task.domains)
-            uniform = np.full((1, domains), 1.0 / domains)
-            draw = self.sampler.probe(2 * self.step + 1, uniform, self.alignment_config.target_sequences)
-            tokens = self.loader.probe_tokens(draw)
         with self._probing():
-            direction = align.gradient_direction(
-                self.module, sequence_losses, self._share(tokens).to(self.device), micro_batch=self.micro_batch
-            )
-        if getattr(self.task.policy.config, "precondition", "none") == "adam" and self.step > 0:
-            direction = align.precondition(direction, self.optimizer, self.parameters)
-        return direction
+            return self.probes.direction(self.module, self.step, self.optimizer, self.parameters)
 
     def _probe(self) -> Alignment:
         """Alignments of every group on sequences drawn for the purpose, which cost no training tokens."""
         assert self.choice is not None
         direction = self._direction()
-        draw = self.sampler.probe(2 * self.step, self.groups_GD.numpy(), self.alignment_config.sequences_per_group)
-        tokens, groups = self.loader.probe_tokens(draw), torch.from_numpy(draw.groups_N)
         with self._probing():
-            return align.probe_alignment(
-                self.choice.estimator, self.module, sequence_losses, self._share(tokens).to(self.device),
-                self._share(groups), len(self.groups_GD), direction, self.alignment_config,
-                micro_batch=self.micro_batch,
-            )  # fmt: skip
+            return self.probes.measure(self.choice.estimator, self.module, self.step, direction)
 
     @contextmanager
     def _probing(self) -> Iterator[None]:
@@ -511,10 +474,6 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         """bf16 autocast where the runtime chose it; a context of its own, since accelerate's is shared by all runs."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16)
-
-    def _share(self, rows: Tensor) -> Tensor:
-        """This rank's rows of a probe; sums and counts are reduced over ranks afterwards."""
-        return rows[self.rank :: self.world]
 
     def _update_policy(self, alignment: Alignment | None) -> None:
         measured = self.meter.report(self.accelerator)
@@ -591,8 +550,3 @@ def _eager(module: nn.Module) -> Iterator[None]:
     finally:
         for part, call in compiled:
             part._compiled_call_impl = call
-
-
-def derive_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose, independent of those for others."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest(), "little")
