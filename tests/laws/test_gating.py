@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.gating import normalised, random_problem
+from support.gating import kl, normalised, random_problem
 
 from weft.errors import NumericsError
 from weft.gating import (
@@ -75,8 +75,10 @@ def test_permuting_experts_and_domains_permutes_the_programmes_answer(problem, r
     one, other = exact_robust_gate(P, Q), exact_robust_gate(P[domains], Q[experts])
     assert other.value == pytest.approx(one.value, abs=SLACK)
     assert other.pi == pytest.approx(one.pi, abs=1e-4)
-    reused = (other.gate * Q[experts]).sum(axis=0)
-    assert reused == pytest.approx((one.gate * Q).sum(axis=0), abs=1e-4)
+    assert other.gate == pytest.approx(one.gate[experts], abs=1e-2)
+    constant, again = best_constant_gate(P, Q), best_constant_gate(P[domains], Q[experts])
+    assert again.value == pytest.approx(constant.value, abs=SLACK)
+    assert again.pi == pytest.approx(constant.pi, abs=1e-3)
 
 
 @QUICK
@@ -103,6 +105,26 @@ def test_one_expert_is_that_expert(seed, domains):
     assert exact_robust_gate(P, Q).value == pytest.approx(alone, abs=SLACK)
     assert best_constant_gate(P, Q).value == pytest.approx(alone, abs=SLACK)
     assert fit_robust_gate(P, Q, config=FitConfig(steps=3)).value == pytest.approx(alone, abs=1e-9)
+
+
+@QUICK
+@given(problems, seeds)
+def test_a_fixed_mixture_gains_the_jensen_shannon_divergence_and_one_model_pays_it(problem, seed):
+    P, Q = problem
+    Q = Q[np.arange(len(P)) % len(Q)]
+    lam = np.random.default_rng(seed).dirichlet(np.ones(len(P)))
+    mixture = lam @ P
+    divergence = sum(part * kl(p, mixture) for part, p in zip(lam, P, strict=True))
+    gate = init_gate("tabular", len(Q), Features(points_B=torch.arange(P.shape[1])))
+    gate = gate.replaced({"logits_XE": torch.from_numpy(np.log(lam * P.T))})
+    every = Features(points_B=torch.arange(P.shape[1]))
+    pi = log_model(gate, torch.from_numpy(np.log(Q.T)), every).exp().numpy()
+    own = sum(part * kl(p, q) for part, p, q in zip(lam, P, Q, strict=True))
+    assert kl(mixture, pi) <= own - divergence + 1e-9
+    alone = normalised(np.random.default_rng(seed).random(P.shape[1]))
+    pays = sum(part * kl(p, alone) for part, p in zip(lam, P, strict=True))
+    assert pays == pytest.approx(kl(mixture, alone) + divergence, abs=1e-9)
+    assert divergence <= channel_capacity(P).value + SLACK
 
 
 @QUICK
