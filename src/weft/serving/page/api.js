@@ -10,13 +10,22 @@ export class Trouble extends Error {
   }
 }
 
-export function keep(key) {
-  sessionStorage.setItem(KEY, key);
+let key = null;
+try {
+  key = sessionStorage.getItem(KEY);
+} catch { /* no storage: the key is kept until the page is left */ }
+
+/** Send this key from now on; null for none. */
+export function keep(given) {
+  key = given;
+  try {
+    if (given === null) sessionStorage.removeItem(KEY);
+    else sessionStorage.setItem(KEY, given);
+  } catch { /* not kept */ }
 }
 
 export async function ask(path, body, signal) {
   const headers = {};
-  const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   let response;
@@ -33,11 +42,10 @@ export async function ask(path, body, signal) {
     return null;
   });
   if (response.ok && answer !== null) return answer;
-  if (response.status === 401) sessionStorage.removeItem(KEY);
+  if (response.status === 401) keep(null);
   const told = answer?.error;
-  const wait = response.headers.get("Retry-After");
   const said = told?.message ?? `The server answered ${response.status} without saying why.`;
-  throw new Trouble(sentence(said) + (wait ? ` Try again in ${wait} s.` : ""), {
+  throw new Trouble(sentence(said), {
     status: response.status, param: told?.param ?? null,
   });
 }
