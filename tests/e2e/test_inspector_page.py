@@ -197,6 +197,18 @@ def test_everything_is_reached_by_tab_with_a_visible_focus(page: Page) -> None:
     assert page.locator("svg[role=img]:not([aria-label])").count() == 0
 
 
+def test_the_link_past_the_head_keeps_what_is_looked_at(page: Page) -> None:
+    look(page)
+    before = page.url
+    page.focus(".skip")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "text"
+    settled(page)
+    assert page.url == before
+    expect(page.locator("#text")).to_have_value(TEXT)
+    expect(page.locator(".tokens")).to_be_visible()
+
+
 def test_views_by_layer_and_module_recolour_the_text(page: Page) -> None:
     look(page)
     colours = ".tokens .t", "spans => spans.map(span => span.className + span.style.getPropertyValue('--a')).join()"
@@ -308,10 +320,10 @@ def test_errors_are_said_in_words(page: Page) -> None:
     page.click("#look")
     expect(page.get_by_role("alert")).to_have_text("The server does not answer. Is weft serve still running?")
     page.unroute("**/api/inspect")
-    busy = {"error": {"message": "9 requests wait already", "type": "", "param": None, "code": ""}}
+    busy = {"error": {"message": "9 requests wait already; try again in 4 s", "type": "", "param": None, "code": ""}}
     page.route("**/api/inspect", lambda route: route.fulfill(status=429, json=busy, headers={"Retry-After": "4"}))
     page.click("#look")
-    expect(page.get_by_role("alert")).to_have_text("9 requests wait already. Try again in 4 s.")
+    expect(page.get_by_role("alert")).to_have_text("9 requests wait already; try again in 4 s.")
     page.unroute("**/api/inspect")
     page.fill("#text", "")
     page.click("#look")
@@ -337,6 +349,24 @@ def test_a_key_is_asked_for_only_when_the_server_wants_one(page: Page, browser: 
     look(other, "the river")
     assert json.loads(other.evaluate("JSON.stringify(sessionStorage)")) == {"weft-key": KEY}
     assert KEY not in other.url
+    context.close()
+
+
+def test_a_browser_that_keeps_nothing_is_served_too(browser: Browser, locked: Served) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.add_init_script(
+        "for (const name of ['sessionStorage', 'localStorage']) Object.defineProperty(window, name,"
+        " { get() { throw new DOMException('no storage', 'SecurityError'); } });"
+    )
+    page.goto(locked.address)
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    look(page, "the river")
+    page.click("#theme")
+    assert wrong == []
     context.close()
 
 

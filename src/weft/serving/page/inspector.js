@@ -407,6 +407,11 @@ function remember(place) {
 
 // ------------------------------------------------------------------------------------------------------------- acting
 
+// Following the link would put its own # in the place of what is looked at.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  el.text.focus();
+});
 el.ask.addEventListener("submit", (event) => {
   event.preventDefault();
   look();
