@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.command_line import Call
 from support.tiny_project import WORDS, command, environment, recipe_value
 
@@ -104,6 +105,19 @@ def test_a_project_runs_once_and_then_only_what_changed(
     assert states(call)["gate"] == "stale"
     call("run", path, "--until", "gate")
     assert states(call)["gate"] == "done"
+
+
+def test_a_run_is_looked_at_from_anywhere(
+    call: Call, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = recipe_value()["data"]
+    for corpus in (*data["corpora"], *data["target"]):
+        corpus["path"] = str(tmp_path / corpus["path"])
+    call("run", recipe({"data": data}), "--until", "prepare")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = call("status", "../runs/one", "--json")
+    assert [stage["state"] for stage in found["stages"]] == ["done", "to do", "to do", "to do"]
 
 
 def test_a_killed_pipeline_continues(call: Call, recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ def run(
     recipe = folder / "stages" / "recipe.yaml"
     if not recipe.exists():
         raise ConfigError(f"{folder} is no run folder of weft run ({recipe} is not there); run a recipe first")
-    project = load_project(recipe)
+    project = load_project(recipe, [f"run={dumps(str(folder))}"])
     show_status(project, project_status(project), json)
 
 

@@ -239,6 +239,18 @@ def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Proj
     assert shop.take() == [("model", False)], "a costly stage goes on from what is left"
 
 
+def test_a_run_folder_may_go_by_another_name(shop: Workshop, project: Project, tmp_path: Path) -> None:
+    run_project(project, progress=False)
+    shop.take()
+    project.run.rename(tmp_path / "moved")
+    moved = make_project({**recipe_value(), "run": str(tmp_path / "moved")})
+    assert set(states(moved).values()) == {"done"}
+    run_project(moved, progress=False)
+    assert shop.take() == []
+    (moved.run / "gate.txt").write_text("by hand")
+    assert states(moved)["gate"] == "stale"
+
+
 def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Project) -> None:
     with pytest.raises(ConfigError, match=r"--from gat: this project has no such stage; did you mean 'gate'"):
         plan_stages(project, from_stage="gat")
