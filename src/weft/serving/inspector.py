@@ -22,6 +22,7 @@ from weft.config import did_you_mean
 from weft.errors import NumericsError, WeftError
 from weft.pipeline.any_model import OpenModel
 from weft.reporting.traces import colour_rules
+from weft.serving.answers import unless_gone
 from weft.serving.api_errors import ApiError, queue_full
 from weft.serving.inspection import Inspector, compare
 from weft.serving.inspection_facts import (
@@ -173,17 +174,22 @@ class _Desk:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"inspect {name}")
         self.asked = 0
 
-    async def ask(self, work: Callable[[], T]) -> T:
-        """Do something in the model's thread, after what was asked before.
+    async def ask(self, request: Request, work: Callable[[], T]) -> T:
+        """Do something in the model's thread, after what was asked before; not begun once the client has left.
 
         Raises:
             ApiError: too many wait, or the work was refused.
+            ClientLeftError: the client left.
         """
         if self.asked >= WAITING:
             raise queue_full(QueueFullError(self.asked, 2.0))
         self.asked += 1
-        try:
+
+        async def done() -> T:
             return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+        try:
+            return await unless_gone(request.receive, done())
         except FieldError as error:
             status = 404 if error.missing else 400
             raise ApiError(status, str(error), param=error.field, code=error.code) from error
@@ -243,15 +249,15 @@ def inspector_router(
         """Look at a text: loss and alternatives of every token, and the experts' weights."""
         asked = await read_json(request, InspectRequest)
         desk = desk_of(asked.model)
-        look = desk.inspector.inspect
-        return _json(Inspection, await desk.ask(lambda: look(asked.text, without=asked.without, module=asked.module)))
+        look = functools.partial(desk.inspector.inspect, asked.text, without=asked.without, module=asked.module)
+        return _json(Inspection, await desk.ask(request, look))
 
     @router.post("/api/compare", response_model=Comparison, **_asks(CompareRequest, models, max_characters))
     async def compare_models(request: Request) -> Response:
         """Look at a text with two models, side by side."""
         asked = await read_json(request, CompareRequest)
         a, b = desk_of(asked.a, "a"), desk_of(asked.b, "b")
-        return _json(Comparison, await a.ask(lambda: compare(a.inspector, b.inspector, asked.text)))
+        return _json(Comparison, await a.ask(request, lambda: compare(a.inspector, b.inspector, asked.text)))
 
     @router.post("/api/leave-one-out", response_model=LeaveOneOut, **_asks(LeaveOneOutRequest, models, max_characters))
     async def leave_one_out(request: Request) -> Response:
@@ -262,12 +268,11 @@ def inspector_router(
         if len(inspector.experts) < 2:
             count = len(inspector.experts) or "no"
             raise ApiError(404, f"{asked.model} has {count} experts; leaving one out needs two", param="model")
-        totals = await desk.ask(lambda: inspector.totals(asked.text))
-        costs = []
-        for name in inspector.experts:
-            costs.append(await desk.ask(lambda name=name: inspector.cost_without(asked.text, name)))  # type: ignore[misc]
-            if await request.is_disconnected():
-                break
+        totals = await desk.ask(request, lambda: inspector.totals(asked.text))
+        costs = [
+            await desk.ask(request, lambda name=name: inspector.cost_without(asked.text, name))  # type: ignore[misc]
+            for name in inspector.experts
+        ]
         costs.sort(key=lambda cost: -cost.change)
         return _json(LeaveOneOut, LeaveOneOut(asked.model, totals, tuple(costs)))
 
@@ -279,10 +284,10 @@ def inspector_router(
         inspector, engine = desk.inspector, engines.get(asked.model)
         if engine is None:
             text = await desk.ask(
-                lambda: inspector.continuation(asked.text, asked.max_tokens, asked.temperature, asked.seed)
+                request, lambda: inspector.continuation(asked.text, asked.max_tokens, asked.temperature, asked.seed)
             )
             return _json(Continuation, Continuation(text))
-        ids = await desk.ask(lambda: inspector.prompt_ids(asked.text))
+        ids = await desk.ask(request, lambda: inspector.prompt_ids(asked.text))
         sampling = Sampling(
             max_tokens=min(asked.max_tokens, inspector.room(ids)), temperature=asked.temperature, seed=asked.seed
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ from support.served import write_model
 
 from weft.pipeline.any_model import OpenModel, open_model
 from weft.serving import inspector as inspector_module
-from weft.serving.api_errors import add_handlers
+from weft.serving.api_errors import CLIENT_LEFT, add_handlers
+from weft.serving.inspection import Inspector
+from weft.serving.inspection_facts import FieldError
 from weft.serving.inspector import PAGE, inspector_router
 from weft.serving.request import Finished, Generator, Load, QueueFullError, Sampling, Token
 
@@ -257,6 +261,53 @@ def test_questions_to_one_model_are_answered_one_after_the_other(client: TestCli
     for thread in threads:
         thread.join()
     assert answers == [True] * 8
+
+
+def test_a_question_whose_client_has_left_is_not_begun(
+    models: dict[str, OpenModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def inspect(self: Inspector, text: str, **_: Any) -> None:
+        looked.append(text)
+        begun.set()
+        assert go_on.wait(10)
+        raise FieldError("enough", "text")
+
+    monkeypatch.setattr(Inspector, "inspect", inspect)
+    app = app_of({"plain": models["plain"]})
+
+    async def ask(text: str, left: asyncio.Event) -> int:
+        """The status of the answer to a client that goes when `left` is set."""
+        sent = [{"type": "http.request", "body": json.dumps({"model": "plain", "text": text}).encode()}]
+        answers: list[Any] = []
+
+        async def receive() -> Any:
+            if not sent:
+                await left.wait()
+            return sent.pop() if sent else {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            answers.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/api/inspect", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+        return int(answers[0]["status"])
+
+    async def three() -> list[int]:
+        stays, leaves = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(ask("one", stays))
+        await asyncio.to_thread(begun.wait, 10)
+        second = asyncio.create_task(ask("two", leaves))
+        leaves.set()
+        left = await second
+        go_on.set()
+        return [await first, left, await ask("three", stays)]
+
+    assert asyncio.run(three()) == [400, CLIENT_LEFT, 400]
+    assert looked == ["one", "three"]
 
 
 def test_the_package_holds_the_pages_files() -> None:
