@@ -43,7 +43,6 @@ PAGE = Path(__file__).parent / "page"
 WAITING = 16
 """Questions that may wait for one model."""
 MAX_NEW_TOKENS = 512
-GENERATE_SECONDS = 120.0
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 _HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -153,6 +152,7 @@ class Continuation:
 
 def _asks(kind: type[Sent], models: Mapping[str, Any], max_characters: int) -> dict[str, Any]:
     """What the OpenAPI document says of a route that reads its body by itself."""
+    statuses = [400, 404, 408, 413, 415, 429, 500, *([503] if kind is GenerateRequest else [])]
     described = kind.model_json_schema()
     for name, field in described["properties"].items():
         if name in ("model", "a", "b"):
@@ -161,7 +161,7 @@ def _asks(kind: type[Sent], models: Mapping[str, Any], max_characters: int) -> d
             field |= {"minLength": 0 if kind is GenerateRequest else 1, "maxLength": max_characters}
     schema = {"application/json": {"schema": described}}
     return {
-        "responses": {status: ERRORS[status] for status in (400, 404, 408, 413, 415, 429, 500)},
+        "responses": {status: ERRORS[status] for status in statuses},
         "openapi_extra": {"requestBody": {"required": True, "content": schema}},
     }
 
@@ -288,6 +288,8 @@ def inspector_router(
             )
             return _json(Continuation, Continuation(text))
         ids = await desk.ask(request, lambda: inspector.prompt_ids(asked.text))
+        if getattr(request.app.state, "stopping", False):
+            raise ApiError(503, "the server stops", code="stopping")
         sampling = Sampling(
             max_tokens=min(asked.max_tokens, inspector.room(ids)), temperature=asked.temperature, seed=asked.seed
         )
@@ -297,7 +299,7 @@ def inspector_router(
 
 
 async def _generated(request: Request, engine: Generator, ids: list[int], sampling: Sampling) -> str:
-    """The whole answer of an engine; given up when the client leaves."""
+    """The whole answer of an engine, in the engine's own limit of time; given up when the client leaves."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
@@ -305,7 +307,7 @@ async def _generated(request: Request, engine: Generator, ids: list[int], sampli
             loop.call_soon_threadsafe(news.set)
 
     try:
-        ticket = engine.submit(ids, sampling, timeout_s=GENERATE_SECONDS, on_event=wake)
+        ticket = engine.submit(ids, sampling, on_event=wake)
     except QueueFullError as error:
         raise queue_full(error) from error
     parts: list[str] = []

@@ -51,6 +51,7 @@ class FakeEngine:
     def __init__(self, opened: OpenModel, events: list[Token | Finished], full: bool = False) -> None:
         self.opened, self.events, self.full = opened, events, full
         self.asked: list[tuple[list[int], Sampling]] = []
+        self.timeout_s: float | None = -1.0
         self.cancelled = 0
 
     def submit(
@@ -64,6 +65,7 @@ class FakeEngine:
         if self.full:
             raise QueueFullError(9, 3.2)
         self.asked.append((prompt_ids, sampling))
+        self.timeout_s = timeout_s
         self.ready = threading.Event()
 
         def tell() -> None:
@@ -174,6 +176,7 @@ def test_a_text_is_generated_through_the_engine(models: dict[str, OpenModel]) ->
         ids, sampling = engine.asked[0]
         assert ids == models["plain"].tokenizer.encode_batch(["the river "])[0].tolist()
         assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (256 - len(ids), 0.5, 11)
+        assert engine.timeout_s is None, "a server's limit of time is its engines'"
         assert engine.cancelled == 1
         engine.events = [Finished("error", message="the engine broke")]
         assert client.post("/api/generate", json=body).json()["error"]["message"] == "the engine broke"
@@ -182,6 +185,8 @@ def test_a_text_is_generated_through_the_engine(models: dict[str, OpenModel]) ->
         engine.full = True
         full = client.post("/api/generate", json=body)
         assert (full.status_code, full.headers["retry-after"]) == (429, "4")
+        client.app.state.stopping = True  # type: ignore[attr-defined]
+        assert client.post("/api/generate", json=body).json()["error"]["code"] == "stopping"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +244,7 @@ def test_the_questions_are_described(client: TestClient) -> None:
     assert body["properties"]["model"]["enum"] == ["plain", "routed", "gated"]
     assert body["additionalProperties"] is False
     assert "422" not in paths["/api/inspect"]["post"]["responses"]
+    assert "503" in paths["/api/generate"]["post"]["responses"]
 
 
 def test_too_many_questions_are_told_to_come_back(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
