@@ -86,18 +86,21 @@ class Inspector:
     Args:
         name: the model's name, as it is served.
         opened: the model. Nothing may run on it while the inspector is made; afterwards anything may.
-        max_characters: of a text.
+        max_characters: of a text; fewer where no text of so many fits the model's context.
+
+    Attributes:
+        max_characters: of a text; at most as many as the tokens of a whole context may have.
     """
 
     def __init__(self, name: str, opened: OpenModel, *, max_characters: int = MAX_CHARACTERS) -> None:
         self.name = name
-        self.max_characters = max_characters
         self.kind = opened.kind
         self.experts = opened.experts
         self.tokenizer = opened.tokenizer
         self._model = shadow(opened.model, opened.tokenizer)
         self._positions = opened.max_length
         self._vocabulary = _vocabulary(self._model, opened.tokenizer)
+        self.max_characters = min(max_characters, self.max_tokens * max(map(len, opened.tokenizer.hf.get_vocab())))
         self._lock = threading.Lock()
         self._variants: OrderedDict[str, Any] = OrderedDict()
         self._losses: OrderedDict[tuple[tuple[int, ...], str | None], list[float | None]] = OrderedDict()
@@ -119,13 +122,15 @@ class Inspector:
         elif isinstance(self._model, ModularLM):
             by = self._model.gate.config.gate
             by += f", top {self._model.config.top_m}" if self._model.sparse else ""
-        return ModelFacts(self.name, self.kind, by, self.experts, layers_of(sites), self.max_tokens)
+        return ModelFacts(
+            self.name, self.kind, by, self.experts, layers_of(sites), self.max_tokens, self.max_characters
+        )
 
     def inspect(self, text: str, *, without: str | None = None, module: str | None = None) -> Inspection:
         """Run the model over a text.
 
         Args:
-            text: at most 8192 characters, and tokens as the model has positions.
+            text: at most `max_characters`, and tokens as the model has positions.
             without: an expert to leave out: a routed model routes over the others, a gated one's weights are made to
                 sum to 1 over the others.
             module: the module whose weights are wanted in place of those of all modules and layers.

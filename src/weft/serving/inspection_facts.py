@@ -216,6 +216,7 @@ class ModelFacts:
         experts: names.
         layers: with routed modules, in the order of execution.
         max_tokens: of a text.
+        max_characters: of a text.
     """
 
     name: str
@@ -224,3 +225,4 @@ class ModelFacts:
     experts: tuple[str, ...]
     layers: tuple[Layer, ...]
     max_tokens: int
+    max_characters: int

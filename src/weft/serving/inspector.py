@@ -62,7 +62,7 @@ class InspectRequest(Sent):
 
     Attributes:
         model: name of the model.
-        text: at most 8192 characters, and tokens as the model has positions.
+        text: at most as many characters and tokens as `/api/models` says.
         without: an expert to leave out.
         module: the module whose weights are wanted, in place of all layers'.
     """
@@ -211,9 +211,10 @@ def inspector_router(
     Args:
         models: by the name they are served under. Nothing may run on them while the router is made.
         engines: what generates, by the same names; a model without one is generated from by itself.
-        max_characters: of a text, 8192 at most.
+        max_characters: of a text, 8192 at most; fewer where no text of so many fits a model's context.
     """
     desks = {name: _Desk(name, opened, max_characters) for name, opened in models.items()}
+    longest = max((desk.inspector.max_characters for desk in desks.values()), default=max_characters)
     router = APIRouter(tags=["inspector"])
     files = {file.name: _file(file) for file in sorted(PAGE.iterdir()) if file.suffix in _TYPES}
     files["colours.css"] = (colour_rules().encode(), _TYPES[".css"])
@@ -244,7 +245,7 @@ def inspector_router(
         """Every model that can be looked at, with its experts, layers and modules."""
         return _json(Models, Models(tuple(desk.inspector.facts() for desk in desks.values())))
 
-    @router.post("/api/inspect", response_model=Inspection, **_asks(InspectRequest, models, max_characters))
+    @router.post("/api/inspect", response_model=Inspection, **_asks(InspectRequest, models, longest))
     async def inspect(request: Request) -> Response:
         """Look at a text: loss and alternatives of every token, and the experts' weights."""
         asked = await read_json(request, InspectRequest)
@@ -252,14 +253,14 @@ def inspector_router(
         look = functools.partial(desk.inspector.inspect, asked.text, without=asked.without, module=asked.module)
         return _json(Inspection, await desk.ask(request, look))
 
-    @router.post("/api/compare", response_model=Comparison, **_asks(CompareRequest, models, max_characters))
+    @router.post("/api/compare", response_model=Comparison, **_asks(CompareRequest, models, longest))
     async def compare_models(request: Request) -> Response:
         """Look at a text with two models, side by side."""
         asked = await read_json(request, CompareRequest)
         a, b = desk_of(asked.a, "a"), desk_of(asked.b, "b")
         return _json(Comparison, await a.ask(request, lambda: compare(a.inspector, b.inspector, asked.text)))
 
-    @router.post("/api/leave-one-out", response_model=LeaveOneOut, **_asks(LeaveOneOutRequest, models, max_characters))
+    @router.post("/api/leave-one-out", response_model=LeaveOneOut, **_asks(LeaveOneOutRequest, models, longest))
     async def leave_one_out(request: Request) -> Response:
         """Leave every expert out once; others may ask in between."""
         asked = await read_json(request, LeaveOneOutRequest)
@@ -276,7 +277,7 @@ def inspector_router(
         costs.sort(key=lambda cost: -cost.change)
         return _json(LeaveOneOut, LeaveOneOut(asked.model, totals, tuple(costs)))
 
-    @router.post("/api/generate", response_model=Continuation, **_asks(GenerateRequest, models, max_characters))
+    @router.post("/api/generate", response_model=Continuation, **_asks(GenerateRequest, models, longest))
     async def generate(request: Request) -> Response:
         """Go on with a text."""
         asked = await read_json(request, GenerateRequest)

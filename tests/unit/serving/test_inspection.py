@@ -245,7 +245,7 @@ def test_one_token_alone_is_context(looking: dict[str, Inspector]) -> None:
     ("ask", "field", "code", "told"),
     [
         (lambda one: one.inspect(""), "text", "invalid_value", "is empty"),
-        (lambda one: one.inspect("x" * 8193), "text", "invalid_value", "8193 characters; 8192"),
+        (lambda one: one.inspect("x" * 8193), "text", "invalid_value", "8193 characters; 3328"),
         (lambda one: one.inspect("q " * 300), "text", "context_length_exceeded", "can read 256"),
         (lambda one: one.inspect("\ud800"), "text", "invalid_value", "no valid Unicode"),
         (lambda one: one.inspect("x", without="nobody"), "without", "not_found", "no expert 'nobody'"),
@@ -264,6 +264,7 @@ def test_a_wrong_question_is_answered_with_what_to_do(
 def test_facts_name_layers_and_modules(looking: dict[str, Inspector]) -> None:
     facts = looking["routed"].facts()
     assert (facts.kind, facts.by, facts.max_tokens) == ("routed", "phatgoose", 256)
+    assert facts.max_characters == 256 * len("<|endoftext|>")  # the longest token
     assert [layer.label for layer in facts.layers] == ["layer 0", "layer 1"]
     part = facts.layers[0].modules[0]
     assert part.name == f"model.layers.0.{part.label}"

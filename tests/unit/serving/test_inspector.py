@@ -122,7 +122,7 @@ def test_models_are_told_with_what_can_be_asked_of_them(client: TestClient) -> N
     assert list(told) == ["plain", "routed", "gated"]
     assert told["routed"]["layers"][1]["label"] == "layer 1"
     assert told["gated"]["experts"] == ["base", "other"]
-    assert told["plain"]["max_tokens"] == 256
+    assert (told["plain"]["max_tokens"], told["plain"]["max_characters"]) == (256, 3328)
 
 
 def test_a_text_is_inspected(client: TestClient) -> None:
@@ -194,6 +194,7 @@ def test_a_text_is_generated_through_the_engine(models: dict[str, OpenModel]) ->
     [
         ("inspect", {"model": "routed", "text": ""}, 400, "text", "is empty"),
         ("inspect", {"model": "routed", "text": "x" * 8193}, 400, "text", "8192"),
+        ("inspect", {"model": "routed", "text": "x" * 3329}, 400, "text", "3328 are looked at"),
         ("inspect", {"model": "routed", "text": "q " * 300}, 400, "text", "can read 256"),
         ("inspect", {"model": "rooted", "text": "x"}, 404, "model", "did you mean 'routed'"),
         ("inspect", {"model": "routed", "text": "x", "without": "nobody"}, 404, "without", "no expert"),
@@ -241,6 +242,7 @@ def test_the_questions_are_described(client: TestClient) -> None:
     }  # fmt: skip
     body = paths["/api/inspect"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == {"model", "text", "without", "module"}
+    assert body["properties"]["text"]["maxLength"] == 3328  # the longest token, as often as the context holds
     assert body["properties"]["model"]["enum"] == ["plain", "routed", "gated"]
     assert body["additionalProperties"] is False
     assert "422" not in paths["/api/inspect"]["post"]["responses"]

@@ -80,6 +80,7 @@ function offer(beside = el.beside.value) {
   fill(el.beside, [["", "no other model"], ...[...models.keys()].filter((name) => name !== facts.name).map((name) => [name, name])]);
   el.beside.value = models.has(beside) && beside !== facts.name ? beside : "";
   el.beside.closest("label").hidden = models.size < 2;
+  el.text.maxLength = facts.max_characters;
   const parts = {
     plain: ["one set of weights, no experts"],
     routed: [`${facts.experts.length} experts routed by ${facts.by}`, `${facts.layers.reduce((sum, layer) => sum + layer.modules.length, 0)} modules in ${facts.layers.length} layers`],
