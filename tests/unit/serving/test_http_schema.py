@@ -8,13 +8,17 @@ from pathlib import Path
 import schemathesis
 from schemathesis.engine import events, from_schema
 from support.fake_engine import FakeEngine, words
-from support.served import write_model
+from support.served import POSITIONS, write_model
 
 from weft.pipeline.any_model import open_model
 from weft.serving.http import build_app
+from weft.serving.inspector import inspector_router
 from weft.serving.serve_config import ServeConfig
 
-ROUTES = {"/healthz", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions"}
+ROUTES = {
+    "/healthz", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions",
+    "/api/models", "/api/inspect", "/api/compare", "/api/leave-one-out", "/api/generate",
+}  # fmt: skip
 
 
 def test_the_server_does_what_its_document_says(tmp_path: Path) -> None:
@@ -22,7 +26,10 @@ def test_the_server_does_what_its_document_says(tmp_path: Path) -> None:
     config = ServeConfig(
         max_prompt_characters=8, max_prompt_tokens=200, max_new_tokens=4, max_prompts=3, max_choices=3, max_messages=2
     )
-    app = build_app({"tiny": FakeEngine(opened, words(opened))}, config)
+    engines = {"tiny": FakeEngine(opened, words(opened))}
+    # So few characters fit the model's context, whatever they are: each is four tokens at most.
+    page = inspector_router({"tiny": opened}, engines, max_characters=POSITIONS // 4 - 1)
+    app = build_app(engines, config, pages=[page])
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     schema.config.generation.max_examples = 3
     schema.config.generation.deterministic = True
