@@ -49,7 +49,7 @@ class EngineConfig(Section):
     slots: PositiveInt = Field(8, description="requests generated at a time")
     max_waiting: NonNegativeInt = Field(64, description="requests that may wait for a place; more are refused")
     timeout_seconds: PositiveFloat | None = Field(
-        120.0, description="from asking to the last token, where a request does not say; null: no limit"
+        120.0, description="from asking to the last token, where a request does not say; null: no limit then"
     )
     prompt_piece_tokens: int = Field(
         512, ge=2, description="tokens of a prompt read between two tokens of the requests that run"
@@ -175,7 +175,8 @@ class Engine:
         Args:
             prompt_ids: to continue.
             sampling: how tokens are drawn.
-            timeout_s: from now; None for the engine's own limit, `EngineConfig.timeout_seconds`.
+            timeout_s: from now, the wait included; None for the engine's own limit, `EngineConfig.timeout_seconds`. No
+                limit at all is to be had from an engine whose own is None.
             on_event: called after every event.
         Raises:
             QueueFullError: as many run and wait as may.

@@ -129,7 +129,7 @@ class Generator(Protocol):
         Args:
             prompt_ids: to continue; at least one.
             sampling: how tokens are drawn.
-            timeout_s: from now, the time in the queue included; None for no limit.
+            timeout_s: from now, the time in the queue included; None for the generator's own limit, which may be none.
             on_event: called after every event, `Finished` too, once `Ticket.next(0)` would return it; from any thread,
                 without a lock held. It never blocks and raises nothing.
         Raises:
