@@ -261,9 +261,9 @@ class Engine:
         try:
             while self._turn():
                 pass
-        except Exception as error:
+        except BaseException as error:  # whatever stops the worker, nobody is left waiting for it
             log.exception("the engine has stopped")
-            message = f"the engine has stopped: {error}"
+            message = f"the engine has stopped: {type(error).__name__}: {error}"
         with self._changed:
             self._closing = True
             left = [*self._reading, *self._running, *self._waiting]

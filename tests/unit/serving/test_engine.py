@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -344,6 +345,20 @@ def test_closing_ends_everything(plain: OpenModel) -> None:
         engine.submit(PROMPT, GREEDY)
     with pytest.raises(ConfigError, match="the engine is closed"):
         engine.call(gc.collect)
+
+
+def test_nobody_waits_for_an_engine_whose_worker_was_stopped(plain: OpenModel) -> None:
+    engine = Engine(plain, EngineConfig(slots=1))
+    with held(engine):
+        tickets = [engine.submit(PROMPT, LONG) for _ in range(2)]
+    with pytest.raises(SystemExit):
+        engine.call(sys.exit)
+    ends = [collect(ticket).end for ticket in tickets]
+    assert [end.reason for end in ends] == ["error", "error"]
+    assert "the engine has stopped: SystemExit" in ends[0].message
+    with pytest.raises(ConfigError, match="the engine is closed"):
+        engine.submit(PROMPT, GREEDY)
+    engine.close()
 
 
 def test_caches_are_freed(plain: OpenModel) -> None:
