@@ -23,7 +23,10 @@ from weft.gating import (
     mixture_regrets,
 )
 from weft.gating.bayes import BayesGate, FixedShareGate
+from weft.gating.constant import ConstantGate
 from weft.gating.exact import entropies
+from weft.gating.gate import init_gate
+from weft.gating.primal_dual import best_response
 from weft.gating.problem import dual_value, evaluate, log_model, make_problem
 
 pytest.importorskip("cvxpy")
@@ -165,6 +168,20 @@ def test_the_constant_gate_is_fitted_to_the_best_constant():
     assert fit.z == pytest.approx(1.0, abs=1e-12)
     assert fit.gap_kind == "estimate"
     assert -1e-9 <= fit.gap < 1e-2
+
+
+def test_the_estimated_best_response_of_a_constant_gate_is_the_best_constant_against_the_mixture():
+    P, Q = random_problem(4)
+    mixture = np.array([0.1, 0.7, 0.2])
+    problem = make_problem(P, Q, offsets=entropies(P))
+    start = ConstantGate.of([0.8, 0.1, 0.1])
+    found, kind = best_response(start, problem, mixture, FitConfig(final_lr=0.02, best_response_steps=300))
+    assert kind == "estimate"
+    least = best_constant_gate(P, Q, offsets=entropies(P), mixtures=[mixture]).value
+    assert least - 1e-6 <= found < least + 1e-3
+    unmoved, _ = best_response(start, problem, mixture, FitConfig(best_response_steps=0))
+    assert unmoved == pytest.approx(float(mixture @ mixture_regrets(P, Q, [0.8, 0.1, 0.1])))
+    assert found < unmoved - 0.1
 
 
 def test_points_only_some_experts_know():
@@ -329,3 +346,38 @@ def test_gates_on_features_beat_the_uniform_mixture_of_overlapping_gaussians(gat
     assert certificate.worst.high > capacity.low
     assert certificate.z.low - 0.02 < 1.0 < certificate.z.high + 0.02
     assert fit.gap < 0.1
+
+
+def test_intervals_of_a_certificate_cover_the_truth_as_often_as_they_say():
+    """A gate that is no constant, over sequences of unequal length in clusters: 95 % intervals of all it is told of."""
+    P, Q = random_problem(1, domains=2, experts=2)
+    lengths = np.random.default_rng(0).integers(1, 9, P.shape[1])
+    gate = init_gate("tabular", 2, Features(points_B=torch.arange(P.shape[1])))
+    noise = torch.randn(P.shape[1], 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gate = gate.replaced({"logits_XE": noise})
+
+    def drawn(r, p, copies):
+        points = np.repeat(r.choice(len(p), 150, p=p), copies)
+        return ScoredSequences.of(
+            np.log(Q.T[points]),
+            features=Features(points_B=torch.from_numpy(points)),
+            tokens_N=lengths[points],
+            clusters_N=np.repeat(np.arange(150), copies),
+        )
+
+    def support(p):
+        points = Features(points_B=torch.arange(len(p)))
+        return ScoredSequences.of(np.log(Q.T), features=points, tokens_N=lengths, weights_N=p)
+
+    truth = certify(gate, [support(p) for p in P], [support(q) for q in Q], unit="token")
+    low, high = sorted(range(2), key=lambda d: truth.domains[d].value)
+    assert truth.domains[high].value > truth.domains[low].value + 0.02  # the worst domain is plain
+    hits = dict.fromkeys(("z", "worst", "first", "second"), 0)
+    for seed in range(200):
+        r = np.random.default_rng(seed)
+        found = certify(gate, [drawn(r, p, 2) for p in P], [drawn(r, q, 2) for q in Q], unit="token")
+        pairs = {"z": (found.z, truth.z), "worst": (found.worst, truth.worst)}
+        pairs |= {name: (found.domains[d], truth.domains[d]) for d, name in enumerate(("first", "second"))}
+        for name, (one, true) in pairs.items():
+            hits[name] += one.low <= true.value <= one.high
+    assert all(180 <= count <= 199 for count in hits.values()), hits

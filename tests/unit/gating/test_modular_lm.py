@@ -94,29 +94,32 @@ def test_sparse_generation_does_not_depend_on_the_batch(top_m):
         assert torch.equal(single[0, own.shape[1] :], together[row, 6:])
 
 
-def test_beams_reorder_caches_and_the_gate(monkeypatch):
-    model = ModularLM(mixed_pool(), GATES["share"](4), top_m=2, refresh_every=3)
+@pytest.mark.parametrize("steps", [0, 2, 4])
+def test_beams_reorder_caches_and_the_gate(steps):
+    """Also between two refreshes, when every expert has read another part of every sequence."""
+    model = ModularLM(mixed_pool(), GATES["share"](4), top_m=1, refresh_every=9)
     ids, mask = padded()
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     order = torch.tensor([2, 0, 0])
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     other = model(ids[order], attention_mask=mask[order], use_cache=True).past_key_values
+    for t in range(steps):
+        step = tokens(3, 1, seed=t)
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], dim=1)
+        model(step, attention_mask=mask, past_key_values=cache)
+        model(step[order], attention_mask=mask[order], past_key_values=other)
+    if steps:
+        assert len(set(map(tuple, cache.done_EB.T.tolist()))) > 1
     cache.reorder_cache(order)
-    for t in range(7):
+    for t in range(steps, 9):
+        if t == 7:
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([False, True, False, True, False, True]))
+            assert cache.batch_size == 3
         step = tokens(3, 1, seed=t)
         mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], dim=1)
         first = model(step, attention_mask=mask[order], past_key_values=cache).logits
         second = model(step, attention_mask=mask[order], past_key_values=other).logits
         torch.testing.assert_close(first, second, atol=2e-5, rtol=1e-5)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([False, True, False, True, False, True]))
-    assert cache.batch_size == 3
-    step, mask = tokens(3, 1, seed=9), torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], dim=1)
-    torch.testing.assert_close(
-        model(step, attention_mask=mask[order], past_key_values=cache).logits,
-        model(step, attention_mask=mask[order], past_key_values=other).logits,
-        atol=2e-5,
-        rtol=1e-5,
-    )
 
 
 def test_only_the_preferred_experts_run(monkeypatch):

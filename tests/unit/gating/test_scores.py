@@ -65,6 +65,11 @@ def test_samples_follow_their_expert(tmp_path):
         drawn = np.bincount(cache.samples[name].tokens_NT1[:, 1], minlength=64) / 6000
         error = np.sqrt(probs[expert] * (1 - probs[expert]) / 6000)
         assert (np.abs(drawn - probs[expert]) < 5 * error + 1e-4).all()
+        # The mean log-probability of draws is minus the entropy, at this temperature alone.
+        logp = np.log(probs[expert])
+        mean = probs[expert] @ logp
+        spread = np.sqrt(probs[expert] @ (logp - mean) ** 2 / 6000)
+        assert abs(cache.samples[name].logq_NE[:, expert].mean() - mean) < 4 * spread < 0.1
         # E under q_k of q_j(x) / q_k(x) is 1: what the estimate of Z rests on.
         logq = cache.samples[name].logq_NE
         assert np.exp(logq[:, 1 - expert] - logq[:, expert]).mean() == pytest.approx(1.0, abs=0.3)
