@@ -101,6 +101,12 @@ def test_a_project_runs_once_and_then_only_what_changed(
     asked.write_text(json.dumps({**question, "answer": "mast"}) + "\n")
     stale = [stage for stage, act in acts(call).items() if act == "replace"]
     assert stale == ["route", "evaluate", "report"], "a task's questions reach what asks them"
+    asked.write_text(json.dumps(question) + "\n")
+    routed = tmp_path / "runs/one/routed/phatgoose"
+    routed.rename(tmp_path / "away")
+    gone = call("status", "runs/one", "--json")
+    assert "routed/phatgoose/routed.json is gone" in {each["stage"]: each["why"] for each in gone["stages"]}["route"]
+    (tmp_path / "away").rename(routed)
     (tmp_path / "runs/one/gate/fit.json").write_text("{}")
     assert states(call)["gate"] == "stale"
     call("run", path, "--until", "gate")

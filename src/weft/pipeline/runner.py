@@ -107,9 +107,9 @@ def _moved(project: Project, stage: Stage, record: Record, earlier: Mapping[str,
     for path in stage.outputs(project):
         if not path.exists():
             return f"{path} is gone"
-    found, known = digests(stage.outputs(project)), list(record.outputs.values())
-    for number, (place, digest) in enumerate(found.items()):  # by place in order: a run folder may go by several names
-        if known[number : number + 1] != [digest]:
+    # In order and not by path: a run folder may go by several names. What no record knows need only be there.
+    for (place, digest), known in zip(digests(stage.outputs(project)).items(), record.outputs.values(), strict=False):
+        if digest != known:
             return f"{place} has changed since"
     for name in stage.needs:
         if name in earlier and earlier[name].state != "done":

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from weft.evaluation.tasks import task_files
+from weft.gating.modular_lm import MANIFEST as GATED
 from weft.pipeline.expert_imports import import_recipe_experts
 from weft.pipeline.experts import remove_unwanted, train_experts
-from weft.pipeline.gating import certify_gate, fit_gate, gating_config, score_experts
+from weft.pipeline.gating import CERTIFICATE, FIT, GATE, certify_gate, fit_gate, gating_config, score_experts
 from weft.pipeline.models_table import EVALUATION, evaluate_models
 from weft.pipeline.prepare import data_identity, prepare
 from weft.pipeline.prepared import MANIFEST
@@ -22,9 +23,10 @@ from weft.pipeline.project import MONOLITH, Project
 from weft.pipeline.project_report import REPORT, SUMMARY, report_project
 from weft.pipeline.recipe import Recipe
 from weft.pipeline.rivals import train_monolith, train_rivals
-from weft.pipeline.route_stage import ROUTING, route_experts, routing_config
-from weft.pipeline.students import distil_gate
+from weft.pipeline.route_stage import ROUTING, route_experts, routed_folder, routing_config
+from weft.pipeline.students import STUDENT, distil_gate
 from weft.pipeline.train import is_main_process, run_training
+from weft.routing.routed_model import MANIFEST as ROUTED
 from weft.training.config import NOT_DECIDING
 
 
@@ -131,6 +133,12 @@ def _routing(project: Project) -> Any:
     return {"routing": routing, "evaluation": _evaluation(project, exclude={"every_steps"})}
 
 
+def _routed(project: Project) -> list[Path]:
+    """The comparison, and each routed model."""
+    recipe = project.pool_recipe
+    return [project.run / ROUTING, *(routed_folder(recipe, each) / ROUTED for each in routing_config(recipe).build)]
+
+
 # -- what each does -----------------------------------------------------------------------------------------------
 
 
@@ -219,7 +227,7 @@ STAGES: tuple[Stage, ...] = (
         ("prepare", "experts"),
         lambda project: project.makes_experts and project.pool_recipe.routing is not None,
         _routing,
-        lambda project: [project.run / ROUTING],
+        _routed,
         lambda project, call: route_experts(project.pool_recipe, progress=call.progress),
         lambda project: [project.run / ROUTING, project.run / "routed"],
     ),
@@ -240,7 +248,7 @@ STAGES: tuple[Stage, ...] = (
         ("score",),
         _has_gate,
         _gating("gate", "fit", "offsets", "mixtures", "held_out_fraction"),
-        lambda project: [project.pool_recipe.gate_folder / name for name in ("fit.json", "certificate.json")],
+        lambda project: [project.pool_recipe.gate_folder / name for name in (FIT, CERTIFICATE, GATE)],
         _gate,
         lambda project: [project.pool_recipe.gate_folder],
     ),
@@ -250,7 +258,7 @@ STAGES: tuple[Stage, ...] = (
         ("score", "gate"),
         _has_gate,
         _gating("students"),
-        lambda project: [project.pool_recipe.students_folder / "student.json"],
+        lambda project: [project.pool_recipe.students_folder / name for name in ("student.json", f"{STUDENT}/{GATED}")],
         lambda project, call: distil_gate(project.pool_recipe, progress=call.progress),
         lambda project: [project.pool_recipe.students_folder],
     ),
