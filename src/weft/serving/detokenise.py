@@ -17,7 +17,8 @@ class Detokeniser:
 
     What has been given out after any number of tokens, with the rest from `finish`, is the decoder's text of all of
     them. A token that ends within a character adds nothing until the character is whole. Of the tokens before, only
-    the last few are decoded again: decoders may treat a token at the start of a text differently.
+    the last few are decoded again: decoders may treat a token at the start of a text differently. Decoders that write a
+    whole run of byte tokens anew when one of them makes no character may differ there: what was given out stays.
 
     Args:
         decode: token ids to text.
