@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.config import apply_overrides, read_yaml
+from weft.errors import ConfigError
 from weft.evaluation.suite import EvaluationConfig
 from weft.mixture.policy import PolicyConfig, build_policy
 from weft.models.factory import ModelConfig
@@ -15,6 +16,8 @@ from weft.pipeline.data_config import DataConfig
 from weft.pipeline.expert_recipe import WHOLE, ExpertRecipe, make_expert_recipe
 from weft.pipeline.project_config import RIVALS
 from weft.pipeline.recipe import Recipe, make_recipe
+from weft.pipeline.routes import parse_router
+from weft.routing.router import router_config
 
 MONOLITH = "monolith"
 
@@ -145,7 +148,38 @@ def make_project(value: Mapping[str, Any]) -> Project:
         ConfigError: one line for every problem.
     """
     if not WHOLE & set(value):
-        return Project(None, make_expert_recipe(value))
+        return _sound(Project(None, make_expert_recipe(value)))
     whole = make_recipe(value)
     pool = whole.gating is not None and whole.gating.pool is not None
-    return Project(whole, make_expert_recipe(value) if whole.experts is not None or pool else None)
+    return _sound(Project(whole, make_expert_recipe(value) if whole.experts is not None or pool else None))
+
+
+def _sound(project: Project) -> Project:
+    """Refuse sections that nothing would be made of, or that would come to nothing hours later.
+
+    Raises:
+        ConfigError: one line for every problem.
+    """
+    problems, recipe = [], project.whole if project.whole is not None else project.pool_recipe
+    if not project.makes_experts:
+        if recipe.routing is not None:
+            problems.append("routing compares routers over experts, and none are made; add a section `experts: {}`")
+        if recipe.gating is not None and recipe.gating.pool is None:
+            problems.append("gating needs experts; add a section `experts: {}`, or name models in gating.pool")
+        if project.whole is not None and project.whole.compare.monolith:
+            problems.append("compare.monolith is the rival of experts, and none are made; leave it out")
+    if project.whole is not None and project.whole.mixture.policy in (each.policy for each in project.mixtures):
+        problems.append(
+            f"compare.mixtures names {project.whole.mixture.policy!r}, the recipe's own policy; mixtures are told by "
+            "their policy: compare it under other options in a run of its own"
+        )
+    if recipe.routing is not None:
+        for key, routers in (("routers", recipe.routing.routers or ()), ("build", recipe.routing.build)):
+            for router in routers:
+                try:
+                    router_config(parse_router(router))
+                except ConfigError as error:
+                    problems.append(f"routing.{key}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return project

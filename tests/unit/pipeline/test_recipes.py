@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from support.tiny_project import recipe_value
 
 from weft.errors import ConfigError
 from weft.pipeline.demo import demo_project
@@ -65,3 +67,27 @@ def test_every_problem_of_a_recipe_is_named() -> None:
     assert "data: missing" in message
     assert "training: missing" in message
     assert "trainin: unknown key; did you mean 'training'?" in message
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"routing": {}}, "routing compares routers over experts, and none are made"),
+        ({"gating": {}}, "gating needs experts; .* or name models in gating.pool"),
+        ({"compare": {"monolith": True}}, "compare.monolith is the rival of experts, and none are made"),
+        ({"compare": {"mixtures": ["dga"]}}, "compare.mixtures names 'dga', the recipe's own policy"),
+        ({"experts": {}, "routing": {"build": ["phatgose"]}}, "routing.build: .*did you mean 'phatgoose'"),
+        ({"experts": {}, "routing": {"routers": ["arrow:q=1"]}}, "routing.routers: .*q: unknown key"),
+    ],
+)
+def test_what_nothing_would_come_of_is_refused_before_anything_is_made(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_project({**recipe_value(), **sections})
+
+
+def test_routers_need_experts_also_where_no_model_is_trained() -> None:
+    given = {key: recipe_value()[key] for key in ("run", "data")}
+    pool = {"pool": [{"name": "a", "model": "some/model"}]}
+    with pytest.raises(ConfigError, match="routing compares routers over experts"):
+        make_project({**given, "gating": pool, "routing": {}})
+    assert make_project({**given, "gating": pool}).parts is not None
