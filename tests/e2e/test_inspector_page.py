@@ -364,6 +364,7 @@ def test_a_browser_that_keeps_nothing_is_served_too(browser: Browser, locked: Se
     page.goto(locked.address)
     page.fill("#key", KEY)
     page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_value("plain")
     look(page, "the river")
     page.click("#theme")
     assert wrong == []
