@@ -14,6 +14,7 @@ from weft.gating.exact import entropies
 from weft.gating.problem import evaluate, make_problem
 
 FULL = DistilConfig(steps=500, batch_sequences=None, lr=0.02)
+SHORT = FULL.model_copy(update={"steps": 200, "lr": 0.04})
 
 
 def robust(seed, gate, length=5):
@@ -45,7 +46,7 @@ def test_a_constant_gates_student_is_the_best_router_there_is(length):
     teacher = ConstantGate.of([0.5, 0.2, 0.3])
     best = language.best_router(teacher)
     assert language.routed(best) == pytest.approx(language.model(teacher), rel=1e-10)
-    found = distil_structural(teacher, language.enumerated(), config=FULL.model_copy(update={"steps": 100}))
+    found = distil_structural(teacher, language.enumerated(), config=FULL.model_copy(update={"steps": 40}))
     weights = found.gate.log_weights(language.features).exp().numpy()
     assert weights == pytest.approx(best, abs=1e-3)
     assert found.kl < 1e-6
@@ -58,7 +59,7 @@ def test_the_student_of_a_linear_gate_comes_near_the_best_weights_at_every_prefi
     pi = pi / pi.sum()
     follows = kl(pi, language.routed(language.best_router(teacher)))
     optimum = kl(pi, language.routed(language.optimal_router(pi, updates=1000)))
-    found = distil_structural(teacher, language.enumerated(), config=FULL)
+    found = distil_structural(teacher, language.enumerated(), config=SHORT)
     student = language.causal_model(found.gate)
     assert student.sum() == pytest.approx(1.0, rel=1e-10)
     assert found.kl == pytest.approx(kl(pi, student), rel=1e-9)
@@ -71,7 +72,7 @@ def test_the_student_of_a_tabular_gate_passes_the_router_of_conditional_weights(
     language, _, teacher = robust(0, "tabular")
     pi = language.model(teacher)
     pi = pi / pi.sum()
-    found = distil_structural(teacher, language.enumerated(), config=FULL)
+    found = distil_structural(teacher, language.enumerated(), config=SHORT)
     assert kl(pi, language.routed(language.optimal_router(pi, updates=1000))) - 1e-6 <= found.kl
     assert found.kl < kl(pi, language.routed(language.best_router(teacher)))
 
@@ -80,7 +81,7 @@ def test_mini_batches_of_samples_come_near_the_enumerated_student():
     language, _, teacher = robust(0, "linear")
     pi = language.model(teacher)
     pi = pi / pi.sum()
-    config = DistilConfig(steps=600, lr=0.02, batch_sequences=128)
+    config = DistilConfig(steps=300, lr=0.03, batch_sequences=128)
     found = distil_structural(teacher, language.draws(8000, 0), config=config)
     truth = kl(pi, language.causal_model(found.gate))
     assert truth < kl(pi, language.routed(language.best_router(teacher)))

@@ -83,18 +83,17 @@ class Language:
         No causal gate over these experts has a lower KL(pi || .): the problem falls apart over prefixes and is concave.
         """
         q_XTE = self.logp_XTE.exp().numpy()
-        pi_X = pi_X / pi_X.sum()
+        tree_X = (pi_X / pi_X.sum()).reshape((self.letters,) * self.length)  # texts stand in lexicographic order
         out = np.zeros((len(self.texts), self.length, self.experts))
         for t in range(self.length):
-            members = {}
-            for x, text in enumerate(self.texts):
-                members.setdefault(text[:t], []).append(x)
-            for rows in members.values():
-                mass, q = pi_X[rows] / pi_X[rows].sum(), q_XTE[rows, t]
-                gamma = np.full(self.experts, 1.0 / self.experts)
-                for _ in range(updates):
-                    gamma = gamma * (mass @ (q / (q @ gamma)[:, None]))
-                out[rows, t] = gamma
+            mass_PV = tree_X.reshape(self.letters**t, self.letters, -1).sum(axis=2)
+            mass_PV = mass_PV / mass_PV.sum(axis=1, keepdims=True)
+            q_PVE = q_XTE[:, t].reshape(self.letters**t, self.letters, -1, self.experts)[:, :, 0]
+            gamma_PE = np.full((len(mass_PV), self.experts), 1.0 / self.experts)
+            for _ in range(updates):
+                mixed_PV = (q_PVE * gamma_PE[:, None]).sum(axis=2)
+                gamma_PE = gamma_PE * (q_PVE * (mass_PV / mixed_PV)[..., None]).sum(axis=1)
+            out[:, t] = gamma_PE.repeat(len(out) // len(gamma_PE), axis=0)
         return out
 
     def best_single(self, pi_X):

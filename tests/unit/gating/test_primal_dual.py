@@ -10,6 +10,8 @@ from support.gating import random_problem
 from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weft.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate
 from weft.gating.constant import ConstantGate
+from weft.gating.gate import init_gate
+from weft.gating.primal_dual import _Draw, _losses
 from weft.gating.problem import evaluate, make_problem
 
 SHORT = FitConfig(steps=20, report_every_steps=10, best_response_steps=5)
@@ -47,6 +49,20 @@ def test_mini_batches_depend_on_the_seed():
     configs = [SHORT.model_copy(update={"batch_sequences": 8, "seed": seed}) for seed in (0, 0, 1)]
     worst = [fit_robust_gate(sets(0), sets(1), config=config).worst for config in configs]
     assert worst[0] == worst[1] != worst[2]
+
+
+def test_the_penalty_of_mini_batches_is_the_square_on_average():
+    problem = make_problem(sets(0), sets(1, count=60))
+    gate = init_gate("linear", 2, Features.joined([one.features for one in problem.samples]))
+    tilt = torch.tensor([[0.0] * 4, [0.0, 0.0, -9.0, 9.0]], dtype=torch.float64)
+    gate = gate.replaced({"weight_EF": tilt})
+    draw = _Draw(problem, gate, FitConfig(batch_sequences=2, batch_samples=6))
+    drawn = [_losses(gate, draw(step), torch.ones(2, dtype=torch.float64))[1:] for step in range(800)]
+    z, penalty = (torch.stack(each).numpy() for each in zip(*drawn, strict=True))
+    truth = evaluate(gate, problem).z
+    assert abs(z.mean() - truth) < 4 * z.std() / math.sqrt(800)
+    assert abs(penalty.mean() - (truth - 1.0) ** 2) < 4 * penalty.std() / math.sqrt(800)
+    assert ((z - 1.0) ** 2).mean() > (truth - 1.0) ** 2 + 4 * penalty.std() / math.sqrt(800)  # as one would have it
 
 
 def test_names_come_from_a_mapping():
