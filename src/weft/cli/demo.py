@@ -41,15 +41,18 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
         rows,
     )
+    assert project.whole is not None
+    under = project.pool_recipe.experts.rival or project.whole.mixture.policy
     print_table(
-        f"bits per byte of {len(routing['experts'])} experts over the uniform mixture's model, by router",
+        f"bits per byte of {len(routing['experts'])} experts over the model of the mixture {under}, by router",
         ["router", "mean of domains", "text no expert saw (the target)"],
         [
             [label.replace("_", " "), number(value), number(routing["unseen_bpb"].get(label))]
             for label, value in sorted(routing["heldout_bpb"].items(), key=lambda row: -row[1])
         ],
     )
-    typer.echo(f"a routed forward pass takes {routing['relative_forward_time']:.2f} times the base's")
+    if (times := routing["relative_forward_time"]) is not None:
+        typer.echo(f"a routed forward pass takes {times:.2f} times the base's")
     robust = summary["robust"]
     print_table(
         f"regret to the domain's own expert, nats/{robust['unit']}, on held-out text",
