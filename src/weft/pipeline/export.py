@@ -95,6 +95,9 @@ def export_model(
     if format == "peft":
         if router is not None:
             raise ConfigError("--router folds experts into one model; --format peft writes each as it is: leave it out")
+        for option, given in (("--dtype", dtype), ("--tokenizer", tokenizer)):
+            if given is not None:
+                raise ConfigError(f"{option} {given}: --format peft writes adapters as they are: leave it out")
         return _export_adapters(folder, output, expert, base, revision)
     script = find_converter(converter) if format == "gguf" else None
     opened = (
