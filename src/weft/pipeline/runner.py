@@ -197,6 +197,8 @@ def run_project(
         planned = plan_stages(project, from_stage=from_stage, until=until)
         for status, act in planned:
             _refuse(status, act)
+            if act != "skip":
+                status.stage.settings(project)  # what it reads from outside is missed now, not after hours
         together()
         if first:
             write_whole(project.stages_folder / "recipe.yaml", project.to_yaml())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_project import recipe_value
+from support.tiny_project import recipe_value, write_corpora
 
 from weft.errors import CheckpointError, ConfigError, DataError
 from weft.pipeline import runner
@@ -269,6 +269,16 @@ def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Project) -
         assert at_work(project.stages_folder)
         with pytest.raises(CheckpointError, match="another weft run is at work"):
             run_project(project, progress=False)
+
+
+def test_what_a_late_stage_reads_is_missed_before_the_first_begins(project: Project, tmp_path: Path) -> None:
+    asking = {**recipe_value(), "run": str(tmp_path / "run"), "evaluation": {"tasks": [{"path": "nowhere/*.jsonl"}]}}
+    write_corpora(tmp_path / "corpora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(DataError, match=r"evaluation\.tasks: 'nowhere/\*\.jsonl' matches no file"):
+            run_project(make_project(asking), progress=False)
+    assert set(states(project).values()) == {"to do"}
 
 
 def test_a_torn_record_is_named(shop: Workshop, project: Project) -> None:
