@@ -20,13 +20,14 @@ import torch
 from _common import say, write_atomically
 from _domains_text import TextDomain, encode, make_tokenizer, read_texts, shuffled
 from numpy.typing import NDArray
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weft.corpora.source import ArraySource
 from weft.corpora.tokens import Tokenizer
 from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import ModelConfig, build_model, count_parameters, load_base
+from weft.models.factory import ModelConfig, build_model, load_base
 from weft.models.hf import sequence_losses
 from weft.training.alignment import AlignmentConfig
 from weft.training.config import TrainingConfig
@@ -49,6 +50,8 @@ TRAINING: dict[str, Any] = {
     "log_every_steps": 1_000_000, "threads": 1,
 }  # fmt: skip
 """Of every model, experts and monoliths alike."""
+ADAPTING: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.0, "batch_sequences": 6}
+"""Otherwise for adapters."""
 
 
 def architecture(hidden: int, inner: int, layers: int) -> dict[str, Any]:
@@ -74,20 +77,26 @@ class Scale:
     """Sizes of one comparison.
 
     Attributes:
-        expert: architecture of an expert.
+        expert: architecture of an expert that is a model of its own.
         monolith: of a model with the parameters of six experts.
+        shared: of the base under adapters; with six adapters it has the monolith's parameters.
+        rank: of the adapters, on all linear modules.
         base_tokens: what a branched expert's base is trained on.
         expert_tokens: what each branched expert is trained on after that.
+        adapter_share: part of the experts' and their base's tokens that adapters get, the rest is the shared base's.
         domain_tokens: text of a domain that there is to train on, before sizes are dealt out.
         uses: tokens of each domain that are no training text.
         policies: mixtures the monoliths are trained on.
     """
 
-    expert: Mapping[str, Any] = field(default_factory=lambda: architecture(64, 168, 2))
-    monolith: Mapping[str, Any] = field(default_factory=lambda: architecture(144, 448, 3))
+    expert: Mapping[str, Any] = field(default_factory=lambda: architecture(32, 84, 2))
+    monolith: Mapping[str, Any] = field(default_factory=lambda: architecture(96, 288, 2))
+    shared: Mapping[str, Any] = field(default_factory=lambda: architecture(88, 264, 2))
+    rank: int = 2
     base_tokens: int = 600_000
-    expert_tokens: int = 300_000
-    domain_tokens: int = 400_000
+    expert_tokens: int = 600_000
+    adapter_share: float = 0.15
+    domain_tokens: int = 900_000
     uses: Mapping[str, int] = field(default_factory=lambda: USES)
     policies: tuple[str, ...] = tuple(POLICIES)
 
@@ -101,7 +110,19 @@ class Scale:
         """Of an expert without a base, so that six come to the same."""
         return self.expert_tokens + self.base_tokens // 6
 
+    @property
+    def adapter_tokens(self) -> int:
+        """Of an adapter."""
+        return round(self.adapter_share * self.scratch_tokens)
 
+    @property
+    def shared_tokens(self) -> int:
+        """Of the base under adapters, so that it and six of them come to the same."""
+        return 6 * (self.scratch_tokens - self.adapter_tokens)
+
+
+SHARED = "shared base"
+"""Run of the model under adapters."""
 COMPUTE = "monolith expert-sized"
 """A model as cheap to train and to serve as the experts one by one, on the monoliths' tokens, uniform mixture."""
 WEAK_SHARE = 0.1
@@ -114,13 +135,14 @@ class RunSpec:
 
     Attributes:
         name: unique within a work folder.
-        model: architecture, or `pretrained`, the name of the run it goes on from.
+        model: architecture, or `pretrained`, the name of the run it goes on from, and `lora` for an adapter on it.
         domains: whose text it reads.
         mixture: the recipe's section.
         tokens: it is trained on.
         gate_text: whether the gates' text is among its training text.
         reference: name of the run whose model DoReMi compares with.
         conflict: measure cosines between the domains' gradients while training.
+        training: what differs from `TRAINING`.
     """
 
     name: str
@@ -131,21 +153,28 @@ class RunSpec:
     gate_text: bool = False
     reference: str | None = None
     conflict: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def runs_of(names: tuple[str, ...], scale: Scale) -> dict[str, RunSpec]:
     """Every model of one comparison, by name, in an order in which each finds what it goes on from."""
-    found = [RunSpec("base", scale.expert, names, POLICIES["uniform"], scale.base_tokens)]
+    uniform = POLICIES["uniform"]
+    found = [
+        RunSpec("base", scale.expert, names, uniform, scale.base_tokens),
+        RunSpec(SHARED, scale.shared, names, uniform, scale.shared_tokens),
+    ]
+    go_on: dict[str, Any] = {"pretrained": "base"}
+    adapt = {"pretrained": SHARED, "lora": {"rank": scale.rank, "alpha": scale.rank}}
     for name in names:
-        go_on = {"pretrained": "base"}
         found += [
-            RunSpec(f"branched {name}", go_on, (name,), POLICIES["uniform"], scale.expert_tokens),
-            RunSpec(f"scratch {name}", scale.expert, (name,), POLICIES["uniform"], scale.scratch_tokens),
+            RunSpec(f"branched {name}", go_on, (name,), uniform, scale.expert_tokens),
+            RunSpec(f"scratch {name}", scale.expert, (name,), uniform, scale.scratch_tokens),
+            RunSpec(f"adapter {name}", adapt, (name,), uniform, scale.adapter_tokens, training=ADAPTING),
         ]
     for name in names[1::2]:
         weak = int(WEAK_SHARE * scale.expert_tokens)
-        found.append(RunSpec(f"weak {name}", {"pretrained": "base"}, (name,), POLICIES["uniform"], weak))
-    found.append(RunSpec(COMPUTE, scale.expert, names, POLICIES["uniform"], scale.total_tokens, gate_text=True))
+        found.append(RunSpec(f"weak {name}", go_on, (name,), uniform, weak))
+    found.append(RunSpec(COMPUTE, scale.expert, names, uniform, scale.total_tokens, gate_text=True))
     for policy in scale.policies:
         found.append(
             RunSpec(
@@ -248,16 +277,18 @@ def train(setting: Setting, name: str) -> dict[str, Any]:
     for domain in spec.domains:
         parts = [texts[domain]["train"], *([texts[domain]["gate"]] if spec.gate_text else [])]
         sources.append(ArraySource(np.concatenate([part.read(0, len(part)) for part in parts]), text_bytes=1))
-    steps = spec.tokens // (TRAINING["batch_sequences"] * LENGTH)
+    training = {**TRAINING, **spec.training}
+    steps = spec.tokens // (training["batch_sequences"] * LENGTH)
     warmup = min(40, max(2, steps // 10))
-    config = TrainingConfig.model_validate({**TRAINING, "tokens": spec.tokens, "warmup_steps": warmup})
-    begin = spec.model.get("pretrained")
-    section = {"pretrained": str(setting.folder(begin))} if begin is not None else dict(spec.model)
+    config = TrainingConfig.model_validate({**training, "tokens": spec.tokens, "warmup_steps": warmup})
+    section = dict(spec.model)
+    if "pretrained" in section:
+        section["pretrained"] = str(setting.folder(section["pretrained"]))
     model = build_model(
         ModelConfig.model_validate(section), vocab_size=setting.tokenizer.vocab_size, sequence_length=LENGTH,
         eos_id=setting.tokenizer.eos_id, seed=setting.seed,
     )  # fmt: skip
-    parameters = count_parameters(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     target = np.concatenate([windows(texts[domain]["gate"], 100).reshape(-1) for domain in spec.domains])
     task = Task(
         spec.domains,
@@ -279,8 +310,11 @@ def train(setting: Setting, name: str) -> dict[str, Any]:
         evaluate_every_steps=max(1, config.total_steps // 4) if spec.conflict else 0,
     )  # fmt: skip
     result = trainer.run()
-    assert isinstance(trainer.module, PreTrainedModel)
-    trainer.module.save_pretrained(folder)
+    trained = trainer.module
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload()  # the same function; a pool of such models needs no adapters
+    assert isinstance(trained, PreTrainedModel)
+    trained.save_pretrained(folder)
     lines = read_metrics(folder / "training" / "metrics.jsonl") if spec.conflict else ()
     conflict = [{"step": line["step"], **line["conflict"]} for line in lines if line["kind"] == "eval"]
     facts = {
@@ -344,7 +378,7 @@ def _waves(jobs: Sequence[tuple[Setting, str]]) -> Iterator[list[tuple[Setting, 
 def quick_scale() -> Scale:
     """Sizes for a run of seconds."""
     return replace(
-        Scale(expert=architecture(16, 40, 1), monolith=architecture(24, 64, 2)),
+        Scale(expert=architecture(16, 40, 1), monolith=architecture(24, 64, 2), shared=architecture(16, 64, 2)),
         base_tokens=9_000, expert_tokens=6_000, domain_tokens=12_000,
         uses={"report": 1_500, "dev": 1_500, "gate": 3_000}, policies=("uniform", "doremi", "dga"),
     )  # fmt: skip

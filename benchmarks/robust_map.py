@@ -1,7 +1,8 @@
 """Where experts under one gate beat a monolith of their total size and tokens, and where it beats them: a map.
 
-Tokens per domain x capacity x distance between domains, experts branched from a shared base, everything else as in
-`robust_quality.py`. The monolith is trained on the uniform mixture.
+Tokens per domain x capacity x distance between domains x kind of experts (whole models branched from a shared base,
+adapters over a shared base that has most of the parameters), everything else as in `robust_quality.py`. Monoliths are
+trained on the uniform mixture: one of the experts' total parameters, one of the size of a single branched expert.
 
     python benchmarks/robust_map.py --data PATH --work PATH     # regenerates results/robust_map.* and picture
 """
@@ -21,7 +22,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import COMPUTE, SETS, Scale, Setting, architecture, in_processes, quick_scale, train_all
+from _robust_setting import COMPUTE, SETS, SHARED, Scale, Setting, architecture, in_processes, quick_scale, train_all
 from robust_quality import DIRECT, DIRECT_GATE, VERSION, Comparison, figures, read, scored
 from transformers.utils import logging as transformers_logging
 
@@ -29,64 +30,72 @@ from weft.gating import fit_robust_gate
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "robust_map.svg"
 TOKENS = (50_000, 150_000, 600_000)
-"""Training tokens of each expert after the base, which is trained on twice as many."""
+"""Training tokens of each branched expert after its base, which is trained on twice as many."""
 CAPACITIES = {
-    "small": (architecture(32, 84, 2), architecture(96, 288, 2)),
-    "large": (architecture(64, 168, 2), architecture(144, 448, 3)),
+    "small": (architecture(32, 84, 2), architecture(96, 288, 2), architecture(88, 264, 2)),
+    "large": (architecture(64, 168, 2), architecture(144, 448, 3), architecture(136, 416, 3)),
 }
-"""Architectures of an expert and of a monolith of six experts' parameters."""
-WIDER = "direct gate with base and average"
-ROWS = ("monolith uniform", COMPUTE, "oracle expert", "uniform mixture", "bayes", "fixed share", "direct gate", WIDER)
+"""Architectures of a branched expert, of a monolith of six experts' parameters, and of the base under adapters."""
+BRANCHED, ADAPTERS = "branched", "adapters"
+GATED = ("oracle expert", "uniform mixture", "bayes", "fixed share", "direct gate")
+MONOLITH = "monolith uniform"
+ROWS = (MONOLITH, COMPUTE, *(f"{row}, {kind}" for kind in (BRANCHED, ADAPTERS) for row in GATED))
 MEASURES = ("own expert", "best known", "mean", "changing")
 
 
 def scale(tokens: int, capacity: str) -> Scale:
     """Sizes of one cell."""
-    expert, monolith = CAPACITIES[capacity]
+    expert, monolith, shared = CAPACITIES[capacity]
     return Scale(
-        expert=expert, monolith=monolith, base_tokens=2 * tokens, expert_tokens=tokens, policies=("uniform",)
+        expert=expert, monolith=monolith, shared=shared, base_tokens=2 * tokens, expert_tokens=tokens,
+        domain_tokens=400_000, policies=("uniform",),
     )  # fmt: skip
 
 
-def cell(setting: Setting, quick: bool) -> dict[str, dict[str, float]]:
-    """Worst value under two offsets, mean cross-entropy and changing text of every row; kept in the work folder."""
+def cell(setting: Setting, quick: bool) -> dict[str, dict[str, dict[str, float]]]:
+    """Every row's measures and how far they are behind the monolith's, kept in the work folder.
+
+    Regrets are to the own experts of the row's kind, and for the expert-sized monolith to the branched ones.
+    """
     key = json.dumps(
         [VERSION, DIRECT.model_dump(mode="json"), DIRECT_GATE, [str(setting.folder(r)) for r in setting.runs]]
     )
     digest = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
-    path = setting.folder("monolith uniform") / f"map-{digest}.json"
+    path = setting.folder(MONOLITH) / f"map-{digest}.json"
     if path.exists():
-        known: dict[str, dict[str, float]] = json.loads(path.read_text())
+        known: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text())
         return known
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    comparison = Comparison(setting, "branched", path.parent, quick)
-    comparison.single_models()
-    comparison.untrained_gates()
     gate_text = read(setting, "gate").domains
-    domains = {name: scored(comparison.pool, gate_text[name], name) for name in setting.names}
     config = DIRECT.model_copy(update={"steps": 20}) if quick else DIRECT
-    comparison.add_gate("direct gate", fit_robust_gate(domains, None, gate=DIRECT_GATE, config=config).gate)
-    comparison.wider_gates(("own expert",))
-    comparison.rows[WIDER] = comparison.rows.pop(f"{WIDER}, offset own expert")
-    rows = figures({"rows": comparison.rows, "bytes_per_token": dict(comparison.report.bytes_per_token)})
-    found = {
-        name: {**rows[name]["worst"], "mean": rows[name]["mean"], "changing": rows[name]["changing"]} for name in ROWS
-    }
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in (BRANCHED, ADAPTERS):
+        comparison = Comparison(setting, kind, path.parent, quick)
+        comparison.single_models()
+        comparison.untrained_gates()
+        domains = {name: scored(comparison.pool, gate_text[name], name) for name in setting.names}
+        comparison.add_gate("direct gate", fit_robust_gate(domains, None, gate=DIRECT_GATE, config=config).gate)
+        rows = figures({"rows": comparison.rows, "bytes_per_token": dict(comparison.report.bytes_per_token)})
+        measured = {
+            name: {**rows[name]["worst"], "mean": rows[name]["mean"], "changing": rows[name]["changing"]}
+            for name in (MONOLITH, COMPUTE, *GATED)
+        }
+        for name, row in measured.items():
+            behind = {measure: row[measure] - measured[MONOLITH][measure] for measure in MEASURES}
+            found.setdefault(f"{name}, {kind}" if name in GATED else name, {"value": row, "behind_monolith": behind})
     write_atomically(path, json.dumps(found))
     say(f"{setting.work.name}: {json.dumps(found)[:200]}")
     return found
 
 
-def combine(cells: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Spreads over seeds, and of each gate's margin to the monolith."""
+def combine(cells: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:
+    """Spreads over seeds of every row's measures and of their distance to the monolith's."""
     return {
         name: {
             measure: {
-                "value": spread([one[name][measure] for one in cells]).as_json(),
-                "behind_monolith": spread(
-                    [one[name][measure] - one["monolith uniform"][measure] for one in cells]
-                ).as_json(),
+                what: spread([one[name][what][measure] for one in cells]).as_json()
+                for what in ("value", "behind_monolith")
             }
             for measure in MEASURES
         }
@@ -104,10 +113,13 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         "# Where modular wins",
         "",
-        f"Six domains, experts branched from a shared base, {record['seeds']} seeds. Nats per token on report text, "
-        "median (lowest .. highest). The monolith has the experts' total parameters and is trained on the base's, the "
-        "experts' and the gates' tokens together. Below 0: ahead of the monolith. The direct gate is fitted to regret "
-        "to the own expert throughout.",
+        f"Six domains, seeds: {record['seeds']}. Nats per token on report text, median (lowest .. highest) where there "
+        "are several seeds. The monolith has the experts' total parameters and is trained on the base's, the experts' "
+        "and the gates' tokens together; every token costs it six times what it costs a branched expert, and as much "
+        "as an adapter. The expert-sized monolith has a branched expert's parameters and the monolith's tokens. "
+        "Branched: whole models that go on from a base of their size. Adapters: LoRA over a shared base; together they "
+        "have the monolith's parameters and tokens. Below 0: ahead of the monolith. The direct gate is fitted to "
+        "regret to the own expert throughout.",
     ]
     titles = {
         "own expert": "Worst domain by regret to the own expert",
@@ -116,7 +128,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "changing": "Text that changes domain midway",
     }
     for measure, title in titles.items():
-        shown = [name for name in ROWS if name != "monolith uniform"]
+        shown = [name for name in ROWS if name != MONOLITH]
         lines += [
             "",
             f"## {title}: behind the monolith by",
@@ -126,7 +138,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
                 [
                     [
                         one["set"], one["capacity"], f"{one['tokens']:,}",
-                        show(one["rows"]["monolith uniform"][measure]["value"], "{:.3f}"),
+                        show(one["rows"][MONOLITH][measure]["value"], "{:.3f}"),
                         *(show(one["rows"][name][measure]["behind_monolith"], "{:+.3f}") for name in shown),
                     ]
                     for one in record["cells"]
@@ -135,6 +147,10 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         ]  # fmt: skip
     lines += ["", "![margin to the monolith](../../docs/assets/robust_map.svg)"]
     return "\n".join([*lines, "", environment_lines(record)])
+
+
+LINES = {COMPUTE: "0.5", f"direct gate, {BRANCHED}": "C0", f"direct gate, {ADAPTERS}": "C1"}
+"""Models drawn, and their colours."""
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
@@ -150,7 +166,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             axes = grid[row][column]
             for capacity, style in zip(CAPACITIES, ("--", "-"), strict=True):
                 cells = [one for one in record["cells"] if one["set"] == name and one["capacity"] == capacity]
-                for model, colour in (("fixed share", "C0"), ("direct gate", "C1"), ("oracle expert", "0.5")):
+                for model, colour in LINES.items():
                     margins = [one["rows"][model][measure]["behind_monolith"] for one in cells]
                     tokens = [one["tokens"] for one in cells]
                     axes.plot(
@@ -207,7 +223,7 @@ def main() -> None:
             for seed in seeds
         ]
         processes = 1 if quick else arguments.processes
-        train_all(settings, ["base", "branched", "monolith uniform", COMPUTE], processes=processes)
+        train_all(settings, ["base", SHARED, "branched", "adapter", MONOLITH, COMPUTE], processes=processes)
         found = in_processes(cell, [(setting, quick) for setting in settings], processes=processes)
     cells = [
         {"set": name, "capacity": capacity, "tokens": tokens, "rows": combine(found[first : first + len(seeds)])}

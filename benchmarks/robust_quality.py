@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import environment_lines, finish, parser, say, spread, table, write_atomically
-from _robust_setting import COMPUTE, LENGTH, SETS, Scale, Setting, in_processes, quick_scale, train_all, windows
+from _robust_setting import COMPUTE, LENGTH, SETS, SHARED, Scale, Setting, in_processes, quick_scale, train_all, windows
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ from weft.models.hf import token_losses
 
 VERSION = 1
 """Of what a comparison measures; results kept in a work folder are of one version."""
-KINDS = ("branched", "scratch", "strong and weak")
+KINDS = ("branched", "adapters", "scratch", "strong and weak")
 OFFSETS = ("own expert", "best known", "none")
 BATCH = 64
 MIXTURES = 100
@@ -135,10 +135,15 @@ class Comparison:
         """Each domain's run."""
         found = {}
         for place, name in enumerate(self.names):
-            kind = "scratch" if self.kind == "scratch" else "branched"
+            kind = {"scratch": "scratch", "adapters": "adapter"}.get(self.kind, "branched")
             weak = self.kind == "strong and weak" and place % 2 == 1
             found[name] = f"weak {name}" if weak else f"{kind} {name}"
         return found
+
+    @property
+    def base(self) -> str | None:
+        """The run the experts go on from."""
+        return {"scratch": None, "adapters": SHARED}.get(self.kind, "base")
 
     # -- evaluating ---------------------------------------------------------------------------------------------
 
@@ -175,8 +180,8 @@ class Comparison:
             "ce": {name: self.rows[f"expert {name}"]["ce"][name] for name in self.names},
             "changing": -float(self.on_changing.logq_NE.amax(dim=1).mean()) / LENGTH,
         }
-        if self.kind != "scratch":
-            self.add_model("base", self.setting.load("base"))
+        if self.base is not None:
+            self.add_model("base", self.setting.load(self.base))
         self.add_model("parameter average", _average([member.model for member in self.pool.members]))
         for run in (COMPUTE, *(f"monolith {policy}" for policy in self.setting.scale.policies)):
             self.add_model(run, self.setting.load(run))
@@ -230,11 +235,11 @@ class Comparison:
 
     def wider_gates(self, offsets: Sequence[str] = OFFSETS) -> None:
         """Causal gates over the experts and two models that cost no training: their base and their average."""
-        if self.kind == "scratch":
+        if self.base is None:
             return
         experts = [member.model for member in self.pool.members]
         models = dict(zip(self.names, experts, strict=True))
-        pool = ExpertPool.of({**models, "base": self.setting.load("base"), "average": _average(experts)})
+        pool = ExpertPool.of({**models, "base": self.setting.load(self.base), "average": _average(experts)})
         gate_text = read(self.setting, "gate").domains
         domains = {name: scored(pool, gate_text[name], name) for name in self.names}
         narrow = self.on_report, self.on_changing
@@ -344,7 +349,15 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
         "facts": facts,
         "bytes_per_token": dict(comparison.report.bytes_per_token),
         "conflict": setting.facts("monolith uniform")["conflict"],
-        "parameters": {run: setting.facts(run)["parameters"] for run in ("base", "monolith uniform")},
+        "parameters": {
+            role: setting.facts(run)["parameters"]
+            for role, run in (
+                ("base", comparison.base),
+                ("expert", comparison.experts()[setting.names[0]]),
+                ("monolith", "monolith uniform"),
+            )
+            if run is not None
+        },
     }
     write_atomically(path, json.dumps(found))
     say(f"{work.name}, {kind}: {time.perf_counter() - start:.0f} s")
@@ -460,13 +473,17 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "# Robust gates against monoliths",
         "",
         f"Six domains, one expert each. A monolith has the experts' total parameters and is trained on the experts', "
-        f"their base's and their gates' tokens together ({record['monolith_tokens']:,}); all models with one learning "
-        "rate. Worst: the largest over domains of cross-entropy minus offset, nats per token, on report text; offsets "
-        "are the own expert's cross-entropy, the best known single model's per domain (experts, base, parameter "
-        "average, monoliths), and none. Robust gate, student and direct gates are fitted once for each offset; their "
-        f"other columns are of the fit for the own expert's. Shifted: {MIXTURES} random mixtures nobody tuned for; "
-        "mean cross-entropy, and largest (standard deviation) of the values under two offsets. Changing: windows that "
-        "go from one domain to another after half of their tokens; the oracle there is the best expert of each window.",
+        f"their base's and their gates' tokens together ({record['monolith_tokens']:,}); all whole models with one "
+        "learning rate. Experts branched: whole models that go on from a base of their size. Adapters: LoRA over a "
+        "shared base that, with the adapters, has the monolith's parameters. Scratch: whole models without a base. "
+        "Strong and weak: as branched, every second one with a tenth of the training. A monolith of the size of one "
+        "branched expert costs as much per token as the one expert that a top-1 gate runs. Worst: the largest over "
+        "domains of cross-entropy minus offset, nats per token, on report text; offsets are the own expert's "
+        "cross-entropy, the best known single model's per domain (experts, base, parameter average, monoliths), and "
+        "none. Robust gate, student and direct gates are fitted once for each offset; their other columns are of the "
+        f"fit for the own expert's. Shifted: {MIXTURES} random mixtures nobody tuned for; mean cross-entropy, and "
+        "largest (standard deviation) of the values under two offsets. Changing: windows that go from one domain to "
+        "another after half of their tokens; the oracle there is the best expert of each window.",
         "",
         "Not equal to the monolith's budget: with strong and weak experts the modular side has fewer tokens; with base "
         "and average the gate is over two models more, which cost no training; the dense student learns from "
@@ -482,8 +499,9 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             "",
             f"## {title}",
             "",
-            f"{one['seeds']} seeds; expert {one['parameters']['base']:,} parameters, monolith "
-            f"{one['parameters']['monolith uniform']:,}. Mean cosine between two domains' gradients in the uniform "
+            f"{one['seeds']} seeds; parameters trained: "
+            + ", ".join(f"{role} {count:,}" for role, count in one["parameters"].items())
+            + ". Mean cosine between two domains' gradients in the uniform "
             f"monolith: {conflict}. Capacity between the experts: {show(one['capacity_nats_per_token'])} nats/token.",
             "",
             table(
@@ -549,7 +567,7 @@ def main() -> None:
             for seed in seeds
             for name in sets
         }
-        wanted = ["base", "branched", "scratch", "weak", "monolith"]
+        wanted = ["base", SHARED, "branched", "adapter", "scratch", "weak", "monolith"]
         train_all(list(settings.values()), wanted, processes=1 if quick else arguments.processes)
         if arguments.train_only:
             return

@@ -93,9 +93,7 @@ def _accuracy_table(facts: ScoreTable) -> str:
 
     rows = [[Cell(escape(label), "text", header=True), *(cell(label, task) for task in columns)] for label in shares]
     heads = ["Mean over<br>tasks" if task is None else escape(task) for task in columns]
-    caption = (
-        f"Share of right answers by {escape(facts.what)}; higher is better. The highest of a column is bold."
-    )
+    caption = f"Share of right answers by {escape(facts.what)}; higher is better. The highest of a column is bold."
     text = table(caption, column_head([escape(facts.what.capitalize()), *heads]), rows, kind="routers")
     if wide:
         rows = [[Cell(escape(task), "text", header=True), *(cell(label, task) for label in shares)] for task in tasks]
