@@ -87,6 +87,19 @@ def test_it_learns_the_gated_models_distribution(language):
     assert found.ce == pytest.approx(-float(pi @ logp.double().numpy()) / 4, abs=1e-5)
 
 
+def test_the_weights_of_the_best_measurement_are_kept(language):
+    text = samples(language, ConstantGate.of([0.6, 0.1, 0.3]))
+    other = WeightedText.of(np.array([[BOS, 0, 1, 2, 2]]))
+    found = distil_dense(MODEL, other, config(24, evaluate_every_steps=1), vocab_size=4, held_out=text)
+    best = min(found.history, key=lambda line: line.ce)
+    assert found.history[-1].ce > best.ce + 0.05  # training ended worse
+    assert (found.step, found.ce) == (best.step, best.ce)
+    with torch.no_grad():
+        logp = found.model(input_ids=text.tokens_NT1[:, :-1]).logits.log_softmax(-1)
+    logs_N = logp.gather(2, text.tokens_NT1[:, 1:, None])[..., 0].sum(dim=1).double()
+    assert -float(text.weights_N @ logs_N) / 4 == pytest.approx(best.ce, abs=1e-5)
+
+
 def test_a_teachers_tokens_teach_faster_than_samples(language):
     gate = ConstantGate.of([0.6, 0.1, 0.3])
     text, teacher = samples(language, gate), Exact(language, language.model(gate))

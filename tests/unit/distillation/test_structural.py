@@ -57,7 +57,7 @@ def test_both_weightings_are_unbiased_and_balance_is_the_less_noisy(language):
     }
     for values, errors in (each.T for each in found.values()):
         assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(40)
-        assert 0.7 < errors.mean() / values.std() < 1.4
+        assert 0.8 < errors.mean() / values.std() < 1.25
     assert found["balance"][:, 1].mean() < found["gate"][:, 1].mean()
 
 
