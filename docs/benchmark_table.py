@@ -123,11 +123,47 @@ def modular_serving(record: Mapping[str, Any]) -> Iterator[Row]:
 
 def robust_quality(record: Mapping[str, Any]) -> Iterator[Row]:
     """Worst domain by regret to the best known single model, in each setting."""
-    shown = ("monolith uniform", "oracle expert", "fixed share", "robust gate", "student", "direct gate")
+    shown = (
+        "monolith uniform", "monolith expert-sized", "oracle expert", "fixed share", "robust gate", "student",
+        "direct gate",
+    )  # fmt: skip
     for title, one in record["comparisons"].items():
         values = {name: one["rows"][name]["worst"]["best known"] for name in shown}
         measured = "; ".join(f"{name} {show(value, '{:.3f}')}" for name, value in values.items())
         yield Row(f"worst domain over the best known model, nats per token: {title}", measured, "gates ahead")
+
+
+def robust_map(record: Mapping[str, Any]) -> Iterator[Row]:
+    """How far behind the monolith everything is where experts are trained longest."""
+    most = max(one["tokens"] for one in record["cells"])
+    for one in record["cells"]:
+        if one["tokens"] == most:
+            shown = ("monolith expert-sized", "direct gate, branched", "direct gate, adapters")
+            values = {name: one["rows"][name]["mean"]["behind_monolith"] for name in shown}
+            measured = "; ".join(f"{name} {show(value, '{:+.3f}')}" for name, value in values.items())
+            where = f"{one['set']} domains, {one['capacity']} models, {most:,} tokens per expert"
+            figure = f"mean cross-entropy over that of a monolith of all experts' parameters, nats per token: {where}"
+            yield Row(figure, measured, "below 0")
+
+
+def plan_check(record: Mapping[str, Any]) -> Iterator[Row]:
+    """How many of a plan's figures are within the goal of what was measured, and the farthest off."""
+    bound = f"{record['setting']['goal']:.0%}"
+    for size, row in record["rows"].items():
+        met = sum(one["met"] for one in row.values())
+        worst = max(row, key=lambda name: abs(row[name]["ratio"]["median"] - 1.0))
+        measured = f"{met} of {len(row)}; farthest: {worst} {show(row[worst]['ratio'])} times"
+        yield Row(f"figures of `weft plan` within {bound} of the measured, {size} parameters", measured, "all")
+
+
+def serving_load(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Whether a server stood a load, and whether its memory stayed flat."""
+    figure = f"`weft serve` under {record['clients']} clients for {record['minutes']:.0f} minutes"
+    measured = (
+        f"{record['requests']:,} requests, {record['wrong']} wrong or missing answers, {record['server_errors']} of "
+        f"500 and above; memory late over early {record['memory_late_over_early']:.3f}"
+    )
+    yield Row(figure, measured, "0, 0, ≤ 1.1")
 
 
 def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -155,12 +191,15 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "dga_token_limited": comparison,
     "gate_fit": gate_fit,
     "modular_serving": modular_serving,
+    "plan_check": plan_check,
     "prepare_memory": prepare_memory,
+    "robust_map": robust_map,
     "robust_quality": robust_quality,
     "routing_quality": routing_quality,
     "routing_speed": routing_speed,
     "routing_switch": routing_switch,
     "sampler": sampler,
+    "serving_load": serving_load,
 }
 
 
