@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 
 from weft.config import Section
 from weft.corpora.formats import split_suffix
+from weft.corpora.store_files import file_digest
 from weft.corpora.tokens import Tokenizer
 from weft.errors import ConfigError, DataError, NumericsError
 from weft.evaluation.choices import ChoiceQuestion, ChoiceResult, read_choices, score_choices
@@ -66,7 +66,7 @@ def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
 
 
 def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
-    """BLAKE2b of every file that holds the questions of some tasks, by path.
+    """BLAKE2b-256 of every file that holds the questions of some tasks, by path.
 
     Raises:
         DataError: a path matches no file, or one cannot be read.
@@ -74,8 +74,7 @@ def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
     found = {}
     for path in (path for task in tasks for path in _files(task)[1]):
         try:
-            with path.open("rb") as file:
-                found[str(path)] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            found[str(path)] = file_digest(path)
         except OSError as error:
             raise DataError(f"evaluation.tasks: {path} cannot be read: {error}") from error
     return found

@@ -44,6 +44,7 @@ from weft.corpora.store_files import checksum, file_digest, make_folder, sync_fi
 from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weft.evaluation.perplexity import windows_of
 from weft.fan_out import Task, cluster, fan_out, keep, new_key
+from weft.files import read_object
 from weft.gating.experts import ExpertPool, ExpertSource, Rows
 from weft.gating.features import sequence_features
 from weft.gating.files import read_tensors, write_tensors
@@ -750,7 +751,7 @@ class _Work:
                     _clear(folder)
             self.barrier()
         self.finished = (folder / INDEX).exists()
-        found = _read_index(folder) if self.finished else _read_json(folder / PLAN)
+        found = _read_index(folder) if self.finished else read_object(folder / PLAN, _REMEDY)
         if found is not None:
             _refuse_stale(folder, found.get("plan"), plan.facts)
         if not self.finished:
@@ -900,20 +901,8 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {_REMEDY}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is not of a score cache; {_REMEDY}")
-    return found
-
-
 def _read_index(folder: Path) -> dict[str, Any]:
-    index = _read_json(folder / INDEX)
+    index = read_object(folder / INDEX, _REMEDY)
     if index is None:
         if (folder / PLAN).exists():
             done = len(list((folder / SHARDS).glob("[0-9]*.safetensors")))
