@@ -5,6 +5,7 @@ Everything is trained once into a work folder and found there again; a run that 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -211,16 +212,10 @@ class Setting:
 
     def text(self, name: str) -> dict[str, ArraySource]:
         """A domain's tokens by use: report, dev and gate are the same for every seed, train depends on it."""
-        ordered = shuffled(list(read_texts(self.data, TextDomain(name, name))), 0)
-        found, place = {}, 0
-        for use, tokens in self.scale.uses.items():
-            found[use], taken = _cut(self.tokenizer, ordered[place:], tokens)
-            place += taken
         sizes = 2.0 ** np.linspace(-0.5, 0.5, len(self.names))
         size = np.random.default_rng(self.seed).permutation(sizes)[self.names.index(name)]
-        rest = shuffled(ordered[place:], self.seed)
-        found["train"], _ = _cut(self.tokenizer, rest, int(size * self.scale.domain_tokens))
-        return found
+        train_tokens = int(size * self.scale.domain_tokens)
+        return dict(_tokens(self.data, self.tokenizer, name, self.seed, train_tokens, tuple(self.scale.uses.items())))
 
     def folder(self, run: str) -> Path:
         """Where a run's model lies; its name changes with every choice behind it."""
@@ -250,14 +245,31 @@ class Setting:
         return found
 
 
+@functools.lru_cache(maxsize=64)
+def _tokens(
+    data: Path, tokenizer: Tokenizer, name: str, seed: int, train_tokens: int, uses: tuple[tuple[str, int], ...]
+) -> Mapping[str, ArraySource]:
+    """A domain's documents, dealt out to the uses and then to training, and packed."""
+    ordered = shuffled(list(read_texts(data, TextDomain(name, name))), 0)
+    found, place = {}, 0
+    for use, tokens in uses:
+        found[use], taken = _cut(tokenizer, ordered[place:], tokens)
+        place += taken
+    found["train"], _ = _cut(tokenizer, shuffled(ordered[place:], seed), train_tokens)
+    return found
+
+
 def _cut(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> tuple[ArraySource, int]:
     """The first so many tokens of the documents, fewer where there are not so many, and the documents they are from."""
-    held, taken = encode(tokenizer, []), 0
-    while len(held) < tokens and taken < len(texts):
-        taken = min(len(texts), max(16, 2 * taken))
-        held = encode(tokenizer, texts[:taken])
-    size = min(tokens, len(held))
-    return ArraySource(held.read(0, size), text_bytes=round(held.bytes * size / len(held))), taken
+    parts: list[ArraySource] = []
+    held, taken = 0, 0
+    while held < tokens and taken < len(texts):
+        further = min(len(texts), max(16, 2 * taken))
+        parts.append(encode(tokenizer, texts[taken:further]))
+        held, taken = held + len(parts[-1]), further
+    size = min(tokens, held)
+    packed = np.concatenate([part.read(0, len(part)) for part in parts])
+    return ArraySource(packed[:size], text_bytes=round(sum(part.bytes for part in parts) * size / held)), taken
 
 
 def windows(source: ArraySource, limit: int | None = None) -> NDArray[np.int64]:
