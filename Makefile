@@ -29,7 +29,7 @@ $(VENV)/.ready-docs: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-demo: setup ## the whole pipeline on built-in text, in about ten minutes: runs/demo/report.html
+demo: setup ## the whole pipeline on built-in text, in about eight minutes: runs/demo/report.html
 	$(BIN)/weft demo $(DEMO_ARGS)
 
 test: setup ## the whole test suite; narrow it with TEST_ARGS="tests/unit -k sampler"
