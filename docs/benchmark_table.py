@@ -1,8 +1,8 @@
 """Put the recorded figures of benchmarks/results into the README and docs/benchmarks.md; `--check` fails where stale.
 
-`HEADLINES` says which figures of a benchmark's record stand in the README's table, each beside its goal, so that none
-is ever typed by hand. A record without an entry there gets a row that leads to its page. docs/benchmarks.md shows
-every recorded page whole.
+`HEADLINES` says which figures of a benchmark's record stand in the tables, each beside its goal, so that none is ever
+typed by hand. A record without an entry there gets a row that leads to its page. The README shows a choice of settings
+made before anything is measured; docs/benchmarks.md every row, and every recorded page whole.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ def records() -> dict[str, dict[str, Any]]:
 
 
 class Row(NamedTuple):
-    """One line of the table: what was measured, the value with its spread, what it should be."""
+    """One line of a table: what was measured, the value with its spread, what it should be; is it in the README."""
 
     figure: str
     measured: str
     goal: str
+    chosen: bool = True
 
 
 def show(spread: Mapping[str, float], form: str = "{:.2f}", scale: float = 1.0) -> str:
@@ -42,15 +43,18 @@ def show(spread: Mapping[str, float], form: str = "{:.2f}", scale: float = 1.0) 
 def alignment_cost(record: Mapping[str, Any]) -> Iterator[Row]:
     """Overhead of the estimator that is the usual choice, and the errors of the cheap ones."""
     way = "shadow on the batch"
+    largest = max(record["sizes"].values(), key=lambda size: float(size["parameters"]))
     for size in record["sizes"].values():
         model = f"{size['parameters'] / 1e6:.1f}M parameters"
         for groups, by_every in size["overhead"][way].items():
             for every, goal in (("100", "≤ 2 %"), ("1", "≤ 50 %")):
                 measured = show(by_every[every], "{:.1f}", 100) + " %"
-                yield Row(f"DGA over plain training, {groups} domains, T_r = {every}, {model}", measured, goal)
+                figure = f"DGA over plain training, {groups} domains, T_r = {every}, {model}"
+                yield Row(figure, measured, goal, chosen=size is largest and groups == "64")
         cheap = [error for name, error in size["error"]["float32"].items() if name.endswith("on the batch")]
         measured = f"{max(error['high'] for error in cheap):.0e}"
-        yield Row(f"worst error of the alignments taken on the batch, float32, {model}", measured, "≤ 1e-4")
+        figure = f"worst error of the alignments taken on the batch, float32, {model}"
+        yield Row(figure, measured, "≤ 1e-4", chosen=size is largest)
 
 
 def comparison(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -78,7 +82,8 @@ def routing_speed(record: Mapping[str, Any]) -> Iterator[Row]:
         unit = "" if goal["at_most"] is None else " times"
         bound = "yes" if goal["at_most"] is None else f"{'≤' if goal['at_most'] else '≥'} {goal['limit']:g} times"
         measured = show(goal["measured"]) + unit if unit else ("yes" if goal["met"] else "no")
-        yield Row(f"routing: {goal['goal']}, hidden size {goal['hidden']}", measured, bound)
+        figure = f"routing: {goal['goal']}, hidden size {goal['hidden']}"
+        yield Row(figure, measured, bound, chosen=bool(unit) and str(goal["hidden"]) != "768")
 
 
 def routing_quality(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -105,7 +110,8 @@ def gate_fit(record: Mapping[str, Any]) -> Iterator[Row]:
     for goal in record["goals"]:
         how = f"{goal['way']}, {goal['gate']}, {goal['experts']} experts"
         figure = f"fitting a gate, {how}: exponent of time over sequences"
-        yield Row(figure, show(goal["measured"]), f"≤ {goal['limit']:g}")
+        chosen = goal["gate"] == "linear"
+        yield Row(figure, show(goal["measured"]), f"≤ {goal['limit']:g}", chosen)
     rows = record["exact"]["rows"]
     if rows:
         measured = f"{max(abs(row['difference'][end]) for row in rows for end in ('low', 'high')):.0e} nats"
@@ -118,7 +124,8 @@ def modular_serving(record: Mapping[str, Any]) -> Iterator[Row]:
     for goal in record["goals"]:
         if goal["text"] == "stays":
             figure = f"gated model, {goal['who']}, over one expert alone: time per token, {goal['cell']}"
-            yield Row(figure, show(goal["measured"]) + " times", f"≤ {record['goal']:g} times")
+            chosen = goal["who"] == "top-1" and "hidden 256" not in goal["cell"]
+            yield Row(figure, show(goal["measured"]) + " times", f"≤ {record['goal']:g} times", chosen)
 
 
 def robust_quality(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -130,7 +137,8 @@ def robust_quality(record: Mapping[str, Any]) -> Iterator[Row]:
     for title, one in record["comparisons"].items():
         values = {name: one["rows"][name]["worst"]["best known"] for name in shown}
         measured = "; ".join(f"{name} {show(value, '{:.3f}')}" for name, value in values.items())
-        yield Row(f"worst domain over the best known model, nats per token: {title}", measured, "gates ahead")
+        figure = f"worst domain over the best known model, nats per token: {title}"
+        yield Row(figure, measured, "gates ahead", chosen=title.endswith(("branched", "adapters")))
 
 
 def robust_map(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -143,17 +151,19 @@ def robust_map(record: Mapping[str, Any]) -> Iterator[Row]:
             measured = "; ".join(f"{name} {show(value, '{:+.3f}')}" for name, value in values.items())
             where = f"{one['set']} domains, {one['capacity']} models, {most:,} tokens per expert"
             figure = f"mean cross-entropy over that of a monolith of all experts' parameters, nats per token: {where}"
-            yield Row(figure, measured, "below 0")
+            yield Row(figure, measured, "below 0", chosen=one["capacity"] == "large")
 
 
 def plan_check(record: Mapping[str, Any]) -> Iterator[Row]:
     """How many of a plan's figures are within the goal of what was measured, and the farthest off."""
-    bound = f"{record['setting']['goal']:.0%}"
+    figure = f"figures of `weft plan` within {record['setting']['goal']:.0%} of the measured"
+    every = [one for row in record["rows"].values() for one in row.values()]
+    yield Row(f"{figure}, all sizes", f"{sum(one['met'] for one in every)} of {len(every)}", "all")
     for size, row in record["rows"].items():
         met = sum(one["met"] for one in row.values())
         worst = max(row, key=lambda name: abs(row[name]["ratio"]["median"] - 1.0))
         measured = f"{met} of {len(row)}; farthest: {worst} {show(row[worst]['ratio'])} times"
-        yield Row(f"figures of `weft plan` within {bound} of the measured, {size} parameters", measured, "all")
+        yield Row(f"{figure}, {size} parameters", measured, "all", chosen=False)
 
 
 def serving_load(record: Mapping[str, Any]) -> Iterator[Row]:
@@ -210,12 +220,13 @@ def headlines(theme: str, record: Mapping[str, Any]) -> list[Row]:
     return list(HEADLINES[theme](record)) if theme in HEADLINES else [Row(theme.replace("_", " "), "see its page", "")]
 
 
-def headline_table(found: Mapping[str, Mapping[str, Any]], link: str) -> str:
-    """One row per headline figure; `link` is where a theme's page lies, with `{theme}` in it."""
+def headline_table(found: Mapping[str, Mapping[str, Any]], link: str, *, chosen: bool) -> str:
+    """One row per headline figure, or per chosen one; `link` leads to a theme, with `{theme}` in it."""
     rows = [
-        f"| {row.figure} | {row.measured} | {row.goal} | [{theme}]({link.format(theme=theme)}) |"
+        f"| {row.figure} | {row.measured} | {row.goal} | {link.format(theme=theme)} |"
         for theme, record in found.items()
         for row in headlines(theme, record)
+        if row.chosen or not chosen
     ]
     if not rows:
         return "No figures are recorded in this revision: `make bench FULL=1` records them."
@@ -253,10 +264,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is stale")
     check = parser.parse_args().check
     found = records()
-    below = headline_table(found, "#{theme}") + ("\n\n" + pages(found) if found else "")
+    below = headline_table(found, "[{theme}](#{theme})", chosen=False) + ("\n\n" + pages(found) if found else "")
+    both = "[script](benchmarks/{theme}.py), [page](benchmarks/results/{theme}.md)"
     stale = []
     for name, inner in {
-        "README.md": headline_table(found, "benchmarks/results/{theme}.md"),
+        "README.md": headline_table(found, both, chosen=True),
         "docs/benchmarks.md": below,
     }.items():
         path = ROOT / name
