@@ -48,7 +48,7 @@ from weft.gating.problem import log_model
 from weft.gating.scores import ScoreCache, ScoreConfig, score
 from weft.models.hf import token_losses
 
-VERSION = 1
+VERSION = 2
 """Of what a comparison measures; results kept in a work folder are of one version."""
 KINDS = ("branched", "adapters", "scratch", "strong and weak")
 OFFSETS = ("own expert", "best known", "none")
@@ -60,7 +60,7 @@ DIRECT_GATE = {"gate": "prefix", "base": "fixed_share"}
 DIRECT = FitConfig(
     steps=400, lr=0.02, final_lr=0.002, batch_sequences=24, unit="token", report_every_steps=400, best_response_steps=0
 )
-DISTIL = DistilConfig(steps=600, patience=None)
+DISTIL = DistilConfig(steps=600, patience=3)
 DENSE_TOKENS = 1_000_000
 
 
@@ -233,29 +233,6 @@ class Comparison:
             }  # fmt: skip
         return facts
 
-    def wider_gates(self, offsets: Sequence[str] = OFFSETS) -> None:
-        """Causal gates over the experts and two models that cost no training: their base and their average."""
-        if self.base is None:
-            return
-        experts = [member.model for member in self.pool.members]
-        models = dict(zip(self.names, experts, strict=True))
-        pool = ExpertPool.of({**models, "base": self.setting.load(self.base), "average": _average(experts)})
-        gate_text = read(self.setting, "gate").domains
-        domains = {name: scored(pool, gate_text[name], name) for name in self.names}
-        narrow = self.on_report, self.on_changing
-        self.on_report = {name: scored(pool, self.report.domains[name], name) for name in self.names}
-        self.on_changing = scored(pool, self.report.changing, "changing")
-        features = self.on_changing.features
-        self.add_gate("fixed share with base and average", init_gate({"gate": "fixed_share"}, len(pool), features))
-        config = DIRECT.model_copy(update={"steps": 20}) if self.quick else DIRECT
-        for offset in offsets:
-            found = fit_robust_gate(
-                domains, None, gate=DIRECT_GATE, config=config, offsets=self._offsets(offset),
-                own_experts=tuple(range(len(self.names))),
-            )  # fmt: skip
-            self.add_gate(f"direct gate with base and average, offset {offset}", found.gate)
-        self.on_report, self.on_changing = narrow
-
     def _offsets(self, offset: str) -> Any:
         """As `fit_robust_gate` takes them; `best known` is measured on the development text."""
         if offset != "best known":
@@ -343,7 +320,6 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
     comparison.single_models()
     comparison.untrained_gates()
     facts = comparison.trained_gates()
-    comparison.wider_gates()
     found = {
         "rows": comparison.rows,
         "facts": facts,
@@ -485,10 +461,10 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "largest (standard deviation) of the values under two offsets. Changing: windows that go from one domain to "
         "another after half of their tokens; the oracle there is the best expert of each window.",
         "",
-        "Not equal to the monolith's budget: with strong and weak experts the modular side has fewer tokens; with base "
-        "and average the gate is over two models more, which cost no training; the dense student learns from "
-        f"{record['dense_tokens']:,} further tokens, three quarters of them training text. The tokenizer was trained "
-        "on text of every domain, report documents among it; documents of a book or a topic may be on both sides.",
+        "Not equal to the monolith's budget: with strong and weak experts the modular side has fewer tokens; the dense "
+        f"student learns from {record['dense_tokens']:,} further tokens, three quarters of them training text. The "
+        "tokenizer was trained on text of every domain, report documents among it; documents of a book or a topic may "
+        "be on both sides.",
     ]
     for title, one in record["comparisons"].items():
         conflict = "; ".join(

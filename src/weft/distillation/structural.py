@@ -30,7 +30,7 @@ from weft.gating.files import read_tensors, write_tensors
 from weft.gating.gate import CausalGate, Features, Gate, GateConfig, gate_config, gates, init_gate
 from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig
 from weft.gating.problem import CHUNK, log_model
-from weft.gating.sequences import ScoredSequences
+from weft.gating.sequences import ScoredSequences, prepared
 
 Weighting = Literal["balance", "gate"]
 LogModel = Callable[[CausalGate, Features], Tensor]
@@ -377,7 +377,7 @@ def distil_structural(
         raise CheckpointError(f"the state is of a distillation with config {state.config}; now {config}; start afresh")
     if state.student.experts != gate.experts:
         raise ConfigError(f"the student is over {state.student.experts} experts; the gate over {gate.experts}")
-    draw = _Draw(train, texts, lam_D, config)
+    draw = _Draw(train, texts, lam_D, config, state.student)
     end = config.steps if until is None else min(until, config.steps)
     while state.step < end and not state.finished and state.student.learned:
         state = _step(state, draw, objective)
@@ -446,16 +446,22 @@ class _Draw:
     """
 
     def __init__(
-        self, train: Weighted, real: tuple[ScoredSequences, ...], lam_D: list[float], config: DistilConfig
+        self,
+        train: Weighted,
+        real: tuple[ScoredSequences, ...],
+        lam_D: list[float],
+        config: DistilConfig,
+        student: CausalGate,
     ) -> None:
         self.config = config
         self.parts: list[tuple[float, tuple[ScoredSequences, ...], Tensor]] = []
-        self.parts.append((1.0 - config.real_fraction, train.samples, train.mass_B / train.mass_B.sum()))
+        samples = prepared(student, train.samples)
+        self.parts.append((1.0 - config.real_fraction, samples, train.mass_B / train.mass_B.sum()))
         if real:
             for one in real:
                 one.features.get("tokens", "student")
             weights_B = torch.cat([part * one.probability() for part, one in zip(lam_D, real, strict=True)])
-            self.parts.append((config.real_fraction, real, weights_B))
+            self.parts.append((config.real_fraction, prepared(student, real), weights_B))
         self._totals = [weights_B.cumsum(0) for _, _, weights_B in self.parts]
         self.ridge = 0.0 if train.exact else config.ridge * len(train.samples) / len(train.mass_B)
 
@@ -485,7 +491,7 @@ def _merged(drawn: list[tuple[Features, Tensor]]) -> list[tuple[Features, Tensor
     by_shape: dict[tuple[int, bool], list[tuple[Features, Tensor]]] = {}
     for features, weight_B in drawn:
         assert features.logp_BTE is not None
-        tokens = Features(logp_BTE=features.logp_BTE, mask_BT=features.mask_BT)
+        tokens = Features(logp_BTE=features.logp_BTE, mask_BT=features.mask_BT, prepared=features.prepared)
         by_shape.setdefault((features.logp_BTE.shape[1], features.mask_BT is None), []).append((tokens, weight_B))
     return [
         (Features.joined([one for one, _ in parts]), torch.cat([weight for _, weight in parts]))

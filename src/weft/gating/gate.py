@@ -51,6 +51,7 @@ class Features:
         points_B: place of each sequence in an enumerated support, int64.
         logp_BTE: every expert's log-probability of every token given those before it, nats; -inf is legal.
         mask_BT: True for real tokens; None: all are. Padding is worth nothing to any gate.
+        prepared: what a gate has worked out of the other fields once for all steps (`Gate.prepare`), by name, B first.
     """
 
     count: int = -1
@@ -59,9 +60,10 @@ class Features:
     points_B: Tensor | None = None
     logp_BTE: Tensor | None = None
     mask_BT: Tensor | None = None
+    prepared: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = {name: len(tensor) for name, tensor in self._tensors().items()}
+        sizes = {name: len(tensor) for name, tensor in {**self._tensors(), **self.prepared}.items()}
         if self.count >= 0:
             sizes["count"] = self.count
         if len(set(sizes.values())) != 1:
@@ -93,11 +95,14 @@ class Features:
     def rows(self, index_B: Tensor) -> Features:
         """The features of some of the sequences."""
         chosen: dict[str, Any] = {name: tensor[index_B] for name, tensor in self._tensors().items()}
-        return Features(count=len(index_B), names=self.names, **chosen)
+        prepared = {name: tensor[index_B] for name, tensor in self.prepared.items()}
+        return Features(count=len(index_B), names=self.names, prepared=prepared, **chosen)
 
     @staticmethod
     def joined(parts: list[Features]) -> Features:
         """The features of several sets in order; all must carry the same fields, and tokens the same T.
+
+        What was prepared is kept where all of them carry it.
 
         Raises:
             ConfigError: they do not.
@@ -113,7 +118,9 @@ class Features:
             }
         except RuntimeError as error:
             raise ConfigError(f"the sets' features differ in width or length: {error}; pad and mask tokens") from error
-        return Features(count=sum(part.count for part in parts), names=parts[0].names, **joined)
+        common = set.intersection(*(set(part.prepared) for part in parts))
+        prepared = {name: torch.cat([part.prepared[name] for part in parts]) for name in sorted(common)}
+        return Features(count=sum(part.count for part in parts), names=parts[0].names, prepared=prepared, **joined)
 
     def have(self, need: Need) -> bool:
         """Whether the field a need stands for is there."""
@@ -193,6 +200,18 @@ class Gate(ABC):
         Raises:
             ConfigError: the features lack what the gate needs, or do not fit it.
         """
+
+    def prepared_bytes(self, features: Features) -> int:
+        """What `prepare` would add to these features; 0 where there is nothing to prepare."""
+        return 0
+
+    def prepare(self, features: Features) -> Features:
+        """The features with whatever the gate makes of them that does not hang on its learned tensors.
+
+        A fit reads the same sequences at many steps; what is prepared is worked out once. Weights are the same with it
+        and without, and a gate with other constants does not take it for its own.
+        """
+        return features
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same gate with some tensors exchanged."""

@@ -6,7 +6,9 @@ to a sequence-level gate; `fit_robust_gate` fits it to the minimax objective its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import math
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,6 +24,8 @@ from weft.gating.gate import CausalGate, Features, GateConfig, State, gates
 
 CHUNK = 128
 """Tokens whose decayed sums are taken by one product."""
+_ROWS = 256
+"""Sequences whose evidence is prepared at a time."""
 _DEAD = -1e4
 """Nats that stand for a log-posterior of -inf: weight 0 in every float type, and finite."""
 _BAYES, _SHARE = "bayes.", "share."
@@ -132,8 +136,36 @@ class PrefixGate(CausalGate):
 
     def logits(self, features: Features) -> Tensor:
         """BTE before the softmax and before `top`."""
-        values_BTEF, posteriors_BTE2 = self._evidence(*self.tokens(features))
-        return self._logits(values_BTEF, posteriors_BTE2)
+        tokens = self.tokens(features)
+        values, posteriors = self._prepared_names
+        if values in features.prepared:
+            return self._logits(features.prepared[values], features.prepared[posteriors])
+        return self._logits(*self._evidence(*tokens))
+
+    def prepared_bytes(self, features: Features) -> int:
+        logp_BTE, _ = self.tokens(features)
+        return logp_BTE.numel() * (_width(self.config) + 2) * self.tensors["prior_E"].element_size()
+
+    def prepare(self, features: Features) -> Features:
+        logp_BTE, mask_BT = self.tokens(features)
+        values, posteriors = self._prepared_names
+        parts = [
+            self._evidence(logp_BTE[rows], None if mask_BT is None else mask_BT[rows])
+            for rows in torch.arange(len(features)).split(_ROWS)
+        ]
+        found = {
+            name: torch.cat(each) for name, each in zip((values, posteriors), zip(*parts, strict=True), strict=True)
+        }
+        return dataclasses.replace(features, prepared={**features.prepared, **found})
+
+    @functools.cached_property
+    def _prepared_names(self) -> tuple[str, str]:
+        """Names that change with every constant behind `_evidence`."""
+        prior_E = self.tensors["prior_E"]
+        config = self.config.model_dump(include={"share", "half_lives_tokens", "horizon_tokens"}, mode="json")
+        behind = f"{sorted(config.items())} {prior_E.dtype} {prior_E.tolist()}"
+        digest = hashlib.blake2b(behind.encode(), digest_size=8).hexdigest()
+        return f"prefix.{digest}.values_BTEF", f"prefix.{digest}.posteriors_BTE2"
 
     def restricted(self, logits_XE: Tensor) -> Tensor:
         """Log-weights from logits: -inf but for the `top` largest, normalised over those."""

@@ -28,7 +28,7 @@ from weft.gating.files import read_tensors, write_tensors
 from weft.gating.gate import Features, Gate, GateConfig, gate_config, gates, init_gate
 from weft.gating.mixtures import MixtureSet
 from weft.gating.problem import Evaluation, Offsets, Problem, Unit, dual_value, evaluate, fits, log_model, make_problem
-from weft.gating.sequences import ScoredSequences
+from weft.gating.sequences import ScoredSequences, prepared
 from weft.gating.tabular import TabularGate
 
 Kind = Literal["exact", "estimate"]
@@ -375,7 +375,7 @@ class _Draw:
     """The batch of a step, a pure function of seed and step."""
 
     def __init__(self, problem: Problem, gate: Gate, config: FitConfig) -> None:
-        self.domains = problem.domains
+        self.domains = prepared(gate, problem.domains)
         self.samples = () if gate.causal else problem.samples
         self.config = config
         self.sequences = config.batch_sequences

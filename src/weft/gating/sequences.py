@@ -13,7 +13,10 @@ from torch import Tensor
 from weft.errors import ConfigError, DataError, NumericsError
 from weft.gating.arrays import TOLERANCE, log_distributions, to_log_likelihoods, to_tensor
 from weft.gating.features import sequence_features
-from weft.gating.gate import Features
+from weft.gating.gate import Features, Gate
+
+PREPARED_BYTES = 2**30
+"""Memory that what gates work out once may take (`prepared`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,13 @@ class ScoredSequences:
         """Two disjoint parts, for held-out figures; see `split_rows`."""
         kept, held = self.split_rows(fraction, seed)
         return self.rows(kept), self.rows(held)
+
+
+def prepared(gate: Gate, sets: tuple[ScoredSequences, ...]) -> tuple[ScoredSequences, ...]:
+    """The sets with what the gate can work out once for all steps (`Gate.prepare`), where it takes little memory."""
+    if sum(gate.prepared_bytes(one.features) for one in sets) > PREPARED_BYTES:
+        return sets
+    return tuple(dataclasses.replace(one, features=gate.prepare(one.features)) for one in sets)
 
 
 def enumerated(P: Any, Q: Any) -> tuple[tuple[ScoredSequences, ...], tuple[ScoredSequences, ...]]:

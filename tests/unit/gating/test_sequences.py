@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from weft.errors import ConfigError, DataError, NumericsError
-from weft.gating import Features, ScoredSequences, enumerated
+from weft.gating import Features, ScoredSequences, enumerated, sequences
+from weft.gating.gate import init_gate
 
 
 def test_arrays_keep_float32_and_are_checked():
@@ -31,6 +32,17 @@ def test_read_only_arrays_are_taken():
     array = np.zeros((2, 2))
     array.flags.writeable = False
     assert len(ScoredSequences.of(array)) == 2
+
+
+def test_what_is_prepared_is_bounded_over_all_sets(monkeypatch):
+    one = ScoredSequences.of(np.zeros((4, 2)), features=Features(logp_BTE=torch.zeros(4, 3, 2)))
+    gate = init_gate("prefix", 2, one.features)
+    size = gate.prepared_bytes(one.features)
+    ready = gate.prepare(one.features).prepared.values()
+    assert size == sum(tensor.numel() * tensor.element_size() for tensor in ready)
+    monkeypatch.setattr(sequences, "PREPARED_BYTES", 2 * size)
+    assert all(each.features.prepared for each in sequences.prepared(gate, (one, one)))
+    assert not any(each.features.prepared for each in sequences.prepared(gate, (one, one, one)))
 
 
 def test_a_split_is_disjoint_and_keeps_clusters_whole():
