@@ -311,3 +311,13 @@ def test_experts_stay_frozen_and_in_evaluation_mode():
     assert not any(module.training for module in model.pool.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.to(torch.float64).dtype == torch.float64
+
+
+def test_words_that_some_or_all_experts_rule_out_are_mixed_as_logarithms_say():
+    logs_BTEV = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1)).log_softmax(dim=-1)
+    logs_BTEV[0, 1, :3, 2] = -torch.inf
+    logs_BTEV[1, 2, :, 4] = -torch.inf
+    logs_BTEV[0, 0] -= 200.0
+    expected = torch.logsumexp(logs_BTEV, dim=2)
+    torch.testing.assert_close(modular_lm._mixed(logs_BTEV), expected)
+    assert torch.isneginf(expected).sum() == 1
