@@ -53,6 +53,8 @@ TRAINING: dict[str, Any] = {
 """Of every model, experts and monoliths alike."""
 ADAPTING: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.0, "batch_sequences": 6}
 """Otherwise for adapters."""
+LORA: dict[str, Any] = {"rank": 1, "alpha": 1, "target_modules": ["v_proj", "o_proj", "down_proj"]}
+"""The smallest adapters that still tell domains apart: what they take is taken from the base under them."""
 
 
 def architecture(hidden: int, inner: int, layers: int) -> dict[str, Any]:
@@ -81,7 +83,6 @@ class Scale:
         expert: architecture of an expert that is a model of its own.
         monolith: of a model with the parameters of six experts.
         shared: of the base under adapters; with six adapters it has the monolith's parameters.
-        rank: of the adapters, on all linear modules.
         base_tokens: what a branched expert's base is trained on.
         expert_tokens: what each branched expert is trained on after that.
         adapter_share: part of the experts' and their base's tokens that adapters get, the rest is the shared base's.
@@ -92,11 +93,10 @@ class Scale:
 
     expert: Mapping[str, Any] = field(default_factory=lambda: architecture(32, 84, 2))
     monolith: Mapping[str, Any] = field(default_factory=lambda: architecture(96, 288, 2))
-    shared: Mapping[str, Any] = field(default_factory=lambda: architecture(88, 264, 2))
-    rank: int = 2
+    shared: Mapping[str, Any] = field(default_factory=lambda: architecture(96, 272, 2))
     base_tokens: int = 600_000
     expert_tokens: int = 600_000
-    adapter_share: float = 0.15
+    adapter_share: float = 0.05
     domain_tokens: int = 900_000
     uses: Mapping[str, int] = field(default_factory=lambda: USES)
     policies: tuple[str, ...] = tuple(POLICIES)
@@ -165,7 +165,7 @@ def runs_of(names: tuple[str, ...], scale: Scale) -> dict[str, RunSpec]:
         RunSpec(SHARED, scale.shared, names, uniform, scale.shared_tokens),
     ]
     go_on: dict[str, Any] = {"pretrained": "base"}
-    adapt = {"pretrained": SHARED, "lora": {"rank": scale.rank, "alpha": scale.rank}}
+    adapt = {"pretrained": SHARED, "lora": LORA}
     for name in names:
         found += [
             RunSpec(f"branched {name}", go_on, (name,), uniform, scale.expert_tokens),

@@ -32,8 +32,8 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "robust_map.
 TOKENS = (50_000, 150_000, 600_000)
 """Training tokens of each branched expert after its base, which is trained on twice as many."""
 CAPACITIES = {
-    "small": (architecture(32, 84, 2), architecture(96, 288, 2), architecture(88, 264, 2)),
-    "large": (architecture(64, 168, 2), architecture(144, 448, 3), architecture(136, 416, 3)),
+    "small": (architecture(32, 84, 2), architecture(96, 288, 2), architecture(96, 272, 2)),
+    "large": (architecture(64, 168, 2), architecture(144, 448, 3), architecture(144, 432, 3)),
 }
 """Architectures of a branched expert, of a monolith of six experts' parameters, and of the base under adapters."""
 BRANCHED, ADAPTERS = "branched", "adapters"

@@ -114,6 +114,23 @@ def gate_logs(gate: Gate, one: ScoredSequences) -> Tensor:
         return torch.cat([log_model(wide, one.logq_NE[each].double(), one.features.rows(each)) for each in rows])
 
 
+def experts_of(kind: str, names: Sequence[str]) -> dict[str, str]:
+    """Each domain's run."""
+    role = {"scratch": "scratch", "adapters": "adapter"}.get(kind, "branched")
+    weak = set(names[1::2]) if kind == "strong and weak" else set()
+    return {name: f"weak {name}" if name in weak else f"{role} {name}" for name in names}
+
+
+def base_of(kind: str) -> str | None:
+    """The run the experts go on from."""
+    return {"scratch": None, "adapters": SHARED}.get(kind, "base")
+
+
+def monoliths_of(setting: Setting) -> list[str]:
+    """The runs of the models that everything is compared with."""
+    return [COMPUTE, *(f"monolith {policy}" for policy in setting.scale.policies)]
+
+
 @dataclass(eq=False)
 class Comparison:
     """One (set, seed, kind of experts): experts scored, models and gates evaluated on the report text."""
@@ -125,25 +142,12 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.names = self.setting.names
-        self.pool = ExpertPool.of({name: self.setting.load(run) for name, run in self.experts().items()})
+        experts = experts_of(self.kind, self.names)
+        self.pool = ExpertPool.of({name: self.setting.load(run) for name, run in experts.items()})
         self.report, self.dev = read(self.setting, "report"), read(self.setting, "dev")
         self.on_report = {name: scored(self.pool, self.report.domains[name], name) for name in self.names}
         self.on_changing = scored(self.pool, self.report.changing, "changing")
         self.rows: dict[str, dict[str, Any]] = {}
-
-    def experts(self) -> dict[str, str]:
-        """Each domain's run."""
-        found = {}
-        for place, name in enumerate(self.names):
-            kind = {"scratch": "scratch", "adapters": "adapter"}.get(self.kind, "branched")
-            weak = self.kind == "strong and weak" and place % 2 == 1
-            found[name] = f"weak {name}" if weak else f"{kind} {name}"
-        return found
-
-    @property
-    def base(self) -> str | None:
-        """The run the experts go on from."""
-        return {"scratch": None, "adapters": SHARED}.get(self.kind, "base")
 
     # -- evaluating ---------------------------------------------------------------------------------------------
 
@@ -180,10 +184,10 @@ class Comparison:
             "ce": {name: self.rows[f"expert {name}"]["ce"][name] for name in self.names},
             "changing": -float(self.on_changing.logq_NE.amax(dim=1).mean()) / LENGTH,
         }
-        if self.base is not None:
-            self.add_model("base", self.setting.load(self.base))
+        if (base := base_of(self.kind)) is not None:
+            self.add_model("base", self.setting.load(base))
         self.add_model("parameter average", _average([member.model for member in self.pool.members]))
-        for run in (COMPUTE, *(f"monolith {policy}" for policy in self.setting.scale.policies)):
+        for run in monoliths_of(self.setting):
             self.add_model(run, self.setting.load(run))
         known = [row["dev"] for name, row in self.rows.items() if is_single(name)]
         self.best_known = [min(dev[name] for dev in known) for name in self.names]
@@ -306,7 +310,8 @@ def _average(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
 def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, Any]:
     """One comparison, kept in the work folder."""
     settings = [FIT.model_dump(mode="json"), DIRECT.model_dump(mode="json"), DISTIL.model_dump(mode="json")]
-    behind = [str(setting.folder(run)) for run in setting.runs]
+    used = [*experts_of(kind, setting.names).values(), base_of(kind), *monoliths_of(setting)]
+    behind = [setting.folder(run).name for run in used if run is not None]
     text = json.dumps([VERSION, settings, behind, kind, SAMPLES, DENSE_TOKENS, DIRECT_GATE])
     folder = work / f"{kind.replace(' ', '-')}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
     path = folder / "result.json"
@@ -328,8 +333,8 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
         "parameters": {
             role: setting.facts(run)["parameters"]
             for role, run in (
-                ("base", comparison.base),
-                ("expert", comparison.experts()[setting.names[0]]),
+                ("base", base_of(kind)),
+                ("expert", experts_of(kind, setting.names)[setting.names[0]]),
                 ("monolith", "monolith uniform"),
             )
             if run is not None
