@@ -261,6 +261,8 @@ def _tokens(
 
 def _cut(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> tuple[ArraySource, int]:
     """The first so many tokens of the documents, fewer where there are not so many, and the documents they are from."""
+    if not texts:
+        return encode(tokenizer, []), 0
     parts: list[ArraySource] = []
     held, taken = 0, 0
     while held < tokens and taken < len(texts):

@@ -1,8 +1,8 @@
 """Put the recorded figures of benchmarks/results into the README and docs/benchmarks.md; `--check` fails where stale.
 
 `HEADLINES` says which figures of a benchmark's record stand in the tables, each beside its goal, so that none is ever
-typed by hand. A record without an entry there gets a row that leads to its page. The README shows a choice of settings
-made before anything is measured; docs/benchmarks.md every row, and every recorded page whole.
+typed by hand. A record without an entry there gets a row that leads to its page. The README shows one or a few
+settings of each benchmark, those whose rows are `chosen`; docs/benchmarks.md every row, and every recorded page whole.
 """
 
 from __future__ import annotations

@@ -149,6 +149,8 @@ class PrefixGate(CausalGate):
     def prepare(self, features: Features) -> Features:
         logp_BTE, mask_BT = self.tokens(features)
         values, posteriors = self._prepared_names
+        if values in features.prepared:
+            return features
         parts = [
             self._evidence(logp_BTE[rows], None if mask_BT is None else mask_BT[rows])
             for rows in torch.arange(len(features)).split(_ROWS)

@@ -286,6 +286,7 @@ def fit_robust_gate(
         )
     state = _start(problem, gate, config) if state is None else _checked(state, problem, config)
     fits(state.gate, problem)
+    problem = dataclasses.replace(problem, domains=prepared(state.gate, problem.domains))
     draw = _Draw(problem, state.gate, config)
     end = config.steps if until is None else min(until, config.steps)
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
