@@ -111,7 +111,7 @@ def finish(
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old contents or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".partial")
+    half = path.with_name(f"{path.name}.{os.getpid()}.partial")
     half.write_text(text, encoding="utf-8")
     half.replace(path)
 

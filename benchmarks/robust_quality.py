@@ -164,6 +164,15 @@ class Comparison:
         dev = {name: -float(model_logs(model, self.dev.domains[name]).mean()) / LENGTH for name in self.names}
         self.add(row, logs.__getitem__, model_logs(model, self.report.changing), dev=dev, **facts)
 
+    def add_run(self, run: str) -> None:
+        """The row of a trained model that every kind of experts is compared with, measured once."""
+        path = self.setting.folder(run) / f"row-{VERSION}.json"
+        if path.exists():
+            self.rows[run] = json.loads(path.read_text())
+            return
+        self.add_model(run, self.setting.load(run))
+        write_atomically(path, json.dumps(self.rows[run]))
+
     def add_gate(self, row: str, gate: Gate, z: float = 1.0) -> None:
         """A gated model's row; the weights of a sequence-level gate are divided by Z."""
         shift = np.log(z)
@@ -188,7 +197,7 @@ class Comparison:
             self.add_model("base", self.setting.load(base))
         self.add_model("parameter average", _average([member.model for member in self.pool.members]))
         for run in monoliths_of(self.setting):
-            self.add_model(run, self.setting.load(run))
+            self.add_run(run)
         known = [row["dev"] for name, row in self.rows.items() if is_single(name)]
         self.best_known = [min(dev[name] for dev in known) for name in self.names]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ def test_a_recipe_can_be_planned(call: Call, path: Path) -> None:
     assert list(acts)[-1] == "report"
 
 
+@pytest.mark.parametrize(("least", "most"), [(300e6, 400e6), (650e6, 800e6)])
+def test_the_larger_models_a_recipe_names_are_of_that_size(call: Call, least: float, most: float) -> None:
+    path = RECIPES[0].parent / "dga_redpajama_pile.yaml"
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#   --set")]
+    chosen = lines[:2] if most < 500e6 else lines[2:]
+    planned = call("plan", path, "--hardware", "8xH100", "--json", *" ".join(chosen).replace("#", "").split())
+    facts = {stage["name"]: stage["facts"] for stage in planned["stages"]}
+    assert least < facts["training"]["parameters"] < most
+
+
 class StandIns:
     """Text, models and adapters of a few kilobytes in the place of a recipe's own."""
 
@@ -52,6 +63,12 @@ class StandIns:
         self.folder = folder
         self.base = str(served.write_model(folder / "base", "plain"))
         self.texts = iter(range(1000))
+        words = served.tokenizer(fewer=1).hf
+        words.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        words.save_pretrained(self.base)
+        self.chat = str(shutil.copytree(self.base, folder / "chat"))
+        words.eos_token = "<|im_end|>"
+        words.save_pretrained(self.chat)
 
     def encoder_decoder(self) -> str:
         """A T5 in the place of a T5."""
@@ -116,6 +133,8 @@ class StandIns:
         if key == "embedder":
             return {} if isinstance(value, Mapping) else "tokens-64"
         if key in ("pretrained", "base", "model") and isinstance(value, str):
+            if value.endswith("-Instruct"):  # ends its texts with another token of the same vocabulary
+                return self.chat
             return self.encoder_decoder() if "t5" in value else self.base
         if key == "source":
             return self.adapter(value)

@@ -21,11 +21,11 @@ KINDS = ("plain", "routed", "gated")
 VOCAB, POSITIONS = 320, 256
 
 
-def tokenizer() -> Tokenizer:
-    """A byte-level BPE of at most 320 tokens over made-up sentences."""
+def tokenizer(fewer: int = 0) -> Tokenizer:
+    """A byte-level BPE of at most 320 tokens, less some for others to add, over made-up sentences."""
     rng = random.Random(0)
     texts = [sentence(rng, words) for words in WORDS.values() for _ in range(30)]
-    return train_tokenizer(texts, TrainConfig(vocab_size=VOCAB))
+    return train_tokenizer(texts, TrainConfig(vocab_size=VOCAB - fewer))
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:

@@ -89,6 +89,8 @@ class Tokenizer:
         eos_id: id of the end-of-document token.
         vocab_size: highest id + 1.
         fingerprint: hash of the contents of tokenizer.json that decide the ids, and of the end-of-document token.
+        vocabulary_fingerprint: the same without the end-of-document token: tokenizers that share it give a text the same
+            ids, though models of theirs may end a text differently (a base and its chat model often do).
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase, name: str = "tokenizer") -> None:
@@ -119,8 +121,8 @@ class Tokenizer:
         else:
             contents = {"class": type(hf).__name__, "vocab": hf.get_vocab()}
         self._in_pieces = _cuts_are_exact(contents.get("pre_tokenizer"), contents.get("normalizer"))
-        canonical = json.dumps([contents, eos_id], sort_keys=True, ensure_ascii=True)
-        self.fingerprint: str = hashlib.blake2b(canonical.encode("ascii"), digest_size=16).hexdigest()
+        self.fingerprint: str = _fingerprint([contents, eos_id])
+        self.vocabulary_fingerprint: str = _fingerprint(contents)
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, eos_id={self.eos_id}, fingerprint={self.fingerprint!r})"
@@ -273,6 +275,11 @@ def split_long(text: str) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def _fingerprint(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(canonical.encode("ascii"), digest_size=16).hexdigest()
 
 
 def _cuts_are_exact(pre_tokenizer: Any, normalizer: Any) -> bool:

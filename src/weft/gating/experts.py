@@ -28,7 +28,7 @@ from weft.experts.adapted import module_input, placed
 from weft.experts.expert import LoRAExpert, LoRAFactors
 from weft.experts.library import ExpertLibrary
 from weft.experts.lora import CONFIG, base_fingerprint, check_fits, read_lora
-from weft.models.factory import load_base
+from weft.models.factory import load_base, uneven_heads
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""
@@ -73,7 +73,7 @@ class Member:
         name: unique in the pool.
         model: a decoder-only language model; members with the same object share its weights.
         lora: the adapter through which the model runs; None: the model as it is.
-        tokenizer: fingerprint of its tokenizer, None where nobody knows it.
+        tokenizer: fingerprint of its vocabulary (`Tokenizer.vocabulary_fingerprint`), None where nobody knows it.
         source: where it came from, for saving by reference; None for one made in memory.
     """
 
@@ -383,7 +383,7 @@ class ExpertPool(nn.Module):
 
     @property
     def tokenizer(self) -> str | None:
-        """Fingerprint of the experts' tokenizer, None where none is known."""
+        """Fingerprint of the experts' vocabulary (`Tokenizer.vocabulary_fingerprint`), None where none is known."""
         return next((member.tokenizer for member in self.members if member.tokenizer is not None), None)
 
     def train(self, mode: bool = True) -> Self:
@@ -593,15 +593,10 @@ def _check_vocabulary(members: Sequence[Member]) -> int:
 
 
 def _check_heads(members: Sequence[Member]) -> None:
-    """Refuse models whose attention cannot run: transformers builds them, and fails at the first token."""
+    """Refuse models whose attention cannot run."""
     for member in members:
-        config = member.model.config.get_text_config()
-        heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-        if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
-            raise ConfigError(
-                f"expert {member.name!r} has {heads} attention heads over {shared} heads of keys and values; the first "
-                "must be a multiple of the second: build it anew with another num_key_value_heads"
-            )
+        if why := uneven_heads(member.model.config.get_text_config()):
+            raise ConfigError(f"expert {member.name!r} has {why}; build it anew with other numbers")
 
 
 def _base_of(library: ExpertLibrary) -> tuple[str, str | None]:
@@ -625,16 +620,16 @@ def _adapter(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str | 
 
 
 def _tokenizer_of(source: ExpertSource, base: tuple[str, str | None]) -> str | None:
-    """Fingerprint of the tokenizer that lies beside an expert, or beside its base; None where there is none."""
+    """Fingerprint of the vocabulary that lies beside an expert, or beside its base; None where there is none."""
     for name, revision in ((source.model, source.revision), base):
         if name is None:
             continue
         try:
             if Path(name).is_dir():
                 if any((Path(name) / file).exists() for file in _TOKENIZER_FILES):
-                    return Tokenizer.load(name).fingerprint
+                    return Tokenizer.load(name).vocabulary_fingerprint
             else:
-                return load_pretrained(name, revision).fingerprint
+                return load_pretrained(name, revision).vocabulary_fingerprint
         except (ConfigError, DataError):
             continue
     return None

@@ -492,13 +492,20 @@ def _mixed(logs_BTEV: Tensor) -> Tensor:
 
 
 def _special_tokens(pool: ExpertPool) -> dict[str, Any]:
-    """Ids of special tokens as the first expert has them."""
-    model = pool.members[0].model
-    found = {}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(model.generation_config, name, None)
-        found[name] = getattr(model.config, name, None) if value is None else value
-    return found
+    """Ids of special tokens as the first expert has them, and the end of a text as any of them has it."""
+    first = pool.members[0].model
+    found = {name: _token_id(first, name) for name in ("bos_token_id", "pad_token_id")}
+    ends: list[int] = []
+    for member in pool.members:
+        named = _token_id(member.model, "eos_token_id")
+        ends += named if isinstance(named, list) else [] if named is None else [named]
+    distinct = list(dict.fromkeys(ends))
+    return {**found, "eos_token_id": distinct if len(distinct) > 1 else next(iter(distinct), None)}
+
+
+def _token_id(model: PreTrainedModel, name: str) -> Any:
+    value = getattr(model.generation_config, name, None)
+    return getattr(model.config, name, None) if value is None else value
 
 
 def _copy_experts(pool: ExpertPool, folder: Path) -> list[ExpertSource]:

@@ -159,7 +159,23 @@ def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length
         built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model.config does not make a {name}: {error}") from error
+    if why := uneven_heads(built):
+        raise ConfigError(f"model.config has {why}")
     return built
+
+
+def uneven_heads(config: PretrainedConfig) -> str | None:
+    """What is wrong with a configuration's attention heads, for a message; None where they fit.
+
+    `transformers` builds such a model all the same, and fails at its first token.
+    """
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        return (
+            f"{heads} attention heads over {shared} heads of keys and values; num_attention_heads must be a multiple "
+            "of num_key_value_heads"
+        )
+    return None
 
 
 def from_architecture(config: PretrainedConfig) -> Any:

@@ -166,7 +166,7 @@ def check_tokenizer(pool: ExpertPool, tokenizer: Tokenizer) -> None:
     """
     if pool.tokenizer is None:
         log.warning("the experts bring no tokenizer to compare; make sure that the data was tokenised for them")
-    elif pool.tokenizer != tokenizer.fingerprint:
+    elif pool.tokenizer != tokenizer.vocabulary_fingerprint:
         raise DataError(
             "the data was tokenised with another tokenizer than the experts'; prepare it with data.tokenizer: "
             "{pretrained: one of the experts}, in a folder of its own (prepared)"

@@ -118,6 +118,16 @@ def test_the_fingerprint_follows_the_contents(tokenizer: Tokenizer) -> None:
     assert Tokenizer(hf).fingerprint != tokenizer.fingerprint
 
 
+def test_tokenizers_of_other_ends_share_a_vocabulary(tokenizer: Tokenizer) -> None:
+    hf = copy.deepcopy(tokenizer.hf)
+    hf.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    base, chat = Tokenizer(hf), copy.deepcopy(hf)
+    chat.eos_token = "<|im_end|>"
+    assert Tokenizer(chat).eos_id != base.eos_id
+    assert Tokenizer(chat).fingerprint != base.fingerprint
+    assert Tokenizer(chat).vocabulary_fingerprint == base.vocabulary_fingerprint != tokenizer.vocabulary_fingerprint
+
+
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "cat": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -220,6 +220,14 @@ def test_saved_models_come_back(tmp_path, copy):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_text_ends_where_any_expert_ends_it():
+    first, second = tiny.llama(1), tiny.llama(2)
+    first.generation_config = GenerationConfig(eos_token_id=3, pad_token_id=0)
+    second.generation_config = GenerationConfig(eos_token_id=[7, 3])
+    model = ModularLM(ExpertPool.of({"a": first, "b": second}), FixedShareGate.of([0.5, 0.5], 0.05))
+    assert model.generation_config.eos_token_id == [3, 7]
+
+
 def test_a_library_whose_base_is_named_from_here_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = tiny.llama()

@@ -81,6 +81,10 @@ def test_pretrained_weights_and_adapters_go_round(tmp_path: Path) -> None:
         ({"architecture": "llama", "config": {"hiden_size": 2}}, "did you mean 'hidden_size'"),
         ({"pretrained": "/nonexistent/model"}, "cannot be loaded"),
         ({"architecture": "t5"}, "does not make a t5 language model"),
+        (
+            {"architecture": "llama", "config": {"num_attention_heads": 16, "num_key_value_heads": 12}},
+            "16 attention heads over 12 heads of keys and values",
+        ),
         ({"architecture": "gpt2", "config": {"n_embd": 130}}, "does not make a gpt2 language model"),
     ],
 )
