@@ -73,11 +73,16 @@ def _students(recipe: ExpertRecipe) -> dict[str, Path | str]:
 
 
 def _held(project: Project, name: str) -> dict[str, Any]:
-    """Revision and type of a base that was there before, as the experts were made over it."""
-    if name != BASE or not project.makes_experts or project.pool_recipe.experts.base is None:
+    """Revision and type of a model that was there before: the experts' base, or one of the gate's pool."""
+    if project.parts is None:
         return {}
-    experts = project.pool_recipe.experts
-    return {"revision": experts.revision, "dtype": experts.dtype}
+    experts = project.parts.experts
+    if name == BASE and project.makes_experts and experts.base is not None:
+        return {"revision": experts.revision, "dtype": experts.dtype}
+    for source in gating_config(project.parts).pool or ():
+        if name == f"expert: {source.name}":
+            return {"revision": source.revision, "dtype": experts.dtype}
+    return {}
 
 
 def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any]:

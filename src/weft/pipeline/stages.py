@@ -89,11 +89,11 @@ class Stage:
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's part of a training."""
+    """A recipe's part of a training: what decides its weights, and not how they are measured."""
     value = recipe.resolved()
     kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
     kept["training"] = {key: each for key, each in kept["training"].items() if key not in NOT_DECIDING}
-    return {**kept, "evaluation": {**value["evaluation"], "tasks": []}}  # training is not judged by tasks
+    return kept
 
 
 def _rivals(project: Project) -> dict[str, Any]:
@@ -122,15 +122,33 @@ def _gating(*keys: str) -> Callable[[Project], Any]:
     return settings
 
 
-def _evaluation(project: Project, **dump: Any) -> dict[str, Any]:
+def _scores(project: Project) -> Any:
+    return {**_gating("scores", "experts", "pool", "domains")(project), "dtype": project.pool_recipe.experts.dtype}
+
+
+def _evaluation(project: Project) -> dict[str, Any]:
     """The `evaluation` section, and what the files of its tasks hold."""
     files = task_files(project.evaluation.tasks)
-    return {**project.evaluation.model_dump(mode="json", **dump), **({"task_files": files} if files else {})}
+    section = project.evaluation.model_dump(mode="json", exclude={"every_steps"})
+    return {**section, **({"task_files": files} if files else {})}
+
+
+def _table(project: Project) -> dict[str, Any]:
+    """How models are measured, and which stages make them."""
+    found = {**_evaluation(project), "stages": _names(project)}
+    if project.parts is None:
+        return found
+    experts = project.parts.experts.model_dump(mode="json", include={"dtype", "examples"})
+    return {**found, **experts, "sequence_length": project.parts.experts.training.sequence_length}
+
+
+def _names(project: Project) -> list[str]:
+    return [stage.name for stage in STAGES if stage.wanted(project)]
 
 
 def _routing(project: Project) -> Any:
     routing = routing_config(project.pool_recipe).model_dump(mode="json")
-    return {"routing": routing, "evaluation": _evaluation(project, exclude={"every_steps"})}
+    return {"routing": routing, "evaluation": _evaluation(project)}
 
 
 def _routed(project: Project) -> list[Path]:
@@ -236,7 +254,7 @@ STAGES: tuple[Stage, ...] = (
         "text and samples under every expert",
         ("prepare", "experts"),
         _has_gate,
-        _gating("scores", "experts", "pool", "domains"),
+        _scores,
         lambda project: [project.pool_recipe.scores_folder / "index.json"],
         lambda project, call: score_experts(project.pool_recipe, overwrite=call.replace, progress=call.progress),
         costly=True,
@@ -267,7 +285,7 @@ STAGES: tuple[Stage, ...] = (
         "every model on the same held-out text",
         ("prepare", "train", "rivals", "experts", "route", "distil"),
         lambda project: True,
-        _evaluation,
+        _table,
         lambda project: [project.run / EVALUATION],
         lambda project, call: evaluate_models(project, progress=call.progress),
         lambda project: [project.run / EVALUATION],
@@ -277,7 +295,7 @@ STAGES: tuple[Stage, ...] = (
         "one page and one summary",
         ("train", "rivals", "route", "gate", "distil", "evaluate"),
         lambda project: True,
-        lambda project: None,
+        _names,
         lambda project: [project.run / REPORT, project.run / SUMMARY],
         lambda project, call: report_project(project),
         lambda project: [project.run / REPORT, project.run / SUMMARY],

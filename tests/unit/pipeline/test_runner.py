@@ -318,3 +318,39 @@ def test_a_project_has_the_stages_of_its_sections(tmp_path: Path) -> None:
         make_project({**value, **experts, "experts": {"rival": "doge"}})
     small = {"run": str(tmp_path), "data": value["data"], "experts": {"base": "some/base"}}
     assert [stage.name for stage in stages_of(make_project(small))] == ["prepare", "experts", "evaluate", "report"]
+
+
+WHOLE = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
+POOL = {
+    "run": "runs/pool",
+    "data": recipe_value()["data"],
+    "gating": {"pool": [{"name": "a", "model": "some/a"}, {"name": "b", "model": "some/b"}]},
+}
+
+
+def decided(value: dict[str, Any]) -> dict[str, Any]:
+    """The settings of every stage but the first, which looks at files."""
+    project = make_project(value)
+    return {stage.name: stage.settings(project) for stage in stages_of(project) if stage.name != "prepare"}
+
+
+@pytest.mark.parametrize(
+    ("before", "change", "reached"),
+    [
+        (WHOLE, {"evaluation": {"every_steps": 7}}, set()),
+        (WHOLE, {"evaluation": {"batch_size": 3, "every_steps": 30}}, {"route", "evaluate"}),
+        (WHOLE, {"evaluation": {"max_tokens_per_set": 99, "every_steps": 30}}, {"route", "evaluate"}),
+        (WHOLE, {"routing": None}, {"evaluate", "report"}),
+        (WHOLE, {"routing": None, "gating": None}, {"evaluate", "report"}),
+        (WHOLE, {"compare": None}, {"evaluate", "report"}),
+        (POOL, {"experts": {"dtype": "bfloat16"}}, {"score", "evaluate"}),
+        (POOL, {"experts": {"training": {"sequence_length": 64}}}, {"evaluate"}),
+    ],
+)
+def test_a_change_reaches_the_stages_it_decides_and_no_other(
+    before: dict[str, Any], change: dict[str, Any], reached: set[str]
+) -> None:
+    one = {**(POOL if before is POOL else recipe_value()), **before}
+    other = {key: value for key, value in {**one, **change}.items() if value is not None}
+    first, second = decided(one), decided(other)
+    assert {name for name in second if first[name] != second[name]} == reached
