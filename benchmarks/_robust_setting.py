@@ -218,7 +218,10 @@ class Setting:
         return dict(_tokens(self.data, self.tokenizer, name, self.seed, train_tokens, tuple(self.scale.uses.items())))
 
     def folder(self, run: str) -> Path:
-        """Where a run's model lies; its name changes with every choice behind it."""
+        """Where a run's model lies; its name changes with what a `RunSpec` and a `Scale` say, the domains and the seed.
+
+        After a change of this module's other constants (LENGTH, VOCABULARY, TRAINING, PROBE) take another work folder.
+        """
         return self.work / f"{run.replace(' ', '-')}-{self._digest(run)}"
 
     def _digest(self, run: str) -> str:
@@ -270,8 +273,9 @@ def _cut(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> tuple[Array
         parts.append(encode(tokenizer, texts[taken:further]))
         held, taken = held + len(parts[-1]), further
     size = min(tokens, held)
-    packed = np.concatenate([part.read(0, len(part)) for part in parts])
-    return ArraySource(packed[:size], text_bytes=round(sum(part.bytes for part in parts) * size / held)), taken
+    packed = np.concatenate([part.read(0, len(part)) for part in parts])[:size]
+    text = tokenizer.decode(packed[packed != tokenizer.eos_id])
+    return ArraySource(packed, text_bytes=len(text.encode())), taken
 
 
 def windows(source: ArraySource, limit: int | None = None) -> NDArray[np.int64]:

@@ -31,6 +31,7 @@ from weft.gating import fit_robust_gate
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "robust_map.svg"
 TOKENS = (50_000, 150_000, 600_000)
 """Training tokens of each branched expert after its base, which is trained on twice as many."""
+DOMAIN_TOKENS = 400_000
 CAPACITIES = {
     "small": (architecture(32, 84, 2), architecture(96, 288, 2), architecture(96, 272, 2)),
     "large": (architecture(64, 168, 2), architecture(144, 448, 3), architecture(144, 432, 3)),
@@ -48,7 +49,7 @@ def scale(tokens: int, capacity: str) -> Scale:
     expert, monolith, shared = CAPACITIES[capacity]
     return Scale(
         expert=expert, monolith=monolith, shared=shared, base_tokens=2 * tokens, expert_tokens=tokens,
-        domain_tokens=400_000, policies=("uniform",),
+        domain_tokens=DOMAIN_TOKENS, policies=("uniform",),
     )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def cell(setting: Setting, quick: bool) -> dict[str, dict[str, dict[str, float]]
     digest = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
     path = setting.folder(MONOLITH) / f"map-{digest}.json"
     if path.exists():
-        known: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text())
-        return known
+        kept: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text())
+        return kept
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     gate_text = read(setting, "gate").domains
@@ -76,7 +77,8 @@ def cell(setting: Setting, quick: bool) -> dict[str, dict[str, dict[str, float]]
         comparison.untrained_gates()
         domains = {name: scored(comparison.pool, gate_text[name], name) for name in setting.names}
         comparison.add_gate("direct gate", fit_robust_gate(domains, None, gate=DIRECT_GATE, config=config).gate)
-        rows = figures({"rows": comparison.rows, "bytes_per_token": dict(comparison.report.bytes_per_token)})
+        known = {"bytes_per_token": dict(comparison.report.bytes_per_token), "documents": comparison.documents()}
+        rows = figures({"rows": comparison.rows, **known})
         measured = {
             name: {**rows[name]["worst"], "mean": rows[name]["mean"], "changing": rows[name]["changing"]}
             for name in (MONOLITH, COMPUTE, *GATED)
@@ -119,7 +121,9 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "as an adapter. The expert-sized monolith has a branched expert's parameters and the monolith's tokens. "
         "Branched: whole models that go on from a base of their size. Adapters: LoRA over a shared base; together they "
         "have the monolith's parameters and tokens. Below 0: ahead of the monolith. The direct gate is fitted to "
-        "regret to the own expert throughout.",
+        "regret to the own expert throughout. Regrets are to the own experts of a row's kind, those of the monoliths "
+        f"to the branched ones. A domain has at most {DOMAIN_TOKENS:,} tokens of text: in the rows of the most tokens "
+        "per expert it is read up to three times, by the monoliths too.",
     ]
     titles = {
         "own expert": "Worst domain by regret to the own expert",

@@ -2,7 +2,7 @@
 
 Two sets of domains (far and near), three kinds of experts (branched from a shared base, from scratch, and branched with
 every second one weak), three offsets, mixtures nobody tuned for, text that changes domain midway. Documents to report
-on are read by nothing else.
+on are read by no training, no fit and no choice; the common tokenizer was trained on text of every domain, theirs too.
 
     python benchmarks/robust_quality.py --data PATH --work PATH     # regenerates benchmarks/results/robust_quality.*
 """
@@ -48,7 +48,7 @@ from weft.gating.problem import log_model
 from weft.gating.scores import ScoreCache, ScoreConfig, score
 from weft.models.hf import token_losses
 
-VERSION = 2
+VERSION = 3
 """Of what a comparison measures; results kept in a work folder are of one version."""
 KINDS = ("branched", "adapters", "scratch", "strong and weak")
 OFFSETS = ("own expert", "best known", "none")
@@ -62,31 +62,45 @@ DIRECT = FitConfig(
 )
 DISTIL = DistilConfig(steps=600, patience=3)
 DENSE_TOKENS = 1_000_000
+REFRESH = 32
+"""Tokens after which sleeping experts catch up, the default of `weft gate distil`."""
+FIRST_DEVELOPMENT_SEED = 100
+"""Seeds from here on are measured on the development text."""
+COMPARED = ("monolith uniform", "bayes")
+"""Rows that every other's mean is set against, document by document."""
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Windows of every domain, and of texts that change domain midway."""
+    """Windows of every domain, the document each begins in, and windows that change domain midway."""
 
     domains: Mapping[str, NDArray[np.int64]]
+    documents: Mapping[str, NDArray[np.int64]]
     bytes_per_token: Mapping[str, float]
     changing: NDArray[np.int64]
 
 
 def read(setting: Setting, use: str) -> Text:
-    """The windows of one use; changing ones go from each domain to each other, half a window of both."""
+    """The windows of one use; changing ones go from each domain to each other, half a window of both, drawn at random.
+
+    The draw is the same for every seed.
+    """
     sources = {name: setting.text(name)[use] for name in setting.names}
     found = {name: windows(source) for name, source in sources.items()}
-    half = LENGTH // 2
-    changing = [
-        np.concatenate([found[first][place % len(found[first]), : half + 1], found[second][-1 - place, 1 : half + 1]])
-        for first in found
-        for second in found
-        if first != second
-        for place in range(6)
-    ]
-    per_token = {name: source.bytes / len(source) for name, source in sources.items()}
-    return Text(found, per_token, np.stack(changing))
+    ends = {name: np.cumsum(one.read(0, len(one)) == setting.tokenizer.eos_id) for name, one in sources.items()}
+    half, rng = LENGTH // 2, np.random.default_rng(11)
+    changing = []
+    for first in found:
+        for second in found:
+            if first != second:
+                pairs = zip(rng.permutation(found[first])[:6], rng.permutation(found[second])[:6], strict=True)
+                changing += [np.concatenate([one[: half + 1], other[1 : half + 1]]) for one, other in pairs]
+    return Text(
+        found,
+        {name: ends[name][np.arange(len(found[name])) * LENGTH] for name in found},
+        {name: source.bytes / len(source) for name, source in sources.items()},
+        np.stack(changing),
+    )
 
 
 @torch.inference_mode()
@@ -144,16 +158,23 @@ class Comparison:
         self.names = self.setting.names
         experts = experts_of(self.kind, self.names)
         self.pool = ExpertPool.of({name: self.setting.load(run) for name, run in experts.items()})
-        self.report, self.dev = read(self.setting, "report"), read(self.setting, "dev")
+        self.dev = read(self.setting, "dev")
+        self.report = self.dev if self.setting.seed >= FIRST_DEVELOPMENT_SEED else read(self.setting, "report")
         self.on_report = {name: scored(self.pool, self.report.domains[name], name) for name in self.names}
         self.on_changing = scored(self.pool, self.report.changing, "changing")
         self.rows: dict[str, dict[str, Any]] = {}
 
+    def documents(self) -> dict[str, list[int]]:
+        """The document that each window of the report text begins in, by domain."""
+        return {name: each.tolist() for name, each in self.report.documents.items()}
+
     # -- evaluating ---------------------------------------------------------------------------------------------
 
     def add(self, row: str, logs: Callable[[str], Tensor], changing: Tensor | None, **facts: Any) -> None:
-        """A row: cross-entropy of each domain and of changing text, nats per token."""
-        ce = {name: -float(logs(name).mean()) / LENGTH for name in self.names}
+        """A row: cross-entropy of each domain, by window and on the whole, and of changing text, nats per token."""
+        each = {name: -logs(name) / LENGTH for name in self.names}
+        ce = {name: float(values.mean()) for name, values in each.items()}
+        facts["windows"] = {name: [round(value, 6) for value in values.tolist()] for name, values in each.items()}
         if changing is not None:
             facts["changing"] = -float(changing.mean()) / LENGTH
         self.rows[row] = {"ce": ce, **facts}
@@ -190,7 +211,7 @@ class Comparison:
             dev = {each: -float(model_logs(model, self.dev.domains[each]).mean()) / LENGTH for each in self.names}
             self.rows[f"expert {name}"]["dev"] = dev
         self.rows["oracle expert"] = {
-            "ce": {name: self.rows[f"expert {name}"]["ce"][name] for name in self.names},
+            **{key: {name: self.rows[f"expert {name}"][key][name] for name in self.names} for key in ("ce", "windows")},
             "changing": -float(self.on_changing.logq_NE.amax(dim=1).mean()) / LENGTH,
         }
         if (base := base_of(self.kind)) is not None:
@@ -217,7 +238,7 @@ class Comparison:
         cache = score(
             self.pool,
             {name: self.setting.text(name)["gate"] for name in self.names},
-            self.folder / "scores",
+            self._scores_folder(sequences, samples),
             ScoreConfig(length=LENGTH, sequences=sequences, samples=samples, batch_size=BATCH, seed=self.setting.seed),
             eos_id=self.setting.tokenizer.eos_id,
             show=False,
@@ -229,7 +250,7 @@ class Comparison:
         self.add_gate("bayes, capacity prior", BayesGate.of(capacity.lam_D))
         facts: dict[str, Any] = {"capacity": capacity.value / LENGTH, "fits": {}}
         for offset in OFFSETS:
-            values = self._offsets(offset)
+            values = self._offsets(offset, domains)
             start = time.perf_counter()
             fit = FIT.model_copy(update={"steps": 200}) if self.quick else FIT
             found = fit_robust_gate(
@@ -246,11 +267,23 @@ class Comparison:
             }  # fmt: skip
         return facts
 
-    def _offsets(self, offset: str) -> Any:
-        """As `fit_robust_gate` takes them; `best known` is measured on the development text."""
+    def _scores_folder(self, sequences: int, samples: int) -> Path:
+        """Where scores are kept, which other settings of gates and students find again."""
+        behind = [self.setting.folder(run).name for run in experts_of(self.kind, self.names).values()]
+        digest = hashlib.blake2b(json.dumps([behind, sequences, samples]).encode(), digest_size=6).hexdigest()
+        return self.setting.work / f"scores-{digest}"
+
+    def _offsets(self, offset: str, domains: Mapping[str, ScoredSequences]) -> Any:
+        """As `fit_robust_gate` takes them.
+
+        How far the best known model is ahead of the own expert is measured on the development text, and set off against
+        the own expert on the sequences the gate is fitted on: cross-entropies of different documents do not compare.
+        """
         if offset != "best known":
             return "expert" if offset == "own expert" else "none"
-        return self.best_known
+        own = [-float(domains[name].logq_NE[:, place].mean()) / LENGTH for place, name in enumerate(self.names)]
+        ahead = [self.rows[f"expert {name}"]["dev"][name] for name in self.names]
+        return [mine + best - known for mine, best, known in zip(own, self.best_known, ahead, strict=True)]
 
     def _students(
         self,
@@ -268,10 +301,10 @@ class Comparison:
             return kl
         for top in (2, 1):
             sparse = distil_sparse(found.gate, student, fit_samples, top, config=config).gate
-            self.add_gate(f"student, top {top}", sparse)
-            served = {name: log_served(sparse, one.features) for name, one in self.on_report.items()}
-            changing = log_served(sparse, self.on_changing.features)
-            self.add(f"student, top {top}, never refreshed", served.__getitem__, changing)
+            for row, every in ((f"student, top {top}", REFRESH), (f"student, top {top}, never refreshed", None)):
+                served = {name: _served(sparse, one, every) for name, one in self.on_report.items()}
+                self.add(row, served.__getitem__, _served(sparse, self.on_changing, every))
+            self.add_gate(f"student, top {top}, all experts run", sparse)
             kl[f"top {top}"] = student_kl(found.gate, sparse, held_samples)[0]
         if self.kind == "branched":
             self.add_model("dense student", self._dense(found.gate, student, fit_samples, cache))
@@ -308,6 +341,12 @@ class Comparison:
         return result.model
 
 
+def _served(gate: CausalGate, one: ScoredSequences, refresh_every: int | None) -> Tensor:
+    """log s(x) of windows as a sparse student is served token by token."""
+    rows = torch.arange(len(one)).split(4 * BATCH)
+    return torch.cat([log_served(gate, one.features.rows(each), refresh_every=refresh_every) for each in rows])
+
+
 def _average(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
     """The model whose parameters are the mean of these."""
     average = type(models[0])(models[0].config)
@@ -338,6 +377,7 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
         "rows": comparison.rows,
         "facts": facts,
         "bytes_per_token": dict(comparison.report.bytes_per_token),
+        "documents": comparison.documents(),
         "conflict": setting.facts("monolith uniform")["conflict"],
         "parameters": {
             role: setting.facts(run)["parameters"]
@@ -367,8 +407,22 @@ def is_single(row: str) -> bool:
     return row.startswith(("expert ", "monolith ")) or row in ("base", "parameter average")
 
 
+def paired(
+    one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]], documents: Mapping[str, Sequence[int]]
+) -> tuple[float, float]:
+    """Difference of two rows' means over domains, and its standard error over documents, or windows where there is one."""
+    means, variances = [], []
+    for name, documents_N in documents.items():
+        difference_N = np.asarray(one[name]) - np.asarray(other[name])
+        place_N = np.arange(len(difference_N)) if len(set(documents_N)) < 2 else np.asarray(documents_N)
+        means.append(difference_N.mean())
+        sums = np.bincount(place_N, weights=difference_N - means[-1])
+        variances.append(float((sums**2).sum()) / len(difference_N) ** 2)
+    return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(means))
+
+
 def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each row: worst value under each offset, mean cross-entropy, shifted mixtures, changing text, bits per byte.
+    """Of each row: worst value under each offset, mean cross-entropy, shifted mixtures, changing text, by domain.
 
     A row that is fitted once for each offset becomes one row, each figure from the fit for its offset; means are of
     the fit for the own expert's.
@@ -401,6 +455,14 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             own = rows[members.get("all", members.get(offset, ""))]["ce"]
             worst[offset] = max(own[name] - shift[name] for name in names)
         bits = {name: main["ce"][name] / np.log(2) / found["bytes_per_token"][name] for name in names}
+        over = {
+            f"{what}, {row}": value
+            for row in COMPARED
+            if row in rows
+            for what, value in zip(
+                ("over", "error"), paired(main["windows"], rows[row]["windows"], found["documents"]), strict=True
+            )
+        }
         answer[family] = {
             "worst": worst,
             "mean": float(ce_D.mean()),
@@ -408,7 +470,9 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             **{f"shifted_worst, {offset}": float(moved_M.max()) for offset, moved_M in moved.items()},
             **{f"shifted_sd, {offset}": float(moved_M.std()) for offset, moved_M in moved.items()},
             "changing": main.get("changing"),
-            "bits_per_byte": bits,
+            **over,
+            "nats_per_token": {name: main["ce"][name] for name in names},
+            "bits_per_byte": {**bits, "worst": max(bits.values())},
         }
     return answer
 
@@ -424,11 +488,11 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             **{
                 key: spread([one[key] for one in mine]).as_json()
                 for key in mine[0]
-                if key not in ("worst", "bits_per_byte") and mine[0][key] is not None
+                if key not in ("worst", "bits_per_byte", "nats_per_token") and mine[0][key] is not None
             },
-            "bits_per_byte": {
-                name: spread([one["bits_per_byte"][name] for one in mine]).as_json()
-                for name in mine[0]["bits_per_byte"]
+            **{
+                unit: {name: spread([one[unit][name] for one in mine]).as_json() for name in mine[0][unit]}
+                for unit in ("nats_per_token", "bits_per_byte")
             },
         }
     if any(set(one) != set(each[0]) for one in each):
@@ -447,6 +511,7 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for place, step in enumerate(measured)
         },
         "parameters": runs[0]["parameters"],
+        "documents": {name: len(set(places)) for name, places in runs[0]["documents"].items()},
     }
 
 
@@ -462,23 +527,32 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         "# Robust gates against monoliths",
         "",
-        f"Six domains, one expert each. A monolith has the experts' total parameters and is trained on the experts', "
-        f"their base's and their gates' tokens together ({record['monolith_tokens']:,}); all whole models with one "
-        "learning rate. Experts branched: whole models that go on from a base of their size. Adapters: LoRA over a "
-        "shared base that, with the adapters, has the monolith's parameters. Scratch: whole models without a base. "
-        "Strong and weak: as branched, every second one with a tenth of the training. A monolith of the size of one "
-        "branched expert costs as much per token as the one expert that a top-1 gate runs. Worst: the largest over "
-        "domains of cross-entropy minus offset, nats per token, on report text; offsets are the own expert's "
-        "cross-entropy, the best known single model's per domain (experts, base, parameter average, monoliths), and "
-        "none. Robust gate, student and direct gates are fitted once for each offset; their other columns are of the "
-        f"fit for the own expert's. Shifted: {MIXTURES} random mixtures nobody tuned for; mean cross-entropy, and "
-        "largest (standard deviation) of the values under two offsets. Changing: windows that go from one domain to "
-        "another after half of their tokens; the oracle there is the best expert of each window.",
+        "Six domains, one expert each. A monolith has the experts' total parameters and is trained on the "
+        f"experts', their base's and their gates' tokens together ({record['monolith_tokens']:,}). All whole "
+        "models have one learning rate and batch size, which nobody searched for; those of the adapters, their "
+        "rank, their modules and their share of the tokens were searched for on development text. Experts "
+        "branched: whole models that go on from a base of their size. Adapters: LoRA over a shared base that, "
+        "with the adapters, has the monolith's parameters. Scratch: whole models without a base. Strong and weak: "
+        "as branched, every second one with a tenth of the training. The expert-sized monolith has one branched "
+        "expert's parameters.",
         "",
-        "Not equal to the monolith's budget: with strong and weak experts the modular side has fewer tokens; the dense "
-        f"student learns from {record['dense_tokens']:,} further tokens, three quarters of them training text. The "
-        "tokenizer was trained on text of every domain, report documents among it; documents of a book or a topic may "
-        "be on both sides.",
+        "Worst: the largest over domains of cross-entropy minus offset, nats per token, on report text; offsets "
+        "are the own expert's cross-entropy, the best known single model's per domain (experts, base, parameter "
+        "average, monoliths), and none. Robust gate, direct gate and student are fitted once for each offset; "
+        "their other columns are of the fit for the own expert's. Top-1, top-2 and dense students are of that fit "
+        f"alone. Top 1: as served token by token, one expert at work and the others catching up every {REFRESH} "
+        "tokens; never refreshed: they never do; all experts run: each is up to date at every token, which costs "
+        "what the full student costs. Mean, less another's: the difference and its standard error over documents, "
+        f"paired, domains weighing the same. Shifted: {MIXTURES} random mixtures nobody tuned for; mean "
+        "cross-entropy, and largest (standard deviation) of the values under two offsets. Changing: windows that "
+        "go from one domain to another after half of their tokens; the oracle there is the best expert of each "
+        "window. Seeds are of training: all report on the same documents, and spreads over seeds do not show what "
+        "other documents would change.",
+        "",
+        "Not equal to the monolith's budget: with strong and weak experts the modular side has fewer tokens; the "
+        f"dense student learns from {record['dense_tokens']:,} further tokens, three quarters of them training "
+        "text. The tokenizer was trained on text of every domain, report documents among it; documents of a book "
+        "or a topic may be on both sides.",
     ]
     for title, one in record["comparisons"].items():
         conflict = "; ".join(
@@ -492,11 +566,13 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             f"{one['seeds']} seeds; parameters trained: "
             + ", ".join(f"{role} {count:,}" for role, count in one["parameters"].items())
             + ". Mean cosine between two domains' gradients in the uniform "
-            f"monolith: {conflict}. Capacity between the experts: {show(one['capacity_nats_per_token'])} nats/token.",
+            f"monolith: {conflict}. Capacity between the experts: {show(one['capacity_nats_per_token'])} nats/token. "
+            "Report documents: " + ", ".join(f"{name} {count}" for name, count in one["documents"].items()) + ".",
             "",
             table(
                 [
-                    "model", *(f"worst, {offset}" for offset in OFFSETS), "mean", "shifted: mean",
+                    "model", *(f"worst, {offset}" for offset in OFFSETS), "mean",
+                    *(f"mean, less {name}'s (± se)" for name in COMPARED), "shifted: mean",
                     *(f"shifted: worst (sd), {offset}" for offset in OFFSETS[:2]), "changing",
                 ],
                 [
@@ -504,6 +580,10 @@ def to_markdown(record: Mapping[str, Any]) -> str:
                         name,
                         *(show(row["worst"][offset]) for offset in OFFSETS),
                         show(row["mean"]),
+                        *(
+                            f"{row[f'over, {other}']['median']:+.4f} ± {row[f'error, {other}']['median']:.4f}"
+                            for other in COMPARED
+                        ),
                         show(row["shifted_mean"]),
                         *(
                             f"{show(row[f'shifted_worst, {offset}'])} ({show(row[f'shifted_sd, {offset}'])})"
@@ -514,17 +594,20 @@ def to_markdown(record: Mapping[str, Any]) -> str:
                     for name, row in one["rows"].items()
                 ],
             ),
-            "",
-            "Bits per byte by domain:",
-            "",
-            table(
-                ["model", *next(iter(one["rows"].values()))["bits_per_byte"]],
-                [
-                    [name, *(show(value, "{:.3f}") for value in row["bits_per_byte"].values())]
-                    for name, row in one["rows"].items()
-                ],
-            ),
         ]  # fmt: skip
+        for title_of, unit in (("Nats per token", "nats_per_token"), ("Bits per byte", "bits_per_byte")):
+            lines += [
+                "",
+                f"{title_of} by domain:",
+                "",
+                table(
+                    ["model", *next(iter(one["rows"].values()))[unit]],
+                    [
+                        [name, *(show(value, "{:.3f}") for value in row[unit].values())]
+                        for name, row in one["rows"].items()
+                    ],
+                ),
+            ]
     return "\n".join([*lines, "", environment_lines(record)])
 
 

@@ -177,7 +177,7 @@ def test_students_that_can_be_served(
     rows = made["rows"]
     assert set(rows) == {
         "uniform", "bayes", "fixed share", "robust", "student", "student-top-1", "student-top-2", "dense",
-        "student-top-1, never refreshed", "student-top-2, never refreshed",
+        "student-top-1, all experts run", "student-top-2, all experts run",
     }  # fmt: skip
     for row in rows.values():
         assert row["worst"] == pytest.approx(max(each["value"] for each in row["domains"].values()))

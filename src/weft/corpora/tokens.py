@@ -89,8 +89,8 @@ class Tokenizer:
         eos_id: id of the end-of-document token.
         vocab_size: highest id + 1.
         fingerprint: hash of the contents of tokenizer.json that decide the ids, and of the end-of-document token.
-        vocabulary_fingerprint: the same without the end-of-document token: tokenizers that share it give a text the same
-            ids, though models of theirs may end a text differently (a base and its chat model often do).
+        vocabulary_fingerprint: the same without the end-of-document token. Tokenizers that share it give a text the
+            same ids, though models of theirs may end a text differently (a base and its chat model often do).
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase, name: str = "tokenizer") -> None:

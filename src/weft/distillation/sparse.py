@@ -27,7 +27,7 @@ from weft.distillation.structural import (
 from weft.errors import ConfigError
 from weft.gating.features import FLOOR
 from weft.gating.gate import CausalGate, Features, Gate
-from weft.gating.prefix_gate import PrefixGate, fill_unseen, with_top
+from weft.gating.prefix_gate import PrefixGate, among, with_top
 from weft.gating.sequences import ScoredSequences
 
 
@@ -40,14 +40,14 @@ class SparseRow:
         kl: KL(pi_g / Z || student) on the samples it was measured on, nats per sequence.
         error: standard error of `kl`; 0 where enumerated.
         ce: cross-entropy of each domain that came, nats per token where tokens are counted, else per sequence.
-        ce_unseen: the same where experts that did not run on a token leave its score unknown to the gate.
+        ce_served: the same as the student is served token by token (`log_served`).
     """
 
     experts_per_token: int | None
     kl: float
     error: float
     ce: Mapping[str, float]
-    ce_unseen: Mapping[str, float]
+    ce_served: Mapping[str, float]
 
 
 def log_sparse(student: CausalGate, features: Features) -> Tensor:
@@ -124,6 +124,7 @@ def sparse_table(
     domains: Mapping[str, ScoredSequences] | None = None,
     *,
     known_tokens: int = 0,
+    refresh_every: int | None = 32,
 ) -> tuple[SparseRow, ...]:
     """KL and cross-entropies of students side by side, on data none was fitted on.
 
@@ -133,47 +134,79 @@ def sparse_table(
         samples: held-out draws of the experts, for KL.
         domains: real text, for cross-entropies.
         known_tokens: tokens at the start of each text that every expert scores even in sparse serving, as a prompt.
+        refresh_every: tokens after which every expert catches up in sparse serving; None for never.
     Raises:
         ConfigError, NumericsError: as `student_kl`.
     """
     rows = []
     for student in students:
         kl, error = student_kl(gate, student, samples)
-        ce, unseen = {}, {}
+        ce, served = {}, {}
         for name, one in (domains or {}).items():
             ce[name] = _cross_entropy(one, log_students(student, one))
-            unseen[name] = _cross_entropy(one, log_served(student, one.features, known_tokens=known_tokens))
-        rows.append(SparseRow(getattr(student.config, "top", None), kl, error, ce, unseen))
+            logs = log_served(student, one.features, known_tokens=known_tokens, refresh_every=refresh_every)
+            served[name] = _cross_entropy(one, logs)
+        rows.append(SparseRow(getattr(student.config, "top", None), kl, error, ce, served))
     return tuple(rows)
 
 
 @torch.no_grad()
-def log_served(student: CausalGate, features: Features, *, known_tokens: int = 0) -> Tensor:
-    """log s(x) as sparse serving has it: experts of weight 0 do not run, and the gate never learns their scores.
+def log_served(
+    student: CausalGate, features: Features, *, known_tokens: int = 0, refresh_every: int | None = None
+) -> Tensor:
+    """log s(x) as `ModularLM` serves it token by token: experts of weight 0 sleep, and the gate lacks their scores.
 
-    What did not run is filled in by `fill_unseen`. The model is normalised like any causal gate's, but it is another
-    one than the student that sees all scores; with all experts at work the two are the same.
+    What a sleeping expert would have said of a token is stood in for by the mixture's own log-probability. An expert
+    that is called again reads all it missed, and every `refresh_every` tokens all experts do; from then on the gate
+    knows it. The model is normalised like any causal gate's, but it is another one than the student that sees all
+    scores; with all experts at work, or a `refresh_every` of 1, the two are the same.
 
     Args:
         student: any causal gate.
         features: of B sequences, with `logp_BTE`.
         known_tokens: tokens at the start that all experts score, as when a prompt is read.
+        refresh_every: tokens after which every expert catches up; None for never.
     Returns:
         log s(x), B, nats, float64.
+    Raises:
+        ConfigError: `refresh_every` is not positive.
     """
+    if refresh_every is not None and refresh_every < 1:
+        raise ConfigError(f"refresh_every is {refresh_every}; it must be 1 or more, or None for never")
     wide = student.to("cpu", torch.float64)
     logp_BTE, mask_BT = wide.tokens(features)
     logp_BTE = logp_BTE.double()
-    state = wide.begin(len(logp_BTE))
+    mask_BT = torch.ones(logp_BTE.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT
+    known_BTE = torch.zeros_like(logp_BTE, dtype=torch.bool)
+    said_BTE = logp_BTE.clone()  # what the gate is told
+    state = anchored = wide.begin(len(logp_BTE))
+    anchor = 0
     total_B = torch.zeros(len(logp_BTE), dtype=torch.float64)
     for t in range(logp_BTE.shape[1]):
-        logw_BE, logp_BE = wide.current(state), logp_BTE[:, t]
-        mask_B = None if mask_BT is None else mask_BT[:, t]
-        token_B = torch.logsumexp(logw_BE + logp_BE, dim=-1)
-        total_B = total_B + (token_B if mask_B is None else torch.where(mask_B, token_B, torch.zeros_like(token_B)))
-        if t >= known_tokens:
-            logp_BE = fill_unseen(logw_BE, logp_BE, ~torch.isneginf(logw_BE))
-        state = wide.advance(state, logp_BE, mask_B)
+        if t <= known_tokens or (refresh_every is not None and t - anchor >= refresh_every):
+            for place in range(anchor, t):
+                anchored = wide.advance(anchored, logp_BTE[:, place], mask_BT[:, place])
+            state, anchor = anchored, t
+            logw_BE = wide.current(state)
+            known_BTE[:, t] = True
+        else:
+            state = wide.advance(state, said_BTE[:, t - 1], mask_BT[:, t - 1])
+            logw_BE = before_BE = wide.current(state)
+            ran_BE = ~torch.isneginf(before_BE)
+            late_BE = ran_BE & ~known_BTE[:, anchor:t].all(dim=1)
+            if bool(late_BE.any()):
+                known_BTE[:, anchor:t] |= late_BE[:, None]
+                said_BTE[:, anchor:t] = torch.where(
+                    known_BTE[:, anchor:t], logp_BTE[:, anchor:t], said_BTE[:, anchor:t]
+                )
+                state = anchored
+                for place in range(anchor, t):
+                    state = wide.advance(state, said_BTE[:, place], mask_BT[:, place])
+                logw_BE = among(wide.current(state), ran_BE, before_BE)
+            known_BTE[:, t] = ran_BE
+        token_B = torch.logsumexp(logw_BE + logp_BTE[:, t], dim=-1)
+        said_BTE[:, t] = torch.where(known_BTE[:, t], logp_BTE[:, t], token_B[:, None])
+        total_B = total_B + torch.where(mask_BT[:, t], token_B, torch.zeros_like(token_B))
     return total_B
 
 

@@ -50,7 +50,7 @@ from weft.gating import experts as room
 from weft.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
 from weft.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
 from weft.gating.modular_cache import ModularCache
-from weft.gating.prefix_gate import PrefixGate
+from weft.gating.prefix_gate import PrefixGate, among
 from weft.gating.slots import rows_of
 
 PIECE = 64
@@ -309,7 +309,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         end, batch = cache.length, cache.batch
         logp_BE, mask_B = cache.scores(end - 1)
         cache.state = self.gate.advance(cache.state, logp_BE, mask_B)
-        logw_BE = self.gate.current(cache.state)
+        logw_BE = before_BE = self.gate.current(cache.state)
         # In the pool's order, so that sums are the same whoever is preferred.
         chosen_BM = logw_BE.topk(self.config.top_m, dim=-1).indices.sort(dim=-1).values
         wanted_EB = torch.zeros(len(self.pool), batch, dtype=torch.bool)
@@ -333,7 +333,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                 revised = revised or late
         if revised:
             cache.state, rows = self._replay(cache, 1)
-            logw_BE = rows[0]
+            logw_BE = among(rows[0], wanted_EB.T.to(before_BE.device), before_BE)
         logq_BMV = cache.logq_EBV[chosen_BM, torch.arange(batch, device=chosen_BM.device)[:, None]]
         if self.config.top_m == 1:
             return logq_BMV

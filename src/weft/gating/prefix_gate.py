@@ -287,31 +287,19 @@ def with_top(gate: PrefixGate, top: int | None) -> PrefixGate:
     return PrefixGate(config, gate.experts, gate.tensors)
 
 
-def fill_unseen(logw_BE: Tensor, logp_BE: Tensor, ran_BE: Tensor) -> Tensor:
-    """Scores for experts that did not run on a token, so that any causal gate can be advanced in sparse serving.
-
-        log p_k = logsumexp over the experts that ran of [ log w_j + log p_j ]          w renormalised over them
-
-    An expert that sleeps neither gains nor loses against those awake (the specialists of Freund, Schapire, Singer and
-    Warmuth 1997): its weight under Bayes is as before the token.
+def among(logw_XE: Tensor, ran_XE: Tensor, before_XE: Tensor) -> Tensor:
+    """Weights made to sum to 1 over the experts that ran, where what they read has changed the weights since.
 
     Args:
-        logw_BE: log gate weights at the token, -inf where an expert was not chosen.
-        logp_BE: log-probability each expert gave the token; what did not run may hold anything.
-        ran_BE: True for experts that ran.
+        logw_XE: log-weights now; -inf for what the gate would not choose any more.
+        ran_XE: True for experts that ran.
+        before_XE: the log-weights they were chosen by; taken where the gate would choose none of them any more.
     Returns:
-        logp_BE with the missing scores filled in.
-    Raises:
-        ConfigError: a row has no expert that ran.
+        log-weights, -inf for experts that did not run.
     """
-    if not bool(ran_BE.any(dim=-1).all()):
-        raise ConfigError("a token was scored by no expert; run one of them at least")
-    held_BE = logw_BE.masked_fill(~ran_BE, -math.inf)
-    dead_B1 = torch.isneginf(held_BE).all(dim=-1, keepdim=True)
-    held_BE = torch.where(dead_B1, torch.zeros_like(held_BE).masked_fill(~ran_BE, -math.inf), held_BE)
-    scores_BE = logp_BE.masked_fill(~ran_BE, 0.0)
-    awake_B1 = torch.logsumexp(torch.log_softmax(held_BE, dim=-1) + scores_BE, dim=-1, keepdim=True)
-    return torch.where(ran_BE, logp_BE, awake_B1.to(logp_BE.dtype))
+    kept_XE = logw_XE.masked_fill(~ran_XE, -math.inf)
+    dead_X1 = torch.isneginf(kept_XE).all(dim=-1, keepdim=True)
+    return torch.log_softmax(torch.where(dead_X1, before_XE.masked_fill(~ran_XE, -math.inf), kept_XE), dim=-1)
 
 
 def _worth(logp_XE: Tensor) -> Tensor:

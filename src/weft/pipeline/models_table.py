@@ -159,7 +159,8 @@ def _monolith_row(project: Project) -> dict[str, Any] | None:
         return None
     scores = open_scores(project.parts, causal=True)
     problem = held_out_problem(scores, gating_config(project.parts))
-    model = load_model(folder / "model")
+    device = choose_runtime(project.parts.experts.training, parameters=0).device
+    model = load_model(folder / "model").to(device)
     domains, rows = scores.cache.domains, scores.split.domain_rows
     logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
     return table_row(measure(logs, problem), problem)

@@ -52,8 +52,8 @@ class RoutingConfig(Section):
     build: list[str] = Field(
         default_factory=lambda: ["phatgoose"],
         min_length=1,
-        description="routed models written to `routed`, one folder each; the report shows the first at work, and times "
-        "the last",
+        description="routed models written to `routed`, one folder each; the report shows the first that chooses by "
+        "token at work, and times the last",
     )
     trace: str | None = Field(
         None, min_length=1, description="text whose routing is shown; absent: held-out text that changes domain midway"

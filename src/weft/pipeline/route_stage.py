@@ -25,10 +25,11 @@ from weft.files import read_object, write_whole
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.project_config import RoutingConfig
-from weft.pipeline.routes import BEST_SINGLE, build_route, evaluate_routes, parse_router, trace_text
+from weft.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, parse_router, trace_opened
 from weft.reporting.routing import RoutingFacts
 from weft.routing.calls import is_encoder_decoder
 from weft.routing.routed_model import RoutedModel
+from weft.training.runtime import choose_runtime
 
 ROUTING = "routing.json"
 HALF_TOKENS = 60
@@ -67,7 +68,9 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     timed = None
     if config.timed_pairs:
         data = PreparedData.load(recipe.prepared_folder)
-        timed = relative_forward_time(routed_folder(recipe, config.build[-1]), data, config.timed_pairs)
+        timed = relative_forward_time(
+            routed_folder(recipe, config.build[-1]), data, config.timed_pairs, _device(recipe)
+        )
     found = {
         "heldout_bpb": {label: mean.bits_per_byte for label, mean in generic.items() if mean is not None},
         "unseen_bpb": {label: row.sets["target"].bits_per_byte for label, row in rows.items() if "target" in row.sets},
@@ -121,43 +124,62 @@ def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFact
     text, label = config.trace, "the recipe's text"
     if text is None:
         text, label = changing_text(PreparedData.load(recipe.prepared_folder)), "a text that changes domain midway"
-    traced = trace_text(routed_folder(recipe, config.build[0]), text)
+    traced = _traced(recipe, text) if text else None
     return RoutingFacts(
         table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
         relative_forward_time=found["relative_forward_time"],
-        traces=[(f"{config.build[0]} on {label}", traced.trace, traced.tokens)],
+        traces=[] if traced is None else [(f"{traced[0]} on {label}", traced[1].trace, traced[1].tokens)],
         accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},
         chance=found.get("chance", {}),
     )
 
 
+def _traced(recipe: ExpertRecipe, text: str) -> tuple[str, TracedText] | None:
+    """A text under the first routed model whose experts change with the token; None where none does."""
+    transformers_logging.disable_progress_bar()
+    for router in routing_config(recipe).build:
+        folder = routed_folder(recipe, router)
+        model = RoutedModel.from_pretrained(folder, device=_device(recipe))
+        if model.router.static_weights_E is None:
+            return router, trace_opened(model, folder, text)
+    return None
+
+
 def changing_text(data: PreparedData) -> str:
     """Held-out text that changes domain midway: from the first domain to the second that hold out any."""
-    pieces: list[str] = []
-    for domain in data.domains:
-        if domain.heldout is not None and len(domain.heldout) > HALF_TOKENS and len(pieces) < 2:
-            pieces.append(data.tokenizer.decode(domain.heldout.read(0, HALF_TOKENS).tolist()))
-    return "\n".join(pieces)
+    heldout = [domain.heldout for domain in data.domains if domain.heldout is not None and len(domain.heldout)]
+    return "\n".join(data.tokenizer.decode(one.read(0, min(HALF_TOKENS, len(one))).tolist()) for one in heldout[:2])
+
+
+def _device(recipe: ExpertRecipe) -> torch.device:
+    return choose_runtime(recipe.experts.training, parameters=0).device
 
 
 @torch.inference_mode()
-def relative_forward_time(folder: Path, data: PreparedData, pairs: int) -> float:
+def relative_forward_time(folder: Path, data: PreparedData, pairs: int, device: torch.device | str = "cpu") -> float:
     """Median over pairs of a routed forward pass's time over the base's, on the same held-out tokens."""
     transformers_logging.disable_progress_bar()
-    model = RoutedModel.from_pretrained(folder)
+    model = RoutedModel.from_pretrained(folder, device=device)
     heldout = next(domain.heldout for domain in data.domains if domain.heldout is not None)
     tokens = min(512, len(heldout))
-    ids_BT = torch.from_numpy(heldout.read(0, tokens).astype("int64"))[None, : tokens // 4 * 4].view(4, -1)
+    ids_BT = torch.from_numpy(heldout.read(0, tokens).astype("int64"))[None, : tokens // 4 * 4].view(4, -1).to(device)
     given = {"input_ids": ids_BT}
     if is_encoder_decoder(model):
         given["decoder_input_ids"] = ids_BT
+
+    def finished() -> float:
+        if ids_BT.device.type != "cpu":
+            torch.accelerator.synchronize(ids_BT.device)
+        return time.perf_counter()
+
+    def seconds() -> float:
+        start = finished()
+        model(**given)
+        return finished() - start
+
     ratios = []
     for _ in range(pairs + 2):
         with model.disabled():
-            start = time.perf_counter()
-            model(**given)
-            base = time.perf_counter() - start
-        start = time.perf_counter()
-        model(**given)
-        ratios.append((time.perf_counter() - start) / base)
+            base = seconds()
+        ratios.append(seconds() / base)
     return statistics.median(ratios[2:])

@@ -144,7 +144,11 @@ def trace_text(folder: Path, text: str, *, base: str | None = None, device: str 
         DataError: the folder holds no tokenizer.
     """
     transformers_logging.disable_progress_bar()
-    model = RoutedModel.from_pretrained(folder, base=base, device=device)
+    return trace_opened(RoutedModel.from_pretrained(folder, base=base, device=device), folder, text)
+
+
+def trace_opened(model: RoutedModel, folder: Path, text: str) -> TracedText:
+    """As `trace_text`, of a routed model that was opened from its folder."""
     if not (folder / TOKENIZER).is_dir():
         raise DataError(f"{folder} holds no tokenizer; save the base's there: tokenizer.save_pretrained({TOKENIZER!r})")
     tokenizer = Tokenizer.load(folder / TOKENIZER)

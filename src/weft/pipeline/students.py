@@ -67,6 +67,8 @@ RIVALS: Mapping[str, Mapping[str, Any]] = {
     "fixed share": {"gate": "fixed_share"},
 }
 """Causal gates that need no training, by the name a table gives them."""
+ALL_RUN = ", all experts run"
+"""What is added to a sparse student's name in the table for its row with every expert up to date at every token."""
 _STOPPING = 0.2
 """Part of the samples a dense student is not trained on, by which its best weights are chosen."""
 _BATCH = 32
@@ -480,14 +482,18 @@ def _rows(
         if isinstance(gate, CausalGate) and held:
             rows[name] |= _kl_of(student_kl(teacher, gate, held))
         if isinstance(gate, PrefixGate) and gate.config.top is not None:
-            rows[name]["experts_per_token"] = gate.config.top
-            logs = [_served(gate, one) for one in problem.domains]
-            rows[f"{name}, never refreshed"] = table_row(measure(logs, problem), problem)
+            every = config.students.refresh_every
+            logs = [_served(gate, one, every) for one in problem.domains]
+            rows[f"{name}{ALL_RUN}"] = rows[name]
+            rows[name] = table_row(measure(logs, problem), problem)
+            rows[name] |= {"experts_per_token": gate.config.top, "refresh_every": every}
     return rows
 
 
-def _served(gate: CausalGate, one: ScoredSequences) -> Tensor:
-    return torch.cat([log_served(gate, one.features.rows(rows)) for rows in torch.arange(len(one)).split(_BATCH)])
+def _served(gate: CausalGate, one: ScoredSequences, refresh_every: int | None) -> Tensor:
+    """log s(x) of sequences as the model that is kept generates, token by token."""
+    parts = torch.arange(len(one)).split(_BATCH)
+    return torch.cat([log_served(gate, one.features.rows(rows), refresh_every=refresh_every) for rows in parts])
 
 
 def _kl_of(found: tuple[float, float]) -> dict[str, float | None]:

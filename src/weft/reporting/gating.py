@@ -430,10 +430,10 @@ def _models_caption(facts: GatingFacts, distances: bool) -> str:
             " KL: how far a causal model is from the gate it was made from (rivals: from the same gate), nats per "
             "sequence, on held-out samples of the experts."
         )
-    if any(name.endswith("never refreshed") for name in facts.rows):
+    if any(name.endswith("all experts run") for name in facts.rows):
         text += (
-            " Never refreshed: the same student served so that experts which did not run never catch up; in its own "
-            "row every expert is up to date at every token."
+            " A student with some experts per token is measured as it generates, its sleeping experts catching up from "
+            "time to time; all experts run: every one is up to date at every token, as when a text is read."
         )
     return text
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or not yet one."""
+PROMPT_TAIL = 4
+"""Tokens of the prompt that an answer is decoded after."""
 LONG = 16
 """Tokens without a whole character at their end after which a place to go on from is looked for among them."""
 
@@ -22,12 +24,15 @@ class Detokeniser:
 
     Args:
         decode: token ids to text.
+        before: tokens of the prompt: of a text that goes on, decoders keep the blank that they take from its beginning.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._given = 0  # of self._ids, those whose text was given out
+        self._ids = list(before[-PROMPT_TAIL:])
+        if self._ids and decode(self._ids).endswith(BROKEN):
+            self._ids = []
+        self._given = len(self._ids)  # of self._ids, those whose text was given out
 
     def push(self, token: int) -> str:
         """The text that is complete with this token."""
@@ -108,10 +113,11 @@ class AnswerText:
     Args:
         decode: token ids to text.
         stop: texts that end the answer and are not part of it.
+        before: tokens of the prompt, as `Detokeniser` takes them.
     """
 
-    def __init__(self, decode: Decode, stop: Iterable[str]) -> None:
-        self._characters = Detokeniser(decode)
+    def __init__(self, decode: Decode, stop: Iterable[str], before: Sequence[int] = ()) -> None:
+        self._characters = Detokeniser(decode, before)
         self._stop = StopTexts(stop)
 
     @property

@@ -187,7 +187,7 @@ class Engine:
         if timeout_s is None:
             timeout_s = self.config.timeout_seconds
         deadline = math.inf if timeout_s is None else self._clock() + timeout_s
-        text = AnswerText(self.opened.tokenizer.decode, sampling.stop)
+        text = AnswerText(self.opened.tokenizer.decode, sampling.stop, prompt_ids)
         request = Request(prompt_ids, sampling, text, deadline, self._leave, on_event)
         with self._changed:
             if self._closing:

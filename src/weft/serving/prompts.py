@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from weft.errors import ConfigError
 from weft.pipeline.any_model import OpenModel
@@ -35,15 +35,22 @@ class Prompts:
             self._marked = Backend.from_str(hf.backend_tokenizer.to_str())
             self._marked.no_truncation()
             self._marked.no_padding()
+        self._front = _front(hf)
         self._characters = _byte_characters() if _is_byte_level(self._marked) else None
         self._special = {int(token) for token in hf.all_special_ids}
         self.bytes_of = lru_cache(maxsize=65_536)(self._bytes_of)
         self.name_of = lru_cache(maxsize=65_536)(self._name_of)
 
-    def text(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens; a text of none begins a document, after the end of another."""
+    def text(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text; a text of none begins a document, after the end of another.
+
+        Args:
+            text: to continue; what spells a special token in it is ordinary text.
+            special: whether the tokens come first that the tokenizer itself puts before a text, as those of Llama,
+                Mistral and Gemma do; one that puts none adds none.
+        """
         ids: list[int] = self.opened.tokenizer.encode_batch([text])[0].tolist()
-        return ids or [self.opened.tokenizer.eos_id]
+        return [*(self._front if special else ()), *ids] or [self.opened.tokenizer.eos_id]
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation that the assistant is to continue.
@@ -91,6 +98,15 @@ class Prompts:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
+
+def _front(hf: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens a tokenizer puts before a text."""
+    plain, whole = (list(hf("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    for place in range(len(whole) - len(plain) + 1):
+        if whole[place : place + len(plain)] == plain:
+            return tuple(whole[:place])
+    return ()
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer | None) -> bool:

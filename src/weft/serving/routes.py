@@ -176,7 +176,10 @@ def openai_router(
         model = find(asked.model)
         texts, ids = _split(asked.prompt)
         if texts is not None:
-            ids = await encode(lambda: [model.prompts.text(text) for text in texts], sum(map(len, texts)))
+            special = asked.add_special_tokens is not False
+            ids = await encode(
+                lambda: [model.prompts.text(text, special=special) for text in texts], sum(map(len, texts))
+            )
         vocabulary = model.prompts.opened.tokenizer.vocab_size
         if (largest := max(map(max, ids))) >= vocabulary:
             message = f"prompt: {model.name} has no token {largest}; ids are below {vocabulary:,}"

@@ -126,6 +126,8 @@ class CompletionRequest(Request):
         echo: false only.
         best_of: 1 only.
         suffix: empty only.
+        add_special_tokens: put the tokens before a text that the model's tokenizer puts there; true unless told. Token
+            ids are taken as they are.
     """
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -134,6 +136,7 @@ class CompletionRequest(Request):
     echo: No | None = None
     best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
+    add_special_tokens: bool | None = None
 
 
 class TextPart(Sent):

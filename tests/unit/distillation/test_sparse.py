@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.distillation import Language
+from support.gated import tokens, whole_pool
 from support.gating import kl
 
 from weft.distillation import DistilConfig, distil_sparse, log_served, sparse_table
@@ -14,6 +15,7 @@ from weft.errors import ConfigError
 from weft.gating import Features
 from weft.gating.bayes import BayesGate
 from weft.gating.constant import ConstantGate
+from weft.gating.modular_lm import ModularLM
 from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, with_top
 
 PRIOR = [0.45, 0.2, 0.35]
@@ -67,21 +69,40 @@ def test_the_table_says_what_each_costs(language):
     for k, name in enumerate(domains):
         p = language.q_XE[:, k]
         assert rows[2].ce[name] == pytest.approx(-(p @ torch.from_numpy(model).log().numpy()) / 4)
-        assert rows[2].ce_unseen[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
+        assert rows[2].ce_served[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
         assert rows[3].ce[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
-        assert math.isfinite(rows[0].ce_unseen[name])
+        assert math.isfinite(rows[0].ce_served[name])
 
 
 def test_serving_without_the_scores_of_sleeping_experts(language):
-    full, one = PrefixGate.of(PRIOR), PrefixGate.of(PRIOR, PrefixGateConfig(top=1))
-    # Nothing is learned of the others: the first choice stays.
-    torch.testing.assert_close(log_served(one, language.features), language.logq_XE[:, 0])
+    full = PrefixGate.of(PRIOR)
     torch.testing.assert_close(log_served(full, language.features), log_student(full, language.features))
-    two = with_top(full, 2)
-    torch.testing.assert_close(log_served(two, language.features, known_tokens=4), log_student(two, language.features))
     for top in (1, 2):
-        served = log_served(with_top(full, top), language.features, known_tokens=1)
+        gate = with_top(full, top)
+        exact = log_student(gate, language.features)
+        torch.testing.assert_close(log_served(gate, language.features, known_tokens=4), exact)
+        torch.testing.assert_close(log_served(gate, language.features, refresh_every=1), exact)
+        served = log_served(gate, language.features, known_tokens=1)
         assert float(served.exp().sum()) == pytest.approx(1.0, rel=1e-10)
+        assert not torch.allclose(served, exact)
+    with pytest.raises(ConfigError, match="refresh_every is 0"):
+        log_served(full, language.features, refresh_every=0)
+
+
+@pytest.mark.parametrize("every", [1, 5, 16, None])
+@pytest.mark.parametrize("top", [1, 2])
+def test_what_is_said_of_serving_is_what_is_served(top: int, every: int | None) -> None:
+    pool = whole_pool(4)
+    gate = with_top(PrefixGate.of([0.25] * 4, PrefixGateConfig(base="fixed_share", share=0.2)), top)
+    ids = tokens(3, 33, seed=top)
+    model = ModularLM(pool, gate, top_m=top, refresh_every=every)
+    cache, total = None, torch.zeros(3, dtype=torch.float64)
+    for t in range(32):
+        out = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        total += out.logits[:, -1].double().gather(1, ids[:, t + 1 : t + 2])[:, 0]
+    features = Features(logp_BTE=pool.token_log_probs(ids))
+    torch.testing.assert_close(log_served(gate, features, refresh_every=every), total, rtol=1e-5, atol=1e-4)
 
 
 def test_refusals(language):

@@ -8,7 +8,7 @@ import torch
 from weft.errors import ConfigError
 from weft.gating.bayes import BayesGate, FixedShareGate
 from weft.gating.gate import Features, init_gate, load_gate, save_gate
-from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, fill_unseen, with_top
+from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, among, with_top
 from weft.gating.problem import log_model
 
 PRIOR = [0.5, 0.2, 0.3]
@@ -149,22 +149,11 @@ def test_top_keeps_the_largest_weights_renormalised(tmp_path, top):
         with_top(gate, 0)
 
 
-def test_scores_of_experts_that_did_not_run_are_those_of_the_rest():
-    logw = torch.tensor([[math.log(0.75), math.log(0.25), -INF]])
-    logp = torch.tensor([[math.log(0.2), math.log(0.6), math.nan]])
-    ran = torch.tensor([[True, True, False]])
-    filled = fill_unseen(logw, logp, ran)
-    assert filled.exp()[0].tolist() == pytest.approx([0.2, 0.6, 0.3])
-    alone = fill_unseen(logw, logp, torch.tensor([[False, True, False]]))
-    assert alone.exp()[0].tolist() == pytest.approx([0.6, 0.6, 0.6])
-    with pytest.raises(ConfigError, match="by no expert"):
-        fill_unseen(logw, logp, torch.zeros(1, 3, dtype=torch.bool))
-    gate = BayesGate.of(PRIOR)
-    state = gate.advance(gate.begin(1), torch.tensor([[-1.0, -3.0, -2.0]], dtype=torch.float64))
-    before = gate.current(state)
-    ran = torch.tensor([[True, False, True]])
-    after = gate.current(gate.advance(state, fill_unseen(before, torch.tensor([[-0.5, 0.0, -4.0]]).double(), ran)))
-    assert float(after[0, 1].exp()) == pytest.approx(float(before[0, 1].exp()))
+def test_weights_among_the_experts_that_ran_are_never_nothing():
+    now = torch.tensor([[math.log(0.75), math.log(0.25), -INF], [math.log(0.75), math.log(0.25), -INF]])
+    before = torch.tensor([[-INF, -INF, 0.0], [-INF, -INF, 0.0]])
+    ran = torch.tensor([[False, True, True], [False, False, True]])
+    assert among(now, ran, before).exp().tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
 def test_wrong_numbers_of_experts_and_priors_are_refused():

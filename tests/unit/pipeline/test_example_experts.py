@@ -19,7 +19,7 @@ from weft.pipeline.any_model import open_model
 from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
 from weft.pipeline.experts import gate_expert, open_workshop, train_experts
 from weft.pipeline.prepare import prepare
-from weft.pipeline.route_stage import ROUTING, route_experts
+from weft.pipeline.route_stage import ROUTING, route_experts, routing_facts
 
 NAMES = list(WORDS)
 
@@ -102,6 +102,13 @@ def test_experts_of_tasks_are_made_kept_gated_and_routed(
     assert table["chance"] == {"ask": 0.5}
     assert table["relative_forward_time"] > 0.0
     assert json.loads((made.run / ROUTING).read_text())["accuracy"] == table["accuracy"]
+    ((label, _, tokens),) = routing_facts(made, table).traces
+    assert label == "phatgoose on a text that changes domain midway"
+    assert len(tokens) > 60
+    still = {"routers": ["merged"], "build": ["merged"], "timed_pairs": 0}
+    fixed = {**made.model_dump(mode="json", exclude_none=True), "routing": still}
+    fixed_table = route_experts(make_expert_recipe(fixed), progress=False)
+    assert routing_facts(make_expert_recipe(fixed), fixed_table).traces == [], "the same experts for every token"
     if kind == "llama":
         (tmp_path / "recipe.yaml").write_text(made.to_yaml())
         printed = Call(capsys)("route", "eval", tmp_path / "recipe.yaml", "--routers", "merged", "--no-singles")

@@ -46,6 +46,18 @@ def test_long_runs_of_broken_bytes_are_not_held_for_ever(before: bytes, byte: in
     assert "".join(pieces[: len(before) + count])
 
 
+@given(st.lists(st.integers(0, 9), max_size=9), st.lists(st.integers(0, 9), min_size=1, max_size=9))
+def test_an_answer_goes_on_from_its_prompt(prompt: list[int], ids: list[int]) -> None:
+    text = Detokeniser(decode_words, prompt)
+    answer = "".join([*(text.push(token) for token in ids), text.finish()])
+    assert decode_words(prompt) + answer == decode_words([*prompt, *ids])
+
+
+def test_a_prompt_that_ends_within_a_character_is_left_out() -> None:
+    text = Detokeniser(decode_bytes, list("日".encode())[:2])
+    assert [text.push(byte) for byte in b"ab"] == ["a", "b"]
+
+
 def test_a_long_run_is_not_decoded_again_and_again() -> None:
     decoded: list[int] = []
 
