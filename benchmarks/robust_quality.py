@@ -410,7 +410,7 @@ def is_single(row: str) -> bool:
 def paired(
     one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]], documents: Mapping[str, Sequence[int]]
 ) -> tuple[float, float]:
-    """Difference of two rows' means over domains, and its standard error over documents, or windows where there is one."""
+    """Difference of two rows' means over domains, and its standard error over documents (windows of one alone)."""
     means, variances = [], []
     for name, documents_N in documents.items():
         difference_N = np.asarray(one[name]) - np.asarray(other[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -240,3 +241,16 @@ def test_the_command_refuses(call: Call, folder: Path, monkeypatch: pytest.Monke
     assert "there is no folder" in call("serve", "./nowhere/at/all", "--port", "0", code=2)
     monkeypatch.setenv(KEYS_VARIABLE, ",")
     assert "holds no key" in call("serve", folder, code=2)
+
+
+def test_what_goes_with_one_model_is_refused_for_two(call: Call, folder: Path) -> None:
+    said = call("serve", folder, folder, "--name", "a", "--name", "b", "--revision", "main", code=2)
+    assert "--revision is of one model and 2 came" in said
+    assert "allowed: float32" in call("serve", folder, "--port", "0", "--dtype", "half", code=2)
+
+
+def test_without_its_packages_the_command_names_the_extra(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("weft.serving", "weft.cli.serve"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert "pip install 'weft[serve]'" in call("serve", "anything", code=2)

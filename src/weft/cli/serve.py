@@ -12,11 +12,17 @@ import typer
 from weft.config import validate
 from weft.errors import ConfigError
 from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving.engine import Engine, EngineConfig
-from weft.serving.http import build_app
-from weft.serving.inspector import inspector_router
-from weft.serving.serve_config import ServeConfig
-from weft.serving.server import KEYS_VARIABLE, Server, address_of, is_loopback, keys_from_environment, listen
+
+try:
+    from weft.serving.engine import Engine, EngineConfig
+    from weft.serving.http import build_app
+    from weft.serving.inspector import inspector_router
+    from weft.serving.serve_config import ServeConfig
+    from weft.serving.server import KEYS_VARIABLE, Server, address_of, is_loopback, keys_from_environment, listen
+except ModuleNotFoundError as missing:
+    raise ConfigError(
+        f"weft serve needs a package that is not here ({missing}): pip install 'weft[serve]'"
+    ) from missing
 
 SERVE, ENGINE = ServeConfig(), EngineConfig()
 
@@ -35,6 +41,18 @@ def run(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes one that is free.")] = 8000,
     device: Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of plain models' parameters: float32, bfloat16, float16.")
+    ] = "float32",
+    base: Annotated[
+        str | None, typer.Option("--base", help="Another place of a routed model's base.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Of a name on the hub.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub name, where none lies beside.", show_default=False)
+    ] = None,
     slots: Annotated[int, typer.Option("--slots", help="Answers generated at a time, for each model.")] = ENGINE.slots,
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", help="Answers that may wait, for each model; more are told to come back.")
@@ -86,11 +104,16 @@ def run(
         EngineConfig, {"slots": slots, "max_waiting": max_waiting, "timeout_seconds": timeout_seconds}, ""
     )
     names = names_of_models(models, name or [])
+    for option, value in (("--base", base), ("--revision", revision), ("--tokenizer", tokenizer)):
+        if value is not None and len(models) > 1:
+            raise ConfigError(f"{option} is of one model and {len(models)} came; serve that one alone")
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, timeout_seconds))
         opened: dict[str, OpenModel] = {}
         for served, path in zip(names, models, strict=True):
-            opened[served] = open_model(path, device=device)
+            opened[served] = open_model(
+                path, base=base, revision=revision, tokenizer=tokenizer, dtype=dtype, device=device
+            )
         engines: dict[str, Engine] = {}
         for served, model in opened.items():
             engines[served] = Engine(model, engine_config)

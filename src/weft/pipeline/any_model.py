@@ -75,7 +75,7 @@ def open_model(
         tokenizer: folder or hub name; None for the one that lies beside the model or its experts.
         dtype: a plain model's parameters are held in; routed and gated ones say themselves.
         device: where to run.
-        encoder_decoder: whether a plain encoder-decoder model will do.
+        encoder_decoder: whether an encoder-decoder model will do.
     Raises:
         ConfigError: there is no such model, or it is an encoder-decoder model and that will not do.
         DataError: it comes without a tokenizer and none was named.
@@ -93,6 +93,7 @@ def open_model(
     if (folder / ROUTED).exists():
         routed = RoutedModel.from_pretrained(folder, base=base, device=device)
         kind, model, experts = "routed", routed, tuple(expert.name for expert in routed.experts)
+        _refuse_encoder_decoder(str(path), routed, encoder_decoder)
         places = [str(folder / TOKENIZER), *([base] if base is not None else []), routed.base_reference.name]
     elif base is not None:
         raise ConfigError(f"base is for routed models; {path} is none")
@@ -119,9 +120,13 @@ def _plain(folder: Path, name: str, revision: str | None, dtype: str, encoder_de
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"there is no folder {name}; name a model's folder, or a hub name (owner/model)")
     model = load_base(str(folder) if folder.is_dir() else name, revision=revision, dtype=dtype)
-    if is_encoder_decoder(model) and not encoder_decoder:
-        raise ConfigError(f"{name} is an encoder-decoder model; what is opened here predicts a text's next tokens")
+    _refuse_encoder_decoder(name, model, encoder_decoder)
     return model
+
+
+def _refuse_encoder_decoder(name: str, model: Any, allowed: bool) -> None:
+    if is_encoder_decoder(model) and not allowed:
+        raise ConfigError(f"{name} is an encoder-decoder model; what is opened here predicts a text's next tokens")
 
 
 def _expert_places(model: ModularLM) -> list[str]:

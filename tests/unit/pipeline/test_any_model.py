@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import served
+from support.experts import make_pool
 
 from weft.errors import ConfigError, DataError
+from weft.experts.expert import BaseReference
 from weft.models.factory import peft_warnings
 from weft.pipeline.any_model import open_model
+from weft.routing.routed_model import RoutedModel
 
 EXPERTS = {"plain": (), "routed": ("a", "b", "c"), "gated": ("base", "other")}
 
@@ -52,6 +55,15 @@ def test_a_routed_model_takes_another_base(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
         open_model(path)
     assert open_model(path, base=str(tmp_path / "moved")).kind == "routed"
+
+
+def test_a_routed_encoder_decoder_opens_where_it_will_do(tmp_path: Path) -> None:
+    base = served.write_encoder_decoder(tmp_path / "t5")
+    model, reference = served.t5(), BaseReference(str(base))
+    RoutedModel(model, make_pool(model, 2, base=reference), "phatgoose", base=reference).save_pretrained(tmp_path / "r")
+    with pytest.raises(ConfigError, match="is an encoder-decoder model"):
+        open_model(tmp_path / "r")
+    assert open_model(tmp_path / "r", encoder_decoder=True, tokenizer=str(base)).kind == "routed"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
