@@ -204,7 +204,10 @@ def gaussian(mean, deviation):
 
 
 def retrained(x, means, deviations):
-    """As many Gaussians as there are experts, fitted to all domains' data at once by EM from where the experts are."""
+    """As many Gaussians as there are experts, fitted to all domains' data at once by EM from where the experts are.
+
+    Returns their weights and, a row each, their distributions.
+    """
     weights = np.full(len(means), 1 / len(means))
     for _ in range(200):
         share = weights * np.exp(-0.5 * ((x[:, None] - means) / deviations) ** 2) / deviations
@@ -212,19 +215,22 @@ def retrained(x, means, deviations):
         counts = share.sum(axis=0)
         weights, means = counts / len(x), (share * x[:, None]).sum(axis=0) / counts
         deviations = np.sqrt((share * (x[:, None] - means) ** 2).sum(axis=0) / counts)
-    return weights @ np.stack([gaussian(*each) for each in zip(means, deviations, strict=True)])
+    return weights, np.stack([gaussian(*each) for each in zip(means, deviations, strict=True)])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_robust_gate_beats_the_retrained_monolith_of_equal_capacity_on_overlapping_gaussians(seed):
+    """By 0.25 nats and more where the monolith is as its data weighs it, nearly all of which are the weights: with the
+    weights that are best for its own worst domain it is about 0.01 behind."""
     r = np.random.default_rng(seed)
     P = np.stack([gaussian(mean, 1.0) for mean in (-3.0, -2.4, 0.0, 3.0)])
     texts = [r.choice(LINE, 200, p=p) for p in P]
     means, deviations = np.array([x.mean() for x in texts]), np.array([x.std() for x in texts])
     Q = np.stack([gaussian(*each) for each in zip(means, deviations, strict=True)])
     aggregate = P.mean(axis=0)
+    weights, parts = retrained(np.concatenate(texts), means, deviations)
     monoliths = {
-        "as many Gaussians": retrained(np.concatenate(texts), means, deviations),
+        "as many Gaussians": weights @ parts,
         "one Gaussian": gaussian(np.concatenate(texts).mean(), np.concatenate(texts).std()),
     }
     divergence = np.mean([kl(p, aggregate) for p in P])  # Jensen-Shannon, uniform
@@ -237,6 +243,9 @@ def test_the_robust_gate_beats_the_retrained_monolith_of_equal_capacity_on_overl
         # Whatever it learned, on the mean over domains it pays the divergence; the gate is at once better on the worst.
         assert regrets.mean() == pytest.approx(divergence + kl(aggregate, monolith), abs=1e-9)
         assert fit.value < regrets.max() - 0.25
+    best_weights = best_constant_gate(P, parts).value
+    assert 0.0 < best_weights - exact < 0.02
+    assert fit.value < best_weights + 2e-3
     # Against the aggregate it was trained for, the gate of that mixture gains the divergence over its experts.
     routed = (P / P.sum(axis=0) * Q).sum(axis=0)
     assert kl(aggregate, routed) <= np.mean([kl(p, q) for p, q in zip(P, Q, strict=True)]) - divergence + 1e-9

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from weft.errors import ConfigError, DataError
-from weft.gating.arrays import Floats, log_distributions, to_log_likelihoods
+from weft.gating.arrays import Floats, log_distributions, to_log_likelihoods, to_tensor
+from weft.gating.mixtures import MixtureSet, Player, player
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class CapacityResult:
     """What Blahut-Arimoto found.
 
     Attributes:
-        value: lower end of the bracket, nats per sequence. kind "exact": every normalised model's worst KL(p_d || m) is
-            at least this. kind "estimate": see `sampled_capacity`.
+        value: lower end of the bracket, nats per sequence, or as scaled. kind "exact": every normalised model's worst
+            KL(p_d || m) is at least this. kind "estimate": see `sampled_capacity`.
         lam_D: the mixture that attains it.
         iterations: steps taken.
         gap: upper end minus `value`; the capacity lies within. 0 up to the tolerance once converged.
@@ -83,12 +84,24 @@ def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: i
     return CapacityResult(lower, best.exp().numpy(), taken, max(upper - lower, 0.0))
 
 
-def sampled_capacity(logp: Sequence[Any], *, tolerance: float = 1e-6, max_iterations: int = 2_000) -> CapacityResult:
+def sampled_capacity(
+    logp: Sequence[Any],
+    *,
+    mixtures: MixtureSet | Player | Any | None = None,
+    scale_D: Any = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 2_000,
+) -> CapacityResult:
     """Estimate of the capacity where sequences can be drawn and scored, not listed.
 
-        D_d(lambda) = mean over samples x of domain d of  log p_d(x) - log sum_k lambda_k p_k(x)
+        max over allowed lambda of  sum_d lambda_d s_d D_d        D_d = mean over samples x of domain d of
+            log p_d(x) - log sum_k mu_k p_k(x),   mu_k = lambda_k s_k / sum_j lambda_j s_j
 
-    with the same iteration. `value` is the largest sum_d lambda_d D_d met, `gap` reaches to the smallest max_d D_d met.
+    No normalised model m has a worst mixture max_lambda sum_d lambda_d s_d KL(p_d || m) below it: for a fixed lambda,
+    m = sum_k mu_k p_k makes the sum least. Its gradient is s_d D_d, and exponentiated gradient with steps of 1 / max s
+    is the iteration of Blahut and Arimoto where s = 1 and all mixtures are allowed. `value` is the largest sum met,
+    `gap` reaches to the smallest max_lambda sum_d lambda_d s_d D_d met.
+
     Samples drawn from the models themselves make `value` an estimate of the capacity between the models. Real text
     scored by models of its domains makes it an estimate of a lower bound (for a fixed mixture, in expectation: Barber
     and Agakov 2003) of the capacity between the real domains. In both cases the mixture is chosen on the same samples,
@@ -96,10 +109,12 @@ def sampled_capacity(logp: Sequence[Any], *, tolerance: float = 1e-6, max_iterat
 
     Args:
         logp: for each domain d, an array N_d x D: log-likelihood of its samples under each domain's model, nats.
-        tolerance: stop when a step changes `value` by less, nats.
+        mixtures: which lambda are allowed, as in `fit_robust_gate`; None for all.
+        scale_D: s, positive: 1 / tokens for nats per token; None for 1.
+        tolerance: stop when a step changes `value` by less, nats, before it is scaled.
         max_iterations: at most so many steps.
     Raises:
-        ConfigError: shapes do not fit.
+        ConfigError: shapes do not fit, or a scale is not positive.
         DataError: a domain without samples, or a sample its own domain's model gives probability 0.
         NumericsError: NaN or +inf.
     """
@@ -117,6 +132,10 @@ def sampled_capacity(logp: Sequence[Any], *, tolerance: float = 1e-6, max_iterat
             raise DataError(f"domain {d} has no samples; draw some, or leave the domain out")
         if bool(torch.isneginf(part_ND[:, d]).any()):
             raise DataError(f"a sample of domain {d} has probability 0 under that domain's own model; check the scores")
+    scales_D = np.ones(domains) if scale_D is None else to_tensor(scale_D, "scale_D", "D").double().numpy()
+    if len(scales_D) != domains or not bool((scales_D > 0).all() and np.isfinite(scales_D).all()):
+        raise ConfigError(f"scale_D is {scales_D}; it needs a positive number for each of the {domains} domains")
+    opponent, largest = player(mixtures, domains), float(scales_D.max())
     counts_D = torch.tensor([len(part) for part in sets])
     group_N = torch.repeat_interleave(torch.arange(domains), counts_D)
     logp_ND = torch.cat(sets)
@@ -125,22 +144,26 @@ def sampled_capacity(logp: Sequence[Any], *, tolerance: float = 1e-6, max_iterat
     def means(values_N: Tensor) -> Tensor:
         return torch.zeros(domains, dtype=torch.float64).index_add(0, group_N, values_N) / counts_D
 
-    log_lam_D = _uniform(domains)
-    best, value, upper, error = log_lam_D, -math.inf, math.inf, 0.0
+    log_nu_M = opponent.start()
+    best_D = opponent.lam(np.exp(log_nu_M))
+    value, upper, error = -math.inf, math.inf, 0.0
     for taken in range(1, max_iterations + 1):  # noqa: B007
-        gain_N = own_N - torch.logsumexp(log_lam_D + logp_ND, dim=1)
-        gain_D = means(gain_N)
-        now = float(log_lam_D.exp() @ gain_D)
-        upper = min(upper, float(gain_D.max()))
+        lam_D = opponent.lam(np.exp(log_nu_M))
+        mu_D = torch.from_numpy(lam_D * scales_D / (lam_D @ scales_D))
+        gain_N = own_N - torch.logsumexp(mu_D.log() + logp_ND, dim=1)
+        gain_D = torch.where(mu_D > 0, means(gain_N), 0.0)  # no allowed mixture holds the others
+        payoffs_M = opponent.weights_MD @ (scales_D * gain_D.numpy())
+        now = float(np.exp(log_nu_M) @ payoffs_M)
+        upper = min(upper, opponent.best(payoffs_M)[0])
         change = now - value
         if now > value:
-            best, value = log_lam_D, now
-            spread_D = means((gain_N - gain_D[group_N]) ** 2) / (counts_D - 1).clamp_min(1)
-            error = float((log_lam_D.exp() ** 2 @ spread_D).sqrt())
-        if upper - value <= tolerance or abs(change) < tolerance:
+            best_D, value = lam_D, now
+            spread_D = (means((gain_N - gain_D[group_N]) ** 2) / (counts_D - 1).clamp_min(1)).numpy()
+            error = float(np.sqrt((lam_D * scales_D)[lam_D > 0] ** 2 @ spread_D[lam_D > 0]))
+        if upper - value <= tolerance * largest or abs(change) < tolerance * largest:
             break
-        log_lam_D = torch.log_softmax(log_lam_D + gain_D, dim=0)
-    return CapacityResult(value, best.exp().numpy(), taken, max(upper - value, 0.0), "estimate", error)
+        log_nu_M = opponent.step(log_nu_M, payoffs_M / largest)
+    return CapacityResult(value, best_D, taken, max(upper - value, 0.0), "estimate", error)
 
 
 def _uniform(size: int) -> Tensor:

@@ -233,7 +233,7 @@ def _duality(
 
 def _capacity(problem: Problem, known: CapacityResult | None) -> Figure | None:
     """The capacity as a lower end for worst cases, in the certificate's unit."""
-    relative = ""
+    relative, per_token = "", problem.unit == "token"
     if problem.support is not None and known is None:
         if problem.opponent.bounded:
             return None
@@ -247,10 +247,11 @@ def _capacity(problem: Problem, known: CapacityResult | None) -> Figure | None:
         scored = [problem.samples[k].logq_NE[:, own] for k in problem.own_D]
         if any(problem.samples[k].weights_N is not None for k in problem.own_D):
             return None
-        known = sampled_capacity(scored)
-        lam_D = known.lam_D
+        scale_D = problem.scale_D * problem.report if per_token else None
+        known = sampled_capacity(scored, mixtures=problem.opponent, scale_D=scale_D)
+        lam_D, per_token = known.lam_D, False
         how = "Blahut-Arimoto on samples of the domains' own experts: the capacity between the experts"
-        relative = "; all mixtures allowed"
+        relative = ", over the mixtures that are allowed" if problem.opponent.restricted else "; all mixtures allowed"
     else:
         lam_D = known.lam_D
         how = f"Blahut-Arimoto, {'enumerated' if known.kind == 'exact' else 'from samples'}, as given"
@@ -263,7 +264,7 @@ def _capacity(problem: Problem, known: CapacityResult | None) -> Figure | None:
         )
     # sum_d lam_d KL_d <= max_d (KL_d / T_d) sum_d lam_d T_d
     per_unit = 1.0
-    if problem.unit == "token":
+    if per_token:
         per_unit = 1.0 / float(lam_D @ (1.0 / (problem.scale_D * problem.report)))
     spread = None if known.standard_error is None else Z_NORMAL * known.standard_error * per_unit
     value = known.value * per_unit

@@ -73,6 +73,11 @@ class Player:
         """Whether there are bounds besides the simplex."""
         return bool((self.lower_M > 0).any() or (self.upper_M < 1).any())
 
+    @property
+    def restricted(self) -> bool:
+        """Whether some mixture of the domains is not allowed."""
+        return self.bounded or not bool((np.max(self.weights_MD, axis=0) == 1.0).all())
+
     def lam(self, nu_M: Floats) -> Floats:
         """lambda_D of a strategy."""
         return nu_M @ self.weights_MD
@@ -110,14 +115,16 @@ class Player:
         return float(nu_M @ payoffs_M), nu_M
 
 
-def player(mixtures: MixtureSet | Any | None, domains: int) -> Player:
-    """The player for D domains; None stands for all mixtures, an array M x D for `Vertices`.
+def player(mixtures: MixtureSet | Player | Any | None, domains: int) -> Player:
+    """The player for D domains; None stands for all mixtures, an array M x D for `Vertices`, a player for itself.
 
     Raises:
         ConfigError: shapes do not fit, a row is no mixture, or no mixture lies within the bounds.
     """
     if mixtures is None:
         return Player(np.eye(domains), None, np.zeros(domains), np.ones(domains))
+    if isinstance(mixtures, Player):
+        return mixtures
     if isinstance(mixtures, Box):
         lower, upper = _bounds(mixtures, domains)
         return Player(np.eye(domains), None, lower, upper)

@@ -182,15 +182,17 @@ def held_out_texts(data: PreparedData, config: GatingConfig) -> dict[str, Source
     held: dict[str, Source] = {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None}
     if not held:
         raise ConfigError("nothing is held out to score; raise data.split.fraction, or give data.heldout")
-    if config.domains is None:
-        return held
-    check_domains(config.domains, [domain.name for domain in data.domains], "gating.domains")
-    missing = [name for name in config.domains if name not in held]
+    every = [domain.name for domain in data.domains]
+    if config.domains is not None:
+        check_domains(config.domains, every, "gating.domains")
+    wanted = every if config.domains is None else config.domains
+    missing = [name for name in wanted if name not in held]
     if missing:
         raise ConfigError(
-            f"gating.domains: no held-out text of {', '.join(missing)}; raise data.split.fraction, or give data.heldout"
+            f"no held-out text of {', '.join(missing)}, so that no gate can be made good for it; raise "
+            "data.split.fraction, give data.heldout, or name the other domains in gating.domains"
         )
-    return {name: held[name] for name in config.domains}
+    return {name: held[name] for name in wanted}
 
 
 def score_summary(cache: ScoreCache) -> dict[str, Any]:

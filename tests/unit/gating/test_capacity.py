@@ -8,6 +8,7 @@ from support.gating import random_problem
 
 from weft.errors import ConfigError, DataError, NumericsError
 from weft.gating import channel_capacity, sampled_capacity
+from weft.gating.mixtures import Box, Vertices
 
 
 def test_disjoint_domains_carry_log_d():
@@ -55,6 +56,38 @@ def test_samples_estimate_it():
     assert found.lam_D == pytest.approx(truth.lam_D, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "mixtures",
+    [None, Vertices([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0]]), Vertices([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]), Box(0.2, 0.5)],
+)
+@pytest.mark.parametrize("scale_D", [None, [0.5, 1.0, 0.125]])
+def test_with_every_outcome_drawn_in_its_share_it_is_the_value_of_the_game(mixtures, scale_D):
+    """The optimum over allowed mixtures, by brute force over a grid."""
+    counts = np.array([[6, 3, 1, 2], [1, 5, 5, 1], [2, 1, 2, 7]])
+    P = counts / 12
+    scores = [np.log(P.T[np.repeat(np.arange(4), row)]) for row in counts]
+    s_D = np.ones(3) if scale_D is None else np.array(scale_D)
+
+    def value(lam_D):
+        mu_D = lam_D * s_D / (lam_D @ s_D)
+        return float((lam_D * s_D) @ (P * np.log(P / (mu_D @ P))).sum(axis=1))
+
+    grid = np.linspace(0, 1, 101)
+    simplex = np.array([[a, b, 1 - a - b] for a in grid for b in grid if a + b <= 1 + 1e-9]).clip(0)
+    if isinstance(mixtures, Box):
+        allowed = simplex[((simplex >= 0.2 - 1e-9) & (simplex <= 0.5 + 1e-9)).all(axis=1)]
+    elif mixtures is None:
+        allowed = simplex
+    else:
+        ends = np.array(mixtures.weights_MD)
+        allowed = np.array([a * ends[0] + (1 - a) * ends[1] for a in grid])
+    found = sampled_capacity(scores, mixtures=mixtures, scale_D=scale_D, tolerance=1e-9)
+    most = max(map(value, allowed))
+    assert most - 1e-6 <= found.value <= found.value + found.gap
+    assert found.value == pytest.approx(most, abs=1e-4)
+    assert value(found.lam_D) == pytest.approx(found.value, abs=1e-9)
+
+
 def test_other_domains_models_may_rule_a_sample_out():
     found = sampled_capacity([[[-1.0, -np.inf]] * 3, [[-np.inf, -2.0]] * 5])
     assert found.value == pytest.approx(math.log(2))
@@ -74,5 +107,7 @@ def test_what_is_refused():
         sampled_capacity([[[-1.0, -2.0]], np.zeros((0, 2))])
     with pytest.raises(DataError, match="own model"):
         sampled_capacity([[[-np.inf, -2.0]], [[-1.0, -1.0]]])
+    with pytest.raises(ConfigError, match="a positive number for each of the 2"):
+        sampled_capacity([[[-1.0, -2.0]], [[-1.0, -1.0]]], scale_D=[1.0, 0.0])
     with pytest.raises(ConfigError, match="1 columns"):
         sampled_capacity([[[-1.0]], [[-1.0]]])

@@ -122,6 +122,18 @@ def test_restricted_mixtures_have_their_own_capacity():
     assert certify(fit, P, Q, mixtures=mixtures, capacity=known).capacity.value == known.value
 
 
+def test_the_capacity_between_experts_is_over_the_mixtures_that_are_allowed():
+    held, draws = gaussians(2), gaussians(3)
+    gate = ConstantGate.of([0.5, 0.5])
+    every = certify(gate, held, draws).capacity
+    some = certify(gate, held, draws, mixtures=[[0.55, 0.45], [0.45, 0.55]]).capacity
+    few = certify(gate, held, draws, mixtures=[[0.95, 0.05], [0.9, 0.1]])
+    assert "all mixtures allowed" in every.how
+    assert "over the mixtures that are allowed" in few.capacity.how
+    assert few.capacity.value < some.value <= every.value + 1e-9
+    assert few.capacity.low <= few.worst.value
+
+
 def test_json_both_ways():
     P, Q = random_problem(0)
     for found in (
