@@ -301,9 +301,8 @@ class Comparison:
             return kl
         for top in (2, 1):
             sparse = distil_sparse(found.gate, student, fit_samples, top, config=config).gate
-            for row, every in ((f"student, top {top}", REFRESH), (f"student, top {top}, never refreshed", None)):
-                served = {name: _served(sparse, one, every) for name, one in self.on_report.items()}
-                self.add(row, served.__getitem__, _served(sparse, self.on_changing, every))
+            served = {name: _served(sparse, one) for name, one in self.on_report.items()}
+            self.add(f"student, top {top}", served.__getitem__, _served(sparse, self.on_changing))
             self.add_gate(f"student, top {top}, all experts run", sparse)
             kl[f"top {top}"] = student_kl(found.gate, sparse, held_samples)[0]
         if self.kind == "branched":
@@ -341,10 +340,10 @@ class Comparison:
         return result.model
 
 
-def _served(gate: CausalGate, one: ScoredSequences, refresh_every: int | None) -> Tensor:
+def _served(gate: CausalGate, one: ScoredSequences) -> Tensor:
     """log s(x) of windows as a sparse student is served token by token."""
     rows = torch.arange(len(one)).split(4 * BATCH)
-    return torch.cat([log_served(gate, one.features.rows(each), refresh_every=refresh_every) for each in rows])
+    return torch.cat([log_served(gate, one.features.rows(each), refresh_every=REFRESH) for each in rows])
 
 
 def _average(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
@@ -541,8 +540,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "average, monoliths), and none. Robust gate, direct gate and student are fitted once for each offset; "
         "their other columns are of the fit for the own expert's. Top-1, top-2 and dense students are of that fit "
         f"alone. Top 1: as served token by token, one expert at work and the others catching up every {REFRESH} "
-        "tokens; never refreshed: they never do; all experts run: each is up to date at every token, which costs "
-        "what the full student costs. Mean, less another's: the difference and its standard error over documents, "
+        "tokens, sooner early in a text; all experts run: each is up to date at every token, which costs what the full "
+        "student costs. Mean, less another's: the difference and its standard error over documents, "
         f"paired, domains weighing the same. Shifted: {MIXTURES} random mixtures nobody tuned for; mean "
         "cross-entropy, and largest (standard deviation) of the values under two offsets. Changing: windows that "
         "go from one domain to another after half of their tokens; the oracle there is the best expert of each "

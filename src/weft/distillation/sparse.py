@@ -27,6 +27,7 @@ from weft.distillation.structural import (
 from weft.errors import ConfigError
 from weft.gating.features import FLOOR
 from weft.gating.gate import CausalGate, Features, Gate
+from weft.gating.modular_cache import catch_up_due
 from weft.gating.prefix_gate import PrefixGate, among, with_top
 from weft.gating.sequences import ScoredSequences
 
@@ -165,7 +166,8 @@ def log_served(
         student: any causal gate.
         features: of B sequences, with `logp_BTE`.
         known_tokens: tokens at the start that all experts score, as when a prompt is read.
-        refresh_every: tokens after which every expert catches up; None for never.
+        refresh_every: tokens after which every expert catches up, sooner early in a text (`catch_up_due`); None for
+            never.
     Returns:
         log s(x), B, nats, float64.
     Raises:
@@ -183,7 +185,7 @@ def log_served(
     anchor = 0
     total_B = torch.zeros(len(logp_BTE), dtype=torch.float64)
     for t in range(logp_BTE.shape[1]):
-        if t <= known_tokens or (refresh_every is not None and t - anchor >= refresh_every):
+        if t <= known_tokens or catch_up_due(refresh_every, anchor + 1, t + 1):
             for place in range(anchor, t):
                 anchored = wide.advance(anchored, logp_BTE[:, place], mask_BT[:, place])
             state, anchor = anchored, t

@@ -15,6 +15,15 @@ from weft.gating.gate import State
 from weft.gating.slots import SlotStore
 
 
+def catch_up_due(refresh_every: int | None, anchor: int, length: int) -> bool:
+    """Whether all experts read what they missed with the newest of `length` slots, `anchor` of which all have read.
+
+    After as many slots as all have read, at most `refresh_every`: a text without a prompt is read by all at its slots
+    1, 2, 4, 8, .., when a few tokens still decide whom it belongs to.
+    """
+    return refresh_every is not None and length - anchor >= min(refresh_every, anchor)
+
+
 class ModularCache(Cache):
     """One KV cache per expert on one timeline of slots, and a gate's state beside them.
 

@@ -15,8 +15,9 @@ gamma, their weights made to sum to 1 again:
   they stand to one another and in sum (sleeping experts: Freund, Schapire, Singer, Warmuth, STOC 1997). An expert that
   is called again first reads, in one pass, all it missed: its keys and values are exact always, and so from then on is
   what the gate knows of it.
-- After `refresh_every` tokens every expert catches up, and the gate's state is exact again. 1: the gate is exact at
-  every token, and what is served is what one pass over the text would give. None: never after the prompt.
+- After `refresh_every` tokens every expert catches up, and the gate's state is exact again; sooner while the text is
+  short, when every token tells most: where s tokens have been read by all, after s more. 1: the gate is exact at every
+  token, and what is served is what one pass over the text would give. None: never after the prompt.
 
 The weights at t depend on tokens before t alone in every case, so pi stays a normalised causal model; between refreshes
 it is an approximation of the dense one in its weights, never in an expert's own probabilities. With m = E the two are
@@ -49,7 +50,7 @@ from weft.files import whole_folder
 from weft.gating import experts as room
 from weft.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
 from weft.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
-from weft.gating.modular_cache import ModularCache
+from weft.gating.modular_cache import ModularCache, catch_up_due
 from weft.gating.prefix_gate import PrefixGate, among
 from weft.gating.slots import rows_of
 
@@ -65,7 +66,7 @@ class ModularConfig(PretrainedConfig):
 
     Attributes:
         top_m: experts run per token; None for all.
-        refresh_every: tokens after which every expert catches up; None for never.
+        refresh_every: tokens after which every expert catches up, at the latest; None for never.
     """
 
     model_type = "weft_modular"
@@ -99,7 +100,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         pool: the experts.
         gate: a causal gate over them.
         top_m: m; None: as the gate was trained (`prefix` with `top`), else all experts.
-        refresh_every: tokens between two catch-ups of every expert; matters where `top_m` is below E.
+        refresh_every: tokens between two catch-ups of every expert, at most; matters where `top_m` is below E.
     Raises:
         ConfigError: the gate is not causal or is over another number of experts, or a setting is out of range.
     """
@@ -272,8 +273,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         return cache
 
     def _due(self, cache: ModularCache) -> bool:
-        every = self.config.refresh_every
-        return every is not None and cache.length - cache.anchor >= every
+        return catch_up_due(self.config.refresh_every, cache.anchor, cache.length)
 
     def _run_all(self, cache: ModularCache, kept: int) -> Tensor:
         """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""

@@ -89,7 +89,8 @@ class StudentsConfig(Section):
         [1, 2], description="a sparse student for each; those not below the number of experts are left out"
     )
     refresh_every: PositiveInt | None = Field(
-        32, description="tokens after which a sparse student's sleeping experts catch up; null: never"
+        32,
+        description="tokens after which a sparse student's sleeping experts catch up, sooner early in a text; null: never",
     )
     direct: DirectConfig = Field(default_factory=DirectConfig, description="the gate of weft gate distil --direct")
     dense: DenseStudentConfig | None = Field(None, description="a dense student as well; absent: none")

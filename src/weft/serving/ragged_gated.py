@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weft.gating.experts import Backbone, Rows
 from weft.gating.gate import State
-from weft.gating.modular_cache import ModularCache
+from weft.gating.modular_cache import ModularCache, catch_up_due
 from weft.gating.modular_lm import ModularLM
 from weft.pipeline.any_model import OpenModel
 from weft.serving.ragged import Attention, Lane, RaggedCache, cannot_be_ragged, ragged_pass
@@ -110,8 +110,7 @@ class RaggedGated:
         """Tell a request's gate of its token; None, and nothing is changed, where the model has a pass of its own."""
         model, gate = self._model, self._model.gate
         ids_11 = torch.tensor([[token]], device=self._device)
-        every = model.config.refresh_every
-        if model.sparse and every is not None and cache.length + 1 - cache.anchor >= every:
+        if model.sparse and catch_up_due(model.config.refresh_every, cache.anchor, cache.length + 1):
             return None
         assert cache.logq_EBV is not None
         assert cache.mixed_BV is not None

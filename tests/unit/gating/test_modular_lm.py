@@ -22,6 +22,7 @@ from weft.gating import modular_lm
 from weft.gating.bayes import BayesGate, FixedShareGate
 from weft.gating.experts import ExpertPool, ExpertSource
 from weft.gating.gate import Features, init_gate
+from weft.gating.modular_cache import catch_up_due
 from weft.gating.modular_lm import ModularLM
 from weft.models.language_model import LanguageModel
 
@@ -218,6 +219,18 @@ def test_saved_models_come_back(tmp_path, copy):
     with pytest.raises(ConfigError, match="not empty"):
         model.save_pretrained(moved, copy_experts=copy)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_catch_ups_come_early_in_a_text_and_then_in_turn():
+    anchor, found = 1, []
+    for length in range(2, 140):
+        if catch_up_due(32, anchor, length):
+            found.append(length)
+            anchor = length
+    assert found == [2, 4, 8, 16, 32, 64, 96, 128]
+    assert not catch_up_due(32, 500, 531)
+    assert catch_up_due(32, 500, 532)
+    assert not catch_up_due(None, 1, 10_000)
 
 
 def test_a_text_ends_where_any_expert_ends_it():
