@@ -457,7 +457,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 def main() -> None:
     flags = _common.parser((__doc__ or "").splitlines()[0])
-    flags.add_argument("--hidden", type=int, nargs="+", default=[512, 256, 768, 2048], help="hidden sizes")
+    flags.add_argument("--hidden", type=int, nargs="+", default=[512, 256, 768], help="hidden sizes")
     flags.add_argument(
         "--batch", type=int, nargs="+", default=[1, 8], help="sequences; more than one with the first hidden size only"
     )

@@ -90,7 +90,7 @@ class StudentsConfig(Section):
     )
     refresh_every: PositiveInt | None = Field(
         32,
-        description="tokens after which a sparse student's sleeping experts catch up, sooner early in a text; null: never",
+        description="tokens after which a sparse student's sleeping experts catch up, sooner at its start; null: never",
     )
     direct: DirectConfig = Field(default_factory=DirectConfig, description="the gate of weft gate distil --direct")
     dense: DenseStudentConfig | None = Field(None, description="a dense student as well; absent: none")
