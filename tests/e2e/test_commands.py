@@ -18,13 +18,13 @@ Write = Callable[..., Path]
 SETS = {"target", *WORDS}
 
 
-def test_from_corpora_to_report(tmp_path: Path, recipe: Write, weft: Weft) -> None:
+def test_from_corpora_to_report(tmp_path: Path, recipe: Write, weft: Weft, call: Call) -> None:
     path = recipe()
     prepared = json.loads(weft("prepare", path, "--json").stdout)
     assert set(prepared["sets"]) == SETS
     assert all(facts["train_tokens"] > 0 for facts in prepared["sets"].values())
 
-    facts = json.loads(weft("domains", path, "--json").stdout)
+    facts = call("domains", path, "--json")
     assert {fact["name"] for fact in facts} == set(WORDS)
 
     result = json.loads(weft("train", path, "--json").stdout)
@@ -36,15 +36,15 @@ def test_from_corpora_to_report(tmp_path: Path, recipe: Write, weft: Weft) -> No
     assert last < first - 0.5, "training did not reduce the target's loss"
     assert result["weights"]["sailing"] > 0.5, f"the target speaks of sailing: {result['weights']}"
 
-    again = json.loads(weft("train", path, "--json").stdout)
+    again = call("train", path, "--json")
     assert again == result, "a finished run is not trained again"
 
-    measured = json.loads(weft("eval", path, "--json", "--max-tokens", "0").stdout)
+    measured = call("eval", path, "--json", "--max-tokens", "0")
     assert measured["sets"]["target"]["nats_per_token"] == pytest.approx(
         result["sets"]["target"]["nats_per_token"], rel=1e-5
     )
 
-    page = Path(json.loads(weft("report", path, "--json").stdout)["report"])
+    page = Path(call("report", path, "--json")["report"])
     assert "<html" in (tmp_path / page).read_text()[:500].lower()
 
 
@@ -54,7 +54,7 @@ def eval_lines(run: Path) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def test_the_run_folder_says_how_it_was_made(tmp_path: Path, recipe: Write, weft: Weft) -> None:
+def test_the_run_folder_says_how_it_was_made(tmp_path: Path, recipe: Write, weft: Weft, call: Call) -> None:
     path = recipe()
     weft("train", path, "--set", "training.steps=4", "--set", "evaluation.every_steps=null")
     run = tmp_path / "runs/one"
@@ -65,7 +65,7 @@ def test_the_run_folder_says_how_it_was_made(tmp_path: Path, recipe: Write, weft
     assert {choice["setting"] for choice in described["runtime"]} >= {"device", "precision", "compile", "threads"}
     # The resolved recipe is itself a recipe, and the same one.
     result = json.loads((run / "result.json").read_text())
-    again = json.loads(weft("train", run / "recipe.yaml", "--json").stdout)
+    again = call("train", run / "recipe.yaml", "--json")
     assert again["identity"] == result["identity"]
     assert (run / "model" / "model.safetensors").exists()
     assert (run / "model" / "tokenizer.json").exists()
