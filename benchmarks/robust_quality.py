@@ -476,6 +476,11 @@ def figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return answer
 
 
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range over seeds, to a millionth."""
+    return {key: round(value, 6) for key, value in spread(values).as_json().items()}
+
+
 def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Spreads over seeds of every figure of every row."""
     each = [figures(run) for run in runs]
@@ -483,14 +488,14 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in each[0]:
         mine = [one[row] for one in each if row in one]
         rows[row] = {
-            "worst": {offset: spread([one["worst"][offset] for one in mine]).as_json() for offset in OFFSETS},
+            "worst": {offset: _spread([one["worst"][offset] for one in mine]) for offset in OFFSETS},
             **{
-                key: spread([one[key] for one in mine]).as_json()
+                key: _spread([one[key] for one in mine])
                 for key in mine[0]
                 if key not in ("worst", "bits_per_byte", "nats_per_token") and mine[0][key] is not None
             },
             **{
-                unit: {name: spread([one[unit][name] for one in mine]).as_json() for name in mine[0][unit]}
+                unit: {name: _spread([one[unit][name] for one in mine]) for name in mine[0][unit]}
                 for unit in ("nats_per_token", "bits_per_byte")
             },
         }
@@ -500,12 +505,11 @@ def combine(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "rows": rows,
         "seeds": len(runs),
-        "capacity_nats_per_token": spread([run["facts"]["capacity"] for run in runs]).as_json(),
+        "capacity_nats_per_token": _spread([run["facts"]["capacity"] for run in runs]),
         "fits": [run["facts"]["fits"] for run in runs],
         "conflict": {
             str(step): {
-                key: spread([run["conflict"][place][key] for run in runs]).as_json()
-                for key in ("mean", "least", "negative")
+                key: _spread([run["conflict"][place][key] for run in runs]) for key in ("mean", "least", "negative")
             }
             for place, step in enumerate(measured)
         },
