@@ -72,7 +72,7 @@ def cell(setting: Setting, quick: bool) -> dict[str, dict[str, dict[str, float]]
     config = DIRECT.model_copy(update={"steps": 20}) if quick else DIRECT
     found: dict[str, dict[str, dict[str, float]]] = {}
     for kind in (BRANCHED, ADAPTERS):
-        comparison = Comparison(setting, kind, path.parent, quick)
+        comparison = Comparison(setting, kind, quick)
         comparison.single_models()
         comparison.untrained_gates()
         domains = {name: scored(comparison.pool, gate_text[name], name) for name in setting.names}

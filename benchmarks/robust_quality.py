@@ -1,8 +1,9 @@
 """Robust gates over one expert per domain against monoliths of the experts' total parameters and training tokens.
 
-Two sets of domains (far and near), three kinds of experts (branched from a shared base, from scratch, and branched with
-every second one weak), three offsets, mixtures nobody tuned for, text that changes domain midway. Documents to report
-on are read by no training, no fit and no choice; the common tokenizer was trained on text of every domain, theirs too.
+Two sets of domains (far and near), four kinds of experts (branched from a shared base, adapters over one, from scratch,
+and branched with every second one weak), three offsets, mixtures nobody tuned for, text that changes domain midway.
+Documents to report on are read by no training, no fit and no choice; the common tokenizer was trained on text of every
+domain, theirs too.
 
     python benchmarks/robust_quality.py --data PATH --work PATH     # regenerates benchmarks/results/robust_quality.*
 """
@@ -43,6 +44,7 @@ from weft.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, 
 from weft.gating.bayes import BayesGate
 from weft.gating.experts import ExpertPool
 from weft.gating.gate import CausalGate, Gate, init_gate
+from weft.gating.modular_cache import REFRESH_EVERY
 from weft.gating.modular_lm import ModularLM
 from weft.gating.problem import log_model
 from weft.gating.scores import ScoreCache, ScoreConfig, score
@@ -62,8 +64,6 @@ DIRECT = FitConfig(
 )
 DISTIL = DistilConfig(steps=600, patience=3)
 DENSE_TOKENS = 1_000_000
-REFRESH = 32
-"""Tokens after which sleeping experts catch up, the default of `weft gate distil`."""
 FIRST_DEVELOPMENT_SEED = 100
 """Seeds from here on are measured on the development text."""
 COMPARED = ("monolith uniform", "bayes")
@@ -151,7 +151,6 @@ class Comparison:
 
     setting: Setting
     kind: str
-    folder: Path
     quick: bool
 
     def __post_init__(self) -> None:
@@ -343,7 +342,7 @@ class Comparison:
 def _served(gate: CausalGate, one: ScoredSequences) -> Tensor:
     """log s(x) of windows as a sparse student is served token by token."""
     rows = torch.arange(len(one)).split(4 * BATCH)
-    return torch.cat([log_served(gate, one.features.rows(each), refresh_every=REFRESH) for each in rows])
+    return torch.cat([log_served(gate, one.features.rows(each), refresh_every=REFRESH_EVERY) for each in rows])
 
 
 def _average(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
@@ -368,7 +367,7 @@ def compare(setting: Setting, kind: str, work: Path, quick: bool) -> dict[str, A
     start = time.perf_counter()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    comparison = Comparison(setting, kind, folder, quick)
+    comparison = Comparison(setting, kind, quick)
     comparison.single_models()
     comparison.untrained_gates()
     facts = comparison.trained_gates()
@@ -543,7 +542,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "are the own expert's cross-entropy, the best known single model's per domain (experts, base, parameter "
         "average, monoliths), and none. Robust gate, direct gate and student are fitted once for each offset; "
         "their other columns are of the fit for the own expert's. Top-1, top-2 and dense students are of that fit "
-        f"alone. Top 1: as served token by token, one expert at work and the others catching up every {REFRESH} "
+        f"alone. Top 1: as served token by token, one expert at work and the others catching up every {REFRESH_EVERY} "
         "tokens, sooner early in a text; all experts run: each is up to date at every token, which costs what the full "
         "student costs. Mean, less another's: the difference and its standard error over documents, "
         f"paired, domains weighing the same. Shifted: {MIXTURES} random mixtures nobody tuned for; mean "

@@ -27,7 +27,7 @@ from weft.distillation.structural import (
 from weft.errors import ConfigError
 from weft.gating.features import FLOOR
 from weft.gating.gate import CausalGate, Features, Gate
-from weft.gating.modular_cache import catch_up_due
+from weft.gating.modular_cache import REFRESH_EVERY, catch_up_due, check_refresh_every
 from weft.gating.prefix_gate import PrefixGate, among, with_top
 from weft.gating.sequences import ScoredSequences
 
@@ -125,7 +125,7 @@ def sparse_table(
     domains: Mapping[str, ScoredSequences] | None = None,
     *,
     known_tokens: int = 0,
-    refresh_every: int | None = 32,
+    refresh_every: int | None = REFRESH_EVERY,
 ) -> tuple[SparseRow, ...]:
     """KL and cross-entropies of students side by side, on data none was fitted on.
 
@@ -173,8 +173,7 @@ def log_served(
     Raises:
         ConfigError: `refresh_every` is not positive.
     """
-    if refresh_every is not None and refresh_every < 1:
-        raise ConfigError(f"refresh_every is {refresh_every}; it must be 1 or more, or None for never")
+    check_refresh_every(refresh_every)
     wide = student.to("cpu", torch.float64)
     logp_BTE, mask_BT = wide.tokens(features)
     logp_BTE = logp_BTE.double()

@@ -14,6 +14,19 @@ from weft.errors import ConfigError
 from weft.gating.gate import State
 from weft.gating.slots import SlotStore
 
+REFRESH_EVERY = 32
+"""Tokens between two catch-ups unless told."""
+
+
+def check_refresh_every(refresh_every: int | None) -> None:
+    """Refuse a number of tokens between catch-ups that is none.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if refresh_every is not None and refresh_every < 1:
+        raise ConfigError(f"refresh_every is {refresh_every}; it must be 1 or more, or None for never")
+
 
 def catch_up_due(refresh_every: int | None, anchor: int, length: int) -> bool:
     """Whether all experts read what they missed with the newest of `length` slots, `anchor` of which all have read.

@@ -50,7 +50,7 @@ from weft.files import whole_folder
 from weft.gating import experts as room
 from weft.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
 from weft.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
-from weft.gating.modular_cache import ModularCache, catch_up_due
+from weft.gating.modular_cache import REFRESH_EVERY, ModularCache, catch_up_due, check_refresh_every
 from weft.gating.prefix_gate import PrefixGate, among
 from weft.gating.slots import rows_of
 
@@ -72,7 +72,7 @@ class ModularConfig(PretrainedConfig):
     model_type = "weft_modular"
 
     def __init__(
-        self, vocab_size: int = 0, top_m: int | None = None, refresh_every: int | None = 32, **kwargs: Any
+        self, vocab_size: int = 0, top_m: int | None = None, refresh_every: int | None = REFRESH_EVERY, **kwargs: Any
     ) -> None:
         self.vocab_size = vocab_size
         self.top_m = top_m
@@ -112,7 +112,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(
-        self, pool: ExpertPool, gate: Gate, *, top_m: int | None = None, refresh_every: int | None = 32
+        self, pool: ExpertPool, gate: Gate, *, top_m: int | None = None, refresh_every: int | None = REFRESH_EVERY
     ) -> None:
         if not isinstance(gate, CausalGate):
             raise ConfigError(
@@ -125,8 +125,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             top_m = gate.config.top
         if top_m is not None and not 1 <= top_m <= len(pool):
             raise ConfigError(f"top_m is {top_m}; it must be from 1 to the {len(pool)} experts of the pool, or None")
-        if refresh_every is not None and refresh_every < 1:
-            raise ConfigError(f"refresh_every is {refresh_every}; it must be 1 or more, or None for never")
+        check_refresh_every(refresh_every)
         special = _special_tokens(pool)
         super().__init__(ModularConfig(pool.vocab_size, top_m, refresh_every, **special))
         self.generation_config = GenerationConfig(**special)
@@ -200,7 +199,8 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             )
         self.pool.check_ids(input_ids, cache.length + count)
         cache.append(input_ids, _new_mask(attention_mask, cache.length, input_ids))
-        if not self.sparse or count > 1 or cache.length == 1 or self._due(cache):
+        due = catch_up_due(self.config.refresh_every, cache.anchor, cache.length)
+        if not self.sparse or count > 1 or cache.length == 1 or due:
             logits_BKV = self._run_all(cache, kept)
         else:
             logits_BKV = self._run_some(cache)
@@ -271,9 +271,6 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         cache = ModularCache(len(self.pool), [len(b) for b in self._backbones()], batch, self.device)
         cache.settle({name: tensor.to(self.device) for name, tensor in self.gate.begin(batch).items()})
         return cache
-
-    def _due(self, cache: ModularCache) -> bool:
-        return catch_up_due(self.config.refresh_every, cache.anchor, cache.length)
 
     def _run_all(self, cache: ModularCache, kept: int) -> Tensor:
         """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""

@@ -15,6 +15,7 @@ from weft.gating.experts import ExpertSource
 from weft.gating.gate import GateConfig, gate_config
 from weft.gating.linear import LinearConfig
 from weft.gating.mixtures import Box, MixtureSet, Vertices
+from weft.gating.modular_cache import REFRESH_EVERY
 from weft.gating.prefix_gate import PrefixGateConfig
 from weft.gating.primal_dual import FitConfig
 from weft.gating.scores import ScoreConfig
@@ -89,8 +90,9 @@ class StudentsConfig(Section):
         [1, 2], description="a sparse student for each; those not below the number of experts are left out"
     )
     refresh_every: PositiveInt | None = Field(
-        32,
-        description="tokens after which a sparse student's sleeping experts catch up, sooner at its start; null: never",
+        REFRESH_EVERY,
+        description="tokens after which a sparse student's sleeping experts catch up, sooner early in a text; null: "
+        "never",
     )
     direct: DirectConfig = Field(default_factory=DirectConfig, description="the gate of weft gate distil --direct")
     dense: DenseStudentConfig | None = Field(None, description="a dense student as well; absent: none")

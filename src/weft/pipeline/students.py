@@ -58,6 +58,7 @@ from weft.pipeline.gating import (
 )
 from weft.pipeline.prepared import PreparedData
 from weft.pipeline.report import write_gate_page
+from weft.reporting.gating import ALL_RUN
 from weft.training.runtime import choose_runtime
 
 STUDENT, DIRECT, DENSE = "student", "direct", "dense"
@@ -67,8 +68,6 @@ RIVALS: Mapping[str, Mapping[str, Any]] = {
     "fixed share": {"gate": "fixed_share"},
 }
 """Causal gates that need no training, by the name a table gives them."""
-ALL_RUN = ", all experts run"
-"""What is added to a sparse student's name in the table for its row with every expert up to date at every token."""
 _STOPPING = 0.2
 """Part of the samples a dense student is not trained on, by which its best weights are chosen."""
 _BATCH = 32

@@ -33,6 +33,8 @@ from weft.reporting.layout import contents, notes, page_file, page_text
 from weft.reporting.runs import mapping, number
 from weft.reporting.view import NAMED_DOMAINS, OPEN_ROWS
 
+ALL_RUN = ", all experts run"
+"""What is added to a sparse student's name for its row with every expert up to date at every token."""
 RIVALS = ("uniform", "bayes", "fixed share")
 """Rows that need no training, which a robust gate has to beat."""
 ROBUST, STUDENT, DIRECT = "robust", "student", "direct"
@@ -430,7 +432,7 @@ def _models_caption(facts: GatingFacts, distances: bool) -> str:
             " KL: how far a causal model is from the gate it was made from (rivals: from the same gate), nats per "
             "sequence, on held-out samples of the experts."
         )
-    if any(name.endswith("all experts run") for name in facts.rows):
+    if any(name.endswith(ALL_RUN) for name in facts.rows):
         text += (
             " A student with some experts per token is measured as it generates, its sleeping experts catching up from "
             "time to time; all experts run: every one is up to date at every token, as when a text is read."
