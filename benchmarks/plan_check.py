@@ -7,8 +7,10 @@ work is done, each piece in a process of its own, and compared:
     training step       the training loop's step, on made-up tokens
     with alignment      a step at which every domain's alignment is measured (T_r = 1), by estimator
     expert              `train_expert` as a whole: adapter, validation, gate, statistics
-    scores              `score`: text and samples under every expert
+    expert, T5          the same over an encoder-decoder, of as many layers on either side
+    scores              `score`: text and samples under every expert: adapters over one model, or whole models
     generation          greedy `generate`, seconds per token, one sequence and eight
+    gated generation    the same of adapters under a gate that all take part in
     memory              highest resident memory of the process that trained (VmHWM)
     disk                a checkpoint, the saved model, an expert in its library, a score cache
 
@@ -21,7 +23,9 @@ thread, for the plan's kernels as for the runs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -35,19 +39,24 @@ from typing import Any
 import _common
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from weft.corpora.examples import ExampleSource
 from weft.corpora.source import ArraySource
 from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weft.experts.library import ExpertLibrary
 from weft.experts.lora import module_widths
 from weft.experts.train import ExpertTraining, train_expert
+from weft.gating.bayes import FixedShareGate
 from weft.gating.experts import ExpertPool, Member
+from weft.gating.modular_lm import ModularLM
 from weft.gating.scores import ScoreConfig, score
 from weft.mixture.policy import MixtureSetting, build_policy
 from weft.models.factory import build_model, count_parameters
+from weft.pipeline.expert_recipe import make_expert_recipe
 from weft.pipeline.planning.calibrate import Calibration
-from weft.pipeline.planning.counts import adaptable
+from weft.pipeline.planning.counts import TARGET_SHARE, adaptable
 from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
 from weft.pipeline.planning.hardware import parse_hardware
 from weft.pipeline.recipe import Recipe, make_recipe
@@ -74,11 +83,15 @@ TIMES = (
     "training step",
     *(f"with {name}" for name in ESTIMATORS),
     "expert",
+    "expert, T5",
     "scores",
+    "scores, whole models",
     "generation, 1",
     "generation, 8",
+    "gated generation, 1",
+    "gated generation, 8",
 )
-JOBS = ("train", "estimators", "expert", "scores", "generation")
+JOBS = ("train", "estimators", "expert", "encoder_decoder", "scores", "whole_models", "generation", "gated")
 
 
 def recipe_of(size: str, seed: int, estimator: str = "shadow") -> Recipe:
@@ -157,6 +170,42 @@ class Work:
         assumed = Assumed(domains=DOMAINS, experts=EXPERTS, requests=REQUESTS, prompt=PROMPT, new=NEW)
         return plan_value(value, parse_hardware("cpu"), assumed=assumed, calibration=calibration)
 
+    def plan_of_parts(self, calibration: Calibration, **sections: Any) -> Plan:
+        """Of experts over a model that is there, or of a gate over several."""
+        value = recipe_of(self.size, self.seed).resolved()
+        parts = {**{key: value[key] for key in ("run", "data")}, **sections}
+        assumed = Assumed(domains=DOMAINS, requests=REQUESTS, prompt=PROMPT, new=NEW)
+        return plan_value(parts, parse_hardware("cpu"), assumed=assumed, calibration=calibration)
+
+    def t5_section(self, base: str) -> dict[str, Any]:
+        """The recipe's experts, over an encoder-decoder."""
+        wanted, section = SIZES[self.size], dict(recipe_of(self.size, self.seed).resolved()["experts"])
+        scored = 2 * wanted["B"] * round(TARGET_SHARE * wanted["T"])
+        return {**section, "base": base, "validation_tokens": scored}
+
+    def t5_config(self) -> PretrainedConfig:
+        wanted = SIZES[self.size]
+        return AutoConfig.for_model(
+            "t5", vocab_size=wanted["vocab"], d_model=wanted["hidden_size"], d_kv=wanted["hidden_size"] // 4,
+            d_ff=wanted["intermediate_size"], num_layers=wanted["num_hidden_layers"], num_heads=4, eos_token_id=0,
+            decoder_start_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+
+    def seconds_of_t5(self, calibration: Calibration, folder: Path) -> float:
+        self.t5_config().save_pretrained(folder)
+        plan = self.plan_of_parts(calibration, experts=self.t5_section(str(folder)))
+        return float(plan.stage("experts").facts["seconds_per_expert"])
+
+    def seconds_of_whole_models(self, calibration: Calibration, folder: Path) -> float:
+        assert self.recipe.gating is not None
+        pool = [{"name": f"expert {e}", "model": str(folder / str(e))} for e in range(EXPERTS)]
+        for source in pool:
+            self.model().config.save_pretrained(source["model"])
+        gating = {"pool": pool, "scores": self.recipe.gating.scores.model_dump()}
+        time = self.plan_of_parts(calibration, gating=gating).stage("scores").time
+        assert time is not None
+        return time.seconds
+
     def planned(self) -> dict[str, Any]:
         """Every figure that is checked, as the plan has it."""
         calibration = Calibration(self.clock)
@@ -168,9 +217,18 @@ class Work:
             if name not in found["estimators"]:
                 found["estimators"] |= times_of(self.plan(estimator, calibration, whole=False))["estimators"]
         training, experts, scores = (plan.stage(name) for name in ("training", "experts", "scores"))
+        gated = plan.stage("gated serving").facts
         assert experts.time is not None
         assert scores.time is not None
+        with tempfile.TemporaryDirectory() as folder:
+            others = {
+                "expert, T5": self.seconds_of_t5(calibration, Path(folder) / "t5"),
+                "scores, whole models": self.seconds_of_whole_models(calibration, Path(folder)),
+            }
         return {
+            **others,
+            "gated generation, 1": 1 / gated["tokens_per_second_at_1"],
+            f"gated generation, {REQUESTS}": REQUESTS / gated[f"tokens_per_second_at_{REQUESTS}"],
             **{name: found[name] for name in ("training step", "generation, 1", "generation, 8")},
             **{f"with {name}": found["training step"] + more for name, more in found["estimators"].items()},
             "expert": experts.facts["seconds_per_expert"],
@@ -251,19 +309,52 @@ class Work:
         ExpertLibrary.create(folder / "library", made[0].lora.base).add(made[0])
         return {"expert": seconds, "expert in a library": bytes_in(folder / "library" / "one")}
 
+    def encoder_decoder(self, folder: Path) -> dict[str, float]:
+        """As `expert`, of prompts of T tokens and targets of a quarter of that, their last tokens included."""
+        recipe = self.recipe.resolved()
+        section = self.t5_section("made-up")
+        config = make_expert_recipe({**{key: recipe[key] for key in ("run", "data")}, "experts": section}).experts
+        torch.manual_seed(self.seed)
+        model = AutoModelForSeq2SeqLM.from_config(self.t5_config())
+        wanted, runtime = SIZES[self.size], choose_runtime(config.training, parameters=count_parameters(model))
+        target = round(TARGET_SHARE * wanted["T"])
+
+        def examples(count: int) -> ExampleSource:
+            draw = functools.partial(self.random.integers, 1, wanted["vocab"])
+            return ExampleSource([(draw(wanted["T"] - 1), draw(target - 1)) for _ in range(count)], 0)
+
+        source, held = examples(64), examples(2 * wanted["B"])
+        seconds = self.spent(
+            lambda: train_expert(
+                model, BaseReference("made-up"), source, config.expert_training, name="one", folder=folder / "work",
+                seed=self.seed, heldout=held, runtime=runtime,
+            )
+        )  # fmt: skip
+        return {"expert, T5": seconds}
+
     def scores(self, folder: Path) -> dict[str, float]:
+        seconds = self.scored(self.pool(), folder)
+        return {"scores": seconds, "score cache": bytes_in(folder / "scores")}
+
+    def whole_models(self, folder: Path) -> dict[str, float]:
+        pool = ExpertPool([Member(f"expert {e}", self.model()) for e in range(EXPERTS)])
+        return {"scores, whole models": self.scored(pool, folder)}
+
+    def scored(self, pool: ExpertPool, folder: Path) -> float:
         assert self.recipe.gating is not None
         config: ScoreConfig = self.recipe.gating.scores
-        model = self.model()
-        choose_runtime(self.recipe.training, parameters=count_parameters(model))
-        pool = ExpertPool([Member(f"expert {e}", model, self.adapter(model)) for e in range(EXPERTS)])
+        choose_runtime(self.recipe.training, parameters=count_parameters(pool))
         tokens = config.sequences * (config.length + 1)
         domains = {
             f"domain {d}": ArraySource(self.random.integers(0, SIZES[self.size]["vocab"], tokens))
             for d in range(DOMAINS)
         }
-        seconds = self.spent(lambda: score(pool, domains, folder / "scores", config, show=False))
-        return {"scores": seconds, "score cache": bytes_in(folder / "scores")}
+        return self.spent(lambda: score(pool, domains, folder / "scores", config, show=False))
+
+    def pool(self) -> ExpertPool:
+        """Adapters over one model."""
+        model = self.model()
+        return ExpertPool([Member(f"expert {e}", model, self.adapter(model)) for e in range(EXPERTS)])
 
     def adapter(self, model: Any) -> LoRAExpert:
         factors = {}
@@ -273,7 +364,14 @@ class Work:
         return LoRAExpert("made-up", BaseReference("made-up"), factors, {})
 
     def generation(self, folder: Path) -> dict[str, float]:
-        model = self.model().eval()
+        return self.generated(self.model().eval(), "generation")
+
+    def gated(self, folder: Path) -> dict[str, float]:
+        gate = FixedShareGate.of(np.full(EXPERTS, 1 / EXPERTS), 0.02)
+        return self.generated(ModularLM(self.pool(), gate), "gated generation")
+
+    def generated(self, model: Any, name: str) -> dict[str, float]:
+        """Seconds per token, alone and of several at once."""
         choose_runtime(self.recipe.training, parameters=count_parameters(model))
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -286,7 +384,7 @@ class Work:
 
             work(2)
             spent = [self.spent(lambda: work(NEW)) - self.spent(lambda: work(1)) for _ in range(3)]
-            found[f"generation, {batch}"] = statistics.median(spent) / (NEW - 1)
+            found[f"{name}, {batch}"] = statistics.median(spent) / (NEW - 1)
         return found
 
 
@@ -452,6 +550,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = flags.parse_args(given)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # else the work is given all cores again
     if arguments.job:
         job, size, seed = arguments.job
         sys.stdout.write(json.dumps(do(job, size, int(seed))) + "\n")

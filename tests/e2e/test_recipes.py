@@ -17,6 +17,8 @@ from support.command_line import Call
 from support.tiny_project import WORDS, sentence
 
 from weft.models.factory import load_base, peft_warnings
+from weft.pipeline.planning.estimate import plan_value
+from weft.pipeline.planning.hardware import parse_hardware
 from weft.pipeline.project import load_project, make_project
 from weft.pipeline.runner import run_project
 
@@ -149,8 +151,14 @@ class StandIns:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
-    value = StandIns(tmp_path).replace(yaml.safe_load(path.read_text()))
-    project = make_project({**value, "run": str(tmp_path / "run")})
+    value = {**StandIns(tmp_path).replace(yaml.safe_load(path.read_text())), "run": str(tmp_path / "run")}
+    project = make_project(value)
+    planned = plan_value(value, parse_hardware("8xH100"))
+    stages = {stage.name for stage in planned.stages}
+    assert ("training" in stages) == (project.whole is not None)
+    assert ("experts" in stages) == project.makes_experts
+    assert ("gated serving" in stages) == ("gating" in value)
+    assert planned.seconds > 0
     assert {status.state for status in run_project(project, progress=False)} == {"done"}
     assert (tmp_path / "run/report.html").stat().st_size > 1000
     if tasks := value.get("evaluation", {}).get("tasks"):

@@ -69,6 +69,8 @@ def _show(plan: Plan) -> None:
     for stage in plan.stages:
         typer.echo(f"\n{stage.name}: {stage.what}")
         for name, value in stage.facts.items():
+            if value is None:
+                continue
             typer.echo(f"  {name.replace('_', ' ')}: {_plain(name, value)}")
         for name, part in (("memory", stage.memory), ("disk", stage.disk)):
             if part:

@@ -351,7 +351,7 @@ class ExpertPool(nn.Module):
         digests: dict[Any, str] = {}
         members = []
         for source in sources:
-            lora, key, wanted = _adapter(source)
+            lora, key, wanted = adapter_of(source)
             if key not in models:
                 models[key] = load_base(key[0], revision=key[1], dtype=dtype)
             if wanted is not None:
@@ -603,7 +603,7 @@ def _base_of(library: ExpertLibrary) -> tuple[str, str | None]:
     return library.base.name, library.base.revision
 
 
-def _adapter(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str | None], str | None]:
+def adapter_of(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str | None], str | None]:
     """A source's adapter, its base's name and revision, and the fingerprint that base must have."""
     if source.library is not None:
         library = ExpertLibrary.open(Path(source.library))

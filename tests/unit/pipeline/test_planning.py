@@ -13,9 +13,12 @@ from support.tiny_project import recipe_value
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig
 
 from weft.errors import ConfigError
+from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weft.experts.lora import write_lora
+from weft.gating.experts import ExpertSource
 from weft.mixture.policy import build_policy
 from weft.models.factory import LoRASection, ModelConfig, build_model, count_parameters
 from weft.models.hf import token_losses
@@ -24,7 +27,8 @@ from weft.pipeline.planning import counts
 from weft.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
 from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
 from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
-from weft.pipeline.planning.experts import PoolPlan, experts_stage, fit_bytes, fit_seconds, score_cache_bytes
+from weft.pipeline.planning.experts import PoolPlan, experts_stage
+from weft.pipeline.planning.gates import Sharing, fit_bytes, fit_seconds, score_cache_bytes, sharings_of
 from weft.pipeline.planning.hardware import DEVICES, parse_hardware
 from weft.pipeline.planning.speed import Speed
 from weft.pipeline.planning.stage import Stage
@@ -175,11 +179,76 @@ def test_a_model_whose_configuration_is_elsewhere_is_refused() -> None:
         pretrained_config("nobody/has-this-model")
 
 
-def test_an_encoder_decoder_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    AutoConfig.for_model("t5", d_model=16, num_layers=1).save_pretrained(tmp_path)
+# -- encoder-decoders ------------------------------------------------------------------------------------------------
+
+
+def t5(layers: int = 2, **changes: Any) -> PretrainedConfig:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": layers, "num_heads": 4}
+    return AutoConfig.for_model("t5", vocab_size=96, decoder_start_token_id=0, **{**sizes, **changes})
+
+
+def test_an_encoder_decoder_is_counted_as_it_runs() -> None:
+    config, planned = t5(), Counted(t5())
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    assert planned.sizes.parameters == count_parameters(model)
+    assert planned.sizes.layers == 4
+    prompt, labels = torch.zeros(3, 16, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(input_ids=prompt, labels=labels)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step:
+        model(input_ids=prompt, labels=labels).loss.backward()
+    assert planned.forward(3, 16).flops == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert planned.step(3, 16).flops == pytest.approx(step.get_total_flops(), rel=0.05)
+    with torch.no_grad():
+        before = model(input_ids=prompt, decoder_input_ids=labels[:, :2], use_cache=True)
+        read, behind = before.encoder_last_hidden_state, before.past_key_values
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decode:
+            model(
+                encoder_outputs=(read,), decoder_input_ids=labels[:, :1], past_key_values=behind, use_cache=True
+            )  # fmt: skip
+    assert planned.decode(3, 16).flops == pytest.approx(decode.get_total_flops(), rel=0.02)
+    assert planned.prefill(3, 16).flops < planned.forward(3, 16).flops
+
+
+@pytest.mark.parametrize("adapter", [None, LoRASection(rank=4)])
+def test_a_deep_encoder_decoder_is_counted_along_a_straight_line(
+    adapter: LoRASection | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Counted(t5(layers=5), adapter=adapter)
+    works = line.step(2, 8), line.decode(2, 8)
+    monkeypatch.setattr(counts, "DEEP", 100)
+    whole = Counted(t5(layers=5), adapter=adapter)
+    for found, wanted in zip(works, (whole.step(2, 8), whole.decode(2, 8)), strict=True):
+        assert found.flops == pytest.approx(wanted.flops, rel=1e-9)
+        assert {key: pytest.approx(count) for key, count in found.kernels.items()} == dict(wanted.kernels)
+    assert works[0].peak == pytest.approx(whole.step(2, 8).peak, rel=0.02)
+    assert not Counted(t5(layers=5, num_decoder_layers=3))._alike, "parts of different depth are run whole"
+
+
+def test_experts_over_an_encoder_decoder_are_planned_and_no_gate(tmp_path: Path) -> None:
+    t5(layers=3).save_pretrained(tmp_path)
     small = {key: recipe_value()[key] for key in ("run", "data")}
-    with pytest.raises(ConfigError, match=r"encoder-decoder model.* one of about its size .*--set .*experts\.base"):
-        plan_value({**small, "experts": {"base": str(tmp_path)}}, parse_hardware("H100"))
+    experts = {
+        "base": str(tmp_path), "lora": {"rank": 4}, "domains": ["a", "b", "c", "d", "e"],
+        "training": {"steps": 10, "batch_sequences": 8, "sequence_length": 32},
+    }  # fmt: skip
+    found = plan_value({**small, "experts": experts}, parse_hardware("2xH100"))
+    assert [stage.name for stage in found.stages] == ["data", "experts", "pool"]
+    facts = found.stage("experts").facts
+    # 4 linear modules of attention and 2 of the feed-forward layer in the encoder, 8 and 2 in the decoder.
+    widths = 3 * (4 * 64 + 2 * 96) + 3 * (8 * 64 + 2 * 96)
+    assert facts["parameters_per_expert"] == 4 * widths
+    assert facts["experts"] == 5, "those that the recipe names"
+    assert found.stage("data").facts["tokens"] == 5 * 10 * 8 * 32
+    assert found.stage("pool").facts["decode_flops_over_base"] > 0
+    assert any("targets as 25% of that" in line for line in found.assumptions)
+
+
+def test_a_mixture_over_an_encoder_decoder_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    t5().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"encoder-decoder model, and a mixture trains .*experts\.base"):
+        plan_of(model={"pretrained": str(tmp_path)})
 
 
 # -- memory and disk -------------------------------------------------------------------------------------------------
@@ -374,15 +443,90 @@ def test_imported_adapters_are_not_trained() -> None:
     assert mixed.flops == pytest.approx(trained.flops / 3 + found.flops)
 
 
-def test_what_is_not_planned_is_said() -> None:
-    pool = {"pool": [{"name": "a", "model": "some/model"}, {"name": "b", "model": "other/model"}]}
+def test_rivals_are_planned_as_the_trainings_they_are() -> None:
+    experts = {"lora": {"rank": 4}, "training": {"steps": 10, "batch_sequences": 4, "sequence_length": 32}}
+    compare = {"mixtures": ["uniform", "doremi"], "monolith": True}
+    found = plan_of(experts=experts, compare=compare, assumed=Assumed(experts=6))
+    names = [stage.name for stage in found.stages]
+    assert names[:7] == [
+        "data",
+        "training",
+        "alignment",
+        "evaluation",
+        "rival uniform",
+        "rival doremi",
+        "rival monolith",
+    ]
+    plain = plan_of(mixture={"policy": "uniform"})
+    uniform, training = found.stage("rival uniform"), plain.stage("training")
+    assert uniform.flops == pytest.approx(training.flops + plain.stage("evaluation").flops)
+    assert uniform.facts["seconds_of_training"] == pytest.approx(training.time.seconds if training.time else 0.0)
+    assert uniform.disk == training.disk
+    assert uniform.time is not None
+    assert uniform.time.seconds == pytest.approx(sum(s.time.seconds for s in plain.stages if s.time is not None))
+    assert found.stage("rival doremi").flops > 2 * training.flops
+    assert found.stage("rival monolith").facts["tokens"] == 6 * 10 * 4 * 32
+    assert found.stage("rival monolith").facts["parameters"] == found.stage("training").facts["parameters"]
+
+
+def pool_value(tmp_path: Path, *, vocabulary: int = 96) -> dict[str, Any]:
+    """Two whole models and two adapters over the first, as configurations and without weights of the models."""
+    config_of().save_pretrained(tmp_path / "first")
+    config_of(hidden_size=64, vocab_size=vocabulary).save_pretrained(tmp_path / "second")
+    for name, rank in (("small", 2), ("large", 5)):
+        modules = {
+            f"model.layers.{layer}.self_attn.q_proj": LoRAFactors(torch.ones(rank, 32), torch.ones(32, rank), 1.0)
+            for layer in range(2)
+        }
+        adapter = LoRAExpert(name, BaseReference(str(tmp_path / "first")), modules, {})
+        write_lora(tmp_path / name, adapter)
     small = {key: recipe_value()[key] for key in ("run", "data")}
-    for experts in ({}, {"experts": {"dtype": "bfloat16"}}):
-        with pytest.raises(ConfigError, match=r"gate over models that are there already \(gating\.pool\)"):
-            plan_value({**small, **experts, "gating": pool}, parse_hardware("H100"))
-    rivals = plan_of(compare={"mixtures": ["uniform"]})
-    assert any("Rivals are not planned" in line for line in rivals.assumptions)
-    assert not any("Rivals" in line for line in plan_of().assumptions)
+    pool = [{"name": name, "model": str(tmp_path / name)} for name in ("first", "second", "small", "large")]
+    scores = {"length": 32, "sequences": 40, "samples": 16, "batch_size": 4}
+    return {**small, "gating": {"pool": pool, "scores": scores, "students": {"experts_per_token": [1, 4]}}}
+
+
+def test_a_gate_over_models_that_are_there_is_planned(tmp_path: Path) -> None:
+    value = pool_value(tmp_path)
+    found = plan_value(value, parse_hardware("H100"), assumed=Assumed(domains=3, requests=8, prompt=32, new=64))
+    assert [stage.name for stage in found.stages] == ["data", "scores", "gate", "gated serving"]
+    scores, serving = found.stage("scores"), found.stage("gated serving")
+    assert scores.facts["text_sequences"] == 3 * 40
+    assert scores.facts["sample_sequences"] == 4 * 16
+    assert scores.disk["score cache"] == score_cache_bytes(120, 64, 32, 4)
+    first, second = (Counted(pretrained_config(str(tmp_path / name)), bf16=True) for name in ("first", "second"))
+    assert scores.memory["weights"] == first.sizes.weight_bytes + second.sizes.weight_bytes
+    assert scores.memory["experts' factors"] == 3 * 5 * 2 * (32 + 32) * 4, "three run on the first model, of rank 5"
+    rows = (120 + 64) / 4
+    alone = 3 * first.forward(4, 32).flops + second.forward(4, 32).flops
+    drawn = scores.flops - rows * alone
+    assert 0 < drawn < 0.5 * scores.flops
+    assert serving.facts["kv_bytes_per_token"] == 3 * first.sizes.kv_bytes + second.sizes.kv_bytes
+    assert {name for name in serving.facts if "with_" in name} == {
+        "tokens_per_second_at_1_with_1_per_token", "tokens_per_second_at_8_with_1_per_token",
+    }  # fmt: skip
+    assert found.stage("data").facts["tokens"] == 3 * 40 * 32
+
+
+def test_fewer_experts_per_token_are_faster_where_computing_limits(tmp_path: Path) -> None:
+    large = config_of(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24)
+    for name in ("a", "b", "c", "d"):
+        large.save_pretrained(tmp_path / name)
+    pool = [{"name": name, "model": str(tmp_path / name)} for name in ("a", "b", "c", "d")]
+    small = {key: recipe_value()[key] for key in ("run", "data")}
+    gating = {"pool": pool, "students": {"experts_per_token": [1, 2], "refresh_every": 32}}
+    facts = plan_value({**small, "gating": gating}, parse_hardware("H100")).stage("gated serving").facts
+    every, two, one = (facts[f"tokens_per_second_at_32{how}"] for how in ("", "_with_2_per_token", "_with_1_per_token"))
+    assert every < two < one < 4 * every
+
+
+def test_a_pool_that_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"one vocabulary, and these differ in size: .*first 96, .*second 128"):
+        plan_value(pool_value(tmp_path, vocabulary=128), parse_hardware("H100"))
+    t5().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match="encoder-decoder model; a gate combines decoder-only"):
+        sharings_of([ExpertSource(name="x", model=str(tmp_path / "t5"))], dtype="float32", bf16=False)
+    assert Sharing(Counted(config_of()), 3).factor_bytes == 0.0
 
 
 def test_an_unknown_vocabulary_is_asked_for() -> None:

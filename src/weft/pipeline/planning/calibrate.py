@@ -24,6 +24,9 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from weft.corpora.source import ArraySource
+from weft.gating.bayes import FixedShareGate
+from weft.gating.experts import ExpertPool, Member
+from weft.gating.modular_lm import ModularLM
 from weft.mixture.loader import MixtureLoader
 from weft.mixture.sampler import MixtureSampler
 from weft.models.hf import token_losses
@@ -63,6 +66,7 @@ class Calibration:
         loops: seconds of a training step beside the model, by batch, length, micro-batches and domains.
         resident: bytes this process held before anything was timed: Python and the libraries.
         token: seconds of `generate` per token beside the model's pass; None: not measured yet.
+        gate: seconds of a gated model per token beside its experts' passes; None: not measured yet.
         probe: seconds of a shadow probe per module and micro-batch beside its operations; None: not measured yet.
         failed: kernels that could not be run alone; they are taken by their bytes.
     """
@@ -73,6 +77,7 @@ class Calibration:
     failed: dict[str, str] = field(default_factory=dict)
     loops: dict[tuple[int, ...], float] = field(default_factory=dict)
     token: float | None = None
+    gate: float | None = None
     probe: float | None = None
     resident: float = field(default_factory=resident_bytes)
     _bytes_per_second: float | None = None
@@ -129,6 +134,21 @@ class Calibration:
                 passes.append(self._spent(lambda: _pass_by_pass(model, prompt, TOKENS)) / TOKENS)
             self.token = max(0.0, typical(generating) - typical(passes))
         return self.token
+
+    def gate_seconds(self) -> float:
+        """What a gate costs per token beside its experts' passes, measured on the fixed small model."""
+        if self.gate is None:
+            with torch.random.fork_rng(devices=[]):
+                model = LlamaForCausalLM(_reference_config()).eval()
+            pool = ExpertPool([Member(str(number), model) for number in range(2)])
+            gated = ModularLM(pool, FixedShareGate.of([0.5, 0.5], 0.01))
+            prompt = torch.ones(1, 8, dtype=torch.int64)
+            both, mixed, alone = prompt.repeat(len(pool), 1), [], []
+            for _ in range(5):
+                mixed.append(self._spent(lambda: _generate(gated, prompt, TOKENS)) / TOKENS)
+                alone.append(self._spent(lambda: _generate(model, both, TOKENS)) / TOKENS)
+            self.gate = max(0.0, typical(mixed) - typical(alone))
+        return self.gate
 
     def shadow_seconds(self) -> float:
         """What a shadow probe costs per module and micro-batch beside the operations that are counted of it."""

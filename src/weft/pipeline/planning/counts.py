@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from weft.errors import ConfigError
@@ -49,16 +49,25 @@ SHALLOW = (1, 2)
 """Layers a deep model is run with."""
 DEEP = 2
 """More layers than this are not run one by one."""
+TARGET_SHARE = 0.25
+"""Tokens of a target over those of its prompt, for an encoder-decoder, where nothing is known of the examples."""
 
 
 def model_config(section: ModelConfig, *, vocab_size: int | None, sequence_length: int) -> PretrainedConfig:
     """The configuration of a recipe's model, without its weights.
 
     Raises:
-        ConfigError: as `pretrained_config` and `architecture_config`, or the vocabulary is not known.
+        ConfigError: as `pretrained_config` and `architecture_config`, the vocabulary is not known, or it is an
+            encoder-decoder.
     """
     if section.pretrained is not None:
-        return pretrained_config(section.pretrained, section.revision)
+        config = pretrained_config(section.pretrained, section.revision)
+        if config.is_encoder_decoder:
+            raise ConfigError(
+                f"model.pretrained {section.pretrained} is an encoder-decoder model, and a mixture trains decoder-only "
+                "language models; an encoder-decoder can be the base of experts: experts.base"
+            )
+        return config
     if vocab_size is None:
         raise ConfigError(
             "the size of the vocabulary is not known before the tokenizer is there; prepare the data first, or give "
@@ -71,7 +80,7 @@ def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfi
     """A pretrained model's configuration from a local folder or the hub's local cache; nothing is downloaded.
 
     Raises:
-        ConfigError: it is not there, or it is no decoder-only language model.
+        ConfigError: it is not there.
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -82,11 +91,6 @@ def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfi
             f"the configuration of {name!r} is not on this machine, and a plan downloads nothing; give a local folder "
             f"that holds its config.json (with --set), weights are not needed: {str(error).splitlines()[0]:.160}"
         ) from error
-    if config.is_encoder_decoder:
-        raise ConfigError(
-            f"{name} is an encoder-decoder model, and plans are made of decoder-only language models; plan with one of "
-            "about its size in its place (--set model.pretrained=FOLDER, or experts.base=FOLDER)"
-        )
     return config
 
 
@@ -97,10 +101,10 @@ class Sizes:
     Attributes:
         parameters: all of them, tied ones once.
         trainable: those that are trained.
-        layers: L.
+        layers: L; of an encoder-decoder, those of both.
         largest_unit: parameters of the largest decoder layer, or of what is in no layer: what is gathered at a time
             where a model is split.
-        kv_bytes: keys and values of one token in all layers.
+        kv_bytes: keys and values of one token in all layers that keep them.
         weight_bytes: of the parameters, as they are held.
         tensors: that are trained.
         modules: that hold trained parameters of their own.
@@ -122,12 +126,15 @@ class Sizes:
 class Counted:
     """A model that is counted on.
 
+    An encoder-decoder reads `length` tokens of a prompt and predicts `share` times as many of a target.
+
     Args:
         config: of the model.
         dtype: parameters are held in.
         bf16: under bfloat16 autocast.
         checkpointing: activations are recomputed in the backward pass.
         adapter: train this adapter and nothing else.
+        share: tokens of a target over those of its prompt, for an encoder-decoder.
     """
 
     config: PretrainedConfig
@@ -135,13 +142,14 @@ class Counted:
     bf16: bool = False
     checkpointing: bool = False
     adapter: LoRASection | None = None
+    share: float = TARGET_SHARE
     _cache: dict[Any, Work] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def sizes(self) -> Sizes:
         """Parameters and widths of the whole model, which is built on the meta device."""
         model = self._on_meta(self.config, adapted=True)
-        layers = _layers(model, int(self.config.num_hidden_layers))
+        layers = _layers(model, self.config)
         inside = max((count_parameters(layer) for layer in layers), default=0)
         total = count_parameters(model)
         bare = self._on_meta(self.config, adapted=False)
@@ -151,9 +159,9 @@ class Counted:
         return Sizes(
             parameters=total,
             trainable=count_parameters(model, trainable=True),
-            layers=int(self.config.num_hidden_layers),
+            layers=sum(_depths(self.config)),
             largest_unit=max(inside, total - sum(count_parameters(layer) for layer in layers)),
-            kv_bytes=2.0 * int(self.config.num_hidden_layers) * heads * width * item,
+            kv_bytes=2.0 * _depths(self.config)[-1] * heads * width * item,
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             modules=sum(any(p.requires_grad for p in m.parameters(recurse=False)) for m in model.modules()),
             tensors=sum(p.requires_grad for p in model.parameters()),
@@ -170,11 +178,11 @@ class Counted:
         """Forward and backward of a micro-batch; `accumulating` onto gradients that are there."""
 
         def run(model: nn.Module) -> Work:
-            tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
+            losses = self._losses(model, batch, length)
 
             def once() -> None:
                 with self._autocast():
-                    loss = token_losses(model, tokens).mean()
+                    loss = losses().mean()
                 loss.backward()
 
             if accumulating:
@@ -188,9 +196,9 @@ class Counted:
         """Losses of a batch, without gradient."""
 
         def run(model: nn.Module) -> Work:
-            tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
+            losses = self._losses(model, batch, length)
             with torch.no_grad(), self._autocast():
-                return record(lambda: token_losses(model, tokens))
+                return record(losses)
 
         return self._counted(("forward", batch, length), run)
 
@@ -215,11 +223,13 @@ class Counted:
         return self._counted(("activation step", batch, length), run, train=True)
 
     def prefill(self, batch: int, length: int) -> Work:
-        """A prompt read into a cache of keys and values; the logits of its last token alone."""
+        """A prompt read into a cache of keys and values; the logits of the token after it alone."""
 
         def run(model: nn.Module) -> Work:
             tokens = torch.zeros(batch, length, dtype=torch.int64)
             with torch.no_grad(), self._autocast():
+                if self.config.is_encoder_decoder:
+                    return record(lambda: model(input_ids=tokens, decoder_input_ids=tokens[:, :1]).logits)
                 cache = DynamicCache(config=_config_of(model))
                 return record(
                     lambda: model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -228,11 +238,28 @@ class Counted:
         return self._counted(("prefill", batch, length), run)
 
     def decode(self, batch: int, context: int) -> Work:
-        """One token of every sequence behind a cache of `context` tokens."""
+        """One token of every sequence behind a cache of `context` tokens.
+
+        Of an encoder-decoder: one token of the target, halfway through it, behind a prompt of `context` tokens.
+        """
 
         def run(model: nn.Module) -> Work:
             tokens = torch.zeros(batch, max(1, context), dtype=torch.int64)
             with torch.no_grad(), self._autocast():
+                if self.config.is_encoder_decoder:
+                    said = tokens[:, : max(1, self.target(context) // 2)]
+                    first = model(input_ids=tokens, decoder_input_ids=said, use_cache=True)
+                    read, behind = (first.encoder_last_hidden_state,), first.past_key_values
+                    return record(
+                        lambda: (
+                            model(
+                                encoder_outputs=read,
+                                decoder_input_ids=tokens[:, :1],
+                                past_key_values=behind,
+                                use_cache=True,
+                            ).logits
+                        )
+                    )
                 cache = DynamicCache(config=_config_of(model))
                 model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 return record(lambda: model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True).logits)
@@ -261,12 +288,12 @@ class Counted:
         """Forward and backward of a micro-batch that trains the gates of an adapter."""
 
         def run(model: nn.Module) -> Work:
-            tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
             attach_gates(model, _expert(model, self.adapter))
+            losses = self._losses(model, batch, length)
 
             def once() -> None:
                 with self._autocast():
-                    loss = token_losses(model, tokens).mean()
+                    loss = losses().mean()
                 loss.backward()
 
             return record(once)
@@ -289,6 +316,20 @@ class Counted:
                 return record(once)
 
         return self._counted(("scored", experts, batch, length), run, adapted=False)
+
+    def mixed(self, experts: int, batch: int, context: int) -> Work:
+        """One token of every sequence under so many experts over this base at once, behind `context` tokens."""
+
+        def run(model: nn.Module) -> Work:
+            backbone = _backbone(model, self.adapter, experts)
+            rows = Rows(one=0) if experts == 1 else Rows(blocks=tuple(range(experts)))
+            tokens = torch.zeros(batch * experts, max(1, context), dtype=torch.int64)
+            with torch.no_grad(), self._autocast():
+                cache = DynamicCache(config=self.config)
+                backbone.run(rows, tokens, cache=cache)
+                return record(lambda: backbone.run(rows, tokens[:, :1], cache=cache).float().log_softmax(dim=-1))
+
+        return self._counted(("mixed", experts, batch, context), run, adapted=False)
 
     def drawn(self, batch: int, context: int) -> Work:
         """One token of every sequence drawn from one expert over this base, behind `context` tokens."""
@@ -356,6 +397,29 @@ class Counted:
 
     # -- how it is counted --------------------------------------------------------------------------------------
 
+    def predicted(self, length: int) -> int:
+        """Tokens of a sequence that are predicted: all it reads, or an encoder-decoder's target."""
+        return self.target(length) if self.config.is_encoder_decoder else length
+
+    def target(self, length: int) -> int:
+        """Tokens of a target behind a prompt of so many, for an encoder-decoder."""
+        return max(1, round(self.share * length))
+
+    def _losses(self, model: nn.Module, batch: int, length: int) -> Callable[[], Tensor]:
+        """The losses of a batch, as training and evaluation work them out."""
+        if not self.config.is_encoder_decoder:
+            tokens_BT1 = torch.zeros(batch, length + 1, dtype=torch.int64)
+            return lambda: token_losses(model, tokens_BT1)
+        prompt_BT = torch.zeros(batch, length, dtype=torch.int64)
+        labels_BC = torch.zeros(batch, self.target(length), dtype=torch.int64)
+        arguments = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT), "labels": labels_BC}
+
+        def losses() -> Tensor:
+            logits_BCV: Tensor = model(**arguments, use_cache=False).logits
+            return -logits_BCV.float().log_softmax(dim=-1).gather(-1, labels_BC[..., None])[..., 0]
+
+        return losses
+
     def _counted(
         self, key: Any, run: Callable[[nn.Module], Work], *, train: bool = False, adapted: bool = True
     ) -> Work:
@@ -364,7 +428,8 @@ class Counted:
         layers = int(self.config.num_hidden_layers)
         found = []
         for depth in SHALLOW if layers > DEEP and self._alike else (layers,):
-            model = self._on_meta(_with_layers(self.config, depth), adapted=adapted)
+            config = self.config if depth == layers else _with_layers(self.config, depth)
+            model = self._on_meta(config, adapted=adapted)
             with shapes_only():
                 _give_shapes(model)
                 model.train(train)
@@ -378,22 +443,27 @@ class Counted:
 
     @cached_property
     def _alike(self) -> bool:
-        """Whether all layers are alike, so that fewer tell about all."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None and len(set(kinds)) > 1:
+        """Whether all layers are alike, so that fewer tell about all; of an encoder-decoder, those behind the first."""
+        kinds, depths = getattr(self.config, "layer_types", None), _depths(self.config)
+        if (kinds is not None and len(set(kinds)) > 1) or len(set(depths)) > 1:
             return False
-        layers = _layers(self._on_meta(self.config, adapted=False), int(self.config.num_hidden_layers))
-        return bool(layers) and len({_outline(layer) for layer in layers}) == 1
+        outlines = [_outline(layer) for layer in _layers(self._on_meta(self.config, adapted=False), self.config)]
+        if self.config.is_encoder_decoder:
+            parts = outlines[1 : depths[0]], outlines[depths[0] + 1 :]
+            return len(outlines) == sum(depths) and all(len(set(part)) == 1 for part in parts)
+        return len(set(outlines)) == 1
 
     def _on_meta(self, config: PretrainedConfig, *, adapted: bool) -> nn.Module:
         with torch.device("meta"):
-            model: nn.Module = from_architecture(config)
+            seq2seq = config.is_encoder_decoder
+            model: nn.Module = AutoModelForSeq2SeqLM.from_config(config) if seq2seq else from_architecture(config)
         model = model.to(DTYPES[self.dtype])
         if not adapted or self.adapter is None:
             return model
         section = LoraConfig(
             r=self.adapter.rank, lora_alpha=self.adapter.alpha, target_modules=self.adapter.target_modules,
-            lora_dropout=self.adapter.dropout, task_type="CAUSAL_LM",
+            lora_dropout=self.adapter.dropout,
+            task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )  # fmt: skip
         with peft_warnings():
@@ -428,22 +498,39 @@ def _config_of(model: nn.Module) -> PretrainedConfig:
 
 
 def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    if layers == int(config.num_hidden_layers):
-        return config
     fewer = copy.deepcopy(config)
     kinds = getattr(fewer, "layer_types", None)
     if kinds is not None:
         fewer.layer_types = list(kinds[:layers])
     fewer.num_hidden_layers = layers
+    if fewer.is_encoder_decoder and (key := _decoder_depth(fewer)) is not None:
+        setattr(fewer, key, layers)
     return fewer
 
 
-def _layers(model: nn.Module, count: int) -> list[nn.Module]:
-    """The decoder layers: the first list of modules of that length."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    return []
+def _decoder_depth(config: PretrainedConfig) -> str | None:
+    """The key of an encoder-decoder's configuration that tells the depth of its decoder."""
+    return next((key for key in ("num_decoder_layers", "decoder_layers") if hasattr(config, key)), None)
+
+
+def _depths(config: PretrainedConfig) -> tuple[int, ...]:
+    """Layers of a decoder; of an encoder-decoder, of its encoder and of its decoder."""
+    layers = int(config.num_hidden_layers)
+    if not config.is_encoder_decoder:
+        return (layers,)
+    key = _decoder_depth(config)
+    return layers, layers if key is None else int(getattr(config, key))
+
+
+def _layers(model: nn.Module, config: PretrainedConfig) -> list[nn.Module]:
+    """The decoder layers, an encoder's before them: of each part the first list of modules of that length."""
+    whole: Any = model
+    parts = [whole.get_encoder(), whole.get_decoder()] if config.is_encoder_decoder else [model]
+    found: list[nn.Module] = []
+    for part, count in zip(parts, _depths(config), strict=True):
+        lists = (module for module in part.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+        found += next(lists, nn.ModuleList())
+    return found
 
 
 def _outline(module: nn.Module) -> tuple[Any, ...]:

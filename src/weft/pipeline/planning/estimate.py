@@ -8,21 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from weft.config import apply_overrides, read_yaml
 from weft.corpora.builtin import builtin_names
 from weft.corpora.store_files import DOCUMENT, Vocabulary
 from weft.corpora.tokens import load_pretrained
 from weft.errors import ConfigError
+from weft.gating.experts import ExpertSource
 from weft.mixture.policy import build_policy
-from weft.models.factory import ModelConfig
 from weft.pipeline.data_config import DataConfig
 from weft.pipeline.expert_recipe import ExpertRecipe
 from weft.pipeline.gate_recipe import GatingConfig
 from weft.pipeline.planning.calibrate import Calibration
-from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
-from weft.pipeline.planning.experts import PoolPlan, experts_stage, gate_stage, pool_stage, scoring_stage, serving_stage
+from weft.pipeline.planning.counts import TARGET_SHARE, Counted, model_config, pretrained_config
+from weft.pipeline.planning.experts import PoolPlan, experts_stage, pool_stage
+from weft.pipeline.planning.gates import GatePlan, Sharing, gate_stage, scoring_stage, sharings_of
 from weft.pipeline.planning.hardware import Hardware
-from weft.pipeline.planning.speed import Speed
+from weft.pipeline.planning.serving import gated, plain, routed, serving_stage
+from weft.pipeline.planning.speed import Speed, Time
 from weft.pipeline.planning.stage import DOES_NOT_FIT, Stage
 from weft.pipeline.planning.training import (
     FSDP2,
@@ -34,7 +38,7 @@ from weft.pipeline.planning.training import (
     training_stage,
 )
 from weft.pipeline.prepared import MANIFEST, PreparedData
-from weft.pipeline.project import make_project
+from weft.pipeline.project import Project, make_project
 from weft.pipeline.recipe import Recipe, check
 from weft.training.runtime import choose_runtime
 
@@ -128,8 +132,9 @@ class _Facts:
     heldout: tuple[int, ...] | None = None
     target_heldout: int = 0
 
-    def sequences(self, asked: int, length: int) -> list[int]:
-        """Held-out sequences of each domain: as many as are asked for, or as there are."""
+    def sequences(self, gating: GatingConfig) -> list[int]:
+        """Held-out sequences of each domain that are scored: as many as are asked for, or as there are."""
+        asked, length = gating.scores.sequences, gating.scores.length
         if self.heldout is None:
             return [asked] * self.domains
         return [min(asked, math.ceil(max(0, tokens - 1) / length)) for tokens in self.heldout]
@@ -182,37 +187,31 @@ def plan_value(
     assumed = assumed if assumed is not None else Assumed()
     speed = Speed(hardware, mfu, calibration if calibration is not None else Calibration())
     project = make_project(value)
-    recipe, expert_recipe = project.whole, project.pool_recipe if project.makes_experts else None
-    if recipe is None and expert_recipe is None:
-        raise ConfigError(
-            "the recipe puts a gate over models that are there already (gating.pool), and a plan is of training a "
-            "model or of making experts; weft run RECIPE --dry-run shows its stages"
-        )
-    facts = _facts(project.data, project.prepared_folder, assumed)
+    facts = _facts(project, assumed)
     stages: list[Stage] = []
-    if recipe is not None:
-        stages += _base_stages(recipe, speed, facts)
-    if expert_recipe is not None:
-        stages += _expert_stages(expert_recipe, recipe, speed, facts, assumed)
-    elif recipe is not None:
-        stages.append(_serving(recipe, speed, facts, assumed))
+    if project.whole is not None:
+        stages += _base_stages(project.whole, speed, facts)
+        for each in project.mixtures:
+            stages.append(_together(f"rival {each.policy}", _base_stages(project.rival(each), speed, facts)))
+    if project.makes_experts:
+        stages += _expert_stages(project, speed, facts, assumed)
+    if project.parts is not None and (gating := project.parts.gating) is not None and gating.pool is not None:
+        stages += _pool_stages(project.parts, gating.pool, speed, facts, assumed)
+    if project.whole is not None and not project.makes_experts:
+        stages.append(_serving(project.whole, speed, facts, assumed))
     stages.insert(0, _prepared_stage(facts, stages))
     used = None if hardware.device.measured else speed.utilisation
-    said = [*facts.said, *_assumptions(speed, stages)]
-    if project.mixtures or project.monolith:
-        said.append(
-            "Rivals are not planned: each mixture of compare takes the training once more, the monolith as many tokens "
-            "as all experts."
-        )
+    said = dict.fromkeys([*facts.said, *_assumptions(speed, stages)])
     return Plan(name, hardware.name, used, tuple(stages), tuple(said))
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _base_stages(recipe: Recipe, speed: Speed, facts: _Facts) -> list[Stage]:
+def _base_stages(recipe: Recipe, speed: Speed, facts: _Facts, config: PretrainedConfig | None = None) -> list[Stage]:
+    """A model trained on a mixture; its configuration is the recipe's unless one is given."""
     check(recipe)
-    counted = _counted(recipe.model, recipe.training.sequence_length, facts.vocab_size, recipe, speed)
+    counted = _counted(recipe, speed, facts, config)
     machine = machine_for(recipe.training, speed)
     devices = _processes(recipe.training.batch_sequences, speed.hardware.devices, facts)
     if speed.hardware.device.measured:
@@ -258,9 +257,29 @@ def _evaluation_stage(recipe: Recipe, run: Run, facts: _Facts) -> Stage:
     )  # fmt: skip
 
 
-def _expert_stages(
-    recipe: ExpertRecipe, whole: Recipe | None, speed: Speed, facts: _Facts, assumed: Assumed
-) -> list[Stage]:
+def _together(name: str, stages: Sequence[Stage]) -> Stage:
+    """Stages of one rival as one: what the fullest device holds is that of the fullest stage."""
+    training = stages[0]
+    time = sum((stage.time for stage in stages if stage.time is not None), Time())
+    problems = tuple(problem for stage in stages for problem in stage.problems)
+    fullest = max(stages, key=lambda stage: stage.memory_bytes)
+    seconds = {f"seconds_of_{stage.name}": stage.time.seconds for stage in stages if stage.time is not None}
+    return Stage(
+        name,
+        training.what,
+        time,
+        DOES_NOT_FIT if problems else time.limit,
+        sum(stage.flops for stage in stages),
+        fullest.memory,
+        sum(stage.sent for stage in stages),
+        {what: size for stage in stages for what, size in stage.disk.items()},
+        {**{key: training.facts[key] for key in ("parameters", "tokens", "steps", "layout")}, **seconds},
+        problems,
+    )
+
+
+def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assumed) -> list[Stage]:
+    recipe, whole = project.pool_recipe, project.whole
     config = recipe.experts
     length = config.training.sequence_length
     if config.base is not None:
@@ -279,25 +298,54 @@ def _expert_stages(
     experts = assumed.experts or trained + len(config.imports)
     heldout = sum(facts.heldout) / len(facts.heldout) if facts.heldout else None
     plan = PoolPlan(recipe, counted, bare, speed, facts.domains, experts, int(base.vocab_size), heldout)
-    prompt = _prompt(base, length, assumed)
+    prompt, chosen = _prompt(base, length, assumed), min(assumed.chosen, experts)
+    stages = [experts_stage(plan), pool_stage(plan, prompt=prompt, chosen=chosen)]
+    if project.monolith:
+        rival = project.monolith_recipe(experts)
+        stages.insert(0, _together("rival monolith", _base_stages(rival, speed, facts, base)))
+    if base.is_encoder_decoder:
+        facts.said.append(
+            f"Prompts are taken as long as experts.training.sequence_length, {length:,} tokens, and targets as "
+            f"{TARGET_SHARE:.0%} of that; shorter ones take less time. Gates and weft serve take decoder-only models: "
+            "scores and serving are not planned."
+        )
+        return stages
     gating = recipe.gating if recipe.gating is not None else GatingConfig()
-    return [
-        experts_stage(plan),
-        pool_stage(plan, prompt=prompt, chosen=min(assumed.chosen, experts)),
-        scoring_stage(plan, gating, facts.sequences(gating.scores.sequences, gating.scores.length)),
-        gate_stage(plan, gating, facts.sequences(gating.scores.sequences, gating.scores.length)),
-        serving_stage(
-            bare, speed, prompt=prompt, new=assumed.new, requests=assumed.requests, pool=plan,
-            chosen=min(assumed.chosen, experts),
-        ),
-    ]  # fmt: skip
+    over = GatePlan((Sharing(counted, _wanted(gating, experts)),), gating, speed, facts.sequences(gating))
+    if gating.pool is None:
+        stages += [scoring_stage(over), gate_stage(over)]
+    served = [routed(plan, chosen)]
+    if recipe.gating is not None and gating.pool is None:
+        served.append(gated(over))
+    size = {"prompt": prompt, "new": assumed.new, "requests": assumed.requests}
+    return [*stages, *(serving_stage(each, speed, **size) for each in served)]
+
+
+def _wanted(gating: GatingConfig, experts: int) -> int:
+    """Experts the gate is over."""
+    return experts if gating.experts is None else len(gating.experts)
+
+
+def _pool_stages(
+    recipe: ExpertRecipe, sources: Sequence[ExpertSource], speed: Speed, facts: _Facts, assumed: Assumed
+) -> list[Stage]:
+    """A gate over models that are there already."""
+    gating = recipe.gating
+    assert gating is not None
+    cpu, asked = speed.hardware.device.measured, gating.scores.precision
+    bf16 = asked == "bf16" or (asked == "auto" and not cpu)
+    sharings = sharings_of(sources, dtype=recipe.experts.dtype, bf16=bf16)
+    plan = GatePlan(sharings, gating, speed, facts.sequences(gating))
+    prompt = min(_prompt(each.counted.config, gating.scores.length, assumed) for each in sharings)
+    size = {"prompt": prompt, "new": assumed.new, "requests": assumed.requests}
+    return [scoring_stage(plan), gate_stage(plan), serving_stage(gated(plan), speed, **size)]
 
 
 def _serving(recipe: Recipe, speed: Speed, facts: _Facts, assumed: Assumed) -> Stage:
     config = model_config(recipe.model, vocab_size=facts.vocab_size, sequence_length=recipe.training.sequence_length)
     counted = Counted(config, dtype=recipe.model.dtype, bf16=recipe.model.dtype == "bfloat16")
     prompt = _prompt(config, recipe.training.sequence_length, assumed)
-    return serving_stage(counted, speed, prompt=prompt, new=assumed.new, requests=assumed.requests, pool=None, chosen=0)
+    return serving_stage(plain(counted), speed, prompt=prompt, new=assumed.new, requests=assumed.requests)
 
 
 def _prompt(config: Any, length: int, assumed: Assumed) -> int:
@@ -309,11 +357,12 @@ def _prompt(config: Any, length: int, assumed: Assumed) -> int:
 def _prepared_stage(facts: _Facts, stages: Sequence[Stage]) -> Stage:
     """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond, 24 bytes per document."""
     trained = max((int(stage.facts.get("tokens", 0)) for stage in stages), default=0)
-    tokens = facts.data_tokens if facts.data_tokens is not None else trained
+    scored = max((int(stage.facts.get("text_tokens", 0)) for stage in stages), default=0)
+    tokens = facts.data_tokens if facts.data_tokens is not None else trained or scored
     if facts.data_tokens is None:
         facts.said.append(
             f"The text is not prepared and its size is not given (--data-tokens): taken as the {tokens:,} tokens that "
-            "are trained on, each read once."
+            f"are {'trained on' if trained else 'scored'}, each read once."
         )
     vocabulary = Vocabulary(facts.vocab_size or 1 << 17, 0, "")
     documents = facts.documents if facts.documents is not None else math.ceil(tokens / DOCUMENT_TOKENS)
@@ -329,8 +378,9 @@ def _prepared_stage(facts: _Facts, stages: Sequence[Stage]) -> Stage:
 # -- what is known ---------------------------------------------------------------------------------------------------
 
 
-def _facts(data: DataConfig, folder: Path, assumed: Assumed) -> _Facts:
+def _facts(project: Project, assumed: Assumed) -> _Facts:
     """Domains, vocabulary and size of the text: from the prepared data, else from the recipe, else assumed."""
+    data, folder = project.data, project.prepared_folder
     if (folder / MANIFEST).exists():
         prepared = PreparedData.load(folder)
         found = _Facts(
@@ -344,6 +394,8 @@ def _facts(data: DataConfig, folder: Path, assumed: Assumed) -> _Facts:
         )
     else:
         domains, said = _domains_of(data)
+        if said and (named := _named_domains(project)) > domains:
+            domains, said = named, [f"{named:,} domains, those that the recipe names."]
         found = _Facts(domains, _vocabulary_of(data), None, None, said)
     if assumed.domains is not None:
         found.domains, found.heldout = assumed.domains, None
@@ -379,6 +431,14 @@ def _domains_of(data: DataConfig) -> tuple[int, list[str]]:
     return len(labels) + own, said
 
 
+def _named_domains(project: Project) -> int:
+    """How many domains the sections of experts and gate name."""
+    if project.parts is None:
+        return 0
+    gating = project.parts.gating
+    return len({*(project.parts.experts.domains or ()), *((gating and gating.domains) or ())})
+
+
 def _vocabulary_of(data: DataConfig) -> int | None:
     if data.tokenizer.train is not None:
         return int(data.tokenizer.train.vocab_size)
@@ -399,8 +459,10 @@ def _groups(recipe: Recipe, policy: Any, facts: _Facts) -> int:
     return len(basis.sets) if basis.count is None else int(basis.count)
 
 
-def _counted(section: ModelConfig, length: int, vocab_size: int | None, recipe: Recipe, speed: Speed) -> Counted:
-    config = model_config(section, vocab_size=vocab_size, sequence_length=length)
+def _counted(recipe: Recipe, speed: Speed, facts: _Facts, config: PretrainedConfig | None) -> Counted:
+    section, length = recipe.model, recipe.training.sequence_length
+    if config is None:
+        config = model_config(section, vocab_size=facts.vocab_size, sequence_length=length)
     bf16 = machine_for(recipe.training, speed).precision == "bf16"
     return Counted(config, section.dtype, bf16, section.gradient_checkpointing, section.lora)
 
@@ -445,7 +507,14 @@ def _assumptions(speed: Speed, stages: Sequence[Stage]) -> list[str]:
     if "scores" in names:
         lines.append("Every domain and expert has as many sequences as the recipe asks for.")
         lines.append("The time of fitting a gate is that of one x86 core (benchmarks/results/gate_fit.md).")
-        lines.append("Students of the gate, and reading and tokenising text, are not planned.")
+    if "gated serving" in names:
+        lines.append(
+            "A gated model's experts run one model after the other, adapters over one model together"
+            + ("." if device.measured else "; what the gate does beside them is not counted.")
+        )
+    lines.append(
+        "Not planned: reading and tokenising text, comparing routers, tasks, students of a gate, failures of machines."
+    )
     if any(FSDP2 in str(stage.facts.get("layout", "")) for stage in stages):
         lines.append(
             "FSDP2 gathers one layer ahead; checkpoints are whole in the memory of the first process's machine."

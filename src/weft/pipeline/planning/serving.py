@@ -1,0 +1,192 @@
+"""Serving: generation by a plain, a routed or a gated model, alone and for many requests at once.
+
+KV cache      2 L (KV heads) (head width) x bytes, per token of a request; of a gated model, once per expert
+time/token    max of weights and cache read, FLOPs, and launches; one copy per device, or over as many devices as
+              its weights need, which then work one after the other
+gated         every expert reads every token; with m experts per token those the gate prefers do, and the others
+              catch up in pieces of `refresh_every` tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weft.pipeline.planning.counts import Counted
+from weft.pipeline.planning.experts import PoolPlan, pool_memory, routing_work
+from weft.pipeline.planning.gates import GatePlan, Sharing
+from weft.pipeline.planning.speed import COMPUTE, MEMORY, OVERHEAD, Speed, Time
+from weft.pipeline.planning.stage import DOES_NOT_FIT, USABLE, Stage
+from weft.pipeline.planning.trace import Work
+from weft.pipeline.planning.training import Machine
+
+Token = Callable[[Machine, int, int], Time]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as generation meets it.
+
+    Attributes:
+        name: of the stage.
+        what: kind of model, in words.
+        weights: bytes by what they hold.
+        kv_bytes: keys and values of one token of a request.
+        dtype: its parameters are held in.
+        first: seconds for a prompt of so many tokens on a machine.
+        token: seconds for one token of so many requests behind a context.
+        fewer: the same where so many experts work on a token, by their number.
+    """
+
+    name: str
+    what: str
+    weights: Mapping[str, float]
+    kv_bytes: float
+    dtype: str
+    first: Callable[[Machine, int], Time]
+    token: Token
+    fewer: Mapping[int, Token]
+
+
+def plain(counted: Counted) -> Served:
+    """One model."""
+    return Served(
+        "serving", "plain model", {"weights": float(counted.sizes.weight_bytes)}, counted.sizes.kv_bytes, counted.dtype,
+        lambda machine, prompt: machine.time(counted.prefill(1, prompt), "forward"),
+        lambda machine, batch, context: machine.time(counted.decode(batch, context), "decode"),
+        {},
+    )  # fmt: skip
+
+
+def routed(pool: PoolPlan, chosen: int) -> Served:
+    """A base and experts, of which a router chooses so many per token and module."""
+    base = plain(pool.bare)
+
+    def first(machine: Machine, prompt: int) -> Time:
+        alone = base.first(machine, prompt)
+        return alone + _routing(machine, pool, prompt, chosen, alone, pool.bare.prefill(1, prompt))
+
+    def token(machine: Machine, batch: int, context: int) -> Time:
+        alone = base.token(machine, batch, context)
+        return alone + _routing(machine, pool, batch, chosen, alone, pool.bare.decode(batch, context))
+
+    return Served("serving", "routed model", pool_memory(pool), base.kv_bytes, base.dtype, first, token, {})
+
+
+def gated(plan: GatePlan) -> Served:
+    """Experts under one gate. What the gate does beside them is measured on the CPU, and left out elsewhere."""
+
+    def first(machine: Machine, prompt: int) -> Time:
+        return _all(plan, lambda one: machine.time(one.counted.prefill(one.experts, prompt), "forward"))
+
+    def token(machine: Machine, batch: int, context: int) -> Time:
+        passes = _all(plan, lambda one: machine.time(one.counted.mixed(one.experts, batch, context), "decode"))
+        return passes + _gate(machine)
+
+    def of(kept: int) -> Token:
+        share = kept / plan.experts
+
+        def token(machine: Machine, batch: int, context: int) -> Time:
+            def one(sharing: Sharing) -> Time:
+                awake = max(1, round(share * sharing.experts))
+                working = machine.time(sharing.counted.mixed(awake, batch, context), "decode")
+                piece = plan.gating.students.refresh_every
+                if piece is None:
+                    return working.times(share * sharing.experts / awake)
+                asleep = sharing.counted.prefill(batch * sharing.experts, piece)
+                missed = machine.time(asleep, "forward").times((1.0 - share) / piece)
+                return working.times(share * sharing.experts / awake) + missed
+
+            return _all(plan, one) + _gate(machine)
+
+        return token
+
+    counted = plan.sharings[0].counted
+    return Served(
+        "gated serving",
+        f"gate over {plan.experts:,} experts",
+        plan.memory,
+        sum(sharing.experts * sharing.counted.sizes.kv_bytes for sharing in plan.sharings),
+        counted.dtype,
+        first,
+        token,
+        {kept: of(kept) for kept in plan.gating.students.experts_per_token if kept < plan.experts},
+    )
+
+
+def _all(plan: GatePlan, time: Callable[[Sharing], Time]) -> Time:
+    return sum((time(sharing) for sharing in plan.sharings), Time())
+
+
+def _gate(machine: Machine) -> Time:
+    seconds = machine.speed.calibration.gate_seconds() if machine.hardware.device.measured else 0.0
+    return Time(seconds, {OVERHEAD: seconds})
+
+
+def serving_stage(served: Served, speed: Speed, *, prompt: int, new: int, requests: int) -> Stage:
+    """Generation by one copy of a model: tokens per second alone and for many requests at once.
+
+    Args:
+        served: the model.
+        speed: of one device.
+        prompt: tokens of a prompt.
+        new: tokens generated for a request.
+        requests: at once, at most; fewer where memory does not hold their caches.
+    """
+    machine = Machine(speed, "fp32" if served.dtype == "float32" else "bf16", compiled=False)
+    have, held = USABLE * speed.hardware.device.memory, sum(served.weights.values())
+    cache = served.kv_bytes * (prompt + new)
+    needed = max(1, math.ceil((held + cache) / have))
+    facts: dict[str, Any] = {
+        "kv_bytes_per_token": served.kv_bytes,
+        "devices_per_copy": needed,
+        "copies": speed.hardware.devices // needed,
+        "requests_in_memory": int(max(0.0, needed * have - held) // cache),
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+    }
+    at_once = max(1, min(requests, facts["requests_in_memory"]))
+    beside = Time()
+    if speed.hardware.device.measured:
+        seconds = speed.calibration.token_seconds()
+        beside = Time(seconds, {OVERHEAD: seconds})
+    limit = MEMORY
+    for batch in dict.fromkeys((1, at_once)):
+        time = served.token(machine, batch, prompt + new // 2) + beside
+        facts[f"tokens_per_second_at_{batch}"] = batch / time.seconds
+        facts[f"limit_at_{batch}"] = limit = time.limit
+        for kept, token in served.fewer.items():
+            fewer = token(machine, batch, prompt + new // 2) + beside
+            facts[f"tokens_per_second_at_{batch}_with_{kept}_per_token"] = batch / fewer.seconds
+    facts["seconds_to_first_token"] = served.first(machine, prompt).seconds
+    problems: tuple[str, ...] = ()
+    if needed > speed.hardware.devices:
+        problems = (
+            f"one copy needs {held / 1e9:.0f} GB and a request {cache / 1e9:.3g} GB, {needed} devices; there are "
+            f"{speed.hardware.devices}: take more, or hold it in bfloat16",
+        )
+    return Stage(
+        served.name,
+        f"{served.what}, prompts of {prompt}, {new} new tokens",
+        None,
+        DOES_NOT_FIT if problems else limit,
+        0.0,
+        {**{name: size / needed for name, size in served.weights.items()}, "KV cache": cache * at_once / needed},
+        0.0,
+        {},
+        facts,
+        problems,
+    )
+
+
+def _routing(machine: Machine, pool: PoolPlan, tokens: int, chosen: int, base: Time, work: Work) -> Time:
+    """Routing's share of a pass; on the CPU in proportion to the base's operations and bytes."""
+    added = routing_work(pool, tokens, chosen)
+    if not machine.hardware.device.measured:
+        return machine.time(added, "forward")
+    more = added.bytes / machine.speed.calibration.bytes_per_second()
+    compute = base.parts.get(COMPUTE, 0.0) * added.flops / max(1.0, work.flops)
+    host = added.calls * machine.speed.calibration.overhead("forward") * 4
+    return Time(more + compute + host, {MEMORY: more, COMPUTE: compute, OVERHEAD: host})
