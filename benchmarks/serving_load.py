@@ -79,7 +79,7 @@ class Wire:
         return cls(*await asyncio.open_connection(host, port))
 
     async def send(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str]]:
-        head = f"{method} {path} HTTP/1.1\r\nHost: weft\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         self.writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         with suppress(ConnectionError):  # a large body may be refused before it is read; the answer is still to come
             await self.writer.drain()

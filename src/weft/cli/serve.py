@@ -71,6 +71,12 @@ def run(
     max_answers: Annotated[
         int, typer.Option("--max-answers", help="Of one request: its prompts times n.")
     ] = SERVE.max_answers,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="Another name the server is reached under, as a proxy's.", show_default=False
+        ),
+    ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Listen beyond this machine without API keys.")
     ] = False,
@@ -78,8 +84,9 @@ def run(
 ) -> None:
     """Serve models over HTTP, as OpenAI's API does, with a page at / that shows their routing.
 
-    Only this machine reaches the server unless --host says otherwise. WEFT_API_KEYS holds the keys that open it, with
-    commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
+    Only this machine reaches the server unless --host says otherwise; without keys, under its own names alone
+    (localhost, 127.0.0.1) and those of --allow-host. WEFT_API_KEYS holds the keys that open it, with commas between.
+    SIGINT and SIGTERM stop it; running answers are ended with what there is.
     """
     keys = keys_from_environment()
     if not keys and not allow_anonymous and not is_loopback(host):
@@ -96,6 +103,7 @@ def run(
             "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "max_answers": min(max_answers, max(1, slots + max_waiting)),
+            "hosts": allow_host or ([] if is_loopback(host) and not keys else None),
             "api_keys": keys,
         },
         "",

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from weft import __version__
 from weft.errors import ConfigError
 from weft.serving.api_errors import add_handlers
-from weft.serving.limits import Intake, Keys
+from weft.serving.limits import Hosts, Intake, Keys
 from weft.serving.metrics import Counting, Metrics
 from weft.serving.openapi import Document
 from weft.serving.replies import Health
@@ -79,6 +79,7 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
     app.openapi = Document(app, {"/v1/completions": models[0], "/v1/chat/completions": models[1]}, bool(keys))  # type: ignore[method-assign]
     app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, intake_seconds=config.intake_seconds)
     app.add_middleware(Keys, keys=keys)
+    app.add_middleware(Hosts, names=config.hosts)
     app.add_middleware(Counting, metrics=metrics)
     return app
 

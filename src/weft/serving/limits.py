@@ -1,9 +1,10 @@
-"""What a request must pass before it is read: a key, a size, a time to arrive; and how its JSON is read."""
+"""What a request must pass before it is read: a host, a key, a size, a time to arrive; and how its JSON is read."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import math
 from collections.abc import Sequence
@@ -28,6 +29,52 @@ M = TypeVar("M", bound=BaseModel)
 def is_open(path: str) -> bool:
     """Whether a path is answered without a key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+class Hosts:
+    """ASGI middleware that answers requests made under some names alone: those of this machine, and others by name.
+
+    A page from elsewhere can have its own name point to this machine and so pass for a page of this server (DNS
+    rebinding). What its browser sends then still carries that name.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str] | None) -> None:
+        self.app = app
+        self.names = None if names is None else frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self.names is None:
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+        name = _host_name(given)
+        if name in self.names or _is_this_machine(name):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError(
+            403,
+            f"the request is for the host {name!r:.100}, and this server answers for this machine's names alone; start "
+            "it with --allow-host for each name it is reached under",
+            code="host_not_allowed",
+        )
+        await error.response()(scope, receive, send)
+
+
+def _host_name(given: str) -> str:
+    """The name or address in a Host header, without its port."""
+    name = given.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.rpartition(":")[0] if name.count(":") == 1 else name
+
+
+def _is_this_machine(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class Keys:

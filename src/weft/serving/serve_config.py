@@ -22,6 +22,7 @@ class ServeConfig(Section):
         max_answers: to all prompts of a request; no more than an engine runs and lets wait.
         max_messages: of one chat.
         max_top_logprobs: alternatives reported for each token.
+        hosts: names the server may be reached under beside this machine's own; None for any name.
         api_keys: any of them opens the server; empty for a server open to all who reach it.
     """
 
@@ -36,4 +37,5 @@ class ServeConfig(Section):
     max_answers: int = Field(default=64, ge=1)
     max_messages: int = Field(default=1_000, ge=1)
     max_top_logprobs: int = Field(default=20, ge=0, le=20)
+    hosts: tuple[str, ...] | None = None
     api_keys: tuple[SecretStr, ...] = ()

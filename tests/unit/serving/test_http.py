@@ -500,6 +500,40 @@ def test_keys_cover_the_same_paths_where_the_app_is_mounted_in_another(engine: F
         assert client.get(f"{place}{path}", headers={"authorization": "Bearer one"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:8000",
+        "127.0.0.1:8000",
+        "127.8.9.10",
+        "[::1]:8000",
+        "::1",
+        "weft.localhost",
+        "Hub.example:1",
+    ],
+)
+def test_names_of_this_machine_and_those_allowed_are_answered(engine: FakeEngine, host: str) -> None:
+    client = client_of(engine, hosts=("hub.example",))
+    assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example:8000", "localhost.evil.example", "192.0.2.1", "[2001:db8::1]:8000", "", "127.0.0.1.evil.example"],
+)
+def test_other_names_are_refused_wherever_they_point(engine: FakeEngine, host: str) -> None:
+    client = client_of(engine, hosts=())
+    for path in ("/v1/models", "/healthz", "/metrics"):
+        error = error_of(client.get(path, headers={"host": host}), 403)
+        assert error["code"] == "host_not_allowed"
+        assert "--allow-host" in error["message"]
+    headers = {"host": host, "content-type": "application/json"}
+    error_of(client.post("/v1/completions", content=VALID, headers=headers), 403)
+    assert engine.tickets == []
+    assert client_of(engine).get("/v1/models", headers={"host": host}).status_code == 200, "any name unless told"
+
+
 def test_keys_are_not_shown() -> None:
     assert "secret" not in repr(ServeConfig(api_keys=("secret",)))
 
