@@ -193,7 +193,9 @@ class Work:
 
     def seconds_of_t5(self, calibration: Calibration, folder: Path) -> float:
         self.t5_config().save_pretrained(folder)
-        plan = self.plan_of_parts(calibration, experts=self.t5_section(str(folder)))
+        data = recipe_of(self.size, self.seed).resolved()["data"]
+        prompted = {**data, "corpora": [{**corpus, "prompt_field": "prompt"} for corpus in data["corpora"]]}
+        plan = self.plan_of_parts(calibration, data=prompted, experts=self.t5_section(str(folder)))
         return float(plan.stage("experts").facts["seconds_per_expert"])
 
     def seconds_of_whole_models(self, calibration: Calibration, folder: Path) -> float:

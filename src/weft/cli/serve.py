@@ -17,6 +17,7 @@ try:
     from weft.serving.engine import Engine, EngineConfig
     from weft.serving.http import build_app
     from weft.serving.inspector import inspector_router
+    from weft.serving.limits import host_name
     from weft.serving.serve_config import ServeConfig
     from weft.serving.server import KEYS_VARIABLE, Server, address_of, is_loopback, keys_from_environment, listen
 except ModuleNotFoundError as missing:
@@ -84,9 +85,9 @@ def run(
 ) -> None:
     """Serve models over HTTP, as OpenAI's API does, with a page at / that shows their routing.
 
-    Only this machine reaches the server unless --host says otherwise; without keys, under its own names alone
-    (localhost, 127.0.0.1) and those of --allow-host. WEFT_API_KEYS holds the keys that open it, with commas between.
-    SIGINT and SIGTERM stop it; running answers are ended with what there is.
+    Only this machine reaches the server unless --host says otherwise, and then, without keys, as localhost, by address,
+    or under a name of --allow-host. WEFT_API_KEYS holds the keys that open it, with commas between. SIGINT and SIGTERM
+    stop it; running answers are ended with what there is.
     """
     keys = keys_from_environment()
     if not keys and not allow_anonymous and not is_loopback(host):
@@ -103,7 +104,7 @@ def run(
             "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "max_answers": min(max_answers, max(1, slots + max_waiting)),
-            "hosts": allow_host or ([] if is_loopback(host) and not keys else None),
+            "hosts": hosts_of(host, allow_host or [], open_to_all=bool(keys) or not is_loopback(host)),
             "api_keys": keys,
         },
         "",
@@ -135,6 +136,24 @@ def run(
                 typer.echo(json_.dumps({"address": address, "models": names}))
 
         Server(app, engines, config, ready).run(sockets=[listener])
+
+
+def hosts_of(host: str, allowed: list[str], *, open_to_all: bool) -> list[str] | None:
+    """Names clients may reach the server under; None for any.
+
+    Args:
+        host: the server listens on.
+        allowed: by the user.
+        open_to_all: whether any name will do where none is given.
+    Raises:
+        ConfigError: what is allowed is no name.
+    """
+    for name in allowed:
+        if not host_name(name) or "/" in name or any(letter.isspace() for letter in name):
+            raise ConfigError(
+                f"--allow-host {name!r} is no host; give a name as in hub.example, without scheme or path"
+            )
+    return None if open_to_all and not allowed else [host, *allowed]
 
 
 def names_of_models(models: list[str], given: list[str]) -> list[str]:

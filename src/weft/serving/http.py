@@ -76,7 +76,8 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
     for page in pages:
         app.include_router(page)
     keys = [key.get_secret_value() for key in config.api_keys]
-    app.openapi = Document(app, {"/v1/completions": models[0], "/v1/chat/completions": models[1]}, bool(keys))  # type: ignore[method-assign]
+    bodies = {"/v1/completions": models[0], "/v1/chat/completions": models[1]}
+    app.openapi = Document(app, bodies, keyed=bool(keys), named=config.hosts is not None)  # type: ignore[method-assign]
     app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, intake_seconds=config.intake_seconds)
     app.add_middleware(Keys, keys=keys)
     app.add_middleware(Hosts, names=config.hosts)

@@ -32,49 +32,51 @@ def is_open(path: str) -> bool:
 
 
 class Hosts:
-    """ASGI middleware that answers requests made under some names alone: those of this machine, and others by name.
+    """ASGI middleware that answers requests made under some names alone: localhost, any address, and those given.
 
     A page from elsewhere can have its own name point to this machine and so pass for a page of this server (DNS
-    rebinding). What its browser sends then still carries that name.
+    rebinding). What its browser sends then still carries that name; an address cannot be made to point elsewhere.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str] | None) -> None:
         self.app = app
-        self.names = None if names is None else frozenset(name.lower() for name in names)
+        self.names = None if names is None else frozenset(host_name(name) for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self.names is None:
             await self.app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-        name = _host_name(given)
-        if name in self.names or _is_this_machine(name):
+        name = host_name(given)
+        if name in self.names or _is_local(name):
             await self.app(scope, receive, send)
             return
         error = ApiError(
             403,
-            f"the request is for the host {name!r:.100}, and this server answers for this machine's names alone; start "
-            "it with --allow-host for each name it is reached under",
+            f"the request is for the host {name!r:.100}, which is not one of this server's names; start it with "
+            "--allow-host for each name it is reached under",
             code="host_not_allowed",
         )
         await error.response()(scope, receive, send)
 
 
-def _host_name(given: str) -> str:
-    """The name or address in a Host header, without its port."""
+def host_name(given: str) -> str:
+    """The name or address in a Host header, without its port, in the form names are compared in."""
     name = given.strip().lower()
     if name.startswith("["):
         return name[1:].partition("]")[0]
-    return name.rpartition(":")[0] if name.count(":") == 1 else name
+    return (name.rpartition(":")[0] if name.count(":") == 1 else name).rstrip(".")
 
 
-def _is_this_machine(name: str) -> bool:
+def _is_local(name: str) -> bool:
+    """Whether a name can only mean an address or this machine."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        ipaddress.ip_address(name)
     except ValueError:
         return False
+    return True
 
 
 class Keys:

@@ -23,17 +23,19 @@ class Document:
     Bodies that a route reads by itself are put in; every operation names its errors; 422 goes.
     """
 
-    def __init__(self, app: FastAPI, bodies: Mapping[str, type[BaseModel]], keyed: bool) -> None:
+    def __init__(self, app: FastAPI, bodies: Mapping[str, type[BaseModel]], *, keyed: bool, named: bool) -> None:
         """Describe an app.
 
         Args:
             app: with all its routes.
             bodies: path -> model of the body of its POST.
             keyed: whether a key is asked for.
+            named: whether requests under some names alone are answered.
         """
         self.app = app
         self.bodies = bodies
         self.keyed = keyed
+        self.named = named
         self._made: dict[str, Any] | None = None
 
     def __call__(self) -> dict[str, Any]:
@@ -77,6 +79,8 @@ class Document:
         if self.keyed and not is_open(path):
             operation["security"] = [{"key": []}]
             also["401"] = "No valid key came."
+        if self.named:
+            also["403"] = "The host is not one of the server's names."
         for status, description in also.items():
             responses.setdefault(status, {"description": description, "content": _json("ErrorBody")})
 

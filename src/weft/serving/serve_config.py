@@ -22,7 +22,7 @@ class ServeConfig(Section):
         max_answers: to all prompts of a request; no more than an engine runs and lets wait.
         max_messages: of one chat.
         max_top_logprobs: alternatives reported for each token.
-        hosts: names the server may be reached under beside this machine's own; None for any name.
+        hosts: names the server may be reached under beside localhost and its addresses; None for any name.
         api_keys: any of them opens the server; empty for a server open to all who reach it.
     """
 

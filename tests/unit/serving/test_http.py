@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
 from support.served import POSITIONS, VOCAB, write_model
 
+from weft.cli.serve import hosts_of
 from weft.errors import ConfigError
 from weft.pipeline.any_model import OpenModel, open_model
 from weft.serving.http import build_app
@@ -503,24 +504,17 @@ def test_keys_cover_the_same_paths_where_the_app_is_mounted_in_another(engine: F
 @pytest.mark.parametrize(
     "host",
     [
-        "localhost",
-        "LOCALHOST:8000",
-        "127.0.0.1:8000",
-        "127.8.9.10",
-        "[::1]:8000",
-        "::1",
-        "weft.localhost",
-        "Hub.example:1",
+        "localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "weft.localhost", "192.0.2.1:80",
+        "[2001:db8::1]:8000", "Hub.example:1", "hub.example.",
     ],
-)
-def test_names_of_this_machine_and_those_allowed_are_answered(engine: FakeEngine, host: str) -> None:
-    client = client_of(engine, hosts=("hub.example",))
+)  # fmt: skip
+def test_addresses_localhost_and_names_allowed_are_answered(engine: FakeEngine, host: str) -> None:
+    client = client_of(engine, hosts=("hub.Example:8443",))
     assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "host",
-    ["evil.example:8000", "localhost.evil.example", "192.0.2.1", "[2001:db8::1]:8000", "", "127.0.0.1.evil.example"],
+    "host", ["evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "notlocalhost", "0x7f.1"]
 )
 def test_other_names_are_refused_wherever_they_point(engine: FakeEngine, host: str) -> None:
     client = client_of(engine, hosts=())
@@ -532,6 +526,26 @@ def test_other_names_are_refused_wherever_they_point(engine: FakeEngine, host: s
     error_of(client.post("/v1/completions", content=VALID, headers=headers), 403)
     assert engine.tickets == []
     assert client_of(engine).get("/v1/models", headers={"host": host}).status_code == 200, "any name unless told"
+
+
+def test_the_document_names_the_answer_to_other_names(engine: FakeEngine) -> None:
+    def answers(**settings: Any) -> set[str]:
+        client = client_of(engine, **settings)
+        return set(
+            client.get("/openapi.json", headers={"host": "localhost"}).json()["paths"]["/v1/models"]["get"]["responses"]
+        )
+
+    assert answers(hosts=()) - answers() == {"403"}
+
+
+def test_the_names_of_a_server_follow_where_it_listens() -> None:
+    assert hosts_of("127.0.0.1", [], open_to_all=False) == ["127.0.0.1"]
+    assert hosts_of("box", ["hub.example"], open_to_all=False) == ["box", "hub.example"]
+    assert hosts_of("0.0.0.0", [], open_to_all=True) is None
+    assert hosts_of("0.0.0.0", ["hub.example"], open_to_all=True) == ["0.0.0.0", "hub.example"]
+    for wrong in ("https://hub.example", "", "  ", "hub example", "a/b"):
+        with pytest.raises(ConfigError, match="without scheme or path"):
+            hosts_of("127.0.0.1", [wrong], open_to_all=False)
 
 
 def test_keys_are_not_shown() -> None:

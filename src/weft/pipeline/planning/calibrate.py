@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_map
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from weft.corpora.source import ArraySource
-from weft.gating.bayes import FixedShareGate
 from weft.gating.experts import ExpertPool, Member
 from weft.gating.modular_lm import ModularLM
+from weft.gating.prefix_gate import PrefixGate
 from weft.mixture.loader import MixtureLoader
 from weft.mixture.sampler import MixtureSampler
 from weft.models.hf import token_losses
@@ -66,7 +66,8 @@ class Calibration:
         loops: seconds of a training step beside the model, by batch, length, micro-batches and domains.
         resident: bytes this process held before anything was timed: Python and the libraries.
         token: seconds of `generate` per token beside the model's pass; None: not measured yet.
-        gate: seconds of a gated model per token beside its experts' passes; None: not measured yet.
+        gate: seconds of a gated model beside its experts' passes, per token generated and per token of a prompt; None:
+            not measured yet.
         probe: seconds of a shadow probe per module and micro-batch beside its operations; None: not measured yet.
         failed: kernels that could not be run alone; they are taken by their bytes.
     """
@@ -77,7 +78,7 @@ class Calibration:
     failed: dict[str, str] = field(default_factory=dict)
     loops: dict[tuple[int, ...], float] = field(default_factory=dict)
     token: float | None = None
-    gate: float | None = None
+    gate: tuple[float, float] | None = None
     probe: float | None = None
     resident: float = field(default_factory=resident_bytes)
     _bytes_per_second: float | None = None
@@ -135,19 +136,28 @@ class Calibration:
             self.token = max(0.0, typical(generating) - typical(passes))
         return self.token
 
-    def gate_seconds(self) -> float:
-        """What a gate costs per token beside its experts' passes, measured on the fixed small model."""
+    def gate_seconds(self) -> tuple[float, float]:
+        """What a gate costs beside its experts' passes, measured on the fixed small model.
+
+        Returns:
+            seconds per token that is generated, and per token of a prompt.
+        """
         if self.gate is None:
             with torch.random.fork_rng(devices=[]):
                 model = LlamaForCausalLM(_reference_config()).eval()
             pool = ExpertPool([Member(str(number), model) for number in range(2)])
-            gated = ModularLM(pool, FixedShareGate.of([0.5, 0.5], 0.01))
-            prompt = torch.ones(1, 8, dtype=torch.int64)
-            both, mixed, alone = prompt.repeat(len(pool), 1), [], []
+            gated = ModularLM(pool, PrefixGate.of([0.5, 0.5]))
+            short, long = torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8 * TOKENS, dtype=torch.int64)
+            found: list[list[float]] = [[], [], [], []]
             for _ in range(5):
-                mixed.append(self._spent(lambda: _generate(gated, prompt, TOKENS)) / TOKENS)
-                alone.append(self._spent(lambda: _generate(model, both, TOKENS)) / TOKENS)
-            self.gate = max(0.0, typical(mixed) - typical(alone))
+                for place, (served, prompt, tokens) in enumerate(
+                    [(gated, short, TOKENS), (model, short, TOKENS), (gated, long, 1), (model, long, 1)]
+                ):
+                    rows = prompt.repeat(len(pool), 1) if served is model else prompt
+                    found[place].append(self._spent(lambda s=served, r=rows, t=tokens: _generate(s, r, t)))  # type: ignore[misc]
+            mixed, alone, read, read_alone = (typical(each) for each in found)
+            token = max(0.0, mixed - alone) / TOKENS
+            self.gate = token, max(0.0, read - read_alone - token) / long.shape[1]
         return self.gate
 
     def shadow_seconds(self) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from weft.errors import ConfigError
+from weft.errors import ConfigError, WeftError
 from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weft.experts.gate import attach_gates
 from weft.experts.lora import module_widths
@@ -148,13 +148,18 @@ class Counted:
     @cached_property
     def sizes(self) -> Sizes:
         """Parameters and widths of the whole model, which is built on the meta device."""
+        with self._countable():
+            return self._sizes()
+
+    def _sizes(self) -> Sizes:
         model = self._on_meta(self.config, adapted=True)
         layers = _layers(model, self.config)
         inside = max((count_parameters(layer) for layer in layers), default=0)
         total = count_parameters(model)
         bare = self._on_meta(self.config, adapted=False)
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        attending = getattr(self.config, "num_attention_heads", 0)
+        heads = getattr(self.config, "num_key_value_heads", None) or attending
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // max(1, attending)
         item = 2 if self.bf16 else DTYPES[self.dtype].itemsize
         return Sizes(
             parameters=total,
@@ -171,6 +176,11 @@ class Counted:
     def outline(self) -> nn.Module:
         """The model on the meta device."""
         return self._on_meta(self.config, adapted=True)
+
+    def bare_outline(self) -> nn.Module:
+        """The model on the meta device, without its adapter."""
+        with self._countable():
+            return self._on_meta(self.config, adapted=False)
 
     # -- work ---------------------------------------------------------------------------------------------------
 
@@ -317,19 +327,24 @@ class Counted:
 
         return self._counted(("scored", experts, batch, length), run, adapted=False)
 
-    def mixed(self, experts: int, batch: int, context: int) -> Work:
-        """One token of every sequence under so many experts over this base at once, behind `context` tokens."""
+    def mixed(self, experts: int, batch: int, context: int, length: int = 1) -> Work:
+        """`length` tokens of every sequence under so many experts over this base at once, behind `context` tokens.
+
+        What a gate needs of each: the log-probabilities of every next token after every one of them.
+        """
 
         def run(model: nn.Module) -> Work:
             backbone = _backbone(model, self.adapter, experts)
             rows = Rows(one=0) if experts == 1 else Rows(blocks=tuple(range(experts)))
-            tokens = torch.zeros(batch * experts, max(1, context), dtype=torch.int64)
+            tokens = torch.zeros(batch * experts, max(context, length), dtype=torch.int64)
             with torch.no_grad(), self._autocast():
                 cache = DynamicCache(config=self.config)
-                backbone.run(rows, tokens, cache=cache)
-                return record(lambda: backbone.run(rows, tokens[:, :1], cache=cache).float().log_softmax(dim=-1))
+                if context:
+                    backbone.run(rows, tokens[:, :context], cache=cache)
+                new = tokens[:, :length]
+                return record(lambda: backbone.run(rows, new, cache=cache).float().log_softmax(dim=-1))
 
-        return self._counted(("mixed", experts, batch, context), run, adapted=False)
+        return self._counted(("mixed", experts, batch, context, length), run, adapted=False)
 
     def drawn(self, batch: int, context: int) -> Work:
         """One token of every sequence drawn from one expert over this base, behind `context` tokens."""
@@ -423,8 +438,12 @@ class Counted:
     def _counted(
         self, key: Any, run: Callable[[nn.Module], Work], *, train: bool = False, adapted: bool = True
     ) -> Work:
-        if key in self._cache:
-            return self._cache[key]
+        if key not in self._cache:
+            with self._countable():
+                self._cache[key] = self._run(run, train=train, adapted=adapted)
+        return self._cache[key]
+
+    def _run(self, run: Callable[[nn.Module], Work], *, train: bool, adapted: bool) -> Work:
         layers = int(self.config.num_hidden_layers)
         found = []
         for depth in SHALLOW if layers > DEEP and self._alike else (layers,):
@@ -438,8 +457,21 @@ class Counted:
                 found.append(run(model))
         low, high = SHALLOW
         place = (layers - low) / (high - low)
-        self._cache[key] = found[0] if len(found) == 1 else along(found[0], found[1], place)
-        return self._cache[key]
+        return found[0] if len(found) == 1 else along(found[0], found[1], place)
+
+    @contextmanager
+    def _countable(self) -> Iterator[None]:
+        """Whatever a model of some architecture fails with on shapes becomes an error with its name."""
+        try:
+            yield
+        except WeftError:
+            raise
+        except Exception as error:
+            why = next(iter(str(error).strip().splitlines()), "no message")
+            raise ConfigError(
+                f"a {self.config.model_type} model cannot be counted on shapes ({type(error).__name__}: {why:.160}); "
+                "plan with a model of another architecture and about its size in its place"
+            ) from error
 
     @cached_property
     def _alike(self) -> bool:
@@ -454,6 +486,11 @@ class Counted:
         return len(set(outlines)) == 1
 
     def _on_meta(self, config: PretrainedConfig, *, adapted: bool) -> nn.Module:
+        dropping = [key for key in config.to_dict() if key.endswith("layerdrop")]
+        if any(getattr(config, key) for key in dropping):  # which layers are left out is drawn, and shapes draw nothing
+            config = copy.deepcopy(config)
+            for key in dropping:
+                setattr(config, key, 0.0)
         with torch.device("meta"):
             seq2seq = config.is_encoder_decoder
             model: nn.Module = AutoModelForSeq2SeqLM.from_config(config) if seq2seq else from_architecture(config)

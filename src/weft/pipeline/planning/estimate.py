@@ -23,7 +23,15 @@ from weft.pipeline.gate_recipe import GatingConfig
 from weft.pipeline.planning.calibrate import Calibration
 from weft.pipeline.planning.counts import TARGET_SHARE, Counted, model_config, pretrained_config
 from weft.pipeline.planning.experts import PoolPlan, experts_stage, pool_stage
-from weft.pipeline.planning.gates import GatePlan, Sharing, gate_stage, scoring_stage, sharings_of
+from weft.pipeline.planning.gates import (
+    GatePlan,
+    Sharing,
+    check_positions,
+    gate_stage,
+    scored_in_bf16,
+    scoring_stage,
+    sharings_of,
+)
 from weft.pipeline.planning.hardware import Hardware
 from weft.pipeline.planning.serving import gated, plain, routed, serving_stage
 from weft.pipeline.planning.speed import Speed, Time
@@ -287,6 +295,13 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
     else:
         assert whole is not None
         base = model_config(whole.model, vocab_size=facts.vocab_size, sequence_length=length)
+    if base.is_encoder_decoder:
+        _check_encoder_decoder(project)
+    named = facts.domains if config.domains is None else len(config.domains)
+    stages: list[Stage] = []
+    if project.monolith:
+        rival = project.monolith_recipe(assumed.experts or named)
+        stages.append(_together("rival monolith", _base_stages(rival, speed, facts, base)))
     machine = machine_for(config.training, speed)
     bf16 = machine.precision == "bf16"
     checkpointing = whole is not None and config.base is None and whole.model.gradient_checkpointing
@@ -294,15 +309,13 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
     bare = Counted(base, config.dtype, bf16)
     if speed.hardware.device.measured:
         choose_runtime(config.training, parameters=bare.sizes.parameters)
-    trained = (facts.domains if config.domains is None else len(config.domains)) if config.trains else 0
-    experts = assumed.experts or trained + len(config.imports)
+    experts = assumed.experts or (named if config.trains else 0) + len(config.imports)
     heldout = sum(facts.heldout) / len(facts.heldout) if facts.heldout else None
+    if heldout is not None and base.is_encoder_decoder:
+        heldout *= counted.share / (1.0 + counted.share)
     plan = PoolPlan(recipe, counted, bare, speed, facts.domains, experts, int(base.vocab_size), heldout)
     prompt, chosen = _prompt(base, length, assumed), min(assumed.chosen, experts)
-    stages = [experts_stage(plan), pool_stage(plan, prompt=prompt, chosen=chosen)]
-    if project.monolith:
-        rival = project.monolith_recipe(experts)
-        stages.insert(0, _together("rival monolith", _base_stages(rival, speed, facts, base)))
+    stages += [experts_stage(plan), pool_stage(plan, prompt=prompt, chosen=chosen)]
     if base.is_encoder_decoder:
         facts.said.append(
             f"Prompts are taken as long as experts.training.sequence_length, {length:,} tokens, and targets as "
@@ -311,14 +324,40 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
         )
         return stages
     gating = recipe.gating if recipe.gating is not None else GatingConfig()
-    over = GatePlan((Sharing(counted, _wanted(gating, experts)),), gating, speed, facts.sequences(gating))
+    over = None
     if gating.pool is None:
+        if recipe.gating is not None:
+            check_positions(base, gating.scores.length, "the experts' base")
+        voices = Counted(base, config.dtype, scored_in_bf16(gating, speed), adapter=config.lora)
+        over = GatePlan((Sharing(voices, _wanted(gating, experts)),), gating, speed, facts.sequences(gating))
         stages += [scoring_stage(over), gate_stage(over)]
-    served = [routed(plan, chosen)]
-    if recipe.gating is not None and gating.pool is None:
-        served.append(gated(over))
     size = {"prompt": prompt, "new": assumed.new, "requests": assumed.requests}
-    return [*stages, *(serving_stage(each, speed, **size) for each in served)]
+    stages.append(serving_stage(routed(plan, chosen), speed, **size))
+    if over is not None and recipe.gating is not None:
+        stages.append(serving_stage(gated(over), speed, **size))
+    return stages
+
+
+def _check_encoder_decoder(project: Project) -> None:
+    """Refuse what nothing can be made of over an encoder-decoder.
+
+    Raises:
+        ConfigError: a gate or a monolith is wanted, or a corpus has no prompts.
+    """
+    recipe = project.pool_recipe
+    name = recipe.experts.base
+    if recipe.gating is not None and recipe.gating.pool is None:
+        raise ConfigError(f"experts.base {name} is an encoder-decoder model; a gate combines decoder-only models")
+    if project.monolith:
+        raise ConfigError(
+            f"experts.base {name} is an encoder-decoder model, and a mixture trains decoder-only models: "
+            "leave compare.monolith out"
+        )
+    if any(corpus.prompt_field is None for corpus in recipe.data.corpora):
+        raise ConfigError(
+            f"experts.base {name} is an encoder-decoder model, which learns from prompts and targets; give every "
+            "corpus a prompt_field"
+        )
 
 
 def _wanted(gating: GatingConfig, experts: int) -> int:
@@ -330,12 +369,13 @@ def _pool_stages(
     recipe: ExpertRecipe, sources: Sequence[ExpertSource], speed: Speed, facts: _Facts, assumed: Assumed
 ) -> list[Stage]:
     """A gate over models that are there already."""
-    gating = recipe.gating
+    gating, training = recipe.gating, recipe.experts.training
     assert gating is not None
-    cpu, asked = speed.hardware.device.measured, gating.scores.precision
-    bf16 = asked == "bf16" or (asked == "auto" and not cpu)
-    sharings = sharings_of(sources, dtype=recipe.experts.dtype, bf16=bf16)
+    bf16 = scored_in_bf16(gating, speed)
+    sharings = sharings_of(sources, dtype=recipe.experts.dtype, bf16=bf16, length=gating.scores.length)
     plan = GatePlan(sharings, gating, speed, facts.sequences(gating))
+    if speed.hardware.device.measured:
+        choose_runtime(training, parameters=sum(each.counted.sizes.parameters for each in sharings))
     prompt = min(_prompt(each.counted.config, gating.scores.length, assumed) for each in sharings)
     size = {"prompt": prompt, "new": assumed.new, "requests": assumed.requests}
     return [scoring_stage(plan), gate_stage(plan), serving_stage(gated(plan), speed, **size)]
@@ -512,8 +552,13 @@ def _assumptions(speed: Speed, stages: Sequence[Stage]) -> list[str]:
             "A gated model's experts run one model after the other, adapters over one model together"
             + ("." if device.measured else "; what the gate does beside them is not counted.")
         )
+        lines.append(
+            "With fewer experts per token every request prefers any of them with the same chance, and all requests "
+            "catch up together."
+        )
     lines.append(
-        "Not planned: reading and tokenising text, comparing routers, tasks, students of a gate, failures of machines."
+        "Not planned: reading and tokenising text, comparing routers, students of a gate, the last evaluation of every "
+        "model, tasks, failures of machines."
     )
     if any(FSDP2 in str(stage.facts.get("layout", "")) for stage in stages):
         lines.append(

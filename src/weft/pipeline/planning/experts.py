@@ -44,7 +44,7 @@ class PoolPlan:
         domains: D.
         experts: E.
         vocab_size: V.
-        heldout: held-out tokens of a domain, on average; None where nobody knows yet.
+        heldout: held-out tokens of a domain that are predicted, on average; None where nobody knows yet.
     """
 
     recipe: ExpertRecipe
@@ -260,13 +260,8 @@ def pool_stage(plan: PoolPlan, *, prompt: int, chosen: int) -> Stage:
         "library_bytes": library_bytes(plan) * plan.experts,
         "load_seconds_from_disk": sum(memory.values()) / DISK_BYTES_PER_SECOND,
     }
-    for name, tokens, base in (
-        ("prefill", prompt, plan.bare.prefill(1, prompt)),
-        ("decode", 1, plan.bare.decode(1, prompt)),
-    ):
-        added = routing_work(plan, tokens, chosen)
-        facts[f"{name}_flops_over_base"] = added.flops / base.flops
-        facts[f"{name}_bytes_over_base"] = added.bytes / base.bytes
+    if not plan.bare.config.is_encoder_decoder:  # whose tokens pass through a part of the modules each
+        facts |= _routing_share(plan, prompt, chosen)
     problems: tuple[str, ...] = ()
     if needed > hardware.devices:
         problems = (
@@ -287,3 +282,16 @@ def pool_stage(plan: PoolPlan, *, prompt: int, chosen: int) -> Stage:
         facts,
         problems,
     )
+
+
+def _routing_share(plan: PoolPlan, prompt: int, chosen: int) -> dict[str, float]:
+    """What routing adds to reading a prompt and to a token, over the base's own."""
+    found = {}
+    for name, tokens, base in (
+        ("prefill", prompt, plan.bare.prefill(1, prompt)),
+        ("decode", 1, plan.bare.decode(1, prompt)),
+    ):
+        added = routing_work(plan, tokens, chosen)
+        found[f"{name}_flops_over_base"] = added.flops / base.flops
+        found[f"{name}_bytes_over_base"] = added.bytes / base.bytes
+    return found

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from transformers import PretrainedConfig
+
 from weft.errors import ConfigError
 from weft.experts.expert import LoRAExpert
+from weft.experts.lora import check_fits
 from weft.gating.experts import BUSY, BUSY_ELSEWHERE, LOGITS, ExpertSource, adapter_of
-from weft.models.factory import DTYPES, LoRASection
+from weft.models.factory import DTYPES, LoRASection, uneven_heads
 from weft.pipeline.gate_recipe import GatingConfig
 from weft.pipeline.planning.counts import Counted, pretrained_config
 from weft.pipeline.planning.speed import COMPUTE, Speed, Time
@@ -102,13 +105,18 @@ class GatePlan:
     @property
     def machine(self) -> Machine:
         """As the experts are scored."""
-        precision = self.gating.scores.precision
-        cpu = self.speed.hardware.device.measured
-        bf16 = precision == "bf16" or (precision == "auto" and not cpu)
-        return Machine(self.speed, "bf16" if bf16 else "fp32", compiled=False)
+        return Machine(self.speed, "bf16" if scored_in_bf16(self.gating, self.speed) else "fp32", compiled=False)
 
 
-def sharings_of(sources: Sequence[ExpertSource], *, dtype: str, bf16: bool) -> tuple[Sharing, ...]:
+def scored_in_bf16(gating: GatingConfig, speed: Speed) -> bool:
+    """Whether experts are scored under bfloat16 autocast."""
+    precision = gating.scores.precision
+    return precision == "bf16" or (precision == "auto" and not speed.hardware.device.measured)
+
+
+def sharings_of(
+    sources: Sequence[ExpertSource], *, dtype: str, bf16: bool, length: int | None = None
+) -> tuple[Sharing, ...]:
     """The experts of `gating.pool`, by the model they run on. Adapters are read, of models the configuration alone.
 
     Adapters over one model are taken as one of the largest rank on every kind of module that any of them adapts.
@@ -117,10 +125,15 @@ def sharings_of(sources: Sequence[ExpertSource], *, dtype: str, bf16: bool) -> t
         sources: where they lie.
         dtype: the parameters are held in.
         bf16: scored under bfloat16 autocast.
+        length: of the sequences they will read; None: not known.
     Raises:
-        ConfigError: a configuration is not on this machine, a model is an encoder-decoder, or vocabularies differ.
-        ExpertError: an adapter is broken or unknown.
+        ConfigError: a configuration is not on this machine, a model is no decoder-only language model or too short for
+            the sequences, names are not unique, or vocabularies differ.
+        ExpertError: an adapter is broken or unknown, or does not fit its model.
     """
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"gating.pool: experts need different names; got {', '.join(names)}")
     groups: dict[tuple[str, str | None], list[LoRAExpert | None]] = {}
     for source in sources:
         lora, base, _ = adapter_of(source)
@@ -128,14 +141,40 @@ def sharings_of(sources: Sequence[ExpertSource], *, dtype: str, bf16: bool) -> t
     found, sizes = [], {}
     for (name, revision), loras in groups.items():
         config = pretrained_config(name, revision)
-        if config.is_encoder_decoder:
-            raise ConfigError(f"gating.pool: {name} is an encoder-decoder model; a gate combines decoder-only models")
+        if not config.is_encoder_decoder:
+            config = config.get_text_config()
+        _check_member(name, config, length)
+        counted = Counted(config, dtype, bf16, adapter=_widest(loras))
+        outline = counted.bare_outline()
+        for lora in loras:
+            if lora is not None:
+                check_fits(lora, outline)
         sizes[name] = int(config.vocab_size)
-        found.append(Sharing(Counted(config, dtype, bf16, adapter=_widest(loras)), len(loras)))
+        found.append(Sharing(counted, len(loras)))
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         raise ConfigError(f"gating.pool: a gate combines models of one vocabulary, and these differ in size: {said}")
     return tuple(found)
+
+
+def _check_member(name: str, config: PretrainedConfig, length: int | None) -> None:
+    if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
+        kind = "an encoder-decoder model" if config.is_encoder_decoder else f"a {config.model_type} model"
+        raise ConfigError(f"gating.pool: {name} is {kind}; a gate combines decoder-only language models")
+    if why := uneven_heads(config):
+        raise ConfigError(f"gating.pool: {name} has {why}; build it anew with other numbers")
+    check_positions(config, length, f"gating.pool: {name}")
+
+
+def check_positions(config: PretrainedConfig, length: int | None, name: str) -> None:
+    """Refuse sequences to score that are longer than a model takes.
+
+    Raises:
+        ConfigError: they are.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if length is not None and longest is not None and length > int(longest):
+        raise ConfigError(f"{name} takes {longest} positions and gating.scores.length is {length}; score shorter ones")
 
 
 def _widest(loras: Sequence[LoRAExpert | None]) -> LoRASection | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.pipeline.planning.counts import Counted
@@ -62,66 +62,86 @@ def plain(counted: Counted) -> Served:
 
 def routed(pool: PoolPlan, chosen: int) -> Served:
     """A base and experts, of which a router chooses so many per token and module."""
-    base = plain(pool.bare)
+    bare = _as_served(pool.bare)
+    base = plain(bare)
 
     def first(machine: Machine, prompt: int) -> Time:
         alone = base.first(machine, prompt)
-        return alone + _routing(machine, pool, prompt, chosen, alone, pool.bare.prefill(1, prompt))
+        return alone + _routing(machine, pool, prompt, chosen, alone, bare.prefill(1, prompt))
 
     def token(machine: Machine, batch: int, context: int) -> Time:
         alone = base.token(machine, batch, context)
-        return alone + _routing(machine, pool, batch, chosen, alone, pool.bare.decode(batch, context))
+        return alone + _routing(machine, pool, batch, chosen, alone, bare.decode(batch, context))
 
     return Served("serving", "routed model", pool_memory(pool), base.kv_bytes, base.dtype, first, token, {})
 
 
 def gated(plan: GatePlan) -> Served:
     """Experts under one gate. What the gate does beside them is measured on the CPU, and left out elsewhere."""
+    sharings = tuple(replace(sharing, counted=_as_served(sharing.counted)) for sharing in plan.sharings)
 
     def first(machine: Machine, prompt: int) -> Time:
-        return _all(plan, lambda one: machine.time(one.counted.prefill(one.experts, prompt), "forward"))
+        reading = [machine.time(each.counted.mixed(each.experts, 1, 0, prompt), "forward") for each in sharings]
+        return sum(reading, _gate(machine, prompt))
 
     def token(machine: Machine, batch: int, context: int) -> Time:
-        passes = _all(plan, lambda one: machine.time(one.counted.mixed(one.experts, batch, context), "decode"))
-        return passes + _gate(machine)
+        passes = [machine.time(each.counted.mixed(each.experts, batch, context), "decode") for each in sharings]
+        return sum(passes, _gate(machine))
 
     def of(kept: int) -> Token:
-        share = kept / plan.experts
-
         def token(machine: Machine, batch: int, context: int) -> Time:
-            def one(sharing: Sharing) -> Time:
-                awake = max(1, round(share * sharing.experts))
-                working = machine.time(sharing.counted.mixed(awake, batch, context), "decode")
-                piece = plan.gating.students.refresh_every
-                if piece is None:
-                    return working.times(share * sharing.experts / awake)
-                asleep = sharing.counted.prefill(batch * sharing.experts, piece)
-                missed = machine.time(asleep, "forward").times((1.0 - share) / piece)
-                return working.times(share * sharing.experts / awake) + missed
-
-            return _all(plan, one) + _gate(machine)
+            found = _gate(machine)
+            for each in sharings:
+                found = found + _awake(machine, each, kept / plan.experts, batch, context)
+                if (piece := plan.gating.students.refresh_every) is not None:
+                    found = found + _caught_up(machine, each, kept / plan.experts, batch, context, piece)
+            return found
 
         return token
 
-    counted = plan.sharings[0].counted
     return Served(
         "gated serving",
         f"gate over {plan.experts:,} experts",
         plan.memory,
-        sum(sharing.experts * sharing.counted.sizes.kv_bytes for sharing in plan.sharings),
-        counted.dtype,
+        sum(each.experts * each.counted.sizes.kv_bytes for each in sharings),
+        sharings[0].counted.dtype,
         first,
         token,
         {kept: of(kept) for kept in plan.gating.students.experts_per_token if kept < plan.experts},
     )
 
 
-def _all(plan: GatePlan, time: Callable[[Sharing], Time]) -> Time:
-    return sum((time(sharing) for sharing in plan.sharings), Time())
+def _as_served(counted: Counted) -> Counted:
+    """A model in the type its parameters are held in: nothing is cast while it serves."""
+    return replace(counted, bf16=False, _cache={})
 
 
-def _gate(machine: Machine) -> Time:
-    seconds = machine.speed.calibration.gate_seconds() if machine.hardware.device.measured else 0.0
+def _awake(machine: Machine, sharing: Sharing, share: float, batch: int, context: int) -> Time:
+    """The preferred experts' part of a token, where each request prefers any expert with the same chance.
+
+    Over one model they run together, and the model runs at all where any of the requests prefers any of them:
+
+        rows = batch x experts x share          P(it runs) = 1 - (1 - min(1, experts x share)) ^ batch
+    """
+    rows = batch * sharing.experts * share
+    runs = 1.0 - (1.0 - min(1.0, sharing.experts * share)) ** batch
+    one = sharing.counted.mixed(1, max(1, round(rows / runs)), context)
+    return machine.time(one, "decode").times(runs)
+
+
+def _caught_up(machine: Machine, sharing: Sharing, share: float, batch: int, context: int, piece: int) -> Time:
+    """Reading what was missed, per token: over one model all experts read it again as soon as one of them has to."""
+    alone = sharing.experts == 1 and batch == 1
+    work = sharing.counted.mixed(sharing.experts, batch, context, piece)
+    return machine.time(work, "forward").times((1.0 - share if alone else 1.0) / piece)
+
+
+def _gate(machine: Machine, prompt: int = 0) -> Time:
+    """What a gate does of a generated token beside its experts, or of a prompt."""
+    if not machine.hardware.device.measured:
+        return Time()
+    generated, read = machine.speed.calibration.gate_seconds()
+    seconds = generated + read * prompt
     return Time(seconds, {OVERHEAD: seconds})
 
 
