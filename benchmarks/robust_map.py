@@ -182,6 +182,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                     )  # fmt: skip
             axes.axhline(0, color="0.7", linewidth=1)
             axes.set_xscale("log")
+            axes.set_xticks(TOKENS, [f"{tokens:,}" for tokens in TOKENS], fontsize=8)
+            axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 axes.set_title(title, fontsize=9)

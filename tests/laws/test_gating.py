@@ -212,7 +212,10 @@ def test_weights_are_normalised_and_survive_a_file(tmp_path_factory, name, seed)
     save_gate(gate, path)
     again = load_gate(path)
     assert again.config == gate.config
-    assert torch.equal(again.log_weights(features), logw)
+    assert again.tensors.keys() == gate.tensors.keys()
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in gate.tensors.items())
+    # Where in memory a tensor lies decides its kernels on some processors, and with them the last bits.
+    torch.testing.assert_close(again.log_weights(features), logw, rtol=1e-12, atol=1e-12)
 
 
 @every_gate
