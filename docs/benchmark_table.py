@@ -150,7 +150,8 @@ def robust_map(record: Mapping[str, Any]) -> Iterator[Row]:
             shown = ("monolith expert-sized", "direct gate, branched", "direct gate, adapters")
             values = {name: one["rows"][name]["mean"]["behind_monolith"] for name in shown}
             measured = "; ".join(f"{name} {show(value, '{:+.3f}')}" for name, value in values.items())
-            where = f"{one['set']} domains, {one['capacity']} models, {most:,} tokens per expert"
+            seeds = "one seed" if record["seeds"] == 1 else f"{record['seeds']} seeds"
+            where = f"{one['set']} domains, {one['capacity']} models, {most:,} tokens per expert, {seeds}"
             figure = f"mean cross-entropy over that of a monolith of all experts' parameters, nats per token: {where}"
             yield Row(figure, measured, "below 0", chosen=one["capacity"] == "large")
 
