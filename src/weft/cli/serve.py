@@ -85,9 +85,9 @@ def run(
 ) -> None:
     """Serve models over HTTP, as OpenAI's API does, with a page at / that shows their routing.
 
-    Only this machine reaches the server unless --host says otherwise, and then, without keys, as localhost, by address,
-    or under a name of --allow-host. WEFT_API_KEYS holds the keys that open it, with commas between. SIGINT and SIGTERM
-    stop it; running answers are ended with what there is.
+    Unless --host says otherwise only this machine reaches the server; without keys it is then answered as localhost, by
+    address, or under a name of --allow-host, and no other. WEFT_API_KEYS holds the keys that open the server, with
+    commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
     """
     keys = keys_from_environment()
     if not keys and not allow_anonymous and not is_loopback(host):

@@ -198,9 +198,10 @@ def plan_value(
     facts = _facts(project, assumed)
     stages: list[Stage] = []
     if project.whole is not None:
-        stages += _base_stages(project.whole, speed, facts)
+        counted = _counted(project.whole, speed, facts, None)  # rivals are the same model: what is counted stays known
+        stages += _base_stages(project.whole, counted, speed, facts)
         for each in project.mixtures:
-            stages.append(_together(f"rival {each.policy}", _base_stages(project.rival(each), speed, facts)))
+            stages.append(_together(f"rival {each.policy}", _base_stages(project.rival(each), counted, speed, facts)))
     if project.makes_experts:
         stages += _expert_stages(project, speed, facts, assumed)
     if project.parts is not None and (gating := project.parts.gating) is not None and gating.pool is not None:
@@ -216,10 +217,9 @@ def plan_value(
 # -- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _base_stages(recipe: Recipe, speed: Speed, facts: _Facts, config: PretrainedConfig | None = None) -> list[Stage]:
-    """A model trained on a mixture; its configuration is the recipe's unless one is given."""
+def _base_stages(recipe: Recipe, counted: Counted, speed: Speed, facts: _Facts) -> list[Stage]:
+    """A model trained on a mixture."""
     check(recipe)
-    counted = _counted(recipe, speed, facts, config)
     machine = machine_for(recipe.training, speed)
     devices = _processes(recipe.training.batch_sequences, speed.hardware.devices, facts)
     if speed.hardware.device.measured:
@@ -301,7 +301,9 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
     stages: list[Stage] = []
     if project.monolith:
         rival = project.monolith_recipe(assumed.experts or named)
-        stages.append(_together("rival monolith", _base_stages(rival, speed, facts, base)))
+        stages.append(
+            _together("rival monolith", _base_stages(rival, _counted(rival, speed, facts, base), speed, facts))
+        )
     machine = machine_for(config.training, speed)
     bf16 = machine.precision == "bf16"
     checkpointing = whole is not None and config.base is None and whole.model.gradient_checkpointing
@@ -500,6 +502,7 @@ def _groups(recipe: Recipe, policy: Any, facts: _Facts) -> int:
 
 
 def _counted(recipe: Recipe, speed: Speed, facts: _Facts, config: PretrainedConfig | None) -> Counted:
+    """The model of a recipe; its configuration is the recipe's unless one is given."""
     section, length = recipe.model, recipe.training.sequence_length
     if config is None:
         config = model_config(section, vocab_size=facts.vocab_size, sequence_length=length)
