@@ -18,10 +18,10 @@ setup: $(VENV)/.ready ## create .venv with the pinned dependencies
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: '$(PYTHON)' is not on the PATH; install Python 3.11 or newer, or name one: make setup PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "make setup: $(PYTHON) is Python %d.%d; weft needs 3.11 or newer: make setup PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "make setup: $(PYTHON) is Python %d.%d; weftlm needs 3.11 or newer: make setup PYTHON=python3.12" % v[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make setup: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing weft and its dependencies into $(VENV) (a few minutes the first time)"
+	@echo "installing weftlm and its dependencies into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -30,7 +30,7 @@ $(VENV)/.ready-docs: $(VENV)/.ready
 	@touch $@
 
 demo: setup ## the whole pipeline on built-in text, in about eight minutes: runs/demo/report.html
-	$(BIN)/weft demo $(DEMO_ARGS)
+	$(BIN)/weftlm demo $(DEMO_ARGS)
 
 test: setup ## the whole test suite; narrow it with TEST_ARGS="tests/unit -k sampler"
 	$(CALM) $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
@@ -70,7 +70,7 @@ constraints: ## resolve the ranges afresh into constraints.txt
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),'torch==$(TORCH)') '.[dev,docs]'
-	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/python -m pip freeze --exclude weft \
+	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/python -m pip freeze --exclude weftlm \
 		| sed -E -e 's/\+[a-z0-9.]+$$//' -e '/ @ /d' -e '/^(-|#)/d' -e '/^(nvidia|cuda|triton)/d'; } > constraints.tmp
 	mv constraints.tmp constraints.txt
 	rm -rf .venv-constraints

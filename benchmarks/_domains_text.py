@@ -18,11 +18,11 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from weft.corpora.source import ArraySource
-from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
-from weft.domains.embed import EmbedderConfig, make_embedder
-from weft.domains.histogram import DomainMeans, nearest_domains
-from weft.domains.histogram import histogram as domain_histogram
+from weftlm.corpora.source import ArraySource
+from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.domains.embed import EmbedderConfig, make_embedder
+from weftlm.domains.histogram import DomainMeans, nearest_domains
+from weftlm.domains.histogram import histogram as domain_histogram
 
 ENCODED_AT_ONCE = 64
 

@@ -26,15 +26,15 @@ from _common import finish, parser, say, spread, table, write_atomically
 from _domains_text import TokenisedDomain
 from torch import nn
 
-from weft.corpora.source import ArraySource
-from weft.evaluation.suite import EvaluationConfig, evaluate_suite
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import ModelConfig, build_model, count_parameters
-from weft.training.alignment import AlignmentConfig
-from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer
-from weft.training.metrics import read_metrics
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.source import ArraySource
+from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import ModelConfig, build_model, count_parameters
+from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.metrics import read_metrics
+from weftlm.training.runtime import choose_runtime
 
 MODEL: dict[str, Any] = {
     "architecture": "llama",

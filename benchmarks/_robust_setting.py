@@ -25,16 +25,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weft.corpora.source import ArraySource
-from weft.corpora.tokens import Tokenizer
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import ModelConfig, build_model, load_base
-from weft.models.hf import sequence_losses
-from weft.training.alignment import AlignmentConfig
-from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer
-from weft.training.metrics import read_metrics
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.source import ArraySource
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import ModelConfig, build_model, load_base
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.metrics import read_metrics
+from weftlm.training.runtime import choose_runtime
 
 SETS: dict[str, tuple[str, ...]] = {
     "far": ("novels_en", "legal_uscode", "chat_taskdialog", "qa_medical", "math_word", "encyc_factbook"),

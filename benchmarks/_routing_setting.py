@@ -20,20 +20,20 @@ from _common import say, write_atomically
 from _domains_text import TextDomain, encode, make_tokenizer, read_texts, shuffled
 from transformers import PreTrainedModel
 
-from weft.corpora.source import ArraySource
-from weft.corpora.tokens import Tokenizer
-from weft.evaluation.choices import ChoiceQuestion
-from weft.experts.expert import BaseReference, Expert
-from weft.experts.gate import GateConfig, train_gate
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import base_fingerprint
-from weft.experts.train import ExpertTraining, train_expert
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import ModelConfig, build_model, count_parameters, load_base
-from weft.training.alignment import AlignmentConfig
-from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.source import ArraySource
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.evaluation.choices import ChoiceQuestion
+from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.gate import GateConfig, train_gate
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint
+from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import ModelConfig, build_model, count_parameters, load_base
+from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.runtime import choose_runtime
 
 VOCABULARY, LENGTH = 2048, 128
 MODEL: dict[str, Any] = {
@@ -235,7 +235,7 @@ class Setting:
     # -- models -------------------------------------------------------------------------------------------------
 
     def base(self) -> PreTrainedModel:
-        """The base model, trained by weft on the uniform mixture of the experts' domains."""
+        """The base model, trained by weftlm on the uniform mixture of the experts' domains."""
         folder = self.work / "base"
         if not (folder / "config.json").exists():
             config = TrainingConfig.model_validate(self.training)

@@ -1,6 +1,6 @@
 """What a weighted sampler does when its weights change and when it is resumed: measured alike for every contestant.
 
-Imports nothing of weft, so that it also runs inside a peer's own environment.
+Imports nothing of weftlm, so that it also runs inside a peer's own environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """mosaicml-streaming as a contestant: a process of its own environment that answers JSON lines.
 
 Started by `benchmarks/sampler.py` as `python _sampler_mosaic.py FOLDER`; FOLDER holds `task.json` and one `.npy` array
-of rows per domain. Imports nothing of weft.
+of rows per domain. Imports nothing of weftlm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contestants of the sampler benchmark that live in weft's own environment.
+"""The contestants of the sampler benchmark that live in weftlm's own environment.
 
 Each draws batches of B rows of T + 1 tokens from D domains, in shuffled order within a domain, and delivers them as an
 int64 tensor with the rows' domains. Every peer is set up the fastest way its documentation offers that we found; what
@@ -31,10 +31,10 @@ from torchdata.nodes import (
     StopCriteria,
 )
 
-from weft.corpora.source import Source
-from weft.corpora.store import TokenStore, TokenStoreWriter, Vocabulary
-from weft.mixture.loader import MixtureLoader, sequence_counts
-from weft.mixture.sampler import MixtureSampler
+from weftlm.corpora.source import Source
+from weftlm.corpora.store import TokenStore, TokenStoreWriter, Vocabulary
+from weftlm.mixture.loader import MixtureLoader, sequence_counts
+from weftlm.mixture.sampler import MixtureSampler
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Task:
 
 
 def write(task: Task) -> None:
-    """The same random tokens as weft's token stores, as rows, and as Arrow tables with fixed-size lists."""
+    """The same random tokens as weftlm's token stores, as rows, and as Arrow tables with fixed-size lists."""
     rng = np.random.default_rng(task.seed)
     for domain in range(task.domains):
         tokens = rng.integers(1, 32_000, size=task.rows_per_domain * task.length + 1, dtype=np.uint16)
@@ -76,7 +76,7 @@ def write(task: Task) -> None:
         datasets.Dataset(table).save_to_disk(str(task.folder / f"arrow-{domain}"))
 
 
-class Weft:
+class Weftlm:
     """`MixtureLoader` over memory-mapped uint16 token stores."""
 
     def __init__(self, task: Task, prefetch_steps: int = 0) -> None:
@@ -166,7 +166,7 @@ class TorchData:
 
     As documented, a node per domain yields rows (`MapStyleWrapper` over a map-style data set and a random sampler), and
     a `Mapper` stacks them. By hand (`numbers=True`) the nodes yield row numbers only, and the `Mapper` reads the rows
-    of a whole batch: torchdata draws, and code like weft's own reads.
+    of a whole batch: torchdata draws, and code like weftlm's own reads.
     """
 
     def __init__(self, task: Task, numbers: bool = False) -> None:
@@ -237,8 +237,8 @@ class _Shuffled(torch.utils.data.Sampler[int]):
 
 
 IN_PROCESS: dict[str, Callable[[Task], Any]] = {
-    "weft": Weft,
-    "weft, reading 4 steps ahead": lambda task: Weft(task, prefetch_steps=4),
+    "weftlm": Weftlm,
+    "weftlm, reading 4 steps ahead": lambda task: Weftlm(task, prefetch_steps=4),
     "datasets.interleave_datasets": Interleave,
     "datasets.interleave_datasets, Arrow unpacked by hand": lambda task: Interleave(task, "arrow"),
     "torchdata MultiNodeWeightedSampler": TorchData,

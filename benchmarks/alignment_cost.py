@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.mixture.policy import MixtureSetting, Report, policies
-from weft.models.hf import sequence_losses
-from weft.training.alignment import (
+from weftlm.mixture.policy import MixtureSetting, Report, policies
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import (
     AlignmentConfig,
     CumulativeDots,
     ShadowProbe,

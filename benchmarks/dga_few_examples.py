@@ -20,10 +20,10 @@ from _domains_text import TextDomain, TokenisedDomain, encode, make_tokenizer, r
 from _mixture_runs import LEGEND, Data, Method, experiment, rows_table
 from numpy.typing import NDArray
 
-from weft.domains.cluster import ClusterConfig, fit_clusters
-from weft.domains.embed import EmbedderConfig, make_embedder
-from weft.domains.histogram import basis_from_sets
-from weft.domains.histogram import histogram as domain_histogram
+from weftlm.domains.cluster import ClusterConfig, fit_clusters
+from weftlm.domains.embed import EmbedderConfig, make_embedder
+from weftlm.domains.histogram import basis_from_sets
+from weftlm.domains.histogram import histogram as domain_histogram
 
 TARGETS = {
     "report": TextDomain("cs.RO", "arxiv_cs", "cs.RO"),

@@ -44,13 +44,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weft.errors import ConfigError
-from weft.gating.exact import exact_robust_gate
-from weft.gating.features import sequence_features
-from weft.gating.gate import CausalGate, Features, Gate, init_gate
-from weft.gating.primal_dual import FitConfig, fit_robust_gate
-from weft.gating.problem import Problem, evaluate, log_model, make_problem, measure
-from weft.gating.sequences import ScoredSequences
+from weftlm.errors import ConfigError
+from weftlm.gating.exact import exact_robust_gate
+from weftlm.gating.features import sequence_features
+from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
+from weftlm.gating.primal_dual import FitConfig, fit_robust_gate
+from weftlm.gating.problem import Problem, evaluate, log_model, make_problem, measure
+from weftlm.gating.sequences import ScoredSequences
 
 LETTERS, LENGTH, UNITS = 16, 64, 4096
 """Letters of the alphabet; letters of a sequence; transition probabilities are multiples of 1 / UNITS."""

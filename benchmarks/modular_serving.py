@@ -51,11 +51,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weft.gating.experts import ExpertPool, Member
-from weft.gating.gate import State
-from weft.gating.modular_lm import ModularLM
-from weft.gating.prefix_gate import PrefixGate
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.gating.experts import ExpertPool, Member
+from weftlm.gating.gate import State
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.prefix_gate import PrefixGate
 
 RANK, EXPERTS, VOCABULARY = 8, 8, 8192
 PROMPT, NEW = 64, 64

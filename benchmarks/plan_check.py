@@ -1,8 +1,8 @@
-"""What `weft plan` says beside what happens: time, memory and disk of real runs on this machine's CPU.
+"""What `weftlm plan` says beside what happens: time, memory and disk of real runs on this machine's CPU.
 
 For every size and seed a plan is made first, in a process of its own: the model is counted on shapes, and single
-kernels of those shapes are timed (`weft.pipeline.planning.calibrate`). No model that is checked is run for it. Then the
-work is done, each piece in a process of its own, and compared:
+kernels of those shapes are timed (`weftlm.pipeline.planning.calibrate`). No model that is checked is run for it. Then
+the work is done, each piece in a process of its own, and compared:
 
     training step       the training loop's step, on made-up tokens
     with alignment      a step at which every domain's alignment is measured (T_r = 1), by estimator
@@ -42,26 +42,26 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from weft.corpora.examples import ExampleSource
-from weft.corpora.source import ArraySource
-from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import module_widths
-from weft.experts.train import ExpertTraining, train_expert
-from weft.gating.bayes import FixedShareGate
-from weft.gating.experts import ExpertPool, Member
-from weft.gating.modular_lm import ModularLM
-from weft.gating.scores import ScoreConfig, score
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import build_model, count_parameters
-from weft.pipeline.expert_recipe import make_expert_recipe
-from weft.pipeline.planning.calibrate import Calibration
-from weft.pipeline.planning.counts import TARGET_SHARE, adaptable
-from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
-from weft.pipeline.planning.hardware import parse_hardware
-from weft.pipeline.recipe import Recipe, make_recipe
-from weft.training.loop import Task, Trainer
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.examples import ExampleSource
+from weftlm.corpora.source import ArraySource
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import module_widths
+from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.experts import ExpertPool, Member
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.scores import ScoreConfig, score
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import build_model, count_parameters
+from weftlm.pipeline.expert_recipe import make_expert_recipe
+from weftlm.pipeline.planning.calibrate import Calibration
+from weftlm.pipeline.planning.counts import TARGET_SHARE, adaptable
+from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_value
+from weftlm.pipeline.planning.hardware import parse_hardware
+from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.runtime import choose_runtime
 
 SIZES: dict[str, dict[str, int]] = {
     "0.1M": {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "vocab": 512, "T": 64, "B": 16},

@@ -26,7 +26,7 @@ from _robust_setting import COMPUTE, SETS, SHARED, Scale, Setting, architecture,
 from robust_quality import DIRECT, DIRECT_GATE, VERSION, Comparison, figures, read, scored
 from transformers.utils import logging as transformers_logging
 
-from weft.gating import fit_robust_gate
+from weftlm.gating import fit_robust_gate
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "robust_map.svg"
 TOKENS = (50_000, 150_000, 600_000)
@@ -159,7 +159,7 @@ LINES = {COMPUTE: "0.5", f"direct gate, {BRANCHED}": "C0", f"direct gate, {ADAPT
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Margin to the monolith over tokens per expert, a panel for each set of domains and measure."""
-    mpl.rcParams["svg.hashsalt"] = "weft"
+    mpl.rcParams["svg.hashsalt"] = "weftlm"
     measures = {"best known": "worst domain,\nbest known offset", "mean": "mean", "changing": "changing text"}
     sets = list(dict.fromkeys(one["set"] for one in record["cells"]))
     figure, grid = plt.subplots(

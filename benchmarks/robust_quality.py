@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from weft.distillation import (
+from weftlm.distillation import (
     DenseConfig,
     DistilConfig,
     WeightedText,
@@ -40,15 +40,15 @@ from weft.distillation import (
     student_kl,
     weigh,
 )
-from weft.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, sampled_capacity, sequence_features
-from weft.gating.bayes import BayesGate
-from weft.gating.experts import ExpertPool
-from weft.gating.gate import CausalGate, Gate, init_gate
-from weft.gating.modular_cache import REFRESH_EVERY
-from weft.gating.modular_lm import ModularLM
-from weft.gating.problem import log_model
-from weft.gating.scores import ScoreCache, ScoreConfig, score
-from weft.models.hf import token_losses
+from weftlm.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, sampled_capacity, sequence_features
+from weftlm.gating.bayes import BayesGate
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.gate import CausalGate, Gate, init_gate
+from weftlm.gating.modular_cache import REFRESH_EVERY
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.problem import log_model
+from weftlm.gating.scores import ScoreCache, ScoreConfig, score
+from weftlm.models.hf import token_losses
 
 VERSION = 3
 """Of what a comparison measures; results kept in a work folder are of one version."""

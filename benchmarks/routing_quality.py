@@ -1,7 +1,7 @@
 """Every router over the same experts: held-in domains and tasks, and data no expert saw.
 
-A small base model is trained by weft on a uniform mixture of twelve domains, then eighteen experts (twelve domains, six
-groups of tasks), each with its gate. Everything is evaluated on each expert's own held-out data and on domains,
+A small base model is trained by weftlm on a uniform mixture of twelve domains, then eighteen experts (twelve domains,
+six groups of tasks), each with its gate. Everything is evaluated on each expert's own held-out data and on domains,
 sub-domains and tasks that neither base nor experts saw: bits per byte, and accuracy by length-normalised likelihood
 where a task has choices. Gates are trained with three seeds. `--split dev` reads other unseen sets and other held-out
 documents: settings are chosen there, `--split report` (the default) only reports.
@@ -24,12 +24,12 @@ import torch
 from _common import environment_lines, finish, parser, say, spread, table
 from _routing_setting import EvaluationSet, Setting
 
-from weft import __version__
-from weft.evaluation.choices import score_choices
-from weft.evaluation.perplexity import evaluate_source
-from weft.experts.expert import Expert
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import router_config
+from weftlm import __version__
+from weftlm.evaluation.choices import score_choices
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.experts.expert import Expert
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import router_config
 
 BATCH = 16
 MIN_TOKENS = 500

@@ -15,7 +15,7 @@ position's logits are asked for, as in generation, so that the head does not hid
 
 | contestant         | what it is                                                                                 |
 |--------------------|--------------------------------------------------------------------------------------------|
-| weft               | RoutedModel, router `phatgoose`, k = 2: every token and module chooses                     |
+| weftlm               | RoutedModel, router `phatgoose`, k = 2: every token and module chooses                     |
 | PEFT Arrow         | an ArrowConfig router of PEFT, top_k = 2, over the same adapters: every token and module   |
 | PEFT adapter_names | PEFT's batches of several adapters: one adapter for a whole sequence, named by the caller. |
 |                    | It does not route and cannot give tokens of a sequence different experts                   |
@@ -50,13 +50,13 @@ from peft.tuners.lora.config import ArrowConfig
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from weft.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors
-from weft.routing.routed_model import RoutedModel
+from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors
+from weftlm.routing.routed_model import RoutedModel
 
 RANK, K, VOCABULARY, CONTEXT = 16, 2, 8192, 512
 WORKLOADS = {"prefill": (1, CONTEXT), "decode 1": (1, 1), "decode 32": (32, 1)}
 """Sequences and new tokens of each."""
-FEW = "weft, 8 experts"
+FEW = "weftlm, 8 experts"
 BASE, ARROW, NAMES, DENSE = "base", "PEFT Arrow", "PEFT adapter_names", "dense pool"
 EXTRA_MEMORY = 8 << 30
 PREFILL_GOAL, GROWTH_GOAL, ARROW_GOAL = 1.6, 1.25, 10.0
@@ -124,7 +124,7 @@ class Pool:
         ]  # fmt: skip
 
 
-def build_weft(model: LlamaForCausalLM, pool: Pool, count: int) -> RoutedModel:
+def build_weftlm(model: LlamaForCausalLM, pool: Pool, count: int) -> RoutedModel:
     return RoutedModel(twin(model), pool.experts(count), {"router": "phatgoose", "k": K})
 
 
@@ -275,10 +275,10 @@ def measure(
     hidden: int, layers: int, count: int, workloads: Sequence[str], seed: int, arguments: argparse.Namespace,
     device: torch.device, *, skewed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every contestant with `count` experts on each workload, and weft with 8 beside it, for one seed."""
+    """Every contestant with `count` experts on each workload, and weftlm with 8 beside it, for one seed."""
     model = build_base(hidden, layers, seed, device)
     pool = Pool.draw(model, max(count, 8), seed, skewed=skewed)
-    ours, few = build_weft(model, pool, count), build_weft(model, pool, 8)
+    ours, few = build_weftlm(model, pool, count), build_weftlm(model, pool, 8)
     stacked = pointers(ours)
     dense = build_dense(model, pool, count)
     check_alike(ours, dense, Workload("prefill", model, seed))
@@ -289,7 +289,7 @@ def measure(
         adapters = [f"task_{row % count}" for row in range(workload.batch)]
         contestants: dict[str, Callable[[], Any]] = {
             BASE: partial(workload.run, model),
-            "weft": partial(workload.run, ours),
+            "weftlm": partial(workload.run, ours),
             FEW: partial(workload.run, few),
             DENSE: partial(workload.run, dense),
         }
@@ -321,7 +321,7 @@ def check_alike(ours: RoutedModel, dense: PreTrainedModel, workload: Workload) -
         mine, theirs = workload.run(ours).float(), workload.run(dense).float()
     error = float((mine - theirs).abs().max() / theirs.abs().max())
     if error > (0.1 if ours.dtype == torch.bfloat16 else 1e-3):
-        raise SystemExit(f"the dense pool and weft differ by {error:.2g} of the largest logit: one of them is wrong")
+        raise SystemExit(f"the dense pool and weftlm differ by {error:.2g} of the largest logit: one of them is wrong")
 
 
 def pointers(model: RoutedModel) -> dict[str, tuple[int, int]]:
@@ -372,7 +372,7 @@ def run_for_memory(who: str, hidden: int, layers: int, count: int) -> None:
     pool = Pool.draw(model, count, 0)
     makers: dict[str, Callable[[], Any]] = {
         BASE: lambda: model,
-        "weft": lambda: build_weft(model, pool, count),
+        "weftlm": lambda: build_weftlm(model, pool, count),
         DENSE: lambda: build_dense(model, pool, count),
         ARROW: lambda: build_peft(model, pool, count),
     }
@@ -389,7 +389,7 @@ def memory(hidden: int, layers: int, count: int) -> dict[str, Any]:
     factors = sum(4 * count * RANK * (one.in_features + one.out_features) for one in linears(model).values())
     found: dict[str, Any] = {"hidden": hidden, "layers": layers, "experts": count, "factors_bytes": factors, "who": {}}
     fits = arrow_bytes(model, CONTEXT, count) <= EXTRA_MEMORY
-    for who in (BASE, "weft", DENSE, *((ARROW,) if fits else ())):
+    for who in (BASE, "weftlm", DENSE, *((ARROW,) if fits else ())):
         command = [sys.executable, __file__, "--threads", "1", "--memory-of", who, str(hidden), str(layers), str(count)]
         loads, forwards = [], []
         for _ in range(3):
@@ -407,9 +407,9 @@ def memory(hidden: int, layers: int, count: int) -> dict[str, Any]:
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
-def arrow_and_weft(ratios: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+def arrow_and_weftlm(ratios: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
     """Both over the base, in the rounds that Arrow took part in: the first, or all."""
-    return list(zip(ratios[ARROW], ratios["weft"], strict=False))
+    return list(zip(ratios[ARROW], ratios["weftlm"], strict=False))
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -425,15 +425,15 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
         entry: dict[str, Any] = {
             "over_base": {who: over(lambda one, who=who: list(one[who])) for who in ratios[0]},
-            "over_own_8": over(lambda one: [a / b for a, b in zip(one["weft"], one[FEW], strict=True)]),
+            "over_own_8": over(lambda one: [a / b for a, b in zip(one["weftlm"], one[FEW], strict=True)]),
             "base_seconds": _common.spread(
                 [_common.spread(run["workloads"][name]["base_seconds"]).median for run in runs]
             ).as_json(),
         }
         if ARROW in ratios[0]:
-            entry["arrow_over_weft"] = over(lambda one: [arrow / own for arrow, own in arrow_and_weft(one)])
-            entry["arrow_extra_over_weft_extra"] = over(
-                lambda one: [(arrow - 1) / max(own - 1, 1e-3) for arrow, own in arrow_and_weft(one)]
+            entry["arrow_over_weftlm"] = over(lambda one: [arrow / own for arrow, own in arrow_and_weftlm(one)])
+            entry["arrow_extra_over_weftlm_extra"] = over(
+                lambda one: [(arrow - 1) / max(own - 1, 1e-3) for arrow, own in arrow_and_weftlm(one)]
             )
         workloads[name] = entry
     return {
@@ -459,10 +459,12 @@ def goals(sizes: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         if cell is None:
             continue
         prefill = cell["workloads"]["prefill"]
-        goal(f"prefill with {count} experts over the base's", prefill["over_base"]["weft"], PREFILL_GOAL, at_most=True)
+        goal(
+            f"prefill with {count} experts over the base's", prefill["over_base"]["weftlm"], PREFILL_GOAL, at_most=True
+        )
         goal(f"prefill with {count} experts over our own with 8", prefill["over_own_8"], GROWTH_GOAL, at_most=True)
-        if "arrow_over_weft" in prefill:
-            over, extra = prefill["arrow_over_weft"], prefill["arrow_extra_over_weft_extra"]
+        if "arrow_over_weftlm" in prefill:
+            over, extra = prefill["arrow_over_weftlm"], prefill["arrow_extra_over_weftlm_extra"]
             goal(f"PEFT Arrow's prefill with {count} experts over ours", over, ARROW_GOAL, at_most=False)
             goal(f"the same of what is beyond the base's prefill, {count} experts", extra, ARROW_GOAL, at_most=False)
         found.append(
@@ -531,7 +533,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             ],
         ),
     ]  # fmt: skip
-    contestants = ["weft", DENSE, NAMES, ARROW]
+    contestants = ["weftlm", DENSE, NAMES, ARROW]
     for hidden, size in record["sizes"].items():
         lines += [
             "",
@@ -549,7 +551,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
                 if workload in cell["does_not_fit"]:
                     shown[-1] = f"does not fit: {cell['does_not_fit'][workload] / 2**30:.1f} GiB"
                 rows.append([workload, count, *shown, show(cell["workloads"][workload]["over_own_8"])])
-        lines.append(_common.table(["workload", "experts", *contestants, "weft over its 8"], rows))
+        lines.append(_common.table(["workload", "experts", *contestants, "weftlm over its 8"], rows))
         even = size["experts"].get(str(record["experts_compared"]), next(reversed(size["experts"].values())))
         lines += [
             "",
@@ -565,7 +567,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         lines += [
             "", f"## Memory: hidden size {about['hidden']}, {about['layers']} layers, {about['experts']} experts", "",
             f"The adapters' factors take {about['factors_bytes'] / 2**20:.0f} MiB; they were in memory before and stay "
-            "there: PEFT works on them and stacks them in every forward pass, weft and the dense pool make a stacked "
+            "there: PEFT works on them and stacks them in every forward pass, weftlm and the dense pool make a stacked "
             "copy when built. MiB beyond that:", "",
             _common.table(["", "when built", "more at the peak of a prefill"], rows),
         ]  # fmt: skip

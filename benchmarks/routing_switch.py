@@ -26,9 +26,9 @@ from _routing_setting import Setting
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from weft.models.hf import token_losses
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import Routing, Site
+from weftlm.models.hf import token_losses
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import Routing, Site
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "assets" / "routing_switch.svg"
 HALF = 64
@@ -146,7 +146,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Loss relative to the base and weight on the right expert, by position."""
-    mpl.rcParams["svg.hashsalt"] = "weft"
+    mpl.rcParams["svg.hashsalt"] = "weftlm"
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, constrained_layout=True)
     positions = np.arange(2 * HALF) - HALF + 1
     base = np.array(record["rows"]["base"]["bits_by_position"])

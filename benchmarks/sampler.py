@@ -3,8 +3,8 @@
     python benchmarks/sampler.py [--quick] [--json] [--with-mosaic] [--mosaic-env FOLDER]
 
 All contestants draw batches of the same rows from memory-mapped files in one run, in turns, and deliver int64 tensors.
-mosaicml-streaming wants older packages than weft's, so it runs in a process and a virtual environment of its own, made
-on demand (`--with-mosaic`) in FOLDER or in a temporary folder.
+mosaicml-streaming wants older packages than weftlm's, so it runs in a process and a virtual environment of its own,
+made on demand (`--with-mosaic`) in FOLDER or in a temporary folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from _sampler_behaviour import behaviour, seconds
 from _sampler_peers import IN_PROCESS, Task, write
 
 MOSAIC = "mosaicml-streaming StreamingDataset"
-OURS = "weft"
+OURS = "weftlm"
 DOMAINS, LENGTH, BATCH = 8, 256, 64
 WEIGHTS = [(index + 1) / 36 for index in range(DOMAINS)]
 HERE = Path(__file__).resolve().parent
@@ -105,7 +105,7 @@ def measure(task: Task, rounds: int, python: Path | None, target_seconds: float)
     for _ in range(rounds):
         for name, timer in timers.items():
             taken[name].append(timer(batches[name]) / batches[name])
-    for name in ("weft", "weft, reading 4 steps ahead"):
+    for name in ("weftlm", "weftlm, reading 4 steps ahead"):
         contestants[name].close()
     result: dict[str, Any] = {"seconds_per_batch": taken, "first_batch_seconds": started}
     if mosaic:
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ]
         for name in names
     }
-    peers = [name for name in names if not name.startswith("weft")]
+    peers = [name for name in names if not name.startswith("weftlm")]
     as_documented = [name for name in peers if "by hand" not in name]
     starts = {name: [one["first_batch_seconds"][name] for one in runs] for name in runs[0]["first_batch_seconds"]}
 
@@ -180,9 +180,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "seeds": arguments.seeds,
         "tokens_per_second": {name: _common.spread(rates[name]).as_json() for name in names},
-        "weft_over": {name: _common.spread(ratios[name]).as_json() for name in peers},
-        "weft_over_best_peer": over_best(as_documented),
-        "weft_over_best_peer_with_code_by_hand": over_best(peers),
+        "weftlm_over": {name: _common.spread(ratios[name]).as_json() for name in peers},
+        "weftlm_over_best_peer": over_best(as_documented),
+        "weftlm_over_best_peer_with_code_by_hand": over_best(peers),
         "first_batch_seconds": {name: _common.spread(values).as_json() for name, values in starts.items()},
         "behaviour": found,
         "peer_versions": {
@@ -197,7 +197,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     setting = record["setting"]
     speeds = []
     for name, rate in record["tokens_per_second"].items():
-        ratio = record["weft_over"].get(name)
+        ratio = record["weftlm_over"].get(name)
         speeds.append([name, _shown(rate, 1e-6), _shown(ratio) if ratio else ""])
     acts = []
     for name, one in record["behaviour"].items():
@@ -218,10 +218,10 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"{record['seeds']} seeds; median over {setting['rounds']} rounds taken in turns, then median (lowest .. "
         "highest) over seeds. Every contestant shuffles within a domain and delivers int64 tensors, in one process.",
         "",
-        _common.table(["", "million tokens/s", "weft is faster by"], speeds),
+        _common.table(["", "million tokens/s", "weftlm is faster by"], speeds),
         "",
-        f"Against the best peer as documented: {_shown(record['weft_over_best_peer'])} times; counting peers "
-        f"whose rows are read by code of our own: {_shown(record['weft_over_best_peer_with_code_by_hand'])} times.",
+        f"Against the best peer as documented: {_shown(record['weftlm_over_best_peer'])} times; counting peers "
+        f"whose rows are read by code of our own: {_shown(record['weftlm_over_best_peer_with_code_by_hand'])} times.",
         "",
         "## When weights change, and after a resume",
         "",

@@ -1,4 +1,4 @@
-"""`weft serve` under load: many clients, slow readers, clients that leave, malformed requests, for minutes.
+"""`weftlm serve` under load: many clients, slow readers, clients that leave, malformed requests, for minutes.
 
 What must hold: no crash, memory that stays flat, every answer the one its prompt gets alone (temperature 0, compared to
 the character), every refusal a 4xx with a JSON body. Models are those of `make demo`, unless --models names others.
@@ -249,7 +249,7 @@ def measure(models: Mapping[str, Path], clients: int, seconds: float) -> dict[st
     """Serve, learn, press, and let the server end."""
     named = [item for name in models for item in ("--name", name)]
     places = [str(path) for path in models.values()]
-    command = [sys.executable, "-m", "weft", "serve", *places, *named, "--port", "0", "--json"]
+    command = [sys.executable, "-m", "weftlm", "serve", *places, *named, "--port", "0", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:

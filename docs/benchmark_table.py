@@ -158,7 +158,7 @@ def robust_map(record: Mapping[str, Any]) -> Iterator[Row]:
 
 def plan_check(record: Mapping[str, Any]) -> Iterator[Row]:
     """How many of a plan's figures are within the goal of what was measured, and the farthest off."""
-    figure = f"figures of `weft plan` within {record['setting']['goal']:.0%} of the measured"
+    figure = f"figures of `weftlm plan` within {record['setting']['goal']:.0%} of the measured"
     every = [one for row in record["rows"].values() for one in row.values()]
     yield Row(f"{figure}, all sizes", f"{sum(one['met'] for one in every)} of {len(every)}", "all")
     for size, row in record["rows"].items():
@@ -170,7 +170,7 @@ def plan_check(record: Mapping[str, Any]) -> Iterator[Row]:
 
 def serving_load(record: Mapping[str, Any]) -> Iterator[Row]:
     """Whether a server stood a load, and whether its memory stayed flat."""
-    figure = f"`weft serve` under {record['clients']} clients for {record['minutes']:.0f} minutes"
+    figure = f"`weftlm serve` under {record['clients']} clients for {record['minutes']:.0f} minutes"
     measured = (
         f"{record['requests']:,} requests, {record['wrong']} wrong or missing answers, {record['server_errors']} of "
         f"500 and above; memory late over early {record['memory_late_over_early']:.3f}"
@@ -180,9 +180,9 @@ def serving_load(record: Mapping[str, Any]) -> Iterator[Row]:
 
 def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
     """Speed against the best peer, and what the peers do when weights change."""
-    yield Row("sampler's tokens/s over the best peer's, as documented", show(record["weft_over_best_peer"]) + " times",
-              "≥ 3 times")  # fmt: skip
-    by_hand = show(record["weft_over_best_peer_with_code_by_hand"]) + " times"
+    over_best = show(record["weftlm_over_best_peer"]) + " times"
+    yield Row("sampler's tokens/s over the best peer's, as documented", over_best, "≥ 3 times")
+    by_hand = show(record["weftlm_over_best_peer_with_code_by_hand"]) + " times"
     yield Row("the same, over peers whose rows are read by code of our own", by_hand, "")
     acts = {name: act for name, act in record["behaviour"].items() if "by hand" not in name}
     right = [
@@ -190,11 +190,11 @@ def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
         for name, act in acts.items()
         if act["batches_until_change"] == 0 and act["repeated"] == 0 and act["resumes_after_change"]
     ]
-    ours = [name for name in acts if name.startswith("weft")]
+    ours = [name for name in acts if name.startswith("weftlm")]
     figure = "change of weights at the step promised, nothing repeated, exact resume after it"
     peers = len(acts) - len(ours)
-    measured = f"weft: {'yes' if set(ours) <= set(right) else 'no'}; {len(set(right) - set(ours))} of {peers} peers"
-    yield Row(figure, measured, "weft alone")
+    measured = f"weftlm: {'yes' if set(ours) <= set(right) else 'no'}; {len(set(right) - set(ours))} of {peers} peers"
+    yield Row(figure, measured, "weftlm alone")
 
 
 HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from weft.pipeline.project import MONOLITH
-from weft.reporting.figures import (
+from weftlm.pipeline.project import MONOLITH
+from weftlm.reporting.figures import (
     Curve,
     Line,
     Panel,
@@ -25,7 +25,7 @@ from weft.reporting.figures import (
     stacked_areas,
     to_svg,
 )
-from weft.reporting.runs import Run, read_runs
+from weftlm.reporting.runs import Run, read_runs
 
 PICTURE = Path(__file__).resolve().parent / "assets" / "mixture.svg"
 MARGIN = 18.0

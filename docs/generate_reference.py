@@ -21,11 +21,11 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from weft.cli.main import app
-from weft.gating.gate import GateConfig, gates
-from weft.mixture.policy import policies
-from weft.pipeline.recipe import Recipe
-from weft.routing.router import routers
+from weftlm.cli.main import app
+from weftlm.gating.gate import GateConfig, gates
+from weftlm.mixture.policy import policies
+from weftlm.pipeline.recipe import Recipe
+from weftlm.routing.router import routers
 
 FOLDER = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate_reference.py; `make fix` renews it. -->"
@@ -39,9 +39,9 @@ class UndocumentedError(Exception):
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options, in the order of `weft --help`."""
+    """Every command with its arguments and options, in the order of `weftlm --help`."""
     group: Any = typer.main.get_command(app)
-    context = typer.Context(group, info_name="weft")
+    context = typer.Context(group, info_name="weftlm")
     lines = [
         "# Commands",
         "",
@@ -52,9 +52,9 @@ def commands_page() -> str:
         "Results go to stdout, logs and progress to stderr. Exit codes: 0 success, 1 the run failed, 2 the call or the "
         "recipe was wrong.",
         "",
-        *parameter_tables(group, "weft"),
+        *parameter_tables(group, "weftlm"),
     ]
-    for name, command in commands_of(group, context, "weft"):
+    for name, command in commands_of(group, context, "weftlm"):
         lines += ["", f"## {name}", ""]
         if hasattr(command, "list_commands"):
             lines += [prose(command.help)]
@@ -156,7 +156,7 @@ def recipe_page() -> str:
         entry = policies.entry(name)
         lines += [f"### {name}", "", first_paragraph(entry.cls) + paper_link(entry.paper), ""]
         lines += [*section_body(entry.cls.Config, f"mixture policy {name}", introduce=False), ""]
-    lines += ["## Routers", "", "What `weft route build --router NAME --set router.KEY=VALUE` takes.", ""]
+    lines += ["## Routers", "", "What `weftlm route build --router NAME --set router.KEY=VALUE` takes.", ""]
     for name in routers:
         router = routers.entry(name)
         lines += [f"### {name}", "", first_paragraph(router.cls) + paper_link(router.paper), ""]

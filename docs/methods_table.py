@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-import weft
-from weft.gating.gate import gates
-from weft.mixture.policy import policies
-from weft.registry import Registry
-from weft.routing.router import routers
+import weftlm
+from weftlm.gating.gate import gates
+from weftlm.mixture.policy import policies
+from weftlm.registry import Registry
+from weftlm.routing.router import routers
 
 FOLDER = Path(__file__).parent
-PACKAGE = Path(weft.__file__).parent
+PACKAGE = Path(weftlm.__file__).parent
 SIGNALS = {
     "losses": "the domains' training losses",
     "reference_losses": "a reference model",
@@ -62,7 +62,7 @@ def words(table: Mapping[str, str], needs: Iterable[str]) -> str:
 
 
 def file_of(cls: type) -> str:
-    """Where a class is written, below src/weft."""
+    """Where a class is written, below src/weftlm."""
     return Path(inspect.getfile(cls)).resolve().relative_to(PACKAGE).as_posix()
 
 

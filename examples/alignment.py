@@ -3,8 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.models.hf import sequence_losses
-from weft.training.alignment import ShadowProbe, gradient_direction, group_alignment
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import ShadowProbe, gradient_direction, group_alignment
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

@@ -10,12 +10,12 @@ from lightning_fabric import Fabric
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.corpora.source import ArraySource
-from weft.mixture.loader import MixtureLoader, sequence_counts
-from weft.mixture.policy import MixtureSetting, Report, build_policy
-from weft.mixture.sampler import MixtureSampler
-from weft.models.hf import sequence_losses
-from weft.training.alignment import AlignmentConfig, gradient_direction, probe_alignment, with_batch_norm
+from weftlm.corpora.source import ArraySource
+from weftlm.mixture.loader import MixtureLoader, sequence_counts
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.mixture.sampler import MixtureSampler
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import AlignmentConfig, gradient_direction, probe_alignment, with_batch_norm
 
 LENGTH, BATCH = 64, 16
 fabric = Fabric(accelerator="cpu", devices=1)

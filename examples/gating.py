@@ -8,15 +8,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from weft.distillation import DistilConfig, distil_structural, student_kl
-from weft.gating import FitConfig, ScoredSequences, certify, fit_robust_gate, sequence_features
+from weftlm.distillation import DistilConfig, distil_structural, student_kl
+from weftlm.gating import FitConfig, ScoredSequences, certify, fit_robust_gate, sequence_features
 
 random, length = np.random.default_rng(0), 24
 chains = random.dirichlet(0.4 * np.ones(4), size=(3, 4))  # expert, letter before, letter
 
 
 def scored(writer: int, count: int) -> ScoredSequences:
-    """Sequences one chain wrote, scored by all: what `weft score` makes of language models and text."""
+    """Sequences one chain wrote, scored by all: what `weftlm score` makes of language models and text."""
     letters = np.zeros((count, length + 1), dtype=int)
     for t in range(length):
         chance = chains[writer][letters[:, t]].cumsum(axis=1)

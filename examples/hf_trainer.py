@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from weft.integrations.hf_trainer import MixtureCallback, OnlineMixture
+from weftlm.integrations.hf_trainer import MixtureCallback, OnlineMixture
 
 code, similar = (np.frombuffer(Path(module.__file__).read_bytes(), dtype=np.uint8) for module in (argparse, textwrap))
 squares = np.frombuffer(" ".join(str(n * n) for n in range(9999)).encode(), dtype=np.uint8)

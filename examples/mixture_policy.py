@@ -2,7 +2,7 @@
 
 import torch
 
-from weft.mixture.policy import Alignment, MixtureSetting, Report, build_policy
+from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy
 
 torch.manual_seed(0)
 truth = {"useful": torch.tensor([1.0, -2.0, 0.5]), "noise": torch.zeros(3), "harmful": torch.tensor([-1.0, 2.0, -0.5])}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.corpora.source import ArraySource
-from weft.mixture.loader import MixtureLoader, sequence_counts
-from weft.mixture.policy import MixtureSetting, Report, build_policy
-from weft.mixture.sampler import MixtureSampler
-from weft.training.alignment import ShadowProbe, gradient_direction, group_alignment, with_batch_norm
+from weftlm.corpora.source import ArraySource
+from weftlm.mixture.loader import MixtureLoader, sequence_counts
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.mixture.sampler import MixtureSampler
+from weftlm.training.alignment import ShadowProbe, gradient_direction, group_alignment, with_batch_norm
 
 LENGTH, BATCH, WIDTH, HEADS, STEPS = 64, 16, 48, 4, 120
 

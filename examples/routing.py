@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.corpora.source import ArraySource
-from weft.experts.expert import BaseReference
-from weft.experts.library import ExpertLibrary
-from weft.experts.train import ExpertTraining, train_expert
-from weft.routing.routed_model import RoutedModel
+from weftlm.corpora.source import ArraySource
+from weftlm.experts.expert import BaseReference
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.routing.routed_model import RoutedModel
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

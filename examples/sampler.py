@@ -5,9 +5,9 @@ import argparse
 import numpy as np
 import torch
 
-from weft.corpora.source import ArraySource
-from weft.mixture.loader import MixtureLoader, sequence_counts
-from weft.mixture.sampler import MixtureSampler
+from weftlm.corpora.source import ArraySource
+from weftlm.mixture.loader import MixtureLoader, sequence_counts
+from weftlm.mixture.sampler import MixtureSampler
 
 with open(argparse.__file__, "rb") as file:
     texts = {"code": file.read(), "squares": " ".join(str(n * n) for n in range(9999)).encode()}

@@ -42,7 +42,7 @@ def run_shared_ranks(shared_folder: Path) -> RunRanks:
 
 
 def ranks_in(folder: Path) -> RunRanks:
-    """`run_ranks` with its files in a folder, which the ranks find as that of `WEFT_TEST_ANSWER`."""
+    """`run_ranks` with its files in a folder, which the ranks find as that of `WEFTLM_TEST_ANSWER`."""
 
     def run(program: str, case: str, *, ranks: int = 2, timeout: float = 240) -> list[Any]:
         processes, answers = [], [folder / f"{case}-{rank}.json" for rank in range(ranks)]
@@ -55,8 +55,8 @@ def ranks_in(folder: Path) -> RunRanks:
                 "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",  # accelerate asks for both; the ranks themselves meet in a file
                 "MASTER_PORT": "0",
-                "WEFT_TEST_STORE": str(folder / f"{case}-store"),
-                "WEFT_TEST_ANSWER": str(answer),
+                "WEFTLM_TEST_STORE": str(folder / f"{case}-store"),
+                "WEFTLM_TEST_ANSWER": str(answer),
             }
             command = [sys.executable, "-W", "error::UserWarning", program, case]
             processes.append(

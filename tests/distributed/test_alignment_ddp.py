@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.errors import ConfigError
-from weft.mixture.policy import Alignment
-from weft.models.hf import sequence_losses
-from weft.training.alignment import (
+from weftlm.errors import ConfigError
+from weftlm.mixture.policy import Alignment
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import (
     AlignmentConfig,
     CumulativeDots,
     ShadowProbe,
@@ -231,9 +231,11 @@ def test_fsdp2_measures_with_what_sharded_gradients_allow_and_refuses_the_rest(
 def rank_main(cases: dict[str, Callable[[int, int], Any]]) -> None:
     """Run the case named on the command line as one rank and leave its answer as JSON."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['WEFT_TEST_STORE']}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['WEFTLM_TEST_STORE']}", rank=rank, world_size=world
+    )
     answer = cases[sys.argv[1]](rank, world)
-    Path(os.environ["WEFT_TEST_ANSWER"]).write_text(json.dumps(answer))
+    Path(os.environ["WEFTLM_TEST_ANSWER"]).write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 

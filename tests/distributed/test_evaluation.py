@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.evaluation.perplexity import evaluate_source
-from weft.evaluation.result import SetResult
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.evaluation.result import SetResult
 
 
 class Source:

@@ -13,16 +13,16 @@ import torch
 from support.tiny_expert import llama
 from support.tiny_project import WORDS, command, environment, recipe_value, write_corpora
 
-from weft.experts.library import ExpertLibrary
-from weft.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
-from weft.pipeline.experts import train_experts
-from weft.pipeline.prepare import prepare
+from weftlm.experts.library import ExpertLibrary
+from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
+from weftlm.pipeline.experts import train_experts
+from weftlm.pipeline.prepare import prepare
 
 
 def run(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    weft = command(*arguments)
+    weftlm = command(*arguments)
     finished = subprocess.run(
-        [weft[0], *launcher, *weft[1:]],
+        [weftlm[0], *launcher, *weftlm[1:]],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-4000:]

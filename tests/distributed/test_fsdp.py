@@ -19,16 +19,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from weft.corpora.source import ArraySource
-from weft.errors import ConfigError
-from weft.evaluation.suite import EvaluationConfig, evaluate_suite
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import LoRASection, ModelConfig, build_model, load_model
-from weft.training.alignment import AlignmentConfig
-from weft.training.checkpoint import latest_checkpoint
-from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import ConfigError
+from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import LoRASection, ModelConfig, build_model, load_model
+from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.checkpoint import latest_checkpoint
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.runtime import choose_runtime
 
 pytestmark = pytest.mark.distributed
 
@@ -337,8 +337,10 @@ def test_what_cannot_be_split_is_refused_by_name(folder: Path, ranks: list[Any])
 def rank_main(cases: dict[str, Callable[[int, Path], Any]]) -> None:
     """Run the case named on the command line as one rank and leave its answer as JSON."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['WEFT_TEST_STORE']}", rank=rank, world_size=world)
-    answer = Path(os.environ["WEFT_TEST_ANSWER"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['WEFTLM_TEST_STORE']}", rank=rank, world_size=world
+    )
+    answer = Path(os.environ["WEFTLM_TEST_ANSWER"])
     answer.write_text(json.dumps(cases[sys.argv[1]](rank, answer.parent)))
     dist.destroy_process_group()
 

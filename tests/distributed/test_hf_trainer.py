@@ -17,7 +17,7 @@ from support.mixtures import BATCH, light_collections, online, quiet, updates_of
 from support.mixtures import model as tiny_model
 from transformers import Trainer
 
-from weft.integrations.hf_trainer import MixtureCallback
+from weftlm.integrations.hf_trainer import MixtureCallback
 
 POLICIES = ("dga", "group_dro")
 
@@ -61,8 +61,10 @@ def test_two_processes_equal_one_and_a_run_moves_from_two_to_one(run_ranks: Any,
 def rank_main() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['WEFT_TEST_STORE']}", rank=rank, world_size=world)
-    answer = Path(os.environ["WEFT_TEST_ANSWER"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['WEFTLM_TEST_STORE']}", rank=rank, world_size=world
+    )
+    answer = Path(os.environ["WEFTLM_TEST_ANSWER"])
     answer.write_text(json.dumps(both(answer.parent, world)))
     dist.barrier()
     dist.destroy_process_group()

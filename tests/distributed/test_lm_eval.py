@@ -16,8 +16,8 @@ from lm_eval.tasks import TaskManager
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.corpora.tokens import TrainConfig, train_tokenizer
-from weft.integrations.lm_eval import WeftLM
+from weftlm.corpora.tokens import TrainConfig, train_tokenizer
+from weftlm.integrations.lm_eval import WeftLM
 
 TEXTS = [f"mast sail wind {word} rope anchor." for word in ("tide", "deck", "hull", "keel", "bow")]
 
@@ -84,11 +84,11 @@ def test_two_ranks_measure_what_one_does(
 
 def rank_main(cases: dict[str, Callable[[Path], Any]]) -> None:
     torch.set_num_threads(1)
-    store = Path(os.environ["WEFT_TEST_STORE"])
+    store = Path(os.environ["WEFTLM_TEST_STORE"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     answer = cases[sys.argv[1]](store)
-    Path(os.environ["WEFT_TEST_ANSWER"]).write_text(json.dumps(answer))
+    Path(os.environ["WEFTLM_TEST_ANSWER"]).write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 

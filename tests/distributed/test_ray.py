@@ -24,18 +24,18 @@ from support.command_line import Call
 from support.tiny_expert import llama
 from support.tiny_project import WORDS, recipe_value, write_corpora
 
-from weft import fan_out as fan_out_file
-from weft.errors import ConfigError, DataError, WeftError
-from weft.experts.library import ExpertLibrary
-from weft.fan_out import Task, fan_out
-from weft.gating import scores
-from weft.gating.scores import ScoreCache
-from weft.pipeline import experts
-from weft.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
-from weft.pipeline.experts import train_experts
-from weft.pipeline.gating import score_experts
-from weft.pipeline.prepare import prepare
-from weft.pipeline.routes import evaluate_routes
+from weftlm import fan_out as fan_out_file
+from weftlm.errors import ConfigError, DataError, WeftError
+from weftlm.experts.library import ExpertLibrary
+from weftlm.fan_out import Task, fan_out
+from weftlm.gating import scores
+from weftlm.gating.scores import ScoreCache
+from weftlm.pipeline import experts
+from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
+from weftlm.pipeline.experts import train_experts
+from weftlm.pipeline.gating import score_experts
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.routes import evaluate_routes
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
@@ -150,7 +150,7 @@ def dying_in_training(work: Callable[..., Any], marker: Path) -> Callable[..., A
     """`work`, whose worker dies once after it has saved a checkpoint."""
 
     def run(*arguments: Any) -> Any:
-        from weft.training import loop
+        from weftlm.training import loop
 
         save = loop.save_checkpoint
 
@@ -237,7 +237,7 @@ def test_evaluation_is_the_same(alone: dict[str, Any], call: Call) -> None:
     expected = alone["evaluation"].to_json()
     assert {"base", "random", "phatgoose", "oracle"} <= set(expected["rows"])
     assert found == expected
-    assert not list(Path.cwd().rglob(".weft-shared-*"))
+    assert not list(Path.cwd().rglob(".weftlm-shared-*"))
 
 
 # -- units that cannot be done --------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_workers_see_what_this_process_sees(alone: dict[str, Any], tmp_path: Pat
 
     @contextmanager
     def elsewhere(folders: Any) -> Iterator[Any]:
-        yield (fan_out_file._Sign(str(tmp_path / "far"), ".weft-shared-1", "content"),)
+        yield (fan_out_file._Sign(str(tmp_path / "far"), ".weftlm-shared-1", "content"),)
 
     monkeypatch.setattr(fan_out_file, "_signs", elsewhere)
     with pytest.raises(ConfigError, match="far is not there; put the run folder"):

@@ -15,10 +15,10 @@ import torch
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.corpora.source import ArraySource
-from weft.errors import DataError
-from weft.gating.experts import ExpertPool
-from weft.gating.scores import ScoreConfig, score
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import DataError
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.scores import ScoreConfig, score
 
 
 def tiny_pool(seed: int = 0) -> ExpertPool:
@@ -66,11 +66,11 @@ def test_two_ranks_write_the_same_bytes(tmp_path: Path, run_ranks: Callable[...,
 
 def rank_main(cases: dict[str, Callable[[Path], Any]]) -> None:
     torch.set_num_threads(1)
-    store = Path(os.environ["WEFT_TEST_STORE"])
+    store = Path(os.environ["WEFTLM_TEST_STORE"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     answer = cases[sys.argv[1]](store)
-    Path(os.environ["WEFT_TEST_ANSWER"]).write_text(json.dumps(answer))
+    Path(os.environ["WEFTLM_TEST_ANSWER"]).write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 

@@ -21,7 +21,7 @@ Train = Callable[..., None]
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """`train(recipe, run, processes=2)`: `weft train` under torchrun, or in this process where one is enough."""
+    """`train(recipe, run, processes=2)`: `weftlm train` under torchrun, or in this process where one is enough."""
     write_corpora(tmp_path / "corpora")
     monkeypatch.chdir(tmp_path)
     call = Call(capsys)

@@ -11,12 +11,12 @@ import pytest
 from support.command_line import Call
 from support.tiny_project import command, environment, write_corpora, write_recipe
 
-Weft = Callable[..., subprocess.CompletedProcess[str]]
+Weftlm = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def weft(tmp_path: Path) -> Weft:
-    """Run `weft ...` in the test's folder and return the finished process."""
+def weftlm(tmp_path: Path) -> Weftlm:
+    """Run `weftlm ...` in the test's folder and return the finished process."""
 
     def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         finished = subprocess.run(

@@ -12,22 +12,22 @@ import pytest
 from support.command_line import Call
 from support.tiny_project import WORDS
 
-Weft = Callable[..., subprocess.CompletedProcess[str]]
+Weftlm = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., Path]
 
 SETS = {"target", *WORDS}
 
 
-def test_from_corpora_to_report(tmp_path: Path, recipe: Write, weft: Weft, call: Call) -> None:
+def test_from_corpora_to_report(tmp_path: Path, recipe: Write, weftlm: Weftlm, call: Call) -> None:
     path = recipe()
-    prepared = json.loads(weft("prepare", path, "--json").stdout)
+    prepared = json.loads(weftlm("prepare", path, "--json").stdout)
     assert set(prepared["sets"]) == SETS
     assert all(facts["train_tokens"] > 0 for facts in prepared["sets"].values())
 
     facts = call("domains", path, "--json")
     assert {fact["name"] for fact in facts} == set(WORDS)
 
-    result = json.loads(weft("train", path, "--json").stdout)
+    result = json.loads(weftlm("train", path, "--json").stdout)
     assert result["steps"] == 60
     assert result["train_tokens"] == 60 * 8 * 32
     assert set(result["sets"]) == SETS
@@ -54,9 +54,9 @@ def eval_lines(run: Path) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def test_the_run_folder_says_how_it_was_made(tmp_path: Path, recipe: Write, weft: Weft, call: Call) -> None:
+def test_the_run_folder_says_how_it_was_made(tmp_path: Path, recipe: Write, weftlm: Weftlm, call: Call) -> None:
     path = recipe()
-    weft("train", path, "--set", "training.steps=4", "--set", "evaluation.every_steps=null")
+    weftlm("train", path, "--set", "training.steps=4", "--set", "evaluation.every_steps=null")
     run = tmp_path / "runs/one"
     described = json.loads((run / "run.json").read_text())
     assert described["seed"] == 3
@@ -105,8 +105,8 @@ def test_a_mistake_is_one_clear_line_and_an_exit_code(
     assert "Traceback" not in said
 
 
-def test_usage_mistakes_exit_with_2(weft: Weft, call: Call) -> None:
-    finished = weft("trian", check=2)
+def test_usage_mistakes_exit_with_2(weftlm: Weftlm, call: Call) -> None:
+    finished = weftlm("trian", check=2)
     assert "did you mean 'train'" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert "No such option" in call("train", "--nope", code=2)
@@ -119,9 +119,11 @@ def test_another_recipe_does_not_continue_a_run(recipe: Write, call: Call) -> No
     assert "another recipe" in call("train", path, "--set", "training.steps=4", "--set", "training.lr=0.1", code=1)
 
 
-def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path, recipe: Write, weft: Weft) -> None:
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(
+    tmp_path: Path, recipe: Write, weftlm: Weftlm
+) -> None:
     path = recipe()
-    finished = weft(
+    finished = weftlm(
         "train", path, "--set", "training.lr=1e30", "--set", "training.warmup_steps=0",
         "--set", "training.clip_norm=null", "--set", "training.save_every_steps=1",
         "--set", "mixture.policy=uniform", "--set", "evaluation.every_steps=null",
@@ -132,16 +134,16 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path
     assert any((tmp_path / "runs/one/checkpoints").glob("step-*"))
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, recipe: Write, weft: Weft) -> None:
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, recipe: Write, weftlm: Weftlm) -> None:
     path = recipe()
-    weft("train", path, "--set", "training.steps=20")
+    weftlm("train", path, "--set", "training.steps=20")
     run = tmp_path / "runs/one"
     expected = (run / "model/model.safetensors").read_bytes()
     (run / "result.json").unlink()
     newest = max((run / "checkpoints").glob("step-*"))
     state = newest / "tensors.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
-    finished = weft("train", path, "--set", "training.steps=20")
+    finished = weftlm("train", path, "--set", "training.steps=20")
     assert "is corrupt" in finished.stderr
     assert newest.name in finished.stderr
     assert (run / "model/model.safetensors").read_bytes() == expected

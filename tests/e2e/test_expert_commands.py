@@ -12,8 +12,8 @@ from support.command_line import Call
 from support.tiny_project import WORDS, recipe_value, write_corpora
 from transformers import AutoModelForCausalLM
 
-from weft.experts.library import ExpertLibrary
-from weft.routing.routed_model import RoutedModel
+from weftlm.experts.library import ExpertLibrary
+from weftlm.routing.routed_model import RoutedModel
 
 EXPERTS = {
     "lora": {"rank": 4, "alpha": 8},
@@ -47,7 +47,7 @@ def project(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads a renamed attribute
 def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call) -> None:
     run, library = tmp_path / "runs/one", tmp_path / "runs/one/experts"
-    assert "finish it with weft train" in call("experts", "train", project, code=2)
+    assert "finish it with weftlm train" in call("experts", "train", project, code=2)
     call("train", project, "--json")
 
     # -- experts
@@ -87,7 +87,7 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call
     assert changed == {"cooking"}
     kept = call("experts", "train", project, *gate, "--only", "cooking", "--json")
     assert kept["experts"]["cooking"]["status"] == "kept"
-    assert "weft experts gate" in call("experts", "train", project, "--only", "cooking", code=1)
+    assert "weftlm experts gate" in call("experts", "train", project, "--only", "cooking", code=1)
 
     # -- merging, as a PEFT folder too; an adapter from a PEFT folder; its gate
     merged = call("experts", "merge", library, "cooking", "sailing", "--as", "both", "--to", "both", "--json")

@@ -1,4 +1,4 @@
-"""`weft export` in one test: a checkpoint, adapters, a refusal that says what else there is."""
+"""`weftlm export` in one test: a checkpoint, adapters, a refusal that says what else there is."""
 
 from __future__ import annotations
 

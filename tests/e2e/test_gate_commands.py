@@ -14,12 +14,12 @@ from support.command_line import Call
 from support.tiny_project import WORDS, recipe_value, write_corpora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weft.distillation import student_kl
-from weft.errors import NumericsError
-from weft.gating.gate import load_gate
-from weft.gating.primal_dual import Progress
-from weft.gating.scores import ScoreCache
-from weft.pipeline import gating, students
+from weftlm.distillation import student_kl
+from weftlm.errors import NumericsError
+from weftlm.gating.gate import load_gate
+from weftlm.gating.primal_dual import Progress
+from weftlm.gating.scores import ScoreCache
+from weftlm.pipeline import gating, students
 
 EXPERTS = {
     "lora": {"rank": 4, "alpha": 8},
@@ -86,7 +86,7 @@ def test_from_experts_to_a_certified_gate(
     assert "stale" in call("score", project, "--set", "gating.scores.length=4", code=1)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
-        assert "weft[ray]" in call("score", project, "--ray", code=2)
+        assert "'.[ray]'" in call("score", project, "--ray", code=2)
 
     # -- fitting
     assert "fit one first" in call("gate", "certify", project, code=1)
@@ -147,7 +147,7 @@ def test_students_that_can_be_served(
     run = tmp_path / "runs/one"
     call("train", project, "--json")
     call("experts", "train", project, "--json")
-    assert "weft score" in call("gate", "distil", project, code=1)
+    assert "weftlm score" in call("gate", "distil", project, code=1)
     call("score", project, "--json")
     assert "fit one first" in call("gate", "distil", project, code=1)
     call("gate", "fit", project, "--json")

@@ -15,9 +15,9 @@ from fastapi import FastAPI, Request, Response
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.served import write_model
 
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving.api_errors import ApiError, add_handlers
-from weft.serving.inspector import inspector_router
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving.api_errors import ApiError, add_handlers
+from weftlm.serving.inspector import inspector_router
 
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "a key for tests"
@@ -146,7 +146,7 @@ def test_a_text_full_of_tags_is_shown_as_it_is(page: Page) -> None:
     look(page)
     assert page.locator(".tokens").evaluate("box => box.textContent") == TEXT
     assert page.locator(".tokens img, .tokens b, #detail img, #detail b b").count() == 0
-    assert page.title() == "weft inspector"
+    assert page.title() == "weftlm inspector"
     assert page.locator('.tokens [data-m="↵"]').count() == 1
     assert page.locator('.tokens [data-m="·"]').count() >= 1
 
@@ -318,7 +318,7 @@ def test_errors_are_said_in_words(page: Page) -> None:
     page.route("**/api/inspect", lambda route: route.abort())
     page.fill("#text", "x")
     page.click("#look")
-    expect(page.get_by_role("alert")).to_have_text("The server does not answer. Is weft serve still running?")
+    expect(page.get_by_role("alert")).to_have_text("The server does not answer. Is weftlm serve still running?")
     page.unroute("**/api/inspect")
     busy = {"error": {"message": "9 requests wait already; try again in 4 s", "type": "", "param": None, "code": ""}}
     page.route("**/api/inspect", lambda route: route.fulfill(status=429, json=busy, headers={"Retry-After": "4"}))
@@ -347,7 +347,7 @@ def test_a_key_is_asked_for_only_when_the_server_wants_one(page: Page, browser: 
     expect(other.locator("#model")).to_have_value("plain")
     expect(other.locator("#unlock")).to_be_hidden()
     look(other, "the river")
-    assert json.loads(other.evaluate("JSON.stringify(sessionStorage)")) == {"weft-key": KEY}
+    assert json.loads(other.evaluate("JSON.stringify(sessionStorage)")) == {"weftlm-key": KEY}
     assert KEY not in other.url
     context.close()
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own command over weft's models, on local tasks: its numbers are weft's."""
+"""lm-evaluation-harness's own command over weftlm's models, on local tasks: its numbers are weftlm's."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import yaml
 from support import served
 from support.tiny_project import WORDS, sentence
 
-from weft.corpora.source import ArraySource
-from weft.evaluation.choices import ChoiceQuestion, score_choices
-from weft.evaluation.perplexity import evaluate_source
-from weft.integrations.lm_eval import main
-from weft.pipeline.any_model import OpenModel, open_model
+from weftlm.corpora.source import ArraySource
+from weftlm.evaluation.choices import ChoiceQuestion, score_choices
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.integrations.lm_eval import main
+from weftlm.pipeline.any_model import OpenModel, open_model
 
 QUESTIONS, DOCUMENTS = 6, 2
 
@@ -65,11 +65,11 @@ def write_tasks(folder: Path) -> list[ChoiceQuestion]:
         lines = "".join(json.dumps(row) + "\n" for row in rows[name])
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         task = {
-            "task": f"weft_{name}", "dataset_path": "json", "test_split": "test",
+            "task": f"weftlm_{name}", "dataset_path": "json", "test_split": "test",
             "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, **part,
         }  # fmt: skip
         # The harness of today reads no entry points: a task file given by its path names the model.
-        told = "metadata: {version: 1, model: !function weft.integrations.lm_eval.WeftLM}\n"
+        told = "metadata: {version: 1, model: !function weftlm.integrations.lm_eval.WeftLM}\n"
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task) + told, encoding="utf-8")
     return questions
 
@@ -88,10 +88,10 @@ def results(folder: Path) -> Mapping[str, Any]:
 
 
 def check(found: Mapping[str, Any], opened: OpenModel, folder: Path, questions: list[ChoiceQuestion]) -> None:
-    """The harness's accuracy and bits per byte are those of weft.evaluation on the same items."""
+    """The harness's accuracy and bits per byte are those of weftlm.evaluation on the same items."""
     ours = score_choices(opened.model, opened.tokenizer, questions, batch_size=8, max_length=256, separator=" ")
     assert 0 < ours.accuracy_sum < 1
-    assert found["results"]["weft_ranked"]["acc,none"] == pytest.approx(ours.accuracy_sum, abs=1e-12)
+    assert found["results"]["weftlm_ranked"]["acc,none"] == pytest.approx(ours.accuracy_sum, abs=1e-12)
     bits, length = 0.0, 0
     for line in (folder / "texts.jsonl").read_text(encoding="utf-8").splitlines():
         text = json.loads(line)["text"]
@@ -99,8 +99,8 @@ def check(found: Mapping[str, Any], opened: OpenModel, folder: Path, questions: 
         source = ArraySource(np.array(ids), text_bytes=len(text.encode()))
         bits += evaluate_source(opened.model, source, sequence_length=256, batch_size=4).bits_per_byte * source.bytes
         length += source.bytes
-    assert found["results"]["weft_texts"]["bits_per_byte,none"] == pytest.approx(bits / length, rel=1e-6)
-    assert found["config"]["weft_kind"] == opened.kind
+    assert found["results"]["weftlm_texts"]["bits_per_byte,none"] == pytest.approx(bits / length, rel=1e-6)
+    assert found["config"]["weftlm_kind"] == opened.kind
 
 
 @pytest.mark.slow
@@ -110,14 +110,14 @@ def test_the_harness_s_command_measures_a_plain_model(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("lm_eval")
     files = ",".join(str(tmp_path / "tasks" / f"{name}.yaml") for name in ("ranked", "texts", "written"))
     finished = subprocess.run(
-        [command, "--model", "weft", "--model_args", f"path={model}", "--tasks", files, "--batch_size", "4",
+        [command, "--model", "weftlm", "--model_args", f"path={model}", "--tasks", files, "--batch_size", "4",
          "--device", "cpu", "--output_path", tmp_path / "out", "--log_samples"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **offline(tmp_path)}, timeout=300, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     opened = open_model(model)
     check(results(tmp_path / "out"), opened, tmp_path / "tasks", questions)
-    (samples,) = (tmp_path / "out").rglob("samples_weft_written_*.jsonl")
+    (samples,) = (tmp_path / "out").rglob("samples_weftlm_written_*.jsonl")
     for line in samples.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert row["resps"][0][0].count(".") == 0
@@ -125,7 +125,7 @@ def test_the_harness_s_command_measures_a_plain_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["routed", "gated"])
-def test_weft_s_door_to_the_command_measures_models_of_every_kind(
+def test_weftlm_s_door_to_the_command_measures_models_of_every_kind(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = write_tasks(tmp_path / "tasks")
@@ -135,9 +135,11 @@ def test_weft_s_door_to_the_command_measures_models_of_every_kind(
     own = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", own)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-    arguments = f"--model weft --model_args path={model} --tasks weft_ranked,weft_texts --batch_size auto --device cpu"
+    arguments = (
+        f"--model weftlm --model_args path={model} --tasks weftlm_ranked,weftlm_texts --batch_size auto --device cpu"
+    )
     paths = ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments.split(), *paths])
     main()
-    assert "weft_ranked" in capsys.readouterr().out
+    assert "weftlm_ranked" in capsys.readouterr().out
     check(results(tmp_path / "out"), open_model(model), tmp_path / "tasks", questions)

@@ -1,4 +1,4 @@
-"""`weft run` and `weft status` on a tiny project: every stage, then nothing, then only what a change reaches."""
+"""`weftlm run` and `weftlm status` on a tiny project: every stage, then nothing, then only what a change reaches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from support.command_line import Call
 from support.tiny_project import WORDS, command, environment, recipe_value
 
-from weft.pipeline.any_model import open_model
+from weftlm.pipeline.any_model import open_model
 
 PARTS: dict[str, Any] = {
     "evaluation": {"every_steps": 30, "tasks": [{"path": "ask.jsonl"}]},
@@ -57,7 +57,7 @@ def test_a_project_runs_once_and_then_only_what_changed(
     asked = tmp_path / "ask.jsonl"
     asked.write_text(json.dumps(question) + "\n")
     refused = call("status", "runs/one", code=2)
-    assert "is no run folder of weft run" in refused
+    assert "is no run folder of weftlm run" in refused
     assert set(acts(call).values()) == {"run"}
     assert not (tmp_path / "runs").exists(), "--dry-run writes nothing"
 
@@ -97,7 +97,7 @@ def test_a_project_runs_once_and_then_only_what_changed(
     assert [stage for stage, act in acts(call, *steps).items() if act == "replace"] == ["distil", "evaluate", "report"]
     slower = call("run", path, "--set", "training.lr=1e-4", code=2)
     assert "the stage train was made of something else (training.lr: 0.003 before, 0.0001 now)" in slower
-    assert "weft run --from train" in slower
+    assert "weftlm run --from train" in slower
     asked.write_text(json.dumps({**question, "answer": "mast"}) + "\n")
     stale = [stage for stage, act in acts(call).items() if act == "replace"]
     assert stale == ["route", "evaluate", "report"], "a task's questions reach what asks them"

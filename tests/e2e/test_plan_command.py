@@ -1,4 +1,4 @@
-"""`weft plan` on a tiny recipe: what it prints, and its disk figures beside the files the same recipe leaves."""
+"""`weftlm plan` on a tiny recipe: what it prints, and its disk figures beside the files the same recipe leaves."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from support import served
 from support.command_line import Call
 from support.tiny_project import WORDS, sentence
 
-from weft.models.factory import load_base, peft_warnings
-from weft.pipeline.planning.estimate import plan_value
-from weft.pipeline.planning.hardware import parse_hardware
-from weft.pipeline.project import load_project, make_project
-from weft.pipeline.runner import run_project
+from weftlm.models.factory import load_base, peft_warnings
+from weftlm.pipeline.planning.estimate import plan_value
+from weftlm.pipeline.planning.hardware import parse_hardware
+from weftlm.pipeline.project import load_project, make_project
+from weftlm.pipeline.runner import run_project
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALLER: dict[str, Any] = {

@@ -20,11 +20,11 @@ from support.served import write_model
 from support.tiny_project import command, environment
 from support.web import serving
 
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving.engine import Engine, EngineConfig
-from weft.serving.request import Finished, Token
-from weft.serving.serve_config import ServeConfig
-from weft.serving.server import KEYS_VARIABLE
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving.engine import Engine, EngineConfig
+from weftlm.serving.request import Finished, Token
+from weftlm.serving.serve_config import ServeConfig
+from weftlm.serving.server import KEYS_VARIABLE
 
 PROMPT = "the harbour and the sea"
 CHAT: list[Any] = [{"role": "user", "content": "sing of the sea"}]
@@ -53,7 +53,7 @@ def client(opened: OpenModel) -> Iterator[openai.OpenAI]:
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").owned_by == "weft"
+    assert client.models.retrieve("tiny").owned_by == "weftlm"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("huge")
 
@@ -250,7 +250,7 @@ def test_what_goes_with_one_model_is_refused_for_two(call: Call, folder: Path) -
 
 
 def test_without_its_packages_the_command_names_the_extra(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("weft.serving", "weft.cli.serve"))]:
+    for name in [name for name in sys.modules if name.startswith(("weftlm.serving", "weftlm.cli.serve"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert "pip install 'weft[serve]'" in call("serve", "anything", code=2)
+    assert "pip install '.[serve]'" in call("serve", "anything", code=2)

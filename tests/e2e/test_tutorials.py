@@ -1,8 +1,8 @@
 """Every tutorial is carried out as its page shows it, in order, with the sizes made small.
 
 A YAML block goes to the file the page names before it (``Save this as `recipe.yaml```), a Python block is executed, a
-line of a bash block that calls `.venv/bin/weft` is called, and a text block that shows a call and its error is checked
-against what the call says. A command, a key, an option or a file that does not exist fails the page.
+line of a bash block that calls `.venv/bin/weftlm` is called, and a text block that shows a call and its error is
+checked against what the call says. A command, a key, an option or a file that does not exist fails the page.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pytest
 import yaml
 from support.command_line import Call
 
-from weft.serving.server import Server
+from weftlm.serving.server import Server
 
 TUTORIALS = Path(__file__).parents[2] / "docs/tutorials"
-WEFT = ".venv/bin/weft"
+WEFTLM = ".venv/bin/weftlm"
 OTHER_LINES = (".venv/bin/python ", "curl ", "make ")
 """How a line of a bash block may begin that is not called."""
 
@@ -93,14 +93,14 @@ class Reader:
             elif language == "bash":
                 for line in filter(None, text.replace("\\\n", " ").splitlines()):
                     self.type(line)
-            elif language == "text" and text.startswith(f"$ {WEFT} "):
+            elif language == "text" and text.startswith(f"$ {WEFTLM} "):
                 command, *said = text.splitlines()
                 arguments = shlex.split(command)[2:]
                 assert self.call(*arguments, code=2).strip().splitlines()[-1] == said[-1]
 
     def type(self, line: str) -> None:
         """Give one command."""
-        if not line.startswith(f"{WEFT} "):
+        if not line.startswith(f"{WEFTLM} "):
             assert line.startswith(OTHER_LINES), line
             return
         arguments = shlex.split(line, comments=True)[1:]
@@ -137,13 +137,13 @@ def test_every_tutorial_is_followed() -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        "```bash\n.venv/bin/weft experts trian pool.yaml\n```",
-        "```bash\n.venv/bin/weft demo --dry-run --loud\n```",
-        "```bash\nweft demo --dry-run\n```",
+        "```bash\n.venv/bin/weftlm experts trian pool.yaml\n```",
+        "```bash\n.venv/bin/weftlm demo --dry-run --loud\n```",
+        "```bash\nweftlm demo --dry-run\n```",
         "```yaml\nrun: runs/x\n```",
-        "Save this as `a.yaml`:\n```yaml\nmodle: {}\n```\n```bash\n.venv/bin/weft run a.yaml --dry-run\n```",
-        "```python\nfrom weft.routing import no_such_router\n```",
-        "```text\n$ .venv/bin/weft train absent.yaml\nweft: another message\n```",
+        "Save this as `a.yaml`:\n```yaml\nmodle: {}\n```\n```bash\n.venv/bin/weftlm run a.yaml --dry-run\n```",
+        "```python\nfrom weftlm.routing import no_such_router\n```",
+        "```text\n$ .venv/bin/weftlm train absent.yaml\nweftlm: another message\n```",
     ],
 )
 def test_a_page_that_shows_what_does_not_exist_fails(reader: Reader, page: str) -> None:

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.distillation import Language
 
-from weft.distillation import log_served, student_kl
-from weft.gating import Features, gates
-from weft.gating.gate import init_gate
+from weftlm.distillation import log_served, student_kl
+from weftlm.gating import Features, gates
+from weftlm.gating.gate import init_gate
 
 QUICK = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 LANGUAGES = [Language(seed, experts=experts, length=4) for seed, experts in ((0, 2), (1, 3), (2, 4))]

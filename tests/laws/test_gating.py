@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.gating import kl, normalised, random_problem
 
-from weft.errors import NumericsError
-from weft.gating import (
+from weftlm.errors import NumericsError
+from weftlm.gating import (
     Box,
     Features,
     FitConfig,
@@ -22,11 +22,11 @@ from weft.gating import (
     mixture_regrets,
     save_gate,
 )
-from weft.gating.bayes import BayesGate, FixedShareGate
-from weft.gating.gate import CausalGate, init_gate
-from weft.gating.mixtures import kl_projection, player
-from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig
-from weft.gating.problem import evaluate, log_model, make_problem
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.gate import CausalGate, init_gate
+from weftlm.gating.mixtures import kl_projection, player
+from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig
+from weftlm.gating.problem import evaluate, log_model, make_problem
 
 pytest.importorskip("cvxpy")
 

@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft.config import validate
-from weft.errors import ConfigError, WeftError
-from weft.mixture.policy import (
+from weftlm.config import validate
+from weftlm.errors import ConfigError, WeftError
+from weftlm.mixture.policy import (
     Alignment,
     MixtureSetting,
     Report,

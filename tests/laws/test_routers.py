@@ -20,12 +20,12 @@ from support.experts import llama, make_expert, make_pool, padded, prompts, rena
 from support.routing import Problem, assert_solve, generate, inputs_for, kernel_problem, logits, recorded
 from torch import Tensor
 
-from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import Expert
-from weft.routing import kernels
-from weft.routing.prototypes import PrototypeConfig
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import routers
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import Expert
+from weftlm.routing import kernels
+from weftlm.routing.prototypes import PrototypeConfig
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import routers
 
 SECTIONS: dict[str, list[dict[str, Any]]] = {
     "single": [{"expert": "b"}],

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from weft.errors import ConfigError
-from weft.mixture.sampler import Draw, Exhaustion, MixtureSampler, SamplerExhausted
+from weftlm.errors import ConfigError
+from weftlm.mixture.sampler import Draw, Exhaustion, MixtureSampler, SamplerExhausted
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -22,8 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from weft.models.hf import sequence_losses
-from weft.training.alignment import (
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import (
     AlignmentConfig,
     CumulativeDots,
     ShadowProbe,

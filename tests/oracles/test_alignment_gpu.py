@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.models.factory import ModelConfig, build_model
-from weft.models.hf import sequence_losses
-from weft.training.alignment import gradient_direction, separate_alignment, shadow_dots
+from weftlm.models.factory import ModelConfig, build_model
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import gradient_direction, separate_alignment, shadow_dots
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,12 +6,12 @@ import torch
 from support.distillation import Language
 from support.gating import kl, normalised
 
-from weft.distillation import DistilConfig, distil_sparse, distil_structural, student_kl
-from weft.gating import FitConfig, channel_capacity, fit_robust_gate
-from weft.gating.bayes import BayesGate
-from weft.gating.constant import ConstantGate
-from weft.gating.exact import entropies
-from weft.gating.problem import evaluate, make_problem
+from weftlm.distillation import DistilConfig, distil_sparse, distil_structural, student_kl
+from weftlm.gating import FitConfig, channel_capacity, fit_robust_gate
+from weftlm.gating.bayes import BayesGate
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.exact import entropies
+from weftlm.gating.problem import evaluate, make_problem
 
 FULL = DistilConfig(steps=500, batch_sequences=None, lr=0.02)
 SHORT = FULL.model_copy(update={"steps": 200, "lr": 0.04})

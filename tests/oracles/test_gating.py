@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.gating import chain_scores, kl, markov, normalised, random_problem, reference
 
-from weft.gating import (
+from weftlm.gating import (
     Box,
     Features,
     FitConfig,
@@ -22,12 +22,12 @@ from weft.gating import (
     fit_robust_gate,
     mixture_regrets,
 )
-from weft.gating.bayes import BayesGate, FixedShareGate
-from weft.gating.constant import ConstantGate
-from weft.gating.exact import entropies
-from weft.gating.gate import init_gate
-from weft.gating.primal_dual import best_response
-from weft.gating.problem import dual_value, evaluate, log_model, make_problem
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.exact import entropies
+from weftlm.gating.gate import init_gate
+from weftlm.gating.primal_dual import best_response
+from weftlm.gating.problem import dual_value, evaluate, log_model, make_problem
 
 pytest.importorskip("cvxpy")
 

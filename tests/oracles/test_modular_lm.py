@@ -7,9 +7,9 @@ import torch
 from support import experts as tiny
 from support.gated import mixed_pool, tokens, whole_pool
 
-from weft.gating.bayes import BayesGate, FixedShareGate
-from weft.gating.experts import ExpertPool
-from weft.gating.modular_lm import ModularLM
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.modular_lm import ModularLM
 
 
 def prefix_log_probs(pool, text):

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from weft.mixture.policy import Alignment, MixtureSetting, Report, build_policy
+from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy
 
 DOMAINS = ("code", "prose", "law", "maths", "rest")
 D = len(DOMAINS)

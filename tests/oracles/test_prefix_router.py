@@ -10,9 +10,9 @@ import torch
 from support.experts import VOCAB, llama, make_pool
 from transformers import DynamicCache
 
-from weft.experts.statistics import bigram_bucket
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import Routing, Site
+from weftlm.experts.statistics import bigram_bucket
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import Routing, Site
 
 SHARE, TEMPERATURE, KAPPA = 0.07, 2.0, 3.0
 SECTION = {

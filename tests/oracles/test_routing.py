@@ -29,14 +29,14 @@ from support.routing import assert_solve, call_for, generate, inputs_for, kernel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weft.errors import ConfigError
-from weft.experts.expert import BaseReference, Expert, LoRAFactors
-from weft.experts.lora import write_lora
-from weft.routing import kernels
-from weft.routing.arrow import first_singular_vector
-from weft.routing.routed_linear import RoutedLinear
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import Call, Router, RouterConfig, Routing, Site, build_router
+from weftlm.errors import ConfigError
+from weftlm.experts.expert import BaseReference, Expert, LoRAFactors
+from weftlm.experts.lora import write_lora
+from weftlm.routing import kernels
+from weftlm.routing.arrow import first_singular_vector
+from weftlm.routing.routed_linear import RoutedLinear
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, build_router
 
 peft_warnings = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RETRIEVAL = {"router": "retrieval", "k": 2, "read_tokens": 4}
@@ -250,13 +250,13 @@ def test_every_way_of_the_kernel_gives_the_model_the_same_logits(monkeypatch: py
     given = inputs_for(routed.model, batch=3, tokens=12)
     expected = logits(routed, **given)
     for way in ("gather", "loop", "grouped", "each", "dense", "packed"):
-        monkeypatch.setattr("weft.routing.pool.routed_delta", WAYS[way])
+        monkeypatch.setattr("weftlm.routing.pool.routed_delta", WAYS[way])
         torch.testing.assert_close(logits(routed, **given), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["routed", "gather", "loop", "grouped", "dense"])
 def test_gradients_pass_through_choices_and_updates(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.routing.pool.routed_delta", WAYS[way])
+    monkeypatch.setattr("weftlm.routing.pool.routed_delta", WAYS[way])
     model = llama()
     pool = make_pool(model)
     given = inputs_for(model)
@@ -465,7 +465,7 @@ def test_a_choice_follows_its_rows_when_the_cache_is_reordered() -> None:
     next_B1 = prompts(2, 1, seed=3)
     with torch.no_grad():
         cache = routed(ids_BT, use_cache=True).past_key_values
-        assert cache.weft_memory.tensors["retrieval.choice"].flatten().tolist() == [0, 1]
+        assert cache.weftlm_memory.tensors["retrieval.choice"].flatten().tolist() == [0, 1]
         expected = routed(next_B1, past_key_values=copy.deepcopy(cache), use_cache=True).logits
         cache.reorder_cache(torch.tensor([1, 0]))
         found = routed(next_B1[[1, 0]], past_key_values=copy.deepcopy(cache), use_cache=True).logits
@@ -510,9 +510,9 @@ def test_what_follows_tokens_cannot_take_them_back() -> None:
     ids_BT, mask_BT = padded(ROWS[:2], left=True)
     with torch.no_grad():
         cache = routed(ids_BT, attention_mask=mask_BT, use_cache=True).past_key_values
-        assert cache.weft_memory.tensors["count"].tolist() == [7, 5]
+        assert cache.weftlm_memory.tensors["count"].tolist() == [7, 5]
         cache = routed(prompts(2, 1), past_key_values=cache, use_cache=True).past_key_values
-    assert cache.weft_memory.tensors["count"].tolist() == [8, 6]
+    assert cache.weftlm_memory.tensors["count"].tolist() == [8, 6]
     with pytest.raises(ConfigError, match="cannot take tokens back"):
         cache.crop(-1)
 
@@ -538,7 +538,7 @@ def test_fixed_weights_that_cannot_be_folded_give_the_same(monkeypatch: pytest.M
     section = {"router": "merged", "weights": {"a": 0.7, "c": -0.2}}
     routed.use_router(section)
     folded = logits(routed, **given)
-    monkeypatch.setattr("weft.routing.routed_model._fold", lambda *args: None)
+    monkeypatch.setattr("weftlm.routing.routed_model._fold", lambda *args: None)
     routed.use_router(section)
     torch.testing.assert_close(logits(routed, **given), folded, rtol=1e-4, atol=1e-4)
     assert not any(module.folded is not None for module in model.modules() if isinstance(module, RoutedLinear))

@@ -10,8 +10,8 @@ from support.experts import BASES, llama, make_pool, padded, prompts
 from support.routing import assert_solve, generate, inputs_for, kernel_problem, logits
 from torch import Tensor
 
-from weft.routing import kernels
-from weft.routing.routed_model import RoutedModel
+from weftlm.routing import kernels
+from weftlm.routing.routed_model import RoutedModel
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from support.served import VOCAB
 
-from weft.serving.engine import Engine
-from weft.serving.request import Finished, Sampling, Ticket, Token
+from weftlm.serving.engine import Engine
+from weftlm.serving.request import Finished, Sampling, Ticket, Token
 
 PATIENCE_S = 60.0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from weft.cli.main import main
+from weftlm.cli.main import main
 
 
 class Call:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from support.gating import chain_scores, markov
 
-from weft.gating import Features, ScoredSequences
-from weft.gating.features import sequence_features
+from weftlm.gating import Features, ScoredSequences
+from weftlm.gating.features import sequence_features
 
 
 class Language:

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from weft.errors import ExpertError
-from weft.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors, Statistics
-from weft.experts.lora import module_widths
-from weft.experts.statistics import BIGRAM_BUCKETS, embed_tokens
+from weftlm.errors import ExpertError
+from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors, Statistics
+from weftlm.experts.lora import module_widths
+from weftlm.experts.statistics import BIGRAM_BUCKETS, embed_tokens
 
 VOCAB = 64
 EMBEDDING = 64

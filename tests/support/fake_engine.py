@@ -7,8 +7,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from weft.pipeline.any_model import OpenModel
-from weft.serving.request import Finished, Load, QueueFullError, Sampling, Token
+from weftlm.pipeline.any_model import OpenModel
+from weftlm.serving.request import Finished, Load, QueueFullError, Sampling, Token
 
 Script = Callable[[list[int], Sampling], Sequence[Token | Finished]]
 

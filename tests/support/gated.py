@@ -9,7 +9,7 @@ from support import experts as tiny
 from support.tiny_expert import random_expert
 from torch import Tensor
 
-from weft.gating.experts import ExpertPool, Member
+from weftlm.gating.experts import ExpertPool, Member
 
 VOCAB = tiny.VOCAB
 

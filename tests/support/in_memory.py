@@ -21,12 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from weft.corpora.tokens import Tokenizer
-from weft.gating.experts import ExpertPool
-from weft.gating.gate import Gate
-from weft.gating.modular_lm import ModularLM
-from weft.pipeline.any_model import OpenModel
-from weft.routing.routed_model import RoutedModel
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.gate import Gate
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.pipeline.any_model import OpenModel
+from weftlm.routing.routed_model import RoutedModel
 
 _SIZES: dict[str, Any] = {
     "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

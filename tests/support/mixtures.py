@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from weft.corpora.source import ArraySource
-from weft.integrations.hf_trainer import OnlineMixture
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import ModelConfig, build_model
-from weft.training.alignment import AlignmentConfig
-from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.source import ArraySource
+from weftlm.integrations.hf_trainer import OnlineMixture
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import ModelConfig, build_model
+from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.runtime import choose_runtime
 
 VOCAB, LENGTH, STEPS, BATCH, SEED = 64, 16, 12, 8, 5
 NAMES = ("a", "b", "c")
@@ -57,7 +57,7 @@ def model(*, seed: int = 0, vocab_size: int = VOCAB) -> Any:
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Arguments of a trainer that does what `train_with_weft` does, and says nothing."""
+    """Arguments of a trainer that does what `train_with_weftlm` does, and says nothing."""
     return {
         "output_dir": str(folder), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         "max_steps": STEPS, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "adam_beta2": 0.95,
@@ -77,8 +77,8 @@ def online(policy: Mapping[str, Any], **changes: Any) -> OnlineMixture:
     return OnlineMixture.of(SOURCES, {"update_every_steps": 4, **policy}, **{**options, **changes})
 
 
-def train_with_weft(folder: Path, policy: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """The trained model and the updates of its mixture, from weft's own loop."""
+def train_with_weftlm(folder: Path, policy: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """The trained model and the updates of its mixture, from weftlm's own loop."""
     config = TrainingConfig.model_validate(
         {
             "sequence_length": LENGTH, "batch_sequences": BATCH, "micro_batch_sequences": 4, "steps": STEPS,

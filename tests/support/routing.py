@@ -8,8 +8,8 @@ import torch
 from support.experts import prompts
 from torch import Tensor
 
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import Call, Memory, Routing
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import Call, Memory, Routing
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Largest error over the sum of the terms' absolute values. Inputs are rounded before both; what is left is rounding on

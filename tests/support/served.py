@@ -1,4 +1,4 @@
-"""Tiny models of every kind in folders of their own, each with a tokenizer, as `weft serve` and harnesses open them."""
+"""Tiny models of every kind in folders of their own, each with a tokenizer, as servers and harnesses open them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from support.experts import make_pool
 from support.tiny_project import WORDS, sentence
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
-from weft.experts.expert import BaseReference
-from weft.gating.bayes import FixedShareGate
-from weft.gating.experts import ExpertPool, ExpertSource
-from weft.gating.modular_lm import ModularLM
-from weft.routing.routed_model import RoutedModel
+from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.experts.expert import BaseReference
+from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.experts import ExpertPool, ExpertSource
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.routing.routed_model import RoutedModel
 
 KINDS = ("plain", "routed", "gated")
 VOCAB, POSITIONS = 320, 256

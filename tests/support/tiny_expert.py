@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.corpora.source import ArraySource
-from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weft.experts.lora import module_widths
+from weftlm.corpora.source import ArraySource
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.experts.lora import module_widths
 
 VOCAB, LENGTH = 64, 16
 Q, V, DOWN = (f"model.layers.{layer}" for layer in ("0.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.down_proj"))

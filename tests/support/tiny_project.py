@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 def command(*arguments: str | Path) -> list[str]:
     """The real command line of this environment."""
-    return [sys.executable, "-m", "weft", *map(str, arguments)]
+    return [sys.executable, "-m", "weftlm", *map(str, arguments)]
 
 
 def recipe_value() -> dict[str, Any]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from weft.serving.http import build_app
-from weft.serving.request import Generator
-from weft.serving.serve_config import ServeConfig
-from weft.serving.server import Server, address_of, listen
+from weftlm.serving.http import build_app
+from weftlm.serving.request import Generator
+from weftlm.serving.serve_config import ServeConfig
+from weftlm.serving.server import Server, address_of, listen
 
 
 @dataclass(frozen=True)

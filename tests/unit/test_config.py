@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from weft.config import Section, apply_overrides, did_you_mean, read_yaml, validate
-from weft.errors import ConfigError
+from weftlm.config import Section, apply_overrides, did_you_mean, read_yaml, validate
+from weftlm.errors import ConfigError
 
 
 class Inner(Section):

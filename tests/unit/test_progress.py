@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from weft.progress import TrainingDisplay, count_text, duration_text, progress, weights_text
+from weftlm.progress import TrainingDisplay, count_text, duration_text, progress, weights_text
 
 
 class Clock:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from weft.errors import ConfigError
-from weft.mixture.policy import policies
-from weft.registry import Registry
+from weftlm.errors import ConfigError
+from weftlm.mixture.policy import policies
+from weftlm.registry import Registry
 
 
 def test_discovery_finds_every_policy_file() -> None:
@@ -22,7 +22,7 @@ def test_unknown_name_gets_a_suggestion() -> None:
 
 
 def test_two_classes_cannot_share_a_name() -> None:
-    registry: Registry[object] = Registry("thing", "weft.mixture")
+    registry: Registry[object] = Registry("thing", "weftlm.mixture")
     registry.register("one")(int)
     with pytest.raises(ConfigError, match="registered twice"):
         registry.register("one")(float)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from weft.cli import demo
+from weftlm.cli import demo
 
 SUMMARY: dict[str, Any] = {
     "mixture": {

@@ -9,9 +9,9 @@ from keyword import iskeyword
 
 import pytest
 
-from weft.cli.main import COMMANDS, main
+from weftlm.cli.main import COMMANDS, main
 
-GROUPS = {name: import_module(f"weft.cli.{name}").COMMANDS for name in ("experts", "route", "gate")}
+GROUPS = {name: import_module(f"weftlm.cli.{name}").COMMANDS for name in ("experts", "route", "gate")}
 
 
 def test_groups_are_commands() -> None:
@@ -23,7 +23,7 @@ def test_every_command_of_a_group_shows_its_help(group: str, name: str, capsys: 
     with pytest.raises(SystemExit) as caught:
         main([group, name, "--help"])
     assert not caught.value.code
-    module = import_module(f"weft.cli.{group}.{name}{'_' if iskeyword(name) else ''}")
+    module = import_module(f"weftlm.cli.{group}.{name}{'_' if iskeyword(name) else ''}")
     assert module.run.__doc__.split("\n")[0].split(",")[0][:30] in capsys.readouterr().out
 
 
@@ -40,8 +40,8 @@ def test_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [
         (["rout"], "no command 'rout'; did you mean 'route'"),
-        (["route", "biuld"], "no command 'biuld' of weft route; did you mean 'build'"),
-        (["experts", "xyz"], "no command 'xyz' of weft experts; allowed: gate, import, list,"),
+        (["route", "biuld"], "no command 'biuld' of weftlm route; did you mean 'build'"),
+        (["experts", "xyz"], "no command 'xyz' of weftlm experts; allowed: gate, import, list,"),
     ],
 )
 def test_an_unknown_command_is_a_usage_mistake(
@@ -56,7 +56,7 @@ def test_an_unknown_command_is_a_usage_mistake(
 def test_help_of_groups_imports_nothing_heavy() -> None:
     program = (
         "import sys\n"
-        "from weft.cli.main import main\n"
+        "from weftlm.cli.main import main\n"
         "for arguments in (['--help'], ['experts', '--help'], ['route', '--help']):\n"
         "    try:\n"
         "        main(arguments)\n"

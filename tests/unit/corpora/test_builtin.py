@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from weft.corpora import builtin, builtin_files, builtin_python, builtin_text
-from weft.corpora.builtin import (
+from weftlm.corpora import builtin, builtin_files, builtin_python, builtin_text
+from weftlm.corpora.builtin import (
     builtin_documents,
     builtin_fingerprint,
     builtin_names,
     builtin_report,
     builtin_table,
 )
-from weft.corpora.builtin_files import SourceFile
-from weft.corpora.builtin_python import Piece
-from weft.errors import ConfigError
+from weftlm.corpora.builtin_files import SourceFile
+from weftlm.corpora.builtin_python import Piece
+from weftlm.errors import ConfigError
 
 CAP = 40_000
 
@@ -78,7 +78,7 @@ def test_documents_do_not_depend_on_the_process() -> None:
     names = ("bytecode", "json", "sessions")
     program = (
         "import hashlib, sys\n"
-        "from weft.corpora.builtin import builtin_documents\n"
+        "from weftlm.corpora.builtin import builtin_documents\n"
         f"for name in {names!r}:\n"
         "    all = [(d.text, d.origin) for d in builtin_documents(name, 60000)]\n"
         "    print(name, len(all), hashlib.sha256(repr(all).encode()).hexdigest())\n"

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.corpora.dedup import SeenDocuments, check_no_leak, document_digests, store_digests
-from weft.corpora.source import Document
-from weft.corpora.store import TokenStoreWriter, Vocabulary
-from weft.errors import DataError
+from weftlm.corpora.dedup import SeenDocuments, check_no_leak, document_digests, store_digests
+from weftlm.corpora.source import Document
+from weftlm.corpora.store import TokenStoreWriter, Vocabulary
+from weftlm.errors import DataError
 
 SETS = st.lists(
     st.tuples(st.sampled_from(["target", "heldout", "train"]), st.lists(st.text("ab", max_size=3))), max_size=6

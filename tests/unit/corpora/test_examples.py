@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from weft.corpora.examples import ExampleSource, examples_of
-from weft.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
-from weft.corpora.source import ArraySource, Document
-from weft.corpora.store import TokenStore, TokenStoreWriter
-from weft.corpora.tokenise import tokenise_by_label, tokenise_documents
-from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
-from weft.domains.domain import TokenPrefix
-from weft.errors import ConfigError, DataError
+from weftlm.corpora.examples import ExampleSource, examples_of
+from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.source import ArraySource, Document
+from weftlm.corpora.store import TokenStore, TokenStoreWriter
+from weftlm.corpora.tokenise import tokenise_by_label, tokenise_documents
+from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.domains.domain import TokenPrefix
+from weftlm.errors import ConfigError, DataError
 
 PAIRS = [("is é a letter? ", "yes"), ("is 7 a letter? ", "no, a number"), ("say nothing much: ", "well")]
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from weft.config import validate
-from weft.corpora.formats import open_binary
-from weft.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
-from weft.errors import ConfigError, DataError
+from weftlm.config import validate
+from weftlm.corpora.formats import open_binary
+from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.errors import ConfigError, DataError
 
 TEXTS = ["one", "zwei\n\nlines", "trois 🧵 é", "four"]
 

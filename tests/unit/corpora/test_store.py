@@ -11,11 +11,11 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from weft.corpora import store_files
-from weft.corpora.source import Source
-from weft.corpora.store import MultiStoreWriter, TokenStore, TokenStoreWriter, Vocabulary, folder_name, open_stores
-from weft.corpora.store_files import StoreFiles
-from weft.errors import DataError
+from weftlm.corpora import store_files
+from weftlm.corpora.source import Source
+from weftlm.corpora.store import MultiStoreWriter, TokenStore, TokenStoreWriter, Vocabulary, folder_name, open_stores
+from weftlm.corpora.store_files import StoreFiles
+from weftlm.errors import DataError
 
 VOCABULARY = Vocabulary(size=50, eos_id=0, fingerprint="tok")
 
@@ -126,7 +126,7 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
     path.write_text(json.dumps({**index, "documents": 3}))
     with pytest.raises(DataError, match=r"index.json has changed"):
         TokenStore(tmp_path / "s")
-    path.write_text(json.dumps({**index, "format": "weft token store 9"}))
+    path.write_text(json.dumps({**index, "format": "weftlm token store 9"}))
     with pytest.raises(DataError, match="not of the format"):
         TokenStore(tmp_path / "s")
     path.write_text("{")
@@ -138,7 +138,7 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_check_is_done_once_but_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.corpora import store as module
+    from weftlm.corpora import store as module
 
     store = write(tmp_path / "s", ROWS)
     hashed = []

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from weft.corpora.source import Document
-from weft.corpora.store import TokenStore
-from weft.corpora.tokenise import TokeniseProgress, tokenise_by_label, tokenise_documents
-from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
-from weft.errors import DataError
+from weftlm.corpora.source import Document
+from weftlm.corpora.store import TokenStore
+from weftlm.corpora.tokenise import TokeniseProgress, tokenise_by_label, tokenise_documents
+from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.errors import DataError
 
 DOCUMENTS = [
     Document(f"document {i} says {i * 7919 % 1000} times hello, é", f"here:{i}", f"d{i % 3}") for i in range(300)
@@ -122,9 +122,9 @@ def test_no_documents_leave_nothing(tokenizer: Tokenizer, tmp_path: Path) -> Non
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from weft.corpora.source import Document
-from weft.corpora.tokenise import tokenise_documents
-from weft.corpora.tokens import Tokenizer
+from weftlm.corpora.source import Document
+from weftlm.corpora.tokenise import tokenise_documents
+from weftlm.corpora.tokens import Tokenizer
 root = Path(sys.argv[1])
 def stream():
     for i in range(600):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from weft.config import validate
-from weft.corpora import tokens
-from weft.corpora.tokens import (
+from weftlm.config import validate
+from weftlm.corpora import tokens
+from weftlm.corpora.tokens import (
     END_OF_DOCUMENT,
     Tokenizer,
     TokenizerConfig,
@@ -29,7 +29,7 @@ from weft.corpora.tokens import (
     split_long,
     train_tokenizer,
 )
-from weft.errors import ConfigError, DataError
+from weftlm.errors import ConfigError, DataError
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # éß {i * 7919}\n\n\nthe cat sat on the mat\n" for i in range(300)]
 SMALL = TrainConfig(vocab_size=400)
@@ -66,7 +66,7 @@ def test_a_spelt_out_special_token_is_ordinary_text(tokenizer: Tokenizer) -> Non
 def test_training_is_deterministic_across_processes(tokenizer: Tokenizer) -> None:
     script = (
         "import json, sys\n"
-        "from weft.corpora.tokens import TrainConfig, train_tokenizer\n"
+        "from weftlm.corpora.tokens import TrainConfig, train_tokenizer\n"
         "print(train_tokenizer(json.load(sys.stdin), TrainConfig(vocab_size=400)).fingerprint)"
     )
     out = subprocess.run([sys.executable, "-c", script], input=json.dumps(TEXTS), capture_output=True, text=True)
@@ -221,7 +221,7 @@ def test_natural_cuts_leave_the_ids_as_they_are(monkeypatch: pytest.MonkeyPatch)
 def test_a_fork_after_encoding_is_quiet_and_can_encode() -> None:
     script = (
         "import os, sys\n"
-        "from weft.corpora.tokens import TrainConfig, train_tokenizer\n"
+        "from weftlm.corpora.tokens import TrainConfig, train_tokenizer\n"
         "t = train_tokenizer(['some text here'] * 9, TrainConfig(vocab_size=270))\n"
         "t.encode_batch(['some text'] * 64)\n"
         "pid = os.fork()\n"

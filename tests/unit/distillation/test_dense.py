@@ -7,11 +7,11 @@ import pytest
 import torch
 from support.distillation import Language
 
-from weft.distillation import DenseConfig, WeightedText, distil_dense, weigh
-from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weft.gating.constant import ConstantGate
-from weft.models.factory import ModelConfig
-from weft.training.config import TrainingConfig
+from weftlm.distillation import DenseConfig, WeightedText, distil_dense, weigh
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.gating.constant import ConstantGate
+from weftlm.models.factory import ModelConfig
+from weftlm.training.config import TrainingConfig
 
 BOS = 3
 MODEL = ModelConfig(

@@ -8,15 +8,15 @@ from support.distillation import Language
 from support.gated import tokens, whole_pool
 from support.gating import kl
 
-from weft.distillation import DistilConfig, distil_sparse, log_served, sparse_table
-from weft.distillation.sparse import log_sparse
-from weft.distillation.structural import log_student
-from weft.errors import ConfigError
-from weft.gating import Features
-from weft.gating.bayes import BayesGate
-from weft.gating.constant import ConstantGate
-from weft.gating.modular_lm import ModularLM
-from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, with_top
+from weftlm.distillation import DistilConfig, distil_sparse, log_served, sparse_table
+from weftlm.distillation.sparse import log_sparse
+from weftlm.distillation.structural import log_student
+from weftlm.errors import ConfigError
+from weftlm.gating import Features
+from weftlm.gating.bayes import BayesGate
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig, with_top
 
 PRIOR = [0.45, 0.2, 0.35]
 

@@ -9,12 +9,12 @@ import torch
 from support.distillation import Language
 from support.gating import kl
 
-from weft.distillation import DistilConfig, DistilState, distil_structural, student_kl, weigh
-from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weft.gating import Features, ScoredSequences
-from weft.gating.bayes import BayesGate
-from weft.gating.constant import ConstantGate
-from weft.gating.gate import init_gate
+from weftlm.distillation import DistilConfig, DistilState, distil_structural, student_kl, weigh
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.gating import Features, ScoredSequences
+from weftlm.gating.bayes import BayesGate
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.gate import init_gate
 
 QUICK = DistilConfig(steps=20, batch_sequences=16, evaluate_every_steps=5, patience=None)
 

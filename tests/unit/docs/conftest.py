@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from weft.gating.gate import gates
-from weft.mixture.policy import policies
-from weft.routing.router import routers
+from weftlm.gating.gate import gates
+from weftlm.mixture.policy import policies
+from weftlm.routing.router import routers
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import Field, PositiveInt
 
-from weft.config import Section
+from weftlm.config import Section
 
 
 class Inner(Section):

@@ -23,7 +23,7 @@ def test_the_page_is_current_and_has_a_row_for_every_method(table, root):
         part = page.split(f"<!-- {kind}: begin")[1].split(f"<!-- {kind}: end")[0]
         rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
         assert [row[0].strip("| `") for row in rows] == list(registry)
-        assert all((root / "src/weft" / row[-1].strip("| `")).exists() for row in rows)
+        assert all((root / "src/weftlm" / row[-1].strip("| `")).exists() for row in rows)
 
 
 def test_needs_are_those_the_classes_declare(table):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.experts import llama, make_pool
 
-from weft.gating import FitConfig, ScoredSequences, certify, fit_robust_gate
-from weft.gating.gate import Features, init_gate
-from weft.mixture.policy import MixtureSetting, Report, build_policy
-from weft.routing.routed_model import RoutedModel
+from weftlm.gating import FitConfig, ScoredSequences, certify, fit_robust_gate
+from weftlm.gating.gate import Features, init_gate
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.routing.routed_model import RoutedModel
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def page_code(root):
 
     def find(page: str) -> tuple[str, str]:
         text = (root / f"docs/howto/{page}.md").read_text(encoding="utf-8")
-        path = re.search(r"^Save this as `(src/weft/\w+/\w+\.py)`:", text, re.MULTILINE)[1]
+        path = re.search(r"^Save this as `(src/weftlm/\w+/\w+\.py)`:", text, re.MULTILINE)[1]
         return re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1], path
 
     return find

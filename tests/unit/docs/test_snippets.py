@@ -8,13 +8,13 @@ import yaml
 from support import served
 from support.experts import make_pool, prompts
 
-from weft.experts.expert import BaseReference
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import base_fingerprint
-from weft.gating.experts import ExpertPool
-from weft.gating.modular_lm import ModularLM
-from weft.gating.prefix_gate import PrefixGate, with_top
-from weft.pipeline.recipe import make_recipe
+from weftlm.experts.expert import BaseReference
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.prefix_gate import PrefixGate, with_top
+from weftlm.pipeline.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from weft.domains.cluster import ClusterConfig, Clusters, fit_clusters, nearest
-from weft.domains.embed import unit_rows
-from weft.errors import ConfigError, DataError
+from weftlm.domains.cluster import ClusterConfig, Clusters, fit_clusters, nearest
+from weftlm.domains.embed import unit_rows
+from weftlm.errors import ConfigError, DataError
 
 
 def planted(kinds: int, per_kind: int, dimensions: int = 16, seed: int = 0) -> tuple[Any, Any]:
@@ -117,7 +117,7 @@ def test_nearest_is_by_distance_not_by_dot_product(monkeypatch: pytest.MonkeyPat
     rows, centroids = rng.normal(size=(50, 4)).astype(np.float32), 3 * rng.normal(size=(7, 4)).astype(np.float32)
     expected = np.linalg.norm(rows[:, None] - centroids[None], axis=2).argmin(axis=1)
     assert np.array_equal(nearest(rows, centroids), expected)
-    monkeypatch.setattr("weft.domains.cluster._BLOCK_FLOATS", 21)
+    monkeypatch.setattr("weftlm.domains.cluster._BLOCK_FLOATS", 21)
     assert np.array_equal(nearest(rows, centroids), expected)
 
 
@@ -145,5 +145,5 @@ def test_faiss_where_it_is_and_where_it_is_not(monkeypatch: pytest.MonkeyPatch) 
         return original(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ConfigError, match="pip install faiss-cpu"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[faiss\]'"):
         fit_clusters(rows, config, 0)

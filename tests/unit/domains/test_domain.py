@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from weft.corpora.source import Source
-from weft.domains.domain import TokenPrefix
-from weft.errors import DataError
+from weftlm.corpora.source import Source
+from weftlm.domains.domain import TokenPrefix
+from weftlm.errors import DataError
 
 
 class Numbers:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weft.config import validate
-from weft.domains.embed import EmbedderConfig, TfidfSvd, embed_batches, make_embedder, unit_rows
-from weft.errors import ConfigError, DataError
+from weftlm.config import validate
+from weftlm.domains.embed import EmbedderConfig, TfidfSvd, embed_batches, make_embedder, unit_rows
+from weftlm.errors import ConfigError, DataError
 
 KINDS = {
     "sea": "the ship sails over deep water past the harbour and a grey wave breaks on the hull",
@@ -101,7 +101,7 @@ def test_the_fit_does_not_depend_on_the_process() -> None:
         [
             sys.executable,
             "-c",
-            "from weft.domains.embed import *\n"
+            "from weftlm.domains.embed import *\n"
             f"{setup}\nprint(TfidfSvd.fit(texts, EmbedderConfig(dimensions=4), 3).fingerprint)",
         ],
         env={**os.environ, "PYTHONHASHSEED": seed},
@@ -133,7 +133,7 @@ def test_a_missing_package_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
         return original(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ConfigError, match=r"pip install 'weft\[embed\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[embed\]'"):
         make_embedder(EmbedderConfig(kind="sentence_transformers", model="m"), [], 0)
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.domains.embed import unit_rows
-from weft.domains.histogram import (
+from weftlm.domains.embed import unit_rows
+from weftlm.domains.histogram import (
     DomainMeans,
     TypicalDocuments,
     basis_from_groups,
@@ -16,7 +16,7 @@ from weft.domains.histogram import (
     nearest_domains,
     neighbours,
 )
-from weft.errors import ConfigError, DataError
+from weftlm.errors import ConfigError, DataError
 
 
 @settings(deadline=None, derandomize=True)

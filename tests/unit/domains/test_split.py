@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.config import validate
-from weft.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, heldout_count, position
-from weft.errors import ConfigError
+from weftlm.config import validate
+from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, heldout_count, position
+from weftlm.errors import ConfigError
 
 
 def digests(count: int, salt: str = "") -> list[bytes]:

@@ -19,9 +19,9 @@ from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from weft.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.evaluation.choices import (
+from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.evaluation.choices import (
     ChoiceQuestion,
     ChoiceResult,
     QuestionScores,
@@ -32,7 +32,7 @@ from weft.evaluation.choices import (
     read_choices,
     score_choices,
 )
-from weft.models.hf import HFLanguageModel
+from weftlm.models.hf import HFLanguageModel
 
 WORDS = {word: index for index, word in enumerate("abcdefghij")}
 EOS = 10

@@ -10,16 +10,16 @@ import pytest
 import torch
 from support.experts import llama, make_pool, t5
 
-from weft.corpora.examples import ExampleSource
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.evaluation.examples import evaluate_examples
-from weft.evaluation.perplexity import evaluate_source
-from weft.evaluation.result import paired_difference
-from weft.evaluation.suite import EvaluationConfig, evaluate_suite
-from weft.models.hf import HFLanguageModel, sequence_losses
-from weft.models.prompted import is_encoder_decoder, target_nats
-from weft.models.prompted_examples import PromptedExamples
-from weft.routing.routed_model import RoutedModel
+from weftlm.corpora.examples import ExampleSource
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.evaluation.examples import evaluate_examples
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.evaluation.result import paired_difference
+from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite
+from weftlm.models.hf import HFLanguageModel, sequence_losses
+from weftlm.models.prompted import is_encoder_decoder, target_nats
+from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.routing.routed_model import RoutedModel
 
 CPU, EOS, LENGTH = torch.device("cpu"), 63, 9
 

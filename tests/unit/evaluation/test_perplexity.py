@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.evaluation.perplexity import evaluate_source, evaluation_mode, windows_of
-from weft.models.hf import HFLanguageModel, sequence_losses
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.evaluation.perplexity import evaluate_source, evaluation_mode, windows_of
+from weftlm.models.hf import HFLanguageModel, sequence_losses
 
 
 class Uniform:

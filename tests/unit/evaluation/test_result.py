@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weft.errors import DataError
-from weft.evaluation.perplexity import evaluate_source
-from weft.evaluation.result import (
+from weftlm.errors import DataError
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.evaluation.result import (
     SetResult,
     WindowScores,
     load_windows,

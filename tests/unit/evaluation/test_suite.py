@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weft.config import validate
-from weft.errors import ConfigError, DataError
-from weft.evaluation.perplexity import evaluate_source
-from weft.evaluation.suite import EvaluationConfig, evaluate_suite, suite_difference
+from weftlm.config import validate
+from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite, suite_difference
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from support.served import llama, tokenizer
 
-from weft.errors import ConfigError, DataError
-from weft.evaluation.choices import score_choices
-from weft.evaluation.suite import EvaluationConfig, SuiteResult
-from weft.evaluation.tasks import ChoiceTask, mean_accuracy, read_tasks, score_tasks
+from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.choices import score_choices
+from weftlm.evaluation.suite import EvaluationConfig, SuiteResult
+from weftlm.evaluation.tasks import ChoiceTask, mean_accuracy, read_tasks, score_tasks
 
 LINE = {"prompt": "the ring is", "choices": ["a field", "an ideal", "exact"], "answer": 1}
 

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support.tiny_expert import DOWN, LENGTH, VOCAB, Fingerprint, Q, V, llama, random_expert
 
-from weft.errors import ExpertError
-from weft.experts.adapted import adapted, unchanged
-from weft.experts.expert import Gate
+from weftlm.errors import ExpertError
+from weftlm.experts.adapted import adapted, unchanged
+from weftlm.experts.expert import Gate
 
 
 def test_an_adapted_model_is_the_model_with_the_product_added_to_its_weights() -> None:

@@ -14,27 +14,27 @@ from support.experts import llama as llama_64
 from support.experts import make_expert, t5
 from support.tiny_expert import Fingerprint, cyclic_source, llama
 
-from weft.corpora.examples import ExampleSource, examples_of
-from weft.errors import ConfigError, NumericsError
-from weft.experts.adapted import adapted
-from weft.experts.companions import check_gate, check_statistics
-from weft.experts.examples import (
+from weftlm.corpora.examples import ExampleSource, examples_of
+from weftlm.errors import ConfigError, NumericsError
+from weftlm.experts.adapted import adapted
+from weftlm.experts.companions import check_gate, check_statistics
+from weftlm.experts.examples import (
     ExampleNumbers,
     ExampleTrainer,
     domain_trainer,
     held_out_example_losses,
     training_source,
 )
-from weft.experts.expert import BaseReference, Expert
-from weft.experts.lora import write_lora
-from weft.experts.statistics import collect_statistics, embed_tokens
-from weft.experts.train import AdapterTraining, ExpertTraining, train_expert
-from weft.models.factory import peft_warnings
-from weft.models.prompted import is_encoder_decoder, target_nats
-from weft.models.prompted_examples import PromptedExamples
-from weft.training.config import TrainingConfig
-from weft.training.loop import Trainer
-from weft.training.runtime import choose_runtime
+from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.lora import write_lora
+from weftlm.experts.statistics import collect_statistics, embed_tokens
+from weftlm.experts.train import AdapterTraining, ExpertTraining, train_expert
+from weftlm.models.factory import peft_warnings
+from weftlm.models.prompted import is_encoder_decoder, target_nats
+from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Trainer
+from weftlm.training.runtime import choose_runtime
 
 CPU, EOS, LENGTH = torch.device("cpu"), 63, 12
 BASES = {"llama": llama, "t5": t5}

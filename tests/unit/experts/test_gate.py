@@ -22,11 +22,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from weft.corpora.source import ArraySource
-from weft.errors import CheckpointError, DataError, ExpertError
-from weft.experts.adapted import adapted
-from weft.experts.expert import Gate, LoRAFactors
-from weft.experts.gate import (
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import CheckpointError, DataError, ExpertError
+from weftlm.experts.adapted import adapted
+from weftlm.experts.expert import Gate, LoRAFactors
+from weftlm.experts.gate import (
     GateConfig,
     GatedLinear,
     adapter_fingerprint,
@@ -37,11 +37,11 @@ from weft.experts.gate import (
     read_gates,
     train_gate,
 )
-from weft.experts.lora import module_widths
-from weft.models.hf import token_losses
-from weft.training.config import TrainingConfig
-from weft.training.loop import Trainer
-from weft.training.metrics import read_metrics
+from weftlm.experts.lora import module_widths
+from weftlm.models.hf import token_losses
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Trainer
+from weftlm.training.metrics import read_metrics
 
 TRAINING = TrainingConfig(
     steps=1, sequence_length=LENGTH, batch_sequences=8, device="cpu", threads=1, save_every_steps=100

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from weft.errors import ExpertError
-from weft.experts import library as module
-from weft.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors, Statistics
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import write_lora
+from weftlm.errors import ExpertError
+from weftlm.experts import library as module
+from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors, Statistics
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import write_lora
 
 BASE = BaseReference("tiny", "main", "f" * 32)
 WIDTHS = {"model.a": (6, 5), "model.b": (4, 7)}
@@ -121,7 +121,7 @@ def test_a_bare_adapter_is_an_expert_too(library: ExpertLibrary) -> None:
 
 def test_the_manifest_tells_files_digests_and_dates(library: ExpertLibrary) -> None:
     manifest = json.loads((library.folder / "library.json").read_text())
-    assert manifest["format"] == "weft expert library 1"
+    assert manifest["format"] == "weftlm expert library 1"
     assert manifest["base"] == {"name": "tiny", "revision": "main", "fingerprint": "f" * 32}
     entry = manifest["experts"]["law"]
     assert set(entry["files"]) == {
@@ -197,9 +197,9 @@ def test_opening_and_creating(tmp_path: Path, library: ExpertLibrary, caplog: py
     [
         ("{", "cannot be read"),
         ("[]", "has format None"),
-        ('{"format": "weft expert library 9"}', "this version reads 'weft expert library 1'"),
-        ('{"format": "weft expert library 1"}', "lists no experts"),
-        ('{"format": "weft expert library 1", "experts": {}}', "does not say which base"),
+        ('{"format": "weftlm expert library 9"}', "this version reads 'weftlm expert library 1'"),
+        ('{"format": "weftlm expert library 1"}', "lists no experts"),
+        ('{"format": "weftlm expert library 1", "experts": {}}', "does not say which base"),
     ],
 )
 def test_a_broken_manifest_is_refused(library: ExpertLibrary, text: str, message: str) -> None:
@@ -303,7 +303,7 @@ def rewrite(library: ExpertLibrary, file: str, change: Callable[[dict[str, torch
     path = library.folder / "law" / file
     tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
     change(tensors)
-    metadata = {"weft": json.dumps({"facts": {}, "embedder": "tokens-4"})}
+    metadata = {"weftlm": json.dumps({"facts": {}, "embedder": "tokens-4"})}
     save_file(tensors, path, metadata)
     edit_manifest(library, lambda m: entry(m)["files"].update({file: module.describe(path.read_bytes())}))
 
@@ -337,7 +337,7 @@ def test_unsound_tensors_are_reported_even_with_the_right_digest(
 
 def test_a_gate_without_its_metadata_is_refused(library: ExpertLibrary) -> None:
     path = library.folder / "law" / "gate.safetensors"
-    save_file(load_file(path), path, {"weft": "[]"})
+    save_file(load_file(path), path, {"weftlm": "[]"})
     edit_manifest(library, lambda m: entry(m)["files"].update({path.name: module.describe(path.read_bytes())}))
     with pytest.raises(ExpertError, match=r"expert 'law': gate.safetensors does not say what it holds"):
         library.load("law")

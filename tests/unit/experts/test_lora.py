@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from weft.errors import ExpertError
-from weft.experts import lora as module
-from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weft.experts.lora import (
+from weftlm.errors import ExpertError
+from weftlm.experts import lora as module
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.experts.lora import (
     base_fingerprint,
     check_fits,
     check_lora,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weft.experts.merge import merge_experts
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.experts.merge import merge_experts
 
 BASE = BaseReference("tiny", None, "f" * 32)
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from support.tiny_expert import LENGTH, VOCAB, Fingerprint, cyclic_source, llama, random_expert
 
-from weft.corpora.source import ArraySource
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.experts import statistics
-from weft.experts.adapted import adapted
-from weft.experts.companions import check_statistics
-from weft.experts.expert import Statistics
-from weft.experts.statistics import bigram_bucket, collect_statistics, embed_tokens, embedder_named
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.experts import statistics
+from weftlm.experts.adapted import adapted
+from weftlm.experts.companions import check_statistics
+from weftlm.experts.expert import Statistics
+from weftlm.experts.statistics import bigram_bucket, collect_statistics, embed_tokens, embedder_named
 
 MASK = (1 << 64) - 1
 

@@ -12,16 +12,16 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from support.tiny_expert import LENGTH, Fingerprint, cyclic_source, llama
 
-from weft.corpora.source import ArraySource
-from weft.errors import CheckpointError, ConfigError, DataError, ExpertError
-from weft.experts import train as module
-from weft.experts.adapted import adapted
-from weft.experts.companions import check_gate, check_statistics
-from weft.experts.expert import BaseReference, Expert
-from weft.experts.lora import base_fingerprint
-from weft.experts.train import AdapterTraining, ExpertTraining, held_out_losses, train_expert
-from weft.models.hf import token_losses
-from weft.training.loop import Trainer
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.experts import train as module
+from weftlm.experts.adapted import adapted
+from weftlm.experts.companions import check_gate, check_statistics
+from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.lora import base_fingerprint
+from weftlm.experts.train import AdapterTraining, ExpertTraining, held_out_losses, train_expert
+from weftlm.models.hf import token_losses
+from weftlm.training.loop import Trainer
 
 SETTINGS: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8},

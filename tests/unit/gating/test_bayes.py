@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from weft.errors import ConfigError
-from weft.gating.bayes import BayesGate, FixedShareGate
-from weft.gating.gate import Features, init_gate
-from weft.gating.problem import log_model
+from weftlm.errors import ConfigError
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.gate import Features, init_gate
+from weftlm.gating.problem import log_model
 
 INF = math.inf
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from support.gating import random_problem
 
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.gating import channel_capacity, sampled_capacity
-from weft.gating.mixtures import Box, Vertices
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating import channel_capacity, sampled_capacity
+from weftlm.gating.mixtures import Box, Vertices
 
 
 def test_disjoint_domains_carry_log_d():

@@ -8,12 +8,12 @@ import pytest
 import torch
 from support.gating import random_problem
 
-from weft.errors import ConfigError, DataError
-from weft.gating import Certificate, FitConfig, ScoredSequences, certify, channel_capacity, fit_robust_gate
-from weft.gating.bayes import BayesGate
-from weft.gating.constant import ConstantGate
-from weft.gating.features import sequence_features
-from weft.gating.gate import init_gate
+from weftlm.errors import ConfigError, DataError
+from weftlm.gating import Certificate, FitConfig, ScoredSequences, certify, channel_capacity, fit_robust_gate
+from weftlm.gating.bayes import BayesGate
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.features import sequence_features
+from weftlm.gating.gate import init_gate
 
 CONFIG = FitConfig(steps=300, best_response_steps=20)
 

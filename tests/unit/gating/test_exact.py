@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from support.gating import kl, random_problem
 
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.gating import best_constant_gate, exact_robust_gate, mixture_regrets
-from weft.gating.exact import cross_entropies, entropic_gate
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating import best_constant_gate, exact_robust_gate, mixture_regrets
+from weftlm.gating.exact import cross_entropies, entropic_gate
 
 pytest.importorskip("cvxpy")
 
@@ -74,5 +74,5 @@ def test_without_cvxpy_it_says_what_to_install(monkeypatch):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ConfigError, match=r"pip install 'weft\[exact\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[exact\]'"):
         exact_robust_gate([[1.0]], [[1.0]])

@@ -9,14 +9,14 @@ from support.gated import mixed_pool, tokens, whole_pool
 from support.tiny_expert import Fingerprint, random_expert
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.errors import ConfigError, ExpertError
-from weft.experts.adapted import adapted
-from weft.experts.expert import BaseReference, Expert
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import base_fingerprint, write_lora
-from weft.gating import experts as room
-from weft.gating.experts import ExpertPool, ExpertSource, Member, Rows
-from weft.models.language_model import LanguageModel
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.adapted import adapted
+from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint, write_lora
+from weftlm.gating import experts as room
+from weftlm.gating.experts import ExpertPool, ExpertSource, Member, Rows
+from weftlm.models.language_model import LanguageModel
 
 
 def alone(member, ids):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.gating.features import FLOOR, sequence_features
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating.features import FLOOR, sequence_features
 
 
 def test_means_and_distances_to_the_best():

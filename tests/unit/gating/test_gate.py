@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from weft.errors import CheckpointError, ConfigError, NumericsError
-from weft.gating.constant import ConstantGate
-from weft.gating.gate import Features, gate_config, gates, init_gate, load_gate, save_gate
-from weft.gating.linear import LinearGate
-from weft.gating.mlp import MlpConfig
+from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.gate import Features, gate_config, gates, init_gate, load_gate, save_gate
+from weftlm.gating.linear import LinearGate
+from weftlm.gating.mlp import MlpConfig
 
 
 def features(rows, names=()):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from weft.errors import ConfigError
-from weft.gating import Box, Vertices
-from weft.gating.mixtures import box_vertices, kl_projection, player
+from weftlm.errors import ConfigError
+from weftlm.gating import Box, Vertices
+from weftlm.gating.mixtures import box_vertices, kl_projection, player
 
 
 def test_projection_by_hand():

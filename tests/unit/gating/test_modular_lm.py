@@ -11,20 +11,20 @@ from support.gated import mixed_pool, tokens, whole_pool
 from support.tiny_expert import random_expert
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from weft.corpora.source import ArraySource
-from weft.errors import ConfigError
-from weft.evaluation.perplexity import evaluate_source
-from weft.experts.expert import BaseReference, Expert
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import base_fingerprint
-from weft.gating import experts as room
-from weft.gating import modular_lm
-from weft.gating.bayes import BayesGate, FixedShareGate
-from weft.gating.experts import ExpertPool, ExpertSource
-from weft.gating.gate import Features, init_gate
-from weft.gating.modular_cache import catch_up_due
-from weft.gating.modular_lm import ModularLM
-from weft.models.language_model import LanguageModel
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import ConfigError
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint
+from weftlm.gating import experts as room
+from weftlm.gating import modular_lm
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.experts import ExpertPool, ExpertSource
+from weftlm.gating.gate import Features, init_gate
+from weftlm.gating.modular_cache import catch_up_due
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.language_model import LanguageModel
 
 
 def moved(gate):

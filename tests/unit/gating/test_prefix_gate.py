@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from weft.errors import ConfigError
-from weft.gating.bayes import BayesGate, FixedShareGate
-from weft.gating.gate import Features, init_gate, load_gate, save_gate
-from weft.gating.prefix_gate import PrefixGate, PrefixGateConfig, among, with_top
-from weft.gating.problem import log_model
+from weftlm.errors import ConfigError
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
+from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig, among, with_top
+from weftlm.gating.problem import log_model
 
 PRIOR = [0.5, 0.2, 0.3]
 INF = math.inf

@@ -7,12 +7,12 @@ import pytest
 import torch
 from support.gating import random_problem
 
-from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weft.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate
-from weft.gating.constant import ConstantGate
-from weft.gating.gate import init_gate
-from weft.gating.primal_dual import _Draw, _losses
-from weft.gating.problem import evaluate, make_problem
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate
+from weftlm.gating.constant import ConstantGate
+from weftlm.gating.gate import init_gate
+from weftlm.gating.primal_dual import _Draw, _losses
+from weftlm.gating.problem import evaluate, make_problem
 
 SHORT = FitConfig(steps=20, report_every_steps=10, best_response_steps=5)
 

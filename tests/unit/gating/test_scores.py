@@ -7,14 +7,14 @@ import pytest
 import torch
 from support.gated import mixed_pool, whole_pool
 
-from weft.corpora.source import ArraySource
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.gating import scores
-from weft.gating.bayes import BayesGate
-from weft.gating.certificate import certify
-from weft.gating.experts import ExpertSource
-from weft.gating.primal_dual import FitConfig, fit_robust_gate
-from weft.gating.scores import ScoreCache, ScoreConfig, score, score_with_ray
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating import scores
+from weftlm.gating.bayes import BayesGate
+from weftlm.gating.certificate import certify
+from weftlm.gating.experts import ExpertSource
+from weftlm.gating.primal_dual import FitConfig, fit_robust_gate
+from weftlm.gating.scores import ScoreCache, ScoreConfig, score, score_with_ray
 
 EOS = 5
 CONFIG = ScoreConfig(length=8, sequences=11, samples=7, batch_size=4, shard_sequences=5)
@@ -305,5 +305,5 @@ def test_bf16_scores_are_near_and_named_in_the_fingerprint(tmp_path):
 
 def test_machines_need_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"weft\[ray\]"):
+    with pytest.raises(ConfigError, match=r"weftlm\[ray\]"):
         score_with_ray([ExpertSource(name="m", model="nowhere")], domains(), tmp_path, CONFIG, eos_id=EOS, show=False)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.gating import Features, ScoredSequences, enumerated, sequences
-from weft.gating.gate import init_gate
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating import Features, ScoredSequences, enumerated, sequences
+from weftlm.gating.gate import init_gate
 
 
 def test_arrays_keep_float32_and_are_checked():

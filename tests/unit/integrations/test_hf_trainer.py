@@ -1,4 +1,4 @@
-"""An online mixture inside transformers.Trainer: the numbers are those of weft's own loop, and it resumes exactly."""
+"""An online mixture inside transformers.Trainer: the numbers are those of weftlm's own loop, and it resumes exactly."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 from support import mixtures
-from support.mixtures import LENGTH, NAMES, PROBES, SOURCES, STEPS, TARGET, model, online, quiet, train_with_weft
+from support.mixtures import LENGTH, NAMES, PROBES, SOURCES, STEPS, TARGET, model, online, quiet, train_with_weftlm
 from support.mixtures import updates_of as updates
 from support.tiny_project import WORDS, write_corpora
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
-from weft.config import validate
-from weft.corpora.source import ArraySource
-from weft.errors import CheckpointError, ConfigError, DataError
-from weft.integrations.hf_trainer import MixtureCallback, OnlineMixture, _token_losses
-from weft.integrations.online_mixture import Share
-from weft.pipeline.prepare import DataConfig, prepare
+from weftlm.config import validate
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.integrations.hf_trainer import MixtureCallback, OnlineMixture, _token_losses
+from weftlm.integrations.online_mixture import Share
+from weftlm.pipeline.prepare import DataConfig, prepare
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "uniform"},
@@ -70,12 +70,12 @@ def assert_same_bits(left: Any, right: Any) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-# -- the same numbers as weft's own loop ------------------------------------------------------------------------------
+# -- the same numbers as weftlm's own loop ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: "-".join(map(str, policy.values())))
 def test_alignments_and_weights_are_those_of_our_own_loop(tmp_path: Path, policy: Mapping[str, Any]) -> None:
-    module, expected = train_with_weft(tmp_path / "own", policy)
+    module, expected = train_with_weftlm(tmp_path / "own", policy)
     run = trainer(tmp_path / "theirs", online(policy))
     run.train()
     found = updates(run)
@@ -187,7 +187,7 @@ def test_training_ends_when_the_domains_are_used_up(tmp_path: Path, caplog: pyte
     short = {name: ArraySource(SOURCES[name].read(0, 8 * LENGTH + 1)) for name in NAMES}
     mixture = OnlineMixture.of(short, "uniform", sequence_length=LENGTH, exhaustion="drop", max_epochs=2)
     run = trainer(tmp_path, mixture, save_strategy="steps", save_steps=100)
-    with caplog.at_level(logging.WARNING, logger="weft"):
+    with caplog.at_level(logging.WARNING, logger="weftlm"):
         run.train()
     assert run.state.global_step == 6  # 48 sequences, 8 a step
     assert "training ends at step 6" in caplog.text
@@ -328,7 +328,7 @@ def test_a_policy_gets_what_it_needs_or_says_so() -> None:
         OnlineMixture.of(SOURCES, "doremi", sequence_length=LENGTH)
     with pytest.raises(ConfigError, match="did you mean 'doge'"):
         OnlineMixture.of(SOURCES, "dogee", sequence_length=LENGTH)
-    with pytest.raises(ConfigError, match="measuring on the training batch needs weft's own loop"):
+    with pytest.raises(ConfigError, match="measuring on the training batch needs weftlm's own loop"):
         online({"policy": "dga"}, alignment={"probe": "batch"})
     with pytest.raises(ConfigError, match="no domain"):
         OnlineMixture.of({}, "uniform", sequence_length=LENGTH)

@@ -1,4 +1,4 @@
-"""The harness's model contract over every kind of model: the numbers are weft.evaluation's and a loop's by hand."""
+"""The harness's model contract over every kind of model: the numbers are weftlm.evaluation's and a loop's by hand."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from support import served
 from support.tiny_project import WORDS, sentence
 
-from weft.corpora.source import ArraySource
-from weft.errors import ConfigError, DataError
-from weft.evaluation.choices import ChoiceQuestion, choice_scores
-from weft.evaluation.perplexity import evaluate_source
-from weft.integrations.lm_eval import WeftLM, _Stops, main
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.choices import ChoiceQuestion, choice_scores
+from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.integrations.lm_eval import WeftLM, _Stops, main
 
 KINDS = served.KINDS
 
@@ -105,7 +105,7 @@ def test_neither_batch_size_nor_company_changes_a_number(lm: WeftLM) -> None:
 
 
 @every_kind
-def test_ranked_answers_are_weft_s_own(lm: WeftLM) -> None:
+def test_ranked_answers_are_weftlm_s_own(lm: WeftLM) -> None:
     questions = [
         ChoiceQuestion(prompt, tuple(dict.fromkeys(others)), 0)
         for prompt, others in zip(texts(4), np.array(texts(12, seed=2)).reshape(4, 3).tolist(), strict=True)
@@ -134,7 +134,7 @@ def test_long_contexts_lose_their_beginning_and_continuations_never(lm: WeftLM) 
 
 
 @every_kind
-def test_rolling_log_likelihood_is_weft_s_cross_entropy(lm: WeftLM) -> None:
+def test_rolling_log_likelihood_is_weftlm_s_cross_entropy(lm: WeftLM) -> None:
     lm.max_length = 16
     ids = lm.tok_encode(" ".join(texts(8)))
     documents = [lm.opened.tokenizer.decode(ids[:count]) for count in (32, 3, 16, 11, 1)] + [""]
@@ -263,7 +263,9 @@ def test_a_batch_that_does_not_fit_is_halved_with_auto_alone(lm: WeftLM, monkeyp
 
 def test_arguments_are_checked_and_the_model_told_of(places: dict[str, Path]) -> None:
     path = str(places["routed"])
-    lm = get_model("weft").create_from_arg_string(f"path={path},max_length=100", {"batch_size": "auto", "device": None})
+    lm = get_model("weftlm").create_from_arg_string(
+        f"path={path},max_length=100", {"batch_size": "auto", "device": None}
+    )
     assert (lm.max_length, lm.batch_size, lm.rank, lm.world_size, lm.device.type) == (
         100,
         64,
@@ -272,11 +274,11 @@ def test_arguments_are_checked_and_the_model_told_of(places: dict[str, Path]) ->
         lm.model.device.type,
     )
     info = lm.get_model_info()
-    assert (info["weft_kind"], info["weft_experts"]) == ("routed", ["a", "b", "c"])
-    assert lm.tokenizer_name == f"weft__{lm.opened.tokenizer.fingerprint}"
+    assert (info["weftlm_kind"], info["weftlm_experts"]) == ("routed", ["a", "b", "c"])
+    assert lm.tokenizer_name == f"weftlm__{lm.opened.tokenizer.fingerprint}"
     for arguments, message in (
         ({}, "has no path"),
-        ({"path": path, "bass": "x"}, "unknown argument of weft; did you mean 'base'"),
+        ({"path": path, "bass": "x"}, "unknown argument of weftlm; did you mean 'base'"),
         ({"path": path, "max_length": 10_000}, "reads 256 tokens at most"),
         ({"path": path, "batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"path": path, "batch_size": "many"}, "batch_size is 'many'; it must be a whole number"),
@@ -316,6 +318,6 @@ def test_a_conversation_is_written_by_the_tokenizer_s_template(lm: WeftLM) -> No
 
 
 def test_the_harness_s_own_command_knows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.integrations.lm_eval.cli_evaluate", lambda: get_model("weft"))
+    monkeypatch.setattr("weftlm.integrations.lm_eval.cli_evaluate", lambda: get_model("weftlm"))
     assert main() is None
-    assert get_model("weft") is WeftLM
+    assert get_model("weftlm") is WeftLM

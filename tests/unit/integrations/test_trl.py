@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import tokenizers
 from support import mixtures
-from support.mixtures import LENGTH, VOCAB, model, online, train_with_weft
+from support.mixtures import LENGTH, VOCAB, model, online, train_with_weftlm
 from support.mixtures import updates_of as updates
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from weft.errors import ConfigError
-from weft.integrations.hf_trainer import MixtureCallback, OnlineMixture
+from weftlm.errors import ConfigError
+from weftlm.integrations.hf_trainer import MixtureCallback, OnlineMixture
 
 READY = {"dataset_kwargs": {"skip_prepare_dataset": True}}
 
@@ -41,7 +41,7 @@ def sft(folder: Path, mixture: OnlineMixture, **changes: Any) -> SFTTrainer:
 
 @pytest.mark.parametrize("policy", ["dga", "group_dro"])
 def test_alignments_and_weights_are_those_of_our_own_loop(tmp_path: Path, policy: str) -> None:
-    module, expected = train_with_weft(tmp_path / "own", {"policy": policy})
+    module, expected = train_with_weftlm(tmp_path / "own", {"policy": policy})
     saving = {"save_strategy": "steps", "save_steps": 6, "activation_checkpointing": policy == "dga"}
     trainer = sft(tmp_path / "sft", online({"policy": policy}), **saving)
     trainer.train()

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from weft.errors import ConfigError, NumericsError
-from weft.mixture.initial import nearest_mixture
-from weft.mixture.policy import Alignment, MixtureSetting, Report, build_policy
+from weftlm.errors import ConfigError, NumericsError
+from weftlm.mixture.initial import nearest_mixture
+from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy
 
 NAN = math.nan
 SETTING = MixtureSetting(("a", "b", "c"), torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64))

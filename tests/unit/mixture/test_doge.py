@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from weft.mixture.policy import Alignment, MixtureSetting, Report, build_policy
+from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy
 
 SETTING = MixtureSetting(("a", "b"), torch.ones(2, dtype=torch.float64))
 

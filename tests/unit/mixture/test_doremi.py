@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from weft.errors import NumericsError
-from weft.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.errors import NumericsError
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 
 SETTING = MixtureSetting(("a", "b"), torch.ones(2, dtype=torch.float64))
 

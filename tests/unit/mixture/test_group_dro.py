@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from weft.errors import ConfigError, NumericsError
-from weft.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.errors import ConfigError, NumericsError
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 
 SETTING = MixtureSetting(("a", "b"), torch.tensor([4.0, 16.0], dtype=torch.float64))
 

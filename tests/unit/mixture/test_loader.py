@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from weft.corpora.source import ArraySource
-from weft.errors import CheckpointError, ConfigError, DataError
-from weft.mixture.loader import Batch, MixtureDataset, MixtureLoader, sequence_counts
-from weft.mixture.sampler import MixtureSampler, SamplerExhausted
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.mixture.loader import Batch, MixtureDataset, MixtureLoader, sequence_counts
+from weftlm.mixture.sampler import MixtureSampler, SamplerExhausted
 
 T = 4
 SIZES = (41, 60, 17)
@@ -168,7 +168,7 @@ def test_iteration_ends_when_the_caps_say_so(prefetch: int, exhaustion: str) -> 
     with pytest.raises(SamplerExhausted):
         batches.next()
     assert batches.sampler.step == len(steps)
-    assert not any(thread.name == "weft-read-ahead" for thread in threading.enumerate())
+    assert not any(thread.name == "weftlm-read-ahead" for thread in threading.enumerate())
 
 
 def test_the_end_found_ahead_is_reconsidered_when_weights_change() -> None:
@@ -283,7 +283,7 @@ def test_a_data_loader_takes_the_batches_as_they_are() -> None:
 
 
 def test_a_mixture_is_not_split_over_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.mixture.loader.get_worker_info", object)
+    monkeypatch.setattr("weftlm.mixture.loader.get_worker_info", object)
     with pytest.raises(ConfigError, match="num_workers=0"):
         next(iter(MixtureDataset(loader())))
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from weft.mixture.odm import exploration
-from weft.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.mixture.odm import exploration
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 
 DOMAINS = ("a", "b", "c", "d")
 SETTING = MixtureSetting(DOMAINS, torch.ones(4, dtype=torch.float64))

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from weft.errors import CheckpointError, ConfigError, NumericsError
-from weft.mixture.policy import (
+from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.mixture.policy import (
     MixtureSetting,
     build_policy,
     entropy,

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from weft.errors import ConfigError
-from weft.mixture.policy import MixtureSetting, build_policy
+from weftlm.errors import ConfigError
+from weftlm.mixture.policy import MixtureSetting, build_policy
 
 
 def init(tokens, **keys):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from weft.errors import CheckpointError, ConfigError, WeftError
-from weft.mixture.sampler import Draw, MixtureSampler, SamplerExhausted, keyed_permutation
+from weftlm.errors import CheckpointError, ConfigError, WeftError
+from weftlm.mixture.sampler import Draw, MixtureSampler, SamplerExhausted, keyed_permutation
 
 GOLDEN_DOMAINS = [[2, 2, 0, 2, 1, 1, 1, 2], [2, 1, 2, 1, 1, 2, 1, 2]]
 GOLDEN_SEQUENCES = [

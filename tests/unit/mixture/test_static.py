@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from weft.errors import ConfigError
-from weft.mixture.policy import MixtureSetting, build_policy
+from weftlm.errors import ConfigError
+from weftlm.mixture.policy import MixtureSetting, build_policy
 
 SETTING = MixtureSetting(domains=("code", "prose", "law"), tokens_D=torch.ones(3, dtype=torch.float64))
 

@@ -1,6 +1,6 @@
 import torch
 
-from weft.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 
 
 def test_sizes_do_not_matter_and_nothing_ever_moves():

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from weft.config import validate
-from weft.errors import ConfigError
-from weft.models.factory import ModelConfig, build_model, count_parameters, load_model
-from weft.models.hf import HFLanguageModel, sequence_losses, token_losses
-from weft.models.language_model import LanguageModel
+from weftlm.config import validate
+from weftlm.errors import ConfigError
+from weftlm.models.factory import ModelConfig, build_model, count_parameters, load_model
+from weftlm.models.hf import HFLanguageModel, sequence_losses, token_losses
+from weftlm.models.language_model import LanguageModel
 
 TINY = {
     "hidden_size": 16,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.experts import llama, t5
 
-from weft.corpora.examples import ExampleSource
-from weft.models.prompted import Prompted, fitted, is_encoder_decoder, target_nats
-from weft.models.prompted_examples import PromptedExamples
+from weftlm.corpora.examples import ExampleSource
+from weftlm.models.prompted import Prompted, fitted, is_encoder_decoder, target_nats
+from weftlm.models.prompted_examples import PromptedExamples
 
 CPU = torch.device("cpu")
 EOS = 63

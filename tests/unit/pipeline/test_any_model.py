@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from support import served
 from support.experts import make_pool
 
-from weft.errors import ConfigError, DataError
-from weft.experts.expert import BaseReference
-from weft.models.factory import peft_warnings
-from weft.pipeline.any_model import open_model
-from weft.routing.routed_model import RoutedModel
+from weftlm.errors import ConfigError, DataError
+from weftlm.experts.expert import BaseReference
+from weftlm.models.factory import peft_warnings
+from weftlm.pipeline.any_model import open_model
+from weftlm.routing.routed_model import RoutedModel
 
 EXPERTS = {"plain": (), "routed": ("a", "b", "c"), "gated": ("base", "other")}
 

@@ -12,14 +12,14 @@ from support.command_line import Call
 from support.served import write_encoder_decoder, write_model
 from support.tiny_project import WORDS
 
-from weft.corpora.examples import examples_of
-from weft.errors import ConfigError, ExpertError
-from weft.experts.library import ExpertLibrary
-from weft.pipeline.any_model import open_model
-from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
-from weft.pipeline.experts import gate_expert, open_workshop, train_experts
-from weft.pipeline.prepare import prepare
-from weft.pipeline.route_stage import ROUTING, route_experts, routing_facts
+from weftlm.corpora.examples import examples_of
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.library import ExpertLibrary
+from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
+from weftlm.pipeline.experts import gate_expert, open_workshop, train_experts
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.route_stage import ROUTING, route_experts, routing_facts
 
 NAMES = list(WORDS)
 

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from support import served
 from support.tiny_project import recipe_value, write_corpora
 
-from weft.errors import ExpertError
-from weft.experts.library import ExpertLibrary
-from weft.models.factory import load_base, peft_warnings
-from weft.pipeline.expert_imports import import_recipe_experts
-from weft.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
-from weft.pipeline.experts_config import ExpertsConfig
+from weftlm.errors import ExpertError
+from weftlm.experts.library import ExpertLibrary
+from weftlm.models.factory import load_base, peft_warnings
+from weftlm.pipeline.expert_imports import import_recipe_experts
+from weftlm.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
+from weftlm.pipeline.experts_config import ExpertsConfig
 
 
 @pytest.fixture

@@ -14,18 +14,18 @@ import yaml
 from support.tiny_expert import cyclic_source, llama
 from support.tiny_project import recipe_value, write_corpora
 
-from weft.domains.domain import Domain
-from weft.errors import CheckpointError, ConfigError, DataError, ExpertError
-from weft.experts.expert import Expert
-from weft.experts.library import ExpertLibrary
-from weft.pipeline.base import base_tokenizer
-from weft.pipeline.expert_recipe import ExpertRecipe, expert_plan, load_expert_recipe, make_expert_recipe
-from weft.pipeline.experts import expert_domains, gate_expert, train_experts
-from weft.pipeline.prepare import prepare
-from weft.pipeline.project import Project
-from weft.pipeline.recipe import make_recipe
-from weft.pipeline.routes import build_route, parse_router
-from weft.pipeline.runner import run_project
+from weftlm.domains.domain import Domain
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.experts.expert import Expert
+from weftlm.experts.library import ExpertLibrary
+from weftlm.pipeline.base import base_tokenizer
+from weftlm.pipeline.expert_recipe import ExpertRecipe, expert_plan, load_expert_recipe, make_expert_recipe
+from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.project import Project
+from weftlm.pipeline.recipe import make_recipe
+from weftlm.pipeline.routes import build_route, parse_router
+from weftlm.pipeline.runner import run_project
 
 EXPERTS: dict[str, Any] = {
     "lora": {"rank": 2},
@@ -232,7 +232,7 @@ def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path)
         assert torch.equal(after.lora.modules[name].B_OR, factors.B_OR)
     assert any(not torch.equal(after.gate.vectors[name], before.gate.vectors[name]) for name in before.gate.vectors)
     assert statuses(train_experts(longer, progress=False)) == {"algebra": "kept"}
-    with pytest.raises(ExpertError, match="weft experts gate"):
+    with pytest.raises(ExpertError, match="weftlm experts gate"):
         train_experts(recipe, progress=False)
     assert not list((recipe.run / "training/algebra").glob("gate-*")), "the work of the second gate is put away"
     with pytest.raises(DataError, match="made from other text"):
@@ -280,7 +280,7 @@ def test_an_adapter_is_no_base(tmp_path: Path, corpora: Path) -> None:
 
 
 def test_a_run_without_a_model_says_how_to_get_one(tmp_path: Path, corpora: Path) -> None:
-    with pytest.raises(ConfigError, match=r"finish it with weft train, or set experts\.base"):
+    with pytest.raises(ConfigError, match=r"finish it with weftlm train, or set experts\.base"):
         train_experts(recipe_in(tmp_path, corpora, base=None), progress=False)
 
 

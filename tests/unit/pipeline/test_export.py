@@ -18,18 +18,18 @@ from support.experts import gpt2, llama, make_expert, make_pool
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weft.errors import CheckpointError, ConfigError, DataError, ExpertError
-from weft.experts.expert import BaseReference, LoRAFactors
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import base_fingerprint
-from weft.gating.bayes import FixedShareGate
-from weft.gating.experts import ExpertPool
-from weft.gating.modular_lm import ModularLM
-from weft.models.factory import peft_warnings
-from weft.pipeline.any_model import open_model
-from weft.pipeline.export import export_model, find_converter, fold
-from weft.pipeline.routes import parse_router
-from weft.routing.routed_model import RoutedModel
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.experts.expert import BaseReference, LoRAFactors
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint
+from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.factory import peft_warnings
+from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.export import export_model, find_converter, fold
+from weftlm.pipeline.routes import parse_router
+from weftlm.routing.routed_model import RoutedModel
 
 words = functools.cache(served.tokenizer)
 IDS = torch.tensor([[5, 9, 30, 7, 7, 41], [2, 60, 3, 3, 19, 8]])
@@ -112,7 +112,7 @@ def test_an_adapter_is_merged_into_its_base(plain: Path, tmp_path: Path) -> None
     with peft_warnings():
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
         adapted.save_pretrained(tmp_path / "run" / "model")
-    (tmp_path / "run" / "recipe.yaml").touch()  # a run folder of weft train with lora
+    (tmp_path / "run" / "recipe.yaml").touch()  # a run folder of weftlm train with lora
     export_model(tmp_path / "run", tmp_path / "out", tokenizer=str(plain))
     torch.testing.assert_close(loaded(tmp_path / "out"), logits(adapted), atol=1e-4, rtol=1e-5)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
@@ -201,7 +201,7 @@ def test_experts_leave_as_peft_folders_that_peft_loads(library: Path, tmp_path: 
 
 
 def test_a_gated_model_gives_one_of_its_models_and_never_itself(gated: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gated model.*dense student.*weft gate distil.*--expert base\|other"):
+    with pytest.raises(ConfigError, match=r"gated model.*dense student.*weftlm gate distil.*--expert base\|other"):
         export_model(gated, tmp_path / "out")
     facts = export_model(gated, tmp_path / "out", expert="other")
     assert facts["experts"] == {"other": 1.0}

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from support import served
 from support.tiny_project import WORDS, write_corpora
 
-from weft.errors import ConfigError, DataError
-from weft.pipeline.any_model import open_model
-from weft.pipeline.gate_recipe import GatingConfig
-from weft.pipeline.project import make_project
-from weft.pipeline.runner import run_project
+from weftlm.errors import ConfigError, DataError
+from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.project import make_project
+from weftlm.pipeline.runner import run_project
 
 
 @pytest.fixture

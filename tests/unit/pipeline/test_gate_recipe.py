@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from support.tiny_project import recipe_value
 
-from weft.config import validate
-from weft.errors import ConfigError
-from weft.gating.mixtures import Box, Vertices
-from weft.pipeline.expert_recipe import make_expert_recipe
-from weft.pipeline.gate_recipe import GatingConfig
-from weft.pipeline.recipe import make_recipe
+from weftlm.config import validate
+from weftlm.errors import ConfigError
+from weftlm.gating.mixtures import Box, Vertices
+from weftlm.pipeline.expert_recipe import make_expert_recipe
+from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.recipe import make_recipe
 
 NAMES = ("algebra", "cooking", "sailing")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from support.tiny_project import recipe_value
 
-from weft.pipeline.models_table import base_of, models_of
-from weft.pipeline.project import Project, make_project
+from weftlm.pipeline.models_table import base_of, models_of
+from weftlm.pipeline.project import Project, make_project
 
 
 def finished(folder: Path, experts: dict[str, Any] | None) -> Project:

@@ -15,27 +15,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig
 
-from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weft.experts.lora import write_lora
-from weft.gating.experts import ExpertSource
-from weft.mixture.policy import build_policy
-from weft.models.factory import LoRASection, ModelConfig, build_model, count_parameters
-from weft.models.hf import token_losses
-from weft.pipeline.expert_recipe import make_expert_recipe
-from weft.pipeline.planning import counts
-from weft.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
-from weft.pipeline.planning.counts import Counted, model_config, pretrained_config
-from weft.pipeline.planning.estimate import Assumed, Plan, plan_value
-from weft.pipeline.planning.experts import PoolPlan, experts_stage
-from weft.pipeline.planning.gates import Sharing, fit_bytes, fit_seconds, score_cache_bytes, sharings_of
-from weft.pipeline.planning.hardware import DEVICES, parse_hardware
-from weft.pipeline.planning.speed import Speed
-from weft.pipeline.planning.stage import Stage
-from weft.pipeline.planning.trace import Kernel, Shape, record, shapes_only
-from weft.pipeline.planning.training import Run, machine_for, settle, state_bytes
-from weft.training.config import TrainingConfig
-from weft.training.loop import adamw
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.experts.lora import write_lora
+from weftlm.gating.experts import ExpertSource
+from weftlm.mixture.policy import build_policy
+from weftlm.models.factory import LoRASection, ModelConfig, build_model, count_parameters
+from weftlm.models.hf import token_losses
+from weftlm.pipeline.expert_recipe import make_expert_recipe
+from weftlm.pipeline.planning import counts
+from weftlm.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
+from weftlm.pipeline.planning.counts import Counted, model_config, pretrained_config
+from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_value
+from weftlm.pipeline.planning.experts import PoolPlan, experts_stage
+from weftlm.pipeline.planning.gates import Sharing, fit_bytes, fit_seconds, score_cache_bytes, sharings_of
+from weftlm.pipeline.planning.hardware import DEVICES, parse_hardware
+from weftlm.pipeline.planning.speed import Speed
+from weftlm.pipeline.planning.stage import Stage
+from weftlm.pipeline.planning.trace import Kernel, Shape, record, shapes_only
+from weftlm.pipeline.planning.training import Run, machine_for, settle, state_bytes
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import adamw
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},

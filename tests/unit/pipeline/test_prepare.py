@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from weft.config import validate
-from weft.corpora.store import TokenStore
-from weft.errors import ConfigError, DataError
-from weft.pipeline import prepare as module
-from weft.pipeline.prepare import DataConfig, PreparedData, prepare
+from weftlm.config import validate
+from weftlm.corpora.store import TokenStore
+from weftlm.errors import ConfigError, DataError
+from weftlm.pipeline import prepare as module
+from weftlm.pipeline.prepare import DataConfig, PreparedData, prepare
 
 WORDS = {
     "sea": "ship sails over deep water past the harbour and grey wave breaks on a hull while gulls cry".split(),
@@ -130,7 +130,7 @@ def test_the_process_does_not_matter(make: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
         "import sys, json\n"
-        "from weft.pipeline.prepare import DataConfig, prepare\n"
+        "from weftlm.pipeline.prepare import DataConfig, prepare\n"
         "config = DataConfig.model_validate_json(open(sys.argv[1]).read())\n"
         "print(prepare(config, sys.argv[2], progress=False).fingerprint)\n"
     )

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from support.tiny_project import recipe_value
 
-from weft.errors import ConfigError
-from weft.pipeline.demo import demo_project
-from weft.pipeline.project import load_project, make_project
-from weft.pipeline.recipe import Recipe, make_recipe, plan
+from weftlm.errors import ConfigError
+from weftlm.pipeline.demo import demo_project
+from weftlm.pipeline.project import load_project, make_project
+from weftlm.pipeline.recipe import Recipe, make_recipe, plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from support.tiny_project import recipe_value, write_corpora
 
-from weft.errors import CheckpointError, ConfigError, DataError
-from weft.pipeline import runner
-from weft.pipeline.project import Project, make_project
-from weft.pipeline.runner import plan_stages, project_status, run_project
-from weft.pipeline.stage_records import alone, at_work, read_record
-from weft.pipeline.stages import STAGES, Stage, stages_of
+from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.pipeline import runner
+from weftlm.pipeline.project import Project, make_project
+from weftlm.pipeline.runner import plan_stages, project_status, run_project
+from weftlm.pipeline.stage_records import alone, at_work, read_record
+from weftlm.pipeline.stages import STAGES, Stage, stages_of
 
 OVER = {"rival": "uniform"}
 
@@ -267,7 +267,7 @@ def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Project) -
     assert not at_work(project.stages_folder)
     with alone(project.stages_folder):
         assert at_work(project.stages_folder)
-        with pytest.raises(CheckpointError, match="another weft run is at work"):
+        with pytest.raises(CheckpointError, match="another weftlm run is at work"):
             run_project(project, progress=False)
 
 

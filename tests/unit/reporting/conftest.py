@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from weft.evaluation.result import SetResult, WindowScores, ratio_and_error, save_windows
+from weftlm.evaluation.result import SetResult, WindowScores, ratio_and_error, save_windows
 
 NINE = (
     "python-code", "cpp-headers", "ml-prose", "mathematics", "doctests", "bytecode", "type-stubs", "json", "licences",
@@ -138,7 +138,7 @@ def write_run(
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     facts = {
-        "weft": "0.1.0",
+        "weftlm": "0.1.0",
         "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
         "git": "0123abcd",
         "seed": seed,

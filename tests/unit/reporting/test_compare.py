@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weft.evaluation.result import load_windows, paired_window_difference
-from weft.reporting.compare import (
+from weftlm.evaluation.result import load_windows, paired_window_difference
+from weftlm.reporting.compare import (
     Contender,
     baseline_of,
     contenders_of,
@@ -19,7 +19,7 @@ from weft.reporting.compare import (
     generic_gap,
     target_gap,
 )
-from weft.reporting.runs import Run, read_runs
+from weftlm.reporting.runs import Run, read_runs
 
 
 def bits(folder: Path, key: str = "target") -> float:

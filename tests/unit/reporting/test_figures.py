@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.reporting.figures import (
+from weftlm.reporting.figures import (
     OTHER,
     Curve,
     Panel,

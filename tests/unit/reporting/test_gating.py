@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from weft.errors import ConfigError, DataError
-from weft.gating.certificate import Certificate, DomainRow, Figure
-from weft.reporting.gating import GatingFacts, gate_page, gating_findings, gating_section, models_table
-from weft.reporting.report import write_report
+from weftlm.errors import ConfigError, DataError
+from weftlm.gating.certificate import Certificate, DomainRow, Figure
+from weftlm.reporting.gating import GatingFacts, gate_page, gating_findings, gating_section, models_table
+from weftlm.reporting.report import write_report
 
 ROBUST = {"code": 0.002, "prose": 0.004}
 TABLE: dict[str, Mapping[str, float]] = {

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from weft.errors import ConfigError, DataError, NumericsError
-from weft.reporting import traces
-from weft.reporting.inspect import write_trace_page
-from weft.reporting.trace_parts import course_paths, percent, token_html
-from weft.reporting.traces import (
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.reporting import traces
+from weftlm.reporting.inspect import write_trace_page
+from weftlm.reporting.trace_parts import course_paths, percent, token_html
+from weftlm.reporting.traces import (
     COLOURS,
     DIGITS,
     OTHER,
@@ -34,7 +34,7 @@ from weft.reporting.traces import (
     trace_data,
     typical_tokens,
 )
-from weft.routing.trace import MEAN, Trace
+from weftlm.routing.trace import MEAN, Trace
 
 VOID = {"meta", "br", "line", "path"}
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</script><b>", "a & b", "${title} $script"]

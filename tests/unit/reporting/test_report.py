@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from weft.errors import ConfigError, DataError
-from weft.reporting.report import write_report
+from weftlm.errors import ConfigError, DataError
+from weftlm.reporting.report import write_report
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from weft.errors import ConfigError
-from weft.reporting.report import write_report
-from weft.reporting.routing import RoutingFacts, routing_section, routing_style
-from weft.reporting.score_table import ScoreTable, score_table
-from weft.routing.trace import Trace
+from weftlm.errors import ConfigError
+from weftlm.reporting.report import write_report
+from weftlm.reporting.routing import RoutingFacts, routing_section, routing_style
+from weftlm.reporting.score_table import ScoreTable, score_table
+from weftlm.routing.trace import Trace
 
 TABLE = {
     "base": {"code": 1.5, "prose": 1.2},

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weft.errors import DataError
-from weft.reporting.runs import flatten, number, read_runs
+from weftlm.errors import DataError
+from weftlm.reporting.runs import flatten, number, read_runs
 
 
 def test_a_finished_run_is_read_whole(three_runs: list[Path]) -> None:

@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from weft.errors import ConfigError
-from weft.routing.calls import arguments_of, decoder_call, encoder_call, encoder_decoder_call, remember
-from weft.routing.router import Memory, Site
+from weftlm.errors import ConfigError
+from weftlm.routing.calls import arguments_of, decoder_call, encoder_call, encoder_decoder_call, remember
+from weftlm.routing.router import Memory, Site
 
 IDS = torch.arange(6).view(2, 3)
 ENCODER_SITE = Site("encoder.block.0.q", 0, (0,), 4, reads_encoder=True)

@@ -9,11 +9,11 @@ import torch
 from support.routing import kernel_problem
 from torch import Tensor
 
-from weft.errors import ExpertError
-from weft.experts.expert import BaseReference, Expert, LoRAExpert, LoRAFactors
-from weft.routing import kernels
-from weft.routing.pool import RANK_MULTIPLE, ModulePool, stack_pool
-from weft.routing.router import Routing, Site
+from weftlm.errors import ExpertError
+from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, LoRAFactors
+from weftlm.routing import kernels
+from weftlm.routing.pool import RANK_MULTIPLE, ModulePool, stack_pool
+from weftlm.routing.router import Routing, Site
 
 
 def factors(rank: int, width: int = 6, out: int = 5, scale: float = 1.0, seed: int = 0) -> LoRAFactors:

@@ -16,12 +16,12 @@ from support.experts import BASE, gpt2, llama, make_expert, make_pool, padded, p
 from support.routing import inputs_for, logits
 from torch import nn
 
-from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import BaseReference
-from weft.experts.library import ExpertLibrary
-from weft.experts.lora import base_fingerprint
-from weft.routing.routed_linear import RoutedLinear
-from weft.routing.routed_model import MANIFEST, RoutedModel
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import BaseReference
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint
+from weftlm.routing.routed_linear import RoutedLinear
+from weftlm.routing.routed_model import MANIFEST, RoutedModel
 
 
 def library_of(folder: Path, base: BaseReference = BASE, count: int = 3) -> ExpertLibrary:
@@ -272,7 +272,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
     [
         (lambda text: text[: len(text) // 2], "holds no routed model"),
         (lambda text: "[]", "is not of the format"),
-        (edited(lambda described: described.update(format="weft routed model 0")), "is not of the format"),
+        (edited(lambda described: described.update(format="weftlm routed model 0")), "is not of the format"),
         (edited(lambda described: described.pop("base")), "base: missing"),
         (edited(lambda described: described["base"].pop("copied")), "base.copied: missing"),
         (edited(lambda described: described.update(experts="all")), "experts: "),

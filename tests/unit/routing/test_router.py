@@ -9,12 +9,12 @@ import pytest
 import torch
 from support.experts import llama, make_expert, make_pool, prompts, with_gate
 
-from weft.errors import ConfigError, ExpertError
-from weft.experts.expert import Gate
-from weft.routing.phatgoose import PhatgooseConfig
-from weft.routing.prototypes import standardise
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import Memory, Site, build_router, place_of, router_config, routers, whole_sequence
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import Gate
+from weftlm.routing.phatgoose import PhatgooseConfig
+from weftlm.routing.prototypes import standardise
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import Memory, Site, build_router, place_of, router_config, routers, whole_sequence
 
 MODULE = "model.layers.0.self_attn.q_proj"
 SITES = [Site(MODULE, 0, (0, 1), 32)]

@@ -10,10 +10,10 @@ import torch
 from support.experts import llama, make_pool, padded, prompts, t5
 from support.routing import inputs_for, recorded
 
-from weft.errors import ConfigError
-from weft.routing.routed_model import RoutedModel
-from weft.routing.router import Routing, Site
-from weft.routing.trace import MEAN, Trace, layer_of, make_trace
+from weftlm.errors import ConfigError
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.router import Routing, Site
+from weftlm.routing.trace import MEAN, Trace, layer_of, make_trace
 
 TWO = Trace(
     tokens=(5, 6),

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from weft.errors import ConfigError
-from weft.serving.checking import check_request, check_timeout
-from weft.serving.request import Sampling
+from weftlm.errors import ConfigError
+from weftlm.serving.checking import check_request, check_timeout
+from weftlm.serving.request import Sampling
 
 
 @pytest.mark.parametrize(

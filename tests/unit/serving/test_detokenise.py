@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.serving.detokenise import BROKEN, AnswerText, Detokeniser, StopTexts
+from weftlm.serving.detokenise import BROKEN, AnswerText, Detokeniser, StopTexts
 
 
 def decode_bytes(ids: Sequence[int]) -> str:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.errors import NumericsError
-from weft.serving.drawing import Draw, most_likely
-from weft.serving.request import Sampling
+from weftlm.errors import NumericsError
+from weftlm.serving.drawing import Draw, most_likely
+from weftlm.serving.request import Sampling
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, 2.0, -1.0])
 

@@ -16,10 +16,10 @@ from support.asking import PATIENCE_S, Answer, ask, collect, held
 from support.served import KINDS, write_model
 from torch.utils.hooks import RemovableHandle
 
-from weft.errors import ConfigError
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving.engine import Engine, EngineConfig
-from weft.serving.request import Finished, QueueFullError, Sampling, Token
+from weftlm.errors import ConfigError
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving.engine import Engine, EngineConfig
+from weftlm.serving.request import Finished, QueueFullError, Sampling, Token
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 LONG = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -378,7 +378,7 @@ def test_caches_are_freed(plain: OpenModel) -> None:
 
 
 def test_work_between_turns(engine: Engine) -> None:
-    assert engine.call(threading.current_thread).name == "weft-engine"
+    assert engine.call(threading.current_thread).name == "weftlm-engine"
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 // 0)
     assert engine.call(lambda: engine.call(lambda: 3)) == 3

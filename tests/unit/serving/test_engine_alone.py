@@ -11,11 +11,11 @@ from support.asking import PATIENCE_S, Answer, ask, collect, held, requests
 from support.gated import mixed_pool
 from support.in_memory import gated, plain, routed, sliding
 
-from weft.gating.bayes import FixedShareGate
-from weft.gating.prefix_gate import PrefixGate
-from weft.pipeline.any_model import OpenModel
-from weft.serving.engine import Engine, EngineConfig
-from weft.serving.request import Token
+from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.prefix_gate import PrefixGate
+from weftlm.pipeline.any_model import OpenModel
+from weftlm.serving.engine import Engine, EngineConfig
+from weftlm.serving.request import Token
 
 MODELS: dict[str, Callable[[], OpenModel]] = {
     "llama": lambda: plain(tiny.llama()),

@@ -14,12 +14,12 @@ from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
 from support.served import POSITIONS, VOCAB, write_model
 
-from weft.cli.serve import hosts_of
-from weft.errors import ConfigError
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving.http import build_app
-from weft.serving.request import Finished, Token
-from weft.serving.serve_config import ServeConfig
+from weftlm.cli.serve import hosts_of
+from weftlm.errors import ConfigError
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving.http import build_app
+from weftlm.serving.request import Finished, Token
+from weftlm.serving.serve_config import ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_a_failure_in_a_stream_is_its_last_event(opened: OpenModel) -> None:
 
 
 def test_an_engine_that_hangs_is_given_up(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.serving.answers.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("weftlm.serving.answers.GRACE_SECONDS", 0.0)
     engine = FakeEngine(opened)
     assert error_of(complete(client_of(engine, timeout_seconds=0.05)), 408)["code"] == "timeout"
     assert engine.tickets[0].cancelled.is_set()
@@ -489,7 +489,7 @@ def test_keys_open_all_but_the_health_check(engine: FakeEngine) -> None:
     assert engine.tickets == []
 
 
-@pytest.mark.parametrize("place", ["/weft", "/page/weft", "/healthz"])
+@pytest.mark.parametrize("place", ["/weftlm", "/page/weftlm", "/healthz"])
 def test_keys_cover_the_same_paths_where_the_app_is_mounted_in_another(engine: FakeEngine, place: str) -> None:
     outer = FastAPI()
     outer.mount(place, build_app({"tiny": engine}, ServeConfig(api_keys=("one",))))
@@ -504,7 +504,7 @@ def test_keys_cover_the_same_paths_where_the_app_is_mounted_in_another(engine: F
 @pytest.mark.parametrize(
     "host",
     [
-        "localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "weft.localhost", "192.0.2.1:80",
+        "localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "weftlm.localhost", "192.0.2.1:80",
         "[2001:db8::1]:8000", "Hub.example:1", "hub.example.",
     ],
 )  # fmt: skip
@@ -557,15 +557,15 @@ def test_metrics(client: TestClient) -> None:
     complete(client, n=0)
     client.get("/some/path")
     text = client.get("/metrics").text
-    assert 'weft_http_requests_total{method="POST",route="/v1/completions",status="200"} 1.0' in text
-    assert 'weft_http_requests_total{method="POST",route="/v1/completions",status="400"} 1.0' in text
-    assert 'weft_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
+    assert 'weftlm_http_requests_total{method="POST",route="/v1/completions",status="200"} 1.0' in text
+    assert 'weftlm_http_requests_total{method="POST",route="/v1/completions",status="400"} 1.0' in text
+    assert 'weftlm_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
     assert "/some/path" not in text
-    assert 'weft_time_to_first_token_seconds_count{model="tiny"} 1.0' in text
-    assert 'weft_time_per_token_seconds_count{model="tiny"} 1.0' in text
-    assert 'weft_running_requests{model="tiny"} 0.0' in text
-    assert 'weft_generated_tokens_total{model="tiny"} 7.0' in text
-    assert 'weft_finished_requests_total{model="tiny",reason="stop"} 1.0' in text
+    assert 'weftlm_time_to_first_token_seconds_count{model="tiny"} 1.0' in text
+    assert 'weftlm_time_per_token_seconds_count{model="tiny"} 1.0' in text
+    assert 'weftlm_running_requests{model="tiny"} 0.0' in text
+    assert 'weftlm_generated_tokens_total{model="tiny"} 7.0' in text
+    assert 'weftlm_finished_requests_total{model="tiny",reason="stop"} 1.0' in text
 
 
 def test_every_app_counts_for_itself(engine: FakeEngine) -> None:

@@ -10,10 +10,10 @@ from schemathesis.engine import events, from_schema
 from support.fake_engine import FakeEngine, words
 from support.served import POSITIONS, write_model
 
-from weft.pipeline.any_model import open_model
-from weft.serving.http import build_app
-from weft.serving.inspector import inspector_router
-from weft.serving.serve_config import ServeConfig
+from weftlm.pipeline.any_model import open_model
+from weftlm.serving.http import build_app
+from weftlm.serving.inspector import inspector_router
+from weftlm.serving.serve_config import ServeConfig
 
 ROUTES = {
     "/healthz", "/metrics", "/v1/models", "/v1/models/{model}", "/v1/completions", "/v1/chat/completions",

@@ -13,12 +13,12 @@ from support.fake_engine import FakeEngine, words
 from support.served import write_model
 from support.web import Web, serving
 
-from weft.errors import ConfigError
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving import server as server_module
-from weft.serving.request import Finished, Token
-from weft.serving.serve_config import ServeConfig
-from weft.serving.server import KEYS_VARIABLE, address_of, is_loopback, keys_from_environment, listen
+from weftlm.errors import ConfigError
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving import server as server_module
+from weftlm.serving.request import Finished, Token
+from weftlm.serving.serve_config import ServeConfig
+from weftlm.serving.server import KEYS_VARIABLE, address_of, is_loopback, keys_from_environment, listen
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None
 
 
 def test_a_client_that_does_not_read_is_dropped(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.serving.answers.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("weftlm.serving.answers.GRACE_SECONDS", 0.0)
     gone = threading.Event()
     lost = server_module._Protocol.connection_lost
 

@@ -12,12 +12,12 @@ import torch
 from support.served import write_model
 from transformers import LogitsProcessorList
 
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.reporting.traces import DIGITS, SCALE
-from weft.routing.routed_model import RoutedModel
-from weft.serving.inspection import Inspector, compare
-from weft.serving.inspection_facts import FieldError, Inspection
-from weft.serving.inspection_parts import GumbelNoise, shadow, tokens_of
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.reporting.traces import DIGITS, SCALE
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.serving.inspection import Inspector, compare
+from weftlm.serving.inspection_facts import FieldError, Inspection
+from weftlm.serving.inspection_parts import GumbelNoise, shadow, tokens_of
 
 TEXT = "the river runs over old stones\n\tand é 日 <b>&amp; then"
 
@@ -220,7 +220,7 @@ def test_models_that_cut_a_text_differently_are_compared_where_both_end(
     finer_ids = [*ids[:split], *byte_ids, *ids[split + 1 :]]
     finer = [*ends[:split], *range(ends[split - 1] + 1, ends[split] + 1), *ends[split + 1 :]]
     monkeypatch.setattr(
-        "weft.serving.inspection.tokens_of",
+        "weftlm.serving.inspection.tokens_of",
         lambda tokenizer, text: (finer_ids, finer) if tokenizer is b.tokenizer else tokens_of(tokenizer, text),
     )
     told = compare(a, b, TEXT)

@@ -15,13 +15,13 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support.served import write_model
 
-from weft.pipeline.any_model import OpenModel, open_model
-from weft.serving import inspector as inspector_module
-from weft.serving.api_errors import CLIENT_LEFT, add_handlers
-from weft.serving.inspection import Inspector
-from weft.serving.inspection_facts import FieldError
-from weft.serving.inspector import PAGE, inspector_router
-from weft.serving.request import Finished, Generator, Load, QueueFullError, Sampling, Token
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving import inspector as inspector_module
+from weftlm.serving.api_errors import CLIENT_LEFT, add_handlers
+from weftlm.serving.inspection import Inspector
+from weftlm.serving.inspection_facts import FieldError
+from weftlm.serving.inspector import PAGE, inspector_router
+from weftlm.serving.request import Finished, Generator, Load, QueueFullError, Sampling, Token
 
 TEXT = "the river runs over old stones and the <script>alert(1)</script> waits"
 
@@ -320,5 +320,5 @@ def test_a_question_whose_client_has_left_is_not_begun(
 
 def test_the_package_holds_the_pages_files() -> None:
     told = (Path(__file__).parents[3] / "pyproject.toml").read_text()
-    line = next(line for line in told.splitlines() if line.startswith("weft = [") and "py.typed" in line)
+    line = next(line for line in told.splitlines() if line.startswith("weftlm = [") and "py.typed" in line)
     assert {file.suffix for file in PAGE.iterdir()} <= {f".{kind}" for kind in re.findall(r"\*\*/\*\.(\w+)", line)}

@@ -9,8 +9,8 @@ from support.served import tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from weft.corpora.tokens import Tokenizer
-from weft.serving.prompts import Prompts
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.serving.prompts import Prompts
 
 
 def prompts(*, begins: bool) -> Prompts:

@@ -10,13 +10,13 @@ from support.gated import mixed_pool
 from support.in_memory import gated, plain, routed, sliding
 from torch import nn
 
-from weft.gating.bayes import FixedShareGate
-from weft.pipeline.any_model import OpenModel
-from weft.serving.engine import Engine
-from weft.serving.ragged import ATTENTION, Attention, Ragged
-from weft.serving.ragged_gated import RaggedGated
-from weft.serving.request import Sampling
-from weft.serving.stepping import Stepper
+from weftlm.gating.bayes import FixedShareGate
+from weftlm.pipeline.any_model import OpenModel
+from weftlm.serving.engine import Engine
+from weftlm.serving.ragged import ATTENTION, Attention, Ragged
+from weftlm.serving.ragged_gated import RaggedGated
+from weftlm.serving.request import Sampling
+from weftlm.serving.stepping import Stepper
 
 LENGTHS = (3, 21, 1, 12)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from weft.serving.schemas import Bounds, request_models
+from weftlm.serving.schemas import Bounds, request_models
 
 BOUNDS = Bounds(
     names=("tiny",), max_token_id=9, max_prompt_tokens=1_000, max_prompt_characters=100, max_new_tokens=4,

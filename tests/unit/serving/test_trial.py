@@ -14,16 +14,16 @@ from support.gated import whole_pool
 from support.in_memory import eager, gated, long_rope, mixture_of_experts, plain, routed, sliding, without_keys
 from torch import Tensor
 
-from weft.gating.bayes import FixedShareGate
-from weft.gating.experts import ExpertPool
-from weft.pipeline.any_model import OpenModel
-from weft.routing.kernels import packed_delta
-from weft.serving import ragged
-from weft.serving.engine import Engine
-from weft.serving.ragged import Ragged
-from weft.serving.request import Sampling
-from weft.serving.stepping import OneByOne, reads_in_pieces
-from weft.serving.trial import stepper_for, trial
+from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.experts import ExpertPool
+from weftlm.pipeline.any_model import OpenModel
+from weftlm.routing.kernels import packed_delta
+from weftlm.serving import ragged
+from weftlm.serving.engine import Engine
+from weftlm.serving.ragged import Ragged
+from weftlm.serving.request import Sampling
+from weftlm.serving.stepping import OneByOne, reads_in_pieces
+from weftlm.serving.trial import stepper_for, trial
 
 UNSHARED: dict[str, tuple[Callable[[], OpenModel], str]] = {
     "experts": (lambda: plain(mixture_of_experts()), "sorts the tokens of a pass by expert"),

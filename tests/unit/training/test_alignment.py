@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from weft.errors import ConfigError, NumericsError
-from weft.models.hf import sequence_losses
-from weft.training.alignment import (
+from weftlm.errors import ConfigError, NumericsError
+from weftlm.models.hf import sequence_losses
+from weftlm.training.alignment import (
     AlignmentConfig,
     CumulativeDots,
     ShadowProbe,

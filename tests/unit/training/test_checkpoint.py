@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from weft.errors import CheckpointError
-from weft.training import checkpoint as module
-from weft.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
+from weftlm.errors import CheckpointError
+from weftlm.training import checkpoint as module
+from weftlm.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 
 
 def make(step: int) -> Checkpoint:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from weft.config import validate
-from weft.errors import ConfigError
-from weft.training.config import NOT_DECIDING, TrainingConfig, learning_rate
+from weftlm.config import validate
+from weftlm.errors import ConfigError
+from weftlm.training.config import NOT_DECIDING, TrainingConfig, learning_rate
 
 
 def test_warmup_is_linear_and_ends_at_the_peak() -> None:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from weft.corpora.source import ArraySource
-from weft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weft.mixture.policy import MixtureSetting, build_policy
-from weft.models.factory import ModelConfig, build_model
-from weft.training.alignment import AlignmentConfig
-from weft.training.checkpoint import latest_checkpoint
-from weft.training.config import TrainingConfig
-from weft.training.loop import Task, Trainer, TrainingResult, dump_tensors
-from weft.training.runtime import choose_runtime
+from weftlm.corpora.source import ArraySource
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import ModelConfig, build_model
+from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.checkpoint import latest_checkpoint
+from weftlm.training.config import TrainingConfig
+from weftlm.training.loop import Task, Trainer, TrainingResult, dump_tensors
+from weftlm.training.runtime import choose_runtime
 
 VOCAB, LENGTH = 64, 16
 NAMES = ("a", "b", "c")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from weft.errors import CheckpointError
-from weft.training.metrics import MetricsLog, flatten, read_metrics
+from weftlm.errors import CheckpointError
+from weftlm.training.metrics import MetricsLog, flatten, read_metrics
 
 
 def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(line: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weft.training.metrics.json.dumps", full)
+    monkeypatch.setattr("weftlm.training.metrics.json.dumps", full)
     with pytest.raises(CheckpointError, match=r"cannot be written.*No space left.*same command continues"):
         log.write("train", 1, 1)
     log.close()

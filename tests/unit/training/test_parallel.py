@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from weft.models.factory import ModelConfig, build_model, peft_warnings
-from weft.training.parallel import decoder_layers, put, units, whole, whole_state
+from weftlm.models.factory import ModelConfig, build_model, peft_warnings
+from weftlm.training.parallel import decoder_layers, put, units, whole, whole_state
 
 
 def model(architecture: str, **config: int | bool) -> nn.Module:

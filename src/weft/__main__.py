@@ -1,5 +1,0 @@
-"""`python -m weft`: the command line."""
-
-from weft.cli.main import main
-
-main()

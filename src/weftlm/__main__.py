@@ -1,0 +1,5 @@
+"""`python -m weftlm`: the command line."""
+
+from weftlm.cli.main import main
+
+main()

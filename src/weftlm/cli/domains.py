@@ -1,0 +1,45 @@
+"""`weftlm domains`: what the domains are."""
+
+from __future__ import annotations
+
+import typer
+
+from weftlm.cli.dry_run import show_plan
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.recipe import load_recipe
+
+
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False
+) -> None:
+    """Show the domains: sizes, typical documents, nearest neighbours.
+
+    Prepares the corpora where that is not done yet. `target` is the share of the target's documents nearest to a
+    domain.
+    """
+    resolved = load_recipe(recipe, set_ or [])
+    if dry_run:
+        show_plan(resolved, json)
+        return
+    data = prepare(resolved.data, resolved.prepared_folder)
+    facts = data.domain_facts()
+    if json:
+        print_json(facts)
+        return
+    shares = data.target_histogram_D.tolist() if data.target_histogram_D is not None else [None] * len(facts)
+    rows = [
+        [
+            fact["name"],
+            f"{fact['documents']:,}",
+            f"{fact['train_tokens']:,}",
+            "-" if share is None else f"{share:.1%}",
+            ", ".join(f"{near['name']} {near['cosine']:.2f}" for near in fact["neighbours"][:3]),
+        ]
+        for fact, share in zip(facts, shares, strict=True)
+    ]
+    print_table(str(resolved.prepared_folder), ["domain", "documents", "tokens", "target", "nearest (cosine)"], rows)
+    for fact in facts:
+        typer.echo(f"\n{fact['name']}")
+        for document in fact["typical"]:
+            typer.echo(f"  {document['origin']}: {document['excerpt']}")

@@ -1,0 +1,29 @@
+"""What `--dry-run` shows: the resolved recipe and what following it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from weftlm.cli.options import print_json, print_table
+from weftlm.pipeline.recipe import Recipe, plan
+
+
+def show_plan(recipe: Recipe, json: bool) -> None:
+    """Print every key with its value, then parameters, tokens and steps.
+
+    Raises:
+        ConfigError: the recipe contradicts itself in a way that can be seen without reading anything.
+    """
+    show(recipe.resolved(), recipe.to_yaml(), plan(recipe), json)
+
+
+def show(resolved: Mapping[str, Any], text: str, described: Mapping[str, Any], json: bool) -> None:
+    """Print a resolved recipe, as a mapping or as YAML, and what following it would do."""
+    if json:
+        print_json({"recipe": resolved, "plan": described})
+        return
+    typer.echo(text)
+    print_table("plan", ["what", "value"], [[name, f"{value}"] for name, value in described.items()])

@@ -1,0 +1,48 @@
+"""`weftlm experts gate`: one expert's gate again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from weftlm.cli.dry_run import show
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json
+from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
+from weftlm.pipeline.experts import gate_expert
+
+
+def run(
+    recipe: RecipeArgument,
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="The expert's name in the library.")],
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            help="The domain whose text the expert is for. Default: the one it was made from, or of its name.",
+            show_default=False,
+        ),
+    ] = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train one expert's gate again, and collect its statistics, on its own domain alone.
+
+    The adapter stays as it is and no other expert is read. An imported adapter gets its gate in the same way. Settings
+    are experts.gate, experts.statistics_examples and experts.embedder: --set experts.gate.steps=300.
+    """
+    resolved = load_expert_recipe(recipe, set_ or [])
+    if dry_run:
+        show(resolved.resolved(), resolved.to_yaml(), {**expert_plan(resolved), "expert": expert}, json)
+        return
+    result = gate_expert(resolved, expert, domain=domain)
+    if json:
+        print_json(result)
+        return
+    gate, statistics = result["gate"], result["statistics"]
+    typer.echo(
+        f"{expert}: gate trained on {result['domain']}, {gate['steps']} steps, loss of a batch "
+        f"{number(gate['first_loss'])} at first and {number(gate['last_loss'])} at last"
+    )
+    if statistics is not None:
+        typer.echo(f"statistics of {statistics['examples']:,} windows of {statistics['sequence_length']} tokens")

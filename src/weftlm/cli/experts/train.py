@@ -1,0 +1,80 @@
+"""`weftlm experts train`: an expert of every domain."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from weftlm.cli.dry_run import show
+from weftlm.cli.options import (
+    DryRunOption,
+    GpusOption,
+    JsonOption,
+    RayOption,
+    RecipeArgument,
+    SetOption,
+    check_gpus,
+    number,
+    print_json,
+    print_table,
+)
+from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
+from weftlm.pipeline.experts import train_experts
+from weftlm.pipeline.train import is_main_process
+
+
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="Make this expert only; repeatable.", show_default=False),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Experts made at once.", min=1)] = 1,
+    ray: RayOption = False,
+    gpus: GpusOption = 0.0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Discard experts and unfinished work of other settings, data or seed.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Make an expert of every domain: a LoRA adapter, its gate, and statistics of its text.
+
+    The recipe has an `experts` section: a recipe of weftlm train, whose model is then the base, or a small one with
+    run, data and experts, where experts.base names the base. Each expert joins the library as soon as it is whole; run
+    again, the command continues. Under torchrun the experts are dealt out to the ranks, with --ray to machines.
+    """
+    check_gpus(ray, gpus)
+    resolved = load_expert_recipe(recipe, set_ or [])
+    if dry_run:
+        show(resolved.resolved(), resolved.to_yaml(), expert_plan(resolved), json)
+        return
+    result = train_experts(resolved, only=only, replace=replace, processes=processes, ray=ray, gpus=gpus)
+    if not is_main_process():
+        return
+    if json:
+        print_json(result)
+        return
+    rows = [[name, *_row(facts)] for name, facts in result["experts"].items()]
+    print_table(
+        f"{result['library']} over {result['base']}",
+        ["expert", "domain", "", "before", "after", "unit", "step kept", "s"],
+        rows,
+    )
+
+
+def _row(facts: dict[str, Any]) -> list[str]:
+    losses, adapter = facts["losses"] or {}, facts["adapter"] or {}
+    before, after = losses.get("before") or {}, losses.get("after") or {}
+    unit = "bits_per_byte" if after.get("bits_per_byte") is not None else "nats_per_token"
+    return [
+        facts["domain"],
+        facts["status"],
+        number(before.get(unit)),
+        number(after.get(unit)),
+        unit.replace("_per_", "/") if after else "-",
+        f"{adapter['kept_step']:,} of {adapter['steps']:,}" if adapter else "-",
+        number(sum(adapter["seconds"].values()), 0) if adapter else "-",
+    ]

@@ -1,0 +1,111 @@
+"""The arguments every command shares, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from weftlm.errors import ConfigError
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False)
+]
+LibraryArgument = Annotated[
+    Path, typer.Argument(metavar="LIBRARY", help="Folder of the expert library.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=value", help="Override one key of the recipe; repeatable.", show_default=False),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")
+]
+RayOption = Annotated[
+    bool, typer.Option("--ray", help="Over the machines of a Ray cluster (extra 'ray'), which share a disk.")
+]
+GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each Ray task; 0 for CPUs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def check_gpus(ray: bool, gpus: float) -> None:
+    """Refuse `--gpus` without `--ray`.
+
+    Raises:
+        ConfigError: it came.
+    """
+    if gpus and not ray:
+        raise ConfigError(f"--gpus {gpus:g} is of Ray's tasks; give --ray with it, or leave it out")
+
+
+def names_of(text: str) -> list[str]:
+    """The names in `a,b,c`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers in `0.5,0.3,0.2`.
+
+    Raises:
+        ConfigError: a part is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; give numbers with commas between: 0.5,0.5") from None
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: the first column left-aligned, the others right-aligned."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table; `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def with_error(value: float | None, error: float | None, digits: int = 4) -> str:
+    """`value ± error` for a table."""
+    return number(value, digits) if error is None else f"{number(value, digits)} ± {number(error, digits)}"
+
+
+def sets_table(title: str, result: Mapping[str, Any]) -> None:
+    """Print an evaluation: one row per set, the mean over domains last."""
+    rows = [
+        [
+            name,
+            with_error(values["nats_per_token"], values["nats_per_token_se"]),
+            number(values["perplexity"], 2),
+            with_error(values["bits_per_byte"], values["bits_per_byte_se"]),
+            f"{values['tokens']:,}",
+        ]
+        for name, values in result["sets"].items()
+    ]
+    generic = result.get("generic")
+    if generic is not None:
+        rows.append(
+            [
+                "mean over domains",
+                with_error(generic["nats_per_token"], generic["nats_per_token_se"]),
+                "-",
+                with_error(generic["bits_per_byte"], generic["bits_per_byte_se"]),
+                "-",
+            ]
+        )
+    print_table(title, ["set", "nats/token", "perplexity", "bits/byte", "tokens"], rows)

@@ -1,0 +1,59 @@
+"""`weftlm run`: a whole project, stage by stage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
+from weftlm.cli.status import show_status
+from weftlm.pipeline.project import Project, load_project
+from weftlm.pipeline.project_report import REPORT
+from weftlm.pipeline.runner import plan_stages, run_project
+from weftlm.pipeline.train import is_main_process
+
+
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Make this stage and all later ones anew.", show_default=False),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.", show_default=False)
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Experts made at once.", min=1)] = 1,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Carry a recipe through all its stages: data, base, experts, routers, robust gate, students, one report.
+
+    What is done and unchanged is skipped; an interrupted run continues. A recipe has the stages of its sections: model,
+    mixture and training train a base; experts make experts over it; routing compares routers; gating fits a robust gate
+    and distils it; compare trains rivals. A costly stage whose settings changed is replaced only with --from.
+    """
+    project = load_project(recipe, set_ or [])
+    if dry_run:
+        _show_plan(project, from_, until, json)
+        return
+    found = run_project(project, from_stage=from_, until=until, processes=processes)
+    if is_main_process():
+        show_status(project, found, json)
+        if not json and (project.run / REPORT).exists() and found[-1].state == "done":
+            typer.echo(f"report: {project.run / REPORT}")
+
+
+def _show_plan(project: Project, from_: str | None, until: str | None, json: bool) -> None:
+    planned = plan_stages(project, from_stage=from_, until=until)
+    if json:
+        stages = [{**status.to_json(), "act": act} for status, act in planned]
+        print_json({"recipe": project.resolved(), "stages": stages})
+        return
+    typer.echo(project.to_yaml())
+    print_table(
+        f"{project.run}: what weftlm run would do",
+        ["stage", "what", "now", "then", "why"],
+        [[status.stage.name, status.stage.title, status.state, act, status.why] for status, act in planned],
+    )

@@ -1,0 +1,71 @@
+"""`weftlm score`: every expert's log-probability of held-out text and of samples, once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from weftlm.cli.dry_run import show
+from weftlm.cli.options import (
+    DryRunOption,
+    GpusOption,
+    JsonOption,
+    RayOption,
+    RecipeArgument,
+    SetOption,
+    check_gpus,
+    number,
+    print_json,
+    print_table,
+)
+from weftlm.pipeline.expert_recipe import load_expert_recipe
+from weftlm.pipeline.gating import gate_plan, score_experts
+from weftlm.pipeline.train import is_main_process
+
+COLUMNS = 4
+"""Experts in a table, so that it fits a terminal of 80 characters."""
+
+
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away scores of other experts, text or settings.")
+    ] = False,
+    ray: RayOption = False,
+    gpus: GpusOption = 0.0,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Score the domains' held-out text and samples of every expert under every expert, once.
+
+    The scores go to `scores` in the run folder; gates are fitted on them without running an expert again. Run again
+    after an interruption, the command continues. Under torchrun the ranks share the work.
+    """
+    check_gpus(ray, gpus)
+    resolved = load_expert_recipe(recipe, set_ or [])
+    if dry_run:
+        show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
+        return
+    result = score_experts(resolved, overwrite=overwrite, ray=ray, gpus=gpus)
+    if not is_main_process():
+        return
+    if json:
+        print_json(result)
+        return
+    _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    domains, experts = result["domains"], result["experts"]
+    sizes = [[name, f"{facts['sequences']:,}", f"{facts['tokens']:,}"] for name, facts in domains.items()]
+    sizes += [
+        [f"samples of {name}", f"{facts['sequences']:,}", f"{facts['tokens']:,}"]
+        for name, facts in result["samples"].items()
+    ]
+    print_table(f"{result['folder']}: {result['kind']}", ["text", "sequences", "tokens"], sizes)
+    for first in range(0, len(experts), COLUMNS):
+        shown = experts[first : first + COLUMNS]
+        rows = [[name, *(number(facts["nats_per_token"][e]) for e in shown)] for name, facts in domains.items()]
+        print_table("nats per token, by expert", ["domain", *shown], rows)

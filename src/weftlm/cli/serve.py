@@ -1,0 +1,171 @@
+"""`weftlm serve`: models behind OpenAI's API, and a page to look into them."""
+
+from __future__ import annotations
+
+import json as json_
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weftlm.config import validate
+from weftlm.errors import ConfigError, install_hint
+from weftlm.pipeline.any_model import OpenModel, open_model
+
+try:
+    from weftlm.serving.engine import Engine, EngineConfig
+    from weftlm.serving.http import build_app
+    from weftlm.serving.inspector import inspector_router
+    from weftlm.serving.limits import host_name
+    from weftlm.serving.serve_config import ServeConfig
+    from weftlm.serving.server import KEYS_VARIABLE, Server, address_of, is_loopback, keys_from_environment, listen
+except ModuleNotFoundError as missing:
+    raise ConfigError(
+        f"weftlm serve needs a package that is not installed ({missing}); {install_hint('serve')}"
+    ) from missing
+
+SERVE, ENGINE = ServeConfig(), EngineConfig()
+
+
+def run(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Run folders, routed or gated models, or names on the hub.", show_default=False
+        ),
+    ],
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="Name of a model, in their order; the folder's unless told.", show_default=False),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes one that is free.")] = 8000,
+    device: Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of plain models' parameters: float32, bfloat16, float16.")
+    ] = "float32",
+    base: Annotated[
+        str | None, typer.Option("--base", help="Another place of a routed model's base.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Of a name on the hub.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub name, where none lies beside.", show_default=False)
+    ] = None,
+    slots: Annotated[int, typer.Option("--slots", help="Answers generated at a time, for each model.")] = ENGINE.slots,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", help="Answers that may wait, for each model; more are told to come back.")
+    ] = ENGINE.max_waiting,
+    timeout_seconds: Annotated[
+        float, typer.Option("--timeout-seconds", help="A request may take, its wait included.")
+    ] = SERVE.timeout_seconds,
+    intake_seconds: Annotated[
+        float, typer.Option("--intake-seconds", help="A request may take to arrive.")
+    ] = SERVE.intake_seconds,
+    max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", help="Of a request.")] = SERVE.max_body_bytes,
+    max_prompt_tokens: Annotated[
+        int, typer.Option("--max-prompt-tokens", help="Of one prompt.")
+    ] = SERVE.max_prompt_tokens,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of one answer.")] = SERVE.max_new_tokens,
+    max_answers: Annotated[
+        int, typer.Option("--max-answers", help="Of one request: its prompts times n.")
+    ] = SERVE.max_answers,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="Another name the server is reached under, as a proxy's.", show_default=False
+        ),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Listen beyond this machine without API keys.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on stdout when ready.")] = False,
+) -> None:
+    """Serve models over HTTP, as OpenAI's API does, with a page at / that shows their routing.
+
+    Unless --host says otherwise only this machine reaches the server; without keys it is then answered as localhost, by
+    address, or under a name of --allow-host, and no other. WEFTLM_API_KEYS holds the keys that open the server, with
+    commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
+    """
+    keys = keys_from_environment()
+    if not keys and not allow_anonymous and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} is reached from other machines and no API key is set; set {KEYS_VARIABLE}, or give "
+            "--allow-anonymous"
+        )
+    config = validate(
+        ServeConfig,
+        {
+            "timeout_seconds": timeout_seconds,
+            "intake_seconds": intake_seconds,
+            "max_body_bytes": max_body_bytes,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+            "max_answers": min(max_answers, max(1, slots + max_waiting)),
+            "hosts": hosts_of(host, allow_host or [], open_to_all=bool(keys) or not is_loopback(host)),
+            "api_keys": keys,
+        },
+        "",
+    )
+    engine_config = validate(
+        EngineConfig, {"slots": slots, "max_waiting": max_waiting, "timeout_seconds": timeout_seconds}, ""
+    )
+    names = names_of_models(models, name or [])
+    for option, value in (("--base", base), ("--revision", revision), ("--tokenizer", tokenizer)):
+        if value is not None and len(models) > 1:
+            raise ConfigError(f"{option} is of one model and {len(models)} came; serve that one alone")
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(host, port, timeout_seconds))
+        opened: dict[str, OpenModel] = {}
+        for served, path in zip(names, models, strict=True):
+            opened[served] = open_model(
+                path, base=base, revision=revision, tokenizer=tokenizer, dtype=dtype, device=device
+            )
+        engines: dict[str, Engine] = {}
+        for served, model in opened.items():
+            engines[served] = Engine(model, engine_config)
+            stack.callback(engines[served].close)
+        app = build_app(engines, config, pages=[inspector_router(opened, engines)])
+        address = address_of(listener)
+
+        def ready() -> None:
+            typer.echo(f"serving {', '.join(names)} at {address}", err=True)
+            if json:
+                typer.echo(json_.dumps({"address": address, "models": names}))
+
+        Server(app, engines, config, ready).run(sockets=[listener])
+
+
+def hosts_of(host: str, allowed: list[str], *, open_to_all: bool) -> list[str] | None:
+    """Names clients may reach the server under; None for any.
+
+    Args:
+        host: the server listens on.
+        allowed: by the user.
+        open_to_all: whether any name will do where none is given.
+    Raises:
+        ConfigError: what is allowed is no name.
+    """
+    for name in allowed:
+        if not host_name(name) or "/" in name or any(letter.isspace() for letter in name):
+            raise ConfigError(
+                f"--allow-host {name!r} is no host; give a name as in hub.example, without scheme or path"
+            )
+    return None if open_to_all and not allowed else [host, *allowed]
+
+
+def names_of_models(models: list[str], given: list[str]) -> list[str]:
+    """Names clients use: those given, else the last part of each path.
+
+    Raises:
+        ConfigError: there are more or fewer names than models, or two are the same.
+    """
+    if given and len(given) != len(models):
+        raise ConfigError(f"{len(models)} models and {len(given)} names; give --name once for each, or not at all")
+    names = given or [Path(model).resolve().name if Path(model).exists() else Path(model).name for model in models]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two models would be called {twice[0]!r}; give each a --name of its own")
+    return names

@@ -1,0 +1,46 @@
+"""`weftlm status`: what of a run folder is done, running, stale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weftlm.cli.options import JsonOption, number, print_json, print_table
+from weftlm.errors import ConfigError
+from weftlm.pipeline.project import Project, load_project
+from weftlm.pipeline.runner import StageStatus, project_status
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of weftlm run.", show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """Show what of a run folder is done, running, interrupted, failed, stale or to do, and why.
+
+    The recipe is the one weftlm run last carried out there; texts and settings are compared with what the results were
+    made of.
+    """
+    recipe = folder / "stages" / "recipe.yaml"
+    if not recipe.exists():
+        raise ConfigError(f"{folder} is no run folder of weftlm run ({recipe} is not there); run a recipe first")
+    project = load_project(recipe, [f"run={dumps(str(folder))}"])
+    show_status(project, project_status(project), json)
+
+
+def show_status(project: Project, found: Sequence[StageStatus], json: bool) -> None:
+    """Print where every stage stands."""
+    if json:
+        print_json({"run": str(project.run), "stages": [status.to_json() for status in found]})
+        return
+    print_table(
+        str(project.run),
+        ["stage", "what", "state", "s", "why"],
+        [
+            [status.stage.name, status.stage.title, status.state, number(status.seconds, 1), status.why]
+            for status in found
+        ],
+    )

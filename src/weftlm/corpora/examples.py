@@ -1,0 +1,146 @@
+"""Examples: documents that are a prompt and the target to be said after it, over the tokens of a source.
+
+The tokens lie in the source one document after the other, prompt, target, end-of-document token; here is where each of
+them begins and ends. Whoever has no use for prompts reads the source as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from weftlm.corpora.source import Source
+from weftlm.errors import DataError
+
+
+class Example(NamedTuple):
+    """One example in token ids, int64, without special tokens.
+
+    Attributes:
+        prompt_P: the prompt's.
+        target_C: the target's.
+    """
+
+    prompt_P: NDArray[np.int64]
+    target_C: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of a source of tokens.
+
+    Attributes:
+        source: the tokens.
+        starts_N: position of each example's first token, int64.
+        prompts_N: tokens of its prompt, int64.
+        targets_N: tokens of its target, the end-of-document token not counted, int64.
+        target_bytes_N: UTF-8 bytes of its target, int64.
+        eos_id: the end-of-document token.
+        fingerprint: of the source, which says where prompts end.
+    """
+
+    source: Source = field(repr=False)
+    starts_N: NDArray[np.int64] = field(repr=False)
+    prompts_N: NDArray[np.int64] = field(repr=False)
+    targets_N: NDArray[np.int64] = field(repr=False)
+    target_bytes_N: NDArray[np.int64] = field(repr=False)
+    eos_id: int
+    fingerprint: str
+
+    @classmethod
+    def of(
+        cls, source: Source, spans_N2: NDArray[np.int64], prompts: ArrayLike, target_bytes: ArrayLike, eos_id: int
+    ) -> Examples:
+        """The examples of a source whose documents each end with the end-of-document token.
+
+        Args:
+            source: the tokens.
+            spans_N2: start and end of each document, its end-of-document token included.
+            prompts: tokens of each document's prompt.
+            target_bytes: UTF-8 bytes of each document's target.
+            eos_id: the end-of-document token.
+        """
+        prompts_N = np.asarray(prompts).astype(np.int64)
+        targets_N = spans_N2[:, 1] - spans_N2[:, 0] - 1 - prompts_N
+        sizes_N = np.asarray(target_bytes).astype(np.int64)
+        return cls(source, spans_N2[:, 0].copy(), prompts_N, targets_N, sizes_N, eos_id, source.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.starts_N)
+
+    def read(self, indices_B: Sequence[int] | NDArray[Any]) -> list[Example]:
+        """Some examples, in the order asked for.
+
+        Raises:
+            IndexError: there is no such example.
+        """
+        found = []
+        for index in np.asarray(indices_B, dtype=np.int64).tolist():
+            if not 0 <= index < len(self):
+                raise IndexError(f"example {index} of {len(self)}")
+            cut = int(self.prompts_N[index])
+            ids_N = self.source.read(int(self.starts_N[index]), cut + int(self.targets_N[index]))
+            found.append(Example(ids_N[:cut], ids_N[cut:]))
+        return found
+
+    def until(self, tokens: int, fingerprint: str) -> Examples:
+        """Those that lie whole within the first tokens of the source, under the fingerprint of that part."""
+        count = int(np.searchsorted(self.starts_N + self.prompts_N + self.targets_N + 1, tokens, side="right"))
+        kept = {name: getattr(self, name)[:count] for name in ("starts_N", "prompts_N", "targets_N", "target_bytes_N")}
+        return replace(self, **kept, fingerprint=fingerprint)
+
+
+class ExampleSource:
+    """Examples held in memory as a `Source`: for tests, and for loops that bring their own tokens.
+
+    Args:
+        examples: prompt and target of each, in token ids without special tokens.
+        eos_id: put after every example.
+        target_bytes: UTF-8 bytes of each target; needed for bits per byte only.
+    Raises:
+        DataError: there is no example, or one without target.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[tuple[ArrayLike, ArrayLike]],
+        eos_id: int,
+        *,
+        target_bytes: Sequence[int] | None = None,
+    ) -> None:
+        pairs = [Example(np.asarray(p, dtype=np.int64), np.asarray(t, dtype=np.int64)) for p, t in examples]
+        if not pairs or any(len(pair.target_C) == 0 for pair in pairs):
+            raise DataError(f"{len(pairs)} examples were given; give at least one, each with a target")
+        self._ids = np.concatenate([part for pair in pairs for part in (*pair, np.array([eos_id]))]).astype(np.int64)
+        lengths_N = np.array([len(pair.prompt_P) + len(pair.target_C) + 1 for pair in pairs])
+        prompts_N = np.array([len(pair.prompt_P) for pair in pairs], dtype=np.int64)
+        sizes_N = np.zeros(len(pairs), dtype=np.int64) if target_bytes is None else np.asarray(target_bytes)
+        self.bytes = int(sizes_N.sum())
+        total = hashlib.blake2b(self._ids.tobytes() + prompts_N.tobytes() + lengths_N.tobytes(), digest_size=16)
+        self.fingerprint = total.hexdigest()
+        ends_N = np.cumsum(lengths_N)
+        spans_N2 = np.stack([ends_N - lengths_N, ends_N], axis=1)
+        self.examples = Examples.of(self, spans_N2, prompts_N, sizes_N, eos_id)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """See `Source.read`."""
+        return self._ids[start : start + count].copy()
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """See `Source.read_many`."""
+        rows: NDArray[np.int64] = self._ids[starts_N[:, None] + np.arange(count)]
+        return rows
+
+
+def examples_of(source: object) -> Examples | None:
+    """The examples a source holds; None for plain text."""
+    found = getattr(source, "examples", None)
+    return found if isinstance(found, Examples) else None

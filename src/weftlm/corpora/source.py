@@ -1,0 +1,95 @@
+"""The two values the corpora room deals in: a document of text, and a source of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from weftlm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of text.
+
+    Attributes:
+        text: the text itself, valid Unicode.
+        origin: where it came from, for people: `path:line`, `module.function` or `dataset[row]`.
+        label: the domain the corpus gave it, or None when domains are to be discovered.
+        prompt: of an example, how many characters of the text are its prompt; the rest, never empty, is its target.
+            None: plain text.
+    """
+
+    text: str
+    origin: str
+    label: str | None = None
+    prompt: int | None = None
+
+    def digest(self) -> bytes:
+        """BLAKE2b-128 of the text's UTF-8 bytes: the identity used for exact-duplicate removal and splits."""
+        return hashlib.blake2b(self.text.encode("utf-8"), digest_size=16).digest()
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A domain's tokens in a fixed order.
+
+    Attributes:
+        fingerprint: hash of the ordered contents and of the tokenizer that made them.
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens `start .. start + count`, a fresh array of shape (count,)."""
+        ...
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """One run of `count` tokens from each start, a fresh array of shape (N, count)."""
+        ...
+
+
+class ArraySource:
+    """Tokens held in memory as a `Source`: for tests, benchmarks and loops that bring their own tokens.
+
+    Args:
+        tokens: token ids, one-dimensional.
+        text_bytes: UTF-8 bytes of the text they stand for; needed for bits per byte only.
+    Raises:
+        DataError: the tokens are not one-dimensional integers.
+    """
+
+    def __init__(self, tokens: ArrayLike, *, text_bytes: int = 0) -> None:
+        array = np.asarray(tokens)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise DataError(f"tokens have shape {array.shape} and dtype {array.dtype}; give one row of integers")
+        self._tokens = np.ascontiguousarray(array, dtype=np.int64)
+        self.bytes = text_bytes
+        self.fingerprint = hashlib.blake2b(self._tokens.tobytes(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """See `Source.read`."""
+        self._check(start, start + count)
+        return self._tokens[start : start + count].copy()
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """See `Source.read_many`."""
+        if len(starts_N):
+            self._check(int(starts_N.min()), int(starts_N.max()) + count)
+        rows: NDArray[np.int64] = self._tokens[starts_N[:, None] + np.arange(count)]
+        return rows
+
+    def _check(self, first: int, end: int) -> None:
+        if first < 0 or end > len(self._tokens):
+            raise DataError(f"tokens {first} .. {end} were asked for; the source holds {len(self._tokens)}")

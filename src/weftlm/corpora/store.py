@@ -1,0 +1,565 @@
+"""Token stores: a domain's tokens in memory-mapped shards, written atomically and checked when opened.
+
+A store is a folder:
+
+    index.json          what is in it, with the size and BLAKE2b of every file, and a checksum over itself
+    tokens-00000.bin    `shard_tokens` tokens each (the last one fewer), little-endian uint16 or uint32
+    documents.bin       three little-endian uint64 per document: its end in tokens, UTF-8 bytes of its text, and the
+                        end of its origin in origins.bin
+    origins.bin         where each document came from, UTF-8, one after another
+    prompts.bin         of a store of examples alone: two little-endian uint64 per document, the tokens of its prompt
+                        (the first of its tokens) and the UTF-8 bytes of its prompt
+
+Tokens of the documents follow each other, each document closed by the end-of-document token. A writer works in a hidden
+sibling folder and renames it when everything is on disk, so a half-written store is never opened. How the files are
+written is in `store_files.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from weftlm.corpora.examples import Examples
+from weftlm.corpora.store_files import (
+    DOCUMENT,
+    DOCUMENTS,
+    FORMAT,
+    INDEX,
+    ORIGINS,
+    PROMPT,
+    PROMPTS,
+    PartialFolder,
+    StoreFiles,
+    Vocabulary,
+    checksum,
+    file_digest,
+    make_folder,
+    map_file,
+    write_json,
+)
+from weftlm.errors import DataError
+
+__all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "folder_name", "open_stores"]
+
+VERIFIED = "verified.json"
+SHARD_TOKENS = 1 << 26
+
+_REMEDY = "restore it, or delete the folder and prepare the data again"
+_log = logging.getLogger(__name__)
+
+
+class TokenStoreWriter:
+    """Writes one store; use as a context manager, or call `finish` or `abort`.
+
+    Tokens wait in memory up to `buffer_bytes`, whatever the size of the store. Files are open only while written to.
+    With `resume=True` an interrupted writer's folder is taken up at its last `commit`: skip `documents` documents of
+    the stream and append the rest. `mark` is whatever the last `commit` was given, to recognise the stream by.
+
+    Args:
+        path: the store's folder; must not exist unless `overwrite`.
+        vocabulary: size, end-of-document id and fingerprint of the tokenizer.
+        shard_tokens: tokens in one file.
+        buffer_bytes: memory for tokens not yet on disk.
+        resume: continue an interrupted writer's work instead of starting anew.
+        overwrite: replace an existing store when finished.
+    Raises:
+        DataError: the store exists already, another process is writing it, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        vocabulary: Vocabulary,
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+        buffer_bytes: int = 4 << 20,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self._partial = PartialFolder(Path(path), resume=resume, overwrite=overwrite)
+        self._buffer_bytes = buffer_bytes
+        self.mark = ""
+        self._files = StoreFiles(self._partial.path, vocabulary, shard_tokens)
+        journal = self._partial.read_journal()
+        if journal is not None:
+            if self._files.restore(journal.get("store")):
+                self.mark = str(journal["mark"])
+            else:
+                _log.warning("%s does not hold what its journal says; starting again", self._partial.path)
+                self._partial.clear()
+                self._files = StoreFiles(self._partial.path, vocabulary, shard_tokens)
+
+    @property
+    def documents(self) -> int:
+        """Documents appended so far, those of an interrupted run included."""
+        return self._files.documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens appended so far, end-of-document tokens included."""
+        return self._files.tokens
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the documents appended so far."""
+        return self._files.bytes
+
+    def append(
+        self,
+        tokens: ArrayLike,
+        text_bytes: int,
+        origin: str = "",
+        label: str | None = None,
+        prompt: tuple[int, int] | None = None,
+    ) -> None:
+        """Append one document; the end-of-document token is added here.
+
+        Args:
+            tokens: token ids without special tokens, shape (tokens,).
+            text_bytes: length of the document's text in UTF-8 bytes.
+            origin: where the document came from.
+            label: ignored; there so that this writer and `MultiStoreWriter` are called alike.
+            prompt: of an example, how many of the tokens, and of the bytes, are its prompt's.
+        Raises:
+            DataError: an id is outside the vocabulary, some documents are examples and some not, or the disk is full.
+        """
+        self._files.append(tokens, text_bytes, origin, prompt)
+        if self._files.pending_bytes >= self._buffer_bytes:
+            self._files.flush()
+
+    def commit(self, mark: str) -> None:
+        """Put everything appended so far on record: a later writer with `resume=True` continues from here."""
+        self._files.flush()
+        self._partial.write_journal({"mark": mark, "store": self._files.state()})
+
+    def finish(self) -> TokenStore:
+        """Close the store, rename it into place and open it.
+
+        Raises:
+            DataError: no document was appended, or the disk is full.
+        """
+        if self._files.documents == 0:
+            self.abort()
+            raise DataError(f"token store {self._partial.final} would hold no document")
+        with self._partial.kept_on_failure():
+            self._files.close()
+            self._partial.publish()
+        return TokenStore(self._partial.final, verify="sizes")
+
+    def abort(self, keep: bool = False) -> None:
+        """Stop without a store; `keep` leaves the committed part for a later `resume=True`."""
+        self._partial.abandon(keep=keep)
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self.abort(keep=self._partial.resume)
+        elif not self._partial.closed:
+            self.finish()
+
+
+class MultiStoreWriter:
+    """Writes a store per label, thousands of them at once, into one folder that appears all at once.
+
+    Each store is the subfolder `folder_name(label)`; `stores.json` lists labels and folders in order of name. All
+    labels share `buffer_bytes` of memory: when it is used up, the fullest buffers are written. One file is open at a
+    time. `resume`, `commit` and `mark` work as in `TokenStoreWriter`.
+
+    Attributes:
+        documents: documents appended so far over all labels, those of an interrupted run included.
+        tokens: tokens likewise.
+        bytes: UTF-8 bytes of text likewise.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        vocabulary: Vocabulary,
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+        buffer_bytes: int = 64 << 20,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self._partial = PartialFolder(Path(path), resume=resume, overwrite=overwrite)
+        self._vocabulary = vocabulary
+        self._shard_tokens = shard_tokens
+        self._buffer_bytes = buffer_bytes
+        self._pending_bytes = 0
+        self._stores: dict[str, StoreFiles] = {}
+        self._folders: dict[str, str] = {}
+        self._folded: set[str] = set()
+        self.documents = self.tokens = self.bytes = 0
+        self.mark = ""
+        journal = self._partial.read_journal()
+        if journal is not None:
+            states = journal.get("stores")
+            if isinstance(states, dict) and all(self._open(label).restore(states[label]) for label in states):
+                self.mark = str(journal["mark"])
+                self.documents = sum(store.documents for store in self._stores.values())
+                self.tokens = sum(store.tokens for store in self._stores.values())
+                self.bytes = sum(store.bytes for store in self._stores.values())
+                self._remove_strangers()
+            else:
+                _log.warning("%s does not hold what its journal says; starting again", self._partial.path)
+                self._partial.clear()
+                self._stores, self._folders, self._folded = {}, {}, set()
+
+    def append(
+        self,
+        tokens: ArrayLike,
+        text_bytes: int,
+        origin: str = "",
+        label: str | None = None,
+        prompt: tuple[int, int] | None = None,
+    ) -> None:
+        """Append one document to the store of its label.
+
+        Raises:
+            DataError: no label, an id outside the vocabulary, some documents of the label are examples and some not,
+                or the disk is full.
+        """
+        if label is None:
+            raise DataError(f"document {origin or '(no origin)'} has no label; set label, label_field or label_from")
+        store = self._stores.get(label) or self._open(label)
+        pending, length = store.pending_bytes, store.tokens
+        store.append(tokens, text_bytes, origin, prompt)
+        self._pending_bytes += store.pending_bytes - pending
+        self.documents += 1
+        self.tokens += store.tokens - length
+        self.bytes += text_bytes
+        if self._pending_bytes >= self._buffer_bytes:
+            self._flush_fullest()
+
+    def commit(self, mark: str) -> None:
+        """Put everything appended so far on record: a later writer with `resume=True` continues from here."""
+        for store in self._stores.values():
+            store.flush()
+        self._pending_bytes = 0
+        states = {label: store.state() for label, store in self._stores.items()}
+        self._partial.write_journal({"mark": mark, "stores": states})
+
+    def finish(self) -> dict[str, TokenStore]:
+        """Close all stores, rename the folder into place and open them, by label in order of name.
+
+        Raises:
+            DataError: no document was appended, or the disk is full.
+        """
+        if not self._stores:
+            self.abort()
+            raise DataError(f"token stores {self._partial.final} would hold no document")
+        with self._partial.kept_on_failure():
+            for store in self._stores.values():
+                store.close(sync=False)
+            names = {label: self._folders[label] for label in sorted(self._stores)}
+            write_json(self._partial.path / "stores.json", names)
+            os.sync()  # one flush of everything is far cheaper than thousands of single ones
+            self._partial.publish()
+        return open_stores(self._partial.final, verify="sizes")
+
+    def abort(self, keep: bool = False) -> None:
+        """Stop without stores; `keep` leaves the committed part for a later `resume=True`."""
+        self._partial.abandon(keep=keep)
+
+    def __enter__(self) -> MultiStoreWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self.abort(keep=self._partial.resume)
+        elif not self._partial.closed:
+            self.finish()
+
+    def _open(self, label: str) -> StoreFiles:
+        name = folder_name(label)
+        folder = self._partial.path / name
+        if name.casefold() in self._folded:
+            raise DataError(f"label {label!r} would share its folder {name!r} with another label; rename one of them")
+        make_folder(folder)
+        self._folders[label] = name
+        self._folded.add(name.casefold())
+        self._stores[label] = StoreFiles(folder, self._vocabulary, self._shard_tokens)
+        return self._stores[label]
+
+    def _flush_fullest(self) -> None:
+        """Write the fullest buffers until half of the memory is free: few, long writes."""
+        for store in sorted(self._stores.values(), key=lambda store: store.pending_bytes, reverse=True):
+            if self._pending_bytes <= self._buffer_bytes // 2:
+                break
+            self._pending_bytes -= store.pending_bytes
+            store.flush()
+
+    def _remove_strangers(self) -> None:
+        """Delete what an interrupted run wrote after its last commit for labels new at that time."""
+        known = set(self._folders.values())
+        for child in self._partial.path.iterdir():
+            if child.is_dir() and child.name not in known:
+                shutil.rmtree(child)
+
+
+class TokenStore:
+    """A store opened for reading; a `Source`. May be pickled: the copy maps the files anew.
+
+    Args:
+        path: the store's folder.
+        verify: `full` also compares the contents of every file with the index (about a second per gigabyte, once:
+            the result is kept in the folder by size and time of modification); `sizes` compares sizes only.
+        tokenizer: the fingerprint the tokens must have been made with; None accepts any.
+    Raises:
+        DataError: something is missing, cut off, changed, or of another tokenizer; the message names the file.
+    """
+
+    def __init__(
+        self, path: str | Path, verify: Literal["full", "sizes"] = "full", tokenizer: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        index = _read_index(self.path)
+        self._index = index
+        self.tokenizer: str = index["tokenizer"]
+        if tokenizer is not None and tokenizer != self.tokenizer:
+            raise DataError(
+                f"token store {self.path} was made with tokenizer {self.tokenizer}, not {tokenizer}; prepare the data "
+                f"again with this tokenizer"
+            )
+        self.fingerprint: str = index["fingerprint"]
+        self.documents: int = index["documents"]
+        self.bytes: int = index["bytes"]
+        self.vocab_size: int = index["vocab_size"]
+        self.eos_id: int = index["eos_id"]
+        self._tokens: int = index["tokens"]
+        self._shard_tokens: int = index["shard_tokens"]
+        self._dtype = np.dtype(index["dtype"])
+        self.shard_names = [name for name in index["files"] if name.startswith("tokens-")]
+        self._shards: list[NDArray[Any] | None] = [None] * len(self.shard_names)
+        self._windows: dict[tuple[int, int], NDArray[Any]] = {}
+        self._check_sizes()
+        if verify == "full":
+            self.verify(use_cache=True)
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.path)!r}, tokens={self._tokens}, documents={self.documents})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.path), self.fingerprint)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens `start .. start + count`, a fresh int64 array of shape (count,).
+
+        Raises:
+            IndexError: the run does not lie within the store.
+        """
+        if start < 0 or count < 0 or start + count > self._tokens:
+            raise IndexError(f"tokens {start} .. {start + count} of a store of {self._tokens} ({self.path})")
+        result = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            shard, offset = divmod(start + done, self._shard_tokens)
+            part = self._shard(shard)[offset : offset + count - done]
+            result[done : done + len(part)] = part
+            done += len(part)
+        return result
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """One run of `count` tokens from each start, a fresh int64 array of shape (N, count).
+
+        Raises:
+            IndexError: a run does not lie within the store.
+        """
+        starts_N = np.asarray(starts_N, dtype=np.int64)
+        if len(starts_N) == 0 or count == 0:
+            return np.empty((len(starts_N), max(count, 0)), dtype=np.int64)
+        low, high = int(starts_N.min()), int(starts_N.max())
+        if low < 0 or count < 0 or high + count > self._tokens:
+            raise IndexError(f"tokens {low} .. {high + count} of a store of {self._tokens} ({self.path})")
+        first, last = low // self._shard_tokens, (high + count - 1) // self._shard_tokens
+        if first == last:
+            windows = self._window(first, count)
+            offsets_N = starts_N if first == 0 else starts_N - first * self._shard_tokens
+            return windows[offsets_N].astype(np.int64)
+        result = np.empty((len(starts_N), count), dtype=np.int64)
+        shards_N, offsets_N = np.divmod(starts_N, self._shard_tokens)
+        inside_N = offsets_N + count <= self._shard_tokens
+        for shard in np.unique(shards_N[inside_N]):
+            rows = np.flatnonzero(inside_N & (shards_N == shard))
+            result[rows] = self._window(int(shard), count)[offsets_N[rows]]
+        for row in np.flatnonzero(~inside_N):
+            result[row] = self.read(int(starts_N[row]), count)
+        return result
+
+    @property
+    def document_ends(self) -> NDArray[np.uint64]:
+        """Position after each document's end-of-document token, mapped from disk, shape (documents,)."""
+        ends: NDArray[np.uint64] = self._records()["end"]
+        return ends
+
+    @property
+    def document_bytes(self) -> NDArray[np.uint64]:
+        """UTF-8 bytes of each document's text, mapped from disk, shape (documents,)."""
+        sizes: NDArray[np.uint64] = self._records()["text_bytes"]
+        return sizes
+
+    @property
+    def document_spans(self) -> NDArray[np.int64]:
+        """Start and end of each document in tokens, its end-of-document token included, shape (documents, 2)."""
+        ends = self.document_ends.astype(np.int64)
+        return np.stack([np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends], axis=1)
+
+    @property
+    def examples(self) -> Examples | None:
+        """The documents as prompts and targets; None where they are plain text."""
+        if PROMPTS not in self._index["files"]:
+            return None
+        prompts = map_file(self.path / PROMPTS, PROMPT)
+        return Examples.of(
+            self, self.document_spans, prompts["tokens"], self.document_bytes - prompts["text_bytes"], self.eos_id
+        )
+
+    def document_at(self, token: int) -> int:
+        """Number of the document that holds a token."""
+        if not 0 <= token < self._tokens:
+            raise IndexError(f"token {token} of a store of {self._tokens} ({self.path})")
+        return int(np.searchsorted(self.document_ends, np.uint64(token), side="right"))
+
+    def origin(self, document: int) -> str:
+        """Where a document came from, as it was told to the writer."""
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document} of a store of {self.documents} ({self.path})")
+        records = self._records()
+        start = 0 if document == 0 else int(records[document - 1]["origin_end"])
+        with open(self.path / ORIGINS, "rb") as file:
+            file.seek(start)
+            return file.read(int(records[document]["origin_end"]) - start).decode("utf-8")
+
+    def verify(self, use_cache: bool = False) -> None:
+        """Compare the contents of every file with the index.
+
+        Args:
+            use_cache: skip files whose size and time of modification are those of an earlier success.
+        Raises:
+            DataError: a file is missing, cut off or changed.
+        """
+        self._check_sizes()
+        known = _read_verified(self.path) if use_cache else {}
+        seen: dict[str, list[int]] = {}
+        for name, facts in self._index["files"].items():
+            stat = (self.path / name).stat()
+            seen[name] = [stat.st_size, stat.st_mtime_ns]
+            if known.get(name) == seen[name]:
+                continue
+            digest = file_digest(self.path / name)
+            if digest != facts["blake2b"]:
+                raise DataError(
+                    f"{self.path / name} has changed since it was written (BLAKE2b {digest[:16]}..., index says "
+                    f"{facts['blake2b'][:16]}...); {_REMEDY}"
+                )
+        if known != seen:
+            _write_verified(self.path, seen)
+
+    def _check_sizes(self) -> None:
+        for name, facts in self._index["files"].items():
+            try:
+                size = (self.path / name).stat().st_size
+            except OSError as error:
+                raise DataError(f"{self.path / name} is missing ({error.strerror}); {_REMEDY}") from error
+            if size != facts["size"]:
+                raise DataError(f"{self.path / name} has {size} bytes, index says {facts['size']}; {_REMEDY}")
+
+    def _shard(self, number: int) -> NDArray[Any]:
+        shard = self._shards[number]
+        if shard is None:
+            shard = map_file(self.path / self.shard_names[number], self._dtype)
+            self._shards[number] = shard
+        return shard
+
+    def _window(self, number: int, count: int) -> NDArray[Any]:
+        """Every run of `count` tokens within a shard, a view of shape (len - count + 1, count)."""
+        window = self._windows.get((number, count))
+        if window is None:
+            shard = self._shard(number)
+            window = np.lib.stride_tricks.sliding_window_view(shard, count)
+            self._windows[(number, count)] = window
+        return window
+
+    def _records(self) -> NDArray[Any]:
+        return map_file(self.path / DOCUMENTS, DOCUMENT)
+
+
+def open_stores(
+    root: str | Path, verify: Literal["full", "sizes"] = "full", tokenizer: str | None = None
+) -> dict[str, TokenStore]:
+    """The stores a `MultiStoreWriter` wrote, by label in order of name.
+
+    Raises:
+        DataError: the folder or one of its stores cannot be opened.
+    """
+    path = Path(root) / "stores.json"
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    return {label: TokenStore(Path(root) / name, verify, tokenizer) for label, name in names.items()}
+
+
+def folder_name(label: str) -> str:
+    """A label as a folder name: letters, digits and `_.-` stay, the rest is percent-encoded; long names are hashed."""
+    name = urllib.parse.quote(label, safe="", encoding="utf-8", errors="surrogatepass").replace("~", "%7E")
+    if not name or name.startswith("."):
+        name = "%2E" + name[1:] if name else "%"
+    if len(name) > 120:
+        name = name[:100] + "-" + hashlib.blake2b(label.encode("utf-8"), digest_size=8).hexdigest()
+    return name
+
+
+def _reopen(path: str, fingerprint: str) -> TokenStore:
+    store = TokenStore(path, verify="sizes")
+    if store.fingerprint != fingerprint:
+        raise DataError(f"token store {path} was replaced while in use; start again")
+    return store
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} is not a token store: it has no {INDEX}; prepare the data first") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise DataError(f"{path} is not of the format {FORMAT!r}; prepare the data again with this version of weftlm")
+    stated = index.pop("checksum", None)
+    if stated != checksum(index):
+        raise DataError(f"{path} has changed since it was written (checksum {stated}); {_REMEDY}")
+    return index
+
+
+def _read_verified(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write_verified(folder: Path, seen: Mapping[str, list[int]]) -> None:
+    try:
+        write_json(folder / VERIFIED, seen)
+    except DataError as error:
+        _log.debug("the result of checking %s is not kept: %s", folder, error)

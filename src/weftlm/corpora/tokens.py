@@ -1,0 +1,343 @@
+"""Tokenizers: train a byte-level BPE on the corpora, or take any Hugging Face tokenizer.
+
+A `Tokenizer` turns documents into token ids without special tokens; the store appends one end-of-document token per
+document. Its fingerprint names everything that decides the ids, so a store can refuse tokens of another tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from weftlm.config import Section
+from weftlm.corpora.store_files import Vocabulary
+from weftlm.errors import ConfigError, DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+PIECE_CHARACTERS = 1 << 20
+
+_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class TrainConfig(Section):
+    """How a byte-level BPE is trained.
+
+    Attributes:
+        vocab_size: tokens in all: 256 bytes, the end-of-document token and the merges. Fewer if the text is too small.
+        min_frequency: how often a pair must occur to be merged.
+        sample_bytes: UTF-8 bytes of text to learn from, taken from the front of what the trainer is given.
+    """
+
+    vocab_size: int = Field(default=4096, ge=257)
+    min_frequency: int = Field(default=2, ge=1)
+    sample_bytes: int = Field(default=32_000_000, ge=1)
+
+
+class TokenizerConfig(Section):
+    """The tokenizer of a recipe: `train` one (the default) or name a `pretrained` one, never both.
+
+    Attributes:
+        train: settings of a byte-level BPE learnt from the training text.
+        pretrained: a Hugging Face tokenizer: a local folder or a name on the hub. Code from the hub is never run.
+        revision: branch, tag or commit of a `pretrained` hub name.
+    """
+
+    train: TrainConfig | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_by_default(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("train") is None and value.get("pretrained") is None:
+            return {**value, "train": {}}
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizerConfig:
+        if self.train is not None and self.pretrained is not None:
+            raise ValueError("set either train or pretrained, not both")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("revision goes with pretrained; a trained tokenizer has none")
+        return self
+
+
+class Tokenizer:
+    """Text to token ids and back, over any Hugging Face tokenizer.
+
+    Ids never hold special tokens: text that spells one (`<|endoftext|>` in a document about tokenizers) is encoded as
+    ordinary text, so the end-of-document id marks the ends of documents and nothing else.
+
+    A tokenizer may be pickled and sent to other processes. `encode_batch` works in the threads of the `tokenizers`
+    library; a process forked after that encodes in one thread, without the library's warning.
+
+    Attributes:
+        hf: the Hugging Face tokenizer, for `save_pretrained` beside a model.
+        eos_id: id of the end-of-document token.
+        vocab_size: highest id + 1.
+        fingerprint: hash of the contents of tokenizer.json that decide the ids, and of the end-of-document token.
+        vocabulary_fingerprint: the same without the end-of-document token. Tokenizers that share it give a text the
+            same ids, though models of theirs may end a text differently (a base and its chat model often do).
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerBase, name: str = "tokenizer") -> None:
+        """Wrap a Hugging Face tokenizer.
+
+        Raises:
+            ConfigError: it has no end-of-sequence token.
+        """
+        eos_id = hf.eos_token_id
+        if not isinstance(eos_id, int):
+            raise ConfigError(
+                f"tokenizer {name} has no end-of-sequence token, which weftlm puts after every document; use one "
+                f"that has an eos_token, or set it (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and "
+                f"name that folder"
+            )
+        self.hf = hf
+        self.eos_id: int = eos_id
+        self.vocab_size: int = max([*hf.get_vocab().values(), eos_id]) + 1
+        self._backend: tokenizers.Tokenizer | None = None
+        contents: dict[str, Any]
+        if isinstance(hf, PreTrainedTokenizerFast):
+            self._backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+            contents = json.loads(self._backend.to_str())
+            del contents["post_processor"]  # only adds special tokens, which are never asked for
+        else:
+            contents = {"class": type(hf).__name__, "vocab": hf.get_vocab()}
+        self._in_pieces = _cuts_are_exact(contents.get("pre_tokenizer"), contents.get("normalizer"))
+        self.fingerprint: str = _fingerprint([contents, eos_id])
+        self.vocabulary_fingerprint: str = _fingerprint(contents)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, eos_id={self.eos_id}, fingerprint={self.fingerprint!r})"
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What a token store writer needs to know of this tokenizer."""
+        return Vocabulary(self.vocab_size, self.eos_id, self.fingerprint)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Token ids of each text, without special tokens.
+
+        Very long texts are encoded in pieces of about a million characters, cut at ends of lines where the cut cannot
+        change the ids, so that memory stays a small multiple of the text.
+
+        Args:
+            texts: N texts.
+        Returns:
+            N arrays of shape (tokens,).
+        """
+        if self._backend is None:
+            encoded = [
+                self.hf(
+                    text,
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )["input_ids"]
+                for text in texts
+            ]
+            return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
+        _silence_fork_warning()
+        result: list[NDArray[np.uint32]] = []
+        short: list[str] = []
+        for text in texts:
+            if len(text) <= PIECE_CHARACTERS or not self._in_pieces:
+                short.append(text)
+                continue
+            result += self._encode(short)
+            short = []
+            result.append(np.concatenate([self._encode([piece])[0] for piece in split_long(text)]))
+        return result + self._encode(short)
+
+    def _encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        assert self._backend is not None
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int] | NDArray[Any]) -> str:
+        """The text of token ids; special tokens are written out."""
+        plain = [int(token) for token in ids]
+        if self._backend is not None:
+            return self._backend.decode(plain, skip_special_tokens=False)
+        text = self.hf.decode(plain, skip_special_tokens=False)
+        assert isinstance(text, str)
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer so that `AutoTokenizer.from_pretrained(folder)` and `Tokenizer.load` open it."""
+        self.hf.save_pretrained(str(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Open a saved tokenizer.
+
+        Raises:
+            DataError: the folder holds no readable tokenizer.
+            ConfigError: the tokenizer has no end-of-sequence token.
+        """
+        if not Path(folder).is_dir():
+            raise DataError(f"tokenizer folder {folder} does not exist")
+        try:
+            hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"tokenizer folder {folder} cannot be read: {error}") from error
+        return cls(hf, str(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.hf,)
+
+
+def train_tokenizer(texts: Iterable[str], config: TrainConfig) -> Tokenizer:
+    """Learn a byte-level BPE from the first `config.sample_bytes` of the texts; the same texts give the same tokenizer.
+
+    Every byte is in the vocabulary, so any text can be encoded and comes back unchanged. Pass the texts interleaved
+    when they come from several domains: the sample is taken from the front.
+
+    Raises:
+        DataError: there is no text.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sample = _front(texts, config.sample_bytes)
+    first = next(sample, None)
+    if first is None:
+        raise DataError("a tokenizer cannot be trained: the training text is empty")
+    _silence_fork_warning()
+    backend.train_from_iterator(_chain(first, sample), trainer=trainer)
+    hf: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_DOCUMENT)
+    return Tokenizer(hf, "trained on text")
+
+
+def load_pretrained(name: str, revision: str | None = None) -> Tokenizer:
+    """Any Hugging Face tokenizer by folder or hub name; code that comes with it is never run.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    try:
+        hf = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"tokenizer.pretrained {name!r} cannot be loaded: {error}; give a local folder or the name of a tokenizer "
+            f"on the hub that needs no code of its own"
+        ) from error
+    return Tokenizer(hf, repr(name))
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer a recipe asks for; `texts` is read only when one is to be trained."""
+    if config.pretrained is not None:
+        return load_pretrained(config.pretrained, config.revision)
+    assert config.train is not None
+    return train_tokenizer(texts, config.train)
+
+
+def split_long(text: str) -> Iterator[str]:
+    """Pieces of about `PIECE_CHARACTERS` that join to the text.
+
+    A piece ends after a line end that stands between two non-blank characters, where the byte-level pre-tokenizer
+    splits in any case, so the ids do not depend on the cut; a text without such a place is cut anywhere.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        cut = _CUT.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        if cut is None and len(text) - start <= 2 * PIECE_CHARACTERS:
+            break
+        end = cut.end() if cut is not None else start + PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _fingerprint(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(canonical.encode("ascii"), digest_size=16).hexdigest()
+
+
+def _cuts_are_exact(pre_tokenizer: Any, normalizer: Any) -> bool:
+    """Whether the tokenizer is a plain byte-level one, for which `split_long` keeps the ids."""
+    return (
+        normalizer is None
+        and isinstance(pre_tokenizer, dict)
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and not pre_tokenizer.get("add_prefix_space")
+        and bool(pre_tokenizer.get("use_regex"))
+    )
+
+
+def _front(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The texts up to `limit` UTF-8 bytes, the last one cut, in pieces that keep the trainer's memory small."""
+    left = limit
+    for text in texts:
+        for piece in split_long(text):
+            size = len(piece.encode("utf-8"))
+            if size > left:
+                piece = piece.encode("utf-8")[:left].decode("utf-8", errors="ignore")
+            if piece:
+                yield piece
+            left -= size
+            if left <= 0:
+                return
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+
+
+@functools.cache
+def _silence_fork_warning() -> None:
+    """Make forks after threaded encoding safe and quiet.
+
+    The `tokenizers` library warns, and turns its threads off, in every process forked after they were used (each
+    DataLoader worker, for one). Turning them off just before a fork, in the child only, is what it asks for. A value
+    the user has set is left alone.
+    """
+    if not hasattr(os, "register_at_fork"):
+        return
+    set_here = False
+
+    def before() -> None:
+        nonlocal set_here
+        if _PARALLELISM not in os.environ:
+            os.environ[_PARALLELISM] = "false"
+            set_here = True
+
+    def after_in_parent() -> None:
+        nonlocal set_here
+        if set_here:
+            os.environ.pop(_PARALLELISM, None)
+            set_here = False
+
+    os.register_at_fork(before=before, after_in_parent=after_in_parent)

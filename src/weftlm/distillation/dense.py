@@ -1,0 +1,478 @@
+"""One small language model that learns what the gated model says: no experts and no gate when it is served.
+
+    minimise   (1 - a) E_x[ - log s(x) ]  +  a E_x[ sum_t KL(m(. | x_<t) || s(. | x_<t)) ]          m = pi_g / Z
+
+x comes from the gated model by weighted samples of its experts, and from real text. The first term needs nothing but
+those samples and is, up to a constant, the KL of whole sequences; the second needs the teacher's next-token
+distribution, which a distilled causal gate gives. The loop of `training` draws from a mixture of sources by its own
+losses; this one draws weighted sequences, takes the same optimizer, schedule and checkpoints, and runs in one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, FiniteFloat, NonNegativeInt
+from torch import Tensor, nn
+
+from weftlm.config import Section
+from weftlm.distillation.structural import Weighted
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.models.factory import ModelConfig, build_model, count_parameters
+from weftlm.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, save_checkpoint
+from weftlm.training.config import NOT_DECIDING, TrainingConfig, learning_rate
+from weftlm.training.loop import adamw, dump_tensors, load_tensors
+from weftlm.training.runtime import Runtime, choose_runtime
+
+log = logging.getLogger(__name__)
+
+Teacher = Callable[[Tensor], Tensor]
+"""tokens_BT -> logp_BTV, nats, normalised over V: `LanguageModel.log_probs`."""
+
+_BEST = "best."
+
+
+class DenseConfig(Section):
+    """How a dense student is trained."""
+
+    training: TrainingConfig = Field(description="steps, batch, learning rate, precision and checkpoints")
+    token_kl: FiniteFloat = Field(0.0, ge=0.0, le=1.0, description="a, part of the loss that is token-level KL")
+    real_fraction: FiniteFloat = Field(0.0, ge=0.0, lt=1.0, description="part of every batch that is real text")
+    evaluate_every_steps: NonNegativeInt = Field(
+        100, description="steps between two measurements on held-out sequences, of which the best is kept; 0: last only"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedText:
+    """Token ids of sequences and how often each is to be drawn.
+
+    Attributes:
+        tokens_NT1: int64; T inputs and the label after each, as for any causal language model.
+        weights_N: float64, sums to 1.
+        mask_NT: True where the label counts; None: everywhere.
+        log_model_N: the teacher's log-probability of the labels that count, not divided by Z, nats; None: unknown.
+        z: by which it is to be divided.
+        causal: whether the teacher is a causal gate's model, and so `z` known to be 1.
+        exact: the sequences are an enumerated support, so that figures on them have no error.
+    """
+
+    tokens_NT1: Tensor
+    weights_N: Tensor
+    mask_NT: Tensor | None = None
+    log_model_N: Tensor | None = None
+    z: float = 1.0
+    exact: bool = False
+    causal: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens_NT1)
+
+    @classmethod
+    def of(
+        cls, tokens_NT1: Any, *, weights_N: Any = None, mask_NT: Any = None, log_model_N: Any = None, z: float = 1.0
+    ) -> WeightedText:
+        """Check and convert arrays; weights are made to sum to 1, and are equal where none came.
+
+        Raises:
+            ConfigError: shapes do not fit.
+            DataError: there is no sequence, or one without a token to predict.
+            NumericsError: weights that are no numbers, negative, or all 0.
+        """
+        tokens = torch.as_tensor(np.asarray(tokens_NT1)).to(torch.int64)
+        if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+            raise DataError(f"token ids have shape {tuple(tokens.shape)}; they need sequences x tokens, 1 x 2 at least")
+        count = len(tokens)
+        weights = torch.ones(count).double() if weights_N is None else torch.as_tensor(np.asarray(weights_N)).double()
+        mask = None if mask_NT is None else torch.as_tensor(np.asarray(mask_NT)).to(torch.bool)
+        logs = None if log_model_N is None else torch.as_tensor(np.asarray(log_model_N)).double()
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "weights_N": (weights, (count,)),
+            "log_model_N": (logs, (count,)),
+            "mask_NT": (mask, (count, tokens.shape[1] - 1)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; {count} sequences need {shape}")
+        total = float(weights.sum())
+        if not bool((weights >= 0).all()) or not math.isfinite(total) or total <= 0.0:
+            raise NumericsError(f"weights_N sum to {total:.6g}; they must be >= 0, finite and not all 0")
+        if mask is not None and not bool(mask.any(dim=1).all()):
+            raise DataError(f"sequence {int((~mask.any(dim=1)).nonzero()[0])} has no token to predict; leave it out")
+        return cls(tokens, weights / total, mask, logs, z)
+
+    @classmethod
+    def sampled(cls, weighted: Weighted, tokens: Sequence[Any], masks: Sequence[Any] | None = None) -> WeightedText:
+        """The experts' samples with the weights that make them the gated model's.
+
+        Args:
+            weighted: `weigh` of the gate and the scored samples.
+            tokens: token ids of each expert's samples, N_k x (T + 1), in the same order.
+            masks: for each, N_k x T.
+        Raises:
+            ConfigError: not as many sequences as were scored.
+        """
+        counts = [len(one) for one in weighted.samples], [len(each) for each in tokens]
+        if counts[0] != counts[1]:
+            raise ConfigError(f"{counts[1]} sequences of token ids came for {counts[0]} scored samples, by expert")
+        joined = np.concatenate([np.asarray(each) for each in tokens])
+        mask = None if masks is None else np.concatenate([np.asarray(each) for each in masks])
+        found = cls.of(joined, weights_N=weighted.mass_B, mask_NT=mask, log_model_N=weighted.log_model_B, z=weighted.z)
+        return replace(found, exact=weighted.exact, causal=weighted.causal)
+
+
+@dataclass(frozen=True)
+class DenseProgress:
+    """One measurement; plain numbers.
+
+    Attributes:
+        step: steps taken.
+        loss: of the last batch, nats per token.
+        ce: cross-entropy on held-out sequences, nats per token; None without any.
+        kl: KL(pi_g / Z || student) on them, nats per sequence; None where the teacher's log-probabilities are unknown.
+        error: standard error of `kl`, the sequences taken as independent; 0 where they are enumerated.
+    """
+
+    step: int
+    loss: float | None
+    ce: float | None
+    kl: float | None
+    error: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseResult:
+    """A dense student.
+
+    Attributes:
+        model: in evaluation mode, with the weights of the best held-out cross-entropy, else the last.
+        step: steps those had taken.
+        parameters: number of them.
+        ce: as in `DenseProgress`; of the sequences by which the weights were chosen, so slightly optimistic.
+        kl: likewise.
+        error: likewise.
+        history: measurements.
+    """
+
+    model: nn.Module
+    step: int
+    parameters: int
+    ce: float | None
+    kl: float | None
+    error: float | None
+    history: tuple[DenseProgress, ...] = field(default=())
+
+
+def distil_dense(
+    model: ModelConfig | nn.Module,
+    text: WeightedText,
+    config: DenseConfig,
+    *,
+    vocab_size: int,
+    eos_id: int = 0,
+    teacher: Teacher | None = None,
+    real: WeightedText | None = None,
+    held_out: WeightedText | None = None,
+    folder: Path | None = None,
+    seed: int = 0,
+    runtime: Runtime | None = None,
+    on_progress: Callable[[DenseProgress], None] | None = None,
+) -> DenseResult:
+    """Train one small language model on what the gated model would say.
+
+    Sequences are drawn with replacement by their weights; a batch's loss is its summed loss over the mean number of
+    tokens of a batch, so that long sequences weigh as much as their log-probability does.
+
+    Args:
+        model: its configuration, or a causal language model to start from.
+        text: the experts' samples with the gated model's weights (`WeightedText.sampled`).
+        config: how.
+        vocab_size: ids the tokenizer can give.
+        eos_id: end-of-document id.
+        teacher: the gated model's next-token log-probabilities, for `config.token_kl` above 0; called on the model's
+            device, without gradient.
+        real: real text, for `config.real_fraction` above 0; of the same length.
+        held_out: weighted samples not among `text`, to choose the best weights and to report.
+        folder: checkpoints go to `checkpoints/` in it, and a run found there is continued. None: none are written.
+        seed: of the first weights, the draws and dropout.
+        runtime: device and precision; None: chosen for this machine.
+        on_progress: called with each measurement.
+    Raises:
+        ConfigError: lengths, ids or options do not fit each other; as `build_model`.
+        CheckpointError: the folder holds another run, or cannot be written.
+        NumericsError: a loss or a gradient is not finite; the last good checkpoint stays.
+    """
+    length = text.tokens_NT1.shape[1] - 1
+    _check(text, real, held_out, config, vocab_size, length, teacher)
+    if isinstance(model, ModelConfig):
+        model = build_model(model, vocab_size=vocab_size, sequence_length=length, eos_id=eos_id, seed=seed)
+    runtime = runtime or choose_runtime(config.training, parameters=count_parameters(model))
+    run = _Run(model, text, real, held_out, config, teacher, runtime, seed)
+    identity = _identity(config, seed, text, real, held_out, teacher is not None, run.parameters) if folder else ""
+    checkpoints = folder / "checkpoints" if folder is not None else None
+    if checkpoints is not None:
+        run.resume(latest_checkpoint(checkpoints), identity)
+    total, every = config.training.total_steps, config.evaluate_every_steps
+    if run.step == 0:
+        run.measure(None, on_progress)
+    while run.step < total:
+        loss = run.advance(checkpoints)
+        last = run.step == total
+        if last or (every and run.step % every == 0):
+            run.measure(loss, on_progress)
+        if checkpoints is not None and (last or run.step % config.training.save_every_steps == 0):
+            run.save(checkpoints, identity)
+    return run.result()
+
+
+def _check(
+    text: WeightedText,
+    real: WeightedText | None,
+    held_out: WeightedText | None,
+    config: DenseConfig,
+    vocab_size: int,
+    length: int,
+    teacher: Teacher | None,
+) -> None:
+    if config.training.sequence_length != length:
+        raise ConfigError(
+            f"training.sequence_length is {config.training.sequence_length}; the samples have {length} tokens to "
+            "predict"
+        )
+    for name, one in (("text", text), ("real", real), ("held_out", held_out)):
+        if one is None:
+            continue
+        if one.tokens_NT1.shape[1] != length + 1:
+            raise ConfigError(
+                f"{name} has {one.tokens_NT1.shape[1] - 1} tokens to predict, the samples {length}; pad and mask"
+            )
+        low, high = int(one.tokens_NT1.min()), int(one.tokens_NT1.max())
+        if low < 0 or high >= vocab_size:
+            raise ConfigError(f"{name} holds ids from {low} to {high}; the vocabulary has {vocab_size}")
+    if (config.token_kl > 0.0) != (teacher is not None):
+        raise ConfigError(
+            f"token_kl is {config.token_kl} and {'a' if teacher else 'no'} teacher came; give both or neither"
+        )
+    if (config.real_fraction > 0.0) != (real is not None):
+        raise ConfigError(
+            f"real_fraction is {config.real_fraction} and {'' if real else 'no '}real text came; give both or neither"
+        )
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text: WeightedText,
+        real: WeightedText | None,
+        held_out: WeightedText | None,
+        config: DenseConfig,
+        teacher: Teacher | None,
+        runtime: Runtime,
+        seed: int,
+    ) -> None:
+        self.config, self.teacher, self.runtime, self.seed, self.held_out = config, teacher, runtime, seed, held_out
+        self.device = runtime.device
+        self.model = model.to(self.device)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(self.parameters, config.training)
+        batch = config.training.batch_sequences
+        count = 0 if real is None else min(batch - 1, max(1, round(config.real_fraction * batch)))
+        self.parts = [(text, batch - count, text.weights_N.cumsum(0))]
+        if real is not None:
+            self.parts.append((real, count, real.weights_N.cumsum(0)))
+        if batch - count < 1:
+            raise ConfigError(f"training.batch_sequences is {batch}; with real text it must be 2 at least")
+        self.tokens_per_batch = sum(size * _mean_tokens(one) for one, size, _ in self.parts)
+        self.step = 0
+        self.best: dict[str, Tensor] = {}
+        self.kept: DenseProgress | None = None
+        self.history: list[DenseProgress] = []
+
+    def advance(self, checkpoints: Path | None) -> float:
+        """One optimizer step; returns the batch's loss, nats per token."""
+        training = self.config.training
+        self.model.train()
+        rng = np.random.default_rng([self.seed, self.step])
+        torch.manual_seed(int(rng.integers(1 << 62)))
+        tokens_BT1, mask_BT = self._batch(rng)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(training, self.step)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in torch.arange(len(tokens_BT1)).split(training.micro_batch_sequences or len(tokens_BT1)):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16):
+                loss = self._loss(tokens_BT1[rows], mask_BT[rows]) / self.tokens_per_batch
+            loss.backward()
+            total += loss.detach()
+        limit = math.inf if training.clip_norm is None else training.clip_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        if not math.isfinite(norm) or not math.isfinite(float(total)):
+            good = (
+                "none" if checkpoints is None else (sorted(p.name for p in checkpoints.glob("step-*")) or ["none"])[-1]
+            )
+            raise NumericsError(
+                f"step {self.step}: loss {float(total)}, gradient norm {norm}; nothing was applied. Last good "
+                f"checkpoint: {good}. Try a lower training.lr, a longer warmup_steps or precision: fp32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(total)
+
+    def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        tokens, masks = [], []
+        for one, size, totals_N in self.parts:
+            places = torch.from_numpy(rng.random(size)) * totals_N[-1]
+            rows = torch.searchsorted(totals_N, places, right=True).clamp_max(len(one) - 1)
+            tokens.append(one.tokens_NT1[rows])
+            masks.append(_mask(one)[rows])
+        return torch.cat(tokens).to(self.device), torch.cat(masks).to(self.device)
+
+    def _loss(self, tokens_BT1: Tensor, mask_BT: Tensor) -> Tensor:
+        """Summed over the labels that count."""
+        logp_BTV = self._log_probs(tokens_BT1)
+        part = self.config.token_kl
+        loss_BT = F.nll_loss(logp_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none").view(mask_BT.shape)
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught_BTV = self.teacher(tokens_BT1[:, :-1])
+            if taught_BTV.shape != logp_BTV.shape:
+                raise ConfigError(
+                    f"the teacher answered {tuple(taught_BTV.shape)} and the student {tuple(logp_BTV.shape)}; both "
+                    "need one log-probability per id"
+                )
+            taught_BTV = taught_BTV.to(logp_BTV)
+            apart_BTV = taught_BTV.exp() * (taught_BTV.clamp_min(-1e4) - logp_BTV)
+            loss_BT = (1.0 - part) * loss_BT + part * apart_BTV.sum(dim=-1)
+        return torch.where(mask_BT, loss_BT, torch.zeros_like(loss_BT)).sum()
+
+    def _log_probs(self, tokens_BT1: Tensor) -> Tensor:
+        logits_BTV: Tensor = self.model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+        return torch.log_softmax(logits_BTV.float(), dim=-1)
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def measure(self, loss: float | None, on_progress: Callable[[DenseProgress], None] | None) -> None:
+        """Add a line to the history and keep the weights if they are the best so far."""
+        ce, kl, error = (None, None, None) if self.held_out is None else self._held_out(self.held_out)
+        line = DenseProgress(self.step, loss, ce, kl, error)
+        self.history.append(line)
+        kept = None if self.kept is None else self.kept.ce
+        if ce is None or kept is None or ce < kept:
+            self.kept = line
+            if ce is not None:
+                self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        if on_progress is not None:
+            on_progress(line)
+
+    def _held_out(self, one: WeightedText) -> tuple[float, float | None, float | None]:
+        self.model.eval()
+        mask_NT, logs = _mask(one), []
+        size = self.config.training.micro_batch_sequences or self.config.training.batch_sequences
+        with torch.no_grad():
+            for rows in torch.arange(len(one)).split(size):
+                tokens_BT1 = one.tokens_NT1[rows].to(self.device)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16):
+                    logp_BTV = self._log_probs(tokens_BT1)
+                logp_BT = logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0].double().cpu()
+                logs.append(torch.where(mask_NT[rows], logp_BT, torch.zeros_like(logp_BT)).sum(dim=1))
+        logs_N = torch.cat(logs)
+        ce = -float(one.weights_N @ logs_N) / _mean_tokens(one)
+        if one.log_model_N is None:
+            return ce, None, None
+        excess_N = torch.where(one.weights_N > 0, one.log_model_N - logs_N, torch.zeros_like(logs_N))
+        mean = float(one.weights_N @ excess_N)
+        if one.exact:
+            return ce, mean - math.log(one.z), 0.0
+        unknown = 0.0 if one.causal else 1.0
+        influence_N = one.weights_N * (excess_N - mean - unknown) + unknown / len(one)
+        count = len(one)
+        error = math.sqrt(float((influence_N**2).sum()) * count / (count - 1)) if count > 1 else math.inf
+        return ce, mean - math.log(one.z), error
+
+    def result(self) -> DenseResult:
+        """With the best weights put back."""
+        with torch.no_grad():
+            for name, tensor in self.best.items():
+                self.parameters[name].copy_(tensor)
+        self.model.eval()
+        kept = self.kept
+        assert kept is not None
+        parameters = count_parameters(self.model)
+        return DenseResult(self.model, kept.step, parameters, kept.ce, kept.kl, kept.error, tuple(self.history))
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoints: Path, identity: str) -> None:
+        tensors = dump_tensors(self.model, self.optimizer, self.parameters)
+        tensors |= {_BEST + name: tensor for name, tensor in self.best.items()}
+        state = {
+            "identity": identity,
+            "history": [asdict(line) for line in self.history],
+            "kept": None if self.kept is None else asdict(self.kept),
+        }
+        keep = self.config.training.keep_checkpoints
+        save_checkpoint(checkpoints, Checkpoint(self.step, tensors, state), keep=keep)
+
+    def resume(self, checkpoint: Checkpoint | None, identity: str) -> None:
+        if checkpoint is None:
+            return
+        if checkpoint.state.get("identity") != identity:
+            raise CheckpointError(
+                "the folder holds the training of another student, or of other data; choose another folder, or remove "
+                f"{checkpoint_path(Path('checkpoints'), checkpoint.step)} and its like to start again"
+            )
+        own = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_BEST)}
+        load_tensors(self.model, self.optimizer, self.parameters, own)
+        self.best = {n.removeprefix(_BEST): each for n, each in checkpoint.tensors.items() if n.startswith(_BEST)}
+        self.history = [DenseProgress(**line) for line in checkpoint.state["history"]]
+        kept = checkpoint.state["kept"]
+        self.kept = None if kept is None else DenseProgress(**kept)
+        self.step = checkpoint.step
+        log.info("continuing from step %d", self.step)
+
+
+def _mask(one: WeightedText) -> Tensor:
+    shape = len(one), one.tokens_NT1.shape[1] - 1
+    return torch.ones(shape, dtype=torch.bool) if one.mask_NT is None else one.mask_NT
+
+
+def _mean_tokens(one: WeightedText) -> float:
+    """Labels that count in a drawn sequence."""
+    return float(one.weights_N @ _mask(one).sum(dim=1).double())
+
+
+def _identity(
+    config: DenseConfig,
+    seed: int,
+    text: WeightedText,
+    real: WeightedText | None,
+    held_out: WeightedText | None,
+    taught: bool,
+    parameters: Mapping[str, Tensor],
+) -> str:
+    """Of what is trained on what: settings, data, and the student's first weights."""
+    settings = config.model_dump(mode="json")
+    for name in (*NOT_DECIDING, "threads"):
+        settings["training"].pop(name)
+    digest = hashlib.blake2b(json.dumps([settings, seed, taught], sort_keys=True).encode(), digest_size=16)
+    for one in (text, real, held_out):
+        for tensor in () if one is None else (one.tokens_NT1, one.weights_N, _mask(one)):
+            digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        digest.update(b"/")
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(np.float64(parameter.detach().double().sum().item()).tobytes())
+    return digest.hexdigest()

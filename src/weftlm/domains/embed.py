@@ -1,0 +1,265 @@
+"""Documents to vectors: TF-IDF with truncated SVD offline, or a sentence-transformers model where there is one.
+
+Embeddings are unit rows of float32, so that Euclidean distance and cosine order neighbours alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from scipy.sparse import hstack
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.utils.extmath import randomized_svd
+
+from weftlm.config import Section
+from weftlm.errors import ConfigError, DataError, install_hint
+
+_WORDS = r"(?u)\w+|[^\w\s]"
+_STATE = "tfidf_svd.npz"
+_VOCABULARY = "tfidf_svd.json"
+
+
+class EmbedderConfig(Section):
+    """How documents become vectors.
+
+    Attributes:
+        kind: `tfidf` needs nothing; `sentence_transformers` needs the package of that name and a model.
+        model: folder or hub name of a sentence-transformers model.
+        analyzer: what `tfidf` counts: words and punctuation marks, runs of 3 characters, or both.
+        dimensions: of the truncated SVD; fewer where the sample has a lower rank.
+        vocabulary: at most so many of the most frequent features.
+        max_chars: only the first so many characters of a document are embedded.
+        sample_documents: documents that vocabulary and SVD are fitted on.
+        batch_documents: documents embedded at a time.
+    """
+
+    kind: Literal["tfidf", "sentence_transformers"] = "tfidf"
+    model: str | None = None
+    analyzer: Literal["word", "char", "both"] = "word"
+    dimensions: int = Field(default=128, ge=1)
+    vocabulary: int = Field(default=30_000, ge=2)
+    max_chars: int = Field(default=4000, ge=1)
+    sample_documents: int = Field(default=8000, ge=1)
+    batch_documents: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _model_goes_with_kind(self) -> EmbedderConfig:
+        if (self.kind == "sentence_transformers") != (self.model is not None):
+            raise ValueError("model goes with kind: sentence_transformers, and is needed there")
+        return self
+
+
+class Embedder(Protocol):
+    """Texts to unit vectors.
+
+    Attributes:
+        dimensions: E.
+        fingerprint: hash of everything that decides the vectors.
+    """
+
+    dimensions: int
+    fingerprint: str
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit rows (zero where nothing in a text is known), shape (N, E)."""
+        ...
+
+
+def _analyzers(analyzer: str) -> list[CountVectorizer]:
+    words = CountVectorizer(analyzer="word", token_pattern=_WORDS, lowercase=True)
+    characters = CountVectorizer(analyzer="char_wb", ngram_range=(3, 3), lowercase=True)
+    return {"word": [words], "char": [characters], "both": [words, characters]}[analyzer]
+
+
+class TfidfSvd:
+    """Latent semantic vectors.
+
+        x_v = (1 + ln tf_v) (1 + ln((1 + N) / (1 + df_v)))
+        e   = normalise(normalise(x) W^T)                       W_EV: truncated SVD of the sample's rows x
+
+    Deerwester et al. 1990, "Indexing by latent semantic analysis". Features that occur in one document of the sample
+    only are left out unless the sample is tiny.
+
+    Args:
+        config: analyzer and max_chars are kept; the state comes from `fit` or `load`.
+        vocabularies: one list of features per analyzer.
+        idf_V: float64.
+        components_EV: float32.
+    """
+
+    def __init__(
+        self,
+        config: EmbedderConfig,
+        vocabularies: Sequence[Sequence[str]],
+        idf_V: NDArray[np.float64],
+        components_EV: NDArray[np.float32],
+    ) -> None:
+        self.config = config
+        self.vocabularies = [list(names) for names in vocabularies]
+        self.idf_V = idf_V
+        self.components_EV = components_EV
+        self.dimensions = len(components_EV)
+        self._counters = _analyzers(config.analyzer)
+        for counter, names in zip(self._counters, self.vocabularies, strict=True):
+            counter.set_params(vocabulary={name: number for number, name in enumerate(names)})
+        total = hashlib.blake2b(digest_size=16)
+        total.update(json.dumps([config.analyzer, config.max_chars, self.vocabularies]).encode())
+        total.update(np.ascontiguousarray(idf_V).tobytes() + np.ascontiguousarray(components_EV).tobytes())
+        self.fingerprint = total.hexdigest()
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], config: EmbedderConfig, seed: int) -> TfidfSvd:
+        """Fit on a sample of documents.
+
+        Raises:
+            DataError: the sample holds no feature at all.
+        """
+        texts = [text[: config.max_chars] for text in texts]
+        vocabularies = [_vocabulary(counter, texts, config) for counter in _analyzers(config.analyzer)]
+        width = sum(map(len, vocabularies))
+        if width == 0:
+            raise DataError(
+                f"documents cannot be embedded: none of {len(texts)} sampled documents holds a word or a repeated "
+                f"character run; check the corpora, or embed with analyzer: char"
+            )
+        blank = cls(config, vocabularies, np.ones(width), np.zeros((1, width), np.float32))
+        counts_NV = blank._counts(texts)
+        frequencies_V = np.bincount(counts_NV.indices, minlength=width)
+        blank.idf_V = np.log((1.0 + len(texts)) / (1.0 + frequencies_V)) + 1.0
+        weighted_NV = blank._weighted(texts)
+        rank = max(1, min(config.dimensions, min(weighted_NV.shape) - 1))
+        _, _, components_EV = randomized_svd(weighted_NV, rank, n_iter=5, random_state=seed)
+        return cls(config, vocabularies, blank.idf_V, components_EV.astype(np.float32))
+
+    def _counts(self, texts: Sequence[str]) -> Any:
+        return hstack([counter.transform(texts) for counter in self._counters], format="csr")
+
+    def _weighted(self, texts: Sequence[str]) -> Any:
+        matrix = self._counts(texts).astype(np.float64)
+        matrix.data = (1.0 + np.log(matrix.data)) * self.idf_V[matrix.indices]
+        norms_N = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
+        matrix.data /= np.repeat(np.where(norms_N > 0, norms_N, 1.0), np.diff(matrix.indptr))
+        return matrix
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if not texts:
+            return np.zeros((0, self.dimensions), np.float32)
+        dense = self._weighted([text[: self.config.max_chars] for text in texts]) @ self.components_EV.T
+        return unit_rows(np.asarray(dense))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the state as JSON and plain arrays."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        value = {"config": self.config.model_dump(), "vocabularies": self.vocabularies, "fingerprint": self.fingerprint}
+        (folder / _VOCABULARY).write_text(json.dumps(value), encoding="utf-8")
+        np.savez(folder / _STATE, idf_V=self.idf_V, components_EV=self.components_EV)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TfidfSvd:
+        """Open a saved state.
+
+        Raises:
+            DataError: something is missing, broken or changed.
+        """
+        folder = Path(folder)
+        try:
+            value = json.loads((folder / _VOCABULARY).read_text(encoding="utf-8"))
+            with np.load(folder / _STATE, allow_pickle=False) as arrays:
+                idf_V, components_EV = arrays["idf_V"], arrays["components_EV"]
+            loaded = cls(EmbedderConfig(**value["config"]), value["vocabularies"], idf_V, components_EV)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"embedder in {folder} cannot be read: {error}; prepare the data again") from error
+        if loaded.fingerprint != value["fingerprint"]:
+            raise DataError(f"embedder in {folder} has changed since it was written; prepare the data again")
+        return loaded
+
+
+def _vocabulary(counter: CountVectorizer, texts: Sequence[str], config: EmbedderConfig) -> list[str]:
+    """The most frequent features, ties and order by name."""
+    for least in (2, 1):
+        counter.set_params(min_df=least, max_features=None)
+        try:
+            counts = counter.fit_transform(texts)
+        except ValueError:  # an empty vocabulary, or nothing left of it
+            continue
+        names = counter.get_feature_names_out()
+        if least == 2 and len(names) < 16:
+            continue
+        totals = np.asarray(counts.sum(axis=0)).ravel()
+        order = np.lexsort((names, -totals))[: config.vocabulary]
+        return sorted(str(names[number]) for number in order)
+    return []
+
+
+class SentenceTransformerEmbedder:
+    """Vectors of a sentence-transformers model, on the device that package chooses.
+
+    Raises:
+        ConfigError: the package or the model is missing.
+    """
+
+    def __init__(self, config: EmbedderConfig) -> None:
+        assert config.model is not None
+        try:
+            from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - an optional extra
+        except ImportError as error:
+            raise ConfigError(
+                "embedder kind sentence_transformers needs sentence-transformers; "
+                f"{install_hint('embed')}, or use kind: tfidf"
+            ) from error
+        try:
+            self._model = SentenceTransformer(config.model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"embedder model {config.model!r} cannot be loaded: {error}; give a local folder or a name on the hub, "
+                f"or use kind: tfidf"
+            ) from error
+        self.config = config
+        self.dimensions = int(self.embed(["a"]).shape[1])
+        probe = np.round(self.embed(["the quick brown fox", "import numpy"]), 3) + 0.0
+        named = json.dumps([config.model, config.max_chars, probe.tolist()]).encode()
+        self.fingerprint = hashlib.blake2b(named, digest_size=16).hexdigest()
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if not texts:
+            return np.zeros((0, self.dimensions), np.float32)
+        cut = [text[: self.config.max_chars] for text in texts]
+        found = self._model.encode(
+            cut, batch_size=self.config.batch_documents, show_progress_bar=False, convert_to_numpy=True
+        )
+        return unit_rows(np.asarray(found))
+
+
+def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Each row divided by its Euclidean norm; zero rows stay."""
+    rows = rows.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    result: NDArray[np.float32] = (rows / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+    return result
+
+
+def make_embedder(config: EmbedderConfig, sample: Sequence[str], seed: int) -> Embedder:
+    """The embedder a configuration asks for; only `tfidf` looks at the sample."""
+    if config.kind == "tfidf":
+        return TfidfSvd.fit(sample, config, seed)
+    return SentenceTransformerEmbedder(config)
+
+
+def embed_batches(embedder: Embedder, texts: Iterable[str], batch_documents: int) -> Iterator[NDArray[np.float32]]:
+    """Embeddings of a stream of texts, a batch at a time, each of shape (<= batch_documents, E)."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == batch_documents:
+            yield embedder.embed(batch)
+            batch = []
+    if batch:
+        yield embedder.embed(batch)

@@ -1,0 +1,87 @@
+"""Score a model on held-out examples: what it makes of each target after its prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from weftlm.corpora.examples import Examples
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.evaluation.perplexity import evaluation_mode, sum_over_ranks
+from weftlm.evaluation.result import SetResult, WindowScores, set_result
+from weftlm.models.language_model import LanguageModel
+from weftlm.models.prompted import batches_by_length, is_encoder_decoder, target_nats
+from weftlm.models.prompted_examples import PromptedExamples
+
+
+def evaluate_examples(
+    model: nn.Module | LanguageModel,
+    examples: Examples,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    per_window: bool = False,
+    distributed: bool = False,
+) -> SetResult:
+    """Score a model on the targets of examples.
+
+        nats_per_token = sum over targets of -log p(target | prompt) / target tokens
+        bits_per_byte  = the same sum in bits / UTF-8 bytes of the targets
+
+    The end-of-document token of a target is one of its tokens. Each example counts as one window of `WindowScores`,
+    started at its number. Examples are cut as in training (`fitted`); of a target that is cut, as many bytes count as
+    its share of tokens. A model that accepts a `routing_mask` is told where the prompts are, so that who routes whole
+    sequences decides by the prompt alone.
+
+    Args:
+        model: a Hugging Face causal or encoder-decoder language model, bare or wrapped, or a `LanguageModel`.
+        examples: held out.
+        sequence_length: T, to which examples are cut.
+        batch_size: examples per forward pass.
+        max_tokens: about so many target tokens are scored, of evenly spaced examples; None for all.
+        device: where the model lives.
+        per_window: keep each example's loss, for `paired_difference`.
+        distributed: every rank of the default process group calls this and scores its share; all get the same result.
+    Raises:
+        ConfigError: a size is too small.
+        DataError: there is no example, or the targets have no bytes.
+        NumericsError: the model's loss is not a number.
+    """
+    for name, value, least in (
+        ("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1), ("max_tokens", max_tokens, 1)
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    if len(examples) == 0 or not examples.target_bytes_N.any():
+        raise DataError(f"a held-out set of {len(examples)} examples says its targets hold no bytes; nothing to score")
+    encoder = is_encoder_decoder(model)
+    prompted = PromptedExamples(examples, sequence_length, encoder)
+    chosen_N = prompted.evenly(max_tokens)
+    rows = prompted.rows(chosen_N)
+    equal = isinstance(model, LanguageModel)
+    batches = list(batches_by_length(rows, batch_size, encoder=encoder, equal_lengths=equal))
+    together = distributed and dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    nats_N = np.zeros(len(rows), dtype=np.float64)
+    with evaluation_mode(model), torch.inference_mode():
+        # A sharded model's forward pass is a collective: a rank that runs out repeats a batch that does not count.
+        for place in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+            batch_B = batches[min(place, len(batches) - 1)]
+            found_B = target_nats(model, [rows[index] for index in batch_B], torch.device(device), encoder=encoder)
+            if place < len(batches):
+                nats_N[batch_B] = found_B.double().cpu().numpy()
+    if together:
+        nats_N = sum_over_ranks(nats_N, torch.device(device))
+    if np.isnan(nats_N).any():
+        raise NumericsError(
+            f"the loss is not a number on {int(np.isnan(nats_N).sum())} of {len(nats_N)} held-out examples; "
+            "the model's weights or its log-probabilities hold NaN"
+        )
+    tokens_N, size = prompted.targets_N[chosen_N], float(prompted.bytes_N[chosen_N].sum())
+    scores = WindowScores(examples.fingerprint, chosen_N, tokens_N, nats_N, size / int(tokens_N.sum()))
+    return set_result(scores, round(size), keep_windows=per_window)

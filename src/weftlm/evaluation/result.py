@@ -1,0 +1,299 @@
+"""What an evaluation found: one `SetResult` per held-out set, and the differences between two evaluations.
+
+All standard errors here treat windows of text as independent draws. Neighbouring windows of one document resemble each
+other, so for sets made of a few long documents they are too small; they say nothing about the spread over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from weftlm.errors import DataError
+from weftlm.files import whole
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """The total loss of each window of a set, kept to compare two models window by window.
+
+    Attributes:
+        fingerprint: of the source the windows were cut from.
+        starts_N: position of each window's first input token, int64, increasing.
+        tokens_N: tokens scored in each window, int64.
+        nats_N: summed loss of each window, nats, float64.
+        bytes_per_token: UTF-8 bytes behind one scored token.
+    """
+
+    fingerprint: str
+    starts_N: NDArray[np.int64]
+    tokens_N: NDArray[np.int64]
+    nats_N: NDArray[np.float64]
+    bytes_per_token: float
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """How well a model predicts one held-out set.
+
+    Attributes:
+        nats_per_token: mean loss over the scored tokens.
+        nats_per_token_se: its standard error over windows (`ratio_and_error`); NaN with a single window.
+        perplexity: exp(nats_per_token).
+        bits_per_byte: summed loss in bits over the UTF-8 bytes of the scored text; comparable between tokenizers.
+        bits_per_byte_se: its standard error, the byte count taken as known.
+        tokens: scored tokens.
+        bytes: UTF-8 bytes of the scored text; when only part of a set was scored, the set's bytes per token times
+            `tokens`, rounded.
+        windows: the loss of each window, when it was asked for.
+    """
+
+    nats_per_token: float
+    nats_per_token_se: float
+    perplexity: float
+    bits_per_byte: float
+    bits_per_byte_se: float
+    tokens: int
+    bytes: int
+    windows: WindowScores | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The numbers under their own names; what is not finite becomes None. Window losses are left out."""
+        return {
+            "nats_per_token": finite_or_none(self.nats_per_token),
+            "nats_per_token_se": finite_or_none(self.nats_per_token_se),
+            "perplexity": finite_or_none(self.perplexity),
+            "bits_per_byte": finite_or_none(self.bits_per_byte),
+            "bits_per_byte_se": finite_or_none(self.bits_per_byte_se),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True)
+class MeanResult:
+    """The plain mean of several sets' results, each set counting once whatever its size.
+
+        se = sqrt(sum_d se_d^2) / D          (sets are independent of one another)
+
+    Attributes:
+        nats_per_token: mean over sets.
+        nats_per_token_se: its standard error.
+        bits_per_byte: mean over sets.
+        bits_per_byte_se: its standard error.
+    """
+
+    nats_per_token: float
+    nats_per_token_se: float
+    bits_per_byte: float
+    bits_per_byte_se: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """The numbers under their own names; what is not finite becomes None."""
+        return {
+            "nats_per_token": finite_or_none(self.nats_per_token),
+            "nats_per_token_se": finite_or_none(self.nats_per_token_se),
+            "bits_per_byte": finite_or_none(self.bits_per_byte),
+            "bits_per_byte_se": finite_or_none(self.bits_per_byte_se),
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One model's loss minus another's on the same text; negative where the first is better.
+
+    Attributes:
+        nats_per_token: mean difference over the scored tokens.
+        nats_per_token_se: its standard error over the paired windows.
+        bits_per_byte: the same in bits per byte.
+        bits_per_byte_se: its standard error.
+        windows: windows compared.
+    """
+
+    nats_per_token: float
+    nats_per_token_se: float
+    bits_per_byte: float
+    bits_per_byte_se: float
+    windows: int
+
+
+def finite_or_none(value: float) -> float | None:
+    """`value`, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
+
+
+def ratio_and_error(totals_N: NDArray[np.float64], sizes_N: NDArray[np.int64]) -> tuple[float, float]:
+    """A ratio of sums over windows and its standard error.
+
+        r = sum_i x_i / sum_i n_i
+        se^2 = N / (N - 1) * sum_i (x_i - r n_i)^2 / (sum_i n_i)^2
+
+    The linearised (Taylor) variance of a ratio estimator (Cochran, Sampling Techniques, 3rd ed., sec. 6.5), without the
+    finite population correction, so that it speaks of the text the set was drawn from and not of the set itself. It
+    treats windows as independent. With equal sizes it is the usual standard error of a mean.
+
+    Args:
+        totals_N: x, the sum over each window, float64.
+        sizes_N: n, tokens in each window, positive.
+    Returns:
+        r and se; se is NaN for fewer than two windows and where r is not finite.
+    """
+    count, size = len(totals_N), float(sizes_N.sum())
+    ratio = float(totals_N.sum()) / size
+    if count < 2 or not math.isfinite(ratio):
+        return ratio, math.nan
+    residuals_N = totals_N - ratio * sizes_N
+    return ratio, math.sqrt(count / (count - 1) * float(residuals_N @ residuals_N)) / size
+
+
+def set_result(scores: WindowScores, total_bytes: int, *, keep_windows: bool = False) -> SetResult:
+    """Sum window losses up.
+
+    Args:
+        scores: the windows.
+        total_bytes: UTF-8 bytes of the scored text.
+        keep_windows: whether the result carries `scores`.
+    """
+    nats, nats_se = ratio_and_error(scores.nats_N, scores.tokens_N)
+    to_bits_per_byte = 1.0 / (math.log(2.0) * scores.bytes_per_token)
+    return SetResult(
+        nats_per_token=nats,
+        nats_per_token_se=nats_se,
+        perplexity=math.exp(nats) if nats < 700.0 else math.inf,
+        bits_per_byte=nats * to_bits_per_byte,
+        bits_per_byte_se=nats_se * to_bits_per_byte,
+        tokens=int(scores.tokens_N.sum()),
+        bytes=total_bytes,
+        windows=scores if keep_windows else None,
+    )
+
+
+def mean_result(results: Mapping[str, SetResult]) -> MeanResult:
+    """The mean over sets.
+
+    Raises:
+        DataError: there is no set.
+    """
+    if not results:
+        raise DataError("a mean over sets needs at least one set; none was evaluated")
+    values = list(results.values())
+    return MeanResult(
+        nats_per_token=math.fsum(value.nats_per_token for value in values) / len(values),
+        nats_per_token_se=math.hypot(*(value.nats_per_token_se for value in values)) / len(values),
+        bits_per_byte=math.fsum(value.bits_per_byte for value in values) / len(values),
+        bits_per_byte_se=math.hypot(*(value.bits_per_byte_se for value in values)) / len(values),
+    )
+
+
+def paired_difference(first: SetResult, second: SetResult) -> Difference:
+    """How much worse `first` is than `second` on the same windows.
+
+        d_i = x_i - y_i,    difference = sum_i d_i / sum_i n_i
+
+    with the standard error of `ratio_and_error` over the d_i. What makes a window hard is common to both models and
+    cancels, so this error is far below that of either result.
+
+    Raises:
+        DataError: a result kept no window losses, or the two scored different windows.
+    """
+    if first.windows is None or second.windows is None:
+        raise DataError("paired_difference needs results evaluated with per_window=True; one kept no window losses")
+    return paired_window_difference(first.windows, second.windows)
+
+
+def paired_window_difference(first: WindowScores, second: WindowScores) -> Difference:
+    """`paired_difference` on the window losses themselves.
+
+    Raises:
+        DataError: the two scored different windows.
+    """
+    if first.fingerprint != second.fingerprint:
+        raise DataError(
+            f"the two results are of different sets (fingerprints {first.fingerprint} and {second.fingerprint}); "
+            "evaluate both models on the same prepared data"
+        )
+    if not (np.array_equal(first.starts_N, second.starts_N) and np.array_equal(first.tokens_N, second.tokens_N)):
+        raise DataError(
+            f"the two results scored different windows ({len(first.starts_N)} and {len(second.starts_N)}); "
+            "evaluate both with the same sequence_length and max_tokens"
+        )
+    with np.errstate(invalid="ignore"):  # two infinite losses have no difference: NaN
+        differences_N = first.nats_N - second.nats_N
+    nats, nats_se = ratio_and_error(differences_N, first.tokens_N)
+    to_bits_per_byte = 1.0 / (math.log(2.0) * first.bytes_per_token)
+    return Difference(nats, nats_se, nats * to_bits_per_byte, nats_se * to_bits_per_byte, len(first.starts_N))
+
+
+def mean_difference(differences: Mapping[str, Difference]) -> Difference:
+    """The mean of several sets' differences, each set counting once; errors as in `MeanResult`.
+
+    Over the generic domains this is the forgetting (or its opposite) that a gain on the target cost.
+
+    Raises:
+        DataError: there is no set.
+    """
+    if not differences:
+        raise DataError("a mean over sets needs at least one set; none was compared")
+    values = list(differences.values())
+    return Difference(
+        nats_per_token=math.fsum(value.nats_per_token for value in values) / len(values),
+        nats_per_token_se=math.hypot(*(value.nats_per_token_se for value in values)) / len(values),
+        bits_per_byte=math.fsum(value.bits_per_byte for value in values) / len(values),
+        bits_per_byte_se=math.hypot(*(value.bits_per_byte_se for value in values)) / len(values),
+        windows=sum(value.windows for value in values),
+    )
+
+
+def save_windows(path: str | Path, results: Mapping[str, SetResult]) -> None:
+    """Write the window losses of several sets to one safetensors file, whole or not at all.
+
+    Raises:
+        DataError: a result kept no window losses.
+    """
+    path = Path(path)
+    arrays: dict[str, NDArray[Any]] = {}
+    about: dict[str, Any] = {}
+    for name, result in results.items():
+        if result.windows is None:
+            raise DataError(f"set {name!r} kept no window losses; evaluate it with per_window=True")
+        arrays[f"{name}.starts"] = result.windows.starts_N
+        arrays[f"{name}.tokens"] = result.windows.tokens_N
+        arrays[f"{name}.nats"] = result.windows.nats_N
+        about[name] = {
+            "fingerprint": result.windows.fingerprint,
+            "bytes_per_token": result.windows.bytes_per_token,
+        }
+    with whole(path) as partial:
+        save_file(arrays, partial, metadata={"sets": json.dumps(about)})
+
+
+def load_windows(path: str | Path) -> dict[str, WindowScores]:
+    """Read what `save_windows` wrote.
+
+    Raises:
+        DataError: the file is missing, torn or not of this kind.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads(file.metadata()["sets"])
+            return {
+                name: WindowScores(
+                    fingerprint=str(facts["fingerprint"]),
+                    starts_N=file.get_tensor(f"{name}.starts"),
+                    tokens_N=file.get_tensor(f"{name}.tokens"),
+                    nats_N=file.get_tensor(f"{name}.nats"),
+                    bytes_per_token=float(facts["bytes_per_token"]),
+                )
+                for name, facts in about.items()
+            }
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"window losses {path} cannot be read: {error}; evaluate the run again") from error

@@ -1,0 +1,564 @@
+"""A library of experts: a folder that many processes may add to and that never shows half an expert.
+
+    library.json                  format, base, and each expert's folder, files (bytes, BLAKE2b), base and date
+    NAME/                         one expert
+      adapter_model.safetensors   the adapter, in PEFT's format: PeftModel.from_pretrained(base, library / NAME) works
+      adapter_config.json
+      card.json
+      gate.safetensors            optional
+      statistics.safetensors      optional
+
+Replacing `library.json` by rename is the one moment at which a change happens. New files are written beside the old,
+and what a crash leaves over is removed by the next write. An expert that replaces another lies in `NAME~2`, since files
+that the manifest lists are never touched; `ExpertLibrary.path` tells where an expert is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from weftlm.config import did_you_mean
+from weftlm.errors import ExpertError
+from weftlm.experts.companions import (
+    GATE,
+    STATISTICS,
+    decode_gate,
+    decode_statistics,
+    encode_gate,
+    encode_statistics,
+)
+from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name
+from weftlm.experts.files import describe, explained_writing, parse_json, sync_folder, to_json, write_file
+from weftlm.experts.lora import CONFIG, WEIGHTS, lora_files, parse_lora, read_lora
+
+log = logging.getLogger(__name__)
+
+FORMAT = "weftlm expert library 1"
+MANIFEST, CARD = "library.json", "card.json"
+
+_LOCK = ".lock"
+_WRITING = ".writing-"
+_UNLISTED = ".unlisted"
+"""Marks an expert's folder while the manifest does not list it, before an addition and after a removal."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FOLDER = re.compile(rf"(?P<name>{_NAME.pattern})(~[0-9]+)?")
+_AGAIN = "remove it and add it again"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class ExpertLibrary:
+    """The experts in a folder; see the top of this file for how they lie there.
+
+    Every call reads the manifest afresh, so an object sees what other processes add. Attributes `folder` and `base` do
+    not change.
+    """
+
+    def __init__(self, folder: Path, base: BaseReference) -> None:
+        """Use `create`, `open` or `open_or_create`."""
+        self.folder = folder
+        self.base = base
+
+    @classmethod
+    def create(cls, folder: Path, base: BaseReference) -> ExpertLibrary:
+        """Start an empty library for a base model.
+
+        Raises:
+            ExpertError: the folder already holds a library, or cannot be written.
+        """
+        library = cls(Path(folder), base)
+        with library._locked(f"library {folder}", make=True):
+            if (library.folder / MANIFEST).exists():
+                raise ExpertError(f"{folder} already holds an expert library; open it or choose another folder")
+            library._commit({})
+        return library
+
+    @classmethod
+    def open(cls, folder: Path) -> ExpertLibrary:
+        """Open a library.
+
+        Raises:
+            ExpertError: there is none, its manifest is broken, or it is of another format.
+        """
+        manifest = _read_manifest(Path(folder))
+        return cls(Path(folder), _parse_base(f"library {folder}", manifest.get("base")))
+
+    @classmethod
+    def open_or_create(cls, folder: Path, base: BaseReference) -> ExpertLibrary:
+        """Open a library, or start one where there is none.
+
+        Raises:
+            ExpertError: there is one for another base, or it is broken.
+        """
+        library = cls(Path(folder), base)
+        with library._locked(f"library {folder}", make=True):
+            if not (library.folder / MANIFEST).exists():
+                library._commit({})
+                return library
+        library = cls.open(folder)
+        _check_base(f"the base {base.name!r}", base, library.base, Path(folder))
+        return library
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the experts, sorted."""
+        return sorted(self._entries())
+
+    def __len__(self) -> int:
+        """How many experts there are."""
+        return len(self._entries())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries()
+
+    def path(self, name: str) -> Path:
+        """The folder of an expert, readable by `PeftModel.from_pretrained`.
+
+        Raises:
+            ExpertError: there is no such expert, or its entry leads out of the library.
+        """
+        return self._folder(name, _find(name, self._entries()))
+
+    def has_gate(self, name: str) -> bool:
+        """Whether an expert has a gate."""
+        return GATE in _files(name, _find(name, self._entries()))
+
+    def has_statistics(self, name: str) -> bool:
+        """Whether an expert has statistics."""
+        return STATISTICS in _files(name, _find(name, self._entries()))
+
+    def add(self, expert: Expert, *, replace: bool = False) -> None:
+        """Add an expert; no other expert's files are touched, and it is listed only once it is whole on disk.
+
+        Raises:
+            ExpertError: the name is taken (and not `replace`) or not allowed, the expert is of another base or unsound,
+                or the library cannot be written.
+        """
+        name = expert.name
+        check_name(name)
+        _check_base(f"expert {name!r}", expert.lora.base, self.base, self.folder)
+        files = lora_files(expert.lora)
+        files[CARD] = (to_json(name, "its card", expert.card) + "\n").encode()
+        if expert.gate is not None:
+            files[GATE] = encode_gate(expert.lora, expert.gate)
+        if expert.statistics is not None:
+            files[STATISTICS] = encode_statistics(expert.lora, expert.statistics)
+        with self._locked(f"expert {name!r}"):
+            entries = self._entries()
+            if name in entries and not replace:
+                raise ExpertError(f"expert {name!r} is already in {self.folder}; choose another name, or replace it")
+            twin = next((known for known in entries if known.lower() == name.lower() and known != name), None)
+            if twin is not None:
+                raise ExpertError(
+                    f"expert {name!r} differs from {twin!r} only in case, which some file systems cannot tell apart; "
+                    f"choose another name"
+                )
+            entry = {
+                "folder": self._free_folder(name),
+                "files": {file: describe(data) for file, data in sorted(files.items())},
+                "base": asdict(expert.lora.base),
+                "added": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            self._publish(name, entry, entries, lambda folder: _write_all(folder, files))
+
+    def remove(self, name: str) -> None:
+        """Take an expert out and delete its files; no other expert's files are touched.
+
+        Raises:
+            ExpertError: there is no such expert, or the library cannot be written.
+        """
+        with self._locked(f"expert {name!r}"):
+            entries = self._entries()
+            self._mark(_find(name, entries))
+            del entries[name]
+            self._commit(entries)
+
+    def load(self, name: str) -> Expert:
+        """Load an expert, verified: lengths, digests, finiteness, and that gate and statistics fit the adapter.
+
+        Raises:
+            ExpertError: there is no such expert, or its files are missing, altered or unsound.
+        """
+        return self._load(name, _find(name, self._entries()))
+
+    def load_all(self, names: Sequence[str] | None = None) -> tuple[list[Expert], dict[str, str]]:
+        """Load experts, leaving out broken ones.
+
+        Args:
+            names: which, in this order; all where None.
+        Returns:
+            The experts that are whole, and for each other its name and what is wrong with it.
+        Raises:
+            ExpertError: a name is not in the library.
+        """
+        entries = self._entries()
+        experts, problems = [], {}
+        for name, entry in [(name, _find(name, entries)) for name in (sorted(entries) if names is None else names)]:
+            try:
+                experts.append(self._load(name, entry))
+            except ExpertError as error:
+                problems[name] = str(error)
+        return experts, problems
+
+    def set_gate(self, name: str, gate: Gate) -> None:
+        """Give an expert a gate, in place of one it may have.
+
+        Raises:
+            ExpertError: there is no such expert, it is broken, or the gate does not fit it.
+        """
+        self._set(name, GATE, lambda lora: encode_gate(lora, gate))
+
+    def set_statistics(self, name: str, statistics: Statistics) -> None:
+        """Give an expert statistics, in place of those it may have.
+
+        Raises:
+            ExpertError: there is no such expert, it is broken, or the statistics do not fit it.
+        """
+        self._set(name, STATISTICS, lambda lora: encode_statistics(lora, statistics))
+
+    def card(self, name: str) -> dict[str, Any]:
+        """An expert's card, without loading its tensors.
+
+        Raises:
+            ExpertError: there is no such expert, or its card is missing or altered.
+        """
+        entry = _find(name, self._entries())
+        return _parse_card(name, self._read(name, self._folder(name, entry), CARD, _files(name, entry)))
+
+    def import_peft(self, source: str | Path, *, name: str | None = None, revision: str | None = None) -> Expert:
+        """Add a PEFT LoRA adapter from a local folder or the Hugging Face hub; pickled weights are never fetched.
+
+        Args:
+            source: a folder, or a hub id such as `owner/adapter`.
+            name: of the expert; the last part of `source` where None.
+            revision: hub branch, tag or commit.
+        Returns:
+            The expert as added; its card tells the source and the commit.
+        Raises:
+            ExpertError: nothing is there, it is no plain LoRA, or it cannot be added.
+        """
+        folder, card = Path(source).resolve(), {"source": str(source)}
+        name = folder.name if name is None else name
+        check_name(name)
+        if not folder.is_dir():
+            folder = _download(str(source), revision)
+            card["revision"] = folder.name
+        expert = Expert(read_lora(folder, name), card=card)
+        self.add(expert)
+        return expert
+
+    def fingerprint(self, names: Sequence[str] | None = None) -> str:
+        """Fingerprint of some experts' adapters, gates and statistics, from the manifest; cards do not count.
+
+        Args:
+            names: which, in any order; all where None.
+        Returns:
+            32 hexadecimal digits.
+        Raises:
+            ExpertError: a name is not in the library, or its entry is broken.
+        """
+        entries = self._entries()
+        contents = {
+            name: {file: facts["blake2b"] for file, facts in _files(name, _find(name, entries)).items() if file != CARD}
+            for name in (entries if names is None else names)
+        }
+        return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def _entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = _read_manifest(self.folder)["experts"]
+        return entries
+
+    def _load(self, name: str, entry: Any) -> Expert:
+        """Load an entry, or the one that has taken its place meanwhile."""
+        while True:
+            try:
+                return self._load_entry(name, entry)
+            except ExpertError:
+                now = self._entries().get(name)
+                if now is None or now == entry:
+                    raise
+                entry = now
+
+    def _load_entry(self, name: str, entry: Any) -> Expert:
+        listed = _files(name, entry)
+        folder = self._folder(name, entry)
+        data = {file: self._read(name, folder, file, listed) for file in listed}
+        lora = self._parse_lora(name, entry, data)
+        if CARD not in data:
+            raise ExpertError(f"expert {name!r}: {MANIFEST} lists no {CARD}; {_AGAIN}")
+        return Expert(
+            lora,
+            decode_gate(lora, data[GATE]) if GATE in data else None,
+            decode_statistics(lora, data[STATISTICS]) if STATISTICS in data else None,
+            _parse_card(name, data[CARD]),
+        )
+
+    def _parse_lora(self, name: str, entry: Mapping[str, Any], data: Mapping[str, bytes]) -> LoRAExpert:
+        for file in (CONFIG, WEIGHTS):
+            if file not in data:
+                raise ExpertError(f"expert {name!r}: {MANIFEST} lists no {file}; {_AGAIN}")
+        lora = parse_lora(name, data[CONFIG], data[WEIGHTS])
+        return replace(lora, base=_parse_base(f"expert {name!r}", entry.get("base")))
+
+    def _folder(self, name: str, entry: Any) -> Path:
+        """The folder of an entry, which lies in the library."""
+        folder = str(entry.get("folder")) if isinstance(entry, dict) else ""
+        match = _FOLDER.fullmatch(folder)
+        if match is None or match["name"] != name or (self.folder / folder).resolve() != self.folder.resolve() / folder:
+            raise ExpertError(
+                f"expert {name!r}: {MANIFEST} puts it in {folder!r}, which is not its folder in the library; {_AGAIN}"
+            )
+        return self.folder / folder
+
+    def _read(self, name: str, folder: Path, file: str, listed: Mapping[str, Any]) -> bytes:
+        """A listed file, as long and with the digest the manifest says."""
+        if file not in listed:
+            raise ExpertError(f"expert {name!r}: {MANIFEST} lists no {file}; {_AGAIN}")
+        try:
+            facts = (folder / file).lstat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise ExpertError(
+                    f"expert {name!r}: {file} is a link or no plain file, which is not followed; {_AGAIN}"
+                )
+            if facts.st_size != listed[file]["bytes"]:
+                raise ExpertError(
+                    f"expert {name!r}: {file} has {facts.st_size} bytes, {MANIFEST} says {listed[file]['bytes']}; "
+                    f"{_AGAIN}"
+                )
+            data = (folder / file).read_bytes()
+        except OSError as error:
+            raise ExpertError(f"expert {name!r}: cannot read {folder / file}: {error.strerror}; {_AGAIN}") from error
+        if describe(data) != listed[file]:
+            raise ExpertError(f"expert {name!r}: {file} is not what was written (its digest differs); {_AGAIN}")
+        return data
+
+    def _set(self, name: str, file: str, encode: Callable[[LoRAExpert], bytes]) -> None:
+        """Add a file to an expert, or put another in its place."""
+        with self._locked(f"expert {name!r}"):
+            entries = self._entries()
+            entry = _find(name, entries)
+            listed, folder = _files(name, entry), self._folder(name, entry)
+            adapter = {part: self._read(name, folder, part, listed) for part in (CONFIG, WEIGHTS)}
+            data = encode(self._parse_lora(name, entry, adapter))
+            entry = {**entry, "files": dict(sorted({**listed, file: describe(data)}.items()))}
+            if file not in listed:
+                temporary = self._temporary(file)
+                write_file(temporary, data)
+                temporary.replace(folder / file)
+                sync_folder(folder)
+                self._commit({**entries, name: entry})
+                return
+
+            def build(target: Path) -> None:
+                for part in listed:
+                    if part != file:
+                        _link(folder / part, target / part)
+                write_file(target / file, data)
+
+            self._publish(name, {**entry, "folder": self._free_folder(name)}, entries, build)
+
+    def _publish(
+        self, name: str, entry: Mapping[str, Any], entries: Mapping[str, Any], build: Callable[[Path], None]
+    ) -> None:
+        """Fill a new folder and let the manifest point to it, in place of the one it may point to now."""
+        temporary = self._temporary(name)
+        temporary.mkdir()
+        write_file(temporary / _UNLISTED, b"")
+        build(temporary)
+        sync_folder(temporary)
+        temporary.rename(self.folder / entry["folder"])
+        if name in entries:
+            self._mark(entries[name])
+        self._commit({**entries, name: entry})
+
+    def _mark(self, entry: Any) -> None:
+        """Mark the folder of an entry for removal, which happens once no entry points to it."""
+        folder = entry.get("folder") if isinstance(entry, dict) else None
+        if isinstance(folder, str) and _FOLDER.fullmatch(folder) and not (self.folder / folder).is_symlink():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (self.folder / folder / _UNLISTED).touch()
+
+    def _commit(self, entries: Mapping[str, Any]) -> None:
+        """Replace the manifest: the moment at which a change happens."""
+        manifest = {"format": FORMAT, "base": asdict(self.base), "experts": dict(sorted(entries.items()))}
+        temporary = self._temporary(MANIFEST)
+        write_file(temporary, (json.dumps(manifest, indent=1) + "\n").encode())
+        temporary.replace(self.folder / MANIFEST)
+        sync_folder(self.folder)
+
+    def _temporary(self, name: str) -> Path:
+        return self.folder / f"{_WRITING}{name}-{secrets.token_hex(4)}"
+
+    def _free_folder(self, name: str) -> str:
+        """The expert's name, or that with ~2, ~3, ... where a folder is in use or somebody else's."""
+        candidates = chain([name], (f"{name}~{number}" for number in count(2)))
+        return next(folder for folder in candidates if not os.path.lexists(self.folder / folder))
+
+    @contextlib.contextmanager
+    def _locked(self, what: str, *, make: bool = False) -> Iterator[None]:
+        """Be the only writer; remove what is left over before and after, whether the body fails or not."""
+        with explained_writing(what, self.folder):
+            if make:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._clean()
+                try:
+                    yield
+                finally:
+                    self._clean()
+            finally:
+                os.close(lock)
+
+    def _clean(self) -> None:
+        """Remove temporary files and marked folders that no entry points to; for the holder of the lock."""
+        entries = self._entries() if (self.folder / MANIFEST).exists() else {}
+        listed = {entry.get("folder") for entry in entries.values() if isinstance(entry, dict)}
+        for path in self.folder.iterdir():
+            if path.name.startswith(_WRITING):
+                _delete(path)
+            elif (path / _UNLISTED).exists() and not path.is_symlink():
+                if path.name in listed:
+                    (path / _UNLISTED).unlink()
+                else:
+                    _delete(path)
+
+
+def check_name(name: str) -> None:
+    """Check that an expert's name can be a folder's.
+
+    Raises:
+        ExpertError: it is empty, too long or has other characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise ExpertError(
+            f"expert name {name!r} is not allowed; use up to 100 letters, digits, '.', '_' and '-', the first a letter "
+            f"or a digit"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = parse_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise ExpertError(f"{folder} holds no expert library (no {MANIFEST}); create one, or check the path") from error
+    except (OSError, ValueError) as error:
+        raise ExpertError(f"library {folder}: {MANIFEST} cannot be read: {error}; restore it from a copy") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ExpertError(f"library {folder} has format {found!r}; this version reads {FORMAT!r}")
+    if not isinstance(manifest.get("experts"), dict):
+        raise ExpertError(f"library {folder}: {MANIFEST} lists no experts; restore it from a copy")
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _parse_base(where: str, value: Any) -> BaseReference:
+    fields = value if isinstance(value, dict) else {}
+    name, revision, fingerprint = (fields.get(key) for key in ("name", "revision", "fingerprint"))
+    if not (isinstance(name, str) and isinstance(revision, str | None) and isinstance(fingerprint, str | None)):
+        raise ExpertError(f"{where}: {MANIFEST} does not say which base it is for; restore it from a copy")
+    return BaseReference(name, revision, fingerprint)
+
+
+def _check_base(what: str, base: BaseReference, mine: BaseReference, folder: Path) -> None:
+    """Refuse another base where fingerprints tell, warn where only names differ."""
+    if base.fingerprint is not None and mine.fingerprint is not None:
+        if base.fingerprint != mine.fingerprint:
+            raise ExpertError(
+                f"{what} is of another base than library {folder}: {base.name or 'unnamed'} ({base.fingerprint}), not "
+                f"{mine.name} ({mine.fingerprint}); use a library for each base"
+            )
+    elif base_name(base.name) != base_name(mine.name) or (
+        None not in (base.revision, mine.revision) and base.revision != mine.revision
+    ):
+        log.warning(
+            "%s says its base is %s (revision %s), library %s is for %s (revision %s); no fingerprints to compare: "
+            "make sure that they are the same model",
+            *(what, base.name or "unnamed", base.revision, folder, mine.name, mine.revision),
+        )
+
+
+def _find(name: str, entries: Mapping[str, Any]) -> Any:
+    if name not in entries:
+        hint = did_you_mean(name, entries) if entries else "; it is empty"
+        raise ExpertError(f"no expert {name!r} in the library{hint}")
+    return entries[name]
+
+
+def _files(name: str, entry: Any) -> dict[str, dict[str, Any]]:
+    """What the manifest says of an expert's files, each a plain name in the expert's own folder."""
+    files = entry.get("files") if isinstance(entry, dict) else None
+    if not isinstance(files, dict):
+        raise ExpertError(f"expert {name!r}: {MANIFEST} lists no files; {_AGAIN}")
+    for file, facts in files.items():
+        if not _FILE.fullmatch(file):
+            raise ExpertError(
+                f"expert {name!r}: {MANIFEST} lists the file {file!r}, not a plain name in its folder; {_AGAIN}"
+            )
+        if not (isinstance(facts, dict) and set(facts) == {"bytes", "blake2b"}):
+            raise ExpertError(f"expert {name!r}: {MANIFEST} gives no length and digest of {file}; {_AGAIN}")
+    return files
+
+
+def _parse_card(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        card = parse_json(data)
+    except ValueError as error:
+        raise ExpertError(f"expert {name!r}: {CARD} is not JSON: {error}; {_AGAIN}") from error
+    if not isinstance(card, dict):
+        raise ExpertError(f"expert {name!r}: {CARD} holds {type(card).__name__}; it must hold an object; {_AGAIN}")
+    return card
+
+
+def _download(source: str, revision: str | None) -> Path:
+    """Fetch an adapter's two files from the hub."""
+    if not _HUB_ID.fullmatch(source):
+        raise ExpertError(f"{source!r} is neither a folder nor a hub id (owner/adapter); check the path")
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ExpertError(
+            f"{source!r} is no folder here and cannot be fetched from the hub (revision {revision or 'main'}): "
+            f"{error}; check the name, your access and the network"
+        ) from error
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    for file, data in files.items():
+        write_file(folder / file, data)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        write_file(target, source.read_bytes())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,456 @@
+"""LoRA adapters in and out: PEFT folders, live PEFT models, and whether an adapter fits a base model.
+
+    y = W u + scale * B (A u)
+
+Reading is strict: an adapter weftlm cannot reproduce exactly is refused, never approximated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from enum import Enum
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weftlm.config import did_you_mean
+from weftlm.errors import ExpertError
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
+from weftlm.experts.files import explained_writing, parse_json, parse_tensors, sync_folder, write_file
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAX_UPDATE_NORM = 1e4
+"""Largest ||scale * B A||_F taken for a trained adapter; the weights of large models have norms of about 1e2."""
+
+_PICKLED = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_VARIANTS = frozenset(
+    "alora_invocation_tokens arrow_config kasa_config layer_replication lora_bias megatron_config modules_to_save "
+    "monteclora_config target_parameters trainable_token_indices".split()
+)
+_BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
+_FINGERPRINT_VALUES = 1024
+_WRAPPERS = re.compile(r"^(?:base_model\.model\.)+|(?:^|(?<=\.))(?:base_layer|original_module|_orig_mod)\.")
+_SHOWN = 3
+
+
+def read_lora(folder: Path, name: str | None = None) -> LoRAExpert:
+    """Read a PEFT LoRA folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+        scale = alpha / rank, or alpha / sqrt(rank) with `use_rslora`
+
+    Rank and alpha are looked up per module as PEFT does (`rank_pattern`, `alpha_pattern`).
+
+    Args:
+        name: of the expert; the folder's name where None.
+    Raises:
+        ExpertError: files are missing, pickled, truncated or inconsistent, or the adapter is not a plain LoRA on linear
+            modules.
+    """
+    folder = Path(folder)
+    name = folder.resolve().name if name is None else name
+    config = _read(name, folder / CONFIG)
+    if not (folder / WEIGHTS).exists() and (folder / _PICKLED).exists():
+        raise ExpertError(
+            f"expert {name!r}: {folder} holds pickled weights ({_PICKLED}), which can run code and are never loaded; "
+            f"load it with PEFT where you trust it and save it again: save_pretrained writes {WEIGHTS}"
+        )
+    weights = _read(name, folder / WEIGHTS)
+    return parse_lora(name, config, weights)
+
+
+def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
+    """`read_lora` from the contents of the two files.
+
+    Raises:
+        ExpertError: as `read_lora`.
+    """
+    settings = _parse_config(name, config)
+    _refuse_variants(name, settings)
+    factors = _pair(name, parse_tensors(name, WEIGHTS, weights), settings)
+    rslora = bool(settings.get("use_rslora"))
+    modules = {}
+    for module in sorted(factors):
+        A_RI, B_OR = factors[module]["A"], factors[module]["B"]
+        rank, alpha = _rank_and_alpha(name, settings, module)
+        if A_RI.ndim == 2 and A_RI.shape[0] != rank:
+            raise ExpertError(
+                f"expert {name!r}: {module} has rank {A_RI.shape[0]}, its {CONFIG} says {rank}; the two files do not "
+                f"belong together: export the adapter again"
+            )
+        modules[module] = LoRAFactors(A_RI, B_OR, alpha / (math.sqrt(rank) if rslora else rank))
+    base, revision = settings.get("base_model_name_or_path") or "", settings.get("revision")
+    expert = LoRAExpert(name, BaseReference(str(base), None if revision is None else str(revision)), modules, settings)
+    check_lora(expert)
+    return expert
+
+
+def write_lora(folder: Path, expert: LoRAExpert) -> None:
+    """Write an adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` gives the same logits.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        ExpertError: the folder exists and is not empty, cannot be written, or the expert is not sound (`check_lora`).
+    """
+    folder = Path(folder)
+    files = lora_files(expert)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
+    temporary = folder.with_name(f".writing-{folder.name}-{secrets.token_hex(4)}")
+    with explained_writing(f"expert {expert.name!r}", folder):
+        try:
+            temporary.mkdir(parents=True)
+            for file, data in files.items():
+                write_file(temporary / file, data)
+            sync_folder(temporary)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def lora_files(expert: LoRAExpert) -> dict[str, bytes]:
+    """The contents of an adapter's two files by name, in PEFT's format; equal experts give equal bytes.
+
+    Raises:
+        ExpertError: the expert is not sound (`check_lora`).
+    """
+    check_lora(expert)
+    tensors = {}
+    for module, factors in expert.modules.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = _plain(factors.A_RI)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = _plain(factors.B_OR)
+    config = make_peft_config(expert.base, expert.modules, expert.peft_config)
+    return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def make_peft_config(
+    base: BaseReference, modules: Mapping[str, LoRAFactors], like: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The `adapter_config.json` of some modules: the commonest rank and alpha, and patterns for those that differ.
+
+        alpha = scale * rank
+
+    Args:
+        like: where to take what the factors do not say: `task_type`, `lora_dropout`, `fan_in_fan_out`.
+    """
+    like = {} if like is None else like
+    shapes = {module: (factors.rank, _alpha(factors)) for module, factors in modules.items()}
+    (rank, alpha), _ = Counter(shapes[module] for module in sorted(shapes)).most_common(1)[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": _jsonable(like.get("task_type")),
+        "base_model_name_or_path": base.name or None,
+        "revision": base.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exactly(module): shapes[module][0] for module in sorted(shapes) if shapes[module][0] != rank},
+        "alpha_pattern": {
+            _exactly(module): shapes[module][1] for module in sorted(shapes) if shapes[module][1] != alpha
+        },
+        "use_rslora": False,
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": bool(like.get("fan_in_fan_out", False)),
+        "lora_dropout": like.get("lora_dropout", 0.0),
+        "bias": "none",
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+def from_peft_model(model: PeftModel, name: str, *, adapter: str = "default", base: BaseReference) -> LoRAExpert:
+    """Take an adapter out of a live PEFT model, with the scales it is using now; the tensors are copies.
+
+    Raises:
+        ExpertError: there is no such adapter, or it is not a plain LoRA on linear modules.
+    """
+    if adapter not in model.peft_config:
+        raise ExpertError(f"expert {name!r}: no adapter {adapter!r} here{did_you_mean(adapter, model.peft_config)}")
+    settings: dict[str, Any] = _jsonable(model.peft_config[adapter].to_dict())
+    _refuse_variants(name, settings)
+    if settings.get("bias", "none") != "none":
+        raise ExpertError(f"expert {name!r}: it trains biases (bias={settings['bias']!r}); train it with bias='none'")
+    modules = {}
+    for module, layer in sorted(model.get_base_model().named_modules(), key=itemgetter(0)):
+        if not isinstance(layer, LoraLayer):
+            continue
+        if adapter in layer.lora_embedding_A:
+            raise ExpertError(_embedding(name, module))
+        if adapter in layer.lora_A:
+            modules[module] = LoRAFactors(
+                _plain(layer.lora_A[adapter].get_parameter("weight"), copy=True),
+                _plain(layer.lora_B[adapter].get_parameter("weight"), copy=True),
+                float(layer.scaling[adapter]),
+            )
+    expert = LoRAExpert(name, base, modules, settings)
+    check_lora(expert)
+    return expert
+
+
+def check_lora(expert: LoRAExpert) -> None:
+    """Refuse an adapter that cannot have come from training.
+
+        ||scale * B A||_F^2 = scale^2 * sum over r, s of (A A^T)_rs (B^T B)_rs
+
+    Raises:
+        ExpertError: no modules, factors that do not fit each other, NaN or infinite values, or an update whose norm
+            exceeds `MAX_UPDATE_NORM`.
+    """
+    if not expert.modules:
+        raise ExpertError(f"expert {expert.name!r}: the adapter is empty; it must adapt at least one linear module")
+    for module, factors in expert.modules.items():
+        A_RI, B_OR = factors.A_RI, factors.B_OR
+        where = f"expert {expert.name!r}: {module}"
+        for letter, factor in (("A", A_RI), ("B", B_OR)):
+            if not factor.dtype.is_floating_point:
+                raise ExpertError(f"{where}: lora_{letter} holds {factor.dtype}; it must hold floating-point numbers")
+        if A_RI.ndim != 2 or B_OR.ndim != 2 or A_RI.shape[0] != B_OR.shape[1] or not A_RI.numel() or not B_OR.numel():
+            raise ExpertError(
+                f"{where}: lora_A is {tuple(A_RI.shape)} and lora_B {tuple(B_OR.shape)}; they must be rank x input and "
+                f"output x rank, of one rank: adapters of convolutions are not supported"
+            )
+        if not (math.isfinite(factors.scale) and torch.isfinite(A_RI).all() and torch.isfinite(B_OR).all()):
+            raise ExpertError(f"{where} holds NaN or infinite values; take an earlier checkpoint or train it again")
+        norm = update_norm(factors)
+        if norm > MAX_UPDATE_NORM:
+            raise ExpertError(
+                f"{where} changes its weight by a norm of {norm:.3g}, more than {MAX_UPDATE_NORM:g}: the adapter has "
+                f"diverged or is corrupt; train it again, with a lower learning rate"
+            )
+
+
+def update_norm(factors: LoRAFactors) -> float:
+    """||scale * B A||_F through the two rank x rank Gram matrices, in float64; the O x I matrix is never formed."""
+    A_RI, B_OR = factors.A_RI.double(), factors.B_OR.double()
+    squared = float(((A_RI @ A_RI.T) * (B_OR.T @ B_OR)).sum())
+    return abs(factors.scale) * math.sqrt(max(squared, 0.0))
+
+
+def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None = None) -> None:
+    """Check that an adapter was made for this model.
+
+    Args:
+        fingerprint: of the model (`base_fingerprint`), compared where the expert knows its base's too.
+    Raises:
+        ExpertError: modules are missing, are not linear or have other widths, or the fingerprints differ.
+    """
+    known = dict(model.named_modules())
+    wrong = []
+    for module, factors in expert.modules.items():
+        if module not in known:
+            wrong.append(f"{module} is not in the model")
+            continue
+        try:
+            found = module_widths(known[module])
+        except ExpertError as error:
+            wrong.append(f"{module}: {error}")
+            continue
+        wanted = (int(factors.A_RI.shape[1]), int(factors.B_OR.shape[0]))
+        if found != wanted:
+            wrong.append(f"{module} maps {found[0]} to {found[1]}, the adapter {wanted[0]} to {wanted[1]}")
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ExpertError(
+            f"expert {expert.name!r} was made for another base ({expert.base.name or 'unnamed'}): "
+            f"{'; '.join(wrong[:_SHOWN])}{more}; load the base it was trained on"
+        )
+    if fingerprint is not None and expert.base.fingerprint not in (None, fingerprint):
+        raise ExpertError(
+            f"expert {expert.name!r} was made for another base: its base {expert.base.name or 'unnamed'} has "
+            f"fingerprint {expert.base.fingerprint}, this model {fingerprint}; load the base it was trained on"
+        )
+
+
+def module_widths(module: nn.Module) -> tuple[int, int]:
+    """Input and output width of a linear module.
+
+    Linear, GPT-2's Conv1D (whose weight is input x output), and anything that tells both, such as a quantised linear.
+
+    Raises:
+        ExpertError: the module is not linear.
+    """
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not (isinstance(inputs, int) and isinstance(outputs, int)):
+        raise ExpertError(f"a {type(module).__name__} is not a linear module; only linear modules can be adapted")
+    return inputs, outputs
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of a base model's parameters: names, shapes and up to 1024 evenly strided values of each.
+
+    Values are rounded to bfloat16, so a model has one fingerprint whether loaded in float32 or bfloat16. Adapters and
+    the wrappers around adapted modules do not count: a PEFT model has the fingerprint of its base. A quantised model
+    has its own.
+
+    Returns:
+        32 hexadecimal digits.
+    Raises:
+        ExpertError: a parameter has no values yet (meta device).
+    """
+    parameters = {_WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters()
+                  if ".lora_" not in name and ".modules_to_save." not in name}  # fmt: skip
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(parameters):
+        parameter = parameters[name].detach()
+        if parameter.is_meta:
+            raise ExpertError(f"parameter {name} of the base is on the meta device; load the model fully first")
+        flat = parameter.reshape(-1)
+        values = flat[:: max(1, math.ceil(flat.numel() / _FINGERPRINT_VALUES))]
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        digest.update(values.to(torch.bfloat16).to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ExpertError(
+            f"expert {name!r}: cannot read {path}: {error.strerror}; save the adapter with PeftModel.save_pretrained"
+        ) from error
+
+
+def _parse_config(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        settings = parse_json(data)
+    except ValueError as error:
+        raise ExpertError(f"expert {name!r}: {CONFIG} is not JSON: {error}; export the adapter again") from error
+    if not isinstance(settings, dict):
+        raise ExpertError(f"expert {name!r}: {CONFIG} holds {type(settings).__name__}; it must hold an object")
+    return settings
+
+
+def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what is not y = W u + scale B A u over an unchanged base."""
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ExpertError(f"expert {name!r}: peft_type is {kind!r}; only LORA adapters can be used: train one")
+    for key in sorted(settings):
+        if settings[key] and (key in _VARIANTS or (key.startswith("use_") and key != "use_rslora")):
+            raise ExpertError(
+                f"expert {name!r}: {key} is set to {settings[key]!r:.80}, which is more than a plain LoRA and cannot "
+                f"be combined with others exactly; train it without {key}"
+            )
+    init = str(settings.get("init_lora_weights")).lower()
+    if init.startswith(_BASE_CHANGING):
+        raise ExpertError(
+            f"expert {name!r}: init_lora_weights={init!r} trained the adapter against a changed base; convert it to a "
+            f"plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), or train without it"
+        )
+
+
+def _pair(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by module, then by "A" and "B"; float32."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ExpertError(_stranger(name, key, settings))
+        tensor = tensors[key]
+        factors.setdefault(match["module"], {})[match["factor"]] = (
+            _plain(tensor) if tensor.dtype.is_floating_point else tensor
+        )
+    for module, pair in factors.items():
+        if len(pair) != 2:
+            there = next(iter(pair))
+            lacking = "B" if there == "A" else "A"
+            raise ExpertError(
+                f"expert {name!r}: {module} has lora_{there} but no lora_{lacking}; the file is incomplete: "
+                f"export the adapter again"
+            )
+    return factors
+
+
+def _stranger(name: str, key: str, settings: Mapping[str, Any]) -> str:
+    """Why a tensor is refused that is neither lora_A nor lora_B of a module."""
+    if ".lora_embedding_" in key:
+        return _embedding(name, key)
+    if key.endswith(".bias"):
+        return (
+            f"expert {name!r}: {WEIGHTS} holds the bias {key} (bias={settings.get('bias', 'none')!r}), which LoRA "
+            f"factors cannot express; train it with bias='none'"
+        )
+    if ".lora_" not in key:
+        return (
+            f"expert {name!r}: {WEIGHTS} holds {key}, a whole copy of a base parameter; train it without "
+            f"modules_to_save and save it with save_embedding_layers=False"
+        )
+    return (
+        f"expert {name!r}: {WEIGHTS} holds {key}; keys must be {_PREFIX}MODULE.lora_A.weight and .lora_B.weight: "
+        f"save a plain LoRA with PeftModel.save_pretrained"
+    )
+
+
+def _embedding(name: str, where: str) -> str:
+    return f"expert {name!r}: {where} adapts an embedding; train it on linear modules only (target_modules)"
+
+
+def _rank_and_alpha(name: str, settings: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and alpha of a module, by PEFT's own matching of patterns."""
+    values: list[Any] = []
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = settings.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ExpertError(f"expert {name!r}: {pattern} is {patterns!r:.80}; it must map module names to numbers")
+        try:
+            values.append(patterns.get(get_pattern_key(list(patterns), module), settings.get(default)))
+        except re.error as error:
+            raise ExpertError(f"expert {name!r}: {pattern} is not a regular expression: {error}; mend it") from error
+    rank, alpha = values
+    if type(rank) is not int or rank < 1:
+        raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the rank {rank!r}; it must be 1 or more")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the alpha {alpha!r}; it must be a finite number")
+    return rank, float(alpha)
+
+
+def _exactly(module: str) -> str:
+    """A PEFT pattern that matches one module and no other."""
+    return f"^{re.escape(module)}"
+
+
+def _alpha(factors: LoRAFactors) -> float:
+    """The alpha for which alpha / rank is the scale again, a whole number where one does it."""
+    alpha = factors.scale * factors.rank
+    near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    best = min(near, key=lambda value: abs(value / factors.rank - factors.scale))
+    return int(best) if best.is_integer() else best
+
+
+def _plain(tensor: Tensor, *, copy: bool = False) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=copy).contiguous()
+
+
+def _jsonable(value: Any) -> Any:
+    """A configuration value as JSON holds it: sets sorted into lists, enumerations as their values."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_jsonable(inner) for inner in value)
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    return value

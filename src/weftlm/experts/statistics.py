@@ -1,0 +1,318 @@
+"""What an expert says of its own data: mean module inputs, embeddings, and counts of tokens and token pairs.
+
+Collected on the expert's data alone, without its labels or anybody else's text, for routers that need no gate. Token
+windows are embedded by hashing their ids, so that a model can embed its input without a tokenizer at hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weftlm.corpora.examples import examples_of
+from weftlm.corpora.source import Source
+from weftlm.domains.embed import EmbedderConfig, SentenceTransformerEmbedder
+from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
+from weftlm.experts.adapted import adapted, module_input, unchanged
+from weftlm.experts.examples import Reading, example_readings, prompted_examples
+from weftlm.experts.expert import LoRAExpert, Statistics
+
+log = logging.getLogger(__name__)
+
+Embed = Callable[[Tensor, Tensor | None], Tensor]
+"""Token windows to vectors: (tokens_BT, mask_BT or None) -> unit rows of shape (B, F), float32."""
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, as a tokenizer's `decode`."""
+
+BIGRAM_BUCKETS = 65536
+
+_SENTENCES = "sentence-transformers:"
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_ALL_BUT_SIGN = 0x7FFFFFFFFFFFFFFF
+_UNIGRAM, _BIGRAM = 1, 2  # keys of hash functions that never meet
+
+
+def collect_statistics(
+    model: nn.Module,
+    expert: LoRAExpert,
+    source: Source,
+    *,
+    examples: int = 1000,
+    sequence_length: int,
+    seed: int,
+    batch_sequences: int = 16,
+    embedder: str = "tokens-1024",
+    embed: Embed | None = None,
+    decode: Decode | None = None,
+) -> Statistics:
+    """Describe a source as one expert sees it.
+
+        mean_m = 1/N sum_n 1/T sum_t u_m[n, t]
+
+    for every adapted module m, over N windows of T tokens drawn without replacement from the windows the source is cut
+    into, in a model with this expert switched on, in evaluation mode. Sums are float64. Windows, embeddings and counts
+    are a function of the source and the seed alone. The model is left exactly as it was.
+
+    Of a source of examples, N of them are drawn instead of windows and cut to T; padding enters nothing, an
+    encoder-decoder's modules see what is theirs, and embeddings are of the prompts alone: what a query knows too.
+
+    Args:
+        model: a causal language model, or an encoder-decoder for examples; bare, on the device to use.
+        expert: the adapter.
+        source: its training tokens.
+        examples: N, fewer where the source holds fewer windows.
+        sequence_length: T.
+        seed: of the draw.
+        batch_sequences: windows per forward pass.
+        embedder: name of the embedder, kept so that queries are embedded alike; see `embedder_named`.
+        embed: an embedder of one's own under that name.
+        decode: token ids to text, for embedders that read text.
+    Returns:
+        Statistics. facts: examples, tokens, sequence_length, data (the source's fingerprint), seed, and unreached: the
+        modules no token came to (in a mixture-of-experts layer), whose means are zero.
+    Raises:
+        ConfigError: a size is below 1, there is no such embedder, or it lacks its package or a decode function.
+        DataError: the source is shorter than one window, or holds ids the model has no embedding for.
+        ExpertError: the expert does not fit the model.
+        NumericsError: a module's mean input is not finite.
+    """
+    for name, value in (
+        ("examples", examples), ("sequence_length", sequence_length), ("batch_sequences", batch_sequences)
+    ):  # fmt: skip
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    embedding = embed if embed is not None else embedder_named(embedder, decode)
+    held, batches, texts_N = examples_of(source), list[Reading](), list[Tensor]()
+    if held is None:
+        tokens_NT = _windows(source, examples, sequence_length, seed)
+        texts_N = list(tokens_NT)
+        batches = [Reading({"input_ids": rows}, rows) for rows in tokens_NT.split(batch_sequences)]
+    else:
+        prompted = prompted_examples(model, held, sequence_length, expert.name)
+        batches, texts_N = example_readings(prompted, examples, seed, batch_sequences)
+    vocabulary, all_N = _vocabulary_size(model), torch.cat(texts_N)
+    if int(all_N.max()) >= vocabulary:
+        raise DataError(
+            f"the source holds token id {int(all_N.max())} and the model embeds {vocabulary}; tokenise the text "
+            f"with the model's own tokenizer"
+        )
+    device = next(model.parameters()).device
+    with unchanged(model), ExitStack() as stack:
+        model.eval()
+        stack.enter_context(adapted(model, expert))
+        sums = {name: _InputMean() for name in expert.modules}
+        for name, mean in sums.items():
+            hook = model.get_submodule(name).register_forward_pre_hook(mean, with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        for batch in batches:
+            masks = {tuple(mask_BT.shape): mask_BT.to(device) for mask_BT in batch.masks}
+            for mean in sums.values():
+                mean.examples, mean.masks = len(batch.query_BT), masks
+            model(**{name: ids_BT.to(device) for name, ids_BT in batch.arguments.items()}, use_cache=False)
+    unreached = [name for name, mean in sums.items() if mean.count == 0]
+    if unreached:
+        log.warning("expert %s: %d modules saw no token, %s first", expert.name, len(unreached), unreached[0])
+    means = {
+        name: mean.value() if mean.count else torch.zeros(expert.modules[name].A_RI.shape[1])
+        for name, mean in sums.items()
+    }
+    for name, mean_I in means.items():
+        if not torch.isfinite(mean_I).all():
+            raise NumericsError(f"expert {expert.name!r}: the mean input of {name} is not finite; the model overflows")
+    pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts_N]
+    embedded = [embedding(batch.query_BT, batch.query_mask_BT).cpu().float() for batch in batches]
+    return Statistics(
+        means=means,
+        embeddings_NF=torch.cat(embedded),
+        embedder=embedder,
+        token_counts_V=torch.bincount(all_N, minlength=vocabulary),
+        bigram_counts_K=torch.bincount(torch.cat(pairs), minlength=BIGRAM_BUCKETS),
+        facts={
+            "examples": sum(len(batch.query_BT) for batch in batches),
+            "tokens": len(all_N),
+            "sequence_length": sequence_length,
+            "data": source.fingerprint,
+            "seed": seed,
+            "unreached": unreached,
+        },
+    )
+
+
+class _InputMean:
+    """A forward pre-hook: the mean over examples of the mean over tokens of a module's input.
+
+    Where a module sees tokens without their examples (a mixture-of-experts layer), its mean is over tokens, batch by
+    batch.
+
+    Attributes:
+        examples: rows of the batch.
+        masks: where a batch is not padding, by shape; empty where nothing is padded.
+    """
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self.masks: Mapping[tuple[int, ...], Tensor] = {}
+        self.sum_I: Tensor | None = None
+        self.count = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        u_XI = module_input(args, kwargs)
+        if u_XI.numel() == 0:
+            return
+        rows = self.examples if u_XI.ndim > 2 and u_XI.shape[0] == self.examples else 1
+        mask_BT = self.masks.get(tuple(u_XI.shape[:-1]))
+        if mask_BT is None:
+            mean_BI = u_XI.reshape(rows, -1, u_XI.shape[-1]).mean(dim=1, dtype=torch.float64)
+        else:
+            kept_BTI = u_XI.double().masked_fill(~mask_BT[..., None], 0.0)
+            mean_BI = kept_BTI.sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
+        weight = self.examples // rows
+        total_I = mean_BI.sum(dim=0) * weight
+        self.sum_I = total_I if self.sum_I is None else self.sum_I + total_I
+        self.count += self.examples
+
+    def value(self) -> Tensor:
+        """mean_I, float32, on the CPU."""
+        assert self.sum_I is not None
+        return (self.sum_I.cpu() / self.count).to(torch.float32)
+
+
+def _windows(source: Source, examples: int, length: int, seed: int) -> Tensor:
+    """Up to `examples` of the windows 0 .. T, T .. 2T, ... of a source, drawn by the seed: tokens_NT, int64."""
+    held = len(source) // length
+    if held < 1:
+        raise DataError(f"the source has {len(source)} tokens; statistics need one window of {length}")
+    drawn_N = np.random.default_rng(seed).choice(held, size=min(examples, held), replace=False, shuffle=False)
+    return torch.from_numpy(source.read_many(np.sort(drawn_N).astype(np.int64) * length, length))
+
+
+def _vocabulary_size(model: Any) -> int:
+    """V, rows of the input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+# -- embedding windows of tokens ----------------------------------------------------------------------------------
+
+
+def embedder_named(name: str, decode: Decode | None = None) -> Embed:
+    """The function behind an embedder's name.
+
+    `tokens-F` is `embed_tokens` with width F; `sentence-transformers:NAME` decodes the window and embeds the text with
+    that model, a local folder or a name on the hub.
+
+    Raises:
+        ConfigError: no such embedder, or its package or the decode function is missing.
+    """
+    hashed = re.fullmatch(r"tokens-([1-9][0-9]*)", name)
+    if hashed is not None:
+        width = int(hashed[1])
+
+        def embed_ids(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+            return embed_tokens(tokens_BT, width=width, mask_BT=mask_BT)
+
+        return embed_ids
+    if not name.startswith(_SENTENCES) or name == _SENTENCES:
+        raise ConfigError(
+            f"embedder is {name!r}; give tokens-WIDTH (tokens-1024) or sentence-transformers:NAME, or bring a function "
+            f"of your own as embed="
+        )
+    if decode is None:
+        raise ConfigError(f"embedder {name!r} reads text; give the tokenizer's decode function as decode=")
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError(f"embedder {name!r} needs sentence-transformers; {install_hint('embed')}, or use tokens-1024")
+    read = decode
+    encoder = SentenceTransformerEmbedder(
+        EmbedderConfig(kind="sentence_transformers", model=name.removeprefix(_SENTENCES))
+    )
+
+    def embed_text(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(tokens_BT) if mask_BT is None else mask_BT
+        texts = [read(row[keep.bool()].tolist()) for row, keep in zip(tokens_BT.cpu(), mask.cpu(), strict=True)]
+        return torch.from_numpy(encoder.embed(texts)).to(tokens_BT.device)
+
+    return embed_text
+
+
+def embed_tokens(tokens_BT: Tensor, *, width: int = 1024, mask_BT: Tensor | None = None) -> Tensor:
+    """Embed windows of token ids by signed feature hashing of their unigrams and bigrams.
+
+        x_f = sum over features i of the window with bucket(i) = f of sign(i)
+        e   = normalise(sign(x) log(1 + |x|))
+
+    A feature is an id, or a pair of neighbouring ids; bucket and sign are bits of a fixed integer hash, so a window has
+    the same embedding on every machine and in every batch. The logarithm keeps frequent tokens from drowning the rest.
+    Weinberger et al. 2009, "Feature hashing for large scale multitask learning", arXiv:0902.2206.
+
+    Args:
+        tokens_BT: int64 ids.
+        width: F.
+        mask_BT: true (or 1) where there is a token; a pair counts where both of its tokens do. None: everywhere.
+    Returns:
+        e_BF: unit rows, float32, on the device of the tokens; a row without tokens is zero.
+    """
+    valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    ones_BT = _mix(tokens_BT.long() + _signed(_UNIGRAM * _GOLDEN))
+    pairs_BT = _pair(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    hashes_BN = torch.cat([ones_BT, pairs_BT], dim=1)
+    counted_BN = torch.cat([valid_BT, valid_BT[:, :-1] & valid_BT[:, 1:]], dim=1)
+    signs_BN = torch.where(hashes_BN < 0, -1.0, 1.0).double() * counted_BN
+    buckets_BN = _magnitude(hashes_BN) % width
+    x_BF = torch.zeros(len(tokens_BT), width, dtype=torch.float64, device=tokens_BT.device)
+    x_BF.scatter_add_(1, buckets_BN, signs_BN)
+    e_BF = x_BF.sign() * x_BF.abs().log1p()
+    lengths_B1 = torch.linalg.vector_norm(e_BF, dim=1, keepdim=True)
+    unit_BF: Tensor = (e_BF / lengths_B1.clamp_min(1e-12)).float()
+    return unit_BF
+
+
+def bigram_bucket(previous: Tensor, next: Tensor, buckets: int = BIGRAM_BUCKETS) -> Tensor:
+    """The bucket, 0 .. buckets - 1, in which a pair of neighbouring token ids is counted.
+
+    Args:
+        previous: int64 ids.
+        next: the ids after them, of the same shape.
+        buckets: K.
+    Returns:
+        int64, of that shape; the same on every machine.
+    """
+    return _magnitude(_pair(previous, next)) % buckets
+
+
+def _pair(previous: Tensor, following: Tensor) -> Tensor:
+    """A 64-bit hash of an ordered pair."""
+    return _mix(_mix(previous.long() + _signed(_BIGRAM * _GOLDEN)) + following.long())
+
+
+def _magnitude(hashes: Tensor) -> Tensor:
+    """The hash without its sign bit, which `embed_tokens` uses up; not negative."""
+    return hashes & _ALL_BUT_SIGN
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The 64-bit finaliser of splitmix64 (Steele, Lea and Flood 2014), on int64 with wrap-around."""
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Right shift that brings in zeros, as on unsigned integers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that has it."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

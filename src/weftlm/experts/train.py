@@ -1,0 +1,429 @@
+"""One domain in, one expert out: adapter, gate, statistics and a card.
+
+The adapter is trained by the ordinary loop on a single domain, the one that did best on held-out text is kept, and the
+base model comes back as it was, so that the next expert may be trained on it at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weftlm import __version__
+from weftlm.config import Section
+from weftlm.corpora.examples import examples_of
+from weftlm.corpora.source import Source
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError
+from weftlm.experts.adapted import unchanged
+from weftlm.experts.examples import domain_trainer, held_out_example_losses, training_source
+from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
+from weftlm.experts.gate import GateConfig, fingerprint_of, how_read, train_gate, training_choices, warmup_of
+from weftlm.experts.library import check_name
+from weftlm.experts.lora import base_fingerprint, from_peft_model
+from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
+from weftlm.files import whole
+from weftlm.models.factory import LoRASection, count_parameters, peft_warnings
+from weftlm.models.hf import token_losses
+from weftlm.models.prompted import is_encoder_decoder
+from weftlm.training.config import TrainingConfig
+from weftlm.training.metrics import read_metrics
+from weftlm.training.runtime import Runtime, choose_runtime
+
+log = logging.getLogger(__name__)
+
+DEFAULT_STEPS = 1000
+PROMPTS_WANTED = "its corpora a prompt_field (data.corpora), and leave experts.examples out"
+ADAPTER, GATE, BEST = "adapter", "gate", "best.safetensors"
+
+_LOSSES = ("nats_per_token", "bits_per_byte", "scored_tokens")
+
+
+class AdapterConfig(LoRASection):
+    """The shape of an adapter and its first values.
+
+    y = W u + (alpha / rank) B A u, with B = 0 at first. The defaults are those of Muqeeth et al. 2024
+    (arXiv:2402.05859): scale 1 / r and A ~ N(0, 0.01^2). PEFT's own habits are `alpha: 16, init_std: null`.
+    """
+
+    alpha: PositiveInt = Field(1, description="scale numerator; the update is scaled by alpha / rank")
+    init_std: PositiveFloat | None = Field(
+        0.01, description="A ~ N(0, init_std^2) at first; null: uniform in +-1 / sqrt(input width), as PEFT does"
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear", description="module names, or all-linear: every linear module but the output head"
+    )
+
+
+class AdapterTraining(TrainingConfig):
+    """`training` of an adapter: as of any model, with the defaults of Muqeeth et al. 2024 (arXiv:2402.05859).
+
+    AdamW without weight decay, 6 % of linear warm-up and then a constant learning rate. The paper's steps take 1024
+    sequences of up to 512 tokens; here batch and length are those of any training until the recipe says otherwise.
+    """
+
+    lr: PositiveFloat = Field(5e-3, description="learning rate of AdamW after warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decay, applied to matrices")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "constant", description="after warm-up: cosine decay, warm-up-stable-decay, or constant"
+    )
+    warmup_steps: NonNegativeInt = Field(
+        warmup_of(DEFAULT_STEPS), description="steps of linear warm-up; absent: 6 % of the steps"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("steps") is None and value.get("tokens") is None:
+            value = {**value, "steps": DEFAULT_STEPS}
+        if "warmup_steps" not in value:
+            size = {
+                key: value.get(key, cls.model_fields[key].default) for key in ("batch_sequences", "sequence_length")
+            }
+            steps, tokens = value.get("steps"), value.get("tokens")
+            if steps is None and all(type(number) is int and number > 0 for number in (tokens, *size.values())):
+                steps = math.ceil(tokens / (size["batch_sequences"] * size["sequence_length"]))
+            if type(steps) is int and steps > 0:
+                value = {**value, "warmup_steps": warmup_of(steps)}
+        return value
+
+
+class ExpertTraining(Section):
+    """How an expert is made from a domain: adapter, gate, statistics.
+
+    The paper trains 1000 steps and keeps the adapter that did best on validation data, looked at every 100 steps.
+    """
+
+    lora: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
+    examples: bool | None = Field(
+        None,
+        description="train on whole examples, loss on their targets (true), or on windows of text (false); absent: on "
+        "examples wherever a domain's documents have prompts",
+    )
+    training: AdapterTraining = Field(default_factory=lambda: AdapterTraining.model_validate({}))
+    validate_every_steps: NonNegativeInt = Field(
+        100, description="held-out loss every so many steps, and the best adapter kept, step 0 too; 0 keeps the last"
+    )
+    validation_tokens: PositiveInt | None = Field(
+        65_536, description="held-out tokens per validation, the same ones each time; null: all"
+    )
+    gate: GateConfig = Field(default_factory=lambda: GateConfig.model_validate({}))
+    statistics_examples: NonNegativeInt = Field(1000, description="training windows behind the statistics; 0: none")
+    embedder: str = Field(
+        "tokens-1024", description="embeds those windows: tokens-WIDTH, or sentence-transformers:NAME"
+    )
+
+
+def train_expert(
+    model: nn.Module,
+    base: BaseReference,
+    source: Source,
+    config: ExpertTraining,
+    *,
+    name: str,
+    folder: Path,
+    seed: int,
+    heldout: Source | None = None,
+    about: Mapping[str, Any] | None = None,
+    decode: Decode | None = None,
+    runtime: Runtime | None = None,
+) -> Expert:
+    """Train an adapter on a domain, then its gate, and collect the domain's statistics.
+
+    Afterwards the model is what it was, to the bit: PEFT and gates are gone. A killed run continues from its last
+    checkpoint; a finished one gives the same expert again without training.
+
+    Args:
+        model: the base, bare: a causal language model, or an encoder-decoder where the source holds examples.
+        base: what the expert will say of its base; a missing fingerprint is computed.
+        source: the domain's training tokens; with prompts and targets, whole examples are trained on (see
+            `ExampleTrainer`), as `config.examples` says.
+        config: how.
+        name: the expert's.
+        folder: checkpoints and metrics go to `adapter/` and `gate/` in it.
+        seed: of the first values and of every draw.
+        heldout: the domain's held-out tokens; without them the last adapter is kept and the card knows no losses.
+        about: JSON values for the card: where the text came from, its licence, how the domain was found.
+        decode: token ids to text, where `config.embedder` reads text.
+        runtime: device, precision and compilation; absent: chosen for this machine.
+    Returns:
+        The expert. card: name, base, data, heldout, settings, seed, adapter (steps, kept_step, tokens, epochs, seconds,
+        stopped_early), losses (before and after on held-out text: nats_per_token, and bits_per_byte where the source
+        knows its bytes), gate, statistics, about, weftlm.
+    Raises:
+        ConfigError: a target module or embedder that does not exist, or examples are wanted of a source of plain text.
+        DataError: a source is too short, or its ids are not the model's.
+        ExpertError: the name is not allowed, the model carries adapters already, or the adapter diverged.
+        CheckpointError: the folder holds another recipe's training, or cannot be written.
+        NumericsError: a loss or a gradient is not finite.
+    """
+    check_name(name)
+    source = training_source(source, name, config.examples)
+    heldout = None if heldout is None else training_source(heldout, name, config.examples)
+    if is_encoder_decoder(model) and examples_of(source) is None:
+        raise ConfigError(f"expert {name!r}: an encoder-decoder model learns from examples; give {PROMPTS_WANTED}")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ExpertError(f"expert {name!r}: the model carries PEFT adapters already; load the base without them")
+    embed = embedder_named(config.embedder, decode) if config.statistics_examples else None
+    if base.fingerprint is None:
+        base = replace(base, fingerprint=base_fingerprint(model))
+    if runtime is None:
+        runtime = choose_runtime(config.training, parameters=count_parameters(model))
+    with unchanged(model):
+        model.to(runtime.device)
+        adapter = _train_adapter(
+            model, base, source, config, name=name, folder=folder, seed=seed, heldout=heldout, runtime=runtime
+        )
+        gate = train_gate(
+            model, adapter.lora, source, config.gate,
+            folder=folder / GATE, seed=seed, training=config.training, runtime=runtime,
+        )  # fmt: skip
+        statistics: Statistics | None = None
+        if config.statistics_examples:
+            statistics = collect_statistics(
+                model, adapter.lora, source,
+                examples=config.statistics_examples, sequence_length=config.training.sequence_length, seed=seed,
+                batch_sequences=config.training.batch_sequences, embedder=config.embedder, embed=embed,
+            )  # fmt: skip
+    card = {
+        "name": name,
+        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
+        "data": _described(source),
+        "heldout": None if heldout is None else _described(heldout),
+        "settings": config.model_dump(mode="json"),
+        "seed": seed,
+        "adapter": adapter.facts,
+        "losses": adapter.losses,
+        "gate": dict(gate.facts),
+        "statistics": None if statistics is None else dict(statistics.facts),
+        "about": dict(about or {}),
+        "weftlm": __version__,
+    }
+    return Expert(adapter.lora, gate, statistics, card)
+
+
+def _described(source: Source) -> dict[str, Any]:
+    size = int(getattr(source, "bytes", 0))
+    return {"fingerprint": source.fingerprint, "tokens": len(source), "bytes": size or None}
+
+
+# -- the adapter --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A trained adapter and what is known of its training."""
+
+    lora: LoRAExpert
+    facts: dict[str, Any]
+    losses: dict[str, Any] | None
+
+
+def _train_adapter(
+    model: nn.Module,
+    base: BaseReference,
+    source: Source,
+    config: ExpertTraining,
+    *,
+    name: str,
+    folder: Path,
+    seed: int,
+    heldout: Source | None,
+    runtime: Runtime,
+) -> _Adapter:
+    """Train on one domain; keeps the best step where there is held-out text and `validate_every_steps`."""
+    length, selecting = config.training.sequence_length, bool(heldout is not None and config.validate_every_steps)
+    identity = fingerprint_of(
+        "adapter", config.lora.model_dump(mode="json"), training_choices(config.training), seed,
+        [base.name, base.revision, base.fingerprint], source.fingerprint,
+        [heldout.fingerprint, config.validate_every_steps, config.validation_tokens] if heldout is not None else None,
+        *how_read(source),
+    )  # fmt: skip
+    held_examples = None if heldout is None else examples_of(heldout)
+    with unchanged(model):
+        peft_model = _with_lora(model, config.lora, base, seed)
+        best = _Best(folder / BEST, identity)
+
+        def validate(module: nn.Module) -> dict[str, Any]:
+            assert heldout is not None
+            sizes = (length, config.training.batch_sequences, config.validation_tokens)
+            if held_examples is None:
+                found = held_out_losses(module, heldout, *sizes)
+            else:
+                found = held_out_example_losses(module, held_examples, *sizes)
+            if selecting and trainer.accelerator.is_main_process:
+                best.offer(trainer.step, found["nats_per_token"], trainer.parameters)
+            return found
+
+        trainer = domain_trainer(
+            peft_model,
+            name,
+            source,
+            config.training,
+            runtime=runtime,
+            folder=folder / ADAPTER,
+            seed=seed,
+            evaluate=None if heldout is None else validate,
+            evaluate_every_steps=0 if heldout is None else config.validate_every_steps or config.training.total_steps,
+            identity=identity,
+        )
+        result = trainer.run()
+        losses, kept_step = None, result.step
+        if heldout is not None:
+            lines = [line for line in read_metrics(folder / ADAPTER / "metrics.jsonl") if line["kind"] == "eval"]
+            found = {line["step"]: {key: line[key] for key in _LOSSES} for line in lines}
+            if result.step not in found:  # the data ended before the last step
+                found[result.step] = validate(peft_model)
+            trainer.accelerator.wait_for_everyone()
+            if selecting:
+                kept_step = best.restore(trainer.parameters)
+            losses = {"before": found.get(0), "after": found[kept_step]}
+            log.info("expert %s: kept the adapter of step %d of %d", name, kept_step, result.step)
+        lora = from_peft_model(peft_model, name, base=base)
+    facts = {
+        "steps": result.step,
+        "kept_step": kept_step,
+        "tokens": result.tokens,
+        "epochs": result.epochs[name],
+        "seconds": {part: result.seconds[part] for part in ("train", "eval")},
+        "stopped_early": result.stopped_early,
+    }
+    return _Adapter(lora, facts, losses)
+
+
+def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, seed: int) -> PeftModel:
+    """Put an untrained adapter into a model; its first values are a function of the seed alone."""
+    section = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), peft_warnings():
+        torch.manual_seed(seed)
+        try:
+            peft_model: PeftModel = get_peft_model(model, section, revision=base.revision)
+        except ValueError as error:
+            raise ConfigError(f"lora.target_modules {config.target_modules!r} do not fit the model: {error}") from error
+    if config.init_std is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, factor in peft_model.named_parameters():
+            if ".lora_A." in name:
+                factor.data.copy_(torch.randn(factor.shape, generator=generator) * config.init_std)
+    return peft_model
+
+
+class _Best:
+    """The best adapter so far, in one file that is replaced whole: weights, step, loss and identity.
+
+    Args:
+        path: the file.
+        identity: of the training; a file of another is not looked at, and overwritten.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.loss = math.inf
+        if path.exists():
+            facts = self._facts()
+            self.loss = facts["loss"] if facts["identity"] == identity else math.inf
+
+    def offer(self, step: int, loss: float, parameters: Mapping[str, Tensor]) -> None:
+        """Keep these weights if their loss is lower than every one before."""
+        if not loss < self.loss:
+            return
+        facts = json.dumps({"identity": self.identity, "step": step, "loss": loss})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(self.path) as temporary:
+                save_file(tensors, temporary, {"weftlm": facts})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"the best adapter could not be written to {self.path}: {error}") from error
+        self.loss = loss
+
+    def restore(self, parameters: Mapping[str, Tensor]) -> int:
+        """Put the best weights back; returns their step."""
+        facts = self._facts() if self.path.exists() else {}
+        if facts.get("identity") != self.identity:
+            raise CheckpointError(f"{self.path} is missing or of another run; remove {self.path.parent} to train again")
+        with safe_open(self.path, framework="pt") as file, torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(name))
+        return int(facts["step"])
+
+    def _facts(self) -> dict[str, Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                found: dict[str, Any] = json.loads(file.metadata()["weftlm"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is no adapter of this library: {error}; remove it") from error
+        return found
+
+
+# -- held-out loss ------------------------------------------------------------------------------------------------
+
+
+def held_out_losses(
+    model: nn.Module, source: Source, sequence_length: int, batch_sequences: int, max_tokens: int | None
+) -> dict[str, Any]:
+    """Mean loss of a causal language model on held-out tokens, each scored once.
+
+        nats_per_token = -1/n sum_t log p(x_t | x_<t)          bits_per_byte = nats_per_token n / (ln 2 bytes)
+
+    Window i scores the T tokens after position i T. With `max_tokens` evenly spaced windows are taken, the same ones
+    every time, and their bytes are the source's bytes per token times n. The model is left in evaluation mode.
+
+    Args:
+        model: where it is; inputs follow it.
+        source: held-out tokens, with `bytes` where bits per byte are wanted.
+        sequence_length: T.
+        batch_sequences: windows per forward pass.
+        max_tokens: upper limit of tokens scored (at least one window is); None for all.
+    Returns:
+        nats_per_token, bits_per_byte (None where the source knows no bytes), scored_tokens.
+    Raises:
+        DataError: the source has fewer than two tokens.
+        NumericsError: the loss is not finite.
+    """
+    if len(source) < 2:
+        raise DataError(f"a held-out set of {len(source)} tokens cannot be scored; it needs at least 2")
+    count = math.ceil((len(source) - 1) / sequence_length)
+    take = count if max_tokens is None else min(count, max(1, max_tokens // sequence_length))
+    starts_N = (2 * np.arange(take, dtype=np.int64) + 1) * count // (2 * take) * sequence_length
+    lengths_N = np.minimum(sequence_length, len(source) - 1 - starts_N)
+    device = next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for length in np.unique(lengths_N).tolist():
+            same_N = starts_N[lengths_N == length]
+            for first in range(0, len(same_N), batch_sequences):
+                tokens_BT1 = source.read_many(same_N[first : first + batch_sequences], length + 1)
+                total += float(token_losses(model, torch.from_numpy(tokens_BT1).to(device)).double().sum())
+    scored = int(lengths_N.sum())
+    if not math.isfinite(total):
+        raise NumericsError(f"the loss is {total} on {scored} held-out tokens; the adapter has diverged")
+    size = int(getattr(source, "bytes", 0))
+    scored_bytes = size if take == count else size / len(source) * scored
+    return {
+        "nats_per_token": total / scored,
+        "bits_per_byte": total / (math.log(2) * scored_bytes) if size else None,
+        "scored_tokens": scored,
+    }

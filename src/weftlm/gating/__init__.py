@@ -1,0 +1,42 @@
+"""Frozen experts' log-probabilities in, one gate over them out: best against the worst mixture of domains, certified.
+
+Takes scores of sequences (text or not) under every expert; gives gates as values, bounds, and how far they are apart.
+Read `gate.py` first, then `primal_dual.py`.
+"""
+
+from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
+from weftlm.gating.certificate import Certificate, certify
+from weftlm.gating.exact import ExactResult, best_constant_gate, exact_robust_gate, mixture_regrets
+from weftlm.gating.features import sequence_features
+from weftlm.gating.gate import CausalGate, Features, Gate, gates, load_gate, save_gate
+from weftlm.gating.mixtures import Box, Vertices
+from weftlm.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
+from weftlm.gating.sequences import ScoredSequences, enumerated
+
+__all__ = [
+    "Box",
+    "CapacityResult",
+    "CausalGate",
+    "Certificate",
+    "ExactResult",
+    "Features",
+    "FitConfig",
+    "FitResult",
+    "FitState",
+    "Gate",
+    "Progress",
+    "ScoredSequences",
+    "Vertices",
+    "best_constant_gate",
+    "certify",
+    "channel_capacity",
+    "enumerated",
+    "exact_robust_gate",
+    "fit_robust_gate",
+    "gates",
+    "load_gate",
+    "mixture_regrets",
+    "sampled_capacity",
+    "save_gate",
+    "sequence_features",
+]

@@ -1,0 +1,116 @@
+"""What the room takes in: arrays of probabilities or their logs, of numpy or torch, checked once at the door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weftlm.errors import ConfigError, NumericsError
+
+Floats = NDArray[np.float64]
+"""What results hold: numpy, float64. Gates hold torch tensors."""
+
+TOLERANCE = 1e-6
+"""How far a row of probabilities may sum from 1 and still pass for rounding."""
+
+
+def to_tensor(value: Any, name: str, axes: str) -> Tensor:
+    """A tensor on the CPU from an array, a nested list or a tensor; float64 unless it came as float32.
+
+    Args:
+        value: what came.
+        name: what it is, for messages.
+        axes: one letter per axis, for messages: "NE".
+    Raises:
+        ConfigError: no numbers, half precision, or another number of axes.
+        NumericsError: it holds a NaN.
+    """
+    if isinstance(value, Tensor):
+        tensor = value.detach().to("cpu")
+    else:
+        try:
+            array = np.asarray(value)
+            tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name} is no array of numbers: {error}") from error
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        raise ConfigError(
+            f"{name} comes in {tensor.dtype}, which loses whole nats of a sequence's log-likelihood; sum in float32 or "
+            "float64"
+        )
+    if tensor.is_complex():
+        raise ConfigError(f"{name} comes in {tensor.dtype}; it must be real")
+    if tensor.dtype != torch.float32:
+        tensor = tensor.to(torch.float64)
+    if tensor.ndim != len(axes):
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; it needs {len(axes)} axes: {' x '.join(axes)}")
+    if bool(torch.isnan(tensor).any()):
+        where = tuple(int(i) for i in torch.isnan(tensor).nonzero()[0])
+        raise NumericsError(f"{name} holds NaN (first at {where}); score those sequences again or leave them out")
+    return tensor
+
+
+def to_log_likelihoods(value: Any, name: str, axes: str) -> Tensor:
+    """Log-likelihoods: any finite number (densities exceed 0) or -inf.
+
+    Raises:
+        ConfigError, NumericsError: as `to_tensor`; also for +inf.
+    """
+    tensor = to_tensor(value, name, axes)
+    if bool(torch.isposinf(tensor).any()):
+        where = tuple(int(i) for i in torch.isposinf(tensor).nonzero()[0])
+        raise NumericsError(f"{name} holds +inf (first at {where}); a log-likelihood is finite or -inf")
+    return tensor
+
+
+def log_distributions(value: Any, name: str, axes: str) -> Tensor:
+    """Rows of probabilities, or of their natural logs, as logs in float64.
+
+    The two are told apart by sign: logs of probabilities are never above 0, probabilities never below. What a row's sum
+    differs from 1 by, within 1e-6, is taken for rounding and divided out.
+
+    Raises:
+        ConfigError: the wrong shape, no row or no column.
+        NumericsError: NaN, numbers of both signs, or a row that does not sum to 1 within 1e-6.
+    """
+    tensor = to_tensor(value, name, axes).to(torch.float64)
+    if 0 in tensor.shape:
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; it needs a row and a column at least")
+    if bool((tensor <= 0).all()):
+        logs = tensor
+    elif bool((tensor >= 0).all()):
+        logs = tensor.log()
+    else:
+        raise NumericsError(f"{name} holds numbers of both signs; give probabilities (>= 0) or natural logs (<= 0)")
+    totals = torch.logsumexp(logs, dim=-1)
+    off = (totals.exp() - 1.0).abs()
+    if not bool((off <= TOLERANCE).all()):
+        row = int(off.argmax())
+        raise NumericsError(
+            f"row {row} of {name} sums to {float(totals[row].exp()):.6g} over {logs.shape[-1]} points; must be 1 ± "
+            f"{TOLERANCE:g}: is a point missing, or is it not normalised?"
+        )
+    return logs - totals[:, None]
+
+
+def simplex_vector(value: Any, name: str, size: int) -> Floats:
+    """A probability vector.
+
+    Raises:
+        ConfigError: the wrong size, a negative entry, or a sum off 1 by more than 1e-6.
+        NumericsError: it holds a NaN.
+    """
+    vector: Floats = to_tensor(value, name, "D").to(torch.float64).numpy()
+    if len(vector) != size:
+        raise ConfigError(f"{name} has {len(vector)} entries; it needs {size}")
+    if bool((vector < 0).any()) or abs(float(vector.sum()) - 1.0) > TOLERANCE:
+        raise ConfigError(
+            f"{name} is {np.round(vector, 6).tolist()} and sums to {float(vector.sum()):.6g}; entries must be >= 0 and "
+            f"sum to 1 ± {TOLERANCE:g}"
+        )
+    normalised: Floats = vector / vector.sum()
+    return normalised

@@ -1,0 +1,175 @@
+"""The capacity of the channel domain -> sequence: no single normalised model is better on its worst domain.
+
+    C = max_lambda JSD_lambda(p_1 .. p_D) = min_m max_d KL(p_d || m)              m: any normalised model
+
+Gallager 1979 and Ryabko 1979 for the equality; Blahut 1972 and Arimoto 1972 for the iteration and its bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weftlm.errors import ConfigError, DataError
+from weftlm.gating.arrays import Floats, log_distributions, to_log_likelihoods, to_tensor
+from weftlm.gating.mixtures import MixtureSet, Player, player
+
+
+@dataclass(frozen=True)
+class CapacityResult:
+    """What Blahut-Arimoto found.
+
+    Attributes:
+        value: lower end of the bracket, nats per sequence, or as scaled. kind "exact": every normalised model's worst
+            KL(p_d || m) is at least this. kind "estimate": see `sampled_capacity`.
+        lam_D: the mixture that attains it.
+        iterations: steps taken.
+        gap: upper end minus `value`; the capacity lies within. 0 up to the tolerance once converged.
+        kind: "exact" from enumerated distributions, "estimate" from samples.
+        standard_error: of `value` as a mean over samples at this mixture, nats; None where exact.
+    """
+
+    value: float
+    lam_D: Floats
+    iterations: int
+    gap: float
+    kind: Literal["exact", "estimate"] = "exact"
+    standard_error: float | None = None
+
+
+def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: int = 20_000) -> CapacityResult:
+    """Capacity of a channel with an enumerated output.
+
+        D_d      = KL(p_d || p_lambda)
+        lambda_d <- lambda_d exp(D_d) / sum_j lambda_j exp(D_j)
+        log sum_d lambda_d exp(D_d)  <=  C  <=  max_d D_d
+
+    It stops when the best lower and upper bounds so far are within `tolerance`, or after `max_iterations`; the bracket
+    is valid either way. Where a domain barely counts the iteration is slow (1 / n), and `gap` says how far it came.
+
+    Args:
+        logP_DX: one row per domain, log-probabilities (nats) or probabilities of X sequences, normalised.
+        tolerance: of the bracket, nats.
+        max_iterations: at most so many steps.
+    Raises:
+        ConfigError: not D x X, or nonsensical limits.
+        NumericsError: NaN, or a row that does not sum to 1.
+    """
+    _check_limits(tolerance, max_iterations)
+    logp_DX = log_distributions(logP_DX, "logP_DX", "DX")
+    p_DX = logp_DX.exp()
+
+    def divergences(log_lam_D: Tensor) -> Tensor:
+        mix_X = torch.logsumexp(log_lam_D[:, None] + logp_DX, dim=0)
+        return (p_DX * torch.where(p_DX > 0, logp_DX - mix_X, torch.zeros_like(logp_DX))).sum(dim=1)
+
+    log_lam_D = _uniform(len(logp_DX))
+    best, lower, upper = log_lam_D, 0.0, math.inf
+    for taken in range(1, max_iterations + 1):  # noqa: B007
+        divergence_D = divergences(log_lam_D)
+        step_D = log_lam_D + divergence_D
+        bound = float(torch.logsumexp(step_D, dim=0))
+        upper = min(upper, float(divergence_D.max()))
+        if bound >= lower:
+            lower, best = bound, log_lam_D
+        if upper - lower <= tolerance:
+            break
+        log_lam_D = step_D - bound
+    return CapacityResult(lower, best.exp().numpy(), taken, max(upper - lower, 0.0))
+
+
+def sampled_capacity(
+    logp: Sequence[Any],
+    *,
+    mixtures: MixtureSet | Player | Any | None = None,
+    scale_D: Any = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 2_000,
+) -> CapacityResult:
+    """Estimate of the capacity where sequences can be drawn and scored, not listed.
+
+        max over allowed lambda of  sum_d lambda_d s_d D_d        D_d = mean over samples x of domain d of
+            log p_d(x) - log sum_k mu_k p_k(x),   mu_k = lambda_k s_k / sum_j lambda_j s_j
+
+    No normalised model m has a worst mixture max_lambda sum_d lambda_d s_d KL(p_d || m) below it: for a fixed lambda,
+    m = sum_k mu_k p_k makes the sum least. Its gradient is s_d D_d, and exponentiated gradient with steps of 1 / max s
+    is the iteration of Blahut and Arimoto where s = 1 and all mixtures are allowed. `value` is the largest sum met,
+    `gap` reaches to the smallest max_lambda sum_d lambda_d s_d D_d met.
+
+    Samples drawn from the models themselves make `value` an estimate of the capacity between the models. Real text
+    scored by models of its domains makes it an estimate of a lower bound (for a fixed mixture, in expectation: Barber
+    and Agakov 2003) of the capacity between the real domains. In both cases the mixture is chosen on the same samples,
+    which flatters it a little; the standard error does not count that.
+
+    Args:
+        logp: for each domain d, an array N_d x D: log-likelihood of its samples under each domain's model, nats.
+        mixtures: which lambda are allowed, as in `fit_robust_gate`; None for all.
+        scale_D: s, positive: 1 / tokens for nats per token; None for 1.
+        tolerance: stop when a step changes `value` by less, nats, before it is scaled.
+        max_iterations: at most so many steps.
+    Raises:
+        ConfigError: shapes do not fit, or a scale is not positive.
+        DataError: a domain without samples, or a sample its own domain's model gives probability 0.
+        NumericsError: NaN or +inf.
+    """
+    _check_limits(tolerance, max_iterations)
+    if len(logp) == 0:
+        raise DataError("the capacity of no domains is undefined; give the samples of one domain at least")
+    domains = len(logp)
+    sets = [to_log_likelihoods(part, f"logp[{d}]", "ND").to(torch.float64) for d, part in enumerate(logp)]
+    for d, part_ND in enumerate(sets):
+        if part_ND.shape[1] != domains:
+            raise ConfigError(
+                f"logp[{d}] has {part_ND.shape[1]} columns for {domains} domains; it needs one per domain"
+            )
+        if len(part_ND) == 0:
+            raise DataError(f"domain {d} has no samples; draw some, or leave the domain out")
+        if bool(torch.isneginf(part_ND[:, d]).any()):
+            raise DataError(f"a sample of domain {d} has probability 0 under that domain's own model; check the scores")
+    scales_D = np.ones(domains) if scale_D is None else to_tensor(scale_D, "scale_D", "D").double().numpy()
+    if len(scales_D) != domains or not bool((scales_D > 0).all() and np.isfinite(scales_D).all()):
+        raise ConfigError(f"scale_D is {scales_D}; it needs a positive number for each of the {domains} domains")
+    opponent, largest = player(mixtures, domains), float(scales_D.max())
+    counts_D = torch.tensor([len(part) for part in sets])
+    group_N = torch.repeat_interleave(torch.arange(domains), counts_D)
+    logp_ND = torch.cat(sets)
+    own_N = logp_ND.gather(1, group_N[:, None])[:, 0]
+
+    def means(values_N: Tensor) -> Tensor:
+        return torch.zeros(domains, dtype=torch.float64).index_add(0, group_N, values_N) / counts_D
+
+    log_nu_M = opponent.start()
+    best_D = opponent.lam(np.exp(log_nu_M))
+    value, upper, error = -math.inf, math.inf, 0.0
+    for taken in range(1, max_iterations + 1):  # noqa: B007
+        lam_D = opponent.lam(np.exp(log_nu_M))
+        mu_D = torch.from_numpy(lam_D * scales_D / (lam_D @ scales_D))
+        gain_N = own_N - torch.logsumexp(mu_D.log() + logp_ND, dim=1)
+        gain_D = torch.where(mu_D > 0, means(gain_N), 0.0)  # no allowed mixture holds the others
+        payoffs_M = opponent.weights_MD @ (scales_D * gain_D.numpy())
+        now = float(np.exp(log_nu_M) @ payoffs_M)
+        upper = min(upper, opponent.best(payoffs_M)[0])
+        change = now - value
+        if now > value:
+            best_D, value = lam_D, now
+            spread_D = (means((gain_N - gain_D[group_N]) ** 2) / (counts_D - 1).clamp_min(1)).numpy()
+            error = float(np.sqrt((lam_D * scales_D)[lam_D > 0] ** 2 @ spread_D[lam_D > 0]))
+        if upper - value <= tolerance * largest or abs(change) < tolerance * largest:
+            break
+        log_nu_M = opponent.step(log_nu_M, payoffs_M / largest)
+    return CapacityResult(value, best_D, taken, max(upper - value, 0.0), "estimate", error)
+
+
+def _uniform(size: int) -> Tensor:
+    return torch.full((size,), -math.log(size), dtype=torch.float64)
+
+
+def _check_limits(tolerance: float, max_iterations: int) -> None:
+    if not (np.isfinite(tolerance) and tolerance >= 0.0) or max_iterations < 1:
+        raise ConfigError(f"tolerance {tolerance} and max_iterations {max_iterations}; need 0 or more, and 1 or more")

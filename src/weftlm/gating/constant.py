@@ -1,0 +1,53 @@
+"""The constant gate: fixed weights over the experts, whatever the sequence."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from weftlm.gating.arrays import simplex_vector
+from weftlm.gating.gate import Features, Gate, GateConfig, gates
+
+
+class ConstantConfig(GateConfig):
+    """Configuration of `constant`."""
+
+    gate: Literal["constant"] = Field("constant", description="Name of this gate.")
+
+
+@gates.register("constant")
+class ConstantGate(Gate):
+    """A mixture of the experts.
+
+        log g(x, k) = log softmax(a)_k                  a_E: learned, 0 at first (uniform)
+
+    Always in G_1: pi_g is a mixture of distributions, Z = 1. Its exact causal form is the `bayes` gate with these
+    weights as prior.
+    """
+
+    Config: ClassVar[type[GateConfig]] = ConstantConfig
+    learned: ClassVar[tuple[str, ...]] = ("logits_E",)
+
+    @classmethod
+    def init(cls, config: ConstantConfig, experts: int, features: Features, seed: int) -> Self:
+        return cls(config, experts, {"logits_E": torch.zeros(experts, dtype=torch.float64)})
+
+    @classmethod
+    def of(cls, weights_E: Any) -> Self:
+        """The gate with these weights.
+
+        Raises:
+            ConfigError: they are not a probability vector.
+        """
+        size = len(weights_E)
+        weights = torch.from_numpy(simplex_vector(weights_E, "weights_E", size))
+        return cls(ConstantConfig(), size, {"logits_E": weights.log()})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"logits_E": (self.experts,)}
+
+    def log_weights(self, features: Features) -> Tensor:
+        return torch.log_softmax(self.tensors["logits_E"], dim=0).expand(len(features), -1)

@@ -1,0 +1,635 @@
+"""Frozen expert language models under one roof: whole models, and adapters that share one base's weights in memory.
+
+    log q_e(x_t | x_<t)         for every expert e of the pool, in as few passes as memory allows
+
+Experts over one base run in one forward pass: the batch is repeated once per expert, and every repetition goes through
+its own adapter. The base's weights are held, and read from memory, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from weftlm.config import Section, did_you_mean
+from weftlm.corpora.tokens import Tokenizer, load_pretrained
+from weftlm.errors import ConfigError, DataError, ExpertError
+from weftlm.experts.adapted import module_input, placed
+from weftlm.experts.expert import LoRAExpert, LoRAFactors
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import CONFIG, base_fingerprint, check_fits, read_lora
+from weftlm.models.factory import load_base, uneven_heads
+
+LOGITS = 1 << 26
+"""Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""
+BUSY = {"cpu": 512}
+"""Tokens that keep a device busy: experts share a pass while all their tokens together are no more. Beyond that a pass
+of several is no faster than several passes, and needs more memory."""
+BUSY_ELSEWHERE = 1 << 14
+
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class ExpertSource(Section):
+    """Where an expert can be loaded from.
+
+    A whole model: `model`. An adapter in a PEFT folder: `model`, that folder. An adapter of an expert library:
+    `library` and `expert`; its base is the library's, or `model` where that is given.
+    """
+
+    name: str = Field(description="Name of the expert, unique in a pool")
+    model: str | None = Field(
+        None, description="Folder or hub name: a whole model, a PEFT adapter, or a library's base"
+    )
+    revision: str | None = Field(None, description="Hub revision of `model`")
+    library: str | None = Field(None, description="Folder of an expert library")
+    expert: str | None = Field(None, description="The adapter's name in the library; absent: the base itself")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ExpertSource:
+        if self.model is None and self.library is None:
+            raise ValueError("give model (a folder or hub name) or library (a folder) and expert")
+        if self.expert is not None and self.library is None:
+            raise ValueError("expert names an adapter of a library: give library")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One expert of a pool.
+
+    Attributes:
+        name: unique in the pool.
+        model: a decoder-only language model; members with the same object share its weights.
+        lora: the adapter through which the model runs; None: the model as it is.
+        tokenizer: fingerprint of its vocabulary (`Tokenizer.vocabulary_fingerprint`), None where nobody knows it.
+        source: where it came from, for saving by reference; None for one made in memory.
+    """
+
+    name: str
+    model: PreTrainedModel
+    lora: LoRAExpert | None = None
+    tokenizer: str | None = None
+    source: ExpertSource | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which of a backbone's experts each sequence of a batch runs through.
+
+    Attributes:
+        one: all of them through this one.
+        blocks: or block after block of equal size, through these.
+        each: or sequence by sequence; one place per sequence, int64.
+    """
+
+    one: int | None = None
+    blocks: tuple[int, ...] | None = None
+    each: Tensor | None = None
+
+    @classmethod
+    def of(cls, places_X: Tensor) -> Rows:
+        """The cheapest form of one place per sequence."""
+        places = places_X.tolist()
+        distinct = list(dict.fromkeys(places))
+        if len(distinct) == 1:
+            return cls(one=distinct[0])
+        size = len(places) // len(distinct)
+        if places == [place for place in distinct for _ in range(size)]:
+            return cls(blocks=tuple(distinct))
+        return cls(each=places_X)
+
+
+class _Switch:
+    """What the branches of one backbone share: the rows of the pass under way, None for the model as it is."""
+
+    def __init__(self) -> None:
+        self.rows: Rows | None = None
+
+
+class _Branches(nn.Module):
+    """The adapters of one linear module, as a hook that adds to its output what each sequence's own one gives.
+
+        y[x] = W u[x] + s_e B_e A_e u[x]            e the expert of sequence x
+
+    Smaller ranks are padded with zeros, experts that do not adapt the module are zeros altogether, s is folded into B.
+    """
+
+    A_ERI: Tensor
+    B_ERO: Tensor
+
+    def __init__(self, module: nn.Module, factors: Sequence[LoRAFactors | None], switch: _Switch) -> None:
+        super().__init__()
+        there = [factor for factor in factors if factor is not None]
+        rank = max(factor.rank for factor in there)
+        A_RI, B_OR = placed(there[0], module)
+        A_ERI = A_RI.new_zeros(len(factors), rank, A_RI.shape[1])
+        B_ERO = B_OR.new_zeros(len(factors), rank, B_OR.shape[0])
+        for place, factor in enumerate(factors):
+            if factor is not None:
+                A_RI, B_OR = placed(factor, module)
+                A_ERI[place, : factor.rank] = A_RI
+                B_ERO[place, : factor.rank] = (factor.scale * B_OR.double().T).to(B_OR.dtype)
+        self.register_buffer("A_ERI", A_ERI, persistent=False)
+        self.register_buffer("B_ERO", B_ERO, persistent=False)
+        self.switch = switch
+        self._views: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] = A_ERI, {}
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        """Add the branch; None leaves the output as it is."""
+        rows = self.switch.rows
+        if rows is None:
+            return None
+        u = module_input(args, kwargs)
+        if u.dtype != self.A_ERI.dtype and not torch.is_autocast_enabled(u.device.type):
+            u = u.to(self.A_ERI.dtype)
+        if rows.one is not None:
+            A_IR, B_RO = self._of(rows.one)
+            h_NR = u.reshape(-1, len(A_IR)) @ A_IR
+            same = y.dtype == h_NR.dtype == B_RO.dtype
+            alone = len(module._forward_hooks) == 1  # else somebody may hold what the module has just made
+            if same and alone and y.is_contiguous() and not torch.is_grad_enabled():
+                y.view(-1, B_RO.shape[1]).addmm_(h_NR, B_RO)
+                return None
+            y_NO = y.flatten(0, -2)
+            result = torch.addmm(y_NO, h_NR, B_RO) if same else y_NO + h_NR @ B_RO
+        else:
+            A_MRI, B_MRO = self._chosen(rows)
+            h_MNR = torch.bmm(u.reshape(len(A_MRI), -1, u.shape[-1]), A_MRI.transpose(1, 2))
+            y_MNO = y.reshape(len(A_MRI), -1, y.shape[-1])
+            same = y.dtype == h_MNR.dtype == B_MRO.dtype
+            result = torch.baddbmm(y_MNO, h_MNR, B_MRO) if same else y_MNO + torch.bmm(h_MNR, B_MRO)
+        return result.view(y.shape).to(y.dtype)
+
+    def _of(self, place: int) -> tuple[Tensor, Tensor]:
+        """One expert's factors, cut out once: token by token, that would be a good part of the branch's time."""
+        buffers = self.__dict__["_buffers"]
+        A_ERI, B_ERO = buffers["A_ERI"], buffers["B_ERO"]
+        if self._views[0] is not A_ERI:
+            self._views = A_ERI, {}
+        views = self._views[1]
+        if place not in views:
+            views[place] = A_ERI[place].T, B_ERO[place]
+        return views[place]
+
+    def _chosen(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        if rows.blocks is None:
+            assert rows.each is not None
+            return self.A_ERI[rows.each], self.B_ERO[rows.each]
+        first, last = rows.blocks[0], rows.blocks[-1]
+        if rows.blocks == tuple(range(first, last + 1)):
+            return self.A_ERI[first : last + 1], self.B_ERO[first : last + 1]
+        places = torch.tensor(rows.blocks, device=self.A_ERI.device)
+        return self.A_ERI[places], self.B_ERO[places]
+
+
+class Backbone(nn.Module):
+    """One model in memory and the experts that run on it.
+
+    Attributes:
+        model: the model; its modules stay as they are, adapters are added by hooks.
+        experts: places in the pool, in the order of this backbone's own places.
+        keeps_keys: whether all it carries from token to token is keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, experts: Sequence[int], loras: Sequence[LoRAExpert | None]) -> None:
+        super().__init__()
+        self.model = model
+        self.experts = tuple(experts)
+        kinds = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
+        self.keeps_keys = not kinds and "past_key_values" in inspect.signature(model.forward).parameters
+        self._switch = _Switch()
+        for lora in loras:
+            if lora is not None:
+                check_fits(lora, model)
+        names = {name for lora in loras if lora is not None for name in lora.modules}
+        self.branches = nn.ModuleList()
+        self._hooks = []
+        for name, module in model.named_modules():
+            if name in names:
+                factors = [None if lora is None else lora.modules.get(name) for lora in loras]
+                branch = _Branches(module, factors, self._switch)
+                self.branches.append(branch)
+                self._hooks.append(module.register_forward_hook(branch.hook, with_kwargs=True))
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def run(self, rows: Rows, ids_XT: Tensor, *, cache: Cache | None = None, **arguments: Any) -> Tensor:
+        """Logits of a batch whose sequences run through experts of their own.
+
+        Args:
+            rows: this backbone's places.
+            ids_XT: token ids.
+            cache: keys and values of what came before; None for none.
+            arguments: further ones of the model (`attention_mask`, `position_ids`).
+        Returns:
+            logits_XTV, in the model's dtype or autocast's.
+        """
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        self._switch.rows = rows if len(self.branches) else None
+        try:
+            logits: Tensor = self.model(input_ids=ids_XT, use_cache=cache is not None, **arguments).logits
+        finally:
+            self._switch.rows = None
+        return logits
+
+    def release(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class ExpertPool(nn.Module):
+    """Frozen expert language models with one vocabulary.
+
+    Weights are never trained here and dropout is off whatever `train` says. Models given in memory keep their modules;
+    they are frozen, put in evaluation mode, and run their adapters by hooks until `release`.
+
+    Args:
+        members: the experts, in order.
+    Raises:
+        ConfigError: experts differ in vocabulary or tokenizer, are no decoder-only models, or have attention heads that
+            do not share their keys and values evenly.
+        ExpertError: no expert, names that are not unique, or an adapter that does not fit its model.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__()
+        if not members:
+            raise ExpertError("a pool needs one expert at least; none came")
+        self.members = tuple(members)
+        self.names = tuple(member.name for member in members)
+        if len(set(self.names)) < len(members):
+            raise ExpertError(f"experts of a pool need different names; got {', '.join(self.names)}")
+        self.vocab_size = _check_vocabulary(members)
+        _check_heads(members)
+        groups: dict[int, list[int]] = {}
+        for place, member in enumerate(members):
+            groups.setdefault(id(member.model), []).append(place)
+        self.backbones = nn.ModuleList(
+            Backbone(members[places[0]].model, places, [members[place].lora for place in places])
+            for places in groups.values()
+        )
+        self.requires_grad_(False)
+        self.eval()
+
+    # -- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, models: Mapping[str, PreTrainedModel]) -> Self:
+        """A pool of whole models in memory, by name."""
+        return cls([Member(name, model) for name, model in models.items()])
+
+    @classmethod
+    def from_library(
+        cls,
+        library: str | Path | ExpertLibrary,
+        base: str | Path | PreTrainedModel | None = None,
+        *,
+        experts: Sequence[str] | None = None,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A pool of adapters over their one base.
+
+        Args:
+            library: the library or its folder.
+            base: a folder, a hub name or the model in memory; None: what the library names.
+            experts: names of those to use; None for all.
+            dtype: of a base that is loaded.
+            device: where the pool is put.
+        Raises:
+            ConfigError: the base cannot be loaded.
+            ExpertError: an expert is broken, unknown, or of another base.
+        """
+        opened = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(Path(library))
+        names = opened.names if experts is None else list(experts)
+        where = None if base is None or isinstance(base, PreTrainedModel) else str(base)
+        sources = [
+            ExpertSource(name=name, model=where, library=str(opened.folder), expert=name, revision=None)
+            for name in names
+        ]
+        ready = {(_base_of(opened)): base} if isinstance(base, PreTrainedModel) else {}
+        return cls._load(sources, ready, dtype).to(device)
+
+    @classmethod
+    def load(
+        cls,
+        sources: Iterable[ExpertSource],
+        *,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Load experts from where they lie; those over one base share it.
+
+        Args:
+            sources: one per expert, in order.
+            dtype: the parameters are held in.
+            device: where the pool is put.
+        Raises:
+            ConfigError, ExpertError: as the class, or a model or adapter cannot be loaded.
+        """
+        return cls._load(list(sources), {}, dtype).to(device)
+
+    @classmethod
+    def _load(cls, sources: Sequence[ExpertSource], ready: Mapping[Any, PreTrainedModel], dtype: str) -> Self:
+        models: dict[Any, PreTrainedModel] = dict(ready)
+        digests: dict[Any, str] = {}
+        members = []
+        for source in sources:
+            lora, key, wanted = adapter_of(source)
+            if key not in models:
+                models[key] = load_base(key[0], revision=key[1], dtype=dtype)
+            if wanted is not None:
+                if key not in digests:
+                    digests[key] = base_fingerprint(models[key])
+                if digests[key] != wanted:
+                    raise ExpertError(
+                        f"expert {source.name!r} was made for a base of fingerprint {wanted}; {key[0]} has "
+                        f"{digests[key]}: load the base it was trained on"
+                    )
+            members.append(Member(source.name, models[key], lora, _tokenizer_of(source, key), source))
+        return cls(members)
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first model."""
+        return next(self.parameters()).device
+
+    @property
+    def longest(self) -> int | None:
+        """Positions every model takes, None where none says."""
+        found = [getattr(member.model.config, "max_position_embeddings", None) for member in self.members]
+        return min((int(length) for length in found if length is not None), default=None)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Fingerprint of the experts' vocabulary (`Tokenizer.vocabulary_fingerprint`), None where none is known."""
+        return next((member.tokenizer for member in self.members if member.tokenizer is not None), None)
+
+    def train(self, mode: bool = True) -> Self:
+        """Experts are frozen: they stay in evaluation mode."""
+        del mode
+        return super().train(False)
+
+    def fingerprints(self) -> dict[str, str]:
+        """By name, a fingerprint of what decides the expert's scores: base parameters, adapter, tokenizer."""
+        bases = {backbone: base_fingerprint(backbone.model) for backbone in self._backbones()}
+        found = {}
+        for backbone, base in bases.items():
+            for place in backbone.experts:
+                member = self.members[place]
+                digest = hashlib.blake2b(f"{base} {member.tokenizer}".encode(), digest_size=16)
+                for name, factors in sorted(member.lora.modules.items()) if member.lora is not None else ():
+                    digest.update(f"\n{name} {factors.scale!r} {tuple(factors.A_RI.shape)}".encode())
+                    for factor in (factors.A_RI, factors.B_OR):
+                        digest.update(factor.contiguous().numpy().tobytes())
+                found[member.name] = digest.hexdigest()
+        return {name: found[name] for name in self.names}
+
+    def place(self, name: str) -> int:
+        """Place of an expert in the pool.
+
+        Raises:
+            ExpertError: there is no such expert.
+        """
+        if name not in self.names:
+            raise ExpertError(f"no expert {name!r} in the pool{did_you_mean(name, self.names)}")
+        return self.names.index(name)
+
+    def where(self, expert: int) -> tuple[Backbone, int]:
+        """The backbone of an expert, and its place there."""
+        for backbone in self._backbones():
+            if expert in backbone.experts:
+                return backbone, backbone.experts.index(expert)
+        raise ExpertError(f"no expert number {expert}; the pool has {len(self)}")
+
+    def expert(self, name: str) -> ExpertLanguageModel:
+        """One expert alone, for evaluation."""
+        return ExpertLanguageModel(self, self.place(name))
+
+    def release(self) -> None:
+        """Take the hooks off the models; the pool cannot run its adapters afterwards."""
+        for backbone in self._backbones():
+            backbone.release()
+
+    # -- running it ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_probs(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """log q_e(. | tokens[:, :t + 1]) of every expert for every position t.
+
+        Args:
+            tokens_BT: int64 token ids.
+            mask_BT: True for real tokens; None: all are.
+        Returns:
+            logp_BTEV: nats, float32; E times the size of one expert's.
+        """
+        self.check_ids(tokens_BT, tokens_BT.shape[-1])
+        arguments = prefix_arguments(mask_BT)
+        logp_BTEV: Tensor | None = None
+        for backbone in self._backbones():
+            for places, logits_MBTV in self._passes(backbone, tokens_BT, arguments):
+                if logp_BTEV is None:
+                    logp_BTEV = logits_MBTV.new_empty(
+                        (*tokens_BT.shape, len(self), logits_MBTV.shape[-1]), dtype=torch.float32
+                    )
+                for place, logits_BTV in zip(places, logits_MBTV, strict=True):
+                    logp_BTEV[:, :, backbone.experts[place]] = torch.log_softmax(logits_BTV.float(), dim=-1)
+        assert logp_BTEV is not None
+        return logp_BTEV
+
+    @torch.no_grad()
+    def token_log_probs(self, tokens_BT1: Tensor, mask_BT1: Tensor | None = None) -> Tensor:
+        """log q_e(tokens[b, t + 1] | tokens[b, :t + 1]) of every expert, without keeping what other tokens would get.
+
+        Args:
+            tokens_BT1: int64 token ids, T inputs and the label after each.
+            mask_BT1: True for real tokens; None: all are. A token is scored where it and the one before are real.
+        Returns:
+            logp_BTE: nats, float32, 0 where nothing is scored.
+        """
+        self.check_ids(tokens_BT1, tokens_BT1.shape[-1] - 1)
+        inputs_BT, labels_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
+        arguments = prefix_arguments(None if mask_BT1 is None else mask_BT1[:, :-1])
+        logp_BTE = torch.empty((*labels_BT.shape, len(self)), dtype=torch.float32, device=tokens_BT1.device)
+        for backbone in self._backbones():
+            for places, logits_MBTV in self._passes(backbone, inputs_BT, arguments):
+                for place, logits_BTV in zip(places, logits_MBTV, strict=True):
+                    logp_BTE[:, :, backbone.experts[place]] = label_log_probs(logits_BTV, labels_BT)
+        if mask_BT1 is None:
+            return logp_BTE
+        return torch.where(scored(mask_BT1)[:, 1:, None], logp_BTE, 0.0)
+
+    def _passes(
+        self, backbone: Backbone, ids_BT: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Iterable[tuple[list[int], Tensor]]:
+        """As many of a backbone's experts at a time as gain by it: their places there, and logits_MBTV."""
+        tokens = max(1, ids_BT.numel())
+        most = min(LOGITS // self.vocab_size, BUSY.get(ids_BT.device.type, BUSY_ELSEWHERE))
+        together = max(1, most // tokens)
+        for first in range(0, len(backbone), together):
+            places = list(range(first, min(first + together, len(backbone))))
+            times = len(places)
+            rows = Rows(one=places[0]) if times == 1 else Rows(blocks=tuple(places))
+            repeated: dict[str, Any] = {name: value.repeat(times, 1) for name, value in arguments.items()}
+            yield places, backbone.run(rows, ids_BT.repeat(times, 1), **repeated).unflatten(0, (times, -1))
+
+    def check_ids(self, tokens_BT: Tensor, read: int) -> None:
+        """Refuse token ids and lengths the experts do not know.
+
+        Args:
+            tokens_BT: token ids, labels among them.
+            read: positions the experts will read.
+        Raises:
+            ConfigError: ids outside the vocabulary, or more tokens than positions.
+        """
+        if tokens_BT.ndim != 2:
+            raise ConfigError(f"tokens have shape {tuple(tokens_BT.shape)}; give a batch of sequences, B x T")
+        if tokens_BT.numel() and (int(tokens_BT.min()) < 0 or int(tokens_BT.max()) >= self.vocab_size):
+            raise ConfigError(
+                f"token ids {int(tokens_BT.min())} .. {int(tokens_BT.max())} do not fit the experts' vocabulary of "
+                f"{self.vocab_size}; encode the text with their tokenizer"
+            )
+        longest = self.longest
+        if longest is not None and read > longest:
+            raise ConfigError(f"sequences of {read} tokens; the experts take {longest} positions at most")
+
+    def _backbones(self) -> Iterable[Backbone]:
+        for backbone in self.backbones:
+            assert isinstance(backbone, Backbone)
+            yield backbone
+
+
+class ExpertLanguageModel:
+    """One expert of a pool behind the `LanguageModel` contract."""
+
+    def __init__(self, pool: ExpertPool, expert: int) -> None:
+        self.pool = pool
+        self.vocab_size = pool.vocab_size
+        self._backbone, place = pool.where(expert)
+        self._rows = Rows(one=place)
+
+    @torch.no_grad()
+    def log_probs(self, tokens_BT: Tensor) -> Tensor:
+        """See `LanguageModel.log_probs`."""
+        self.pool.check_ids(tokens_BT, tokens_BT.shape[-1])
+        return torch.log_softmax(self._backbone.run(self._rows, tokens_BT).float(), dim=-1)
+
+
+def label_log_probs(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """log softmax of logits at the labels, BT, float32."""
+    logits_BTV = logits_BTV.float()
+    return logits_BTV.gather(-1, labels_BT[..., None])[..., 0] - torch.logsumexp(logits_BTV, dim=-1)
+
+
+def scored(mask_BT: Tensor) -> Tensor:
+    """True where a token and the one before it are real; the first token of a sequence is context and never scored."""
+    real_BT = mask_BT.bool()
+    return torch.cat([torch.zeros_like(real_BT[:, :1]), real_BT[:, 1:] & real_BT[:, :-1]], dim=1)
+
+
+def prefix_arguments(mask_BT: Tensor | None) -> dict[str, Tensor]:
+    """What a decoder must be told of padding: nothing where it all lies on the right, which no earlier token sees."""
+    if mask_BT is None:
+        return {}
+    real_BT = mask_BT.bool()
+    if bool((real_BT[:, 1:] <= real_BT[:, :-1]).all()):
+        return {}
+    return {"attention_mask": real_BT.long(), "position_ids": positions(real_BT)}
+
+
+def positions(real_BT: Tensor) -> Tensor:
+    """Position of each token among the real ones before it; 0 for padding before the first."""
+    return (real_BT.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+def _check_vocabulary(members: Sequence[Member]) -> int:
+    sizes = {}
+    for member in members:
+        model: object = member.model  # a caller's type checker may not have looked
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        if head is None or member.model.config.is_encoder_decoder:
+            raise ConfigError(
+                f"expert {member.name!r} is a {type(model).__name__}; gates combine decoder-only transformers language "
+                "models (give a PEFT model as its base and the adapter: read_lora, from_peft_model)"
+            )
+        sizes[member.name] = int(head.weight.shape[0])
+    first = members[0]
+    for name, size in sizes.items():
+        if size != sizes[first.name]:
+            raise ConfigError(
+                f"expert {name!r} has a vocabulary of {size} and {first.name!r} one of {sizes[first.name]}; "
+                "next-token probabilities can be mixed over one vocabulary only: train the experts with one tokenizer"
+            )
+    known = [member for member in members if member.tokenizer is not None]
+    for member in known:
+        if member.tokenizer != known[0].tokenizer:
+            raise ConfigError(
+                f"experts {known[0].name!r} and {member.name!r} have different tokenizers (fingerprints "
+                f"{known[0].tokenizer} and {member.tokenizer}): their token ids mean different text; use experts "
+                "trained with one tokenizer"
+            )
+    return sizes[first.name]
+
+
+def _check_heads(members: Sequence[Member]) -> None:
+    """Refuse models whose attention cannot run."""
+    for member in members:
+        if why := uneven_heads(member.model.config.get_text_config()):
+            raise ConfigError(f"expert {member.name!r} has {why}; build it anew with other numbers")
+
+
+def _base_of(library: ExpertLibrary) -> tuple[str, str | None]:
+    return library.base.name, library.base.revision
+
+
+def adapter_of(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str | None], str | None]:
+    """A source's adapter, its base's name and revision, and the fingerprint that base must have."""
+    if source.library is not None:
+        library = ExpertLibrary.open(Path(source.library))
+        key = _base_of(library) if source.model is None else (source.model, source.revision)
+        lora = None if source.expert is None else library.load(source.expert).lora
+        return lora, key, library.base.fingerprint
+    assert source.model is not None
+    if (Path(source.model) / CONFIG).exists():
+        lora = read_lora(Path(source.model), source.name)
+        if not lora.base.name:
+            raise ExpertError(f"expert {source.name!r}: {source.model} does not name its base; add it to a library")
+        return lora, (lora.base.name, lora.base.revision), lora.base.fingerprint
+    return None, (source.model, source.revision), None
+
+
+def _tokenizer_of(source: ExpertSource, base: tuple[str, str | None]) -> str | None:
+    """Fingerprint of the vocabulary that lies beside an expert, or beside its base; None where there is none."""
+    for name, revision in ((source.model, source.revision), base):
+        if name is None:
+            continue
+        try:
+            if Path(name).is_dir():
+                if any((Path(name) / file).exists() for file in _TOKENIZER_FILES):
+                    return Tokenizer.load(name).vocabulary_fingerprint
+            else:
+                return load_pretrained(name, revision).vocabulary_fingerprint
+        except (ConfigError, DataError):
+            continue
+    return None

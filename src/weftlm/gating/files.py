@@ -1,0 +1,53 @@
+"""Gates and fits on disk: one safetensors file each, whole or not there, and a reader that trusts nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from weftlm.errors import CheckpointError
+from weftlm.files import whole
+
+_KEY = "weftlm"
+
+
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and JSON facts as one safetensors file; the path holds the old file or the new one, never a half.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    data = save(plain, metadata={_KEY: json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path, sync=True) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{kind} cannot be written to {path}: {error.strerror or error}; see that there is space and permission"
+        ) from error
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, torn, or holds something else.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing, torn or not safetensors: {error}") from error
+    found = (facts.get("kind"), facts.get("format")) if isinstance(facts, dict) else (None, None)
+    if found != (kind, 1):
+        raise CheckpointError(f"{path} holds {found[0] or 'something else'} in format {found[1]}; expected {kind} in 1")
+    return tensors, facts

@@ -1,0 +1,323 @@
+"""The contract of a gate: what it sees of a sequence, and the log-weights over experts it answers with.
+
+    pi_g(x) = sum_k g(x, k) q_k(x)              sum_k g(x, k) = 1
+
+A gate is a frozen value: a configuration and named tensors. `log_weights` is a pure function of them, so that fitting,
+averaging, saving and moving to a device need nothing of the gate's own. A sequence-level gate (`causal` False) sees the
+whole sequence and answers BE: it scores, but cannot generate until it is distilled. A causal gate answers BTE, the
+weights at t from tokens before t alone; the model it makes is normalised by construction.
+
+A new gate is one file in this folder: a config section and a class registered by name. `linear.py` is a good one to
+read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from weftlm.config import Section, validate
+from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.gating.files import read_tensors, write_tensors
+from weftlm.registry import Registry
+
+Need = Literal["sequence", "points", "tokens"]
+"""What a gate can ask of `Features`."""
+
+_FIELDS: Mapping[Need, str] = {"sequence": "sequence_BF", "points": "points_B", "tokens": "logp_BTE"}
+_CURES: Mapping[Need, str] = {
+    "sequence": "make them with `sequence_features`",
+    "points": "give each sequence's place in the enumerated support",
+    "tokens": "give the experts' log-probability of every token",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What gates may see of B sequences; a field no gate asks for may be None.
+
+    Attributes:
+        count: B; taken from the other fields where it is not given.
+        sequence_BF: features of whole sequences, finite. They must not give the length away (`sequence_features`).
+        names: one name per column of `sequence_BF`.
+        points_B: place of each sequence in an enumerated support, int64.
+        logp_BTE: every expert's log-probability of every token given those before it, nats; -inf is legal.
+        mask_BT: True for real tokens; None: all are. Padding is worth nothing to any gate.
+        prepared: what a gate has worked out of the other fields once for all steps (`Gate.prepare`), by name, B first.
+    """
+
+    count: int = -1
+    sequence_BF: Tensor | None = None
+    names: tuple[str, ...] = ()
+    points_B: Tensor | None = None
+    logp_BTE: Tensor | None = None
+    mask_BT: Tensor | None = None
+    prepared: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(tensor) for name, tensor in {**self._tensors(), **self.prepared}.items()}
+        if self.count >= 0:
+            sizes["count"] = self.count
+        if len(set(sizes.values())) != 1:
+            raise ConfigError(f"features of how many sequences? {sizes or 'nothing came'}; give one count throughout")
+        object.__setattr__(self, "count", next(iter(sizes.values())))
+        if self.sequence_BF is not None:
+            if self.sequence_BF.ndim != 2 or len(self.names) not in (0, self.sequence_BF.shape[1]):
+                raise ConfigError(
+                    f"sequence features have shape {tuple(self.sequence_BF.shape)} and {len(self.names)} names; they "
+                    "need two axes, sequences x features, and a name per feature or none"
+                )
+            if not bool(torch.isfinite(self.sequence_BF).all()):
+                raise NumericsError("sequence features hold NaN or infinity; `sequence_features` clips -inf scores")
+        if self.logp_BTE is not None:
+            if self.logp_BTE.ndim != 3:
+                raise ConfigError(f"token scores have shape {tuple(self.logp_BTE.shape)}; they need B x T x E")
+            if bool(torch.isnan(self.logp_BTE).any()) or bool(torch.isposinf(self.logp_BTE).any()):
+                raise NumericsError("token scores hold NaN or +inf; a log-probability is finite or -inf")
+        if self.mask_BT is not None and (self.logp_BTE is None or self.mask_BT.shape != self.logp_BTE.shape[:2]):
+            raise ConfigError(f"the mask has shape {tuple(self.mask_BT.shape)}; it must be that of the tokens, B x T")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in ("sequence_BF", "points_B", "logp_BTE", "mask_BT")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, index_B: Tensor) -> Features:
+        """The features of some of the sequences."""
+        chosen: dict[str, Any] = {name: tensor[index_B] for name, tensor in self._tensors().items()}
+        prepared = {name: tensor[index_B] for name, tensor in self.prepared.items()}
+        return Features(count=len(index_B), names=self.names, prepared=prepared, **chosen)
+
+    @staticmethod
+    def joined(parts: list[Features]) -> Features:
+        """The features of several sets in order; all must carry the same fields, and tokens the same T.
+
+        What was prepared is kept where all of them carry it.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        kinds = {(tuple(part._tensors()), part.names) for part in parts}
+        if len(kinds) != 1:
+            raise ConfigError(
+                f"the sets of sequences carry different features: {sorted(kinds)}; make them all in the same way"
+            )
+        try:
+            joined: dict[str, Any] = {
+                name: torch.cat([part._tensors()[name] for part in parts]) for name in parts[0]._tensors()
+            }
+        except RuntimeError as error:
+            raise ConfigError(f"the sets' features differ in width or length: {error}; pad and mask tokens") from error
+        common = set.intersection(*(set(part.prepared) for part in parts))
+        prepared = {name: torch.cat([part.prepared[name] for part in parts]) for name in sorted(common)}
+        return Features(count=sum(part.count for part in parts), names=parts[0].names, prepared=prepared, **joined)
+
+    def have(self, need: Need) -> bool:
+        """Whether the field a need stands for is there."""
+        return getattr(self, _FIELDS[need]) is not None
+
+    def get(self, need: Need, gate: str) -> Tensor:
+        """The tensor a gate needs.
+
+        Raises:
+            ConfigError: it is not there.
+        """
+        found: Tensor | None = getattr(self, _FIELDS[need])
+        if found is None:
+            raise ConfigError(f"gate {gate!r} needs {_FIELDS[need]}, and the features have none; {_CURES[need]}")
+        return found
+
+
+class GateConfig(Section):
+    """Base of every gate's configuration; a subclass narrows `gate` to its registered name."""
+
+    gate: str = Field(description="Registered name of the gate.")
+
+
+@dataclass(frozen=True, eq=False)
+class Gate(ABC):
+    """A gate as a value.
+
+    Attributes:
+        Config: its configuration section.
+        causal: weights at t come from tokens before t alone, and `log_weights` answers BTE.
+        needs: fields of `Features` it reads.
+        learned: names of the tensors that fitting moves; the others are constants of the fit.
+        shrunk: those of them that are pulled to 0 where data are few (`FitConfig.ridge`).
+        config: the section it was made with.
+        experts: E.
+        tensors: parameters and constants by name.
+    """
+
+    config: GateConfig
+    experts: int
+    tensors: Mapping[str, Tensor]
+
+    Config: ClassVar[type[GateConfig]]
+    causal: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    learned: ClassVar[tuple[str, ...]] = ()
+    shrunk: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ConfigError(f"a gate over {self.experts} experts; it needs one at least")
+        wanted = self.shapes()
+        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if found != wanted:
+            raise ConfigError(f"gate {self.config.gate!r} holds tensors of shapes {found}; it needs {wanted}")
+
+    @classmethod
+    @abstractmethod
+    def init(cls, config: Any, experts: int, features: Features, seed: int) -> Self:
+        """The gate before fitting; uniform over the experts unless its class says otherwise.
+
+        Args:
+            config: a `Config` of the class.
+            experts: E.
+            features: of all sequences it will be fitted on, for sizes and standardisation.
+            seed: of whatever is random in it.
+        """
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor it must hold."""
+
+    @abstractmethod
+    def log_weights(self, features: Features) -> Tensor:
+        """log g: BE, or BTE of a causal gate; nats, logsumexp over E is 0.
+
+        Raises:
+            ConfigError: the features lack what the gate needs, or do not fit it.
+        """
+
+    def prepared_bytes(self, features: Features) -> int:
+        """What `prepare` would add to these features; 0 where there is nothing to prepare."""
+        return 0
+
+    def prepare(self, features: Features) -> Features:
+        """The features with whatever the gate makes of them that does not hang on its learned tensors.
+
+        A fit reads the same sequences at many steps; what is prepared is worked out once. Weights are the same with it
+        and without, and a gate with other constants does not take it for its own.
+        """
+        return features
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same gate with some tensors exchanged."""
+        return dataclasses.replace(self, tensors={**self.tensors, **tensors})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Self:
+        """The same gate elsewhere, or in another float type (float32 or better)."""
+        return self.replaced(
+            {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in self.tensors.items()
+            }
+        )
+
+
+State = Mapping[str, Tensor]
+"""What a causal gate carries from token to token: tensors whose first axis is B."""
+
+
+class CausalGate(Gate):
+    """A gate that can also be driven token by token, as generation does.
+
+    Reading the weights of `begin`, then of each `advance`, gives the rows of `log_weights` in order.
+    """
+
+    causal: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({"tokens"})
+
+    @abstractmethod
+    def begin(self, batch: int) -> State:
+        """The state before the first token of B sequences."""
+
+    @abstractmethod
+    def current(self, state: State) -> Tensor:
+        """log gamma_BE for the next token."""
+
+    @abstractmethod
+    def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
+        """The state after a token.
+
+        Args:
+            state: before it.
+            logp_BE: log-probability every expert gave it, nats.
+            mask_B: False for padding, which changes nothing.
+        """
+
+    def tokens(self, features: Features) -> tuple[Tensor, Tensor | None]:
+        """Scores and mask of the tokens, checked against the number of experts."""
+        logp_BTE = features.get("tokens", self.config.gate)
+        if logp_BTE.shape[2] != self.experts:
+            raise ConfigError(
+                f"token scores of {logp_BTE.shape[2]} experts came to gate {self.config.gate!r} over {self.experts}"
+            )
+        return logp_BTE, features.mask_BT
+
+
+gates: Registry[Gate] = Registry("gate", "weftlm.gating")
+
+
+def gate_config(value: str | Mapping[str, Any] | GateConfig, where: str = "gate") -> GateConfig:
+    """The configuration a name, a mapping `{"gate": name, ...}` or a ready section stands for.
+
+    Raises:
+        ConfigError: no or unknown name, unknown key or wrong value, each with what is allowed.
+    """
+    if isinstance(value, GateConfig):
+        return value
+    keys = {"gate": value} if isinstance(value, str) else dict(value)
+    name = keys.get("gate")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}.gate is {name!r}; it must be one of: {', '.join(gates)}")
+    return validate(gates[name].Config, keys, where)
+
+
+def init_gate(value: str | Mapping[str, Any] | GateConfig, experts: int, features: Features, seed: int = 0) -> Gate:
+    """A gate before fitting.
+
+    Raises:
+        ConfigError: as `gate_config`, or the features lack what the gate needs.
+    """
+    config = gate_config(value)
+    cls = gates[config.gate]
+    for need in sorted(cls.needs):
+        features.get(need, config.gate)
+    return cls.init(config, experts, features, seed)
+
+
+def save_gate(gate: Gate, path: str | Path) -> None:
+    """Write a gate as one safetensors file.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    facts = {"config": gate.config.model_dump(mode="json"), "experts": gate.experts}
+    write_tensors(Path(path), "gate", gate.tensors, facts)
+
+
+def load_gate(path: str | Path) -> Gate:
+    """Read a gate back, exact to the last bit.
+
+    Raises:
+        CheckpointError: the file is missing or torn, or its tensors do not fit its configuration.
+    """
+    tensors, facts = read_tensors(Path(path), "gate")
+    try:
+        config = gate_config(facts["config"])
+        return gates[config.gate](config, int(facts["experts"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no gate this version can use: {error}") from error

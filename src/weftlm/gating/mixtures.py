@@ -1,0 +1,224 @@
+"""Which mixtures of domains the gate must be good for: all, the hull of some, or those within bounds.
+
+Inside, every set is a player on a simplex, perhaps with bounds: nu over M extreme mixtures, lambda = V^T nu. Where all
+mixtures are allowed, or bounds are given, V is the identity.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weftlm.errors import ConfigError
+from weftlm.gating.arrays import Floats, simplex_vector, to_tensor
+
+MAX_ENUMERATED = 12
+"""Domains up to which the corners of a box are listed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vertices:
+    """The convex hull of some mixtures; the extreme mixtures act as domains.
+
+    Attributes:
+        weights_MD: one mixture per row; rows sum to 1.
+        offsets_M: what to take off each mixture's cross-entropy, nats; None: the mixture of the domains' offsets. With
+            the entropies H(p_v) of the mixed texts the objective is KL(p_v || pi) itself; the mixture of the entropies
+            lies below H(p_v) by the mixture's Jensen-Shannon divergence.
+    """
+
+    weights_MD: Any
+    offsets_M: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """All mixtures with lower_D <= lambda <= upper_D.
+
+    Attributes:
+        lower_D: smallest weight of each domain, a number for all alike, or None for 0.
+        upper_D: largest weight of each domain, a number for all alike, or None for 1.
+    """
+
+    lower_D: Any = None
+    upper_D: Any = None
+
+
+MixtureSet = Vertices | Box
+
+
+@dataclass(frozen=True, eq=False)
+class Player:
+    """The opponent: nu in {lower <= nu <= upper, sum nu = 1} over M extreme mixtures, lambda_D = V^T nu.
+
+    Attributes:
+        weights_MD: V.
+        offsets_M: the mixtures' own offsets, or None: V offsets_D.
+        lower_M: bounds; 0 where there is none.
+        upper_M: bounds; 1 where there is none.
+    """
+
+    weights_MD: Floats
+    offsets_M: Floats | None
+    lower_M: Floats
+    upper_M: Floats
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there are bounds besides the simplex."""
+        return bool((self.lower_M > 0).any() or (self.upper_M < 1).any())
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some mixture of the domains is not allowed."""
+        return self.bounded or not bool((np.max(self.weights_MD, axis=0) == 1.0).all())
+
+    def lam(self, nu_M: Floats) -> Floats:
+        """lambda_D of a strategy."""
+        return nu_M @ self.weights_MD
+
+    def start(self) -> Floats:
+        """log nu of the uniform strategy, projected into the bounds."""
+        uniform_M = np.full(len(self.weights_MD), -np.log(len(self.weights_MD)))
+        return self.project(uniform_M)
+
+    def project(self, log_nu_M: Floats) -> Floats:
+        """log of the Kullback-Leibler projection onto the player's set (`kl_projection`)."""
+        if not self.bounded:
+            top = log_nu_M.max()
+            normalised: Floats = log_nu_M - top - np.log(np.exp(log_nu_M - top).sum())
+            return normalised
+        return kl_projection(log_nu_M, self.lower_M, self.upper_M)
+
+    def step(self, log_nu_M: Floats, exponents_M: Floats) -> Floats:
+        """One step of exponentiated gradient: nu exp(x), projected.
+
+        Weights are kept above exp(-30), from where a mixture that turns bad comes back quickly.
+        """
+        return self.project(np.maximum(self.project(log_nu_M + exponents_M), -30.0))
+
+    def best(self, payoffs_M: Floats) -> tuple[float, Floats]:
+        """max over nu of nu . payoffs, and a maximiser: lower bounds first, the rest to the best payoffs in turn."""
+        nu_M = self.lower_M.copy()
+        left = 1.0 - float(nu_M.sum())
+        for m in np.argsort(-payoffs_M, kind="stable"):
+            more = min(left, float(self.upper_M[m] - nu_M[m]))
+            nu_M[m] += more
+            left -= more
+            if left <= 0.0:
+                break
+        return float(nu_M @ payoffs_M), nu_M
+
+
+def player(mixtures: MixtureSet | Player | Any | None, domains: int) -> Player:
+    """The player for D domains; None stands for all mixtures, an array M x D for `Vertices`, a player for itself.
+
+    Raises:
+        ConfigError: shapes do not fit, a row is no mixture, or no mixture lies within the bounds.
+    """
+    if mixtures is None:
+        return Player(np.eye(domains), None, np.zeros(domains), np.ones(domains))
+    if isinstance(mixtures, Player):
+        return mixtures
+    if isinstance(mixtures, Box):
+        lower, upper = _bounds(mixtures, domains)
+        return Player(np.eye(domains), None, lower, upper)
+    vertices = mixtures if isinstance(mixtures, Vertices) else Vertices(mixtures)
+    weights = to_tensor(vertices.weights_MD, "mixtures", "MD").numpy()
+    if len(weights) == 0:
+        raise ConfigError("mixtures hold no mixture; give one row per extreme mixture, or None for all mixtures")
+    rows = np.stack([simplex_vector(row, f"mixtures[{m}]", domains) for m, row in enumerate(weights)])
+    offsets = None
+    if vertices.offsets_M is not None:
+        offsets = to_tensor(vertices.offsets_M, "mixtures' offsets_M", "M").double().numpy()
+        if len(offsets) != len(rows) or not np.isfinite(offsets).all():
+            raise ConfigError(f"offsets_M has {len(offsets)} entries for {len(rows)} mixtures; one finite number each")
+    return Player(rows, offsets, np.zeros(len(rows)), np.ones(len(rows)))
+
+
+def _bounds(box: Box, domains: int) -> tuple[Floats, Floats]:
+    sides = []
+    for name, value, default in (("lower_D", box.lower_D, 0.0), ("upper_D", box.upper_D, 1.0)):
+        given = np.asarray(default if value is None else value, dtype=np.float64)
+        side = np.full(domains, float(given)) if given.ndim == 0 else given
+        if side.shape != (domains,) or not bool(((side >= 0) & (side <= 1)).all()):
+            raise ConfigError(f"mixture bounds: {name} is {value!r}; it needs {domains} numbers from 0 to 1, or one")
+        sides.append(side)
+    lower, upper = sides
+    if bool((lower > upper).any()) or float(lower.sum()) > 1.0 + 1e-9 or float(upper.sum()) < 1.0 - 1e-9:
+        raise ConfigError(
+            f"no mixture lies within the bounds: lower {lower.tolist()} (sum {lower.sum():.6g}), upper "
+            f"{upper.tolist()} (sum {upper.sum():.6g}); need lower <= upper, and sums at most and at least 1"
+        )
+    return lower, upper
+
+
+def box_vertices(opponent: Player) -> Floats:
+    """The extreme mixtures of a bounded player, M x D: all coordinates but at most one at a bound.
+
+    Raises:
+        ConfigError: more than 12 domains, whose corners are too many to list.
+    """
+    lower, upper = opponent.lower_M, opponent.upper_M
+    size = len(lower)
+    if size > MAX_ENUMERATED:
+        raise ConfigError(
+            f"bounds over {size} domains have too many corners for the exact programme; at most {MAX_ENUMERATED}, or "
+            "name the extreme mixtures yourself, or use fit_robust_gate with offsets of your own"
+        )
+    found: dict[tuple[float, ...], NDArray[np.float64]] = {}
+    for free in range(size):
+        others = [d for d in range(size) if d != free]
+        for corner in _corners(others, lower, upper):
+            point = corner.copy()
+            point[free] = 1.0 - float(corner[others].sum())
+            if lower[free] - 1e-12 <= point[free] <= upper[free] + 1e-12:
+                point[free] = min(max(point[free], lower[free]), upper[free])
+                found.setdefault(tuple(np.round(point, 12).tolist()), point)
+    return np.stack(list(found.values()))
+
+
+def _corners(places: list[int], lower: Floats, upper: Floats) -> Iterable[Floats]:
+    for choice in itertools.product(*({lower[d], upper[d]} for d in places)):
+        corner = np.zeros(len(lower))
+        corner[places] = choice
+        yield corner
+
+
+def kl_projection(log_y_D: Floats, lower_D: Floats, upper_D: Floats) -> Floats:
+    """log of the point of a bounded simplex nearest to y in KL(. || y).
+
+        argmin KL(z || y)  over  lower <= z <= upper, sum z = 1      =      clip(c y, lower, upper)
+
+    where c makes the sum 1. The sum grows with c, piecewise linearly; its pieces end where a coordinate meets a bound,
+    so c is found exactly.
+
+    Args:
+        log_y_D: logs of positive numbers, not necessarily normalised.
+        lower_D: bounds, >= 0, summing to at most 1.
+        upper_D: bounds, summing to at least 1.
+    """
+    log_y_D = log_y_D - log_y_D.max()
+    with np.errstate(divide="ignore"):
+        log_lower, log_upper = np.log(lower_D), np.log(upper_D)
+    ends = np.concatenate([log_lower, log_upper]) - np.concatenate([log_y_D, log_y_D])
+    ends = np.unique(ends[np.isfinite(ends)])
+    sums = np.exp(np.clip(ends[:, None] + log_y_D, log_lower, log_upper)).sum(axis=1)
+    after = int(np.searchsorted(sums, 1.0))
+    if after >= len(ends):
+        # 1 is reached at the last end up to rounding: every coordinate stands at its upper bound.
+        log_c = ends[-1]
+    else:
+        left = ends[after - 1] if after > 0 else -np.inf
+        free = (log_lower - log_y_D < ends[after]) & (log_upper - log_y_D > left)
+        at = np.where(log_upper - log_y_D <= left, upper_D, lower_D)
+        rest = 1.0 - float(at[~free].sum())
+        mass = float(np.exp(log_y_D[free]).sum())
+        log_c = np.log(rest / mass) if rest > 0.0 and mass > 0.0 else ends[after]
+    projected: Floats = np.clip(log_c + log_y_D, log_lower, log_upper)
+    return projected

@@ -1,0 +1,70 @@
+"""The MLP gate: the linear gate plus one hidden layer."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from weftlm.gating.gate import Features, Gate, GateConfig, Need, gates
+from weftlm.gating.standard import SEQUENCE, standardisation, standardised
+
+
+class MlpConfig(GateConfig):
+    """Configuration of `mlp`."""
+
+    gate: Literal["mlp"] = Field("mlp", description="Name of this gate.")
+    hidden: PositiveInt = Field(32, description="H, width of the hidden layer")
+    features: tuple[str, ...] = Field((), description="names of the features it reads; empty: those it is fitted on")
+
+
+@gates.register("mlp")
+class MlpGate(Gate):
+    """A linear gate and a correction by one hidden layer.
+
+        log g(x, k) = log softmax(W f~ + b + U tanh(V f~ + c))_k        f~ = (f - mean) / scale over the data of the fit
+
+    W, b and U are 0 at first (uniform); V is normal with variance 1 / F, c normal, by the seed.
+    """
+
+    Config: ClassVar[type[GateConfig]] = MlpConfig
+    needs: ClassVar[frozenset[Need]] = SEQUENCE
+    learned: ClassVar[tuple[str, ...]] = ("weight_EF", "bias_E", "out_EH", "in_HF", "in_H")
+    shrunk: ClassVar[tuple[str, ...]] = ("weight_EF", "out_EH")
+    config: MlpConfig
+
+    @classmethod
+    def init(cls, config: MlpConfig, experts: int, features: Features, seed: int) -> Self:
+        constants = standardisation(features, config.gate)
+        width, hidden = len(constants["mean_F"]), config.hidden
+        generator = torch.Generator().manual_seed(seed)
+        zeros = {"weight_EF": (experts, width), "bias_E": (experts,), "out_EH": (experts, hidden)}
+        in_HF = torch.randn(hidden, width, generator=generator, dtype=torch.float64) / math.sqrt(max(width, 1))
+        in_H = torch.randn(hidden, generator=generator, dtype=torch.float64)
+        named = MlpConfig(hidden=hidden, features=config.features or features.names)
+        tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in zeros.items()}
+        return cls(named, experts, {**tensors, "in_HF": in_HF, "in_H": in_H, **constants})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        mean_F = self.tensors.get("mean_F")
+        width = len(self.config.features) or (len(mean_F) if mean_F is not None else 0)
+        hidden = self.config.hidden
+        return {
+            "weight_EF": (self.experts, width),
+            "bias_E": (self.experts,),
+            "out_EH": (self.experts, hidden),
+            "in_HF": (hidden, width),
+            "in_H": (hidden,),
+            "mean_F": (width,),
+            "scale_F": (width,),
+        }
+
+    def log_weights(self, features: Features) -> Tensor:
+        values_BF = standardised(self, self.config.features, features)
+        at = self.tensors
+        hidden_BH = torch.tanh(values_BF @ at["in_HF"].T + at["in_H"])
+        logits_BE = values_BF @ at["weight_EF"].T + at["bias_E"] + hidden_BH @ at["out_EH"].T
+        return torch.log_softmax(logits_BE, dim=-1)

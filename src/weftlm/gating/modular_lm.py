@@ -1,0 +1,567 @@
+"""Expert language models and a causal gate as one Hugging Face language model.
+
+    log pi(v | x_<t) = logsumexp_e [ log gamma_e(x_<t) + log q_e(v | x_<t) ]        sum_e gamma_e(x_<t) = 1
+
+so pi is normalised at every prefix. The first token of a sequence is context: the gate has seen nothing when it weighs
+the experts for the second.
+
+Dense, every expert runs on every token. Sparse (`top_m` = m < E), a token is predicted by the m experts of largest
+gamma, their weights made to sum to 1 again:
+
+- A pass over several tokens (a prompt, scoring a text) runs every expert in any case; the gate is exact at each of its
+  positions and only the mixing is sparse.
+- Token by token, the m experts run and the others sleep. What a sleeping expert would have said of a token is unknown,
+  and the gate is told the mixture's own log-probability in its place, which leaves the sleeping experts' weights as
+  they stand to one another and in sum (sleeping experts: Freund, Schapire, Singer, Warmuth, STOC 1997). An expert that
+  is called again first reads, in one pass, all it missed: its keys and values are exact always, and so from then on is
+  what the gate knows of it.
+- After `refresh_every` tokens every expert catches up, and the gate's state is exact again; sooner while the text is
+  short, when every token tells most: where s tokens have been read by all, after s more. 1: the gate is exact at every
+  token, and what is served is what one pass over the text would give. None: never after the prompt.
+
+The weights at t depend on tokens before t alone in every case, so pi stays a normalised causal model; between refreshes
+it is an approximation of the dense one in its weights, never in an expert's own probabilities. With m = E the two are
+the same computation. Adapters over one base share its weights; keys and values they cannot share, since an adapter
+changes what every layer above it sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from weftlm.config import Section, validate
+from weftlm.errors import ConfigError
+from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint
+from weftlm.files import whole_folder
+from weftlm.gating import experts as room
+from weftlm.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
+from weftlm.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
+from weftlm.gating.modular_cache import REFRESH_EVERY, ModularCache, catch_up_due, check_refresh_every
+from weftlm.gating.prefix_gate import PrefixGate, among
+from weftlm.gating.slots import rows_of
+
+PIECE = 64
+"""Tokens per sequence that a long prompt is read by, at least."""
+
+FORMAT = "weftlm modular model 1"
+MANIFEST, GATE, BASES, ADAPTERS = "modular.json", "gate.safetensors", "backbone", "adapters"
+
+
+class ModularConfig(PretrainedConfig):
+    """What transformers wants to know of a gated model.
+
+    Attributes:
+        top_m: experts run per token; None for all.
+        refresh_every: tokens after which every expert catches up, at the latest; None for never.
+    """
+
+    model_type = "weftlm_modular"
+
+    def __init__(
+        self, vocab_size: int = 0, top_m: int | None = None, refresh_every: int | None = REFRESH_EVERY, **kwargs: Any
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.top_m = top_m
+        self.refresh_every = refresh_every
+        super().__init__(**kwargs)
+
+
+class _Saved(Section):
+    """What `modular.json` holds."""
+
+    format: str
+    dtype: str
+    top_m: int | None
+    refresh_every: int | None
+    copied: bool
+    experts: list[ExpertSource]
+
+
+class ModularLM(PreTrainedModel, GenerationMixin):
+    """A gated model: see the top of this file. A `LanguageModel`, and a model for `generate`.
+
+    Greedy decoding, sampling, beams and left padding work; assisted generation does not.
+
+    Args:
+        pool: the experts.
+        gate: a causal gate over them.
+        top_m: m; None: as the gate was trained (`prefix` with `top`), else all experts.
+        refresh_every: tokens between two catch-ups of every expert, at most; matters where `top_m` is below E.
+    Raises:
+        ConfigError: the gate is not causal or is over another number of experts, or a setting is out of range.
+    """
+
+    config_class = ModularConfig
+    main_input_name = "input_ids"
+    base_model_prefix = "pool"
+    _is_stateful = True
+    _supports_sdpa = True
+
+    def __init__(
+        self, pool: ExpertPool, gate: Gate, *, top_m: int | None = None, refresh_every: int | None = REFRESH_EVERY
+    ) -> None:
+        if not isinstance(gate, CausalGate):
+            raise ConfigError(
+                f"gate {gate.config.gate!r} looks at whole sequences, the future of a prefix included, and cannot "
+                "predict a next token: distil it first (weftlm gate distil)"
+            )
+        if gate.experts != len(pool):
+            raise ConfigError(f"a gate over {gate.experts} experts came with a pool of {len(pool)}; they must be equal")
+        if top_m is None and isinstance(gate, PrefixGate):
+            top_m = gate.config.top
+        if top_m is not None and not 1 <= top_m <= len(pool):
+            raise ConfigError(f"top_m is {top_m}; it must be from 1 to the {len(pool)} experts of the pool, or None")
+        check_refresh_every(refresh_every)
+        special = _special_tokens(pool)
+        super().__init__(ModularConfig(pool.vocab_size, top_m, refresh_every, **special))
+        self.generation_config = GenerationConfig(**special)
+        self.pool = pool
+        self.vocab_size = pool.vocab_size
+        self._gate = gate
+        self.train(False)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """The cache is made by the first forward pass."""
+        return False
+
+    @property
+    def gate(self) -> CausalGate:
+        """The gate, where the experts are."""
+        device = self.pool.device
+        if any(tensor.device != device for tensor in self._gate.tensors.values()):
+            self._gate = self._gate.replaced({name: tensor.to(device) for name, tensor in self._gate.tensors.items()})
+        return self._gate
+
+    @property
+    def device(self) -> torch.device:
+        """Of the experts."""
+        return self.pool.device
+
+    @property
+    def sparse(self) -> bool:
+        """Whether fewer than all experts run per token."""
+        return self.config.top_m is not None and self.config.top_m < len(self.pool)
+
+    # -- running it ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Log-probabilities of the next token.
+
+        Args:
+            input_ids: BK, the tokens that are new.
+            attention_mask: over the cached tokens and the new ones, 0 for padding; None: all are real.
+            position_ids: not read: positions are counted over the real tokens, as `generate` counts them.
+            past_key_values: what an earlier pass gave.
+            use_cache: give a cache; None: only where one came.
+            logits_to_keep: positions answered for, from the end; 0 for all.
+            return_dict: as transformers passes it; the answer is an output object in any case.
+        Returns:
+            `.logits`: log pi(. | x up to and with each position), BKV, nats, float32, normalised over V.
+        Raises:
+            ConfigError: token ids or a mask that do not fit, or a cache of another model.
+        """
+        del position_ids, return_dict
+        batch, count = input_ids.shape
+        kept = count if logits_to_keep == 0 else min(count, int(logits_to_keep))
+        if past_key_values is None and not use_cache:
+            mask_BT = _new_mask(attention_mask, 0, input_ids)
+            return CausalLMOutputWithPast(logits=self._whole(input_ids, mask_BT)[:, count - kept :])
+        cache = self._start(batch) if past_key_values is None else past_key_values
+        if not isinstance(cache, ModularCache) or cache.batch != batch:
+            raise ConfigError(
+                f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
+                f"model's own forward gave for these {batch}"
+            )
+        self.pool.check_ids(input_ids, cache.length + count)
+        cache.append(input_ids, _new_mask(attention_mask, cache.length, input_ids))
+        due = catch_up_due(self.config.refresh_every, cache.anchor, cache.length)
+        if not self.sparse or count > 1 or cache.length == 1 or due:
+            logits_BKV = self._run_all(cache, kept)
+        else:
+            logits_BKV = self._run_some(cache)
+        cache.mixed_BV = logits_BKV[:, -1]
+        return CausalLMOutputWithPast(logits=logits_BKV, past_key_values=cache)
+
+    @torch.no_grad()
+    def log_probs(self, tokens_BT: Tensor) -> Tensor:
+        """log pi(. | tokens[:, :t + 1]) for every position t, BTV, nats, float32: see `LanguageModel`."""
+        return self._whole(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+
+    @torch.no_grad()
+    def token_log_probs(self, tokens_BT1: Tensor, mask_BT1: Tensor | None = None) -> Tensor:
+        """log pi(tokens[b, t + 1] | tokens[b, :t + 1]), without keeping what other tokens would get.
+
+        Args:
+            tokens_BT1: int64 token ids, T inputs and the label after each.
+            mask_BT1: True for real tokens; None: all are.
+        Returns:
+            logp_BT: nats, float32, 0 where nothing is scored.
+        """
+        logp_BTE = self.pool.token_log_probs(tokens_BT1, mask_BT1)
+        mask_BT = None if mask_BT1 is None else scored(mask_BT1)[:, 1:]
+        logw_BTE = self.gate.log_weights(Features(logp_BTE=logp_BTE, mask_BT=mask_BT))
+        logp_BT = torch.logsumexp(self._kept(logw_BTE) + logp_BTE, dim=-1)
+        return logp_BT if mask_BT is None else torch.where(mask_BT, logp_BT, 0.0)
+
+    @torch.no_grad()
+    def weights(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """log gamma with which the token after each position is predicted, BTE, nats; -inf for experts left out."""
+        logp_BTE = self.pool.token_log_probs(tokens_BT, mask_BT)
+        mask = None if mask_BT is None else scored(mask_BT)[:, 1:]
+        return self._kept(self._after(logp_BTE, mask))
+
+    def _whole(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Every position of a text in one pass."""
+        logq_BTEV = self.pool.log_probs(ids_BT, mask_BT)
+        labels_BTE1 = ids_BT[:, 1:, None, None].expand(-1, -1, len(self.pool), -1)
+        logp_BTE = logq_BTEV[:, :-1].gather(-1, labels_BTE1)[..., 0]
+        mask = scored(mask_BT)[:, 1:]
+        logw_BTE = self._kept(self._after(torch.where(mask[..., None], logp_BTE, 0.0), mask))
+        return _mixed(logq_BTEV.add_(logw_BTE[..., None]))
+
+    def _after(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """Gate weights after each of T + 1 tokens of which the last T are scored, B x (T + 1) x E."""
+        shape_B1E = (len(logp_BTE), 1, logp_BTE.shape[2])
+        padded = torch.cat([logp_BTE, logp_BTE.new_zeros(shape_B1E)], dim=1)
+        if mask_BT is None:
+            mask_BT = torch.ones(logp_BTE.shape[:2], dtype=torch.bool, device=logp_BTE.device)
+        mask = torch.cat([mask_BT, mask_BT.new_zeros(len(mask_BT), 1)], dim=1)
+        return self.gate.log_weights(Features(logp_BTE=padded, mask_BT=mask))
+
+    def _kept(self, logw_XE: Tensor) -> Tensor:
+        """The weights of the m preferred experts, float32; -inf for the others."""
+        if not self.sparse:
+            return logw_XE.float()
+        chosen = torch.zeros_like(logw_XE, dtype=torch.bool)
+        chosen.scatter_(-1, logw_XE.topk(self.config.top_m, dim=-1).indices, True)
+        return torch.log_softmax(logw_XE.masked_fill(~chosen, -torch.inf), dim=-1).float()
+
+    def _start(self, batch: int) -> ModularCache:
+        for backbone in self._backbones():
+            if not backbone.keeps_keys:
+                raise ConfigError(
+                    f"a {type(backbone.model).__name__} carries a state from token to token that is no KV cache; "
+                    "generate with use_cache=False"
+                )
+        cache = ModularCache(len(self.pool), [len(b) for b in self._backbones()], batch, self.device)
+        cache.settle({name: tensor.to(self.device) for name, tensor in self.gate.begin(batch).items()})
+        return cache
+
+    def _run_all(self, cache: ModularCache, kept: int) -> Tensor:
+        """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""
+        end, batch = cache.length, cache.batch
+        answers: list[Tensor] = []
+        for number, backbone in enumerate(self._backbones()):
+            experts = torch.tensor(backbone.experts)
+            start = min(int(cache.done_EB[experts].min()), end - kept)
+            places_X = torch.arange(len(backbone)).repeat_interleave(batch)
+            index_X = torch.arange(len(places_X))
+            step = max(PIECE, room.LOGITS // (len(places_X) * self.vocab_size))
+            tail: list[Tensor] = []
+            for first in range(start, end, step):
+                last = min(end, first + step)
+                logq_XKV = self._run(cache, number, backbone, index_X, places_X, first, last)
+                self._note(cache, experts[places_X], index_X % batch, first, logq_XKV)
+                if last > end - kept:
+                    tail.append(logq_XKV[:, max(0, end - kept - first) :])
+            answers.append(torch.cat(tail, dim=1).unflatten(0, (len(backbone), batch)))
+        logq = torch.cat(answers)
+        order = torch.tensor([expert for backbone in self._backbones() for expert in backbone.experts])
+        if not torch.equal(order, torch.arange(len(order))):
+            logq = logq[order.argsort().to(logq.device)]
+        cache.done_EB.fill_(end)
+        cache.logq_EBV = logq[:, :, -1].contiguous()
+        state, rows = self._replay(cache, kept)
+        cache.settle(state)
+        logw_EBK = self._kept(torch.stack(rows, dim=1)).permute(2, 0, 1)
+        return torch.logsumexp(logq + logw_EBK[..., None], dim=0)
+
+    def _run_some(self, cache: ModularCache) -> Tensor:
+        """One new slot: the experts the gate prefers run, each after what it missed."""
+        end, batch = cache.length, cache.batch
+        logp_BE, mask_B = cache.scores(end - 1)
+        cache.state = self.gate.advance(cache.state, logp_BE, mask_B)
+        logw_BE = before_BE = self.gate.current(cache.state)
+        # In the pool's order, so that sums are the same whoever is preferred.
+        chosen_BM = logw_BE.topk(self.config.top_m, dim=-1).indices.sort(dim=-1).values
+        wanted_EB = torch.zeros(len(self.pool), batch, dtype=torch.bool)
+        wanted_EB.scatter_(0, chosen_BM.T.cpu(), True)
+        assert cache.logq_EBV is not None
+        revised = False
+        for number, backbone in enumerate(self._backbones()):
+            experts = torch.tensor(backbone.experts)
+            behind_MB = end - cache.done_EB[experts]
+            for late in (False, True):
+                run_MB = wanted_EB[experts] & ((behind_MB > 1) == late)
+                index_X = run_MB.flatten().nonzero()[:, 0]
+                if not len(index_X):
+                    continue
+                places_X, rows_X = index_X // batch, index_X % batch
+                first = end - int(behind_MB.flatten()[index_X].max())
+                logq_XKV = self._run(cache, number, backbone, index_X, places_X, first, end)
+                self._note(cache, experts[places_X], rows_X, first, logq_XKV)
+                cache.logq_EBV[experts[places_X], rows_X] = logq_XKV[:, -1]
+                cache.done_EB[experts[places_X], rows_X] = end
+                revised = revised or late
+        if revised:
+            cache.state, rows = self._replay(cache, 1)
+            logw_BE = among(rows[0], wanted_EB.T.to(before_BE.device), before_BE)
+        logq_BMV = cache.logq_EBV[chosen_BM, torch.arange(batch, device=chosen_BM.device)[:, None]]
+        if self.config.top_m == 1:
+            return logq_BMV
+        logw_BM = torch.log_softmax(logw_BE.gather(1, chosen_BM), dim=-1).float()
+        return torch.logsumexp(logq_BMV + logw_BM[..., None], dim=1)[:, None]
+
+    def _run(
+        self,
+        cache: ModularCache,
+        number: int,
+        backbone: Backbone,
+        index_X: Tensor,
+        places_X: Tensor,
+        first: int,
+        end: int,
+    ) -> Tensor:
+        """Slots `first` .. `end` through some rows of a backbone; log-probabilities after each, XKV, float32."""
+        device = cache.ids_BS.device
+        rows_X = (index_X % cache.batch).to(device)
+        arguments: dict[str, Any] = {}
+        real_XS = cache.real_BS[rows_X, :end]
+        if cache.all_real:
+            arguments["position_ids"] = torch.arange(first, end, device=device).expand(len(rows_X), -1)
+        else:
+            arguments["attention_mask"] = real_XS.long()
+            arguments["position_ids"] = positions(real_XS)[:, first:]
+        store = cache.stores[number]
+        whole = slice(None) if len(index_X) == store.rows else rows_of(index_X)
+        window = store.window(whole if isinstance(whole, slice) else whole.to(device), first)
+        logits_XKV = backbone.run(
+            Rows.of(places_X.to(device)), cache.ids_BS[rows_X, first:end], cache=window, **arguments
+        )
+        return torch.log_softmax(logits_XKV.float(), dim=-1)
+
+    def _note(self, cache: ModularCache, experts_X: Tensor, rows_X: Tensor, first: int, logq_XKV: Tensor) -> None:
+        """Keep what experts say of tokens after `first` that are here already."""
+        last = min(cache.length, first + logq_XKV.shape[1] + 1)
+        from_ = max(first + 1, cache.anchor)
+        if from_ >= last:
+            return
+        device = logq_XKV.device
+        labels_XK = cache.ids_BS[rows_X.to(device), from_:last]
+        score_XK = logq_XKV[:, from_ - 1 - first : last - 1 - first].gather(-1, labels_XK[..., None])[..., 0]
+        cache.known_BLE[rows_X.to(device), from_ - cache.anchor : last - cache.anchor, experts_X.to(device)] = score_XK
+
+    def _replay(self, cache: ModularCache, kept: int) -> tuple[State, list[Tensor]]:
+        """The gate's state after every slot since the anchor, and its weights after each of the last `kept`."""
+        gate = self.gate
+        state, rows = cache.anchored, []
+        for slot in range(cache.anchor, cache.length):
+            logp_BE, mask_B = cache.scores(slot)
+            state = gate.advance(state, logp_BE, mask_B)
+            if slot >= cache.length - kept:
+                rows.append(gate.current(state))
+        return state, rows
+
+    def _backbones(self) -> Iterator[Backbone]:
+        for backbone in self.pool.backbones:
+            assert isinstance(backbone, Backbone)
+            yield backbone
+
+    # -- on disk ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, copy_experts: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the gate, the settings, and the experts or where they are.
+
+        Args:
+            save_directory: new or empty.
+            copy_experts: also write the experts' weights (a base once, its adapters as an expert library); without it
+                they are loaded again from where they came.
+            kwargs: none; there for transformers' signature.
+        Raises:
+            ConfigError: the folder is not empty, or an expert made in memory would not be copied.
+        """
+        folder = Path(save_directory)
+        if kwargs:
+            raise ConfigError(f"save_pretrained of a gated model takes copy_experts alone; got {', '.join(kwargs)}")
+        homeless = [member.name for member in self.pool.members if member.source is None]
+        if homeless and not copy_experts:
+            raise ConfigError(
+                f"experts {', '.join(homeless)} were made in memory and lie nowhere; save with copy_experts=True"
+            )
+        with whole_folder(folder, "gated model") as making:
+            self._write(making, copy_experts)
+
+    def _write(self, folder: Path, copy: bool) -> None:
+        members = self.pool.members
+        sources = _copy_experts(self.pool, folder) if copy else [_absolute(member.source) for member in members]
+        saved = _Saved(
+            format=FORMAT,
+            dtype=str(_widest(member.model.dtype for member in members)).removeprefix("torch."),
+            top_m=self.config.top_m,
+            refresh_every=self.config.refresh_every,
+            copied=copy,
+            experts=sources,
+        )
+        (folder / MANIFEST).write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        save_gate(self._gate, folder / GATE)
+        self.config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, device: torch.device | str = "cpu", **kwargs: Any
+    ) -> Self:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            device: where the model is put.
+            kwargs: what `AutoModelForCausalLM` passes; nothing of it is read, the folder has its own settings.
+        Raises:
+            ConfigError: the folder holds no gated model, or an expert cannot be loaded.
+            CheckpointError: the gate's file is torn.
+            ExpertError: an adapter does not fit its base.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        unknown = {key for key, value in kwargs.items() if value} - {"config", "adapter_kwargs"}
+        if unknown:
+            raise ConfigError(f"from_pretrained of a gated model takes device alone; got {', '.join(sorted(unknown))}")
+        try:
+            described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} holds no gated model ({MANIFEST}: {error}); save one first") from error
+        if not isinstance(described, dict) or described.get("format") != FORMAT:
+            raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; save the gated model again")
+        saved = validate(_Saved, described, str(folder / MANIFEST))
+        sources = [_inside(source, folder) for source in saved.experts] if saved.copied else saved.experts
+        pool = ExpertPool.load(sources, dtype=saved.dtype, device=device)
+        model = cls(pool, load_gate(folder / GATE), top_m=saved.top_m, refresh_every=saved.refresh_every)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+
+def _new_mask(attention_mask: Tensor | None, before: int, ids_BK: Tensor) -> Tensor:
+    """True for the real ones of the new tokens."""
+    batch, count = ids_BK.shape
+    if attention_mask is None:
+        return torch.ones_like(ids_BK, dtype=torch.bool)
+    if attention_mask.shape != (batch, before + count):
+        raise ConfigError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must cover {before} cached and {count} new "
+            f"tokens of {batch} sequences"
+        )
+    return attention_mask[:, before:].to(device=ids_BK.device, dtype=torch.bool)
+
+
+def _mixed(logs_BTEV: Tensor) -> Tensor:
+    """logsumexp over the experts, BTV; overwrites what it is given, and takes half the time of `torch.logsumexp`."""
+    top_BT1V = logs_BTEV.amax(dim=2, keepdim=True)
+    top_BT1V = torch.where(torch.isneginf(top_BT1V), torch.zeros_like(top_BT1V), top_BT1V)
+    return logs_BTEV.sub_(top_BT1V).exp_().sum(dim=2).log_().add_(top_BT1V[:, :, 0])
+
+
+def _special_tokens(pool: ExpertPool) -> dict[str, Any]:
+    """Ids of special tokens as the first expert has them, and the end of a text as any of them has it."""
+    first = pool.members[0].model
+    found = {name: _token_id(first, name) for name in ("bos_token_id", "pad_token_id")}
+    ends: list[int] = []
+    for member in pool.members:
+        named = _token_id(member.model, "eos_token_id")
+        ends += named if isinstance(named, list) else [] if named is None else [named]
+    distinct = list(dict.fromkeys(ends))
+    return {**found, "eos_token_id": distinct if len(distinct) > 1 else next(iter(distinct), None)}
+
+
+def _token_id(model: PreTrainedModel, name: str) -> Any:
+    value = getattr(model.generation_config, name, None)
+    return getattr(model.config, name, None) if value is None else value
+
+
+def _copy_experts(pool: ExpertPool, folder: Path) -> list[ExpertSource]:
+    """Write every backbone once and its adapters as a library; sources relative to the folder."""
+    sources: dict[int, ExpertSource] = {}
+    for number, backbone in enumerate(pool.backbones):
+        assert isinstance(backbone, Backbone)
+        where = f"{BASES}-{number}"
+        backbone.model.save_pretrained(folder / where)
+        members = [(place, pool.members[place]) for place in backbone.experts]
+        library = f"{ADAPTERS}-{number}"
+        if any(member.lora is not None for _, member in members):
+            base = BaseReference(where, None, base_fingerprint(backbone.model))
+            opened = ExpertLibrary.create(folder / library, base)
+        for place, member in members:
+            sources[place] = ExpertSource(name=member.name, model=where)
+            if member.lora is not None:
+                name = f"expert-{place}"
+                opened.add(Expert(replace(member.lora, name=name, base=base)))
+                sources[place] = ExpertSource(name=member.name, model=where, library=library, expert=name)
+    return [sources[place] for place in range(len(pool))]
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The float type that holds all of these; a pool is loaded in one."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def _inside(source: ExpertSource, folder: Path) -> ExpertSource:
+    """A copied expert's source, from where the folder lies now.
+
+    Raises:
+        ConfigError: it leads out of the folder.
+    """
+    places = {}
+    for key in ("model", "library"):
+        value = getattr(source, key)
+        if value is None:
+            continue
+        path = (folder / value).resolve()
+        if folder.resolve() not in path.parents:
+            raise ConfigError(f"{folder / MANIFEST} puts expert {source.name!r} in {value!r}, outside the folder")
+        places[key] = str(path)
+    return source.model_copy(update=places)
+
+
+def _absolute(source: ExpertSource | None) -> ExpertSource:
+    """A source that means the same from any folder; hub names stay."""
+    assert source is not None
+    if source.library is not None and source.model is None:
+        base = ExpertLibrary.open(Path(source.library)).base
+        source = source.model_copy(update={"model": base.name, "revision": base.revision})
+    places = {
+        key: str(Path(value).resolve())
+        for key in ("model", "library")
+        if (value := getattr(source, key)) is not None and Path(value).is_dir()
+    }
+    return source.model_copy(update=places)
+
+
+AutoConfig.register(ModularConfig.model_type, ModularConfig)
+AutoModelForCausalLM.register(ModularConfig, ModularLM)

@@ -1,0 +1,428 @@
+"""The robust problem as fitting and certifying see it: data, offsets, units, the opponent, and what a gate is worth.
+
+    value_d(g) = s_d (CE_d(pi_g) + log Z_g) - offset_d        worst(g) = max over nu of  nu . (V value + shift)
+
+Every figure is that of the normalised model pi_g / Z_g, so a gate cannot look better by making more than one unit of
+probability. With unit "token" each domain's figures are divided by its mean number of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating.arrays import Floats, log_distributions, to_tensor
+from weftlm.gating.exact import entropies
+from weftlm.gating.features import refuse_impossible
+from weftlm.gating.gate import Features, Gate
+from weftlm.gating.mixtures import MixtureSet, Player, box_vertices, player
+from weftlm.gating.sequences import ScoredSequences, enumerated
+
+Offsets = Literal["expert", "none", "entropy"]
+Unit = Literal["sequence", "token"]
+
+CHUNK = 1 << 22
+"""Numbers (sequences x experts, times tokens for causal gates) evaluated at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be solved. Values inside are in nats of `unit` over `report`; `report` turns them into nats of `unit`.
+
+    Attributes:
+        domains: sequences of each of D domains.
+        samples: draws of each of E experts, for Z; empty where only causal gates will be asked about.
+        experts: E.
+        own_D: the expert of each domain; empty where offsets do not need it.
+        offset_kind: "expert", "none", "entropy" or "values".
+        offsets_D: inside.
+        scale_D: s_d, from nats per sequence to inside.
+        shift_M: what the mixtures' own offsets change, inside.
+        opponent: who mixes the domains.
+        unit: of the reported values.
+        report: factor from inside to reported.
+        support: (p_DX, q_EX) where the problem is enumerated.
+    """
+
+    domains: tuple[ScoredSequences, ...]
+    samples: tuple[ScoredSequences, ...]
+    experts: int
+    own_D: tuple[int, ...]
+    offset_kind: str
+    offsets_D: Floats
+    scale_D: Floats
+    shift_M: Floats
+    opponent: Player
+    unit: Unit
+    report: float
+    support: tuple[Floats, Floats] | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per domain."""
+        return tuple(domain.name or f"domain {d}" for d, domain in enumerate(self.domains))
+
+    def payoffs(self, values_D: Floats) -> Floats:
+        """Value of each extreme mixture, inside."""
+        payoffs: Floats = self.opponent.weights_MD @ values_D + self.shift_M
+        return payoffs
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a gate is worth on a problem's data.
+
+    Attributes:
+        ce_D: cross-entropy of pi_g / Z_g, reported nats.
+        values_D: cross-entropy minus offset, inside.
+        errors_D: standard error of each value over sequences (over clusters where there are), reported nats; 0 where
+            enumerated. That of Z is not counted.
+        z: Z_g; exactly 1 for a causal gate.
+        z_error: its standard error over samples (over clusters where there are).
+        worst: worst case over the mixtures, reported nats.
+        nu_M: the opponent's best response, a vertex.
+        worst_domain: the domain of largest value.
+    """
+
+    ce_D: Floats
+    values_D: Floats
+    errors_D: Floats
+    z: float
+    z_error: float
+    worst: float
+    nu_M: Floats
+    worst_domain: int
+
+
+def make_problem(
+    domains: Any,
+    samples: Any = None,
+    *,
+    offsets: Offsets | Any | None = None,
+    mixtures: MixtureSet | Any | None = None,
+    unit: Unit = "sequence",
+    own_experts: Sequence[int] | None = None,
+) -> Problem:
+    """Check data and put a problem together.
+
+    Args:
+        domains: sequences of each domain (a sequence or a name -> `ScoredSequences` mapping), or P, an array D x X of
+            probabilities or their logs: then `samples` is Q and the problem enumerated.
+        samples: draws of each expert, in the experts' order, or Q. None where every gate will be causal.
+        offsets: "expert": the cross-entropy of the domain's own expert on the same sequences. "none": 0. "entropy"
+            (enumerated only): that of the domain, and of the mixed text for an extreme mixture, so that values are KL
+            divergences. Or D numbers in nats of `unit`. None: "entropy" where enumerated, else "expert".
+        mixtures: None for all mixtures, else `Vertices`, an array M x D, or a `Box`.
+        unit: nats per "sequence" or per "token" (each domain's total over its total of tokens).
+        own_experts: the expert of each domain for offsets "expert"; None: the expert of the same number.
+    Raises:
+        ConfigError: shapes or numbers of experts differ, or an argument does not fit.
+        DataError: no domain, a domain or an expert without sequences, sequences impossible under every expert.
+        NumericsError: NaN, +inf, or rows that are not normalised.
+    """
+    support = None
+    if _is_array(domains):
+        if samples is None or not _is_array(samples):
+            raise ConfigError("domains came as an array P (D x X); give the experts as an array Q (E x X) with it")
+        support = (
+            log_distributions(domains, "P", "DX").exp().numpy(),
+            log_distributions(samples, "Q", "EX").exp().numpy(),
+        )
+        domains, samples = enumerated(domains, samples)
+    sets, draws = _listed(domains, "domain"), _listed(samples, "expert") if samples is not None else ()
+    if not sets:
+        raise DataError("no domain came; a robust gate needs the sequences of one at least")
+    experts = sets[0].experts
+    for what, each in (("domain", sets), ("samples of expert", draws)):
+        for number, one in enumerate(each):
+            if one.experts != experts:
+                raise ConfigError(
+                    f"{what} {one.name or number} is scored by {one.experts} experts and domain {sets[0].name or 0} by "
+                    f"{experts}; score every sequence with every expert"
+                )
+    if draws and len(draws) != experts:
+        raise ConfigError(f"samples of {len(draws)} experts came for {experts} experts; draw some from each")
+    for number, one in enumerate(sets):
+        refuse_impossible(one.logq_NE, one.name or f"domain {number}")
+    scale_D, report = _scales(sets, unit)
+    kind, offsets_D, own_D = _offsets(sets, offsets, own_experts, support, scale_D, report)
+    opponent = player(mixtures, len(sets))
+    own_offsets = opponent.offsets_M
+    if kind == "entropy" and support is not None:
+        if opponent.bounded:
+            opponent = player(box_vertices(opponent), len(sets))
+        if own_offsets is None and mixtures is not None:
+            own_offsets = entropies(opponent.weights_MD @ support[0]) * report
+    shift_M = np.zeros(len(opponent.weights_MD))
+    if own_offsets is not None:
+        shift_M = opponent.weights_MD @ offsets_D - own_offsets / report
+    return Problem(
+        sets, draws, experts, own_D, kind, offsets_D, scale_D, shift_M, opponent, unit, report, support
+    )  # fmt: skip
+
+
+def _is_array(value: Any) -> bool:
+    if isinstance(value, np.ndarray | Tensor):
+        return True
+    return isinstance(value, list | tuple) and len(value) > 0 and not isinstance(value[0], ScoredSequences)
+
+
+def _listed(value: Any, what: str) -> tuple[ScoredSequences, ...]:
+    if isinstance(value, Mapping):
+        named = []
+        for name, one in value.items():
+            _refuse_other(one, f"{what} {name}")
+            named.append(
+                ScoredSequences(one.logq_NE, one.features, one.tokens_N, one.weights_N, one.clusters_N, str(name))
+            )
+        return tuple(named)
+    found = tuple(value)
+    for number, one in enumerate(found):
+        _refuse_other(one, f"{what} {number}")
+    return found
+
+
+def _refuse_other(value: Any, what: str) -> None:
+    if not isinstance(value, ScoredSequences):
+        raise ConfigError(f"{what} is {type(value).__name__}; make it with ScoredSequences.of(log-likelihoods, ...)")
+
+
+def _scales(sets: tuple[ScoredSequences, ...], unit: Unit) -> tuple[Floats, float]:
+    """s_d and the factor from inside to reported; inside is of the order of sequences whatever the unit."""
+    if unit == "sequence":
+        return np.ones(len(sets)), 1.0
+    if unit != "token":
+        raise ConfigError(f"unit is {unit!r}; it must be 'sequence' or 'token'")
+    means = []
+    for number, one in enumerate(sets):
+        if one.tokens_N is None:
+            raise ConfigError(f"unit 'token' needs tokens_N, and {one.name or f'domain {number}'} has none")
+        means.append(float(one.probability() @ one.tokens_N))
+    mean = sum(means) / len(means)
+    return np.array([mean / each for each in means]), 1.0 / mean
+
+
+def _offsets(
+    sets: tuple[ScoredSequences, ...],
+    offsets: Any,
+    own_experts: Sequence[int] | None,
+    support: tuple[Floats, ...] | None,
+    scale_D: Floats,
+    report: float,
+) -> tuple[str, Floats, tuple[int, ...]]:
+    """Kind, values inside, and the own experts where the kind needs them."""
+    kind = ("entropy" if support is not None else "expert") if offsets is None else offsets
+    if not isinstance(kind, str):
+        values = to_tensor(offsets, "offsets", "D").double().numpy()
+        if len(values) != len(sets) or not np.isfinite(values).all():
+            raise ConfigError(f"offsets {values.tolist()} for {len(sets)} domains; one finite number each, in nats")
+        return "values", values / report, ()
+    if kind == "none":
+        return kind, np.zeros(len(sets)), ()
+    if kind == "entropy":
+        if support is None:
+            raise ConfigError("offsets 'entropy' needs enumerated domains; use 'expert', 'none' or values")
+        return kind, entropies(support[0]), ()
+    if kind != "expert":
+        raise ConfigError(f"offsets {kind!r}; allowed: 'expert', 'none', 'entropy', or one number per domain")
+    own = tuple(range(len(sets))) if own_experts is None else tuple(own_experts)
+    experts = sets[0].experts
+    if len(own) != len(sets) or any(not 0 <= k < experts for k in own):
+        raise ConfigError(
+            f"offsets 'expert' needs each domain's own expert: {len(sets)} domains, {experts} experts, own_experts "
+            f"{list(own)}; name one expert from 0 to {experts - 1} per domain in own_experts, or use other offsets"
+        )
+    values_D = np.zeros(len(sets))
+    for d, (one, k) in enumerate(zip(sets, own, strict=True)):
+        own_N = one.logq_NE[:, k].to(torch.float64)
+        if bool(torch.isneginf(own_N).any()):
+            raise DataError(
+                f"{one.name or f'domain {d}'}: {int(torch.isneginf(own_N).sum())} sequences have probability 0 under "
+                f"the domain's own expert {k}, so its cross-entropy is infinite; use other offsets or leave them out"
+            )
+        values_D[d] = -float(one.probability() @ own_N) * scale_D[d]
+    return kind, values_D, own
+
+
+def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
+    """log pi_g(x) of B sequences, nats, not divided by Z.
+
+        log pi_g(x) = logsumexp_k [ log g(x, k) + log q_k(x) ]                              sequence-level
+        log pi_g(x) = sum_t logsumexp_k [ log gamma_k(x_<t) + log q_k(x_t | x_<t) ]         causal; Z is 1
+
+    Args:
+        gate: any.
+        logq_BE: the experts' log-likelihoods of the sequences.
+        features: of the sequences.
+    Raises:
+        NumericsError: the gate answers something that is not normalised over the experts.
+    """
+    logw = gate.log_weights(features)
+    if not gate.causal:
+        return torch.logsumexp(logw + logq_BE.to(logw.dtype), dim=-1)
+    logp_BTE = features.get("tokens", gate.config.gate).to(logw.dtype)
+    tokens_BT = torch.logsumexp(logw + logp_BTE, dim=-1)
+    if features.mask_BT is not None:
+        tokens_BT = torch.where(features.mask_BT, tokens_BT, torch.zeros_like(tokens_BT))
+    return tokens_BT.sum(dim=-1)
+
+
+def _chunks(one: ScoredSequences, causal: bool) -> Iterator[Tensor]:
+    logp = one.features.logp_BTE
+    width = one.experts * (logp.shape[1] if causal and logp is not None else 1)
+    return iter(torch.arange(len(one)).split(max(1, CHUNK // max(width, 1))))
+
+
+def evaluate(gate: Gate, problem: Problem) -> Evaluation:
+    """What a gate is worth on all data of a problem.
+
+    Raises:
+        ConfigError: the gate does not fit the data, or is not causal and there are no samples for Z.
+        NumericsError: a domain's cross-entropy is not finite.
+    """
+    fits(gate, problem)
+    with torch.no_grad():
+        z, z_error = (1.0, 0.0) if gate.causal else _normaliser(gate, problem)
+        logs = [
+            torch.cat(
+                [log_model(gate, one.logq_NE[rows], one.features.rows(rows)) for rows in _chunks(one, gate.causal)]
+            )
+            for one in problem.domains
+        ]
+    return measure(logs, problem, z=z, z_error=z_error)
+
+
+def measure(logs: Sequence[Tensor], problem: Problem, *, z: float = 1.0, z_error: float = 0.0) -> Evaluation:
+    """What any model is worth on all data of a problem, from its log-probabilities of the domains' sequences.
+
+    Args:
+        logs: for each domain, log m(x) of its sequences, N, nats.
+        problem: the domains, offsets and mixtures.
+        z: by which m is divided; 1 for a language model.
+        z_error: its standard error.
+    Raises:
+        ConfigError: another number of domains or sequences.
+        NumericsError: a domain's cross-entropy is not finite.
+    """
+    if [len(each) for each in logs] != [len(one) for one in problem.domains]:
+        raise ConfigError(
+            f"log-probabilities of {[len(each) for each in logs]} sequences came for domains of "
+            f"{[len(one) for one in problem.domains]}; give every sequence of every domain one"
+        )
+    if not math.isfinite(z) or z <= 0.0:
+        raise NumericsError(f"Z is {z}; it must be positive and finite")
+    count = len(problem.domains)
+    nats_D, errors_D = np.zeros(count), np.zeros(count)
+    for d, (one, logs_N) in enumerate(zip(problem.domains, logs, strict=True)):
+        ce_N, weights_N = -logs_N.detach().to(torch.float64), one.probability()
+        nats_D[d] = float(weights_N @ ce_N)
+        if not math.isfinite(nats_D[d]):
+            raise NumericsError(
+                f"{problem.names[d]}: the model's cross-entropy is {nats_D[d]}; it gives "
+                f"{int((~torch.isfinite(ce_N)).sum())} sequences no probability"
+            )
+        if problem.support is None:
+            if problem.own_D:
+                ce_N = ce_N + one.logq_NE[:, problem.own_D[d]]
+            errors_D[d] = _domain_error(ce_N, weights_N, one, problem.unit) * problem.scale_D[d]
+    ce_D = problem.scale_D * (nats_D + math.log(z))
+    values_D = ce_D - problem.offsets_D
+    payoff, nu_M = problem.opponent.best(problem.payoffs(values_D))
+    return Evaluation(
+        ce_D=ce_D * problem.report,
+        values_D=values_D,
+        errors_D=errors_D * problem.report,
+        z=z,
+        z_error=z_error,
+        worst=payoff * problem.report,
+        nu_M=nu_M,
+        worst_domain=int(values_D.argmax()),
+    )
+
+
+def fits(gate: Gate, problem: Problem) -> None:
+    """Refuse a gate over another number of experts, and one that needs samples where there are none.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if gate.experts != problem.experts:
+        raise ConfigError(f"gate {gate.config.gate!r} is over {gate.experts} experts; the data over {problem.experts}")
+    if not gate.causal and not problem.samples:
+        raise ConfigError(
+            f"gate {gate.config.gate!r} sees whole sequences, so its Z must be measured: give samples drawn from every "
+            "expert, or use a causal gate"
+        )
+
+
+def _normaliser(gate: Gate, problem: Problem) -> tuple[float, float]:
+    """Z = sum_k E_{x ~ q_k} g(x, k), and its standard error."""
+    z, variance = 0.0, 0.0
+    for k, one in enumerate(problem.samples):
+        parts = [gate.log_weights(one.features.rows(rows))[:, k].exp() for rows in _chunks(one, False)]
+        g_N = torch.cat(parts).to(torch.float64)
+        weights_N = one.probability()
+        mean = float(weights_N @ g_N)
+        z += mean
+        if problem.support is None:
+            variance += _squared_error(weights_N * (g_N - mean), one)
+    return z, math.sqrt(variance)
+
+
+def _domain_error(ce_N: Tensor, weights_N: Tensor, one: ScoredSequences, unit: Unit) -> float:
+    mean = float(weights_N @ ce_N)
+    centred_N = ce_N - mean
+    if unit == "token" and one.tokens_N is not None:
+        centred_N = ce_N - one.tokens_N * (mean / float(weights_N @ one.tokens_N))
+    return math.sqrt(_squared_error(weights_N * centred_N, one))
+
+
+def _squared_error(terms_N: Tensor, one: ScoredSequences) -> float:
+    """Variance of a weighted mean from its centred terms, summed within clusters first; inf from one cluster alone."""
+    if one.clusters_N is not None:
+        names, place_N = torch.unique(one.clusters_N, return_inverse=True)
+        terms_N = torch.zeros(len(names), dtype=terms_N.dtype).index_add(0, place_N, terms_N)
+    count = len(terms_N)
+    return float((terms_N**2).sum()) * count / (count - 1) if count > 1 else math.inf
+
+
+def dual_value(problem: Problem, nu_M: Floats) -> float:
+    """The best any gate can do against a fixed mixture, on an enumerated problem, reported nats; exact.
+
+    Water-filling:
+
+        min over pi of  - sum_x p(x) log pi(x)    s.t.  min_k q_k(x) <= pi(x) <= max_k q_k(x),  sum_x pi(x) = 1
+        pi(x) = clip(c p(x), min_k q_k(x), max_k q_k(x))            p = sum_d lambda_d p_d, c by bisection
+
+    The worst case of every gate with Z = 1 lies above it. (That of a model pi_g / Z_g with Z_g off 1 need not: it is no
+    gate's, and is bounded by the capacity alone.)
+
+    Raises:
+        ConfigError: the problem is not enumerated.
+    """
+    if problem.support is None:
+        raise ConfigError("the closed form of the best response needs an enumerated problem, P and Q")
+    p_DX, q_EX = problem.support
+    lam_D = problem.opponent.lam(nu_M)
+    p_X = lam_D @ p_DX
+    low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
+    seen_X = p_X > 0
+    if float(high_X[seen_X].sum() + low_X[~seen_X].sum()) <= 1.0:
+        pi_X = high_X
+    else:
+        left, right = -800.0, 800.0
+        for _ in range(200):
+            middle = 0.5 * (left + right)
+            filled = np.clip(np.exp(middle + np.log(p_X, out=np.full_like(p_X, -np.inf), where=seen_X)), low_X, high_X)
+            left, right = (left, middle) if filled.sum() > 1.0 else (middle, right)
+        pi_X = np.clip(np.exp(0.5 * (left + right)) * p_X, low_X, high_X)
+    ce = -float(p_X[seen_X] @ np.log(pi_X[seen_X]))
+    constant = float(nu_M @ problem.shift_M) - float(lam_D @ problem.offsets_D)
+    return (ce + constant) * problem.report

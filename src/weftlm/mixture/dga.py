@@ -1,0 +1,221 @@
+"""Dynamic Gradient Alignment: weight goes to the domains whose gradient points where the target's does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from weftlm.errors import ConfigError
+from weftlm.mixture.initial import Initial, initial_needs, initial_weights, nearest_mixture
+from weftlm.mixture.policy import (
+    CONSTANT,
+    AlignmentPolicyConfig,
+    MixtureSetting,
+    PolicyConfig,
+    Report,
+    Signal,
+    entropy,
+    exponentiated_gradient,
+    missing_signal,
+    policies,
+    with_floor,
+)
+from weftlm.mixture.signals import max_abs, read_alignment, smooth_alignment
+from weftlm.mixture.uniform import uniform_weights
+
+
+class DgaConfig(AlignmentPolicyConfig):
+    """Configuration of `dga`."""
+
+    policy: Literal["dga"] = Field(default="dga", description="Name of this policy.")
+    eta: FiniteFloat = Field(
+        default=5.0, gt=0.0, description="Step of the mirror update; free of units with normalize: scale or cosine."
+    )
+    ema: FiniteFloat = Field(
+        default=0.1, gt=0.0, le=1.0, description="beta, the share of the new weights in the smoothed ones; 1: no EMA."
+    )
+    ema_feedback: bool = Field(
+        default=True,
+        description=(
+            "true: the next mirror step starts from the smoothed weights. false: it continues from its own last "
+            "result, and only what is sampled is smoothed."
+        ),
+    )
+    floor: FiniteFloat = Field(
+        default=0.01,
+        ge=0.0,
+        le=1.0,
+        description="c, the share of the uniform distribution in every mirror step, so that no group is lost for good.",
+    )
+    initial: Initial = Field(
+        default="uniform",
+        description=(
+            "Weights before the first update. With reweight: basis, those of the basis distributions whose mixture is "
+            "nearest to it."
+        ),
+    )
+    anchor: FiniteFloat = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description=(
+            "tau, the pull of every mirror step towards the initial weights, so that probe noise does not add up over "
+            "updates; 0: none."
+        ),
+    )
+    reweight: Literal["domains", "basis"] = Field(
+        default="domains",
+        description=(
+            "domains: one alignment and one weight per domain. basis: one per basis distribution over the domains, for "
+            "domains in the hundreds and more."
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class DgaState:
+    """What DGA knows.
+
+    Attributes:
+        weights_G: smoothed weights, the ones sampled; over domains, or over basis distributions (w).
+        mirror_G: result of the last mirror step, before smoothing.
+        alignment_G: each group's last (or averaged) scaled alignment; NaN until the group was first seen.
+        max_exponent: max_i |eta a_i| of the last update.
+        updates: reports that moved the weights.
+        skipped: reports that told nothing (no group present, or a direction of norm 0) and changed nothing.
+        groups: names of the groups, for messages.
+        basis_ND: the basis distributions under reweight: basis, else shape (0, D).
+        initial_G: weights before the first update, what `anchor` pulls to.
+    """
+
+    weights_G: Tensor
+    mirror_G: Tensor
+    alignment_G: Tensor
+    max_exponent: float
+    updates: int
+    skipped: int
+    groups: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
+    basis_ND: Tensor = dataclasses.field(metadata=CONSTANT)
+    initial_G: Tensor = dataclasses.field(metadata=CONSTANT)
+
+
+@policies.register("dga", paper="arXiv:2410.02498")
+class DgaPolicy:
+    """Online mixture by gradient alignment with a target.
+
+    One gradient step on the mixture changes the target's loss by about -rho sum_i alpha_i <g_i, g_spe>. Every T_r steps
+    the mixture takes the step that makes this change largest under a Kullback-Leibler pull to where it is:
+
+        a_i    = <g_i, g_spe>, scaled as `normalize` says
+        m_i   prop. to  alpha_i^(1 - tau) alpha0_i^tau exp(eta a_i)  tau = anchor, alpha0 = initial weights
+        m      = (1 - c) m + c / G                                   c = floor
+        alpha <- (1 - beta) alpha + beta m                           beta = ema
+
+    With tau > 0 the pull is to both the present and the initial weights, and a constant alignment settles at
+    alpha0_i exp(eta a_i / tau), normalised, instead of at a corner.
+
+    With `ema_feedback: false` the second line starts from the last m instead of alpha. With `reweight: basis` the same
+    runs on w over N basis distributions p_n, and alpha = sum_n w_n p_n; alignments then arrive per basis distribution,
+    and w starts where alpha is nearest to the initial weights over domains (`nearest_mixture`). The
+    weights decide what is sampled; they never weigh the loss again.
+
+    A group absent from a probe (NaN) keeps its last alignment; one never yet seen keeps its weight. A probe that tells
+    nothing changes nothing and is counted in the diagnostic `skipped`.
+
+    Paper: Fan, Grangier, Ablin, arXiv 2410.02498; distribution reweighting is its section on many domains. `scale`,
+    `ema_feedback`, `floor`, `anchor` and `alignment_decay` are choices of this implementation.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = DgaConfig
+
+    def __init__(self, config: DgaConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        basis: frozenset[Signal] = frozenset({"basis"}) if self.config.reweight == "basis" else frozenset()
+        return frozenset[Signal]({"target_alignment"}) | basis | initial_needs(self.config.initial)
+
+    def init(self, setting: MixtureSetting) -> DgaState:
+        config = self.config
+        if config.reweight == "basis":
+            basis_ND = _checked_basis(setting)
+            groups = tuple(f"basis {n}" for n in range(len(basis_ND)))
+            start_G = self._basis_start(setting, basis_ND)
+        else:
+            basis_ND = torch.zeros(0, len(setting.domains), dtype=torch.float64)
+            groups = setting.domains
+            start_G = initial_weights(config.initial, setting, config.policy)
+        start_G = with_floor(start_G, config.floor)
+        return DgaState(
+            weights_G=start_G,
+            mirror_G=start_G,
+            alignment_G=torch.full_like(start_G, torch.nan),
+            max_exponent=0.0,
+            updates=0,
+            skipped=0,
+            groups=groups,
+            basis_ND=basis_ND,
+            initial_G=start_G,
+        )
+
+    def _basis_start(self, setting: MixtureSetting, basis_ND: Tensor) -> Tensor:
+        if self.config.initial == "uniform":
+            return uniform_weights(len(basis_ND))
+        return nearest_mixture(initial_weights(self.config.initial, setting, self.config.policy), basis_ND)
+
+    def weights(self, state: DgaState) -> Tensor:
+        return state.weights_G @ state.basis_ND if self.config.reweight == "basis" else state.weights_G
+
+    def update(self, state: DgaState, report: Report) -> DgaState:
+        config = self.config
+        new_G = read_alignment(report, config, "target_alignment", state.groups)
+        if new_G is None:
+            return dataclasses.replace(state, skipped=state.skipped + 1)
+        alignment_G = smooth_alignment(state.alignment_G, new_G, config.alignment_decay)
+        exponents_G = config.eta * alignment_G
+        start_G = state.weights_G if config.ema_feedback else state.mirror_G
+        pull_G = config.anchor * torch.where(start_G > 0, state.initial_G / start_G, 1.0).log()
+        mirror_G = with_floor(exponentiated_gradient(start_G, exponents_G + pull_G), config.floor)
+        return dataclasses.replace(
+            state,
+            weights_G=(1.0 - config.ema) * state.weights_G + config.ema * mirror_G,
+            mirror_G=mirror_G,
+            alignment_G=alignment_G,
+            max_exponent=max_abs(exponents_G),
+            updates=state.updates + 1,
+        )
+
+    def diagnostics(self, state: DgaState) -> Mapping[str, float | list[float]]:
+        """`alignment` and `group_weights` are per group; `entropy_nats` is that of the domains' weights."""
+        return {
+            "max_exponent": state.max_exponent,
+            "entropy_nats": entropy(self.weights(state)),
+            "updates": float(state.updates),
+            "skipped": float(state.skipped),
+            "alignment": state.alignment_G.tolist(),
+            "group_weights": state.weights_G.tolist(),
+        }
+
+
+def _checked_basis(setting: MixtureSetting) -> Tensor:
+    if setting.basis_ND is None:
+        raise missing_signal("dga", "basis")
+    basis_ND = setting.basis_ND.to(torch.float64)
+    domains = len(setting.domains)
+    if basis_ND.ndim != 2 or basis_ND.shape[0] == 0 or basis_ND.shape[1] != domains:
+        raise ConfigError(
+            f"basis distributions have shape {tuple(basis_ND.shape)}; expected (N, {domains}) with N >= 1"
+        )
+    sums_N = basis_ND.sum(dim=1)
+    if not bool((basis_ND >= 0).all()) or not bool(((sums_N - 1.0).abs() <= 1e-6).all()):
+        raise ConfigError(
+            f"basis distributions must hold no negative share and sum to 1; they sum to {sums_N.tolist()}"
+        )
+    return basis_ND / sums_N[:, None]

@@ -1,0 +1,316 @@
+"""The contract of a mixture policy: a pure pair (`init`, `update`) over a frozen state.
+
+A policy never touches the model or the data. The loop measures what the policy `needs`, hands it over as a `Report`,
+and samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come
+free (`state_to_json`, `state_from_json`).
+
+A new policy is one file in this folder: a config section, a frozen state, and a class registered by name. `doge.py` is
+a good one to read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from weftlm.config import Section, validate
+from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.registry import Registry
+
+Signal = Literal["losses", "reference_losses", "target_alignment", "generalist_alignment", "target_histogram", "basis"]
+"""What a policy can ask for. The first four are measured by the loop and arrive in a `Report`; `target_histogram` and
+`basis` are prepared before training and arrive in the `MixtureSetting`."""
+
+
+@dataclass(frozen=True)
+class MixtureSetting:
+    """What is known of the domains before training.
+
+    Attributes:
+        domains: the D domain names, in order.
+        tokens_D: training tokens per domain, float64.
+        target_histogram_D: fraction of the target's documents nearest to each domain, float64, sums to 1.
+        basis_ND: N basis distributions over the domains, float64 rows summing to 1.
+    """
+
+    domains: tuple[str, ...]
+    tokens_D: Tensor
+    target_histogram_D: Tensor | None = None
+    basis_ND: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How each group's gradient points along a direction v (the target's gradient, or the mean of all groups').
+
+    A group is a domain, or a basis distribution over domains when a policy reweights distributions.
+
+        dots_G[i] = < grad L_i(theta), v >          norms_G[i] = || grad L_i(theta) ||
+
+    Attributes:
+        dots_G: float64; NaN for a group that had no sequence in this probe.
+        counts_G: sequences behind each estimate, int64.
+        direction_norm: ||v||.
+        norms_G: float64, NaN where absent; None when the estimator cannot measure norms.
+        batch_norm: norm of the training gradient of the same step, the stand-in for the mean of `norms_G`.
+    """
+
+    dots_G: Tensor
+    counts_G: Tensor
+    direction_norm: float
+    norms_G: Tensor | None = None
+    batch_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the loop measured since the policy's last update.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        tokens_D: tokens trained on per domain since the last report, float64.
+        losses_D: mean training loss per domain since the last report, nats per token; NaN where nothing was drawn.
+        reference_losses_D: the reference model's loss on those same sequences, nats per token; NaN likewise.
+        excess_losses_D: mean over those tokens of max(loss - reference loss, 0), nats per token; NaN likewise.
+        alignment: gradient alignment along the direction the policy asked for.
+    """
+
+    step: int
+    tokens_D: Tensor
+    losses_D: Tensor | None = None
+    reference_losses_D: Tensor | None = None
+    excess_losses_D: Tensor | None = None
+    alignment: Alignment | None = None
+
+
+class PolicyConfig(Section):
+    """Base of every policy's configuration.
+
+    A subclass narrows `policy` to `Literal["<registered name>"]` with that name as default.
+    """
+
+    policy: str = Field(description="Registered name of the mixture policy.")
+    update_every_steps: int = Field(
+        default=100, ge=1, description="T_r, optimizer steps between two updates; constant policies ignore it."
+    )
+
+    @classmethod
+    def example(cls, domains: Sequence[str]) -> Self:
+        """A valid configuration for these domains: the defaults, unless a key has none (then override this).
+
+        The reference pages and the conformance suite are built on it, so that a new policy joins both unasked.
+        """
+        return cls.model_validate({})
+
+
+class AlignmentPolicyConfig(PolicyConfig):
+    """Base of the configuration of policies driven by gradient alignment.
+
+    `precondition` is carried for whoever measures the alignment: it decides the direction v, not the rule.
+    """
+
+    normalize: Literal["raw", "scale", "cosine"] = Field(
+        default="scale",
+        description=(
+            "raw: a_i = <g_i, v>. scale: a_i / (||v|| mean_j ||g_j||), which keeps the groups' relative magnitudes and "
+            "makes eta free of units. cosine: a_i / (||v|| ||g_i||)."
+        ),
+    )
+    precondition: Literal["none", "adam"] = Field(
+        default="none",
+        description="Direction v = g, or v = g / (sqrt(vhat) + eps) with Adam's second moment of the run.",
+    )
+    alignment_decay: FiniteFloat = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description=(
+            "Moving average over each group's last alignments (0: the newest alone). A group absent from a probe keeps "
+            "its last value either way."
+        ),
+    )
+
+
+S = TypeVar("S")
+
+
+class MixturePolicy(Protocol[S]):
+    """A mixture policy; `S` is its frozen state.
+
+    Attributes:
+        Config: the pydantic section it is configured by; `__init__` takes one.
+        config: that section, as given.
+        needs: signals the loop must measure or prepare; may depend on the configuration.
+    """
+
+    Config: ClassVar[type[PolicyConfig]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    @property
+    def config(self) -> PolicyConfig: ...
+
+    @property
+    def needs(self) -> frozenset[Signal]: ...
+
+    def init(self, setting: MixtureSetting) -> S:
+        """The state before the first step.
+
+        Raises:
+            ConfigError: the setting lacks what the policy needs, or the configuration does not fit the domains.
+        """
+        ...
+
+    def weights(self, state: S) -> Tensor:
+        """alpha_D, float64, non-negative, sums to 1 within 1e-9: the probability of drawing each domain."""
+        ...
+
+    def update(self, state: S, report: Report) -> S:
+        """The state after a report; the old state stays valid.
+
+        Raises:
+            ConfigError: the report lacks a signal the policy needs.
+            NumericsError: a measured number is not finite although its group was drawn.
+        """
+        ...
+
+    def diagnostics(self, state: S) -> Mapping[str, float | list[float]]:
+        """Numbers worth logging beside the weights (for example max|eta a|)."""
+        ...
+
+
+policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weftlm.mixture")
+
+
+def build_policy(value: Mapping[str, Any], where: str = "mixture") -> MixturePolicy[Any]:
+    """The policy a recipe asks for.
+
+    Args:
+        value: `{"policy": name, ...}` with the keys of that policy's `Config`.
+        where: the place in the recipe, for messages.
+
+    Raises:
+        ConfigError: no or unknown policy name, unknown key or wrong value, each with what is allowed.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}; it must be a mapping with the key 'policy'")
+    name = value.get("policy")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}.policy is {name!r}; it must be one of: {', '.join(policies)}")
+    policy = policies[name]
+    return policy(validate(policy.Config, dict(value), where))
+
+
+def missing_signal(policy: str, signal: Signal) -> ConfigError:
+    """The error for a setting or a report without something the policy declared in `needs`."""
+    return ConfigError(
+        f"mixture policy {policy!r} needs the signal {signal!r}, and none came; whoever drives it must measure or "
+        "prepare every name in `policy.needs`"
+    )
+
+
+def entropy(weights_G: Tensor) -> float:
+    """-sum_i w_i log w_i in nats: log G when uniform, 0 when one group has it all."""
+    return float(torch.special.entr(weights_G).sum())
+
+
+def exponentiated_gradient(weights_G: Tensor, exponents_G: Tensor) -> Tensor:
+    """Mirror step on the simplex, computed in log space.
+
+        w'_i = w_i exp(x_i) / sum_j w_j exp(x_j)
+
+    A NaN exponent means nothing is known of that entry: its weight stays exactly as it was, and the others share the
+    rest of the mass by the rule above.
+
+    Args:
+        weights_G: float64, non-negative, sums to 1.
+        exponents_G: float64.
+
+    Returns:
+        float64, sums to 1; entries at exactly 0 stay 0.
+
+    Raises:
+        NumericsError: an exponent is infinite.
+    """
+    exponents_G = exponents_G.to(torch.float64)
+    if torch.isinf(exponents_G).any():
+        raise NumericsError(
+            f"mirror step exponents {exponents_G.tolist()} hold an infinity; lower eta or use normalize: scale"
+        )
+    known_G = ~torch.isnan(exponents_G) & (weights_G > 0)
+    if not known_G.any():
+        return weights_G
+    known = weights_G[known_G]
+    moved_G = weights_G.clone()
+    moved_G[known_G] = torch.softmax(torch.log(known) + exponents_G[known_G], dim=0) * known.sum()
+    return moved_G
+
+
+def with_floor(weights_G: Tensor, floor: float) -> Tensor:
+    """Mix a little of the uniform distribution in: (1 - c) w + c / G, so that no entry stays at 0."""
+    return (1.0 - floor) * weights_G + floor / len(weights_G)
+
+
+CONSTANT: Mapping[str, Any] = {"constant": True}
+"""Metadata of a state field that `init` derives from the setting and no update changes: not written to JSON, taken from
+the template when read back, as in `basis_ND: Tensor = dataclasses.field(metadata=CONSTANT)`."""
+
+
+def state_to_json(state: Any) -> dict[str, Any]:
+    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers stay.
+
+    `CONSTANT` fields are left out. NaN is kept, as Python's json module writes it.
+    """
+    return {field.name: _to_json(getattr(state, field.name)) for field in _variable_fields(state)}
+
+
+def state_from_json(template: S, value: Mapping[str, Any]) -> S:
+    """Rebuild a state from `state_to_json`, exact to the last bit.
+
+    Args:
+        template: the state `init` gives under the same configuration and setting: types, shapes, `CONSTANT` fields.
+        value: what `state_to_json` gave, also after a round trip through JSON text.
+
+    Raises:
+        CheckpointError: the fields or a tensor's size are not those of the template.
+    """
+    names = [field.name for field in _variable_fields(template)]
+    if set(names) != set(value):
+        raise CheckpointError(
+            f"saved state of {type(template).__name__} holds {sorted(value)}, expected {sorted(names)}; "
+            "was it written by another policy or version?"
+        )
+    fields = {name: _from_json(getattr(template, name), value[name], name) for name in names}
+    return cast(S, dataclasses.replace(cast(Any, template), **fields))
+
+
+def _variable_fields(state: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(state) if not field.metadata.get("constant")]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(template: Any, value: Any, name: str) -> Any:
+    if isinstance(template, Tensor):
+        tensor = torch.tensor(value, dtype=template.dtype)
+        if tensor.shape != template.shape:
+            raise CheckpointError(
+                f"saved state field {name!r} has shape {tuple(tensor.shape)}, expected {tuple(template.shape)}; "
+                "did the number of domains change?"
+            )
+        return tensor
+    if isinstance(template, tuple):
+        return tuple(value)
+    return value

@@ -1,0 +1,77 @@
+"""Weights written down by hand in the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, FiniteFloat
+
+from weftlm.config import did_you_mean
+from weftlm.errors import ConfigError
+from weftlm.mixture.constant import ConstantPolicy, ConstantState
+from weftlm.mixture.policy import MixtureSetting, PolicyConfig, policies
+
+TOLERANCE = 1e-6
+"""How far from 1 written weights may sum: rounding of decimals, nothing more."""
+
+
+class StaticConfig(PolicyConfig):
+    """Configuration of `static`."""
+
+    policy: Literal["static"] = Field(default="static", description="Name of this policy.")
+    weights: dict[str, Annotated[FiniteFloat, Field(ge=0.0)]] = Field(
+        description="Weight of every domain by name, not negative; they sum to 1 within 1e-6. 0 leaves a domain out."
+    )
+
+    @classmethod
+    def example(cls, domains: Sequence[str]) -> StaticConfig:
+        """Weights rising in the order of the domains: 1, 2, ..., D over their sum."""
+        total = len(domains) * (len(domains) + 1) / 2
+        return cls(weights={name: (i + 1) / total for i, name in enumerate(domains)})
+
+
+@policies.register("static")
+class StaticPolicy(ConstantPolicy):
+    """Draw by weights somebody chose.
+
+        alpha_i = weights[i]
+
+    Names are checked against the domains, and nothing is normalised beyond the last 1e-6 of rounding: weights that do
+    not sum to 1 are a mistake somewhere.
+
+    Paper: none.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = StaticConfig
+
+    def __init__(self, config: StaticConfig) -> None:
+        self.config = config
+
+    def init(self, setting: MixtureSetting) -> ConstantState:
+        """Check the weights against the domains.
+
+        Raises:
+            ConfigError: an unknown or missing domain, or a sum that is not 1.
+        """
+        written = self.config.weights
+        unknown = [name for name in written if name not in setting.domains]
+        missing = [name for name in setting.domains if name not in written]
+        if unknown:
+            hints = "; ".join(
+                f"{name!r} is no domain{did_you_mean(name, missing or setting.domains)}" for name in unknown
+            )
+            raise ConfigError(f"mixture.weights: {hints}")
+        if missing:
+            raise ConfigError(
+                f"mixture.weights names {len(written)} of {len(setting.domains)} domains; missing: "
+                f"{', '.join(missing)} (write 0 to leave a domain out)"
+            )
+        weights_D = torch.tensor([written[name] for name in setting.domains], dtype=torch.float64)
+        total = float(weights_D.sum())
+        if abs(total - 1.0) > TOLERANCE:
+            raise ConfigError(
+                f"mixture.weights sum to {total:.6g} over {len(setting.domains)} domains; must be 1 ± {TOLERANCE:g}"
+            )
+        return ConstantState(weights_D / total)

@@ -1,0 +1,41 @@
+"""Every domain equally often: the baseline without any knowledge."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from weftlm.mixture.constant import ConstantPolicy, ConstantState
+from weftlm.mixture.policy import MixtureSetting, PolicyConfig, policies
+
+
+class UniformConfig(PolicyConfig):
+    """Configuration of `uniform`: nothing to choose."""
+
+    policy: Literal["uniform"] = Field(default="uniform", description="Name of this policy.")
+
+
+def uniform_weights(groups: int) -> Tensor:
+    """1/G for each of G groups, float64."""
+    return torch.full((groups,), 1.0 / groups, dtype=torch.float64)
+
+
+@policies.register("uniform")
+class UniformPolicy(ConstantPolicy):
+    """Draw every domain equally often, whatever its size.
+
+        alpha_i = 1 / D
+
+    Paper: none, the common baseline. Small domains are repeated most.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = UniformConfig
+
+    def __init__(self, config: UniformConfig) -> None:
+        self.config = config
+
+    def init(self, setting: MixtureSetting) -> ConstantState:
+        return ConstantState(uniform_weights(len(setting.domains)))

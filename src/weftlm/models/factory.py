@@ -1,0 +1,265 @@
+"""From a recipe's `model` section to a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field, PositiveInt, model_validator
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
+
+from weftlm.config import Section, did_you_mean
+from weftlm.errors import ConfigError
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4},
+}
+"""Sizes used where the recipe names an architecture and leaves its sizes out; sized for a laptop."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoRASection(Section):
+    """Train low-rank adapters instead of every weight (PEFT LoRA).
+
+    y = W x + (alpha / rank) B A x
+    """
+
+    rank: PositiveInt = Field(16, description="r, the rank of every adapter")
+    alpha: PositiveInt = Field(16, description="scale numerator; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
+
+
+class ModelConfig(Section):
+    """Which causal language model to train: from scratch by architecture, or from pretrained weights."""
+
+    architecture: str | None = Field(None, description="a transformers model type: llama, gpt2, qwen2, ...")
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of that architecture's configuration")
+    pretrained: str | None = Field(None, description="local folder or hub name of pretrained weights (safetensors)")
+    revision: str | None = Field(None, description="hub revision of the pretrained weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype the parameters are held in")
+    lora: LoRASection | None = Field(None, description="train LoRA adapters only; absent trains every weight")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ModelConfig:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of architecture (from scratch) and pretrained (a folder or hub name)")
+        if self.pretrained is not None and self.config:
+            raise ValueError("config belongs to architecture; a pretrained model brings its own")
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("lora adapts a pretrained model: give pretrained, or drop lora to train from scratch")
+        if self.lora is None and self.dtype != "float32":
+            raise ValueError("full training holds its weights in float32; use training.precision: bf16 for speed")
+        return self
+
+
+def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> nn.Module:
+    """Build (or load) the model a recipe asks for.
+
+    Args:
+        config: the `model` section.
+        vocab_size: ids the tokenizer can give.
+        sequence_length: longest sequence it must take.
+        eos_id: end-of-document id, stored in the configuration.
+        seed: initial weights are a function of it alone.
+    Raises:
+        ConfigError: unknown architecture or key, or a model too small for the tokenizer or the sequence length.
+    """
+    set_seed(seed)
+    if config.pretrained is not None:
+        model = _load_pretrained(config)
+        held = int(model.get_input_embeddings().weight.shape[0])
+        if held < vocab_size:
+            raise ConfigError(
+                f"model {config.pretrained!r} has {held} token embeddings and the tokenizer gives {vocab_size} ids; "
+                f"use tokenizer.pretrained: {config.pretrained}"
+            )
+    else:
+        assert config.architecture is not None
+        model = from_architecture(
+            architecture_config(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=eos_id)
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < sequence_length:
+        raise ConfigError(f"training.sequence_length is {sequence_length}; the model takes at most {longest} positions")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    if config.lora is not None:
+        section = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        with peft_warnings():
+            model = get_peft_model(model, section, revision=config.revision)
+    built: nn.Module = model
+    return built
+
+
+def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int) -> PretrainedConfig:
+    """The `transformers` configuration of a model trained from scratch.
+
+    Raises:
+        ConfigError: no such architecture, or a key it does not have.
+    """
+    name = str(config.architecture)
+    try:
+        default = AutoConfig.for_model(name)
+    except ValueError:
+        raise ConfigError(
+            f"model.architecture {name!r} is no transformers model type; try llama, gpt2 or qwen2"
+        ) from None
+    known = set(default.to_dict()) | set(default.attribute_map)
+    for key in config.config:
+        if key not in known:
+            raise ConfigError(f"model.config.{key}: unknown key of {name}{did_you_mean(key, known)}")
+    asked = {default.attribute_map.get(key, key): value for key, value in config.config.items()}
+    small = {default.attribute_map.get(key, key): value for key, value in SMALL.get(name, {}).items()}
+    positions = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    sizes = {positions: max(sequence_length, 1024), "pad_token_id": None, **small, **asked}
+    sizes |= {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
+    try:
+        built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config does not make a {name}: {error}") from error
+    if why := uneven_heads(built):
+        raise ConfigError(f"model.config has {why}")
+    return built
+
+
+def uneven_heads(config: PretrainedConfig) -> str | None:
+    """What is wrong with a configuration's attention heads, for a message; None where they fit.
+
+    `transformers` builds such a model all the same, and fails at its first token.
+    """
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        return (
+            f"{heads} attention heads over {shared} heads of keys and values; num_attention_heads must be a multiple "
+            "of num_key_value_heads"
+        )
+    return None
+
+
+def from_architecture(config: PretrainedConfig) -> Any:
+    """A model with fresh weights.
+
+    Raises:
+        ConfigError: the configuration's sizes do not fit each other, or it is of no causal language model.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"model.config does not make a {config.model_type} language model: {error}") from error
+
+
+def _load_pretrained(config: ModelConfig) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(config.pretrained),
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"model.pretrained {config.pretrained!r} cannot be loaded: {error}") from error
+
+
+def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
+    """Load a model weftlm (or transformers, or PEFT) saved: a full model folder, or an adapter beside its base's name.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        dtype: of the base under an adapter; a full model keeps the dtype it was stored in.
+    Raises:
+        ConfigError: the folder holds no loadable causal language model.
+    """
+    try:
+        if (folder / "adapter_config.json").exists():
+            adapter = LoraConfig.from_pretrained(str(folder))
+            base = AutoModelForCausalLM.from_pretrained(
+                str(adapter.base_model_name_or_path),
+                revision=adapter.revision,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+            )
+            with peft_warnings():
+                model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+            return model
+        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
+
+
+def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """Load a whole language model, decoder-only or encoder-decoder, from a folder or the hub.
+
+    Args:
+        name: folder or hub name.
+        revision: hub revision.
+        dtype: the parameters are held in.
+    Raises:
+        ConfigError: there is no such model, it is neither kind, or its weights are not safetensors.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_pretrained(
+            name, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"base model {name!r} cannot be loaded: {error}") from error
+    return model
+
+
+@contextmanager
+def peft_warnings() -> Iterator[None]:
+    """PEFT still reads an attribute that transformers renamed; its warning is not for weftlm's users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -1,0 +1,54 @@
+"""Hugging Face causal language models as weftlm sees them: losses per token, losses per sequence, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SequenceLosses = Callable[[nn.Module, Tensor], Tensor]
+"""A loss: (model, tokens_BT1) -> losses_B, the mean nats per token of each sequence."""
+
+
+def token_losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+    """Next-token cross-entropy of every position.
+
+        loss[b, t] = -log p(tokens[b, t + 1] | tokens[b, :t + 1])
+
+    Args:
+        model: a causal language model whose output has `.logits` of shape (B, T, V).
+        tokens_BT1: int64 token ids, T inputs and the label after each.
+    Returns:
+        losses_BT: nats, float32 or better.
+    """
+    logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+    if logits_BTV.dtype in (torch.float16, torch.bfloat16):
+        logits_BTV = logits_BTV.float()
+    labels_BT = tokens_BT1[:, 1:]
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none").view(labels_BT.shape)
+
+
+def sequence_losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of each sequence: losses_B, nats per token. See `token_losses`."""
+    return token_losses(model, tokens_BT1).mean(dim=1)
+
+
+class HFLanguageModel:
+    """A Hugging Face causal language model behind the `LanguageModel` contract.
+
+    Args:
+        model: any `transformers` causal language model, with or without a PEFT adapter.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+
+    def log_probs(self, tokens_BT: Tensor) -> Tensor:
+        """See `LanguageModel.log_probs`; runs without gradient."""
+        with torch.inference_mode():
+            logits_BTV: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
+            return torch.log_softmax(logits_BTV.float(), dim=-1)

@@ -1,0 +1,108 @@
+"""The base model under experts: loaded, told by its fingerprint, and checked against the tokenizer of the data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from weftlm.corpora.examples import examples_of
+from weftlm.corpora.tokens import Tokenizer, load_pretrained
+from weftlm.errors import ConfigError, DataError
+from weftlm.experts.expert import BaseReference
+from weftlm.experts.lora import base_fingerprint
+from weftlm.models.factory import load_base
+from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.train import require_same_data
+from weftlm.routing.calls import is_encoder_decoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in memory, on the CPU, and how it is told."""
+
+    model: PreTrainedModel
+    reference: BaseReference
+
+
+def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
+    """Load the base of a recipe's experts and check that the prepared data is its own.
+
+    Raises:
+        ConfigError: there is no such model, it is no language model, it is too small for the tokenizer or the
+            sequences, or it is an encoder-decoder and the data has no prompts.
+        DataError: the data was tokenised with another tokenizer, or the run's own model was trained on other data.
+    """
+    transformers_logging.disable_progress_bar()
+    name, revision = recipe.base, recipe.experts.revision
+    if recipe.experts.base is None:
+        if not Path(name).is_dir():
+            how = "weftlm train" if recipe.experts.rival is None else "weftlm run --until rivals"
+            raise ConfigError(f"{recipe.base_run} has no trained model yet; finish it with {how}, or set experts.base")
+        require_same_data(recipe.base_run, data)
+    if (Path(name) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"the base {name} is an adapter over another model; name that model as experts.base, or merge the adapter "
+            f"into it first (PEFT: merge_and_unload, save_pretrained)"
+        )
+    model = load_base(name, revision=revision, dtype=recipe.experts.dtype)
+    if is_encoder_decoder(model):
+        _check_examples(recipe, data, name)
+    _check_tokenizer(model, data.tokenizer, name, revision)
+    gate_length = recipe.experts.gate.sequence_length or 0
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < (asked := max(recipe.experts.training.sequence_length, gate_length)):
+        raise ConfigError(f"experts.training.sequence_length is {asked}; the base takes at most {longest} positions")
+    return Base(model, BaseReference(name, revision, base_fingerprint(model)))
+
+
+def _check_examples(recipe: ExpertRecipe, data: PreparedData, name: str) -> None:
+    """An encoder-decoder reads prompts and writes targets: it is trained and judged on examples alone."""
+    sources = [(domain.name, each) for domain in data.domains for each in (domain.train, domain.heldout)]
+    sources += [("the target", each) for each in (data.target_train, data.target_heldout)]
+    plain = list(dict.fromkeys(each for each, source in sources if source is not None and examples_of(source) is None))
+    if plain:
+        raise ConfigError(
+            f"the base {name} is an encoder-decoder model, which learns from prompts and targets, and documents of "
+            f"{', '.join(plain[:5])} have none; give their corpora a prompt_field, the held-out ones too"
+        )
+    if recipe.experts.examples is False:
+        raise ConfigError(
+            f"the base {name} is an encoder-decoder model, which learns from examples; leave out "
+            f"experts.examples: false"
+        )
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, name: str, revision: str | None) -> None:
+    held = len(model.get_input_embeddings().get_parameter("weight"))
+    if held < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the base {name} has {held} token embeddings and the tokenizer of the data gives {tokenizer.vocab_size} "
+            f"ids; prepare the data with data.tokenizer: {{pretrained: {name}}}"
+        )
+    own = base_tokenizer(name, revision)
+    if own is None:
+        log.warning("the base %s brings no tokenizer to compare; make sure that the data was tokenised for it", name)
+    elif own.fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"the data was tokenised with another tokenizer than the one that comes with the base {name}; prepare it "
+            f"with data.tokenizer: {{pretrained: {name}}}, in a folder of its own (prepared)"
+        )
+
+
+def base_tokenizer(name: str, revision: str | None = None) -> Tokenizer | None:
+    """The tokenizer that comes with a base model; None where none can be loaded or it has no end-of-text token."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return None
+    try:
+        return load_pretrained(name, revision)
+    except ConfigError as error:
+        log.info("no tokenizer beside the base %s: %s", name, error)
+        return None

@@ -1,0 +1,214 @@
+"""A library of experts kept by hand: import adapters, look at experts, merge some, remove some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import BaseReference, Expert, base_name
+from weftlm.experts.library import MANIFEST, ExpertLibrary
+from weftlm.experts.lora import read_lora, update_norm, write_lora
+from weftlm.experts.merge import merge_experts
+
+
+def import_experts(
+    folder: Path,
+    sources: Sequence[str],
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    base: str | None = None,
+) -> list[Expert]:
+    """Add PEFT LoRA adapters to a library, which is started where there is none.
+
+    Args:
+        folder: the library's.
+        sources: folders or hub ids.
+        name: of the expert; the last part of its source where None. For a single source.
+        revision: hub branch, tag or commit.
+        base: of a new library; the base the first adapter names where None.
+    Raises:
+        ConfigError: one name for several sources, or a base for a library that has another.
+        ExpertError: an adapter cannot be read or added; those before it were.
+    """
+    if name is not None and len(sources) != 1:
+        raise ConfigError(f"one name for {len(sources)} adapters; import them one by one to name them")
+    if (folder / MANIFEST).exists():
+        library = ExpertLibrary.open(folder)
+        if base is not None and base_name(base) != base_name(library.base.name):
+            raise ConfigError(
+                f"library {folder} is for the base {library.base.name}, not {base}; use a library for each base"
+            )
+    else:
+        reference = _named_base(sources[0], revision) if base is None else BaseReference(base_name(base))
+        library = ExpertLibrary.create(folder, reference)
+    return [library.import_peft(source, name=name, revision=revision) for source in sources]
+
+
+def _named_base(source: str, revision: str | None) -> BaseReference:
+    """The base an adapter says it is for."""
+    if Path(source).is_dir():
+        reference = read_lora(Path(source)).base
+    else:
+        try:
+            config = LoraConfig.from_pretrained(source, revision=revision)
+        except (OSError, ValueError, TypeError) as error:
+            raise ExpertError(
+                f"{source!r} is no folder here and its configuration cannot be fetched from the hub: {error}; check "
+                f"the name, your access and the network"
+            ) from error
+        reference = BaseReference(config.base_model_name_or_path or "", config.revision)
+    if not reference.name:
+        raise ExpertError(f"{source!r} does not name its base; name it for the new library (--base)")
+    return BaseReference(base_name(reference.name), reference.revision)
+
+
+def list_experts(folder: Path) -> list[dict[str, Any]]:
+    """For each expert, from its card: name, domain or source, gate and statistics or none, losses on held-out text.
+
+    An expert whose card cannot be read is listed with its `problem`.
+
+    Raises:
+        ExpertError: there is no library.
+    """
+    library = ExpertLibrary.open(folder)
+    rows: list[dict[str, Any]] = []
+    for name in library.names:
+        row: dict[str, Any] = {"name": name}
+        try:
+            card = library.card(name)
+            row |= {
+                "origin": _origin(card),
+                "gate": library.has_gate(name),
+                "statistics": library.has_statistics(name),
+                "losses": card.get("losses"),
+            }
+        except ExpertError as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _origin(card: dict[str, Any]) -> str:
+    about, merged = card.get("about"), card.get("merged")
+    if isinstance(about, dict) and about.get("domain"):
+        return str(about["domain"])
+    if isinstance(merged, dict):
+        return "merged: " + ", ".join(merged)
+    return str(card.get("source", "unknown"))
+
+
+def show_library(folder: Path) -> dict[str, Any]:
+    """A library: its base, its experts' names, and a fingerprint of them all.
+
+    Raises:
+        ExpertError: there is no library.
+    """
+    library = ExpertLibrary.open(folder)
+    return {
+        "library": str(folder),
+        "base": asdict(library.base),
+        "experts": library.names,
+        "fingerprint": library.fingerprint(),
+    }
+
+
+def show_expert(folder: Path, name: str) -> dict[str, Any]:
+    """One expert, loaded and verified: modules with rank, scale and size of the update, facts and card.
+
+    Raises:
+        ExpertError: there is no such expert, or it is broken.
+    """
+    library = ExpertLibrary.open(folder)
+    expert = library.load(name)
+    return {
+        "name": name,
+        "folder": str(library.path(name)),
+        "base": asdict(expert.lora.base),
+        "parameters": sum(each.A_RI.numel() + each.B_OR.numel() for each in expert.lora.modules.values()),
+        "modules": {
+            module: {"rank": each.rank, "scale": each.scale, "update_norm": update_norm(each)}
+            for module, each in expert.lora.modules.items()
+        },
+        "gate": None if expert.gate is None else dict(expert.gate.facts),
+        "statistics": None if expert.statistics is None else dict(expert.statistics.facts),
+        "card": dict(expert.card),
+    }
+
+
+def merge_in_library(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    into: str | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    to: Path | None = None,
+) -> dict[str, Any]:
+    """Merge experts of a library into one adapter.
+
+        dW = sum over z of w_z scale_z B_z A_z
+
+    Args:
+        folder: the library's.
+        names: the experts.
+        into: name under which the result joins the library; it has neither gate nor statistics.
+        weights: w_z; 1 / number of experts where None.
+        rank: of the result; exact, of the sum of ranks, where None.
+        to: where the result is written as a PEFT folder.
+    Returns:
+        name, ranks, the weights by expert, share of the update's norm kept by truncation, library and folder.
+    Raises:
+        ConfigError: neither `into` nor `to`, an expert named twice, or as `merge_experts`.
+        ExpertError: as `merge_experts`, or the result cannot be added or written.
+    """
+    if into is None and to is None:
+        raise ConfigError("say where the merged adapter goes: a name in the library (--as), a PEFT folder (--to), both")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"an expert is named twice in {', '.join(names)}; give it a larger weight instead")
+    library = ExpertLibrary.open(folder)
+    if into is not None and into in library:
+        raise ExpertError(f"expert {into!r} is already in {folder}; choose another name, or remove it first")
+    experts = [library.load(name).lora for name in names]
+    name = into if into is not None else Path(str(to)).name
+    merged = merge_experts(experts, weights, name=name, rank=rank)
+    exact = merged if rank is None else merge_experts(experts, weights, name=name)
+    used = [1 / len(names)] * len(names) if weights is None else list(weights)
+    by_name = dict(zip(names, used, strict=True))
+    if to is not None:
+        write_lora(to, merged)
+    if into is not None:
+        library.add(Expert(merged, card={"name": into, "merged": by_name, "rank": rank}))
+    norms = [
+        math.hypot(*(update_norm(each) for each in expert.modules.values())) for expert in (merged, exact)
+    ]  # fmt: skip
+    return {
+        "name": name,
+        "weights": by_name,
+        "rank": max(each.rank for each in merged.modules.values()),
+        "kept_norm": norms[0] / norms[1] if norms[1] else 1.0,
+        "library": str(folder) if into is not None else None,
+        "folder": None if to is None else str(to),
+    }
+
+
+def remove_experts(folder: Path, names: Sequence[str]) -> list[str]:
+    """Take experts out of a library; none of them where one is not there.
+
+    Returns:
+        The names that stay.
+    Raises:
+        ExpertError: there is no such expert.
+    """
+    library = ExpertLibrary.open(folder)
+    for name in names:
+        library.path(name)
+    for name in dict.fromkeys(names):
+        library.remove(name)
+    return library.names

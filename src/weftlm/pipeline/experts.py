@@ -1,0 +1,572 @@
+"""One recipe, a library of experts: one expert per domain, each made without the others.
+
+Experts are independent of each other, so any number of processes may make them at once, on one machine or several that
+share the run folder: a lock per expert keeps two from making the same one, and the library takes additions in turn. A
+worker that takes over from one that died goes on from its last checkpoint, or finds the expert in the library.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from weftlm.config import did_you_mean, validate
+from weftlm.corpora.examples import examples_of
+from weftlm.domains.domain import Domain
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.experts.adapted import unchanged
+from weftlm.experts.examples import training_source
+from weftlm.experts.expert import Expert
+from weftlm.experts.gate import adapter_fingerprint, fingerprint_of, how_read, train_gate, training_choices
+from weftlm.experts.library import ExpertLibrary, check_name
+from weftlm.experts.lora import check_fits
+from weftlm.experts.statistics import collect_statistics, embedder_named
+from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.fan_out import Task, fan_out, keep, new_key
+from weftlm.files import write_whole
+from weftlm.models.factory import count_parameters
+from weftlm.pipeline.base import Base, open_base
+from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.prepared import PreparedData, changed_keys
+from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
+from weftlm.training.runtime import choose_runtime
+
+_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment of a process group; without it a process is on its own."""
+_LONGEST_NAME = 100
+_GATE_PARTS = ("gate", "statistics_examples", "embedder")
+"""Keys of an expert's settings that its adapter does not depend on."""
+_GATE_SETTINGS = tuple(f"settings.{key}" for key in _GATE_PARTS)
+
+_PATIENCE_S = 120.0
+"""How long a worker waits for the lock of one that died: a file system may notice that only after a while."""
+
+Status = Literal["made", "kept"]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where experts are made: base and data opened, the library beside them.
+
+    Attributes:
+        recipe: what to make.
+        data: the prepared data.
+        base: the model under the experts.
+        library: where they go.
+        domains: the domain of each expert, by the expert's name.
+    """
+
+    recipe: ExpertRecipe
+    data: PreparedData
+    base: Base
+    library: ExpertLibrary
+    domains: Mapping[str, Domain]
+
+
+def open_workshop(recipe: ExpertRecipe, *, progress: bool = True) -> Workshop:
+    """Prepare the data or reuse it, load the base, and open the library or start it.
+
+    Raises:
+        ConfigError, DataError: as `prepare` and `open_base`, or a domain is named that is not there.
+        ExpertError: the library is for another base, or two domains' experts would share a name.
+    """
+    return _workshop(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
+
+
+def _workshop(recipe: ExpertRecipe, data: PreparedData) -> Workshop:
+    domains = expert_domains(data.domains, recipe.experts.domains)
+    base = open_base(recipe, data)
+    return Workshop(recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains)
+
+
+def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = None) -> dict[str, Domain]:
+    """The domains that get an expert, by the expert's name.
+
+    Args:
+        domains: of the data.
+        wanted: names of some of them; None for all.
+    Raises:
+        ConfigError: no such domain, or two whose experts would have the same name.
+    """
+    known = {domain.name: domain for domain in domains}
+    for name in wanted or ():
+        if name not in known:
+            raise ConfigError(f"experts.domains names {name!r}, which is no domain{did_you_mean(name, known)}")
+    found: dict[str, Domain] = {}
+    for domain in domains:
+        if wanted is not None and domain.name not in wanted:
+            continue
+        name = expert_name(domain.name)
+        if name.lower() in {other.lower() for other in found}:
+            raise ConfigError(
+                f"domains {found[name].name if name in found else name!r} and {domain.name!r} would both have the "
+                f"expert {name!r}; relabel one of them"
+            )
+        found[name] = domain
+    return found
+
+
+def expert_name(domain: str) -> str:
+    """The name of a domain's expert: its own, with a dash for what a folder's name may not hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", domain).lstrip("._-")[:_LONGEST_NAME] or "domain"
+
+
+def train_experts(
+    recipe: ExpertRecipe,
+    *,
+    only: Sequence[str] | None = None,
+    replace: bool = False,
+    processes: int = 1,
+    ray: bool = False,
+    gpus: float = 0.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Make an expert of every domain and add each to the library as soon as it is whole.
+
+    Run again after an interruption, it continues: experts in the library are kept, an unfinished one goes on from its
+    last checkpoint. Started by torchrun, the ranks deal the experts out among themselves; each is still made by one
+    process alone, so that it does not depend on how many there were.
+
+    Args:
+        recipe: what to make.
+        only: experts (or their domains) to make; None for all.
+        replace: discard experts, and unfinished work, of other settings, data or seed under the same names.
+        processes: how many to make at once. Each process uses an equal share of the cores (OMP_NUM_THREADS if that is
+            set), and accelerators in turn; sums over another number of threads may differ in the last bits.
+        ray: over the machines of a Ray cluster instead, one task per expert; all of them see the run folder, the
+            prepared data, the base and the library at the same place.
+        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
+        progress: show progress on stderr.
+    Returns:
+        library, base, and by expert: domain, status (made now, or kept), and its card's losses and adapter facts.
+    Raises:
+        ConfigError, DataError, ExpertError, CheckpointError, NumericsError: as `open_workshop` and `train_expert`; a
+            name in `only` is not there; an expert of other settings has the name and `replace` is not set.
+        ConfigError, WeftError: as `fan_out`.
+    """
+    if processes < 1:
+        raise ConfigError(f"processes is {processes}; it must be at least 1")
+    if ray and processes > 1:
+        raise ConfigError(f"processes is {processes} and Ray is asked for, which makes its own; give one of the two")
+    group = process_group(recipe)
+    first = group is None or group.is_main_process
+    with nullcontext() if group is None else group.main_process_first():
+        shop = open_workshop(recipe, progress=progress and first)
+    names = _chosen(shop, only)
+    kept = {name for name in names if _standing(shop, name, replace=replace)}
+    _check_lengths(shop, [name for name in names if name not in kept])
+    rank, world = (0, 1) if group is None else (group.process_index, group.num_processes)
+    todo = [name for name in names if name not in kept][rank::world]
+    workers = min(processes, len(todo))
+    if ray:
+        _make_with_ray(shop, todo, replace=replace, gpus=gpus, progress=progress)
+    elif workers and (workers > 1 or group is not None):
+        local_rank = 0 if group is None else group.local_process_index
+        _make_in_processes(recipe, todo, workers, replace=replace, first_slot=local_rank * processes)
+    else:
+        for number, name in enumerate(todo):
+            if progress:
+                _tell(f"expert {number + 1} of {len(todo)}: {name}")
+            make_one(shop, name, replace=replace)
+    if group is not None:
+        group.wait_for_everyone()
+    return {
+        "library": str(shop.library.folder),
+        "base": shop.base.reference.name,
+        "experts": {name: _summary(shop, name, "kept" if name in kept else "made") for name in names},
+    }
+
+
+def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: float = 0.0) -> Status:
+    """Make one expert and add it to the library, or find it there.
+
+    Args:
+        shop: where it is made.
+        name: of the expert.
+        replace: discard what is there of other settings, data or seed.
+        patience_s: how long to wait for another process that is making it.
+    Raises:
+        CheckpointError: another process is making it, or its folder holds work of other settings and `replace` is not
+            set.
+        WeftError: as `train_experts`.
+    """
+    recipe, domain = shop.recipe, shop.domains[name]
+    work = recipe.training_folder(name)
+    with _alone(work, name, patience_s):
+        if _standing(shop, name, replace=replace):
+            return "kept"
+        _claim(work, name, fingerprint_of(_wanted(shop, name)), replace=replace)
+        expert = train_expert(
+            shop.base.model,
+            shop.base.reference,
+            domain.train,
+            recipe.experts.expert_training,
+            name=name,
+            folder=work,
+            seed=recipe.seed,
+            heldout=domain.heldout,
+            about=_about(shop, domain),
+            decode=shop.data.tokenizer.decode,
+        )
+        shop.library.add(expert, replace=replace)
+    return "made"
+
+
+def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train one expert's gate again and collect its statistics again, on its own domain alone.
+
+    Works on an expert of any origin, and knows nothing of the others.
+
+    Args:
+        recipe: whose `experts.gate`, `experts.training` and statistics settings count.
+        name: of the expert in the library.
+        domain: the domain it belongs to; None for the one it was made from, or the one of its name.
+        progress: show progress on stderr.
+    Returns:
+        expert, domain, and the facts of gate and statistics.
+    Raises:
+        ConfigError: the domain is not there, or not to be guessed.
+        DataError: the expert was made from other text of that domain; naming the domain says that this is meant.
+        ExpertError: there is no such expert, or it does not fit the base.
+    """
+    shop = open_workshop(recipe, progress=progress)
+    expert = shop.library.load(name)
+    check_fits(expert.lora, shop.base.model, fingerprint=shop.base.reference.fingerprint)
+    found = _domain_of(shop, expert, domain)
+    config = recipe.experts.expert_training
+    source = training_source(found.train, found.name, config.examples)
+    embed = embedder_named(config.embedder, shop.data.tokenizer.decode) if config.statistics_examples else None
+    choices = [config.gate.model_dump(mode="json"), training_choices(config.training)]
+    identity = fingerprint_of(
+        choices, adapter_fingerprint(expert.lora), source.fingerprint, recipe.seed, *how_read(source)
+    )
+    work = recipe.training_folder(name) / f"gate-{identity[:12]}"
+    runtime = choose_runtime(config.training, parameters=count_parameters(shop.base.model))
+    if progress:
+        _tell(f"gate of {name} on {found.name}")
+    model: nn.Module = shop.base.model
+    with _alone(work, name), unchanged(model):
+        model.to(runtime.device)
+        gate = train_gate(
+            model, expert.lora, source, config.gate,
+            folder=work, seed=recipe.seed, training=config.training, runtime=runtime,
+        )  # fmt: skip
+        statistics = expert.statistics
+        if embed is not None:
+            statistics = collect_statistics(
+                model, expert.lora, source,
+                examples=config.statistics_examples, sequence_length=config.training.sequence_length,
+                seed=recipe.seed, batch_sequences=config.training.batch_sequences,
+                embedder=config.embedder, embed=embed,
+            )  # fmt: skip
+        card = {**expert.card, "gate": dict(gate.facts)}
+        if embed is not None and statistics is not None:
+            card["statistics"] = dict(statistics.facts)
+        if "settings" in card:
+            now = config.model_dump(mode="json")
+            card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
+        shop.library.add(Expert(expert.lora, gate, statistics, card), replace=True)
+        shutil.rmtree(work)
+    facts = None if statistics is None else dict(statistics.facts)
+    return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
+
+
+def remove_unwanted(recipe: ExpertRecipe) -> list[str]:
+    """Take experts out of a recipe's library that were trained for domains it no longer makes experts of.
+
+    Experts made elsewhere stay.
+
+    Returns:
+        Their names.
+    """
+    domains = PreparedData.load(recipe.prepared_folder).domains
+    wanted = {each.title for each in recipe.experts.imports}
+    if recipe.experts.trains:
+        wanted |= set(expert_domains(domains, recipe.experts.domains))
+    library = ExpertLibrary.open(recipe.library_folder)
+    found = [name for name in library.names if name not in wanted and "settings" in library.card(name)]
+    for name in found:
+        library.remove(name)
+        shutil.rmtree(recipe.training_folder(name), ignore_errors=True)
+    return found
+
+
+# -- which experts ------------------------------------------------------------------------------------------------
+
+
+def _chosen(shop: Workshop, only: Sequence[str] | None) -> list[str]:
+    if only is None:
+        return list(shop.domains)
+    by_domain = {domain.name: name for name, domain in shop.domains.items()}
+    known = {**by_domain, **{name: name for name in shop.domains}}
+    for asked in only:
+        if asked not in known:
+            raise ConfigError(f"no expert {asked!r} is to be made{did_you_mean(asked, known)}")
+    wanted = {known[asked] for asked in only}
+    return [name for name in shop.domains if name in wanted]
+
+
+def _check_lengths(shop: Workshop, names: Sequence[str]) -> None:
+    """Refuse domains too small for one sequence before anything is trained."""
+    length = shop.recipe.experts.training.sequence_length
+    length = max(length, shop.recipe.experts.gate.sequence_length or 0)
+    asked = shop.recipe.experts.examples
+    sources = {name: training_source(shop.domains[name].train, name, asked) for name in names}
+    short = [name for name, source in sources.items() if examples_of(source) is None and len(source) <= length]
+    if short:
+        sizes = ", ".join(f"{name} ({len(shop.domains[name].train):,} tokens)" for name in short[:5])
+        more = f" and {len(short) - 5} more" if len(short) > 5 else ""
+        raise DataError(
+            f"{sizes}{more}: too little text for a sequence of {length} tokens; leave them out with experts.domains, "
+            f"or lower experts.training.sequence_length"
+        )
+
+
+def _wanted(shop: Workshop, name: str) -> dict[str, Any]:
+    """All that decides an expert."""
+    domain = shop.domains[name]
+    return {
+        "base": shop.base.reference.fingerprint,
+        "data": domain.train.fingerprint,
+        "heldout": None if domain.heldout is None else domain.heldout.fingerprint,
+        "seed": shop.recipe.seed,
+        "settings": _choices(shop.recipe.experts.expert_training),
+    }
+
+
+def _choices(config: ExpertTraining) -> dict[str, Any]:
+    return {**config.model_dump(mode="json"), "training": training_choices(config.training)}
+
+
+def _said(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of an expert in the library, from its card."""
+    settings = card.get("settings")
+    with suppress(ConfigError):  # of another version of weftlm: left as it is, and different
+        settings = _choices(validate(ExpertTraining, settings, "settings"))
+    said = {key: (card.get(key) or {}).get("fingerprint") for key in ("base", "data", "heldout")}
+    return {**said, "seed": card.get("seed"), "settings": settings}
+
+
+def _standing(shop: Workshop, name: str, *, replace: bool) -> bool:
+    """Whether the very expert that is wanted is in the library.
+
+    Raises:
+        ExpertError: another one has its name, and `replace` is not set.
+    """
+    check_name(name)
+    if name not in shop.library:
+        return False
+    card = shop.library.card(name)
+    if "settings" not in card:
+        changes = ["it was not made by weftlm experts train"]
+    else:
+        changes = changed_keys(_said(card), _wanted(shop, name))
+    if changes and not replace:
+        only_gate = all(change.startswith(_GATE_SETTINGS) for change in changes)
+        raise ExpertError(
+            f"expert {name!r} in {shop.library.folder} is another one than the recipe makes "
+            f"({'; '.join(changes[:3])}); replace it (weftlm experts train --replace), or choose another library"
+            + ("; gate and statistics alone are made again by weftlm experts gate" if only_gate else "")
+        )
+    return not changes
+
+
+def _domain_of(shop: Workshop, expert: Expert, asked: str | None) -> Domain:
+    """The domain an expert belongs to."""
+    known = {domain.name: domain for domain in shop.data.domains}
+    name = asked
+    if name is None:
+        about = expert.card.get("about")
+        name = about.get("domain") if isinstance(about, Mapping) else None
+    if name is None:
+        name = next((domain.name for title, domain in shop.domains.items() if title == expert.name), None)
+    if name is None or name not in known:
+        raise ConfigError(
+            f"expert {expert.name!r} belongs to no domain of the data"
+            + (f" ({name!r}{did_you_mean(name, known)})" if name is not None else f"; allowed: {', '.join(known)}")
+            + "; name its domain"
+        )
+    domain = known[name]
+    trained = (expert.card.get("data") or {}).get("fingerprint")
+    if asked is None and trained not in (None, domain.train.fingerprint):
+        raise DataError(
+            f"expert {expert.name!r} was made from other text of {name!r} (fingerprint {trained}, here "
+            f"{domain.train.fingerprint}); a gate belongs on the expert's own text: give the prepared data it was made "
+            f"from, or name the domain to mean this text"
+        )
+    return domain
+
+
+def _about(shop: Workshop, domain: Domain) -> dict[str, Any]:
+    """What an expert's card says of its text."""
+    config = shop.recipe.data
+    return {
+        "domain": domain.name,
+        "domains_by": config.domains.by,
+        "corpora": [corpus.name for corpus in config.corpora],
+        "documents": domain.documents,
+        "prepared": shop.data.fingerprint,
+    }
+
+
+def _summary(shop: Workshop, name: str, status: Status) -> dict[str, Any]:
+    card = shop.library.card(name)
+    return {
+        "domain": shop.domains[name].name,
+        "status": status,
+        "losses": card.get("losses"),
+        "adapter": card.get("adapter"),
+    }
+
+
+# -- work folders and processes -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(work: Path, name: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold an expert's work folder against other processes."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with (work.parent / f".{work.name}.lock").open("w") as file:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise CheckpointError(f"another process is making expert {name!r} in {work}; wait for it") from None
+                time.sleep(0.1)
+        yield
+
+
+def _claim(work: Path, name: str, identity: str, *, replace: bool) -> None:
+    """Mark a work folder as that of one expert; what it holds of another is discarded where that is asked for."""
+    path = work / "expert.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["identity"] != identity:
+        if not replace:
+            raise CheckpointError(
+                f"{work} holds the training of another expert {name!r} (other settings, data, seed or base); discard "
+                f"it (weftlm experts train --replace), or choose another run folder"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_whole(path, json.dumps({"expert": name, "identity": identity}) + "\n")
+
+
+def process_group(recipe: ExpertRecipe) -> PartialState | None:
+    """The process group torchrun started this process in; None for a process on its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    return PartialState(
+        timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
+        cpu=recipe.experts.training.device == "cpu" or not torch.cuda.is_available(),
+    )
+
+
+def _make_with_ray(shop: Workshop, names: Sequence[str], *, replace: bool, gpus: float, progress: bool) -> None:
+    """Make each expert on some machine of a Ray cluster."""
+    recipe = shop.recipe
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    key = new_key()
+    fan_out(
+        [Task(f"expert {name!r}", (key, recipe, name, replace)) for name in names],
+        _make_far,
+        lambda task, status: None,
+        shared=shared_folders(recipe),
+        gpus=gpus,
+        cpus=recipe.experts.training.threads or 1,
+        description="train",
+        unit="experts",
+        show=progress,
+    )
+
+
+def shared_folders(recipe: ExpertRecipe) -> list[Path]:
+    """Those folders of a recipe of experts that are there, and that all machines which work on it must see."""
+    folders = (recipe.run, recipe.prepared_folder, recipe.library_folder, Path(recipe.base))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _make_far(key: str, recipe: ExpertRecipe, name: str, replace: bool) -> Status:
+    shop = keep(key, lambda: _workshop(recipe, PreparedData.load(recipe.prepared_folder)))
+    return make_one(shop, name, replace=replace, patience_s=_PATIENCE_S)
+
+
+def _make_in_processes(
+    recipe: ExpertRecipe, names: Sequence[str], workers: int, *, replace: bool, first_slot: int
+) -> None:
+    """Deal experts out to spawned processes.
+
+    The training loop joins whatever process group the environment tells of, and shares its batches among the ranks; a
+    process without that environment trains alone, which is what an expert wants.
+    """
+    resolved = recipe.resolved()
+    with (
+        _worker_environment(workers),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+    ):
+        futures = [
+            pool.submit(_make_some, resolved, list(names[place::workers]), replace, first_slot + place)
+            for place in range(workers)
+        ]
+        for future in futures:
+            try:
+                future.result()
+            except BrokenProcessPool as error:
+                raise ExpertError(
+                    "a process that made experts ended abruptly (out of memory?); what was finished is in the library: "
+                    "run again, with fewer processes"
+                ) from error
+
+
+def _make_some(resolved: Mapping[str, Any], names: Sequence[str], replace: bool, slot: int) -> None:
+    """A worker's share."""
+    recipe = ExpertRecipe.model_validate(resolved)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(slot % torch.cuda.device_count())
+    shop = open_workshop(recipe, progress=False)
+    for number, name in enumerate(names):
+        _tell(f"process {slot + 1}, expert {number + 1} of {len(names)}: {name}")
+        make_one(shop, name, replace=replace)
+
+
+@contextmanager
+def _worker_environment(workers: int) -> Iterator[None]:
+    """Environment for processes started inside: no process group, a share of the cores, plain progress lines."""
+    before = dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["TERM"] = "dumb"
+    for name in _GROUP:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

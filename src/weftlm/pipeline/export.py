@@ -1,0 +1,362 @@
+"""Models leave weftlm: plain Hugging Face checkpoints, PEFT adapters, GGUF through llama.cpp's own converter.
+
+One checkpoint is one set of weights. An adapter is merged into its base, a pool of experts with fixed weights is folded
+in, W + sum_z w_z scale_z B_z A_z, and what chooses anew for every token is refused, with what can be exported instead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.experts.expert import BaseReference, LoRAExpert, base_name
+from weftlm.experts.library import MANIFEST as LIBRARY
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import write_lora
+from weftlm.experts.merge import merge_experts
+from weftlm.files import whole_folder
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.factory import DTYPES, count_parameters, peft_warnings
+from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.pipeline.base import base_tokenizer
+from weftlm.pipeline.routes import parse_router
+from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
+from weftlm.routing.routed_model import MANIFEST as ROUTED
+from weftlm.routing.router import build_router
+from weftlm.routing.uniform import UniformRouter
+
+log = logging.getLogger(__name__)
+
+Format = Literal["hf", "peft", "gguf"]
+"""A Hugging Face checkpoint; one PEFT folder per expert; a GGUF file."""
+CONVERTER = "convert_hf_to_gguf.py"
+_CONVERTERS = (CONVERTER, "convert-hf-to-gguf", "convert-hf-to-gguf.py")
+_SHOWN = 2_000
+
+
+def export_model(
+    path: str | Path,
+    output: Path,
+    *,
+    format: Format = "hf",
+    router: str | None = None,
+    expert: str | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    converter: Path | None = None,
+    outtype: str = "auto",
+) -> dict[str, Any]:
+    """Write a model in a format that needs no weftlm to load.
+
+    Args:
+        path: as of `open_model`, or an expert library.
+        output: new folder; it appears whole or not at all.
+        format: `hf`, `peft` or `gguf`.
+        router: of a routed model or a library, in one word as of `weftlm route eval`: `merged`, `single:expert=a`,
+            `uniform`; its weights are folded in. None: the routed model's own router.
+        expert: export this one alone.
+        base: another place to load the base from.
+        revision: of a base or model on the hub.
+        tokenizer: folder or hub name; None for the one that comes with the model.
+        dtype: weights are written in; None: float32, or what a routed or gated model is held in.
+        converter: llama.cpp's convert_hf_to_gguf.py, or the folder it is in; None to look for it (`find_converter`).
+        outtype: of the GGUF's weights, as the converter takes it.
+    Returns:
+        source, output, format, kind, weight by expert, base, dtype, parameters and files.
+    Raises:
+        ConfigError: the model is no single set of weights, an option does not fit it, the output is not empty, or there
+            is no converter.
+        CheckpointError: the converter failed.
+        DataError: the model comes without a tokenizer.
+        ExpertError: there is no such expert, or it is broken.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if router is not None and expert is not None:
+        raise ConfigError("a router folds experts, and one expert alone has none; give --router or --expert, not both")
+    folder, output = Path(path), Path(output)
+    if format == "peft":
+        if router is not None:
+            raise ConfigError("--router folds experts into one model; --format peft writes each as it is: leave it out")
+        for option, given in (("--dtype", dtype), ("--tokenizer", tokenizer)):
+            if given is not None:
+                raise ConfigError(f"{option} {given}: --format peft writes adapters as they are: leave it out")
+        return _export_adapters(folder, output, expert, base, revision)
+    script = find_converter(converter) if format == "gguf" else None
+    opened = (
+        _open_library(folder, router, expert, base, revision, tokenizer, dtype)
+        if (folder / LIBRARY).exists()
+        else open_model(path, base=base, revision=revision, tokenizer=tokenizer, dtype=dtype or "float32")
+    )
+    model, weights = _one_set_of_weights(opened, router, expert)
+    if dtype is not None:
+        nn.Module.to(model, DTYPES[dtype])
+    facts = {
+        "source": str(path),
+        "output": str(output),
+        "format": format,
+        "kind": opened.kind,
+        "experts": weights,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": count_parameters(model),
+    }
+    with whole_folder(output, "exported model") as making:
+        checkpoint = making if script is None else making / output.name
+        model.save_pretrained(checkpoint)
+        opened.tokenizer.save(checkpoint)
+        if script is not None:
+            _convert(script, checkpoint, making / f"{output.name}.gguf", outtype)
+            shutil.rmtree(checkpoint)
+        return {**facts, "files": sorted(file.name for file in making.iterdir())}
+
+
+# -- one set of weights -------------------------------------------------------------------------------------------
+
+
+def _open_library(
+    folder: Path,
+    router: str | None,
+    expert: str | None,
+    base: str | None,
+    revision: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+) -> OpenModel:
+    """The experts of a library over their base, as if they had been routed."""
+    library = ExpertLibrary.open(folder)
+    if router is None and expert is None:
+        raise ConfigError(
+            f"{folder} is a library of experts; say how they become one model (--router merged), which one to export "
+            "(--expert NAME), or write them as PEFT adapters (--format peft)"
+        )
+    place = base_name(library.base.name if base is None else base)
+    revision = library.base.revision if base is None else revision
+    experts = None if expert is None else [expert]
+    routed = RoutedModel.from_library(
+        place, library, "merged", experts=experts, revision=revision, dtype=dtype or "float32"
+    )
+    found = base_tokenizer(place, revision) if tokenizer is None else base_tokenizer(tokenizer)
+    if found is None:
+        raise DataError(f"the base {tokenizer or place} comes without a tokenizer; name one (--tokenizer)")
+    return OpenModel(str(folder), "routed", routed, found, tuple(each.name for each in routed.experts))
+
+
+def _one_set_of_weights(
+    opened: OpenModel, router: str | None, expert: str | None
+) -> tuple[PreTrainedModel, dict[str, float] | None]:
+    """A plain model, and the weight of each expert in it; None where it has no experts."""
+    if isinstance(opened.model, RoutedModel):
+        routed = opened.model
+        weights = {expert: 1.0} if expert is not None else _fixed_weights(opened, router)
+        known = {each.name: each.lora for each in routed.experts}
+        chosen = [_named(name, known, opened.path) for name, weight in weights.items() if weight]
+        model = routed.unload()
+        if chosen:
+            fold(model, merge_experts(chosen, [weight for weight in weights.values() if weight], name="folded"))
+        return model, weights
+    if router is not None:
+        raise ConfigError(f"--router is for routed models and expert libraries; {opened.path} is {opened.kind}")
+    if isinstance(opened.model, ModularLM):
+        pool = opened.model.pool
+        if expert is None:
+            raise ConfigError(
+                f"{opened.path} is a gated model: it mixes the predictions of {len(pool)} models anew for every token, "
+                "which no single checkpoint can. Export the dense student (students.dense of weftlm gate distil), or "
+                f"one of its models: --expert {'|'.join(pool.names)}"
+            )
+        member = pool.members[pool.place(expert)]
+        pool.release()
+        if member.lora is not None:
+            fold(member.model, member.lora)
+        return member.model, {expert: 1.0}
+    if expert is not None:
+        raise ConfigError(f"--expert names a part of a routed or gated model; {opened.path} is one set of weights")
+    if isinstance(opened.model, PeftModel):
+        with peft_warnings():
+            return opened.model.merge_and_unload(safe_merge=True), None
+    return opened.model, None
+
+
+def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
+    """Weight of each expert under a router that gives every token the same.
+
+    Raises:
+        ConfigError: the router chooses anew for every token or sequence.
+    """
+    routed: RoutedModel = opened.model
+    section = routed.router.config if spec is None else parse_router(spec)
+    built = build_router(section, routed.experts, routed.sites)
+    names = [each.name for each in routed.experts]
+    if isinstance(built, UniformRouter):
+        return dict.fromkeys(names, 1 / len(names))
+    weights_E = built.static_weights_E
+    if weights_E is None:
+        raise ConfigError(
+            f"router {built.config.router!r} of {opened.path} chooses experts anew for every token or text, which no "
+            f"single checkpoint can. Fold them with fixed weights (--router merged, --router single:expert={names[0]}),"
+            f" export one (--expert {'|'.join(names)}), or write them as PEFT adapters (--format peft)"
+        )
+    return dict(zip(names, weights_E.tolist(), strict=True))
+
+
+def _named(name: str, known: Mapping[str, LoRAExpert], path: str) -> LoRAExpert:
+    if name not in known:
+        raise ExpertError(f"{path} has no expert {name!r}; it has {', '.join(known)}")
+    return known[name]
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, expert: LoRAExpert) -> None:
+    """Add an adapter's updates to a model's own weights.
+
+        W <- W + scale B A
+
+    A weight that two modules share is copied first, so that the module that is not adapted keeps it.
+
+    Raises:
+        ConfigError: a weight is quantised and cannot take an update.
+    """
+    for name, factors in expert.modules.items():
+        module = model.get_submodule(name)
+        weight = module.get_parameter("weight")
+        if not isinstance(module, nn.Linear | Conv1D) or not weight.is_floating_point():
+            raise ConfigError(f"{name} is a quantised {type(module).__name__}; load the base in float to fold into it")
+        if sum(weight is other for other in _all_parameters(model)) > 1:
+            module.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+            weight = module.weight
+            if module is model.get_output_embeddings():
+                model.config.tie_word_embeddings = False
+        delta_OI = factors.scale * (factors.B_OR.to(weight.device) @ factors.A_RI.to(weight.device))
+        delta = delta_OI.T if isinstance(module, Conv1D) else delta_OI
+        weight.copy_((weight.float() + delta).to(weight.dtype))
+
+
+def _all_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+
+
+# -- adapters -----------------------------------------------------------------------------------------------------
+
+
+def _export_adapters(
+    folder: Path, output: Path, expert: str | None, base: str | None, revision: str | None
+) -> dict[str, Any]:
+    """Every expert of a routed model or a library as a PEFT folder, and how to load them."""
+    if (folder / ROUTED).exists():
+        names = json.loads((folder / ROUTED).read_text(encoding="utf-8"))["experts"]
+        library = ExpertLibrary.open(folder / EXPERTS)
+    elif (folder / LIBRARY).exists():
+        library = ExpertLibrary.open(folder)
+        names = library.names
+    else:
+        raise ConfigError(
+            f"--format peft writes the experts of a routed model or of an expert library, and {folder} is neither; "
+            "use --format hf"
+        )
+    if expert is not None and expert not in names:
+        raise ExpertError(f"{folder} has no expert {expert!r}; it has {', '.join(names)}")
+    reference = library.base
+    if base is not None:
+        reference = BaseReference(base_name(base), revision, reference.fingerprint)
+    elif (folder / BASE / "config.json").exists():
+        reference = replace(reference, name=base_name(str(folder / BASE)), revision=None)
+    chosen = names if expert is None else [expert]
+    with whole_folder(output, "exported adapters") as making:
+        for name in chosen:
+            write_lora(making / name, replace(library.load(name).lora, base=reference))
+        (making / "README.md").write_text(_how_to_load(output, reference, chosen), encoding="utf-8")
+        return {
+            "source": str(folder),
+            "output": str(output),
+            "format": "peft",
+            "kind": "routed",
+            "experts": dict.fromkeys(chosen, 1.0),
+            "base": reference.name,
+            "files": sorted(file.name for file in making.iterdir()),
+        }
+
+
+def _how_to_load(output: Path, base: BaseReference, names: Sequence[str]) -> str:
+    at = "" if base.revision is None else f", revision={base.revision!r}"
+    others = "".join(f'model.load_adapter(f"{{folder}}/{name}", adapter_name={name!r})\n' for name in names[1:])
+    return (
+        f"# LoRA adapters over {base.name or 'a base without a name'}\n\n"
+        "One PEFT folder per expert:\n\n" + "".join(f"- `{name}`\n" for name in names) + "\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"folder = {str(output.resolve())!r}\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base.name!r}{at})\n"
+        f'model = PeftModel.from_pretrained(base, f"{{folder}}/{names[0]}", adapter_name={names[0]!r})\n'
+        f"{others}"
+        f"model.set_adapter({names[-1]!r})\n"
+        "```\n\n"
+        "PEFT runs the adapter that is set, for all tokens. Choosing among them for every token takes weftlm: gates\n"
+        "and routers are not part of PEFT's format and are not here.\n"
+    )
+
+
+# -- GGUF ---------------------------------------------------------------------------------------------------------
+
+
+def find_converter(given: Path | None = None) -> Path:
+    """llama.cpp's `convert_hf_to_gguf.py`.
+
+    Args:
+        given: the script or the folder it is in; None: the folder in the environment variable LLAMA_CPP, then PATH.
+    Raises:
+        ConfigError: it is not there.
+    """
+    named = given if given is not None else Path(value) if (value := os.environ.get("LLAMA_CPP")) else None
+    if named is not None:
+        places = [named, *(named / name for name in _CONVERTERS)]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise ConfigError(
+                f"{'--converter' if given is not None else 'LLAMA_CPP'} is {named}, where there is no {CONVERTER}; "
+                "name that script or the folder it is in"
+            )
+        return found.resolve()
+    on_path = next((place for name in _CONVERTERS if (place := shutil.which(name)) is not None), None)
+    if on_path is None:
+        raise ConfigError(
+            f"GGUF files are written by llama.cpp's own {CONVERTER}, which is not here; clone "
+            "https://github.com/ggml-org/llama.cpp, install its requirements (pip install gguf), and name the folder: "
+            "--converter FOLDER, or the environment variable LLAMA_CPP"
+        )
+    return Path(on_path)
+
+
+def _convert(script: Path, checkpoint: Path, file: Path, outtype: str) -> None:
+    """Run the converter.
+
+    Raises:
+        CheckpointError: it failed, with what it said, or wrote nothing.
+    """
+    command = [str(script), str(checkpoint), "--outfile", str(file), "--outtype", outtype]
+    with script.open("rb") as opened:
+        first = opened.readline(200)
+    if script.suffix == ".py" or b"python" in first:
+        command.insert(0, sys.executable)
+    log.info("running %s", " ".join(command))
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0 or not file.is_file():
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing")[-_SHOWN:]
+        raise CheckpointError(f"{script} failed (exit {done.returncode}) and wrote no GGUF file:\n{said}")

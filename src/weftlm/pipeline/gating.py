@@ -1,0 +1,479 @@
+"""From a library of experts to their scores, and on to a robust gate and its certificate.
+
+<run>/scores/              the score cache (`weftlm.gating.scores`)
+<run>/gate/                gate.safetensors, fit.json, certificate.json, report.html; while a fit is under way also
+                               plan.json, of what, and state.safetensors, to continue from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weftlm.corpora.source import Source
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.result import finite_or_none
+from weftlm.experts.library import ExpertLibrary
+from weftlm.files import read_object, write_whole
+from weftlm.gating.certificate import Certificate, certify
+from weftlm.gating.experts import ExpertPool, ExpertSource
+from weftlm.gating.gate import Gate, gates, load_gate, save_gate
+from weftlm.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
+from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
+from weftlm.pipeline.base import open_base
+from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.experts import expert_name, process_group
+from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.prepared import PreparedData, changed_keys
+from weftlm.pipeline.report import write_gate_page
+from weftlm.progress import weights_text
+from weftlm.training.runtime import choose_runtime
+
+log = logging.getLogger(__name__)
+
+GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
+    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json", "report.html",
+)  # fmt: skip
+
+
+def gating_config(recipe: ExpertRecipe) -> GatingConfig:
+    """The recipe's `gating` section; the defaults where it has none."""
+    return GatingConfig() if recipe.gating is None else recipe.gating
+
+
+def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:
+    """What scoring, fitting and certifying will do, before anything is read."""
+    config = gating_config(recipe)
+    return {
+        **_plan_of_pool(recipe, config),
+        "domains": "every domain with held-out text" if config.domains is None else ", ".join(config.domains),
+        "scores": str(recipe.scores_folder),
+        "tokens_per_domain": f"{config.scores.sequences * config.scores.length} at most",
+        "samples_per_expert": config.scores.samples,
+        "gate": config.gate.gate,
+        "fit_steps": config.fit.steps,
+        "result": str(recipe.gate_folder),
+    }
+
+
+def _plan_of_pool(recipe: ExpertRecipe, config: GatingConfig) -> dict[str, str]:
+    if config.pool is not None:
+        return {"experts": ", ".join(source.name for source in config.pool)}
+    named = "every expert of the library" if config.experts is None else ", ".join(config.experts)
+    return {"base": recipe.base, "library": str(recipe.library_folder), "experts": named}
+
+
+# -- scoring ------------------------------------------------------------------------------------------------------
+
+
+def score_experts(
+    recipe: ExpertRecipe,
+    *,
+    overwrite: bool = False,
+    ray: bool = False,
+    gpus: float = 0.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score the domains' held-out text, and samples of each expert, under every expert of the recipe's library.
+
+    What an interrupted run has scored is not scored again. Started by torchrun, the ranks share the work.
+
+    Args:
+        recipe: of the experts.
+        overwrite: throw away scores of other experts, text or settings.
+        ray: over the machines of a Ray cluster, all of which see the library and the base at the same place.
+        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
+        progress: show progress on stderr.
+    Returns:
+        `score_summary` of the cache.
+    Raises:
+        ConfigError: no text is held out, settings do not fit the experts, or Ray is asked for and not installed.
+        DataError, ExpertError, NumericsError, CheckpointError: as `prepare`, `open_base`, `ExpertPool` and `score`.
+    """
+    config = gating_config(recipe)
+    group = process_group(recipe)
+    first = group is None or bool(group.is_main_process)
+    with nullcontext() if group is None else group.main_process_first():
+        data = prepare(recipe.data, recipe.prepared_folder, progress=progress and first)
+    texts = held_out_texts(data, config)
+    if ray:
+        sources = pool_sources(recipe)
+        cache = score_with_ray(
+            sources,
+            texts,
+            recipe.scores_folder,
+            config.scores,
+            eos_id=data.tokenizer.eos_id,
+            dtype=recipe.experts.dtype,
+            gpus=gpus,
+            cpus=recipe.experts.training.threads or 1,
+            overwrite=overwrite,
+            show=progress,
+        )
+        return score_summary(cache)
+    device = choose_runtime(recipe.experts.training, parameters=0).device if group is None else group.device
+    if config.pool is None:
+        base = open_base(recipe, data)
+        library = ExpertLibrary.open(recipe.library_folder)
+        pool = ExpertPool.from_library(library, base.model, experts=config.experts, device=device)
+    else:
+        pool = ExpertPool.load(config.pool, dtype=recipe.experts.dtype, device=device)
+        check_tokenizer(pool, data.tokenizer)
+    cache = score(
+        pool,
+        texts,
+        recipe.scores_folder,
+        config.scores,
+        eos_id=data.tokenizer.eos_id,
+        overwrite=overwrite,
+        show=progress,
+    )
+    return score_summary(cache)
+
+
+def pool_sources(recipe: ExpertRecipe) -> list[ExpertSource]:
+    """Where the experts of a recipe's gate can be loaded from, by any process that sees the same folders.
+
+    Raises:
+        ExpertError: there is no library, or an expert is not in it.
+    """
+    config = gating_config(recipe)
+    if config.pool is not None:
+        return list(config.pool)
+    library = ExpertLibrary.open(recipe.library_folder)
+    place = str(library.folder.resolve())
+    names = config.experts if config.experts is not None else library.names
+    return [ExpertSource(name=name, library=place, expert=name) for name in names]
+
+
+def check_tokenizer(pool: ExpertPool, tokenizer: Tokenizer) -> None:
+    """Refuse experts of another tokenizer than the data's: token ids would mean other text.
+
+    Raises:
+        DataError: they are.
+    """
+    if pool.tokenizer is None:
+        log.warning("the experts bring no tokenizer to compare; make sure that the data was tokenised for them")
+    elif pool.tokenizer != tokenizer.vocabulary_fingerprint:
+        raise DataError(
+            "the data was tokenised with another tokenizer than the experts'; prepare it with data.tokenizer: "
+            "{pretrained: one of the experts}, in a folder of its own (prepared)"
+        )
+
+
+def held_out_texts(data: PreparedData, config: GatingConfig) -> dict[str, Source]:
+    """The text that is scored, by domain: held out, so that no expert was trained on it.
+
+    Raises:
+        ConfigError: there is none, or of a domain that was asked for.
+    """
+    held: dict[str, Source] = {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None}
+    if not held:
+        raise ConfigError("nothing is held out to score; raise data.split.fraction, or give data.heldout")
+    every = [domain.name for domain in data.domains]
+    if config.domains is not None:
+        check_domains(config.domains, every, "gating.domains")
+    wanted = every if config.domains is None else config.domains
+    missing = [name for name in wanted if name not in held]
+    if missing:
+        raise ConfigError(
+            f"no held-out text of {', '.join(missing)}, so that no gate can be made good for it; raise "
+            "data.split.fraction, give data.heldout, or name the other domains in gating.domains"
+        )
+    return {name: held[name] for name in wanted}
+
+
+def score_summary(cache: ScoreCache) -> dict[str, Any]:
+    """What a score cache holds, as JSON.
+
+    Returns:
+        folder, fingerprint, kind, length, experts; by domain: sequences, tokens, and each expert's mean nats per token
+        (None where a token is impossible under it); by expert: sequences and tokens of its samples.
+    """
+    domains = {}
+    for name, text in cache.domains.items():
+        tokens = int(text.lengths_N.sum(dtype=np.int64))
+        means_E = -text.logq_NE.sum(axis=0) / tokens
+        domains[name] = {
+            "sequences": len(text),
+            "tokens": tokens,
+            "nats_per_token": {
+                expert: finite_or_none(float(mean)) for expert, mean in zip(cache.experts, means_E, strict=True)
+            },
+        }
+    return {
+        "folder": str(cache.folder),
+        "fingerprint": cache.fingerprint,
+        "kind": cache.config.kind,
+        "length": cache.config.length,
+        "experts": list(cache.experts),
+        "domains": domains,
+        "samples": {
+            name: {"sequences": len(text), "tokens": int(text.lengths_N.sum(dtype=np.int64))}
+            for name, text in cache.samples.items()
+        },
+    }
+
+
+# -- fitting ------------------------------------------------------------------------------------------------------
+
+
+def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
+    """Fit the gate that is best against the worst mixture of the scored domains; no expert is run.
+
+    A fit that is there already, of the same scores and settings, is kept; an interrupted one goes on from its last
+    report; one of other scores or settings is replaced once the new one is done.
+
+    Args:
+        recipe: of the experts and the gate.
+        progress: show a live table on stderr.
+    Returns:
+        What fit.json holds: identity, problem (`problem_identity`) and `fit_facts`.
+    Raises:
+        ConfigError: the gate, the offsets or the mixtures do not fit what was scored.
+        DataError: nothing is scored yet, or a set is too small to be split.
+        NumericsError: a loss stops being finite.
+        CheckpointError: the gate cannot be written.
+    """
+    config = gating_config(recipe)
+    scores = open_scores(recipe)
+    folder, identity = recipe.gate_folder, fit_identity(scores.cache, config, recipe.seed)
+    found = read_facts(folder / FIT)
+    if found is not None and found.get("identity") == identity:
+        return found
+    unfinished = read_facts(folder / PLAN)
+    state = None
+    if unfinished is not None and unfinished.get("identity") == identity and (folder / STATE).exists():
+        state = FitState.load(folder / STATE)
+    else:
+        (folder / STATE).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / PLAN, json.dumps({"identity": identity}) + "\n")
+    table = FitTable(scores.names, config.fit, enabled=progress)
+
+    def report(line: Progress, now: FitState) -> None:
+        now.save(folder / STATE)
+        table.add(line)
+
+    result = fit_robust_gate(
+        scores.split.domains,
+        scores.split.samples or None,
+        gate=config.gate,
+        config=config.fit,
+        held_out_samples=scores.split.held_samples or None,
+        state=state,
+        on_progress=report,
+        **scores.problem,
+    )
+    problem = problem_identity(scores.cache, config, recipe.seed)
+    facts = {"identity": identity, "problem": problem, **fit_facts(result, scores)}
+    for name in (FIT, CERTIFICATE, PAGE):
+        (folder / name).unlink(missing_ok=True)
+    save_gate(result.gate, folder / GATE)
+    write_whole(folder / FIT, json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    for name in (PLAN, STATE):
+        (folder / name).unlink(missing_ok=True)
+    return facts
+
+
+@dataclass(frozen=True, eq=False)
+class OpenScores:
+    """A score cache as a recipe's gate sees it.
+
+    Attributes:
+        cache: the scores.
+        split: sequences to fit on and held-out ones.
+        problem: offsets, mixtures and own experts, as `fit_robust_gate` and `certify` take them.
+    """
+
+    cache: ScoreCache
+    split: ScoreSplit
+    problem: Mapping[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the domains."""
+        return tuple(self.cache.domains)
+
+
+def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScores:
+    """Open a run's scores and put together what the recipe asks of a gate over them.
+
+    Args:
+        recipe: of the experts and the gate.
+        causal: whether gates over them will be causal, which need scores of tokens; None: as the recipe's gate is.
+    Raises:
+        ConfigError: a gate that sees whole sequences and no samples, a domain without an expert of its own where the
+            offsets need one, or a domain that is named and was not scored.
+        DataError: nothing is scored yet, or with other settings than the recipe's.
+    """
+    config = gating_config(recipe)
+    cache = ScoreCache.open(recipe.scores_folder)
+    changed = changed_keys(cache.config.model_dump(mode="json"), config.scores.model_dump(mode="json"), "gating.scores")
+    wanted = config.experts if config.pool is None else [source.name for source in config.pool]
+    if wanted is not None and list(cache.experts) != wanted:
+        key = "gating.experts" if config.pool is None else "gating.pool"
+        changed.append(f"{key}: {', '.join(cache.experts)} before, {', '.join(wanted)} now")
+    if config.domains is not None and list(cache.domains) != config.domains:
+        changed.append(f"gating.domains: {', '.join(cache.domains)} before, {', '.join(config.domains)} now")
+    if changed:
+        raise DataError(
+            f"the scores in {cache.folder} were made with other settings ({'; '.join(changed)}); score again (weftlm "
+            "score --overwrite)"
+        )
+    names = list(cache.domains)
+    causal = gates[config.gate.gate].causal if causal is None else causal
+    if not causal and not cache.samples:
+        raise ConfigError(
+            f"gate {config.gate.gate!r} sees whole sequences and needs samples of the experts for Z; score some "
+            "(gating.scores.samples), or take a causal gate"
+        )
+    problem: dict[str, Any] = {
+        "offsets": config.offsets_over(names),
+        "mixtures": config.mixtures.over(names),
+        "own_experts": None,
+    }
+    if config.offsets == "expert":
+        places = {name: place for place, name in enumerate(cache.experts)}
+        alone = [name for name in names if expert_name(name) not in places]
+        if alone:
+            raise ConfigError(
+                f"gating.offsets is 'expert' and {', '.join(alone)} has no expert of its own among those scored; take "
+                "offsets 'none' or numbers, or leave the domain out (gating.domains)"
+            )
+        problem["own_experts"] = [places[expert_name(name)] for name in names]
+    return OpenScores(cache, cache.split(config.held_out_fraction, seed=recipe.seed, tokens=causal), problem)
+
+
+def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
+    """Hash of all that decides a fit: scores, seed of the split, gate and settings."""
+    value = config.model_dump(mode="json", exclude={"scores", "experts", "pool", "domains", "students"})
+    text = json.dumps([cache.fingerprint, seed, value], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def problem_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
+    """Hash of what decides on which sequences, and relative to what, a model is measured: whatever the gate."""
+    value = config.model_dump(mode="json", include={"offsets", "mixtures", "held_out_fraction"})
+    text = json.dumps([cache.fingerprint, seed, value, config.fit.unit], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
+    """A fit as JSON; nats of `unit`, measured on the sequences of the fit.
+
+    Returns:
+        scores (fingerprint), experts, gate (section), unit, worst, worst_domain, gap (None where it was not asked for),
+        gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain: sequences, value, lam;
+        history, a list of `Progress`.
+    """
+    names = scores.names
+    return {
+        "scores": scores.cache.fingerprint,
+        "experts": list(scores.cache.experts),
+        "gate": result.gate.config.model_dump(mode="json"),
+        "unit": result.unit,
+        "worst": float(result.worst),
+        "worst_domain": names[result.worst_domain],
+        "gap": finite_or_none(float(result.gap)),
+        "gap_kind": result.gap_kind,
+        "z": float(result.z),
+        "z_ci": [finite_or_none(float(end)) for end in result.z_ci],
+        "z_source": result.z_source,
+        "mu": float(result.mu),
+        "nu": result.nu.tolist(),
+        "domains": {
+            name: {
+                "sequences": len(scores.split.domains[name]),
+                "value": float(result.values[place]),
+                "lam": float(result.lam[place]),
+            }
+            for place, name in enumerate(names)
+        },
+        "history": [dataclasses.asdict(line) for line in result.history],
+    }
+
+
+class FitTable:
+    """A fit's history on stderr, a line per report."""
+
+    def __init__(self, domains: Sequence[str], config: FitConfig, *, enabled: bool) -> None:
+        self.domains = domains
+        self.config = config
+        self.enabled = enabled
+
+    def add(self, line: Progress) -> None:
+        mixture = weights_text(dict(zip(self.domains, line.lam, strict=True)), 3)
+        text = (
+            f"fit {line.step}/{self.config.steps}  worst {line.worst_domain} {line.worst:.4f} nats/{self.config.unit}  "
+            f"opponent's gap {line.gap:.4f}  Z {line.z:.4f}  lambda {mixture}"
+        )
+        if self.enabled:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """A JSON file of a gate or its students; None where there is none.
+
+    Raises:
+        DataError: it is torn or holds something else.
+    """
+    return read_object(path, "delete it and run the command again")
+
+
+# -- certifying ---------------------------------------------------------------------------------------------------
+
+
+def certify_gate(recipe: ExpertRecipe) -> Certificate:
+    """Measure the fitted gate on the sequences that were held out, and write its certificate and its page.
+
+    Raises:
+        ConfigError: as `fit_gate`.
+        DataError: there is no gate, or it was fitted on other scores or with other settings than the recipe's.
+        CheckpointError: the gate's file is torn.
+    """
+    config = gating_config(recipe)
+    scores = open_scores(recipe)
+    folder = recipe.gate_folder
+    gate, facts = open_gate(recipe, scores)
+    found = certify(
+        gate,
+        scores.split.held_domains,
+        scores.split.held_samples or None,
+        nu=facts["nu"],
+        unit=config.fit.unit,
+        config=config.fit,
+        **scores.problem,
+    )
+    write_whole(folder / CERTIFICATE, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    write_gate_page(recipe.run)
+    return found
+
+
+def open_gate(recipe: ExpertRecipe, scores: OpenScores) -> tuple[Gate, dict[str, Any]]:
+    """The fitted gate and its facts (`fit_facts`).
+
+    Raises:
+        DataError: there is no gate, or it was fitted on other scores or with other settings than the recipe's.
+        CheckpointError: the gate's file is torn.
+    """
+    folder = recipe.gate_folder
+    facts = read_facts(folder / FIT)
+    if facts is None:
+        raise DataError(f"{folder} holds no fitted gate; fit one first (weftlm gate fit)")
+    if facts.get("identity") != fit_identity(scores.cache, gating_config(recipe), recipe.seed):
+        raise DataError(f"the gate in {folder} was fitted on other scores or with other settings; fit it again")
+    return load_gate(folder / GATE), facts

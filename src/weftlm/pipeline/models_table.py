@@ -1,0 +1,166 @@
+"""Every model of a project on the same held-out text, and the gate's rival on the sequences no gate was fitted on.
+
+<run>/evaluation.json       what was found
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weftlm.errors import DataError
+from weftlm.evaluation.suite import evaluate_suite
+from weftlm.evaluation.tasks import read_tasks, score_tasks
+from weftlm.files import read_object, write_whole
+from weftlm.gating.problem import measure
+from weftlm.models.factory import load_model
+from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.gating import gating_config, open_scores
+from weftlm.pipeline.heldout import heldout_sets
+from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.project import MONOLITH, Project
+from weftlm.pipeline.rivals import rival_folders
+from weftlm.pipeline.route_stage import routed_folder, routing_config
+from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
+from weftlm.progress import progress as show_progress
+from weftlm.training.runtime import choose_runtime
+
+EVALUATION = "evaluation.json"
+BASE = "base"
+
+
+def base_of(project: Project) -> str | None:
+    """What a table calls the model that the experts are over; None where a project makes none."""
+    if not project.makes_experts:
+        return None
+    rival = project.pool_recipe.experts.rival
+    return BASE if rival is None else f"rival: {rival}"
+
+
+def models_of(project: Project) -> dict[str, Path | str]:
+    """Where the models lie that a project has made so far, by what a table calls them.
+
+    The recipe's own model is `base`, and `mixture: POLICY` where its experts are over another.
+    """
+    found: dict[str, Path | str] = {}
+    given = project.pool_recipe.experts.base if project.makes_experts else None
+    if project.whole is not None and (project.run / "result.json").exists():
+        own = BASE if given is None and base_of(project) in (None, BASE) else f"mixture: {project.whole.mixture.policy}"
+        found[own] = project.run / "model"
+    if given is not None:
+        found[BASE] = project.pool_recipe.base
+    found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(project).items()}
+    if project.parts is None:
+        return found
+    for source in gating_config(project.parts).pool or ():
+        if source.library is None and source.model is not None:
+            found[f"expert: {source.name}"] = source.model
+    if not project.makes_experts:
+        return found | _students(project.parts)
+    for router in routing_config(project.parts).build:
+        if (folder := routed_folder(project.parts, router)).is_dir():
+            found[f"routed: {router}"] = folder
+    return found | _students(project.parts)
+
+
+def _students(recipe: ExpertRecipe) -> dict[str, Path | str]:
+    return {f"gate: {name}": Path(row["model"]) for name, row in read_students(recipe).items()}
+
+
+def _held(project: Project, name: str) -> dict[str, Any]:
+    """Revision and type of a model that was there before: the experts' base, or one of the gate's pool."""
+    if project.parts is None:
+        return {}
+    experts = project.parts.experts
+    if name == BASE and project.makes_experts and experts.base is not None:
+        return {"revision": experts.revision, "dtype": experts.dtype}
+    for source in gating_config(project.parts).pool or ():
+        if name == f"expert: {source.name}":
+            return {"revision": source.revision, "dtype": experts.dtype}
+    return {}
+
+
+def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any]:
+    """Measure every model on the held-out text of every domain and of the target, all on the same windows.
+
+    Returns:
+        What evaluation.json holds: sequence_length; base: `base_of`; models, by name: path, kind, experts, sets and
+        generic as in a run's result.json, and tasks where the recipe has any; monolith: its row among the gates
+        (`table_row`), or None.
+    Raises:
+        WeftError: a model cannot be opened or measured.
+    """
+    data = PreparedData.load(project.prepared_folder)
+    config = project.evaluation
+    training = project.whole.training if project.whole is not None else project.pool_recipe.experts.training
+    lengths = [training.sequence_length]
+    if project.parts is not None:
+        lengths.append(project.parts.experts.training.sequence_length)
+    length, device = min(lengths), choose_runtime(training, parameters=0).device
+    domains, target = heldout_sets(data, None if project.parts is None else project.parts.experts.examples)
+    questions = read_tasks(config.tasks)
+    places = models_of(project)
+    found: dict[str, Any] = {}
+    with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
+        for name, place in places.items():
+            opened = open_model(place, device=str(device), encoder_decoder=True, **_held(project, name))
+            result = evaluate_suite(
+                opened.model,
+                domains,
+                target,
+                sequence_length=length,
+                config=config,
+                device=device,
+            )
+            tasks = score_tasks(
+                opened.model,
+                opened.tokenizer,
+                questions,
+                batch_size=config.batch_size,
+                max_length=length,
+                device=device,
+            )
+            found[name] = {
+                "path": str(place), "kind": opened.kind, "experts": list(opened.experts),
+                **replace(result, tasks=tasks).to_json(),
+            }  # fmt: skip
+            counter.advance()
+    value = {
+        "sequence_length": length, "base": base_of(project), "models": found, MONOLITH: _monolith_row(project),
+    }  # fmt: skip
+    write_whole(project.run / EVALUATION, json.dumps(value, indent=1) + "\n")
+    return value
+
+
+def read_evaluation(project: Project) -> dict[str, Any]:
+    """What `evaluate_models` found.
+
+    Raises:
+        DataError: it has not been carried out, or the file is torn.
+    """
+    path = project.run / EVALUATION
+    cure = "make it again: weftlm run --from evaluate"
+    found = read_object(path, cure)
+    if found is None:
+        raise DataError(f"{path} is not there; {cure}")
+    return found
+
+
+@torch.inference_mode()
+def _monolith_row(project: Project) -> dict[str, Any] | None:
+    """The rival on the sequences no gate was fitted on."""
+    folder = project.rivals_folder / MONOLITH
+    if project.parts is None or project.parts.gating is None or not (folder / "result.json").exists():
+        return None
+    scores = open_scores(project.parts, causal=True)
+    problem = held_out_problem(scores, gating_config(project.parts))
+    device = choose_runtime(project.parts.experts.training, parameters=0).device
+    model = load_model(folder / "model").to(device)
+    domains, rows = scores.cache.domains, scores.split.domain_rows
+    logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
+    return table_row(measure(logs, problem), problem)

@@ -1,0 +1,199 @@
+"""What machines can do: a table of devices, and names like `2x8xH100` read into it.
+
+    NxDEVICE          N devices in one machine
+    MxNxDEVICE        M machines of N devices
+    cpu               the machine this runs on, measured on the spot
+
+Figures are the makers' own, dense (without structured sparsity); memory is in decimal gigabytes, which leaves aside
+about what drivers keep. Links are per device and direction.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from weftlm.config import did_you_mean
+from weftlm.errors import ConfigError
+
+GB, TB, TFLOPS = 1e9, 1e12, 1e12
+
+LINK_EFFICIENCY = 0.8
+"""Part of a link's rate that collectives reach; an assumption, near what NCCL's own tests show for large messages."""
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+        name: as it is asked for.
+        bf16: peak FLOP/s of dense matrix products in bfloat16.
+        fp32: the same for what is held in float32: TensorFloat-32 where there is such, as `weftlm train` sets it.
+        memory: bytes.
+        bandwidth: bytes per second of its memory.
+        link: bytes per second to each other device of the machine together, one direction.
+        network: bytes per second to other machines, one direction, per device.
+        mfu: the part of the peak that model FLOPs of training take, by default.
+        launch: seconds to launch a kernel from Python, operation by operation.
+        measured: its speed is measured instead (the CPU).
+    """
+
+    name: str
+    bf16: float
+    fp32: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    mfu: float
+    launch: float = 8e-6
+    measured: bool = False
+
+    def peak(self, precision: Precision) -> float:
+        """FLOP/s."""
+        return self.bf16 if precision == "bf16" else self.fp32
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        # NVIDIA A100 Tensor Core GPU datasheet (2021): 312 TFLOP/s bf16, 156 tf32, 1555 and 2039 GB/s, NVLink 600 GB/s
+        # both ways; DGX A100: one 200 Gb/s HDR port per GPU.
+        Device("A100-40", 312 * TFLOPS, 156 * TFLOPS, 40 * GB, 1.555 * TB, 300 * GB, 25 * GB, 0.45),
+        Device("A100-80", 312 * TFLOPS, 156 * TFLOPS, 80 * GB, 2.039 * TB, 300 * GB, 25 * GB, 0.45),
+        # NVIDIA H100 datasheet, SXM5: 1979 TFLOP/s bf16 and 989 tf32 with sparsity, half of it dense; 3.35 TB/s; NVLink
+        # 900 GB/s both ways; DGX H100: one 400 Gb/s NDR port per GPU.
+        Device("H100", 989 * TFLOPS, 494 * TFLOPS, 80 * GB, 3.35 * TB, 450 * GB, 50 * GB, 0.40),
+        # NVIDIA H200 datasheet: the H100's arithmetic, 141 GB at 4.8 TB/s.
+        Device("H200", 989 * TFLOPS, 494 * TFLOPS, 141 * GB, 4.8 * TB, 450 * GB, 50 * GB, 0.40),
+        # NVIDIA HGX B200 datasheet, per GPU: 4.5 PFLOP/s bf16 and 2.2 tf32 with sparsity; 180 GB at 7.7 TB/s; NVLink
+        # 1.8 TB/s both ways; one 400 Gb/s port per GPU.
+        Device("B200", 2250 * TFLOPS, 1100 * TFLOPS, 180 * GB, 7.7 * TB, 900 * GB, 50 * GB, 0.35),
+        # NVIDIA L40S datasheet: 362 TFLOP/s bf16, 183 tf32, 48 GB at 864 GB/s, PCIe 4 x16, no NVLink; 25 Gb/s assumed.
+        Device("L40S", 362 * TFLOPS, 183 * TFLOPS, 48 * GB, 0.864 * TB, 32 * GB, 3.1 * GB, 0.35),
+        # NVIDIA Ada architecture whitepaper, RTX 4090: 165.2 TFLOP/s bf16 with float32 sums, 82.6 tf32 and float32;
+        # 24 GB at 1008 GB/s; PCIe 4 x16, no NVLink; 25 Gb/s assumed.
+        Device("RTX4090", 165.2 * TFLOPS, 82.6 * TFLOPS, 24 * GB, 1.008 * TB, 32 * GB, 3.1 * GB, 0.35),
+        # AMD Instinct MI300X data sheet: 1307 TFLOP/s bf16, 654 tf32, 192 GB at 5.3 TB/s; Infinity Fabric: seven links
+        # of 128 GB/s both ways; one 400 Gb/s port per GPU.
+        Device("MI300X", 1307 * TFLOPS, 654 * TFLOPS, 192 * GB, 5.3 * TB, 448 * GB, 50 * GB, 0.30),
+    )
+}
+"""Known devices by name.
+
+The default part of the peak (`mfu`) is an assumption, near what is published for well-tuned dense training: 0.45 to
+0.52 on A100 (Narayanan et al. 2021, arXiv:2104.04473), 0.38 to 0.43 on H100 (Llama Team 2024, arXiv:2407.21783); lower
+where the interconnect or the software is slower. A run of one's own knows better: `--mfu`.
+"""
+
+_ALIASES = {"A100": "A100-80", "4090": "RTX4090", "RTX-4090": "RTX4090", "H100-80": "H100"}
+_PATTERN = re.compile(r"(?:(?P<nodes>\d+)x)?(?:(?P<devices>\d+)x)?(?P<name>[A-Za-z][\w.-]*|4090)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Machines and the devices in them.
+
+    Attributes:
+        nodes: machines.
+        devices_per_node: devices of each.
+        device: what they are.
+    """
+
+    nodes: int
+    devices_per_node: int
+    device: Device
+
+    @property
+    def devices(self) -> int:
+        """In all."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def name(self) -> str:
+        """As `parse_hardware` reads it."""
+        if self.device.measured:
+            return "cpu"
+        nodes = f"{self.nodes}x" if self.nodes > 1 else ""
+        return f"{nodes}{self.devices_per_node}x{self.device.name}"
+
+    @property
+    def exchange(self) -> float:
+        """Bytes per second that a device passes on while all exchange in rings.
+
+        link x 0.8 in one machine; over several, the network ports of a machine carry the rings side by side:
+        min(link, ports x network) x 0.8.
+        """
+        device = self.device
+        wire = device.link if self.nodes == 1 else min(device.link, device.network * self.devices_per_node)
+        return LINK_EFFICIENCY * wire
+
+    def of(self, devices: int) -> Hardware:
+        """As many devices of the same kind, in machines of the same size where one does not do."""
+        if devices <= self.devices_per_node:
+            return Hardware(1, devices, self.device)
+        return Hardware(-(-devices // self.devices_per_node), self.devices_per_node, self.device)
+
+
+def parse_hardware(text: str) -> Hardware:
+    """Read `8xH100`, `2x8xA100-80`, `H200` or `cpu`.
+
+    Raises:
+        ConfigError: it is of no such form, or names a device that is not known.
+    """
+    found = _PATTERN.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(
+            f"hardware {text!r} is not of the form 8xH100 (devices) or 2x8xH100 (machines x devices); known devices: "
+            f"{', '.join(DEVICES)}, cpu"
+        )
+    numbers = [int(number) for number in (found["nodes"], found["devices"]) if number is not None]
+    if 0 in numbers:
+        raise ConfigError(f"hardware {text!r} asks for 0 devices; ask for at least 1")
+    name = found["name"].upper()
+    if name == "CPU":
+        if numbers not in ([], [1]):
+            raise ConfigError(f"hardware {text!r}: the CPU is planned for as one device; give cpu")
+        return Hardware(1, 1, this_cpu())
+    name = _ALIASES.get(name, name)
+    if name not in DEVICES:
+        raise ConfigError(f"hardware {text!r} names a device that is not known{did_you_mean(name, [*DEVICES, 'cpu'])}")
+    nodes, devices = [1] * (2 - len(numbers)) + numbers
+    return Hardware(nodes, devices, DEVICES[name])
+
+
+def this_cpu() -> Device:
+    """The machine this runs on; speeds are left to `Calibration`."""
+    return Device("cpu", 0.0, 0.0, _total_memory(), 0.0, 0.0, 0.0, 1.0, 0.0, measured=True)
+
+
+def _total_memory() -> float:
+    """Bytes of memory, or what a control group allows where that is less."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        return min(total, float(limit)) if limit != "max" else total
+    except (OSError, ValueError):
+        return total
+
+
+def resident_bytes() -> float:
+    """Memory this process holds now: Python and the libraries, where nothing has been made yet."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def threads() -> int:
+    """PyTorch's threads."""
+    return torch.get_num_threads()

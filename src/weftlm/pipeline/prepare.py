@@ -1,0 +1,534 @@
+"""Text in, prepared data out: read, de-duplicate, find domains, split, tokenise, check for leaks.
+
+Preparation works in a hidden sibling of the folder (`.data.preparing` beside `data`) and renames it when everything is
+on disk and checked, so a prepared folder is always whole. An interrupted preparation is taken up where it was: what has
+been read is not read again, finished token stores stay, half-written ones continue.
+
+A folder that is prepared already and whose configuration and inputs are unchanged is reused. If either changed, nothing
+is touched: `prepare` raises and says what changed, because other runs may train on the folder. With `rebuild=True` the
+new data is made beside the old and takes its place only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weftlm.corpora.dedup import SeenDocuments, check_no_leak, store_digests
+from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.source import Document
+from weftlm.corpora.store import TokenStore, open_stores
+from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise_by_label, tokenise_documents
+from weftlm.corpora.tokens import Tokenizer, make_tokenizer
+from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
+from weftlm.errors import DataError
+from weftlm.files import write_whole
+from weftlm.pipeline.data_config import TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
+from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe
+from weftlm.pipeline.prepared import (
+    FORMAT,
+    MANIFEST,
+    PreparedData,
+    assemble,
+    changed_keys,
+    manifest_checksum,
+    read_manifest,
+)
+from weftlm.pipeline.spool import Spool, SpoolWriter
+from weftlm.progress import progress as show_progress
+
+__all__ = ["BasisConfig", "DataConfig", "DomainsConfig", "PreparedData", "prepare"]
+
+log = logging.getLogger(__name__)
+
+STEPS_VERSION = 1
+"""Raised whenever the same configuration and inputs would be prepared differently."""
+_BYTES_PER_TOKEN_AT_MOST = 16
+_SETS = ("target_heldout", "target", "heldout", "corpora")
+
+
+def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, progress: bool = True) -> PreparedData:
+    """Prepare data, or reuse what is prepared and unchanged.
+
+    Args:
+        config: the data section of a recipe.
+        folder: where the prepared data goes.
+        rebuild: replace data of another configuration or of changed inputs, or a damaged folder.
+        progress: show progress on stderr.
+    Raises:
+        DataError: inputs are missing or faulty, a set is empty, sets share a document, or the folder holds data of
+            another configuration or of changed inputs and `rebuild` is not set.
+        ConfigError: the configuration does not fit the data.
+    """
+    folder = Path(folder)
+    identity = data_identity(config)
+    if (found := _reuse(folder, identity, rebuild)) is not None:
+        return found
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _finish_swap(folder)
+        if (found := _reuse(folder, identity, rebuild)) is not None:
+            return found
+        if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+            raise DataError(f"{folder} holds files but no prepared data; choose another folder, or empty it")
+        work = _sibling(folder, "preparing")
+        _Preparation(config, work, identity, progress).run()
+        _publish(work, folder)
+    return PreparedData.load(folder)
+
+
+def data_identity(config: DataConfig) -> dict[str, Any]:
+    """What decides the result: configuration, state of the inputs, version of these steps."""
+    inputs = {
+        f"{name}.{number} ({corpus.name})": corpus_fingerprint(corpus)
+        for name in _SETS
+        for number, corpus in enumerate(getattr(config, name))
+    }
+    if config.domains.basis is not None:
+        for number, corpus in enumerate(config.domains.basis.sets):
+            inputs[f"domains.basis.sets.{number} ({corpus.name})"] = corpus_fingerprint(corpus)
+    return {"config": config.model_dump(mode="json"), "inputs": inputs, "steps": STEPS_VERSION}
+
+
+def _reuse(folder: Path, identity: dict[str, Any], rebuild: bool) -> PreparedData | None:
+    """The prepared data if it is there and unchanged; None if it is to be made.
+
+    Raises:
+        DataError: it is there but of something else, or damaged, and `rebuild` is not set.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        manifest = read_manifest(folder)
+        changes = [f"data.{line}" for line in changed_keys(manifest["config"], identity["config"])]
+        if not changes:
+            changes = [f"{line.partition(':')[0]} changed" for line in _changed_inputs(manifest["inputs"], identity)]
+        if manifest["steps"] != identity["steps"]:
+            changes.append("this version of weftlm prepares differently")
+        if not changes:
+            return PreparedData.load(folder)
+    except DataError:
+        if rebuild:
+            return None
+        raise
+    if rebuild:
+        log.info("%s is prepared again: %s", folder, "; ".join(changes))
+        return None
+    raise DataError(
+        f"{folder} was prepared from something else: {'; '.join(changes)}. Prepare again with rebuild (weftlm prepare "
+        f"--rebuild), which replaces it, or choose another folder"
+    )
+
+
+def _changed_inputs(old: dict[str, str], identity: dict[str, Any]) -> list[str]:
+    new = identity["inputs"]
+    return [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+
+
+def _sibling(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second process from preparing the same folder; it waits, then finds the work done."""
+    with _sibling(folder, "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.warning("another process is preparing %s; waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Put the finished folder in place; an interruption in between is mended by `_finish_swap`."""
+    old = _sibling(folder, "old")
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish_swap(folder: Path) -> None:
+    """After an interrupted replacement: the new folder goes in if it is whole, else the old one comes back."""
+    old, work = _sibling(folder, "old"), _sibling(folder, "preparing")
+    if not old.exists():
+        return
+    if not folder.exists():
+        (work if (work / MANIFEST).exists() else old).rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which training documents are used and where each goes.
+
+    Attributes:
+        heldout: what is held out of the corpora.
+        caps: positions below which the documents of a capped domain are used.
+        target_heldout: what is held out of the target.
+        target_train: position below which the target's other documents are used.
+    """
+
+    heldout: HeldoutPlan
+    caps: dict[int, int]
+    target_heldout: HeldoutPlan
+    target_train: int
+
+
+@dataclass(frozen=True)
+class _Stores:
+    """The token stores written."""
+
+    train: dict[str, TokenStore]
+    heldout: dict[str, TokenStore]
+    target_train: TokenStore | None
+    target_heldout: TokenStore | None
+
+
+class _Preparation:
+    """One preparation, step by step; every step leaves its result on disk and skips itself where that exists."""
+
+    def __init__(self, config: DataConfig, work: Path, identity: dict[str, Any], progress: bool) -> None:
+        self.config = config
+        self.work = work
+        self.scratch = work / "scratch"
+        self.identity = identity
+        self.progress = progress
+        self.warnings: list[str] = []
+
+    def run(self) -> None:
+        self._start()
+        facts = self._read()
+        spools = {name: Spool(self.scratch / name) for name in _SETS}
+        self._need_documents(spools)
+        discovered, known = self._discover(spools)
+        plan = self._split(spools, discovered)
+        tokenizer = self._tokenizer(spools["corpora"], discovered, plan)
+        plan = self._cap(spools["corpora"], discovered, plan, tokenizer)
+        data = self._tokenise(spools, discovered, plan, tokenizer)
+        check_no_leak(
+            {
+                "the target's held-out documents": _digests([data.target_heldout]),
+                "the target": _digests([data.target_train]),
+                "held-out documents": _digests(data.heldout.values()),
+                "training documents": _digests(data.train.values()),
+            },
+            self.scratch,
+        )
+        self._write_manifest(facts, spools, discovered, plan, known, data, tokenizer)
+
+    def _start(self) -> None:
+        """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
+        state = self.work / "state.json"
+        wanted = json.dumps(self.identity, sort_keys=True)
+        if self.work.exists() and (not state.exists() or state.read_text(encoding="utf-8") != wanted):
+            shutil.rmtree(self.work)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        (self.work / MANIFEST).unlink(missing_ok=True)
+        if not state.exists():
+            _write_text(state, wanted)
+
+    def _read(self) -> dict[str, Any]:
+        """Read every input once into spools, each text kept only in the first set that has it."""
+        path = self.scratch / "read.json"
+        if path.exists():
+            log.info("continuing the interrupted preparation in %s", self.work)
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return facts
+        reading = []
+        with (
+            SeenDocuments(self.scratch) as seen,
+            show_progress("read", unit="documents", enabled=self.progress) as counter,
+        ):
+            for name in _SETS:
+                with SpoolWriter(self.scratch / name) as writer:
+                    for corpus in getattr(self.config, name):
+                        report = ReadingReport()
+                        for document in seen.unique(read_documents(self._as_domains(corpus, name), report), name):
+                            writer.add(document)
+                            counter.advance()
+                        reading.append({"set": name, "input": corpus.name, **report.to_json()})
+            facts = {"reading": reading, "duplicates": seen.to_json()}
+        _write_text(path, json.dumps(facts))
+        return facts
+
+    def _as_domains(self, corpus: CorpusConfig, name: str) -> CorpusConfig:
+        if self.config.domains.by == "file" and name in ("corpora", "heldout"):
+            return corpus.model_copy(update={"label": None, "label_field": None, "label_from": "file"})
+        return corpus
+
+    def _need_documents(self, spools: dict[str, Spool]) -> None:
+        wanted = {
+            "corpora": True,
+            "target": bool(self.config.target),
+            "heldout": bool(self.config.heldout),
+            "target_heldout": bool(self.config.target_heldout),
+        }
+        for name, needed in wanted.items():
+            if needed and len(spools[name]) == 0:
+                raise DataError(
+                    f"data.{name} holds no document that is not in another set already; check the inputs (a text that "
+                    f"several sets hold stays in the first of {', '.join(_SETS)})"
+                )
+
+    def _discover(self, spools: dict[str, Spool]) -> tuple[Discovered, Any]:
+        folder = self.scratch / "domains"
+        folder.mkdir(exist_ok=True)
+        if self.config.domains.by != "clusters":
+            return by_label(spools["corpora"], spools["heldout"], folder), None
+        total = len(spools["corpora"])
+        with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
+            found, embedder, clusters = by_clusters(
+                spools["corpora"], spools["heldout"], self.config, folder, counter.advance
+            )
+        return found, (embedder, clusters)
+
+    def _split(self, spools: dict[str, Spool], discovered: Discovered) -> _Plan:
+        config, seed = self.config, self.config.seed
+        none = SplitConfig(fraction=0.0)
+        heldout = HeldoutPlan(none if config.heldout else config.split, seed)
+        for (digest, _), number in zip(spools["corpora"].digests(), discovered.train, strict=True):
+            heldout.observe(discovered.names[number], digest)
+        target_heldout = HeldoutPlan(none if config.target_heldout else config.target_split, seed)
+        for digest, _ in spools["target"].digests():
+            target_heldout.observe("target", digest)
+        if len(spools["target"]) == 1 and not config.target_heldout:
+            self.warnings.append("the target has one document: nothing of it is held out, so it cannot be evaluated")
+        threshold = ALL
+        wanted = config.target_train_documents
+        if wanted is not None:
+            lowest = Lowest(wanted)
+            for digest, _ in spools["target"].digests():
+                if not target_heldout.is_heldout("target", digest):
+                    lowest.add(position(digest, seed, "target"))
+            if lowest.seen < wanted:
+                self.warnings.append(
+                    f"data.target_train_documents is {wanted} but only {lowest.seen} are left beside the held-out ones"
+                )
+            threshold = lowest.threshold()
+        return _Plan(heldout, {}, target_heldout, threshold)
+
+    def _train(self, spool: Spool, discovered: Discovered, plan: _Plan) -> Iterator[tuple[Document, int]]:
+        """Training documents with their domain's number."""
+        for document, number in zip(spool, discovered.train, strict=True):
+            digest = document.digest()
+            if plan.heldout.is_heldout(discovered.names[number], digest):
+                continue
+            if number in plan.caps and position(digest, self.config.seed, "cap") >= plan.caps[number]:
+                continue
+            yield document, number
+
+    def _heldout(self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan) -> Iterator[tuple[Document, int]]:
+        if self.config.heldout:
+            yield from zip(spools["heldout"], discovered.heldout, strict=True)
+            return
+        for document, number in zip(spools["corpora"], discovered.train, strict=True):
+            if plan.heldout.is_heldout(discovered.names[number], document.digest()):
+                yield document, number
+
+    def _target(self, spools: dict[str, Spool], plan: _Plan, held: bool) -> Iterator[Document]:
+        if held and self.config.target_heldout:
+            yield from spools["target_heldout"]
+            return
+        for document in spools["target"]:
+            digest = document.digest()
+            if plan.target_heldout.is_heldout("target", digest) != held:
+                continue
+            if held or position(digest, self.config.seed, "target") < plan.target_train:
+                yield document
+
+    def _tokenizer(self, spool: Spool, discovered: Discovered, plan: _Plan) -> Tokenizer:
+        """Trained on an even sample of the training text, or loaded; saved at once."""
+        folder = self.work / "tokenizer"
+        if folder.is_dir():
+            return Tokenizer.load(folder)
+        training = self.config.tokenizer.train
+        share = 1.0
+        if training is not None:
+            total = sum(size for _, size in spool.digests())
+            share = min(1.0, training.sample_bytes / max(total, 1))
+        below = ALL if share == 1.0 else int(share * ALL)
+        texts = (
+            document.text
+            for document, _ in self._train(spool, discovered, plan)
+            if position(document.digest(), self.config.seed, "tokenizer") < below
+        )
+        with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
+            tokenizer = make_tokenizer(self.config.tokenizer, _counted(texts, counter.advance))
+        temporary = self.work / ".tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save(temporary)
+        temporary.rename(folder)
+        return Tokenizer.load(folder)
+
+    def _cap(self, spool: Spool, discovered: Discovered, plan: _Plan, tokenizer: Tokenizer) -> _Plan:
+        """Choose at random the documents that fill `max_train_tokens` of each larger domain."""
+        cap = self.config.domains.max_train_tokens
+        if cap is None:
+            return plan
+        seed = self.config.seed
+        rough: dict[int, Budget] = {}
+        for (digest, size), number in zip(spool.digests(), discovered.train, strict=True):
+            if not plan.heldout.is_heldout(discovered.names[number], digest):
+                budget = rough.setdefault(number, Budget(cap * _BYTES_PER_TOKEN_AT_MOST))
+                budget.add(position(digest, seed, "cap"), size + 1)
+        drafted = {number: budget.threshold() for number, budget in rough.items() if budget.total > cap}
+        exact = {number: Budget(cap) for number in drafted}
+        draft = _Plan(plan.heldout, drafted, plan.target_heldout, plan.target_train)
+        candidates = (pair for pair in self._train(spool, discovered, draft) if pair[1] in drafted)
+        for batch in _batches(candidates, 256):
+            encoded = encode_documents(tokenizer, [document for document, _ in batch])
+            for (document, number), (tokens_N, _) in zip(batch, encoded, strict=True):
+                exact[number].add(position(document.digest(), seed, "cap"), len(tokens_N) + 1)
+        caps = {number: min(drafted[number], budget.threshold()) for number, budget in exact.items()}
+        return _Plan(plan.heldout, caps, plan.target_heldout, plan.target_train)
+
+    def _tokenise(self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, tokenizer: Tokenizer) -> _Stores:
+        """Write the token stores; finished ones are opened, half-written ones continued."""
+
+        def labelled(pairs: Iterable[tuple[Document, int]]) -> Iterator[Document]:
+            for document, number in pairs:
+                yield replace(document, label=discovered.names[number])
+
+        (self.work / "target").mkdir(exist_ok=True)
+        with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
+            finished = 0
+
+            def tick(state: TokeniseProgress) -> None:
+                counter.update(finished + state.bytes)
+
+            train = self.work / "train"
+            if train.exists():
+                stores = open_stores(train, verify="sizes")
+            else:
+                stores = tokenise_by_label(
+                    labelled(self._train(spools["corpora"], discovered, plan)), tokenizer, train, progress=tick
+                )
+            finished += sum(store.bytes for store in stores.values())
+            held = self.work / "heldout"
+            if held.exists():
+                heldout = open_stores(held, verify="sizes")
+            elif next(self._heldout(spools, discovered, plan), None) is None:
+                heldout = {}
+            else:
+                heldout = tokenise_by_label(
+                    labelled(self._heldout(spools, discovered, plan)), tokenizer, held, progress=tick
+                )
+            finished += sum(store.bytes for store in heldout.values())
+            target: dict[bool, TokenStore | None] = {False: None, True: None}
+            for is_held, name in ((False, "train"), (True, "heldout")):
+                path = self.work / "target" / name
+                if path.exists():
+                    target[is_held] = TokenStore(path, verify="sizes")
+                elif next(self._target(spools, plan, is_held), None) is not None:
+                    target[is_held] = tokenise_documents(
+                        self._target(spools, plan, is_held), tokenizer, path, progress=tick
+                    )
+        missing = [name for name in discovered.names if name not in stores]
+        if missing:
+            raise DataError(f"domain {missing[0]!r} has no training document; give it more text, or remove it")
+        return _Stores(stores, heldout, target[False], target[True])
+
+    def _describe(
+        self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, known: Any, data: _Stores
+    ) -> tuple[tuple[str, ...], Described]:
+        names = discovered.names
+        include = self.config.domains.include_target
+        sizes = [float(data.train[name].bytes) for name in names]
+        if include:
+            assert data.target_train is not None
+            names = (*names, TARGET_DOMAIN)
+            sizes.append(float(data.target_train.bytes))
+
+        def documents() -> Iterator[tuple[Document, int]]:
+            yield from self._train(spools["corpora"], discovered, plan)
+            if include:
+                for document in self._target(spools, plan, held=False):
+                    yield document, len(names) - 1
+
+        def target() -> Iterator[Document]:
+            return self._target(spools, plan, held=False)
+
+        has_target = data.target_train is not None
+        return names, describe(names, documents, np.array(sizes), target if has_target else None, self.config, known)
+
+    def _write_manifest(
+        self,
+        facts: dict[str, Any],
+        spools: dict[str, Spool],
+        discovered: Discovered,
+        plan: _Plan,
+        known: Any,
+        data: _Stores,
+        tokenizer: Tokenizer,
+    ) -> None:
+        names, described = self._describe(spools, discovered, plan, known, data)
+        without = [name for name in discovered.names if name not in data.heldout]
+        if without:
+            shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+            self.warnings.append(f"no held-out text for {len(without)} domains ({shown}): they are not evaluated")
+        manifest = {
+            "format": FORMAT,
+            **self.identity,
+            "tokenizer": tokenizer.fingerprint,
+            "domains": list(names),
+            "max_train_tokens": self.config.domains.max_train_tokens,
+            "target_histogram_D": _plain(described.target_histogram_D),
+            "basis_ND": _plain(described.basis_ND),
+            "embedder": described.embedder,
+            "facts": described.facts,
+            "reading": facts["reading"] + described.reading,
+            "duplicates": facts["duplicates"],
+            "warnings": list(dict.fromkeys(self.warnings)),
+        }
+        for line in manifest["warnings"]:
+            log.warning("%s", line)
+        manifest["fingerprint"] = assemble(self.work, manifest).fingerprint
+        manifest["checksum"] = manifest_checksum(manifest)
+        _write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(self.scratch)
+        (self.work / "state.json").unlink()
+
+
+def _digests(stores: Iterable[TokenStore | None]) -> Iterator[tuple[bytes, str]]:
+    return chain.from_iterable(store_digests(store) for store in stores if store is not None)
+
+
+def _counted(texts: Iterator[str], advance: Callable[[], None]) -> Iterator[str]:
+    for text in texts:
+        advance()
+        yield text
+
+
+def _batches(pairs: Iterator[tuple[Document, int]], count: int) -> Iterator[list[tuple[Document, int]]]:
+    while batch := list(islice(pairs, count)):
+        yield batch
+
+
+def _plain(values: NDArray[np.float64] | None) -> Any:
+    return None if values is None else values.tolist()
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a later run, sees all of it or nothing.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    try:
+        write_whole(path, text, sync=True)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; free some space and run again") from error

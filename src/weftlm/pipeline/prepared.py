@@ -1,0 +1,208 @@
+"""Prepared data: the folder preparation leaves, opened and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftlm.corpora.store import TokenStore, open_stores
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.domains.domain import Domain, TokenPrefix
+from weftlm.errors import DataError
+from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
+
+FORMAT = "weftlm prepared data 1"
+MANIFEST = "prepared.json"
+_REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything a run needs of its data.
+
+    Attributes:
+        folder: where it lies.
+        domains: the D domains, in order.
+        target_train: the target's training tokens; None without a target.
+        target_heldout: the target's held-out tokens; None where there are none.
+        tokenizer: what made the tokens.
+        target_histogram_D: share of the target's training documents nearest to each domain, float64; None without a
+            target.
+        basis_ND: distributions over the domains, float64; None where the recipe asks for none.
+        fingerprint: hash of all of the above.
+        manifest: prepared.json: resolved configuration, inputs, reading reports, duplicates, warnings.
+    """
+
+    folder: Path
+    domains: list[Domain]
+    target_train: TokenStore | None
+    target_heldout: TokenStore | None
+    tokenizer: Tokenizer
+    target_histogram_D: Tensor | None
+    basis_ND: Tensor | None
+    fingerprint: str
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path, expect: DataConfig | None = None) -> PreparedData:
+        """Open a prepared folder, checking every file against its index.
+
+        Args:
+            folder: what `prepare` wrote.
+            expect: the configuration it must have been prepared with; None accepts any.
+        Raises:
+            DataError: the folder is missing, incomplete, changed, or of another configuration.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if expect is not None and (changed := changed_keys(manifest["config"], expect.model_dump(mode="json"))):
+            raise DataError(f"{folder} was prepared with another configuration ({'; '.join(changed)}); {_REMEDY}")
+        result = assemble(folder, manifest)
+        if fingerprint(result) != manifest["fingerprint"]:
+            raise DataError(f"{folder} is not what {MANIFEST} describes: a part was replaced; {_REMEDY}")
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """Sizes per set, and what was skipped, dropped or warned of, as JSON."""
+        sets = {
+            domain.name: {
+                "documents": domain.documents,
+                "bytes": domain.bytes,
+                "train_tokens": len(domain.train),
+                "heldout_tokens": 0 if domain.heldout is None else len(domain.heldout),
+            }
+            for domain in self.domains
+        }
+        if self.target_train is not None:
+            sets["target"] = {
+                "documents": self.target_train.documents,
+                "bytes": self.target_train.bytes,
+                "train_tokens": len(self.target_train),
+                "heldout_tokens": 0 if self.target_heldout is None else len(self.target_heldout),
+            }
+        return {
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.tokenizer.vocab_size,
+            "sets": sets,
+            "reading": self.manifest["reading"],
+            "duplicates": self.manifest["duplicates"],
+            "warnings": self.manifest["warnings"],
+        }
+
+    def domain_facts(self) -> list[dict[str, Any]]:
+        """For each domain: sizes, typical documents (origin, excerpt, distance), nearest neighbours by cosine."""
+        sizes = self.summary()["sets"]
+        return [{**sizes[facts["name"]], **facts} for facts in self.manifest["facts"]]
+
+
+def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
+    """Open the parts a manifest names.
+
+    A manifest without a fingerprint, one in the making, is given the fingerprint of its parts.
+
+    Raises:
+        DataError: a part is missing, changed or made with another tokenizer.
+    """
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    if tokenizer.fingerprint != manifest["tokenizer"]:
+        raise DataError(f"tokenizer in {folder} has changed since it was written; {_REMEDY}")
+    train = open_stores(folder / "train", tokenizer=tokenizer.fingerprint)
+    held = (folder / "heldout").is_dir()
+    heldout = open_stores(folder / "heldout", tokenizer=tokenizer.fingerprint) if held else {}
+    target = {
+        name: TokenStore(folder / "target" / name, tokenizer=tokenizer.fingerprint)
+        if (folder / "target" / name).is_dir()
+        else None
+        for name in ("train", "heldout")
+    }
+    histogram, basis = manifest["target_histogram_D"], manifest["basis_ND"]
+    domains = [
+        _domain(name, manifest["max_train_tokens"], train, heldout, target["train"]) for name in manifest["domains"]
+    ]
+    result = PreparedData(
+        folder=folder,
+        domains=domains,
+        target_train=target["train"],
+        target_heldout=target["heldout"],
+        tokenizer=tokenizer,
+        target_histogram_D=None if histogram is None else torch.tensor(histogram, dtype=torch.float64),
+        basis_ND=None if basis is None else torch.tensor(basis, dtype=torch.float64),
+        fingerprint=manifest.get("fingerprint", ""),
+        manifest=manifest,
+    )
+    return result if result.fingerprint else dataclasses.replace(result, fingerprint=fingerprint(result))
+
+
+def _domain(
+    name: str,
+    cap: int | None,
+    train: Mapping[str, TokenStore],
+    heldout: Mapping[str, TokenStore],
+    target_train: TokenStore | None,
+) -> Domain:
+    store = target_train if name == TARGET_DOMAIN else train.get(name)
+    if store is None:
+        raise DataError(f"domain {name!r} has no token store; {_REMEDY}")
+    source = TokenPrefix(store, cap) if cap is not None and cap < len(store) else store
+    return Domain(name, source, heldout.get(name), store.documents, store.bytes)
+
+
+def fingerprint(data: PreparedData) -> str:
+    """Hash of tokenizer, domains in order, their tokens, the target's, its histogram and the basis."""
+    parts: list[Any] = [data.tokenizer.fingerprint]
+    for domain in data.domains:
+        held = None if domain.heldout is None else domain.heldout.fingerprint
+        parts.append([domain.name, domain.train.fingerprint, held])
+    parts += [None if store is None else store.fingerprint for store in (data.target_train, data.target_heldout)]
+    parts += [None if value is None else value.tolist() for value in (data.target_histogram_D, data.basis_ND)]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """prepared.json, checked against its own checksum.
+
+    Raises:
+        DataError: it is missing, torn, changed or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no prepared data ({MANIFEST} is missing); run weftlm prepare") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise DataError(f"{path} is not of the format {FORMAT!r}; {_REMEDY}")
+    stated = value.pop("checksum", None)
+    if stated != manifest_checksum(value):
+        raise DataError(f"{path} has changed since it was written; {_REMEDY}")
+    return value
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """BLAKE2b over the canonical JSON of a manifest without its checksum."""
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def changed_keys(old: Any, new: Any, place: str = "") -> list[str]:
+    """Dotted keys at which two resolved configurations differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += changed_keys(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line
+            for number, pair in enumerate(zip(old, new, strict=True))
+            for line in changed_keys(*pair, f"{place}.{number}")
+        ]
+    return [] if old == new else [f"{place}: {old!r:.60} before, {new!r:.60} now"]

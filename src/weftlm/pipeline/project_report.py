@@ -1,0 +1,121 @@
+"""The end of a project: one page about everything, and its figures as one small JSON file.
+
+<run>/report.html, <run>/summary.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from weftlm.files import write_whole
+from weftlm.gating.certificate import Certificate
+from weftlm.pipeline.gating import CERTIFICATE, read_facts
+from weftlm.pipeline.models_table import BASE, read_evaluation
+from weftlm.pipeline.project import MONOLITH, Project
+from weftlm.pipeline.report import report_runs
+from weftlm.pipeline.rivals import rival_folders
+from weftlm.pipeline.route_stage import read_routing, routing_facts
+from weftlm.pipeline.stage_records import seconds_of
+from weftlm.reporting.gating import RIVALS, GatingFacts
+from weftlm.reporting.score_table import ScoreTable
+
+REPORT, SUMMARY = "report.html", "summary.json"
+COMPARED = (MONOLITH, "uniform", "bayes", "fixed share", "robust", "student")
+"""Rows of the gate's part of summary.json, as far as they were made."""
+
+
+def report_project(project: Project) -> dict[str, Any]:
+    """Write the page and the summary of what a project has made.
+
+    Returns:
+        summary.json as a mapping, with `mixture`, `routing`, `robust` and `models` as far as the project has them.
+    Raises:
+        DataError: a stage's result is missing or torn, or the page cannot be written.
+    """
+    rivals = {name: folder for name, folder in rival_folders(project).items() if name != MONOLITH}
+    evaluation = read_evaluation(project)
+    summary: dict[str, Any] = {}
+    routing = gating = None
+    if project.whole is not None:
+        results = {project.whole.mixture.policy: read_facts(project.run / "result.json")}
+        results |= {name: read_facts(folder / "result.json") for name, folder in rivals.items()}
+        summary["mixture"] = summarise_mixtures({name: each for name, each in results.items() if each is not None})
+    if project.parts is not None and project.parts.routing is not None:
+        found = read_routing(project.parts)
+        routing = routing_facts(project.parts, found)
+        summary["routing"] = {**found, "seconds": seconds_of(project.stages_folder, "experts")}
+    if project.parts is not None and project.parts.gating is not None:
+        summary["robust"], gating = _robust(project, evaluation[MONOLITH])
+    table = {
+        name: {one: values["bits_per_byte"] for one, values in each["sets"].items()}
+        for name, each in evaluation["models"].items()
+    }
+    asked = {name: each["tasks"] for name, each in evaluation["models"].items() if "tasks" in each}
+    accuracy = {name: {task: found["accuracy"] for task, found in tasks.items()} for name, tasks in asked.items()}
+    chance = {task: found["chance"] for tasks in asked.values() for task, found in tasks.items()}
+    summary["models"] = {
+        name: {"path": each["path"], "kind": each["kind"], "bits_per_byte": table[name]}
+        | ({"accuracy": accuracy[name]} if name in accuracy else {})
+        for name, each in evaluation["models"].items()
+    }
+    runs = [project.run, *rivals.values()] if project.whole is not None else []
+    report_runs(
+        runs,
+        project.run / REPORT,
+        f"{project.run.resolve().name}: the whole project",
+        data=project.prepared_folder,
+        routing=routing,
+        gating=gating,
+        models=ScoreTable(table, "model", evaluation.get("base") or BASE, accuracy, chance),
+    )
+    write_whole(project.run / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of summary.json's `mixture` section."""
+    return {
+        "target_bpb": {
+            name: result["sets"]["target"]["bits_per_byte"]
+            for name, result in results.items()
+            if "target" in result["sets"]
+        },
+        "target_bpb_se": {
+            name: result["sets"]["target"]["bits_per_byte_se"]
+            for name, result in results.items()
+            if "target" in result["sets"]
+        },
+        "generic_bpb": {
+            name: result["generic"]["bits_per_byte"] for name, result in results.items() if "generic" in result
+        },
+        "train_tokens": next(iter(results.values()))["train_tokens"],
+        "seconds": {
+            name: {part: round(seconds, 2) for part, seconds in result["seconds"].items()}
+            for name, result in results.items()
+        },
+        "weights": {name: result["weights"] for name, result in results.items()},
+        "epochs_of_the_most_read_domain": {name: max(result["epochs"].values()) for name, result in results.items()},
+    }
+
+
+def _robust(project: Project, monolith: Mapping[str, Any] | None) -> tuple[dict[str, Any], GatingFacts]:
+    """The `robust` section of summary.json, in nats of the certificate's unit, and what the report shows."""
+    certificate = Certificate.from_json(read_facts(project.pool_recipe.gate_folder / CERTIFICATE) or {})
+    fit = read_facts(project.pool_recipe.gate_folder / "fit.json")
+    made = read_facts(project.pool_recipe.students_folder / "student.json") or {"rows": {}}
+    rows = {**({} if monolith is None else {MONOLITH: monolith}), **made["rows"]}
+    shown = [name for name in COMPARED if name in rows]
+    summary = {
+        "unit": certificate.unit,
+        "worst_domain_regret": {name.replace(" ", "_"): rows[name]["worst"] for name in shown},
+        "worst_domain": {name.replace(" ", "_"): rows[name]["worst_domain"] for name in shown},
+        "mean_regret": {name.replace(" ", "_"): rows[name]["mean"] for name in shown},
+        "capacity_bound": None if certificate.capacity is None else certificate.capacity.value,
+        "z": certificate.z.value,
+        "z_interval": [certificate.z.low, certificate.z.high],
+        "lambda": {row.name: row.lam for row in certificate.domains},
+    }
+    rivals = (*((MONOLITH,) if monolith is not None else ()), *RIVALS)
+    return summary, GatingFacts.of(certificate, fit, [{**made, "rows": rows}], rivals=rivals)

@@ -1,0 +1,185 @@
+"""The pipeline's routing: every router compared on held-out text, routed models written, one of them timed and traced.
+
+<run>/routing.json          what was found
+<run>/routed/ROUTER/        a routed model (`weftlm route build`)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from weftlm.errors import DataError
+from weftlm.evaluation.suite import SuiteResult
+from weftlm.evaluation.tasks import mean_accuracy
+from weftlm.experts.library import ExpertLibrary
+from weftlm.files import read_object, write_whole
+from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.project_config import RoutingConfig
+from weftlm.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, parse_router, trace_opened
+from weftlm.reporting.routing import RoutingFacts
+from weftlm.routing.calls import is_encoder_decoder
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.training.runtime import choose_runtime
+
+ROUTING = "routing.json"
+HALF_TOKENS = 60
+"""Tokens of each domain in the text that is traced."""
+
+
+def routing_config(recipe: ExpertRecipe) -> RoutingConfig:
+    """The recipe's `routing` section; the defaults where it has none."""
+    return RoutingConfig() if recipe.routing is None else recipe.routing
+
+
+def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
+    """Compare the routers over a library's experts and write the routed models.
+
+    Returns:
+        What routing.json holds: heldout_bpb (mean over domains) and unseen_bpb (the target's) by router; bits_per_byte
+        by router and set; accuracy by router and task, and mean_accuracy, where the evaluation has tasks; best_single;
+        experts; relative_forward_time of the last model written (None where it is not timed); notes.
+    Raises:
+        WeftError: as `evaluate_routes` and `build_route`.
+    """
+    config = routing_config(recipe)
+    evaluation = evaluate_routes(recipe, config.routers, progress=progress)
+    for router in config.build:
+        shutil.rmtree(routed_folder(recipe, router), ignore_errors=True)
+        build_route(
+            recipe.library_folder,
+            parse_router(router),
+            routed_folder(recipe, router),
+            base=recipe.base,
+            revision=recipe.experts.revision,
+            dtype=recipe.experts.dtype,
+        )
+    rows = {label.partition(" (")[0].replace(" ", "_"): row for label, row in evaluation.rows.items()}
+    generic = {label: row.generic for label, row in rows.items()}
+    timed = None
+    if config.timed_pairs:
+        data = PreparedData.load(recipe.prepared_folder)
+        timed = relative_forward_time(
+            routed_folder(recipe, config.build[-1]), data, config.timed_pairs, _device(recipe)
+        )
+    found = {
+        "heldout_bpb": {label: mean.bits_per_byte for label, mean in generic.items() if mean is not None},
+        "unseen_bpb": {label: row.sets["target"].bits_per_byte for label, row in rows.items() if "target" in row.sets},
+        "bits_per_byte": {
+            label: {name: each.bits_per_byte for name, each in row.sets.items()} for label, row in rows.items()
+        },
+        **_accuracies(rows),
+        BEST_SINGLE.replace(" ", "_"): evaluation.best_single,
+        "experts": sorted(ExpertLibrary.open(recipe.library_folder).names),
+        "relative_forward_time": timed,
+        "notes": list(evaluation.notes),
+    }
+    write_whole(recipe.run / ROUTING, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _accuracies(rows: Mapping[str, SuiteResult]) -> dict[str, Any]:
+    """The share of right answers by router and task, and the mean over the tasks; nothing without tasks."""
+    asked = {label: row.tasks for label, row in rows.items() if row.tasks}
+    if not asked:
+        return {}
+    return {
+        "accuracy": {label: {name: each.accuracy for name, each in tasks.items()} for label, tasks in asked.items()},
+        "mean_accuracy": {label: mean_accuracy(tasks)[0] for label, tasks in asked.items()},
+        "chance": {name: each.chance for name, each in next(iter(asked.values())).items()},
+    }
+
+
+def routed_folder(recipe: ExpertRecipe, router: str) -> Path:
+    """Where a routed model is written."""
+    return recipe.routed_folder / router.replace(":", ",")
+
+
+def read_routing(recipe: ExpertRecipe) -> dict[str, Any]:
+    """What `route_experts` found.
+
+    Raises:
+        DataError: it has not been carried out, or the file is torn.
+    """
+    path = recipe.run / ROUTING
+    cure = "make it again: weftlm run --from route"
+    found = read_object(path, cure)
+    if found is None:
+        raise DataError(f"{path} is not there; {cure}")
+    return found
+
+
+def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFacts:
+    """What the report shows of the comparison and of one text."""
+    config = routing_config(recipe)
+    text, label = config.trace, "the recipe's text"
+    if text is None:
+        text, label = changing_text(PreparedData.load(recipe.prepared_folder)), "a text that changes domain midway"
+    traced = _traced(recipe, text) if text else None
+    return RoutingFacts(
+        table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
+        relative_forward_time=found["relative_forward_time"],
+        traces=[] if traced is None else [(f"{traced[0]} on {label}", traced[1].trace, traced[1].tokens)],
+        accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},
+        chance=found.get("chance", {}),
+    )
+
+
+def _traced(recipe: ExpertRecipe, text: str) -> tuple[str, TracedText] | None:
+    """A text under the first routed model whose experts change with the token; None where none does."""
+    transformers_logging.disable_progress_bar()
+    for router in routing_config(recipe).build:
+        folder = routed_folder(recipe, router)
+        model = RoutedModel.from_pretrained(folder, device=_device(recipe))
+        if model.router.static_weights_E is None:
+            return router, trace_opened(model, folder, text)
+    return None
+
+
+def changing_text(data: PreparedData) -> str:
+    """Held-out text that changes domain midway: from the first domain to the second that hold out any."""
+    heldout = [domain.heldout for domain in data.domains if domain.heldout is not None and len(domain.heldout)]
+    return "\n".join(data.tokenizer.decode(one.read(0, min(HALF_TOKENS, len(one))).tolist()) for one in heldout[:2])
+
+
+def _device(recipe: ExpertRecipe) -> torch.device:
+    return choose_runtime(recipe.experts.training, parameters=0).device
+
+
+@torch.inference_mode()
+def relative_forward_time(folder: Path, data: PreparedData, pairs: int, device: torch.device | str = "cpu") -> float:
+    """Median over pairs of a routed forward pass's time over the base's, on the same held-out tokens."""
+    transformers_logging.disable_progress_bar()
+    model = RoutedModel.from_pretrained(folder, device=device)
+    heldout = next(domain.heldout for domain in data.domains if domain.heldout is not None)
+    tokens = min(512, len(heldout))
+    ids_BT = torch.from_numpy(heldout.read(0, tokens).astype("int64"))[None, : tokens // 4 * 4].view(4, -1).to(device)
+    given = {"input_ids": ids_BT}
+    if is_encoder_decoder(model):
+        given["decoder_input_ids"] = ids_BT
+
+    def finished() -> float:
+        if ids_BT.device.type != "cpu":
+            torch.accelerator.synchronize(ids_BT.device)
+        return time.perf_counter()
+
+    def seconds() -> float:
+        start = finished()
+        model(**given)
+        return finished() - start
+
+    ratios = []
+    for _ in range(pairs + 2):
+        with model.disabled():
+            base = seconds()
+        ratios.append(seconds() / base)
+    return statistics.median(ratios[2:])

@@ -1,0 +1,317 @@
+"""The stages of a project, declared once: what each needs, what decides it, what it leaves, how it is carried out.
+
+prepare -> train -> rivals -> experts -> route -> score -> gate -> distil -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weftlm.evaluation.tasks import task_files
+from weftlm.gating.modular_lm import MANIFEST as GATED
+from weftlm.pipeline.expert_imports import import_recipe_experts
+from weftlm.pipeline.experts import remove_unwanted, train_experts
+from weftlm.pipeline.gating import CERTIFICATE, FIT, GATE, certify_gate, fit_gate, gating_config, score_experts
+from weftlm.pipeline.models_table import EVALUATION, evaluate_models
+from weftlm.pipeline.prepare import data_identity, prepare
+from weftlm.pipeline.prepared import MANIFEST
+from weftlm.pipeline.project import MONOLITH, Project
+from weftlm.pipeline.project_report import REPORT, SUMMARY, report_project
+from weftlm.pipeline.recipe import Recipe
+from weftlm.pipeline.rivals import train_monolith, train_rivals
+from weftlm.pipeline.route_stage import ROUTING, route_experts, routed_folder, routing_config
+from weftlm.pipeline.students import STUDENT, distil_gate
+from weftlm.pipeline.train import is_main_process, run_training
+from weftlm.routing.routed_model import MANIFEST as ROUTED
+from weftlm.training.config import NOT_DECIDING
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a stage is asked to work.
+
+    Attributes:
+        replace: discard what is there of other settings.
+        processes: experts made at once.
+        progress: show progress on stderr.
+    """
+
+    replace: bool = False
+    processes: int = 1
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a project.
+
+    Attributes:
+        name: as `--from` and `--until` take it.
+        title: what it does, in a few words.
+        needs: stages whose results it reads.
+        wanted: whether a project has it.
+        settings: all in the recipe that decides its result, as JSON values.
+        outputs: files that are there when it is done, in the order of reading.
+        work: carry it out; continues what was interrupted, keeps what is finished.
+        discard: files and folders that are removed before it is made anew.
+        costly: whether its result is replaced only when that is asked for.
+        shared: whether torchrun's processes share its work; the others leave it to the first.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    wanted: Callable[[Project], bool]
+    settings: Callable[[Project], Any]
+    outputs: Callable[[Project], Sequence[Path]]
+    work: Callable[[Project, Call], Any]
+    discard: Callable[[Project], Sequence[Path]] = lambda project: ()
+    costly: bool = False
+    shared: bool = False
+
+    def clear(self, project: Project) -> None:
+        """Remove what an earlier making left: first that by which it is known to be done."""
+        discarded = self.discard(project)
+        for path in self.outputs(project) if discarded else ():
+            path.unlink(missing_ok=True)
+        for path in discarded:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+# -- what decides each --------------------------------------------------------------------------------------------
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's part of a training: what decides its weights, and not how they are measured."""
+    value = recipe.resolved()
+    kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
+    kept["training"] = {key: each for key, each in kept["training"].items() if key not in NOT_DECIDING}
+    return kept
+
+
+def _rivals(project: Project) -> dict[str, Any]:
+    found = {policy.policy: _training(project.rival(policy)) for policy in project.mixtures}
+    if project.monolith:
+        experts = project.pool_recipe.experts
+        found[MONOLITH] = {
+            "tokens": experts.training.total_tokens,
+            **experts.model_dump(mode="json", include={"base", "rival", "revision", "domains"}),
+        }
+    return found
+
+
+def _experts(project: Project) -> dict[str, Any]:
+    value = project.pool_recipe.experts.model_dump(mode="json", exclude={"library"})
+    for key in NOT_DECIDING:
+        value["training"].pop(key, None)
+    return {"seed": project.pool_recipe.seed, **value}
+
+
+def _gating(*keys: str) -> Callable[[Project], Any]:
+    def settings(project: Project) -> Any:
+        section = gating_config(project.pool_recipe)
+        return {"seed": project.pool_recipe.seed, **section.model_dump(mode="json", include=set(keys))}
+
+    return settings
+
+
+def _scores(project: Project) -> Any:
+    return {**_gating("scores", "experts", "pool", "domains")(project), "dtype": project.pool_recipe.experts.dtype}
+
+
+def _evaluation(project: Project) -> dict[str, Any]:
+    """The `evaluation` section, and what the files of its tasks hold."""
+    files = task_files(project.evaluation.tasks)
+    section = project.evaluation.model_dump(mode="json", exclude={"every_steps"})
+    return {**section, **({"task_files": files} if files else {})}
+
+
+def _table(project: Project) -> dict[str, Any]:
+    """How models are measured, and which stages make them."""
+    found = {**_evaluation(project), "stages": _names(project)}
+    if project.parts is None:
+        return found
+    experts = project.parts.experts.model_dump(mode="json", include={"dtype", "examples"})
+    return {**found, **experts, "sequence_length": project.parts.experts.training.sequence_length}
+
+
+def _names(project: Project) -> list[str]:
+    return [stage.name for stage in STAGES if stage.wanted(project)]
+
+
+def _routing(project: Project) -> Any:
+    routing = routing_config(project.pool_recipe).model_dump(mode="json")
+    return {"routing": routing, "evaluation": _evaluation(project)}
+
+
+def _routed(project: Project) -> list[Path]:
+    """The comparison, and each routed model."""
+    recipe = project.pool_recipe
+    return [project.run / ROUTING, *(routed_folder(recipe, each) / ROUTED for each in routing_config(recipe).build)]
+
+
+# -- what each does -----------------------------------------------------------------------------------------------
+
+
+def _train_rivals(project: Project, call: Call) -> None:
+    train_rivals(project)
+    if project.monolith:
+        train_monolith(project, progress=call.progress)
+
+
+def _make_experts(project: Project, call: Call) -> None:
+    parts = project.pool_recipe
+    if parts.experts.imports:
+        import_recipe_experts(parts, replace=call.replace, progress=call.progress)
+    if parts.experts.trains:
+        train_experts(parts, replace=call.replace, processes=call.processes, progress=call.progress)
+    if call.replace and parts.experts.library is None and is_main_process():
+        remove_unwanted(parts)
+
+
+def _gate(project: Project, call: Call) -> None:
+    fit_gate(project.pool_recipe, progress=call.progress)
+    certify_gate(project.pool_recipe)
+
+
+def _has_gate(project: Project) -> bool:
+    return project.parts is not None and project.parts.gating is not None
+
+
+_TRAINED = (
+    "checkpoints", "metrics.jsonl", "model", "result.json", "run.json", "recipe.yaml", "windows.safetensors",
+    "reference", "tensorboard",
+)  # fmt: skip
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "prepare",
+        "corpora to domains and tokens",
+        (),
+        lambda project: True,
+        lambda project: data_identity(project.data),
+        lambda project: [project.prepared_folder / MANIFEST],
+        lambda project, call: prepare(
+            project.data, project.prepared_folder, rebuild=call.replace, progress=call.progress
+        ),
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "train",
+        "the base, on its mixture",
+        ("prepare",),
+        lambda project: project.whole is not None,
+        lambda project: _training(project.base_recipe),
+        lambda project: [project.run / "result.json"],
+        lambda project, call: run_training(project.base_recipe),
+        lambda project: [project.run / name for name in _TRAINED],
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "rivals",
+        "other mixtures and the monolith",
+        ("prepare", "train"),
+        lambda project: bool(project.mixtures) or project.monolith,
+        _rivals,
+        lambda project: [project.rivals_folder / name / "result.json" for name in _rivals(project)],
+        _train_rivals,
+        lambda project: [project.rivals_folder],
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "experts",
+        "an expert per domain, with its gate",
+        ("prepare", "train", "rivals"),
+        lambda project: project.makes_experts,
+        _experts,
+        lambda project: [project.pool_recipe.library_folder / "library.json"],
+        _make_experts,
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "route",
+        "routers compared, routed models written",
+        ("prepare", "experts"),
+        lambda project: project.makes_experts and project.pool_recipe.routing is not None,
+        _routing,
+        _routed,
+        lambda project, call: route_experts(project.pool_recipe, progress=call.progress),
+        lambda project: [project.run / ROUTING, project.run / "routed"],
+    ),
+    Stage(
+        "score",
+        "text and samples under every expert",
+        ("prepare", "experts"),
+        _has_gate,
+        _scores,
+        lambda project: [project.pool_recipe.scores_folder / "index.json"],
+        lambda project, call: score_experts(project.pool_recipe, overwrite=call.replace, progress=call.progress),
+        costly=True,
+        shared=True,
+    ),
+    Stage(
+        "gate",
+        "the robust gate and its certificate",
+        ("score",),
+        _has_gate,
+        _gating("gate", "fit", "offsets", "mixtures", "held_out_fraction"),
+        lambda project: [project.pool_recipe.gate_folder / name for name in (FIT, CERTIFICATE, GATE)],
+        _gate,
+        lambda project: [project.pool_recipe.gate_folder],
+    ),
+    Stage(
+        "distil",
+        "causal students that can be served",
+        ("score", "gate"),
+        _has_gate,
+        _gating("students"),
+        lambda project: [project.pool_recipe.students_folder / name for name in ("student.json", f"{STUDENT}/{GATED}")],
+        lambda project, call: distil_gate(project.pool_recipe, progress=call.progress),
+        lambda project: [project.pool_recipe.students_folder],
+    ),
+    Stage(
+        "evaluate",
+        "every model on the same held-out text",
+        ("prepare", "train", "rivals", "experts", "route", "distil"),
+        lambda project: True,
+        _table,
+        lambda project: [project.run / EVALUATION],
+        lambda project, call: evaluate_models(project, progress=call.progress),
+        lambda project: [project.run / EVALUATION],
+    ),
+    Stage(
+        "report",
+        "one page and one summary",
+        ("train", "rivals", "route", "gate", "distil", "evaluate"),
+        lambda project: True,
+        _names,
+        lambda project: [project.run / REPORT, project.run / SUMMARY],
+        lambda project, call: report_project(project),
+        lambda project: [project.run / REPORT, project.run / SUMMARY],
+    ),
+)
+"""In the order in which they are carried out."""
+
+
+def stages_of(project: Project) -> tuple[Stage, ...]:
+    """The stages a project has; experts wait for the rivals only where one of them is their base."""
+    found = [stage for stage in STAGES if stage.wanted(project)]
+    if project.parts is None or project.parts.experts.rival is None:
+        found = [
+            replace(stage, needs=tuple(name for name in stage.needs if name != "rivals"))
+            if stage.name == "experts"
+            else stage
+            for stage in found
+        ]
+    return tuple(found)

@@ -1,0 +1,499 @@
+"""From a gate to students that can be served: causal gates over the experts, sparse ones, one dense model.
+
+<run>/students/             student.json and direct.json: what was made, and how good each is on held-out sequences
+<run>/students/NAME/        a model `from_pretrained` loads: student, student-top-1, direct, direct-top-2, dense, ...
+<run>/students/.making-*/   while work is under way: finished gates, and states to continue from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.distillation.dense import DenseProgress, WeightedText, distil_dense
+from weftlm.distillation.sparse import distil_sparse, log_served
+from weftlm.distillation.structural import (
+    DistilProgress,
+    DistilState,
+    distil_structural,
+    model_kl,
+    student_kl,
+    weigh,
+)
+from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.result import finite_or_none
+from weftlm.files import write_whole
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.prefix_gate import PrefixGate, with_top
+from weftlm.gating.primal_dual import FitState, Progress, fit_robust_gate
+from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, measure
+from weftlm.gating.scores import ScoredText
+from weftlm.gating.sequences import ScoredSequences
+from weftlm.models.hf import token_losses
+from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
+from weftlm.pipeline.gating import (
+    FitTable,
+    OpenScores,
+    fit_identity,
+    gating_config,
+    open_gate,
+    open_scores,
+    pool_sources,
+    problem_identity,
+    read_facts,
+)
+from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.report import write_gate_page
+from weftlm.reporting.gating import ALL_RUN
+from weftlm.training.runtime import choose_runtime
+
+STUDENT, DIRECT, DENSE = "student", "direct", "dense"
+RIVALS: Mapping[str, Mapping[str, Any]] = {
+    "uniform": {"gate": "causal_uniform"},
+    "bayes": {"gate": "bayes"},
+    "fixed share": {"gate": "fixed_share"},
+}
+"""Causal gates that need no training, by the name a table gives them."""
+_STOPPING = 0.2
+"""Part of the samples a dense student is not trained on, by which its best weights are chosen."""
+_BATCH = 32
+
+
+def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Make what can be served of the fitted gate, or of a causal gate trained on the minimax objective itself.
+
+    Students that are there already, of the same gate and settings, are kept; interrupted work goes on from its last
+    report.
+
+    Args:
+        recipe: of the experts, the gate and the students.
+        direct: train a causal gate on the minimax objective, and make sparse and dense students of that.
+        progress: a line per report on stderr.
+    Returns:
+        What the kind's JSON file holds: identity, scores (fingerprint), fit (identity of the gate that was distilled),
+        problem (`problem_identity`), experts, unit, offsets, and rows by model: `table_row`, with kl, kl_error,
+        experts_per_token and model (folder) where there are such.
+    Raises:
+        ConfigError: the recipe's settings do not fit what was scored, or samples are missing.
+        DataError: nothing is scored or fitted yet, or experts have changed since they were scored.
+        NumericsError: a loss stops being finite.
+        CheckpointError: a file cannot be written.
+    """
+    config, kind = gating_config(recipe), DIRECT if direct else STUDENT
+    scores = open_scores(recipe, causal=True)
+    fitted = None if direct else open_gate(recipe, scores)
+    if not scores.cache.samples and (not direct or config.students.dense is not None):
+        raise ConfigError(
+            "distillation learns from samples of the experts and none are scored; score some (gating.scores.samples), "
+            "or train the causal gate on the objective itself (weftlm gate distil --direct) without a dense student"
+        )
+    identity = _identity(scores, config, recipe.seed, kind)
+    folder = recipe.students_folder
+    known = read_facts(folder / f"{kind}.json")
+    if known is not None and known.get("identity") == identity and _all_there(known):
+        return known
+    pool, tokenizer = _open_pool(recipe, scores)
+    work = _Work(folder / f".making-{kind}", identity, progress)
+    if direct:
+        teacher: Gate = _direct(scores, config, work)
+        students: dict[str, CausalGate] = {DIRECT: _causal(teacher)}
+    else:
+        assert fitted is not None
+        teacher = fitted[0]
+        lam = [fitted[1]["domains"][name]["lam"] for name in scores.names]
+        students = {STUDENT: _distilled(teacher, scores, config, lam, work)}
+    students |= _sparse(teacher, students[kind], kind, scores, config, work)
+    rows = _rows(teacher, students, scores, config, robust=not direct)
+    models: dict[str, PreTrainedModel] = {}
+    for name, gate in students.items():
+        top = gate.config.top if isinstance(gate, PrefixGate) else None
+        models[name] = ModularLM(pool, gate, top_m=top, refresh_every=config.students.refresh_every)
+    if config.students.dense is not None:
+        name = DENSE if kind == STUDENT else f"{kind}-{DENSE}"
+        served = ModularLM(pool, students[kind])
+        dense = _Dense(teacher, served, scores, config, recipe.seed)
+        models[name] = dense.train(tokenizer, work.folder / DENSE, work.tell)
+        rows[name] = dense.row(models[name])
+    (folder / f"{kind}.json").unlink(missing_ok=True)
+    for old in (kind, *(each.name for each in folder.glob(f"{kind}-*")), *([DENSE] if kind == STUDENT else [])):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save(folder / name)
+        rows[name]["model"] = str(folder / name)
+    found = {
+        "identity": identity,
+        "scores": scores.cache.fingerprint,
+        "fit": None if fitted is None else fitted[1]["identity"],
+        "problem": problem_identity(scores.cache, config, recipe.seed),
+        "experts": list(scores.cache.experts),
+        "unit": config.fit.unit,
+        "offsets": scores.problem["offsets"],
+        "rows": rows,
+    }
+    write_whole(folder / f"{kind}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    work.done()
+    write_gate_page(recipe.run)
+    return found
+
+
+def _all_there(known: Mapping[str, Any]) -> bool:
+    """Whether every model that was made still lies where it was put."""
+    return all(Path(row["model"]).is_dir() for row in known["rows"].values() if "model" in row)
+
+
+def read_students(recipe: ExpertRecipe) -> dict[str, dict[str, Any]]:
+    """Rows of the students that lie in a run folder, by name; empty where none were made.
+
+    Raises:
+        DataError: a file is torn.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for kind in (STUDENT, DIRECT):
+        known = read_facts(recipe.students_folder / f"{kind}.json") or {"rows": {}}
+        found |= {Path(row["model"]).name: row for row in known["rows"].values() if "model" in row}
+    return found
+
+
+def student_plan(recipe: ExpertRecipe, *, direct: bool) -> dict[str, Any]:
+    """What distilling will do, before anything is read."""
+    config, kind = gating_config(recipe).students, DIRECT if direct else STUDENT
+    names = [kind, *(f"{kind}-top-{m}" for m in sorted(set(config.experts_per_token)))]
+    if config.dense is not None:
+        names.append(DENSE if kind == STUDENT else f"{kind}-{DENSE}")
+    return {
+        "gate": "trained on the minimax objective" if direct else str(recipe.gate_folder),
+        "scores": str(recipe.scores_folder),
+        "steps": config.direct.fit.steps if direct else config.distil.steps,
+        "students": ", ".join(names),
+        "result": str(recipe.students_folder),
+    }
+
+
+def _identity(scores: OpenScores, config: GatingConfig, seed: int, kind: str) -> str:
+    """Hash of all that decides the students."""
+    section = config.students.model_dump(mode="json")
+    value = [fit_identity(scores.cache, config, seed), section, kind]
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class _Work:
+    """Work under way: finished gates and states to continue from, thrown away where they are of something else."""
+
+    def __init__(self, folder: Path, identity: str, progress: bool) -> None:
+        self.folder = folder
+        self.progress = progress
+        plan = folder / "plan.json"
+        if (read_facts(plan) or {}).get("identity") != identity:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_whole(plan, json.dumps({"identity": identity}) + "\n")
+
+    def tell(self, text: str) -> None:
+        """A line on stderr."""
+        if self.progress:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def done(self) -> None:
+        """Nothing is left to continue."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def state(self, name: str) -> Path:
+        """Where an interrupted part's state lies."""
+        return self.folder / f"{name}.state.safetensors"
+
+    def gate(self, name: str, make: Callable[[], Gate]) -> Gate:
+        """A finished gate, or one made now."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            save_gate(make(), path)
+            self.state(name).unlink(missing_ok=True)
+        return load_gate(path)
+
+    def distilling(
+        self, name: str, steps: int
+    ) -> tuple[DistilState | None, Callable[[DistilProgress, DistilState], None]]:
+        """A state to continue from, and what keeps states and tells of them."""
+
+        def report(line: DistilProgress, now: DistilState) -> None:
+            now.save(self.state(name))
+            self.tell(f"distil {name} {line.step}/{steps}  KL {line.kl:.4f} ± {line.error:.4f} nats/sequence")
+
+        return DistilState.load(self.state(name)) if self.state(name).exists() else None, report
+
+
+# -- making them --------------------------------------------------------------------------------------------------
+
+
+def _causal(gate: Gate) -> CausalGate:
+    assert isinstance(gate, CausalGate)
+    return gate
+
+
+def _direct(scores: OpenScores, config: GatingConfig, work: _Work) -> Gate:
+    """The causal gate of the minimax objective; it needs no samples, since its Z is 1."""
+    section = config.students.direct
+    fit = section.fit.model_copy(update={"unit": config.fit.unit})
+    table = FitTable(scores.names, fit, enabled=work.progress)
+
+    def report(line: Progress, now: FitState) -> None:
+        now.save(work.state(DIRECT))
+        table.add(line)
+
+    def make() -> Gate:
+        state = FitState.load(work.state(DIRECT)) if work.state(DIRECT).exists() else None
+        found = fit_robust_gate(
+            scores.split.domains, None, gate=section.gate, config=fit, state=state, on_progress=report, **scores.problem
+        )
+        return found.gate
+
+    return work.gate(DIRECT, make)
+
+
+def _distilled(
+    teacher: Gate, scores: OpenScores, config: GatingConfig, lam: Sequence[float], work: _Work
+) -> CausalGate:
+    """The causal gate nearest to the fitted one."""
+    section, split = config.students, scores.split
+
+    def make() -> Gate:
+        state, report = work.distilling(STUDENT, section.distil.steps)
+        real = split.domains if section.distil.real_fraction > 0.0 else {}
+        found = distil_structural(
+            teacher,
+            split.samples,
+            student=teacher if isinstance(teacher, PrefixGate) else section.gate,
+            real=real,
+            lam=lam if real else None,
+            config=section.distil,
+            state=state,
+            on_progress=report,
+        )
+        return found.gate
+
+    return _causal(work.gate(STUDENT, make))
+
+
+def _sparse(
+    teacher: Gate, student: CausalGate, kind: str, scores: OpenScores, config: GatingConfig, work: _Work
+) -> dict[str, CausalGate]:
+    """A student for each number of experts per token; cut down and not trained further where there are no samples."""
+    assert isinstance(student, PrefixGate)
+    section, found = config.students, {}
+    for top in sorted(set(section.experts_per_token)):
+        if top >= student.experts:
+            continue
+        name = f"{kind}-top-{top}"
+
+        def make(name: str = name, top: int = top) -> Gate:
+            if not scores.split.samples:
+                return with_top(student, top)
+            state, report = work.distilling(name, section.distil.steps)
+            made = distil_sparse(
+                teacher,
+                student,
+                scores.split.samples,
+                top,
+                config=section.distil.model_copy(update={"real_fraction": 0.0}),
+                state=state,
+                on_progress=report,
+            )
+            return made.gate
+
+        found[name] = _causal(work.gate(name, make))
+    return found
+
+
+def _open_pool(recipe: ExpertRecipe, scores: OpenScores) -> tuple[ExpertPool, Tokenizer]:
+    """The experts that were scored, and the tokenizer of their text.
+
+    Raises:
+        DataError: they have changed since.
+    """
+    sources = {source.name: source for source in pool_sources(recipe)}
+    missing = [name for name in scores.cache.experts if name not in sources]
+    if missing:
+        raise DataError(f"{', '.join(missing)}: scored, and not among the experts any more; score again")
+    pool = ExpertPool.load([sources[name] for name in scores.cache.experts], dtype=recipe.experts.dtype)
+    now = pool.fingerprints()
+    changed = [name for name, known in scores.cache.expert_fingerprints.items() if now.get(name) != known]
+    if changed:
+        raise DataError(
+            f"{', '.join(changed)}: changed since the experts were scored; score again (weftlm score --overwrite) and "
+            "fit the gate again"
+        )
+    return pool, PreparedData.load(recipe.prepared_folder).tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """A dense student: its texts, its training, its line of the table."""
+
+    teacher: Gate
+    served: ModularLM
+    scores: OpenScores
+    config: GatingConfig
+    seed: int
+
+    def train(self, tokenizer: Tokenizer, folder: Path, tell: Callable[[str], None]) -> PreTrainedModel:
+        """The student of best cross-entropy on samples it was not trained on."""
+        section = self._section()
+        cuts = [one.split_rows(_STOPPING, self.seed) for one in self.scores.split.samples]
+        fit, stop = (self._text([cut[part] for cut in cuts]) for part in (0, 1))
+
+        def report(line: DenseProgress) -> None:
+            loss = "" if line.loss is None else f"  loss {line.loss:.4f}"
+            tell(
+                f"distil dense {line.step}/{section.training.total_steps}{loss}  cross-entropy {line.ce:.4f} nats/token"
+            )
+
+        runtime = choose_runtime(section.training, parameters=0)
+        self.served.pool.to(runtime.device)
+        found = distil_dense(
+            section.model,
+            fit,
+            section,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            teacher=self.served.log_probs if section.token_kl > 0.0 else None,
+            real=self._real() if section.real_fraction > 0.0 else None,
+            held_out=stop,
+            folder=folder,
+            seed=self.seed,
+            runtime=runtime,
+            on_progress=report,
+        )
+        self.served.pool.cpu()
+        found.model.cpu()
+        assert isinstance(found.model, PreTrainedModel)
+        return found.model
+
+    def row(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Its line, on held-out sequences."""
+        split, cache = self.scores.split, self.scores.cache
+        problem = held_out_problem(self.scores, self.config)
+        logs = [log_likelihoods(model, cache.domains[name], split.domain_rows[name][1]) for name in cache.domains]
+        weighted = weigh(self.teacher, split.held_samples)
+        drawn = [
+            log_likelihoods(model, cache.samples[name], rows[1])
+            for name, rows in zip(cache.experts, split.sample_rows, strict=True)
+        ]
+        return {**table_row(measure(logs, problem), problem), **_kl_of(model_kl(weighted, torch.cat(drawn)))}
+
+    def _section(self) -> DenseStudentConfig:
+        assert self.config.students.dense is not None
+        return self.config.students.dense
+
+    def _text(self, rows: Sequence[Tensor]) -> WeightedText:
+        """Some of the samples of the fit, and their token ids."""
+        split, cache = self.scores.split, self.scores.cache
+        weighted = weigh(self.teacher, [one.rows(each) for one, each in zip(split.samples, rows, strict=True)])
+        tokens, masks = [], []
+        for name, (kept, _), each in zip(cache.experts, split.sample_rows, rows, strict=True):
+            text, places = cache.samples[name], kept[each].numpy()
+            tokens.append(text.tokens_NT1[places])
+            masks.append(text.mask_NT[places])
+        return WeightedText.sampled(weighted, tokens, masks)
+
+    def _real(self) -> WeightedText:
+        """The domains' sequences of the fit, equal parts of each."""
+        split, cache = self.scores.split, self.scores.cache
+        tokens, masks, weights = [], [], []
+        for name, text in cache.domains.items():
+            places = split.domain_rows[name][0].numpy()
+            tokens.append(torch.from_numpy(text.tokens_NT1[places]))
+            masks.append(torch.from_numpy(text.mask_NT[places]))
+            weights.append(torch.full((len(places),), 1.0 / len(places)))
+        return WeightedText.of(torch.cat(tokens), weights_N=torch.cat(weights), mask_NT=torch.cat(masks))
+
+
+# -- how good they are --------------------------------------------------------------------------------------------
+
+
+def held_out_problem(scores: OpenScores, config: GatingConfig) -> Problem:
+    """The problem on the sequences no gate was fitted on."""
+    split = scores.split
+    return make_problem(split.held_domains, split.held_samples or None, unit=config.fit.unit, **scores.problem)
+
+
+def table_row(found: Evaluation, problem: Problem) -> dict[str, Any]:
+    """A model's line as JSON, nats of the problem's unit.
+
+    Returns:
+        worst, worst_domain, mean (over the domains, of values), and by domain: value (cross-entropy minus offset),
+        error (standard; None from one document alone), cross_entropy.
+    """
+    values_D = found.values_D * problem.report
+    return {
+        "worst": found.worst,
+        "worst_domain": problem.names[found.worst_domain],
+        "mean": float(values_D.mean()),
+        "domains": {
+            name: {
+                "value": float(values_D[d]),
+                "error": finite_or_none(float(found.errors_D[d])),
+                "cross_entropy": float(found.ce_D[d]),
+            }
+            for d, name in enumerate(problem.names)
+        },
+    }
+
+
+@torch.inference_mode()
+def log_likelihoods(model: nn.Module, text: ScoredText, rows_N: Tensor) -> Tensor:
+    """log p(x) of some sequences of a score cache under a causal language model, nats, float64."""
+    device = next(model.parameters()).device
+    parts = []
+    for places in rows_N.split(_BATCH):
+        tokens_BT1 = torch.from_numpy(text.tokens_NT1[places.numpy()]).to(device, torch.int64)
+        mask_BT = torch.from_numpy(text.mask_NT[places.numpy()]).to(device)
+        parts.append(-(token_losses(model, tokens_BT1).double() * mask_BT).sum(dim=1).cpu())
+    return torch.cat(parts)
+
+
+def _rows(
+    teacher: Gate, students: Mapping[str, CausalGate], scores: OpenScores, config: GatingConfig, *, robust: bool
+) -> dict[str, dict[str, Any]]:
+    """Rivals, the teacher and its students on held-out sequences, each student as it is and as it is served."""
+    problem, held = held_out_problem(scores, config), scores.split.held_samples
+    features = problem.domains[0].features
+    gates: dict[str, Gate] = {name: init_gate(section, problem.experts, features) for name, section in RIVALS.items()}
+    if robust:
+        gates["robust"] = teacher
+    rows: dict[str, dict[str, Any]] = {}
+    for name, gate in {**gates, **students}.items():
+        rows[name] = table_row(evaluate(gate, problem), problem)
+        if isinstance(gate, CausalGate) and held:
+            rows[name] |= _kl_of(student_kl(teacher, gate, held))
+        if isinstance(gate, PrefixGate) and gate.config.top is not None:
+            every = config.students.refresh_every
+            logs = [_served(gate, one, every) for one in problem.domains]
+            rows[f"{name}{ALL_RUN}"] = rows[name]
+            rows[name] = table_row(measure(logs, problem), problem)
+            rows[name] |= {"experts_per_token": gate.config.top, "refresh_every": every}
+    return rows
+
+
+def _served(gate: CausalGate, one: ScoredSequences, refresh_every: int | None) -> Tensor:
+    """log s(x) of sequences as the model that is kept generates, token by token."""
+    parts = torch.arange(len(one)).split(_BATCH)
+    return torch.cat([log_served(gate, one.features.rows(rows), refresh_every=refresh_every) for rows in parts])
+
+
+def _kl_of(found: tuple[float, float]) -> dict[str, float | None]:
+    return {"kl": found[0], "kl_error": finite_or_none(found[1])}

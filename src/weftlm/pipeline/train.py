@@ -1,0 +1,278 @@
+"""One recipe, one run folder: prepare, train, evaluate, save."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.evaluation.result import save_windows
+from weftlm.evaluation.suite import EvaluationConfig, SuiteResult, evaluate_suite
+from weftlm.files import write_whole
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.factory import build_model, count_parameters, load_model
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe, check
+from weftlm.training.loop import Task, Trainer, TrainingResult
+from weftlm.training.metrics import MetricsSink, TensorBoardSink, WandbSink
+from weftlm.training.runtime import Runtime, choose_runtime, environment
+
+log = logging.getLogger(__name__)
+
+HOURS_TO_WAIT_FOR_PREPARATION = 24
+
+
+def run_training(recipe: Recipe) -> dict[str, Any]:
+    """Carry a recipe from text to a trained, evaluated and saved model; continues an interrupted run.
+
+    Returns:
+        result.json as a mapping: final evaluation, mixture, tokens and seconds.
+    Raises:
+        WeftError: for every cause a user can mend; what was complete before stays.
+    """
+    transformers_logging.disable_progress_bar()
+    process = PartialState(
+        timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
+        cpu=recipe.training.device == "cpu" or not torch.cuda.is_available(),
+    )
+    check(recipe)
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    with _only_one(recipe.run) if process.is_main_process else nullcontext():
+        with process.main_process_first():
+            data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
+        identity = recipe.identity(data.fingerprint)
+        finished = _finished(recipe, identity)
+        process.wait_for_everyone()
+        if finished is not None:
+            log.info("%s is finished; this is its result", recipe.run)
+            return finished
+        _refuse_another_run(recipe, identity)
+        if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
+            raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
+        return _train(recipe, data, identity, process)
+
+
+def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialState) -> dict[str, Any]:
+    policy = build_policy(recipe.mixture.model_dump())
+    reference = _reference(recipe, policy.config, data) if "reference_losses" in policy.needs else None
+    model = build_model(
+        recipe.model, vocab_size=data.tokenizer.vocab_size, sequence_length=recipe.training.sequence_length,
+        eos_id=data.tokenizer.eos_id, seed=recipe.seed,
+    )  # fmt: skip
+    runtime = choose_runtime(recipe.training, parameters=count_parameters(model), processes=process.num_processes)
+    if process.is_main_process:
+        write_whole(recipe.run / "recipe.yaml", recipe.to_yaml())
+        described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
+        write_whole(recipe.run / "run.json", json.dumps(described, indent=2) + "\n")
+    latest: list[SuiteResult] = []
+
+    def evaluate(module: nn.Module) -> dict[str, Any]:
+        latest[:] = [_evaluate(module, data, recipe, runtime, recipe.evaluation)]
+        return latest[0].to_json()
+
+    trainer = Trainer(
+        model,
+        training_task(data, policy, reference),
+        recipe.training,
+        alignment=recipe.alignment,
+        runtime=runtime,
+        folder=recipe.run,
+        seed=recipe.seed,
+        evaluate=evaluate,
+        evaluate_every_steps=recipe.evaluation.every_steps or 0,
+        identity=identity,
+        sinks=_sinks(recipe) if process.is_main_process else (),
+        may_shard=True,
+    )
+    trained = trainer.run()
+    trainer.save_model(recipe.run / "model")
+    if process.is_main_process:
+        data.tokenizer.save(recipe.run / "model")
+    if trainer.evaluated_step != trained.step:
+        start = time.perf_counter()
+        evaluate(trainer.module)
+        trained.seconds["eval"] += time.perf_counter() - start
+    if reference is not None:
+        trained.seconds["reference"] = _reference_seconds(recipe, policy.config)
+    result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.choice)
+    if process.is_main_process:
+        save_windows(recipe.run / "windows.safetensors", latest[0].sets)
+        write_whole(recipe.run / "result.json", json.dumps(result, indent=2) + "\n")
+    process.wait_for_everyone()
+    return result
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return bool(PartialState().is_main_process)
+
+
+def training_task(data: PreparedData, policy: Any, reference: nn.Module | None = None) -> Task:
+    """Prepared data and a policy as the training loop takes them."""
+    return Task(
+        domains=tuple(domain.name for domain in data.domains),
+        sources=tuple(domain.train for domain in data.domains),
+        policy=policy,
+        setting=MixtureSetting(
+            domains=tuple(domain.name for domain in data.domains),
+            tokens_D=torch.tensor([len(domain.train) for domain in data.domains], dtype=torch.float64),
+            target_histogram_D=data.target_histogram_D,
+            basis_ND=data.basis_ND,
+        ),
+        target=data.target_train,
+        reference=reference,
+    )
+
+
+def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteResult:
+    """Evaluate a finished run's model again, on more or other tokens.
+
+    Raises:
+        ConfigError: the run has no model yet.
+    """
+    if not (run / "model").is_dir():
+        raise ConfigError(f"{run} has no trained model yet; finish it with weftlm train")
+    data = PreparedData.load(recipe.prepared_folder)
+    runtime = choose_runtime(recipe.training, parameters=0)
+    require_same_data(run, data)
+    model = load_model(run / "model", dtype=recipe.model.dtype).to(runtime.device)
+    return _evaluate(model, data, recipe, runtime, config)
+
+
+def _evaluate(
+    model: nn.Module, data: PreparedData, recipe: Recipe, runtime: Runtime, config: EvaluationConfig
+) -> SuiteResult:
+    return evaluate_suite(
+        model,
+        {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None},
+        data.target_heldout,
+        sequence_length=recipe.training.sequence_length,
+        config=config,
+        device=runtime.device,
+        per_window=True,
+        distributed=PartialState().num_processes > 1,
+    )
+
+
+def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
+    """DoReMi's reference: the model of the run it names, or one trained first on a plain mixture."""
+    folder = _reference_folder(recipe, policy)
+    if policy.reference is None:
+        plain = recipe.model_copy(
+            update={
+                "run": folder,
+                "prepared": recipe.prepared_folder,
+                "mixture": build_policy({"policy": policy.reference_policy}).config,
+            }
+        )
+        run_training(plain)
+    if not (folder / "model").is_dir():
+        raise ConfigError(f"mixture.reference {folder} holds no trained model; give a finished run folder, or null")
+    require_same_data(folder, data)
+    return load_model(folder / "model", dtype=recipe.model.dtype)
+
+
+def _reference_folder(recipe: Recipe, policy: Any) -> Path:
+    return Path(policy.reference) if policy.reference is not None else recipe.run / "reference"
+
+
+def _reference_seconds(recipe: Recipe, policy: Any) -> float:
+    """What training the reference took, a cost of the policy that needs it."""
+    spent = json.loads((_reference_folder(recipe, policy) / "result.json").read_text(encoding="utf-8"))["seconds"]
+    return float(spent["train"] + spent["alignment"])
+
+
+def require_same_data(run: Path, data: PreparedData) -> None:
+    """Refuse a run of other data: token ids mean something only together with the tokenizer that made them.
+
+    Raises:
+        DataError: the run was trained on other prepared data, or does not tell.
+    """
+    path = run / "run.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["data"] if path.exists() else "none"
+    if found != data.fingerprint:
+        raise DataError(
+            f"{run} was trained on other prepared data (fingerprint {found}, here {data.fingerprint}); point "
+            f"`prepared` at the data it was trained on"
+        )
+
+
+def _result(
+    recipe: Recipe, trained: TrainingResult, final: SuiteResult, model: nn.Module, identity: str, choice: Any
+) -> dict[str, Any]:
+    return {
+        "policy": recipe.mixture.policy,
+        "identity": identity,
+        "steps": trained.step,
+        "train_tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "parameters": count_parameters(model),
+        "trainable_parameters": count_parameters(model, trainable=True),
+        "weights": trained.weights,
+        "epochs": trained.epochs,
+        "stopped_early": trained.stopped_early,
+        "estimator": None
+        if choice is None
+        else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
+        **final.to_json(),
+    }
+
+
+def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:
+    path = recipe.run / "result.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if result["identity"] != identity:
+        raise CheckpointError(
+            f"{recipe.run} holds a finished run of another recipe or other data; choose another run folder or remove it"
+        )
+    return result
+
+
+def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
+    sinks: list[MetricsSink] = []
+    for tracker in recipe.trackers:
+        if tracker == "tensorboard":
+            sinks.append(TensorBoardSink(recipe.run / "tensorboard"))
+        else:
+            sinks.append(WandbSink(recipe.run, recipe.run.name, recipe.resolved()))
+    return tuple(sinks)
+
+
+def _refuse_another_run(recipe: Recipe, identity: str) -> None:
+    """Leave an unfinished run of another recipe as it is."""
+    path = recipe.run / "run.json"
+    if not path.exists() or not any((recipe.run / "checkpoints").glob("step-*")):
+        return
+    if json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["run"] != identity:
+        raise CheckpointError(
+            f"{recipe.run} holds an unfinished run of another recipe or other data; choose another run folder or "
+            f"remove it"
+        )
+
+
+@contextmanager
+def _only_one(run: Path) -> Iterator[None]:
+    """Hold the run folder against a second process training in it."""
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"another process is training in {run}; wait for it or choose another run folder"
+            ) from None
+        yield

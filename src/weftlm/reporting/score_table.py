@@ -1,0 +1,158 @@
+"""Several models as tables: held-out bits per byte with differences to the base, and accuracy on tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weftlm.reporting.compare import difference_text
+from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, table
+
+BASE, ORACLE = "base", "oracle"
+"""Rows with a meaning of their own: what differences are taken to, and a bound that no method can claim."""
+COLUMN_SETS = 7
+"""Sets with a column of their own; of more, the sets become the rows of a second table."""
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Bits per byte by row and set, and the share of right answers by row and task.
+
+    Attributes:
+        rows: by label; the base and `oracle` are rows like the others.
+        what: a row is, in one word.
+        base: label of the row that differences are taken to, where there is one.
+        accuracy: by label and task, of those rows that were asked.
+        chance: accuracy of guessing, by task.
+    """
+
+    rows: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    what: str = "router"
+    base: str = BASE
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> list[str]:
+        """Every set any row was scored on, in order."""
+        return list(dict.fromkeys(name for row in self.rows.values() for name in row))
+
+    def mean(self, label: str) -> float:
+        """A row's mean over all sets, each counting once; NaN where one is missing, for it would not compare."""
+        values = [self.rows[label].get(name, math.nan) for name in self.sets]
+        return math.fsum(values) / len(values) if values else math.nan
+
+
+def score_table(facts: ScoreTable) -> str:
+    """Bits per byte by row, mean and sets, with differences to the base; then accuracy by task, where any was asked.
+
+    The best row of a column is bold.
+    """
+    sets = facts.sets
+    wide = len(sets) > COLUMN_SETS
+    columns = [] if wide else sets
+    rows = []
+    for label in facts.rows:
+        cells = [Cell(_value(facts, label, None))] if len(sets) > 1 else []
+        cells += [Cell(_value(facts, label, name)) for name in columns]
+        rows.append([Cell(escape(label), "text", header=True), *cells])
+    heads = [
+        escape(facts.what.capitalize()),
+        *(["Mean over<br>sets"] if len(sets) > 1 else []),
+        *(escape(name) for name in columns),
+    ]
+    text = table(_caption(facts), column_head(heads), rows, kind="routers")
+    if wide:
+        rows = [
+            [Cell(escape(name), "text", header=True), *(Cell(_value(facts, label, name)) for label in facts.rows)]
+            for name in sets
+        ]
+        head = column_head(["Set", *(escape(label) for label in facts.rows)])
+        caption = "Held-out bits per byte by set, as above."
+        text += details(f"All {len(sets)} sets", table(caption, head, rows, kind="dense routers"))
+    return text + ("\n" + _accuracy_table(facts) if facts.accuracy else "")
+
+
+def _accuracy_table(facts: ScoreTable) -> str:
+    """The share of right answers by row: the mean over the tasks and, of few tasks, each; all of many folded away."""
+    tasks = list(dict.fromkeys(name for row in facts.accuracy.values() for name in row))
+    wide = len(tasks) > COLUMN_SETS
+    columns: list[str | None] = [*([None] if len(tasks) > 1 else []), *([] if wide else tasks)]
+    shares = {**facts.accuracy, **({"chance": facts.chance} if facts.chance else {})}
+
+    def cell(label: str, task: str | None) -> Cell:
+        value = _share(shares[label], task, tasks)
+        if not math.isfinite(value):
+            return Cell(DASH)
+        text = data(value, f"{value:.1%}")
+        known = [_share(row, task, tasks) for name, row in facts.accuracy.items() if not _bound(name)]
+        if label in facts.accuracy and not _bound(label) and len(known) > 1 and value == max(known):
+            text = f'<strong class="best">{text}</strong><span class="unseen"> (highest)</span>'
+        return Cell(text)
+
+    rows = [[Cell(escape(label), "text", header=True), *(cell(label, task) for task in columns)] for label in shares]
+    heads = ["Mean over<br>tasks" if task is None else escape(task) for task in columns]
+    caption = f"Share of right answers by {escape(facts.what)}; higher is better. The highest of a column is bold."
+    text = table(caption, column_head([escape(facts.what.capitalize()), *heads]), rows, kind="routers")
+    if wide:
+        rows = [[Cell(escape(task), "text", header=True), *(cell(label, task) for label in shares)] for task in tasks]
+        head = column_head(["Task", *(escape(label) for label in shares)])
+        inside = table("Share of right answers by task, as above.", head, rows, kind="dense routers")
+        text += details(f"All {len(tasks)} tasks", inside)
+    return text
+
+
+def _share(row: Mapping[str, float], task: str | None, tasks: list[str]) -> float:
+    """A row's accuracy on a task, or its mean over all of them; NaN where one is missing."""
+    values = [row.get(name, math.nan) for name in (tasks if task is None else [task])]
+    return math.fsum(values) / len(values)
+
+
+def best_of(facts: ScoreTable | None) -> str:
+    """In a sentence: which row has the lowest mean over the sets."""
+    means = {} if facts is None else {label: facts.mean(label) for label in facts.rows if not _bound(label)}
+    known = {label: mean for label, mean in means.items() if math.isfinite(mean)}
+    if not known:
+        return "Nothing was measured on held-out text."
+    best = min(known, key=known.__getitem__)
+    return f"{best} predicts held-out text best: {known[best]:.3f} bits per byte, mean over the sets."
+
+
+def _caption(facts: ScoreTable) -> str:
+    caption = f"Held-out bits per byte by {escape(facts.what)}; lower is better."
+    if facts.base in facts.rows and len(facts.rows) > 1:
+        named = "the base" if facts.base == BASE else f"{escape(facts.base)}, which the experts are over"
+        caption += f" Under each value its difference to {named}."
+    caption += " The lowest value of a column is bold"
+    if _is_bound(facts):
+        caption += ", the oracle aside: it picks each set's best expert by the very text it is scored on"
+    return caption + "."
+
+
+def _is_bound(facts: ScoreTable) -> bool:
+    return any(_bound(label) for label in facts.rows)
+
+
+def _bound(label: str) -> bool:
+    return label.split(" ", maxsplit=1)[0].lower() == ORACLE
+
+
+def _score(facts: ScoreTable, label: str, name: str | None) -> float:
+    return facts.mean(label) if name is None else facts.rows[label].get(name, math.nan)
+
+
+def _value(facts: ScoreTable, label: str, name: str | None) -> str:
+    """One cell: value, bold where it is the lowest of the methods, and the difference to the base."""
+    value = _score(facts, label, name)
+    if not math.isfinite(value):
+        return DASH
+    methods = [_score(facts, other, name) for other in facts.rows if not _bound(other)]
+    known = [other for other in methods if math.isfinite(other)]
+    text = data(value, f"{value:.3f}")
+    if len(known) > 1 and not _bound(label) and value == min(known):
+        text = f'<strong class="best">{text}</strong><span class="unseen"> (lowest)</span>'
+    base = _score(facts, facts.base, name) if facts.base in facts.rows and label != facts.base else math.nan
+    if math.isfinite(base):
+        text += f'<span class="sub">{data(value - base, difference_text(value - base, math.nan))}</span>'
+    return text

@@ -1,0 +1,187 @@
+"""From the arguments of a Hugging Face model's `forward` to the `Call` a router is told of; memory beside caches."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from weftlm.errors import ConfigError
+from weftlm.routing.router import Call, Memory
+
+_MEMORY = "weftlm_memory"
+"""Attribute of a cache, or of an encoder's output, that carries a router's memory."""
+
+
+def arguments_of(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by name, whether given by place or by name."""
+    signature = _signature(getattr(forward, "__func__", forward))
+    bound = signature.bind_partial(*((None, *args) if hasattr(forward, "__func__") else args), **kwargs)
+    found = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
+
+
+@functools.lru_cache(maxsize=32)
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
+    """The call of a decoder-only model.
+
+    Args:
+        arguments: of its forward, by name.
+        decisive_BT: tokens a sequence-level decision may read; None for all real ones.
+    Raises:
+        ConfigError: neither ids nor embeddings were given, or masks of another shape.
+    """
+    ids_BT, device, shape = _read(arguments, "input_ids", "inputs_embeds")
+    cache = arguments.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    continues = past > 0
+    mask_BT = _mask(arguments.get("attention_mask"), shape, device, past)
+    memory = getattr(cache, _MEMORY, None) if continues else None
+    return Call(
+        input_ids_BT=ids_BT,
+        mask_BT=mask_BT,
+        decisive_BT=_decisive(decisive_BT, mask_BT),
+        memory=Memory() if memory is None else memory.expanded(shape[0]),
+        continues=continues,
+    )
+
+
+def encoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
+    """The call of an encoder run alone, as `generate` runs it before the decoder."""
+    ids_BT, device, shape = _read(arguments, "input_ids", "inputs_embeds")
+    mask_BT = _mask(arguments.get("attention_mask"), shape, device)
+    return Call(ids_BT, mask_BT, _decisive(decisive_BT, mask_BT), Memory())
+
+
+def encoder_decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
+    """The call of an encoder-decoder model; with ready `encoder_outputs`, what was decided for them still holds."""
+    outputs = arguments.get("encoder_outputs")
+    if outputs is None:
+        call = encoder_call(arguments, decisive_BT)
+    else:
+        hidden_BTH = outputs[0]
+        shape = hidden_BTH.shape[:2]
+        mask_BT = _mask(arguments.get("attention_mask"), shape, hidden_BTH.device)
+        memory = getattr(outputs, _MEMORY, None)
+        call = Call(
+            input_ids_BT=None,
+            mask_BT=mask_BT,
+            decisive_BT=mask_BT,
+            memory=Memory() if memory is None else memory.expanded(shape[0]),
+            continues=True,
+        )
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        if arguments.get(name) is not None:
+            shape = arguments[name].shape[:2]
+            call.decoder_mask_BT = _mask(arguments.get("decoder_attention_mask"), shape, arguments[name].device)
+            break
+    return call
+
+
+def remember(call: Call, output: Any) -> None:
+    """Let a router's memory travel with the cache (or the encoder's output) that continues this pass."""
+    if not call.memory.tensors:
+        return
+    cache = getattr(output, "past_key_values", None)
+    if isinstance(cache, Cache):
+        _follow(cache, call.memory)
+    elif not isinstance(output, tuple) and hasattr(output, "last_hidden_state"):
+        object.__setattr__(output, _MEMORY, call.memory)
+
+
+def _follow(cache: Cache, memory: Memory) -> None:
+    cls = type(cache)
+    if not issubclass(cls, _Followed):
+        cache.__class__ = _followed(cls)  # type: ignore[arg-type]
+    object.__setattr__(cache, _MEMORY, memory)
+
+
+class _Followed:
+    """Mixed into the class of a cache that carries a memory: whatever reorders its rows reorders the memory's."""
+
+    weftlm_memory: Memory
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.weftlm_memory.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.weftlm_memory.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        rows = next(iter(self.weftlm_memory.tensors.values())).shape[0]
+        self.weftlm_memory = self.weftlm_memory.expanded(rows * repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.weftlm_memory.follows_tokens:
+            raise ConfigError(
+                "this router follows the text token by token and cannot take tokens back; for assisted or speculative "
+                "generation use a router that decides per token (phatgoose) or once per prompt (retrieval)"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
+
+@functools.cache
+def _followed(cls: type[Cache]) -> type[Cache]:
+    return type(f"Followed{cls.__name__}", (_Followed, cls), {})
+
+
+def _read(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor | None, torch.device, tuple[int, int]]:
+    for name in names:
+        value = arguments.get(name)
+        if value is not None:
+            return (value if name == "input_ids" else None), value.device, (int(value.shape[0]), int(value.shape[1]))
+    raise ConfigError(f"the model was given neither {' nor '.join(names)}")
+
+
+def _mask(attention_mask: Any, shape: tuple[int, ...], device: torch.device, past: int = 0) -> Tensor:
+    """True for the real tokens of this pass; a mask over a cached prefix too is cut to its end.
+
+    Of a mask per pair of tokens (B, 1, T, keys), as `generate` makes for static caches, the real tokens are those that
+    see themselves.
+    """
+    batch, tokens = shape
+    if isinstance(attention_mask, Mapping):  # one per kind of layer
+        attention_mask = attention_mask.get("full_attention")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+        seen_BTK = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        if seen_BTK.shape[1] == tokens and seen_BTK.shape[2] >= past + tokens:
+            own_BT = seen_BTK[:, :, past : past + tokens].diagonal(dim1=1, dim2=2)
+            return own_BT.to(device).expand(batch, tokens)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
+        raise ConfigError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} for {batch} sequences of {tokens} tokens; it must "
+            "cover them (and the cached prefix, if there is one)"
+        )
+    return attention_mask[:, attention_mask.shape[1] - tokens :].to(device=device, dtype=torch.bool)
+
+
+def _decisive(decisive_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
+    if decisive_BT is None:
+        return mask_BT
+    if decisive_BT.shape != mask_BT.shape:
+        raise ConfigError(
+            f"routing_mask has shape {tuple(decisive_BT.shape)}; it must be that of the tokens, {tuple(mask_BT.shape)}"
+        )
+    return decisive_BT.to(device=mask_BT.device, dtype=torch.bool) & mask_BT
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a Hugging Face model has an encoder of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

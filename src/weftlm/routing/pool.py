@@ -1,0 +1,134 @@
+"""The experts' factors, stacked once per module when a model is built; nothing is stacked again in a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from weftlm.errors import ExpertError
+from weftlm.experts.expert import Expert, LoRAFactors
+from weftlm.routing.kernels import routed_delta
+from weftlm.routing.router import Routing, Site
+
+RANK_MULTIPLE = 4
+"""Ranks are padded with zeros to a multiple of it, as grouped matrix products want aligned strides."""
+
+
+class ModulePool(nn.Module):
+    """All adapters of one module.
+
+        delta = sum_k p_k scale_k B_k (A_k u)
+
+    Adapters of smaller rank are padded with zero rows up to the largest rank of the module; the scale is folded into B.
+
+    Args:
+        site: the module.
+        adapters: its adapters, in the order of `site.experts`.
+        experts: number of experts of the whole pool.
+        dtype: the factors are held in.
+
+    Attributes:
+        A_ERI: input factors.
+        B_ERO: output factors times the scale, rank before output.
+        place_E: place of each of the pool's experts in this module's stack; -1 for those that do not adapt it.
+    """
+
+    A_ERI: Tensor
+    B_ERO: Tensor
+    place_E: Tensor
+    mean_A_RI: Tensor | None
+    mean_B_RO: Tensor | None
+
+    def __init__(self, site: Site, adapters: Sequence[LoRAFactors], experts: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.site = site
+        rank = -(-max(adapter.rank for adapter in adapters) // RANK_MULTIPLE) * RANK_MULTIPLE
+        out = adapters[0].B_OR.shape[0]
+        A_ERI = torch.zeros(len(adapters), rank, site.width, dtype=dtype)
+        B_ERO = torch.zeros(len(adapters), rank, out, dtype=dtype)
+        for row, adapter in enumerate(adapters):
+            A_ERI[row, : adapter.rank] = adapter.A_RI.to(dtype)
+            B_ERO[row, : adapter.rank] = (adapter.scale * adapter.B_OR.T).to(dtype)
+        place_E = torch.full((experts,), -1, dtype=torch.int64)
+        place_E[torch.tensor(site.experts, dtype=torch.int64)] = torch.arange(len(adapters))
+        self.register_buffer("A_ERI", A_ERI, persistent=False)
+        self.register_buffer("B_ERO", B_ERO, persistent=False)
+        self.register_buffer("place_E", place_E, persistent=False)
+        self.register_buffer("mean_A_RI", None, persistent=False)
+        self.register_buffer("mean_B_RO", None, persistent=False)
+        self.complete = len(adapters) == experts
+        self.background_rank = 0
+
+    def delta(self, u_BTI: Tensor, routing: Routing) -> Tensor:
+        """What the chosen experts add to the module's output, BTO, in the factors' dtype.
+
+        An expert that does not adapt this module adds nothing, whatever its weight.
+        """
+        experts_NK = routing.experts_BTK.flatten(0, -2)
+        weights_NK = routing.weights_BTK.flatten(0, -2)
+        if not self.complete:
+            experts_NK = self.place_E[experts_NK]
+            weights_NK = torch.where(experts_NK >= 0, weights_NK, 0.0)
+            experts_NK = experts_NK.clamp_min(0)
+        delta_NO = routed_delta(u_BTI.flatten(0, -2), experts_NK, weights_NK, self.A_ERI, self.B_ERO)
+        delta_BTO = delta_NO.view(*u_BTI.shape[:-1], delta_NO.shape[-1])
+        if routing.background_BT is None:
+            return delta_BTO
+        assert self.mean_A_RI is not None
+        assert self.mean_B_RO is not None
+        h_BTR = (u_BTI.to(self.mean_A_RI.dtype) @ self.mean_A_RI.T) * routing.background_BT[..., None]
+        return delta_BTO + h_BTR.to(self.mean_B_RO.dtype) @ self.mean_B_RO
+
+    def set_background(self, rank: int) -> None:
+        """Make (or with rank 0 forget) the factors of the mean update, cut to a rank by singular values, unless made.
+
+        By a randomised singular value decomposition with a fixed start (Halko et al. 2011, arXiv:0909.4061).
+        """
+        if rank == self.background_rank:
+            return
+        self.background_rank = rank
+        self.mean_A_RI = self.mean_B_RO = None
+        if not rank:
+            return
+        experts = len(self.place_E)
+        mean_OI = self.dense_delta(torch.full((experts,), 1.0 / experts))
+        rank = min(rank, *mean_OI.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            U_OR, s_R, V_IR = torch.svd_lowrank(mean_OI.cpu(), q=min(rank + 8, *mean_OI.shape), niter=4)
+        root_R = s_R[:rank].sqrt()
+        self.mean_A_RI = (V_IR[:, :rank] * root_R).T.contiguous().to(self.A_ERI)
+        self.mean_B_RO = (U_OR[:, :rank] * root_R).T.contiguous().to(self.B_ERO)
+
+    def dense_delta(self, weights_E: Tensor) -> Tensor:
+        """sum_z w_z scale_z B_z A_z as one matrix, OI, float32, for weights that no token changes."""
+        used_E = weights_E.to(self.A_ERI.device)[torch.tensor(self.site.experts, device=self.A_ERI.device)]
+        weighted_ERO = self.B_ERO.float() * used_E.float()[:, None, None]
+        return weighted_ERO.flatten(0, 1).T @ self.A_ERI.float().flatten(0, 1)
+
+
+def stack_pool(
+    experts: Sequence[Expert],
+    sites: Sequence[Site],
+    dtypes: Mapping[str, torch.dtype],
+    devices: Mapping[str, torch.device],
+) -> dict[str, ModulePool]:
+    """Stack every site's adapters, each in its module's dtype and on its device.
+
+    Raises:
+        ExpertError: adapters of one module differ in width.
+    """
+    pools = {}
+    for site in sites:
+        adapters = [experts[place].lora.modules[site.name] for place in site.experts]
+        outs = {adapter.B_OR.shape[0] for adapter in adapters}
+        widths = {adapter.A_RI.shape[1] for adapter in adapters}
+        if len(outs) > 1 or widths != {site.width}:
+            raise ExpertError(
+                f"adapters of {site.name} differ in shape (inputs {sorted(widths)}, outputs {sorted(outs)}, the module "
+                f"takes {site.width}); they were made for different base models"
+            )
+        pools[site.name] = ModulePool(site, adapters, len(experts), dtypes[site.name]).to(devices[site.name])
+    return pools

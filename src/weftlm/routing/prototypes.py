@@ -1,0 +1,153 @@
+"""Routers that keep one vector per expert and module and choose by a token's inner products with them.
+
+What differs from one to the next is where the vectors come from and how a product becomes a score.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from weftlm.experts.expert import Expert
+from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, buffer_name
+from weftlm.routing.trace import layer_of
+
+log = logging.getLogger(__name__)
+
+EPSILON = 1e-5
+"""Added to variances in standardisation."""
+
+
+class PrototypeConfig(RouterConfig):
+    """What routers by inner product have in common."""
+
+    k: PositiveInt = Field(2, description="experts per token")
+    temperature: PositiveFloat = Field(1.0, description="scores are divided by it before the softmax")
+    abstain_below: float | None = Field(
+        None, description="a token whose best score is lower gets no expert: the base model alone; absent: never"
+    )
+    share: Literal["module", "layer", "model"] = Field(
+        "module", description="module: every module decides; layer, model: the first module decides for the others"
+    )
+
+
+class PrototypeRouter(Router):
+    """Scores by prototype vectors, the k best experts, a softmax over them.
+
+        s_z = score(<u, v_z>)        p = softmax over the k highest s_z / temperature
+
+    All in float32. Subclasses give the vectors and may change the scores.
+    """
+
+    Config: ClassVar[type[RouterConfig]] = PrototypeConfig
+    config: PrototypeConfig
+
+    def __init__(self, config: PrototypeConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
+        super().__init__(config, experts, sites)
+        blank: dict[str, list[str]] = {}
+        for site in sites:
+            prototypes_EI = self.prototypes([experts[place] for place in site.experts], site)
+            empty_E = prototypes_EI.abs().amax(dim=1) == 0
+            for place in empty_E.nonzero().flatten().tolist():
+                blank.setdefault(experts[site.experts[place]].name, []).append(site.name)
+            # A vector of zeros scores 0 and would beat every negative score: such an expert is never chosen, unless
+            # none of the module has a vector.
+            penalty_E = torch.where(empty_E & ~empty_E.all(), -torch.inf, 0.0)
+            self.register_buffer(f"{buffer_name(site)}:v", prototypes_EI.float(), persistent=False)
+            self.register_buffer(f"{buffer_name(site)}:penalty", penalty_E, persistent=False)
+            self.register_buffer(f"{buffer_name(site)}:experts", torch.tensor(site.experts), persistent=False)
+        self.penalised = {site.name for site in sites if bool(self._of(site, "penalty").isinf().any())}
+        self.complete = {site.name for site in sites if site.experts == tuple(range(len(experts)))}
+        for name, modules in blank.items():
+            log.warning(
+                "expert %s has an empty %s vector in %d modules (%s ...): it is not chosen there while another has one",
+                name, config.router, len(modules), modules[0],
+            )  # fmt: skip
+
+    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
+        """The vectors of a module's experts, EI."""
+        raise NotImplementedError
+
+    def adjust(self, products_BTE: Tensor) -> Tensor:
+        """What is ranked: a function of the products that keeps the order of the scores."""
+        return products_BTE
+
+    def scores(self, best_BTK: Tensor, u_BTI: Tensor) -> Tensor:
+        """Scores of the chosen, from their adjusted products."""
+        return best_BTK
+
+    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+        scope = self._scope(site)
+        if scope is not None and scope in call.decisions:
+            shared: Routing = call.decisions[scope]
+            return shared
+        u_BTI = u_BTI.float()
+        ranked_BTE = self.adjust(u_BTI @ self._of(site, "v").T)
+        if site.name in self.penalised:
+            ranked_BTE = ranked_BTE + self._of(site, "penalty")
+        best_BTK, place_BTK = ranked_BTE.topk(min(self.config.k, len(site.experts)), dim=-1)
+        scores_BTK = self.scores(best_BTK, u_BTI)
+        weights_BTK = torch.softmax(scores_BTK / self.config.temperature, dim=-1)
+        if self.config.abstain_below is not None:
+            weights_BTK = weights_BTK * (scores_BTK[..., :1] >= self.config.abstain_below)
+        experts_BTK = place_BTK if site.name in self.complete else self._of(site, "experts")[place_BTK]
+        routing = Routing(experts_BTK, weights_BTK)
+        if scope is not None:
+            call.decisions[scope] = routing
+        return routing
+
+    def all_scores(self, site: Site, u_BTI: Tensor) -> Tensor:
+        """Scores of every expert of a module, in the order of `site.experts`; 0 for an empty vector."""
+        u_BTI = u_BTI.float()
+        return self.scores(self.adjust(u_BTI @ self._of(site, "v").T), u_BTI)
+
+    def places(self, site: Site) -> Tensor:
+        """Places in the pool of a module's experts."""
+        places_E: Tensor = self._of(site, "experts")
+        return places_E
+
+    def _of(self, site: Site, kind: str) -> Any:
+        return self._buffers[f"{buffer_name(site)}:{kind}"]
+
+    def _scope(self, site: Site) -> tuple[bool, str] | None:
+        """Where a decision holds: None for this module alone, else a key for all that share it."""
+        if self.config.share == "module":
+            return None
+        if self.config.share == "layer":
+            return (site.reads_encoder, layer_of(site.name))
+        # The encoder and the cross-attention that reads it may run in different passes: each decides for itself.
+        return (site.reads_encoder, "encoder" if "encoder" in site.name.split(".") else "decoder")
+
+
+def standardise(v_EI: Tensor) -> Tensor:
+    """Zero mean and unit (biased) variance over the last axis: (v - mean) / sqrt(var + 1e-5); zeros stay zeros."""
+    centred_EI = v_EI - v_EI.mean(dim=-1, keepdim=True)
+    return centred_EI / torch.sqrt(v_EI.var(dim=-1, correction=0, keepdim=True) + EPSILON)
+
+
+class StandardisedRouter(PrototypeRouter):
+    """Scores between standardised vectors.
+
+        c_z = standardise(u) . standardise(v_z) / sqrt(I)
+
+    Because a standardised v has zero mean, standardise(u) . vbar = (u . vbar) / sqrt(var(u) + eps): one product with
+    the raw input, and the scalar, which no ranking needs, only on the chosen.
+    """
+
+    def scores(self, best_BTK: Tensor, u_BTI: Tensor) -> Tensor:
+        scores_BTK: Tensor = best_BTK * (inverse_deviation(u_BTI) * u_BTI.shape[-1] ** -0.5)
+        return scores_BTK
+
+
+def inverse_deviation(u_BTI: Tensor) -> Tensor:
+    """1 / sqrt(var + 1e-5) over the last axis, BT1, with the biased variance."""
+    if torch.is_grad_enabled() and u_BTI.requires_grad:
+        return torch.rsqrt(u_BTI.var(dim=-1, correction=0, keepdim=True) + EPSILON)
+    # As layer normalisation finds it, several times as fast on a CPU as `var`; it has no gradient there.
+    found_BT1: Tensor = torch.native_layer_norm(u_BTI, [u_BTI.shape[-1]], None, None, EPSILON)[2]
+    return found_BT1

@@ -1,0 +1,95 @@
+"""Retrieval: the expert whose training inputs contain the one most like this text, for the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import Expert
+from weftlm.experts.statistics import Decode, Embed, embedder_named
+from weftlm.routing.router import Call, Need, Router, RouterConfig, Routing, Site, routers, whole_sequence
+
+
+class RetrievalConfig(RouterConfig):
+    """Configuration of `retrieval`."""
+
+    router: Literal["retrieval"] = "retrieval"
+    k: PositiveInt = Field(1, description="experts per sequence")
+    temperature: PositiveFloat = Field(0.1, description="cosines are divided by it before the softmax over the k best")
+    read_tokens: PositiveInt | None = Field(
+        None, description="tokens at the start of the sequence that decide; absent: all of the input"
+    )
+
+
+@routers.register("retrieval", paper="arXiv:2302.03202")
+class RetrievalRouter(Router):
+    """One choice per sequence, by nearest training input.
+
+        s_z = max over the N training inputs x of expert z of cos(e(input), e(x))      the k best, softmax(s / tau)
+
+    The same experts in every module and at every token. In generation the prompt decides, and the choice travels with
+    the KV cache; for encoder-decoder models the encoder's input decides.
+
+    Paper: Jang et al., arXiv:2302.03202; a baseline of Muqeeth et al. 2024, arXiv:2402.05859. The embedding is the one
+    the experts' statistics were made with; with text embedders `decode` turns ids into text.
+    """
+
+    Config: ClassVar[type[RouterConfig]] = RetrievalConfig
+    needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
+    config: RetrievalConfig
+
+    def __init__(self, config: RetrievalConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
+        super().__init__(config, experts, sites)
+        statistics = [expert.statistics for expert in experts if expert.statistics is not None]
+        embedders = {expert.name: expert.statistics.embedder for expert in experts if expert.statistics is not None}
+        if len(set(embedders.values())) > 1:
+            raise ExpertError(
+                f"the experts' inputs were embedded differently ({embedders}); collect statistics with one embedder"
+            )
+        self.embedder = statistics[0].embedder
+        self.embed: Embed | None = None
+        self.register_buffer("inputs_NF", torch.cat([each.embeddings_NF for each in statistics]), persistent=False)
+        owner_N = torch.cat([torch.full((len(each.embeddings_NF),), row) for row, each in enumerate(statistics)])
+        self.register_buffer("owner_N", owner_N, persistent=False)
+
+    def set_decode(self, decode: Decode) -> None:
+        """Give the function that turns token ids into text, for embedders that read text."""
+        self.embed = embedder_named(self.embedder, decode)
+
+    def begin(self, call: Call) -> None:
+        if "retrieval.choice" in call.memory.tensors:
+            return
+        if call.continues or call.input_ids_BT is None:
+            raise ConfigError(
+                "router 'retrieval' chooses by the ids of the prompt, and this pass "
+                + ("continues one it has not seen" if call.continues else "was given embeddings")
+                + "; pass input_ids, and the past_key_values or encoder_outputs the routed model itself returned"
+            )
+        scores_BE = self.sequence_scores(call.input_ids_BT, self._deciding(call.decisive_BT))
+        best_BK, choice_BK = scores_BE.topk(min(self.config.k, len(self.names)), dim=-1)
+        call.memory.tensors["retrieval.choice"] = choice_BK
+        call.memory.tensors["retrieval.weights"] = torch.softmax(best_BK / self.config.temperature, dim=-1)
+
+    def sequence_scores(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """s_BE: for each sequence the highest cosine with any training input of each expert."""
+        if self.embed is None:
+            self.embed = embedder_named(self.embedder)
+        inputs_NF = self.get_buffer("inputs_NF")
+        cosines_BN = self.embed(tokens_BT, mask_BT).to(inputs_NF.device, torch.float32) @ inputs_NF.T
+        owner_BN = self.get_buffer("owner_N").expand_as(cosines_BN)
+        lowest_BE = cosines_BN.new_full((len(tokens_BT), len(self.names)), -torch.inf)
+        return lowest_BE.scatter_reduce(1, owner_BN, cosines_BN, "amax")
+
+    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+        memory = call.memory.tensors
+        return whole_sequence(memory["retrieval.choice"], memory["retrieval.weights"], u_BTI.shape[1])
+
+    def _deciding(self, decisive_BT: Tensor) -> Tensor:
+        if self.config.read_tokens is None:
+            return decisive_BT
+        return decisive_BT & (decisive_BT.cumsum(dim=1) <= self.config.read_tokens)

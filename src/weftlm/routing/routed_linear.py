@@ -1,0 +1,125 @@
+"""A linear module of the base model with the pool's adapters beside it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weftlm.routing.pool import ModulePool
+from weftlm.routing.router import Call, Router, Routing, Site
+
+
+class Pass(threading.local):
+    """The pass under way and what it was told beside the model's own arguments; each thread has its own.
+
+    Attributes:
+        call: the pass, None between passes.
+        decisive_BT: tokens a decision per sequence may read, None for all.
+        prompt_tokens: length of the prompt, while `generate` runs.
+        record: called with every decision.
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.decisive_BT: Tensor | None = None
+        self.prompt_tokens: int | None = None
+        self.record: Callable[[Site, Routing], None] | None = None
+
+    def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
+        """A copy of a model is in no pass."""
+        return Pass, ()
+
+
+class Switch:
+    """What the routed modules of one model share: the router, the pass under way, and whether routing is on."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.passing = Pass()
+        self.enabled = True
+
+    def begin(self, call: Call) -> None:
+        """Tell the router of a pass and let the modules route it; in full precision also under autocast."""
+        with torch.autocast(call.mask_BT.device.type, enabled=False):
+            self.router.begin(call)
+        self.passing.call = call
+
+    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+        """Ask the router, in full precision also under autocast, and tell who wants to know."""
+        if torch.is_autocast_enabled(u_BTI.device.type):
+            with torch.autocast(u_BTI.device.type, enabled=False):
+                routing = self.router.route(site, u_BTI, call)
+        else:
+            routing = self.router.route(site, u_BTI, call)
+        if call.record is not None:
+            call.record(site, routing)
+        return routing
+
+
+class RoutedLinear(nn.Module):
+    """y = W u + b + sum_k p_k scale_k B_k A_k u, with experts and p chosen per token by the router.
+
+    The base module is called as it is, quantised or not. Switched off, the result is the base module's, bit for bit.
+
+    Args:
+        base: the module adapted.
+        pool: its adapters; None where fixed weights were folded into a matrix.
+        site: its place in the model.
+        switch: shared with the model's other routed modules.
+        folded: W + sum_z w_z scale_z B_z A_z for weights that never change, in the base weight's own layout.
+    """
+
+    folded: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, pool: ModulePool | None, site: Site, switch: Switch, folded: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.pool = pool
+        self.site = site
+        self.switch = switch
+        self.register_buffer("folded", folded, persistent=False)
+
+    def forward(self, u_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See the class."""
+        switch = self.switch
+        call = switch.passing.call
+        if not switch.enabled or call is None:
+            result: Tensor = self.base(u_BTI, *args, **kwargs)
+            return result
+        if self.folded is not None:
+            return self._folded(u_BTI, self.folded)
+        y_BTO: Tensor = self.base(u_BTI, *args, **kwargs)
+        assert self.pool is not None
+        shape = u_BTI.shape
+        u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(call.mask_BT.shape[0], -1, shape[-1])
+        delta = self.pool.delta(u_tokens, switch.route(self.site, u_tokens, call)).view(y_BTO.shape)
+        if torch.is_grad_enabled() and (y_BTO.requires_grad or delta.requires_grad):
+            return y_BTO + delta.to(y_BTO.dtype)
+        return y_BTO.add_(delta.to(y_BTO.dtype))
+
+    def _folded(self, u_BTI: Tensor, folded: Tensor) -> Tensor:
+        if isinstance(self.base, Conv1D):
+            return F.linear(u_BTI, folded.T, self.base.bias)
+        bias = getattr(self.base, "bias", None)
+        return F.linear(u_BTI, folded, bias)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a base model reads of its own modules (`weight`, `in_features`) is the base module's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):
+                raise
+            return getattr(self.base, name)
+
+    def extra_repr(self) -> str:
+        """The number of experts."""
+        return f"experts={len(self.site.experts)}"

@@ -1,0 +1,521 @@
+"""A base model, a pool of experts and a router as one Hugging Face model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weftlm.config import Section, validate
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.expert import BaseReference, Expert, base_name
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import base_fingerprint, check_fits, module_widths
+from weftlm.files import whole_folder
+from weftlm.models.factory import load_base
+from weftlm.routing.calls import (
+    arguments_of,
+    decoder_call,
+    encoder_call,
+    encoder_decoder_call,
+    is_encoder_decoder,
+    remember,
+)
+from weftlm.routing.pool import ModulePool, stack_pool
+from weftlm.routing.routed_linear import RoutedLinear, Switch
+from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, build_router
+from weftlm.routing.trace import Trace, make_trace
+
+log = logging.getLogger(__name__)
+
+FORMAT = "weftlm routed model 1"
+MANIFEST, EXPERTS, BASE = "routed.json", "experts", "base"
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+"""Arguments of `generate` that hold the prompt."""
+_FINGERPRINTED = {"torch.float32", "torch.bfloat16", "torch.float64"}
+"""Dtypes in which a base has one fingerprint."""
+_ENCODER = re.compile(r"(^|\.)encoder\.|(EncDecAttention|encoder_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$")
+
+
+class _BaseEntry(Section):
+    """Where the base of a saved routed model is."""
+
+    name: str
+    revision: str | None
+    copied: bool
+
+
+class _Manifest(Section):
+    """What `routed.json` holds."""
+
+    format: str
+    base: _BaseEntry
+    fingerprint: str | None
+    dtype: str
+    router: dict[str, Any]
+    experts: list[str]
+
+
+class RoutedModel(nn.Module):
+    """A frozen base model whose adapted modules ask a router, for every token, which experts work on it.
+
+        y = W u + sum_k p_k scale_k B_k A_k u
+
+    `forward`, `generate` (KV cache, beams, left and right padding) and everything else a Hugging Face model has work as
+    they do on the base. The experts' factors are stacked once, here; a forward pass stacks nothing. Several threads may
+    run passes at once, as on the base.
+
+    Args:
+        model: the base; its adapted modules are replaced in place, and put back by `unload`.
+        experts: the pool; adapters may differ in rank, scale and the modules they adapt.
+        router: a router's name or section.
+        base: where the base can be loaded from, for `save_pretrained`.
+
+    Raises:
+        ConfigError: the router's section is wrong, it cannot serve an encoder-decoder model, or the base is routed
+            already.
+        ExpertError: an expert was made for another base, or lacks what the router reads.
+    """
+
+    accepts_routing_mask = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        experts: Sequence[Expert],
+        router: Mapping[str, Any] | RouterConfig | str = "phatgoose",
+        *,
+        base: BaseReference | None = None,
+    ) -> None:
+        super().__init__()
+        if not experts:
+            raise ExpertError("a routed model needs at least one expert; the pool is empty")
+        if len({expert.name for expert in experts}) < len(experts):
+            raise ExpertError(f"experts of a pool need different names; got {[expert.name for expert in experts]}")
+        if any(isinstance(module, RoutedLinear) for module in model.modules()):
+            raise ConfigError("the base model is routed already; call unload() on that routed model, or use_router")
+        found = base_fingerprint(model) if any(expert.lora.base.fingerprint for expert in experts) else None
+        comparable = not _coarse_dtypes(model)
+        for expert in experts:
+            check_fits(expert.lora, model, fingerprint=found if comparable else None)
+        self.experts = tuple(experts)
+        self.base_reference = base if base is not None else BaseReference(getattr(model.config, "_name_or_path", ""))
+        self.sites = _sites(model, experts)
+        # Weights are never trained here: the pool and the router are buffers, and the base stays as it came.
+        self.model = model
+        router_ = self._build(router)
+        places = {site.name: model.get_submodule(site.name) for site in self.sites}
+        self._pools = stack_pool(
+            experts,
+            self.sites,
+            {name: _compute_dtype(module, model.dtype) for name, module in places.items()},
+            {name: next(module.parameters()).device for name, module in places.items()},
+        )
+        self.switch = Switch(router_)
+        self.router = router_
+        for site in self.sites:
+            model.set_submodule(site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
+        self._hooks = self._install_hooks()
+        self.use_router(router_)
+
+    # -- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_library(
+        cls,
+        base: str | Path | PreTrainedModel,
+        library: str | Path | ExpertLibrary,
+        router: Mapping[str, Any] | RouterConfig | str = "phatgoose",
+        *,
+        experts: Sequence[str] | None = None,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Route over the experts of a library.
+
+        A base in float16 or quantised has another fingerprint than the same base in float32; it is taken with a
+        warning.
+
+        Args:
+            base: a folder, a hub name or a model in memory.
+            library: the library or its folder.
+            router: a router's name or section.
+            experts: names of those to use; None for all. One that is broken is an error.
+            revision, dtype: of a base that is loaded.
+            device: where the routed model is put; None for where the base is.
+        Raises:
+            ConfigError, ExpertError: as the class.
+        """
+        opened = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(Path(library))
+        chosen, broken = opened.load_all(experts)
+        if broken:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+            raise ExpertError(
+                f"{len(broken)} of {len(broken) + len(chosen)} experts cannot be used ({reasons}); remove them, or "
+                f"name the others: {', '.join(expert.name for expert in chosen) or 'none is whole'}"
+            )
+        model = base if isinstance(base, PreTrainedModel) else load_base(str(base), revision=revision, dtype=dtype)
+        reference = opened.base
+        if not isinstance(base, PreTrainedModel):
+            reference = BaseReference(base_name(str(base)), revision, opened.base.fingerprint)
+        if opened.base.fingerprint is not None and (found := base_fingerprint(model)) != opened.base.fingerprint:
+            coarse = _coarse_dtypes(model)
+            if not coarse:
+                raise ExpertError(
+                    f"the library {opened.folder} was made for the base {opened.base.name} (fingerprint "
+                    f"{opened.base.fingerprint}); the model given has fingerprint {found}: load that base"
+                )
+            log.warning(
+                "the base is held in %s, which leaves nothing to compare with the fingerprint of %s that the library "
+                "%s was made for; make sure that it is that model",
+                *(", ".join(sorted(coarse)), opened.base.name, opened.folder),
+            )
+        routed = cls(model, chosen, router, base=reference)
+        return routed if device is None else routed.to(device)
+
+    def use_router(self, router: Mapping[str, Any] | RouterConfig | str | Router) -> None:
+        """Route by another router over the same pool; nothing is stacked again.
+
+        Raises:
+            ConfigError, ExpertError: as the class.
+        """
+        built = router if isinstance(router, Router) else self._build(router)
+        built.to(self.device)
+        static_E = built.static_weights_E
+        for site in self.sites:
+            routed = self._routed(site)
+            routed.folded = None
+            self._pools[site.name].set_background(built.background_rank)
+            if static_E is not None and (folded := _fold(routed.base, self._pools[site.name], static_E)) is not None:
+                routed.folded = folded
+        if static_E is not None and any(self._routed(site).folded is None for site in self.sites):
+            built = _Constant(built, self.experts, self.sites)
+        self.router = self.switch.router = built
+
+    def _build(self, router: Mapping[str, Any] | RouterConfig | str) -> Router:
+        built = build_router(router, self.experts, self.sites)
+        if is_encoder_decoder(self.model) and not built.supports_encoder_decoder:
+            raise ConfigError(
+                f"router {built.config.router!r} follows a text from left to right and serves decoder-only models"
+            )
+        return built
+
+    def _routed(self, site: Site) -> RoutedLinear:
+        module = self.model.get_submodule(site.name)
+        if not isinstance(module, RoutedLinear):
+            raise ConfigError("this routed model was unloaded; build another over the base and the experts")
+        return module
+
+    def unload(self) -> PreTrainedModel:
+        """Take the experts out and give the base model back as it was; once is enough."""
+        for site in self.sites if self._hooks else ():
+            self.model.set_submodule(site.name, self._routed(site).base)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        return self.model
+
+    # -- running it ---------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, routing_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, routed.
+
+        Args:
+            routing_mask: BT, True for the tokens that routers which decide once per sequence may read (a prompt and not
+                its continuation); None for all.
+        """
+        self.switch.passing.decisive_BT = routing_mask
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.switch.passing.decisive_BT = self.switch.passing.call = (
+                None  # also after KeyboardInterrupt, which passes hooks by
+            )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, routed; routers that decide once per sequence read the prompt alone."""
+        prompt = args[0] if args else next((kwargs[key] for key in _PROMPTS if kwargs.get(key) is not None), None)
+        if isinstance(prompt, Tensor) and prompt.dim() > 1 and not is_encoder_decoder(self.model):
+            self.switch.passing.prompt_tokens = prompt.shape[1]
+        try:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self.switch.passing.prompt_tokens = self.switch.passing.call = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[Self]:
+        """The base model alone, bit for bit."""
+        before = self.switch.enabled
+        self.switch.enabled = False
+        try:
+            yield self
+        finally:
+            self.switch.enabled = before
+
+    @contextmanager
+    def recording(self, record: Callable[[Site, Routing], None]) -> Iterator[Self]:
+        """Tell every decision of the passes run inside: module and routing, in the order of execution."""
+        passing = self.switch.passing
+        before, passing.record = passing.record, record
+        try:
+            yield self
+        finally:
+            passing.record = before
+
+    def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> list[Trace]:
+        """Run the model once and tell, for each sequence, who worked on each token in each module.
+
+        Of an encoder-decoder model the modules that read the encoder's tokens are told; the decoder need not be given
+        anything to read.
+
+        Raises:
+            ConfigError: the router's weights are the same everywhere, so that there is nothing to trace.
+        """
+        if self.router.static_weights_E is not None:
+            raise ConfigError(
+                f"router {self.router.config.router!r} gives every token the same experts; there is nothing to trace"
+            )
+        told: dict[str, tuple[Site, Routing]] = {}
+
+        def record(site: Site, routing: Routing) -> None:
+            told[site.name] = (site, routing)
+
+        encoder = is_encoder_decoder(self.model)
+        if encoder and not any(key in kwargs for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels")):
+            starts = (self.model.config.decoder_start_token_id, self.model.config.pad_token_id, 0)
+            start = next(token for token in starts if token is not None)
+            kwargs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
+        with self.recording(record), torch.inference_mode():
+            self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        seen = {name: value for name, value in told.items() if value[0].reads_encoder or not encoder}
+        real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        names = [expert.name for expert in self.experts]
+        return [
+            make_trace(input_ids[row][real_BT[row]].tolist(), names, seen, row, real_BT[row].cpu())
+            for row in range(input_ids.shape[0])
+        ]
+
+    def _install_hooks(self) -> list[Any]:
+        model = self.model
+        encoder_decoder = is_encoder_decoder(model)
+        make = encoder_decoder_call if encoder_decoder else decoder_call
+
+        # Methods and partials of them, not closures: `copy.deepcopy` gives a copy hooks of its own.
+        found = [
+            model.register_forward_pre_hook(partial(self._begin, make), with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+        ]
+        if encoder_decoder:
+            encoder = model.get_encoder()
+            found.append(encoder.register_forward_pre_hook(partial(self._begin, encoder_call), with_kwargs=True))
+            found.append(encoder.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        return found
+
+    def _begin(self, make_call: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passing = self.switch.passing
+        if passing.call is not None or not self.switch.enabled:
+            return
+        _refuse_checkpointing(module)
+        call: Call = make_call(arguments_of(module.forward, args, kwargs), passing.decisive_BT)
+        if passing.prompt_tokens is not None:  # without a cache `generate` gives what it wrote as well
+            call.decisive_BT = call.decisive_BT.clone()
+            call.decisive_BT[:, passing.prompt_tokens :] = False
+        call.owner = module
+        call.record = passing.record
+        self.switch.begin(call)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self.switch.passing.call
+        if call is not None and call.owner is module:
+            self.switch.passing.call = None
+            if output is not None:
+                remember(call, output)
+
+    # -- as a Hugging Face model --------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the base model."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model."""
+        return self.model.dtype
+
+    def save_pretrained(self, folder: str | Path, *, copy_base: bool = False) -> None:
+        """Write the routed model: `routed.json`, the experts as a library, and on request the base.
+
+        Args:
+            folder: new or empty.
+            copy_base: also write the base model's weights; without it the base is loaded again from where it came.
+        Raises:
+            ConfigError: the folder is not empty.
+        """
+        folder = Path(folder)
+        with whole_folder(folder, "routed model") as making:
+            self._write(making, copy_base)
+
+    def _write(self, folder: Path, copy_base: bool) -> None:
+        library = ExpertLibrary.create(folder / EXPERTS, self.base_reference)
+        for expert in self.experts:
+            library.add(expert)
+        if copy_base:
+            with self._unrouted() as model:
+                model.save_pretrained(folder / BASE)
+        described = {
+            "format": FORMAT,
+            "base": {"name": self.base_reference.name, "revision": self.base_reference.revision, "copied": copy_base},
+            "fingerprint": self.base_reference.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "router": self.router.config.model_dump(mode="json"),
+            "experts": [expert.name for expert in self.experts],
+        }
+        (folder / MANIFEST).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Path | PreTrainedModel | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            folder: the routed model's folder.
+            base: another place to load the base from, or the base itself; None for where it came from.
+            device: where the model is put; None for where the base is.
+        Raises:
+            ConfigError: the folder holds no routed model, or its base cannot be loaded.
+            ExpertError: as the class.
+        """
+        folder = Path(folder)
+        try:
+            described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} holds no routed model ({MANIFEST}: {error}); build one first") from error
+        if not isinstance(described, dict) or described.get("format") != FORMAT:
+            raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; build the routed model again")
+        manifest = validate(_Manifest, described, str(folder / MANIFEST))
+        place = manifest.base
+        if base is None:
+            if not place.copied and not place.name:
+                raise ConfigError(
+                    f"{folder} does not say where its base is: it was built on a model without a name; give the base "
+                    "(base=), or save the routed model with copy_base=True"
+                )
+            base = folder / BASE if place.copied else place.name
+        return cls.from_library(
+            base,
+            folder / EXPERTS,
+            manifest.router,
+            experts=manifest.experts,
+            revision=place.revision if str(base) == place.name else None,
+            dtype=manifest.dtype,
+            device=device,
+        )
+
+    @contextmanager
+    def _unrouted(self) -> Iterator[PreTrainedModel]:
+        """The base model with its own modules for a while."""
+        routed = {site.name: self._routed(site) for site in self.sites}
+        for name, module in routed.items():
+            self.model.set_submodule(name, module.base)
+        try:
+            yield self.model
+        finally:
+            for name, module in routed.items():
+                self.model.set_submodule(name, module)
+
+
+class _Constant(Router):
+    """Fixed weights where they cannot be folded into a matrix: every expert of weight other than 0, on every token."""
+
+    def __init__(self, router: Router, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
+        super().__init__(router.config, experts, sites)
+        weights_E = router.static_weights_E
+        assert weights_E is not None
+        self.register_buffer("used_K", weights_E.nonzero().flatten(), persistent=False)
+        self.register_buffer("weights_K", weights_E[weights_E != 0], persistent=False)
+
+    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+        used_K, weights_K = self.get_buffer("used_K"), self.get_buffer("weights_K")
+        shape = (*u_BTI.shape[:2], len(used_K))
+        return Routing(used_K.expand(shape), weights_K.expand(shape))
+
+
+def _coarse_dtypes(model: nn.Module) -> set[str]:
+    """Types of a model's parameters under which it has another fingerprint than in float32."""
+    return {str(parameter.dtype) for parameter in model.parameters()} - _FINGERPRINTED
+
+
+def _sites(model: nn.Module, experts: Sequence[Expert]) -> tuple[Site, ...]:
+    """The modules any expert adapts, in the model's order."""
+    encoder_decoder = is_encoder_decoder(model)
+    found: list[Site] = []
+    for name, module in model.named_modules():
+        adapting = tuple(place for place, expert in enumerate(experts) if name in expert.lora.modules)
+        if adapting:
+            widths = module_widths(module)
+            assert widths is not None, name
+            reads_encoder = encoder_decoder and _ENCODER.search(name) is not None
+            found.append(Site(name, len(found), adapting, widths[0], reads_encoder))
+    return tuple(found)
+
+
+def _fold(base: nn.Module, pool: ModulePool, weights_E: Tensor) -> Tensor | None:
+    """W + the weighted sum of updates, in the weight's own layout and dtype; None for a quantised weight."""
+    weight = getattr(base, "weight", None)
+    if not isinstance(base, nn.Linear | Conv1D) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    delta_OI = pool.dense_delta(weights_E)
+    delta = delta_OI.T if isinstance(base, Conv1D) else delta_OI
+    if delta.shape != weight.shape:
+        return None
+    return (weight.detach().float() + delta.to(weight.device)).to(weight.dtype)
+
+
+def _compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype adapters of a module are held in: the weight's, or the model's where the weight is quantised."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return weight.dtype
+    return default
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    """Recomputed layers would run after the pass, unrouted, and give gradients of another function.
+
+    Raises:
+        ConfigError: the model is training with gradient checkpointing.
+    """
+    if (
+        torch.is_grad_enabled()
+        and model.training
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    ):
+        raise ConfigError(
+            "a routed model cannot run its layers again in the backward pass; call gradient_checkpointing_disable(), "
+            "or eval() where nothing of the base is trained"
+        )

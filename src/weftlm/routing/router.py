@@ -1,0 +1,252 @@
+"""The contract of a router, and what it is told: sites, calls, and what is remembered beside a KV cache.
+
+A router is one object for a whole model. Before each forward pass of the model it is told what is read (`begin`); then
+every adapted module asks it, in the order of execution, who works on each of its tokens (`route`). Which experts exist
+and which of them adapt a module is written on the module's `Site`.
+
+A new router is one file in this folder: a config section and a class registered by name. `phatgoose.py` is a good one
+to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from weftlm.config import Section, did_you_mean, validate
+from weftlm.errors import ConfigError, ExpertError
+from weftlm.experts.companions import check_gate, check_statistics
+from weftlm.experts.expert import Expert
+from weftlm.registry import Registry
+
+Need = Literal["gate", "statistics"]
+"""What a router reads of an expert beside its adapter."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who works on each token of one module.
+
+        y = W u + sum_k weights[..., k] scale_k B_k A_k u + background D u          k over the chosen experts
+
+    with D the mean of all the pool's updates, (1/N) sum_z scale_z B_z A_z, cut to the router's `background_rank`.
+
+    Attributes:
+        experts_BTK: int64, places in the pool's list of experts; distinct within a token.
+        weights_BTK: float32; 0 where a place is not used.
+        background_BT: float32, weight of the mean of all experts; None where the router never uses it.
+    """
+
+    experts_BTK: Tensor
+    weights_BTK: Tensor
+    background_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted module of the base model.
+
+    Attributes:
+        name: the module's name in the base model.
+        index: place among the sites, in the model's own order.
+        experts: places of the experts that adapt it, increasing.
+        width: I, of its input.
+        reads_encoder: its tokens are the encoder's: the encoder itself, and keys and values of cross-attention.
+    """
+
+    name: str
+    index: int
+    experts: tuple[int, ...]
+    width: int
+    reads_encoder: bool = False
+
+
+class Memory:
+    """What a router keeps between the forward passes of one generation, beside the KV cache.
+
+    Every tensor has the batch first, so that beams can be reordered with the cache.
+
+    Attributes:
+        tensors: by name.
+        follows_tokens: it sums up the tokens read so far, so that none of them can be taken back.
+    """
+
+    def __init__(self, *, follows_tokens: bool = False) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.follows_tokens = follows_tokens
+
+    def select(self, rows_B: Tensor) -> None:
+        """Take rows, as `reorder_cache` does with keys and values."""
+        self.tensors = {name: value.index_select(0, rows_B.to(value.device)) for name, value in self.tensors.items()}
+
+    def expanded(self, batch: int) -> Memory:
+        """The same for a batch in which every row was repeated (beams, several samples per prompt)."""
+        other = Memory(follows_tokens=self.follows_tokens)
+        for name, value in self.tensors.items():
+            times, rest = divmod(batch, value.shape[0])
+            if rest:
+                raise ConfigError(
+                    f"routing was decided for {value.shape[0]} sequences and the model is now given {batch}; pass the "
+                    "past_key_values or encoder_outputs that belong to them"
+                )
+            other.tensors[name] = value if times == 1 else value.repeat_interleave(times, dim=0)
+        return other
+
+
+@dataclass
+class Call:
+    """One forward pass of the model.
+
+    Attributes:
+        input_ids_BT: token ids of the pass (of the encoder, for encoder-decoder models); None when embeddings came.
+        mask_BT: True for real tokens, False for padding.
+        decisive_BT: tokens a sequence-level decision may read; a part of the mask.
+        memory: what the router keeps beside the cache.
+        continues: the pass continues a cached prefix.
+        decoder_mask_BT: the same as mask_BT for the decoder's tokens of an encoder-decoder model, else None.
+        decisions: what the router wants to find again within this pass.
+        record: called with every routing, for traces.
+        owner: the module whose forward began the pass.
+    """
+
+    input_ids_BT: Tensor | None
+    mask_BT: Tensor
+    decisive_BT: Tensor
+    memory: Memory
+    continues: bool = False
+    decoder_mask_BT: Tensor | None = None
+    decisions: dict[Any, Any] = field(default_factory=dict)
+    record: Callable[[Site, Routing], None] | None = None
+    owner: nn.Module | None = None
+
+    def site_mask(self, site: Site) -> Tensor:
+        """True for the real tokens of a site."""
+        if site.reads_encoder or self.decoder_mask_BT is None:
+            return self.mask_BT
+        return self.decoder_mask_BT
+
+
+class RouterConfig(Section):
+    """What every router's configuration holds."""
+
+    router: str
+
+
+class Router(nn.Module):
+    """Chooses experts. Buffers move with the model and keep their dtype; nothing is trained.
+
+    Attributes:
+        Config: the router's section.
+        needs: what it reads of every expert beside the adapter.
+        config: as given.
+        names: the experts, in the pool's order.
+    """
+
+    Config: ClassVar[type[RouterConfig]]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    supports_encoder_decoder: ClassVar[bool] = True
+
+    def __init__(self, config: RouterConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.config = config
+        self.names = tuple(expert.name for expert in experts)
+
+    @property
+    def static_weights_E(self) -> Tensor | None:
+        """Weights that are the same for every token and module, or None; then nothing need be routed at run time."""
+        return None
+
+    @property
+    def background_rank(self) -> int:
+        """Rank to which the mean of all experts is cut for `Routing.background_BT`; 0: never used."""
+        return 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to a device, but not to another dtype: routing is decided in float32."""
+        moved: Self = super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def begin(self, call: Call) -> None:
+        """Told once before a forward pass."""
+
+    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+        """Who works on each token of a module.
+
+        Args:
+            site: the module.
+            u_BTI: its input.
+            call: the pass.
+        """
+        raise NotImplementedError
+
+
+routers: Registry[Router] = Registry("router", "weftlm.routing")
+
+
+def router_config(section: Mapping[str, Any] | RouterConfig | str) -> RouterConfig:
+    """Validate a router's section, or a bare name.
+
+    Raises:
+        ConfigError: no such router, or a key it does not have.
+    """
+    if isinstance(section, RouterConfig):
+        return section
+    value = {"router": section} if isinstance(section, str) else dict(section)
+    name = value.get("router")
+    if not isinstance(name, str):
+        raise ConfigError(f"a router's section names it: router: phatgoose; allowed: {', '.join(routers)}")
+    return validate(routers[name].Config, value, "router")
+
+
+def build_router(
+    section: Mapping[str, Any] | RouterConfig | str, experts: Sequence[Expert], sites: Sequence[Site]
+) -> Router:
+    """The router a section describes, over a pool of experts.
+
+    Raises:
+        ConfigError: see `router_config`.
+        ExpertError: an expert lacks what the router reads, or has it for other modules, naming it.
+    """
+    config = router_config(section)
+    cls = routers[config.router]
+    for need in sorted(cls.needs):
+        lacking = [expert.name for expert in experts if getattr(expert, need) is None]
+        free = [name for name in routers if need not in routers[name].needs]
+        if lacking:
+            raise ExpertError(
+                f"router {config.router!r} needs a {need} and {', '.join(lacking)} "
+                f"{'has' if len(lacking) == 1 else 'have'} none; make one with `weftlm experts gate`, leave the expert "
+                f"out, or use a router without that need: {', '.join(free)}"
+            )
+    for expert in experts:
+        if "gate" in cls.needs and expert.gate is not None:
+            check_gate(expert.lora, expert.gate)
+        if "statistics" in cls.needs and expert.statistics is not None:
+            check_statistics(expert.lora, expert.statistics)
+    return cls(config, experts, sites)
+
+
+def place_of(name: str, names: Sequence[str]) -> int:
+    """Place of an expert in the pool.
+
+    Raises:
+        ConfigError: no such expert, with a suggestion.
+    """
+    if name not in names:
+        raise ConfigError(f"the pool has no expert {name!r}{did_you_mean(name, names)}")
+    return list(names).index(name)
+
+
+def buffer_name(site: Site) -> str:
+    """A site's name as a buffer may be called."""
+    return site.name.replace(".", "/")
+
+
+def whole_sequence(choice_BK: Tensor, weights_BK: Tensor, tokens: int) -> Routing:
+    """The same choice for every token of a sequence."""
+    shape = (choice_BK.shape[0], tokens, choice_BK.shape[1])
+    return Routing(choice_BK[:, None].expand(shape), weights_BK.to(torch.float32)[:, None].expand(shape))

@@ -1,0 +1,111 @@
+"""The web application: routes, limits, keys, figures and errors around the engines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from weftlm import __version__
+from weftlm.errors import ConfigError
+from weftlm.serving.api_errors import add_handlers
+from weftlm.serving.limits import Hosts, Intake, Keys
+from weftlm.serving.metrics import Counting, Metrics
+from weftlm.serving.openapi import Document
+from weftlm.serving.replies import Health
+from weftlm.serving.request import Generator
+from weftlm.serving.routes import ERRORS, openai_router, serve_model
+from weftlm.serving.schemas import Bounds, request_models
+from weftlm.serving.serve_config import ServeConfig
+
+
+def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: Sequence[APIRouter] = ()) -> FastAPI:
+    """The application that serves engines by their names.
+
+    It starts and stops no engine: whoever made them does. Set `app.state.stopping` before they are closed, so that
+    late requests hear that the server stops.
+
+    Args:
+        engines: name -> engine, at least one.
+        config: limits and keys.
+        pages: more routes, `/` and those under `/api/`.
+    Raises:
+        ConfigError: there is no engine, or a name cannot stand in an address.
+    """
+    if not engines:
+        raise ConfigError("there is no model to serve; name at least one")
+    for name in engines:
+        if not name or "/" in name or not name.isprintable() or len(name) > 200:
+            raise ConfigError(
+                f"a model's name is {name!r}; it must be printable, without '/', of at most 200 characters"
+            )
+    metrics = Metrics(engines)
+    served = {name: serve_model(name, engine, metrics.clock(name)) for name, engine in engines.items()}
+    bounds = bounds_of(engines, config)
+    models = request_models(bounds)
+    executor = ThreadPoolExecutor(1, "weftlm-tokenise")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        executor.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="weftlm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.stopping = False
+    add_handlers(app)
+    app.include_router(openai_router(served, models, bounds, executor))
+
+    @app.get("/healthz", responses={500: ERRORS[500]})
+    async def healthz() -> Health:
+        """Whether the server runs."""
+        return Health()
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 500: ERRORS[500]},
+    )
+    async def metrics_() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    for page in pages:
+        app.include_router(page)
+    keys = [key.get_secret_value() for key in config.api_keys]
+    bodies = {"/v1/completions": models[0], "/v1/chat/completions": models[1]}
+    app.openapi = Document(app, bodies, keyed=bool(keys), named=config.hosts is not None)  # type: ignore[method-assign]
+    app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, intake_seconds=config.intake_seconds)
+    app.add_middleware(Keys, keys=keys)
+    app.add_middleware(Hosts, names=config.hosts)
+    app.add_middleware(Counting, metrics=metrics)
+    return app
+
+
+def bounds_of(engines: Mapping[str, Generator], config: ServeConfig) -> Bounds:
+    """What the settings and the models allow together; a model of several may allow less."""
+    opened = [engine.opened for engine in engines.values()]
+    contexts = [model.max_length for model in opened]
+    known = [context for context in contexts if context is not None]
+    context = max(known) if len(known) == len(contexts) else None
+    return Bounds(
+        names=tuple(engines),
+        max_token_id=max(model.tokenizer.vocab_size for model in opened) - 1,
+        max_prompt_tokens=_least(config.max_prompt_tokens, context),
+        max_prompt_characters=config.max_prompt_characters,
+        max_new_tokens=_least(config.max_new_tokens, context),
+        max_prompts=min(config.max_prompts, config.max_answers),
+        max_choices=min(config.max_choices, config.max_answers),
+        max_answers=config.max_answers,
+        max_messages=config.max_messages,
+        max_top_logprobs=config.max_top_logprobs,
+        timeout_seconds=config.timeout_seconds,
+    )
+
+
+def _least(limit: int, context: int | None) -> int:
+    """A limit of tokens; one token of a context at least is for the other side."""
+    return limit if context is None else max(1, min(limit, context - 1))

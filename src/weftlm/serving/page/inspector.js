@@ -1,0 +1,500 @@
+// The inspector's page: asks the server, and shows what it answers.
+
+import { ask, keep } from "./api.js";
+import { columns, course, usage } from "./charts.js";
+import { column } from "./detail.js";
+import { byId, chance, fill, make, quoted, signed } from "./dom.js";
+import * as legends from "./legend.js";
+import * as address from "./state.js";
+import { Pane } from "./tokens.js";
+import { leader, NOBODY, palette, shares, TIE, unpack } from "./weights.js";
+
+const SURPRISE = "surprise", CHANGE = "change", WORK = "work";
+
+const models = new Map();
+let state = address.read();
+/** What the server told: {base, shown, views} of one model, or {pair}; null before the first look. */
+let found = null;
+/** How it is drawn: panes, charts, and what belongs to a place of the text. */
+let drawn = null;
+let only = null, job = null, again = null, made = null;
+
+const el = Object.fromEntries(["ask", "model", "beside", "text", "look", "generate", "count", "temperature", "seed",
+  "status", "about", "unlock", "key", "error", "result", "totals", "view", "without", "legend", "panes", "detail",
+  "course", "usage", "leave", "costs", "theme"].map((id) => [id, byId(id)]));
+
+// ------------------------------------------------------------------------------------------------------------- asking
+
+/** Do one thing with the server; what was under way is given up. */
+async function run(label, work) {
+  job?.abort();
+  const mine = job = new AbortController();
+  again = () => run(label, work);
+  el.error.hidden = true;
+  el.text.removeAttribute("aria-invalid");
+  el.status.textContent = label;
+  document.body.setAttribute("aria-busy", "true");
+  try {
+    el.status.textContent = await work(mine.signal) ?? "";
+  } catch (trouble) {
+    if (mine.signal.aborted) return;
+    el.status.textContent = "";
+    explain(trouble);
+  } finally {
+    if (job === mine) document.body.removeAttribute("aria-busy");
+  }
+}
+
+function explain(trouble) {
+  if (trouble.status === 401) {
+    el.unlock.hidden = false;
+    el.key.focus();
+  }
+  if (trouble.param === "text") el.text.setAttribute("aria-invalid", "true");
+  el.error.textContent = trouble.message;
+  el.error.hidden = false;
+  if (trouble.status === undefined) throw trouble;
+}
+
+async function begin(signal) {
+  const told = await ask("models", null, signal);
+  models.clear();
+  for (const one of told.models) models.set(one.name, one);
+  fill(el.model, [...models.keys()].map((name) => [name, name]));
+  return settle(signal);
+}
+
+/** Bring the form and the page to the state, asking where a text is given. */
+async function settle(signal) {
+  if (!models.size) return "This server serves no model.";
+  if (!models.has(state.model)) state.model = models.keys().next().value;
+  el.model.value = state.model;
+  offer(state.beside);
+  if (el.text.value !== state.text) el.text.value = state.text;
+  return state.text ? inspect(signal) : "";
+}
+
+/** What can be chosen for the model at hand; a model beside it that is still there stays. */
+function offer(beside = el.beside.value) {
+  const facts = models.get(el.model.value);
+  fill(el.beside, [["", "no other model"], ...[...models.keys()].filter((name) => name !== facts.name).map((name) => [name, name])]);
+  el.beside.value = models.has(beside) && beside !== facts.name ? beside : "";
+  el.beside.closest("label").hidden = models.size < 2;
+  el.text.maxLength = facts.max_characters;
+  const parts = {
+    plain: ["one set of weights, no experts"],
+    routed: [`${facts.experts.length} experts routed by ${facts.by}`, `${facts.layers.reduce((sum, layer) => sum + layer.modules.length, 0)} modules in ${facts.layers.length} layers`],
+    gated: [`${facts.experts.length} experts under the gate ${facts.by}`],
+  }[facts.kind];
+  el.about.textContent = [...parts, `up to ${facts.max_tokens} tokens`].join(" · ");
+}
+
+function take() {
+  const text = el.text.value, model = el.model.value;
+  if (model !== state.model || el.beside.value !== state.beside) Object.assign(state, { view: "", without: "" });
+  if (text !== state.text) {
+    state.at = 0;
+    made = null;
+  }
+  Object.assign(state, { text, model, beside: el.beside.value });
+  address.write(state, true);
+}
+
+function look() {
+  return run("Looking …", (signal) => {
+    take();
+    return inspect(signal);
+  });
+}
+
+function generate() {
+  for (const input of [el.count, el.temperature, el.seed]) if (!input.reportValidity()) return null;
+  return run("Generating …", async (signal) => {
+    const before = el.text.value;
+    const { text } = await ask("generate", {
+      model: el.model.value, text: before, max_tokens: Number(el.count.value),
+      temperature: Number(el.temperature.value), seed: Number(el.seed.value),
+    }, signal);
+    if (!text) return "The model ends the text here.";
+    el.text.value = before + text;
+    take();
+    made = before.length;
+    return inspect(signal);
+  });
+}
+
+/** Ask about the state's text and draw the answer. */
+async function inspect(signal) {
+  const begun = performance.now();
+  const { model, beside, text, without } = state;
+  if (beside && models.has(beside)) {
+    found = { pair: await ask("compare", { a: model, b: beside, text }, signal) };
+  } else {
+    state.beside = "";
+    const known = found?.base && found.base.model === model && found.text === text ? found.base : null;
+    const base = known ?? await ask("inspect", { model, text }, signal);
+    const shown = without ? await ask("inspect", { model, text, without }, signal) : base;
+    found = { base, shown, text, views: new Map(shown.views.map((view) => [view.name, view])) };
+    const [kind, name] = split(state.view);
+    if (kind === "module" && !found.views.has(state.view)) await fetchModule(name, signal);
+    if (!known) el.costs.replaceChildren();
+  }
+  only = null;
+  el.result.hidden = false;
+  draw();
+  const seconds = (performance.now() - begun) / 1000;
+  const count = found.pair ? found.pair.a.tokens.length : found.base.tokens.length;
+  return `${count} tokens in ${seconds.toFixed(2)} s`;
+}
+
+async function fetchModule(name, signal) {
+  const { model, text, without } = state;
+  const told = await ask("inspect", { model, text, module: name, ...(without ? { without } : {}) }, signal);
+  for (const view of told.views) found.views.set(view.name, view);
+}
+
+function split(view) {
+  const colon = view.indexOf(":");
+  return colon < 0 ? [view, ""] : [view.slice(0, colon), view.slice(colon + 1)];
+}
+
+// ------------------------------------------------------------------------------------------------------------ drawing
+
+function draw() {
+  if (found.pair) drawPair();
+  else drawOne();
+  const last = drawn.places - 1;
+  state.at = Math.min(state.at, last);
+  drawn.settle(state.at);
+  address.write(state);
+}
+
+function weights(inspection, view) {
+  const held = unpack(view.weights, inspection.tokens.length, inspection.experts.length);
+  return { held, names: inspection.experts, share: shares(held) };
+}
+
+const surprise = (tokens) => tokens.map((token) => (token.logprob === null ? null : -token.logprob));
+
+/** How a model's tokens are coloured: {colours, legend parts}. */
+function workColours(told, classes) {
+  let tie = false, nobody = false;
+  const colours = [];
+  for (let token = 0; token < told.held.count; token++) {
+    const one = leader(told.held, told.names, classes, token, only);
+    tie ||= one[0] === TIE;
+    nobody ||= one[0] === NOBODY;
+    colours.push(one);
+  }
+  return { colours, tie, nobody };
+}
+
+const surpriseColours = (values, most) => values.map((value) => (value === null ? [NOBODY, 0] : ["xloss", value / most]));
+
+const changeColours = (values, most) => values.map((value) =>
+  value === null || Math.abs(value) < 5e-4 ? ["none", 0] : [value > 0 ? "xworse" : "xbetter", Math.abs(value) / most]);
+
+function press(group) {
+  only = only === group ? null : group;
+  const place = [...el.legend.querySelectorAll("button")].indexOf(document.activeElement);
+  draw();
+  el.legend.querySelectorAll("button")[place]?.focus();
+}
+
+function drawOne() {
+  const { base, shown, views } = found, facts = models.get(base.model);
+  const off = shown.without;
+  el.totals.replaceChildren(legends.losses(
+    [[off ? "With all experts" : base.model, base.totals], ...(off ? [[`Without ${off}`, shown.totals]] : [])], [1, 0]));
+
+  const work = base.kind === "routed"
+    ? [["all", "experts, all modules"],
+      ["Layers", facts.layers.map((layer) => [`layer:${layer.name}`, layer.label])],
+      ...facts.layers.map((layer) => [`Modules of ${layer.label}`,
+        layer.modules.map((module) => [`module:${module.name}`, `${layer.label} ${module.label}`])])]
+    : base.kind === "gated" ? [["gate", "experts, weighed by the gate"]] : [];
+  fill(el.view, [...(off ? [[CHANGE, `what changes without ${off}`]] : []), ...work, [SURPRISE, "surprise"]]);
+  const offered = [...el.view.options].map((option) => option.value);
+  if (!offered.includes(state.view)) state.view = offered[0];
+  el.view.value = state.view;
+  byId("without-field").hidden = base.experts.length < 2;
+  fill(el.without, [["", "no expert"], ...facts.experts.map((name) => [name, name])]);
+  el.without.value = off ?? "";
+
+  const tokens = shown.tokens;
+  const classes = palette([{ names: facts.experts, share: colourShares() }, { names: shown.experts, share: [] }]);
+  const chosen = views.get(state.view) ?? views.get("all") ?? views.get("gate");
+  const told = chosen ? weights(shown, chosen) : null;
+  const change = off ? tokens.map((token, place) =>
+    (token.logprob === null ? null : base.tokens[place].logprob - token.logprob)) : null;
+  const loss = surprise(tokens);
+
+  let colours, legend;
+  if (state.view === CHANGE) {
+    const most = legends.scaleOf(change, 0.05);
+    colours = changeColours(change, most);
+    legend = legends.changeRamp(most, `easier without ${off}`, `harder without ${off}`, "Change of each token's loss.");
+  } else if (state.view === SURPRISE) {
+    const most = legends.scaleOf(loss, 1);
+    colours = surpriseColours(loss, most);
+    legend = legends.surpriseRamp(most);
+  } else {
+    const one = workColours(told, classes);
+    colours = one.colours;
+    legend = legends.experts([told], classes, { only, tie: one.tie, press,
+      nobody: one.nobody ? (base.kind === "gated" ? "context" : "base alone") : "" });
+  }
+  el.legend.replaceChildren(...legend);
+
+  const pane = new Pane(`${tokens.length} tokens`, tokens.map((token) => token.text), { point, settle });
+  pane.paint(colours);
+  if (made !== null) pane.madeFrom(tokenAt(tokens, made));
+  el.panes.replaceChildren(pane.box);
+
+  const label = el.view.selectedOptions[0].textContent;
+  const where = base.kind === "gated" ? "gate" : views.has(state.view) ? label.replace(/^experts, /, "") : "all modules";
+  const charts = [];
+  if (told) {
+    const title = base.kind === "gated" ? "Weights of the gate" : `Shares of the experts, ${where}`;
+    charts.push(course({ held: told.held, names: told.names, classes, exact: base.kind === "gated", label: title, only, go }));
+  }
+  charts.push(change ? columns({ values: change, label: `Change without ${off}`, unit: "nats", go })
+    : columns({ values: loss, label: "Surprise", unit: "nats", go }));
+  el.course.replaceChildren(...charts);
+  byId("usage-section").hidden = !shown.modules.length;
+  el.usage.replaceChildren(...(shown.modules.length ? usage({ modules: shown.modules, layers: facts.layers, names: shown.experts, classes }) : []));
+  byId("costs-section").hidden = base.experts.length < 2;
+
+  drawn = {
+    places: tokens.length, classes,
+    settle(place) {
+      pane.mark(place, place + 1);
+      this.point(place);
+    },
+    point(place) {
+      charts.forEach((chart) => chart.point(place));
+      el.detail.classList.remove("two");
+      el.detail.replaceChildren(column({ tokens, first: place, last: place + 1, held: told?.held, names: told?.names, classes,
+        where, without: off, before: off ? base.tokens : null }), ...(place === tokens.length - 1 ? [nextOf(shown)] : []));
+    },
+    focus: (place) => pane.go(place),
+  };
+
+  function go(token) {
+    pane.go(token);
+  }
+  function settle(token) {
+    remember(token);
+  }
+  function point(token) {
+    drawn.point(token ?? state.at);
+  }
+}
+
+/** Shares that decide who has a colour: those of the whole model, so that colours stay when the view changes. */
+function colourShares() {
+  const { base } = found, view = base.views[0];
+  if (!view) return [];
+  return weights(base, view).share;
+}
+
+function nextOf(inspection) {
+  return make("p", { class: "muted" }, "After the text, most likely: ",
+    ...inspection.next.flatMap((guess, place) => [place ? ", " : "", make("code", {}, quoted(guess.text, 24)),
+      ` ${chance(guess.logprob)}`]));
+}
+
+function tokenAt(tokens, offset) {
+  let end = 0;
+  return tokens.findIndex((token) => (end += token.text.length) > offset);
+}
+
+function drawPair() {
+  const { a, b, segments, totals_a: totalsA, totals_b: totalsB } = found.pair, both = [a, b];
+  el.totals.replaceChildren(legends.losses([[a.model, totalsA], [b.model, totalsB]], [0, 1]));
+  fill(el.view, [[WORK, "experts at work"], [SURPRISE, "surprise"]]);
+  if (![WORK, SURPRISE].includes(state.view)) state.view = both.some((one) => one.views.length) ? WORK : SURPRISE;
+  el.view.value = state.view;
+  for (const id of ["without-field", "usage-section", "costs-section"]) byId(id).hidden = true;
+
+  const told = both.map((one) => (one.views.length ? weights(one, one.views[0]) : null));
+  const classes = palette(told.filter(Boolean));
+  const differences = segments.map((one) => (one.nats_a === null ? null : one.nats_a - one.nats_b));
+  const most = legends.scaleOf(differences, 0.05), loudest = legends.scaleOf(both.flatMap((one) => surprise(one.tokens)), 1);
+  const painted = both.map((one, place) => (told[place] && state.view === WORK ? workColours(told[place], classes)
+    : { colours: surpriseColours(surprise(one.tokens), loudest) }));
+  const working = told.filter((one) => one && state.view === WORK);
+  el.legend.replaceChildren(...(working.length ? legends.experts(working, classes,
+    { only, tie: painted.some((one) => one.tie), nobody: painted.some((one) => one.nobody) ? "context or base alone" : "", press,
+      models: both.filter((_, place) => told[place]).map((one) => one.model) }) : []),
+  ...(working.length < 2 ? legends.surpriseRamp(loudest) : []));
+
+  const toSegment = both.map((one, place) => {
+    const map = new Array(one.tokens.length);
+    segments.forEach((segment, number) => {
+      const [from, to] = place ? segment.b : segment.a;
+      for (let token = from; token < to; token++) map[token] = number;
+    });
+    return map;
+  });
+  const split = new Pane("Difference of the two models", segments.map((one) => one.text), {
+    point: (place) => drawn.point(place ?? state.at), settle: (place) => drawn.settle(place, null),
+  });
+  split.paint(changeColours(differences, most));
+  const panes = both.map((one, place) => {
+    const pane = new Pane(`Tokens of ${one.model}`, one.tokens.map((token) => token.text), {
+      point: (token) => drawn.point(token === null ? state.at : toSegment[place][token]),
+      settle: (token) => drawn.settle(toSegment[place][token], pane),
+    });
+    pane.paint(painted[place].colours);
+    return pane;
+  });
+  el.panes.replaceChildren(
+    make("div", { class: "pair" }, ...panes.map((pane, place) => make("div", {}, make("h3", {}, both[place].model), pane.box))),
+    make("h3", {}, `${a.model} less ${b.model}`), split.box,
+    make("div", { class: "legends" }, ...legends.changeRamp(most, `${a.model} predicts better`, `${b.model} predicts better`,
+      "Difference of the losses of each piece of text.")));
+
+  const go = (place) => split.go(place);
+  const charts = [columns({ values: differences, label: `${a.model} less ${b.model}`, unit: "nats", go })];
+  told.forEach((one, place) => {
+    if (!one) return;
+    const chart = course({ held: one.held, names: one.names, classes, exact: both[place].kind === "gated", only,
+      label: `${both[place].model}: shares of the experts`, go: (token) => panes[place].go(token) });
+    const { point } = chart;
+    chart.point = (number) => point((place ? segments[number].b : segments[number].a)[0]);
+    charts.push(chart);
+  });
+  el.course.replaceChildren(...charts);
+
+  drawn = {
+    places: segments.length, classes,
+    settle(number, from = null) {
+      remember(number);
+      const segment = segments[number];
+      split.mark(number, number + 1);
+      panes.forEach((pane, place) => pane === from || pane.mark(...(place ? segment.b : segment.a)));
+      this.point(number);
+    },
+    point(number) {
+      const segment = segments[number], ranges = [segment.a, segment.b];
+      panes.forEach((pane, place) => pane.hint(...ranges[place]));
+      split.hint(number, number + 1);
+      charts.forEach((chart) => chart.point(number));
+      el.detail.classList.add("two");
+      el.detail.replaceChildren(apart(segment, a.model, b.model), ...both.map((one, place) => column({
+        title: one.model, tokens: one.tokens, first: ranges[place][0], last: ranges[place][1], held: told[place]?.held,
+        names: told[place]?.names, classes, where: one.kind === "gated" ? "gate" : "all modules",
+      })));
+    },
+    focus: go,
+  };
+}
+
+function apart(segment, a, b) {
+  if (segment.nats_a === null) return make("p", { class: "muted" }, "The first token is context; nothing is compared here.");
+  const nats = segment.nats_a - segment.nats_b, size = new TextEncoder().encode(segment.text).length;
+  const better = Math.abs(nats) < 5e-4 ? "Both predict it alike" : `${nats < 0 ? a : b} predicts it better`;
+  return make("p", { class: "likelihood" }, make("code", {}, quoted(segment.text, 60)), ` ${better}: `,
+    make("span", { class: `change ${nats > 0 ? "xworse" : "xbetter"}` }, `${signed(nats)} nats`),
+    ` (${signed(legends.bits(nats, size))} bits per byte).`);
+}
+
+function remember(place) {
+  state.at = place;
+  address.write(state);
+  if (!found.pair) drawn?.point(place);
+}
+
+// ------------------------------------------------------------------------------------------------------------- acting
+
+// Following the link would put its own # in the place of what is looked at.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  el.text.focus();
+});
+el.ask.addEventListener("submit", (event) => {
+  event.preventDefault();
+  look();
+});
+el.generate.addEventListener("click", generate);
+el.text.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  event.preventDefault();
+  if (event.shiftKey) generate();
+  else look();
+});
+el.text.addEventListener("input", () => el.text.removeAttribute("aria-invalid"));
+for (const select of [el.model, el.beside]) select.addEventListener("change", () => {
+  offer();
+  if (found && el.text.value) look();
+});
+el.view.addEventListener("change", () => {
+  state.view = el.view.value;
+  const [kind, name] = split(state.view);
+  only = null;
+  if (kind !== "module" || found.views.has(state.view)) draw();
+  else run("Looking …", async (signal) => {
+    await fetchModule(name, signal);
+    draw();
+  });
+});
+el.without.addEventListener("change", () => switchOff(el.without.value));
+
+function switchOff(name, at = state.at) {
+  Object.assign(state, { without: name, view: name ? CHANGE : "", at });
+  address.write(state, true);
+  return run("Looking …", inspect);
+}
+
+el.leave.addEventListener("click", () => run("Leaving each expert out …", async (signal) => {
+  const told = await ask("leave-one-out", { model: found.base.model, text: found.text }, signal);
+  el.costs.replaceChildren(legends.costs(told, found.base.tokens, drawn.classes, {
+    off: (name) => switchOff(name),
+    show: async (name, token) => {
+      await switchOff(name, token);
+      drawn.focus(token);
+    },
+  }));
+  return "";
+}));
+el.unlock.addEventListener("submit", (event) => {
+  event.preventDefault();
+  keep(el.key.value);
+  el.key.value = "";
+  el.unlock.hidden = true;
+  again?.();
+});
+window.addEventListener("popstate", () => {
+  state = address.read();
+  made = null;
+  if (!state.text) {
+    found = null;
+    el.result.hidden = true;
+  }
+  run("Looking …", settle);
+});
+
+// ------------------------------------------------------------------------------------------------------------- colours
+
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const theme = () => document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
+
+function tellTheme() {
+  el.theme.textContent = theme() === "dark" ? "Light" : "Dark";
+  el.theme.setAttribute("aria-label", `Switch to ${theme() === "dark" ? "light" : "dark"} colours`);
+}
+
+el.theme.addEventListener("click", () => {
+  const next = theme() === "dark" ? "light" : "dark";
+  if ((next === "dark") === dark.matches) delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = next;
+  try {
+    localStorage.setItem("weftlm-theme", document.documentElement.dataset.theme ?? "");
+  } catch { /* not kept */ }
+  tellTheme();
+});
+dark.addEventListener("change", tellTheme);
+tellTheme();
+
+run("", begin);

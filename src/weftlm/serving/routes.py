@@ -1,0 +1,249 @@
+"""The routes under `/v1`, in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Path, Request
+from starlette.responses import Response
+
+from weftlm.serving.answers import Answers, unless_gone
+from weftlm.serving.api_errors import ApiError, ErrorBody
+from weftlm.serving.limits import read_json
+from weftlm.serving.metrics import ModelClock
+from weftlm.serving.prompts import Prompts
+from weftlm.serving.replies import Chat, Completion, ModelCard, ModelList
+from weftlm.serving.request import Generator, Sampling
+from weftlm.serving.schemas import SEED_BITS, Bounds, ChatRequest, CompletionRequest
+from weftlm.serving.schemas import Request as Asked
+from weftlm.serving.stream import EventStream
+from weftlm.serving.writers import ChatWriter, CompletionWriter, Writer, usage_of
+
+COMPLETION_TOKENS = 16
+"""Generated for a completion that does not say how many."""
+
+LONG_CHARACTERS = 4_000
+"""Longer prompts are tokenised in a thread, so that they hold nobody up."""
+
+
+def _streamed(model: str) -> dict[int | str, dict[str, Any]]:
+    """How a stream is documented: events whose data are pieces, or an error; the last one is `[DONE]`."""
+    parts = [{"$ref": f"#/components/schemas/{name}"} for name in (model, "ErrorBody")]
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    data = {"anyOf": [{"const": "[DONE]"}, json]}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is wrong."},
+    404: {"model": ErrorBody, "description": "There is no such model."},
+    408: {"model": ErrorBody, "description": "The body did not arrive, or nothing was generated, in time."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    415: {"model": ErrorBody, "description": "The body is not JSON."},
+    429: {
+        "model": ErrorBody,
+        "description": "The queue is full.",
+        "headers": {"Retry-After": {"description": "Seconds.", "required": True, "schema": {"type": "integer"}}},
+    },
+    500: {"model": ErrorBody, "description": "The model failed."},
+    503: {"model": ErrorBody, "description": "The server stops."},
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that can be asked.
+
+    Attributes:
+        name: clients use.
+        generator: answers.
+        prompts: its tokenizer.
+        clock: where its times are reported to.
+        created: seconds since 1970.
+    """
+
+    name: str
+    generator: Generator
+    prompts: Prompts
+    clock: ModelClock
+    created: int
+
+    @property
+    def card(self) -> ModelCard:
+        """What `/v1/models` tells of it."""
+        return ModelCard(id=self.name, created=self.created, owned_by="weftlm")
+
+
+def openai_router(
+    served: Mapping[str, Served],
+    models: tuple[type[CompletionRequest], type[ChatRequest]],
+    bounds: Bounds,
+    executor: Executor,
+) -> APIRouter:
+    """The routes of a server.
+
+    Args:
+        served: name -> model.
+        models: of the two kinds of request, as `schemas.request_models` makes them.
+        bounds: of requests.
+        executor: where long prompts are tokenised.
+    """
+    router = APIRouter(prefix="/v1")
+    completion_model, chat_model = models
+
+    def find(name: str) -> Served:
+        if name not in served:
+            known = ", ".join(served)
+            raise ApiError(
+                404, f"there is no model {name!r:.200}; allowed: {known}", param="model", code="model_not_found"
+            )
+        return served[name]
+
+    async def encode(work: Callable[[], list[list[int]]], characters: int) -> list[list[int]]:
+        if characters <= LONG_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+    async def reply(
+        request: Request, asked: Asked, model: Served, prompts: list[list[int]], sampling: Sampling, writer: Writer
+    ) -> Response:
+        """Queue every prompt n times and answer, whole or piece by piece."""
+        choices = range(asked.n if asked.n is not None else 1)
+        each = [(prompt, seeded(sampling, number)) for prompt in prompts for number in choices]
+        if len(each) > bounds.max_answers:
+            message = (
+                f"{len(prompts)} prompts and n {len(choices)} make {len(each)} answers; at most {bounds.max_answers}"
+            )
+            raise ApiError(400, message, param="n", code="invalid_value")
+        if request.app.state.stopping:
+            raise ApiError(503, "the server stops", code="stopping")
+        timeout_s = bounds.timeout_seconds if asked.timeout is None else asked.timeout
+        answers = Answers(model.generator, each, timeout_s, model.clock)
+        prompt_tokens = sum(map(len, prompts))
+        if asked.stream:
+            return EventStream(answers, writer, prompt_tokens, asked.include_usage)
+        try:
+            await unless_gone(request.receive, answers.collect())
+        finally:
+            answers.cancel()
+        usage = usage_of(prompt_tokens, answers.completion_tokens)
+        return Response(writer.whole(answers.answers, usage).model_dump_json(), media_type="application/json")
+
+    def room(model: Served, prompts: Sequence[Sequence[int]], wanted: int | None, default: int, param: str) -> int:
+        """Tokens each answer may have: what was asked for, or the default as far as the context leaves it."""
+        longest = max(map(len, prompts))
+        if longest > bounds.max_prompt_tokens:
+            raise ApiError(
+                400,
+                f"the prompt has {longest:,} tokens; at most {bounds.max_prompt_tokens:,} are allowed",
+                param=param,
+                code="context_length_exceeded",
+            )
+        context = model.generator.opened.max_length
+        if context is None:
+            return default if wanted is None else wanted
+        left = context - longest
+        if left < (1 if wanted is None else wanted):
+            raise ApiError(
+                400,
+                f"{model.name} reads {context:,} tokens; the prompt has {longest:,} and "
+                f"{1 if wanted is None else wanted:,} more were asked for; shorten it, or ask for fewer",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return min(default, left) if wanted is None else wanted
+
+    @router.get("/models", responses={500: ERRORS[500]})
+    async def models_() -> ModelList:
+        """All models that can be asked."""
+        return ModelList(data=[model.card for model in served.values()])
+
+    @router.get("/models/{model}", responses={status: ERRORS[status] for status in (404, 500)})
+    async def model_(model: str = Path(json_schema_extra={"enum": list(served)})) -> ModelCard:
+        """One of them."""
+        return find(model).card
+
+    @router.post("/completions", response_model=Completion, responses={**ERRORS, **_streamed("Completion")})
+    async def completions(request: Request) -> Response:
+        """Continue texts."""
+        asked = await read_json(request, completion_model)
+        model = find(asked.model)
+        texts, ids = _split(asked.prompt)
+        if texts is not None:
+            special = asked.add_special_tokens is not False
+            ids = await encode(
+                lambda: [model.prompts.text(text, special=special) for text in texts], sum(map(len, texts))
+            )
+        vocabulary = model.prompts.opened.tokenizer.vocab_size
+        if (largest := max(map(max, ids))) >= vocabulary:
+            message = f"prompt: {model.name} has no token {largest}; ids are below {vocabulary:,}"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+        tokens = room(model, ids, asked.max_tokens, min(COMPLETION_TOKENS, bounds.max_new_tokens), "prompt")
+        sampling = sampling_of(asked, tokens, asked.logprobs)
+        return await reply(
+            request, asked, model, ids, sampling, CompletionWriter(model.name, model.prompts, asked.logprobs)
+        )
+
+    @router.post("/chat/completions", response_model=Chat, responses={**ERRORS, **_streamed("ChatChunk")})
+    async def chat(request: Request) -> Response:
+        """Answer in a conversation.
+
+        The tokenizer's chat template writes the prompt. For a model without one it is a line `role: text` for each
+        message and the line `assistant:`.
+        """
+        asked = await read_json(request, chat_model)
+        model = find(asked.model)
+        messages = [
+            {"role": message.role, "content": message.text, **({"name": message.name} if message.name else {})}
+            for message in asked.messages
+        ]
+        characters = sum(len(message["content"]) for message in messages)
+        ids = await encode(lambda: [model.prompts.chat(messages)], characters)
+        wanted = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
+        top = (asked.top_logprobs or 0) if asked.logprobs else None
+        sampling = sampling_of(asked, room(model, ids, wanted, bounds.max_new_tokens, "messages"), top)
+        return await reply(request, asked, model, ids, sampling, ChatWriter(model.name, model.prompts, top))
+
+    return router
+
+
+def sampling_of(asked: Asked, tokens: int, top: int | None) -> Sampling:
+    """How the tokens of a request are drawn."""
+    return Sampling(
+        max_tokens=tokens,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        seed=asked.seed,
+        stop=asked.stops,
+        logprobs=top,
+        ignore_eos=bool(asked.ignore_eos),
+    )
+
+
+def seeded(sampling: Sampling, number: int) -> Sampling:
+    """The sampling of one of several answers: its seed is the request's and its number, modulo 2^63."""
+    if sampling.seed is None:
+        return sampling
+    return Sampling(**{**vars(sampling), "seed": (sampling.seed + number) % (1 << SEED_BITS)})
+
+
+def _split(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[list[str] | None, list[list[int]]]:
+    """The texts of a prompt, or its ids."""
+    if isinstance(prompt, str):
+        return [prompt], []
+    texts = [text for text in prompt if isinstance(text, str)]
+    if texts:
+        return texts, []
+    lists = [ids for ids in prompt if isinstance(ids, list)]
+    return None, lists or [[token for token in prompt if isinstance(token, int)]]
+
+
+def serve_model(name: str, generator: Generator, clock: ModelClock) -> Served:
+    """A model under a name."""
+    return Served(name, generator, Prompts(generator.opened), clock, int(time.time()))

@@ -1,0 +1,121 @@
+"""How a model is driven: prompts read in pieces, then token by token; here the way that works for every model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.pipeline.any_model import OpenModel
+from weftlm.routing.prefix import PrefixRouter
+from weftlm.routing.prototypes import PrototypeRouter
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.uniform import UniformRouter
+
+
+class Stepper(Protocol):
+    """Drives a model for several requests; what is known of a request lies in its state, made by `begin`.
+
+    Attributes:
+        together: `step` takes several requests in one pass; else it is given one at a time.
+    """
+
+    together: bool
+
+    def begin(self) -> Any:
+        """The state of a request of which nothing was read."""
+
+    def read(self, state: Any, ids: Sequence[int]) -> Tensor:
+        """Read the next piece of a prompt; logits_V after its last token, up to a constant."""
+
+    def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Sequence[Tensor]:
+        """Read one token of each request; logits_V after each, up to a constant."""
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+
+
+@dataclass
+class Reading:
+    """What `OneByOne` keeps of a request: its text so far and the cache the model gave."""
+
+    ids: list[int] = field(default_factory=list)
+    prompt: int = 0
+    cache: Any = None
+
+
+class OneByOne:
+    """One request per pass, with the cache the model itself makes. Works for every model.
+
+    A pass sees nothing of other requests, so that what is generated beside others equals what is generated alone, bit
+    for bit. A model that keeps no cache of keys and values reads the whole text again for each token.
+
+    Args:
+        opened: the model.
+    """
+
+    together = False
+
+    def __init__(self, opened: OpenModel) -> None:
+        self._model = opened.model
+        self._device = opened.model.device
+        self._routed = isinstance(opened.model, RoutedModel)
+        self._cached = keeps_cache(opened.model)
+        forward = inspect.signature(inner_model(opened.model).forward).parameters
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+
+    def begin(self) -> Reading:
+        return Reading()
+
+    def read(self, state: Reading, ids: Sequence[int]) -> Tensor:
+        state.prompt += len(ids)
+        return self._pass(state, ids)
+
+    def step(self, states: Sequence[Reading], tokens: Sequence[int]) -> list[Tensor]:
+        return [self._pass(state, [token]) for state, token in zip(states, tokens, strict=True)]
+
+    def close(self) -> None:
+        """Nothing was changed."""
+
+    def _pass(self, state: Reading, ids: Sequence[int]) -> Tensor:
+        if self._cached:
+            ids_1T = torch.tensor([ids], device=self._device)
+            output = self._model(input_ids=ids_1T, past_key_values=state.cache, use_cache=True, **self._last)
+            state.cache = output.past_key_values
+        else:
+            state.ids += ids
+            ids_1T = torch.tensor([state.ids], device=self._device)
+            told: dict[str, Any] = dict(self._last)
+            if self._routed:  # what decides once per text reads the prompt alone
+                told["routing_mask"] = torch.arange(len(state.ids), device=self._device)[None] < state.prompt
+            output = self._model(input_ids=ids_1T, use_cache=False, **told)
+        logits_V: Tensor = output.logits[0, -1]
+        return logits_V
+
+
+def inner_model(model: Any) -> nn.Module:
+    """The transformers model whose `forward` a pass ends in: without routing and PEFT around it."""
+    if isinstance(model, RoutedModel):
+        model = model.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+
+
+def keeps_cache(model: Any) -> bool:
+    """Whether all a model carries from token to token is a cache passed as `past_key_values`."""
+    if isinstance(model, ModularLM):
+        return all(backbone.keeps_keys for backbone in model.pool.backbones)
+    return "past_key_values" in inspect.signature(inner_model(model).forward).parameters
+
+
+def reads_in_pieces(model: Any) -> bool:
+    """Whether a prompt read in pieces gives what it gives in one pass: not where a router decides once per text."""
+    if not keeps_cache(model):
+        return False
+    if not isinstance(model, RoutedModel) or model.router.static_weights_E is not None:
+        return True
+    return isinstance(model.router, PrototypeRouter | PrefixRouter | UniformRouter)

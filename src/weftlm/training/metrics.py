@@ -1,0 +1,160 @@
+"""metrics.jsonl: one JSON object per line, rewound on resume to the step a checkpoint stands for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from weftlm.errors import CheckpointError
+from weftlm.files import write_whole
+
+
+class MetricsSink(Protocol):
+    """Where metric lines also go: TensorBoard, Weights & Biases."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Take one line of metrics.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """Finish writing."""
+        ...
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and passes each line on to further sinks.
+
+    Args:
+        path: the file.
+        resume_step: lines of later steps, and a torn last line, are dropped: they are about to be written again.
+        sinks: further receivers of every line.
+        enabled: False writes nothing (every rank but the first).
+    """
+
+    def __init__(
+        self, path: Path, *, resume_step: int = 0, sinks: tuple[MetricsSink, ...] = (), enabled: bool = True
+    ) -> None:
+        self._sinks = sinks if enabled else ()
+        self._file = None
+        if enabled:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _rewind(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
+        """Append one line; numbers that are not finite become null."""
+        line = {"kind": kind, "step": step, "tokens": tokens, **_finite(values)}
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"metrics.jsonl cannot be written: {error}; free some space, then the same command continues from "
+                    f"the last checkpoint"
+                ) from error
+        for sink in self._sinks:
+            sink.write(line)
+
+    def flush(self) -> None:
+        """Force the lines to disk, so that a checkpoint never knows more than its log."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file and the sinks."""
+        if self._file is not None:
+            self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file; a torn last line (a run killed while writing) is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            if text.endswith("\n"):
+                yield json.loads(text)
+
+
+def _rewind(path: Path, resume_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step and resume_step > 0]
+    write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class TensorBoardSink:
+    """Scalars of every metric line in TensorBoard's format; needs the `tensorboard` package.
+
+    Args:
+        folder: where the event files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional extra
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write the line's numbers under `kind/name`."""
+        for name, value in flatten(line):
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """Scalars of every metric line in a Weights & Biases run; needs the `wandb` package and its own login.
+
+    Args:
+        folder: where wandb keeps its local files.
+        name: the run's name there.
+        recipe: the resolved recipe, shown as the run's configuration.
+    """
+
+    def __init__(self, folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 - an optional extra
+
+        self._run = wandb.init(project="weftlm", name=name, dir=str(folder), config=dict(recipe))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Log the line's numbers under `kind/name`."""
+        self._run.log({**dict(flatten(line)), "step": line["step"]})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def flatten(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a metric line as (kind/path, value)."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(f"{prefix}/{key}", item)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix, float(value)
+
+    for key, item in line.items():
+        if key not in ("kind", "step"):
+            yield from walk(f"{line['kind']}/{key}", item)

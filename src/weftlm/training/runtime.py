@@ -1,0 +1,143 @@
+"""Settings tuned for the machine a run finds itself on, each with its reason.
+
+The choices rest on measurements: on CPUs without fast bf16 matrix units autocast is an order of magnitude slower and
+compilation gains nothing for small models; glibc returns large tensors to the system after every step, which costs page
+faults that a higher threshold avoids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weftlm import __version__
+from weftlm.training.config import TrainingConfig
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""glibc's mallopt parameter numbers (malloc.h)."""
+
+MALLOC_GAINS_BELOW_PARAMETERS = 8_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting chosen for this machine, and why."""
+
+    setting: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run uses: `bf16` autocast, compilation, device, and the reasons for the log."""
+
+    device: torch.device
+    bf16: bool
+    compile: bool
+    choices: tuple[Choice, ...]
+
+
+def choose_runtime(config: TrainingConfig, *, parameters: int, processes: int = 1) -> Runtime:
+    """Choose device, precision, compilation, threads and malloc settings, and apply the process-wide ones.
+
+    Args:
+        config: the `training` section; explicit settings win over measured defaults.
+        parameters: model size.
+        processes: training processes on this machine.
+    """
+    use_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu") if use_cpu else torch.device("cuda", torch.cuda.current_device())
+    choices = [Choice("device", device.type, "asked for" if config.device == "cpu" else "what torch finds here")]
+
+    if config.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        reason = "fast bf16 matrix units" if bf16 else "no fast bf16 here"
+    else:
+        bf16, reason = config.precision == "bf16", "asked for"
+    choices.append(Choice("precision", "bf16" if bf16 else "fp32", reason))
+
+    if config.compile == "auto":
+        compiled = device.type == "cuda"
+        reason = "pays on GPUs" if compiled else "gains nothing for small models on a CPU and costs its start-up"
+    else:
+        compiled, reason = bool(config.compile), "asked for"
+    choices.append(Choice("compile", str(compiled).lower(), reason))
+
+    if processes > 1:
+        split = config.parallel == "fsdp2"
+        reason = (
+            "asked for; each process holds its part of the model" if split else "each process holds the model whole"
+        )
+        choices.append(Choice("parallel", config.parallel, reason))
+    elif config.parallel == "fsdp2":
+        choices.append(Choice("parallel", "none", "one process has nobody to split the model with"))
+
+    if device.type == "cpu":
+        choices.append(_set_threads(config.threads, processes))
+        choices.append(_set_malloc(parameters))
+    else:
+        torch.set_float32_matmul_precision("high")
+        choices.append(Choice("float32 matmul", "high", "TF32 for what stays in fp32"))
+    return Runtime(device, bf16, compiled, tuple(choices))
+
+
+def _set_threads(asked: int | None, processes: int) -> Choice:
+    if asked is not None:
+        torch.set_num_threads(asked)
+        return Choice("threads", str(asked), "asked for")
+    if "OMP_NUM_THREADS" in os.environ:
+        return Choice("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS")
+    count = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else None
+    if count is not None:
+        torch.set_num_threads(count)
+    return Choice("threads", str(torch.get_num_threads()), f"cores over {processes} process(es)")
+
+
+def _set_malloc(parameters: int) -> Choice:
+    if platform.libc_ver()[0] != "glibc":
+        return Choice("malloc", "default", "not glibc")
+    if parameters >= MALLOC_GAINS_BELOW_PARAMETERS:
+        return Choice("malloc", "default", "no gain at this model size")
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
+        libc.mallopt(parameter, value)
+    return Choice("malloc", "keep freed memory", "spares a page fault per large tensor and step")
+
+
+def environment(seed: int, runtime: Runtime, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """What run.json records: versions, git commit, seeds, fingerprints and the choices above."""
+    packages = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "scikit-learn")
+    return {
+        "weftlm": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "git": git_commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "seed": seed,
+        "fingerprints": fingerprints,
+        "runtime": [asdict(choice) for choice in runtime.choices],
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the working folder's repository with `+changes` when it is dirty; None outside one."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path.cwd(), timeout=10
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, cwd=Path.cwd(), timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if status else commit
