@@ -22,13 +22,13 @@ def test_every_extra_has_its_row() -> None:
 
 def commands_of(text: str) -> list[str]:
     """Every `pip install`, `uv pip install`, `uv add`, `pipx install` and `uvx` of a text, to the end of its line."""
-    return re.findall(r"(?:pip3? install|pipx install|uv add|uv tool install|uvx) [^\n]*", text)
+    return re.findall(r"(?:pip3? install|pipx install|uv add|uv tool install|uvx) [^\n`]*", text)
 
 
 def from_an_index(command: str) -> bool:
     """Whether a command asks a package index for weftlm, under its name or the one it had."""
     return (
-        re.search(r"""(?:^|[\s'"`])weft(?:lm)?(?:\[[^\]]*\])?(?:[=<>~!][^\s]*)?(?:['"`\s.,;:)]|$)(?! @)""", command)
+        re.search(r"""(?:^|[\s'"`])weft(?:lm)?(?:\[[^\]]*\])?(?:[=<>~!][^\s]*)?(?!\s*@)(?:['"`\s.,;:)]|$)""", command)
         is not None
     )
 
