@@ -26,10 +26,10 @@ from weftlm.evaluation.choices import ChoiceQuestion
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.gate import GateConfig, train_gate
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint
 from weftlm.experts.train import ExpertTraining, train_expert
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import ModelConfig, build_model, count_parameters, load_base
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.training.alignment import AlignmentConfig
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import Task, Trainer

@@ -42,7 +42,7 @@ class BaseReference:
     Attributes:
         name: local folder or hub name, as PEFT's `base_model_name_or_path`.
         revision: hub revision, or None.
-        fingerprint: of the base's parameters (`base_fingerprint`); None where nobody knows it.
+        fingerprint: of the base (`base_fingerprint`); None where it is unknown.
     """
 
     name: str

@@ -7,7 +7,6 @@ Reading is strict: an adapter weftlm cannot reproduce exactly is refused, never 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -45,8 +44,6 @@ _VARIANTS = frozenset(
     "monteclora_config target_parameters trainable_token_indices".split()
 )
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
-_FINGERPRINT_VALUES = 1024
-_WRAPPERS = re.compile(r"^(?:base_model\.model\.)+|(?:^|(?<=\.))(?:base_layer|original_module|_orig_mod)\.")
 _SHOWN = 3
 
 
@@ -294,33 +291,6 @@ def module_widths(module: nn.Module) -> tuple[int, int]:
     if not (isinstance(inputs, int) and isinstance(outputs, int)):
         raise ExpertError(f"a {type(module).__name__} is not a linear module; only linear modules can be adapted")
     return inputs, outputs
-
-
-@torch.no_grad()
-def base_fingerprint(model: nn.Module) -> str:
-    """Fingerprint of a base model's parameters: names, shapes and up to 1024 evenly strided values of each.
-
-    Values are rounded to bfloat16, so a model has one fingerprint whether loaded in float32 or bfloat16. Adapters and
-    the wrappers around adapted modules do not count: a PEFT model has the fingerprint of its base. A quantised model
-    has its own.
-
-    Returns:
-        32 hexadecimal digits.
-    Raises:
-        ExpertError: a parameter has no values yet (meta device).
-    """
-    parameters = {_WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters()
-                  if ".lora_" not in name and ".modules_to_save." not in name}  # fmt: skip
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(parameters):
-        parameter = parameters[name].detach()
-        if parameter.is_meta:
-            raise ExpertError(f"parameter {name} of the base is on the meta device; load the model fully first")
-        flat = parameter.reshape(-1)
-        values = flat[:: max(1, math.ceil(flat.numel() / _FINGERPRINT_VALUES))]
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(values.to(torch.bfloat16).to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read(name: str, path: Path) -> bytes:

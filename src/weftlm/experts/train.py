@@ -33,10 +33,11 @@ from weftlm.experts.examples import domain_trainer, held_out_example_losses, tra
 from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
 from weftlm.experts.gate import GateConfig, fingerprint_of, how_read, train_gate, training_choices, warmup_of
 from weftlm.experts.library import check_name
-from weftlm.experts.lora import base_fingerprint, from_peft_model
+from weftlm.experts.lora import from_peft_model
 from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
 from weftlm.files import whole
 from weftlm.models.factory import LoRASection, count_parameters, peft_warnings
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import token_losses
 from weftlm.models.prompted import is_encoder_decoder
 from weftlm.training.config import TrainingConfig

@@ -27,8 +27,9 @@ from weftlm.errors import ConfigError, DataError, ExpertError
 from weftlm.experts.adapted import module_input, placed
 from weftlm.experts.expert import LoRAExpert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import CONFIG, base_fingerprint, check_fits, read_lora
+from weftlm.experts.lora import CONFIG, check_fits, read_lora
 from weftlm.models.factory import load_base, uneven_heads
+from weftlm.models.fingerprint import base_fingerprint
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""

@@ -45,7 +45,6 @@ from weftlm.config import Section, validate
 from weftlm.errors import ConfigError
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint
 from weftlm.files import whole_folder
 from weftlm.gating import experts as room
 from weftlm.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
@@ -53,6 +52,7 @@ from weftlm.gating.gate import CausalGate, Features, Gate, State, load_gate, sav
 from weftlm.gating.modular_cache import REFRESH_EVERY, ModularCache, catch_up_due, check_refresh_every
 from weftlm.gating.prefix_gate import PrefixGate, among
 from weftlm.gating.slots import rows_of
+from weftlm.models.fingerprint import base_fingerprint
 
 PIECE = 64
 """Tokens per sequence that a long prompt is read by, at least."""

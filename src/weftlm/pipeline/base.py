@@ -13,8 +13,8 @@ from weftlm.corpora.examples import examples_of
 from weftlm.corpora.tokens import Tokenizer, load_pretrained
 from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
-from weftlm.experts.lora import base_fingerprint
 from weftlm.models.factory import load_base
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import require_same_data

@@ -20,9 +20,10 @@ from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint, check_fits, module_widths
+from weftlm.experts.lora import check_fits, module_widths
 from weftlm.files import whole_folder
 from weftlm.models.factory import load_base
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.routing.calls import (
     arguments_of,
     decoder_call,

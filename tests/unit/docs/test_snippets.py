@@ -10,10 +10,10 @@ from support.experts import make_pool, prompts
 
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.prefix_gate import PrefixGate, with_top
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.pipeline.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[3]

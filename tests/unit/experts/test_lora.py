@@ -20,7 +20,6 @@ from weftlm.errors import ExpertError
 from weftlm.experts import lora as module
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import (
-    base_fingerprint,
     check_fits,
     check_lora,
     from_peft_model,
@@ -405,28 +404,3 @@ def test_widths_are_input_and_output_for_every_kind_of_linear() -> None:
     assert module_widths(quantised) == (7, 9)
     with pytest.raises(ExpertError, match="a LayerNorm is not a linear module"):
         module_widths(nn.LayerNorm(3))
-
-
-def test_a_fingerprint_is_of_the_base_alone() -> None:
-    model = llama()
-    own = base_fingerprint(model)
-    assert own == base_fingerprint(llama())
-    assert own == base_fingerprint(llama().to(torch.bfloat16))
-    assert own != base_fingerprint(gpt2())
-    adapted = trained(llama(), r=2, target_modules=["q_proj"])
-    assert own == base_fingerprint(adapted)
-    assert own == base_fingerprint(adapted.get_base_model())
-    assert own == base_fingerprint(trained(llama(), r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with torch.no_grad():
-        model.get_parameter(f"{V}.weight").view(-1)[0].add_(0.1)
-    assert own != base_fingerprint(model)
-    with pytest.raises(ExpertError, match="meta device"):
-        base_fingerprint(nn.Linear(2, 2, device="meta"))
-
-
-def test_a_fingerprint_looks_at_the_end_of_large_parameters_too() -> None:
-    layer = nn.Linear(1000, 7, bias=False)
-    before = base_fingerprint(layer)
-    with torch.no_grad():
-        layer.weight[-1] += 1
-    assert base_fingerprint(layer) != before

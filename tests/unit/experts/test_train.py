@@ -18,8 +18,8 @@ from weftlm.experts import train as module
 from weftlm.experts.adapted import adapted
 from weftlm.experts.companions import check_gate, check_statistics
 from weftlm.experts.expert import BaseReference, Expert
-from weftlm.experts.lora import base_fingerprint
 from weftlm.experts.train import AdapterTraining, ExpertTraining, held_out_losses, train_expert
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import token_losses
 from weftlm.training.loop import Trainer
 

@@ -13,9 +13,10 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.adapted import adapted
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint, write_lora
+from weftlm.experts.lora import write_lora
 from weftlm.gating import experts as room
 from weftlm.gating.experts import ExpertPool, ExpertSource, Member, Rows
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.language_model import LanguageModel
 
 

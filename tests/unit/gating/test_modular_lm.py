@@ -16,7 +16,6 @@ from weftlm.errors import ConfigError
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint
 from weftlm.gating import experts as room
 from weftlm.gating import modular_lm
 from weftlm.gating.bayes import BayesGate, FixedShareGate
@@ -24,6 +23,7 @@ from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.gating.gate import Features, init_gate
 from weftlm.gating.modular_cache import catch_up_due
 from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.language_model import LanguageModel
 
 

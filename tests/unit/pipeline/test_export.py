@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import peft_warnings
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model, find_converter, fold
 from weftlm.pipeline.routes import parse_router

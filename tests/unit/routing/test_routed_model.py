@@ -19,7 +19,7 @@ from torch import nn
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import base_fingerprint
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.routing.routed_linear import RoutedLinear
 from weftlm.routing.routed_model import MANIFEST, RoutedModel
 
