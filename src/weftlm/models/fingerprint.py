@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from weftlm.errors import ExpertError
 
@@ -83,7 +84,7 @@ def _digest(tensor: Tensor) -> bytes:
 
 def _deciding_settings(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
+    if not isinstance(config, PretrainedConfig):
         return {}
     settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     try:
