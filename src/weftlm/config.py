@@ -1,4 +1,4 @@
-"""Strict configuration sections and the YAML a recipe is read from.
+"""Strict configuration sections, and messages about what is wrong in them.
 
 Every section of a recipe is a `Section`: unknown keys are errors with a suggestion, nothing is coerced silently, and a
 resolved section can be written back with every default spelled out.
@@ -6,27 +6,48 @@ resolved section can be written back with every default spelled out.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from weftlm.errors import ConfigError
+from weftlm.recipe_text import MAX_DEPTH, parse_override
 
 
 class Section(BaseModel):
-    """Base of every recipe section: frozen, no unknown keys, defaults validated too."""
+    """Base of every recipe section: frozen, no unknown keys, finite numbers, defaults validated too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every random generator in use takes."""
+
+
+def _possible(path: Path) -> Path:
+    try:
+        data = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("a path with half a character in it; give a path that can be written") from None
+    if b"\0" in data:
+        raise ValueError("a path with a NUL character in it; give a path that can be written")
+    if len(data) > 4000 or any(len(os.fsencode(part)) > 200 for part in path.parts):
+        raise ValueError("a path that is too long; at most 200 bytes to a name and 4,000 in all")
+    return path
+
+
+Folder = Annotated[Path, AfterValidator(_possible)]
+"""A path that a folder can be made at."""
 
 
 S = TypeVar("S", bound=BaseModel)
-
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -36,44 +57,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(names)}"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or does not hold a mapping.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"recipe {path} holds {type(value).__name__}; it must hold a mapping of sections")
-    return value
-
-
 def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply `a.b=value` overrides to a nested mapping; the value is read as YAML, a numeric part indexes a list.
 
     Raises:
         ConfigError: an override has no `=`, an empty key, or steps into something that has no keys.
     """
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(recipe)))
+    result: dict[str, Any] = copy.deepcopy(dict(recipe))
     for override in overrides:
         key, equals, raw = override.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"--set {override!r} is not of the form section.key=value")
-        try:
-            value = yaml.safe_load(raw)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
-        if isinstance(value, str):
-            value = _number_or_text(value)
+        if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+            raise ConfigError(f"--set {override!r:.80} is not of the form section.key=value")
+        value = parse_override(raw, f"--set {override!r:.80}: the value")
         here: Any = result
         for part in parts[:-1]:
             here = _step(here, part, override)
@@ -82,18 +78,13 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
         elif isinstance(here, dict):
             here[parts[-1]] = value
         else:
-            raise ConfigError(f"--set {override!r}: {'.'.join(parts[:-1])} is {here!r} and has no keys")
+            raise ConfigError(f"--set {override!r:.80}: {'.'.join(parts[:-1])} is {here!r:.80} and has no keys")
     return result
 
 
-def _number_or_text(value: str) -> float | str:
-    """YAML 1.1 reads `3e-4` as text; a person who types it means a number."""
-    return float(value) if _EXPONENT.fullmatch(value) else value
-
-
 def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"--set {override!r}: {part!r} is not a position in a list of {len(items)}")
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(items):
+        raise ConfigError(f"--set {override!r:.80}: {part!r} is not a position in a list of {len(items)}")
     return int(part)
 
 
@@ -101,7 +92,7 @@ def _step(here: Any, part: str, override: str) -> Any:
     if isinstance(here, list):
         return here[_index(here, part, override)]
     if not isinstance(here, dict):
-        raise ConfigError(f"--set {override!r}: cannot step into {here!r} with {part!r}")
+        raise ConfigError(f"--set {override!r:.80}: cannot step into {here!r:.80} with {part!r}")
     if here.get(part) is None:
         here[part] = {}
     return here[part]
@@ -124,21 +115,178 @@ def validate(section: type[S], value: Any, where: str) -> S:
 
 
 def explain(section: type[BaseModel], error: ValidationError, where: str) -> str:
-    """One line per problem of a pydantic report: place, what came, what is allowed."""
-    lines = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        full = ".".join(part for part in (where, place) if part)
+    """One line per problem of a pydantic report: place, what is allowed, what came."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    problems = error.errors()
+    within = {problem["loc"][:end] for problem in problems for end in range(len(problem["loc"]))}
+    for problem in problems:
+        if problem["type"] == "too_short" and problem["loc"] in within:
+            continue  # its entries are wrong, and not too few
+        loc = tuple(part for part in problem["loc"] if not (isinstance(part, str) and _BRANCH.fullmatch(part)))
+        place = ".".join(str(part) for part in (where, *loc) if part != "")
+        cause = problem.get("ctx", {}).get("error")
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(section, problem["loc"][:-1])
-            hint = did_you_mean(str(problem["loc"][-1]), known) if known else ""
-            lines.append(f"{full}: unknown key{hint}")
+            lines[place, ""] = [f"{place}: unknown key{_hint(section, loc, where)}"]
         elif problem["type"] == "missing":
-            lines.append(f"{full}: missing")
+            lines[place, ""] = [f"{place}: missing"]
+        elif isinstance(cause, ConfigError):
+            lines[place, ""] = [line if place in line else f"{place}: {line}" for line in str(cause).splitlines()]
+        elif problem["type"] == "value_error" and isinstance(problem["input"], dict | list | tuple | BaseModel):
+            lines[place, ""] = [f"{place or 'recipe'}: {cause}"]
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{full or 'recipe'}: {message} (got {problem['input']!r:.120})")
-    return "\n".join(lines)
+            lines.setdefault((place or "recipe", f"{problem['input']!r:.120}"), []).append(_said(problem))
+    found = []
+    for (place, came), said in lines.items():
+        if not came:
+            found += said
+            continue
+        quote = ""
+        if (all(each == _TEXT for each in said) and came in ("True", "False", "None")) or came.isdigit():
+            quote = "; put it in quotes to mean text" if _TEXT in said else ""
+        found.append(f"{place}: {' or '.join(dict.fromkeys(said)).replace(' or must be ', ' or ')} (got {came}){quote}")
+    return "\n".join(found)
+
+
+_BRANCH = re.compile(
+    r"(str|int|float|bool|none|is-instance|constrained-\w+|(list|tuple|dict|literal|nullable|function-\w+|lax-or-strict)\[.*\])"
+)
+"""Parts of a pydantic place that name a branch of a union and no key."""
+_TEXT = "must be text"
+_KINDS = {
+    "int": "must be a whole number", "float": "must be a number", "finite_number": "must be a finite number",
+    "bool": "must be true or false", "string": _TEXT, "list": "must be a list", "tuple": "must be a list",
+    "set": "must be a list", "dict": "must be a mapping", "mapping": "must be a mapping",
+    "model": "must be a section: keys with values", "path": "must be a path", "none_required": "must be null",
+    "is": "must be an object of another kind", "recursion_loop": "must not contain itself",
+}  # fmt: skip
+_BOUNDS = {
+    "greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"), "multiple_of": ("multiple_of", "a multiple of"),
+}  # fmt: skip
+
+
+def _said(problem: Any) -> str:
+    """What is allowed where a pydantic problem is, in plain words."""
+    kind, facts = problem["type"], problem.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return str(facts.get("error", "is not allowed"))
+    if kind == "literal_error":
+        return f"must be {facts['expected']}"
+    if kind in _BOUNDS:
+        key, word = _BOUNDS[kind]
+        bound = facts[key]
+        return f"must be {word} {int(bound) if bound == int(bound) else bound:,}"
+    if kind in ("too_short", "string_too_short"):
+        number = facts["min_length"]
+        if kind == "string_too_short":
+            return f"must have at least {number} character{'s' * (number > 1)}"
+        return f"must have at least {number} entr{'ies' if number > 1 else 'y'}"
+    if kind in ("too_long", "string_too_long"):
+        return f"must have at most {facts['max_length']:,} {'characters' if 'string' in kind else 'entries'}"
+    for name, words in _KINDS.items():
+        if kind == name or kind.startswith(f"{name}_"):
+            return words
+    return "is not what this key takes"
+
+
+# -- keys people type -----------------------------------------------------------------------------------------------
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "n_layer", "n_embd", "n_head")
+_MEANT: dict[str, tuple[str, ...]] = {
+    "lr": ("learning_rate", "max_lr", "peak_lr", "learningrate"),
+    "batch_sequences": ("batch_size", "per_device_train_batch_size", "train_batch_size", "global_batch_size", "bs"),
+    "micro_batch_sequences": (
+        "micro_batch_size", "gradient_accumulation_steps", "grad_accum", "accumulation_steps", "microbatch_size",
+    ),
+    "steps": ("max_steps", "num_steps", "train_steps", "total_steps", "iterations", "max_iters", "n_steps"),
+    "tokens": ("max_tokens", "train_tokens", "num_tokens", "total_tokens"),
+    "sequence_length": (
+        "seq_len", "seq_length", "max_seq_length", "max_seq_len", "max_length", "block_size", "context_length",
+        "cutoff_len", "n_ctx", "model_max_length",
+    ),
+    "rank": ("r", "lora_r", "lora_rank"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "target_modules": ("lora_target_modules", "lora_target", "modules"),
+    "lora": ("peft", "peft_config", "lora_config", "adapter"),
+    "pretrained": ("model_name_or_path", "model_name", "model_id", "base_model", "pretrained_model_name_or_path"),
+    "architecture": ("model_type", "arch"),
+    "corpora": ("dataset", "datasets", "train_data", "train_file", "train_files", "corpus", "sources"),
+    "dataset": ("dataset_name", "path_or_name", "hub", "hf_dataset"),
+    "text_field": ("text_column", "dataset_text_field", "text_key", "content_field"),
+    "tokenizer": ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path"),
+    "run": ("output_dir", "output", "out_dir", "save_dir", "run_dir", "run_name"),
+    "policy": ("method", "strategy"),
+    "warmup_steps": ("warmup_ratio", "warmup", "num_warmup_steps", "warmup_iters"),
+    "schedule": ("lr_scheduler_type", "lr_scheduler", "scheduler", "lr_schedule"),
+    "final_lr_fraction": ("min_lr", "min_lr_ratio", "final_lr"),
+    "clip_norm": ("max_grad_norm", "grad_clip", "gradient_clip", "gradient_clip_val", "clip_grad_norm"),
+    "weight_decay": ("wd", "decay"),
+    "betas": ("adam_beta1", "adam_beta2", "adam_betas", "beta1", "beta2"),
+    "eps": ("adam_epsilon", "adam_eps", "epsilon"),
+    "precision": ("bf16", "fp16", "mixed_precision", "amp", "fp32"),
+    "dtype": ("torch_dtype",),
+    "compile": ("torch_compile",),
+    "threads": ("num_threads", "cpu_threads"),
+    "log_every_steps": ("logging_steps", "log_every", "log_interval"),
+    "save_every_steps": ("save_steps", "save_every", "save_interval", "checkpoint_every"),
+    "keep_checkpoints": ("save_total_limit", "max_checkpoints"),
+    "every_steps": ("eval_steps", "eval_every", "eval_interval", "evaluation_steps"),
+    "max_tokens_per_set": ("eval_tokens", "max_eval_tokens", "max_tokens"),
+    "prefetch_steps": ("num_workers", "dataloader_num_workers"),
+    "trackers": ("report_to", "logger", "loggers", "tracking"),
+    "batch_size": ("batch_sequences", "per_device_eval_batch_size", "eval_batch_size"),
+    "eta": ("lr", "learning_rate", "step_size"),
+    "seed": ("random_seed", "random_state"),
+    "vocab_size": ("vocabulary_size", "n_vocab"),
+    "config": ("model_config", "model_args", *_SIZES),
+    "fraction": ("val_fraction", "validation_fraction", "test_size", "heldout_fraction"),
+    "tasks": ("benchmarks", "eval_tasks"),
+}  # fmt: skip
+"""Key of a recipe -> what it is called elsewhere."""
+_NO_EPOCHS = ("epochs", "num_train_epochs", "num_epochs", "n_epochs", "max_epoch")
+
+
+def _hint(section: type[BaseModel], loc: Sequence[int | str], where: str) -> str:
+    """What was meant by an unknown key: a key of its section, or of another where people look for it here."""
+    name, here = str(loc[-1]), _keys_at(section, loc[:-1])
+    if name.lower() in _NO_EPOCHS and "max_epochs" not in here:
+        return "; training is counted in steps or tokens: give training.steps or training.tokens"
+    if name.lower() in _NO_EPOCHS:
+        return "; training is counted in steps or tokens: give steps or tokens"
+    meant = [key for key, others in _MEANT.items() if name.lower().replace("-", "_") in others]
+    for key in meant:
+        if key in here:
+            return f"; did you mean {f'config.{name}' if key == 'config' and name in _SIZES else key!r}?"
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    if elsewhere := _elsewhere(section, (*meant, name), loc[:-1], where):
+        return f"; did you mean {elsewhere}?"
+    return did_you_mean(name, here) if here else ""
+
+
+def _elsewhere(section: type[BaseModel], names: Sequence[str], place: Sequence[int | str], where: str) -> str | None:
+    """The place that has one of some keys: nearest to where it was looked for, then nearest to the top."""
+    own = [str(part) for part in place if not isinstance(part, int)]
+    best: tuple[tuple[int, int, int], str] | None = None
+    for path in _paths(section, ()):
+        if path[-1] not in names:
+            continue
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, path[:-1], strict=False)))
+        order = (-shared, len(path), names.index(path[-1]))
+        if best is None or order < best[0]:
+            best = (order, ".".join(path if not where else (where, *path)))
+    return None if best is None else best[1]
+
+
+def _paths(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every key of a section and of those in it, as a path; without the items of lists."""
+    for name, field in section.model_fields.items():
+        yield (*above, name)
+        if len(above) < 4:
+            for model in _models_in(field.annotation)[:1]:
+                yield from _paths(model, (*above, name))
 
 
 def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:

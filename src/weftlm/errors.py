@@ -4,6 +4,11 @@ A message says what came, what is allowed and what to do. `assert` is for weftlm
 these into exit codes.
 """
 
+from __future__ import annotations
+
+import errno
+import json
+
 
 class WeftError(Exception):
     """Base of every error whose cause lies outside weftlm."""
@@ -27,6 +32,35 @@ class NumericsError(WeftError):
 
 class ExpertError(WeftError):
     """An expert, its adapter or its gate cannot be used."""
+
+
+_REASONS = {
+    errno.ENOENT: "there is no such file or folder",
+    errno.EACCES: "this user has no permission",
+    errno.EPERM: "this user has no permission",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of its path is a file and no folder",
+    errno.ENAMETOOLONG: "its name is too long for this disk",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk cannot be written to",
+    errno.ELOOP: "its links lead in a circle",
+}
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written, in words, for an error message."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start:,})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+    if isinstance(error, RecursionError):
+        return "its values are nested too deep"
+    if isinstance(error, OSError) and error.errno is not None:
+        return _REASONS.get(error.errno, (error.strerror or "the system gives no reason").lower())
+    if "null byte" in str(error) or "null character" in str(error):
+        return "its name holds a NUL character"
+    return str(error)
 
 
 def install_hint(extra: str) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.tiny_project import recipe_value
 
-from weftlm.config import Section, apply_overrides, did_you_mean, read_yaml, validate
+from weftlm.config import Section, apply_overrides, did_you_mean, validate
 from weftlm.errors import ConfigError
+from weftlm.pipeline.recipe import Recipe
+from weftlm.recipe_text import read_yaml
 
 
 class Inner(Section):
@@ -73,8 +76,46 @@ def test_read_yaml_explains_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match="holds list"):
+    with pytest.raises(ConfigError, match="holds a list"):
         read_yaml(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         read_yaml(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("learning_rate", "did you mean training.lr?"),
+        ("lr", "did you mean training.lr?"),
+        ("batch_size", "did you mean training.batch_sequences?"),
+        ("epochs", "give training.steps or training.tokens"),
+        ("dataset", "did you mean data.corpora?"),
+        ("warmup_steps", "did you mean training.warmup_steps?"),
+        ("training.learning_rate", "did you mean 'lr'?"),
+        ("training.batch_size", "did you mean 'batch_sequences'?"),
+        ("training.per_device_train_batch_size", "did you mean 'batch_sequences'?"),
+        ("training.max_steps", "did you mean 'steps'?"),
+        ("training.num_train_epochs", "give steps or tokens"),
+        ("training.seq_len", "did you mean 'sequence_length'?"),
+        ("training.max_seq_length", "did you mean 'sequence_length'?"),
+        ("training.seed", "did you mean seed?"),
+        ("evaluation.batch_sequences", "did you mean 'batch_size'?"),
+        ("model.model_name_or_path", "did you mean 'pretrained'?"),
+        ("model.hidden_size", "did you mean 'config.hidden_size'?"),
+        ("model.lora.lora_alpha", "did you mean 'alpha'?"),
+        ("model.lora.r", "did you mean 'rank'?"),
+        ("model.lora_dropout", "did you mean model.lora.dropout?"),
+        ("experts.r", "did you mean experts.lora.rank?"),
+        ("experts.learning_rate", "did you mean experts.training.lr?"),
+        ("experts.lora.lora_dropout", "did you mean 'dropout'?"),
+        ("data.dataset", "did you mean 'corpora'?"),
+        ("gating.fit.learning_rate", "did you mean 'lr'?"),
+    ],
+)
+def test_keys_as_they_are_called_elsewhere_are_suggested_in_their_place(place: str, said: str) -> None:
+    value = apply_overrides(recipe_value(), [f"{place}=1"])
+    with pytest.raises(ConfigError) as caught:
+        validate(Recipe, value, "")
+    line = next(line for line in str(caught.value).splitlines() if line.startswith(f"{place}: "))
+    assert said in line

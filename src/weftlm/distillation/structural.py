@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section
+from weftlm.config import Section, Seed
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.arrays import simplex_vector
 from weftlm.gating.files import read_tensors, write_tensors
@@ -62,7 +62,7 @@ class DistilConfig(Section):
         5, description="measurements without a better one after which training stops; absent: never"
     )
     precision: Literal["float32", "float64"] = Field("float32", description="of the steps; figures are float64 always")
-    seed: NonNegativeInt = Field(0, description="of the split, the draws and the student's random parameters")
+    seed: Seed = Field(0, description="of the split, the draws and the student's random parameters")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section
+from weftlm.config import Section, Seed
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.gating.arrays import Floats
 from weftlm.gating.files import read_tensors, write_tensors
@@ -70,7 +70,7 @@ class FitConfig(Section):
     batch_samples: PositiveInt | None = Field(
         None, description="samples per expert and step; absent: as many as batch_sequences, else all"
     )
-    seed: NonNegativeInt = Field(0, description="of the draw of mini-batches and of the gate's random parameters")
+    seed: Seed = Field(0, description="of the draw of mini-batches and of the gate's random parameters")
     unit: Unit = Field("sequence", description="nats per sequence or per token: what is compared between domains")
     report_every_steps: PositiveInt = Field(500, description="steps between two evaluations on all data")
     best_response_steps: NonNegativeInt = Field(

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section
+from weftlm.config import Section, Seed
 from weftlm.corpora.source import Source
 from weftlm.corpora.store_files import checksum, file_digest, make_folder, sync_file, write_json
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -75,7 +75,7 @@ class ScoreConfig(Section):
     length: PositiveInt = Field(128, description="Scored tokens per sequence, at most")
     sequences: PositiveInt = Field(512, description="Sequences of each domain, at most")
     samples: NonNegativeInt = Field(512, description="Samples drawn from each expert; 0 where every gate is causal")
-    seed: int = Field(0, ge=0, description="Of the samples")
+    seed: Seed = Field(0, description="Of the samples")
     batch_size: PositiveInt = Field(16, description="Sequences per forward pass")
     shard_sequences: PositiveInt = Field(256, description="Sequences in a shard: what an interruption can cost")
     precision: Literal["auto", "fp32", "bf16"] = Field(

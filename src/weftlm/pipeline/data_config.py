@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from weftlm.config import Section
+from weftlm.config import Section, Seed
 from weftlm.corpora.reading import CorpusConfig
 from weftlm.corpora.tokens import TokenizerConfig
 from weftlm.domains.cluster import ClusterConfig
@@ -97,7 +97,7 @@ class DataConfig(Section):
     target_train_documents: int | None = Field(default=None, ge=1)
     tokenizer: TokenizerConfig = TokenizerConfig()
     domains: DomainsConfig = DomainsConfig()
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
-from weftlm.config import Section, apply_overrides, read_yaml, validate
+from weftlm.config import Folder, Section, Seed, apply_overrides, validate
 from weftlm.errors import ConfigError
 from weftlm.evaluation.suite import EvaluationConfig
 from weftlm.experts.expert import base_name
@@ -18,14 +18,15 @@ from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.project_config import RIVALS, RoutingConfig
 from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.recipe_text import read_yaml
 
 
 class ExpertRecipe(Section):
     """What making, routing and judging experts needs of a recipe."""
 
-    run: Path = Field(description="run folder: everything the run writes goes there")
-    prepared: Path | None = Field(None, description="folder of the prepared data; absent: `data` in the run folder")
-    seed: NonNegativeInt = Field(0, description="of first values and of every draw")
+    run: Folder = Field(description="run folder: everything the run writes goes there")
+    prepared: Folder | None = Field(None, description="folder of the prepared data; absent: `data` in the run folder")
+    seed: Seed = Field(0, description="of first values and of every draw")
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
     experts: ExpertsConfig = Field(
         default_factory=lambda: ExpertsConfig.model_validate({}), description="base, adapters, gates and statistics"

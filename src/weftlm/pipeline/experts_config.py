@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from weftlm.config import Section
+from weftlm.config import Folder, Section
 from weftlm.experts.train import ExpertTraining
 
 
@@ -43,7 +43,7 @@ class ExpertsConfig(ExpertTraining):
     )
     revision: str | None = Field(None, description="hub revision of the base")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype the base is held in")
-    library: Path | None = Field(None, description="folder of the experts; absent: `experts` in the run folder")
+    library: Folder | None = Field(None, description="folder of the experts; absent: `experts` in the run folder")
     domains: list[str] | None = Field(
         None,
         min_length=1,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftlm.config import apply_overrides, read_yaml
+from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
 from weftlm.evaluation.suite import EvaluationConfig
 from weftlm.mixture.policy import PolicyConfig, build_policy
@@ -17,6 +17,7 @@ from weftlm.pipeline.expert_recipe import WHOLE, ExpertRecipe, make_expert_recip
 from weftlm.pipeline.project_config import RIVALS
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.routes import parse_router
+from weftlm.recipe_text import read_yaml
 from weftlm.routing.router import router_config
 
 MONOLITH = "monolith"

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, NonNegativeInt, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
-from weftlm.config import Section, apply_overrides, read_yaml, validate
+from weftlm.config import Folder, Section, Seed, apply_overrides, validate
 from weftlm.errors import ConfigError, install_hint
 from weftlm.evaluation.suite import EvaluationConfig
 from weftlm.mixture.policy import PolicyConfig, build_policy
@@ -22,6 +22,7 @@ from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.project_config import CompareConfig, RoutingConfig
+from weftlm.recipe_text import read_yaml
 from weftlm.training.alignment import AlignmentConfig
 from weftlm.training.config import NOT_DECIDING, TrainingConfig
 
@@ -29,12 +30,12 @@ from weftlm.training.config import NOT_DECIDING, TrainingConfig
 class Recipe(Section):
     """A whole run: what to read, which model to train, on which mixture, and how to judge it."""
 
-    run: Path = Field(description="run folder: everything the run writes goes there")
-    prepared: Path | None = Field(
+    run: Folder = Field(description="run folder: everything the run writes goes there")
+    prepared: Folder | None = Field(
         None,
         description="folder of the prepared data, shared by runs on the same data; absent: `data` in the run folder",
     )
-    seed: NonNegativeInt = Field(0, description="of initial weights, the draw, the probes and dropout")
+    seed: Seed = Field(0, description="of initial weights, the draw, the probes and dropout")
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
     model: ModelConfig = Field(description="the model to train")
     mixture: SerializeAsAny[PolicyConfig] = Field(description="mixture policy and its options")

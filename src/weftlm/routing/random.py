@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from torch import Tensor
 
+from weftlm.config import Seed
 from weftlm.experts.expert import Expert
 from weftlm.routing.prototypes import PrototypeConfig, StandardisedRouter, standardise
 from weftlm.routing.router import RouterConfig, Site, routers
@@ -18,7 +19,7 @@ class RandomConfig(PrototypeConfig):
     """Configuration of `random`."""
 
     router: Literal["random"] = "random"
-    seed: NonNegativeInt = Field(0, description="of the vectors drawn in place of gates")
+    seed: Seed = Field(0, description="of the vectors drawn in place of gates")
 
 
 @routers.register("random")

@@ -80,5 +80,5 @@ def test_the_configuration_refuses_what_makes_no_sense() -> None:
     assert EvaluationConfig().every_steps is None
     with pytest.raises(ConfigError, match="did you mean 'every_steps'"):
         validate(EvaluationConfig, {"every_step": 3}, "evaluation")
-    with pytest.raises(ConfigError, match=r"evaluation\.batch_size: Input should be greater than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"evaluation\.batch_size: must be at least 1"):
         validate(EvaluationConfig, {"batch_size": 0}, "evaluation")

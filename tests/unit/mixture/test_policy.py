@@ -48,7 +48,7 @@ def test_build_policy_wants_a_mapping():
 
 
 def test_build_policy_names_the_place_of_a_wrong_value():
-    with pytest.raises(ConfigError, match=r"train\.mixture\.eta: Input should be greater than 0 \(got -1\)"):
+    with pytest.raises(ConfigError, match=r"train\.mixture\.eta: must be above 0 \(got -1\)"):
         build_policy({"policy": "dga", "eta": -1}, where="train.mixture")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from weftlm.config import apply_overrides, read_yaml
+from weftlm.config import apply_overrides
 from weftlm.corpora.builtin import builtin_names
 from weftlm.corpora.store_files import DOCUMENT, Vocabulary
 from weftlm.corpora.tokens import load_pretrained
@@ -48,6 +48,7 @@ from weftlm.pipeline.planning.training import (
 from weftlm.pipeline.prepared import MANIFEST, PreparedData
 from weftlm.pipeline.project import Project, make_project
 from weftlm.pipeline.recipe import Recipe, check
+from weftlm.recipe_text import read_yaml
 from weftlm.training.runtime import choose_runtime
 
 DOCUMENT_TOKENS = 1000

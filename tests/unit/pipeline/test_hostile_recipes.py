@@ -1,0 +1,278 @@
+"""Recipes that nobody should send: each is refused in words, soon, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from support.tiny_project import recipe_value
+
+from weftlm.errors import ConfigError
+from weftlm.pipeline.project import load_project, make_project
+from weftlm.pipeline.recipe import Recipe
+from weftlm.recipe_text import read_yaml
+
+RAW = re.compile(
+    r"\[Errno|Input should|should be a valid|type=|pydantic|Traceback|NoneType|object at 0x|unable to parse"
+)
+"""What a library says and a person should not have to read."""
+PLAIN = yaml.safe_dump(recipe_value())
+
+
+def with_line(line: str) -> str:
+    return PLAIN + line + "\n"
+
+
+TEXTS: dict[str, str | bytes] = {
+    "empty": "",
+    "comments alone": "# nothing\n",
+    "a list": "- 1\n",
+    "a word": "hello\n",
+    "a number": "3\n",
+    "null": "null\n",
+    "not UTF-8": b"run: \xff\xfe\n",
+    "UTF-16": "run: a\n".encode("utf-16"),
+    "binary": bytes(range(256)),
+    "NUL bytes": b"run: a\0b\n",
+    "control characters": "run: \x1b[31mred\n",
+    "100 MB": b"x: " + b"a" * 100_000_000,
+    "many short lines": b"a: 1\n" * 60_000,
+    "aliases": "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n in range(1, 9)),
+    "alias mappings": "a0: &a0 {}\n" + "".join(f"a{n}: &a{n} {{p: *a{n - 1}, q: *a{n - 1}}}\n" for n in range(1, 40)),
+    "an alias of itself": "run: &a [*a]\n",
+    "a mapping of itself": "run: &a {b: *a}\n",
+    "a merge of itself": "run: &a {<<: *a}\n",
+    "an alias of nothing": "run: *nothing\n",
+    "deep alias chain": "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
+    "merge of text": "run: {<<: text}\n",
+    "deep lists": "run: " + "[" * 100_000,
+    "deep closed lists": "run: " + "[" * 50_000 + "]" * 50_000,
+    "deep mappings": "run: " + "{a: " * 20_000,
+    "deep blocks": "".join(" " * n + "a:\n" for n in range(600)),
+    "deep dashes": "run: " + "\n" + "- " * 50_000,
+    "deep questions": "? " * 50_000,
+    "a python object": "run: !!python/object/apply:os.system ['true']\n",
+    "a python name": "run: !!python/name:os.system\n",
+    "a tag of one's own": "run: !mine x\n",
+    "a text tag": "run: !!str x\n",
+    "binary tag": "run: !!binary aGVsbG8=\n",
+    "set tag": "run: !!set {a, b}\n",
+    "two documents": PLAIN + "---\n" + PLAIN,
+    "duplicate section": with_line("training: {steps: 1}"),
+    "duplicate key": "a: {b: 1, c: 2, b: 3}\n",
+    "key is a number": with_line("3: x"),
+    "key is null": with_line("null: x"),
+    "key is a truth": with_line("yes: x"),
+    "key is a list": with_line("? [a, b]\n: x"),
+    "key is a mapping": with_line("? {a: b}\n: x"),
+    "key is a date": with_line("2020-01-01: x"),
+    "key is empty": with_line("'': x"),
+    "long key": with_line("k" * 50_000 + ": x"),
+    "tabs": "run:\n\tx: 1\n",
+    "open quote": 'run: "abc\n',
+    "open bracket": "run: [1, 2\n",
+    "bad escape": 'run: "\\q"\n',
+    "colon in colon": "run: a: b: c\n",
+    "percent": "%YAML 9.9\n---\nrun: a\n",
+    "at sign": "run: @home\n",
+    "half a character": 'run: "\\ud800"\n',
+    "NUL in quotes": 'run: "a\\0b"\n',
+    "json": '{"run": "a", "data": [[[[[[[[[["x"]]]]]]]]]]}\n',
+    "deep json": '{"run": ' * 5000,
+}  # fmt: skip
+
+SETTINGS: dict[str, str] = {
+    "huge seed": "seed=4294967296",
+    "huger seed": "seed=18446744073709551616",
+    "endless seed": f"seed={'9' * 5000}",
+    "negative seed": "seed=-1",
+    "seed of a fraction": "seed=1.5",
+    "infinite rate": "training.lr=.inf",
+    "no rate": "training.lr=.nan",
+    "overflowing rate": "training.lr=1e999",
+    "negative rate": "training.lr=-1",
+    "infinite steps": "training.steps=.inf",
+    "negative infinite decay": "training.weight_decay=-.inf",
+    "infinite clip": "training.clip_norm=.inf",
+    "nan beta": "training.betas=[.nan, 0.9]",
+    "infinite eta": "mixture.eta=.inf",
+    "infinite in a free section": "model.config.rope_theta=.inf",
+    "nan as text": "training.lr='nan'",
+    "no steps": "training.steps=0",
+    "negative steps": "training.steps=-5",
+    "endless steps": f"training.steps={'1' * 30}",
+    "list for a section": "training=[1, 2]",
+    "text for a section": "training=fast",
+    "number for a section": "model=7",
+    "null section": "training=null",
+    "mapping for text": "run={a: b}",
+    "list for text": "run=[a]",
+    "number for text": "run=7",
+    "truth for a list": "trackers=true",
+    "long path": f"run={'a/' * 3000}b",
+    "long name": f"run={'n' * 300}",
+    "NUL in a path": 'run="a\\0b"',
+    "deep value": f"model.config.x={'[' * 5000}",
+    "deep key": "model.config" + ".a" * 5000 + "=1",
+    "a tag": "run=!!python/object/apply:os.system [ls]",
+    "alias": "run=*a",
+    "two documents": "run=a\n---\nb",
+    "unknown device": "training.device=quantum",
+    "both lengths": "training.tokens=100",
+    "unknown policy": "mixture.policy=magic",
+    "policy is a list": "mixture.policy=[dga]",
+    "mixture is text": "mixture=dga",
+    "mixture is null": "mixture=null",
+    "no corpora": "data.corpora=[]",
+    "corpora text": "data.corpora=abc",
+    "corpus number": "data.corpora=[1]",
+    "unicode digit index": "data.corpora.².path=x",
+    "index out of the list": "data.corpora.99.path=x",
+    "negative index": "data.corpora.-1.path=x",
+    "steps into text": "run.x.y=1",
+    "gate of no kind": "gating={gate: 3}",
+    "gate unknown": "gating={gate: nothing}",
+    "rival unknown": "compare.mixtures=[nothing]",
+    "rival number": "compare.mixtures=[3]",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_hostile_texts_are_refused_soon_and_in_words(text: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(lambda: load_project(path), tmp_path, {"recipe.yaml"})
+
+
+@pytest.mark.parametrize("override", SETTINGS.values(), ids=SETTINGS.keys())
+def test_hostile_settings_are_refused_soon_and_in_words(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(PLAIN)
+    refused(lambda: load_project(path, [override]), tmp_path, {"recipe.yaml"})
+
+
+def absent(path: Path) -> Path:
+    return path / "absent.yaml"
+
+
+def nearly(path: Path) -> Path:
+    (path / "recipe.yaml").write_text(PLAIN)
+    return path / "recpie.yaml"
+
+
+def fifo(path: Path) -> Path:
+    os.mkfifo(path / "pipe.yaml")
+    return path / "pipe.yaml"
+
+
+def loop(path: Path) -> Path:
+    (path / "loop.yaml").symlink_to(path / "loop.yaml")
+    return path / "loop.yaml"
+
+
+def below_a_file(path: Path) -> Path:
+    (path / "file").write_text("x")
+    return path / "file" / "recipe.yaml"
+
+
+PLACES: dict[str, Callable[[Path], Path]] = {
+    "absent": absent,
+    "nearly": nearly,
+    "folder": lambda path: path,
+    "fifo": fifo,
+    "loop": loop,
+    "below a file": below_a_file,
+    "null device": lambda path: Path("/dev/null"),
+    "endless device": lambda path: Path("/dev/zero"),
+    "long": lambda path: path / ("a" * 400 + ".yaml"),
+    "longer": lambda path: path / ("a/" * 4000 + "b.yaml"),
+    "NUL": lambda path: path / "a\0b.yaml",
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_recipes_that_are_no_files_are_refused_soon_and_in_words(place: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = place(tmp_path)
+    before = {each.name for each in tmp_path.iterdir()}
+    refused(lambda: load_project(path), tmp_path, before)
+
+
+def test_a_recipe_of_nearly_that_name_is_suggested(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean .*recipe\.yaml"):
+        load_project(nearly(tmp_path))
+
+
+def refused(work: Callable[[], Any], folder: Path, left: set[str]) -> None:
+    start = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        work()
+    assert time.process_time() - start < 2.0
+    message = str(caught.value)
+    assert message
+    assert RAW.search(message) is None, message
+    assert all(len(line) < 700 for line in message.splitlines()), message[:900]
+    assert {each.name for each in folder.iterdir()} == left
+
+
+def test_duplicate_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("run: a\ntraining:\n  steps: 1\n  lr: 0.1\n  steps: 2\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml, line 5: the key 'steps' comes twice, first in line 3"):
+        load_project(tmp_path / "r.yaml")
+
+
+def test_what_yaml_means_by_itself_is_kept_and_its_surprises_are_not(tmp_path: Path) -> None:
+    text = (
+        "a: &x {b: 1, c: .5}\nd: {<<: *x, b: 2}\ne: 2020-01-01\nf: 12:30\ng: 1_000\nh: 0x10\ni: 007\nj: 1.5e-3\nk: ~\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    assert read_yaml(tmp_path / "r.yaml") == {
+        "a": {"b": 1, "c": 0.5}, "d": {"b": 2, "c": 0.5}, "e": "2020-01-01", "f": "12:30", "g": 1000, "h": 16,
+        "i": "007", "j": 0.0015, "k": None,
+    }  # fmt: skip
+
+
+def fields(section: type[BaseModel], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, field in section.model_fields.items():
+        found.append((*place, name))
+        for inner in sections(field.annotation):
+            found += fields(inner, (*place, name))
+    return found
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return (
+        [] if get_args(annotation)[1:2] == (Ellipsis,) else [s for each in get_args(annotation) for s in sections(each)]
+    )
+
+
+ODD: list[Any] = [None, True, -1, 1.5, float("nan"), "text", [], [[1]], {"a": 1}, 2**70]
+
+
+def test_no_odd_value_in_any_key_brings_a_librarys_words() -> None:
+    for place in fields(Recipe):
+        for odd in ODD:
+            value: dict[str, Any] = {**recipe_value(), "experts": {}, "gating": {}, "routing": {}}
+            here: Any = value
+            for part in place[:-1]:
+                here[part] = dict(here[part]) if isinstance(here.get(part), dict) else {}
+                here = here[part]
+            here[place[-1]] = odd
+            message = ""
+            try:
+                make_project(value)
+            except ConfigError as error:
+                message = str(error)
+            assert RAW.search(message) is None, (place, odd, message)
