@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+
+_NUMBERED = re.compile(r"\[(Errno|WinError) -?\d+\] ")
 
 
 class WeftError(Exception):
-    """Base of every error whose cause lies outside weftlm."""
+    """Base of every error whose cause lies outside weftlm; its text is without the numbers of system errors."""
+
+    def __str__(self) -> str:
+        return _NUMBERED.sub("", super().__str__())
 
 
 class ConfigError(WeftError, ValueError):

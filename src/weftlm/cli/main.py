@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from weftlm import __version__
 from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, WeftError
+from weftlm.errors import ConfigError, WeftError, reason
 
 COMMANDS: dict[str, str] = {
     "run": "Carry a recipe through all its stages; skips what is done, continues what was interrupted.",
@@ -121,5 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments)
     except (WeftError, OSError) as error:
-        typer.echo(f"weftlm: {error}", err=True)
+        typer.echo(f"weftlm: {_said(error)}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _said(error: WeftError | OSError) -> str:
+    if isinstance(error, WeftError) or error.filename is None:
+        return str(error) if isinstance(error, WeftError) else reason(error)
+    return f"{error.filename!s:.300}: {reason(error)}"
