@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import ConfigError, DataError, WeftError
+
+_PACKAGE = Path(__file__).parent
+_PROGRAMMING = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 
 @contextmanager
@@ -42,6 +46,33 @@ def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
     """Write a text file, UTF-8; see `whole`."""
     with whole(path, sync=sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cause(error: Exception) -> str:
+    """Why something of the user's could not be read, in one line.
+
+    Args:
+        error: whatever a library raised while it read.
+    Raises:
+        Exception: `error` itself where it is no fault of the data: an error of weftlm's own making (`WeftError`), or a
+            programming error raised by weftlm's own code.
+    """
+    if isinstance(error, WeftError):
+        raise error
+    if isinstance(error, _PROGRAMMING):
+        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(innermost).is_relative_to(_PACKAGE):
+            raise error
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def read_object(path: Path, cure: str) -> dict[str, Any] | None:

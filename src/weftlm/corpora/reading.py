@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,29 +14,31 @@ from pydantic import Field, model_validator
 from weftlm.config import Section
 from weftlm.corpora import formats
 from weftlm.corpora.builtin import builtin_documents, builtin_fingerprint, builtin_names
-from weftlm.corpora.formats import CODE_SUFFIXES, JSON_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES, Record, split_suffix
+from weftlm.corpora.formats import DOCUMENT_BYTES, Cursor, Format, Record, guarded, is_unicode, split_suffix
+from weftlm.corpora.paths import corpus_files, dataset_files
 from weftlm.corpora.reading_report import ReadingReport, Reason
 from weftlm.corpora.source import Document
 from weftlm.errors import ConfigError, DataError
+from weftlm.files import cause
 
 __all__ = ["CorpusConfig", "ReadingReport", "corpus_fingerprint", "read_documents"]
-
-Format = Literal["auto", "jsonl", "text", "code", "parquet"]
 
 
 class CorpusConfig(Section):
     """One input: exactly one of `path`, `dataset` and `builtin`.
 
     Attributes:
-        path: a file, a glob (`**` allowed) or a folder, which is searched with its subfolders; hidden entries are left.
+        path: a file, a glob (`**` allowed) or a folder, which is searched with its subfolders. Hidden entries are left;
+            links that leave the folder (of a glob: its part before the first wildcard) are left and counted.
         dataset: a Hugging Face dataset: a name on the hub, a local folder, or a folder saved by `save_to_disk`.
         builtin: `all`, or names of built-in corpora; each document is labelled with its corpus.
         config: configuration of a `dataset`.
         split: split of a `dataset`.
         revision: branch, tag or commit of a `dataset` on the hub.
         streaming: read a `dataset` as a stream rather than download it first.
-        format: of the files: `jsonl` (JSON Lines), `text`, `code` (a file per document), `parquet`, or `auto`: by
-            suffix. Any but Parquet may end in `.gz` or `.zst`.
+        format: of the files: `jsonl` (JSON Lines; a file that ends in `.json` may hold one array of objects instead),
+            `csv` (with a header; `.tsv`: tab-separated), `text`, `code` (a file per document), `parquet`, or `auto`: by
+            suffix. Any but Parquet may end in `.gz`, `.zst`, `.xz` or `.bz2`. A document may hold 256 MiB.
         split_documents: what a document of a text file is: the whole `file`, or what stands between `blank_lines`.
         suffixes: of the files of a folder to read, such as `[".py"]` (`""`: files without one);
             default those of the format.
@@ -147,14 +147,18 @@ def corpus_fingerprint(config: CorpusConfig) -> str:
     if config.builtin is not None:
         facts.append(builtin_fingerprint(_builtin_selection(config)))
     elif config.path is not None:
-        for path, _ in _files(config, ReadingReport()):
-            stat = path.stat()
-            facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+        facts += map(_state_of, (path for path, _ in _files(config, ReadingReport())))
     elif Path(str(config.dataset)).is_dir():
-        for path in _walk(Path(str(config.dataset))):
-            stat = path.stat()
-            facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+        facts += map(_state_of, dataset_files(Path(str(config.dataset))))
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode("utf-8"), digest_size=16).hexdigest()
+
+
+def _state_of(path: Path) -> list[Any]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {cause(error)}") from error
+    return [str(path), found.st_size, found.st_mtime_ns]
 
 
 def _limited(config: CorpusConfig, documents: Iterator[Document], report: ReadingReport) -> Iterator[Document]:
@@ -189,51 +193,63 @@ def _builtin(config: CorpusConfig, streams: list[Iterator[Document]], report: Re
 def _documents(
     config: CorpusConfig, records: Iterator[tuple[str, Record]], report: ReadingReport, label: str | None = None
 ) -> Iterator[Document]:
-    """Documents out of records: the text field checked, the label found."""
+    """Documents out of records: the label found, the text checked."""
     stop = config.on_error == "stop"
     for place, record in records:
         label_here = config.label if config.label is not None else label
-        text = _text(record, config.text_field, place, report, stop=stop)
-        if text is None:
-            continue
-        prompt = ""
-        if config.prompt_field is not None:
-            found = _text(record, config.prompt_field, place, report, stop=stop)
-            if found is None:
-                continue
-            prompt = found
         if config.label_field is not None:
             assert not isinstance(record, str)
             value = _at(record, config.label_field)
             if isinstance(value, int) and not isinstance(value, bool):
                 value = str(value)
-            if not isinstance(value, str) or not value or not _is_unicode(value):
-                detail = f"field {config.label_field!r} holds {value!r:.60}; a label must be text or a whole number"
+            if not isinstance(value, str) or not value or not is_unicode(value):
+                detail = f"field {config.label_field!r} holds {_shown(value)}; a label must be text or a whole number"
                 report.fail("missing_label", place, detail, stop=stop)
                 continue
             label_here = value
+        text = _text(record, config.text_field, place, report, label_here, stop=stop)
+        if text is None:
+            continue
+        prompt = ""
+        if config.prompt_field is not None:
+            found = _text(record, config.prompt_field, place, report, label_here, stop=stop)
+            if found is None:
+                continue
+            prompt = found
         yield Document(prompt + text, place, label_here, None if config.prompt_field is None else len(prompt))
 
 
-def _text(record: Record, field: str, place: str, report: ReadingReport, *, stop: bool) -> str | None:
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r:.60}"
+
+
+def _text(
+    record: Record, field: str, place: str, report: ReadingReport, label: str | None, *, stop: bool
+) -> str | None:
     """The text in a field of a record, or the record itself if it is text; None where the report was told why not."""
+
+    def fail(reason: Reason, detail: str) -> None:
+        report.fail(reason, place, detail, label=label, stop=stop)
+
     text = record if isinstance(record, str) else _at(record, field)
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            report.fail("undecodable", place, f"byte {error.start} of {field} is not UTF-8", stop=stop)
+            fail("undecodable", f"byte {error.start} of {field} is not UTF-8")
             return None
     if text is None:
         assert not isinstance(record, str)
         known = ", ".join(map(str, list(record)[:10])) or "none"
-        report.fail("missing_field", place, f"field {field!r} is missing; fields: {known}", stop=stop)
+        fail("missing_field", f"field {field!r} is missing; fields: {known}")
     elif not isinstance(text, str):
-        report.fail("not_text", place, f"field {field!r} is of type {type(text).__name__}, not text", stop=stop)
+        fail("not_text", f"field {field!r} is of type {type(text).__name__}, not text")
     elif not text or text.isspace():
-        report.fail("empty", place, "the document is empty", stop=stop)
-    elif not _is_unicode(text):
-        report.fail("undecodable", place, "the text holds half a surrogate pair, which UTF-8 cannot hold", stop=stop)
+        fail("empty", "the document is empty")
+    elif not is_unicode(text):
+        fail("undecodable", "the text holds half a surrogate pair, which UTF-8 cannot hold")
+    elif len(text) > DOCUMENT_BYTES:
+        fail("too_large", f"a document may hold {DOCUMENT_BYTES >> 20} MiB; split it")
     else:
         return text
     return None
@@ -251,21 +267,15 @@ def _at(record: Mapping[str, Any], field: str) -> Any:
     return here
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _file_documents(
     config: CorpusConfig, files: list[tuple[Path, Format]], report: ReadingReport
 ) -> Iterator[Document]:
     stop = config.on_error == "stop"
 
+    label: str | None = None
+
     def fail(reason: Reason, place: str, detail: str) -> None:
-        report.fail(reason, place, detail, stop=stop)
+        report.fail(reason, place, detail, label=label, stop=stop)
 
     def blank() -> None:
         report.blank_lines += 1
@@ -277,16 +287,20 @@ def _file_documents(
         if kind in ("text", "code") and config.label_field is not None:
             raise ConfigError(f"{path} is a text file and has no field {config.label_field!r}; use label or label_from")
         report.files += 1
+        found = _label_of(path, config)
+        label = config.label if config.label is not None else found
         records: Iterator[tuple[str, Record]]
         if kind == "jsonl":
             records = formats.read_jsonl(path, fail, blank)
+        elif kind == "csv":
+            records = formats.read_csv(path, fields, fail)
         elif kind == "parquet":
             records = formats.read_parquet(path, fields, fail)
         elif kind == "text" and config.split_documents == "blank_lines":
             records = formats.read_paragraphs(path, fail)
         else:
             records = formats.read_text(path, fail)
-        yield from _documents(config, records, report, _label_of(path, config))
+        yield from _documents(config, records, report, found)
 
 
 def _label_of(path: Path, config: CorpusConfig) -> str | None:
@@ -306,49 +320,38 @@ def _files(config: CorpusConfig, report: ReadingReport) -> list[tuple[Path, Form
         ConfigError: the format of a file that was asked for cannot be told from its suffix.
     """
     assert config.path is not None
-    here = Path(config.path).expanduser()
+    found, searched = corpus_files(config.path, report.ignore)
+    if searched and _is_saved_dataset(Path(config.path).expanduser()):
+        raise DataError(f"{config.path} is a data set written by save_to_disk; give it as dataset, not path")
     result: list[tuple[Path, Format]] = []
-    if here.is_dir():
-        for path in _walk(here):
-            kind = _format(path, config)
-            if kind is None:
-                report.ignore(str(path))
-            else:
-                result.append((path, kind))
-        if not result:
-            wanted = f"suffix {' '.join(config.suffixes)}" if config.suffixes else f"format {config.format}"
-            raise DataError(
-                f"folder {config.path} holds no file of {wanted} (files of other kinds: "
-                f"{report.ignored_files}); check the path, or set format and suffixes"
-            )
-        return result
-    if here.is_file():
-        found = [here]
-    else:
-        found = sorted(Path(name) for name in glob.glob(str(here), recursive=True) if os.path.isfile(name))
-    if not found:
-        raise DataError(f"path {config.path!r} matches no file (looked from {Path.cwd()}); check the spelling")
     for path in found:
         kind = _format(path, config)
-        if kind is None:
+        if kind is not None:
+            result.append((path, kind))
+            continue
+        suffix = split_suffix(path)[0]
+        if searched:
+            report.ignore(str(path))
+        elif config.suffixes is not None:
+            raise ConfigError(f"{path} does not have one of the suffixes {' '.join(config.suffixes)}")
+        elif suffix in formats.SAVED_OBJECTS:
             raise ConfigError(
-                f"the format of {path} cannot be told from its suffix; set format: jsonl, text, code or parquet"
-                if config.suffixes is None
-                else f"{path} does not have one of the suffixes {' '.join(config.suffixes)}"
+                f"{path} is {formats.SAVED_OBJECTS[suffix]}, which is not read; write its text as JSON Lines, CSV or "
+                f"Parquet first"
             )
-        result.append((path, kind))
+        else:
+            raise ConfigError(
+                f"the format of {path} cannot be told from its suffix; set format: jsonl, csv, text, code or parquet"
+            )
+    if not result:
+        wanted = f"suffix {' '.join(config.suffixes)}" if config.suffixes else f"format {config.format}"
+        left = f"{report.ignored_files} left out"
+        if report.ignored_examples:
+            left += f", such as {report.ignored_examples[0]}"
+        raise DataError(
+            f"folder {config.path} holds no file of {wanted} ({left}); check the path, or set format and suffixes"
+        )
     return result
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder in order of path; hidden ones, and links to folders, are left out."""
-    with os.scandir(folder) as entries:
-        listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in listed:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
-        elif entry.is_file():
-            yield Path(entry.path)
 
 
 def _format(path: Path, config: CorpusConfig) -> Format | None:
@@ -356,15 +359,9 @@ def _format(path: Path, config: CorpusConfig) -> Format | None:
     suffix, compression = split_suffix(path)
     if config.suffixes is not None and not {suffix, suffix + compression} & set(config.suffixes):
         return None
-    told: Format | None = None
-    if suffix in JSON_SUFFIXES:
-        told = "jsonl"
-    elif suffix in PARQUET_SUFFIXES and not compression:
-        told = "parquet"
-    elif suffix in TEXT_SUFFIXES:
-        told = "text"
-    elif suffix in CODE_SUFFIXES:
-        told = "code"
+    told = formats.FORMATS.get(suffix)
+    if told == "parquet" and compression:
+        told = None
     if config.format == "auto":
         return told if told is not None or config.suffixes is None else "text"
     if config.suffixes is not None or not Path(str(config.path)).expanduser().is_dir():
@@ -372,40 +369,80 @@ def _format(path: Path, config: CorpusConfig) -> Format | None:
     return config.format if told == config.format else None
 
 
-def _dataset_rows(config: CorpusConfig, report: ReadingReport) -> Iterator[tuple[str, Record]]:
-    """Rows of a Hugging Face dataset; class labels are given by name."""
-    import datasets  # noqa: PLC0415  (half a second, and most inputs are files)
+def _is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of the `datasets` library wrote a folder."""
+    marks = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
+    return any(all((folder / name).is_file() for name in names) for names in marks)
 
+
+def _dataset_rows(config: CorpusConfig, report: ReadingReport) -> Iterator[tuple[str, Record]]:
+    """Rows of a Hugging Face dataset; class labels are given by name.
+
+    Raises:
+        DataError: it cannot be opened, or the label field holds several labels.
+    """
     name = str(config.dataset)
-    try:
-        if any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[config.split]
-        else:
-            loaded = datasets.load_dataset(
-                name, config.config, split=config.split, streaming=config.streaming, revision=config.revision
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"dataset {name!r} (config {config.config}, split {config.split}) cannot be opened: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    names = None
+    cursor = Cursor(name, 0, rows=True)
+    loaded = _open_dataset(config)
     features = loaded.features or {}
-    if config.label_field is not None and isinstance(features.get(config.label_field), datasets.ClassLabel):
-        names = features[config.label_field].names
+    names = None if config.label_field is None else _class_names(features, config.label_field, name)
     asked = filter(None, (config.text_field, config.prompt_field, config.label_field))
     wanted = {field for whole in asked for field in (whole, whole.split(".")[0])}
     if features and wanted & set(features):
         loaded = loaded.select_columns([field for field in features if field in wanted])
-    row = 0
-    try:
+
+    def rows() -> Iterator[tuple[str, Record]]:
         for record in loaded:
-            if names is not None and isinstance(record[config.label_field], int) and record[config.label_field] >= 0:
-                record = {**record, config.label_field: names[record[config.label_field]]}
-            yield f"{name}[{row}]", record
-            row += 1
-    except (OSError, ValueError, RuntimeError, EOFError, datasets.exceptions.DatasetsError) as error:
-        detail = f"the dataset cannot be read on: {type(error).__name__}: {error}"
-        report.fail("unreadable", f"{name}[{row}]", detail, stop=config.on_error == "stop")
+            if names is not None:
+                assert config.label_field is not None
+                number = _at(record, config.label_field)
+                known = isinstance(number, int) and 0 <= number < len(names)
+                record = {**record, config.label_field: names[number] if known else None}
+            yield str(cursor), record
+            cursor.number += 1
+
+    def fail(reason: Reason, place: str, detail: str) -> None:
+        report.fail(reason, place, detail, label=config.label, stop=config.on_error == "stop")
+
+    yield from guarded(rows(), cursor, fail)
+
+
+def _open_dataset(config: CorpusConfig) -> Any:
+    import datasets  # noqa: PLC0415  (half a second, and most inputs are files)
+
+    name = str(config.dataset)
+    asked = f"dataset {name!r} (config {config.config}, split {config.split})"
+    if Path(name).is_dir():
+        dataset_files(Path(name))
+    try:
+        if not _is_saved_dataset(Path(name)):
+            return datasets.load_dataset(
+                name, config.config, split=config.split, streaming=config.streaming, revision=config.revision
+            )
+        loaded = datasets.load_from_disk(name)
+    except Exception as error:
+        raise DataError(f"{asked} cannot be opened: {cause(error)}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if config.split not in loaded:
+        raise DataError(f"{asked} cannot be opened: it has the splits {', '.join(map(str, loaded)) or '(none)'}")
+    return loaded[config.split]
+
+
+def _class_names(features: Mapping[str, Any], field: str, name: str) -> list[str] | None:
+    """Names of the classes of a label field that holds class labels; None where it holds something else.
+
+    Raises:
+        DataError: it holds a list of them.
+    """
+    import datasets  # noqa: PLC0415
+
+    feature = _at(features, field)
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    if isinstance(feature, list | datasets.Sequence | datasets.List | datasets.LargeList):
+        raise DataError(
+            f"dataset {name!r}: label_field {field!r} holds a list of labels per document; a document has one domain: "
+            f"write the one wanted into a field of its own"
+        )
+    return None

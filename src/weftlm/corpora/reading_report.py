@@ -11,22 +11,26 @@ from weftlm.errors import DataError
 Reason = Literal[
     "undecodable",
     "broken_json",
+    "broken_csv",
     "not_an_object",
     "missing_field",
     "not_text",
     "empty",
     "missing_label",
+    "too_large",
     "truncated",
     "unreadable",
 ]
 REASONS: dict[Reason, str] = {
     "undecodable": "text that is not valid UTF-8",
     "broken_json": "lines that are not JSON",
+    "broken_csv": "rows that are not CSV",
     "not_an_object": "lines whose JSON is not an object",
     "missing_field": "records without the text field",
     "not_text": "records whose text field is not text",
     "empty": "documents without text",
     "missing_label": "records without a usable label",
+    "too_large": "documents that are too large",
     "truncated": "compressed files that end too early",
     "unreadable": "files that cannot be read",
 }
@@ -44,7 +48,8 @@ class ReadingReport:
         blank_lines: lines of white space in JSON Lines files, which the format allows.
         problems: faulty records (or files) by reason; see `REASONS`.
         examples: the first places per reason, as `path:line: what is wrong`.
-        ignored_files: files of a folder whose suffix is not one that is read.
+        faults_by_label: faulty records (or files) by label; "" where a record has none.
+        ignored_files: entries of a folder that are not read: other suffixes, links that leave the folder, pipes.
         ignored_examples: the first of them.
         stopped_at: places where `max_documents` or `max_bytes` ended the reading.
     """
@@ -56,17 +61,25 @@ class ReadingReport:
     blank_lines: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    faults_by_label: Counter[str] = field(default_factory=Counter)
     ignored_files: int = 0
     ignored_examples: list[str] = field(default_factory=list)
     stopped_at: list[str] = field(default_factory=list)
 
-    def fail(self, reason: Reason, place: str, detail: str, *, stop: bool) -> None:
+    def fail(self, reason: Reason, place: str, detail: str, *, stop: bool, label: str | None = None) -> None:
         """Count a fault and remember its place.
 
+        Args:
+            reason: what kind of fault it is.
+            place: where.
+            detail: what is wrong.
+            stop: raise instead of going on.
+            label: of the record, where it is known.
         Raises:
             DataError: `stop` is set; the message holds the place.
         """
         self.problems[reason] += 1
+        self.faults_by_label[label or ""] += 1
         examples = self.examples.setdefault(reason, [])
         message = f"{place}: {detail}"
         if len(examples) < self.keep_examples:
@@ -75,7 +88,7 @@ class ReadingReport:
             raise DataError(f"{message}; mend it, or set on_error: skip to leave such records out")
 
     def ignore(self, path: str) -> None:
-        """Count a file of a folder that is not read."""
+        """Count an entry of a folder that is not read."""
         self.ignored_files += 1
         if len(self.ignored_examples) < self.keep_examples:
             self.ignored_examples.append(path)
@@ -106,7 +119,7 @@ class ReadingReport:
             result.append(f"skipped {count}: {REASONS[reason]}, such as")  # type: ignore[index]
             result += [f"    {place}" for place in self.examples[reason]]
         if self.ignored_files:
-            result.append(f"{self.ignored_files} files with other suffixes, such as {', '.join(self.ignored_examples)}")
+            result.append(f"{self.ignored_files} files left out, such as {', '.join(self.ignored_examples)}")
         if self.blank_lines:
             result.append(f"{self.blank_lines} blank lines")
         return result + [f"stopped at {place}" for place in self.stopped_at]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import nn
 
 from weftlm.config import Section
 from weftlm.corpora.formats import split_suffix
+from weftlm.corpora.paths import corpus_files
 from weftlm.corpora.store_files import file_digest
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError
@@ -82,15 +81,11 @@ def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
 
 def _files(task: ChoiceTask) -> tuple[bool, list[Path]]:
     """Whether a task is one file, and the files it names."""
-    place = Path(task.path).expanduser()
-    if place.is_file():
-        return True, [place]
-    paths = sorted(Path(path) for path in glob.glob(str(place), recursive=True) if os.path.isfile(path))
-    if not paths:
-        raise DataError(
-            f"evaluation.tasks: {task.path!r} matches no file (looked from {Path.cwd()}); check the spelling"
-        )
-    return False, paths
+    try:
+        paths = corpus_files(task.path, lambda entry: None)[0]
+    except DataError as error:
+        raise DataError(f"evaluation.tasks: {error}") from None
+    return paths == [Path(task.path).expanduser()], paths
 
 
 def score_tasks(
