@@ -1,24 +1,50 @@
-"""Files and folders that appear whole or not at all: written beside their place and renamed into it.
+"""Files and folders that appear whole or not at all, disappear at once, and are checked when they are read.
 
-A reader sees the old one or the new one, never half of one, also where two processes write the same. What a killed
-process leaves behind begins with a dot and ends with `.writing`.
+Writing: what is written goes beside its place and is renamed into it, so that a reader sees the old one or the new one,
+never half of one, also where two processes write the same. Removing: what is removed loses its name first. Both use
+hidden names, `.NAME.PID@HOST.writing` and `.NAME.PID@HOST.removing`; what a killed process leaves under such a name is
+removed by `sweep`, which every holder of a lock (`hold`) calls.
+
+Checking: a JSON object has a checksum over itself (`write_object`), and a finished folder a list of its files with
+their sizes and BLAKE2b digests (`seal`), which readers compare. That costs about a second per gigabyte and core.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
+import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weftlm.errors import ConfigError, DataError, WeftError
+from weftlm.errors import CheckpointError, ConfigError, DataError, WeftError
 
 _PACKAGE = Path(__file__).parent
 _PROGRAMMING = (AssertionError, AttributeError, LookupError, NameError, TypeError)
+SEAL = "digests.json"
+_SEAL_FORMAT = "weftlm digests 1"
+_CHECKSUM = "checksum"
+_DECIDING = re.compile(r"(.*/)?((adapter_|generation_)?config\.json|[^/]*\.(safetensors|index\.json|bin|pt|pth|py))")
+"""Files that decide what a folder is read as, which may not be added to a sealed one; notes and tokenizers may."""
+_LEFT = re.compile(r"\..+\.(?P<pid>\d+)@(?P<host>.+)\.(writing|removing)")
+_FORGOTTEN_S = 24 * 3600
+"""Age at which what another machine was writing counts as left over."""
+_held: set[Path] = set()
+"""Locks of this process."""
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -29,7 +55,7 @@ def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
         path: of the file.
         sync: force it to disk before it takes its place.
     """
-    temporary = _beside(path)
+    temporary = _beside(path, "writing")
     try:
         yield temporary
         if sync:
@@ -46,6 +72,228 @@ def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
     """Write a text file, UTF-8; see `whole`."""
     with whole(path, sync=sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path, what: str, *, replace: bool = False) -> Iterator[Path]:
+    """Give a new folder to fill; when the block ends it is sealed and becomes `folder`; a failure drops it.
+
+    Args:
+        folder: new, or there and empty.
+        what: goes into it, for the message.
+        replace: what is there, once the new one is whole.
+    Raises:
+        ConfigError: it is not empty, or a file.
+        CheckpointError: the disk is full.
+    """
+    if not replace:
+        refuse_full(folder, what)
+    sweep(folder.parent)
+    making = _beside(folder, "writing")
+    _erase(making)
+    with room(folder):
+        making.mkdir(parents=True)
+        try:
+            yield making
+            seal(making)
+            leaving = _beside(folder, "removing")
+            if folder.exists():
+                folder.rename(leaving)
+            making.rename(folder)
+            _erase(leaving)
+        except BaseException:
+            _erase(making)
+            raise
+
+
+def refuse_full(folder: Path, what: str) -> None:
+    """Refuse a place where a new folder is to go and something is.
+
+    Raises:
+        ConfigError: it is a folder that is not empty, or a file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; choose a new folder for the {what} or remove it")
+
+
+@contextmanager
+def room(folder: Path, needed: int | None = None) -> Iterator[None]:
+    """Say which disk is full, whichever library meets it while it writes.
+
+    Args:
+        folder: that is written to.
+        needed: bytes, where that is known.
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WeftError) or not is_full(error):
+            raise
+        raise CheckpointError(no_room(folder, needed)) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error of any library is that of a full disk, quota or file-size limit."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(text in str(error) for text in ("No space left", "Disk quota exceeded", "File too large"))
+
+
+def no_room(folder: Path, needed: int | None = None) -> str:
+    """The message about a full disk.
+
+    Args:
+        folder: that is written to.
+        needed: bytes, where that is known.
+    """
+    place = next((each for each in (folder, *folder.parents) if each.exists()), Path())
+    free = f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free"
+    wanted = free if needed is None else f"{needed / 1e6:,.1f} MB needed, {free}"
+    return (
+        f"cannot write {folder}: its disk is full, or a quota or limit is reached ({wanted}); what was finished before "
+        "is kept: make room and run the same command again"
+    )
+
+
+# -- removing -----------------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a folder loses its name before its files go, so that no half of it is ever seen."""
+    if path.is_dir() and not path.is_symlink():
+        leaving = _beside(path, "removing")
+        _erase(leaving)
+        path.rename(leaving)
+        _erase(leaving)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone left half-written or half-removed in a folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _LEFT.fullmatch(path.name)
+        if found is None:
+            continue
+        with suppress(OSError):
+            if not _works(found["pid"], found["host"], path):
+                _erase(path)
+
+
+def _works(pid: str, host: str, path: Path) -> bool:
+    """Whether the process that made a hidden file may still be at work on it."""
+    if host != _host():
+        return time.time() - path.stat().st_mtime < _FORGOTTEN_S
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _erase(path: Path) -> None:
+    """Delete what no reader looks at."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}@{_host()}.{what}")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", os.uname().nodename)
+
+
+# -- one process at a time ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold(
+    lock: Path,
+    refusal: Callable[[str], WeftError],
+    *,
+    shared: bool = False,
+    patience_s: float = 0.0,
+    waiting: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Hold a lock against other processes, and sweep its folder; free again however this process ends.
+
+    What this process holds already it may hold again. The file names its holder, for messages.
+
+    Args:
+        lock: the file; its folder is made.
+        refusal: the error, given a description of the process that holds it.
+        shared: beside others that hold it shared.
+        patience_s: how long to wait for it.
+        waiting: called once, with the same description, where it is not free at once.
+    Raises:
+        WeftError: `refusal`'s.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    place = lock.resolve()
+    if place in _held:
+        yield
+        return
+    with lock.open("a+", encoding="utf-8") as file:
+        deadline, told = time.monotonic() + patience_s, False
+        while True:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise refusal(_holder(lock)) from None
+            if waiting is not None and not told:
+                waiting(_holder(lock))
+                told = True
+            time.sleep(0.05)
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {_host()}: {command_line()}\n")
+            file.flush()
+        sweep(lock.parent)
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether another process holds a lock."""
+    try:
+        with lock.open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        said = lock.read_text(encoding="utf-8").strip()
+        if said:
+            return f"another process ({said.partition(chr(10))[0][:300]})"
+    return "another process"
+
+
+def command_line() -> str:
+    """The command of this process as it would be typed again."""
+    name = Path(sys.argv[0]).name
+    start = [name] if name != "__main__.py" else ["python", "-m", Path(sys.argv[0]).parent.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def cause(error: Exception) -> str:
@@ -75,50 +323,101 @@ def cause(error: Exception) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+# -- checking -----------------------------------------------------------------------------------------------------
+
+
+def checksum(value: Any) -> str:
+    """BLAKE2b-128 of a JSON value in canonical form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":")).encode("utf-8")
+    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
+
+
+def write_object(path: Path, value: Mapping[str, Any], *, sync: bool = False, nan: bool = True) -> None:
+    """Write a JSON object with a checksum over itself, whole; `read_object` compares.
+
+    Args:
+        path: of the file.
+        value: JSON values.
+        sync: force it to disk.
+        nan: allow NaN and infinity, which are not JSON.
+    """
+    plain = json.loads(json.dumps(dict(value), allow_nan=nan))
+    write_whole(path, json.dumps({**plain, _CHECKSUM: checksum(plain)}, indent=1) + "\n", sync=sync)
+
+
 def read_object(path: Path, cure: str) -> dict[str, Any] | None:
     """Read a JSON file that holds an object; None where there is none.
 
     Args:
         path: of the file.
-        cure: what to do about a torn one, for the message.
+        cure: what to do about a torn or altered one, for the message.
     Raises:
-        DataError: it is torn or holds something else.
+        DataError: it is torn, holds something else, or was altered since `write_object` wrote it.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {cure}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({cause(error)}); {cure}") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} holds no JSON object; {cure}")
+    stated = found.pop(_CHECKSUM, None)
+    if stated is not None and stated != checksum(found):
+        raise DataError(f"{path} was altered since it was written (its checksum differs); {cure}")
     return found
 
 
-@contextmanager
-def whole_folder(folder: Path, what: str) -> Iterator[Path]:
-    """Give a new folder to fill; it becomes `folder` when the block ends, and is dropped when the block fails.
+def describe(path: Path) -> dict[str, Any]:
+    """Size and BLAKE2b-128 digest of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "blake2b": digest}
+
+
+def seal(folder: Path) -> None:
+    """List the files of a finished folder with their sizes and digests, in `digests.json`; hidden ones do not count."""
+    write_object(folder / SEAL, {"format": _SEAL_FORMAT, "files": _described(folder, _files(folder))})
+
+
+def check_sealed(folder: Path, cure: str) -> None:
+    """Compare a folder with its seal; one without a seal passes, since other programs make none.
+
+    Every byte is read: about a second per gigabyte, several files at once.
 
     Args:
-        folder: new, or there and empty.
-        what: goes into it, for the message.
+        folder: of the files.
+        cure: what to do about a damaged one, for the message.
     Raises:
-        ConfigError: it is not empty, or a file.
+        DataError: a file is missing, cut short or altered, or weights or settings were added; the message names it.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; choose a new folder for the {what} or remove it")
-    making = _beside(folder)
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
-        yield making
-        if folder.exists():
-            folder.rmdir()
-        making.rename(folder)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
+    stated = read_object(folder / SEAL, cure)
+    if stated is None:
+        return
+    cure = f"{cure}; after a change of your own delete {folder / SEAL}"
+    listed = stated.get("files")
+    if stated.get("format") != _SEAL_FORMAT or not isinstance(listed, dict):
+        raise DataError(f"{folder / SEAL} is of another format than {_SEAL_FORMAT!r}; {cure}")
+    found = set(_files(folder))
+    missing, added = listed.keys() - found, {name for name in found - listed.keys() if _DECIDING.fullmatch(name)}
+    for names, what in ((missing, "is missing"), (added, "was added")):
+        if names:
+            raise DataError(f"{folder / min(names)} {what} since {folder} was finished; {cure}")
+    for name, facts in listed.items():
+        size = (folder / name).stat().st_size
+        if size != facts["bytes"]:
+            raise DataError(f"{folder / name} has {size} bytes, {facts['bytes']} when it was written; {cure}")
+    for name, facts in _described(folder, list(listed)).items():
+        if facts != listed[name]:
+            raise DataError(f"{folder / name} was altered since it was written (its digest differs); {cure}")
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.writing")
+def _files(folder: Path) -> list[str]:
+    """Files below a folder, by their paths in it; hidden ones and the seal left out."""
+    every = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in every if path.name != SEAL and not any(p[0] == "." for p in path.parts))
+
+
+def _described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        return dict(zip(names, pool.map(lambda name: describe(folder / name), names), strict=True))

@@ -45,7 +45,7 @@ from weftlm.config import Section, validate
 from weftlm.errors import ConfigError
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.files import whole_folder
+from weftlm.files import check_sealed, whole_folder
 from weftlm.gating import experts as room
 from weftlm.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
 from weftlm.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
@@ -446,6 +446,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             kwargs: what `AutoModelForCausalLM` passes; nothing of it is read, the folder has its own settings.
         Raises:
             ConfigError: the folder holds no gated model, or an expert cannot be loaded.
+            DataError: a file of the folder is missing or was altered.
             CheckpointError: the gate's file is torn.
             ExpertError: an adapter does not fit its base.
         """
@@ -461,6 +462,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; save the gated model again")
         saved = validate(_Saved, described, str(folder / MANIFEST))
         sources = [_inside(source, folder) for source in saved.experts] if saved.copied else saved.experts
+        check_sealed(folder, "save the gated model again (weftlm gate distil)")
         pool = ExpertPool.load(sources, dtype=saved.dtype, device=device)
         model = cls(pool, load_gate(folder / GATE), top_m=saved.top_m, refresh_every=saved.refresh_every)
         if (folder / "generation_config.json").exists():

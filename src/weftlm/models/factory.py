@@ -25,6 +25,7 @@ from transformers import (
 
 from weftlm.config import Section, did_you_mean
 from weftlm.errors import ConfigError
+from weftlm.files import check_sealed
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
@@ -47,6 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Sizes used where the recipe names an architecture and leaves its sizes out; sized for a laptop."""
 
+_WRITE_AGAIN = "make the model again, or restore the file from a copy"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -211,7 +213,9 @@ def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
         dtype: of the base under an adapter; a full model keeps the dtype it was stored in.
     Raises:
         ConfigError: the folder holds no loadable causal language model.
+        DataError: a file of it is missing or was altered since weftlm wrote it.
     """
+    check_sealed(folder, _WRITE_AGAIN)
     try:
         if (folder / "adapter_config.json").exists():
             adapter = LoraConfig.from_pretrained(str(folder))
@@ -238,9 +242,11 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
         dtype: the parameters are held in.
     Raises:
         ConfigError: there is no such model, it is neither kind, or its weights are not safetensors.
+        DataError: a file of it is missing or was altered since weftlm wrote it.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    check_sealed(Path(name), _WRITE_AGAIN)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

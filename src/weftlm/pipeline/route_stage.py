@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Mapping
@@ -54,7 +53,6 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     config = routing_config(recipe)
     evaluation = evaluate_routes(recipe, config.routers, progress=progress)
     for router in config.build:
-        shutil.rmtree(routed_folder(recipe, router), ignore_errors=True)
         build_route(
             recipe.library_folder,
             parse_router(router),
@@ -62,6 +60,7 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
             base=recipe.base,
             revision=recipe.experts.revision,
             dtype=recipe.experts.dtype,
+            replace=True,
         )
     rows = {label.partition(" (")[0].replace(" ", "_"): row for label, row in evaluation.rows.items()}
     generic = {label: row.generic for label, row in rows.items()}

@@ -21,6 +21,7 @@ from weftlm.evaluation.tasks import Questions, read_tasks, score_tasks
 from weftlm.experts.expert import base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.fan_out import Task, fan_out, keep, new_key
+from weftlm.files import refuse_full, whole_folder
 from weftlm.pipeline.base import base_tokenizer, open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.experts import shared_folders
@@ -56,6 +57,7 @@ def build_route(
     experts: Sequence[str] | None = None,
     dtype: str = "float32",
     copy_base: bool = False,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Write a routed model: the router's section, its experts, the base's tokenizer, and on request the base.
 
@@ -68,6 +70,7 @@ def build_route(
         experts: names of those to route among; None for all.
         dtype: the base is held in.
         copy_base: write the base's weights too, so that the folder stands on its own.
+        replace: what the folder holds, once the routed model is whole.
     Returns:
         output, base, router, experts, adapted modules, and whether there is a tokenizer.
     Raises:
@@ -75,19 +78,20 @@ def build_route(
         ExpertError: an expert is broken, of another base, or lacks what the router reads.
     """
     transformers_logging.disable_progress_bar()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError(f"{output} is not empty; choose a new folder for the routed model or remove it")
+    if not replace:
+        refuse_full(output, "routed model")
     config = router_config(router)
     opened = ExpertLibrary.open(library)
     place = base_name(opened.base.name if base is None else base)
     revision = opened.base.revision if base is None else revision
     routed = RoutedModel.from_library(place, opened, config, experts=experts, revision=revision, dtype=dtype)
-    routed.save_pretrained(output, copy_base=copy_base)
     tokenizer = base_tokenizer(place, revision)
     if tokenizer is None:
         log.warning("the base %s brings no tokenizer; save one in %s to trace text", place, output / TOKENIZER)
-    else:
-        tokenizer.save(output / TOKENIZER)
+    with whole_folder(output, "routed model", replace=replace) as making:
+        routed.save_pretrained(making, copy_base=copy_base)
+        if tokenizer is not None:
+            tokenizer.save(making / TOKENIZER)
     return {
         "output": str(output),
         "base": place,

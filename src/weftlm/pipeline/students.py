@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from weftlm.distillation.structural import (
 )
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
-from weftlm.files import write_whole
+from weftlm.files import remove, whole_folder, write_whole
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
 from weftlm.gating.modular_lm import ModularLM
@@ -130,10 +129,11 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         rows[name] = dense.row(models[name])
     (folder / f"{kind}.json").unlink(missing_ok=True)
     for old in (kind, *(each.name for each in folder.glob(f"{kind}-*")), *([DENSE] if kind == STUDENT else [])):
-        shutil.rmtree(folder / old, ignore_errors=True)
+        remove(folder / old)
     for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save(folder / name)
+        with whole_folder(folder / name, "student") as making:
+            model.save_pretrained(making)
+            tokenizer.save(making)
         rows[name]["model"] = str(folder / name)
     found = {
         "identity": identity,
@@ -199,7 +199,7 @@ class _Work:
         self.progress = progress
         plan = folder / "plan.json"
         if (read_facts(plan) or {}).get("identity") != identity:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             folder.mkdir(parents=True)
             write_whole(plan, json.dumps({"identity": identity}) + "\n")
 
@@ -211,7 +211,7 @@ class _Work:
 
     def done(self) -> None:
         """Nothing is left to continue."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
     def state(self, name: str) -> Path:
         """Where an interrupted part's state lies."""

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.evaluation.result import save_windows
 from weftlm.evaluation.suite import EvaluationConfig, SuiteResult, evaluate_suite
-from weftlm.files import write_whole
+from weftlm.files import whole_folder, write_whole
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters, load_model
 from weftlm.pipeline.prepare import prepare
@@ -98,9 +98,11 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         may_shard=True,
     )
     trained = trainer.run()
-    trainer.save_model(recipe.run / "model")
-    if process.is_main_process:
-        data.tokenizer.save(recipe.run / "model")
+    place, writes = recipe.run / "model", process.is_main_process
+    with whole_folder(place, "model", replace=True) if writes else nullcontext(place) as making:
+        trainer.save_model(making)
+        if writes:
+            data.tokenizer.save(making)
     if trainer.evaluated_step != trained.step:
         start = time.perf_counter()
         evaluate(trainer.module)

@@ -21,7 +21,7 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, module_widths
-from weftlm.files import whole_folder
+from weftlm.files import check_sealed, whole_folder
 from weftlm.models.factory import load_base
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.routing.calls import (
@@ -409,6 +409,7 @@ class RoutedModel(nn.Module):
             device: where the model is put; None for where the base is.
         Raises:
             ConfigError: the folder holds no routed model, or its base cannot be loaded.
+            DataError: a file of the folder is missing or was altered.
             ExpertError: as the class.
         """
         folder = Path(folder)
@@ -419,6 +420,7 @@ class RoutedModel(nn.Module):
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; build the routed model again")
         manifest = validate(_Manifest, described, str(folder / MANIFEST))
+        check_sealed(folder, "build the routed model again")
         place = manifest.base
         if base is None:
             if not place.copied and not place.name:

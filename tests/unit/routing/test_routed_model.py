@@ -16,9 +16,10 @@ from support.experts import BASE, gpt2, llama, make_expert, make_pool, padded, p
 from support.routing import inputs_for, logits
 from torch import nn
 
-from weftlm.errors import ConfigError, ExpertError
+from weftlm.errors import ConfigError, DataError, ExpertError
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
+from weftlm.files import SEAL
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.routing.routed_linear import RoutedLinear
 from weftlm.routing.routed_model import MANIFEST, RoutedModel
@@ -254,7 +255,7 @@ def test_a_saved_model_takes_a_new_or_an_empty_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     routed.save_pretrained(tmp_path / "empty")
-    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["experts", MANIFEST]
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["digests.json", "experts", MANIFEST]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
 
@@ -284,6 +285,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
 def test_a_broken_manifest_is_explained(harm: Callable[[str], str], message: str, tmp_path: Path) -> None:
     manifest = saved(tmp_path) / MANIFEST
     manifest.write_text(harm(manifest.read_text()))
+    (manifest.parent / SEAL).unlink()
     with pytest.raises(ConfigError, match=message):
         RoutedModel.from_pretrained(manifest.parent)
 
@@ -300,6 +302,9 @@ def test_a_folder_without_a_manifest_or_an_expert_is_explained(tmp_path: Path) -
         RoutedModel.from_pretrained(tmp_path)
     folder = saved(tmp_path)
     (folder / "experts" / "b" / "adapter_model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"b/adapter_model.safetensors is missing"):
+        RoutedModel.from_pretrained(folder)
+    (folder / SEAL).unlink()
     with pytest.raises(ExpertError, match="1 of 2 experts cannot be used"):
         RoutedModel.from_pretrained(folder)
 
