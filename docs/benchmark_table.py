@@ -76,6 +76,14 @@ def prepare_memory(record: Mapping[str, Any]) -> Iterator[Row]:
     yield Row(figure, f"{ratios['peak_memory']:.2f} times", "about 1 time")
 
 
+def shared_machine(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Training speed over the best fixed number of threads, alone and beside a busy process."""
+    for where, ratio in record["over_best"].items():
+        size = f"{record['parameters'] / 1e6:.1f}M parameters"
+        figure = f"training speed over the best fixed number of threads, {where}, {size}"
+        yield Row(figure, f"{show(ratio)} times", f"≥ {record['goals'][where]:g} times")
+
+
 def routing_speed(record: Mapping[str, Any]) -> Iterator[Row]:
     """The goals of routing's cost at every size, met or not."""
     for goal in record["goals"]:
@@ -211,6 +219,7 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "routing_speed": routing_speed,
     "routing_switch": routing_switch,
     "sampler": sampler,
+    "shared_machine": shared_machine,
     "serving_load": serving_load,
 }
 

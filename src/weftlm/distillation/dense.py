@@ -29,6 +29,7 @@ from weftlm.config import Section
 from weftlm.distillation.structural import Weighted
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.models.factory import ModelConfig, build_model, count_parameters
+from weftlm.threads import follow_load
 from weftlm.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, save_checkpoint
 from weftlm.training.config import NOT_DECIDING, TrainingConfig, learning_rate
 from weftlm.training.loop import adamw, dump_tensors, load_tensors
@@ -226,6 +227,7 @@ def distil_dense(
     if run.step == 0:
         run.measure(None, on_progress)
     while run.step < total:
+        follow_load()
         loss = run.advance(checkpoints)
         last = run.step == total
         if last or (every and run.step % every == 0):

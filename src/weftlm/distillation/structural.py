@@ -31,6 +31,7 @@ from weftlm.gating.gate import CausalGate, Features, Gate, GateConfig, gate_conf
 from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig
 from weftlm.gating.problem import CHUNK, log_model
 from weftlm.gating.sequences import ScoredSequences, prepared
+from weftlm.threads import follow_load
 
 Weighting = Literal["balance", "gate"]
 LogModel = Callable[[CausalGate, Features], Tensor]
@@ -380,6 +381,7 @@ def distil_structural(
     draw = _Draw(train, texts, lam_D, config, state.student)
     end = config.steps if until is None else min(until, config.steps)
     while state.step < end and not state.finished and state.student.learned:
+        follow_load()
         state = _step(state, draw, objective)
         if state.step % config.evaluate_every_steps == 0 or state.step == config.steps:
             state = measure(state)

@@ -35,6 +35,7 @@ from weftlm.models.prompted import (
     prompted_inputs,
     token_log_probs,
 )
+from weftlm.threads import follow_load
 
 _RESULT_FLOATS = (
     "accuracy",
@@ -340,6 +341,7 @@ def choice_scores(
     equal = isinstance(model, LanguageModel)
     with evaluation_mode(model), torch.inference_mode():
         for batch_B in batches_by_length(rows, batch_size, encoder=encoder, equal_lengths=equal):
+            follow_load()
             inputs = prompted_inputs([rows[index] for index in batch_B], encoder=encoder)
             logp_N = token_log_probs(model, inputs, torch.device(device)).double().cpu().numpy()
             logp_B = np.bincount(inputs.row_N, weights=logp_N, minlength=len(batch_B))

@@ -14,6 +14,7 @@ from weftlm.evaluation.result import SetResult, WindowScores, set_result
 from weftlm.models.language_model import LanguageModel
 from weftlm.models.prompted import batches_by_length, is_encoder_decoder, target_nats
 from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.threads import follow_load
 
 
 def evaluate_examples(
@@ -71,6 +72,7 @@ def evaluate_examples(
     with evaluation_mode(model), torch.inference_mode():
         # A sharded model's forward pass is a collective: a rank that runs out repeats a batch that does not count.
         for place in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+            follow_load()
             batch_B = batches[min(place, len(batches) - 1)]
             found_B = target_nats(model, [rows[index] for index in batch_B], torch.device(device), encoder=encoder)
             if place < len(batches):

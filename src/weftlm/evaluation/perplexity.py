@@ -18,6 +18,7 @@ from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.result import SetResult, WindowScores, set_result
 from weftlm.models.hf import SequenceLosses, token_losses
 from weftlm.models.language_model import LanguageModel
+from weftlm.threads import follow_load
 
 
 class HeldOut(Source, Protocol):
@@ -123,6 +124,7 @@ def evaluate_source(
     nats_N = np.zeros(len(windows.starts_N), dtype=np.float64)
     with evaluation_mode(model), torch.inference_mode():
         for chosen_B, counts in _share(windows, batch_size, rank, world_size):
+            follow_load()
             tokens_BT1 = source.read_many(windows.starts_N[chosen_B], int(windows.tokens_N[chosen_B[0]]) + 1)
             nats_B = _window_nats(model, torch.from_numpy(tokens_BT1).to(device), losses)
             if counts:

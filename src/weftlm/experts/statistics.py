@@ -24,6 +24,7 @@ from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
 from weftlm.experts.adapted import adapted, module_input, unchanged
 from weftlm.experts.examples import Reading, example_readings, prompted_examples
 from weftlm.experts.expert import LoRAExpert, Statistics
+from weftlm.threads import follow_load
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def collect_statistics(
             stack.callback(hook.remove)
         stack.enter_context(torch.no_grad())
         for batch in batches:
+            follow_load()
             masks = {tuple(mask_BT.shape): mask_BT.to(device) for mask_BT in batch.masks}
             for mean in sums.values():
                 mean.examples, mean.masks = len(batch.query_BT), masks

@@ -40,6 +40,7 @@ from weftlm.gating.problem import (
 )
 from weftlm.gating.sequences import ScoredSequences, prepared
 from weftlm.gating.tabular import TabularGate
+from weftlm.threads import follow_load
 
 Kind = Literal["exact", "estimate"]
 _ESTIMATE: Kind = "estimate"
@@ -301,6 +302,7 @@ def fit_robust_gate(
     end = config.steps if until is None else min(until, config.steps)
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
     while state.step < end:
+        follow_load()
         state = _step(state, draw(state.step), problem, averaging_from, draw.base_D)
         if state.step % config.report_every_steps == 0 or state.step == config.steps:
             line = _progress(state, problem)
@@ -575,6 +577,7 @@ def best_response(
     steps = config.best_response_steps
     mean: dict[str, Tensor] = {}
     for step in range(steps):
+        follow_load()
         moved, first, second, _, z = _descend(state, draw(step), problem, nu_M, config.final_lr)
         state = dataclasses.replace(
             state,

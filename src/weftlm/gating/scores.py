@@ -51,6 +51,7 @@ from weftlm.gating.files import read_tensors, write_tensors
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.gating.slots import SlotStore
 from weftlm.progress import progress
+from weftlm.threads import follow_load
 
 FORMAT = "weftlm score cache 1"
 INDEX, PLAN, SHARDS = "index.json", "plan.json", "shards"
@@ -443,6 +444,7 @@ def score_shard(
     logp_NTE = np.zeros((task.count, tokens_NT1.shape[1] - 1, len(pool)), dtype=np.float32)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for first in range(0, task.count, batch_size):
+            follow_load()
             rows = slice(first, min(first + batch_size, task.count))
             if task.role == "sample":
                 tokens_NT1[rows], lengths_N[rows] = _draw(pool, task, rows)

@@ -35,6 +35,7 @@ from weftlm.mixture.policy import (
 from weftlm.mixture.sampler import MixtureSampler, SamplerExhausted
 from weftlm.models.hf import token_losses
 from weftlm.progress import TrainingDisplay
+from weftlm.threads import follow_load
 from weftlm.training import alignment as align
 from weftlm.training.alignment import AlignmentConfig, Direction
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -325,6 +326,7 @@ class Trainer:
         window_start, window_step = time.perf_counter(), self.step
         with TrainingDisplay(enabled=self.accelerator.is_main_process) as display:
             while self.step < total:
+                follow_load()
                 try:
                     loss, norm = self._train_step()
                 except SamplerExhausted as error:

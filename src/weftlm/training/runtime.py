@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from weftlm import __version__
+from weftlm.threads import fix_threads, start_following, usable_cores
 from weftlm.training.config import TrainingConfig
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -92,14 +93,12 @@ def choose_runtime(config: TrainingConfig, *, parameters: int, processes: int = 
 
 def _set_threads(asked: int | None, processes: int) -> Choice:
     if asked is not None:
-        torch.set_num_threads(asked)
+        fix_threads(asked)
         return Choice("threads", str(asked), "asked for")
     if "OMP_NUM_THREADS" in os.environ:
         return Choice("threads", str(torch.get_num_threads()), "OMP_NUM_THREADS")
-    count = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else None
-    if count is not None:
-        torch.set_num_threads(count)
-    return Choice("threads", str(torch.get_num_threads()), f"cores over {processes} process(es)")
+    most = max(1, usable_cores() // processes)
+    return Choice("threads", str(start_following(most)), f"up to {most}, as other processes leave cores free")
 
 
 def _set_malloc(parameters: int) -> Choice:

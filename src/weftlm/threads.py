@@ -1,0 +1,158 @@
+"""The number of threads a run computes with, kept to the cores that are free.
+
+OpenMP's threads spin while they wait for each other. Alone that is the fastest setting; beside another busy process
+they wait for threads that are not running, and small models train up to ten times slower than with one thread. So the
+number follows the load: `follow_load`, called between steps, looks at most once a second at how busy other processes
+keep the machine, and gives this process the cores that are left.
+
+Example on two cores: another process starts and uses 0.9 of a core. Two looks in a row find 2 - 0.9 = 1.1 cores free,
+so the next step runs on one thread; two looks after the other process ends, it runs on two again.
+
+The last bits of a result depend on the number of threads (sums are split differently). A number that was asked for, by
+`training.threads` or OMP_NUM_THREADS, is therefore never changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+__all__ = ["Load", "ThreadCount", "fix_threads", "follow_load", "start_following", "usable_cores"]
+
+log = logging.getLogger(__name__)
+
+WINDOW_SECONDS = 1.0
+FIRST_WINDOW_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Load:
+    """Readings of three clocks that run on.
+
+    Attributes:
+        wall: seconds.
+        machine: processor seconds of all processes of this priority or above, over all cores.
+        own: processor seconds of this process.
+    """
+
+    wall: float
+    machine: float
+    own: float
+
+
+def read_load() -> Load:
+    """The clocks as they are; work of lower priority (`nice`) does not count, since it gives way."""
+    times = psutil.cpu_times()
+    machine = times.user + times.system + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
+    machine += getattr(times, "steal", 0.0)
+    if hasattr(os, "nice") and os.nice(0) > 0:
+        machine += getattr(times, "nice", 0.0)
+    return Load(time.monotonic(), machine, time.process_time())
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: the affinity mask, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such control group, or no quota ("max")
+        pass
+    return cores
+
+
+class ThreadCount:
+    """Decides how many threads to compute with, from how busy other processes are.
+
+    free = cores - (machine - own) / wall, over the last window; threads = free, rounded, within [cores / 2, cores].
+    Fewer than half would leave a crowded machine to the processes that keep spinning.
+
+    Args:
+        cores: the most threads to use.
+        apply: called with the new number.
+        read: gives the readings.
+        clock: seconds; asked at every call, the readings once per window.
+    """
+
+    def __init__(
+        self,
+        cores: int,
+        apply: Callable[[int], None],
+        read: Callable[[], Load] = read_load,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cores, self.threads = cores, cores
+        self._apply, self._read, self._clock = apply, read, clock
+        self._last = read()
+        self._proposed = cores
+
+    def look(self, window: float = WINDOW_SECONDS, agreeing: int = 2) -> None:
+        """Compare the clocks with the last look; change the number of threads where `agreeing` looks in a row say so.
+
+        Args:
+            window: seconds between looks; sooner calls do nothing.
+            agreeing: 1 or 2 looks.
+        """
+        if self._clock() - self._last.wall < window:
+            return
+        now = self._read()
+        wall = now.wall - self._last.wall
+        others = max(0.0, (now.machine - self._last.machine) - (now.own - self._last.own)) / wall
+        self._last = now
+        wanted = min(self.cores, max(1, self.cores // 2, round(self.cores - others)))
+        confirmed = agreeing < 2 or wanted == self._proposed
+        self._proposed = wanted
+        if confirmed and wanted != self.threads:
+            log.info(
+                "%d threads instead of %d: other processes use %.1f of %d cores (training.threads or OMP_NUM_THREADS "
+                "fixes the number)", wanted, self.threads, others, self.cores,
+            )  # fmt: skip
+            self.threads = wanted
+            self._apply(wanted)
+
+
+_count: ThreadCount | None = None
+_decided = False
+_default = torch.get_num_threads()
+
+
+def start_following(cores: int) -> int:
+    """Use up to `cores` threads from now on, fewer while other processes are busy; returns how many it is now."""
+    global _count, _decided  # noqa: PLW0603 - torch's number of threads is one per process as well
+    _decided = True
+    torch.set_num_threads(cores)
+    if _count is None or _count.cores != cores:
+        _count = ThreadCount(cores, torch.set_num_threads)
+        time.sleep(FIRST_WINDOW_SECONDS)
+        _count.look(FIRST_WINDOW_SECONDS, agreeing=1)
+    else:
+        torch.set_num_threads(_count.threads)
+    return _count.threads
+
+
+def fix_threads(count: int) -> None:
+    """Use exactly `count` threads from now on."""
+    global _count, _decided
+    _count, _decided = None, True
+    torch.set_num_threads(count)
+
+
+def follow_load() -> None:
+    """Adapt the number of threads to the machine's load; call it between steps.
+
+    Does nothing where the number is fixed: by `fix_threads`, OMP_NUM_THREADS, or the caller's torch.set_num_threads.
+    """
+    global _decided  # noqa: PLW0603
+    if not _decided:
+        _decided = True
+        if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() == _default:
+            start_following(usable_cores())
+    if _count is not None:
+        _count.look()
