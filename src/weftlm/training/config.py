@@ -40,7 +40,9 @@ class TrainingConfig(Section):
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: last part of training that decays linearly")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device is fast at it")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: on GPUs only")
-    threads: PositiveInt | None = Field(None, description="CPU threads; absent: the cores that other processes leave free")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads; absent: the cores that other processes leave free"
+    )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator there is, else the CPU")
     parallel: Literal["ddp", "fsdp2"] = Field(
         "ddp",
