@@ -147,7 +147,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             "",
             f"Tokens per second after {WARM_UP_STEPS} of {record['steps']} steps, median (range) over "
             f"{record['rounds']} rounds; {record['parameters'] / 1e6:.1f}M parameters, {BATCH} sequences of {SEQUENCE} "
-            "tokens, fp32. The best fixed setting is another one alone and beside a busy process; it is chosen per round.",
+            "tokens, fp32. The best fixed setting is chosen per round and column.",
             "",
             _common.table(["setting", *record["speeds"]], rows),
             "",
