@@ -305,5 +305,5 @@ def test_bf16_scores_are_near_and_named_in_the_fingerprint(tmp_path):
 
 def test_machines_need_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"weftlm\[ray\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
         score_with_ray([ExpertSource(name="m", model="nowhere")], domains(), tmp_path, CONFIG, eos_id=EOS, show=False)
