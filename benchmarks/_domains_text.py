@@ -18,9 +18,11 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import ArraySource
-from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
-from weftlm.domains.embed import EmbedderConfig, make_embedder
+from weftlm.corpora.tokens import Tokenizer, train_tokenizer
+from weftlm.domains.config import EmbedderConfig
+from weftlm.domains.embed import make_embedder
 from weftlm.domains.histogram import DomainMeans, nearest_domains
 from weftlm.domains.histogram import histogram as domain_histogram
 

@@ -27,11 +27,12 @@ from _domains_text import TokenisedDomain
 from torch import nn
 
 from weftlm.corpora.source import ArraySource
-from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite
+from weftlm.evaluation.config import EvaluationConfig
+from weftlm.evaluation.suite import evaluate_suite
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import ModelConfig, build_model, count_parameters
-from weftlm.training.alignment import AlignmentConfig
-from weftlm.training.config import TrainingConfig
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model, count_parameters
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import choose_runtime

@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 from weftlm.corpora.source import ArraySource
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import ModelConfig, build_model, load_base
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model, load_base
 from weftlm.models.hf import sequence_losses
-from weftlm.training.alignment import AlignmentConfig
-from weftlm.training.config import TrainingConfig
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import choose_runtime

@@ -23,15 +23,16 @@ from transformers import PreTrainedModel
 from weftlm.corpora.source import ArraySource
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.evaluation.choices import ChoiceQuestion
+from weftlm.experts.config import ExpertTraining, GateConfig
 from weftlm.experts.expert import BaseReference, Expert
-from weftlm.experts.gate import GateConfig, train_gate
+from weftlm.experts.gate import train_gate
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.experts.train import train_expert
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import ModelConfig, build_model, count_parameters, load_base
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model, count_parameters, load_base
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.training.alignment import AlignmentConfig
-from weftlm.training.config import TrainingConfig
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
 

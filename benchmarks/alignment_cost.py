@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weftlm.mixture.policy import MixtureSetting, Report, policies
+from weftlm.mixture.config import policies
+from weftlm.mixture.policy import MixtureSetting, Report
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    AlignmentConfig,
     CumulativeDots,
     ShadowProbe,
     finite_difference,
@@ -46,6 +46,7 @@ from weftlm.training.alignment import (
     shadow_dots,
     with_batch_norm,
 )
+from weftlm.training.config import AlignmentConfig
 
 BATCH, MICRO = 64, 8
 SIZES = {

@@ -20,8 +20,9 @@ from _domains_text import TextDomain, TokenisedDomain, encode, make_tokenizer, r
 from _mixture_runs import LEGEND, Data, Method, experiment, rows_table
 from numpy.typing import NDArray
 
-from weftlm.domains.cluster import ClusterConfig, fit_clusters
-from weftlm.domains.embed import EmbedderConfig, make_embedder
+from weftlm.domains.cluster import fit_clusters
+from weftlm.domains.config import ClusterConfig, EmbedderConfig
+from weftlm.domains.embed import make_embedder
 from weftlm.domains.histogram import basis_from_sets
 from weftlm.domains.histogram import histogram as domain_histogram
 

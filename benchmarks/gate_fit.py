@@ -45,10 +45,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weftlm.errors import ConfigError
+from weftlm.gating.config import FitConfig
 from weftlm.gating.exact import exact_robust_gate
 from weftlm.gating.features import sequence_features
 from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
-from weftlm.gating.primal_dual import FitConfig, fit_robust_gate
+from weftlm.gating.primal_dual import fit_robust_gate
 from weftlm.gating.problem import Problem, evaluate, log_model, make_problem, measure
 from weftlm.gating.sequences import ScoredSequences
 

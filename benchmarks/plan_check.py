@@ -44,14 +44,16 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.examples import ExampleSource
 from weftlm.corpora.source import ArraySource
+from weftlm.experts.config import ExpertTraining
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import module_widths
-from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.experts.train import train_expert
 from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.config import ScoreConfig
 from weftlm.gating.experts import ExpertPool, Member
 from weftlm.gating.modular_lm import ModularLM
-from weftlm.gating.scores import ScoreConfig, score
+from weftlm.gating.scores import score
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.pipeline.expert_recipe import make_expert_recipe

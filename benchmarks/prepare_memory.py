@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from _common import environment_lines, finish, parser, say, table
 
+from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.dedup import SeenDocuments
-from weftlm.corpora.reading import CorpusConfig, ReadingReport, read_documents
+from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.tokenise import tokenise_documents
-from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 
 SIZES_MB = (10, 40, 160)
 QUICK_SIZES_MB = (2, 4, 8)

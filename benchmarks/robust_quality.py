@@ -42,12 +42,12 @@ from weftlm.distillation import (
 )
 from weftlm.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, sampled_capacity, sequence_features
 from weftlm.gating.bayes import BayesGate
+from weftlm.gating.config import REFRESH_EVERY, ScoreConfig
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate
-from weftlm.gating.modular_cache import REFRESH_EVERY
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.problem import log_model
-from weftlm.gating.scores import ScoreCache, ScoreConfig, score
+from weftlm.gating.scores import ScoreCache, score
 from weftlm.models.hf import token_losses
 
 VERSION = 3

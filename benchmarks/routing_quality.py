@@ -28,8 +28,8 @@ from weftlm import __version__
 from weftlm.evaluation.choices import score_choices
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.experts.expert import Expert
+from weftlm.routing.config import router_config
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import router_config
 
 BATCH = 16
 MIN_TOKENS = 500

@@ -29,8 +29,7 @@ from transformers import LlamaConfig
 from weftlm.corpora.source import ArraySource
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import count_parameters, from_architecture
-from weftlm.training.alignment import AlignmentConfig
-from weftlm.training.config import TrainingConfig
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
 

@@ -22,10 +22,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from weftlm.cli.main import app
-from weftlm.gating.gate import GateConfig, gates
-from weftlm.mixture.policy import policies
+from weftlm.gating.config import GateConfig, gates
+from weftlm.mixture.config import policies
 from weftlm.pipeline.recipe import Recipe
-from weftlm.routing.router import routers
+from weftlm.routing.config import routers
 
 FOLDER = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate_reference.py; `make fix` renews it. -->"

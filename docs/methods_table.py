@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 import weftlm
-from weftlm.gating.gate import gates
-from weftlm.mixture.policy import policies
+from weftlm.gating.config import gates
+from weftlm.mixture.config import policies
 from weftlm.registry import Registry
-from weftlm.routing.router import routers
+from weftlm.routing.config import routers
 
 FOLDER = Path(__file__).parent
 PACKAGE = Path(weftlm.__file__).parent

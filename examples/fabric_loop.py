@@ -15,7 +15,8 @@ from weftlm.mixture.loader import MixtureLoader, sequence_counts
 from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 from weftlm.mixture.sampler import MixtureSampler
 from weftlm.models.hf import sequence_losses
-from weftlm.training.alignment import AlignmentConfig, gradient_direction, probe_alignment, with_batch_norm
+from weftlm.training.alignment import gradient_direction, probe_alignment, with_batch_norm
+from weftlm.training.config import AlignmentConfig
 
 LENGTH, BATCH = 64, 16
 fabric = Fabric(accelerator="cpu", devices=1)

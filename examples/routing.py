@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.corpora.source import ArraySource
+from weftlm.experts.config import ExpertTraining
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.experts.train import train_expert
 from weftlm.routing.routed_model import RoutedModel
 
 torch.manual_seed(0)

@@ -21,7 +21,6 @@ from weftlm.errors import ConfigError
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    AlignmentConfig,
     CumulativeDots,
     ShadowProbe,
     average_gradients,
@@ -31,6 +30,7 @@ from weftlm.training.alignment import (
     group_alignment,
     probe_alignment,
 )
+from weftlm.training.config import AlignmentConfig
 
 pytestmark = pytest.mark.distributed
 

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import ConfigError
-from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite
+from weftlm.evaluation.config import EvaluationConfig
+from weftlm.evaluation.suite import evaluate_suite
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import LoRASection, ModelConfig, build_model, load_model
-from weftlm.training.alignment import AlignmentConfig
+from weftlm.models.config import LoRASection, ModelConfig
+from weftlm.models.factory import build_model, load_model
 from weftlm.training.checkpoint import latest_checkpoint
-from weftlm.training.config import TrainingConfig
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
 

@@ -16,7 +16,8 @@ from lm_eval.tasks import TaskManager
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weftlm.corpora.tokens import TrainConfig, train_tokenizer
+from weftlm.corpora.config import TrainConfig
+from weftlm.corpora.tokens import train_tokenizer
 from weftlm.integrations.lm_eval import WeftLM
 
 TEXTS = [f"mast sail wind {word} rope anchor." for word in ("tide", "deck", "hull", "keel", "bow")]

@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import DataError
+from weftlm.gating.config import ScoreConfig
 from weftlm.gating.experts import ExpertPool
-from weftlm.gating.scores import ScoreConfig, score
+from weftlm.gating.scores import score
 
 
 def tiny_pool(seed: int = 0) -> ExpertPool:

@@ -21,10 +21,9 @@ from support.tiny_project import command, environment
 from support.web import serving
 
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving.engine import Engine, EngineConfig
+from weftlm.serving.engine import Engine
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.serve_config import ServeConfig
-from weftlm.serving.server import KEYS_VARIABLE
+from weftlm.serving.serve_config import KEYS_VARIABLE, EngineConfig, ServeConfig
 
 PROMPT = "the harbour and the sea"
 CHAT: list[Any] = [{"role": "user", "content": "sing of the sea"}]

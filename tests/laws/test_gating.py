@@ -23,9 +23,10 @@ from weftlm.gating import (
     save_gate,
 )
 from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.gate import CausalGate, init_gate
 from weftlm.gating.mixtures import kl_projection, player
-from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig
+from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.problem import evaluate, log_model, make_problem
 
 pytest.importorskip("cvxpy")

@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError, WeftError
-from weftlm.mixture.policy import (
-    Alignment,
-    MixtureSetting,
-    Report,
-    policies,
-    state_from_json,
-    state_to_json,
-)
+from weftlm.mixture.config import policies
+from weftlm.mixture.policy import Alignment, MixtureSetting, Report, state_from_json, state_to_json
 
 BASIS = 3
 QUICK = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

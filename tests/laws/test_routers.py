@@ -23,9 +23,8 @@ from torch import Tensor
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.routing import kernels
-from weftlm.routing.prototypes import PrototypeConfig
+from weftlm.routing.config import PrototypeConfig, routers
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import routers
 
 SECTIONS: dict[str, list[dict[str, Any]]] = {
     "single": [{"expert": "b"}],

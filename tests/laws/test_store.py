@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import MultiStoreWriter, TokenStore, TokenStoreWriter, Vocabulary, open_stores
 from weftlm.corpora.tokenise import tokenise_by_label, tokenise_documents
-from weftlm.corpora.tokens import TrainConfig, train_tokenizer
+from weftlm.corpora.tokens import train_tokenizer
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 70_000), max_size=12), min_size=1, max_size=20)
 SIZES = st.integers(1, 9)

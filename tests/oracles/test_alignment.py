@@ -24,7 +24,6 @@ from transformers import (
 
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    AlignmentConfig,
     CumulativeDots,
     ShadowProbe,
     finite_difference,
@@ -35,6 +34,7 @@ from weftlm.training.alignment import (
     separate_alignment,
     shadow_dots,
 )
+from weftlm.training.config import AlignmentConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # from peft
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weftlm.models.factory import ModelConfig, build_model
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import gradient_direction, separate_alignment, shadow_dots
 

@@ -34,9 +34,10 @@ from weftlm.experts.expert import BaseReference, Expert, LoRAFactors
 from weftlm.experts.lora import write_lora
 from weftlm.routing import kernels
 from weftlm.routing.arrow import first_singular_vector
+from weftlm.routing.config import RouterConfig
 from weftlm.routing.routed_linear import RoutedLinear
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, build_router
+from weftlm.routing.router import Call, Router, Routing, Site, build_router
 
 peft_warnings = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RETRIEVAL = {"router": "retrieval", "k": 2, "read_tokens": 4}

@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 from weftlm.corpora.source import ArraySource
 from weftlm.integrations.hf_trainer import OnlineMixture
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import ModelConfig, build_model
-from weftlm.training.alignment import AlignmentConfig
-from weftlm.training.config import TrainingConfig
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
 

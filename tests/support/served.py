@@ -10,10 +10,12 @@ from support.experts import make_pool
 from support.tiny_project import WORDS, sentence
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.corpora.config import TrainConfig
+from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.experts.expert import BaseReference
 from weftlm.gating.bayes import FixedShareGate
-from weftlm.gating.experts import ExpertPool, ExpertSource
+from weftlm.gating.config import ExpertSource
+from weftlm.gating.experts import ExpertPool
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.routing.routed_model import RoutedModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.policy import policies
+from weftlm.mixture.config import policies
 from weftlm.registry import Registry
 
 
@@ -22,7 +22,7 @@ def test_unknown_name_gets_a_suggestion() -> None:
 
 
 def test_two_classes_cannot_share_a_name() -> None:
-    registry: Registry[object] = Registry("thing", "weftlm.mixture")
+    registry: Registry[object] = Registry("thing", "weftlm.mixture", "policy")
     registry.register("one")(int)
     with pytest.raises(ConfigError, match="registered twice"):
         registry.register("one")(float)

@@ -6,7 +6,6 @@ import typer
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
-from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import load_recipe
 
 
@@ -22,6 +21,8 @@ def run(
     if dry_run:
         show_plan(resolved, json)
         return
+    from weftlm.pipeline.prepare import prepare
+
     data = prepare(resolved.data, resolved.prepared_folder)
     facts = data.domain_facts()
     if json:

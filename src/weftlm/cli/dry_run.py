@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from weftlm.cli.options import print_json, print_table
-from weftlm.pipeline.recipe import Recipe, plan
+from weftlm.pipeline.recipe import Recipe
 
 
 def show_plan(recipe: Recipe, json: bool) -> None:
@@ -17,6 +17,8 @@ def show_plan(recipe: Recipe, json: bool) -> None:
     Raises:
         ConfigError: the recipe contradicts itself in a way that can be seen without reading anything.
     """
+    from weftlm.pipeline.recipe_plan import plan
+
     show(recipe.resolved(), recipe.to_yaml(), plan(recipe), json)
 
 

@@ -9,7 +9,6 @@ import typer
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, sets_table
 from weftlm.pipeline.recipe import load_recipe
-from weftlm.pipeline.train import evaluate_run
 
 
 def run(
@@ -33,6 +32,8 @@ def run(
     if dry_run:
         show_plan(resolved, json)
         return
+    from weftlm.pipeline.train import evaluate_run
+
     result = evaluate_run(resolved.run, resolved, config).to_json()
     if json:
         print_json(result)

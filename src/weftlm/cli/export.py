@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from weftlm.cli.options import JsonOption, print_json
-from weftlm.pipeline.export import export_model
 
 
 def run(
@@ -61,6 +60,8 @@ def run(
     Adapters are merged into their base and experts with fixed weights folded in. A router or gate that chooses anew for
     every token is no checkpoint; the message says what can be exported instead.
     """
+    from weftlm.pipeline.export import export_model
+
     facts = export_model(
         model,
         output,

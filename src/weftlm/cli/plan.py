@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weftlm.cli.options import JsonOption, RecipeArgument, SetOption, print_json, print_table
-from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_recipe
 from weftlm.pipeline.planning.hardware import DEVICES, parse_hardware
+from weftlm.pipeline.project import load_project
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.planning.estimate import Plan
 
 
 def run(
@@ -38,8 +40,11 @@ def run(
     Nothing is trained or downloaded. For known accelerators figures follow from their data sheets; on the CPU single
     operations are timed on the spot. What was assumed is printed below the table.
     """
+    machine, project = parse_hardware(hardware), load_project(recipe, set_ or [])
+    from weftlm.pipeline.planning.estimate import Assumed, plan_project
+
     assumed = Assumed(domains, experts, data_tokens, requests, prompt, new_tokens)
-    plan = plan_recipe(Path(recipe), parse_hardware(hardware), overrides=set_ or [], mfu=mfu, assumed=assumed)
+    plan = plan_project(project, machine, name=str(recipe), mfu=mfu, assumed=assumed)
     if json:
         print_json(plan.to_json())
     else:

@@ -10,7 +10,6 @@ import typer
 from weftlm.cli.options import JsonOption, SetOption, print_json
 from weftlm.errors import ConfigError
 from weftlm.pipeline.recipe import load_recipe
-from weftlm.pipeline.report import report_runs
 
 
 def run(
@@ -36,6 +35,8 @@ def run(
     if dry_run:
         print_json({"report": str(path), "runs": [str(folder) for folder in folders]})
         return
+    from weftlm.pipeline.report import report_runs
+
     report_runs(folders, path, title)
     if json:
         print_json({"report": str(path)})

@@ -8,10 +8,9 @@ import typer
 
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
 from weftlm.cli.status import show_status
+from weftlm.pipeline.names import REPORT
 from weftlm.pipeline.project import Project, load_project
-from weftlm.pipeline.project_report import REPORT
 from weftlm.pipeline.runner import plan_stages, run_project
-from weftlm.pipeline.train import is_main_process
 
 
 def run(
@@ -38,6 +37,8 @@ def run(
     if dry_run:
         _show_plan(project, from_, until, json)
         return
+    from weftlm.pipeline.train import is_main_process
+
     found = run_project(project, from_stage=from_, until=until, processes=processes)
     if is_main_process():
         show_status(project, found, json)

@@ -19,9 +19,7 @@ from weftlm.cli.options import (
     print_json,
     print_table,
 )
-from weftlm.pipeline.expert_recipe import load_expert_recipe
-from weftlm.pipeline.gating import gate_plan, score_experts
-from weftlm.pipeline.train import is_main_process
+from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
 
 COLUMNS = 4
 """Experts in a table, so that it fits a terminal of 80 characters."""
@@ -48,6 +46,9 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return
+    from weftlm.pipeline.gating import score_experts
+    from weftlm.pipeline.train import is_main_process
+
     result = score_experts(resolved, overwrite=overwrite, ray=ray, gpus=gpus)
     if not is_main_process():
         return

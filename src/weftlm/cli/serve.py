@@ -5,25 +5,24 @@ from __future__ import annotations
 import json as json_
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError, install_hint
-from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving.serve_config import (
+    KEYS_VARIABLE,
+    EngineConfig,
+    ServeConfig,
+    host_name,
+    is_loopback,
+    keys_from_environment,
+)
 
-try:
-    from weftlm.serving.engine import Engine, EngineConfig
-    from weftlm.serving.http import build_app
-    from weftlm.serving.inspector import inspector_router
-    from weftlm.serving.limits import host_name
-    from weftlm.serving.serve_config import ServeConfig
-    from weftlm.serving.server import KEYS_VARIABLE, Server, address_of, is_loopback, keys_from_environment, listen
-except ModuleNotFoundError as missing:
-    raise ConfigError(
-        f"weftlm serve needs a package that is not installed ({missing}); {install_hint('serve')}"
-    ) from missing
+if TYPE_CHECKING:
+    from weftlm.pipeline.any_model import OpenModel
+    from weftlm.serving.engine import Engine
 
 SERVE, ENGINE = ServeConfig(), EngineConfig()
 
@@ -116,6 +115,16 @@ def run(
     for option, value in (("--base", base), ("--revision", revision), ("--tokenizer", tokenizer)):
         if value is not None and len(models) > 1:
             raise ConfigError(f"{option} is of one model and {len(models)} came; serve that one alone")
+    try:
+        from weftlm.pipeline.any_model import open_model
+        from weftlm.serving.engine import Engine
+        from weftlm.serving.http import build_app
+        from weftlm.serving.inspector import inspector_router
+        from weftlm.serving.server import Server, address_of, listen
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            f"weftlm serve needs a package that is not installed ({missing}); {install_hint('serve')}"
+        ) from missing
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, timeout_seconds))
         opened: dict[str, OpenModel] = {}

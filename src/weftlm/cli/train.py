@@ -5,7 +5,6 @@ from __future__ import annotations
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, sets_table
 from weftlm.pipeline.recipe import load_recipe
-from weftlm.pipeline.train import is_main_process, run_training
 
 
 def run(
@@ -20,6 +19,8 @@ def run(
     if dry_run:
         show_plan(resolved, json)
         return
+    from weftlm.pipeline.train import is_main_process, run_training
+
     result = run_training(resolved)
     if not is_main_process():
         return

@@ -25,15 +25,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import zstandard
 
+from weftlm.corpora.config import Format
 from weftlm.corpora.reading_report import Reason
 from weftlm.files import cause
 
-Format = Literal["auto", "jsonl", "csv", "text", "code", "parquet"]
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 Record = str | Mapping[str, Any]
 Fail = Callable[[Reason, str, str], None]
 """Called with reason, place and detail; returns when the record is to be skipped, raises when reading stops."""
@@ -366,6 +368,8 @@ def _paragraphs(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, R
 
 
 def _parquet(path: Path, cursor: Cursor, fields: tuple[str, ...], fail: Fail) -> Iterator[tuple[str, Record]]:
+    import pyarrow.parquet as pq  # noqa: PLC0415  (a quarter of a second, and most inputs are text)
+
     _check_parquet(path)
     with pq.ParquetFile(path, pre_buffer=False) as file:
         names = file.schema_arrow.names

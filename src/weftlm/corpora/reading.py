@@ -7,14 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from weftlm.config import Section
 from weftlm.corpora import formats
 from weftlm.corpora.builtin import builtin_documents, builtin_fingerprint, builtin_names
-from weftlm.corpora.formats import DOCUMENT_BYTES, Cursor, Format, Record, guarded, is_unicode, split_suffix
+from weftlm.corpora.config import CorpusConfig, Format
+from weftlm.corpora.formats import DOCUMENT_BYTES, Cursor, Record, guarded, is_unicode, split_suffix
 from weftlm.corpora.paths import corpus_files, dataset_files
 from weftlm.corpora.reading_report import ReadingReport, Reason
 from weftlm.corpora.source import Document
@@ -22,94 +20,6 @@ from weftlm.errors import ConfigError, DataError
 from weftlm.files import cause
 
 __all__ = ["CorpusConfig", "ReadingReport", "corpus_fingerprint", "read_documents"]
-
-
-class CorpusConfig(Section):
-    """One input: exactly one of `path`, `dataset` and `builtin`.
-
-    Attributes:
-        path: a file, a glob (`**` allowed) or a folder, which is searched with its subfolders. Hidden entries are left;
-            links that leave the folder (of a glob: its part before the first wildcard) are left and counted.
-        dataset: a Hugging Face dataset: a name on the hub, a local folder, or a folder saved by `save_to_disk`.
-        builtin: `all`, or names of built-in corpora; each document is labelled with its corpus.
-        config: configuration of a `dataset`.
-        split: split of a `dataset`.
-        revision: branch, tag or commit of a `dataset` on the hub.
-        streaming: read a `dataset` as a stream rather than download it first.
-        format: of the files: `jsonl` (JSON Lines; a file that ends in `.json` may hold one array of objects instead),
-            `csv` (with a header; `.tsv`: tab-separated), `text`, `code` (a file per document), `parquet`, or `auto`: by
-            suffix. Any but Parquet may end in `.gz`, `.zst`, `.xz` or `.bz2`. A document may hold 256 MiB.
-        split_documents: what a document of a text file is: the whole `file`, or what stands between `blank_lines`.
-        suffixes: of the files of a folder to read, such as `[".py"]` (`""`: files without one);
-            default those of the format.
-        text_field: where the text is in a JSON object, Parquet row or dataset row; may be dotted (`data.text`).
-        prompt_field: where the prompt is whose answer the text is, likewise; each document is then an example, a prompt
-            and a target, and its text is the two one after the other, with nothing put between them.
-        label: the domain of every document.
-        label_field: where the domain is in a record; may be dotted. A whole number is taken as its decimal form.
-        label_from: the domain is the name of the `file` without suffixes, or of the `folder` it lies in.
-        max_documents: stop after so many documents (of each, for `builtin`).
-        max_bytes: stop before exceeding so many UTF-8 bytes of text (of each, for `builtin`).
-        on_error: what to do about a faulty record: `stop` with an error that names file and line, or `skip` and count.
-    """
-
-    path: str | None = None
-    dataset: str | None = None
-    builtin: Literal["all"] | tuple[str, ...] | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    streaming: bool = True
-    format: Format = "auto"
-    split_documents: Literal["file", "blank_lines"] = "file"
-    suffixes: tuple[str, ...] | None = None
-    text_field: str = Field(default="text", min_length=1)
-    prompt_field: str | None = Field(default=None, min_length=1)
-    label: str | None = Field(default=None, min_length=1)
-    label_field: str | None = Field(default=None, min_length=1)
-    label_from: Literal["file", "folder"] | None = None
-    max_documents: int | None = Field(default=None, ge=1)
-    max_bytes: int | None = Field(default=None, ge=1)
-    on_error: Literal["stop", "skip"] = "stop"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> CorpusConfig:
-        kinds = [kind for kind in ("path", "dataset", "builtin") if getattr(self, kind) is not None]
-        if len(kinds) != 1:
-            raise ValueError(f"set exactly one of path, dataset and builtin, not {' and '.join(kinds) or 'none'}")
-        labels = [name for name in ("label", "label_field", "label_from") if getattr(self, name) is not None]
-        if len(labels) > 1:
-            raise ValueError(f"set at most one of label, label_field and label_from, not {' and '.join(labels)}")
-        only = {
-            "path": ("format", "split_documents", "suffixes", "label_from"),
-            "dataset": ("config", "split", "revision", "streaming"),
-            "builtin": (),
-        }
-        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
-        for kind, names in only.items():
-            wrong = sorted(changed & set(names)) if kind != kinds[0] else []
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} goes with {kind}, not with {kinds[0]}")
-        if kinds[0] == "builtin" and (self.label_field or self.prompt_field or self.text_field != "text"):
-            raise ValueError("built-in corpora have no fields; leave text_field, prompt_field and label_field out")
-        if self.format in ("text", "code") and self.prompt_field is not None:
-            raise ValueError(f"prompt_field needs records; files of format {self.format} have none")
-        if self.format in ("text", "code") and self.label_field is not None:
-            raise ValueError(f"label_field needs records; files of format {self.format} have none: use label_from")
-        if self.split_documents != "file" and self.format not in ("auto", "text"):
-            raise ValueError(f"split_documents goes with format text, not {self.format}")
-        if self.suffixes is not None and not all(suffix[:1] in ("", ".") for suffix in self.suffixes):
-            raise ValueError(
-                f"suffixes {list(self.suffixes)} must each begin with a dot, or be empty for files without one"
-            )
-        return self
-
-    @property
-    def name(self) -> str:
-        """The input in a word, for messages."""
-        if self.builtin is not None:
-            return f"builtin:{self.builtin if self.builtin == 'all' else ','.join(self.builtin)}"
-        return str(self.path or self.dataset)
 
 
 def read_documents(config: CorpusConfig, report: ReadingReport) -> Iterator[Document]:

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from weftlm.config import Section
+from weftlm.corpora.config import TokenizerConfig, TrainConfig
 from weftlm.corpora.store_files import Vocabulary
 from weftlm.errors import ConfigError, DataError
 
@@ -30,49 +29,6 @@ END_OF_DOCUMENT = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 20
 
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
-
-
-class TrainConfig(Section):
-    """How a byte-level BPE is trained.
-
-    Attributes:
-        vocab_size: tokens in all: 256 bytes, the end-of-document token and the merges. Fewer if the text is too small.
-        min_frequency: how often a pair must occur to be merged.
-        sample_bytes: UTF-8 bytes of text to learn from, taken from the front of what the trainer is given.
-    """
-
-    vocab_size: int = Field(default=4096, ge=257)
-    min_frequency: int = Field(default=2, ge=1)
-    sample_bytes: int = Field(default=32_000_000, ge=1)
-
-
-class TokenizerConfig(Section):
-    """The tokenizer of a recipe: `train` one (the default) or name a `pretrained` one, never both.
-
-    Attributes:
-        train: settings of a byte-level BPE learnt from the training text.
-        pretrained: a Hugging Face tokenizer: a local folder or a name on the hub. Code from the hub is never run.
-        revision: branch, tag or commit of a `pretrained` hub name.
-    """
-
-    train: TrainConfig | None = None
-    pretrained: str | None = None
-    revision: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _train_by_default(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("train") is None and value.get("pretrained") is None:
-            return {**value, "train": {}}
-        return value
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizerConfig:
-        if self.train is not None and self.pretrained is not None:
-            raise ValueError("set either train or pretrained, not both")
-        if self.revision is not None and self.pretrained is None:
-            raise ValueError("revision goes with pretrained; a trained tokenizer has none")
-        return self
 
 
 class Tokenizer:

@@ -4,18 +4,41 @@ Takes gates and samples of the experts, scored per token; gives students, and ho
 Read `structural.py` first, then `sparse.py` and `dense.py`.
 """
 
-from weftlm.distillation.dense import DenseConfig, DenseProgress, DenseResult, WeightedText, distil_dense
-from weftlm.distillation.sparse import SparseRow, distil_sparse, log_served, sparse_table
-from weftlm.distillation.structural import (
-    DistilConfig,
-    DistilProgress,
-    DistilResult,
-    DistilState,
-    Weighted,
-    distil_structural,
-    student_kl,
-    weigh,
-)
+from typing import TYPE_CHECKING
+
+from weftlm.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from weftlm.distillation.config import DenseConfig, DistilConfig
+    from weftlm.distillation.dense import DenseProgress, DenseResult, WeightedText, distil_dense
+    from weftlm.distillation.sparse import SparseRow, distil_sparse, log_served, sparse_table
+    from weftlm.distillation.structural import (
+        DistilProgress,
+        DistilResult,
+        DistilState,
+        Weighted,
+        distil_structural,
+        student_kl,
+        weigh,
+    )
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "config": ["DenseConfig", "DistilConfig"],
+            "dense": ["DenseProgress", "DenseResult", "WeightedText", "distil_dense"],
+            "sparse": ["SparseRow", "distil_sparse", "log_served", "sparse_table"],
+            "structural": [
+                "DistilProgress",
+                "DistilResult",
+                "DistilState",
+                "Weighted",
+                "distil_structural",
+                "student_kl",
+                "weigh",
+            ],
+        },
+    )
 
 __all__ = [
     "DenseConfig",

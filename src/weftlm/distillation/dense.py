@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, FiniteFloat, NonNegativeInt
 from torch import Tensor, nn
 
-from weftlm.config import Section
+from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.structural import Weighted
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weftlm.models.factory import ModelConfig, build_model, count_parameters
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model, count_parameters
 from weftlm.threads import follow_load
 from weftlm.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, save_checkpoint
-from weftlm.training.config import NOT_DECIDING, TrainingConfig, learning_rate
+from weftlm.training.config import NOT_DECIDING, learning_rate
 from weftlm.training.loop import adamw, dump_tensors, load_tensors
 from weftlm.training.runtime import Runtime, choose_runtime
 
@@ -41,17 +41,6 @@ Teacher = Callable[[Tensor], Tensor]
 """tokens_BT -> logp_BTV, nats, normalised over V: `LanguageModel.log_probs`."""
 
 _BEST = "best."
-
-
-class DenseConfig(Section):
-    """How a dense student is trained."""
-
-    training: TrainingConfig = Field(description="steps, batch, learning rate, precision and checkpoints")
-    token_kl: FiniteFloat = Field(0.0, ge=0.0, le=1.0, description="a, part of the loss that is token-level KL")
-    real_fraction: FiniteFloat = Field(0.0, ge=0.0, lt=1.0, description="part of every batch that is real text")
-    evaluate_every_steps: NonNegativeInt = Field(
-        100, description="steps between two measurements on held-out sequences, of which the best is kept; 0: last only"
-    )
 
 
 @dataclass(frozen=True, eq=False)

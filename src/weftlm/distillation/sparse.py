@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weftlm.distillation.config import DistilConfig
 from weftlm.distillation.structural import (
-    DistilConfig,
     DistilProgress,
     DistilResult,
     DistilState,
@@ -25,9 +25,10 @@ from weftlm.distillation.structural import (
     student_kl,
 )
 from weftlm.errors import ConfigError
+from weftlm.gating.config import REFRESH_EVERY
 from weftlm.gating.features import FLOOR
 from weftlm.gating.gate import CausalGate, Features, Gate
-from weftlm.gating.modular_cache import REFRESH_EVERY, catch_up_due, check_refresh_every
+from weftlm.gating.modular_cache import catch_up_due, check_refresh_every
 from weftlm.gating.prefix_gate import PrefixGate, among, with_top
 from weftlm.gating.sequences import ScoredSequences
 

@@ -16,24 +16,23 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section, Seed
+from weftlm.distillation.config import DistilConfig, Weighting
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.arrays import simplex_vector
+from weftlm.gating.config import GateConfig, PrefixGateConfig, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
-from weftlm.gating.gate import CausalGate, Features, Gate, GateConfig, gate_config, gates, init_gate
-from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig
+from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
+from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.problem import CHUNK, log_model
 from weftlm.gating.sequences import ScoredSequences, prepared
 from weftlm.threads import follow_load
 
-Weighting = Literal["balance", "gate"]
 LogModel = Callable[[CausalGate, Features], Tensor]
 """log of a student's probability of B sequences, with a gradient: what training goes up."""
 
@@ -41,29 +40,6 @@ log = logging.getLogger(__name__)
 
 _KIND = "distillation of a gate"
 _STANDARDISED_ON = 512
-
-
-class DistilConfig(Section):
-    """How a gate is distilled."""
-
-    steps: PositiveInt = Field(1000, description="steps of Adam at most")
-    lr: PositiveFloat = Field(0.01, description="learning rate at the start; falls along a cosine")
-    final_lr_fraction: FiniteFloat = Field(0.05, ge=0.0, le=1.0, description="learning rate at the last step over `lr`")
-    batch_sequences: PositiveInt | None = Field(64, description="sequences drawn per step; absent: all, weighted")
-    real_fraction: FiniteFloat = Field(0.0, ge=0.0, lt=1.0, description="part of the loss that is real text's")
-    ridge: FiniteFloat = Field(
-        1.0, ge=0.0, description="pull of the learned correction to 0, like a prior worth so many samples per expert"
-    )
-    weighting: Weighting = Field(
-        "balance", description="balance: weights averaged over which expert drew a sample; gate: g(x, k) itself"
-    )
-    held_out_fraction: FiniteFloat = Field(0.2, gt=0.0, lt=1.0, description="samples kept for stopping where none came")
-    evaluate_every_steps: PositiveInt = Field(100, description="steps between two measurements on held-out samples")
-    patience: PositiveInt | None = Field(
-        5, description="measurements without a better one after which training stops; absent: never"
-    )
-    precision: Literal["float32", "float64"] = Field("float32", description="of the steps; figures are float64 always")
-    seed: Seed = Field(0, description="of the split, the draws and the student's random parameters")
 
 
 @dataclass(frozen=True)

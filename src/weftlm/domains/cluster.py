@@ -8,36 +8,17 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
-from weftlm.config import Section
+from weftlm.domains.config import ClusterConfig
 from weftlm.errors import ConfigError, DataError, install_hint
 
 _BLOCK_FLOATS = 1 << 24
-
-
-class ClusterConfig(Section):
-    """How documents are clustered.
-
-    Attributes:
-        n: clusters asked for; those that stay empty are dropped.
-        backend: `sklearn`, or `faiss` where it is installed.
-        flat_limit: up to so many clusters in one level; above, about sqrt(n) groups are clustered further.
-        sample_documents: documents that the centroids are fitted on.
-        min_bytes: clusters with less text are dissolved, their documents go to the nearest other.
-    """
-
-    n: int = Field(ge=1)
-    backend: Literal["sklearn", "faiss"] = "sklearn"
-    flat_limit: int = Field(default=256, ge=1)
-    sample_documents: int = Field(default=20_000, ge=1)
-    min_bytes: int = Field(default=4096, ge=0)
 
 
 @dataclass(frozen=True)

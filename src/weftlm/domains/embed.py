@@ -9,51 +9,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from scipy.sparse import hstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.utils.extmath import randomized_svd
 
-from weftlm.config import Section
+from weftlm.domains.config import EmbedderConfig
 from weftlm.errors import ConfigError, DataError, install_hint
 
 _WORDS = r"(?u)\w+|[^\w\s]"
 _STATE = "tfidf_svd.npz"
 _VOCABULARY = "tfidf_svd.json"
-
-
-class EmbedderConfig(Section):
-    """How documents become vectors.
-
-    Attributes:
-        kind: `tfidf` needs nothing; `sentence_transformers` needs the package of that name and a model.
-        model: folder or hub name of a sentence-transformers model.
-        analyzer: what `tfidf` counts: words and punctuation marks, runs of 3 characters, or both.
-        dimensions: of the truncated SVD; fewer where the sample has a lower rank.
-        vocabulary: at most so many of the most frequent features.
-        max_chars: only the first so many characters of a document are embedded.
-        sample_documents: documents that vocabulary and SVD are fitted on.
-        batch_documents: documents embedded at a time.
-    """
-
-    kind: Literal["tfidf", "sentence_transformers"] = "tfidf"
-    model: str | None = None
-    analyzer: Literal["word", "char", "both"] = "word"
-    dimensions: int = Field(default=128, ge=1)
-    vocabulary: int = Field(default=30_000, ge=2)
-    max_chars: int = Field(default=4000, ge=1)
-    sample_documents: int = Field(default=8000, ge=1)
-    batch_documents: int = Field(default=256, ge=1)
-
-    @model_validator(mode="after")
-    def _model_goes_with_kind(self) -> EmbedderConfig:
-        if (self.kind == "sentence_transformers") != (self.model is not None):
-            raise ValueError("model goes with kind: sentence_transformers, and is needed there")
-        return self
 
 
 class Embedder(Protocol):

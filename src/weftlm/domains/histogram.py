@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from weftlm.domains.cluster import ClusterConfig, fit_clusters, nearest
+from weftlm.domains.cluster import fit_clusters, nearest
+from weftlm.domains.config import ClusterConfig
 from weftlm.domains.embed import unit_rows
 from weftlm.errors import ConfigError, DataError
 

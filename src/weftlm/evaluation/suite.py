@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from weftlm.config import Section
 from weftlm.corpora.examples import examples_of
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceResult
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.examples import evaluate_examples
 from weftlm.evaluation.perplexity import HeldOut, evaluate_source
 from weftlm.evaluation.result import (
@@ -24,29 +23,11 @@ from weftlm.evaluation.result import (
     mean_result,
     paired_difference,
 )
-from weftlm.evaluation.tasks import ChoiceTask
 from weftlm.models.hf import SequenceLosses
 from weftlm.models.language_model import LanguageModel
 
 TARGET = "target"
 """The name of the target's held-out set in every result."""
-
-
-class EvaluationConfig(Section):
-    """How often and how much to evaluate.
-
-    Attributes:
-        every_steps: optimizer steps between two evaluations; None evaluates at the end alone.
-        max_tokens_per_set: tokens scored per set, in evenly spaced windows; None scores everything.
-        batch_size: windows per forward pass.
-        tasks: questions with listed answers, ranked by the base and every routed or single expert that are compared,
-            and by every model in the table of `weftlm run`.
-    """
-
-    every_steps: int | None = Field(default=None, ge=1)
-    max_tokens_per_set: int | None = Field(default=65_536, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    tasks: tuple[ChoiceTask, ...] = ()
 
 
 @dataclass(frozen=True)

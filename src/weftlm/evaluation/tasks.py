@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from weftlm.config import Section
 from weftlm.corpora.formats import split_suffix
-from weftlm.corpora.paths import corpus_files
-from weftlm.corpora.store_files import file_digest
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceQuestion, ChoiceResult, read_choices, score_choices
+from weftlm.evaluation.config import ChoiceTask
+from weftlm.evaluation.task_files import files_of
 from weftlm.models.language_model import LanguageModel
-
-
-class ChoiceTask(Section):
-    """Questions with listed answers: JSON Lines of `prompt`, `choices` and `answer` (an index or the right text).
-
-    Attributes:
-        path: a file, or a glob (`**` allowed) whose every file is a task of its own.
-        name: what it is called; of a glob, what its tasks' names begin with, before a slash and the file's own name.
-            Absent: the file's name without suffixes.
-        separator: put between prompt and choice, and scored with the choice.
-        max_questions: ask at most so many of each file, evenly spaced; absent: all.
-    """
-
-    path: str = Field(min_length=1)
-    name: str | None = Field(default=None, min_length=1)
-    separator: str = ""
-    max_questions: int | None = Field(default=None, ge=1)
-
 
 Questions = Mapping[str, tuple[ChoiceTask, Sequence[ChoiceQuestion]]]
 """The questions of each task, by its name."""
@@ -50,7 +29,7 @@ def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
     """
     found: dict[str, tuple[ChoiceTask, Sequence[ChoiceQuestion]]] = {}
     for task in tasks:
-        single, paths = _files(task)
+        single, paths = files_of(task)
         for path in paths:
             own = path.name.removesuffix("".join(split_suffix(path)))
             name = own if task.name is None else task.name if single else f"{task.name}/{own}"
@@ -62,30 +41,6 @@ def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
                 questions = [questions[(2 * place + 1) * count // (2 * most)] for place in range(most)]
             found[name] = (task, questions)
     return found
-
-
-def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
-    """BLAKE2b-256 of every file that holds the questions of some tasks, by path.
-
-    Raises:
-        DataError: a path matches no file, or one cannot be read.
-    """
-    found = {}
-    for path in (path for task in tasks for path in _files(task)[1]):
-        try:
-            found[str(path)] = file_digest(path)
-        except OSError as error:
-            raise DataError(f"evaluation.tasks: {path} cannot be read: {error}") from error
-    return found
-
-
-def _files(task: ChoiceTask) -> tuple[bool, list[Path]]:
-    """Whether a task is one file, and the files it names."""
-    try:
-        paths = corpus_files(task.path, lambda entry: None)[0]
-    except DataError as error:
-        raise DataError(f"evaluation.tasks: {error}") from None
-    return paths == [Path(task.path).expanduser()], paths
 
 
 def score_tasks(

@@ -22,8 +22,8 @@ from weftlm.mixture.loader import Batch
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.prompted import IGNORED, batches_by_length, is_encoder_decoder, prompted_inputs, target_nats
 from weftlm.models.prompted_examples import PromptedExamples
-from weftlm.training.alignment import AlignmentConfig, Direction
-from weftlm.training.config import TrainingConfig
+from weftlm.training.alignment import Direction
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 
 

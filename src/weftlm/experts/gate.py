@@ -14,21 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from weftlm.config import Section
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
 from weftlm.errors import ExpertError
 from weftlm.experts.adapted import gate_values, low_rank, placed, unchanged
+from weftlm.experts.config import GateConfig
 from weftlm.experts.examples import domain_trainer
 from weftlm.experts.expert import Gate, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import check_fits
@@ -38,9 +36,6 @@ from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
 log = logging.getLogger(__name__)
-
-WARMUP_FRACTION = 0.06
-"""Part of an expert's or a gate's steps that warms up, as in the paper."""
 
 
 class GatedLinear(nn.Module):
@@ -152,42 +147,6 @@ def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def read_gates(model: nn.Module) -> dict[str, Tensor]:
     """The gate vectors of a model with gates as a `Gate` holds them: v_I by module name, float32 copies on the CPU."""
     return {name: v_I.detach().to("cpu", torch.float32, copy=True) for name, v_I in gate_parameters(model).items()}
-
-
-class GateConfig(Section):
-    """How an expert's gate is trained after the expert, on the same data with the same loss.
-
-    The recipe is the paper's: AdamW without weight decay, 6 % of linear warm-up and then a constant learning rate.
-    Whatever is not named here (moment decays, clipping, precision, device) is as in the expert's `training`.
-    """
-
-    steps: NonNegativeInt = Field(100, description="optimizer steps; 0 leaves the vectors zero, which is an ablation")
-    lr: PositiveFloat = Field(5e-3, description="learning rate of AdamW after warm-up")
-    batch_sequences: PositiveInt | None = Field(None, description="sequences per step; absent: the expert's")
-    sequence_length: PositiveInt | None = Field(None, description="T, tokens per sequence; absent: the expert's")
-
-    def training(self, like: TrainingConfig) -> TrainingConfig:
-        """The whole `training` section of the gate, given the expert's; `steps` must not be 0."""
-        own = {
-            "steps": self.steps,
-            "tokens": None,
-            "lr": self.lr,
-            "weight_decay": 0.0,
-            "schedule": "constant",
-            "warmup_steps": warmup_of(self.steps),
-            "batch_sequences": self.batch_sequences or like.batch_sequences,
-            "sequence_length": self.sequence_length or like.sequence_length,
-            "log_every_steps": 1,
-            "save_every_steps": min(like.save_every_steps, math.ceil(self.steps / 4)),
-        }
-        return TrainingConfig.model_validate(
-            {**{key: getattr(like, key) for key in TrainingConfig.model_fields}, **own}
-        )
-
-
-def warmup_of(steps: int) -> int:
-    """6 % of the steps, rounded."""
-    return round(WARMUP_FRACTION * steps)
 
 
 def train_gate(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
-from weftlm.domains.embed import EmbedderConfig, SentenceTransformerEmbedder
+from weftlm.domains.config import EmbedderConfig
+from weftlm.domains.embed import SentenceTransformerEmbedder
 from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
 from weftlm.experts.adapted import adapted, module_input, unchanged
 from weftlm.experts.examples import Reading, example_readings, prompted_examples

@@ -12,122 +12,42 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weftlm import __version__
-from weftlm.config import Section
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError
 from weftlm.experts.adapted import unchanged
+from weftlm.experts.config import AdapterConfig, ExpertTraining
 from weftlm.experts.examples import domain_trainer, held_out_example_losses, training_source
 from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
-from weftlm.experts.gate import GateConfig, fingerprint_of, how_read, train_gate, training_choices, warmup_of
+from weftlm.experts.gate import fingerprint_of, how_read, train_gate, training_choices
 from weftlm.experts.library import check_name
 from weftlm.experts.lora import from_peft_model
 from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
 from weftlm.files import whole
-from weftlm.models.factory import LoRASection, count_parameters, peft_warnings
+from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import token_losses
 from weftlm.models.prompted import is_encoder_decoder
-from weftlm.training.config import TrainingConfig
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
 log = logging.getLogger(__name__)
 
-DEFAULT_STEPS = 1000
 PROMPTS_WANTED = "its corpora a prompt_field (data.corpora), and leave experts.examples out"
 ADAPTER, GATE, BEST = "adapter", "gate", "best.safetensors"
 
 _LOSSES = ("nats_per_token", "bits_per_byte", "scored_tokens")
-
-
-class AdapterConfig(LoRASection):
-    """The shape of an adapter and its first values.
-
-    y = W u + (alpha / rank) B A u, with B = 0 at first. The defaults are those of Muqeeth et al. 2024
-    (arXiv:2402.05859): scale 1 / r and A ~ N(0, 0.01^2). PEFT's own habits are `alpha: 16, init_std: null`.
-    """
-
-    alpha: PositiveInt = Field(1, description="scale numerator; the update is scaled by alpha / rank")
-    init_std: PositiveFloat | None = Field(
-        0.01, description="A ~ N(0, init_std^2) at first; null: uniform in +-1 / sqrt(input width), as PEFT does"
-    )
-    target_modules: str | list[str] = Field(
-        "all-linear", description="module names, or all-linear: every linear module but the output head"
-    )
-
-
-class AdapterTraining(TrainingConfig):
-    """`training` of an adapter: as of any model, with the defaults of Muqeeth et al. 2024 (arXiv:2402.05859).
-
-    AdamW without weight decay, 6 % of linear warm-up and then a constant learning rate. The paper's steps take 1024
-    sequences of up to 512 tokens; here batch and length are those of any training until the recipe says otherwise.
-    """
-
-    lr: PositiveFloat = Field(5e-3, description="learning rate of AdamW after warm-up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW decay, applied to matrices")
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "constant", description="after warm-up: cosine decay, warm-up-stable-decay, or constant"
-    )
-    warmup_steps: NonNegativeInt = Field(
-        warmup_of(DEFAULT_STEPS), description="steps of linear warm-up; absent: 6 % of the steps"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if value.get("steps") is None and value.get("tokens") is None:
-            value = {**value, "steps": DEFAULT_STEPS}
-        if "warmup_steps" not in value:
-            size = {
-                key: value.get(key, cls.model_fields[key].default) for key in ("batch_sequences", "sequence_length")
-            }
-            steps, tokens = value.get("steps"), value.get("tokens")
-            if steps is None and all(type(number) is int and number > 0 for number in (tokens, *size.values())):
-                steps = math.ceil(tokens / (size["batch_sequences"] * size["sequence_length"]))
-            if type(steps) is int and steps > 0:
-                value = {**value, "warmup_steps": warmup_of(steps)}
-        return value
-
-
-class ExpertTraining(Section):
-    """How an expert is made from a domain: adapter, gate, statistics.
-
-    The paper trains 1000 steps and keeps the adapter that did best on validation data, looked at every 100 steps.
-    """
-
-    lora: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
-    examples: bool | None = Field(
-        None,
-        description="train on whole examples, loss on their targets (true), or on windows of text (false); absent: on "
-        "examples wherever a domain's documents have prompts",
-    )
-    training: AdapterTraining = Field(default_factory=lambda: AdapterTraining.model_validate({}))
-    validate_every_steps: NonNegativeInt = Field(
-        100, description="held-out loss every so many steps, and the best adapter kept, step 0 too; 0 keeps the last"
-    )
-    validation_tokens: PositiveInt | None = Field(
-        65_536, description="held-out tokens per validation, the same ones each time; null: all"
-    )
-    gate: GateConfig = Field(default_factory=lambda: GateConfig.model_validate({}))
-    statistics_examples: NonNegativeInt = Field(1000, description="training windows behind the statistics; 0: none")
-    embedder: str = Field(
-        "tokens-1024", description="embeds those windows: tokens-WIDTH, or sentence-transformers:NAME"
-    )
 
 
 def train_expert(

@@ -4,14 +4,35 @@ Takes scores of sequences (text or not) under every expert; gives gates as value
 Read `gate.py` first, then `primal_dual.py`.
 """
 
-from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
-from weftlm.gating.certificate import Certificate, certify
-from weftlm.gating.exact import ExactResult, best_constant_gate, exact_robust_gate, mixture_regrets
-from weftlm.gating.features import sequence_features
-from weftlm.gating.gate import CausalGate, Features, Gate, gates, load_gate, save_gate
-from weftlm.gating.mixtures import Box, Vertices
-from weftlm.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
-from weftlm.gating.sequences import ScoredSequences, enumerated
+from typing import TYPE_CHECKING
+
+from weftlm.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
+    from weftlm.gating.certificate import Certificate, certify
+    from weftlm.gating.config import FitConfig, gates
+    from weftlm.gating.exact import ExactResult, best_constant_gate, exact_robust_gate, mixture_regrets
+    from weftlm.gating.features import sequence_features
+    from weftlm.gating.gate import CausalGate, Features, Gate, load_gate, save_gate
+    from weftlm.gating.mixtures import Box, Vertices
+    from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
+    from weftlm.gating.sequences import ScoredSequences, enumerated
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "capacity": ["CapacityResult", "channel_capacity", "sampled_capacity"],
+            "certificate": ["Certificate", "certify"],
+            "config": ["FitConfig", "gates"],
+            "exact": ["ExactResult", "best_constant_gate", "exact_robust_gate", "mixture_regrets"],
+            "features": ["sequence_features"],
+            "gate": ["CausalGate", "Features", "Gate", "load_gate", "save_gate"],
+            "mixtures": ["Box", "Vertices"],
+            "primal_dual": ["FitResult", "FitState", "Progress", "fit_robust_gate"],
+            "sequences": ["ScoredSequences", "enumerated"],
+        },
+    )
 
 __all__ = [
     "Box",

@@ -10,36 +10,15 @@ and the model's probability of the sequence is 0 in any case.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.gating.arrays import simplex_vector
-from weftlm.gating.gate import CausalGate, Features, GateConfig, State, gates
-
-
-class BayesConfig(GateConfig):
-    """Configuration of `bayes`."""
-
-    gate: Literal["bayes"] = Field("bayes", description="Name of this gate.")
-
-
-class FixedShareConfig(GateConfig):
-    """Configuration of `fixed_share`."""
-
-    gate: Literal["fixed_share"] = Field("fixed_share", description="Name of this gate.")
-    share: FiniteFloat = Field(
-        0.01, ge=0.0, lt=1.0, description="alpha, part of the weights spread evenly after each token; 0: Bayes"
-    )
-
-
-class CausalUniformConfig(GateConfig):
-    """Configuration of `causal_uniform`."""
-
-    gate: Literal["causal_uniform"] = Field("causal_uniform", description="Name of this gate.")
+from weftlm.gating.config import BayesConfig, CausalUniformConfig, FixedShareConfig, GateConfig, gates
+from weftlm.gating.gate import CausalGate, Features, State
 
 
 @gates.register("bayes")

@@ -15,10 +15,11 @@ import torch
 from weftlm.errors import ConfigError, DataError
 from weftlm.gating.arrays import TOLERANCE, Floats, simplex_vector
 from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
+from weftlm.gating.config import FitConfig, Unit
 from weftlm.gating.gate import Gate
 from weftlm.gating.mixtures import MixtureSet
-from weftlm.gating.primal_dual import Z_NORMAL, FitConfig, FitResult, against, best_response, interval
-from weftlm.gating.problem import Evaluation, Offsets, Problem, Unit, evaluate, make_problem
+from weftlm.gating.primal_dual import Z_NORMAL, FitResult, against, best_response, interval
+from weftlm.gating.problem import Evaluation, Offsets, Problem, evaluate, make_problem
 
 Label = Literal["bound", "estimate", "exact"]
 

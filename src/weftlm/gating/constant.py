@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from weftlm.gating.arrays import simplex_vector
-from weftlm.gating.gate import Features, Gate, GateConfig, gates
-
-
-class ConstantConfig(GateConfig):
-    """Configuration of `constant`."""
-
-    gate: Literal["constant"] = Field("constant", description="Name of this gate.")
+from weftlm.gating.config import ConstantConfig, GateConfig, gates
+from weftlm.gating.gate import Features, Gate
 
 
 @gates.register("constant")

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from weftlm.config import Section, did_you_mean
+from weftlm.config import did_you_mean
 from weftlm.corpora.tokens import Tokenizer, load_pretrained
 from weftlm.errors import ConfigError, DataError, ExpertError
 from weftlm.experts.adapted import module_input, placed
 from weftlm.experts.expert import LoRAExpert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import CONFIG, check_fits, read_lora
+from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import load_base, uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
 
@@ -40,30 +40,6 @@ BUSY_ELSEWHERE = 1 << 14
 
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-class ExpertSource(Section):
-    """Where an expert can be loaded from.
-
-    A whole model: `model`. An adapter in a PEFT folder: `model`, that folder. An adapter of an expert library:
-    `library` and `expert`; its base is the library's, or `model` where that is given.
-    """
-
-    name: str = Field(description="Name of the expert, unique in a pool")
-    model: str | None = Field(
-        None, description="Folder or hub name: a whole model, a PEFT adapter, or a library's base"
-    )
-    revision: str | None = Field(None, description="Hub revision of `model`")
-    library: str | None = Field(None, description="Folder of an expert library")
-    expert: str | None = Field(None, description="The adapter's name in the library; absent: the base itself")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> ExpertSource:
-        if self.model is None and self.library is None:
-            raise ValueError("give model (a folder or hub name) or library (a folder) and expert")
-        if self.expert is not None and self.library is None:
-            raise ValueError("expert names an adapter of a library: give library")
-        return self
 
 
 @dataclass(frozen=True, eq=False)

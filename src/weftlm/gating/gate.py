@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from weftlm.config import Section, validate
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.gating.config import GateConfig, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
-from weftlm.registry import Registry
 
 Need = Literal["sequence", "points", "tokens"]
 """What a gate can ask of `Features`."""
@@ -136,12 +134,6 @@ class Features:
         if found is None:
             raise ConfigError(f"gate {gate!r} needs {_FIELDS[need]}, and the features have none; {_CURES[need]}")
         return found
-
-
-class GateConfig(Section):
-    """Base of every gate's configuration; a subclass narrows `gate` to its registered name."""
-
-    gate: str = Field(description="Registered name of the gate.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,24 +258,6 @@ class CausalGate(Gate):
                 f"token scores of {logp_BTE.shape[2]} experts came to gate {self.config.gate!r} over {self.experts}"
             )
         return logp_BTE, features.mask_BT
-
-
-gates: Registry[Gate] = Registry("gate", "weftlm.gating")
-
-
-def gate_config(value: str | Mapping[str, Any] | GateConfig, where: str = "gate") -> GateConfig:
-    """The configuration a name, a mapping `{"gate": name, ...}` or a ready section stands for.
-
-    Raises:
-        ConfigError: no or unknown name, unknown key or wrong value, each with what is allowed.
-    """
-    if isinstance(value, GateConfig):
-        return value
-    keys = {"gate": value} if isinstance(value, str) else dict(value)
-    name = keys.get("gate")
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}.gate is {name!r}; it must be one of: {', '.join(gates)}")
-    return validate(gates[name].Config, keys, where)
 
 
 def init_gate(value: str | Mapping[str, Any] | GateConfig, experts: int, features: Features, seed: int = 0) -> Gate:

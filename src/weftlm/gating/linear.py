@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from weftlm.gating.gate import Features, Gate, GateConfig, Need, gates
+from weftlm.gating.config import GateConfig, LinearConfig, gates
+from weftlm.gating.gate import Features, Gate, Need
 from weftlm.gating.standard import SEQUENCE, standardisation, standardised
-
-
-class LinearConfig(GateConfig):
-    """Configuration of `linear`."""
-
-    gate: Literal["linear"] = Field("linear", description="Name of this gate.")
-    features: tuple[str, ...] = Field((), description="names of the features it reads; empty: those it is fitted on")
 
 
 @gates.register("linear")

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from weftlm.gating.gate import Features, Gate, GateConfig, Need, gates
+from weftlm.gating.config import GateConfig, MlpConfig, gates
+from weftlm.gating.gate import Features, Gate, Need
 from weftlm.gating.standard import SEQUENCE, standardisation, standardised
-
-
-class MlpConfig(GateConfig):
-    """Configuration of `mlp`."""
-
-    gate: Literal["mlp"] = Field("mlp", description="Name of this gate.")
-    hidden: PositiveInt = Field(32, description="H, width of the hidden layer")
-    features: tuple[str, ...] = Field((), description="names of the features it reads; empty: those it is fitted on")
 
 
 @gates.register("mlp")

@@ -14,9 +14,6 @@ from weftlm.errors import ConfigError
 from weftlm.gating.gate import State
 from weftlm.gating.slots import SlotStore
 
-REFRESH_EVERY = 32
-"""Tokens between two catch-ups unless told."""
-
 
 def check_refresh_every(refresh_every: int | None) -> None:
     """Refuse a number of tokens between catch-ups that is none.

@@ -47,9 +47,10 @@ from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.files import check_sealed, whole_folder
 from weftlm.gating import experts as room
-from weftlm.gating.experts import Backbone, ExpertPool, ExpertSource, Rows, positions, scored
+from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
+from weftlm.gating.experts import Backbone, ExpertPool, Rows, positions, scored
 from weftlm.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
-from weftlm.gating.modular_cache import REFRESH_EVERY, ModularCache, catch_up_due, check_refresh_every
+from weftlm.gating.modular_cache import ModularCache, catch_up_due, check_refresh_every
 from weftlm.gating.prefix_gate import PrefixGate, among
 from weftlm.gating.slots import rows_of
 from weftlm.models.fingerprint import base_fingerprint
@@ -58,7 +59,7 @@ PIECE = 64
 """Tokens per sequence that a long prompt is read by, at least."""
 
 FORMAT = "weftlm modular model 1"
-MANIFEST, GATE, BASES, ADAPTERS = "modular.json", "gate.safetensors", "backbone", "adapters"
+GATE, BASES, ADAPTERS = "gate.safetensors", "backbone", "adapters"
 
 
 class ModularConfig(PretrainedConfig):

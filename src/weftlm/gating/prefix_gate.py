@@ -10,17 +10,17 @@ import dataclasses
 import functools
 import hashlib
 import math
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.gating.arrays import simplex_vector
-from weftlm.gating.bayes import BayesConfig, BayesGate, FixedShareConfig, FixedShareGate
+from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.config import BayesConfig, FixedShareConfig, GateConfig, PrefixGateConfig, gates
 from weftlm.gating.features import FLOOR
-from weftlm.gating.gate import CausalGate, Features, GateConfig, State, gates
+from weftlm.gating.gate import CausalGate, Features, State
 
 CHUNK = 128
 """Tokens whose decayed sums are taken by one product."""
@@ -29,22 +29,6 @@ _ROWS = 256
 _DEAD = -1e4
 """Nats that stand for a log-posterior of -inf: weight 0 in every float type, and finite."""
 _BAYES, _SHARE = "bayes.", "share."
-
-
-class PrefixGateConfig(GateConfig):
-    """Configuration of `prefix`."""
-
-    gate: Literal["prefix"] = Field("prefix", description="Name of this gate.")
-    base: Literal["bayes", "fixed_share"] = Field("bayes", description="the gate it equals before training")
-    share: FiniteFloat = Field(0.01, gt=0.0, lt=1.0, description="alpha of fixed share")
-    half_lives_tokens: tuple[PositiveFloat, ...] = Field(
-        (1.0, 4.0, 16.0, 64.0), description="of the decayed means of log-likelihoods: short ones see changes"
-    )
-    horizon_tokens: PositiveFloat = Field(64.0, description="tokens after which the clock stands at one half")
-    hidden: PositiveInt = Field(16, description="H, width of both hidden layers")
-    top: PositiveInt | None = Field(
-        None, description="m, experts that work on each token, renormalised; absent: all of them"
-    )
 
 
 @gates.register("prefix")

@@ -18,26 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section, Seed
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.gating.arrays import Floats
+from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
-from weftlm.gating.gate import Features, Gate, GateConfig, gate_config, gates, init_gate
+from weftlm.gating.gate import Features, Gate, init_gate
 from weftlm.gating.mixtures import MixtureSet
-from weftlm.gating.problem import (
-    Evaluation,
-    Offsets,
-    Problem,
-    Unit,
-    dual_value,
-    evaluate,
-    fits,
-    log_model,
-    make_problem,
-)
+from weftlm.gating.problem import Evaluation, Offsets, Problem, dual_value, evaluate, fits, log_model, make_problem
 from weftlm.gating.sequences import ScoredSequences, prepared
 from weftlm.gating.tabular import TabularGate
 from weftlm.threads import follow_load
@@ -50,33 +39,6 @@ _FEW = 64
 
 Z_NORMAL = 1.959963984540054
 """Two-sided 95 % of the normal distribution."""
-
-
-class FitConfig(Section):
-    """How a gate is fitted."""
-
-    steps: PositiveInt = Field(8000, description="steps of theta, the mixture and mu together")
-    lr: PositiveFloat = Field(0.05, description="learning rate of Adam in the first part of the run")
-    final_lr: PositiveFloat = Field(0.005, description="learning rate of Adam in the last part")
-    final_fraction: FiniteFloat = Field(0.5, gt=0.0, le=1.0, description="the last part, which is averaged over")
-    eta: PositiveFloat = Field(0.05, description="step of the mixture's exponentiated gradient, 1 / nats per sequence")
-    rho: FiniteFloat = Field(1.0, ge=0.0, description="weight of the squared penalty on Z - 1")
-    ridge: FiniteFloat = Field(
-        1.0,
-        ge=0.0,
-        description="pull of a gate's weights to 0, like a prior worth so many sequences per domain",
-    )
-    mu_lr: PositiveFloat = Field(0.05, description="step of mu's ascent")
-    batch_sequences: PositiveInt | None = Field(None, description="sequences per domain and step; absent: all of them")
-    batch_samples: PositiveInt | None = Field(
-        None, description="samples per expert and step; absent: as many as batch_sequences, else all"
-    )
-    seed: Seed = Field(0, description="of the draw of mini-batches and of the gate's random parameters")
-    unit: Unit = Field("sequence", description="nats per sequence or per token: what is compared between domains")
-    report_every_steps: PositiveInt = Field(500, description="steps between two evaluations on all data")
-    best_response_steps: NonNegativeInt = Field(
-        300, description="steps of the gate against the final mixture for the estimate of the gap; 0: no estimate"
-    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.gating.arrays import Floats, log_distributions, to_tensor
+from weftlm.gating.config import Unit
 from weftlm.gating.exact import entropies
 from weftlm.gating.features import refuse_impossible
 from weftlm.gating.gate import Features, Gate
@@ -26,7 +27,6 @@ from weftlm.gating.mixtures import MixtureSet, Player, box_vertices, player
 from weftlm.gating.sequences import ScoredSequences, enumerated
 
 Offsets = Literal["expert", "none", "entropy"]
-Unit = Literal["sequence", "token"]
 
 CHUNK = 1 << 22
 """Numbers (sequences x experts, times tokens for causal gates) evaluated at a time."""

@@ -35,17 +35,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section, Seed
 from weftlm.corpora.source import Source
 from weftlm.corpora.store_files import checksum, file_digest, make_folder, sync_file, write_json
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.fan_out import Task, cluster, fan_out, keep, new_key
 from weftlm.files import read_object
-from weftlm.gating.experts import ExpertPool, ExpertSource, Rows
+from weftlm.gating.config import ExpertSource, ScoreConfig
+from weftlm.gating.experts import ExpertPool, Rows
 from weftlm.gating.features import sequence_features
 from weftlm.gating.files import read_tensors, write_tensors
 from weftlm.gating.sequences import ScoredSequences
@@ -62,26 +61,6 @@ _REMEDY = "choose another folder, or delete this one (overwrite=True) and score 
 _log = logging.getLogger(__name__)
 
 Role = Literal["domain", "sample"]
-
-
-class ScoreConfig(Section):
-    """What is scored, and how."""
-
-    kind: Literal["windows", "documents"] = Field(
-        "windows",
-        description="windows: runs of `length` + 1 tokens of the text, the first of which is context; samples start "
-        "from such first tokens and run on through ends of text. documents: beginnings of documents up to `length` "
-        "tokens, end of text included, with the end-of-text token as context; samples stop at the end of text",
-    )
-    length: PositiveInt = Field(128, description="Scored tokens per sequence, at most")
-    sequences: PositiveInt = Field(512, description="Sequences of each domain, at most")
-    samples: NonNegativeInt = Field(512, description="Samples drawn from each expert; 0 where every gate is causal")
-    seed: Seed = Field(0, description="Of the samples")
-    batch_size: PositiveInt = Field(16, description="Sequences per forward pass")
-    shard_sequences: PositiveInt = Field(256, description="Sequences in a shard: what an interruption can cost")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Of the experts' forward pass; auto: bf16 autocast on GPUs that are fast at it"
-    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from weftlm.errors import ConfigError
-from weftlm.gating.gate import Features, Gate, GateConfig, Need, gates
-
-
-class TabularConfig(GateConfig):
-    """Configuration of `tabular`."""
-
-    gate: Literal["tabular"] = Field("tabular", description="Name of this gate.")
-    points: PositiveInt | None = Field(None, description="X, points of the support; absent: as many as the data name")
+from weftlm.gating.config import GateConfig, TabularConfig, gates
+from weftlm.gating.gate import Features, Gate, Need
 
 
 @gates.register("tabular")

@@ -36,7 +36,7 @@ from weftlm.mixture.sampler import Exhaustion, MixtureSampler, SamplerExhausted
 from weftlm.models.hf import token_losses
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import training_task
-from weftlm.training.alignment import AlignmentConfig
+from weftlm.training.config import AlignmentConfig
 from weftlm.training.estimators.direction import trainable_parameters
 from weftlm.training.loop import Task
 from weftlm.training.meter import DomainMeter

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from weftlm.mixture.policy import Report, Signal, entropy
+from weftlm.mixture.config import Signal
+from weftlm.mixture.policy import Report, entropy
 
 
 @dataclass(frozen=True)

@@ -5,77 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.initial import Initial, initial_needs, initial_weights, nearest_mixture
+from weftlm.mixture.config import DgaConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.initial import initial_weights, nearest_mixture
 from weftlm.mixture.policy import (
     CONSTANT,
-    AlignmentPolicyConfig,
     MixtureSetting,
-    PolicyConfig,
     Report,
-    Signal,
     entropy,
     exponentiated_gradient,
     missing_signal,
-    policies,
     with_floor,
 )
 from weftlm.mixture.signals import max_abs, read_alignment, smooth_alignment
 from weftlm.mixture.uniform import uniform_weights
-
-
-class DgaConfig(AlignmentPolicyConfig):
-    """Configuration of `dga`."""
-
-    policy: Literal["dga"] = Field(default="dga", description="Name of this policy.")
-    eta: FiniteFloat = Field(
-        default=5.0, gt=0.0, description="Step of the mirror update; free of units with normalize: scale or cosine."
-    )
-    ema: FiniteFloat = Field(
-        default=0.1, gt=0.0, le=1.0, description="beta, the share of the new weights in the smoothed ones; 1: no EMA."
-    )
-    ema_feedback: bool = Field(
-        default=True,
-        description=(
-            "true: the next mirror step starts from the smoothed weights. false: it continues from its own last "
-            "result, and only what is sampled is smoothed."
-        ),
-    )
-    floor: FiniteFloat = Field(
-        default=0.01,
-        ge=0.0,
-        le=1.0,
-        description="c, the share of the uniform distribution in every mirror step, so that no group is lost for good.",
-    )
-    initial: Initial = Field(
-        default="uniform",
-        description=(
-            "Weights before the first update. With reweight: basis, those of the basis distributions whose mixture is "
-            "nearest to it."
-        ),
-    )
-    anchor: FiniteFloat = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description=(
-            "tau, the pull of every mirror step towards the initial weights, so that probe noise does not add up over "
-            "updates; 0: none."
-        ),
-    )
-    reweight: Literal["domains", "basis"] = Field(
-        default="domains",
-        description=(
-            "domains: one alignment and one weight per domain. basis: one per basis distribution over the domains, for "
-            "domains in the hundreds and more."
-        ),
-    )
 
 
 @dataclass(frozen=True)
@@ -139,8 +87,7 @@ class DgaPolicy:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        basis: frozenset[Signal] = frozenset({"basis"}) if self.config.reweight == "basis" else frozenset()
-        return frozenset[Signal]({"target_alignment"}) | basis | initial_needs(self.config.initial)
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> DgaState:
         config = self.config

@@ -5,49 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from weftlm.mixture.initial import Initial, initial_needs, initial_weights
-from weftlm.mixture.policy import (
-    CONSTANT,
-    AlignmentPolicyConfig,
-    MixtureSetting,
-    PolicyConfig,
-    Report,
-    Signal,
-    entropy,
-    exponentiated_gradient,
-    policies,
-    with_floor,
-)
+from weftlm.mixture.config import DogeConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.initial import initial_weights
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy, exponentiated_gradient, with_floor
 from weftlm.mixture.signals import max_abs, read_alignment, running_mean, smooth_alignment
-
-
-class DogeConfig(AlignmentPolicyConfig):
-    """Configuration of `doge`."""
-
-    policy: Literal["doge"] = Field(default="doge", description="Name of this policy.")
-    target: bool = Field(
-        default=False,
-        description="false: align with the mean gradient of all domains. true: with the target's (out-of-domain DoGE).",
-    )
-    eta: FiniteFloat = Field(
-        default=0.5,
-        gt=0.0,
-        description="Step of the mirror update, learning rate / mu in the paper; no EMA follows, so keep it small.",
-    )
-    floor: FiniteFloat = Field(
-        default=0.0, ge=0.0, le=1.0, description="Share of the uniform distribution in every step; the paper has none."
-    )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
-    sample: Literal["current", "average"] = Field(
-        default="current",
-        description="What is sampled: the newest weights, or their mean over updates (the paper's final run).",
-    )
 
 
 @dataclass(frozen=True)
@@ -100,11 +66,7 @@ class DogePolicy:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset[Signal]({self._direction}) | initial_needs(self.config.initial)
-
-    @property
-    def _direction(self) -> Signal:
-        return "target_alignment" if self.config.target else "generalist_alignment"
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> DogeState:
         config = self.config
@@ -124,7 +86,7 @@ class DogePolicy:
 
     def update(self, state: DogeState, report: Report) -> DogeState:
         config = self.config
-        new_D = read_alignment(report, config, self._direction, state.domains)
+        new_D = read_alignment(report, config, self.config.direction, state.domains)
         if new_D is None:
             return dataclasses.replace(state, skipped=state.skipped + 1)
         alignment_D = smooth_alignment(state.alignment_D, new_D, config.alignment_decay)

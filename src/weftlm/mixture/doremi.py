@@ -5,47 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from weftlm.mixture.initial import Initial, initial_needs, initial_weights
-from weftlm.mixture.policy import (
-    CONSTANT,
-    MixtureSetting,
-    PolicyConfig,
-    Report,
-    Signal,
-    entropy,
-    exponentiated_gradient,
-    policies,
-    with_floor,
-)
+from weftlm.mixture.config import DoremiConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.initial import initial_weights
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy, exponentiated_gradient, with_floor
 from weftlm.mixture.signals import keep_last, max_abs, read_losses, running_mean
-
-
-class DoremiConfig(PolicyConfig):
-    """Configuration of `doremi`."""
-
-    policy: Literal["doremi"] = Field(default="doremi", description="Name of this policy.")
-    reference: str | None = Field(
-        default=None,
-        description="Folder of a finished run whose model is the reference; null: one of equal size is trained first.",
-    )
-    reference_policy: Literal["proportional", "uniform"] = Field(
-        default="proportional", description="Mixture the reference model is trained on when `reference` is null."
-    )
-    eta: FiniteFloat = Field(default=1.0, gt=0.0, description="Step per nat of excess loss.")
-    smoothing: FiniteFloat = Field(
-        default=1e-3, ge=0.0, le=1.0, description="c, the share of the uniform distribution in every step."
-    )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
-    sample: Literal["current", "average"] = Field(
-        default="current",
-        description="What is sampled: the newest weights, or their mean over updates (the paper's final run).",
-    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +64,7 @@ class DoremiPolicy:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset[Signal]({"losses", "reference_losses"}) | initial_needs(self.config.initial)
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> DoremiState:
         config = self.config

@@ -5,49 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.initial import Initial, initial_needs, initial_weights
-from weftlm.mixture.policy import (
-    CONSTANT,
-    MixtureSetting,
-    PolicyConfig,
-    Report,
-    Signal,
-    entropy,
-    exponentiated_gradient,
-    policies,
-    with_floor,
-)
+from weftlm.mixture.config import GroupDroConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.initial import initial_weights
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy, exponentiated_gradient, with_floor
 from weftlm.mixture.signals import keep_last, max_abs, read_losses
-
-
-class GroupDroConfig(PolicyConfig):
-    """Configuration of `group_dro`."""
-
-    policy: Literal["group_dro"] = Field(default="group_dro", description="Name of this policy.")
-    eta: FiniteFloat = Field(
-        default=1.0,
-        gt=0.0,
-        description=(
-            "Step per nat of loss and update. The paper's 0.01 is taken at every optimizer step; 1.0 every 100 steps "
-            "moves as far."
-        ),
-    )
-    adjustment: FiniteFloat = Field(
-        default=0.0,
-        ge=0.0,
-        description="C in the paper's C / sqrt(n_i), added to a domain's loss; n_i counts training tokens here.",
-    )
-    floor: FiniteFloat = Field(
-        default=0.0, ge=0.0, le=1.0, description="Share of the uniform distribution in every step; the paper has none."
-    )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
 
 
 @dataclass(frozen=True)
@@ -94,7 +61,7 @@ class GroupDroPolicy:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset[Signal]({"losses"}) | initial_needs(self.config.initial)
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> GroupDroState:
         config = self.config

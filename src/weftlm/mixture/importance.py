@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from weftlm.errors import ConfigError
+from weftlm.mixture.config import ImportanceConfig, PolicyConfig, Signal, policies
 from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting, PolicyConfig, Signal, missing_signal, policies, with_floor
-
-
-class ImportanceConfig(PolicyConfig):
-    """Configuration of `importance`."""
-
-    policy: Literal["importance"] = Field(default="importance", description="Name of this policy.")
-    smoothing: FiniteFloat = Field(
-        default=0.0, ge=0.0, le=1.0, description="Share of the uniform distribution mixed into the histogram."
-    )
+from weftlm.mixture.policy import MixtureSetting, missing_signal, with_floor
 
 
 def importance_weights(setting: MixtureSetting, policy: str = "importance") -> Tensor:
@@ -65,7 +56,7 @@ class ImportancePolicy(ConstantPolicy):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"target_histogram"})
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> ConstantState:
         return ConstantState(with_floor(importance_weights(setting), self.config.smoothing))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from weftlm.mixture.config import Initial
 from weftlm.mixture.importance import importance_weights
-from weftlm.mixture.policy import MixtureSetting, Signal
+from weftlm.mixture.policy import MixtureSetting
 from weftlm.mixture.proportional import proportional_weights
 from weftlm.mixture.uniform import uniform_weights
-
-Initial = Literal["uniform", "importance", "proportional"]
 
 
 def initial_weights(initial: Initial, setting: MixtureSetting, policy: str) -> Tensor:
@@ -31,11 +28,6 @@ def initial_weights(initial: Initial, setting: MixtureSetting, policy: str) -> T
     if initial == "proportional":
         return proportional_weights(setting)
     return uniform_weights(len(setting.domains))
-
-
-def initial_needs(initial: Initial) -> frozenset[Signal]:
-    """The signals `initial_weights` reads."""
-    return frozenset({"target_histogram"}) if initial == "importance" else frozenset()
 
 
 def nearest_mixture(target_D: Tensor, basis_ND: Tensor, *, steps: int = 1000) -> Tensor:

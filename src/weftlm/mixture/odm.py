@@ -6,29 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, PolicyConfig, Report, Signal, entropy, policies
+from weftlm.mixture.config import OdmConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy
 from weftlm.mixture.signals import max_abs, read_losses
 from weftlm.mixture.uniform import uniform_weights
-
-
-class OdmConfig(PolicyConfig):
-    """Configuration of `odm`."""
-
-    policy: Literal["odm"] = Field(default="odm", description="Name of this policy.")
-    decay: FiniteFloat = Field(
-        default=0.9, ge=0.0, lt=1.0, description="Share of the old estimate in the moving average of rewards."
-    )
-    warmup_steps: int = Field(
-        default=0,
-        ge=0,
-        description="Optimizer steps during which the mixture stays uniform and nothing is learned (the paper: 1%).",
-    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class OdmPolicy:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({"losses"})
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> OdmState:
         start_D = uniform_weights(len(setting.domains))

@@ -11,21 +11,15 @@ a good one to read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from weftlm.config import Section, validate
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
-from weftlm.registry import Registry
-
-Signal = Literal["losses", "reference_losses", "target_alignment", "generalist_alignment", "target_histogram", "basis"]
-"""What a policy can ask for. The first four are measured by the loop and arrive in a `Report`; `target_histogram` and
-`basis` are prepared before training and arrive in the `MixtureSetting`."""
+from weftlm.mixture.config import PolicyConfig, Signal, policies, policy_config
 
 
 @dataclass(frozen=True)
@@ -89,54 +83,6 @@ class Report:
     alignment: Alignment | None = None
 
 
-class PolicyConfig(Section):
-    """Base of every policy's configuration.
-
-    A subclass narrows `policy` to `Literal["<registered name>"]` with that name as default.
-    """
-
-    policy: str = Field(description="Registered name of the mixture policy.")
-    update_every_steps: int = Field(
-        default=100, ge=1, description="T_r, optimizer steps between two updates; constant policies ignore it."
-    )
-
-    @classmethod
-    def example(cls, domains: Sequence[str]) -> Self:
-        """A valid configuration for these domains: the defaults, unless a key has none (then override this).
-
-        The reference pages and the conformance suite are built on it, so that a new policy joins both unasked.
-        """
-        return cls.model_validate({})
-
-
-class AlignmentPolicyConfig(PolicyConfig):
-    """Base of the configuration of policies driven by gradient alignment.
-
-    `precondition` is carried for whoever measures the alignment: it decides the direction v, not the rule.
-    """
-
-    normalize: Literal["raw", "scale", "cosine"] = Field(
-        default="scale",
-        description=(
-            "raw: a_i = <g_i, v>. scale: a_i / (||v|| mean_j ||g_j||), which keeps the groups' relative magnitudes and "
-            "makes eta free of units. cosine: a_i / (||v|| ||g_i||)."
-        ),
-    )
-    precondition: Literal["none", "adam"] = Field(
-        default="none",
-        description="Direction v = g, or v = g / (sqrt(vhat) + eps) with Adam's second moment of the run.",
-    )
-    alignment_decay: FiniteFloat = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description=(
-            "Moving average over each group's last alignments (0: the newest alone). A group absent from a probe keeps "
-            "its last value either way."
-        ),
-    )
-
-
 S = TypeVar("S")
 
 
@@ -185,26 +131,14 @@ class MixturePolicy(Protocol[S]):
         ...
 
 
-policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weftlm.mixture")
-
-
-def build_policy(value: Mapping[str, Any], where: str = "mixture") -> MixturePolicy[Any]:
+def build_policy(value: Mapping[str, Any] | PolicyConfig, where: str = "mixture") -> MixturePolicy[Any]:
     """The policy a recipe asks for.
 
-    Args:
-        value: `{"policy": name, ...}` with the keys of that policy's `Config`.
-        where: the place in the recipe, for messages.
-
     Raises:
-        ConfigError: no or unknown policy name, unknown key or wrong value, each with what is allowed.
+        ConfigError: as `policy_config`.
     """
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is {value!r}; it must be a mapping with the key 'policy'")
-    name = value.get("policy")
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}.policy is {name!r}; it must be one of: {', '.join(policies)}")
-    policy = policies[name]
-    return policy(validate(policy.Config, dict(value), where))
+    config = policy_config(value, where)
+    return policies[config.policy](config)
 
 
 def missing_signal(policy: str, signal: Signal) -> ConfigError:

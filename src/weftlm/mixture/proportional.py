@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from weftlm.errors import ConfigError
+from weftlm.mixture.config import PolicyConfig, ProportionalConfig, policies
 from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting, PolicyConfig, policies
-
-
-class ProportionalConfig(PolicyConfig):
-    """Configuration of `proportional`."""
-
-    policy: Literal["proportional"] = Field(default="proportional", description="Name of this policy.")
-    temperature: FiniteFloat = Field(
-        default=1.0,
-        ge=0.0,
-        description="Exponent on the token counts: 1 draws every token equally often, 0 is uniform over domains.",
-    )
+from weftlm.mixture.policy import MixtureSetting
 
 
 def proportional_weights(setting: MixtureSetting, temperature: float = 1.0) -> Tensor:

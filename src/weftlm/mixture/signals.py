@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError, NumericsError
-from weftlm.mixture.policy import AlignmentPolicyConfig, Report, Signal, missing_signal
+from weftlm.mixture.config import AlignmentPolicyConfig, Signal
+from weftlm.mixture.policy import Report, missing_signal
 
 
 def read_alignment(

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat
 
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError
+from weftlm.mixture.config import PolicyConfig, StaticConfig, policies
 from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting, PolicyConfig, policies
+from weftlm.mixture.policy import MixtureSetting
 
 TOLERANCE = 1e-6
 """How far from 1 written weights may sum: rounding of decimals, nothing more."""
-
-
-class StaticConfig(PolicyConfig):
-    """Configuration of `static`."""
-
-    policy: Literal["static"] = Field(default="static", description="Name of this policy.")
-    weights: dict[str, Annotated[FiniteFloat, Field(ge=0.0)]] = Field(
-        description="Weight of every domain by name, not negative; they sum to 1 within 1e-6. 0 leaves a domain out."
-    )
-
-    @classmethod
-    def example(cls, domains: Sequence[str]) -> StaticConfig:
-        """Weights rising in the order of the domains: 1, 2, ..., D over their sum."""
-        total = len(domains) * (len(domains) + 1) / 2
-        return cls(weights={name: (i + 1) / total for i, name in enumerate(domains)})
 
 
 @policies.register("static")

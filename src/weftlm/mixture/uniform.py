@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from weftlm.mixture.config import PolicyConfig, UniformConfig, policies
 from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting, PolicyConfig, policies
-
-
-class UniformConfig(PolicyConfig):
-    """Configuration of `uniform`: nothing to choose."""
-
-    policy: Literal["uniform"] = Field(default="uniform", description="Name of this policy.")
+from weftlm.mixture.policy import MixtureSetting
 
 
 def uniform_weights(groups: int) -> Tensor:

@@ -12,14 +12,14 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError
-from weftlm.gating.modular_lm import MANIFEST as GATED
+from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import DTYPES, load_base, load_model
 from weftlm.pipeline.base import base_tokenizer
 from weftlm.pipeline.routes import TOKENIZER
 from weftlm.routing.calls import is_encoder_decoder
+from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.retrieval import RetrievalRouter
-from weftlm.routing.routed_model import MANIFEST as ROUTED
 from weftlm.routing.routed_model import RoutedModel
 
 log = logging.getLogger(__name__)

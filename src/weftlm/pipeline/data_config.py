@@ -7,10 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from weftlm.config import Section, Seed
-from weftlm.corpora.reading import CorpusConfig
-from weftlm.corpora.tokens import TokenizerConfig
-from weftlm.domains.cluster import ClusterConfig
-from weftlm.domains.embed import EmbedderConfig
+from weftlm.corpora.config import CorpusConfig, TokenizerConfig
+from weftlm.domains.config import ClusterConfig, EmbedderConfig
 from weftlm.domains.split import SplitConfig
 
 TARGET_DOMAIN = "target_examples"

@@ -12,8 +12,8 @@ import yaml
 
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
+from weftlm.pipeline.names import SUMMARY
 from weftlm.pipeline.project import Project, make_project
-from weftlm.pipeline.project_report import SUMMARY
 from weftlm.pipeline.runner import run_project
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weftlm.corpora.reading import CorpusConfig, ReadingReport, read_documents
+from weftlm.corpora.config import CorpusConfig
+from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.domains.cluster import Clusters, fit_clusters
 from weftlm.domains.embed import Embedder, SentenceTransformerEmbedder, TfidfSvd, make_embedder

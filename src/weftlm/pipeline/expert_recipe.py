@@ -11,11 +11,12 @@ from pydantic import Field
 
 from weftlm.config import Folder, Section, Seed, apply_overrides, validate
 from weftlm.errors import ConfigError
-from weftlm.evaluation.suite import EvaluationConfig
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.expert import base_name
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.project_config import RIVALS, RoutingConfig
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.recipe_text import read_yaml
@@ -155,4 +156,56 @@ def expert_plan(recipe: ExpertRecipe) -> dict[str, Any]:
         "tokens_per_expert": training.total_tokens,
         "gate_steps": config.gate.steps,
         "statistics_examples": config.statistics_examples,
+    }
+
+
+def gating_config(recipe: ExpertRecipe) -> GatingConfig:
+    """The recipe's `gating` section; the defaults where it has none."""
+    return GatingConfig() if recipe.gating is None else recipe.gating
+
+
+def routing_config(recipe: ExpertRecipe) -> RoutingConfig:
+    """The recipe's `routing` section; the defaults where it has none."""
+    return RoutingConfig() if recipe.routing is None else recipe.routing
+
+
+def routed_folder(recipe: ExpertRecipe, router: str) -> Path:
+    """Where a routed model is written."""
+    return recipe.routed_folder / router.replace(":", ",")
+
+
+def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:
+    """What scoring, fitting and certifying will do, before anything is read."""
+    config = gating_config(recipe)
+    return {
+        **_plan_of_pool(recipe, config),
+        "domains": "every domain with held-out text" if config.domains is None else ", ".join(config.domains),
+        "scores": str(recipe.scores_folder),
+        "tokens_per_domain": f"{config.scores.sequences * config.scores.length} at most",
+        "samples_per_expert": config.scores.samples,
+        "gate": config.gate.gate,
+        "fit_steps": config.fit.steps,
+        "result": str(recipe.gate_folder),
+    }
+
+
+def _plan_of_pool(recipe: ExpertRecipe, config: GatingConfig) -> dict[str, str]:
+    if config.pool is not None:
+        return {"experts": ", ".join(source.name for source in config.pool)}
+    named = "every expert of the library" if config.experts is None else ", ".join(config.experts)
+    return {"base": recipe.base, "library": str(recipe.library_folder), "experts": named}
+
+
+def student_plan(recipe: ExpertRecipe, *, direct: bool) -> dict[str, Any]:
+    """What distilling will do, before anything is read."""
+    config, kind = gating_config(recipe).students, DIRECT if direct else STUDENT
+    names = [kind, *(f"{kind}-top-{m}" for m in sorted(set(config.experts_per_token)))]
+    if config.dense is not None:
+        names.append(DENSE if kind == STUDENT else f"{kind}-{DENSE}")
+    return {
+        "gate": "trained on the minimax objective" if direct else str(recipe.gate_folder),
+        "scores": str(recipe.scores_folder),
+        "steps": config.direct.fit.steps if direct else config.distil.steps,
+        "students": ", ".join(names),
+        "result": str(recipe.students_folder),
     }

@@ -33,20 +33,22 @@ from weftlm.corpora.examples import examples_of
 from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.adapted import unchanged
+from weftlm.experts.config import ExpertTraining
 from weftlm.experts.examples import training_source
 from weftlm.experts.expert import Expert
 from weftlm.experts.gate import adapter_fingerprint, fingerprint_of, how_read, train_gate, training_choices
 from weftlm.experts.library import ExpertLibrary, check_name
 from weftlm.experts.lora import check_fits
 from weftlm.experts.statistics import collect_statistics, embedder_named
-from weftlm.experts.train import ExpertTraining, train_expert
+from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key
 from weftlm.files import write_whole
 from weftlm.models.factory import count_parameters
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.prepared import PreparedData, changed_keys
+from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.training.runtime import choose_runtime
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from weftlm.config import Folder, Section
-from weftlm.experts.train import ExpertTraining
+from weftlm.experts.config import ExpertTraining
 
 
 class ImportedExpert(Section):

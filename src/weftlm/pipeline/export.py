@@ -34,9 +34,9 @@ from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import DTYPES, count_parameters, peft_warnings
 from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.pipeline.base import base_tokenizer
-from weftlm.pipeline.routes import parse_router
+from weftlm.routing.config import MANIFEST as ROUTED
+from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
-from weftlm.routing.routed_model import MANIFEST as ROUTED
 from weftlm.routing.router import build_router
 from weftlm.routing.uniform import UniformRouter
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, FiniteFloat, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from weftlm.config import Section, did_you_mean
-from weftlm.distillation.dense import DenseConfig
-from weftlm.distillation.structural import DistilConfig
+from weftlm.distillation.config import DenseConfig, DistilConfig
 from weftlm.errors import ConfigError
-from weftlm.gating.experts import ExpertSource
-from weftlm.gating.gate import GateConfig, gate_config
-from weftlm.gating.linear import LinearConfig
-from weftlm.gating.mixtures import Box, MixtureSet, Vertices
-from weftlm.gating.modular_cache import REFRESH_EVERY
-from weftlm.gating.prefix_gate import PrefixGateConfig
-from weftlm.gating.primal_dual import FitConfig
-from weftlm.gating.scores import ScoreConfig
-from weftlm.models.factory import ModelConfig
+from weftlm.gating.config import (
+    REFRESH_EVERY,
+    ExpertSource,
+    FitConfig,
+    GateConfig,
+    LinearConfig,
+    PrefixGateConfig,
+    ScoreConfig,
+    gate_config,
+)
+from weftlm.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from weftlm.gating.mixtures import MixtureSet
 
 
 class MixturesConfig(Section):
@@ -48,6 +52,8 @@ class MixturesConfig(Section):
         Raises:
             ConfigError: a domain is named that is not among them.
         """
+        from weftlm.gating.mixtures import Box, Vertices  # noqa: PLC0415 - numpy and torch
+
         for place, named in (("lower", self.lower), ("upper", self.upper)):
             check_domains(named, domains, f"gating.mixtures.{place}")
         if self.vertices is not None:

@@ -27,52 +27,24 @@ from weftlm.evaluation.result import finite_or_none
 from weftlm.experts.library import ExpertLibrary
 from weftlm.files import read_object, write_whole
 from weftlm.gating.certificate import Certificate, certify
-from weftlm.gating.experts import ExpertPool, ExpertSource
-from weftlm.gating.gate import Gate, gates, load_gate, save_gate
-from weftlm.gating.primal_dual import FitConfig, FitResult, FitState, Progress, fit_robust_gate
+from weftlm.gating.config import ExpertSource, FitConfig, gates
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.gate import Gate, load_gate, save_gate
+from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
 from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
 from weftlm.pipeline.base import open_base
-from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.experts import expert_name, process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
+from weftlm.pipeline.identity import changed_keys
+from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.prepared import PreparedData, changed_keys
+from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
 from weftlm.progress import weights_text
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
-
-GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
-    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json", "report.html",
-)  # fmt: skip
-
-
-def gating_config(recipe: ExpertRecipe) -> GatingConfig:
-    """The recipe's `gating` section; the defaults where it has none."""
-    return GatingConfig() if recipe.gating is None else recipe.gating
-
-
-def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:
-    """What scoring, fitting and certifying will do, before anything is read."""
-    config = gating_config(recipe)
-    return {
-        **_plan_of_pool(recipe, config),
-        "domains": "every domain with held-out text" if config.domains is None else ", ".join(config.domains),
-        "scores": str(recipe.scores_folder),
-        "tokens_per_domain": f"{config.scores.sequences * config.scores.length} at most",
-        "samples_per_expert": config.scores.samples,
-        "gate": config.gate.gate,
-        "fit_steps": config.fit.steps,
-        "result": str(recipe.gate_folder),
-    }
-
-
-def _plan_of_pool(recipe: ExpertRecipe, config: GatingConfig) -> dict[str, str]:
-    if config.pool is not None:
-        return {"experts": ", ".join(source.name for source in config.pool)}
-    named = "every expert of the library" if config.experts is None else ", ".join(config.experts)
-    return {"base": recipe.base, "library": str(recipe.library_folder), "experts": named}
 
 
 # -- scoring ------------------------------------------------------------------------------------------------------

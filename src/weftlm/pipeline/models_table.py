@@ -19,18 +19,17 @@ from weftlm.files import read_object, write_whole
 from weftlm.gating.problem import measure
 from weftlm.models.factory import load_model
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.expert_recipe import ExpertRecipe
-from weftlm.pipeline.gating import gating_config, open_scores
+from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config, routed_folder, routing_config
+from weftlm.pipeline.gating import open_scores
 from weftlm.pipeline.heldout import heldout_sets
+from weftlm.pipeline.names import EVALUATION
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.project import MONOLITH, Project
 from weftlm.pipeline.rivals import rival_folders
-from weftlm.pipeline.route_stage import routed_folder, routing_config
 from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
 from weftlm.progress import progress as show_progress
 from weftlm.training.runtime import choose_runtime
 
-EVALUATION = "evaluation.json"
 BASE = "base"
 
 

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak, store_digests
-from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise_by_label, tokenise_documents
@@ -36,15 +37,8 @@ from weftlm.errors import DataError
 from weftlm.files import write_whole
 from weftlm.pipeline.data_config import TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe
-from weftlm.pipeline.prepared import (
-    FORMAT,
-    MANIFEST,
-    PreparedData,
-    assemble,
-    changed_keys,
-    manifest_checksum,
-    read_manifest,
-)
+from weftlm.pipeline.identity import MANIFEST, SETS, changed_keys, data_identity
+from weftlm.pipeline.prepared import FORMAT, PreparedData, assemble, manifest_checksum, read_manifest
 from weftlm.pipeline.spool import Spool, SpoolWriter
 from weftlm.progress import progress as show_progress
 
@@ -52,10 +46,7 @@ __all__ = ["BasisConfig", "DataConfig", "DomainsConfig", "PreparedData", "prepar
 
 log = logging.getLogger(__name__)
 
-STEPS_VERSION = 1
-"""Raised whenever the same configuration and inputs would be prepared differently."""
 _BYTES_PER_TOKEN_AT_MOST = 16
-_SETS = ("target_heldout", "target", "heldout", "corpora")
 
 
 def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, progress: bool = True) -> PreparedData:
@@ -86,19 +77,6 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
         _Preparation(config, work, identity, progress).run()
         _publish(work, folder)
     return PreparedData.load(folder)
-
-
-def data_identity(config: DataConfig) -> dict[str, Any]:
-    """What decides the result: configuration, state of the inputs, version of these steps."""
-    inputs = {
-        f"{name}.{number} ({corpus.name})": corpus_fingerprint(corpus)
-        for name in _SETS
-        for number, corpus in enumerate(getattr(config, name))
-    }
-    if config.domains.basis is not None:
-        for number, corpus in enumerate(config.domains.basis.sets):
-            inputs[f"domains.basis.sets.{number} ({corpus.name})"] = corpus_fingerprint(corpus)
-    return {"config": config.model_dump(mode="json"), "inputs": inputs, "steps": STEPS_VERSION}
 
 
 def _reuse(folder: Path, identity: dict[str, Any], rebuild: bool) -> PreparedData | None:
@@ -212,7 +190,7 @@ class _Preparation:
     def run(self) -> None:
         self._start()
         facts = self._read()
-        spools = {name: Spool(self.scratch / name) for name in _SETS}
+        spools = {name: Spool(self.scratch / name) for name in SETS}
         self._need_documents(spools)
         discovered, known = self._discover(spools)
         plan = self._split(spools, discovered)
@@ -253,7 +231,7 @@ class _Preparation:
             SeenDocuments(self.scratch) as seen,
             show_progress("read", unit="documents", enabled=self.progress) as counter,
         ):
-            for name in _SETS:
+            for name in SETS:
                 with SpoolWriter(self.scratch / name) as writer:
                     for corpus in getattr(self.config, name):
                         report = ReadingReport()
@@ -281,7 +259,7 @@ class _Preparation:
             if needed and len(spools[name]) == 0:
                 raise DataError(
                     f"data.{name} holds no document that is not in another set already; check the inputs (a text that "
-                    f"several sets hold stays in the first of {', '.join(_SETS)})"
+                    f"several sets hold stays in the first of {', '.join(SETS)})"
                 )
 
     def _discover(self, spools: dict[str, Spool]) -> tuple[Discovered, Any]:

@@ -18,9 +18,9 @@ from weftlm.corpora.tokens import Tokenizer
 from weftlm.domains.domain import Domain, TokenPrefix
 from weftlm.errors import DataError
 from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
+from weftlm.pipeline.identity import MANIFEST, changed_keys
 
 FORMAT = "weftlm prepared data 1"
-MANIFEST = "prepared.json"
 _REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
 
@@ -190,19 +190,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """BLAKE2b over the canonical JSON of a manifest without its checksum."""
     return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def changed_keys(old: Any, new: Any, place: str = "") -> list[str]:
-    """Dotted keys at which two resolved configurations differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += changed_keys(old.get(key), new.get(key), f"{place}.{key}" if place else key)
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line
-            for number, pair in enumerate(zip(old, new, strict=True))
-            for line in changed_keys(*pair, f"{place}.{number}")
-        ]
-    return [] if old == new else [f"{place}: {old!r:.60} before, {new!r:.60} now"]

@@ -9,16 +9,15 @@ from typing import Any
 
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
-from weftlm.evaluation.suite import EvaluationConfig
-from weftlm.mixture.policy import PolicyConfig, build_policy
-from weftlm.models.factory import ModelConfig
+from weftlm.evaluation.config import EvaluationConfig
+from weftlm.mixture.config import PolicyConfig, policy_config
+from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.expert_recipe import WHOLE, ExpertRecipe, make_expert_recipe
 from weftlm.pipeline.project_config import RIVALS
 from weftlm.pipeline.recipe import Recipe, make_recipe
-from weftlm.pipeline.routes import parse_router
 from weftlm.recipe_text import read_yaml
-from weftlm.routing.router import router_config
+from weftlm.routing.config import parse_router, router_config
 
 MONOLITH = "monolith"
 
@@ -118,7 +117,7 @@ class Project:
                 "run": self.rivals_folder / MONOLITH,
                 "prepared": self.prepared_folder,
                 "model": ModelConfig(pretrained=self.pool_recipe.base, revision=self.pool_recipe.experts.revision),
-                "mixture": build_policy({"policy": "uniform"}).config,
+                "mixture": policy_config({"policy": "uniform"}),
                 "training": self.base_recipe.training.model_copy(update={"tokens": tokens, "steps": None}),
                 "evaluation": self.base_recipe.evaluation.model_copy(update={"every_steps": None}),
             }

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, field_validator
 
 from weftlm.config import Section
-from weftlm.mixture.policy import PolicyConfig, build_policy
+from weftlm.mixture.config import PolicyConfig, policy_config
 
 RIVALS = "rivals"
 """Folder in a run folder in which rivals are trained, each in a folder of its own."""
@@ -16,7 +16,7 @@ RIVALS = "rivals"
 
 def _policy(value: Any) -> Any:
     section = {"policy": value} if isinstance(value, str) else value
-    return build_policy(section).config if isinstance(section, Mapping) else section
+    return policy_config(section) if isinstance(section, Mapping) else section
 
 
 class CompareConfig(Section):

@@ -11,8 +11,9 @@ from typing import Any
 
 from weftlm.files import write_whole
 from weftlm.gating.certificate import Certificate
-from weftlm.pipeline.gating import CERTIFICATE, read_facts
+from weftlm.pipeline.gating import read_facts
 from weftlm.pipeline.models_table import BASE, read_evaluation
+from weftlm.pipeline.names import CERTIFICATE, REPORT, SUMMARY
 from weftlm.pipeline.project import MONOLITH, Project
 from weftlm.pipeline.report import report_runs
 from weftlm.pipeline.rivals import rival_folders
@@ -21,7 +22,6 @@ from weftlm.pipeline.stage_records import seconds_of
 from weftlm.reporting.gating import RIVALS, GatingFacts
 from weftlm.reporting.score_table import ScoreTable
 
-REPORT, SUMMARY = "report.html", "summary.json"
 COMPARED = (MONOLITH, "uniform", "bayes", "fixed share", "robust", "student")
 """Rows of the gate's part of summary.json, as far as they were made."""
 

@@ -9,22 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
 from weftlm.config import Folder, Section, Seed, apply_overrides, validate
 from weftlm.errors import ConfigError, install_hint
-from weftlm.evaluation.suite import EvaluationConfig
-from weftlm.mixture.policy import PolicyConfig, build_policy
-from weftlm.models.factory import ModelConfig, architecture_config, from_architecture
+from weftlm.evaluation.config import EvaluationConfig
+from weftlm.mixture.config import PolicyConfig, policy_config
+from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.project_config import CompareConfig, RoutingConfig
 from weftlm.recipe_text import read_yaml
-from weftlm.training.alignment import AlignmentConfig
-from weftlm.training.config import NOT_DECIDING, TrainingConfig
+from weftlm.training.config import NOT_DECIDING, AlignmentConfig, TrainingConfig
 
 
 class Recipe(Section):
@@ -55,7 +53,7 @@ class Recipe(Section):
     @field_validator("mixture", mode="before")
     @classmethod
     def _by_policy(cls, value: Any) -> Any:
-        return build_policy(value).config if isinstance(value, Mapping) else value
+        return policy_config(value) if isinstance(value, Mapping) else value
 
     @property
     def prepared_folder(self) -> Path:
@@ -99,26 +97,8 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
     """
     mixture = value.get("mixture")
     if isinstance(mixture, Mapping):
-        build_policy(mixture)  # reports an unknown policy or key by its own name
+        policy_config(mixture)  # reports an unknown policy or key by its own name
     return validate(Recipe, dict(value), "")
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run will do, before anything is read: parameters, tokens, steps."""
-    check(recipe)
-    training = recipe.training
-    described: dict[str, Any] = {
-        "run": str(recipe.run),
-        "policy": recipe.mixture.policy,
-        "steps": training.total_steps,
-        "sequences_per_step": training.batch_sequences,
-        "tokens": training.total_tokens,
-        "policy_updates": training.total_steps // recipe.mixture.update_every_steps,
-    }
-    vocabulary = recipe.data.tokenizer.train.vocab_size if recipe.data.tokenizer.train is not None else None
-    if recipe.model.architecture is not None and vocabulary is not None:
-        described["parameters"] = count_from_config(recipe.model, vocabulary, training.sequence_length)
-    return described
 
 
 def check(recipe: Recipe) -> None:
@@ -127,8 +107,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         ConfigError: the policy follows a target and there is none, or a tracker is not installed.
     """
-    needs = build_policy(recipe.mixture.model_dump()).needs
-    name = recipe.mixture.policy
+    needs, name = recipe.mixture.needs, recipe.mixture.policy
     if needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
         raise ConfigError(f"mixture policy {name!r} follows a target and the data has none; give data.target")
     if "basis" in needs and recipe.data.domains.basis is None:
@@ -136,11 +115,3 @@ def check(recipe: Recipe) -> None:
     for tracker in recipe.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(f"trackers names {tracker}, which is not installed; {install_hint(tracker)}")
-
-
-def count_from_config(model: ModelConfig, vocab_size: int, sequence_length: int) -> int:
-    """Parameters of a model from scratch, counted on the meta device: no memory is taken."""
-    config = architecture_config(model, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
-    with torch.device("meta"):
-        built = from_architecture(config)
-    return sum(parameter.numel() for parameter in built.parameters())

@@ -9,6 +9,7 @@ from typing import Any
 
 from weftlm.errors import ConfigError, DataError, WeftError
 from weftlm.files import read_object
+from weftlm.pipeline.names import GATE_PAGE
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import load_recipe
 from weftlm.reporting.gating import GatingFacts, gate_page
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 CERTIFICATE, FIT, STUDENTS = "gate/certificate.json", "gate/fit.json", ("students/student.json", "students/direct.json")
 """What a gate and its students leave in a run folder."""
-GATE_PAGE = "gate/report.html"
 
 
 def report_runs(

@@ -21,23 +21,18 @@ from weftlm.evaluation.suite import SuiteResult
 from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.experts.library import ExpertLibrary
 from weftlm.files import read_object, write_whole
-from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.expert_recipe import ExpertRecipe, routed_folder, routing_config
+from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.project_config import RoutingConfig
-from weftlm.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, parse_router, trace_opened
+from weftlm.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, trace_opened
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.routing.calls import is_encoder_decoder
+from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.training.runtime import choose_runtime
 
-ROUTING = "routing.json"
 HALF_TOKENS = 60
 """Tokens of each domain in the text that is traced."""
-
-
-def routing_config(recipe: ExpertRecipe) -> RoutingConfig:
-    """The recipe's `routing` section; the defaults where it has none."""
-    return RoutingConfig() if recipe.routing is None else recipe.routing
 
 
 def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
@@ -96,11 +91,6 @@ def _accuracies(rows: Mapping[str, SuiteResult]) -> dict[str, Any]:
         "mean_accuracy": {label: mean_accuracy(tasks)[0] for label, tasks in asked.items()},
         "chance": {name: each.chance for name, each in next(iter(asked.values())).items()},
     }
-
-
-def routed_folder(recipe: ExpertRecipe, router: str) -> Path:
-    """Where a routed model is written."""
-    return recipe.routed_folder / router.replace(":", ",")
 
 
 def read_routing(recipe: ExpertRecipe) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from weftlm.config import apply_overrides
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import finite_or_none, mean_result
-from weftlm.evaluation.suite import EvaluationConfig, SuiteDifference, SuiteResult, evaluate_suite, suite_difference
+from weftlm.evaluation.suite import SuiteDifference, SuiteResult, evaluate_suite, suite_difference
 from weftlm.evaluation.tasks import Questions, read_tasks, score_tasks
 from weftlm.experts.expert import base_name
 from weftlm.experts.library import ExpertLibrary
@@ -29,9 +29,9 @@ from weftlm.pipeline.heldout import heldout_sets
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.progress import progress as show_progress
+from weftlm.routing.config import RouterConfig, parse_router, router_config, routers
 from weftlm.routing.retrieval import RetrievalRouter
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import RouterConfig, router_config, routers
 from weftlm.routing.trace import Trace
 from weftlm.training.runtime import choose_runtime
 
@@ -100,18 +100,6 @@ def build_route(
         "modules": len(routed.sites),
         "tokenizer": tokenizer is not None,
     }
-
-
-def parse_router(text: str) -> dict[str, Any]:
-    """A router's section in one word: `phatgoose`, or `phatgoose:k=1:temperature=2`.
-
-    Raises:
-        ConfigError: as `apply_overrides`.
-    """
-    name, *options = text.split(":")
-    section: dict[str, Any] = apply_overrides({"router": {"router": name}}, [f"router.{each}" for each in options])
-    found: dict[str, Any] = section["router"]
-    return found
 
 
 # -- looking ------------------------------------------------------------------------------------------------------

@@ -14,15 +14,12 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from accelerate import PartialState
+from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, WeftError
 from weftlm.files import write_whole
-from weftlm.pipeline.experts import process_group
-from weftlm.pipeline.prepared import changed_keys
+from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.project import Project
 from weftlm.pipeline.recipe import check
 from weftlm.pipeline.stage_records import (
@@ -35,6 +32,9 @@ from weftlm.pipeline.stage_records import (
     write_record,
 )
 from weftlm.pipeline.stages import Call, Stage, stages_of
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 State = Literal["done", "running", "interrupted", "failed", "stale", "to do"]
 Act = Literal["skip", "run", "continue", "replace", "refuse"]
@@ -224,9 +224,13 @@ def run_project(
 
 def _group(project: Project) -> PartialState | None:
     """The process group torchrun started this process in; None for a process on its own."""
-    if project.parts is not None:
-        return process_group(project.parts)
-    return PartialState() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState  # noqa: PLC0415 - torch
+
+    from weftlm.pipeline.experts import process_group  # noqa: PLC0415 - torch
+
+    return process_group(project.parts) if project.parts is not None else PartialState()
 
 
 def _refuse(status: StageStatus, act: Act) -> None:

@@ -5,28 +5,21 @@ prepare -> train -> rivals -> experts -> route -> score -> gate -> distil -> eva
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from weftlm.evaluation.tasks import task_files
-from weftlm.gating.modular_lm import MANIFEST as GATED
-from weftlm.pipeline.expert_imports import import_recipe_experts
-from weftlm.pipeline.experts import remove_unwanted, train_experts
-from weftlm.pipeline.gating import CERTIFICATE, FIT, GATE, certify_gate, fit_gate, gating_config, score_experts
-from weftlm.pipeline.models_table import EVALUATION, evaluate_models
-from weftlm.pipeline.prepare import data_identity, prepare
-from weftlm.pipeline.prepared import MANIFEST
+from weftlm.evaluation.task_files import task_files
+from weftlm.gating.config import MANIFEST as GATED
+from weftlm.pipeline.expert_recipe import gating_config, routed_folder, routing_config
+from weftlm.pipeline.identity import MANIFEST, data_identity
+from weftlm.pipeline.names import CERTIFICATE, EVALUATION, FIT, GATE, REPORT, ROUTING, STUDENT, SUMMARY
 from weftlm.pipeline.project import MONOLITH, Project
-from weftlm.pipeline.project_report import REPORT, SUMMARY, report_project
 from weftlm.pipeline.recipe import Recipe
-from weftlm.pipeline.rivals import train_monolith, train_rivals
-from weftlm.pipeline.route_stage import ROUTING, route_experts, routed_folder, routing_config
-from weftlm.pipeline.students import STUDENT, distil_gate
-from weftlm.pipeline.train import is_main_process, run_training
-from weftlm.routing.routed_model import MANIFEST as ROUTED
+from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.training.config import NOT_DECIDING
 
 
@@ -160,25 +153,13 @@ def _routed(project: Project) -> list[Path]:
 # -- what each does -----------------------------------------------------------------------------------------------
 
 
-def _train_rivals(project: Project, call: Call) -> None:
-    train_rivals(project)
-    if project.monolith:
-        train_monolith(project, progress=call.progress)
+def _work(name: str) -> Callable[[Project, Call], Any]:
+    """A function of `work.py`, whose libraries are imported when a stage is carried out and not when one is listed."""
 
+    def carry_out(project: Project, call: Call) -> Any:
+        return getattr(importlib.import_module("weftlm.pipeline.work"), name)(project, call)
 
-def _make_experts(project: Project, call: Call) -> None:
-    parts = project.pool_recipe
-    if parts.experts.imports:
-        import_recipe_experts(parts, replace=call.replace, progress=call.progress)
-    if parts.experts.trains:
-        train_experts(parts, replace=call.replace, processes=call.processes, progress=call.progress)
-    if call.replace and parts.experts.library is None and is_main_process():
-        remove_unwanted(parts)
-
-
-def _gate(project: Project, call: Call) -> None:
-    fit_gate(project.pool_recipe, progress=call.progress)
-    certify_gate(project.pool_recipe)
+    return carry_out
 
 
 def _has_gate(project: Project) -> bool:
@@ -198,9 +179,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: True,
         lambda project: data_identity(project.data),
         lambda project: [project.prepared_folder / MANIFEST],
-        lambda project, call: prepare(
-            project.data, project.prepared_folder, rebuild=call.replace, progress=call.progress
-        ),
+        _work("prepare_data"),
         costly=True,
         shared=True,
     ),
@@ -211,7 +190,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: project.whole is not None,
         lambda project: _training(project.base_recipe),
         lambda project: [project.run / "result.json"],
-        lambda project, call: run_training(project.base_recipe),
+        _work("train_base"),
         lambda project: [project.run / name for name in _TRAINED],
         costly=True,
         shared=True,
@@ -223,7 +202,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: bool(project.mixtures) or project.monolith,
         _rivals,
         lambda project: [project.rivals_folder / name / "result.json" for name in _rivals(project)],
-        _train_rivals,
+        _work("make_rivals"),
         lambda project: [project.rivals_folder],
         costly=True,
         shared=True,
@@ -235,7 +214,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: project.makes_experts,
         _experts,
         lambda project: [project.pool_recipe.library_folder / "library.json"],
-        _make_experts,
+        _work("make_experts"),
         costly=True,
         shared=True,
     ),
@@ -246,7 +225,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: project.makes_experts and project.pool_recipe.routing is not None,
         _routing,
         _routed,
-        lambda project, call: route_experts(project.pool_recipe, progress=call.progress),
+        _work("compare_routers"),
         lambda project: [project.run / ROUTING, project.run / "routed"],
     ),
     Stage(
@@ -256,7 +235,7 @@ STAGES: tuple[Stage, ...] = (
         _has_gate,
         _scores,
         lambda project: [project.pool_recipe.scores_folder / "index.json"],
-        lambda project, call: score_experts(project.pool_recipe, overwrite=call.replace, progress=call.progress),
+        _work("score_text"),
         costly=True,
         shared=True,
     ),
@@ -267,7 +246,7 @@ STAGES: tuple[Stage, ...] = (
         _has_gate,
         _gating("gate", "fit", "offsets", "mixtures", "held_out_fraction"),
         lambda project: [project.pool_recipe.gate_folder / name for name in (FIT, CERTIFICATE, GATE)],
-        _gate,
+        _work("fit_and_certify"),
         lambda project: [project.pool_recipe.gate_folder],
     ),
     Stage(
@@ -277,7 +256,7 @@ STAGES: tuple[Stage, ...] = (
         _has_gate,
         _gating("students"),
         lambda project: [project.pool_recipe.students_folder / name for name in ("student.json", f"{STUDENT}/{GATED}")],
-        lambda project, call: distil_gate(project.pool_recipe, progress=call.progress),
+        _work("distil_students"),
         lambda project: [project.pool_recipe.students_folder],
     ),
     Stage(
@@ -287,7 +266,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: True,
         _table,
         lambda project: [project.run / EVALUATION],
-        lambda project, call: evaluate_models(project, progress=call.progress),
+        _work("evaluate"),
         lambda project: [project.run / EVALUATION],
     ),
     Stage(
@@ -297,7 +276,7 @@ STAGES: tuple[Stage, ...] = (
         lambda project: True,
         _names,
         lambda project: [project.run / REPORT, project.run / SUMMARY],
-        lambda project, call: report_project(project),
+        _work("report"),
         lambda project: [project.run / REPORT, project.run / SUMMARY],
     ),
 )

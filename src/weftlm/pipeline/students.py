@@ -42,25 +42,24 @@ from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, m
 from weftlm.gating.scores import ScoredText
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.models.hf import token_losses
-from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
 from weftlm.pipeline.gating import (
     FitTable,
     OpenScores,
     fit_identity,
-    gating_config,
     open_gate,
     open_scores,
     pool_sources,
     problem_identity,
     read_facts,
 )
+from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
 from weftlm.reporting.gating import ALL_RUN
 from weftlm.training.runtime import choose_runtime
 
-STUDENT, DIRECT, DENSE = "student", "direct", "dense"
 RIVALS: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"gate": "causal_uniform"},
     "bayes": {"gate": "bayes"},
@@ -167,21 +166,6 @@ def read_students(recipe: ExpertRecipe) -> dict[str, dict[str, Any]]:
         known = read_facts(recipe.students_folder / f"{kind}.json") or {"rows": {}}
         found |= {Path(row["model"]).name: row for row in known["rows"].values() if "model" in row}
     return found
-
-
-def student_plan(recipe: ExpertRecipe, *, direct: bool) -> dict[str, Any]:
-    """What distilling will do, before anything is read."""
-    config, kind = gating_config(recipe).students, DIRECT if direct else STUDENT
-    names = [kind, *(f"{kind}-top-{m}" for m in sorted(set(config.experts_per_token)))]
-    if config.dense is not None:
-        names.append(DENSE if kind == STUDENT else f"{kind}-{DENSE}")
-    return {
-        "gate": "trained on the minimax objective" if direct else str(recipe.gate_folder),
-        "scores": str(recipe.scores_folder),
-        "steps": config.direct.fit.steps if direct else config.distil.steps,
-        "students": ", ".join(names),
-        "result": str(recipe.students_folder),
-    }
 
 
 def _identity(scores: OpenScores, config: GatingConfig, seed: int, kind: str) -> str:

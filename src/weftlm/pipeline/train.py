@@ -18,9 +18,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import save_windows
-from weftlm.evaluation.suite import EvaluationConfig, SuiteResult, evaluate_suite
+from weftlm.evaluation.suite import SuiteResult, evaluate_suite
 from weftlm.files import whole_folder, write_whole
+from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters, load_model
 from weftlm.pipeline.prepare import prepare
@@ -177,7 +179,7 @@ def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
             update={
                 "run": folder,
                 "prepared": recipe.prepared_folder,
-                "mixture": build_policy({"policy": policy.reference_policy}).config,
+                "mixture": policy_config({"policy": policy.reference_policy}),
             }
         )
         run_training(plain)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from weftlm.experts.expert import Expert, LoRAFactors
-from weftlm.routing.prototypes import PrototypeConfig, PrototypeRouter
-from weftlm.routing.router import RouterConfig, Site, routers
-
-
-class ArrowConfig(PrototypeConfig):
-    """Configuration of `arrow`; PEFT's own setting is k: 3."""
-
-    router: Literal["arrow"] = "arrow"
+from weftlm.routing.config import ArrowConfig, RouterConfig, routers
+from weftlm.routing.prototypes import PrototypeRouter
+from weftlm.routing.router import Site
 
 
 @routers.register("arrow", paper="arXiv:2405.11157")

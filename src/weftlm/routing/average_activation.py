@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from weftlm.experts.expert import Expert
-from weftlm.routing.prototypes import PrototypeConfig, StandardisedRouter, standardise
-from weftlm.routing.router import Need, RouterConfig, Site, routers
-
-
-class AverageActivationConfig(PrototypeConfig):
-    """Configuration of `average-activation`."""
-
-    router: Literal["average-activation"] = "average-activation"
+from weftlm.routing.config import AverageActivationConfig, RouterConfig, routers
+from weftlm.routing.prototypes import StandardisedRouter, standardise
+from weftlm.routing.router import Need, Site
 
 
 @routers.register("average-activation", paper="arXiv:2402.05859")

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from weftlm.experts.expert import Expert
-from weftlm.routing.phatgoose import PhatgooseConfig, PhatgooseRouter
-from weftlm.routing.prefix import PrefixConfig, PrefixRouter
-from weftlm.routing.router import Call, Need, RouterConfig, Routing, Site, routers
-
-
-class BlendConfig(PrefixConfig):
-    """Configuration of `blend`."""
-
-    router: Literal["blend"] = "blend"  # type: ignore[assignment]
-    gate_weight: NonNegativeFloat = Field(1.0, description="weight of the gates' scores beside the prefix's evidence")
+from weftlm.routing.config import BlendConfig, PhatgooseConfig, RouterConfig, routers
+from weftlm.routing.phatgoose import PhatgooseRouter
+from weftlm.routing.prefix import PrefixRouter
+from weftlm.routing.router import Call, Need, Routing, Site
 
 
 @routers.register("blend")

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.experts.expert import Expert
-from weftlm.routing.router import Router, RouterConfig, Site, place_of, routers
-
-
-class MergedConfig(RouterConfig):
-    """Configuration of `merged`."""
-
-    router: Literal["merged"] = "merged"
-    weights: dict[str, float] | None = Field(
-        None, description="weight by expert, those not named 0; absent: 1 / N for each"
-    )
+from weftlm.routing.config import MergedConfig, RouterConfig, routers
+from weftlm.routing.router import Router, Site, place_of
 
 
 @routers.register("merged")

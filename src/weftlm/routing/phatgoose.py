@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from weftlm.experts.expert import Expert
-from weftlm.routing.prototypes import PrototypeConfig, StandardisedRouter, standardise
-from weftlm.routing.router import Need, RouterConfig, Site, routers
-
-
-class PhatgooseConfig(PrototypeConfig):
-    """Configuration of `phatgoose`."""
-
-    router: Literal["phatgoose"] = "phatgoose"
-    standardise: bool = Field(True, description="false compares raw inputs and gates, an ablation")
+from weftlm.routing.config import PhatgooseConfig, RouterConfig, routers
+from weftlm.routing.prototypes import StandardisedRouter, standardise
+from weftlm.routing.router import Need, Site
 
 
 @routers.register("phatgoose", paper="arXiv:2402.05859")

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.statistics import bigram_bucket
-from weftlm.routing.router import Call, Memory, Need, Router, RouterConfig, Routing, Site, routers
+from weftlm.routing.config import PrefixConfig, RouterConfig, routers
+from weftlm.routing.router import Call, Memory, Need, Router, Routing, Site
 
 _SMALLEST = 1e-30
 _POSTERIOR, _LAST = "prefix.posterior", "prefix.last"
-
-
-class PrefixConfig(RouterConfig):
-    """Configuration of `prefix`."""
-
-    router: Literal["prefix"] = "prefix"
-    k: PositiveInt = Field(2, description="experts per token")
-    share: FiniteFloat = Field(
-        0.02, ge=0.0, lt=1.0, description="probability that the text changes hands between two tokens; 0: never"
-    )
-    temperature: PositiveFloat = Field(5.0, description="what a token says, in nats, is divided by it")
-    background_rank: PositiveInt = Field(64, description="rank to which the mean of all experts is cut")
-    bigram_strength: NonNegativeFloat = Field(
-        32.0, description="kappa: a pair's count is trusted over its second token's when much larger"
-    )
 
 
 @routers.register("prefix")

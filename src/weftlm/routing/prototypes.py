@@ -7,33 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from weftlm.experts.expert import Expert
-from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, buffer_name
+from weftlm.routing.config import PrototypeConfig, RouterConfig
+from weftlm.routing.router import Call, Router, Routing, Site, buffer_name
 from weftlm.routing.trace import layer_of
 
 log = logging.getLogger(__name__)
 
 EPSILON = 1e-5
 """Added to variances in standardisation."""
-
-
-class PrototypeConfig(RouterConfig):
-    """What routers by inner product have in common."""
-
-    k: PositiveInt = Field(2, description="experts per token")
-    temperature: PositiveFloat = Field(1.0, description="scores are divided by it before the softmax")
-    abstain_below: float | None = Field(
-        None, description="a token whose best score is lower gets no expert: the base model alone; absent: never"
-    )
-    share: Literal["module", "layer", "model"] = Field(
-        "module", description="module: every module decides; layer, model: the first module decides for the others"
-    )
 
 
 class PrototypeRouter(Router):

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from weftlm.config import Seed
 from weftlm.experts.expert import Expert
-from weftlm.routing.prototypes import PrototypeConfig, StandardisedRouter, standardise
-from weftlm.routing.router import RouterConfig, Site, routers
-
-
-class RandomConfig(PrototypeConfig):
-    """Configuration of `random`."""
-
-    router: Literal["random"] = "random"
-    seed: Seed = Field(0, description="of the vectors drawn in place of gates")
+from weftlm.routing.config import RandomConfig, RouterConfig, routers
+from weftlm.routing.prototypes import StandardisedRouter, standardise
+from weftlm.routing.router import Site
 
 
 @routers.register("random")

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.statistics import Decode, Embed, embedder_named
-from weftlm.routing.router import Call, Need, Router, RouterConfig, Routing, Site, routers, whole_sequence
-
-
-class RetrievalConfig(RouterConfig):
-    """Configuration of `retrieval`."""
-
-    router: Literal["retrieval"] = "retrieval"
-    k: PositiveInt = Field(1, description="experts per sequence")
-    temperature: PositiveFloat = Field(0.1, description="cosines are divided by it before the softmax over the k best")
-    read_tokens: PositiveInt | None = Field(
-        None, description="tokens at the start of the sequence that decide; absent: all of the input"
-    )
+from weftlm.routing.config import RetrievalConfig, RouterConfig, routers
+from weftlm.routing.router import Call, Need, Router, Routing, Site, whole_sequence
 
 
 @routers.register("retrieval", paper="arXiv:2302.03202")

@@ -32,15 +32,16 @@ from weftlm.routing.calls import (
     is_encoder_decoder,
     remember,
 )
+from weftlm.routing.config import MANIFEST, RouterConfig
 from weftlm.routing.pool import ModulePool, stack_pool
 from weftlm.routing.routed_linear import RoutedLinear, Switch
-from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, build_router
+from weftlm.routing.router import Call, Router, Routing, Site, build_router
 from weftlm.routing.trace import Trace, make_trace
 
 log = logging.getLogger(__name__)
 
 FORMAT = "weftlm routed model 1"
-MANIFEST, EXPERTS, BASE = "routed.json", "experts", "base"
+EXPERTS, BASE = "experts", "base"
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")
 """Arguments of `generate` that hold the prompt."""
 _FINGERPRINTED = {"torch.float32", "torch.bfloat16", "torch.float64"}

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from weftlm.config import Section, did_you_mean, validate
+from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.companions import check_gate, check_statistics
 from weftlm.experts.expert import Expert
-from weftlm.registry import Registry
+from weftlm.routing.config import RouterConfig, router_config, routers
 
 Need = Literal["gate", "statistics"]
 """What a router reads of an expert beside its adapter."""
@@ -130,12 +130,6 @@ class Call:
         return self.decoder_mask_BT
 
 
-class RouterConfig(Section):
-    """What every router's configuration holds."""
-
-    router: str
-
-
 class Router(nn.Module):
     """Chooses experts. Buffers move with the model and keep their dtype; nothing is trained.
 
@@ -182,24 +176,6 @@ class Router(nn.Module):
             call: the pass.
         """
         raise NotImplementedError
-
-
-routers: Registry[Router] = Registry("router", "weftlm.routing")
-
-
-def router_config(section: Mapping[str, Any] | RouterConfig | str) -> RouterConfig:
-    """Validate a router's section, or a bare name.
-
-    Raises:
-        ConfigError: no such router, or a key it does not have.
-    """
-    if isinstance(section, RouterConfig):
-        return section
-    value = {"router": section} if isinstance(section, str) else dict(section)
-    name = value.get("router")
-    if not isinstance(name, str):
-        raise ConfigError(f"a router's section names it: router: phatgoose; allowed: {', '.join(routers)}")
-    return validate(routers[name].Config, value, "router")
 
 
 def build_router(

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from weftlm.experts.expert import Expert
-from weftlm.routing.router import Router, RouterConfig, Site, place_of, routers
-
-
-class SingleConfig(RouterConfig):
-    """Configuration of `single`."""
-
-    router: Literal["single"] = "single"
-    expert: str = Field(description="the expert's name in the library")
+from weftlm.routing.config import RouterConfig, SingleConfig, routers
+from weftlm.routing.router import Router, Site, place_of
 
 
 @routers.register("single")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from weftlm.routing.router import Call, Router, RouterConfig, Routing, Site, routers
-
-
-class UniformConfig(RouterConfig):
-    """Configuration of `uniform`."""
-
-    router: Literal["uniform"] = "uniform"
+from weftlm.routing.config import RouterConfig, UniformConfig, routers
+from weftlm.routing.router import Call, Router, Routing, Site
 
 
 @routers.register("uniform")

@@ -19,10 +19,8 @@ from concurrent.futures import Future
 from typing import Any, TypeVar, get_args
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from weftlm.config import Section
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.calls import is_encoder_decoder
@@ -30,6 +28,7 @@ from weftlm.serving.checking import check_request, check_timeout
 from weftlm.serving.detokenise import AnswerText
 from weftlm.serving.drawing import Draw
 from weftlm.serving.request import Finished, FinishReason, Load, QueueFullError, Sampling, Token
+from weftlm.serving.serve_config import EngineConfig
 from weftlm.serving.stepping import Stepper, reads_in_pieces
 from weftlm.serving.trial import stepper_for
 
@@ -41,20 +40,6 @@ SMOOTHING = 0.1
 """Weight of the newest turn in the mean time of a turn."""
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.1, 60.0
 """Between which a guess at when there is room lies."""
-
-
-class EngineConfig(Section):
-    """How an engine shares a model among requests."""
-
-    slots: PositiveInt = Field(8, description="requests generated at a time")
-    max_waiting: NonNegativeInt = Field(64, description="requests that may wait for a place; more are refused")
-    timeout_seconds: PositiveFloat | None = Field(
-        120.0, description="from asking to the last token, where a request does not say; null: no limit then"
-    )
-    prompt_piece_tokens: int = Field(
-        512, ge=2, description="tokens of a prompt read between two tokens of the requests that run"
-    )
-    batching: bool = Field(True, description="false: every request in passes of its own, in turn")
 
 
 class Request:

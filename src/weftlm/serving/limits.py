@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weftlm.serving.api_errors import ApiError, invalid
+from weftlm.serving.serve_config import host_name
 
 OPEN_PATHS = frozenset({"/", "/healthz"})
 """Answered without a key: whether the server runs, and the page, which holds no data and asks for the key."""
@@ -58,14 +59,6 @@ class Hosts:
             code="host_not_allowed",
         )
         await error.response()(scope, receive, send)
-
-
-def host_name(given: str) -> str:
-    """The name or address in a Host header, without its port, in the form names are compared in."""
-    name = given.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return (name.rpartition(":")[0] if name.count(":") == 1 else name).rstrip(".")
 
 
 def _is_local(name: str) -> bool:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field, SecretStr
+import ipaddress
+import os
+import socket
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
 
 from weftlm.config import Section
+from weftlm.errors import ConfigError
+
+KEYS_VARIABLE = "WEFTLM_API_KEYS"
 
 
 class ServeConfig(Section):
@@ -39,3 +46,52 @@ class ServeConfig(Section):
     max_top_logprobs: int = Field(default=20, ge=0, le=20)
     hosts: tuple[str, ...] | None = None
     api_keys: tuple[SecretStr, ...] = ()
+
+
+class EngineConfig(Section):
+    """How an engine shares a model among requests."""
+
+    slots: PositiveInt = Field(8, description="requests generated at a time")
+    max_waiting: NonNegativeInt = Field(64, description="requests that may wait for a place; more are refused")
+    timeout_seconds: PositiveFloat | None = Field(
+        120.0, description="from asking to the last token, where a request does not say; null: no limit then"
+    )
+    prompt_piece_tokens: int = Field(
+        512, ge=2, description="tokens of a prompt read between two tokens of the requests that run"
+    )
+    batching: bool = Field(True, description="false: every request in passes of its own, in turn")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host's addresses; False for a name that has none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+
+
+def keys_from_environment() -> tuple[str, ...]:
+    """The API keys in `WEFTLM_API_KEYS`, with commas between; none where the variable is not set.
+
+    Raises:
+        ConfigError: the variable is set and holds no key, or one that cannot stand in a header.
+    """
+    given = os.environ.get(KEYS_VARIABLE)
+    if given is None:
+        return ()
+    keys = tuple(key.strip() for key in given.split(",") if key.strip())
+    if not keys:
+        raise ConfigError(f"{KEYS_VARIABLE} is set and holds no key; put keys in it with commas between, or unset it")
+    for place, key in enumerate(keys):
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError(f"key {place + 1} in {KEYS_VARIABLE} must be printable ASCII without blanks")
+    return keys
+
+
+def host_name(given: str) -> str:
+    """The name or address in a Host header, without its port, in the form names are compared in."""
+    name = given.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return (name.rpartition(":")[0] if name.count(":") == 1 else name).rstrip(".")

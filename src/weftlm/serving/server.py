@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
-import os
 import signal
 import socket
 import threading
@@ -25,7 +23,6 @@ from weftlm.serving.request import Generator
 from weftlm.serving.serve_config import ServeConfig
 from weftlm.serving.stream import ABORT
 
-KEYS_VARIABLE = "WEFTLM_API_KEYS"
 KEEP_ALIVE_SECONDS = 30
 LINGER_SECONDS = 2.0
 """What is no HTTP is answered, and the rest of it read and thrown away for so long."""
@@ -212,30 +209,3 @@ def address_of(listener: socket.socket) -> str:
     """`http://host:port` of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host's addresses; False for a name that has none."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
-
-
-def keys_from_environment() -> tuple[str, ...]:
-    """The API keys in `WEFTLM_API_KEYS`, with commas between; none where the variable is not set.
-
-    Raises:
-        ConfigError: the variable is set and holds no key, or one that cannot stand in a header.
-    """
-    given = os.environ.get(KEYS_VARIABLE)
-    if given is None:
-        return ()
-    keys = tuple(key.strip() for key in given.split(",") if key.strip())
-    if not keys:
-        raise ConfigError(f"{KEYS_VARIABLE} is set and holds no key; put keys in it with commas between, or unset it")
-    for place, key in enumerate(keys):
-        if not key.isascii() or not key.isprintable() or " " in key:
-            raise ConfigError(f"key {place + 1} in {KEYS_VARIABLE} must be printable ASCII without blanks")
-    return keys

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from weftlm.config import Section
 from weftlm.errors import ConfigError
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
+from weftlm.training.config import AlignmentConfig
 from weftlm.training.estimators.cumulative import CumulativeDots, average_gradients
 from weftlm.training.estimators.direction import (
     Direction,
@@ -69,29 +68,6 @@ _DROPS = re.compile(r"drop|pdrop$")
 
 Estimator = Literal["separate", "cumulative", "shadow", "finite_difference"]
 Probe = Literal["batch", "extra"]
-
-
-class AlignmentConfig(Section):
-    """How gradient alignments are measured for policies that need them."""
-
-    estimator: Literal["auto", "separate", "cumulative", "shadow", "finite_difference"] = Field(
-        "auto",
-        description="how derivatives along the direction are taken; auto: by what the run allows, reason logged",
-    )
-    probe: Literal["auto", "batch", "extra"] = Field(
-        "auto",
-        description="batch: measure on the training batch; extra: on further ones; auto: batch where it works",
-    )
-    sequences_per_group: PositiveInt = Field(8, description="extra probes: sequences per domain or basis distribution")
-    target_sequences: PositiveInt = Field(32, description="sequences behind each direction")
-    min_sequences_per_domain: PositiveInt = Field(1, description="batch probes: sequences guaranteed to every domain")
-    relative_epsilon: PositiveFloat | None = Field(
-        None,
-        description=(
-            "finite_difference: length of the step relative to that of the parameters; absent: 3e-4, and 1e-3 under "
-            "bf16 autocast, whose forward passes are coarser"
-        ),
-    )
 
 
 @dataclass(frozen=True)

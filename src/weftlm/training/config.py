@@ -81,6 +81,29 @@ class TrainingConfig(Section):
         return self.total_steps * self.batch_sequences * self.sequence_length
 
 
+class AlignmentConfig(Section):
+    """How gradient alignments are measured for policies that need them."""
+
+    estimator: Literal["auto", "separate", "cumulative", "shadow", "finite_difference"] = Field(
+        "auto",
+        description="how derivatives along the direction are taken; auto: by what the run allows, reason logged",
+    )
+    probe: Literal["auto", "batch", "extra"] = Field(
+        "auto",
+        description="batch: measure on the training batch; extra: on further ones; auto: batch where it works",
+    )
+    sequences_per_group: PositiveInt = Field(8, description="extra probes: sequences per domain or basis distribution")
+    target_sequences: PositiveInt = Field(32, description="sequences behind each direction")
+    min_sequences_per_domain: PositiveInt = Field(1, description="batch probes: sequences guaranteed to every domain")
+    relative_epsilon: PositiveFloat | None = Field(
+        None,
+        description=(
+            "finite_difference: length of the step relative to that of the parameters; absent: 3e-4, and 1e-3 under "
+            "bf16 autocast, whose forward passes are coarser"
+        ),
+    )
+
+
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Learning rate of optimizer step `step` (counted from 0), a pure function so that resuming needs no state.
 

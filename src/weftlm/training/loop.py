@@ -37,9 +37,9 @@ from weftlm.models.hf import token_losses
 from weftlm.progress import TrainingDisplay
 from weftlm.threads import follow_load
 from weftlm.training import alignment as align
-from weftlm.training.alignment import AlignmentConfig, Direction
+from weftlm.training.alignment import Direction
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from weftlm.training.config import TrainingConfig, derive_seed, learning_rate
+from weftlm.training.config import AlignmentConfig, TrainingConfig, derive_seed, learning_rate
 from weftlm.training.meter import DomainMeter
 from weftlm.training.metrics import MetricsLog
 from weftlm.training.parallel import shard, units, whole

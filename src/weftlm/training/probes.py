@@ -23,8 +23,8 @@ from weftlm.mixture.policy import Alignment, MixturePolicy, MixtureSetting
 from weftlm.mixture.sampler import MixtureSampler
 from weftlm.models.hf import sequence_losses
 from weftlm.training import alignment as align
-from weftlm.training.alignment import AlignmentConfig, Direction
-from weftlm.training.config import derive_seed
+from weftlm.training.alignment import Direction
+from weftlm.training.config import AlignmentConfig, derive_seed
 
 
 class AlignmentProbes:

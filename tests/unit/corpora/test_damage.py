@@ -23,8 +23,9 @@ import zstandard
 
 from weftlm.config import validate
 from weftlm.corpora import formats
+from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.formats import COMPRESSIONS
-from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.reading import ReadingReport, corpus_fingerprint, read_documents
 from weftlm.errors import ConfigError, DataError, WeftError
 from weftlm.evaluation.choices import read_choices
 

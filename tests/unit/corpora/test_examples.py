@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.examples import ExampleSource, examples_of
-from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.reading import ReadingReport, corpus_fingerprint, read_documents
 from weftlm.corpora.source import ArraySource, Document
 from weftlm.corpora.store import TokenStore, TokenStoreWriter
 from weftlm.corpora.tokenise import tokenise_by_label, tokenise_documents
-from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.domains.domain import TokenPrefix
 from weftlm.errors import ConfigError, DataError
 

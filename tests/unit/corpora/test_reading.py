@@ -13,8 +13,9 @@ import pytest
 import zstandard
 
 from weftlm.config import validate
+from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.formats import open_binary
-from weftlm.corpora.reading import CorpusConfig, ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.reading import ReadingReport, corpus_fingerprint, read_documents
 from weftlm.errors import ConfigError, DataError
 
 TEXTS = ["one", "zwei\n\nlines", "trois 🧵 é", "four"]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore
 from weftlm.corpora.tokenise import TokeniseProgress, tokenise_by_label, tokenise_documents
-from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.errors import DataError
 
 DOCUMENTS = [

@@ -19,11 +19,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from weftlm.config import validate
 from weftlm.corpora import tokens
+from weftlm.corpora.config import TokenizerConfig, TrainConfig
 from weftlm.corpora.tokens import (
     END_OF_DOCUMENT,
     Tokenizer,
-    TokenizerConfig,
-    TrainConfig,
     load_pretrained,
     make_tokenizer,
     split_long,

@@ -10,7 +10,7 @@ from support.distillation import Language
 from weftlm.distillation import DenseConfig, WeightedText, distil_dense, weigh
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.constant import ConstantGate
-from weftlm.models.factory import ModelConfig
+from weftlm.models.config import ModelConfig
 from weftlm.training.config import TrainingConfig
 
 BOS = 3

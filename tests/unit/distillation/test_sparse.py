@@ -14,9 +14,10 @@ from weftlm.distillation.structural import log_student
 from weftlm.errors import ConfigError
 from weftlm.gating import Features
 from weftlm.gating.bayes import BayesGate
+from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.constant import ConstantGate
 from weftlm.gating.modular_lm import ModularLM
-from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig, with_top
+from weftlm.gating.prefix_gate import PrefixGate, with_top
 
 PRIOR = [0.45, 0.2, 0.35]
 

@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from weftlm.gating.gate import gates
-from weftlm.mixture.policy import policies
-from weftlm.routing.router import routers
+from weftlm.gating.config import gates
+from weftlm.mixture.config import policies
+from weftlm.routing.config import routers
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -37,7 +37,10 @@ def load_script(monkeypatch):
 @pytest.fixture
 def execute(monkeypatch):
     """Runs the text of a module; policies, routers and gates it registers do not outlive the test."""
-    kept = [(registry, dict(registry._entries)) for registry in (policies, routers, gates) if len(registry)]
+    kept = []
+    for registry in (policies, routers, gates):
+        assert all(map(registry.entry, registry))  # all of them are imported: a module registers itself once
+        kept.append((registry, dict(registry._entries)))
 
     def run(code: str, **known: object) -> ModuleType:
         module = ModuleType("snippet")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from weftlm.domains.cluster import ClusterConfig, Clusters, fit_clusters, nearest
+from weftlm.domains.cluster import Clusters, fit_clusters, nearest
+from weftlm.domains.config import ClusterConfig
 from weftlm.domains.embed import unit_rows
 from weftlm.errors import ConfigError, DataError
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from weftlm.config import validate
-from weftlm.domains.embed import EmbedderConfig, TfidfSvd, embed_batches, make_embedder, unit_rows
+from weftlm.domains.config import EmbedderConfig
+from weftlm.domains.embed import TfidfSvd, embed_batches, make_embedder, unit_rows
 from weftlm.errors import ConfigError, DataError
 
 KINDS = {

@@ -19,7 +19,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from weftlm.corpora.tokens import Tokenizer, TrainConfig, train_tokenizer
+from weftlm.corpora.config import TrainConfig
+from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import (
     ChoiceQuestion,

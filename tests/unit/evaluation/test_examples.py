@@ -12,10 +12,11 @@ from support.experts import llama, make_pool, t5
 
 from weftlm.corpora.examples import ExampleSource
 from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.examples import evaluate_examples
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.evaluation.result import paired_difference
-from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite
+from weftlm.evaluation.suite import evaluate_suite
 from weftlm.models.hf import HFLanguageModel, sequence_losses
 from weftlm.models.prompted import is_encoder_decoder, target_nats
 from weftlm.models.prompted_examples import PromptedExamples

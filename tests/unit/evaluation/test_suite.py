@@ -8,8 +8,9 @@ import pytest
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.perplexity import evaluate_source
-from weftlm.evaluation.suite import EvaluationConfig, evaluate_suite, suite_difference
+from weftlm.evaluation.suite import evaluate_suite, suite_difference
 
 
 @pytest.fixture

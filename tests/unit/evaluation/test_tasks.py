@@ -14,8 +14,9 @@ from support.served import llama, tokenizer
 
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.choices import score_choices
-from weftlm.evaluation.suite import EvaluationConfig, SuiteResult
-from weftlm.evaluation.tasks import ChoiceTask, mean_accuracy, read_tasks, score_tasks
+from weftlm.evaluation.config import ChoiceTask, EvaluationConfig
+from weftlm.evaluation.suite import SuiteResult
+from weftlm.evaluation.tasks import mean_accuracy, read_tasks, score_tasks
 
 LINE = {"prompt": "the ring is", "choices": ["a field", "an ideal", "exact"], "answer": 1}
 

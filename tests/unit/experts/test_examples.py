@@ -18,6 +18,7 @@ from weftlm.corpora.examples import ExampleSource, examples_of
 from weftlm.errors import ConfigError, NumericsError
 from weftlm.experts.adapted import adapted
 from weftlm.experts.companions import check_gate, check_statistics
+from weftlm.experts.config import AdapterTraining, ExpertTraining
 from weftlm.experts.examples import (
     ExampleNumbers,
     ExampleTrainer,
@@ -28,7 +29,7 @@ from weftlm.experts.examples import (
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.lora import write_lora
 from weftlm.experts.statistics import collect_statistics, embed_tokens
-from weftlm.experts.train import AdapterTraining, ExpertTraining, train_expert
+from weftlm.experts.train import train_expert
 from weftlm.models.factory import peft_warnings
 from weftlm.models.prompted import is_encoder_decoder, target_nats
 from weftlm.models.prompted_examples import PromptedExamples

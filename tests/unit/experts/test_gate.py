@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, DataError, ExpertError
 from weftlm.experts.adapted import adapted
+from weftlm.experts.config import GateConfig
 from weftlm.experts.expert import Gate, LoRAFactors
 from weftlm.experts.gate import (
-    GateConfig,
     GatedLinear,
     adapter_fingerprint,
     attach_gates,

@@ -17,8 +17,9 @@ from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts import train as module
 from weftlm.experts.adapted import adapted
 from weftlm.experts.companions import check_gate, check_statistics
+from weftlm.experts.config import AdapterTraining, ExpertTraining
 from weftlm.experts.expert import BaseReference, Expert
-from weftlm.experts.train import AdapterTraining, ExpertTraining, held_out_losses, train_expert
+from weftlm.experts.train import held_out_losses, train_expert
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import token_losses
 from weftlm.training.loop import Trainer

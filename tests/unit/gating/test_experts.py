@@ -15,7 +15,8 @@ from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import write_lora
 from weftlm.gating import experts as room
-from weftlm.gating.experts import ExpertPool, ExpertSource, Member, Rows
+from weftlm.gating.config import ExpertSource
+from weftlm.gating.experts import ExpertPool, Member, Rows
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.language_model import LanguageModel
 

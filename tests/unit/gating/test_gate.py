@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.gating.config import MlpConfig, gate_config, gates
 from weftlm.gating.constant import ConstantGate
-from weftlm.gating.gate import Features, gate_config, gates, init_gate, load_gate, save_gate
+from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
 from weftlm.gating.linear import LinearGate
-from weftlm.gating.mlp import MlpConfig
 
 
 def features(rows, names=()):

@@ -19,7 +19,8 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.gating import experts as room
 from weftlm.gating import modular_lm
 from weftlm.gating.bayes import BayesGate, FixedShareGate
-from weftlm.gating.experts import ExpertPool, ExpertSource
+from weftlm.gating.config import ExpertSource
+from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import Features, init_gate
 from weftlm.gating.modular_cache import catch_up_due
 from weftlm.gating.modular_lm import ModularLM

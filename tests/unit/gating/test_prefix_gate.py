@@ -7,8 +7,9 @@ import torch
 
 from weftlm.errors import ConfigError
 from weftlm.gating.bayes import BayesGate, FixedShareGate
+from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
-from weftlm.gating.prefix_gate import PrefixGate, PrefixGateConfig, among, with_top
+from weftlm.gating.prefix_gate import PrefixGate, among, with_top
 from weftlm.gating.problem import log_model
 
 PRIOR = [0.5, 0.2, 0.3]

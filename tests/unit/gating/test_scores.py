@@ -12,9 +12,9 @@ from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.gating import scores
 from weftlm.gating.bayes import BayesGate
 from weftlm.gating.certificate import certify
-from weftlm.gating.experts import ExpertSource
-from weftlm.gating.primal_dual import FitConfig, fit_robust_gate
-from weftlm.gating.scores import ScoreCache, ScoreConfig, score, score_with_ray
+from weftlm.gating.config import ExpertSource, FitConfig, ScoreConfig
+from weftlm.gating.primal_dual import fit_robust_gate
+from weftlm.gating.scores import ScoreCache, score, score_with_ray
 
 EOS = 5
 CONFIG = ScoreConfig(length=8, sequences=11, samples=7, batch_size=4, shard_sequences=5)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.mixture.config import policies
 from weftlm.mixture.policy import (
     MixtureSetting,
     build_policy,
     entropy,
     exponentiated_gradient,
-    policies,
     state_from_json,
     state_to_json,
     with_floor,

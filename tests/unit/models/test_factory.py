@@ -10,7 +10,8 @@ import torch
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError
-from weftlm.models.factory import ModelConfig, build_model, count_parameters, load_model
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model, count_parameters, load_model
 from weftlm.models.hf import HFLanguageModel, sequence_losses, token_losses
 from weftlm.models.language_model import LanguageModel
 

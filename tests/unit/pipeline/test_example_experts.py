@@ -18,8 +18,9 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
 from weftlm.pipeline.experts import gate_expert, open_workshop, train_experts
+from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.route_stage import ROUTING, route_experts, routing_facts
+from weftlm.pipeline.route_stage import route_experts, routing_facts
 
 NAMES = list(WORDS)
 

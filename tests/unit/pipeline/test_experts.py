@@ -24,8 +24,9 @@ from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.project import Project
 from weftlm.pipeline.recipe import make_recipe
-from weftlm.pipeline.routes import build_route, parse_router
+from weftlm.pipeline.routes import build_route
 from weftlm.pipeline.runner import run_project
+from weftlm.routing.config import parse_router
 
 EXPERTS: dict[str, Any] = {
     "lora": {"rank": 2},

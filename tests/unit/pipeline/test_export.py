@@ -28,7 +28,7 @@ from weftlm.models.factory import peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model, find_converter, fold
-from weftlm.pipeline.routes import parse_router
+from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import RoutedModel
 
 words = functools.cache(served.tokenizer)

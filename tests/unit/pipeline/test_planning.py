@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import write_lora
-from weftlm.gating.experts import ExpertSource
+from weftlm.gating.config import ExpertSource
 from weftlm.mixture.policy import build_policy
-from weftlm.models.factory import LoRASection, ModelConfig, build_model, count_parameters
+from weftlm.models.config import LoRASection, ModelConfig
+from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.hf import token_losses
 from weftlm.pipeline.expert_recipe import make_expert_recipe
 from weftlm.pipeline.planning import counts

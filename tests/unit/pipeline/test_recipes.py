@@ -13,7 +13,8 @@ from support.tiny_project import recipe_value
 from weftlm.errors import ConfigError
 from weftlm.pipeline.demo import demo_project
 from weftlm.pipeline.project import load_project, make_project
-from weftlm.pipeline.recipe import Recipe, make_recipe, plan
+from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.pipeline.recipe_plan import plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 

@@ -21,8 +21,9 @@ from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
 from weftlm.files import SEAL
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.routing.config import MANIFEST
 from weftlm.routing.routed_linear import RoutedLinear
-from weftlm.routing.routed_model import MANIFEST, RoutedModel
+from weftlm.routing.routed_model import RoutedModel
 
 
 def library_of(folder: Path, base: BaseReference = BASE, count: int = 3) -> ExpertLibrary:

@@ -11,10 +11,10 @@ from support.experts import llama, make_expert, make_pool, prompts, with_gate
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Gate
-from weftlm.routing.phatgoose import PhatgooseConfig
+from weftlm.routing.config import PhatgooseConfig, router_config, routers
 from weftlm.routing.prototypes import standardise
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Memory, Site, build_router, place_of, router_config, routers, whole_sequence
+from weftlm.routing.router import Memory, Site, build_router, place_of, whole_sequence
 
 MODULE = "model.layers.0.self_attn.q_proj"
 SITES = [Site(MODULE, 0, (0, 1), 32)]
@@ -35,7 +35,7 @@ def test_a_section_may_be_a_name_a_mapping_or_ready() -> None:
     ("section", "message"),
     [
         ("phatgose", "unknown router 'phatgose'; did you mean 'phatgoose'"),
-        ({"k": 2}, "section names it: router: phatgoose; allowed: arrow, average-activation"),
+        ({"k": 2}, "router.router is None; it must be one of: arrow, average-activation"),
         ({"router": "phatgoose", "tempreature": 2.0}, "router.tempreature: unknown key; did you mean 'temperature'"),
         ({"router": "phatgoose", "k": 0}, r"router.k: .*greater than 0 \(got 0\)"),
         ({"router": "arrow", "share": "block"}, "router.share: .*'module', 'layer' or 'model'"),

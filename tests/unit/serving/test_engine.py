@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving.engine import Engine, EngineConfig
+from weftlm.serving.engine import Engine
 from weftlm.serving.request import Finished, QueueFullError, Sampling, Token
+from weftlm.serving.serve_config import EngineConfig
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 LONG = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)

@@ -14,8 +14,9 @@ from support.in_memory import gated, plain, routed, sliding
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.serving.engine import Engine, EngineConfig
+from weftlm.serving.engine import Engine
 from weftlm.serving.request import Token
+from weftlm.serving.serve_config import EngineConfig
 
 MODELS: dict[str, Callable[[], OpenModel]] = {
     "llama": lambda: plain(tiny.llama()),

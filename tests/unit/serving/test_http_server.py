@@ -17,8 +17,8 @@ from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.serving import server as server_module
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.serve_config import ServeConfig
-from weftlm.serving.server import KEYS_VARIABLE, address_of, is_loopback, keys_from_environment, listen
+from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, is_loopback, keys_from_environment
+from weftlm.serving.server import address_of, listen
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from weftlm.errors import ConfigError, NumericsError
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    AlignmentConfig,
     CumulativeDots,
     ShadowProbe,
     average_gradients,
@@ -29,6 +28,7 @@ from weftlm.training.alignment import (
     shadow_dots,
     with_batch_norm,
 )
+from weftlm.training.config import AlignmentConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,

@@ -14,10 +14,10 @@ import torch
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import ModelConfig, build_model
-from weftlm.training.alignment import AlignmentConfig
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model
 from weftlm.training.checkpoint import latest_checkpoint
-from weftlm.training.config import TrainingConfig
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer, TrainingResult, dump_tensors
 from weftlm.training.runtime import choose_runtime
 

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from weftlm.models.factory import ModelConfig, build_model, peft_warnings
+from weftlm.models.config import ModelConfig
+from weftlm.models.factory import build_model, peft_warnings
 from weftlm.training.parallel import decoder_layers, put, units, whole, whole_state
 
 

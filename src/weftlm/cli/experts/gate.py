@@ -9,7 +9,6 @@ import typer
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json
 from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
-from weftlm.pipeline.experts import gate_expert
 
 
 def run(
@@ -35,6 +34,8 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), {**expert_plan(resolved), "expert": expert}, json)
         return
+    from weftlm.pipeline.experts import gate_expert
+
     result = gate_expert(resolved, expert, domain=domain)
     if json:
         print_json(result)

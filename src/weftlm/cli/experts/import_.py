@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from weftlm.cli.options import JsonOption, LibraryArgument, print_json
-from weftlm.pipeline.expert_library import import_experts
 
 
 def run(
@@ -37,6 +36,8 @@ def run(
     Only plain LoRA on linear modules, stored as safetensors, is taken; what would have to be approximated is refused.
     An imported expert has no gate until weftlm experts gate makes one on its text.
     """
+    from weftlm.pipeline.expert_library import import_experts
+
     added = import_experts(Path(library), paths, name=name, revision=revision, base=base)
     facts = [
         {

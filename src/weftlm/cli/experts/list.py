@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from weftlm.cli.options import JsonOption, LibraryArgument, number, print_json, print_table
-from weftlm.pipeline.expert_library import list_experts
 
 
 def run(library: LibraryArgument, json: JsonOption = False) -> None:
@@ -13,6 +12,8 @@ def run(library: LibraryArgument, json: JsonOption = False) -> None:
 
     Read from the experts' cards; weftlm experts show verifies an expert's files.
     """
+    from weftlm.pipeline.expert_library import list_experts
+
     experts = list_experts(library)
     if json:
         print_json(experts)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from weftlm.cli.options import JsonOption, LibraryArgument, numbers, print_json
-from weftlm.pipeline.expert_library import merge_in_library
 
 
 def run(
@@ -40,12 +39,13 @@ def run(
 
     The result joins the library (--as), becomes a PEFT folder (--to), or both. It has no gate.
     """
-    facts = merge_in_library(
-        library, names, into=into, weights=None if weights is None else numbers(weights, "--weights"), rank=rank, to=to
-    )
+    shares = None if weights is None else numbers(weights, "--weights")
+    from weftlm.pipeline.expert_library import merge_in_library
+
+    facts = merge_in_library(library, names, into=into, weights=shares, rank=rank, to=to)
     if json:
         print_json(facts)
         return
-    shares = ", ".join(f"{weight:g} {name}" for name, weight in facts["weights"].items())
+    parts = ", ".join(f"{weight:g} {name}" for name, weight in facts["weights"].items())
     places = " and ".join(place for place in (facts["library"], facts["folder"]) if place is not None)
-    typer.echo(f"{facts['name']} = {shares}: rank {facts['rank']}, {facts['kept_norm']:.1%} of the norm; in {places}")
+    typer.echo(f"{facts['name']} = {parts}: rank {facts['rank']}, {facts['kept_norm']:.1%} of the norm; in {places}")

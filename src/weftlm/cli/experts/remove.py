@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from weftlm.cli.options import JsonOption, LibraryArgument, print_json
-from weftlm.pipeline.expert_library import remove_experts
 
 
 def run(
@@ -19,6 +18,8 @@ def run(
 
     Routed models keep copies of their experts and are not changed.
     """
+    from weftlm.pipeline.expert_library import remove_experts
+
     left = remove_experts(library, names)
     if json:
         print_json({"removed": names, "experts": left})

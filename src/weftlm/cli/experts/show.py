@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from weftlm.cli.options import JsonOption, LibraryArgument, number, print_json, print_table
-from weftlm.pipeline.expert_library import show_expert, show_library
 
 
 def run(
@@ -23,6 +22,8 @@ def run(
 
     The expert is loaded and every file checked against the library's digests.
     """
+    from weftlm.pipeline.expert_library import show_expert, show_library
+
     facts = show_library(library) if name is None else show_expert(library, name)
     if json:
         print_json(facts)

@@ -20,8 +20,6 @@ from weftlm.cli.options import (
     print_table,
 )
 from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
-from weftlm.pipeline.experts import train_experts
-from weftlm.pipeline.train import is_main_process
 
 
 def run(
@@ -51,6 +49,9 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), expert_plan(resolved), json)
         return
+    from weftlm.pipeline.experts import train_experts
+    from weftlm.pipeline.train import is_main_process
+
     result = train_experts(resolved, only=only, replace=replace, processes=processes, ray=ray, gpus=gpus)
     if not is_main_process():
         return

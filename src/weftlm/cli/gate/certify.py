@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
-from weftlm.gating.certificate import Certificate, Figure
-from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
-from weftlm.pipeline.gating import CERTIFICATE, certify_gate, gate_plan
-from weftlm.pipeline.report import GATE_PAGE
+from weftlm.pipeline.expert_recipe import ExpertRecipe, gate_plan, load_expert_recipe
+from weftlm.pipeline.names import CERTIFICATE, GATE_PAGE
+
+if TYPE_CHECKING:
+    from weftlm.gating.certificate import Certificate, Figure
 
 
 def run(
@@ -24,6 +27,8 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return
+    from weftlm.pipeline.gating import certify_gate
+
     found = certify_gate(resolved)
     if json:
         print_json(found.to_json())

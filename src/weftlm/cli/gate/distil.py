@@ -8,9 +8,8 @@ import typer
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
-from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
-from weftlm.pipeline.report import GATE_PAGE
-from weftlm.pipeline.students import distil_gate, student_plan
+from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe, student_plan
+from weftlm.pipeline.names import GATE_PAGE
 
 
 def run(
@@ -32,6 +31,8 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), student_plan(resolved, direct=direct), json)
         return
+    from weftlm.pipeline.students import distil_gate
+
     result = distil_gate(resolved, direct=direct)
     if json:
         print_json(result)

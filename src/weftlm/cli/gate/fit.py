@@ -8,8 +8,7 @@ import typer
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
-from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
-from weftlm.pipeline.gating import fit_gate, gate_plan
+from weftlm.pipeline.expert_recipe import ExpertRecipe, gate_plan, load_expert_recipe
 
 
 def run(
@@ -24,6 +23,8 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return
+    from weftlm.pipeline.gating import fit_gate
+
     result = fit_gate(resolved)
     if json:
         print_json(result)

@@ -10,7 +10,7 @@ import typer
 from weftlm.cli.options import JsonOption, LibraryArgument, names_of, print_json
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
-from weftlm.pipeline.routes import build_route
+from weftlm.routing.config import router_config
 
 
 def run(
@@ -46,9 +46,12 @@ def run(
     value = apply_overrides({"router": {"router": router}}, set_ or [])
     if set(value) != {"router"}:
         raise ConfigError(f"--set {', '.join(sorted(set(value) - {'router'}))}: a router's keys are set as router.k=1")
+    section = router_config(value["router"])
+    from weftlm.pipeline.routes import build_route
+
     facts = build_route(
         library,
-        value["router"],
+        section,
         to,
         base=base,
         revision=revision,

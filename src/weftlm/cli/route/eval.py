@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,10 +20,12 @@ from weftlm.cli.options import (
     print_table,
     with_error,
 )
-from weftlm.evaluation.result import Difference, MeanResult, SetResult
-from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
-from weftlm.pipeline.routes import RouteEvaluation, evaluate_routes
+from weftlm.routing.config import parse_router, router_config
+
+if TYPE_CHECKING:
+    from weftlm.evaluation.result import Difference, MeanResult, SetResult
+    from weftlm.pipeline.routes import RouteEvaluation
 
 COLUMNS = 3
 """Columns of a table, so that it fits a terminal of 80 characters."""
@@ -68,9 +70,14 @@ def run(
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), expert_plan(resolved), json)
         return
+    compared = None if routers is None else names_of(routers)
+    for each in compared or ():
+        router_config(parse_router(each))
+    from weftlm.pipeline.routes import evaluate_routes
+
     found = evaluate_routes(
         resolved,
-        None if routers is None else names_of(routers),
+        compared,
         experts=None if experts is None else names_of(experts),
         config=config,
         singles=singles,
@@ -104,6 +111,8 @@ def _print(found: RouteEvaluation, title: str) -> None:
 
 
 def _print_tasks(found: RouteEvaluation, title: str) -> None:
+    from weftlm.evaluation.tasks import mean_accuracy
+
     rows = {label: row.tasks for label, row in found.rows.items() if row.tasks}
     columns = {"mean over tasks": {label: with_error(*mean_accuracy(tasks)) for label, tasks in rows.items()}}
     for name in found.base.tasks:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import Tensor
 
 from weftlm.cli.options import JsonOption, number, print_json, print_table
-from weftlm.pipeline.routes import TracedText, trace_text
-from weftlm.reporting.inspect import write_trace_page
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weftlm.pipeline.routes import TracedText
 
 
 def run(
@@ -34,6 +36,9 @@ def run(
     A token's weights are means over the modules. The entropy of a layer's usage is 0 where one expert does all and the
     logarithm of their number where all work alike.
     """
+    from weftlm.pipeline.routes import trace_text
+    from weftlm.reporting.inspect import write_trace_page
+
     traced = trace_text(folder, sys.stdin.read() if text == "-" else text, base=base)
     if html is not None:
         write_trace_page([(f"{folder}", traced.trace, traced.tokens)], html, "Who worked on which token")

@@ -31,15 +31,8 @@ from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.gate import attach_gates
 from weftlm.experts.lora import module_widths
 from weftlm.gating.experts import Backbone, Rows, label_log_probs
-from weftlm.models.factory import (
-    DTYPES,
-    LoRASection,
-    ModelConfig,
-    architecture_config,
-    count_parameters,
-    from_architecture,
-    peft_warnings,
-)
+from weftlm.models.config import LoRASection, ModelConfig
+from weftlm.models.factory import DTYPES, architecture_config, count_parameters, from_architecture, peft_warnings
 from weftlm.models.hf import token_losses
 from weftlm.pipeline.planning.trace import Work, along, record, shapes_only
 from weftlm.training.config import TrainingConfig

@@ -10,16 +10,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from weftlm.config import apply_overrides
 from weftlm.corpora.builtin import builtin_names
 from weftlm.corpora.store_files import DOCUMENT, Vocabulary
 from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError
-from weftlm.gating.experts import ExpertSource
+from weftlm.gating.config import ExpertSource
 from weftlm.mixture.policy import build_policy
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.identity import MANIFEST
 from weftlm.pipeline.planning.calibrate import Calibration
 from weftlm.pipeline.planning.counts import TARGET_SHARE, Counted, model_config, pretrained_config
 from weftlm.pipeline.planning.experts import PoolPlan, experts_stage, pool_stage
@@ -45,10 +45,9 @@ from weftlm.pipeline.planning.training import (
     settle,
     training_stage,
 )
-from weftlm.pipeline.prepared import MANIFEST, PreparedData
+from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.project import Project, make_project
 from weftlm.pipeline.recipe import Recipe, check
-from weftlm.recipe_text import read_yaml
 from weftlm.training.runtime import choose_runtime
 
 DOCUMENT_TOKENS = 1000
@@ -149,26 +148,25 @@ class _Facts:
         return [min(asked, math.ceil(max(0, tokens - 1) / length)) for tokens in self.heldout]
 
 
-def plan_recipe(
-    path: str | Path,
+def plan_value(
+    value: Mapping[str, Any],
     hardware: Hardware,
     *,
-    overrides: Sequence[str] = (),
+    name: str = "recipe",
     mfu: float | None = None,
     assumed: Assumed | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
-    """Plan a recipe file; see `plan_value`.
+    """Plan a recipe given as a mapping; see `plan_project`.
 
     Raises:
         ConfigError: the recipe is wrong, or something needed is not known.
     """
-    value = apply_overrides(read_yaml(path), overrides)
-    return plan_value(value, hardware, name=str(path), mfu=mfu, assumed=assumed, calibration=calibration)
+    return plan_project(make_project(value), hardware, name=name, mfu=mfu, assumed=assumed, calibration=calibration)
 
 
-def plan_value(
-    value: Mapping[str, Any],
+def plan_project(
+    project: Project,
     hardware: Hardware,
     *,
     name: str = "recipe",
@@ -182,7 +180,7 @@ def plan_value(
     are timed (`Calibration`), with the threads and the memory settings `weftlm train` would choose.
 
     Args:
-        value: the recipe.
+        project: from the recipe.
         hardware: from `parse_hardware`.
         name: how it is called in the plan.
         mfu: part of the peak that matrix products reach; None: the device's default.
@@ -195,7 +193,6 @@ def plan_value(
         raise ConfigError(f"mfu is {mfu}; it is a part of the peak, above 0 and at most 1")
     assumed = assumed if assumed is not None else Assumed()
     speed = Speed(hardware, mfu, calibration if calibration is not None else Calibration())
-    project = make_project(value)
     facts = _facts(project, assumed)
     stages: list[Stage] = []
     if project.whole is not None:

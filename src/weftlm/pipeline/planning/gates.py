@@ -20,8 +20,10 @@ from transformers import PretrainedConfig
 from weftlm.errors import ConfigError
 from weftlm.experts.expert import LoRAExpert
 from weftlm.experts.lora import check_fits
-from weftlm.gating.experts import BUSY, BUSY_ELSEWHERE, LOGITS, ExpertSource, adapter_of
-from weftlm.models.factory import DTYPES, LoRASection, uneven_heads
+from weftlm.gating.config import ExpertSource
+from weftlm.gating.experts import BUSY, BUSY_ELSEWHERE, LOGITS, adapter_of
+from weftlm.models.config import LoRASection
+from weftlm.models.factory import DTYPES, uneven_heads
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.planning.counts import Counted, pretrained_config
 from weftlm.pipeline.planning.speed import COMPUTE, Speed, Time

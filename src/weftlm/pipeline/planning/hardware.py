@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError
 
@@ -196,4 +194,6 @@ def resident_bytes() -> float:
 
 def threads() -> int:
     """PyTorch's threads."""
+    import torch  # noqa: PLC0415 - names of devices are read without it
+
     return torch.get_num_threads()

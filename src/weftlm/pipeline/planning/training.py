@@ -27,8 +27,8 @@ from weftlm.pipeline.planning.hardware import Hardware, Precision
 from weftlm.pipeline.planning.speed import INTERCONNECT, OVERHEAD, Speed, Time
 from weftlm.pipeline.planning.stage import DOES_NOT_FIT, FILE_HEADER, USABLE, Stage
 from weftlm.pipeline.planning.trace import Work
-from weftlm.training.alignment import AlignmentConfig, Choice, choose_estimator
-from weftlm.training.config import TrainingConfig
+from weftlm.training.alignment import Choice, choose_estimator
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 
 DDP, FSDP2 = "ddp", "fsdp2"
 PREFETCHED_UNITS = 2

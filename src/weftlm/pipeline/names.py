@@ -1,0 +1,12 @@
+"""Names of the files that stages leave in a run folder."""
+
+from __future__ import annotations
+
+GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
+    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json", "report.html",
+)  # fmt: skip
+EVALUATION = "evaluation.json"
+GATE_PAGE = "gate/report.html"
+REPORT, SUMMARY = "report.html", "summary.json"
+ROUTING = "routing.json"
+STUDENT, DIRECT, DENSE = "student", "direct", "dense"
