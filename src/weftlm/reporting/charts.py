@@ -111,7 +111,6 @@ def alignment_chart(view: View) -> str:
         columns=min(2, len(panels)),
         legend=list(lines),
         zero=True,
-        settle=0.05,
         row_height=2.6 if len(panels) == 1 else 2.3,
     )
     what = "each domain's" if groups_are_domains else "each basis distribution's"
@@ -163,8 +162,7 @@ def loss_charts(view: View) -> str:
         return ""
     caption = (
         "Loss on held-out text during training, with the value at the end. Bands: ± one standard error of each value "
-        "by itself; differences between runs on the same text are known better than the bands suggest. The first part "
-        "of training may lie above the frame."
+        "by itself; differences between runs on the same text are known better than the bands suggest."
     )
     told = "; ".join(
         f"{panel.title}: " + ", ".join(f"{c.label} {_last(c.y_N)}" for c in panel.curves) for panel in panels
@@ -209,8 +207,8 @@ def domain_charts(view: View) -> str:
     if max((len(curve.x_N) for panel in panels for curve in panel.curves), default=0) < 2:
         return ""
     legend = [one.label for one in view.contenders] if len(view.runs) > 1 else []
-    chart = small_multiples(panels, view.run_lines, y_label="bits per byte", legend=legend)
-    caption = "Bits per byte on each domain's held-out text; each frame has its own scale."
+    chart = small_multiples(panels, view.run_lines, y_label="bits per byte", legend=legend, logarithmic=True)
+    caption = "Bits per byte on each domain's held-out text; each frame has its own scale, logarithmic."
     if len(shown) < len(scored):
         caption += f" Shown: the named domains and those where the runs differ most, {len(shown)} of {len(scored)}."
     return _figure("domains", chart, caption, "Small charts of bits per byte, one per domain, all runs in each.")

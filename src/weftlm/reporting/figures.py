@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Literal
 
@@ -41,8 +41,15 @@ DOMAIN_COLOURS = (
     "#332288", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#44aa99", "#882255", "#999933", "#aa4499",
 )  # fmt: skip
 """Paul Tol's "muted" scheme, told apart under the common kinds of colour blindness."""
-RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5548b", "#b07a00", "#2b9bd8")
+RUN_COLOURS = ("#0072b2", "#b84e00", "#007a5a", "#a8467c", "#8a5f00", "#6a4fb3")
 """Okabe and Ito's scheme, its light hues darkened so that text in them can be read on white."""
+BASELINE = "#4b5563"
+_DARK = {
+    INK: "#e4e9ee", MUTED: "#9aa7b4", RULE: "#333d47", PALE: "#55616e", BASELINE: "#a9b4c0", "#ffffff": "#14191e",
+    "#0072b2": "#56b4e9", "#b84e00": "#f0924a", "#007a5a": "#2fc79a", "#a8467c": "#de8fbc", "#8a5f00": "#e0b040",
+    "#6a4fb3": "#a99bf0", "#332288": "#8a78e0", "#117733": "#3fae66", "#882255": "#d0588f", "#aa4499": "#cc78bd",
+}  # fmt: skip
+"""What stands for a colour on a dark page; a colour that is not here stays."""
 Dash = Literal["-"] | tuple[float, Sequence[float]]
 DASHES: tuple[Dash, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
 
@@ -142,7 +149,7 @@ def run_lines(labels: Sequence[str], baseline: str | None = None) -> dict[str, L
     for i, label in enumerate(others):
         styles[label] = Line(RUN_COLOURS[i % len(RUN_COLOURS)], DASHES[i // len(RUN_COLOURS) % len(DASHES)], 1.7)
     if baseline in labels:
-        styles[str(baseline)] = Line("#4b5563", DASHES[1], 1.5)
+        styles[str(baseline)] = Line(BASELINE, DASHES[1], 1.5)
     return {label: styles[label] for label in labels}
 
 
@@ -153,6 +160,11 @@ def domain_lines(domains: Sequence[str]) -> dict[str, Line]:
     if OTHER in domains:
         styles[OTHER] = Line(PALE)
     return styles
+
+
+def paint(colour: str) -> str:
+    """A colour of a chart as CSS, in both themes."""
+    return f"light-dark({colour}, {_DARK[colour]})" if colour in _DARK else colour
 
 
 def shorten(text: str, limit: int = 26) -> str:
@@ -253,24 +265,31 @@ def compared_curves(
     lines: Mapping[str, Line],
     *,
     x_label: str = "training tokens",
-    settle: float = 0.25,
-    columns: int = 2,
+    late: float = 0.25,
     height: float = 3.0,
     points: int = 300,
 ) -> Figure:
     """Curves of several runs in one frame per quantity, each named and valued at its right end.
 
+    Every frame shows all of its values. Where the first `late` share of the way is what stretches a frame, a second row
+    shows the rest by itself, on a scale of its own.
+
     Args:
-        settle: share of training whose values may leave the frame at the top; 0 shows everything.
+        late: share of the way after which the second row begins; 0 for no second row.
     """
+    rows_of_panels = [list(panels), [part for panel in panels if (part := _later(panel, late)) is not None]]
     with _styled():
-        columns = min(columns, len(panels))
-        rows = -(-len(panels) // columns)
+        columns, rows = len(panels), 2 if rows_of_panels[1] else 1
         figure = Figure(figsize=(WIDTH, height * rows))
         ends = [_end_text(curve, panel.value_text) for panel in panels for curve in panel.curves if _known(curve)]
         room = 0.22 + _text_width(ends, 8.0)
         axes = _grid(figure, rows, columns, left=0.45, right=room, top=0.32, bottom=0.5, gap=(room + 0.5, 0.75))
-        for panel, axis in zip(panels, axes, strict=False):
+        for axis in axes:
+            axis.set_visible(False)
+        placed = [(panel, axes[row * columns + place]) for row in range(rows)
+                  for place, panel in enumerate(rows_of_panels[row])]  # fmt: skip
+        for panel, axis in placed:
+            axis.set_visible(True)
             axis.set_title(shorten(panel.title, 60))
             curves = [thin(curve, points) for curve in panel.curves if _known(curve)]
             _token_axis(axis, x_label)
@@ -292,14 +311,31 @@ def compared_curves(
                     marker="o" if lone else None,
                     markersize=4,
                 )
-            _frame(axis, curves, settle)
+            _frame(axis, curves)
             if panel.from_zero:
                 axis.set_ylim(bottom=0)
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick_count(value)))
             _label_ends(axis, panel, lines, (height - 0.82) * 72)
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
         return figure
+
+
+def _later(panel: Panel, late: float) -> Panel | None:
+    """The curves after the first `late` share of the way; None where that would show little more."""
+    curves = [curve for curve in panel.curves if _known(curve)]
+    if not late or panel.from_zero or not curves:
+        return None
+    start = late * max(float(curve.x_N[-1]) for curve in curves)
+    cut = []
+    for curve in curves:
+        after_N = curve.x_N >= start
+        error_N = None if curve.error_N is None else curve.error_N[after_N]
+        cut.append(Curve(curve.label, curve.x_N[after_N], curve.y_N[after_N], error_N))
+    whole, part = _range(curves), _range([curve for curve in cut if _known(curve)])
+    if part is None or whole is None or min(np.isfinite(curve.y_N).sum() for curve in cut) < 2:
+        return None
+    if part[1] - part[0] > 0.5 * (whole[1] - whole[0]):
+        return None
+    return replace(panel, title=f"{panel.title}: after the first {late:.0%}", curves=tuple(cut))
 
 
 def small_multiples(
@@ -308,11 +344,11 @@ def small_multiples(
     *,
     y_label: str,
     x_label: str = "training tokens",
-    settle: float = 0.15,
     columns: int = 5,
     legend: Sequence[str] = (),
     points: int = 120,
     zero: bool = False,
+    logarithmic: bool = False,
     row_height: float = 1.5,
 ) -> Figure:
     """A grid of small frames with their own vertical scales, one legend above.
@@ -320,6 +356,7 @@ def small_multiples(
     Args:
         legend: the labels to explain above the grid; none when empty.
         zero: mark the zero line.
+        logarithmic: scale of the frames whose values are all positive.
     """
     with _styled():
         columns = min(columns, len(panels))
@@ -352,11 +389,14 @@ def small_multiples(
                 axis.axhline(0.0, color=MUTED, linewidth=0.8, zorder=1.8)
             _token_axis(axis, x_label if index % columns == 0 and index + columns >= len(panels) else None)
             if curves:
-                _frame(axis, curves, settle)
+                _frame(axis, curves, logarithmic=logarithmic)
             else:
                 _say_nothing(axis)
             axis.set_xlim(0, last_x if last_x > 0 else 1)
             axis.yaxis.set_major_locator(MaxNLocator(4 if wide else 3))
+            if axis.get_yscale() == "log":
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.yaxis.set_minor_locator(NullLocator())
             if index + columns < len(panels):
                 axis.tick_params(labelbottom=False)
             else:
@@ -445,22 +485,27 @@ def to_svg(figure: Figure) -> str:
         stream = io.StringIO()
         FigureCanvasSVG(figure)
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return re.sub(r' d="([^"]*)"', lambda match: f' d="{_round_path(match[1])}"', stream.getvalue())
+    path = re.compile(r'(<path [^<>]*?\bd=")([^"]*)"')
+    return path.sub(lambda match: f'{match[1]}{_round_path(match[2])}"', stream.getvalue())
 
 
 def inline_svg(svg: str, key: str, description: str) -> str:
     """An SVG document as an element for an HTML page.
 
     The XML prologue and namespaces go (HTML needs none), ids get the prefix `key` so that several figures can stand on
-    one page, the size gives way to the page's, and `description` is what a screen reader says.
+    one page, the size gives way to the page's, colours follow the page's theme, and `description` is what a screen
+    reader says. Tags alone are rewritten: text between them is data.
     """
     body = svg[svg.index("<svg") :].strip()
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
-    body = body.replace("xlink:href=", "href=")
-    body = re.sub(r'(<[^<>]*?\s)id="([^"]*)"', rf'\1id="{key}-\2"', body)
-    body = re.sub(r'href="#([^"]*)"', rf'href="#{key}-\1"', body)
-    body = re.sub(r"url\(#([^)]*)\)", rf"url(#{key}-\1)", body)
+
+    def tag(match: re.Match[str]) -> str:
+        inside = match[0].replace("xlink:href=", "href=")
+        inside = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{key}-", inside)
+        return re.sub(r"#[0-9a-f]{6}\b", lambda colour: paint(colour[0]), inside)
+
+    body = re.sub(r"<[^<>]*>", tag, body)
     viewbox = re.search(r'viewBox="([^"]*)"', body)
     assert viewbox is not None, "matplotlib wrote an SVG without a viewBox"
     end = body.index(">")
@@ -544,25 +589,34 @@ def _say_nothing(axis: Axes) -> None:
     axis.grid(visible=False)
 
 
-def _frame(axis: Axes, curves: Sequence[Curve], settle: float) -> None:
-    """Frame the values after the first `settle` share of training; before that a curve may come in from above."""
-    last = max(float(curve.x_N[-1]) for curve in curves)
-    values = [_settled(curve, settle * last) for curve in curves]
-    inside = np.concatenate(values)
-    if not len(inside):
+def _frame(axis: Axes, curves: Sequence[Curve], *, logarithmic: bool = False) -> None:
+    """Limits that hold every value and every band."""
+    found = _range(curves)
+    if found is None:
         return
-    low, high = float(inside.min()), float(inside.max())
-    margin = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-9)
-    axis.set_ylim(low - margin, high + margin)
+    low, high = found
+    if logarithmic and low > 0:
+        axis.set_yscale("log")
+        margin = max((high / low) ** 0.06, 1.01)
+        axis.set_ylim(low / margin, high * margin)
+    else:
+        margin = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-9)
+        axis.set_ylim(low - margin, high + margin)
     first = min(float(curve.x_N[0]) for curve in curves)
-    axis.set_xlim(min(0.0, first), last if last > min(0.0, first) else first + 1)
+    last = max(float(curve.x_N[-1]) for curve in curves)
+    left = first if first > 0.1 * last else min(0.0, first)
+    axis.set_xlim(left, last if last > left else left + 1)
 
 
-def _settled(curve: Curve, start: float) -> NDArray[np.float64]:
-    known_N = np.isfinite(curve.y_N)
-    after_N = known_N & (curve.x_N >= start)
-    values_N: NDArray[np.float64] = curve.y_N[after_N if after_N.any() else known_N]
-    return values_N
+def _range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """The least and the largest value, bands included; None where there is none."""
+    ends = []
+    for curve in curves:
+        half_N = 0.0 if curve.error_N is None else np.nan_to_num(curve.error_N)
+        ends += [curve.y_N - half_N, curve.y_N + half_N]
+    known = [end_N[np.isfinite(end_N)] for end_N in ends]
+    values = np.concatenate(known) if known else np.empty(0)
+    return (float(values.min()), float(values.max())) if len(values) else None
 
 
 def _end_text(curve: Curve, value_text: Callable[[float], str] | None) -> str:

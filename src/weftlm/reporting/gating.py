@@ -610,14 +610,13 @@ def fit_charts(facts: GatingFacts) -> str:
         Panel(f"Opponent's gap, {facts.nats}", (Curve("gap", steps_N, gap_N),), _four),
     ]
     chart = compared_curves(
-        panels, run_lines(["worst case", "gap"]), x_label="steps of the fit", settle=0.1, height=2.7
+        panels, run_lines(["worst case", "gap"]), x_label="steps of the fit", late=0.1, height=2.7
     )
     told = f"Over {len(history)} reports up to step {steps_N[-1]:.0f}: worst case from {_told(worst_N[0])} to "
     told += f"{_told(worst_N[-1])}, opponent's gap from {_told(gap_N[0])} to {_told(gap_N[-1])} {facts.nats}."
     caption = (
         "On the sequences of the fit. The opponent's gap is the worst case minus the value at the present mixture: "
-        "near 0 the mixture is the worst there is for this gate. What the gate itself could still gain is not in it. "
-        "The first tenth of the fit may lie above the frame."
+        "near 0 the mixture is the worst there is for this gate. What the gate itself could still gain is not in it."
     )
     text = _figure("worst", chart, caption, told)
     mixture = _mixture_chart(facts, history)
@@ -650,7 +649,6 @@ def _mixture_chart(facts: GatingFacts, history: Sequence[Mapping[str, Any]]) -> 
         y_label="weight",
         x_label="steps of the fit",
         columns=1,
-        settle=0.0,
         legend=list(lines),
         row_height=2.7,
     )

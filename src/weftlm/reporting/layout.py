@@ -22,7 +22,6 @@ def page_text(
     style: str = "",
     source: str = "",
     script: str = "",
-    closed: bool = True,
 ) -> str:
     """A whole page as text.
 
@@ -34,21 +33,17 @@ def page_text(
         body: the sections, HTML.
         style: CSS beyond what all pages share, beginning with a line break.
         source: what the footer says the page was written from, beginning with a space; HTML.
-        script: JavaScript run at the end of the page.
-        closed: the page's policy forbids everything but its own style and `script`, so that no other script of the
-            page's parts would run.
+        script: JavaScript run at the end of the page. The page's policy allows nothing beyond it, the theme's script
+            and inline styles: text that came as data can neither run nor load anything.
     """
-    policy = ""
-    if closed:
-        allowed = "default-src 'none'; style-src 'unsafe-inline'"
-        if script:
-            allowed += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        policy = f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
+    theme = page_file("theme.js")
+    hashes = " ".join(f"'sha256-{_digest(one)}'" for one in (theme, script) if one)
     return Template(page_file("page.html") + "\n").substitute(
-        policy=policy,
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}",
         version=escape(__version__),
         title=escape(title),
-        style=page_file("report.css") + style,
+        style=page_file("theme.css") + "\n" + page_file("report.css") + style,
+        theme=theme,
         kicker=kicker,
         headline=escape(headline),
         opening=opening,
@@ -56,6 +51,10 @@ def page_text(
         source=source,
         ending=f"<script>{script}</script>\n" if script else "",
     )
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def page_file(name: str) -> str:

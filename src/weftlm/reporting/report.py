@@ -30,6 +30,7 @@ from weftlm.reporting.routing import RoutingFacts, routing_section, routing_styl
 from weftlm.reporting.runs import Run, read_runs
 from weftlm.reporting.score_table import ScoreTable, best_of, score_table
 from weftlm.reporting.tables import domain_table, summary_table, time_table
+from weftlm.reporting.trace_parts import trace_script
 from weftlm.reporting.view import View
 
 _Part = tuple[str, str, str, str]
@@ -98,7 +99,7 @@ def render_report(
         body="\n".join(section(key, heading, inside) for key, _, heading, inside in parts),
         style=(routing_style(routing) if routing is not None else "") + (gating_style() if gating is not None else ""),
         source=" from the run folders' own files",
-        closed=False,
+        script=trace_script() if routing is not None and routing.traces else "",
     )
 
 

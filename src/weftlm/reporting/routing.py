@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from weftlm.errors import ConfigError
 from weftlm.reporting.html import data, details, escape
 from weftlm.reporting.score_table import ScoreTable, score_table
-from weftlm.reporting.trace_parts import heat_map, trace_headline, trace_script, trace_size, trace_style
+from weftlm.reporting.trace_parts import heat_map, trace_headline, trace_size, trace_style
 from weftlm.reporting.traces import LabelledTrace, Palette, TraceFacts
 
 
@@ -38,7 +38,7 @@ def routing_style(facts: RoutingFacts) -> str:
 
 
 def routing_section(facts: RoutingFacts) -> str:
-    """The section's inside: table, time, traces. A page that shows traces needs `routing_style` in its style sheet.
+    """The section's inside: table, time, traces. A page that shows traces needs `routing_style` and `trace_script`.
 
     Raises:
         ConfigError: there is neither a table nor a trace, or a trace does not fit its texts.
@@ -59,4 +59,4 @@ def routing_section(facts: RoutingFacts) -> str:
         said = f'<p class="lead">{escape(trace_headline([one]))} {escape(trace_size(one))}.</p>'
         inside = f"{said}\n{heat_map(one, palette, f'routing-trace-{place}')}"
         text += f"\n<h3>{heading}</h3>\n{inside}" if place == 0 else "\n" + details(heading, inside)
-    return f"{text}\n<script>{trace_script()}</script>"
+    return text

@@ -16,6 +16,7 @@ from weftlm.reporting.compare import (
     target_gap,
     target_score,
 )
+from weftlm.reporting.figures import paint
 from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, table
 from weftlm.reporting.runs import Run, Score
 from weftlm.reporting.view import OPEN_ROWS, View
@@ -115,7 +116,7 @@ def _run_name(view: View, run: Run) -> str:
 
 
 def _swatch(view: View, label: str) -> str:
-    return f'<span class="swatch" style="background:{view.run_lines[label].colour}"></span>'
+    return f'<span class="swatch" style="background:{paint(view.run_lines[label].colour)}"></span>'
 
 
 def _score(score: Score, best: bool = False) -> str:

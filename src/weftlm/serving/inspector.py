@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter
 from weftlm.config import did_you_mean
 from weftlm.errors import NumericsError, WeftError
 from weftlm.pipeline.any_model import OpenModel
+from weftlm.reporting.layout import page_file as shared_file
 from weftlm.reporting.traces import colour_rules
 from weftlm.serving.answers import unless_gone
 from weftlm.serving.api_errors import ApiError, queue_full
@@ -218,6 +219,7 @@ def inspector_router(
     router = APIRouter(tags=["inspector"])
     files = {file.name: _file(file) for file in sorted(PAGE.iterdir()) if file.suffix in _TYPES}
     files["colours.css"] = (colour_rules().encode(), _TYPES[".css"])
+    files |= {name: (shared_file(name).encode(), _TYPES[Path(name).suffix]) for name in ("theme.css", "theme.js")}
 
     def desk_of(name: str, field: str = "model") -> _Desk:
         if name not in desks:

@@ -21,7 +21,7 @@ let only = null, job = null, again = null, made = null;
 
 const el = Object.fromEntries(["ask", "model", "beside", "text", "look", "generate", "count", "temperature", "seed",
   "status", "about", "unlock", "key", "error", "result", "totals", "view", "without", "legend", "panes", "detail",
-  "course", "usage", "leave", "costs", "theme"].map((id) => [id, byId(id)]));
+  "course", "usage", "leave", "costs"].map((id) => [id, byId(id)]));
 
 // ------------------------------------------------------------------------------------------------------------- asking
 
@@ -476,25 +476,5 @@ window.addEventListener("popstate", () => {
 });
 
 // ------------------------------------------------------------------------------------------------------------- colours
-
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const theme = () => document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
-
-function tellTheme() {
-  el.theme.textContent = theme() === "dark" ? "Light" : "Dark";
-  el.theme.setAttribute("aria-label", `Switch to ${theme() === "dark" ? "light" : "dark"} colours`);
-}
-
-el.theme.addEventListener("click", () => {
-  const next = theme() === "dark" ? "light" : "dark";
-  if ((next === "dark") === dark.matches) delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = next;
-  try {
-    localStorage.setItem("weftlm-theme", document.documentElement.dataset.theme ?? "");
-  } catch { /* not kept */ }
-  tellTheme();
-});
-dark.addEventListener("change", tellTheme);
-tellTheme();
 
 run("", begin);
