@@ -609,9 +609,7 @@ def fit_charts(facts: GatingFacts) -> str:
         Panel(f"Worst case, {facts.nats}", (Curve("worst case", steps_N, worst_N),), _four),
         Panel(f"Opponent's gap, {facts.nats}", (Curve("gap", steps_N, gap_N),), _four),
     ]
-    chart = compared_curves(
-        panels, run_lines(["worst case", "gap"]), x_label="steps of the fit", late=0.1, height=2.7
-    )
+    chart = compared_curves(panels, run_lines(["worst case", "gap"]), x_label="steps of the fit", late=0.1, height=2.7)
     told = f"Over {len(history)} reports up to step {steps_N[-1]:.0f}: worst case from {_told(worst_N[0])} to "
     told += f"{_told(worst_N[-1])}, opponent's gap from {_told(gap_N[0])} to {_told(gap_N[-1])} {facts.nats}."
     caption = (
