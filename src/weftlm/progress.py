@@ -17,6 +17,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
+from weftlm.text import printable
+
 Clock = Callable[[], float]
 
 
@@ -63,8 +65,10 @@ def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and not Console(file=stream).is_dumb_terminal
 
 
-def _write_line(stream: TextIO, line: str) -> None:
-    stream.write(line + "\n")
+def write_line(line: str, stream: TextIO | None = None) -> None:
+    """Write one line on stderr, or on another stream; names in it may hold anything."""
+    stream = sys.stderr if stream is None else stream
+    stream.write(printable(line) + "\n")
     stream.flush()
 
 
@@ -198,25 +202,27 @@ class TrainingDisplay:
         status += f"  ETA {duration_text(left)}"
         if self._bar is not None:
             if self._task is None:
-                self._task = self._bar.add_task(self.description, total=total_steps, completed=step, status=status)
+                self._task = self._bar.add_task(
+                    printable(self.description), total=total_steps, completed=step, status=status
+                )
             if self._weights:
-                self._bar.footer = "mixture: " + weights_text(self._weights, self.top_weights)
+                self._bar.footer = printable("mixture: " + weights_text(self._weights, self.top_weights))
             self._bar.update(self._task, completed=step, total=total_steps, status=status)
             return
         now = self._clock()
         if now >= self._next_line or step >= total_steps:
             self._next_line = now + self.log_every_seconds
             mixture = f"  mixture {weights_text(self._weights, self.top_weights)}" if self._weights else ""
-            _write_line(self._stream, f"{self.description} {status}{mixture}")
+            write_line(f"{self.description} {status}{mixture}", self._stream)
 
     def message(self, text: str) -> None:
         """Write a line above the bar (an evaluation's result, a checkpoint's path)."""
         if not self.enabled:
             return
         if self._bar is not None:
-            self._bar.console.print(Text(text))
+            self._bar.console.print(Text(printable(text)))
         else:
-            _write_line(self._stream, text)
+            write_line(text, self._stream)
 
 
 class ProgressCounter:
@@ -285,7 +291,7 @@ def progress(
         if total is None:
             bar.columns = (SpinnerColumn(), *bar.columns)
         with bar:
-            task = bar.add_task(description, total=total, status=status(0.0))
+            task = bar.add_task(printable(description), total=total, status=status(0.0))
 
             def redraw(done: float, last: bool) -> None:
                 bar.update(task, completed=done, status=status(done))
@@ -300,7 +306,7 @@ def progress(
         now = clock()
         if last or now >= next_line:
             next_line = now + log_every_seconds
-            _write_line(stream, f"{description} {status(done)}")
+            write_line(f"{description} {status(done)}", stream)
 
     counter = ProgressCounter(line)
     yield counter

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from weftlm.cli.dry_run import show_plan
-from weftlm.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table
+from weftlm.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table, say
 from weftlm.pipeline.demo import demo_project, run_demo
 
 
@@ -52,7 +50,7 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
         ],
     )
     if (times := routing["relative_forward_time"]) is not None:
-        typer.echo(f"a routed forward pass takes {times:.2f} times the base's")
+        say(f"a routed forward pass takes {times:.2f} times the base's")
     robust = summary["robust"]
     print_table(
         f"regret to the domain's own expert, nats/{robust['unit']}, on held-out text",
@@ -62,7 +60,5 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
             for name, worst in robust["worst_domain_regret"].items()
         ],
     )
-    typer.echo(
-        f"capacity between the experts: {number(robust['capacity_bound'])}; Z of the gate: {number(robust['z'])}"
-    )
-    typer.echo(f"report: {project.run / 'report.html'}")
+    say(f"capacity between the experts: {number(robust['capacity_bound'])}; Z of the gate: {number(robust['z'])}")
+    say(f"report: {project.run / 'report.html'}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from weftlm.cli.dry_run import show_plan
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table, say
 from weftlm.pipeline.recipe import load_recipe
 
 
@@ -41,6 +39,7 @@ def run(
     ]
     print_table(str(resolved.prepared_folder), ["domain", "documents", "tokens", "target", "nearest (cosine)"], rows)
     for fact in facts:
-        typer.echo(f"\n{fact['name']}")
+        say("")
+        say(f"{fact['name']}")
         for document in fact["typical"]:
-            typer.echo(f"  {document['origin']}: {document['excerpt']}")
+            say(f"  {document['origin']}: {document['excerpt']}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import typer
-
-from weftlm.cli.options import print_json, print_table
+from weftlm.cli.options import print_json, print_table, say_lines
 from weftlm.pipeline.recipe import Recipe
 
 
@@ -27,5 +25,5 @@ def show(resolved: Mapping[str, Any], text: str, described: Mapping[str, Any], j
     if json:
         print_json({"recipe": resolved, "plan": described})
         return
-    typer.echo(text)
+    say_lines(text)
     print_table("plan", ["what", "value"], [[name, f"{value}"] for name, value in described.items()])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from weftlm.cli.options import JsonOption, print_json
+from weftlm.cli.options import JsonOption, print_json, say
 
 
 def run(
@@ -78,10 +78,10 @@ def run(
     if json:
         print_json(facts)
         return
-    typer.echo(f"{facts['output']}: {', '.join(facts['files'])}")
+    say(f"{facts['output']}: {', '.join(facts['files'])}")
     if format == "peft":
-        typer.echo(f"{len(facts['experts'])} adapters over {facts['base']}; README.md says how to load them")
+        say(f"{len(facts['experts'])} adapters over {facts['base']}; README.md says how to load them")
         return
-    typer.echo(f"{facts['parameters']:,} parameters, {facts['dtype']}")
+    say(f"{facts['parameters']:,} parameters, {facts['dtype']}")
     if facts["experts"]:
-        typer.echo("folded in: " + ", ".join(f"{weight:g} {name}" for name, weight in facts["experts"].items()))
+        say("folded in: " + ", ".join(f"{weight:g} {name}" for name, weight in facts["experts"].items()))

@@ -7,6 +7,7 @@ and an exit code: 0 success, 1 the run failed, 2 the call or the recipe was wron
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from weftlm import __version__
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, WeftError, reason
+from weftlm.text import printable, printable_lines
 
 COMMANDS: dict[str, str] = {
     "run": "Carry a recipe through all its stages; skips what is done, continues what was interrupted.",
@@ -109,19 +111,30 @@ def weftlm(
 ) -> None:
     """Modular language models: find the data mixture that helps a target while a model trains."""
     logging.getLogger("weftlm").setLevel(logging.DEBUG if verbose else logging.INFO)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.WARNING)
+
+
+class _LogFormatter(logging.Formatter):
+    """One line per record, whatever names it mentions; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return printable_lines(super().formatException(ei))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command and turn errors into exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no name is worth a crash at the end of a run
     try:
         app(args=arguments)
     except (WeftError, OSError) as error:
-        typer.echo(f"weftlm: {_said(error)}", err=True)
+        typer.echo("\n  ".join(printable_lines(f"weftlm: {_said(error)}").split("\n")), err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from weftlm.errors import ConfigError
+from weftlm.text import printable, printable_lines, shorten
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False)
@@ -30,6 +32,8 @@ RayOption = Annotated[
     bool, typer.Option("--ray", help="Over the machines of a Ray cluster (extra 'ray'), which share a disk.")
 ]
 GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each Ray task; 0 for CPUs.")]
+LONGEST_NAME = 60
+"""Characters of a table's first column; the middle of a longer name is left out."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -60,19 +64,34 @@ def numbers(text: str, option: str) -> list[float]:
         raise ConfigError(f"{option} is {text!r}; give numbers with commas between: 0.5,0.5") from None
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line, on stdout or on stderr; names in it may hold anything (`printable`)."""
+    typer.echo(printable(text), err=err)
+
+
+def say_lines(text: str) -> None:
+    """Print text of several lines, such as YAML, on stdout."""
+    typer.echo(printable_lines(text))
+
+
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
+    """Print one JSON document on stdout, in ASCII."""
     typer.echo(json.dumps(value, indent=2))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: the first column left-aligned, the others right-aligned."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=_cell(title), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(_cell(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+        table.add_row(_cell(shorten(row[0], LONGEST_NAME)), *map(_cell, row[1:]))
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def _cell(text: str) -> Text:
+    """Text as it is: brackets and colons are no markup."""
+    return Text(printable(text))
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, RecipeArgument, SetOption, print_json, print_table
+from weftlm.cli.options import JsonOption, RecipeArgument, SetOption, print_json, print_table, say
 from weftlm.pipeline.planning.hardware import DEVICES, parse_hardware
 from weftlm.pipeline.project import load_project
 
@@ -70,23 +70,26 @@ def _show(plan: Plan) -> None:
         ["stage", "time", "limit", "FLOPs", "memory", "sent", "disk"],
         rows,
     )
-    typer.echo("memory: on the fullest device; sent: by one device; FLOPs and disk: in all")
+    say("memory: on the fullest device; sent: by one device; FLOPs and disk: in all")
     for stage in plan.stages:
-        typer.echo(f"\n{stage.name}: {stage.what}")
+        say("")
+        say(f"{stage.name}: {stage.what}")
         for name, value in stage.facts.items():
             if value is None:
                 continue
-            typer.echo(f"  {name.replace('_', ' ')}: {_plain(name, value)}")
+            say(f"  {name.replace('_', ' ')}: {_plain(name, value)}")
         for name, part in (("memory", stage.memory), ("disk", stage.disk)):
             if part:
-                typer.echo(f"  {name}: " + ", ".join(f"{what} {size(value)}" for what, value in part.items()))
+                say(f"  {name}: " + ", ".join(f"{what} {size(value)}" for what, value in part.items()))
     if plan.problems:
-        typer.echo("\nWhat will not work")
+        say("")
+        say("What will not work")
         for problem in plan.problems:
-            typer.echo(f"- {problem}")
-    typer.echo("\nAssumptions")
+            say(f"- {problem}")
+    say("")
+    say("Assumptions")
     for line in plan.assumptions:
-        typer.echo(f"- {line}")
+        say(f"- {line}")
 
 
 def _plain(name: str, value: object) -> str:

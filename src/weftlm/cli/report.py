@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, SetOption, print_json
+from weftlm.cli.options import JsonOption, SetOption, print_json, say
 from weftlm.errors import ConfigError
 from weftlm.pipeline.recipe import load_recipe
 
@@ -41,4 +41,4 @@ def run(
     if json:
         print_json({"report": str(path)})
     else:
-        typer.echo(str(path))
+        say(str(path))

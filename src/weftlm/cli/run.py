@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
+from weftlm.cli.options import (
+    DryRunOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    print_json,
+    print_table,
+    say,
+    say_lines,
+)
 from weftlm.cli.status import show_status
 from weftlm.pipeline.names import REPORT
 from weftlm.pipeline.project import Project, load_project
@@ -43,7 +52,7 @@ def run(
     if is_main_process():
         show_status(project, found, json)
         if not json and (project.run / REPORT).exists() and found[-1].state == "done":
-            typer.echo(f"report: {project.run / REPORT}")
+            say(f"report: {project.run / REPORT}")
 
 
 def _show_plan(project: Project, from_: str | None, until: str | None, json: bool) -> None:
@@ -52,7 +61,7 @@ def _show_plan(project: Project, from_: str | None, until: str | None, json: boo
         stages = [{**status.to_json(), "act": act} for status, act in planned]
         print_json({"recipe": project.resolved(), "stages": stages})
         return
-    typer.echo(project.to_yaml())
+    say_lines(project.to_yaml())
     print_table(
         f"{project.run}: what weftlm run would do",
         ["stage", "what", "now", "then", "why"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weftlm.cli.options import say
 from weftlm.config import validate
 from weftlm.errors import ConfigError, install_hint
 from weftlm.serving.serve_config import (
@@ -140,9 +141,9 @@ def run(
         address = address_of(listener)
 
         def ready() -> None:
-            typer.echo(f"serving {', '.join(names)} at {address}", err=True)
+            say(f"serving {', '.join(names)} at {address}", err=True)
             if json:
-                typer.echo(json_.dumps({"address": address, "models": names}))
+                say(json_.dumps({"address": address, "models": names}))
 
         Server(app, engines, config, ready).run(sockets=[listener])
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -50,6 +49,7 @@ from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
+from weftlm.progress import write_line
 from weftlm.training.runtime import choose_runtime
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -187,7 +187,7 @@ def train_experts(
     else:
         for number, name in enumerate(todo):
             if progress:
-                _tell(f"expert {number + 1} of {len(todo)}: {name}")
+                write_line(f"expert {number + 1} of {len(todo)}: {name}")
             make_one(shop, name, replace=replace)
     if group is not None:
         group.wait_for_everyone()
@@ -264,7 +264,7 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
     work = recipe.training_folder(name) / f"gate-{identity[:12]}"
     runtime = choose_runtime(config.training, parameters=count_parameters(shop.base.model))
     if progress:
-        _tell(f"gate of {name} on {found.name}")
+        write_line(f"gate of {name} on {found.name}")
     model: nn.Module = shop.base.model
     with _alone(work, name), unchanged(model):
         model.to(runtime.device)
@@ -548,7 +548,7 @@ def _make_some(resolved: Mapping[str, Any], names: Sequence[str], replace: bool,
         torch.cuda.set_device(slot % torch.cuda.device_count())
     shop = open_workshop(recipe, progress=False)
     for number, name in enumerate(names):
-        _tell(f"process {slot + 1}, expert {number + 1} of {len(names)}: {name}")
+        write_line(f"process {slot + 1}, expert {number + 1} of {len(names)}: {name}")
         make_one(shop, name, replace=replace)
 
 
@@ -567,8 +567,3 @@ def _worker_environment(workers: int) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

@@ -39,6 +39,7 @@ from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
 from weftlm.routing.router import build_router
 from weftlm.routing.uniform import UniformRouter
+from weftlm.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -294,23 +295,32 @@ def _export_adapters(
 
 
 def _how_to_load(output: Path, base: BaseReference, names: Sequence[str]) -> str:
-    at = "" if base.revision is None else f", revision={base.revision!r}"
-    others = "".join(f'model.load_adapter(f"{{folder}}/{name}", adapter_name={name!r})\n' for name in names[1:])
+    at = "" if base.revision is None else f", revision={base.revision!a}"
+    others = "".join(f"model.load_adapter(folder + {'/' + name!a}, adapter_name={name!a})\n" for name in names[1:])
     return (
-        f"# LoRA adapters over {base.name or 'a base without a name'}\n\n"
-        "One PEFT folder per expert:\n\n" + "".join(f"- `{name}`\n" for name in names) + "\n"
+        f"# LoRA adapters over {_code(base.name) if base.name else 'a base without a name'}\n\n"
+        "One PEFT folder per expert:\n\n" + "".join(f"- {_code(name)}\n" for name in names) + "\n"
         "```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f"folder = {str(output.resolve())!r}\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base.name!r}{at})\n"
-        f'model = PeftModel.from_pretrained(base, f"{{folder}}/{names[0]}", adapter_name={names[0]!r})\n'
+        f"folder = {str(output.resolve())!a}\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base.name!a}{at})\n"
+        f"model = PeftModel.from_pretrained(base, folder + {'/' + names[0]!a}, adapter_name={names[0]!a})\n"
         f"{others}"
-        f"model.set_adapter({names[-1]!r})\n"
+        f"model.set_adapter({names[-1]!a})\n"
         "```\n\n"
         "PEFT runs the adapter that is set, for all tokens. Choosing among them for every token takes weftlm: gates\n"
         "and routers are not part of PEFT's format and are not here.\n"
     )
+
+
+def _code(name: str) -> str:
+    """A name as a code span of Markdown, fenced by more backticks than it holds."""
+    fence = "`"
+    while fence in name:
+        fence += "`"
+    space = " " if "`" in name else ""
+    return f"{fence}{space}{printable(name)}{space}{fence}"
 
 
 # -- GGUF ---------------------------------------------------------------------------------------------------------

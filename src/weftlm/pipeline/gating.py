@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
-from weftlm.progress import weights_text
+from weftlm.progress import weights_text, write_line
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
@@ -393,8 +392,7 @@ class FitTable:
             f"opponent's gap {line.gap:.4f}  Z {line.z:.4f}  lambda {mixture}"
         )
         if self.enabled:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            write_line(text)
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from weftlm.pipeline.stage_records import (
     write_record,
 )
 from weftlm.pipeline.stages import Call, Stage, stages_of
+from weftlm.progress import write_line
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -274,5 +274,4 @@ def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> Non
 
 def _tell(text: str, shown: bool) -> None:
     if shown:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        write_line(text)

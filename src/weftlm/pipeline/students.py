@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +56,7 @@ from weftlm.pipeline.gating import (
 from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
+from weftlm.progress import write_line
 from weftlm.reporting.gating import ALL_RUN
 from weftlm.training.runtime import choose_runtime
 
@@ -190,8 +190,7 @@ class _Work:
     def tell(self, text: str) -> None:
         """A line on stderr."""
         if self.progress:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            write_line(text)
 
     def done(self) -> None:
         """Nothing is left to continue."""

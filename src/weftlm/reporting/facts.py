@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weftlm.progress import count_text
-from weftlm.reporting.html import DASH, Cell, clean, column_head, data, details, escape, table
+from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, table
 from weftlm.reporting.runs import flatten, mapping, number
 from weftlm.reporting.view import OPEN_ROWS, View
 
@@ -32,13 +32,9 @@ def recipe_facts(view: View) -> str:
     for run in view.runs:
         if run.recipe_text:
             name = f"Resolved recipe of {escape(run.label)}" if len(view.runs) > 1 else "Resolved recipe"
-            lines = "\n".join(clean(line) for line in run.recipe_text.strip("\n").splitlines())
-            text += details(name, f"<pre>{_escape_lines(lines)}</pre>")
+            lines = "\n".join(map(escape, run.recipe_text.strip("\n").split("\n")))
+            text += details(name, f"<pre>{lines}</pre>")
     return text
-
-
-def _escape_lines(text: str) -> str:
-    return "\n".join(escape(line) for line in text.split("\n"))
 
 
 def _left_head(names: Sequence[str]) -> str:

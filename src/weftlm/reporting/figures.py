@@ -27,12 +27,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from numpy.typing import NDArray
 
 from weftlm.progress import count_text
-from weftlm.reporting.html import clean, escape
+from weftlm.reporting.html import escape
+from weftlm.text import shorten
 
 WIDTH = 10.0
 """Figure width in inches; the page scales it to the text's width."""
 
-OTHER = "other"
+OTHER = "(all others)"
 
 LEGEND_COLUMNS = 6
 
@@ -165,15 +166,6 @@ def domain_lines(domains: Sequence[str]) -> dict[str, Line]:
 def paint(colour: str) -> str:
     """A colour of a chart as CSS, in both themes."""
     return f"light-dark({colour}, {_DARK[colour]})" if colour in _DARK else colour
-
-
-def shorten(text: str, limit: int = 26) -> str:
-    """At most `limit` characters, the middle left out; what no font can draw is replaced."""
-    text = clean(text)
-    if len(text) <= limit:
-        return text
-    head = (limit - 1) * 2 // 3
-    return text[:head] + "…" + text[len(text) - (limit - 1 - head) :]
 
 
 def thin(curve: Curve, points: int) -> Curve:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weftlm.errors import DataError
 from weftlm.files import write_whole
+from weftlm.text import printable
 
 DASH = "–"
 
@@ -30,17 +30,9 @@ class Cell:
     header: bool = False
 
 
-def clean(text: object) -> str:
-    """Text a page can hold: control characters and lone surrogates become U+FFFD, line breaks spaces."""
-    characters = (
-        " " if c in "\n\r\t" else "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in str(text)
-    )
-    return "".join(characters)
-
-
 def escape(text: object) -> str:
-    """Text as HTML, in an element or an attribute."""
-    return html.escape(clean(text), quote=True)
+    """Text as HTML, in an element or an attribute, on one line and with nothing hidden (`printable`)."""
+    return html.escape(printable(text), quote=True)
 
 
 def data(value: float, text: str) -> str:

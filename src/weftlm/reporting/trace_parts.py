@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from weftlm.reporting.figures import shorten
 from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, figure, table
 from weftlm.reporting.layout import page_file
 from weftlm.reporting.traces import (
@@ -32,6 +31,7 @@ from weftlm.reporting.traces import (
     trace_data,
     typical_tokens,
 )
+from weftlm.text import shorten
 
 STRIP_HEIGHT = 100
 TITLE_EXPERTS = 4

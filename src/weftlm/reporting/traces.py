@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from weftlm.errors import ConfigError, NumericsError
 from weftlm.routing.trace import MEAN, Trace, layer_of
+from weftlm.text import printable
 
 COLOURS = (
     "#23c6f7", "#e17174", "#eed059", "#c378c7", "#29a58b", "#f59d4f",
@@ -318,15 +319,15 @@ def trace_data(facts: TraceFacts, palette: Palette) -> dict[str, Any]:
             kind = "none"
     texts: dict[str, int] = {}
     parts = [
-        {"name": name, "layer": layers.index(layer), "row": texts.setdefault(packed(weights_TE), len(texts))}
+        {"name": printable(name), "layer": layers.index(layer), "row": texts.setdefault(packed(weights_TE), len(texts))}
         for name, layer, weights_TE in rows
     ]
     return {
-        "experts": list(facts.experts),
+        "experts": list(map(printable, facts.experts)),
         "classes": [palette.classes[name] for name in facts.experts],
         "groups": list(palette.groups),
         "tokens": list(facts.tokens),
-        "layers": list(facts.layer_names.values()),
+        "layers": list(map(printable, facts.layer_names.values())),
         "digits": packed_digits(len(facts.experts)),
         "scale": SCALE,
         "window": strip_window(len(facts.tokens)),

@@ -20,7 +20,6 @@ from weftlm.reporting.figures import (
     grouped_bars,
     inline_svg,
     run_lines,
-    shorten,
     small_multiples,
     spread,
     stacked_areas,
@@ -140,14 +139,6 @@ def test_thinning_keeps_means_and_gaps() -> None:
     assert np.isfinite(np.delete(thinned.y_N, np.arange(50, 60))).all()
     short = Curve("a", X, X)
     assert thin(short, 50) is short
-
-
-@pytest.mark.parametrize(
-    ("text", "short"),
-    [("abc", "abc"), ("abcdefghij", "abcdefghij"), ("abcdefghijklmno", "abcdef…mno")],
-)
-def test_long_names_lose_their_middle(text: str, short: str) -> None:
-    assert shorten(text, 10) == short
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.001, 0.2))

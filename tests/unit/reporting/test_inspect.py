@@ -311,7 +311,7 @@ def test_names_and_tokens_are_text_whatever_they_hold(tmp_path: Path) -> None:
     sites = tuple(f"model.layers.{i}.{HOSTILE[0]}" for i in range(4))
     trace = Trace(trace.tokens, trace.experts, sites, trace.weights_STE)
     page = page_of([(HOSTILE[0], trace, texts)], tmp_path, title=HOSTILE[2])
-    assert [tag for tag, _ in page.elements].count("script") == 2
+    assert [tag for tag, _ in page.elements].count("script") == 3
     assert not {tag for tag, _ in page.elements} & {"img", "b"}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert [text for _, text in page.tokens] == [*HOSTILE, "\ufffd", "\ufffd", "名前 🧵"]
@@ -330,8 +330,9 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert not {tag for tag, _ in page.elements} & {"link", "img", "iframe", "object", "embed", "base"}
     assert not any("src" in attributes or "href" in attributes for _, attributes in page.elements)
     policy = next(str(a["content"]) for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
-    digest = base64.b64encode(hashlib.sha256(page.scripts[-1].encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    own = (page.scripts[0], page.scripts[-1])
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in own)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}"
     assert [entry.name for entry in tmp_path.iterdir()] == ["t.html"]
 
 

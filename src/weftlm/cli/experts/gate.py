@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, say
 from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
 
 
@@ -41,9 +41,9 @@ def run(
         print_json(result)
         return
     gate, statistics = result["gate"], result["statistics"]
-    typer.echo(
+    say(
         f"{expert}: gate trained on {result['domain']}, {gate['steps']} steps, loss of a batch "
         f"{number(gate['first_loss'])} at first and {number(gate['last_loss'])} at last"
     )
     if statistics is not None:
-        typer.echo(f"statistics of {statistics['examples']:,} windows of {statistics['sequence_length']} tokens")
+        say(f"statistics of {statistics['examples']:,} windows of {statistics['sequence_length']} tokens")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, LibraryArgument, print_json
+from weftlm.cli.options import JsonOption, LibraryArgument, print_json, say
 
 
 def run(
@@ -53,4 +53,4 @@ def run(
         return
     for each in facts:
         ranks = ", ".join(map(str, each["ranks"]))  # type: ignore[call-overload]
-        typer.echo(f"{each['name']}: rank {ranks} on {each['modules']} modules of {each['base'] or 'an unnamed base'}")
+        say(f"{each['name']}: rank {ranks} on {each['modules']} modules of {each['base'] or 'an unnamed base'}")

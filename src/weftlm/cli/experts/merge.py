@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, LibraryArgument, numbers, print_json
+from weftlm.cli.options import JsonOption, LibraryArgument, numbers, print_json, say
 
 
 def run(
@@ -48,4 +48,4 @@ def run(
         return
     parts = ", ".join(f"{weight:g} {name}" for name, weight in facts["weights"].items())
     places = " and ".join(place for place in (facts["library"], facts["folder"]) if place is not None)
-    typer.echo(f"{facts['name']} = {parts}: rank {facts['rank']}, {facts['kept_norm']:.1%} of the norm; in {places}")
+    say(f"{facts['name']} = {parts}: rank {facts['rank']}, {facts['kept_norm']:.1%} of the norm; in {places}")

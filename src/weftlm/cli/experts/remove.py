@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, LibraryArgument, print_json
+from weftlm.cli.options import JsonOption, LibraryArgument, print_json, say
 
 
 def run(
@@ -24,4 +24,4 @@ def run(
     if json:
         print_json({"removed": names, "experts": left})
     else:
-        typer.echo(f"removed {', '.join(names)}; {len(left)} experts stay")
+        say(f"removed {', '.join(names)}; {len(left)} experts stay")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, LibraryArgument, number, print_json, print_table
+from weftlm.cli.options import JsonOption, LibraryArgument, number, print_json, print_table, say, say_lines
 
 
 def run(
@@ -30,10 +30,10 @@ def run(
         return
     if name is None:
         base = facts["base"]
-        typer.echo(f"{library}: {len(facts['experts'])} experts over {base['name']} (revision {base['revision']})")
-        typer.echo(f"base fingerprint: {base['fingerprint'] or 'not known'}")
-        typer.echo(f"fingerprint of the experts: {facts['fingerprint']}")
-        typer.echo(f"experts: {', '.join(facts['experts']) or 'none'}")
+        say(f"{library}: {len(facts['experts'])} experts over {base['name']} (revision {base['revision']})")
+        say(f"base fingerprint: {base['fingerprint'] or 'not known'}")
+        say(f"fingerprint of the experts: {facts['fingerprint']}")
+        say(f"experts: {', '.join(facts['experts']) or 'none'}")
         return
     rows = [
         [module, f"{each['rank']}", number(each["scale"]), number(each["update_norm"])]
@@ -41,4 +41,4 @@ def run(
     ]
     print_table(f"{facts['folder']}: {facts['parameters']:,} parameters", ["module", "rank", "scale", "norm"], rows)
     for part in ("gate", "statistics", "card"):
-        typer.echo(f"{part}: {'none' if facts[part] is None else json_.dumps(facts[part], indent=2)}")
+        say_lines(f"{part}: {'none' if facts[part] is None else json_.dumps(facts[part], indent=2)}")

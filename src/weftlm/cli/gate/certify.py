@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gate_plan, load_expert_recipe
 from weftlm.pipeline.names import CERTIFICATE, GATE_PAGE
 
@@ -69,10 +67,10 @@ def _print(found: Certificate, recipe: ExpertRecipe) -> None:
             for row in found.domains
         ],
     )
-    typer.echo(f"worst domain: {found.worst_domain}")
+    say(f"worst domain: {found.worst_domain}")
     for name, figure in figures.items():
-        typer.echo(f"{name}: {_meaning(figure)}")
-    typer.echo(f"page: {recipe.run / GATE_PAGE}")
+        say(f"{name}: {_meaning(figure)}")
+    say(f"page: {recipe.run / GATE_PAGE}")
 
 
 def _meaning(figure: Figure) -> str:

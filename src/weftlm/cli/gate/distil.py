@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
 from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe, student_plan
 from weftlm.pipeline.names import GATE_PAGE
 
@@ -58,5 +58,5 @@ def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
     )
     for name, row in result["rows"].items():
         if "model" in row:
-            typer.echo(f"{name}: {row['model']}")
-    typer.echo(f"page: {recipe.run / GATE_PAGE}")
+            say(f"{name}: {row['model']}")
+    say(f"page: {recipe.run / GATE_PAGE}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gate_plan, load_expert_recipe
 
 
@@ -43,7 +41,7 @@ def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
         rows,
     )
     low, high = result["z_ci"]
-    typer.echo(f"worst case: {number(result['worst'])} nats/{result['unit']}; worst domain: {result['worst_domain']}")
-    typer.echo(f"gap: {number(result['gap'])} ({result['gap_kind']})")
-    typer.echo(f"Z: {number(result['z'])}, 95 % from {number(low)} to {number(high)} ({result['z_source']})")
-    typer.echo("measured on the sequences of the fit; weftlm gate certify measures on held-out ones")
+    say(f"worst case: {number(result['worst'])} nats/{result['unit']}; worst domain: {result['worst_domain']}")
+    say(f"gap: {number(result['gap'])} ({result['gap_kind']})")
+    say(f"Z: {number(result['z'])}, 95 % from {number(low)} to {number(high)} ({result['z_source']})")
+    say("measured on the sequences of the fit; weftlm gate certify measures on held-out ones")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from weftlm.cli.options import JsonOption, LibraryArgument, names_of, print_json
+from weftlm.cli.options import JsonOption, LibraryArgument, names_of, print_json, say
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
 from weftlm.routing.config import router_config
@@ -63,5 +63,5 @@ def run(
         print_json(facts)
         return
     options = ", ".join(f"{key} {value}" for key, value in facts["router"].items() if key != "router")
-    typer.echo(f"{facts['output']}: {facts['router']['router']} ({options}) over {facts['base']}")
-    typer.echo(f"{len(facts['experts'])} experts on {facts['modules']} modules: {', '.join(facts['experts'])}")
+    say(f"{facts['output']}: {facts['router']['router']} ({options}) over {facts['base']}")
+    say(f"{len(facts['experts'])} experts on {facts['modules']} modules: {', '.join(facts['experts'])}")

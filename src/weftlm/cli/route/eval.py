@@ -18,6 +18,7 @@ from weftlm.cli.options import (
     names_of,
     print_json,
     print_table,
+    say,
     with_error,
 )
 from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
@@ -104,10 +105,10 @@ def _print(found: RouteEvaluation, title: str) -> None:
         print_table(f"{title}: bits per byte", ["", *shown], rows)
     _print_tasks(found, title)
     for note in found.notes:
-        typer.echo(f"note: {note}")
+        say(f"note: {note}")
     if found.best_single is not None:
-        typer.echo(f"best single: {found.best_single}")
-        typer.echo("oracle: " + ", ".join(f"{expert} on {name}" for name, expert in found.oracle.items()))
+        say(f"best single: {found.best_single}")
+        say("oracle: " + ", ".join(f"{expert} on {name}" for name, expert in found.oracle.items()))
 
 
 def _print_tasks(found: RouteEvaluation, title: str) -> None:

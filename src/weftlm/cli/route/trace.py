@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, number, print_json, print_table
+from weftlm.cli.options import JsonOption, number, print_json, print_table, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def run(
         return
     _print(traced, folder, top)
     if html is not None:
-        typer.echo(f"page: {html}")
+        say(f"page: {html}")
 
 
 def _print(traced: TracedText, folder: Path, top: int) -> None:
