@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -40,8 +41,8 @@ _DECIDING = re.compile(r"(.*/)?((adapter_|generation_)?config\.json|[^/]*\.(safe
 _LEFT = re.compile(r"\..+\.(?P<pid>\d+)@(?P<host>.+)\.(writing|removing)")
 _FORGOTTEN_S = 24 * 3600
 """Age at which what another machine was writing counts as left over."""
-_held: set[Path] = set()
-"""Locks of this process."""
+_held: set[tuple[Path, int]] = set()
+"""Locks of this process, and the thread that holds each."""
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
         path: of the file.
         sync: force it to disk before it takes its place.
     """
-    temporary = _beside(path, "writing")
+    temporary = hidden(path, "writing")
     try:
         yield temporary
         if sync:
@@ -89,14 +90,14 @@ def whole_folder(folder: Path, what: str, *, replace: bool = False) -> Iterator[
     if not replace:
         refuse_full(folder, what)
     sweep(folder.parent)
-    making = _beside(folder, "writing")
+    making = hidden(folder, "writing")
     _erase(making)
     with room(folder):
         making.mkdir(parents=True)
         try:
             yield making
             seal(making)
-            leaving = _beside(folder, "removing")
+            leaving = hidden(folder, "removing")
             if folder.exists():
                 folder.rename(leaving)
             making.rename(folder)
@@ -152,7 +153,7 @@ def no_room(folder: Path, needed: int | None = None) -> str:
     free = f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free"
     wanted = free if needed is None else f"{needed / 1e6:,.1f} MB needed, {free}"
     return (
-        f"cannot write {folder}: its disk is full, or a quota or limit is reached ({wanted}); what was finished before "
+        f"cannot write {folder}: the disk is full, or a quota or limit is reached ({wanted}); what was finished before "
         "is kept: make room and run the same command again"
     )
 
@@ -163,7 +164,7 @@ def no_room(folder: Path, needed: int | None = None) -> str:
 def remove(path: Path) -> None:
     """Remove a file or a folder; a folder loses its name before its files go, so that no half of it is ever seen."""
     if path.is_dir() and not path.is_symlink():
-        leaving = _beside(path, "removing")
+        leaving = hidden(path, "removing")
         _erase(leaving)
         path.rename(leaving)
         _erase(leaving)
@@ -203,7 +204,8 @@ def _erase(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _beside(path: Path, what: str) -> Path:
+def hidden(path: Path, what: str) -> Path:
+    """The name beside a path under which this process writes or removes it; `sweep` knows it."""
     return path.with_name(f".{path.name}.{os.getpid()}@{_host()}.{what}")
 
 
@@ -220,25 +222,27 @@ def hold(
     refusal: Callable[[str], WeftError],
     *,
     shared: bool = False,
+    again: bool = False,
     patience_s: float = 0.0,
     waiting: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """Hold a lock against other processes, and sweep its folder; free again however this process ends.
 
-    What this process holds already it may hold again. The file names its holder, for messages.
+    The file names its holder, for messages.
 
     Args:
         lock: the file; its folder is made.
         refusal: the error, given a description of the process that holds it.
         shared: beside others that hold it shared.
+        again: pass where this thread holds it already.
         patience_s: how long to wait for it.
         waiting: called once, with the same description, where it is not free at once.
     Raises:
         WeftError: `refusal`'s.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    place = lock.resolve()
-    if place in _held:
+    place = (lock.resolve(), threading.get_ident())
+    if again and place in _held:
         yield
         return
     with lock.open("a+", encoding="utf-8") as file:
@@ -268,6 +272,8 @@ def hold(
 
 def is_held(lock: Path) -> bool:
     """Whether another process holds a lock."""
+    if any(place == lock.resolve() for place, _ in _held):
+        return False
     try:
         with lock.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -399,12 +405,27 @@ def check_sealed(folder: Path, cure: str) -> None:
     if stated.get("format") != _SEAL_FORMAT or not isinstance(listed, dict):
         raise DataError(f"{folder / SEAL} is of another format than {_SEAL_FORMAT!r}; {cure}")
     found = set(_files(folder))
-    missing, added = listed.keys() - found, {name for name in found - listed.keys() if _DECIDING.fullmatch(name)}
-    for names, what in ((missing, "is missing"), (added, "was added")):
-        if names:
-            raise DataError(f"{folder / min(names)} {what} since {folder} was finished; {cure}")
+    added = {name for name in found - listed.keys() if _DECIDING.fullmatch(name)}
+    if added:
+        raise DataError(f"{folder / min(added)} was added since {folder} was finished; {cure}")
+    check_listed(folder, listed, cure)
+
+
+def check_listed(folder: Path, listed: Mapping[str, Mapping[str, Any]], cure: str) -> None:
+    """Compare files with what `describe` said of them.
+
+    Args:
+        folder: of the files.
+        listed: size and digest by path in the folder.
+        cure: what to do about a damaged one, for the message.
+    Raises:
+        DataError: a file is missing, cut short or altered; the message names it.
+    """
     for name, facts in listed.items():
-        size = (folder / name).stat().st_size
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            raise DataError(f"{folder / name} is missing since {folder} was finished; {cure}") from None
         if size != facts["bytes"]:
             raise DataError(f"{folder / name} has {size} bytes, {facts['bytes']} when it was written; {cure}")
     for name, facts in _described(folder, list(listed)).items():

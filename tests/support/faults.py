@@ -5,10 +5,15 @@ from __future__ import annotations
 import builtins
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from weftlm.errors import CheckpointError
+from weftlm.files import hold
+from weftlm.interrupt import Stopped, handled
 
 _CHANGES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "link", "truncate")
 
@@ -34,6 +39,48 @@ class Countdown:
         self.left -= 1
         if self.dead:
             raise Killed
+
+
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def host() -> str:
+    """This machine, as hidden names have it."""
+    return "".join(each if each.isalnum() or each == "-" else "-" for each in os.uname().nodename)
+
+
+@contextmanager
+def held_by_another(lock: Path, *, shared: bool = False) -> Iterator[int]:
+    """Let another process hold a lock; gives its number."""
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with hold(lock, CheckpointError, shared=shared):
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        yield child
+    finally:
+        os.write(go[1], b"x")
+        os.waitpid(child, 0)
+
+
+def stopped(call: Callable[[], object]) -> Stopped:
+    """How a call ends that is asked to stop."""
+    try:
+        with handled():
+            call()
+    except Stopped as found:
+        return found
+    raise AssertionError("it went on")
 
 
 @contextmanager

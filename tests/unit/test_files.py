@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.faults import Killed, killing
+from support.faults import Killed, dead_process, held_by_another, host, killing
 
 from weftlm.errors import CheckpointError, DataError
 from weftlm.files import (
@@ -33,15 +33,6 @@ def folder_at(place: Path) -> Path:
     (place / "a.bin").write_bytes(bytes(range(200)))
     (place / "inner" / "b.json").write_text('{"x": 1}')
     return place
-
-
-def dead_process() -> int:
-    """The number of a process that has ended."""
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
 
 
 def names(folder: Path) -> set[str]:
@@ -79,11 +70,10 @@ def test_a_new_folder_is_whole_or_not_there_at_every_step(tmp_path: Path, step: 
 
 
 def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    host = "".join(each if each.isalnum() or each == "-" else "-" for each in os.uname().nodename)
     dead = dead_process()
-    for name in (f".model.{dead}@{host}.writing", f".data.{dead}@{host}.removing"):
+    for name in (f".model.{dead}@{host()}.writing", f".data.{dead}@{host()}.removing"):
         folder_at(tmp_path / name)
-    kept = {f".model.{os.getppid()}@{host}.writing", f".model.{dead}@elsewhere.writing", ".hidden", "model"}
+    kept = {f".model.{os.getppid()}@{host()}.writing", f".model.{dead}@elsewhere.writing", ".hidden", "model"}
     for name in kept:
         folder_at(tmp_path / name)
     sweep(tmp_path)
@@ -136,42 +126,24 @@ def test_every_altered_byte_of_an_object_is_noticed_or_changes_nothing(tmp_path:
         assert {key: found[key] for key in value} == value
 
 
-def test_a_lock_names_its_holder_and_is_free_after_a_kill(tmp_path: Path) -> None:
+def test_a_lock_names_its_holder_and_is_free_after_its_death(tmp_path: Path) -> None:
     lock = tmp_path / "run" / ".lock"
-    ready, go = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        with hold(lock, CheckpointError):
-            os.write(ready[1], b"x")
-            os.read(go[0], 1)
-            os._exit(1)
-    os.read(ready[0], 1)
-    assert is_held(lock)
-    with pytest.raises(CheckpointError, match=rf"another process \({child} on "), hold(lock, CheckpointError):
-        pass
-    os.write(go[1], b"x")
-    os.waitpid(child, 0)
-    with hold(lock, CheckpointError), hold(lock, CheckpointError):
+    with held_by_another(lock) as process:
+        assert is_held(lock)
+        with pytest.raises(CheckpointError, match=rf"another process \({process} on "), hold(lock, CheckpointError):
+            pass
+    with hold(lock, CheckpointError), hold(lock, CheckpointError, again=True):
         assert not is_held(tmp_path / "run" / "other")
     assert not is_held(lock)
 
 
 def test_shared_holders_exclude_whole_ones_alone(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
-    ready, go = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
+    with held_by_another(lock, shared=True):
         with hold(lock, CheckpointError, shared=True):
-            os.write(ready[1], b"x")
-            os.read(go[0], 1)
-            os._exit(0)
-    os.read(ready[0], 1)
-    with hold(lock, CheckpointError, shared=True):
-        pass
-    with pytest.raises(CheckpointError), hold(lock, CheckpointError):
-        pass
-    os.write(go[1], b"x")
-    os.waitpid(child, 0)
+            pass
+        with pytest.raises(CheckpointError), hold(lock, CheckpointError):
+            pass
 
 
 @pytest.mark.parametrize(

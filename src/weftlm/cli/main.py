@@ -17,7 +17,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from weftlm import __version__
+from weftlm import __version__, interrupt
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, WeftError, reason
 from weftlm.text import printable, printable_lines
@@ -132,7 +132,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no name is worth a crash at the end of a run
     try:
-        app(args=arguments)
+        with interrupt.handled():
+            app(args=arguments)
+    except interrupt.Stopped as stopped:
+        typer.echo(interrupt.how_to_go_on(stopped), err=True)
+        sys.exit(stopped.code)
     except (WeftError, OSError) as error:
         typer.echo("\n  ".join(printable_lines(f"weftlm: {_said(error)}").split("\n")), err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

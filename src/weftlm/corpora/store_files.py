@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weftlm.errors import DataError
-from weftlm.files import write_whole
+from weftlm.files import remove, write_whole
 
 FORMAT = "weftlm token store 1"
 INDEX = "index.json"
@@ -294,7 +294,7 @@ class PartialFolder:
         (self.path / "lock").unlink()
         sync_file(self.path)
         if self.overwrite and self.final.exists():
-            shutil.rmtree(self.final)
+            remove(self.final)
         os.rename(self.path, self.final)
         sync_file(self.final.parent)
         os.close(self._lock)
@@ -313,7 +313,7 @@ class PartialFolder:
         if self.closed:
             return
         if not (keep and (self.path / JOURNAL).exists()):
-            shutil.rmtree(self.path)
+            remove(self.path)
         os.close(self._lock)
         self.closed = True
 

@@ -15,7 +15,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weftlm import interrupt
 from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.structural import Weighted
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -215,14 +218,17 @@ def distil_dense(
     total, every = config.training.total_steps, config.evaluate_every_steps
     if run.step == 0:
         run.measure(None, on_progress)
-    while run.step < total:
-        follow_load()
-        loss = run.advance(checkpoints)
-        last = run.step == total
-        if last or (every and run.step % every == 0):
-            run.measure(loss, on_progress)
-        if checkpoints is not None and (last or run.step % config.training.save_every_steps == 0):
-            run.save(checkpoints, identity)
+    with interrupt.safe_points() if checkpoints is not None else nullcontext():
+        while run.step < total:
+            follow_load()
+            loss = run.advance(checkpoints)
+            last = run.step == total
+            if last or (every and run.step % every == 0):
+                run.measure(loss, on_progress)
+            if checkpoints is not None and (last or run.step % config.training.save_every_steps == 0):
+                run.save(checkpoints, identity)
+            if checkpoints is not None:
+                interrupt.point(partial(run.save, checkpoints, identity))
     return run.result()
 
 

@@ -94,13 +94,14 @@ def distil_sparse(
     state: DistilState | None = None,
     until: int | None = None,
     on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
+    on_stop: Callable[[DistilState], None] | None = None,
 ) -> DistilResult:
     """Train a student further with only its m best experts per token.
 
     Args:
         gate: the teacher.
         student: a "prefix" gate, as `distil_structural` gave it.
-        samples, held_out, real, lam, config, state, until, on_progress: as in `distil_structural`.
+        samples, held_out, real, lam, config, state, until, on_progress, on_stop: as in `distil_structural`.
         experts_per_token: m. With all of them, training is that of `distil_structural`.
     Returns:
         The result; its gate carries m in its configuration (`top`) and can be saved and driven like any other.
@@ -115,7 +116,7 @@ def distil_sparse(
     start = with_top(student, experts_per_token)
     return distil_structural(
         gate, samples, student=start, held_out=held_out, real=real, lam=lam, config=config, objective=log_sparse,
-        state=state, until=until, on_progress=on_progress,
+        state=state, until=until, on_progress=on_progress, on_stop=on_stop,
     )  # fmt: skip
 
 

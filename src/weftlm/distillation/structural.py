@@ -14,7 +14,9 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weftlm import interrupt
 from weftlm.distillation.config import DistilConfig, Weighting
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.arrays import simplex_vector
@@ -294,6 +297,7 @@ def distil_structural(
     state: DistilState | None = None,
     until: int | None = None,
     on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
+    on_stop: Callable[[DistilState], None] | None = None,
 ) -> DistilResult:
     """Fit a causal gate to the model of a gate.
 
@@ -317,6 +321,7 @@ def distil_structural(
         state: continue from here; gate, data and config must be those of the interrupted distillation.
         until: stop after so many steps in all, to continue later from `result.state`.
         on_progress: called with each measurement and the state to continue from.
+        on_stop: called with that state where the process is asked to stop, which it then does.
     Raises:
         ConfigError: shapes or numbers of experts differ, the student is not causal, tokens or real text are missing.
         DataError: too few samples to hold some out.
@@ -356,11 +361,14 @@ def distil_structural(
         raise ConfigError(f"the student is over {state.student.experts} experts; the gate over {gate.experts}")
     draw = _Draw(train, texts, lam_D, config, state.student)
     end = config.steps if until is None else min(until, config.steps)
-    while state.step < end and not state.finished and state.student.learned:
-        follow_load()
-        state = _step(state, draw, objective)
-        if state.step % config.evaluate_every_steps == 0 or state.step == config.steps:
-            state = measure(state)
+    with interrupt.safe_points() if on_stop is not None else nullcontext():
+        while state.step < end and not state.finished and state.student.learned:
+            follow_load()
+            state = _step(state, draw, objective)
+            if state.step % config.evaluate_every_steps == 0 or state.step == config.steps:
+                state = measure(state)
+            if on_stop is not None:
+                interrupt.point(partial(on_stop, state))
     kept = state.student.to("cpu", torch.float64).replaced(_wide(state.best))
     kl, error = _kl(train, kept)
     held_kl, held_error = _kl(test, kept)

@@ -16,14 +16,13 @@ that the manifest lists are never touched; `ExpertLibrary.path` tells where an e
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -48,6 +47,7 @@ from weftlm.experts.companions import (
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name
 from weftlm.experts.files import describe, explained_writing, parse_json, sync_folder, to_json, write_file
 from weftlm.experts.lora import CONFIG, WEIGHTS, lora_files, parse_lora, read_lora
+from weftlm.files import hold, remove
 
 log = logging.getLogger(__name__)
 
@@ -419,16 +419,12 @@ class ExpertLibrary:
         with explained_writing(what, self.folder):
             if make:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with hold(self.folder / _LOCK, ExpertError, patience_s=math.inf):
                 self._clean()
                 try:
                     yield
                 finally:
                     self._clean()
-            finally:
-                os.close(lock)
 
     def _clean(self) -> None:
         """Remove temporary files and marked folders that no entry points to; for the holder of the lock."""
@@ -436,12 +432,12 @@ class ExpertLibrary:
         listed = {entry.get("folder") for entry in entries.values() if isinstance(entry, dict)}
         for path in self.folder.iterdir():
             if path.name.startswith(_WRITING):
-                _delete(path)
+                remove(path)
             elif (path / _UNLISTED).exists() and not path.is_symlink():
                 if path.name in listed:
                     (path / _UNLISTED).unlink()
                 else:
-                    _delete(path)
+                    remove(path)
 
 
 def check_name(name: str) -> None:
@@ -555,10 +551,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         write_file(target, source.read_bytes())
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

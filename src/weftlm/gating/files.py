@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from weftlm.errors import CheckpointError
-from weftlm.files import whole
+from weftlm.files import checksum, room, whole
 
-_KEY = "weftlm"
+_KEY, _DIGEST = "weftlm", "digest"
 
 
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -24,22 +26,22 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
         CheckpointError: the disk is full or not writable.
     """
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    data = save(plain, metadata={_KEY: json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False)})
+    said = json.loads(json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False))
+    data = save(plain, metadata={_KEY: json.dumps({**said, _DIGEST: _digest(plain, said)})})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path, sync=True) as temporary:
-            temporary.write_bytes(data)
+        with room(path.parent, len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path, sync=True) as temporary:
+                temporary.write_bytes(data)
     except OSError as error:
-        raise CheckpointError(
-            f"{kind} cannot be written to {path}: {error.strerror or error}; see that there is space and permission"
-        ) from error
+        raise CheckpointError(f"{kind} cannot be written to {path}: {error.strerror or error}") from error
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote.
 
     Raises:
-        CheckpointError: the file is missing, torn, or holds something else.
+        CheckpointError: the file is missing, torn or altered, or holds something else.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -50,4 +52,16 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     found = (facts.get("kind"), facts.get("format")) if isinstance(facts, dict) else (None, None)
     if found != (kind, 1):
         raise CheckpointError(f"{path} holds {found[0] or 'something else'} in format {found[1]}; expected {kind} in 1")
+    stated = facts.pop(_DIGEST, None)
+    if stated is not None and stated != _digest(tensors, facts):
+        raise CheckpointError(f"{path} was altered since it was written (its digest differs)")
     return tensors, facts
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """BLAKE2b-128 of facts and tensors, by name."""
+    digest = hashlib.blake2b(checksum(facts).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weftlm import interrupt
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
@@ -221,6 +224,7 @@ def fit_robust_gate(
     state: FitState | None = None,
     until: int | None = None,
     on_progress: Callable[[Progress, FitState], None] | None = None,
+    on_stop: Callable[[FitState], None] | None = None,
 ) -> FitResult:
     """Fit the gate that is best against the worst mixture of domains.
 
@@ -242,6 +246,7 @@ def fit_robust_gate(
         state: continue from here; data, gate and config must be those of the interrupted fit.
         until: stop after so many steps in all, to continue later from `result.state`.
         on_progress: called with each line of the history and the state to continue from.
+        on_stop: called with that state where the process is asked to stop, which it then does.
     Returns:
         The averaged gate and what it is worth.
     Raises:
@@ -263,14 +268,17 @@ def fit_robust_gate(
     draw = _Draw(problem, state.gate, config)
     end = config.steps if until is None else min(until, config.steps)
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
-    while state.step < end:
-        follow_load()
-        state = _step(state, draw(state.step), problem, averaging_from, draw.base_D)
-        if state.step % config.report_every_steps == 0 or state.step == config.steps:
-            line = _progress(state, problem)
-            state = dataclasses.replace(state, history=(*state.history, line))
-            if on_progress is not None:
-                on_progress(line, state)
+    with interrupt.safe_points() if on_stop is not None else nullcontext():
+        while state.step < end:
+            follow_load()
+            state = _step(state, draw(state.step), problem, averaging_from, draw.base_D)
+            if state.step % config.report_every_steps == 0 or state.step == config.steps:
+                line = _progress(state, problem)
+                state = dataclasses.replace(state, history=(*state.history, line))
+                if on_progress is not None:
+                    on_progress(line, state)
+            if on_stop is not None:
+                interrupt.point(partial(on_stop, state))
     return _result(state, problem, held_out)
 
 

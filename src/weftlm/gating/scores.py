@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +34,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weftlm import interrupt
 from weftlm.corpora.source import Source
-from weftlm.corpora.store_files import checksum, file_digest, make_folder, sync_file, write_json
+from weftlm.corpora.store_files import make_folder, sync_file
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.fan_out import Task, cluster, fan_out, keep, new_key
-from weftlm.files import read_object
+from weftlm.files import check_listed, checksum, describe, hold, read_object, remove, room, write_object
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool, Rows
 from weftlm.gating.features import sequence_features
@@ -52,7 +50,7 @@ from weftlm.gating.slots import SlotStore
 from weftlm.progress import progress
 from weftlm.threads import follow_load
 
-FORMAT = "weftlm score cache 1"
+FORMAT = "weftlm score cache 2"
 INDEX, PLAN, SHARDS = "index.json", "plan.json", "shards"
 PARTS = ("logp", "tokens", "lengths", "clusters")
 
@@ -165,18 +163,17 @@ class ScoreCache:
     expert_fingerprints: dict[str, str]
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = False) -> ScoreCache:
-        """Open a finished cache.
+    def open(cls, folder: str | Path) -> ScoreCache:
+        """Open a finished cache; every file is read and compared with its digest, about a second per gigabyte.
 
         Args:
             folder: where it lies.
-            verify: read every file and check its digest; otherwise sizes only.
         Raises:
             DataError: there is none, it is not finished, or a file is missing or altered.
         """
         folder = Path(folder)
         index = _read_index(folder)
-        _check_files(folder, index, verify)
+        _check_files(folder, index)
         sets: dict[Role, dict[str, ScoredText]] = {"domain": {}, "sample": {}}
         for entry in index["sets"]:
             stem = entry["stem"]
@@ -268,6 +265,9 @@ def score(
     plan = _make_plan(pool.fingerprints(), pool, domains, config, eos_id, _bf16(config, pool.device))
     work = _Work(Path(folder), plan, overwrite)
     if work.finished:
+        if work.rank == 0:
+            with _alone(work.folder):
+                work.tidy()
         return ScoreCache.open(folder)
     with work.held():
         own = [task for task in work.tasks if task.number % work.world == work.rank]
@@ -276,8 +276,10 @@ def score(
             "score", sum(task.count for task in own), unit="sequences", enabled=show and work.rank == 0
         ) as counter:
             counter.advance(sum(task.count for task in own) - sum(task.count for task in left))
-            for task in left:
-                work.write(task, score_shard(pool, task, config.batch_size, plan.bf16, counter.advance))
+            with interrupt.safe_points():
+                for task in left:
+                    work.write(task, score_shard(pool, task, config.batch_size, plan.bf16, counter.advance))
+                    interrupt.point()
         work.barrier()
         if work.rank == 0:
             work.finish(config)
@@ -749,7 +751,8 @@ class _Work:
                     raise DataError(f"another process has just finished the scores in {self.folder}; run again")
                 make_folder(self.folder / SHARDS)
                 facts = {"plan": self.plan.facts, "shard_sequences": self.plan.shard_sequences}
-                write_json(self.folder / PLAN, facts, sync=True)
+                write_object(self.folder / PLAN, facts, sync=True)
+                interrupt.done_with("--overwrite")
             self.barrier()
             yield
 
@@ -783,15 +786,14 @@ class _Work:
             shard = Shard(*(tensors[name].numpy() for name in ("logp_NTE", "tokens_NT1", "lengths_N")))
         except KeyError as error:
             raise CheckpointError(f"{self.path(task)} lacks {error}") from error
-        digest = _digest(shard.logp_NTE, shard.tokens_NT1, shard.lengths_N)
-        if facts.get("fingerprint") != self.plan.fingerprint or facts.get("digest") != digest:
-            raise CheckpointError(f"{self.path(task)} does not hold what its own header says")
+        if facts.get("fingerprint") != self.plan.fingerprint:
+            raise CheckpointError(f"{self.path(task)} is of other scores")
         return shard
 
     def write(self, task: ShardTask, shard: Shard) -> None:
         """Put a shard on disk, whole or not at all."""
         arrays = {"logp_NTE": shard.logp_NTE, "tokens_NT1": shard.tokens_NT1, "lengths_N": shard.lengths_N}
-        facts = {"fingerprint": self.plan.fingerprint, "digest": _digest(*arrays.values())}
+        facts = {"fingerprint": self.plan.fingerprint}
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         write_tensors(self.path(task), "scores", tensors, facts)
 
@@ -807,7 +809,7 @@ class _Work:
             sets.append({"stem": stem, "role": text.role, "name": text.name, "sequences": len(text.lengths_N)})
             for part in PARTS:
                 path = self.folder / f"{stem}.{part}.npy"
-                files[path.name] = {"size": path.stat().st_size, "blake2b": file_digest(path)}
+                files[path.name] = describe(path)
         index = {
             "format": FORMAT,
             "fingerprint": self.plan.fingerprint,
@@ -816,9 +818,13 @@ class _Work:
             "sets": sets,
             "files": files,
         }
-        write_json(self.folder / INDEX, {**index, "checksum": checksum(index)}, sync=True)
+        write_object(self.folder / INDEX, index, sync=True)
         sync_file(self.folder)
-        shutil.rmtree(self.folder / SHARDS)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what is not needed once the index is there."""
+        remove(self.folder / SHARDS)
         (self.folder / PLAN).unlink(missing_ok=True)
 
     def _join(self, stem: str, text: _Texts, tasks: Sequence[ShardTask]) -> None:
@@ -829,27 +835,23 @@ class _Work:
             "lengths": ((count,), np.int32),
             "clusters": ((count,), np.int64),
         }
-        try:
-            arrays = {
-                part: np.lib.format.open_memmap(
-                    self.folder / f"{stem}.{part}.npy", mode="w+", dtype=np.dtype(kind), shape=shape
-                )
-                for part, (shape, kind) in shapes.items()
-            }
-            arrays["clusters"][:] = text.clusters_N
+        files, needed = {}, 0
+        for part, (shape, kind) in shapes.items():
+            files[part] = self.folder / f"{stem}.{part}.npy"
+            needed += int(np.prod(shape)) * np.dtype(kind).itemsize
+        with room(self.folder, needed), contextlib.ExitStack() as stack:
+            opened = {part: stack.enter_context(path.open("wb")) for part, path in files.items()}
+            for part, (shape, kind) in shapes.items():
+                header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(opened[part], header)
+            opened["clusters"].write(text.clusters_N.tobytes())
             for task in tasks:
                 shard = self.read(task)
-                rows = slice(task.first, task.first + task.count)
-                arrays["logp"][rows] = shard.logp_NTE
-                arrays["tokens"][rows] = shard.tokens_NT1
-                arrays["lengths"][rows] = shard.lengths_N
-            for array in arrays.values():
-                array.flush()
-        except OSError as error:
-            raise DataError(
-                f"cannot write {self.folder}: {error.strerror or error}; free some space and run again: the shards "
-                "scored so far are kept"
-            ) from error
+                opened["logp"].write(shard.logp_NTE.tobytes())
+                opened["tokens"].write(shard.tokens_NT1.tobytes())
+                opened["lengths"].write(shard.lengths_N.tobytes())
+        for path in files.values():
+            sync_file(path)
 
 
 @contextlib.contextmanager
@@ -859,24 +861,19 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         DataError: one is at work there.
     """
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"another process is scoring into {folder}; wait for it to end, or choose another folder"
-            ) from error
+
+    def refusal(who: str) -> DataError:
+        return DataError(f"{who} is scoring into {folder}; wait for it to end, or choose another folder")
+
+    with hold(folder / ".lock", refusal):
         yield
-    finally:
-        os.close(lock)
 
 
 def _clear(folder: Path) -> None:
     """Remove what a cache is made of, and nothing else."""
     for name in (INDEX, PLAN):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    remove(folder / SHARDS)
     for role in ("domain", "sample"):
         for path in folder.glob(f"{role}-[0-9][0-9][0-9].*.npy"):
             path.unlink()
@@ -889,19 +886,13 @@ def _read_index(folder: Path) -> dict[str, Any]:
             done = len(list((folder / SHARDS).glob("[0-9]*.safetensors")))
             raise DataError(f"the score cache in {folder} is not finished ({done} shards so far); score it on")
         raise DataError(f"{folder} holds no score cache; make one with score (weftlm score)")
-    body = {key: value for key, value in index.items() if key != "checksum"}
-    if index.get("format") != FORMAT or index.get("checksum") != checksum(body):
-        raise DataError(f"{folder / INDEX} is altered or of another format than {FORMAT!r}; {_REMEDY}")
+    if index.get("format") != FORMAT:
+        raise DataError(f"{folder / INDEX} is of another format than {FORMAT!r}; {_REMEDY}")
     return index
 
 
-def _check_files(folder: Path, index: Mapping[str, Any], verify: bool) -> None:
-    for name, facts in index["files"].items():
-        path = folder / name
-        if not path.exists() or path.stat().st_size != facts["size"]:
-            raise DataError(f"{path} is missing or cut short; {_REMEDY}")
-        if verify and file_digest(path) != facts["blake2b"]:
-            raise DataError(f"{path} is altered: its digest differs from the index's; {_REMEDY}")
+def _check_files(folder: Path, index: Mapping[str, Any]) -> None:
+    check_listed(folder, index["files"], _REMEDY)
 
 
 def _refuse_stale(folder: Path, found: Any, wanted: Mapping[str, Any]) -> None:

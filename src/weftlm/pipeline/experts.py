@@ -7,12 +7,8 @@ worker that takes over from one that died goes on from its last checkpoint, or f
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
-import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +23,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from weftlm import interrupt
 from weftlm.config import did_you_mean, validate
 from weftlm.corpora.examples import examples_of
 from weftlm.domains.domain import Domain
@@ -41,13 +38,14 @@ from weftlm.experts.lora import check_fits
 from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key
-from weftlm.files import write_whole
+from weftlm.files import hold, read_object, remove, write_object
 from weftlm.models.factory import count_parameters
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.stage_records import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.progress import write_line
 from weftlm.training.runtime import choose_runtime
@@ -170,9 +168,24 @@ def train_experts(
     if ray and processes > 1:
         raise ConfigError(f"processes is {processes} and Ray is asked for, which makes its own; give one of the two")
     group = process_group(recipe)
-    first = group is None or group.is_main_process
+    first = bool(group is None or group.is_main_process)
+    with alone(recipe.run, shared=True) if first else nullcontext():
+        return _train_experts(recipe, group, only, replace, processes, ray, gpus, progress and first)
+
+
+def _train_experts(
+    recipe: ExpertRecipe,
+    group: PartialState | None,
+    only: Sequence[str] | None,
+    replace: bool,
+    processes: int,
+    ray: bool,
+    gpus: float,
+    progress: bool,
+) -> dict[str, Any]:
+    """`train_experts` in a run folder that is held."""
     with nullcontext() if group is None else group.main_process_first():
-        shop = open_workshop(recipe, progress=progress and first)
+        shop = open_workshop(recipe, progress=progress)
     names = _chosen(shop, only)
     kept = {name for name in names if _standing(shop, name, replace=replace)}
     _check_lengths(shop, [name for name in names if name not in kept])
@@ -250,8 +263,13 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
         DataError: the expert was made from other text of that domain; naming the domain says that this is meant.
         ExpertError: there is no such expert, or it does not fit the base.
     """
-    shop = open_workshop(recipe, progress=progress)
-    expert = shop.library.load(name)
+    with alone(recipe.run, shared=True):
+        return _gate_expert(open_workshop(recipe, progress=progress), name, domain, progress)
+
+
+def _gate_expert(shop: Workshop, name: str, domain: str | None, progress: bool) -> dict[str, Any]:
+    """`gate_expert` in a run folder that is held."""
+    recipe, expert = shop.recipe, shop.library.load(name)
     check_fits(expert.lora, shop.base.model, fingerprint=shop.base.reference.fingerprint)
     found = _domain_of(shop, expert, domain)
     config = recipe.experts.expert_training
@@ -287,7 +305,7 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
             now = config.model_dump(mode="json")
             card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
         shop.library.add(Expert(expert.lora, gate, statistics, card), replace=True)
-        shutil.rmtree(work)
+        remove(work)
     facts = None if statistics is None else dict(statistics.facts)
     return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
 
@@ -308,7 +326,7 @@ def remove_unwanted(recipe: ExpertRecipe) -> list[str]:
     found = [name for name in library.names if name not in wanted and "settings" in library.card(name)]
     for name in found:
         library.remove(name)
-        shutil.rmtree(recipe.training_folder(name), ignore_errors=True)
+        remove(recipe.training_folder(name))
     return found
 
 
@@ -446,33 +464,33 @@ def _summary(shop: Workshop, name: str, status: Status) -> dict[str, Any]:
 @contextmanager
 def _alone(work: Path, name: str, patience_s: float = 0.0) -> Iterator[None]:
     """Hold an expert's work folder against other processes."""
-    work.parent.mkdir(parents=True, exist_ok=True)
-    with (work.parent / f".{work.name}.lock").open("w") as file:
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= deadline:
-                    raise CheckpointError(f"another process is making expert {name!r} in {work}; wait for it") from None
-                time.sleep(0.1)
+
+    def refusal(who: str) -> CheckpointError:
+        return CheckpointError(f"{who} is making expert {name!r} in {work}; wait for it")
+
+    with hold(work.parent / f".{work.name}.lock", refusal, patience_s=patience_s):
         yield
 
 
 def _claim(work: Path, name: str, identity: str, *, replace: bool) -> None:
     """Mark a work folder as that of one expert; what it holds of another is discarded where that is asked for."""
     path = work / "expert.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["identity"] != identity:
+    try:
+        claimed = read_object(path, "discard the training of this expert (weftlm experts train --replace)")
+    except DataError:
+        if not replace:
+            raise
+        claimed = {}
+    if claimed is not None and claimed.get("identity") != identity:
         if not replace:
             raise CheckpointError(
                 f"{work} holds the training of another expert {name!r} (other settings, data, seed or base); discard "
                 f"it (weftlm experts train --replace), or choose another run folder"
             )
-        shutil.rmtree(work)
+        remove(work)
     work.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        write_whole(path, json.dumps({"expert": name, "identity": identity}) + "\n")
+        write_object(path, {"expert": name, "identity": identity})
 
 
 def process_group(recipe: ExpertRecipe) -> PartialState | None:
@@ -539,6 +557,10 @@ def _make_in_processes(
                     "a process that made experts ended abruptly (out of memory?); what was finished is in the library: "
                     "run again, with fewer processes"
                 ) from error
+            except interrupt.Stopped:
+                interrupt.end_children()
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _make_some(resolved: Mapping[str, Any], names: Sequence[str], replace: bool, slot: int) -> None:
@@ -546,10 +568,11 @@ def _make_some(resolved: Mapping[str, Any], names: Sequence[str], replace: bool,
     recipe = ExpertRecipe.model_validate(resolved)
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
-    shop = open_workshop(recipe, progress=False)
-    for number, name in enumerate(names):
-        write_line(f"process {slot + 1}, expert {number + 1} of {len(names)}: {name}")
-        make_one(shop, name, replace=replace)
+    with interrupt.handled():
+        shop = open_workshop(recipe, progress=False)
+        for number, name in enumerate(names):
+            write_line(f"process {slot + 1}, expert {number + 1} of {len(names)}: {name}")
+            make_one(shop, name, replace=replace)
 
 
 @contextmanager

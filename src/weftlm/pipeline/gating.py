@@ -11,20 +11,21 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from accelerate import PartialState
 
 from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
 from weftlm.experts.library import ExpertLibrary
-from weftlm.files import read_object, write_whole
+from weftlm.files import check_listed, describe, read_object, write_object
 from weftlm.gating.certificate import Certificate, certify
 from weftlm.gating.config import ExpertSource, FitConfig, gates
 from weftlm.gating.experts import ExpertPool
@@ -40,10 +41,14 @@ from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
+from weftlm.pipeline.stage_records import alone
 from weftlm.progress import weights_text, write_line
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
+FoundState = TypeVar("FoundState")
+_FILES = "files"
+"""Key of fit.json with the digest of the gate."""
 
 
 # -- scoring ------------------------------------------------------------------------------------------------------
@@ -76,8 +81,22 @@ def score_experts(
     config = gating_config(recipe)
     group = process_group(recipe)
     first = group is None or bool(group.is_main_process)
+    with alone(recipe.run) if first else nullcontext():
+        return _score_experts(recipe, config, group, overwrite, ray, gpus, progress and first)
+
+
+def _score_experts(
+    recipe: ExpertRecipe,
+    config: GatingConfig,
+    group: PartialState | None,
+    overwrite: bool,
+    ray: bool,
+    gpus: float,
+    progress: bool,
+) -> dict[str, Any]:
+    """`score_experts` in a run folder that is held."""
     with nullcontext() if group is None else group.main_process_first():
-        data = prepare(recipe.data, recipe.prepared_folder, progress=progress and first)
+        data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
     texts = held_out_texts(data, config)
     if ray:
         sources = pool_sources(recipe)
@@ -218,20 +237,23 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         NumericsError: a loss stops being finite.
         CheckpointError: the gate cannot be written.
     """
+    with alone(recipe.run):
+        return _fit_gate(recipe, progress=progress)
+
+
+def _fit_gate(recipe: ExpertRecipe, *, progress: bool) -> dict[str, Any]:
+    """`fit_gate` in a run folder that is held."""
     config = gating_config(recipe)
     scores = open_scores(recipe)
     folder, identity = recipe.gate_folder, fit_identity(scores.cache, config, recipe.seed)
-    found = read_facts(folder / FIT)
-    if found is not None and found.get("identity") == identity:
+    found = _kept_fit(folder, identity)
+    if found is not None:
         return found
-    unfinished = read_facts(folder / PLAN)
-    state = None
-    if unfinished is not None and unfinished.get("identity") == identity and (folder / STATE).exists():
-        state = FitState.load(folder / STATE)
-    else:
+    state = unfinished_state(folder / PLAN, identity, folder / STATE, FitState.load)
+    if state is None:
         (folder / STATE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PLAN, json.dumps({"identity": identity}) + "\n")
+        write_object(folder / PLAN, {"identity": identity})
     table = FitTable(scores.names, config.fit, enabled=progress)
 
     def report(line: Progress, now: FitState) -> None:
@@ -246,6 +268,7 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         held_out_samples=scores.split.held_samples or None,
         state=state,
         on_progress=report,
+        on_stop=lambda now: now.save(folder / STATE),
         **scores.problem,
     )
     problem = problem_identity(scores.cache, config, recipe.seed)
@@ -253,10 +276,40 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
     for name in (FIT, CERTIFICATE, PAGE):
         (folder / name).unlink(missing_ok=True)
     save_gate(result.gate, folder / GATE)
-    write_whole(folder / FIT, json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_object(folder / FIT, {**facts, _FILES: {GATE: describe(folder / GATE)}}, nan=False)
     for name in (PLAN, STATE):
         (folder / name).unlink(missing_ok=True)
     return facts
+
+
+def _kept_fit(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The facts of a finished fit; None where there is none of this identity, or it is damaged."""
+    try:
+        found = read_facts(folder / FIT)
+        if found is None or found.get("identity") != identity:
+            return None
+        check_listed(folder, found.pop(_FILES, {}), "the gate is fitted again")
+    except DataError as error:
+        log.warning("%s", error)
+        return None
+    return found
+
+
+def unfinished_state(plan: Path, identity: str, state: Path, load: Callable[[Path], FoundState]) -> FoundState | None:
+    """The state interrupted work goes on from; None where there is none of this identity, or it is damaged.
+
+    Args:
+        plan: says of what the work is.
+        identity: of the work that is wanted.
+        state: the file.
+        load: reads it.
+    """
+    try:
+        if (read_facts(plan) or {}).get("identity") == identity and state.exists():
+            return load(state)
+    except (DataError, CheckpointError) as error:
+        log.warning("%s; it begins again", error)
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,6 +468,12 @@ def certify_gate(recipe: ExpertRecipe) -> Certificate:
         DataError: there is no gate, or it was fitted on other scores or with other settings than the recipe's.
         CheckpointError: the gate's file is torn.
     """
+    with alone(recipe.run):
+        return _certify_gate(recipe)
+
+
+def _certify_gate(recipe: ExpertRecipe) -> Certificate:
+    """`certify_gate` in a run folder that is held."""
     config = gating_config(recipe)
     scores = open_scores(recipe)
     folder = recipe.gate_folder
@@ -428,7 +487,7 @@ def certify_gate(recipe: ExpertRecipe) -> Certificate:
         config=config.fit,
         **scores.problem,
     )
-    write_whole(folder / CERTIFICATE, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+    write_object(folder / CERTIFICATE, found.to_json(), nan=False)
     write_gate_page(recipe.run)
     return found
 
@@ -446,4 +505,5 @@ def open_gate(recipe: ExpertRecipe, scores: OpenScores) -> tuple[Gate, dict[str,
         raise DataError(f"{folder} holds no fitted gate; fit one first (weftlm gate fit)")
     if facts.get("identity") != fit_identity(scores.cache, gating_config(recipe), recipe.seed):
         raise DataError(f"the gate in {folder} was fitted on other scores or with other settings; fit it again")
+    check_listed(folder, facts.pop(_FILES, {}), f"fit it again (weftlm gate fit) after deleting {folder / FIT}")
     return load_gate(folder / GATE), facts

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from weftlm.errors import DataError
 from weftlm.evaluation.suite import evaluate_suite
 from weftlm.evaluation.tasks import read_tasks, score_tasks
-from weftlm.files import read_object, write_whole
+from weftlm.files import read_object, write_object
 from weftlm.gating.problem import measure
 from weftlm.models.factory import load_model
 from weftlm.pipeline.any_model import open_model
@@ -132,7 +131,7 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
     value = {
         "sequence_length": length, "base": base_of(project), "models": found, MONOLITH: _monolith_row(project),
     }  # fmt: skip
-    write_whole(project.run / EVALUATION, json.dumps(value, indent=1) + "\n")
+    write_object(project.run / EVALUATION, value)
     return value
 
 

@@ -11,10 +11,9 @@ new data is made beside the old and takes its place only when it is complete.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import shutil
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise
 from weftlm.corpora.tokens import Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
-from weftlm.files import write_whole
+from weftlm.files import hold, remove, write_whole
 from weftlm.pipeline.data_config import TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe
 from weftlm.pipeline.identity import MANIFEST, SETS, changed_keys, data_identity
@@ -46,6 +45,7 @@ __all__ = ["BasisConfig", "DataConfig", "DomainsConfig", "PreparedData", "prepar
 
 log = logging.getLogger(__name__)
 
+STATE = "state.json"
 _BYTES_PER_TOKEN_AT_MOST = 16
 
 
@@ -121,12 +121,10 @@ def _sibling(folder: Path, what: str) -> Path:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep a second process from preparing the same folder; it waits, then finds the work done."""
-    with _sibling(folder, "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.warning("another process is preparing %s; waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    told = "%s is preparing %s; waiting for it"
+    with hold(
+        _sibling(folder, "lock"), DataError, patience_s=math.inf, waiting=lambda who: log.warning(told, who, folder)
+    ):
         yield
 
 
@@ -136,7 +134,8 @@ def _publish(work: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    (folder / STATE).unlink(missing_ok=True)
+    remove(old)
 
 
 def _finish_swap(folder: Path) -> None:
@@ -146,7 +145,7 @@ def _finish_swap(folder: Path) -> None:
         return
     if not folder.exists():
         (work if (work / MANIFEST).exists() else old).rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,9 @@ class _Preparation:
 
     def run(self) -> None:
         self._start()
+        if (self.work / MANIFEST).exists():
+            remove(self.scratch)
+            return
         facts = self._read()
         spools = {name: Spool(self.scratch / name) for name in SETS}
         self._need_documents(spools)
@@ -210,12 +212,11 @@ class _Preparation:
 
     def _start(self) -> None:
         """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
-        state = self.work / "state.json"
+        state = self.work / STATE
         wanted = json.dumps(self.identity, sort_keys=True)
         if self.work.exists() and (not state.exists() or state.read_text(encoding="utf-8") != wanted):
-            shutil.rmtree(self.work)
+            remove(self.work)
         self.scratch.mkdir(parents=True, exist_ok=True)
-        (self.work / MANIFEST).unlink(missing_ok=True)
         if not state.exists():
             _write_text(state, wanted)
 
@@ -347,7 +348,7 @@ class _Preparation:
         with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
             tokenizer = make_tokenizer(self.config.tokenizer, _counted(texts, counter.advance))
         temporary = self.work / ".tokenizer"
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         tokenizer.save(temporary)
         temporary.rename(folder)
         return Tokenizer.load(folder)
@@ -477,8 +478,7 @@ class _Preparation:
         manifest["fingerprint"] = assemble(self.work, manifest).fingerprint
         manifest["checksum"] = manifest_checksum(manifest)
         _write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        shutil.rmtree(self.scratch)
-        (self.work / "state.json").unlink()
+        remove(self.scratch)
 
 
 def _digests(stores: Iterable[TokenStore | None]) -> Iterator[tuple[bytes, str]]:

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from weftlm.files import write_whole
+from weftlm.files import write_object
 from weftlm.gating.certificate import Certificate
 from weftlm.pipeline.gating import read_facts
 from weftlm.pipeline.models_table import BASE, read_evaluation
@@ -19,6 +18,7 @@ from weftlm.pipeline.report import report_runs
 from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.route_stage import read_routing, routing_facts
 from weftlm.pipeline.stage_records import seconds_of
+from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import RIVALS, GatingFacts
 from weftlm.reporting.score_table import ScoreTable
 
@@ -39,9 +39,8 @@ def report_project(project: Project) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     routing = gating = None
     if project.whole is not None:
-        results = {project.whole.mixture.policy: read_facts(project.run / "result.json")}
-        results |= {name: read_facts(folder / "result.json") for name, folder in rivals.items()}
-        summary["mixture"] = summarise_mixtures({name: each for name, each in results.items() if each is not None})
+        results = {project.whole.mixture.policy: read_result(project.run)}
+        summary["mixture"] = summarise_mixtures(results | {name: read_result(each) for name, each in rivals.items()})
     if project.parts is not None and project.parts.routing is not None:
         found = read_routing(project.parts)
         routing = routing_facts(project.parts, found)
@@ -70,7 +69,7 @@ def report_project(project: Project) -> dict[str, Any]:
         gating=gating,
         models=ScoreTable(table, "model", evaluation.get("base") or BASE, accuracy, chance),
     )
-    write_whole(project.run / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_object(project.run / SUMMARY, summary)
     return summary
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from weftlm.errors import DataError
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.experts.library import ExpertLibrary
-from weftlm.files import read_object, write_whole
+from weftlm.files import read_object, write_object
 from weftlm.pipeline.expert_recipe import ExpertRecipe, routed_folder, routing_config
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepared import PreparedData
@@ -77,7 +76,7 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
         "relative_forward_time": timed,
         "notes": list(evaluation.notes),
     }
-    write_whole(recipe.run / ROUTING, json.dumps(found, indent=2) + "\n")
+    write_object(recipe.run / ROUTING, found)
     return found
 
 

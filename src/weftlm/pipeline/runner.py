@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from weftlm import interrupt
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, WeftError
 from weftlm.files import write_whole
@@ -74,7 +75,7 @@ def project_status(project: Project) -> list[StageStatus]:
     Raises:
         DataError: a record is torn, or an input is not there.
     """
-    busy = at_work(project.stages_folder)
+    busy = at_work(project.run)
     found: dict[str, StageStatus] = {}
     for stage in stages_of(project):
         found[stage.name] = _status(project, stage, found, busy)
@@ -192,7 +193,7 @@ def run_project(
         if group is not None:
             group.wait_for_everyone()
 
-    with alone(project.stages_folder) if first else nullcontext():
+    with alone(project.run) if first else nullcontext():
         together()
         planned = plan_stages(project, from_stage=from_stage, until=until)
         for status, act in planned:
@@ -201,6 +202,7 @@ def run_project(
                 status.stage.settings(project)  # what it reads from outside is missed now, not after hours
         together()
         if first:
+            project.stages_folder.mkdir(exist_ok=True)
             write_whole(project.stages_folder / "recipe.yaml", project.to_yaml())
         known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
@@ -263,6 +265,8 @@ def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> Non
             write_record(folder, Record(stage=stage.name, state=state, **about, **facts))
 
     write("begun")
+    if call.replace:
+        interrupt.done_with("--from")
     try:
         stage.work(project, call)
         outputs = digests(stage.outputs(project)) if keep else {}

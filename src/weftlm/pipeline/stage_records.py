@@ -1,12 +1,11 @@
 """What is known of each stage of a run folder: when it ran, of what, and what it left.
 
 <run>/stages/STAGE.json     written when a stage begins, and again when it ends or fails
-<run>/stages/.lock          held while a pipeline works in the folder
+<run>/.lock                 held by whatever writes into the run folder
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pydantic import Field
 
 from weftlm.config import Section, validate
 from weftlm.errors import CheckpointError, ConfigError, DataError
-from weftlm.files import write_whole
+from weftlm.files import hold, is_held, read_object, write_object
 
 LOCK = ".lock"
 
@@ -69,19 +68,18 @@ def read_record(folder: Path, stage: str) -> Record | None:
         DataError: the record is torn.
     """
     path = folder / f"{stage}.json"
+    cure = "delete it, and the stage is looked at again"
+    value = read_object(path, cure)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return validate(Record, value, str(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, ConfigError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete it, and the stage is looked at anew") from error
+        return None if value is None else validate(Record, value, str(path))
+    except ConfigError as error:
+        raise DataError(f"{path} cannot be read ({error}); {cure}") from error
 
 
 def write_record(folder: Path, record: Record) -> None:
     """Keep a record."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{record.stage}.json", json.dumps(record.model_dump(mode="json"), indent=1) + "\n")
+    write_object(folder / f"{record.stage}.json", record.model_dump(mode="json"))
 
 
 def digests(paths: Sequence[Path]) -> dict[str, str]:
@@ -107,33 +105,25 @@ def seconds_of(folder: Path, stage: str) -> float | None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a run folder against a second pipeline.
+def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a run folder against other processes that write into it.
 
+    Args:
+        run: the folder.
+        shared: beside others that hold it shared; makers of experts do, whose experts have locks of their own.
     Raises:
-        CheckpointError: one is at work there.
+        CheckpointError: one is at work there; the message names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"another weftlm run is at work in {folder.parent}; wait for it (weftlm status), or choose another run "
-                "folder"
-            ) from None
+
+    def refusal(who: str) -> CheckpointError:
+        return CheckpointError(
+            f"{who} is at work in {run}; wait for it (weftlm status {run}), or choose another run folder"
+        )
+
+    with hold(run / LOCK, refusal, shared=shared, again=True):
         yield
 
 
-def at_work(folder: Path) -> bool:
-    """Whether a pipeline is at work in a run folder."""
-    path = folder / LOCK
-    if not path.exists():
-        return False
-    with path.open("r") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        fcntl.flock(file, fcntl.LOCK_UN)
-    return False
+def at_work(run: Path) -> bool:
+    """Whether another process is at work in a run folder."""
+    return is_held(run / LOCK)

@@ -6,13 +6,13 @@ prepare -> train -> rivals -> experts -> route -> score -> gate -> distil -> eva
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from weftlm.evaluation.task_files import task_files
+from weftlm.files import SEAL, remove
 from weftlm.gating.config import MANIFEST as GATED
 from weftlm.pipeline.expert_recipe import gating_config, routed_folder, routing_config
 from weftlm.pipeline.identity import MANIFEST, data_identity
@@ -70,12 +70,9 @@ class Stage:
         """Remove what an earlier making left: first that by which it is known to be done."""
         discarded = self.discard(project)
         for path in self.outputs(project) if discarded else ():
-            path.unlink(missing_ok=True)
+            remove(path)
         for path in discarded:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
 
 # -- what decides each --------------------------------------------------------------------------------------------
@@ -147,7 +144,8 @@ def _routing(project: Project) -> Any:
 def _routed(project: Project) -> list[Path]:
     """The comparison, and each routed model."""
     recipe = project.pool_recipe
-    return [project.run / ROUTING, *(routed_folder(recipe, each) / ROUTED for each in routing_config(recipe).build)]
+    folders = [routed_folder(recipe, each) for each in routing_config(recipe).build]
+    return [project.run / ROUTING, *(folder / name for name in (ROUTED, SEAL) for folder in folders)]
 
 
 # -- what each does -----------------------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ STAGES: tuple[Stage, ...] = (
         ("prepare",),
         lambda project: project.whole is not None,
         lambda project: _training(project.base_recipe),
-        lambda project: [project.run / "result.json"],
+        lambda project: [project.run / "result.json", project.run / "model" / SEAL],
         _work("train_base"),
         lambda project: [project.run / name for name in _TRAINED],
         costly=True,
@@ -201,7 +199,11 @@ STAGES: tuple[Stage, ...] = (
         ("prepare", "train"),
         lambda project: bool(project.mixtures) or project.monolith,
         _rivals,
-        lambda project: [project.rivals_folder / name / "result.json" for name in _rivals(project)],
+        lambda project: [
+            project.rivals_folder / name / each
+            for each in ("result.json", f"model/{SEAL}")
+            for name in _rivals(project)
+        ],
         _work("make_rivals"),
         lambda project: [project.rivals_folder],
         costly=True,
@@ -255,7 +257,10 @@ STAGES: tuple[Stage, ...] = (
         ("score", "gate"),
         _has_gate,
         _gating("students"),
-        lambda project: [project.pool_recipe.students_folder / name for name in ("student.json", f"{STUDENT}/{GATED}")],
+        lambda project: [
+            project.pool_recipe.students_folder / name
+            for name in ("student.json", f"{STUDENT}/{GATED}", f"{STUDENT}/{SEAL}")
+        ],
         _work("distil_students"),
         lambda project: [project.pool_recipe.students_folder],
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from weftlm.distillation.structural import (
 )
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
-from weftlm.files import remove, whole_folder, write_whole
+from weftlm.files import check_sealed, remove, whole_folder, write_object
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
 from weftlm.gating.modular_lm import ModularLM
@@ -45,6 +46,7 @@ from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
 from weftlm.pipeline.gating import (
     FitTable,
+    FoundState,
     OpenScores,
     fit_identity,
     open_gate,
@@ -52,13 +54,17 @@ from weftlm.pipeline.gating import (
     pool_sources,
     problem_identity,
     read_facts,
+    unfinished_state,
 )
 from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
+from weftlm.pipeline.stage_records import alone
 from weftlm.progress import write_line
 from weftlm.reporting.gating import ALL_RUN
 from weftlm.training.runtime import choose_runtime
+
+log = logging.getLogger(__name__)
 
 RIVALS: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"gate": "causal_uniform"},
@@ -69,6 +75,7 @@ RIVALS: Mapping[str, Mapping[str, Any]] = {
 _STOPPING = 0.2
 """Part of the samples a dense student is not trained on, by which its best weights are chosen."""
 _BATCH = 32
+_PLAN = "plan.json"
 
 
 def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -91,6 +98,12 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         NumericsError: a loss stops being finite.
         CheckpointError: a file cannot be written.
     """
+    with alone(recipe.run):
+        return _distil_gate(recipe, direct, progress)
+
+
+def _distil_gate(recipe: ExpertRecipe, direct: bool, progress: bool) -> dict[str, Any]:
+    """`distil_gate` in a run folder that is held."""
     config, kind = gating_config(recipe), DIRECT if direct else STUDENT
     scores = open_scores(recipe, causal=True)
     fitted = None if direct else open_gate(recipe, scores)
@@ -101,8 +114,7 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         )
     identity = _identity(scores, config, recipe.seed, kind)
     folder = recipe.students_folder
-    known = read_facts(folder / f"{kind}.json")
-    if known is not None and known.get("identity") == identity and _all_there(known):
+    if (known := _kept_students(folder, kind, identity)) is not None:
         return known
     pool, tokenizer = _open_pool(recipe, scores)
     work = _Work(folder / f".making-{kind}", identity, progress)
@@ -144,15 +156,26 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         "offsets": scores.problem["offsets"],
         "rows": rows,
     }
-    write_whole(folder / f"{kind}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_object(folder / f"{kind}.json", found, nan=False)
     work.done()
     write_gate_page(recipe.run)
     return found
 
 
-def _all_there(known: Mapping[str, Any]) -> bool:
-    """Whether every model that was made still lies where it was put."""
-    return all(Path(row["model"]).is_dir() for row in known["rows"].values() if "model" in row)
+def _kept_students(folder: Path, kind: str, identity: str) -> dict[str, Any] | None:
+    """The facts of finished students; None where there are none of this identity, or one is gone or damaged."""
+    try:
+        known = read_facts(folder / f"{kind}.json")
+        if known is None or known.get("identity") != identity:
+            return None
+        for place in (Path(row["model"]) for row in known["rows"].values() if "model" in row):
+            if not place.is_dir():
+                return None
+            check_sealed(place, "it is made again")
+    except DataError as error:
+        log.warning("%s", error)
+        return None
+    return known
 
 
 def read_students(recipe: ExpertRecipe) -> dict[str, dict[str, Any]]:
@@ -181,11 +204,15 @@ class _Work:
     def __init__(self, folder: Path, identity: str, progress: bool) -> None:
         self.folder = folder
         self.progress = progress
-        plan = folder / "plan.json"
-        if (read_facts(plan) or {}).get("identity") != identity:
+        self.identity = identity
+        try:
+            known = read_facts(folder / _PLAN)
+        except DataError:
+            known = None
+        if (known or {}).get("identity") != identity:
             remove(folder)
             folder.mkdir(parents=True)
-            write_whole(plan, json.dumps({"identity": identity}) + "\n")
+            write_object(folder / _PLAN, {"identity": identity})
 
     def tell(self, text: str) -> None:
         """A line on stderr."""
@@ -203,10 +230,16 @@ class _Work:
     def gate(self, name: str, make: Callable[[], Gate]) -> Gate:
         """A finished gate, or one made now."""
         path = self.folder / f"{name}.safetensors"
-        if not path.exists():
+        found = unfinished_state(self.folder / _PLAN, self.identity, path, load_gate)
+        if found is None:
             save_gate(make(), path)
             self.state(name).unlink(missing_ok=True)
-        return load_gate(path)
+            found = load_gate(path)
+        return found
+
+    def unfinished(self, name: str, load: Callable[[Path], FoundState]) -> FoundState | None:
+        """A part's state to go on from."""
+        return unfinished_state(self.folder / _PLAN, self.identity, self.state(name), load)
 
     def distilling(
         self, name: str, steps: int
@@ -217,7 +250,7 @@ class _Work:
             now.save(self.state(name))
             self.tell(f"distil {name} {line.step}/{steps}  KL {line.kl:.4f} ± {line.error:.4f} nats/sequence")
 
-        return DistilState.load(self.state(name)) if self.state(name).exists() else None, report
+        return self.unfinished(name, DistilState.load), report
 
 
 # -- making them --------------------------------------------------------------------------------------------------
@@ -239,9 +272,16 @@ def _direct(scores: OpenScores, config: GatingConfig, work: _Work) -> Gate:
         table.add(line)
 
     def make() -> Gate:
-        state = FitState.load(work.state(DIRECT)) if work.state(DIRECT).exists() else None
+        state = work.unfinished(DIRECT, FitState.load)
         found = fit_robust_gate(
-            scores.split.domains, None, gate=section.gate, config=fit, state=state, on_progress=report, **scores.problem
+            scores.split.domains,
+            None,
+            gate=section.gate,
+            config=fit,
+            state=state,
+            on_progress=report,
+            on_stop=lambda now: now.save(work.state(DIRECT)),
+            **scores.problem,
         )
         return found.gate
 
@@ -266,6 +306,7 @@ def _distilled(
             config=section.distil,
             state=state,
             on_progress=report,
+            on_stop=lambda now: now.save(work.state(STUDENT)),
         )
         return found.gate
 
@@ -295,6 +336,7 @@ def _sparse(
                 config=section.distil.model_copy(update={"real_fraction": 0.0}),
                 state=state,
                 on_progress=report,
+                on_stop=lambda now: now.save(work.state(name)),
             )
             return made.gate
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,14 @@ from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import save_windows
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite
-from weftlm.files import whole_folder, write_whole
+from weftlm.files import check_listed, describe, read_object, whole_folder, write_object, write_whole
 from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters, load_model
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe, check
+from weftlm.pipeline.stage_records import alone
 from weftlm.training.loop import Task, Trainer, TrainingResult
 from weftlm.training.metrics import MetricsSink, TensorBoardSink, WandbSink
 from weftlm.training.runtime import Runtime, choose_runtime, environment
@@ -35,6 +33,8 @@ from weftlm.training.runtime import Runtime, choose_runtime, environment
 log = logging.getLogger(__name__)
 
 HOURS_TO_WAIT_FOR_PREPARATION = 24
+RESULT = "result.json"
+_CURE = "restore it from a copy, or delete it and run the same command again, which takes up the last checkpoint"
 
 
 def run_training(recipe: Recipe) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     )
     check(recipe)
     recipe.run.mkdir(parents=True, exist_ok=True)
-    with _only_one(recipe.run) if process.is_main_process else nullcontext():
+    with alone(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
             data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
         identity = recipe.identity(data.fingerprint)
@@ -78,7 +78,7 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
     if process.is_main_process:
         write_whole(recipe.run / "recipe.yaml", recipe.to_yaml())
         described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
-        write_whole(recipe.run / "run.json", json.dumps(described, indent=2) + "\n")
+        write_object(recipe.run / "run.json", described)
     latest: list[SuiteResult] = []
 
     def evaluate(module: nn.Module) -> dict[str, Any]:
@@ -114,7 +114,8 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
     result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.choice)
     if process.is_main_process:
         save_windows(recipe.run / "windows.safetensors", latest[0].sets)
-        write_whole(recipe.run / "result.json", json.dumps(result, indent=2) + "\n")
+        kept = {name: describe(recipe.run / name) for name in ("windows.safetensors", "metrics.jsonl")}
+        write_object(recipe.run / RESULT, {**result, "files": kept})
     process.wait_for_everyone()
     return result
 
@@ -195,7 +196,7 @@ def _reference_folder(recipe: Recipe, policy: Any) -> Path:
 
 def _reference_seconds(recipe: Recipe, policy: Any) -> float:
     """What training the reference took, a cost of the policy that needs it."""
-    spent = json.loads((_reference_folder(recipe, policy) / "result.json").read_text(encoding="utf-8"))["seconds"]
+    spent = read_result(_reference_folder(recipe, policy))["seconds"]
     return float(spent["train"] + spent["alignment"])
 
 
@@ -205,8 +206,8 @@ def require_same_data(run: Path, data: PreparedData) -> None:
     Raises:
         DataError: the run was trained on other prepared data, or does not tell.
     """
-    path = run / "run.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["data"] if path.exists() else "none"
+    described = read_object(run / "run.json", _CURE)
+    found = "none" if described is None else described["fingerprints"]["data"]
     if found != data.fingerprint:
         raise DataError(
             f"{run} was trained on other prepared data (fingerprint {found}, here {data.fingerprint}); point "
@@ -236,15 +237,27 @@ def _result(
 
 
 def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:
-    path = recipe.run / "result.json"
-    if not path.exists():
+    if not (recipe.run / RESULT).exists() or not (recipe.run / "model").is_dir():
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    result = read_result(recipe.run)
     if result["identity"] != identity:
         raise CheckpointError(
             f"{recipe.run} holds a finished run of another recipe or other data; choose another run folder or remove it"
         )
     return result
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """result.json of a finished run, compared with its checksum and with the files it lists.
+
+    Raises:
+        DataError: it is missing, torn or altered, or a file is.
+    """
+    found = read_object(run / RESULT, _CURE)
+    if found is None:
+        raise DataError(f"{run} has no {RESULT}: it has not finished; finish it with weftlm train")
+    check_listed(run, found.pop("files", {}), _CURE)
+    return found
 
 
 def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
@@ -259,24 +272,11 @@ def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
 
 def _refuse_another_run(recipe: Recipe, identity: str) -> None:
     """Leave an unfinished run of another recipe as it is."""
-    path = recipe.run / "run.json"
-    if not path.exists() or not any((recipe.run / "checkpoints").glob("step-*")):
+    described = read_object(recipe.run / "run.json", _CURE)
+    if described is None or not any((recipe.run / "checkpoints").glob("step-*")):
         return
-    if json.loads(path.read_text(encoding="utf-8"))["fingerprints"]["run"] != identity:
+    if described["fingerprints"]["run"] != identity:
         raise CheckpointError(
             f"{recipe.run} holds an unfinished run of another recipe or other data; choose another run folder or "
             f"remove it"
         )
-
-
-@contextmanager
-def _only_one(run: Path) -> Iterator[None]:
-    """Hold the run folder against a second process training in it."""
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"another process is training in {run}; wait for it or choose another run folder"
-            ) from None
-        yield

@@ -7,7 +7,6 @@ file's length and BLAKE2b digest, so a torn or altered checkpoint is recognised 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlm.errors import CheckpointError
+from weftlm.files import hidden, is_full, no_room, remove, sweep
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         CheckpointError: the disk is full or not writable; nothing half-written is left and older checkpoints stay.
     """
     final = checkpoint_path(folder, checkpoint.step)
-    temporary = folder / f".writing-{final.name}-{os.getpid()}"
+    temporary = hidden(final, "writing")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,28 +70,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         for name in (TENSORS, STATE, MANIFEST):
             _flush(temporary / name)
         _flush(temporary)
-        _drop(final)
+        remove(final)
         temporary.rename(final)
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        cause = "the disk is full: free some space" if full else f"{error}"
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
+        cause = no_room(folder, needed) if is_full(error) else f"{error}"
         raise CheckpointError(
             f"checkpoint of step {checkpoint.step} could not be written to {folder}: {cause}; "
             f"older checkpoints are untouched and the same command continues from the newest"
         ) from error
     for old in _steps(folder)[:-keep]:
-        _drop(checkpoint_path(folder, old))
+        remove(checkpoint_path(folder, old))
     return final
-
-
-def _drop(path: Path) -> None:
-    """Remove a checkpoint, first taking its name away so that no interruption leaves a torn one under it."""
-    if path.exists():
-        leaving = path.with_name(f".writing-drop-{path.name}-{os.getpid()}")
-        path.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -104,8 +96,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """
     if not folder.is_dir():
         return None
-    for leftover in folder.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(folder)
     steps = _steps(folder)
     problems = []
     for step in reversed(steps):

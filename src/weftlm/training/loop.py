@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from weftlm import interrupt
 from weftlm.corpora.source import Source
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
@@ -179,6 +180,7 @@ class Trainer:
         self.loader.set_weights(0, task.policy.weights(self.state).numpy())
         self.step = 0
         self.evaluated_step = -1
+        self.stopping = False
         self.seconds = {"train": 0.0, "alignment": 0.0, "eval": 0.0, "save": 0.0}
         self._warn_of_what_cannot_happen()
         self._resume()
@@ -295,6 +297,7 @@ class Trainer:
         Raises:
             NumericsError: the loss or the gradient is not finite; the last good checkpoint stays.
             CheckpointError: a checkpoint cannot be written; the last good one stays.
+            Stopped: a process of the run was asked to stop; the last step is in a checkpoint.
         """
         try:
             stopped = self._run()
@@ -324,7 +327,7 @@ class Trainer:
         for choice in self.runtime.choices:
             log.info("%s: %s (%s)", choice.setting, choice.value, choice.reason)
         window_start, window_step = time.perf_counter(), self.step
-        with TrainingDisplay(enabled=self.accelerator.is_main_process) as display:
+        with TrainingDisplay(enabled=self.accelerator.is_main_process) as display, interrupt.safe_points():
             while self.step < total:
                 follow_load()
                 try:
@@ -346,8 +349,10 @@ class Trainer:
                 before = time.perf_counter()
                 if self.evaluate_every_steps and (self.step % self.evaluate_every_steps == 0 or last):
                     self._evaluate()
-                if self.step % self.config.save_every_steps == 0 or last:
+                if self.step % self.config.save_every_steps == 0 or last or self.stopping:
                     self.save()
+                if self.stopping and not last:
+                    interrupt.stop()
                 window_start += time.perf_counter() - before
         return None
 
@@ -423,7 +428,10 @@ class Trainer:
                         dots.append(meter.after(weights / self.local_batch).cpu())
             if meter is not None:
                 align.average_gradients(self.parameters)
-        loss = float(self.accelerator.reduce(total, "mean")) if self.world > 1 else float(total)
+        totals = torch.stack([total, torch.full_like(total, float(interrupt.asked()))])
+        totals = self.accelerator.reduce(totals, "mean") if self.world > 1 else totals
+        loss, asked = totals.tolist()
+        self.stopping = asked > 0
         return loss, torch.cat(dots) if dots else None, order_B
 
     def _unreduced(self, last: bool) -> AbstractContextManager[Any]:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from support.distillation import Language
+from support.faults import stopped
 from support.gating import kl
 
-from weftlm.distillation import DistilConfig, DistilState, distil_structural, student_kl, weigh
+from weftlm.distillation import DistilConfig, DistilState, distil_structural, structural, student_kl, weigh
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating import Features, ScoredSequences
 from weftlm.gating.bayes import BayesGate
@@ -234,3 +237,21 @@ def test_refusals(language):
     tokens = ScoredSequences.of(dead.sum(dim=1), features=Features(logp_BTE=dead))
     with pytest.raises(NumericsError, match="no probability"):
         student_kl(gate, BayesGate.of([1.0, 0.0, 0.0]), [tokens] * 3)
+
+
+def test_a_distillation_that_is_asked_to_stop_keeps_its_last_step(tmp_path, language, monkeypatch):
+    gate, samples = linear(language), language.draws(100, 0)
+    whole = distil_structural(gate, samples, config=QUICK)
+    step, path = structural._step, tmp_path / "state.safetensors"
+
+    def asked(state, *rest):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(structural, "_step", asked)
+        stopped(lambda: distil_structural(gate, samples, config=QUICK, on_stop=lambda state: state.save(path)))
+    assert DistilState.load(path).step == 3
+    again = distil_structural(gate, samples, config=QUICK, state=DistilState.load(path))
+    assert (again.history, again.kl) == (whole.history, whole.kl)

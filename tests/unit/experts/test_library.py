@@ -520,7 +520,6 @@ def _die_after(patch: pytest.MonkeyPatch, survived: int) -> None:
         return call
 
     patch.setattr(module, "write_file", counted(module.write_file))
-    patch.setattr(module, "_delete", counted(module._delete))
     for name in ("mkdir", "rename", "replace", "touch", "unlink"):
         patch.setattr(Path, name, counted(getattr(Path, name)))
 

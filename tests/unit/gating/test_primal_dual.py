@@ -1,14 +1,17 @@
 """Fitting: units, offsets, progress, states, refusals."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
+from support.faults import stopped
 from support.gating import random_problem
 
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weftlm.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate
+from weftlm.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate, primal_dual
 from weftlm.gating.constant import ConstantGate
 from weftlm.gating.gate import init_gate
 from weftlm.gating.primal_dual import _Draw, _losses
@@ -223,3 +226,21 @@ def test_ridge_counts_where_data_are_few_and_not_where_all_is_known() -> None:
     features = {"steps": 50, "report_every_steps": 50}
     with_ridge, without = (fit_robust_gate(P, Q, config=FitConfig(ridge=ridge, **features)) for ridge in (9.0, 0.0))
     assert with_ridge.worst == without.worst
+
+
+def test_a_fit_that_is_asked_to_stop_keeps_its_last_step(tmp_path, monkeypatch):
+    whole = fit_robust_gate(sets(0), sets(1), config=SHORT)
+    step, path = primal_dual._step, tmp_path / "state.safetensors"
+
+    def asked(state, *rest):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(primal_dual, "_step", asked)
+        stopped(lambda: fit_robust_gate(sets(0), sets(1), config=SHORT, on_stop=lambda state: state.save(path)))
+    assert FitState.load(path).step == 3
+    again = fit_robust_gate(sets(0), sets(1), config=SHORT, state=FitState.load(path))
+    assert again.history == whole.history
+    assert all(torch.equal(again.gate.tensors[name], tensor) for name, tensor in whole.gate.tensors.items())

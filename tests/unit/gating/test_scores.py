@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypat
 
 def test_stopping_while_the_shards_are_joined_loses_nothing(tmp_path, monkeypatch):
     make(tmp_path / "whole")
-    monkeypatch.setattr(scores, "file_digest", lambda path: 1 / 0)
+    monkeypatch.setattr(scores, "describe", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(tmp_path / "cut")
     monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_other_inputs_make_it_stale(tmp_path, monkeypatch, finished):
     if finished:
         make(tmp_path)
     else:
-        monkeypatch.setattr(scores, "file_digest", lambda path: 1 / 0)
+        monkeypatch.setattr(scores, "describe", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(tmp_path)
         monkeypatch.undo()
@@ -236,7 +236,7 @@ def test_a_second_run_waits_its_turn(tmp_path, monkeypatch, overwrite):
     real = scores.score_shard
 
     def nested(pool, task, *rest):
-        with pytest.raises(DataError, match="another process is scoring"):
+        with pytest.raises(DataError, match=r"another process .*is scoring"):
             make(tmp_path, overwrite=overwrite)
         return real(pool, task, *rest)
 
@@ -263,11 +263,10 @@ def test_altered_files_are_noticed(tmp_path):
     path = tmp_path / "domain-000.logp.npy"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    ScoreCache.open(tmp_path)
-    with pytest.raises(DataError, match="altered"):
-        ScoreCache.open(tmp_path, verify=True)
+    with pytest.raises(DataError, match=r"logp.npy was altered"):
+        ScoreCache.open(tmp_path)
     path.write_bytes(data[:-1])
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(DataError, match=r"logp.npy has"):
         ScoreCache.open(tmp_path)
     index = tmp_path / "index.json"
     index.write_text(index.read_text().replace('"w1"', '"w9"'))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.faults import dead_process, host
 
 from weftlm.errors import CheckpointError
 from weftlm.training import checkpoint as module
@@ -78,7 +79,7 @@ def test_when_none_is_whole_it_says_so(tmp_path: Path) -> None:
 
 def test_leftovers_of_an_interrupted_write_are_ignored_and_removed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make(1))
-    leftover = tmp_path / ".writing-step-00000002-123"
+    leftover = tmp_path / f".step-00000002.{dead_process()}@{host()}.writing"
     leftover.mkdir()
     (leftover / "state.json").write_text("{")
     loaded = latest_checkpoint(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.faults import stopped
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -251,3 +254,29 @@ def test_eta_means_the_same_under_every_estimator(tmp_path: Path) -> None:
 def test_bf16_autocast_trains_and_aligns(tmp_path: Path) -> None:
     result = run_all(trainer(tmp_path, {"policy": "dga", "ema": 0.5}, precision="bf16"))
     assert result.weights["b"] == max(result.weights.values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_keeps_its_last_step_and_ends_in_the_same_bits(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = trainer(tmp_path / "whole", {"policy": "dga"})
+    run_all(whole)
+    stopping = trainer(tmp_path / "stopped", {"policy": "dga"})
+    backward = stopping._backward
+
+    def asked(*arguments: Any) -> Any:
+        if stopping.step == 2:
+            os.kill(os.getpid(), number)
+        return backward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "_backward", asked)
+        assert stopped(stopping.run).code == 128 + number
+    kept = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert kept is not None
+    assert kept.step == 3
+    again = trainer(tmp_path / "stopped", {"policy": "dga"})
+    run_all(again)
+    assert all(tensor.equal(weights_of(again)[name]) for name, tensor in weights_of(whole).items())
+    assert history(tmp_path / "stopped") == history(tmp_path / "whole")

@@ -1,0 +1,149 @@
+"""Ctrl-C and SIGTERM: a long command stops at the next safe point, with its state on disk, and says how to go on.
+
+Inside `safe_points` a signal waits for the next `point`, which keeps the state and stops; elsewhere it stops at once,
+since whatever is finished is on disk whole. A second signal ends the process on the spot, which costs what was done
+since the last safe point and damages nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from weftlm.files import command_line
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """The command was asked to stop and did, with what it had finished on disk.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def code(self) -> int:
+        """The exit code shells give a process that a signal ended."""
+        return 128 + self.number
+
+
+class _State:
+    """What this process was asked, how deep it is in `safe_points`, and which options are done with."""
+
+    asked: int | None = None
+    depth: int = 0
+    done_with: tuple[str, ...] = ()
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Answer SIGINT and SIGTERM as this module says while the block runs; in threads other than the first, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [signal.signal(each, _on_signal) for each in _SIGNALS]
+    _State.asked, _State.done_with = None, ()
+    try:
+        yield
+    finally:
+        for each, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(each, handler)
+        _State.asked = None
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _State.asked is not None:
+        end_children()
+        os._exit(128 + number)
+    _State.asked = number
+    if _State.depth == 0:
+        raise Stopped(number)
+    sys.stderr.write("\nweftlm: stopping at the next safe point; once more stops at once\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def safe_points() -> Iterator[None]:
+    """Let signals wait for the next `point` while the block runs, or for its end."""
+    _State.depth += 1
+    try:
+        yield
+    finally:
+        _State.depth -= 1
+    if _State.depth == 0:
+        point()
+
+
+def asked() -> bool:
+    """Whether this process was asked to stop."""
+    return _State.asked is not None
+
+
+def point(keep: Callable[[], None] | None = None) -> None:
+    """Stop here where that was asked for.
+
+    Args:
+        keep: puts the state on disk first.
+    Raises:
+        Stopped: it was.
+    """
+    if asked():
+        stop(keep)
+
+
+def stop(keep: Callable[[], None] | None = None) -> None:
+    """Stop here, as another process of the group was asked to if not this one.
+
+    Args:
+        keep: puts the state on disk first.
+    Raises:
+        Stopped: always.
+    """
+    if keep is not None:
+        keep()
+    raise Stopped(_State.asked or signal.SIGTERM)
+
+
+def done_with(*options: str) -> None:
+    """Leave options out of the command that goes on: what they discard has been discarded."""
+    _State.done_with += options
+
+
+def how_to_go_on(stopped: Stopped) -> str:
+    """One line for a person: that nothing finished is lost, and the command to type."""
+    name = signal.Signals(stopped.number).name
+    return (
+        f"weftlm: stopped by {name}; what is finished is kept. To go on: {_without(command_line(), _State.done_with)}"
+    )
+
+
+def _without(line: str, options: Sequence[str]) -> str:
+    words, kept = iter(shlex.split(line)), []
+    for word in words:
+        if word in options:
+            if word in _WITH_VALUE:
+                next(words, None)
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+_WITH_VALUE = ("--from",)
+
+
+def end_children() -> None:
+    """Ask processes this one has started to stop."""
+    for child in multiprocessing.active_children():
+        child.terminate()
