@@ -29,8 +29,9 @@ from weftlm.corpora.source import ArraySource
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import ModelConfig
-from weftlm.models.factory import build_model, load_base
+from weftlm.models.factory import build_model
 from weftlm.models.hf import sequence_losses
+from weftlm.models.open import load_base
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.metrics import read_metrics

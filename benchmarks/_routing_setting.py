@@ -30,8 +30,9 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.train import train_expert
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import ModelConfig
-from weftlm.models.factory import build_model, count_parameters, load_base
+from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.open import load_base
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime

@@ -10,6 +10,7 @@ import errno
 import json
 import re
 
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBERED = re.compile(r"\[(Errno|WinError) -?\d+\] ")
 
 
@@ -55,7 +56,7 @@ _REASONS = {
 
 
 def reason(error: BaseException) -> str:
-    """Why a file could not be read or written, in words, for an error message."""
+    """Why a file could not be read or written, or a library failed, in words and on one line, for an error message."""
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start:,})"
     if isinstance(error, json.JSONDecodeError):
@@ -66,7 +67,8 @@ def reason(error: BaseException) -> str:
         return _REASONS.get(error.errno, (error.strerror or "the system gives no reason").lower())
     if "null byte" in str(error) or "null character" in str(error):
         return "its name holds a NUL character"
-    return str(error)
+    said = " ".join(_ESCAPES.sub("", str(error)).strip().split("\n\n")[0].split())[:200]
+    return f"unknown value {said}" if isinstance(error, KeyError) else said or type(error).__name__
 
 
 def install_hint(extra: str) -> str:

@@ -16,7 +16,8 @@ from support import served
 from support.command_line import Call
 from support.tiny_project import WORDS, sentence
 
-from weftlm.models.factory import load_base, peft_warnings
+from weftlm.models.factory import peft_warnings
+from weftlm.models.open import load_base
 from weftlm.pipeline.planning.estimate import plan_value
 from weftlm.pipeline.planning.hardware import parse_hardware
 from weftlm.pipeline.project import load_project, make_project

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,12 +24,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from weftlm.corpora.config import TokenizerConfig, TrainConfig
 from weftlm.corpora.store_files import Vocabulary
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import ConfigError, DataError, reason
+
+log = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 20
 
+_TOKENIZER_FILE = re.compile(r"^(.*token.*\.json|vocab.*|merges\.txt|.*(token|spiece|spm).*\.model)$")
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class NoEndOfTextError(ConfigError):
+    """A tokenizer without an end-of-sequence token."""
 
 
 class Tokenizer:
@@ -57,7 +65,7 @@ class Tokenizer:
         """
         eos_id = hf.eos_token_id
         if not isinstance(eos_id, int):
-            raise ConfigError(
+            raise NoEndOfTextError(
                 f"tokenizer {name} has no end-of-sequence token, which weftlm puts after every document; use one "
                 f"that has an eos_token, or set it (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and "
                 f"name that folder"
@@ -153,9 +161,9 @@ class Tokenizer:
         if not Path(folder).is_dir():
             raise DataError(f"tokenizer folder {folder} does not exist")
         try:
-            hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"tokenizer folder {folder} cannot be read: {error}") from error
+            hf = _open(str(folder), None)
+        except _UnreadableError as error:
+            raise DataError(f"tokenizer folder {folder} cannot be read: {error}; copy or download it again") from error
         return cls(hf, str(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -198,13 +206,74 @@ def load_pretrained(name: str, revision: str | None = None) -> Tokenizer:
         ConfigError: it cannot be loaded, or has no end-of-sequence token.
     """
     try:
-        hf = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        hf = _open(name, revision)
+    except _UnreadableError as error:
         raise ConfigError(
             f"tokenizer.pretrained {name!r} cannot be loaded: {error}; give a local folder or the name of a tokenizer "
             f"on the hub that needs no code of its own"
-        ) from error
+        ) from error.__cause__
     return Tokenizer(hf, repr(name))
+
+
+def find_tokenizer(place: str, revision: str | None = None) -> Tokenizer | None:
+    """The tokenizer that comes with a model, in its folder or on the hub; None where there is none.
+
+    One that has no end-of-sequence token, which weftlm cannot use, counts as none, with a line in the log.
+
+    Raises:
+        ConfigError: there is one, and it is damaged.
+    """
+    folder = Path(place)
+    if folder.is_dir() and not any(_TOKENIZER_FILE.search(file.name) for file in folder.iterdir()):
+        return None
+    try:
+        return load_pretrained(place, revision)
+    except NoEndOfTextError as error:
+        log.warning("%s", error)
+        return None
+    except ConfigError as error:
+        if not folder.is_dir() and isinstance(error.__cause__, OSError):
+            log.info("no tokenizer beside %s: %s", place, error)
+            return None
+        raise
+
+
+class _UnreadableError(Exception):
+    """Why a tokenizer cannot be opened."""
+
+
+def _open(place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Open a Hugging Face tokenizer, which has a vocabulary; transformers makes an empty one of a folder without."""
+    folder = Path(place)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _TOKENIZER_FILE.search(file.name):
+            _check_file(file)
+    try:
+        hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=False
+        )
+        own = hf.get_vocab().keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens)
+    except Exception as error:
+        raise _UnreadableError(reason(error)) from error
+    if len(own) < 2:
+        raise _UnreadableError("it has no vocabulary: tokenizer.json (or vocab.json, tokenizer.model, ...) is missing")
+    return hf
+
+
+def _check_file(file: Path) -> None:
+    """Refuse a tokenizer's file that is no plain file, is empty, or is JSON by name and torn."""
+    if not file.is_file():
+        raise _UnreadableError(f"{file.name} is {'a broken link' if file.is_symlink() else 'no plain file'}")
+    try:
+        data = file.read_bytes()
+        if not data.strip():
+            raise _UnreadableError(f"{file.name} is empty")
+        if file.suffix == ".json" and not isinstance(json.loads(data), dict):
+            raise _UnreadableError(f"{file.name} holds no JSON object")
+    except OSError as error:
+        raise _UnreadableError(f"{file.name}: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise _UnreadableError(f"{file.name} is torn or no JSON") from error
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

@@ -345,6 +345,9 @@ class _Run:
         if self.teacher is not None:
             with torch.no_grad():
                 taught_BTV = self.teacher(tokens_BT1[:, :-1])
+            padding = logp_BTV.shape[-1] - taught_BTV.shape[-1]
+            if padding > 0:  # embeddings of the student that no token of the teacher's vocabulary has
+                taught_BTV = F.pad(taught_BTV, (0, padding), value=-math.inf)
             if taught_BTV.shape != logp_BTV.shape:
                 raise ConfigError(
                     f"the teacher answered {tuple(taught_BTV.shape)} and the student {tuple(logp_BTV.shape)}; both "

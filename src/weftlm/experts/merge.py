@@ -1,4 +1,4 @@
-"""Several adapters as one: the exact average of their updates, in factors, never as a full matrix."""
+"""Several adapters as one, in factors; and an adapter folded into the weights of its base."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.experts.lora import make_peft_config
+from weftlm.experts.lora import check_fits, make_peft_config
 
 
 def merge_experts(
@@ -57,6 +59,45 @@ def merge_experts(
             A_RI, B_OR = _truncate(A_RI, B_OR, rank)
         modules[module] = LoRAFactors(A_RI.float().contiguous(), B_OR.float().contiguous(), 1.0)
     return LoRAExpert(name, base, modules, make_peft_config(base, modules, experts[0].peft_config))
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, expert: LoRAExpert) -> None:
+    """Add an adapter's updates to a model's own weights.
+
+        W <- W + scale B A
+
+    A weight that two modules share (tied embeddings) is copied first, so that the module that is not adapted keeps it.
+
+    Raises:
+        ConfigError: a weight is quantised and cannot take an update.
+        ExpertError: the adapter does not fit the model.
+    """
+    check_fits(expert, model)
+    for name, factors in expert.modules.items():
+        module = model.get_submodule(name)
+        delta_OI = factors.scale * (factors.B_OR.float() @ factors.A_RI.float())
+        folded = folded_weight(module, delta_OI)
+        if folded is None:
+            raise ConfigError(f"{name} is a quantised {type(module).__name__}; load the base in float to fold into it")
+        weight = module.get_parameter("weight")
+        if sum(weight is other for _, other in model.named_parameters(remove_duplicate=False)) > 1:
+            module.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
+            if module is model.get_output_embeddings():
+                model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        else:
+            weight.copy_(folded)
+
+
+def folded_weight(module: nn.Module, delta_OI: Tensor) -> Tensor | None:
+    """W + delta, in the weight's own layout and dtype; None where a weight is quantised or of another shape."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear | Conv1D) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    delta = delta_OI.T if isinstance(module, Conv1D) else delta_OI
+    if delta.shape != weight.shape:
+        return None
+    return (weight.detach().float() + delta.to(weight.device, torch.float32)).to(weight.dtype)
 
 
 def _truncate(A_RI: Tensor, B_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:

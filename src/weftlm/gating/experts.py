@@ -21,15 +21,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from weftlm.config import did_you_mean
-from weftlm.corpora.tokens import Tokenizer, load_pretrained
-from weftlm.errors import ConfigError, DataError, ExpertError
+from weftlm.corpora.tokens import Tokenizer, find_tokenizer
+from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.adapted import module_input, placed
 from weftlm.experts.expert import LoRAExpert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import CONFIG, check_fits, read_lora
 from weftlm.gating.config import ExpertSource
-from weftlm.models.factory import load_base, uneven_heads
+from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.open import check_vocabulary, load_base
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""
@@ -39,7 +40,6 @@ of several is no faster than several passes, and needs more memory."""
 BUSY_ELSEWHERE = 1 << 14
 
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +178,19 @@ class Backbone(nn.Module):
         model: the model; its modules stay as they are, adapters are added by hooks.
         experts: places in the pool, in the order of this backbone's own places.
         keeps_keys: whether all it carries from token to token is keys and values.
+        vocab_size: ids it gives logits for; embeddings beyond them are padding. None: all it has.
     """
 
-    def __init__(self, model: PreTrainedModel, experts: Sequence[int], loras: Sequence[LoRAExpert | None]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        experts: Sequence[int],
+        loras: Sequence[LoRAExpert | None],
+        vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.vocab_size = vocab_size
         self.experts = tuple(experts)
         kinds = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
         self.keeps_keys = not kinds and "past_key_values" in inspect.signature(model.forward).parameters
@@ -221,7 +229,7 @@ class Backbone(nn.Module):
             logits: Tensor = self.model(input_ids=ids_XT, use_cache=cache is not None, **arguments).logits
         finally:
             self._switch.rows = None
-        return logits
+        return logits[..., : self.vocab_size]
 
     def release(self) -> None:
         """Take the hooks off the model."""
@@ -232,6 +240,9 @@ class Backbone(nn.Module):
 
 class ExpertPool(nn.Module):
     """Frozen expert language models with one vocabulary.
+
+    Embeddings of one tokenizer may be padded to different sizes: all experts are then read over the smallest, over
+    which their probabilities sum to 1.
 
     Weights are never trained here and dropout is off whatever `train` says. Models given in memory keep their modules;
     they are frozen, put in evaluation mode, and run their adapters by hooks until `release`.
@@ -258,7 +269,7 @@ class ExpertPool(nn.Module):
         for place, member in enumerate(members):
             groups.setdefault(id(member.model), []).append(place)
         self.backbones = nn.ModuleList(
-            Backbone(members[places[0]].model, places, [members[place].lora for place in places])
+            Backbone(members[places[0]].model, places, [members[place].lora for place in places], self.vocab_size)
             for places in groups.values()
         )
         self.requires_grad_(False)
@@ -339,7 +350,11 @@ class ExpertPool(nn.Module):
                         f"expert {source.name!r} was made for a base of fingerprint {wanted}; {key[0]} has "
                         f"{digests[key]}: load the base it was trained on"
                     )
-            members.append(Member(source.name, models[key], lora, _tokenizer_of(source, key), source))
+            tokenizer = _tokenizer_of(source, key)
+            if tokenizer is not None:
+                check_vocabulary(models[key], tokenizer.vocab_size, f"{key[0]} (expert {source.name!r})")
+            vocabulary = None if tokenizer is None else tokenizer.vocabulary_fingerprint
+            members.append(Member(source.name, models[key], lora, vocabulary, source))
         return cls(members)
 
     # -- what it is ---------------------------------------------------------------------------------------------
@@ -551,13 +566,6 @@ def _check_vocabulary(members: Sequence[Member]) -> int:
                 "models (give a PEFT model as its base and the adapter: read_lora, from_peft_model)"
             )
         sizes[member.name] = int(head.weight.shape[0])
-    first = members[0]
-    for name, size in sizes.items():
-        if size != sizes[first.name]:
-            raise ConfigError(
-                f"expert {name!r} has a vocabulary of {size} and {first.name!r} one of {sizes[first.name]}; "
-                "next-token probabilities can be mixed over one vocabulary only: train the experts with one tokenizer"
-            )
     known = [member for member in members if member.tokenizer is not None]
     for member in known:
         if member.tokenizer != known[0].tokenizer:
@@ -566,7 +574,14 @@ def _check_vocabulary(members: Sequence[Member]) -> int:
                 f"{known[0].tokenizer} and {member.tokenizer}): their token ids mean different text; use experts "
                 "trained with one tokenizer"
             )
-    return sizes[first.name]
+    smallest, largest = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    if sizes[smallest] != sizes[largest] and len(known) < len(members):
+        raise ConfigError(
+            f"expert {smallest!r} has a vocabulary of {sizes[smallest]} and {largest!r} one of {sizes[largest]}; "
+            "next-token probabilities can be mixed over one vocabulary only. Embeddings of one tokenizer may be padded "
+            "differently where every expert comes with it: save the tokenizer beside the models"
+        )
+    return sizes[smallest]
 
 
 def _check_heads(members: Sequence[Member]) -> None:
@@ -596,17 +611,9 @@ def adapter_of(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str 
     return None, (source.model, source.revision), None
 
 
-def _tokenizer_of(source: ExpertSource, base: tuple[str, str | None]) -> str | None:
-    """Fingerprint of the vocabulary that lies beside an expert, or beside its base; None where there is none."""
+def _tokenizer_of(source: ExpertSource, base: tuple[str, str | None]) -> Tokenizer | None:
+    """The tokenizer that lies beside an expert, or beside its base; None where there is none."""
     for name, revision in ((source.model, source.revision), base):
-        if name is None:
-            continue
-        try:
-            if Path(name).is_dir():
-                if any((Path(name) / file).exists() for file in _TOKENIZER_FILES):
-                    return Tokenizer.load(name).vocabulary_fingerprint
-            else:
-                return load_pretrained(name, revision).vocabulary_fingerprint
-        except (ConfigError, DataError):
-            continue
+        if name is not None and (found := find_tokenizer(name, revision)) is not None:
+            return found
     return None

@@ -212,6 +212,34 @@ class WeftLM(TemplateLM):  # type: ignore[misc]
         options = {} if special is None else {"add_special_tokens": special}
         return [int(token) for token in self.tokenizer.encode(string, verbose=False, **options, **kwargs)]
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The harness's split of a text, or one before the token that spans the boundary and leaves nothing to judge.
+
+        The harness cuts the ids of the whole text where those of the context alone end. Of a text that has no more
+        tokens than its context nothing would be left, and `hf` stops there. What is judged instead is what the ids of
+        text and context have not in common: the joining token and those after it. A context of white space alone, which
+        goes to the continuation, leaves the prefix token.
+        """
+        context_T, continuation_C = super()._encode_pair(context, continuation)
+        if not continuation_C and continuation:
+            whole_T = self.tok_encode(context + continuation)
+            pairs = enumerate(zip(context_T, whole_T, strict=False))
+            common = next((place for place, (one, other) in pairs if one != other), len(whole_T) - 1)
+            context_T, continuation_C = whole_T[:common], whole_T[common:]
+        return context_T or [self.prefix_token_id], continuation_C
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, and whether greedy decoding would give it.
+
+        Raises:
+            DataError: a continuation has no tokens.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not context:
+                self._check(self.tok_encode(continuation, add_special_tokens=False))
+        found: list[tuple[float, bool]] = super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
+        return found
+
     # -- scoring ------------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
@@ -16,9 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PretrainedConfig,
-    PreTrainedModel,
     set_seed,
 )
 
@@ -26,6 +23,7 @@ from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError
 from weftlm.files import check_sealed
 from weftlm.models.config import ModelConfig
+from weftlm.models.open import check_vocabulary, load_base, require_decoder_only
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {
@@ -49,7 +47,6 @@ SMALL: dict[str, dict[str, Any]] = {
 """Sizes used where the recipe names an architecture and leaves its sizes out; sized for a laptop."""
 
 _WRITE_AGAIN = "make the model again, or restore the file from a copy"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> nn.Module:
@@ -66,13 +63,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
     """
     set_seed(seed)
     if config.pretrained is not None:
-        model = _load_pretrained(config)
-        held = int(model.get_input_embeddings().weight.shape[0])
-        if held < vocab_size:
-            raise ConfigError(
-                f"model {config.pretrained!r} has {held} token embeddings and the tokenizer gives {vocab_size} ids; "
-                f"use tokenizer.pretrained: {config.pretrained}"
-            )
+        model: Any = load_base(config.pretrained, revision=config.revision, dtype=config.dtype)
+        require_decoder_only(model, config.pretrained)
+        check_vocabulary(model, vocab_size, config.pretrained)
     else:
         assert config.architecture is not None
         model = from_architecture(
@@ -156,19 +149,6 @@ def from_architecture(config: PretrainedConfig) -> Any:
         raise ConfigError(f"model.config does not make a {config.model_type} language model: {error}") from error
 
 
-def _load_pretrained(config: ModelConfig) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(config.pretrained),
-            revision=config.revision,
-            dtype=DTYPES[config.dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"model.pretrained {config.pretrained!r} cannot be loaded: {error}") from error
-
-
 def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
     """Load a model weftlm (or transformers, or PEFT) saved: a full model folder, or an adapter beside its base's name.
 
@@ -179,46 +159,16 @@ def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
         ConfigError: the folder holds no loadable causal language model.
         DataError: a file of it is missing or was altered since weftlm wrote it.
     """
+    if not (folder / "adapter_config.json").exists():
+        return require_decoder_only(load_base(str(folder), dtype="auto"), str(folder))
     check_sealed(folder, _WRITE_AGAIN)
     try:
-        if (folder / "adapter_config.json").exists():
-            adapter = LoraConfig.from_pretrained(str(folder))
-            base = AutoModelForCausalLM.from_pretrained(
-                str(adapter.base_model_name_or_path),
-                revision=adapter.revision,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-            )
-            with peft_warnings():
-                model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
-            return model
-        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+        adapter = LoraConfig.from_pretrained(str(folder))
+        base = load_base(str(adapter.base_model_name_or_path), revision=adapter.revision, dtype=dtype)
+        with peft_warnings():
+            model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
-
-
-def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
-    """Load a whole language model, decoder-only or encoder-decoder, from a folder or the hub.
-
-    Args:
-        name: folder or hub name.
-        revision: hub revision.
-        dtype: the parameters are held in.
-    Raises:
-        ConfigError: there is no such model, it is neither kind, or its weights are not safetensors.
-        DataError: a file of it is missing or was altered since weftlm wrote it.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
-    check_sealed(Path(name), _WRITE_AGAIN)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model: PreTrainedModel = kind.from_pretrained(
-            name, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"base model {name!r} cannot be loaded: {error}") from error
     return model
 
 

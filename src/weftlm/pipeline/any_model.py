@@ -10,14 +10,13 @@ from typing import Any, Literal
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from weftlm.corpora.tokens import Tokenizer
+from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
-from weftlm.models.factory import DTYPES, load_base, load_model
-from weftlm.pipeline.base import base_tokenizer
+from weftlm.models.factory import load_model
+from weftlm.models.open import DTYPES, check_vocabulary, load_base, require_decoder_only
 from weftlm.pipeline.routes import TOKENIZER
-from weftlm.routing.calls import is_encoder_decoder
 from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.retrieval import RetrievalRouter
 from weftlm.routing.routed_model import RoutedModel
@@ -93,7 +92,8 @@ def open_model(
     if (folder / ROUTED).exists():
         routed = RoutedModel.from_pretrained(folder, base=base, device=device)
         kind, model, experts = "routed", routed, tuple(expert.name for expert in routed.experts)
-        _refuse_encoder_decoder(str(path), routed, encoder_decoder)
+        if not encoder_decoder:
+            require_decoder_only(routed.model, str(path))
         places = [str(folder / TOKENIZER), *([base] if base is not None else []), routed.base_reference.name]
     elif base is not None:
         raise ConfigError(f"base is for routed models; {path} is none")
@@ -109,6 +109,8 @@ def open_model(
             places.append(str(plain.peft_config["default"].base_model_name_or_path))
     model.eval()
     found = _tokenizer([tokenizer] if tokenizer is not None else places, revision, str(path))
+    for each in [member.model for member in model.pool.members] if kind == "gated" else [model]:
+        check_vocabulary(each, found.vocab_size, str(path))
     if kind == "routed" and isinstance(model.router, RetrievalRouter):
         model.router.set_decode(found.decode)
     return OpenModel(str(path), kind, model, found, experts)
@@ -120,13 +122,7 @@ def _plain(folder: Path, name: str, revision: str | None, dtype: str, encoder_de
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"there is no folder {name}; name a model's folder, or a hub name (owner/model)")
     model = load_base(str(folder) if folder.is_dir() else name, revision=revision, dtype=dtype)
-    _refuse_encoder_decoder(name, model, encoder_decoder)
-    return model
-
-
-def _refuse_encoder_decoder(name: str, model: Any, allowed: bool) -> None:
-    if is_encoder_decoder(model) and not allowed:
-        raise ConfigError(f"{name} is an encoder-decoder model; what is opened here predicts a text's next tokens")
+    return model if encoder_decoder else require_decoder_only(model, name)
 
 
 def _expert_places(model: ModularLM) -> list[str]:
@@ -142,7 +138,7 @@ def _expert_places(model: ModularLM) -> list[str]:
 
 def _tokenizer(places: list[str], revision: str | None, path: str) -> Tokenizer:
     for place in places:
-        if place and (found := base_tokenizer(place, revision)) is not None:
+        if place and (found := find_tokenizer(place, revision)) is not None:
             return found
     raise DataError(
         f"{path} comes without a tokenizer (looked in {', '.join(place for place in places if place)}); save one "

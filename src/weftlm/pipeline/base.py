@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.examples import examples_of
-from weftlm.corpora.tokens import Tokenizer, load_pretrained
+from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
-from weftlm.models.factory import load_base
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.open import check_vocabulary, load_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import require_same_data
@@ -80,13 +80,8 @@ def _check_examples(recipe: ExpertRecipe, data: PreparedData, name: str) -> None
 
 
 def _check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, name: str, revision: str | None) -> None:
-    held = len(model.get_input_embeddings().get_parameter("weight"))
-    if held < tokenizer.vocab_size:
-        raise ConfigError(
-            f"the base {name} has {held} token embeddings and the tokenizer of the data gives {tokenizer.vocab_size} "
-            f"ids; prepare the data with data.tokenizer: {{pretrained: {name}}}"
-        )
-    own = base_tokenizer(name, revision)
+    check_vocabulary(model, tokenizer.vocab_size, f"{name} (the base)")
+    own = find_tokenizer(name, revision)
     if own is None:
         log.warning("the base %s brings no tokenizer to compare; make sure that the data was tokenised for it", name)
     elif own.fingerprint != tokenizer.fingerprint:
@@ -94,15 +89,3 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: Tokenizer, name: str, re
             f"the data was tokenised with another tokenizer than the one that comes with the base {name}; prepare it "
             f"with data.tokenizer: {{pretrained: {name}}}, in a folder of its own (prepared)"
         )
-
-
-def base_tokenizer(name: str, revision: str | None = None) -> Tokenizer | None:
-    """The tokenizer that comes with a base model; None where none can be loaded or it has no end-of-text token."""
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
-        return None
-    try:
-        return load_pretrained(name, revision)
-    except ConfigError as error:
-        log.info("no tokenizer beside the base %s: %s", name, error)
-        return None

@@ -1,5 +1,6 @@
 """Models leave weftlm: plain Hugging Face checkpoints, PEFT adapters, GGUF through llama.cpp's own converter.
 
+What is written is opened afresh and compared with the model it came from; where logits differ nothing is left behind.
 One checkpoint is one set of weights. An adapter is merged into its base, a pool of experts with fixed weights is folded
 in, W + sum_z w_z scale_z B_z A_z, and what chooses anew for every token is refused, with what can be exported instead.
 """
@@ -17,23 +18,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from weftlm.corpora.tokens import find_tokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.experts.adapted import adapted, unchanged
 from weftlm.experts.expert import BaseReference, LoRAExpert, base_name
 from weftlm.experts.library import MANIFEST as LIBRARY
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import write_lora
-from weftlm.experts.merge import merge_experts
+from weftlm.experts.lora import from_peft_model, write_lora
+from weftlm.experts.merge import fold, merge_experts
 from weftlm.files import whole_folder
 from weftlm.gating.modular_lm import ModularLM
-from weftlm.models.factory import DTYPES, count_parameters, peft_warnings
+from weftlm.models.factory import count_parameters, peft_warnings
+from weftlm.models.open import DTYPES, check_written, load_base, probe_logits, require_same_logits
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.pipeline.base import base_tokenizer
 from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
@@ -84,7 +85,7 @@ def export_model(
     Raises:
         ConfigError: the model is no single set of weights, an option does not fit it, the output is not empty, or there
             is no converter.
-        CheckpointError: the converter failed.
+        CheckpointError: the converter failed, or what was written is not the model it came from.
         DataError: the model comes without a tokenizer.
         ExpertError: there is no such expert, or it is broken.
     """
@@ -122,6 +123,7 @@ def export_model(
         checkpoint = making if script is None else making / output.name
         model.save_pretrained(checkpoint)
         opened.tokenizer.save(checkpoint)
+        check_written(checkpoint, probe_logits(model))
         if script is not None:
             _convert(script, checkpoint, making / f"{output.name}.gguf", outtype)
             shutil.rmtree(checkpoint)
@@ -153,7 +155,7 @@ def _open_library(
     routed = RoutedModel.from_library(
         place, library, "merged", experts=experts, revision=revision, dtype=dtype or "float32"
     )
-    found = base_tokenizer(place, revision) if tokenizer is None else base_tokenizer(tokenizer)
+    found = find_tokenizer(place, revision) if tokenizer is None else find_tokenizer(tokenizer)
     if found is None:
         raise DataError(f"the base {tokenizer or place} comes without a tokenizer; name one (--tokenizer)")
     return OpenModel(str(folder), "routed", routed, found, tuple(each.name for each in routed.experts))
@@ -169,9 +171,8 @@ def _one_set_of_weights(
         known = {each.name: each.lora for each in routed.experts}
         chosen = [_named(name, known, opened.path) for name, weight in weights.items() if weight]
         model = routed.unload()
-        if chosen:
-            fold(model, merge_experts(chosen, [weight for weight in weights.values() if weight], name="folded"))
-        return model, weights
+        merged = merge_experts(chosen, [weight for weight in weights.values() if weight], name="folded")
+        return _folded(model, merged, opened.path), weights
     if router is not None:
         raise ConfigError(f"--router is for routed models and expert libraries; {opened.path} is {opened.kind}")
     if isinstance(opened.model, ModularLM):
@@ -184,15 +185,30 @@ def _one_set_of_weights(
             )
         member = pool.members[pool.place(expert)]
         pool.release()
-        if member.lora is not None:
-            fold(member.model, member.lora)
-        return member.model, {expert: 1.0}
+        return member.model if member.lora is None else _folded(member.model, member.lora, opened.path), {expert: 1.0}
     if expert is not None:
         raise ConfigError(f"--expert names a part of a routed or gated model; {opened.path} is one set of weights")
     if isinstance(opened.model, PeftModel):
-        with peft_warnings():
-            return opened.model.merge_and_unload(safe_merge=True), None
+        adapter = from_peft_model(opened.model, "adapter", base=BaseReference(""))
+        wanted_BTV = probe_logits(opened.model)
+        return _folded(opened.model.unload(), adapter, opened.path, wanted_BTV), None
     return opened.model, None
+
+
+def _folded(model: PreTrainedModel, expert: LoRAExpert, path: str, wanted_BTV: Tensor | None = None) -> PreTrainedModel:
+    """The model with an adapter in its weights, which gives the logits of the model with the adapter beside them.
+
+    Args:
+        wanted_BTV: those logits; None to take them here.
+    Raises:
+        CheckpointError: it does not.
+    """
+    if wanted_BTV is None:
+        with adapted(model, expert):
+            wanted_BTV = probe_logits(model)
+    fold(model, expert)
+    require_same_logits(probe_logits(model), wanted_BTV, f"{path} with its adapter folded in", model.dtype)
+    return model
 
 
 def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
@@ -223,36 +239,6 @@ def _named(name: str, known: Mapping[str, LoRAExpert], path: str) -> LoRAExpert:
     return known[name]
 
 
-@torch.no_grad()
-def fold(model: PreTrainedModel, expert: LoRAExpert) -> None:
-    """Add an adapter's updates to a model's own weights.
-
-        W <- W + scale B A
-
-    A weight that two modules share is copied first, so that the module that is not adapted keeps it.
-
-    Raises:
-        ConfigError: a weight is quantised and cannot take an update.
-    """
-    for name, factors in expert.modules.items():
-        module = model.get_submodule(name)
-        weight = module.get_parameter("weight")
-        if not isinstance(module, nn.Linear | Conv1D) or not weight.is_floating_point():
-            raise ConfigError(f"{name} is a quantised {type(module).__name__}; load the base in float to fold into it")
-        if sum(weight is other for other in _all_parameters(model)) > 1:
-            module.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
-            weight = module.weight
-            if module is model.get_output_embeddings():
-                model.config.tie_word_embeddings = False
-        delta_OI = factors.scale * (factors.B_OR.to(weight.device) @ factors.A_RI.to(weight.device))
-        delta = delta_OI.T if isinstance(module, Conv1D) else delta_OI
-        weight.copy_((weight.float() + delta).to(weight.dtype))
-
-
-def _all_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-
-
 # -- adapters -----------------------------------------------------------------------------------------------------
 
 
@@ -280,8 +266,11 @@ def _export_adapters(
         reference = replace(reference, name=base_name(str(folder / BASE)), revision=None)
     chosen = names if expert is None else [expert]
     with whole_folder(output, "exported adapters") as making:
+        model = _base_to_compare(reference, library.base)
         for name in chosen:
-            write_lora(making / name, replace(library.load(name).lora, base=reference))
+            lora = library.load(name).lora
+            write_lora(making / name, replace(lora, base=reference))
+            _check_adapter(making / name, lora, model)
         (making / "README.md").write_text(_how_to_load(output, reference, chosen), encoding="utf-8")
         return {
             "source": str(folder),
@@ -292,6 +281,34 @@ def _export_adapters(
             "base": reference.name,
             "files": sorted(file.name for file in making.iterdir()),
         }
+
+
+def _base_to_compare(reference: BaseReference, own: BaseReference) -> PreTrainedModel:
+    """The base that written adapters are tried on: the one they will name where it is here, else their own.
+
+    Raises:
+        ConfigError: neither can be opened.
+    """
+    base = reference if Path(reference.name).is_dir() else own
+    try:
+        return load_base(base.name, revision=base.revision)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. Adapters are compared on their base when they are exported; name it (--base)"
+        ) from error
+
+
+def _check_adapter(folder: Path, lora: LoRAExpert, model: PreTrainedModel) -> None:
+    """Load a written adapter with PEFT alone and compare it with the expert it came from.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    with adapted(model, lora):
+        wanted_BTV = probe_logits(model)
+    with unchanged(model), peft_warnings():
+        found_BTV = probe_logits(PeftModel.from_pretrained(model, str(folder), use_safetensors=True))
+    require_same_logits(found_BTV, wanted_BTV, str(folder), model.dtype)
 
 
 def _how_to_load(output: Path, base: BaseReference, names: Sequence[str]) -> str:

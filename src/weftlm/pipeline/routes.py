@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from weftlm.corpora.tokens import Tokenizer
+from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import finite_or_none, mean_result
@@ -22,7 +22,7 @@ from weftlm.experts.expert import base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.fan_out import Task, fan_out, keep, new_key
 from weftlm.files import refuse_full, whole_folder
-from weftlm.pipeline.base import base_tokenizer, open_base
+from weftlm.pipeline.base import open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.experts import shared_folders
 from weftlm.pipeline.heldout import heldout_sets
@@ -85,7 +85,7 @@ def build_route(
     place = base_name(opened.base.name if base is None else base)
     revision = opened.base.revision if base is None else revision
     routed = RoutedModel.from_library(place, opened, config, experts=experts, revision=revision, dtype=dtype)
-    tokenizer = base_tokenizer(place, revision)
+    tokenizer = find_tokenizer(place, revision)
     if tokenizer is None:
         log.warning("the base %s brings no tokenizer; save one in %s to trace text", place, output / TOKENIZER)
     with whole_folder(output, "routed model", replace=replace) as making:

@@ -42,6 +42,7 @@ from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, m
 from weftlm.gating.scores import ScoredText
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.models.hf import token_losses
+from weftlm.models.open import check_written, probe_logits
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
 from weftlm.pipeline.gating import (
@@ -145,6 +146,8 @@ def _distil_gate(recipe: ExpertRecipe, direct: bool, progress: bool) -> dict[str
         with whole_folder(folder / name, "student") as making:
             model.save_pretrained(making)
             tokenizer.save(making)
+            if not isinstance(model, ModularLM):  # of those a gate is written, which is digested like every file
+                check_written(making, probe_logits(model))
         rows[name]["model"] = str(folder / name)
     found = {
         "identity": identity,

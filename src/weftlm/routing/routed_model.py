@@ -14,16 +14,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, module_widths
+from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, whole_folder
-from weftlm.models.factory import load_base
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.open import load_base
 from weftlm.routing.calls import (
     arguments_of,
     decoder_call,
@@ -33,7 +33,7 @@ from weftlm.routing.calls import (
     remember,
 )
 from weftlm.routing.config import MANIFEST, RouterConfig
-from weftlm.routing.pool import ModulePool, stack_pool
+from weftlm.routing.pool import stack_pool
 from weftlm.routing.routed_linear import RoutedLinear, Switch
 from weftlm.routing.router import Call, Router, Routing, Site, build_router
 from weftlm.routing.trace import Trace, make_trace
@@ -199,8 +199,8 @@ class RoutedModel(nn.Module):
             routed = self._routed(site)
             routed.folded = None
             self._pools[site.name].set_background(built.background_rank)
-            if static_E is not None and (folded := _fold(routed.base, self._pools[site.name], static_E)) is not None:
-                routed.folded = folded
+            if static_E is not None:
+                routed.folded = folded_weight(routed.base, self._pools[site.name].dense_delta(static_E))
         if static_E is not None and any(self._routed(site).folded is None for site in self.sites):
             built = _Constant(built, self.experts, self.sites)
         self.router = self.switch.router = built
@@ -486,18 +486,6 @@ def _sites(model: nn.Module, experts: Sequence[Expert]) -> tuple[Site, ...]:
             reads_encoder = encoder_decoder and _ENCODER.search(name) is not None
             found.append(Site(name, len(found), adapting, widths[0], reads_encoder))
     return tuple(found)
-
-
-def _fold(base: nn.Module, pool: ModulePool, weights_E: Tensor) -> Tensor | None:
-    """W + the weighted sum of updates, in the weight's own layout and dtype; None for a quantised weight."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(base, nn.Linear | Conv1D) or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return None
-    delta_OI = pool.dense_delta(weights_E)
-    delta = delta_OI.T if isinstance(base, Conv1D) else delta_OI
-    if delta.shape != weight.shape:
-        return None
-    return (weight.detach().float() + delta.to(weight.device)).to(weight.dtype)
 
 
 def _compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

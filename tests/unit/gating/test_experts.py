@@ -1,10 +1,12 @@
 """Pools of experts: every expert scores as it does alone, whatever it shares, and misfits are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from support import experts as tiny
+from support import served
 from support.gated import mixed_pool, tokens, whole_pool
 from support.tiny_expert import Fingerprint, random_expert
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -167,6 +169,28 @@ def test_other_vocabularies_and_tokenizers_are_refused():
         ExpertPool.of({"t5": tiny.t5()})
     with pytest.raises(ConfigError, match="decoder-only"):
         ExpertPool.of({"linear": torch.nn.Linear(2, 2)})
+
+
+def test_embeddings_padded_to_different_sizes_are_read_over_the_common_vocabulary(tmp_path: Path):
+    for name, size in (("a", 320), ("b", 336), ("c", 384)):
+        model = served.llama()
+        torch.manual_seed(size)
+        model.resize_token_embeddings(size, mean_resizing=False)
+        model.save_pretrained(tmp_path / name)
+        served.tokenizer().save(tmp_path / name)
+    pool = ExpertPool.load([ExpertSource(name=name, model=str(tmp_path / name)) for name in "abc"])
+    assert pool.vocab_size == 320
+    tokens = torch.randint(320, (2, 7))
+    logp_BTEV = pool.log_probs(tokens)
+    assert logp_BTEV.shape == (2, 7, 3, 320)
+    torch.testing.assert_close(logp_BTEV.exp().sum(-1), torch.ones(2, 7, 3))
+    torch.testing.assert_close(logp_BTEV[:, :, 1], logp_BTEV[:, :, 0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="vocabulary of 320"):
+        pool.log_probs(tokens + 320)
+    (tmp_path / "b" / "tokenizer.json").unlink()
+    (tmp_path / "b" / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"of 320 and .* one of 384; .* where every expert comes with it"):
+        ExpertPool.load([ExpertSource(name=name, model=str(tmp_path / name)) for name in "abc"])
 
 
 def test_bad_pools_and_ids_are_refused():

@@ -172,6 +172,25 @@ def test_a_plain_model_gives_what_the_harness_s_own_class_gives(lm: WeftLM, plac
     assert lm.loglikelihood_rolling(rolling, True) == pytest.approx(theirs.loglikelihood_rolling(rolling, True))
 
 
+@plain
+def test_items_are_scored_wherever_a_token_spans_the_boundary(lm: WeftLM) -> None:
+    text = "mast sail mast"
+    items = [(text[:cut], text[cut:end]) for cut in range(1, len(text)) for end in range(cut + 1, len(text) + 1)]
+    items += [("   ", "mast"), ("mast", "  "), ("", "s")]
+    joined = 0
+    for (context, continuation), (logp, _) in zip(items, lm.loglikelihood(asked("", *items)), strict=True):
+        whole, left = lm.tok_encode(context + continuation), lm.tok_encode(context.rstrip())
+        judged = whole[len(left) :]  # the harness's own split
+        if not judged:
+            cut = next((at for at, (a, b) in enumerate(zip(left, whole, strict=False)) if a != b), len(whole) - 1)
+            left, judged, joined = whole[:cut], whole[cut:], joined + 1
+        assert logp == pytest.approx(by_hand(lm, left or [lm.prefix_token_id], judged)[0], abs=1e-4)
+    assert joined > 3
+    for context in ("", "mast"):
+        with pytest.raises(DataError, match="a continuation has no tokens"):
+            lm.loglikelihood(asked("", (context, "")))
+
+
 @every_kind
 def test_text_is_generated_up_to_a_stop_string_as_generate_does(lm: WeftLM) -> None:
     contexts = ["mast", *texts(2)]

@@ -12,7 +12,8 @@ from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.errors import ExpertError
 from weftlm.experts.library import ExpertLibrary
-from weftlm.models.factory import load_base, peft_warnings
+from weftlm.models.factory import peft_warnings
+from weftlm.models.open import load_base
 from weftlm.pipeline.expert_imports import import_recipe_experts
 from weftlm.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
 from weftlm.pipeline.experts_config import ExpertsConfig

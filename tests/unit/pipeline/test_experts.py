@@ -14,11 +14,11 @@ import yaml
 from support.tiny_expert import cyclic_source, llama
 from support.tiny_project import recipe_value, write_corpora
 
+from weftlm.corpora.tokens import find_tokenizer
 from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.pipeline.base import base_tokenizer
 from weftlm.pipeline.expert_recipe import ExpertRecipe, expert_plan, load_expert_recipe, make_expert_recipe
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
@@ -266,7 +266,7 @@ def test_a_base_of_another_tokenizer_is_refused(tmp_path: Path, corpora: Path) -
     with pytest.raises(DataError, match="another tokenizer than the one that comes with the base"):
         train_experts(other, progress=False)
     llama(vocab_size=100).save_pretrained(tmp_path / "few")
-    assert base_tokenizer(str(tmp_path / "few")) is None
+    assert find_tokenizer(str(tmp_path / "few")) is None
     with pytest.raises(ConfigError, match="has 100 token embeddings"):
         train_experts(recipe_in(tmp_path, corpora, base=str(tmp_path / "few")), progress=False)
     with pytest.raises(ConfigError, match="takes at most 64 positions"):

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.merge import fold
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.export import export_model, find_converter, fold
+from weftlm.pipeline.export import export_model, find_converter
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import RoutedModel
 

@@ -131,6 +131,84 @@ def test_choice_tries_the_shadow_on_the_model() -> None:
     assert all(p.grad is None for p in experts.parameters())
 
 
+class _First(nn.Module):
+    """The first of what a recurrent layer returns."""
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        return x[0]
+
+
+class Hashing(nn.Module):
+    """Draws random numbers in evaluation mode too, as attention by hashing does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + torch.rand(4)
+
+
+class Stepped(nn.Module):
+    """A step: finite differences see its jumps, or nothing, and backward passes what was put in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.scale
+        return y + (y.round() - y).detach()
+
+
+class InPlace(nn.Module):
+    """Changes the output of its layer in place, which the shadow term does not survive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).add_(1.0)
+
+
+class Borrowing(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layer.weight
+
+
+@pytest.mark.parametrize(
+    ("make", "usable"),
+    [
+        (lambda: Bigram(nn.Linear(4, 4)), {"shadow", "separate", "finite_difference"}),
+        (lambda: Bigram(Hashing()), {"separate"}),
+        (lambda: Bigram(Stepped()), {"shadow", "separate"}),
+        (lambda: Bigram(InPlace()), {"separate", "finite_difference"}),
+        (lambda: Bigram(Borrowing()), {"separate", "finite_difference"}),
+        (lambda: Bigram(nn.RNN(4, 4, batch_first=True), _First()), {"separate", "finite_difference"}),
+    ],
+)
+def test_an_estimator_is_chosen_only_where_it_is_right(make: Callable[[], nn.Module], usable: set[str]) -> None:
+    model = make()
+    before = snapshot(model)
+    found, refusals = set(), []
+    for estimator in ("shadow", "separate", "finite_difference"):
+        try:
+            found.add(choice(AlignmentConfig(estimator=estimator), model=model, losses=losses)[0])
+        except ConfigError as error:
+            refusals.append(str(error))
+    assert found == usable
+    assert all("cannot be used" in each and "\n" not in each for each in refusals)
+    assert choice(model=model, losses=losses)[0] in usable
+    assert_same(before, snapshot(model))
+
+
 def test_dropout_is_found_in_settings_too() -> None:
     assert not has_dropout(llama())
     assert has_dropout(llama(attention_dropout=0.1))

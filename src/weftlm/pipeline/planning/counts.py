@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, WeftError
@@ -32,8 +33,9 @@ from weftlm.experts.gate import attach_gates
 from weftlm.experts.lora import module_widths
 from weftlm.gating.experts import Backbone, Rows, label_log_probs
 from weftlm.models.config import LoRASection, ModelConfig
-from weftlm.models.factory import DTYPES, architecture_config, count_parameters, from_architecture, peft_warnings
+from weftlm.models.factory import architecture_config, count_parameters, from_architecture, peft_warnings
 from weftlm.models.hf import token_losses
+from weftlm.models.open import DTYPES, read_config
 from weftlm.pipeline.planning.trace import Work, along, record, shapes_only
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import adamw
@@ -75,16 +77,15 @@ def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfi
     Raises:
         ConfigError: it is not there.
     """
+    if Path(name).is_dir():
+        return read_config(name)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
+        return read_config(name, revision=revision, local_files_only=True)
+    except ConfigError as error:
         raise ConfigError(
             f"the configuration of {name!r} is not on this machine, and a plan downloads nothing; give a local folder "
-            f"that holds its config.json (with --set), weights are not needed: {str(error).splitlines()[0]:.160}"
+            f"that holds its config.json (with --set), weights are not needed"
         ) from error
-    return config
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftlm.experts.statistics import BIGRAM_BUCKETS
-from weftlm.models.factory import DTYPES
+from weftlm.models.open import DTYPES
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.planning.counts import Counted, Sizes

@@ -23,7 +23,8 @@ from weftlm.experts.lora import check_fits
 from weftlm.gating.config import ExpertSource
 from weftlm.gating.experts import BUSY, BUSY_ELSEWHERE, LOGITS, adapter_of
 from weftlm.models.config import LoRASection
-from weftlm.models.factory import DTYPES, uneven_heads
+from weftlm.models.factory import uneven_heads
+from weftlm.models.open import DTYPES
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.planning.counts import Counted, pretrained_config
 from weftlm.pipeline.planning.speed import COMPUTE, Speed, Time

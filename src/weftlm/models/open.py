@@ -1,0 +1,452 @@
+"""The one door for pretrained language models: every tensor accounted for, safetensors only, no code of their own.
+
+`load_base` opens a model, `read_config` its configuration alone, `local_fingerprint` its identity. Training, experts,
+routing, gating, distillation, evaluation, export, serving and lm-eval open their models here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import stat
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from weftlm.errors import CheckpointError, ConfigError, reason
+from weftlm.files import check_sealed
+from weftlm.models.fingerprint import base_fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_JSON_BYTES = 1 << 26
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_REPEATED = re.compile(r"n_layers?|num_(hidden_|decoder_)?layers|(en|de)coder_layers|(num|n)_(local_|routed_)?experts")
+"""Settings that say how many modules there are, each with tensors of its own."""
+_MANY, _LARGEST = 1000, 1 << 31
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|attention\.(bias|masked_bias))$")
+"""Tensors of older checkpoints that are computed and not learnt."""
+_TRIAL_PARAMETERS = 4_000_000_000
+"""Largest model tried at opening, in float32; one in half precision counts eight times, as CPUs compute it slower."""
+_SHOWN = 3
+_PROBE = 2, 16
+_TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """Open a whole language model, decoder-only or encoder-decoder, from a folder or the hub.
+
+    Refused by name: tensors that are missing, unexpected, of another size, empty, or hold NaN or infinite values;
+    pickled weights; code of the model's own; an adapter in the model's place; a model that cannot run, whose logits
+    are not finite, or that is no causal language model though it is opened as one. The last three are found by one
+    pass over two rows of three tokens.
+
+    Cost beside loading: one pass over the weights in memory (0.1 s per GB), and that trial (for models of up to 4e9
+    parameters in float32, 5e8 in half precision).
+
+    Args:
+        name: folder or hub name.
+        revision: hub revision.
+        dtype: the parameters are held in; `auto`: as they are stored.
+    Returns:
+        the model on the CPU, in evaluation mode.
+    Raises:
+        ConfigError: as above, or there is no such model or it is neither kind.
+        DataError: a file of the folder is missing or was altered since weftlm wrote it.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    local = Path(name).is_dir()
+    if local:
+        check_sealed(Path(name), "make the model again, or restore the file from a copy")
+    config = read_config(name, revision=revision)
+    if local:
+        _check_weights(name, Path(name), config)
+    encoder_decoder = config.is_encoder_decoder is True
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.model_type not in known:
+        raise _refusal(name, f"a {config.model_type} model is no decoder-only or encoder-decoder language model")
+    kind: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    model: PreTrainedModel
+    try:
+        with _quiet():
+            model, info = kind.from_pretrained(
+                name,
+                revision=revision,
+                dtype=dtype if dtype == "auto" else DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+            )
+    except Exception as error:
+        raise _refusal(name, _cause(error, local=local)) from error
+    _check_tensors(name, model, info)
+    _try_out(name, model.eval())
+    return model
+
+
+def read_config(name: str, *, revision: str | None = None, local_files_only: bool = False) -> PretrainedConfig:
+    """A model's configuration, from a folder or the hub; code that comes with it is never run.
+
+    Args:
+        name: folder or hub name.
+        revision: hub revision.
+        local_files_only: nothing is downloaded.
+    Raises:
+        ConfigError: there is none, it is damaged, of an unknown model type, or of sizes no model has.
+    """
+    folder = Path(name)
+    if not name or (folder.exists() and not folder.is_dir()):
+        raise _refusal(name, "a model is a folder with config.json and safetensors, or a hub name")
+    if folder.is_dir():
+        _check_config(name, folder)
+    try:
+        with _quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                name, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+            )
+    except Exception as error:
+        raise _refusal(name, _cause(error, local=folder.is_dir())) from error
+    for key in _SIZES:
+        size = getattr(config, key, None)
+        if size is not None and (not isinstance(size, int) or not 0 < size < _LARGEST):
+            raise _refusal(name, f"{_CONFIG} gives {key} as {size!r:.40}; it must be a whole number from 1 to 2^31")
+    return config
+
+
+def local_fingerprint(name: str, *, revision: str | None = None) -> str:
+    """`base_fingerprint` of a model in a folder or the hub's cache, as it is stored; the model is opened strictly.
+
+    Cost: that of `load_base` in the stored dtype (memory: the weights once, freed on return) and of `base_fingerprint`;
+    together about 2 s for 135M parameters, and 2 to 3 s per GB of weights on one core.
+
+    Raises:
+        ConfigError: as `load_base`.
+    """
+    return base_fingerprint(load_base(name, revision=revision, dtype="auto"))
+
+
+def check_vocabulary(model: nn.Module, vocab_size: int, name: str) -> None:
+    """Refuse a tokenizer that gives ids the model has no embedding or no logit for.
+
+    Args:
+        model: the model.
+        vocab_size: highest id of the tokenizer + 1.
+        name: of the model, for the message.
+    Raises:
+        ConfigError: it does.
+    """
+    held = min(_rows(model))
+    if held < vocab_size:
+        raise ConfigError(
+            f"model {name} has {held} token embeddings and the tokenizer gives {vocab_size} ids; use the tokenizer "
+            f"that comes with the model, or give the model as many embeddings (resize_token_embeddings) and train them"
+        )
+
+
+def require_decoder_only(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model, if it predicts a text's next tokens.
+
+    Raises:
+        ConfigError: it is an encoder-decoder.
+    """
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"{name} is an encoder-decoder model; what is opened here predicts a text's next tokens")
+    return model
+
+
+def _rows(model: Any) -> list[int]:
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [int(head.weight.shape[0]) for head in heads if head is not None and hasattr(head, "weight")] or [_LARGEST]
+
+
+# -- what was written -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe_logits(model: Any) -> Tensor:
+    """Logits of a fixed text of 2 x 16 tokens, float32, BTV on the CPU: by these a model is compared with its copy."""
+    longest = getattr(model.config, "max_position_embeddings", None) or _PROBE[1]
+    shape = _PROBE[0], min(_PROBE[1], int(longest))
+    ids_BT = torch.randint(min(_rows(model)), shape, generator=torch.Generator().manual_seed(0))
+    ids_BT = ids_BT.to(next(model.parameters()).device)
+    arguments = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
+    logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **arguments).logits
+    return logits_BTV.float().cpu()
+
+
+def check_written(folder: Path, wanted_BTV: Tensor) -> None:
+    """Open a written model afresh and compare its `probe_logits` with those of the model it came from.
+
+    Raises:
+        CheckpointError: they differ.
+        ConfigError: it cannot be opened.
+    """
+    again = load_base(str(folder), dtype="auto")
+    require_same_logits(probe_logits(again), wanted_BTV, str(folder), again.dtype)
+
+
+def require_same_logits(found_BTV: Tensor, wanted_BTV: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Refuse a copy that is another model than its original.
+
+        |found - wanted| / |wanted - its mean over the vocabulary| <= tolerance          norms over BTV
+
+    The tolerance is that of rounding the weights once: 1e-3 in float32, 0.02 in float16, 0.1 in bfloat16.
+
+    Raises:
+        CheckpointError: they differ by more, or are not finite.
+    """
+    size = float((wanted_BTV - wanted_BTV.mean(dim=-1, keepdim=True)).norm())
+    vocabulary = min(found_BTV.shape[-1], wanted_BTV.shape[-1])
+    apart_BTV = found_BTV[..., :vocabulary] - wanted_BTV[..., :vocabulary]
+    share = float(apart_BTV.norm()) / max(size, 1e-6)
+    if found_BTV.shape != wanted_BTV.shape or not share <= _TOLERANCE.get(dtype, 1e-3):
+        raise CheckpointError(
+            f"{what} is not the model it was made from: its logits differ by up to {float(apart_BTV.abs().max()):.3g} "
+            f"({share:.2%} of their spread); nothing was written. Write it in float32, or report this with the model's "
+            f"architecture"
+        )
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def _check_config(name: str, folder: Path) -> None:
+    if not (folder / _CONFIG).exists():
+        if (folder / "adapter_config.json").exists():
+            raise _refusal(name, "it holds an adapter over another model; name that model")
+        raise _refusal(name, f"it holds no {_CONFIG}; name the folder that save_pretrained wrote")
+    found = _read_json(name, folder / _CONFIG)
+    model_type = found.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in found:
+        raise _refusal(name, "it needs code of its own (auto_map), which weftlm never runs; convert it to a model type "
+                             "of transformers")  # fmt: skip
+    raise _refusal(
+        name,
+        f"{_CONFIG} gives the model type {model_type!r:.60}, which transformers {transformers.__version__} does not "
+        f"have; upgrade transformers, or check the folder",
+    )
+
+
+def _check_weights(name: str, folder: Path, config: PretrainedConfig) -> None:
+    """Check the files of a model folder before anything is built from them."""
+    if (folder / "adapter_config.json").exists():
+        raise _refusal(name, "it holds an adapter beside the model; move adapter_config.json to a folder of its own")
+    shapes = _shapes(name, folder)
+    empty = sorted(key for key, shape in shapes.items() if 0 in shape)
+    if empty:
+        raise _refusal(
+            name,
+            f"{_listed(empty)} without values, as ZeRO-3 leaves parameters on one process; gather them before saving "
+            f"(DeepSpeed: zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save)",
+        )
+    for key, value in config.to_dict().items():
+        if _REPEATED.fullmatch(key) and isinstance(value, int) and value > max(_MANY, len(shapes)):
+            raise _refusal(name, f"{_CONFIG} gives {key} as {value}, and the weights hold {len(shapes)} tensors")
+
+
+def _shapes(name: str, folder: Path) -> dict[str, list[int]]:
+    """Shape of every stored tensor, from the headers alone."""
+    if (folder / _WEIGHTS).is_symlink() or (folder / _WEIGHTS).exists():
+        return _header(name, folder / _WEIGHTS)
+    if not (folder / _INDEX).exists():
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
+        if pickled:
+            raise _refusal(
+                name,
+                f"its weights ({', '.join(pickled[:_SHOWN])}) are pickled, which can run code and is never loaded; "
+                f"load it with transformers where you trust it, and save_pretrained writes {_WEIGHTS}",
+            )
+        raise _refusal(name, f"it holds no weights ({_WEIGHTS}); copy or download the model again")
+    placed = _read_json(name, folder / _INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+        raise _refusal(name, f"{_INDEX} does not say which file holds which tensor; copy or download the model again")
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(set(placed.values())):
+        if Path(file).name != file:
+            raise _refusal(name, f"{_INDEX} names {file!r:.80}, which is no file of the folder itself")
+        shapes |= _header(name, folder / file)
+    absent = sorted(placed.keys() - shapes.keys())
+    if absent:
+        raise _refusal(name, f"{_listed(absent)} named by {_INDEX} and in no file; copy or download the model again")
+    return shapes
+
+
+def _header(name: str, path: Path) -> dict[str, list[int]]:
+    _require_file(name, path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _refusal(
+            name, f"{path.name} is truncated or not safetensors; copy or download the model again"
+        ) from error
+
+
+def _read_json(name: str, path: Path) -> dict[str, Any]:
+    _require_file(name, path)
+    if path.stat().st_size > _JSON_BYTES:
+        raise _refusal(name, f"{path.name} has {path.stat().st_size} bytes; {_JSON_BYTES} are allowed")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _refusal(name, f"{path.name} cannot be read: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise _refusal(name, f"{path.name} is torn or no JSON; copy or download the model again") from error
+    if not isinstance(found, dict):
+        raise _refusal(name, f"{path.name} holds no JSON object; copy or download the model again")
+    return found
+
+
+def _require_file(name: str, path: Path) -> None:
+    """Refuse what is not there, a broken link, a folder, and a pipe, which would be waited for."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        what = "is a broken link" if path.is_symlink() else "is missing"
+        raise _refusal(name, f"{path.name} {what}; copy or download the model again") from error
+    if not stat.S_ISREG(mode):
+        raise _refusal(name, f"{path.name} is no plain file; copy or download the model again")
+
+
+# -- what was loaded --------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _refusal(name, "it is an adapter over another model; name that model")
+    again = "the files are not of this configuration or not complete: copy or download the model again"
+    wrong = [
+        f"{key} is {tuple(stored)}, must be {tuple(wanted)}" for key, stored, wanted in sorted(info["mismatched_keys"])
+    ]
+    if wrong:
+        raise _refusal(name, f"{len(wrong)} {_tensors(wrong)} of another size: {_some(wrong)}; {again}")
+    if info["missing_keys"]:
+        raise _refusal(name, f"{_listed(sorted(info['missing_keys']))} missing; {again}")
+    scratch = {buffer for buffer, _ in model.named_buffers()} - set(model.state_dict())
+    unexpected = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not _COMPUTED.search(key) and not any(buffer.endswith(key) for buffer in scratch)
+    )
+    if unexpected:
+        raise _refusal(name, f"{_listed(unexpected)} unexpected; {again}")
+    if info.get("error_msgs"):
+        raise _refusal(name, " ".join(str(info["error_msgs"][0]).split())[:200])
+    damaged = [key for key, tensor in model.state_dict().items() if not _finite(tensor)]
+    if damaged:
+        raise _refusal(
+            name,
+            f"{_listed(damaged)} with NaN or infinite values in {str(model.dtype).removeprefix('torch.')}; take an "
+            f"earlier checkpoint, or copy or download the model again",
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
+        return True
+    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+@torch.no_grad()
+def _try_out(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model that cannot run, or whose prediction reads what it is to predict.
+
+    Rows 0 1 2 and 0 1 3: a causal model has the same logits in both before the last token.
+    """
+    weight = next(model.parameters())
+    cost = 1 if weight.dtype in (torch.float32, torch.float64) else 8
+    if getattr(model, "is_quantized", False) or model.num_parameters() * cost > _TRIAL_PARAMETERS:
+        return
+    ids_BT = torch.tensor([[0, 1, 2], [0, 1, 3]]) % min(_rows(model))
+    arguments = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
+    try:
+        with _quiet():
+            logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **arguments).logits
+    except Exception as error:
+        raise _refusal(name, f"the model cannot run: {reason(error)}") from error
+    if not bool(logits_BTV.isfinite().all()):
+        raise _refusal(name, f"the model's logits are not finite; check {_CONFIG}, or download the model again")
+    if not arguments:
+        first, second = logits_BTV[:, :2].float()
+        if float((first - second).abs().max()) > 0.02 * float(logits_BTV.float().abs().max().clamp_min(1e-6)):
+            raise _refusal(name, f"a {model.config.model_type} model whose predictions read later tokens is no causal "
+                                 "language model")  # fmt: skip
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def _refusal(name: str, why: str) -> ConfigError:
+    return ConfigError(f"model {name!r} cannot be loaded: {why}")
+
+
+def _cause(error: Exception, *, local: bool) -> str:
+    text = str(error)
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed ({reason(error)}); install it, or use a copy in float"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text:
+        return "there is not enough memory for it"
+    if "custom code" in text or "trust_remote_code" in text:
+        return "it needs code of its own, which weftlm never runs; convert it to a model type of transformers"
+    if "safetensors" in text and not local:
+        return "it has no safetensors; weftlm loads no pickled weights, ask for a safetensors revision (--revision)"
+    if not local:
+        return f"{reason(error)}; check the name, your access and the network"
+    return f"transformers {transformers.__version__} cannot read it ({reason(error)}); check its {_CONFIG}"
+
+
+def _tensors(keys: Collection[str]) -> str:
+    return "tensor" if len(keys) == 1 else "tensors"
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(keys[:_SHOWN]) + more
+
+
+def _listed(keys: list[str]) -> str:
+    return f"{len(keys)} {_tensors(keys)} ({_some(keys)})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the reports and warnings of transformers back: what matters of them is an error here."""
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,285 @@
+"""Damaged model folders through every door that opens one: one line that names the model and the cause, and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import experts as tiny
+from support import in_memory, served
+from torch import Tensor
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+
+from weftlm.config import validate
+from weftlm.errors import WeftError
+from weftlm.experts.library import ExpertLibrary
+from weftlm.gating.experts import ExpertPool, ExpertSource
+from weftlm.models.factory import ModelConfig, build_model, load_model
+from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.open import load_base, local_fingerprint
+from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.export import export_model
+from weftlm.pipeline.planning.counts import pretrained_config
+from weftlm.routing.routed_model import RoutedModel
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+Damage = Callable[[Path], None]
+
+
+def config(**changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**found, **changes}))
+
+    return damage
+
+
+def weights(change: Callable[[dict[str, Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def text(name: str, content: str) -> Damage:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def cut(name: str, length: int) -> Damage:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length]) and None
+
+
+def instead(name: str, put: Callable[[Path], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        put(folder / name)
+
+    return damage
+
+
+def index(content: object) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+CONFIG_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "empty config": (text("config.json", ""), "config.json is torn"),
+    "torn config": (cut("config.json", 50), "config.json is torn"),
+    "config of a list": (text("config.json", "[1]"), "no JSON object"),
+    "deep config": (text("config.json", '{"a":' * 100_000), "config.json is torn"),
+    "config is a folder": (instead("config.json", Path.mkdir), "no plain file"),
+    "config is a pipe": (instead("config.json", os.mkfifo), "no plain file"),
+    "broken link": (instead("config.json", lambda path: path.symlink_to("nowhere")), "config.json"),
+    "no model type": (config(model_type=None), "model type None"),
+    "unknown model type": (config(model_type="llamma"), "model type 'llamma'"),
+    "own code": (config(model_type="mine", auto_map={"AutoConfig": "a.B"}), "code of its own"),
+    "no heads": (config(num_attention_heads=0), "config.json"),
+    "negative width": (config(hidden_size=-1), "config.json"),
+    "words for numbers": (config(vocab_size="many"), "config.json"),
+    "endless positions": (config(max_position_embeddings=10**15), "max_position_embeddings"),
+}
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    **CONFIG_DAMAGES,
+    "endless layers": (config(num_hidden_layers=10**9), "num_hidden_layers as 1000000000"),
+    "a layer more": (config(num_hidden_layers=3), r"9 tensors \(model.layers.2.*missing"),
+    "a layer less": (config(num_hidden_layers=1), r"9 tensors \(model.layers.1.*unexpected"),
+    "another vocabulary": (config(vocab_size=10), r"2 tensors of another size: lm_head.weight is \(320, 32\)"),
+    "unknown rope": (config(rope_parameters={"rope_type": "spiral"}), "spiral"),
+    "unknown activation": (config(hidden_act="spiky"), "spiky"),
+    "quantised without its package": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "package that is not installed",
+    ),
+    "quantisation that is none": (config(quantization_config=5), "config.json"),
+    "unknown dtype": (config(dtype="float99"), "config.json"),
+    "infinite epsilon": (config(rms_norm_eps=float("nan")), "logits are not finite"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "pickled weights": (pickled, "pickled, which can run code"),
+    "empty weights": (text("model.safetensors", ""), "truncated or not safetensors"),
+    "truncated weights": (cut("model.safetensors", 20_000), "truncated or not safetensors"),
+    "weights linked to nothing": (
+        instead("model.safetensors", lambda path: path.symlink_to("nowhere")), "is a broken link",
+    ),
+    "weights are a pipe": (instead("model.safetensors", os.mkfifo), "no plain file"),
+    "index of nothing": (index({}), "which file holds which tensor"),
+    "index of a list": (index([]), "no JSON object"),
+    "index names a missing shard": (index({"weight_map": {Q: "model-2.safetensors"}}), "model-2.* is missing"),
+    "index leads out": (index({"weight_map": {Q: "../model.safetensors"}}), "no file of the folder"),
+    "index names a tensor too many": (index({"weight_map": {"x": "model-1.safetensors"}}), r"1 tensor \(x\) named by"),
+    "a tensor missing": (weights(lambda found: found.pop(Q)), r"1 tensor \(model.layers.0.*missing"),
+    "the head missing": (weights(lambda found: found.pop("lm_head.weight")), r"lm_head.weight\) missing"),
+    "a tensor too many": (weights(lambda found: found.update(x=torch.zeros(1))), r"1 tensor \(x\) unexpected"),
+    "a tensor cut": (weights(lambda found: found.update({Q: found[Q][:-1].clone()})), r"q_proj.weight is \(31, 32\)"),
+    "an emptied tensor": (weights(lambda found: found.update({Q: torch.zeros(0)})), "ZeRO-3"),
+    "a NaN": (weights(lambda found: found[Q].view(-1)[7:8].fill_(float("nan"))), "NaN or infinite"),
+    "an infinity": (weights(lambda found: found[Q].view(-1)[7:8].fill_(float("inf"))), "NaN or infinite"),
+    "an adapter beside": (text("adapter_config.json", "{}"), "adapter"),
+}  # fmt: skip
+
+
+THROUGH_EVERY_DOOR = (
+    "torn config", "unknown model type", "own code", "a layer more", "pickled weights", "truncated weights",
+    "a tensor missing", "an emptied tensor", "a NaN", "an adapter beside",
+)  # fmt: skip
+"""The others take the one door that all lead to."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served.write_model(tmp_path_factory.mktemp("whole"), "plain")
+
+
+@pytest.fixture(scope="module")
+def library(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert over the model, whole when it was made."""
+    model = load_base(str(whole))
+    expert = tiny.make_pool(model, 1)[0]
+    made = ExpertLibrary.create(tmp_path_factory.mktemp("pool") / "library", expert.lora.base)
+    made.add(expert)
+    return made.folder
+
+
+def build(folder: Path) -> None:
+    build_model(
+        validate(ModelConfig, {"pretrained": str(folder)}, "model"), vocab_size=8, sequence_length=8, eos_id=0, seed=0
+    )
+
+
+def lm_eval(folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from weftlm.integrations.lm_eval import WeftLM
+
+    WeftLM(path=str(folder))
+
+
+def doors(library: Path, out: Path) -> dict[str, Callable[[Path], object]]:
+    return {
+        "base": lambda folder: load_base(str(folder)),
+        "fingerprint": lambda folder: local_fingerprint(str(folder)),
+        "train": build,
+        "evaluate": load_model,
+        "serve": open_model,
+        "export": lambda folder: export_model(folder, out),
+        "route": lambda folder: RoutedModel.from_library(folder, library, "uniform"),
+        "gate": lambda folder: ExpertPool.load([ExpertSource(name="a", model=str(folder))]),
+        "gate over a library": lambda folder: ExpertPool.from_library(library, folder),
+        "lm-eval": lm_eval,
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_models_are_refused_at_every_door(damage: str, whole: Path, library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    found = doors(library, tmp_path / "out")
+    if damage not in THROUGH_EVERY_DOOR:
+        found = {"base": found["base"]}
+    if damage == "an adapter beside":  # these take it for an adapter, and say what is wrong with it
+        for name in ("evaluate", "serve", "export", "gate", "lm-eval"):
+            del found[name]
+    if damage in CONFIG_DAMAGES:
+        found["plan"] = lambda folder: pretrained_config(str(folder))
+    for name, door in found.items():
+        with pytest.raises(WeftError, match=message) as error:
+            door(folder)
+        said = str(error.value)
+        assert str(folder) in said, name
+        assert "\n" not in said, name
+        assert not any(word in said for word in ("Errno", "NoneType", "Traceback", "\x1b")), said
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+TOKENIZER_DAMAGES: dict[str, Damage] = {
+    "torn": cut("tokenizer.json", 300),
+    "empty": text("tokenizer.json", ""),
+    "a list": text("tokenizer.json", "[]"),
+    "an object of nothing": text("tokenizer.json", "{}"),
+    "a broken link": instead("tokenizer.json", lambda path: path.symlink_to("nowhere")),
+    "a pipe": instead("tokenizer.json", os.mkfifo),
+    "gone, its class left": instead("tokenizer.json", lambda path: None),
+    "settings torn": cut("tokenizer_config.json", 30),
+}
+
+
+@pytest.mark.parametrize("damage", TOKENIZER_DAMAGES)
+def test_a_damaged_tokenizer_is_never_taken_for_none(damage: str, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "Qwen2Tokenizer"}))
+    TOKENIZER_DAMAGES[damage](folder)
+    for door in (
+        open_model,
+        lambda folder: export_model(folder, tmp_path / "out"),
+        lambda folder: ExpertPool.load([ExpertSource(name="a", model=str(folder))]),
+        lm_eval,
+    ):
+        with pytest.raises(WeftError, match=r"tokenizer.* cannot be loaded") as error:
+            door(folder)
+        assert "\n" not in str(error.value)
+        assert "without a tokenizer" not in str(error.value)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused_at_opening(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    served.tokenizer().save(tmp_path)
+    for door in (open_model, lambda folder: ExpertPool.load([ExpertSource(name="a", model=str(folder))]), lm_eval):
+        with pytest.raises(WeftError, match=r"has 64 token embeddings and the tokenizer gives 320 ids"):
+            door(tmp_path)
+
+
+MAKERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": tiny.llama, "gpt2": tiny.gpt2, "qwen2": tiny.qwen2, "t5": tiny.t5,
+    "mixtral": in_memory.mixture_of_experts, "mamba": in_memory.without_keys, "rope": in_memory.long_rope,
+    "sliding": in_memory.sliding,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MAKERS)
+def test_whole_models_open_bit_by_bit(name: str, tmp_path: Path) -> None:
+    model = MAKERS[name]()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    opened = load_base(str(tmp_path))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[key], tensor), key
+    assert not opened.training
+    assert local_fingerprint(str(tmp_path)) == base_fingerprint(model)
+
+
+def test_what_older_checkpoints_keep_beside_their_weights_is_no_fault(tmp_path: Path) -> None:
+    tiny.gpt2().save_pretrained(tmp_path)
+    weights(lambda found: found.update({"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))(tmp_path)
+    assert load_base(str(tmp_path)).config.model_type == "gpt2"
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertLMHeadModel(BertConfig(vocab_size=32, is_decoder=True, initializer_range=0.3, **sizes)).save_pretrained(
+        tmp_path
+    )
+    assert load_base(str(tmp_path)).config.model_type == "bert"
+    config(is_decoder=False)(tmp_path)
+    with pytest.raises(WeftError, match="read later tokens"):
+        load_base(str(tmp_path))
