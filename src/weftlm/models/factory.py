@@ -174,9 +174,10 @@ def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
 
 @contextmanager
 def peft_warnings() -> Iterator[None]:
-    """PEFT still reads an attribute that transformers renamed; its warning is not for weftlm's users."""
+    """Keep back what PEFT says of an attribute that transformers renamed, and of tied weights, which weftlm unties."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True`", category=UserWarning)
         yield
 
 

@@ -105,4 +105,6 @@ def save_model(module: nn.Module, folder: Path, *, writes: bool) -> None:
     """
     state = whole_state(module, keep=writes) if units(module) else None
     if writes:
-        module.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        # PEFT would write the whole output head beside an adapter on it.
+        options = {"save_embedding_layers": False} if hasattr(module, "peft_config") else {}
+        module.save_pretrained(folder, state_dict=state, **options)  # type: ignore[operator]

@@ -16,17 +16,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support import served
 from support.experts import gpt2, llama, make_expert, make_pool
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
-from weftlm.experts.expert import BaseReference, LoRAFactors
+from weftlm.experts.expert import BaseReference, Expert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import read_lora
 from weftlm.experts.merge import fold
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.pipeline import export
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model, find_converter
 from weftlm.routing.config import parse_router
@@ -279,6 +281,78 @@ def test_the_converter_is_looked_for_where_it_is_said(
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "gone"))
     with pytest.raises(ConfigError, match=r"LLAMA_CPP is .*gone"):
         find_converter()
+
+
+def tied(folder: Path) -> PreTrainedModel:
+    """A model with tied embeddings, beside its tokenizer."""
+    model = served.llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    words().save(folder)
+    return model
+
+
+@pytest.mark.parametrize("door", ["adapter", "library", "routed", "gated", "gguf"])
+def test_an_adapter_on_a_tied_head_is_exported_exactly(door: str, tmp_path: Path, converter: Path) -> None:
+    tied(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = ["lm_head", "q_proj", "down_proj"]
+    with peft_warnings():
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    expected = logits(adapted)
+    assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), atol=0.5)
+    source, options = tmp_path / "a", {"tokenizer": str(tmp_path / "base")}
+    if door != "adapter":
+        made = ExpertLibrary.create(tmp_path / "library", BaseReference(str(tmp_path / "base")))
+        made.add(Expert(read_lora(tmp_path / "a", "a")))
+        source, options = made.folder, {"expert": "a"}
+    if door in ("routed", "gguf"):
+        source = tmp_path / "routed"
+        RoutedModel.from_library(tmp_path / "base", made, {"router": "single", "expert": "a"}).save_pretrained(source)
+        words().save(source / "tokenizer")
+    if door == "gated":
+        source = tmp_path / "gated"
+        pool = ExpertPool.from_library(made, tmp_path / "base")
+        ModularLM(pool, FixedShareGate.of([1.0], 0.05)).save_pretrained(source)
+    if door == "gguf":
+        export_model(source, tmp_path / "out", **options, format="gguf", converter=converter)
+        assert json.loads((tmp_path / "out" / "out.gguf").read_text())["files"]
+        return
+    export_model(source, tmp_path / "out", **options)
+    torch.testing.assert_close(loaded(tmp_path / "out"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["fold", "save", "adapter"])
+def test_an_export_that_is_another_model_fails_and_leaves_nothing(
+    what: str, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"format": "peft"} if what == "adapter" else {"expert": "a"}
+    if what == "fold":
+        monkeypatch.setattr("weftlm.pipeline.export.fold", lambda model, expert: None)
+    elif what == "save":
+        save = PreTrainedModel.save_pretrained
+
+        def spoilt(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                weight = self.get_input_embeddings().weight
+                weight.mul_(1.5)
+                save(self, *args, **kwargs)
+                weight.div_(1.5)
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoilt)
+    else:
+        write = export.write_lora
+
+        def halved(folder: Path, expert: Any) -> None:
+            modules = {name: replace(each, scale=each.scale / 2) for name, each in expert.modules.items()}
+            write(folder, replace(expert, modules=modules))
+
+        monkeypatch.setattr("weftlm.pipeline.export.write_lora", halved)
+    with pytest.raises(CheckpointError, match="is not the model it was made from: its logits differ"):
+        export_model(library, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
