@@ -285,7 +285,7 @@ def _paths(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[s
     for name, field in section.model_fields.items():
         yield (*above, name)
         if len(above) < 4:
-            for model in _models_in(field.annotation)[:1]:
+            for model in sections_in(field.annotation)[:1]:
                 yield from _paths(model, (*above, name))
 
 
@@ -296,14 +296,15 @@ def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
         if isinstance(part, int):
             continue
         field = here.model_fields.get(part)
-        models = _models_in(field.annotation) if field is not None else []
+        models = sections_in(field.annotation) if field is not None else []
         if len(models) != 1:
             return []
         here = models[0]
     return list(here.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in sections_in(inner)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table, say
-from weftlm.pipeline.demo import demo_project, run_demo
 
 
 def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
@@ -13,6 +12,8 @@ def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption 
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
     summary.json, the model, its rivals, experts, routed models, gate and students. Finished stages are reused.
     """
+    from weftlm.pipeline.demo import demo_project, run_demo
+
     project = demo_project(set_ or [])
     if dry_run:
         assert project.whole is not None

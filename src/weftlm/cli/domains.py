@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table, say
-from weftlm.pipeline.recipe import load_recipe
 
 
 def run(
@@ -15,6 +14,8 @@ def run(
     Prepares the corpora where that is not done yet. `target` is the share of the target's documents nearest to a
     domain.
     """
+    from weftlm.pipeline.recipe import load_recipe
+
     resolved = load_recipe(recipe, set_ or [])
     if dry_run:
         show_plan(resolved, json)

@@ -8,7 +8,6 @@ import typer
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, sets_table
-from weftlm.pipeline.recipe import load_recipe
 
 
 def run(
@@ -25,6 +24,8 @@ def run(
 
     Gives nats per token, perplexity and bits per byte, each with its standard error over windows of text.
     """
+    from weftlm.pipeline.recipe import load_recipe
+
     resolved = load_recipe(recipe, set_ or [])
     config = resolved.evaluation
     if max_tokens is not None:

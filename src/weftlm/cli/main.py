@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from weftlm import __version__, interrupt
+from weftlm.cli.complete import prepare_shell
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, WeftError, reason
 from weftlm.text import printable, printable_lines
@@ -60,13 +61,15 @@ class LazyGroup(TyperGroup):
         """The command names in the order of use."""
         return list(self.commands_help)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | LazyGroup:
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | LazyGroup | None:
         """Import and wrap one command, or one group of commands.
 
         Raises:
             ConfigError: no such command, with a suggestion.
         """
         if cmd_name not in self.commands_help:
+            if ctx.resilient_parsing:  # the shell completes half a line
+                return None
             place = self.package.removeprefix(__package__).replace(".", " ").strip()
             where = f" of weftlm {place}" if place else ""
             raise ConfigError(f"no command {cmd_name!r}{where}{did_you_mean(cmd_name, self.commands_help)}")
@@ -131,9 +134,10 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no name is worth a crash at the end of a run
+    prepare_shell()
     try:
         with interrupt.handled():
-            app(args=arguments)
+            app(args=arguments, prog_name="weftlm")
     except interrupt.Stopped as stopped:
         typer.echo(interrupt.how_to_go_on(stopped), err=True)
         sys.exit(stopped.code)

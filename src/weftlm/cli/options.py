@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from weftlm.cli import complete
 from weftlm.errors import ConfigError
 from weftlm.text import printable, printable_lines, shorten
 
@@ -23,7 +21,13 @@ LibraryArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="a.b=value", help="Override one key of the recipe; repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="a.b=value",
+        help="Override one key of the recipe; repeatable.",
+        show_default=False,
+        autocompletion=complete.settings,
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")
@@ -81,17 +85,20 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: the first column left-aligned, the others right-aligned."""
-    table = Table(title=_cell(title), title_justify="left", header_style="bold")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def cell(text: str) -> Text:
+        """Text as it is: brackets and colons are no markup."""
+        return Text(printable(text))
+
+    table = Table(title=cell(title), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(_cell(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(cell(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(_cell(shorten(row[0], LONGEST_NAME)), *map(_cell, row[1:]))
+        table.add_row(cell(shorten(row[0], LONGEST_NAME)), *map(cell, row[1:]))
     Console(highlight=False, markup=False, emoji=False).print(table)
-
-
-def _cell(text: str) -> Text:
-    """Text as it is: brackets and colons are no markup."""
-    return Text(printable(text))
 
 
 def number(value: float | None, digits: int = 4) -> str:

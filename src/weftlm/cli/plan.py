@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weftlm.cli.options import JsonOption, RecipeArgument, SetOption, print_json, print_table, say
-from weftlm.pipeline.planning.hardware import DEVICES, parse_hardware
-from weftlm.pipeline.project import load_project
+from weftlm.pipeline.planning.hardware import DEVICES
 
 if TYPE_CHECKING:
     from weftlm.pipeline.planning.estimate import Plan
@@ -40,6 +39,9 @@ def run(
     Nothing is trained or downloaded. For known accelerators figures follow from their data sheets; on the CPU single
     operations are timed on the spot. What was assumed is printed below the table.
     """
+    from weftlm.pipeline.planning.hardware import parse_hardware
+    from weftlm.pipeline.project import load_project
+
     machine, project = parse_hardware(hardware), load_project(recipe, set_ or [])
     from weftlm.pipeline.planning.estimate import Assumed, plan_project
 

@@ -8,7 +8,6 @@ import typer
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
-from weftlm.pipeline.recipe import load_recipe
 
 
 def run(
@@ -24,6 +23,8 @@ def run(
 
     What is prepared already and unchanged is reused. Everything that was skipped or dropped is counted and shown.
     """
+    from weftlm.pipeline.recipe import load_recipe
+
     resolved = load_recipe(recipe, set_ or [])
     if dry_run:
         show_plan(resolved, json)

@@ -9,7 +9,6 @@ import typer
 
 from weftlm.cli.options import JsonOption, SetOption, print_json, say
 from weftlm.errors import ConfigError
-from weftlm.pipeline.recipe import load_recipe
 
 
 def run(
@@ -27,6 +26,8 @@ def run(
     The page needs no network: summary, mixture over time, alignments, loss curves, epochs and the resolved recipes.
     Unfinished runs are shown as far as they are.
     """
+    from weftlm.pipeline.recipe import load_recipe
+
     folders = [load_recipe(run, set_ or []).run if run.suffix in (".yaml", ".yml") else run for run in runs]
     for folder in folders:
         if not folder.is_dir():

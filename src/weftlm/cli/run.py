@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weftlm.cli import complete
 from weftlm.cli.options import (
     DryRunOption,
     JsonOption,
@@ -18,8 +19,9 @@ from weftlm.cli.options import (
 )
 from weftlm.cli.status import show_status
 from weftlm.pipeline.names import REPORT
-from weftlm.pipeline.project import Project, load_project
-from weftlm.pipeline.runner import plan_stages, run_project
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.project import Project
 
 
 def run(
@@ -27,10 +29,23 @@ def run(
     set_: SetOption = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="Make this stage and all later ones anew.", show_default=False),
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            autocompletion=complete.stages,
+            help="Make this stage and all later ones anew.",
+            show_default=False,
+        ),
     ] = None,
     until: Annotated[
-        str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.", show_default=False)
+        str | None,
+        typer.Option(
+            "--until",
+            metavar="STAGE",
+            autocompletion=complete.stages,
+            help="Stop after this stage.",
+            show_default=False,
+        ),
     ] = None,
     processes: Annotated[int, typer.Option(help="Experts made at once.", min=1)] = 1,
     dry_run: DryRunOption = False,
@@ -42,13 +57,16 @@ def run(
     mixture and training train a base; experts make experts over it; routing compares routers; gating fits a robust gate
     and distils it; compare trains rivals. A costly stage whose settings changed is replaced only with --from.
     """
+    from weftlm.pipeline.project import load_project
+    from weftlm.pipeline.runner import run_project
+
     project = load_project(recipe, set_ or [])
     if dry_run:
         _show_plan(project, from_, until, json)
         return
+    found = run_project(project, from_stage=from_, until=until, processes=processes)
     from weftlm.pipeline.train import is_main_process
 
-    found = run_project(project, from_stage=from_, until=until, processes=processes)
     if is_main_process():
         show_status(project, found, json)
         if not json and (project.run / REPORT).exists() and found[-1].state == "done":
@@ -56,6 +74,8 @@ def run(
 
 
 def _show_plan(project: Project, from_: str | None, until: str | None, json: bool) -> None:
+    from weftlm.pipeline.runner import plan_stages
+
     planned = plan_stages(project, from_stage=from_, until=until)
     if json:
         stages = [{**status.to_json(), "act": act} for status, act in planned]

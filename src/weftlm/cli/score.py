@@ -19,7 +19,6 @@ from weftlm.cli.options import (
     print_json,
     print_table,
 )
-from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
 
 COLUMNS = 4
 """Experts in a table, so that it fits a terminal of 80 characters."""
@@ -41,6 +40,8 @@ def run(
     The scores go to `scores` in the run folder; gates are fitted on them without running an expert again. Run again
     after an interruption, the command continues. Under torchrun the ranks share the work.
     """
+    from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
+
     check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:

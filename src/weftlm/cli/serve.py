@@ -41,7 +41,9 @@ def run(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes one that is free.")] = 8000,
-    device: Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", help="Device: auto (the GPU where there is one), cpu, cuda, cuda:1.")
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Of plain models' parameters: float32, bfloat16, float16.")
     ] = "float32",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weftlm.cli.options import JsonOption, number, print_json, print_table
 from weftlm.errors import ConfigError
-from weftlm.pipeline.project import Project, load_project
-from weftlm.pipeline.runner import StageStatus, project_status
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.project import Project
+    from weftlm.pipeline.runner import StageStatus
 
 
 def run(
@@ -24,6 +26,9 @@ def run(
     The recipe is the one weftlm run last carried out there; texts and settings are compared with what the results were
     made of.
     """
+    from weftlm.pipeline.project import load_project
+    from weftlm.pipeline.runner import project_status
+
     recipe = folder / "stages" / "recipe.yaml"
     if not recipe.exists():
         raise ConfigError(f"{folder} is no run folder of weftlm run ({recipe} is not there); run a recipe first")

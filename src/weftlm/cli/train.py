@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, sets_table
-from weftlm.pipeline.recipe import load_recipe
 
 
 def run(
@@ -15,10 +14,13 @@ def run(
     Prepares the corpora where that is not done yet. Run again after an interruption, it continues from the last
     checkpoint; run again after the end, it prints the result.
     """
+    from weftlm.pipeline.recipe import check, load_recipe
+
     resolved = load_recipe(recipe, set_ or [])
     if dry_run:
         show_plan(resolved, json)
         return
+    check(resolved)
     from weftlm.pipeline.train import is_main_process, run_training
 
     result = run_training(resolved)

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from weftlm.errors import ExpertError
 from weftlm.experts.expert import Gate, LoRAExpert, Statistics
-from weftlm.experts.files import parse_json, parse_metadata, parse_tensors, to_json
+from weftlm.experts.files import GATE, METADATA, STATISTICS, parse_json, parse_metadata, parse_tensors, to_json
 
-GATE, STATISTICS = "gate.safetensors", "statistics.safetensors"
 UNIT_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1."""
 MAX_VECTOR_NORM = 1e9
 """Largest length of a gate's vector or a mean input; activations in half precision stay far below, and squares of what
 is much longer overflow, so that one expert would turn everybody's scores into NaN."""
 
-_METADATA = "weftlm"
 _MEANS = "means."
 _SHOWN = 3
 
@@ -70,7 +68,7 @@ def encode_gate(lora: LoRAExpert, gate: Gate) -> bytes:
     """
     check_gate(lora, gate)
     metadata = to_json(lora.name, "the gate's facts", {"facts": dict(gate.facts)})
-    return save({module: _plain(vector) for module, vector in gate.vectors.items()}, {_METADATA: metadata})
+    return save({module: _plain(vector) for module, vector in gate.vectors.items()}, {METADATA: metadata})
 
 
 def decode_gate(lora: LoRAExpert, data: bytes) -> Gate:
@@ -96,7 +94,7 @@ def encode_statistics(lora: LoRAExpert, statistics: Statistics) -> bytes:
     tensors["token_counts"] = _plain(statistics.token_counts_V)
     tensors["bigram_counts"] = _plain(statistics.bigram_counts_K)
     described = {"facts": dict(statistics.facts), "embedder": statistics.embedder}
-    return save(tensors, {_METADATA: to_json(lora.name, "the statistics' facts", described)})
+    return save(tensors, {METADATA: to_json(lora.name, "the statistics' facts", described)})
 
 
 def decode_statistics(lora: LoRAExpert, data: bytes) -> Statistics:
@@ -152,12 +150,12 @@ def _check_vectors(lora: LoRAExpert, vectors: Mapping[str, Tensor], what: str, c
 def _described(name: str, file: str, data: bytes) -> dict[str, Any]:
     """The JSON of the metadata, whose `facts` are a mapping."""
     try:
-        described = parse_json(parse_metadata(data)[_METADATA].encode())
+        described = parse_json(parse_metadata(data)[METADATA].encode())
         if isinstance(described, dict) and isinstance(described["facts"], dict):
             return described
     except (KeyError, ValueError):
         pass
-    raise ExpertError(f"expert {name!r}: {file} does not say what it holds (metadata {_METADATA!r}); make it again")
+    raise ExpertError(f"expert {name!r}: {file} does not say what it holds (metadata {METADATA!r}); make it again")
 
 
 def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

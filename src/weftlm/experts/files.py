@@ -9,13 +9,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from weftlm.errors import ExpertError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+GATE, STATISTICS = "gate.safetensors", "statistics.safetensors"
+METADATA = "weftlm"
+"""Key of the facts in the metadata of a gate's and of statistics' file."""
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -78,6 +82,9 @@ def parse_tensors(name: str, file: str, data: bytes) -> dict[str, Tensor]:
     Raises:
         ExpertError: it is truncated, malformed or of an unknown type.
     """
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load  # noqa: PLC0415 - torch; listing a library needs none
+
     try:
         return load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:

@@ -31,22 +31,21 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-
 from weftlm.config import did_you_mean
 from weftlm.errors import ExpertError
-from weftlm.experts.companions import (
+from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name
+from weftlm.experts.files import (
+    CONFIG,
     GATE,
     STATISTICS,
-    decode_gate,
-    decode_statistics,
-    encode_gate,
-    encode_statistics,
+    WEIGHTS,
+    describe,
+    explained_writing,
+    parse_json,
+    sync_folder,
+    to_json,
+    write_file,
 )
-from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name
-from weftlm.experts.files import describe, explained_writing, parse_json, sync_folder, to_json, write_file
-from weftlm.experts.lora import CONFIG, WEIGHTS, lora_files, parse_lora, read_lora
 from weftlm.files import hold, remove
 
 log = logging.getLogger(__name__)
@@ -156,6 +155,9 @@ class ExpertLibrary:
         name = expert.name
         check_name(name)
         _check_base(f"expert {name!r}", expert.lora.base, self.base, self.folder)
+        from weftlm.experts.companions import encode_gate, encode_statistics  # noqa: PLC0415 - torch; listing a library needs none
+        from weftlm.experts.lora import lora_files  # noqa: PLC0415 - torch; listing a library needs none
+
         files = lora_files(expert.lora)
         files[CARD] = (to_json(name, "its card", expert.card) + "\n").encode()
         if expert.gate is not None:
@@ -225,6 +227,8 @@ class ExpertLibrary:
         Raises:
             ExpertError: there is no such expert, it is broken, or the gate does not fit it.
         """
+        from weftlm.experts.companions import encode_gate  # noqa: PLC0415 - torch; listing a library needs none
+
         self._set(name, GATE, lambda lora: encode_gate(lora, gate))
 
     def set_statistics(self, name: str, statistics: Statistics) -> None:
@@ -233,6 +237,8 @@ class ExpertLibrary:
         Raises:
             ExpertError: there is no such expert, it is broken, or the statistics do not fit it.
         """
+        from weftlm.experts.companions import encode_statistics  # noqa: PLC0415 - torch; listing a library needs none
+
         self._set(name, STATISTICS, lambda lora: encode_statistics(lora, statistics))
 
     def card(self, name: str) -> dict[str, Any]:
@@ -262,6 +268,8 @@ class ExpertLibrary:
         if not folder.is_dir():
             folder = _download(str(source), revision)
             card["revision"] = folder.name
+        from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch; listing a library needs none
+
         expert = Expert(read_lora(folder, name), card=card)
         self.add(expert)
         return expert
@@ -299,12 +307,13 @@ class ExpertLibrary:
                 entry = now
 
     def _load_entry(self, name: str, entry: Any) -> Expert:
-        listed = _files(name, entry)
-        folder = self._folder(name, entry)
-        data = {file: self._read(name, folder, file, listed) for file in listed}
+        data = self._contents(name, entry)
         lora = self._parse_lora(name, entry, data)
         if CARD not in data:
             raise ExpertError(f"expert {name!r}: {MANIFEST} lists no {CARD}; {_AGAIN}")
+
+        from weftlm.experts.companions import decode_gate, decode_statistics  # noqa: PLC0415 - torch; listing a library needs none
+
         return Expert(
             lora,
             decode_gate(lora, data[GATE]) if GATE in data else None,
@@ -312,10 +321,28 @@ class ExpertLibrary:
             _parse_card(name, data[CARD]),
         )
 
+    def base_of(self, name: str) -> BaseReference:
+        """The base that an expert was added for."""
+        return _parse_base(f"expert {name!r}", _find(name, self._entries()).get("base"))
+
+    def contents(self, name: str) -> dict[str, bytes]:
+        """What an expert's files hold, as long and with the digests the manifest says.
+
+        Raises:
+            ExpertError: there is no such expert, or its files are missing or altered.
+        """
+        return self._contents(name, _find(name, self._entries()))
+
+    def _contents(self, name: str, entry: Any) -> dict[str, bytes]:
+        listed, folder = _files(name, entry), self._folder(name, entry)
+        return {file: self._read(name, folder, file, listed) for file in listed}
+
     def _parse_lora(self, name: str, entry: Mapping[str, Any], data: Mapping[str, bytes]) -> LoRAExpert:
         for file in (CONFIG, WEIGHTS):
             if file not in data:
                 raise ExpertError(f"expert {name!r}: {MANIFEST} lists no {file}; {_AGAIN}")
+        from weftlm.experts.lora import parse_lora  # noqa: PLC0415 - torch; listing a library needs none
+
         lora = parse_lora(name, data[CONFIG], data[WEIGHTS])
         return replace(lora, base=_parse_base(f"expert {name!r}", entry.get("base")))
 
@@ -531,6 +558,9 @@ def _download(source: str, revision: str | None) -> Path:
     """Fetch an adapter's two files from the hub."""
     if not _HUB_ID.fullmatch(source):
         raise ExpertError(f"{source!r} is neither a folder nor a hub id (owner/adapter); check the path")
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - for downloads alone
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
     except (HfHubHTTPError, OSError, ValueError) as error:

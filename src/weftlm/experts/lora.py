@@ -30,9 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from weftlm.config import did_you_mean
 from weftlm.errors import ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.experts.files import explained_writing, parse_json, parse_tensors, sync_folder, write_file
+from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_json, parse_tensors, sync_folder, write_file
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_UPDATE_NORM = 1e4
 """Largest ||scale * B A||_F taken for a trained adapter; the weights of large models have norms of about 1e2."""
 

@@ -25,8 +25,9 @@ from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.adapted import module_input, placed
 from weftlm.experts.expert import LoRAExpert, LoRAFactors
+from weftlm.experts.files import CONFIG
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import CONFIG, check_fits, read_lora
+from weftlm.experts.lora import check_fits, read_lora
 from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint

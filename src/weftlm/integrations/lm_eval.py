@@ -27,6 +27,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
+from weftlm.models.device import AUTO, choose_device
 from weftlm.pipeline.any_model import open_model
 from weftlm.progress import progress
 
@@ -461,7 +462,10 @@ def _whole(value: Any, name: str) -> int:
 
 def _join(device: str | None) -> tuple[int, int, torch.device]:
     """Rank, number of ranks and device: those of the processes this one was started with, or of one alone."""
-    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("the harness asks for %s and PyTorch finds no CUDA device here: running on the CPU", device)
+        device = None  # the harness's own default, which nobody typed
+    wanted = str(choose_device(device or AUTO)) if device != "cuda" else "cuda"
     if not dist.is_available() or (int(os.environ.get("WORLD_SIZE", "1")) < 2 and not dist.is_initialized()):
         return 0, 1, torch.device(wanted)
     if wanted == "cuda":

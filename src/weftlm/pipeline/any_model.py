@@ -14,6 +14,7 @@ from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.device import AUTO, choose_device
 from weftlm.models.factory import load_model
 from weftlm.models.open import DTYPES, check_vocabulary, load_base, require_decoder_only
 from weftlm.pipeline.routes import TOKENIZER
@@ -61,7 +62,7 @@ def open_model(
     revision: str | None = None,
     tokenizer: str | None = None,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str = AUTO,
     encoder_decoder: bool = False,
 ) -> OpenModel:
     """Open a model for use, whatever made it.
@@ -73,7 +74,7 @@ def open_model(
         revision: of a hub name.
         tokenizer: folder or hub name; None for the one that lies beside the model or its experts.
         dtype: a plain model's parameters are held in; routed and gated ones say themselves.
-        device: where to run.
+        device: where to run (`choose_device`).
         encoder_decoder: whether an encoder-decoder model will do.
     Raises:
         ConfigError: there is no such model, or it is an encoder-decoder model and that will not do.
@@ -83,6 +84,7 @@ def open_model(
     transformers_logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    place = choose_device(device)
     folder = Path(path)
     if not (folder / "config.json").exists() and (folder / "model").is_dir() and (folder / "recipe.yaml").exists():
         folder = folder / "model"
@@ -90,7 +92,7 @@ def open_model(
     model: Any
     places: list[str]
     if (folder / ROUTED).exists():
-        routed = RoutedModel.from_pretrained(folder, base=base, device=device)
+        routed = RoutedModel.from_pretrained(folder, base=base, device=place)
         kind, model, experts = "routed", routed, tuple(expert.name for expert in routed.experts)
         if not encoder_decoder:
             require_decoder_only(routed.model, str(path))
@@ -98,12 +100,12 @@ def open_model(
     elif base is not None:
         raise ConfigError(f"base is for routed models; {path} is none")
     elif (folder / GATED).exists():
-        gated = ModularLM.from_pretrained(folder, device=device)
+        gated = ModularLM.from_pretrained(folder, device=place)
         kind, model, experts = "gated", gated, tuple(gated.pool.names)
         places = [str(folder), *_expert_places(gated)]
     else:
         plain = _plain(folder, str(path), revision, dtype, encoder_decoder)
-        kind, model, experts = "plain", plain.to(device), ()
+        kind, model, experts = "plain", plain.to(place), ()
         places = [str(folder) if folder.is_dir() else str(path)]
         if (folder / "adapter_config.json").exists():
             places.append(str(plain.peft_config["default"].base_model_name_or_path))

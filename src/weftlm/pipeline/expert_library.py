@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name
+from weftlm.experts.files import CONFIG, GATE, METADATA, STATISTICS, WEIGHTS, parse_metadata
 from weftlm.experts.library import MANIFEST, ExpertLibrary
-from weftlm.experts.lora import read_lora, update_norm, write_lora
-from weftlm.experts.merge import merge_experts
+
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 
 
 def import_experts(
@@ -53,6 +59,10 @@ def import_experts(
 
 def _named_base(source: str, revision: str | None) -> BaseReference:
     """The base an adapter says it is for."""
+    from peft import LoraConfig  # noqa: PLC0415 - torch; listing a library needs none
+
+    from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch; listing a library needs none
+
     if Path(source).is_dir():
         reference = read_lora(Path(source)).base
     else:
@@ -126,20 +136,46 @@ def show_expert(folder: Path, name: str) -> dict[str, Any]:
         ExpertError: there is no such expert, or it is broken.
     """
     library = ExpertLibrary.open(folder)
-    expert = library.load(name)
+    data = library.contents(name)
+    try:
+        config, factors = json.loads(data[CONFIG]), load(data[WEIGHTS])
+        modules = {
+            module.group(1): _described(config, module.group(1), factors)
+            for module in map(_FACTOR.fullmatch, sorted(factors))
+            if module is not None
+        }
+        facts = {
+            file: json.loads(parse_metadata(data[file])[METADATA])["facts"] if file in data else None
+            for file in (GATE, STATISTICS)
+        }
+        sound = all(math.isfinite(each["update_norm"]) for each in modules.values())
+    except (SafetensorError, ArithmeticError, LookupError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        library.load(name)  # which says what is wrong with it
+        raise ExpertError(f"expert {name!r} is no LoRA adapter that can be shown; remove it and add it again")
     return {
         "name": name,
         "folder": str(library.path(name)),
-        "base": asdict(expert.lora.base),
-        "parameters": sum(each.A_RI.numel() + each.B_OR.numel() for each in expert.lora.modules.values()),
-        "modules": {
-            module: {"rank": each.rank, "scale": each.scale, "update_norm": update_norm(each)}
-            for module, each in expert.lora.modules.items()
-        },
-        "gate": None if expert.gate is None else dict(expert.gate.facts),
-        "statistics": None if expert.statistics is None else dict(expert.statistics.facts),
-        "card": dict(expert.card),
+        "base": asdict(library.base_of(name)),
+        "parameters": sum(factor.size for factor in factors.values()),
+        "modules": modules,
+        "gate": facts[GATE],
+        "statistics": facts[STATISTICS],
+        "card": library.card(name),
     }
+
+
+def _described(config: dict[str, Any], module: str, factors: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
+    """Rank, scale and size of the update of a module, from what `lora_files` wrote.
+
+    scale = alpha / rank                ||scale B A||^2 = scale^2 sum over r, r' of (A A^T)_rr' (B^T B)_rr'
+    """
+    prefix = f"base_model.model.{module}.lora_"
+    A_RI, B_OR = (factors[f"{prefix}{factor}.weight"].astype(np.float64) for factor in "AB")
+    scale = config["alpha_pattern"].get(f"^{re.escape(module)}", config["lora_alpha"]) / len(A_RI)
+    squared = float(((A_RI @ A_RI.T) * (B_OR.T @ B_OR)).sum())
+    return {"rank": len(A_RI), "scale": scale, "update_norm": abs(scale) * math.sqrt(max(squared, 0.0))}
 
 
 def merge_in_library(
@@ -175,6 +211,9 @@ def merge_in_library(
     library = ExpertLibrary.open(folder)
     if into is not None and into in library:
         raise ExpertError(f"expert {into!r} is already in {folder}; choose another name, or remove it first")
+    from weftlm.experts.lora import update_norm, write_lora  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.experts.merge import merge_experts  # noqa: PLC0415 - torch; listing a library needs none
+
     experts = [library.load(name).lora for name in names]
     name = into if into is not None else Path(str(to)).name
     merged = merge_experts(experts, weights, name=name, rank=rank)

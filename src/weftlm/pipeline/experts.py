@@ -39,6 +39,7 @@ from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key
 from weftlm.files import hold, read_object, remove, write_object
+from weftlm.models.device import choose_device
 from weftlm.models.factory import count_parameters
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
@@ -499,7 +500,7 @@ def process_group(recipe: ExpertRecipe) -> PartialState | None:
         return None
     return PartialState(
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
-        cpu=recipe.experts.training.device == "cpu" or not torch.cuda.is_available(),
+        cpu=choose_device(recipe.experts.training.device).type == "cpu",
     )
 
 

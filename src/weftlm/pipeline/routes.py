@@ -122,7 +122,7 @@ class TracedText:
         return {"token_texts": list(self.tokens), **self.trace.to_json()}
 
 
-def trace_text(folder: Path, text: str, *, base: str | None = None, device: str = "cpu") -> TracedText:
+def trace_text(folder: Path, text: str, *, base: str | None = None, device: str = "auto") -> TracedText:
     """Run a routed model on a text and tell who worked on each token.
 
     Args:

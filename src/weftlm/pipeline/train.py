@@ -21,6 +21,7 @@ from weftlm.evaluation.suite import SuiteResult, evaluate_suite
 from weftlm.files import check_listed, describe, read_object, whole_folder, write_object, write_whole
 from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.models.device import choose_device
 from weftlm.models.factory import build_model, count_parameters, load_model
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
@@ -48,7 +49,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     process = PartialState(
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
-        cpu=recipe.training.device == "cpu" or not torch.cuda.is_available(),
+        cpu=choose_device(recipe.training.device).type == "cpu",
     )
     check(recipe)
     recipe.run.mkdir(parents=True, exist_ok=True)

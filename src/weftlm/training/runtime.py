@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from weftlm import __version__
+from weftlm.models.device import choose_device
 from weftlm.threads import fix_threads, start_following, usable_cores
 from weftlm.training.config import TrainingConfig
 
@@ -55,8 +56,7 @@ def choose_runtime(config: TrainingConfig, *, parameters: int, processes: int = 
         parameters: model size.
         processes: training processes on this machine.
     """
-    use_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu") if use_cpu else torch.device("cuda", torch.cuda.current_device())
+    device = choose_device(config.device)
     choices = [Choice("device", device.type, "asked for" if config.device == "cpu" else "what torch finds here")]
 
     if config.precision == "auto":

@@ -8,7 +8,6 @@ import typer
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, say
-from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
 
 
 def run(
@@ -30,6 +29,8 @@ def run(
     The adapter stays as it is and no other expert is read. An imported adapter gets its gate in the same way. Settings
     are experts.gate, experts.statistics_examples and experts.embedder: --set experts.gate.steps=300.
     """
+    from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
+
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), {**expert_plan(resolved), "expert": expert}, json)

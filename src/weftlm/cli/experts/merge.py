@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from weftlm.cli import complete
 from weftlm.cli.options import JsonOption, LibraryArgument, numbers, print_json, say
 
 
 def run(
     library: LibraryArgument,
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The experts to merge.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", autocompletion=complete.experts, help="The experts to merge.")
+    ],
     into: Annotated[
         str | None,
         typer.Option("--as", metavar="NEW", help="Add the result to the library under this name.", show_default=False),

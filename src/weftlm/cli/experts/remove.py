@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from weftlm.cli import complete
 from weftlm.cli.options import JsonOption, LibraryArgument, print_json, say
 
 
 def run(
     library: LibraryArgument,
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The experts to take out.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", autocompletion=complete.experts, help="The experts to take out.")
+    ],
     json: JsonOption = False,
 ) -> None:
     """Take experts out of a library and delete their files; the others are not touched.

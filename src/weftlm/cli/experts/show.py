@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from weftlm.cli import complete
 from weftlm.cli.options import JsonOption, LibraryArgument, number, print_json, print_table, say, say_lines
 
 
@@ -14,7 +15,12 @@ def run(
     library: LibraryArgument,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="The expert; without it the library itself.", show_default=False),
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=complete.experts,
+            help="The expert; without it the library itself.",
+            show_default=False,
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -19,7 +19,6 @@ from weftlm.cli.options import (
     print_json,
     print_table,
 )
-from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
 
 
 def run(
@@ -44,6 +43,8 @@ def run(
     run, data and experts, where experts.base names the base. Each expert joins the library as soon as it is whole; run
     again, the command continues. Under torchrun the experts are dealt out to the ranks, with --ray to machines.
     """
+    from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
+
     check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:

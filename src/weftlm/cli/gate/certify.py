@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
-from weftlm.pipeline.expert_recipe import ExpertRecipe, gate_plan, load_expert_recipe
 from weftlm.pipeline.names import CERTIFICATE, GATE_PAGE
 
 if TYPE_CHECKING:
     from weftlm.gating.certificate import Certificate, Figure
+    from weftlm.pipeline.expert_recipe import ExpertRecipe
 
 
 def run(
@@ -21,6 +21,8 @@ def run(
     Every figure says whether it is a bound, an estimate or exact. The certificate is also written to
     gate/certificate.json in the run folder, and a page about the gate to gate/report.html.
     """
+    from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
+
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)

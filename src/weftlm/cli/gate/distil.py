@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
-from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe, student_plan
 from weftlm.pipeline.names import GATE_PAGE
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.expert_recipe import ExpertRecipe
 
 
 def run(
@@ -27,6 +29,8 @@ def run(
     Each goes to a folder of its own in `students` in the run folder, which from_pretrained loads and generate drives.
     Run again after an interruption, the command continues.
     """
+    from weftlm.pipeline.expert_recipe import load_expert_recipe, student_plan
+
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), student_plan(resolved, direct=direct), json)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
-from weftlm.pipeline.expert_recipe import ExpertRecipe, gate_plan, load_expert_recipe
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.expert_recipe import ExpertRecipe
 
 
 def run(
@@ -17,6 +19,8 @@ def run(
     No expert is run, so that it takes minutes on a CPU whatever the experts' size. The result goes to `gate` in the run
     folder. Run again after an interruption, the command continues; with other settings it fits anew.
     """
+    from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
+
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)

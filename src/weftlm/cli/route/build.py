@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from weftlm.cli import complete
 from weftlm.cli.options import JsonOption, LibraryArgument, names_of, print_json, say
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
-from weftlm.routing.config import router_config
 
 
 def run(
     library: LibraryArgument,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the routed model goes; a new folder.")],
-    router: Annotated[str, typer.Option(help="How experts are chosen.")] = "phatgoose",
+    router: Annotated[str, typer.Option(help="How experts are chosen.", autocompletion=complete.routers)] = "phatgoose",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,7 +29,13 @@ def run(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of --base.", show_default=False)] = None,
     experts: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Experts to route among. Default: all.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Experts to route among. Default: all.",
+            show_default=False,
+            autocompletion=complete.experts,
+        ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="What the base is held in.")
@@ -43,6 +49,8 @@ def run(
 
     weftlm.routing.routed_model.RoutedModel.from_pretrained loads it: a Hugging Face model with forward and generate.
     """
+    from weftlm.routing.config import router_config
+
     value = apply_overrides({"router": {"router": router}}, set_ or [])
     if set(value) != {"router"}:
         raise ConfigError(f"--set {', '.join(sorted(set(value) - {'router'}))}: a router's keys are set as router.k=1")

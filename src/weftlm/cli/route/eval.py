@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weftlm.cli import complete
 from weftlm.cli.dry_run import show
 from weftlm.cli.options import (
     DryRunOption,
@@ -21,8 +22,6 @@ from weftlm.cli.options import (
     say,
     with_error,
 )
-from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
-from weftlm.routing.config import parse_router, router_config
 
 if TYPE_CHECKING:
     from weftlm.evaluation.result import Difference, MeanResult, SetResult
@@ -39,6 +38,7 @@ def run(
         str | None,
         typer.Option(
             metavar="A,B,...",
+            autocompletion=complete.routers,
             help="Routers to compare, with options as phatgoose:k=1. Default: all the experts have the parts for.",
             show_default=False,
         ),
@@ -63,6 +63,9 @@ def run(
     All are scored on the same windows; a standard error is over windows. Best single expert and oracle (the best expert
     of each set) are chosen on the very text they are scored on: they are bounds, not methods.
     """
+    from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
+    from weftlm.routing.config import parse_router, router_config
+
     check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     config = resolved.evaluation
