@@ -28,7 +28,7 @@ def test_tables_name_the_base_and_an_untimed_pass_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(demo, "run_demo", lambda project: SUMMARY)
+    monkeypatch.setattr("weftlm.pipeline.demo.run_demo", lambda project: SUMMARY)
     demo.run(set_=["experts.rival=importance"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 experts over the model of the mixture importance, by router" in printed

@@ -620,7 +620,7 @@ def test_a_hub_id_is_fetched_without_pickles(
         asked.update(options, repository=repository)
         return str(tmp_path / "c0ffee")
 
-    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     expert = library.import_peft("someone/law-lora", revision="v1")
     assert expert.name == "law-lora"
     assert library.card("law-lora") == {"source": "someone/law-lora", "revision": "c0ffee"}
@@ -637,7 +637,7 @@ def test_what_cannot_be_imported_says_why(
     def offline(repository: str, **_: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr(module, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ExpertError, match=r"'a/b' is no folder here and cannot be fetched.*no network; check"):
         library.import_peft("a/b")
     with pytest.raises(ExpertError, match="neither a folder nor a hub id"):
