@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weftlm.errors import CheckpointError, ConfigError, DataError, WeftError
+from weftlm.errors import CheckpointError, ConfigError, DataError, WeftError, reason
 
 _PACKAGE = Path(__file__).parent
 _PROGRAMMING = (AssertionError, AttributeError, LookupError, NameError, TypeError)
@@ -317,16 +317,7 @@ def cause(error: Exception) -> str:
         innermost = traceback.extract_tb(error.__traceback__)[-1].filename
         if Path(innermost).is_relative_to(_PACKAGE):
             raise error
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return "there is not enough memory for it" if isinstance(error, MemoryError) else reason(error)
 
 
 # -- checking -----------------------------------------------------------------------------------------------------

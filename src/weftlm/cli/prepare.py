@@ -8,6 +8,7 @@ import typer
 
 from weftlm.cli.dry_run import show_plan
 from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
+from weftlm.text import printable
 
 
 def run(
@@ -30,13 +31,26 @@ def run(
         show_plan(resolved, json)
         return
     from weftlm.pipeline.prepare import prepare
+    from weftlm.pipeline.prepared import FATES
 
     data = prepare(resolved.data, resolved.prepared_folder, rebuild=rebuild)
     if json:
         print_json(data.summary())
         return
-    rows = [
-        [name, f"{facts['documents']:,}", f"{facts['train_tokens']:,}", f"{facts['heldout_tokens']:,}"]
-        for name, facts in data.summary()["sets"].items()
-    ]
-    print_table(str(resolved.prepared_folder), ["set", "documents", "train tokens", "held-out tokens"], rows)
+    found = data.summary()
+    names = list(dict.fromkeys([*found["documents"], *found["sets"]]))
+    lossy = any(facts["given_back"] < 1 or facts["unknown"] for facts in found["sets"].values() if "unknown" in facts)
+    columns = ["set", *(fate.replace("_", " ") for fate in FATES), "train tokens", "held-out tokens"]
+    columns += ["bytes given back", "unknown tokens"] if lossy else []
+    rows = []
+    for name in names:
+        documents, facts = found["documents"].get(name, {}), found["sets"].get(name, {})
+        counts = [*(documents.get(fate) for fate in FATES), facts.get("train_tokens"), facts.get("heldout_tokens")]
+        row = [name, *("-" if count is None else f"{count:,}" for count in counts)]
+        if lossy:
+            shares = [facts.get("given_back"), facts.get("unknown")]
+            row += ["-" if share is None else f"{share:.2%}" for share in shares]
+        rows.append(row)
+    print_table(str(resolved.prepared_folder), columns, rows)
+    for warning in found["warnings"]:
+        typer.echo(f"warning: {printable(warning)}")

@@ -6,7 +6,6 @@ cores: about 15 microseconds and 25 bytes of disk per document, at one and at fo
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import tempfile
 from collections import Counter
@@ -16,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 from weftlm.corpora.source import Document
-from weftlm.corpora.store import TokenStore
 from weftlm.errors import DataError
 
 
@@ -47,23 +45,23 @@ class SeenDocuments:
         self.keep_examples = keep_examples
         self._index = _Index(folder, cache_bytes)
 
-    def add(self, document: Document, set_name: str) -> bool:
-        """Enter a document for a set; False if some set, perhaps the same, has its text already."""
+    def add(self, document: Document, set_name: str) -> str | None:
+        """Enter a document for a set; the set, perhaps the same, that has its text already, or None if none has."""
         owner = self._index.add(document.digest(), set_name)
         if owner is None:
             self.kept[set_name] += 1
-            return True
+            return None
         pair = (set_name, owner)
         self.dropped[pair] += 1
         examples = self.examples.setdefault(pair, [])
         if len(examples) < self.keep_examples:
             examples.append(document.origin)
-        return False
+        return owner
 
     def unique(self, documents: Iterable[Document], set_name: str) -> Iterator[Document]:
         """The documents whose text no set has yet, in order."""
         for document in documents:
-            if self.add(document, set_name):
+            if self.add(document, set_name) is None:
                 yield document
 
     def to_json(self) -> dict[str, Any]:
@@ -101,23 +99,11 @@ def document_digests(documents: Iterable[Document]) -> Iterator[tuple[bytes, str
     return ((document.digest(), document.origin) for document in documents)
 
 
-def store_digests(store: TokenStore) -> Iterator[tuple[bytes, str]]:
-    """Digest of the tokens and origin of every document of a finished store, for `check_no_leak`.
-
-    The same text gives the same tokens, so equal documents in two stores of one tokenizer have equal digests.
-    """
-    start = 0
-    for number, end in enumerate(store.document_ends):
-        tokens = store.read(start, int(end) - start).astype("<u4")
-        yield hashlib.blake2b(tokens.tobytes(), digest_size=16).digest(), store.origin(number)
-        start = int(end)
-
-
 def check_no_leak(sets: Mapping[str, Iterable[tuple[bytes, str]]], folder: str | Path | None = None) -> None:
     """See that no two finished sets share a document; repetitions within one set are not its business.
 
     Args:
-        sets: digest and origin of every document of each set (`document_digests`, `store_digests`).
+        sets: digest and origin of every document of each set (`document_digests`).
         folder: where to put scratch data; default the system's temporary folder.
     Raises:
         DataError: two sets share documents; the message counts them by pair and names some.

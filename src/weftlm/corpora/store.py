@@ -23,7 +23,6 @@ import logging
 import os
 import shutil
 import urllib.parse
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -53,11 +52,12 @@ from weftlm.errors import DataError
 
 __all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "folder_name", "open_stores"]
 
-VERIFIED = "verified.json"
 SHARD_TOKENS = 1 << 26
 
 _REMEDY = "restore it, or delete the folder and prepare the data again"
 _log = logging.getLogger(__name__)
+_verified: set[tuple[Path, str, tuple[int, ...]]] = set()
+"""Stores whose contents this process has compared with their index: path, fingerprint, times of modification."""
 
 
 class TokenStoreWriter:
@@ -316,8 +316,8 @@ class TokenStore:
 
     Args:
         path: the store's folder.
-        verify: `full` also compares the contents of every file with the index (about a second per gigabyte, once:
-            the result is kept in the folder by size and time of modification); `sizes` compares sizes only.
+        verify: `full` also compares the contents of every file with the index, at the first opening in this process
+            (measured: 1 to 2 s per gigabyte, which is half a billion tokens); `sizes` compares sizes only.
         tokenizer: the fingerprint the tokens must have been made with; None accepts any.
     Raises:
         DataError: something is missing, cut off, changed, or of another tokenizer; the message names the file.
@@ -346,9 +346,10 @@ class TokenStore:
         self.shard_names = [name for name in index["files"] if name.startswith("tokens-")]
         self._shards: list[NDArray[Any] | None] = [None] * len(self.shard_names)
         self._windows: dict[tuple[int, int], NDArray[Any]] = {}
+        self._bytes_known = True
         self._check_sizes()
-        if verify == "full":
-            self.verify(use_cache=True)
+        if verify == "full" and (self.path.resolve(), self._index["fingerprint"], self._stamps()) not in _verified:
+            self.verify()
 
     def __len__(self) -> int:
         return self._tokens
@@ -357,7 +358,11 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}, tokens={self._tokens}, documents={self.documents})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.fingerprint)
+        return _reopen, (str(self.path), self.fingerprint, self._bytes_known)
+
+    def forget_bytes(self) -> None:
+        """Know no bytes from now on, because the tokens do not hold the text: there are no bits per byte of them."""
+        self.bytes, self._bytes_known = 0, False
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens `start .. start + count`, a fresh int64 array of shape (count,).
@@ -427,9 +432,8 @@ class TokenStore:
         if PROMPTS not in self._index["files"]:
             return None
         prompts = map_file(self.path / PROMPTS, PROMPT)
-        return Examples.of(
-            self, self.document_spans, prompts["tokens"], self.document_bytes - prompts["text_bytes"], self.eos_id
-        )
+        targets_N = (self.document_bytes - prompts["text_bytes"]) * np.uint64(self._bytes_known)
+        return Examples.of(self, self.document_spans, prompts["tokens"], targets_N, self.eos_id)
 
     def document_at(self, token: int) -> int:
         """Number of the document that holds a token."""
@@ -447,30 +451,26 @@ class TokenStore:
             file.seek(start)
             return file.read(int(records[document]["origin_end"]) - start).decode("utf-8")
 
-    def verify(self, use_cache: bool = False) -> None:
+    def verify(self) -> None:
         """Compare the contents of every file with the index.
 
-        Args:
-            use_cache: skip files whose size and time of modification are those of an earlier success.
         Raises:
             DataError: a file is missing, cut off or changed.
         """
         self._check_sizes()
-        known = _read_verified(self.path) if use_cache else {}
-        seen: dict[str, list[int]] = {}
+        stamps = self._stamps()
         for name, facts in self._index["files"].items():
-            stat = (self.path / name).stat()
-            seen[name] = [stat.st_size, stat.st_mtime_ns]
-            if known.get(name) == seen[name]:
-                continue
             digest = file_digest(self.path / name)
             if digest != facts["blake2b"]:
                 raise DataError(
                     f"{self.path / name} has changed since it was written (BLAKE2b {digest[:16]}..., index says "
                     f"{facts['blake2b'][:16]}...); {_REMEDY}"
                 )
-        if known != seen:
-            _write_verified(self.path, seen)
+        _verified.add((self.path.resolve(), self._index["fingerprint"], stamps))
+
+    def _stamps(self) -> tuple[int, ...]:
+        """Times of modification of the files, so that a store replaced meanwhile is read again."""
+        return tuple((self.path / name).stat().st_mtime_ns for name in self._index["files"])
 
     def _check_sizes(self) -> None:
         for name, facts in self._index["files"].items():
@@ -527,8 +527,10 @@ def folder_name(label: str) -> str:
     return name
 
 
-def _reopen(path: str, fingerprint: str) -> TokenStore:
+def _reopen(path: str, fingerprint: str, bytes_known: bool) -> TokenStore:
     store = TokenStore(path, verify="sizes")
+    if not bytes_known:
+        store.forget_bytes()
     if store.fingerprint != fingerprint:
         raise DataError(f"token store {path} was replaced while in use; start again")
     return store
@@ -548,18 +550,3 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if stated != checksum(index):
         raise DataError(f"{path} has changed since it was written (checksum {stated}); {_REMEDY}")
     return index
-
-
-def _read_verified(folder: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_verified(folder: Path, seen: Mapping[str, list[int]]) -> None:
-    try:
-        write_json(folder / VERIFIED, seen)
-    except DataError as error:
-        _log.debug("the result of checking %s is not kept: %s", folder, error)

@@ -49,7 +49,7 @@ def evaluate_examples(
         distributed: every rank of the default process group calls this and scores its share; all get the same result.
     Raises:
         ConfigError: a size is too small.
-        DataError: there is no example, or the targets have no bytes.
+        DataError: there is no example.
         NumericsError: the model's loss is not a number.
     """
     for name, value, least in (
@@ -57,8 +57,8 @@ def evaluate_examples(
     ):  # fmt: skip
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
-    if len(examples) == 0 or not examples.target_bytes_N.any():
-        raise DataError(f"a held-out set of {len(examples)} examples says its targets hold no bytes; nothing to score")
+    if len(examples) == 0:
+        raise DataError("a held-out set holds no example; there is nothing to score")
     encoder = is_encoder_decoder(model)
     prompted = PromptedExamples(examples, sequence_length, encoder)
     chosen_N = prompted.evenly(max_tokens)

@@ -25,7 +25,7 @@ class HeldOut(Source, Protocol):
     """A source that also knows how much text its tokens stand for.
 
     Attributes:
-        bytes: UTF-8 bytes of the text.
+        bytes: UTF-8 bytes of the text; 0 where they are not known, and bits per byte are then NaN.
     """
 
     @property
@@ -107,7 +107,7 @@ def evaluate_source(
             Without a process group it changes nothing.
     Raises:
         ConfigError: `sequence_length`, `batch_size` or `max_tokens` is below 1.
-        DataError: the source has fewer than two tokens, or no bytes.
+        DataError: the source has fewer than two tokens.
         NumericsError: the model's loss is not a number.
     """
     for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size), ("max_tokens", max_tokens)):
@@ -115,8 +115,6 @@ def evaluate_source(
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if len(source) < 2:
         raise DataError(f"a held-out set of {len(source)} tokens cannot be scored; it needs at least 2")
-    if source.bytes < 1:
-        raise DataError(f"a held-out set of {len(source)} tokens says it holds {source.bytes} bytes of text")
     windows = windows_of(len(source), sequence_length, max_tokens)
     together = distributed and dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)

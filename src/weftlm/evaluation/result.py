@@ -31,7 +31,7 @@ class WindowScores:
         starts_N: position of each window's first input token, int64, increasing.
         tokens_N: tokens scored in each window, int64.
         nats_N: summed loss of each window, nats, float64.
-        bytes_per_token: UTF-8 bytes behind one scored token.
+        bytes_per_token: UTF-8 bytes behind one scored token; 0 where they are not known.
     """
 
     fingerprint: str
@@ -49,7 +49,8 @@ class SetResult:
         nats_per_token: mean loss over the scored tokens.
         nats_per_token_se: its standard error over windows (`ratio_and_error`); NaN with a single window.
         perplexity: exp(nats_per_token).
-        bits_per_byte: summed loss in bits over the UTF-8 bytes of the scored text; comparable between tokenizers.
+        bits_per_byte: summed loss in bits over the UTF-8 bytes of the scored text; comparable between tokenizers;
+            NaN where the bytes are not known, or the tokenizer loses text.
         bits_per_byte_se: its standard error, the byte count taken as known.
         tokens: scored tokens.
         bytes: UTF-8 bytes of the scored text; when only part of a set was scored, the set's bytes per token times
@@ -155,6 +156,11 @@ def ratio_and_error(totals_N: NDArray[np.float64], sizes_N: NDArray[np.int64]) -
     return ratio, math.sqrt(count / (count - 1) * float(residuals_N @ residuals_N)) / size
 
 
+def _bits_per_byte(bytes_per_token: float) -> float:
+    """Bits per byte of one nat per token; NaN where the bytes are not known."""
+    return 1.0 / (math.log(2.0) * bytes_per_token) if bytes_per_token else math.nan
+
+
 def set_result(scores: WindowScores, total_bytes: int, *, keep_windows: bool = False) -> SetResult:
     """Sum window losses up.
 
@@ -164,7 +170,7 @@ def set_result(scores: WindowScores, total_bytes: int, *, keep_windows: bool = F
         keep_windows: whether the result carries `scores`.
     """
     nats, nats_se = ratio_and_error(scores.nats_N, scores.tokens_N)
-    to_bits_per_byte = 1.0 / (math.log(2.0) * scores.bytes_per_token)
+    to_bits_per_byte = _bits_per_byte(scores.bytes_per_token)
     return SetResult(
         nats_per_token=nats,
         nats_per_token_se=nats_se,
@@ -229,7 +235,7 @@ def paired_window_difference(first: WindowScores, second: WindowScores) -> Diffe
     with np.errstate(invalid="ignore"):  # two infinite losses have no difference: NaN
         differences_N = first.nats_N - second.nats_N
     nats, nats_se = ratio_and_error(differences_N, first.tokens_N)
-    to_bits_per_byte = 1.0 / (math.log(2.0) * first.bytes_per_token)
+    to_bits_per_byte = _bits_per_byte(first.bytes_per_token)
     return Difference(nats, nats_se, nats * to_bits_per_byte, nats_se * to_bits_per_byte, len(first.starts_N))
 
 

@@ -165,7 +165,8 @@ class MixtureSampler:
             short = [self.names[index] for index in np.flatnonzero(sizes_D < 1)[:8]]
             raise ConfigError(
                 f"too short for one training sequence: domain {', '.join(map(repr, short))}; a sequence of T tokens "
-                "needs T + 1; give the domain more text, shorten the sequences or leave it out"
+                "needs T + 1; give the domain more text, shorten the sequences, or have "
+                "data.domains.min_tokens and data.domains.small drop or join such domains"
             )
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1 sequence")

@@ -13,6 +13,8 @@ from weftlm.domains.split import SplitConfig
 
 TARGET_DOMAIN = "target_examples"
 """Name of the domain made of the target's own training documents, where a recipe asks for it."""
+OTHER_DOMAIN = "other"
+"""Name of the domain that takes the documents of domains too small for their own."""
 RESERVED_NAMES = frozenset({"target", TARGET_DOMAIN})
 
 
@@ -48,6 +50,9 @@ class DomainsConfig(Section):
         embedder: vectors for clustering, for the target's histogram and for `weftlm domains`.
         include_target: make the target's training documents a domain too (`target_examples`).
         max_train_tokens: at most so many training tokens per domain, a random choice of its documents cut exactly.
+        min_tokens: training tokens below which a domain is too small.
+        small: what becomes of domains that are too small: `stop` with an error that names them all, `drop` them, or put
+            their documents into one domain called `other`.
         histogram_smoothing: share of the uniform distribution mixed into the target's histogram.
         basis: distributions to reweight, for policies that ask for them.
     """
@@ -57,6 +62,8 @@ class DomainsConfig(Section):
     embedder: EmbedderConfig = EmbedderConfig()
     include_target: bool = False
     max_train_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=1, ge=1)
+    small: Literal["stop", "drop", "other"] = "stop"
     histogram_smoothing: float = Field(default=0.0, ge=0.0, le=1.0)
     basis: BasisConfig | None = None
 
@@ -64,6 +71,8 @@ class DomainsConfig(Section):
     def _clusters_go_with_by(self) -> DomainsConfig:
         if (self.by == "clusters") != (self.clusters is not None):
             raise ValueError("clusters goes with by: clusters, and is needed there")
+        if self.by == "clusters" and self.small != "stop":
+            raise ValueError("small goes with by: label or file; of clusters, clusters.min_bytes dissolves small ones")
         return self
 
 

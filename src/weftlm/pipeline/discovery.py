@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
+from weftlm.corpora.store import folder_name
 from weftlm.domains.cluster import Clusters, fit_clusters
 from weftlm.domains.embed import Embedder, SentenceTransformerEmbedder, TfidfSvd, make_embedder
 from weftlm.domains.histogram import (
@@ -45,7 +46,7 @@ class Discovered:
 
     Attributes:
         names: domain names, in order.
-        train: number of the domain of each document of the corpora.
+        train: number of the domain of each document of the corpora; `NO_LABEL` for those of a domain left out.
         heldout: likewise of the separate held-out documents.
     """
 
@@ -72,12 +73,50 @@ def by_label(corpus: Spool, heldout: Spool, folder: Path) -> Discovered:
             f"held-out documents have the label {unknown[0]!r}, which no corpus has; labels of the corpora: "
             f"{', '.join(names[:20])}"
         )
+    _need_different_folders(names)
     found = Discovered(names, Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
     place = {name: number for number, name in enumerate(names)}
     for spool, numbers in ((corpus, found.train), (heldout, found.heldout)):
         table = np.array([place[label] for label in spool.labels], dtype=np.int64)
         numbers.write(table[block["label"]] for block in spool.facts())
     return found
+
+
+def _need_different_folders(names: tuple[str, ...]) -> None:
+    """See that no two domains would share a folder on any file system.
+
+    Raises:
+        DataError: some would; all of them are named.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        by_folder.setdefault(folder_name(name).casefold(), []).append(name)
+    if colliding := [group for group in by_folder.values() if len(group) > 1]:
+        shown = "; ".join(" and ".join(map(repr, group)) for group in colliding[:10])
+        raise DataError(f"{len(colliding)} names of domains differ in the case of letters only: {shown}; rename them")
+
+
+def merged(found: Discovered, small: Mapping[str, int], into: str | None, folder: Path) -> Discovered:
+    """The same domains without the small ones, their documents left out or put `into` one domain.
+
+    Args:
+        found: the domains.
+        small: names of those that go.
+        into: name of the domain that takes their documents; None leaves them out.
+        folder: where the new numbers are kept.
+    """
+    names = tuple(sorted({name for name in found.names if name not in small} | ({into} if into else set())))
+    place = {name: number for number, name in enumerate(names)}
+    table = np.array([place.get(name, place[into] if into else NO_LABEL) for name in found.names], dtype=np.int64)
+    result = Discovered(names, Numbers(folder / "train.merged.u4"), Numbers(folder / "heldout.merged.u4"))
+    for old, new in ((found.train, result.train), (found.heldout, result.heldout)):
+        new.write(_renumbered(iter(old), table))
+    return result
+
+
+def _renumbered(numbers: Iterator[int], table: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    while block := list(islice(numbers, 1 << 16)):
+        yield table[block]
 
 
 def _need_labels(spool: Spool) -> None:

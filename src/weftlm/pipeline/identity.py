@@ -9,7 +9,7 @@ from weftlm.pipeline.data_config import DataConfig
 
 MANIFEST = "prepared.json"
 SETS = ("target_heldout", "target", "heldout", "corpora")
-STEPS_VERSION = 1
+STEPS_VERSION = 2
 """Raised whenever the same configuration and inputs would be prepared differently."""
 
 

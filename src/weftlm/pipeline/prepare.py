@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weftlm.corpora.config import CorpusConfig
-from weftlm.corpora.dedup import SeenDocuments, check_no_leak, store_digests
+from weftlm.corpora.dedup import SeenDocuments, check_no_leak, document_digests
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise_by_label, tokenise_documents
-from weftlm.corpora.tokens import Tokenizer, make_tokenizer
+from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
 from weftlm.files import hold, remove, write_whole
-from weftlm.pipeline.data_config import TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
-from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe
+from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
+from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
 from weftlm.pipeline.identity import MANIFEST, SETS, changed_keys, data_identity
-from weftlm.pipeline.prepared import FORMAT, PreparedData, assemble, manifest_checksum, read_manifest
-from weftlm.pipeline.spool import Spool, SpoolWriter
+from weftlm.pipeline.prepared import (
+    FORMAT,
+    LOST_ACCEPTED,
+    TARGET_SET,
+    PreparedData,
+    assemble,
+    folder_digests,
+    manifest_checksum,
+    read_manifest,
+)
+from weftlm.pipeline.spool import NO_LABEL, Spool, SpoolWriter
 from weftlm.progress import progress as show_progress
 
 __all__ = ["BasisConfig", "DataConfig", "DomainsConfig", "PreparedData", "prepare"]
@@ -47,6 +57,13 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 _BYTES_PER_TOKEN_AT_MOST = 16
+_SHOWN_LOSS = 0.2
+"""Share of a domain's documents whose absence from training is a warning."""
+LOST_REFUSED = 0.2
+"""Share of bytes or tokens lost by the tokenizer from which data is refused."""
+_LOSS_DOCUMENTS, _LOSS_CHARACTERS = 1024, 1 << 14
+"""The tokenizer's loss is measured on so many documents over all domains (64 per domain at most, 1 at least), each cut
+to so many characters: at most about 16 MB of text and, measured, 16 s on one core."""
 
 
 def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, progress: bool = True) -> PreparedData:
@@ -197,18 +214,23 @@ class _Preparation:
         discovered, known = self._discover(spools)
         plan = self._split(spools, discovered)
         tokenizer = self._tokenizer(spools["corpora"], discovered, plan)
+        discovered, plan = self._without_small(spools, discovered, plan, tokenizer)
+        losses = self._losses(spools, discovered, plan, tokenizer)
         plan = self._cap(spools["corpora"], discovered, plan, tokenizer)
         data = self._tokenise(spools, discovered, plan, tokenizer)
+        training = (document for document, _ in self._train(spools["corpora"], discovered, plan))
+        heldout = (document for document, _ in self._heldout(spools, discovered, plan))
         check_no_leak(
             {
-                "the target's held-out documents": _digests([data.target_heldout]),
-                "the target": _digests([data.target_train]),
-                "held-out documents": _digests(data.heldout.values()),
-                "training documents": _digests(data.train.values()),
+                "the target's held-out documents": document_digests(self._target(spools, plan, held=True)),
+                "the target": document_digests(self._target(spools, plan, held=False)),
+                "held-out documents": document_digests(heldout),
+                "training documents": document_digests(training),
             },
             self.scratch,
         )
-        self._write_manifest(facts, spools, discovered, plan, known, data, tokenizer)
+        self._warn_of_documents(facts["counts"])
+        self._write_manifest(facts, spools, discovered, plan, known, data, tokenizer, losses)
 
     def _start(self) -> None:
         """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
@@ -228,6 +250,7 @@ class _Preparation:
             facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return facts
         reading = []
+        counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
         with (
             SeenDocuments(self.scratch) as seen,
             show_progress("read", unit="documents", enabled=self.progress) as counter,
@@ -236,13 +259,46 @@ class _Preparation:
                 with SpoolWriter(self.scratch / name) as writer:
                     for corpus in getattr(self.config, name):
                         report = ReadingReport()
-                        for document in seen.unique(read_documents(self._as_domains(corpus, name), report), name):
-                            writer.add(document)
+                        for document in read_documents(self._as_domains(corpus, name), report):
+                            owner = seen.add(document, name)
+                            fate = "kept" if owner is None else "in_target" if "target" in owner else "duplicates"
+                            tally = counts[name].setdefault(self._row(document.label), Counter())
+                            tally["read"] += 1
+                            tally["duplicates" if owner == name else fate] += 1
+                            if owner is None:
+                                writer.add(document)
                             counter.advance()
+                        for label, faults in report.faults_by_label.items():
+                            tally = counts[name].setdefault(self._row(label), Counter())
+                            tally.update(read=faults, faulty=faults)
                         reading.append({"set": name, "input": corpus.name, **report.to_json()})
-            facts = {"reading": reading, "duplicates": seen.to_json()}
+            facts = {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
         _write_text(path, json.dumps(facts))
         return facts
+
+    def _row(self, label: str | None) -> str:
+        """The row of the table of documents that one is counted in."""
+        if self.config.domains.by == "clusters":
+            return "all corpora"
+        return label or "(no label)"
+
+    def _warn_of_documents(self, counts: dict[str, dict[str, dict[str, int]]]) -> None:
+        """Warn of every domain that loses more than a fifth of its documents, or all of them."""
+        for name, tally in sorted(counts["corpora"].items()):
+            total, kept = tally["read"], tally.get("kept", 0)
+            if total - kept <= _SHOWN_LOSS * total:
+                continue
+            why = ", ".join(
+                f"{tally[key]} {words}"
+                for key, words in (
+                    ("in_target", "in the target too"),
+                    ("duplicates", "duplicates or held-out text"),
+                    ("faulty", "faulty"),
+                )
+                if tally.get(key)
+            )
+            what = "disappears" if kept == 0 else f"loses {(total - kept) / total:.0%} of its documents"
+            self.warnings.append(f"domain {name!r} {what}: {total} read, {why}, {kept} kept")
 
     def _as_domains(self, corpus: CorpusConfig, name: str) -> CorpusConfig:
         if self.config.domains.by == "file" and name in ("corpora", "heldout"):
@@ -280,7 +336,8 @@ class _Preparation:
         none = SplitConfig(fraction=0.0)
         heldout = HeldoutPlan(none if config.heldout else config.split, seed)
         for (digest, _), number in zip(spools["corpora"].digests(), discovered.train, strict=True):
-            heldout.observe(discovered.names[number], digest)
+            if number != NO_LABEL:
+                heldout.observe(discovered.names[number], digest)
         target_heldout = HeldoutPlan(none if config.target_heldout else config.target_split, seed)
         for digest, _ in spools["target"].digests():
             target_heldout.observe("target", digest)
@@ -304,7 +361,7 @@ class _Preparation:
         """Training documents with their domain's number."""
         for document, number in zip(spool, discovered.train, strict=True):
             digest = document.digest()
-            if plan.heldout.is_heldout(discovered.names[number], digest):
+            if number == NO_LABEL or plan.heldout.is_heldout(discovered.names[number], digest):
                 continue
             if number in plan.caps and position(digest, self.config.seed, "cap") >= plan.caps[number]:
                 continue
@@ -312,10 +369,11 @@ class _Preparation:
 
     def _heldout(self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan) -> Iterator[tuple[Document, int]]:
         if self.config.heldout:
-            yield from zip(spools["heldout"], discovered.heldout, strict=True)
+            pairs = zip(spools["heldout"], discovered.heldout, strict=True)
+            yield from (pair for pair in pairs if pair[1] != NO_LABEL)
             return
         for document, number in zip(spools["corpora"], discovered.train, strict=True):
-            if plan.heldout.is_heldout(discovered.names[number], document.digest()):
+            if number != NO_LABEL and plan.heldout.is_heldout(discovered.names[number], document.digest()):
                 yield document, number
 
     def _target(self, spools: dict[str, Spool], plan: _Plan, held: bool) -> Iterator[Document]:
@@ -353,6 +411,93 @@ class _Preparation:
         temporary.rename(folder)
         return Tokenizer.load(folder)
 
+    def _without_small(
+        self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, tokenizer: Tokenizer
+    ) -> tuple[Discovered, _Plan]:
+        """Domains with fewer than `min_tokens` training tokens named, dropped or merged, as the recipe says.
+
+        Only domains of so little text that they may be too small are encoded.
+
+        Raises:
+            DataError: there are some and `small` is `stop`, or what is left is still too small.
+        """
+        options, spool = self.config.domains, spools["corpora"]
+        sizes: Counter[int] = Counter()
+        for (digest, size), number in zip(spool.digests(), discovered.train, strict=True):
+            if not plan.heldout.is_heldout(discovered.names[number], digest):
+                sizes[number] += size
+        few = {n for n in range(len(discovered.names)) if sizes[n] < options.min_tokens * _BYTES_PER_TOKEN_AT_MOST}
+        tokens: Counter[int] = Counter(dict.fromkeys(few, 0))
+        for batch in _batches((pair for pair in self._train(spool, discovered, plan) if pair[1] in few), 256):
+            encoded = encode_documents(tokenizer, [document for document, _ in batch])
+            for (_, number), (tokens_N, _) in zip(batch, encoded, strict=True):
+                tokens[number] += len(tokens_N) + 1
+        small = {discovered.names[n]: tokens[n] for n in sorted(few) if tokens[n] < options.min_tokens}
+        if not small:
+            return discovered, plan
+        shown = ", ".join(f"{name} ({count})" for name, count in list(small.items())[:50])
+        shown += f" and {len(small) - 50} more" if len(small) > 50 else ""
+        least = f"fewer training tokens than data.domains.min_tokens, {options.min_tokens}: {shown}"
+        if options.small == "stop":
+            raise DataError(
+                f"{len(small)} domains have {least}; give them more text, lower it, or set data.domains.small to drop, "
+                f"or to other, which makes one domain of them"
+            )
+        into = OTHER_DOMAIN if options.small == "other" else None
+        together = sum(small.values()) + (0 if into in small or into not in discovered.names else options.min_tokens)
+        nothing_left = len(small) == len(discovered.names) if into is None else together < options.min_tokens
+        if nothing_left:
+            raise DataError(f"{len(small)} domains have {least}; together they are too small as well: give more text")
+        what = "dropped" if into is None else f"put into the domain {into!r}"
+        self.warnings.append(f"{len(small)} domains are {what}, for they have {least}")
+        discovered = merged(discovered, small, into, self.scratch / "domains")
+        return discovered, self._split(spools, discovered)
+
+    def _losses(
+        self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, tokenizer: Tokenizer
+    ) -> dict[str, TextLoss]:
+        """What the tokenizer loses of each domain's text and of the target's, on a sample of bounded size.
+
+        Raises:
+            DataError: it loses so much of one that training on the tokens would not be training on the text.
+        """
+        names = (*discovered.names, TARGET_SET)
+        count = max(1, min(64, _LOSS_DOCUMENTS // len(names)))
+        seed = self.config.seed
+
+        def documents() -> Iterator[tuple[Document, int]]:
+            yield from self._train(spools["corpora"], discovered, plan)
+            yield from self._heldout(spools, discovered, plan)
+            for held in (False, True):
+                for document in self._target(spools, plan, held):
+                    yield document, len(names) - 1
+
+        lowest = [Lowest(count) for _ in names]
+        for document, number in documents():
+            lowest[number].add(position(document.digest(), seed, "loss"))
+        thresholds = [kept.threshold() for kept in lowest]
+        texts: dict[str, list[str]] = {name: [] for name in names}
+        for document, number in documents():
+            if position(document.digest(), seed, "loss") < thresholds[number]:
+                texts[names[number]].append(document.text[:_LOSS_CHARACTERS])
+        losses = {name: tokenizer.loss(sample) for name, sample in texts.items() if sample}
+        worst = sorted((name for name in losses if losses[name].lost > LOST_ACCEPTED), key=lambda n: -losses[n].lost)
+        shown = "; ".join(
+            f"{name}: {losses[name].given_back_share:.1%} of the bytes come back, "
+            f"{losses[name].unknown_share:.1%} of the tokens are unknown"
+            for name in worst[:5]
+        ) + (f"; and {len(worst) - 5} more" if len(worst) > 5 else "")
+        if worst and losses[worst[0]].lost > LOST_REFUSED:
+            raise DataError(
+                f"the tokenizer loses text of {len(worst)} sets ({shown}), and over {LOST_REFUSED:.0%} is refused; use "
+                f"one that keeps the text: data.tokenizer: {{train: {{}}}}, or a byte-level one"
+            )
+        if worst:
+            self.warnings.append(
+                f"the tokenizer loses text of {len(worst)} sets ({shown}): bits per byte is not given for them"
+            )
+        return losses
+
     def _cap(self, spool: Spool, discovered: Discovered, plan: _Plan, tokenizer: Tokenizer) -> _Plan:
         """Choose at random the documents that fill `max_train_tokens` of each larger domain."""
         cap = self.config.domains.max_train_tokens
@@ -361,7 +506,7 @@ class _Preparation:
         seed = self.config.seed
         rough: dict[int, Budget] = {}
         for (digest, size), number in zip(spool.digests(), discovered.train, strict=True):
-            if not plan.heldout.is_heldout(discovered.names[number], digest):
+            if number != NO_LABEL and not plan.heldout.is_heldout(discovered.names[number], digest):
                 budget = rough.setdefault(number, Budget(cap * _BYTES_PER_TOKEN_AT_MOST))
                 budget.add(position(digest, seed, "cap"), size + 1)
         drafted = {number: budget.threshold() for number, budget in rough.items() if budget.total > cap}
@@ -416,9 +561,6 @@ class _Preparation:
                     target[is_held] = tokenise_documents(
                         self._target(spools, plan, is_held), tokenizer, path, progress=tick
                     )
-        missing = [name for name in discovered.names if name not in stores]
-        if missing:
-            raise DataError(f"domain {missing[0]!r} has no training document; give it more text, or remove it")
         return _Stores(stores, heldout, target[False], target[True])
 
     def _describe(
@@ -453,6 +595,7 @@ class _Preparation:
         known: Any,
         data: _Stores,
         tokenizer: Tokenizer,
+        losses: dict[str, TextLoss],
     ) -> None:
         names, described = self._describe(spools, discovered, plan, known, data)
         without = [name for name in discovered.names if name not in data.heldout]
@@ -463,6 +606,9 @@ class _Preparation:
             "format": FORMAT,
             **self.identity,
             "tokenizer": tokenizer.fingerprint,
+            "tokenizer_files": folder_digests(self.work / "tokenizer"),
+            "text_loss": {name: asdict(loss) for name, loss in losses.items()},
+            "counts": facts["counts"],
             "domains": list(names),
             "max_train_tokens": self.config.domains.max_train_tokens,
             "target_histogram_D": _plain(described.target_histogram_D),
@@ -479,10 +625,6 @@ class _Preparation:
         manifest["checksum"] = manifest_checksum(manifest)
         _write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         remove(self.scratch)
-
-
-def _digests(stores: Iterable[TokenStore | None]) -> Iterator[tuple[bytes, str]]:
-    return chain.from_iterable(store_digests(store) for store in stores if store is not None)
 
 
 def _counted(texts: Iterator[str], advance: Callable[[], None]) -> Iterator[str]:

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from weftlm.corpora.store import TokenStore, open_stores
-from weftlm.corpora.tokens import Tokenizer
+from weftlm.corpora.store_files import file_digest
+from weftlm.corpora.tokens import TextLoss, Tokenizer
 from weftlm.domains.domain import Domain, TokenPrefix
 from weftlm.errors import DataError
+from weftlm.files import cause
 from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
 from weftlm.pipeline.identity import MANIFEST, changed_keys
 
-FORMAT = "weftlm prepared data 1"
+FORMAT = "weftlm prepared data 2"
+TARGET_SET = "target"
+"""Name of the target's own set among those of the domains."""
+FATES = ("read", "kept", "duplicates", "in_target", "faulty")
+"""What the documents of a set are counted by."""
+_OTHER_SETS = {"target": TARGET_SET, "target_heldout": "target, held-out", "heldout": "held-out text"}
+LOST_ACCEPTED = 0.001
+"""Share of bytes or tokens lost by the tokenizer up to which bits per byte holds."""
 _REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
 
@@ -71,8 +80,12 @@ class PreparedData:
         return result
 
     def summary(self) -> dict[str, Any]:
-        """Sizes per set, and what was skipped, dropped or warned of, as JSON."""
-        sets = {
+        """Sizes per set, what became of the documents read, and what was skipped, dropped or warned of, as JSON.
+
+        `documents` counts those read, kept, dropped as duplicates, dropped because the target has them, and faulty: by
+        domain, also of domains of which nothing is left (of clusters: in all), and of the other sets.
+        """
+        sets: dict[str, dict[str, int | float]] = {
             domain.name: {
                 "documents": domain.documents,
                 "bytes": domain.bytes,
@@ -82,16 +95,25 @@ class PreparedData:
             for domain in self.domains
         }
         if self.target_train is not None:
-            sets["target"] = {
+            sets[TARGET_SET] = {
                 "documents": self.target_train.documents,
                 "bytes": self.target_train.bytes,
                 "train_tokens": len(self.target_train),
                 "heldout_tokens": 0 if self.target_heldout is None else len(self.target_heldout),
             }
+        for name, loss in self.manifest["text_loss"].items():
+            found = TextLoss(**loss)
+            if name in sets:
+                sets[name] |= {"given_back": found.given_back_share, "unknown": found.unknown_share}
+        documents = dict(sorted(self.manifest["counts"]["corpora"].items()))
+        for key, name in _OTHER_SETS.items():
+            if of_set := self.manifest["counts"][key].values():
+                documents[name] = {fate: sum(tally.get(fate, 0) for tally in of_set) for fate in FATES}
         return {
             "fingerprint": self.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             "sets": sets,
+            "documents": {name: {fate: tally.get(fate, 0) for fate in FATES} for name, tally in documents.items()},
             "reading": self.manifest["reading"],
             "duplicates": self.manifest["duplicates"],
             "warnings": self.manifest["warnings"],
@@ -111,6 +133,8 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
     Raises:
         DataError: a part is missing, changed or made with another tokenizer.
     """
+    if folder_digests(folder / "tokenizer") != manifest["tokenizer_files"]:
+        raise DataError(f"a file in {folder / 'tokenizer'} has changed since it was written, or is missing; {_REMEDY}")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise DataError(f"tokenizer in {folder} has changed since it was written; {_REMEDY}")
@@ -123,6 +147,10 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
         else None
         for name in ("train", "heldout")
     }
+    for name, loss in manifest["text_loss"].items():
+        held_of_it = target["heldout"] if name == TARGET_SET else heldout.get(name)
+        if held_of_it is not None and TextLoss(**loss).lost > LOST_ACCEPTED:
+            held_of_it.forget_bytes()
     histogram, basis = manifest["target_histogram_D"], manifest["basis_ND"]
     domains = [
         _domain(name, manifest["max_train_tokens"], train, heldout, target["train"]) for name in manifest["domains"]
@@ -139,6 +167,18 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
         manifest=manifest,
     )
     return result if result.fingerprint else dataclasses.replace(result, fingerprint=fingerprint(result))
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """BLAKE2b-256 of every file of a folder, by name.
+
+    Raises:
+        DataError: the folder, or a file, cannot be read.
+    """
+    try:
+        return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {cause(error)}; {_REMEDY}") from error
 
 
 def _domain(

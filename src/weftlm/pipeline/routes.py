@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -398,8 +399,6 @@ def _possible(model: RoutedModel) -> tuple[dict[str, RouterConfig], list[str]]:
 
 
 def _mean(result: SuiteResult) -> float:
-    """Mean bits per byte over the domains; the target's where there are none."""
-    if result.generic is not None:
-        return result.generic.bits_per_byte
-    (only,) = result.sets.values()
-    return only.bits_per_byte
+    """Mean bits per byte over the domains, or of the target without any; nats per token where bytes are unknown."""
+    found = result.generic if result.generic is not None else next(iter(result.sets.values()))
+    return found.nats_per_token if math.isnan(found.bits_per_byte) else found.bits_per_byte

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -137,27 +138,47 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
         TokenStore(tmp_path / "s")
 
 
-def test_a_check_is_done_once_but_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contents_are_compared_at_the_first_opening_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weftlm.corpora import store as module
 
-    store = write(tmp_path / "s", ROWS)
+    write(tmp_path / "s", ROWS)
+    monkeypatch.setattr(module, "_verified", set())
     hashed = []
     real = module.file_digest
     monkeypatch.setattr(module, "file_digest", lambda path: hashed.append(path.name) or real(path))
     TokenStore(tmp_path / "s")
-    assert hashed == []
-    store.verify()
     assert sorted(hashed) == ["documents.bin", "origins.bin", "tokens-00000.bin"]
     hashed.clear()
+    TokenStore(tmp_path / "s")
+    assert hashed == []
     path = tmp_path / "s" / "documents.bin"
     os.utime(path, ns=(1, 1))
+    TokenStore(tmp_path / "s").verify()
+    assert len(hashed) == 6
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "documents.bin", "origins.bin", "index.json"])
+def test_one_changed_bit_is_found_though_size_and_time_are_as_before(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "s", ROWS)
     TokenStore(tmp_path / "s")
-    assert hashed == ["documents.bin"]
-    moved = shutil.copytree(tmp_path / "s", tmp_path / "t")
-    (moved / "verified.json").unlink()
-    hashed.clear()
-    TokenStore(moved)
-    assert len(hashed) == 3
+    path = tmp_path / "s" / name
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr("weftlm.corpora.store._verified", set())  # as another process
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        TokenStore(tmp_path / "s")
+
+
+def test_a_store_that_knows_no_bytes_says_so_in_other_processes_too(tmp_path: Path) -> None:
+    store = write(tmp_path / "s", ROWS)
+    store.forget_bytes()
+    assert ForkingPickler.loads(ForkingPickler.dumps(store)).bytes == store.bytes == 0
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:

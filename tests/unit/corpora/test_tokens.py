@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from weftlm.config import validate
@@ -23,6 +24,7 @@ from weftlm.corpora.config import TokenizerConfig, TrainConfig
 from weftlm.corpora.tokens import (
     END_OF_DOCUMENT,
     Tokenizer,
+    find_tokenizer,
     load_pretrained,
     make_tokenizer,
     split_long,
@@ -234,3 +236,101 @@ def test_a_fork_after_encoding_is_quiet_and_can_encode() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env)
     assert (out.returncode, out.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("run", ["a" * 400_000, " " * 400_000, "ab1" * 100_000, "0" * 400_000, "é" * 400_000])
+def test_learning_from_one_long_run_takes_no_time(run: str) -> None:
+    begin = time.process_time()
+    learnt = train_tokenizer([run, *TEXTS[:20]], SMALL)
+    assert time.process_time() - begin < 8
+    assert learnt.decode(learnt.encode_batch([run])[0]) == run
+
+
+def _words() -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2, "cat": 3}, unk_token="[UNK]"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    return found
+
+
+def _uncased() -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer(models.BPE())
+    found.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()])
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    return _trained(found)
+
+
+def _without_blanks() -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    found.decoder = decoders.ByteLevel()
+    return _trained(found)
+
+
+def _one_line() -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer(models.BPE())
+    found.normalizer = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    found.decoder = decoders.Metaspace()
+    return _trained(found)
+
+
+def _trained(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet(), *"".join(TEXTS)})
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return backend
+
+
+LOSSY = {"word level": (_words, 0.3, 0.5), "uncased": (_uncased, 0.001, 0.0), "no blanks": (_without_blanks, 0.1, 0.0),
+         "one line": (_one_line, 0.05, 0.0)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_what_a_tokenizer_loses_is_measured(kind: str) -> None:
+    make, lost, unknown = LOSSY[kind]
+    wrapped = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=make(), eos_token="</s>"))
+    loss = wrapped.loss([f"The Cat sat\n\n{text}" for text in TEXTS[:20]])
+    assert loss.bytes == sum(len(f"The Cat sat\n\n{text}".encode()) for text in TEXTS[:20])
+    assert 1 - loss.given_back_share > lost
+    assert (loss.unknown_share > unknown) == (unknown > 0)
+    assert loss.lost == max(1 - loss.given_back_share, loss.unknown_share)
+
+
+def test_a_byte_level_tokenizer_loses_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.loss([*TEXTS, " \t\r\n ", "<|endoftext|>"]).lost == 0.0
+    assert tokenizer.loss([]).lost == 0.0
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_the_class_named_beside_a_byte_level_tokenizer_does_not_change_it(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    """transformers before 5.22 rebuilt such a tokenizer as Llama's own and dropped every blank."""
+    tokenizer.save(tmp_path)
+    settings_file = tmp_path / "tokenizer_config.json"
+    settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "tokenizer_class": name}))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.loss(TEXTS).lost == 0.0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["torn", "empty", "odd", "noise", "deep"])
+def test_a_torn_tokenizer_is_an_error_and_never_none(
+    tokenizer: Tokenizer, tmp_path: Path, name: str, damage: str
+) -> None:
+    tokenizer.save(tmp_path)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(
+        {"torn": data[: len(data) // 2], "empty": b"", "odd": b"[]", "noise": b"\xff\xfe" * 99, "deep": b"[" * 99_999}[
+            damage
+        ]
+    )
+    for door, kind in ((Tokenizer.load, DataError), (load_pretrained, ConfigError), (find_tokenizer, ConfigError)):
+        with pytest.raises(kind, match=name) as caught:
+            door(str(tmp_path))
+        assert "Errno" not in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    assert find_tokenizer(str(tmp_path / "empty")) is None

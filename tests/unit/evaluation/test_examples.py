@@ -88,8 +88,11 @@ def test_what_cannot_be_scored_is_said() -> None:
     for wrong in ({"sequence_length": 1}, {"batch_size": 0}, {"max_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             evaluate_examples(model, source.examples, **{"sequence_length": 8, "batch_size": 2, **wrong})
-    with pytest.raises(DataError, match="hold no bytes"):
-        evaluate_examples(model, ExampleSource([([1], [2])], EOS).examples, sequence_length=8, batch_size=2)
+    with pytest.raises(DataError, match="holds no example"):
+        evaluate_examples(model, source.examples.until(0, "none"), sequence_length=8, batch_size=2)
+    unknown = evaluate_examples(model, ExampleSource([([1], [2])], EOS).examples, sequence_length=8, batch_size=2)
+    assert unknown.nats_per_token > 0
+    assert unknown.to_json()["bits_per_byte"] is None
     with torch.no_grad():
         model.lm_head.weight[0] = float("nan")
     with pytest.raises(NumericsError, match=r"'task'.*not a number on 30 of 30 held-out examples"):

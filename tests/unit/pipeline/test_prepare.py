@@ -9,15 +9,19 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from weftlm.config import validate
 from weftlm.corpora.store import TokenStore
 from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.pipeline import prepare as module
 from weftlm.pipeline.prepare import DataConfig, PreparedData, prepare
 
@@ -198,7 +202,7 @@ def test_texts_of_the_target_are_removed_from_training(make: Make, tmp_path: Pat
 def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = texts("sea", 20, seed=9)
     write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + target[:1], "sea")
-    monkeypatch.setattr(module.SeenDocuments, "unique", lambda self, documents, name: iter(documents))
+    monkeypatch.setattr(module.SeenDocuments, "add", lambda self, document, name: None)
     with pytest.raises(DataError, match="sets that must be apart share documents"):
         run(make(), tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -446,7 +450,7 @@ def test_senseless_sections_are_refused(make: Make) -> None:
         ({"domains": {"by": "clusters"}}, "clusters goes with by"),
         ({"domains": {"basis": {"of": "groups"}}}, "need a count"),
         ({"domains": {"by": "file"}, "corpora": [{"builtin": "all"}]}, "by: file needs corpora that are files"),
-        ({"corpora": []}, "at least 1 item"),
+        ({"corpora": []}, "at least 1 entry"),
         ({"domain": {}}, "did you mean 'domains'"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -475,3 +479,123 @@ def test_who_comes_second_waits_and_finds_the_work_done(make: Make, tmp_path: Pa
         prints = {future.result().fingerprint for future in both}
     assert len(prints) == 1
     assert not (tmp_path / ".data.preparing").exists()
+
+
+def words_tokenizer(folder: Path, *, known: int) -> Path:
+    """A word-level tokenizer that knows some of the words of the corpora."""
+    words = sorted({word for text in (*WORDS["sea"], *WORDS["law"], *WORDS["code"]) for word in text.split()})[:known]
+    ids = {word: number for number, word in enumerate(["[UNK]", "</s>", *words])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_that_loses_most_of_the_text_is_refused(make: Make, tmp_path: Path) -> None:
+    config = make(tokenizer={"pretrained": str(words_tokenizer(tmp_path / "tok", known=9))})
+    with pytest.raises(DataError, match=r"the tokenizer loses text of 4 sets .*over 20% is refused"):
+        run(config, tmp_path / "data")
+
+
+def test_where_some_text_is_lost_there_are_no_bits_per_byte(make: Make, tmp_path: Path) -> None:
+    config = make(tokenizer={"pretrained": str(words_tokenizer(tmp_path / "tok", known=999))})
+    data = run(config, tmp_path / "data")
+    assert any("bits per byte is not given for them" in line for line in data.summary()["warnings"])
+    sets = data.summary()["sets"]
+    assert all(0.8 < sets[name]["given_back"] < 1 and 0 < sets[name]["unknown"] < 0.2 for name in ("sea", "target"))
+    held = store(data.domains[0].heldout)
+    assert held.bytes == 0
+    result = evaluate_source(ConstantModel(data.tokenizer.vocab_size), held, sequence_length=16, batch_size=4)
+    assert result.to_json()["bits_per_byte"] is None
+    assert result.nats_per_token > 0
+    assert store(run(make(), tmp_path / "whole").domains[0].heldout).bytes > 0
+
+
+class ConstantModel(torch.nn.Module):
+    """Every token alike."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.logits_V = torch.nn.Parameter(torch.zeros(size))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits_V.expand(*input_ids.shape, -1))
+
+
+def test_texts_that_only_the_tokenizer_takes_for_equal_are_no_leak(make: Make, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "sea.jsonl", [text.replace(" ", "  ") for text in texts("sea", 20, seed=9)], "sea")
+    config = make(tokenizer={"pretrained": str(words_tokenizer(tmp_path / "tok", known=999))})
+    assert run(config, tmp_path / "data").summary()["duplicates"]["dropped"] == []
+
+
+def test_what_became_of_every_document_is_counted_and_warned_of(make: Make, tmp_path: Path) -> None:
+    sea, law = texts("sea", 30), texts("law", 30)
+    write(tmp_path / "in" / "sea.jsonl", sea, "sea")
+    write(tmp_path / "in" / "target.jsonl", sea)
+    lines = [json.dumps({"text": text, "label": "law"}) for text in [*law, *law[:5]]]
+    lines += [json.dumps({"label": "law"})] * 4 + ["broken", json.dumps({"text": "x", "label": None})]
+    (tmp_path / "in" / "law.jsonl").write_text("\n".join(lines))
+    corpora = [
+        {"path": str(tmp_path / "in" / f"{kind}.jsonl"), "label_field": "label", "on_error": "skip"} for kind in WORDS
+    ]
+    data = run(make(corpora=corpora), tmp_path / "data")
+    none = {"duplicates": 0, "in_target": 0, "faulty": 0}
+    assert data.summary()["documents"] == {
+        "(no label)": {**none, "read": 2, "kept": 0, "faulty": 2},
+        "code": {**none, "read": 30, "kept": 30},
+        "law": {"read": 39, "kept": 30, "duplicates": 5, "in_target": 0, "faulty": 4},
+        "sea": {**none, "read": 30, "kept": 0, "in_target": 30},
+        "target": {**none, "read": 30, "kept": 30},
+    }
+    warnings = "\n".join(data.summary()["warnings"])
+    assert "domain 'sea' disappears: 30 read, 30 in the target too, 0 kept" in warnings
+    assert (
+        "domain 'law' loses 23% of its documents: 39 read, 5 duplicates or held-out text, 4 faulty, 30 kept" in warnings
+    )
+    assert "'code'" not in warnings
+
+
+@pytest.mark.parametrize("small", ["stop", "drop", "other"])
+def test_all_domains_that_are_too_small_are_named_at_once(make: Make, tmp_path: Path, small: str) -> None:
+    kinds = {"sea": 30, "code": 5, "law": 4}
+    for kind, count in kinds.items():
+        write(tmp_path / "in" / f"{kind}.jsonl", texts(kind, count), kind)
+    write(tmp_path / "in" / "held.jsonl", texts("law", 3, seed=5), "law")
+    config = make(domains={"embedder": {"dimensions": 4}, "min_tokens": 900, "small": small})
+    if small == "stop":
+        with pytest.raises(
+            DataError, match=r"2 domains have fewer .* 900: code \(\d+\), law \(\d+\); .*data.domains.small"
+        ):
+            run(config, tmp_path / "data")
+        return
+    data = run(config, tmp_path / "data")
+    assert [domain.name for domain in data.domains] == ({"drop": ["sea"], "other": ["other", "sea"]}[small])
+    assert any("2 domains are " in line for line in data.summary()["warnings"])
+    if small == "other":
+        held = decoded(data, data.domains[0].heldout)
+        assert sorted(decoded(data, data.domains[0].train) + held) == sorted([*texts("code", 5), *texts("law", 4)])
+    with pytest.raises(DataError, match="too small"):
+        run(make(domains={"min_tokens": 10**7, "small": small}), tmp_path / "none")
+
+
+def test_domains_that_differ_in_case_only_are_all_named(make: Make, tmp_path: Path) -> None:
+    for kind, label in {"sea": "Law", "code": "LAW", "law": "law"}.items():
+        write(tmp_path / "in" / f"{kind}.jsonl", texts(kind, 30), label)
+    with pytest.raises(DataError, match="'LAW' and 'Law' and 'law'; rename them"):
+        run(make(), tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage", ["changed", "torn", "missing", "added"])
+def test_a_tokenizer_that_is_not_as_it_was_prepared_is_refused(make: Make, tmp_path: Path, damage: str) -> None:
+    run(make(), tmp_path / "data")
+    path = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "missing":
+        path.unlink()
+    elif damage == "added":
+        path.with_name("added_tokens.json").write_text("{}")
+    else:
+        path.write_bytes(data if damage == "changed" else data[:999])
+    with pytest.raises(DataError, match="has changed since it was written, or is missing; prepare again"):
+        PreparedData.load(tmp_path / "data")
