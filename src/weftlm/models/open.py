@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -51,6 +52,7 @@ _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|at
 """Tensors of older checkpoints that are computed and not learnt."""
 _TRIAL_PARAMETERS = 4_000_000_000
 """Largest model tried at opening, in float32; one in half precision counts eight times, as CPUs compute it slower."""
+_CACHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _SHOWN = 3
 _PROBE = 2, 16
 _TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -133,7 +135,8 @@ def read_config(name: str, *, revision: str | None = None, local_files_only: boo
         raise _refusal(name, _cause(error, local=folder.is_dir())) from error
     for key in _SIZES:
         size = getattr(config, key, None)
-        if size is not None and (not isinstance(size, int) or not 0 < size < _LARGEST):
+        unlimited = key == "max_position_embeddings" and size == -1  # as XLNet says it
+        if size is not None and not unlimited and (not isinstance(size, int) or not 0 < size < _LARGEST):
             raise _refusal(name, f"{_CONFIG} gives {key} as {size!r:.40}; it must be a whole number from 1 to 2^31")
     return config
 
@@ -182,6 +185,27 @@ def require_decoder_only(model: PreTrainedModel, name: str) -> PreTrainedModel:
 def _rows(model: Any) -> list[int]:
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [int(head.weight.shape[0]) for head in heads if head is not None and hasattr(head, "weight")] or [_LARGEST]
+
+
+@torch.no_grad()
+def keeps_cache(model: nn.Module) -> bool:
+    """Whether a decoder-only model reads a text on from the `past_key_values` it gives: found by trying, once a model.
+
+    Three tokens are read at once, and in two parts. Models whose memory has another form (state spaces) or that have
+    none give other logits, or fail; their texts are read from the start for every token.
+    """
+    if model not in _CACHED:
+        ids_1T = torch.tensor([[0, 1, 0]], device=next(model.parameters()).device)
+        try:
+            with _quiet():
+                whole_V: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0, -1]
+                cache = model(input_ids=ids_1T[:, :2], use_cache=True).past_key_values
+                last_V: Tensor = model(input_ids=ids_1T[:, 2:], past_key_values=cache, use_cache=True).logits[0, -1]
+            apart = float((last_V - whole_V).abs().max())
+            _CACHED[model] = cache is not None and apart <= 0.05 * float(whole_V.abs().max().clamp_min(1e-6))
+        except Exception:  # noqa: BLE001, a model without such a cache fails in its own way
+            _CACHED[model] = False
+    return _CACHED[model]
 
 
 # -- what was written -------------------------------------------------------------------------------------------------

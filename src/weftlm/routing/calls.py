@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 from weftlm.errors import ConfigError
 from weftlm.routing.router import Call, Memory
 
+_STATES = ("cache_params", "state")
+"""Arguments that hold the memory of models that keep no keys and values."""
 _MEMORY = "weftlm_memory"
 """Attribute of a cache, or of an encoder's output, that carries a router's memory."""
 
@@ -41,11 +43,20 @@ def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
         arguments: of its forward, by name.
         decisive_BT: tokens a sequence-level decision may read; None for all real ones.
     Raises:
-        ConfigError: neither ids nor embeddings were given, or masks of another shape.
+        ConfigError: neither ids nor embeddings were given, masks of another shape, or a memory that is no cache of
+            keys and values.
     """
     ids_BT, device, shape = _read(arguments, "input_ids", "inputs_embeds")
     cache = arguments.get("past_key_values")
-    past = 0 if cache is None else int(cache.get_seq_length())
+    try:
+        past = 0 if cache is None else int(cache.get_seq_length())
+    except (ValueError, AttributeError):
+        past = None
+    if past is None or any(arguments.get(name) is not None for name in _STATES):
+        raise ConfigError(
+            "this model carries a state from token to token that is no cache of keys and values, and a router's memory "
+            "has no place beside it; give the whole text, with use_cache=False"
+        )
     continues = past > 0
     mask_BT = _mask(arguments.get("attention_mask"), shape, device, past)
     memory = getattr(cache, _MEMORY, None) if continues else None

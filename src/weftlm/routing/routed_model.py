@@ -23,7 +23,7 @@ from weftlm.experts.lora import check_fits, module_widths
 from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, whole_folder
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.open import load_base
+from weftlm.models.open import keeps_cache, load_base
 from weftlm.routing.calls import (
     arguments_of,
     decoder_call,
@@ -250,10 +250,18 @@ class RoutedModel(nn.Module):
         prompt = args[0] if args else next((kwargs[key] for key in _PROMPTS if kwargs.get(key) is not None), None)
         if isinstance(prompt, Tensor) and prompt.dim() > 1 and not is_encoder_decoder(self.model):
             self.switch.passing.prompt_tokens = prompt.shape[1]
+        if not is_encoder_decoder(self.model) and not self.keeps_cache:
+            kwargs["use_cache"] = False
         try:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.switch.passing.prompt_tokens = self.switch.passing.call = None
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the base reads a text on from its cache; one that does not reads it whole for every token."""
+        with self.disabled():
+            return keeps_cache(self.model)
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:

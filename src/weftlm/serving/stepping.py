@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.open import keeps_cache as cache_is_kept
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.prefix import PrefixRouter
 from weftlm.routing.prototypes import PrototypeRouter
@@ -106,10 +107,10 @@ def inner_model(model: Any) -> nn.Module:
 
 
 def keeps_cache(model: Any) -> bool:
-    """Whether all a model carries from token to token is a cache passed as `past_key_values`."""
+    """Whether all a model carries from token to token is a cache passed as `past_key_values`; found by trying."""
     if isinstance(model, ModularLM):
         return all(backbone.keeps_keys for backbone in model.pool.backbones)
-    return "past_key_values" in inspect.signature(inner_model(model).forward).parameters
+    return model.keeps_cache if isinstance(model, RoutedModel) else cache_is_kept(inner_model(model))
 
 
 def reads_in_pieces(model: Any) -> bool:

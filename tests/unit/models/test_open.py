@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from support import experts as tiny
 from support import in_memory, served
 from torch import Tensor
-from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from weftlm.config import validate
 from weftlm.errors import WeftError
@@ -23,11 +31,12 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.models.factory import ModelConfig, build_model, load_model
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.open import load_base, local_fingerprint
+from weftlm.models.open import keeps_cache, load_base, local_fingerprint
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model
 from weftlm.pipeline.planning.counts import pretrained_config
 from weftlm.routing.routed_model import RoutedModel
+from weftlm.serving import stepping
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 Damage = Callable[[Path], None]
@@ -283,3 +292,41 @@ def test_an_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
     config(is_decoder=False)(tmp_path)
     with pytest.raises(WeftError, match="read later tokens"):
         load_base(str(tmp_path))
+
+
+NONE = OpenAIGPTConfig(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+LINEAR = Qwen3NextConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+    linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+    shared_expert_intermediate_size=16, layer_types=["linear_attention"],
+)  # fmt: skip
+CACHES: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
+    "llama": (tiny.llama, True),
+    "gpt2": (tiny.gpt2, True),
+    "sliding": (in_memory.sliding, True),
+    "mamba": (in_memory.without_keys, False),
+    "no cache at all": (lambda: OpenAIGPTLMHeadModel(NONE), False),
+    "linear attention alone": (lambda: Qwen3NextForCausalLM(LINEAR), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("router", ["phatgoose", "prefix"])
+def test_a_routed_model_generates_with_and_without_a_cache(name: str, router: str) -> None:
+    """What is generated is what whole passes give, token by token."""
+    make, cached = CACHES[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    assert keeps_cache(model) is cached
+    routed = RoutedModel(model, tiny.make_pool(model, 2), router).eval()
+    ids = torch.tensor([[5, 9, 30, 7]])
+    found = routed.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for _ in range(3):
+        mask = torch.arange(ids.shape[1])[None] < 4
+        with torch.no_grad():
+            logits = routed(input_ids=ids, routing_mask=mask, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert found.tolist() == ids.tolist()
+    assert stepping.keeps_cache(routed) is cached
