@@ -23,9 +23,10 @@ from weftlm.corpora.source import ArraySource
 from weftlm.errors import ConfigError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.suite import evaluate_suite
+from weftlm.experts.lora import load_trained
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import LoRASection, ModelConfig
-from weftlm.models.factory import build_model, load_model
+from weftlm.models.factory import build_model
 from weftlm.training.checkpoint import latest_checkpoint
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
@@ -307,7 +308,7 @@ def test_an_adapter_is_trained_and_saved_alone(folder: Path, ranks: list[Any]) -
     finish(trainer(run, net=lora(folder / "base"), steps=4), run)
     assert_same_run(run, folder / "two/lora")
     assert (folder / "two/lora/model/adapter_config.json").exists()
-    adapted = load_model(folder / "two/lora/model", dtype="bfloat16")
+    adapted = load_trained(folder / "two/lora/model", dtype="bfloat16")
     factors = [p for name, p in adapted.named_parameters() if "lora_B" in name]
     assert all(bool(factor.count_nonzero()) for factor in factors)
 

@@ -17,12 +17,10 @@ written is in `store_files.py`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import urllib.parse
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weftlm.corpora.examples import Examples
+from weftlm.corpora.labels import folder_name
 from weftlm.corpora.store_files import (
     DOCUMENT,
     DOCUMENTS,
@@ -50,7 +49,7 @@ from weftlm.corpora.store_files import (
 )
 from weftlm.errors import DataError
 
-__all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "folder_name", "open_stores"]
+__all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "open_stores"]
 
 SHARD_TOKENS = 1 << 26
 
@@ -515,16 +514,6 @@ def open_stores(
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
     return {label: TokenStore(Path(root) / name, verify, tokenizer) for label, name in names.items()}
-
-
-def folder_name(label: str) -> str:
-    """A label as a folder name: letters, digits and `_.-` stay, the rest is percent-encoded; long names are hashed."""
-    name = urllib.parse.quote(label, safe="", encoding="utf-8", errors="surrogatepass").replace("~", "%7E")
-    if not name or name.startswith("."):
-        name = "%2E" + name[1:] if name else "%"
-    if len(name) > 120:
-        name = name[:100] + "-" + hashlib.blake2b(label.encode("utf-8"), digest_size=8).hexdigest()
-    return name
 
 
 def _reopen(path: str, fingerprint: str, bytes_known: bool) -> TokenStore:

@@ -65,9 +65,6 @@ class AdapterConfig(LoRASection):
     init_std: PositiveFloat | None = Field(
         0.01, description="A ~ N(0, init_std^2) at first; null: uniform in +-1 / sqrt(input width), as PEFT does"
     )
-    target_modules: str | list[str] = Field(
-        "all-linear", description="module names, or all-linear: every linear module but the output head"
-    )
 
 
 class AdapterTraining(TrainingConfig):

@@ -5,6 +5,7 @@ The types every other file of the room reads and writes. All tensors are float32
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +52,14 @@ class BaseReference:
     fingerprint: str | None = None
 
 
+def is_folder(name: str) -> bool:
+    """Whether a text that may be anything names a folder that is here."""
+    return "\0" not in name and bool(name) and os.path.isdir(name)
+
+
 def base_name(name: str) -> str:
     """How a base is told: a hub name as it is, a folder by its absolute path."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if is_folder(name) else name
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class LoRAExpert:
     """An adapter over a base model.
 
     Attributes:
-        name: unique in a library; letters, digits, `.`, `_` and `-`.
+        name: unique in a library; letters, digits, `.`, `_`, `-` and `%` (`weftlm.corpora.labels.folder_name`).
         base: the model it adapts.
         modules: adapter by the base model's own module name (`model.layers.0.self_attn.q_proj`).
         peft_config: PEFT's adapter_config.json as read or as it will be written.

@@ -29,11 +29,12 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.config import did_you_mean
+from weftlm.corpora.labels import MAX_NAME, folder_name, is_name
 from weftlm.errors import ExpertError
-from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name
+from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name, is_folder
 from weftlm.experts.files import (
     CONFIG,
     GATE,
@@ -48,6 +49,9 @@ from weftlm.experts.files import (
 )
 from weftlm.files import hold, remove
 
+if TYPE_CHECKING:
+    from torch import nn
+
 log = logging.getLogger(__name__)
 
 FORMAT = "weftlm expert library 1"
@@ -58,9 +62,8 @@ _WRITING = ".writing-"
 _UNLISTED = ".unlisted"
 """Marks an expert's folder while the manifest does not list it, before an addition and after a removal."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_FOLDER = re.compile(rf"(?P<name>{_NAME.pattern})(~[0-9]+)?")
+_FOLDER = re.compile(r"(?P<name>[^~/]+)(~[0-9]+)?")
 _AGAIN = "remove it and add it again"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -136,6 +139,17 @@ class ExpertLibrary:
             ExpertError: there is no such expert, or its entry leads out of the library.
         """
         return self._folder(name, _find(name, self._entries()))
+
+    def named(self, name: str) -> str:
+        """The name of an expert that is given by its name or by its domain's label.
+
+        Raises:
+            ExpertError: there is no such expert.
+        """
+        entries = self._entries()
+        known = folder_name(name) if name not in entries and folder_name(name) in entries else name
+        _find(known, entries)
+        return known
 
     def has_gate(self, name: str) -> bool:
         """Whether an expert has a gate."""
@@ -221,6 +235,41 @@ class ExpertLibrary:
                 problems[name] = str(error)
         return experts, problems
 
+    def load_fitting(
+        self, model: nn.Module, names: Sequence[str] | None = None, *, fingerprint: str | None = None
+    ) -> tuple[list[Expert], dict[str, str]]:
+        """Load the experts that can be used on a base.
+
+        Args:
+            model: the base.
+            names: which, by name or label, in this order; all where None, and then those that are broken or of another
+                base are left out with a warning.
+            fingerprint: of the base, where it can be compared.
+        Returns:
+            The experts, and for each one left out its name and what is wrong with it.
+        Raises:
+            ExpertError: an expert that is named cannot be used, or none can.
+        """
+        from weftlm.experts.lora import check_fits  # noqa: PLC0415 - torch; listing a library needs none
+
+        chosen, problems = self.load_all(None if names is None else [self.named(name) for name in names])
+        fitting = []
+        for expert in chosen:
+            try:
+                check_fits(expert.lora, model, fingerprint=fingerprint)
+                fitting.append(expert)
+            except ExpertError as error:
+                problems[expert.name] = str(error)
+        if problems and (names is not None or not fitting):
+            others = f"; can be used: {', '.join(expert.name for expert in fitting)}" if fitting else ""
+            reasons = "; ".join(problems.values())
+            raise ExpertError(
+                f"{len(problems)} of {len(problems) + len(fitting)} experts cannot be used ({reasons}){others}"
+            )
+        for name, reason in problems.items():
+            log.warning("expert %r is left out: %s", name, reason)
+        return fitting, problems
+
     def set_gate(self, name: str, gate: Gate) -> None:
         """Give an expert a gate, in place of one it may have.
 
@@ -250,27 +299,25 @@ class ExpertLibrary:
         entry = _find(name, self._entries())
         return _parse_card(name, self._read(name, self._folder(name, entry), CARD, _files(name, entry)))
 
-    def import_peft(self, source: str | Path, *, name: str | None = None, revision: str | None = None) -> Expert:
-        """Add a PEFT LoRA adapter from a local folder or the Hugging Face hub; pickled weights are never fetched.
+    def import_peft(
+        self,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        model: nn.Module | None = None,
+        assume_base: bool = False,
+    ) -> Expert:
+        """Add a PEFT LoRA adapter from a local folder or the Hugging Face hub; see `read_peft`.
 
-        Args:
-            source: a folder, or a hub id such as `owner/adapter`.
-            name: of the expert; the last part of `source` where None.
-            revision: hub branch, tag or commit.
         Returns:
-            The expert as added; its card tells the source and the commit.
+            The expert as added.
         Raises:
-            ExpertError: nothing is there, it is no plain LoRA, or it cannot be added.
+            ExpertError: as `read_peft` and `add`.
         """
-        folder, card = Path(source).resolve(), {"source": str(source)}
-        name = folder.name if name is None else name
-        check_name(name)
-        if not folder.is_dir():
-            folder = _download(str(source), revision)
-            card["revision"] = folder.name
-        from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch; listing a library needs none
-
-        expert = Expert(read_lora(folder, name), card=card)
+        expert = read_peft(
+            str(source), self.base, name=name, revision=revision, model=model, assume_base=assume_base
+        )  # fmt: skip
         self.add(expert)
         return expert
 
@@ -468,15 +515,15 @@ class ExpertLibrary:
 
 
 def check_name(name: str) -> None:
-    """Check that an expert's name can be a folder's.
+    """Check that an expert's name can be a folder's (`folder_name`).
 
     Raises:
-        ExpertError: it is empty, too long or has other characters.
+        ExpertError: it is empty, too long, has other characters, or some systems keep it for themselves.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ExpertError(
-            f"expert name {name!r} is not allowed; use up to 100 letters, digits, '.', '_' and '-', the first a letter "
-            f"or a digit"
+            f"expert name {name!r:.200} is not allowed; use up to {MAX_NAME} letters, digits, '.', '_' and '-', the "
+            f"first a letter or a digit, or the encoded form {folder_name(name)!r}"
         )
 
 
@@ -505,21 +552,104 @@ def _parse_base(where: str, value: Any) -> BaseReference:
 
 
 def _check_base(what: str, base: BaseReference, mine: BaseReference, folder: Path) -> None:
-    """Refuse another base where fingerprints tell, warn where only names differ."""
+    """Refuse another base: by fingerprints where both have one, by name and revision otherwise."""
     if base.fingerprint is not None and mine.fingerprint is not None:
         if base.fingerprint != mine.fingerprint:
             raise ExpertError(
                 f"{what} is of another base than library {folder}: {base.name or 'unnamed'} ({base.fingerprint}), not "
                 f"{mine.name} ({mine.fingerprint}); use a library for each base"
             )
-    elif base_name(base.name) != base_name(mine.name) or (
-        None not in (base.revision, mine.revision) and base.revision != mine.revision
-    ):
-        log.warning(
-            "%s says its base is %s (revision %s), library %s is for %s (revision %s); no fingerprints to compare: "
-            "make sure that they are the same model",
-            *(what, base.name or "unnamed", base.revision, folder, mine.name, mine.revision),
+    elif not same_base(base, mine):
+        raise ExpertError(
+            f"{what} names the base {_told(base)}, library {folder} is for {_told(mine)}, and there are no "
+            f"fingerprints to compare; use a library for each base"
         )
+
+
+def same_base(one: BaseReference, other: BaseReference) -> bool:
+    """Whether two references name one place; a revision counts where both give one."""
+    revisions = {one.revision, other.revision} - {None}
+    return base_name(one.name) == base_name(other.name) and len(revisions) < 2
+
+
+def _told(base: BaseReference) -> str:
+    return (base.name or "unnamed") + ("" if base.revision is None else f" (revision {base.revision})")
+
+
+def read_peft(
+    source: str,
+    base: BaseReference,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    model: nn.Module | None = None,
+    assume_base: bool = False,
+) -> Expert:
+    """Read a PEFT LoRA adapter for a library, from a local folder or the Hugging Face hub; nothing pickled is fetched.
+
+    An adapter is taken that names the library's base, or a folder that holds the same model, and whose modules and
+    shapes are those of that base.
+
+    Args:
+        source: a folder, or a hub id such as `owner/adapter`.
+        base: of the library.
+        name: of the expert; the last part of `source` where None.
+        revision: hub branch, tag or commit.
+        model: the base, or its outline on the meta device; None where it is not at hand: modules and shapes are then
+            checked when it is loaded.
+        assume_base: take an adapter that names another base, or none, as made for this one; the card records it.
+    Returns:
+        The expert; its card tells the source, the commit, and the base it named where that was overruled.
+    Raises:
+        ExpertError: nothing is there, it is no plain LoRA, or it is of another base.
+    """
+    from weftlm.experts.lora import check_fits, read_lora  # noqa: PLC0415 - torch; listing a library needs none
+
+    folder = Path(source).resolve()
+    card: dict[str, Any] = {"source": source}
+    name = folder_name(folder.name) if name is None else name
+    check_name(name)
+    if not is_folder(source):
+        folder = fetch_adapter(source, revision)
+        card["revision"] = folder.name
+    lora = read_lora(folder, name)
+    if not same_base(lora.base, base):
+        if assume_base:
+            card["assumed_base"] = {"named": lora.base.name or None, "revision": lora.base.revision}
+        else:
+            _require_same_model(lora, base)
+    lora = replace(lora, base=base)
+    if model is not None:
+        check_fits(lora, model)
+    return Expert(lora, card=card)
+
+
+def _require_same_model(lora: LoRAExpert, base: BaseReference) -> None:
+    """Refuse an adapter over another model than a library's base.
+
+    Raises:
+        ExpertError: its base is elsewhere, and no fingerprint says that it is the same model.
+    """
+    from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.open import load_base  # noqa: PLC0415 - torch; listing a library needs none
+
+    named = lora.base
+    cure = (
+        "use a library for each base; if it was made for this very model, say so (weftlm experts import --assume-base, "
+        "or assume_base: true in experts.imports)"
+    )
+    if base.fingerprint is not None and is_folder(named.name):
+        found = base_fingerprint(load_base(named.name))
+        if found == base.fingerprint:
+            return
+        raise ExpertError(
+            f"expert {lora.name!r} was made for another base: {named.name} has fingerprint {found}, the library's base "
+            f"{base.name} {base.fingerprint}; {cure}"
+        )
+    raise ExpertError(
+        f"expert {lora.name!r} {'names the base ' + _told(named) if named.name else 'does not name its base'}, and the "
+        f"library is for {_told(base)}; {cure}"
+    )
 
 
 def _find(name: str, entries: Mapping[str, Any]) -> Any:
@@ -554,10 +684,14 @@ def _parse_card(name: str, data: bytes) -> dict[str, Any]:
     return card
 
 
-def _download(source: str, revision: str | None) -> Path:
-    """Fetch an adapter's two files from the hub."""
+def fetch_adapter(source: str, revision: str | None) -> Path:
+    """Fetch an adapter's two files from the hub.
+
+    Raises:
+        ExpertError: there is no such adapter, or no way to it.
+    """
     if not _HUB_ID.fullmatch(source):
-        raise ExpertError(f"{source!r} is neither a folder nor a hub id (owner/adapter); check the path")
+        raise ExpertError(f"there is no folder {source}, and it is no hub id (owner/adapter) either; check the path")
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - for downloads alone
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 

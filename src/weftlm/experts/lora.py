@@ -12,28 +12,37 @@ import math
 import re
 import secrets
 import shutil
+import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.config import did_you_mean
-from weftlm.errors import ExpertError
+from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_json, parse_tensors, sync_folder, write_file
+from weftlm.files import check_sealed
+from weftlm.models.factory import load_model, peft_warnings
+from weftlm.models.lora_targets import ALL_LINEAR
+from weftlm.models.open import load_base
+from weftlm.models.patterns import matches
 
 MAX_UPDATE_NORM = 1e4
 """Largest ||scale * B A||_F taken for a trained adapter; the weights of large models have norms of about 1e2."""
+MAX_ALPHA = 1e12
+MAX_CONFIG = 16 << 20
+"""Largest adapter_config.json, in bytes."""
 
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -44,6 +53,12 @@ _VARIANTS = frozenset(
 )
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _SHOWN = 3
+_TYPES = {
+    "base_model_name_or_path": str, "revision": str, "target_modules": str | list, "exclude_modules": str | list,
+    "layers_to_transform": int | list, "task_type": str,
+}  # fmt: skip
+"""Types of settings that are read; null, too."""
+_TASKS = frozenset(task.value for task in TaskType)
 
 
 def read_lora(folder: Path, name: str | None = None) -> LoRAExpert:
@@ -58,14 +73,21 @@ def read_lora(folder: Path, name: str | None = None) -> LoRAExpert:
     Raises:
         ExpertError: files are missing, pickled, truncated or inconsistent, or the adapter is not a plain LoRA on linear
             modules.
+        DataError: a file was altered since weftlm wrote the folder.
     """
     folder = Path(folder)
     name = folder.resolve().name if name is None else name
-    config = _read(name, folder / CONFIG)
-    if not (folder / WEIGHTS).exists() and (folder / _PICKLED).exists():
+    check_sealed(folder, "write the adapter again")
+    config = _read(name, folder / CONFIG, MAX_CONFIG)
+    if (folder / _PICKLED).exists():
+        cure = (
+            f"remove it, if {WEIGHTS} beside it is the adapter you mean"
+            if (folder / WEIGHTS).exists()
+            else f"load it with PEFT where you trust it and save it again: save_pretrained writes {WEIGHTS}"
+        )
         raise ExpertError(
             f"expert {name!r}: {folder} holds pickled weights ({_PICKLED}), which can run code and are never loaded; "
-            f"load it with PEFT where you trust it and save it again: save_pretrained writes {WEIGHTS}"
+            f"{cure}"
         )
     weights = _read(name, folder / WEIGHTS)
     return parse_lora(name, config, weights)
@@ -82,19 +104,91 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
     factors = _pair(name, parse_tensors(name, WEIGHTS, weights), settings)
     rslora = bool(settings.get("use_rslora"))
     modules = {}
+    sizes = _ranks_and_alphas(name, settings, sorted(factors))
     for module in sorted(factors):
         A_RI, B_OR = factors[module]["A"], factors[module]["B"]
-        rank, alpha = _rank_and_alpha(name, settings, module)
+        rank, alpha = sizes[module]
+        if not (A_RI.numel() and B_OR.numel()):
+            raise ExpertError(
+                f"expert {name!r}: {module} has empty tensors (lora_A {tuple(A_RI.shape)}, lora_B "
+                f"{tuple(B_OR.shape)}); a model whose parameters were split over processes (DeepSpeed ZeRO-3, FSDP) "
+                f"was saved without gathering them: gather, and save the adapter again"
+            )
         if A_RI.ndim == 2 and A_RI.shape[0] != rank:
             raise ExpertError(
                 f"expert {name!r}: {module} has rank {A_RI.shape[0]}, its {CONFIG} says {rank}; the two files do not "
                 f"belong together: export the adapter again"
             )
         modules[module] = LoRAFactors(A_RI, B_OR, alpha / (math.sqrt(rank) if rslora else rank))
-    base, revision = settings.get("base_model_name_or_path") or "", settings.get("revision")
-    expert = LoRAExpert(name, BaseReference(str(base), None if revision is None else str(revision)), modules, settings)
+    expert = LoRAExpert(name, _named_base(settings), modules, settings)
     check_lora(expert)
     return expert
+
+
+def read_base(name: str, config: bytes) -> BaseReference:
+    """The base that an `adapter_config.json` names.
+
+    Raises:
+        ExpertError: it is no configuration of a plain LoRA.
+    """
+    settings = _parse_config(name, config)
+    _refuse_variants(name, settings)
+    return _named_base(settings)
+
+
+def load_adapted(
+    folder: Path, *, base: str | None = None, revision: str | None = None, dtype: str = "float32"
+) -> PeftModel:
+    """Open an adapter's folder over its base, for use; only `read_lora` reads its files.
+
+    Args:
+        folder: as of `read_lora`.
+        base: another place to load the base from; None for the one the adapter names.
+        revision: of that base.
+        dtype: the base is held in; the adapter is float32.
+    Raises:
+        ExpertError: as `read_lora` and `check_fits`, or the adapter names no base.
+        ConfigError: the base cannot be loaded.
+    """
+    expert = read_lora(folder)
+    if base is None:
+        base, revision = expert.base.name, expert.base.revision
+    if not base:
+        raise ExpertError(f"expert {expert.name!r}: {folder / CONFIG} does not name its base; name it (--base)")
+    return as_peft_model(load_base(base, revision=revision, dtype=dtype), expert)
+
+
+def load_trained(folder: Path, *, dtype: str = "float32") -> nn.Module:
+    """Open what `weftlm train` left: a whole model, or an adapter beside the name of its base.
+
+    Raises:
+        ConfigError, ExpertError: as `load_model` and `load_adapted`.
+    """
+    return load_adapted(folder, dtype=dtype) if (folder / CONFIG).exists() else load_model(folder)
+
+
+def as_peft_model(model: PreTrainedModel, expert: LoRAExpert) -> PeftModel:
+    """Put an adapter into a model as PEFT's own modules, frozen.
+
+    Raises:
+        ExpertError: the adapter does not fit (`check_fits`).
+    """
+    check_fits(expert, model)
+    made = make_peft_config(expert.base, expert.modules, expert.peft_config)
+    keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout", "fan_in_fan_out")
+    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    with peft_warnings():
+        config = LoraConfig(**{key: made[key] for key in keys}, task_type=kind, inference_mode=True)
+        adapted: PeftModel = get_peft_model(model, config)
+    config.base_model_name_or_path, config.revision = made["base_model_name_or_path"], made["revision"]
+    for name, factors in expert.modules.items():
+        layer = adapted.get_base_model().get_submodule(name)
+        if not isinstance(layer, LoraLayer) or "default" not in layer.lora_A:
+            raise ExpertError(f"expert {expert.name!r}: PEFT cannot adapt {name} of a {model.config.model_type} model")
+        for part, factor in ((layer.lora_A, factors.A_RI), (layer.lora_B, factors.B_OR)):
+            weight = part["default"].get_parameter("weight")
+            weight.data = factor.to(weight.device, torch.float32, copy=True)
+    return adapted
 
 
 def write_lora(folder: Path, expert: LoRAExpert) -> None:
@@ -153,7 +247,7 @@ def make_peft_config(
     (rank, alpha), _ = Counter(shapes[module] for module in sorted(shapes)).most_common(1)[0]
     return {
         "peft_type": "LORA",
-        "task_type": _jsonable(like.get("task_type")),
+        "task_type": task if (task := _jsonable(like.get("task_type"))) in _TASKS else None,
         "base_model_name_or_path": base.name or None,
         "revision": base.revision,
         "inference_mode": True,
@@ -247,9 +341,13 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
     Args:
         fingerprint: of the model (`base_fingerprint`), compared where the expert knows its base's too.
     Raises:
-        ExpertError: modules are missing, are not linear or have other widths, or the fingerprints differ.
+        ExpertError: modules are missing on either side, are not linear or have other widths, or the fingerprints
+            differ.
     """
     known = dict(model.named_modules())
+    lacking = _absent(expert, [name for name in known if _is_linear(known[name])])
+    if lacking:
+        raise ExpertError(_incomplete(expert.name, lacking))
     wrong = []
     for module, factors in expert.modules.items():
         if module not in known:
@@ -292,13 +390,18 @@ def module_widths(module: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _read(name: str, path: Path) -> bytes:
+def _read(name: str, path: Path, limit: int | None = None) -> bytes:
+    cure = "save the adapter with PeftModel.save_pretrained"
     try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise ExpertError(f"expert {name!r}: {path} is no plain file; {cure}")
+        if limit is not None and facts.st_size > limit:
+            raise ExpertError(f"expert {name!r}: {path} has {facts.st_size:,} bytes, more than {limit:,}; {cure}")
         return path.read_bytes()
     except OSError as error:
-        raise ExpertError(
-            f"expert {name!r}: cannot read {path}: {error.strerror}; save the adapter with PeftModel.save_pretrained"
-        ) from error
+        why = "there is none" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ExpertError(f"expert {name!r}: cannot read {path}: {why}; {cure}") from error
 
 
 def _parse_config(name: str, data: bytes) -> dict[str, Any]:
@@ -308,11 +411,82 @@ def _parse_config(name: str, data: bytes) -> dict[str, Any]:
         raise ExpertError(f"expert {name!r}: {CONFIG} is not JSON: {error}; export the adapter again") from error
     if not isinstance(settings, dict):
         raise ExpertError(f"expert {name!r}: {CONFIG} holds {type(settings).__name__}; it must hold an object")
+    for key, allowed in _TYPES.items():
+        value = settings.get(key)
+        if isinstance(value, bool) or not isinstance(value, allowed | None):
+            raise ExpertError(f"expert {name!r}: {CONFIG} has {value!r:.80} as {key}; export the adapter again")
+        if isinstance(value, list) and not all(isinstance(each, str | int) for each in value):
+            raise ExpertError(f"expert {name!r}: {CONFIG} lists {value!r:.80} as {key}; it must list names")
+    dropout = settings.get("lora_dropout")
+    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ExpertError(f"expert {name!r}: {CONFIG} has a lora_dropout of {dropout!r:.80}; it must be from 0 to 1")
     return settings
+
+
+def _named_base(settings: Mapping[str, Any]) -> BaseReference:
+    return BaseReference(settings.get("base_model_name_or_path") or "", settings.get("revision"))
+
+
+def _absent(expert: LoRAExpert, names: Sequence[str]) -> list[str]:
+    """Linear modules of a base that an adapter's configuration means and its weights lack: PEFT would start them anew.
+
+    Args:
+        expert: the adapter.
+        names: of the base's linear modules.
+    """
+    settings = expert.peft_config
+    targets, only = settings.get("target_modules"), settings.get("layers_to_transform")
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return []
+    meant, excluded = (_meant(expert.name, key, settings.get(key) or [], names)
+                       for key in ("target_modules", "exclude_modules"))  # fmt: skip
+    layers = None if only is None or only == [] else {only} if isinstance(only, int) else set(only)
+    found = meant - excluded - set(expert.modules)
+    return sorted(name for name in found if layers is None or _layer(name) in layers)
+
+
+def _meant(name: str, key: str, entries: str | Sequence[str], names: Sequence[str]) -> set[str]:
+    """The modules a setting means, as PEFT reads it; but a module's full name means that module alone."""
+    if isinstance(entries, str):
+        try:
+            (hits,) = matches([entries], names, key)
+        except ConfigError as error:
+            raise ExpertError(f"expert {name!r}: {error}") from error
+        return {each for each, hit in zip(names, hits, strict=True) if hit}
+    exact = set(entries) & set(names)
+    ends = set(entries) - exact
+    return exact | {each for each in names if any(each[place:] in ends for place in _after_dots(each))}
+
+
+def _after_dots(name: str) -> list[int]:
+    return [place + 1 for place, letter in enumerate(name) if letter == "."]
+
+
+def _layer(name: str) -> int | None:
+    """The number of the layer a module is in."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _incomplete(name: str, lacking: Sequence[str]) -> str:
+    more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
+    return (
+        f"expert {name!r}: {CONFIG} names {', '.join(lacking[:_SHOWN])}{more} (target_modules), and {WEIGHTS} holds "
+        f"nothing for it; the file is incomplete: export the adapter again"
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    try:
+        module_widths(module)
+    except ExpertError:
+        return False
+    return True
 
 
 def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:
     """Refuse what is not y = W u + scale B A u over an unchanged base."""
+    if settings.get("auto_map"):
+        raise ExpertError(f"expert {name!r}: {CONFIG} asks for code of its own (auto_map), which is never run")
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ExpertError(f"expert {name!r}: peft_type is {kind!r}; only LORA adapters can be used: train one")
@@ -363,8 +537,8 @@ def _stranger(name: str, key: str, settings: Mapping[str, Any]) -> str:
         )
     if ".lora_" not in key:
         return (
-            f"expert {name!r}: {WEIGHTS} holds {key}, a whole copy of a base parameter; train it without "
-            f"modules_to_save and save it with save_embedding_layers=False"
+            f"expert {name!r}: {WEIGHTS} holds {key}, a whole copy of a base parameter, as where the vocabulary was "
+            f"resized; train it without modules_to_save and save it with save_embedding_layers=False"
         )
     return (
         f"expert {name!r}: {WEIGHTS} holds {key}; keys must be {_PREFIX}MODULE.lora_A.weight and .lora_B.weight: "
@@ -376,23 +550,31 @@ def _embedding(name: str, where: str) -> str:
     return f"expert {name!r}: {where} adapts an embedding; train it on linear modules only (target_modules)"
 
 
-def _rank_and_alpha(name: str, settings: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Rank and alpha of a module, by PEFT's own matching of patterns."""
-    values: list[Any] = []
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        patterns = settings.get(pattern) or {}
+def _ranks_and_alphas(name: str, settings: Mapping[str, Any], modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each module: of the first pattern that matches the end of its name, as in PEFT."""
+    columns: list[list[Any]] = []
+    for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = settings.get(key) or {}
         if not isinstance(patterns, dict):
-            raise ExpertError(f"expert {name!r}: {pattern} is {patterns!r:.80}; it must map module names to numbers")
+            raise ExpertError(f"expert {name!r}: {key} is {patterns!r:.80}; it must map module names to numbers")
         try:
-            values.append(patterns.get(get_pattern_key(list(patterns), module), settings.get(default)))
-        except re.error as error:
-            raise ExpertError(f"expert {name!r}: {pattern} is not a regular expression: {error}; mend it") from error
-    rank, alpha = values
-    if type(rank) is not int or rank < 1:
-        raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the rank {rank!r}; it must be 1 or more")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the alpha {alpha!r}; it must be a finite number")
-    return rank, float(alpha)
+            hits = matches(list(patterns), modules, key, tail=True)
+        except ConfigError as error:
+            raise ExpertError(f"expert {name!r}: {error}") from error
+        values = [settings.get(default)] * len(modules)
+        for row, value in reversed(list(zip(hits, patterns.values(), strict=True))):
+            values = [value if hit else known for hit, known in zip(row, values, strict=True)]
+        columns.append(values)
+    found = {}
+    for module, rank, alpha in zip(modules, *columns, strict=True):
+        if type(rank) is not int or rank < 1:
+            raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the rank {rank!r:.80}; it must be 1 or more")
+        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+            raise ExpertError(
+                f"expert {name!r}: {CONFIG} gives {module} the alpha {alpha!r:.80}; it must be a finite number"
+            )
+        found[module] = rank, float(alpha)
+    return found
 
 
 def _exactly(module: str) -> str:

@@ -38,6 +38,7 @@ from weftlm.files import whole
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import token_losses
+from weftlm.models.lora_targets import lora_targets
 from weftlm.models.prompted import is_encoder_decoder
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
@@ -233,15 +234,12 @@ def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, see
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules,
+        target_modules=lora_targets(model, config.target_modules),
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), peft_warnings():
         torch.manual_seed(seed)
-        try:
-            peft_model: PeftModel = get_peft_model(model, section, revision=base.revision)
-        except ValueError as error:
-            raise ConfigError(f"lora.target_modules {config.target_modules!r} do not fit the model: {error}") from error
+        peft_model: PeftModel = get_peft_model(model, section, revision=base.revision)
     if config.init_std is not None:
         generator = torch.Generator().manual_seed(seed)
         for name, factor in peft_model.named_parameters():

@@ -298,22 +298,24 @@ class ExpertPool(nn.Module):
         Args:
             library: the library or its folder.
             base: a folder, a hub name or the model in memory; None: what the library names.
-            experts: names of those to use; None for all.
+            experts: names of those to use; None for all but those that are broken or of another base.
             dtype: of a base that is loaded.
             device: where the pool is put.
         Raises:
             ConfigError: the base cannot be loaded.
-            ExpertError: an expert is broken, unknown, or of another base.
+            ExpertError: an expert that is named is broken, unknown or of another base, or none can be used.
         """
         opened = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(Path(library))
-        names = opened.names if experts is None else list(experts)
         where = None if base is None or isinstance(base, PreTrainedModel) else str(base)
+        if not isinstance(base, PreTrainedModel):
+            base = _loaded(_place(opened, where), dtype)
+        chosen, _ = opened.load_fitting(base, experts)
+        names = [expert.name for expert in chosen]
         sources = [
             ExpertSource(name=name, model=where, library=str(opened.folder), expert=name, revision=None)
             for name in names
         ]
-        ready = {(_base_of(opened)): base} if isinstance(base, PreTrainedModel) else {}
-        return cls._load(sources, ready, dtype).to(device)
+        return cls._load(sources, {_place(opened, where): base}, dtype).to(device)
 
     @classmethod
     def load(
@@ -342,7 +344,7 @@ class ExpertPool(nn.Module):
         for source in sources:
             lora, key, wanted = adapter_of(source)
             if key not in models:
-                models[key] = load_base(key[0], revision=key[1], dtype=dtype)
+                models[key] = _loaded(key, dtype)
             if wanted is not None:
                 if key not in digests:
                     digests[key] = base_fingerprint(models[key])
@@ -592,15 +594,20 @@ def _check_heads(members: Sequence[Member]) -> None:
             raise ConfigError(f"expert {member.name!r} has {why}; build it anew with other numbers")
 
 
-def _base_of(library: ExpertLibrary) -> tuple[str, str | None]:
-    return library.base.name, library.base.revision
+def _loaded(place: tuple[str, str | None], dtype: str) -> PreTrainedModel:
+    return load_base(place[0], revision=place[1], dtype=dtype)
+
+
+def _place(library: ExpertLibrary, where: str | None = None) -> tuple[str, str | None]:
+    """Where a library's base is loaded from: name and revision."""
+    return (library.base.name, library.base.revision) if where is None else (where, None)
 
 
 def adapter_of(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str | None], str | None]:
     """A source's adapter, its base's name and revision, and the fingerprint that base must have."""
     if source.library is not None:
         library = ExpertLibrary.open(Path(source.library))
-        key = _base_of(library) if source.model is None else (source.model, source.revision)
+        key = _place(library) if source.model is None else (source.model, source.revision)
         lora = None if source.expert is None else library.load(source.expert).lora
         return lora, key, library.base.fingerprint
     assert source.model is not None

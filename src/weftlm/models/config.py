@@ -18,7 +18,11 @@ class LoRASection(Section):
     rank: PositiveInt = Field(16, description="r, the rank of every adapter")
     alpha: PositiveInt = Field(16, description="scale numerator; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
-    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="names of linear modules, a regular expression of whole names, or all-linear: every linear module "
+        "but the output head; of a mixture-of-experts model attention and dense layers, not its fused experts",
+    )
 
 
 class ModelConfig(Section):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,8 +20,8 @@ from transformers import (
 
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError
-from weftlm.files import check_sealed
 from weftlm.models.config import ModelConfig
+from weftlm.models.lora_targets import check_targets, config_at_hand, lora_targets
 from weftlm.models.open import check_vocabulary, load_base, require_decoder_only
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -47,6 +46,10 @@ SMALL: dict[str, dict[str, Any]] = {
 """Sizes used where the recipe names an architecture and leaves its sizes out; sized for a laptop."""
 
 _WRITE_AGAIN = "make the model again, or restore the file from a copy"
+
+
+_ANY_VOCABULARY = 512
+"""Stands for a vocabulary that is not known yet, where it does not matter."""
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> nn.Module:
@@ -83,7 +86,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
             r=config.lora.rank,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
+            target_modules=lora_targets(model, config.lora.target_modules),
             task_type="CAUSAL_LM",
         )
         with peft_warnings():
@@ -123,6 +126,23 @@ def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length
     return built
 
 
+def check_adapter(model: ModelConfig) -> None:
+    """Refuse, before anything is read, an adapter that could not be used once it is trained.
+
+    Raises:
+        ConfigError: `model.lora.target_modules` names what the model does not have or no expert can hold.
+    """
+    if model.lora is not None and (config := config_to_be(model, sequence_length=1)) is not None:
+        check_targets(config, model.lora.target_modules, "model.lora")
+
+
+def config_to_be(model: ModelConfig, *, sequence_length: int) -> PretrainedConfig | None:
+    """The configuration of a recipe's model before there is a tokenizer; None where it is not on this machine."""
+    if model.pretrained is not None:
+        return config_at_hand(model.pretrained, model.revision)
+    return architecture_config(model, vocab_size=_ANY_VOCABULARY, sequence_length=sequence_length, eos_id=0)
+
+
 def uneven_heads(config: PretrainedConfig) -> str | None:
     """What is wrong with a configuration's attention heads, for a message; None where they fit.
 
@@ -149,27 +169,16 @@ def from_architecture(config: PretrainedConfig) -> Any:
         raise ConfigError(f"model.config does not make a {config.model_type} language model: {error}") from error
 
 
-def load_model(folder: Path, *, dtype: str = "float32") -> nn.Module:
-    """Load a model weftlm (or transformers, or PEFT) saved: a full model folder, or an adapter beside its base's name.
+def load_model(folder: Path) -> nn.Module:
+    """Load a whole causal language model that weftlm or transformers saved, in the dtype it was stored in.
 
     Args:
         folder: what `save_pretrained` wrote.
-        dtype: of the base under an adapter; a full model keeps the dtype it was stored in.
     Raises:
         ConfigError: the folder holds no loadable causal language model.
         DataError: a file of it is missing or was altered since weftlm wrote it.
     """
-    if not (folder / "adapter_config.json").exists():
-        return require_decoder_only(load_base(str(folder), dtype="auto"), str(folder))
-    check_sealed(folder, _WRITE_AGAIN)
-    try:
-        adapter = LoraConfig.from_pretrained(str(folder))
-        base = load_base(str(adapter.base_model_name_or_path), revision=adapter.revision, dtype=dtype)
-        with peft_warnings():
-            model: nn.Module = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder} holds no causal language model that can be loaded: {error}") from error
-    return model
+    return require_decoder_only(load_base(str(folder), dtype="auto"), str(folder))
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
+from weftlm.experts.lora import CONFIG as ADAPTER
+from weftlm.experts.lora import load_adapted
 from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.device import AUTO, choose_device
-from weftlm.models.factory import load_model
 from weftlm.models.open import DTYPES, check_vocabulary, load_base, require_decoder_only
 from weftlm.pipeline.routes import TOKENIZER
 from weftlm.routing.config import MANIFEST as ROUTED
@@ -70,7 +71,7 @@ def open_model(
     Args:
         path: a run folder of `weftlm train` (its model), a folder of `weftlm route build`, a gated model's folder
             (`weftlm gate distil`), any folder of a Hugging Face model or PEFT adapter, or a hub name.
-        base: another place to load a routed model's base from.
+        base: another place to load the base of a routed model or an adapter from.
         revision: of a hub name.
         tokenizer: folder or hub name; None for the one that lies beside the model or its experts.
         dtype: a plain model's parameters are held in; routed and gated ones say themselves.
@@ -97,18 +98,21 @@ def open_model(
         if not encoder_decoder:
             require_decoder_only(routed.model, str(path))
         places = [str(folder / TOKENIZER), *([base] if base is not None else []), routed.base_reference.name]
+    elif (folder / ADAPTER).exists():
+        plain = load_adapted(folder, base=base, revision=revision, dtype=dtype)
+        kind, model, experts = "plain", plain.to(place), ()
+        if not encoder_decoder:
+            require_decoder_only(plain.get_base_model(), str(path))
+        places = [str(folder), str(plain.peft_config["default"].base_model_name_or_path or base)]
     elif base is not None:
-        raise ConfigError(f"base is for routed models; {path} is none")
+        raise ConfigError(f"base is for routed models and adapters; {path} is none")
     elif (folder / GATED).exists():
         gated = ModularLM.from_pretrained(folder, device=place)
         kind, model, experts = "gated", gated, tuple(gated.pool.names)
         places = [str(folder), *_expert_places(gated)]
     else:
-        plain = _plain(folder, str(path), revision, dtype, encoder_decoder)
-        kind, model, experts = "plain", plain.to(place), ()
+        kind, model, experts = "plain", _plain(folder, str(path), revision, dtype, encoder_decoder).to(place), ()
         places = [str(folder) if folder.is_dir() else str(path)]
-        if (folder / "adapter_config.json").exists():
-            places.append(str(plain.peft_config["default"].base_model_name_or_path))
     model.eval()
     found = _tokenizer([tokenizer] if tokenizer is not None else places, revision, str(path))
     for each in [member.model for member in model.pool.members] if kind == "gated" else [model]:
@@ -119,8 +123,6 @@ def open_model(
 
 
 def _plain(folder: Path, name: str, revision: str | None, dtype: str, encoder_decoder: bool) -> Any:
-    if (folder / "adapter_config.json").exists():
-        return load_model(folder, dtype=dtype)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ConfigError(f"there is no folder {name}; name a model's folder, or a hub name (owner/model)")
     model = load_base(str(folder) if folder.is_dir() else name, revision=revision, dtype=dtype)

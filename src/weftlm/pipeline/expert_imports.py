@@ -38,7 +38,10 @@ def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progre
             if not replace:
                 continue
             known.remove(each.title)
-        import_experts(folder, [each.source], name=each.name, revision=each.revision, base=recipe.base)
+        import_experts(
+            folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
+            base_revision=recipe.experts.revision, assume_base=each.assume_base,
+        )  # fmt: skip
     wanted = {each.title: each.domain for each in recipe.experts.imports if each.domain is not None}
     if wanted:
         prepare(recipe.data, recipe.prepared_folder, progress=progress)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from weftlm.corpora.labels import folder_name
 from weftlm.errors import ConfigError, ExpertError
-from weftlm.experts.expert import BaseReference, Expert, base_name
+from weftlm.experts.expert import BaseReference, Expert, base_name, is_folder
 from weftlm.experts.files import CONFIG, GATE, METADATA, STATISTICS, WEIGHTS, parse_metadata
-from weftlm.experts.library import MANIFEST, ExpertLibrary
+from weftlm.experts.library import MANIFEST, ExpertLibrary, fetch_adapter, read_peft
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 
@@ -30,52 +37,93 @@ def import_experts(
     name: str | None = None,
     revision: str | None = None,
     base: str | None = None,
+    base_revision: str | None = None,
+    assume_base: bool = False,
 ) -> list[Expert]:
     """Add PEFT LoRA adapters to a library, which is started where there is none.
+
+    All adapters are read and checked before the first is added. Where the base is a folder here, it is fingerprinted
+    for a new library, and the adapters' modules and shapes are compared with its own; a base on the hub is compared
+    when it is loaded.
 
     Args:
         folder: the library's.
         sources: folders or hub ids.
         name: of the expert; the last part of its source where None. For a single source.
-        revision: hub branch, tag or commit.
+        revision: hub branch, tag or commit of the adapters.
         base: of a new library; the base the first adapter names where None.
+        base_revision: hub revision of `base`.
+        assume_base: take adapters that name another base, or none, as made for the library's.
     Raises:
-        ConfigError: one name for several sources, or a base for a library that has another.
-        ExpertError: an adapter cannot be read or added; those before it were.
+        ConfigError: one name for several sources, two that would share a name, a base for a library that has another,
+            or the base cannot be loaded.
+        ExpertError: an adapter cannot be read or added.
     """
     if name is not None and len(sources) != 1:
         raise ConfigError(f"one name for {len(sources)} adapters; import them one by one to name them")
-    if (folder / MANIFEST).exists():
-        library = ExpertLibrary.open(folder)
-        if base is not None and base_name(base) != base_name(library.base.name):
-            raise ConfigError(
-                f"library {folder} is for the base {library.base.name}, not {base}; use a library for each base"
-            )
+    names = [each.lower() for each in ([name] if name is not None else map(import_name, sources))]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two of the adapters would have one name ({', '.join(names)}); import them one by one")
+    known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
+    if known is None:
+        reference = _named_base(sources[0], revision) if base is None else BaseReference(base_name(base), base_revision)
     else:
-        reference = _named_base(sources[0], revision) if base is None else BaseReference(base_name(base))
-        library = ExpertLibrary.create(folder, reference)
-    return [library.import_peft(source, name=name, revision=revision) for source in sources]
+        reference = known.base
+        if base is not None and base_name(base) != base_name(reference.name):
+            raise ConfigError(
+                f"library {folder} is for the base {reference.name}, not {base}; use a library for each base"
+            )
+    reference, model = _at_hand(reference)
+    experts = [
+        read_peft(source, reference, name=name, revision=revision, model=model, assume_base=assume_base)
+        for source in sources
+    ]
+    for expert in experts if known is not None else ():
+        if known is not None and expert.name in known:
+            raise ExpertError(
+                f"expert {expert.name!r} is already in {folder}; give another name (--name), or remove it first "
+                f"(weftlm experts remove)"
+            )
+    library = ExpertLibrary.create(folder, reference) if known is None else known
+    for expert in experts:
+        library.add(expert)
+    return experts
+
+
+def import_name(source: str) -> str:
+    """The name an imported adapter has where none is given."""
+    return folder_name(Path(source).resolve().name)
+
+
+def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]:
+    """A base with its fingerprint, and its modules and shapes; None for both where it is not a folder here."""
+    from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.lora_targets import config_at_hand, outline  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.open import load_base  # noqa: PLC0415 - torch; listing a library needs none
+
+    if not is_folder(reference.name):
+        log.warning(
+            "the base %s is not a folder here; that the adapters fit it is checked when it is loaded",
+            reference.name or "without a name",
+        )
+        return reference, None
+    config = None if reference.fingerprint is None else config_at_hand(reference.name)
+    if config is not None:
+        return reference, outline(config)
+    model = load_base(reference.name, revision=reference.revision)
+    return replace(reference, fingerprint=base_fingerprint(model)), model
 
 
 def _named_base(source: str, revision: str | None) -> BaseReference:
     """The base an adapter says it is for."""
-    from peft import LoraConfig  # noqa: PLC0415 - torch; listing a library needs none
-
     from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch; listing a library needs none
 
-    if Path(source).is_dir():
-        reference = read_lora(Path(source)).base
-    else:
-        try:
-            config = LoraConfig.from_pretrained(source, revision=revision)
-        except (OSError, ValueError, TypeError) as error:
-            raise ExpertError(
-                f"{source!r} is no folder here and its configuration cannot be fetched from the hub: {error}; check "
-                f"the name, your access and the network"
-            ) from error
-        reference = BaseReference(config.base_model_name_or_path or "", config.revision)
+    folder = Path(source) if is_folder(source) else fetch_adapter(source, revision)
+    reference = read_lora(folder).base
     if not reference.name:
-        raise ExpertError(f"{source!r} does not name its base; name it for the new library (--base)")
+        raise ExpertError(
+            f"{source!r} does not name its base; name it for the new library (--base), with --assume-base"
+        )
     return BaseReference(base_name(reference.name), reference.revision)
 
 
@@ -136,6 +184,7 @@ def show_expert(folder: Path, name: str) -> dict[str, Any]:
         ExpertError: there is no such expert, or it is broken.
     """
     library = ExpertLibrary.open(folder)
+    name = library.named(name)
     data = library.contents(name)
     try:
         config, factors = json.loads(data[CONFIG]), load(data[WEIGHTS])
@@ -206,9 +255,10 @@ def merge_in_library(
     """
     if into is None and to is None:
         raise ConfigError("say where the merged adapter goes: a name in the library (--as), a PEFT folder (--to), both")
+    library = ExpertLibrary.open(folder)
+    names = [library.named(name) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"an expert is named twice in {', '.join(names)}; give it a larger weight instead")
-    library = ExpertLibrary.open(folder)
     if into is not None and into in library:
         raise ExpertError(f"expert {into!r} is already in {folder}; choose another name, or remove it first")
     from weftlm.experts.lora import update_norm, write_lora  # noqa: PLC0415 - torch; listing a library needs none
@@ -246,8 +296,6 @@ def remove_experts(folder: Path, names: Sequence[str]) -> list[str]:
         ExpertError: there is no such expert.
     """
     library = ExpertLibrary.open(folder)
-    for name in names:
-        library.path(name)
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys([library.named(name) for name in names]):
         library.remove(name)
     return library.names

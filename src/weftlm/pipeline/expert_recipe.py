@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field
 
 from weftlm.config import Folder, Section, Seed, apply_overrides, validate
+from weftlm.corpora.labels import folder_name
 from weftlm.errors import ConfigError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.expert import base_name
@@ -171,7 +172,7 @@ def routing_config(recipe: ExpertRecipe) -> RoutingConfig:
 
 def routed_folder(recipe: ExpertRecipe, router: str) -> Path:
     """Where a routed model is written."""
-    return recipe.routed_folder / router.replace(":", ",")
+    return recipe.routed_folder / folder_name(router)
 
 
 def gate_plan(recipe: ExpertRecipe) -> dict[str, Any]:

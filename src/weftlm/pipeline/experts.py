@@ -8,7 +8,6 @@ worker that takes over from one that died goes on from its last checkpoint, or f
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +25,7 @@ from torch import nn
 from weftlm import interrupt
 from weftlm.config import did_you_mean, validate
 from weftlm.corpora.examples import examples_of
+from weftlm.corpora.labels import folder_name
 from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.adapted import unchanged
@@ -39,8 +39,10 @@ from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key
 from weftlm.files import hold, read_object, remove, write_object
+from weftlm.models.config import ModelConfig
 from weftlm.models.device import choose_device
-from weftlm.models.factory import count_parameters
+from weftlm.models.factory import config_to_be, count_parameters
+from weftlm.models.lora_targets import check_targets, config_at_hand
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.identity import changed_keys
@@ -53,7 +55,6 @@ from weftlm.training.runtime import choose_runtime
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment of a process group; without it a process is on its own."""
-_LONGEST_NAME = 100
 _GATE_PARTS = ("gate", "statistics_examples", "embedder")
 """Keys of an expert's settings that its adapter does not depend on."""
 _GATE_SETTINGS = tuple(f"settings.{key}" for key in _GATE_PARTS)
@@ -99,6 +100,26 @@ def _workshop(recipe: ExpertRecipe, data: PreparedData) -> Workshop:
     return Workshop(recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains)
 
 
+def check_experts(recipe: ExpertRecipe, model: ModelConfig | None = None) -> None:
+    """Refuse, before anything is read or trained, adapters that no library would take.
+
+    The base's modules are known from its configuration, where that is on this machine.
+
+    Args:
+        recipe: of the experts.
+        model: the `model` section, where the recipe trains the base.
+    Raises:
+        ConfigError: `experts.lora.target_modules` names what no expert can hold, or what the base does not have.
+    """
+    if not recipe.experts.trains:
+        return
+    config = config_at_hand(recipe.base, recipe.experts.revision)
+    if config is None and recipe.experts.base is None and model is not None:
+        config = config_to_be(model, sequence_length=recipe.experts.training.sequence_length)
+    if config is not None:
+        check_targets(config, recipe.experts.lora.target_modules, "experts.lora")
+
+
 def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = None) -> dict[str, Domain]:
     """The domains that get an expert, by the expert's name.
 
@@ -116,19 +137,15 @@ def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = Non
     for domain in domains:
         if wanted is not None and domain.name not in wanted:
             continue
-        name = expert_name(domain.name)
-        if name.lower() in {other.lower() for other in found}:
+        name = folder_name(domain.name)
+        twin = next((other for title, other in found.items() if title.lower() == name.lower()), None)
+        if twin is not None:
             raise ConfigError(
-                f"domains {found[name].name if name in found else name!r} and {domain.name!r} would both have the "
-                f"expert {name!r}; relabel one of them"
+                f"domains {twin.name!r} and {domain.name!r} would both have the expert {name!r}, as some file systems "
+                f"see no difference; relabel one of them"
             )
         found[name] = domain
     return found
-
-
-def expert_name(domain: str) -> str:
-    """The name of a domain's expert: its own, with a dash for what a folder's name may not hold."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", domain).lstrip("._-")[:_LONGEST_NAME] or "domain"
 
 
 def train_experts(
@@ -168,6 +185,7 @@ def train_experts(
         raise ConfigError(f"processes is {processes}; it must be at least 1")
     if ray and processes > 1:
         raise ConfigError(f"processes is {processes} and Ray is asked for, which makes its own; give one of the two")
+    check_experts(recipe)
     group = process_group(recipe)
     first = bool(group is None or group.is_main_process)
     with alone(recipe.run, shared=True) if first else nullcontext():

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from weftlm.config import Folder, Section
+from weftlm.corpora.labels import folder_name
 from weftlm.experts.config import ExpertTraining
 
 
@@ -20,11 +21,14 @@ class ImportedExpert(Section):
     domain: str | None = Field(
         None, description="domain of the data on which its gate and statistics are made; absent: it gets neither"
     )
+    assume_base: bool = Field(
+        False, description="take an adapter that names another base, or none, as made for the base of the experts"
+    )
 
     @property
     def title(self) -> str:
         """Its name in the library."""
-        return self.name if self.name is not None else PurePath(self.source).name
+        return self.name if self.name is not None else folder_name(PurePath(self.source).name)
 
 
 class ExpertsConfig(ExpertTraining):
@@ -64,6 +68,9 @@ class ExpertsConfig(ExpertTraining):
         names = [each.title.lower() for each in self.imports]
         if len(set(names)) < len(names):
             raise ValueError(f"imports: two adapters would have one name ({', '.join(names)}); give each a name")
+        for domain in self.domains or ():
+            if folder_name(domain).lower() in names:
+                raise ValueError(f"imports: an adapter has the name of domain {domain!r}'s expert; give it another")
         return self
 
     @property

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
+from weftlm.corpora.labels import folder_name
 from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError
@@ -34,7 +35,7 @@ from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_
 from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
 from weftlm.pipeline.base import open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
-from weftlm.pipeline.experts import expert_name, process_group
+from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
 from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
@@ -144,7 +145,7 @@ def pool_sources(recipe: ExpertRecipe) -> list[ExpertSource]:
         return list(config.pool)
     library = ExpertLibrary.open(recipe.library_folder)
     place = str(library.folder.resolve())
-    names = config.experts if config.experts is not None else library.names
+    names = config.experts if config.experts is not None else [each.name for each in library.load_all()[0]]
     return [ExpertSource(name=name, library=place, expert=name) for name in names]
 
 
@@ -371,13 +372,13 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
     }
     if config.offsets == "expert":
         places = {name: place for place, name in enumerate(cache.experts)}
-        alone = [name for name in names if expert_name(name) not in places]
+        alone = [name for name in names if folder_name(name) not in places]
         if alone:
             raise ConfigError(
                 f"gating.offsets is 'expert' and {', '.join(alone)} has no expert of its own among those scored; take "
                 "offsets 'none' or numbers, or leave the domain out (gating.domains)"
             )
-        problem["own_experts"] = [places[expert_name(name)] for name in names]
+        problem["own_experts"] = [places[folder_name(name)] for name in names]
     return OpenScores(cache, cache.split(config.held_out_fraction, seed=recipe.seed, tokens=causal), problem)
 
 

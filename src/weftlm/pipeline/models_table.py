@@ -14,9 +14,9 @@ import torch
 from weftlm.errors import DataError
 from weftlm.evaluation.suite import evaluate_suite
 from weftlm.evaluation.tasks import read_tasks, score_tasks
+from weftlm.experts.lora import load_trained
 from weftlm.files import read_object, write_object
 from weftlm.gating.problem import measure
-from weftlm.models.factory import load_model
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config, routed_folder, routing_config
 from weftlm.pipeline.gating import open_scores
@@ -158,7 +158,7 @@ def _monolith_row(project: Project) -> dict[str, Any] | None:
     scores = open_scores(project.parts, causal=True)
     problem = held_out_problem(scores, gating_config(project.parts))
     device = choose_runtime(project.parts.experts.training, parameters=0).device
-    model = load_model(folder / "model").to(device)
+    model = load_trained(folder / "model").to(device)
     domains, rows = scores.cache.domains, scores.split.domain_rows
     logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
     return table_row(measure(logs, problem), problem)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from weftlm.models.config import ModelConfig
-from weftlm.models.factory import architecture_config, from_architecture
+from weftlm.models.factory import architecture_config, check_adapter, from_architecture
 from weftlm.pipeline.recipe import Recipe, check
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What a run will do, before anything is read: parameters, tokens, steps."""
     check(recipe)
+    check_adapter(recipe.model)
     training = recipe.training
     described: dict[str, Any] = {
         "run": str(recipe.run),

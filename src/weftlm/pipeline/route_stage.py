@@ -18,7 +18,6 @@ from transformers.utils import logging as transformers_logging
 from weftlm.errors import DataError
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.evaluation.tasks import mean_accuracy
-from weftlm.experts.library import ExpertLibrary
 from weftlm.files import read_object, write_object
 from weftlm.pipeline.expert_recipe import ExpertRecipe, routed_folder, routing_config
 from weftlm.pipeline.names import ROUTING
@@ -72,7 +71,8 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
         },
         **_accuracies(rows),
         BEST_SINGLE.replace(" ", "_"): evaluation.best_single,
-        "experts": sorted(ExpertLibrary.open(recipe.library_folder).names),
+        "experts": sorted(evaluation.experts),
+        "left_out": dict(evaluation.left_out),
         "relative_forward_time": timed,
         "notes": list(evaluation.notes),
     }

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,12 @@ def build_route(
         copy_base: write the base's weights too, so that the folder stands on its own.
         replace: what the folder holds, once the routed model is whole.
     Returns:
-        output, base, router, experts, adapted modules, and whether there is a tokenizer.
+        output, base, router, experts, those left out with the reason, adapted modules, and whether there is a
+        tokenizer.
     Raises:
         ConfigError: a section or folder is wrong, or the base cannot be loaded.
-        ExpertError: an expert is broken, of another base, or lacks what the router reads.
+        ExpertError: an expert that is named is broken or of another base, none is left, or one lacks what the router
+            reads.
     """
     transformers_logging.disable_progress_bar()
     if not replace:
@@ -98,6 +100,7 @@ def build_route(
         "base": place,
         "router": config.model_dump(mode="json"),
         "experts": [expert.name for expert in routed.experts],
+        "left_out": dict(routed.left_out),
         "modules": len(routed.sites),
         "tokenizer": tokenizer is not None,
     }
@@ -175,6 +178,8 @@ class RouteEvaluation:
         oracle: for each set the best expert; it looks at the held-out text it is scored on, so it is a bound and not a
             method.
         notes: what a reader must know of the numbers.
+        experts: names of the pool.
+        left_out: experts of the library that cannot be used, with the reason.
     """
 
     base: SuiteResult
@@ -183,6 +188,8 @@ class RouteEvaluation:
     best_single: str | None
     oracle: dict[str, str]
     notes: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> dict[str, SuiteResult]:
@@ -217,6 +224,7 @@ class RouteEvaluation:
             "best_single": self.best_single,
             "oracle": self.oracle,
             "notes": list(self.notes),
+            "left_out": dict(self.left_out),
         }
 
 
@@ -309,7 +317,10 @@ def evaluate_routes(
     for each in plain.sets if alone else ():
         oracle[each] = min(alone, key=lambda name: alone[name].sets[each].nats_per_token)
     found_routes = {label: found["router", label] for label in sections}
-    return RouteEvaluation(plain, found_routes, alone, best, oracle, tuple(notes))
+    notes += [f"expert {name} left out: {reason}" for name, reason in bench.model.left_out.items()]
+    return RouteEvaluation(
+        plain, found_routes, alone, best, oracle, tuple(notes), tuple(names), dict(bench.model.left_out)
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,6 +127,10 @@ def plan_stages(
         ConfigError: no such stage, `from_stage` comes after `until`, or a stage before `from_stage` is not done.
     """
     found = project_status(project)
+    if any(status.stage.name == "experts" and status.state != "done" for status in found):
+        from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
+
+        check_experts(project.pool_recipe, None if project.whole is None else project.whole.model)
     names = [status.stage.name for status in found]
     for option, name in (("--from", from_stage), ("--until", until)):
         if name is not None and name not in names:

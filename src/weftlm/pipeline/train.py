@@ -18,11 +18,12 @@ from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import save_windows
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite
+from weftlm.experts.lora import load_trained
 from weftlm.files import check_listed, describe, read_object, whole_folder, write_object, write_whole
 from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.device import choose_device
-from weftlm.models.factory import build_model, count_parameters, load_model
+from weftlm.models.factory import build_model, check_adapter, count_parameters
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe, check
@@ -52,6 +53,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         cpu=choose_device(recipe.training.device).type == "cpu",
     )
     check(recipe)
+    check_adapter(recipe.model)
     recipe.run.mkdir(parents=True, exist_ok=True)
     with alone(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
@@ -154,7 +156,7 @@ def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteRe
     data = PreparedData.load(recipe.prepared_folder)
     runtime = choose_runtime(recipe.training, parameters=0)
     require_same_data(run, data)
-    model = load_model(run / "model", dtype=recipe.model.dtype).to(runtime.device)
+    model = load_trained(run / "model", dtype=recipe.model.dtype).to(runtime.device)
     return _evaluate(model, data, recipe, runtime, config)
 
 
@@ -188,7 +190,7 @@ def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
     if not (folder / "model").is_dir():
         raise ConfigError(f"mixture.reference {folder} holds no trained model; give a finished run folder, or null")
     require_same_data(folder, data)
-    return load_model(folder / "model", dtype=recipe.model.dtype)
+    return load_trained(folder / "model", dtype=recipe.model.dtype)
 
 
 def _reference_folder(recipe: Recipe, policy: Any) -> Path:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -111,6 +112,7 @@ class RoutedModel(nn.Module):
         for expert in experts:
             check_fits(expert.lora, model, fingerprint=found if comparable else None)
         self.experts = tuple(experts)
+        self.left_out: Mapping[str, str] = {}
         self.base_reference = base if base is not None else BaseReference(getattr(model.config, "_name_or_path", ""))
         self.sites = _sites(model, experts)
         # Weights are never trained here: the pool and the router are buffers, and the base stays as it came.
@@ -153,20 +155,14 @@ class RoutedModel(nn.Module):
             base: a folder, a hub name or a model in memory.
             library: the library or its folder.
             router: a router's name or section.
-            experts: names of those to use; None for all. One that is broken is an error.
+            experts: names of those to use, where one that is broken or of another base is an error; None for all, where
+                it is left out with a warning (`left_out`).
             revision, dtype: of a base that is loaded.
             device: where the routed model is put; None for where the base is.
         Raises:
             ConfigError, ExpertError: as the class.
         """
         opened = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(Path(library))
-        chosen, broken = opened.load_all(experts)
-        if broken:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            raise ExpertError(
-                f"{len(broken)} of {len(broken) + len(chosen)} experts cannot be used ({reasons}); remove them, or "
-                f"name the others: {', '.join(expert.name for expert in chosen) or 'none is whole'}"
-            )
         model = base if isinstance(base, PreTrainedModel) else load_base(str(base), revision=revision, dtype=dtype)
         reference = opened.base
         if not isinstance(base, PreTrainedModel):
@@ -183,7 +179,10 @@ class RoutedModel(nn.Module):
                 "%s was made for; make sure that it is that model",
                 *(", ".join(sorted(coarse)), opened.base.name, opened.folder),
             )
+        comparable = None if opened.base.fingerprint is None or _coarse_dtypes(model) else opened.base.fingerprint
+        chosen, left_out = opened.load_fitting(model, experts, fingerprint=comparable)
         routed = cls(model, chosen, router, base=reference)
+        routed.left_out = left_out
         return routed if device is None else routed.to(device)
 
     def use_router(self, router: Mapping[str, Any] | RouterConfig | str | Router) -> None:
@@ -388,7 +387,10 @@ class RoutedModel(nn.Module):
     def _write(self, folder: Path, copy_base: bool) -> None:
         library = ExpertLibrary.create(folder / EXPERTS, self.base_reference)
         for expert in self.experts:
-            library.add(expert)
+            own = replace(
+                self.base_reference, fingerprint=expert.lora.base.fingerprint or self.base_reference.fingerprint
+            )
+            library.add(replace(expert, lora=replace(expert.lora, base=own)))
         if copy_base:
             with self._unrouted() as model:
                 model.save_pretrained(folder / BASE)

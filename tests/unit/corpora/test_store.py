@@ -14,7 +14,7 @@ import pytest
 
 from weftlm.corpora import store_files
 from weftlm.corpora.source import Source
-from weftlm.corpora.store import MultiStoreWriter, TokenStore, TokenStoreWriter, Vocabulary, folder_name, open_stores
+from weftlm.corpora.store import MultiStoreWriter, TokenStore, TokenStoreWriter, Vocabulary, open_stores
 from weftlm.corpora.store_files import StoreFiles
 from weftlm.errors import DataError
 
@@ -287,14 +287,6 @@ def test_a_document_without_label_is_refused_by_many(tmp_path: Path) -> None:
         MultiStoreWriter(tmp_path / "m", VOCABULARY) as w,
     ):
         w.append([1], 1, "here")
-
-
-def test_folder_names_are_safe_and_distinct() -> None:
-    labels = ["cs.RO", "C++ headers", "../x", ".", "..", "", "a/b", "a%2Fb", "~", "x" * 300, "x" * 299 + "y", "é", "%"]
-    names = [folder_name(label) for label in labels]
-    assert names[0] == "cs.RO"
-    assert len(set(names)) == len(labels)
-    assert all(name and not name.startswith(".") and "/" not in name and len(name) < 255 for name in names)
 
 
 def test_labels_that_differ_only_in_case_cannot_share_a_disk(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError
+from weftlm.experts.lora import load_trained
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters, load_model
 from weftlm.models.hf import HFLanguageModel, sequence_losses, token_losses
@@ -65,7 +66,7 @@ def test_pretrained_weights_and_adapters_go_round(tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.fill_(0.1)
     adapted.save_pretrained(str(tmp_path / "adapter"))  # type: ignore[operator]
-    loaded = load_model(tmp_path / "adapter")
+    loaded = load_trained(tmp_path / "adapter")
     assert torch.allclose(sequence_losses(loaded, tokens), sequence_losses(adapted, tokens))
     assert not torch.allclose(sequence_losses(loaded, tokens), sequence_losses(base, tokens))
 

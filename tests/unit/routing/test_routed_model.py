@@ -193,11 +193,21 @@ def test_a_library_gives_its_experts_in_the_order_asked_for(tmp_path: Path) -> N
         RoutedModel.from_library(llama(), library, experts=["d"])
 
 
-def test_a_broken_expert_is_named_with_those_that_are_whole(tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_left_out_with_the_reason_unless_it_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     library = library_of(tmp_path / "experts")
     (library.path("b") / "gate.safetensors").write_bytes(b"")
-    with pytest.raises(ExpertError, match=r"1 of 3 experts cannot be used .*b: .*name the others: a, c"):
-        RoutedModel.from_library(llama(), library)
+    library.add(make_expert(gpt2(), "other"))
+    routed = RoutedModel.from_library(llama(), library)
+    assert [expert.name for expert in routed.experts] == ["a", "c"]
+    assert "gate.safetensors has 0 bytes" in routed.left_out["b"]
+    assert "'other' was made for another base" in routed.left_out["other"]
+    assert all(f"expert '{name}' is left out" in caplog.text for name in routed.left_out)
+    with pytest.raises(ExpertError, match=r"1 of 2 experts cannot be used .*'b'.*; can be used: a"):
+        RoutedModel.from_library(llama(), library, experts=["a", "b"])
+    with pytest.raises(ExpertError, match="3 of 3 experts cannot be used"):
+        RoutedModel.from_library(gpt2(), library_of(tmp_path / "others"))
     assert len(RoutedModel.from_library(llama(), library, experts=["a", "c"]).experts) == 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,16 +28,22 @@ def run(
             show_default=False,
         ),
     ] = None,
+    assume_base: Annotated[
+        bool,
+        typer.Option(
+            "--assume-base", help="Take adapters that name another base, or none, as made for the library's base."
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Add PEFT LoRA adapters to a library, which is started where there is none.
 
+    An adapter must name the library's base or a folder that holds the same model, and fit its modules and shapes.
     Only plain LoRA on linear modules, stored as safetensors, is taken; what would have to be approximated is refused.
-    An imported expert has no gate until weftlm experts gate makes one on its text.
     """
     from weftlm.pipeline.expert_library import import_experts
 
-    added = import_experts(Path(library), paths, name=name, revision=revision, base=base)
+    added = import_experts(library, paths, name=name, revision=revision, base=base, assume_base=assume_base)
     facts = [
         {
             "name": expert.name,

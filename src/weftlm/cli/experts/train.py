@@ -48,6 +48,9 @@ def run(
     check_gpus(ray, gpus)
     resolved = load_expert_recipe(recipe, set_ or [])
     if dry_run:
+        from weftlm.pipeline.experts import check_experts
+
+        check_experts(resolved)
         show(resolved.resolved(), resolved.to_yaml(), expert_plan(resolved), json)
         return
     from weftlm.pipeline.experts import train_experts

@@ -73,3 +73,5 @@ def run(
     options = ", ".join(f"{key} {value}" for key, value in facts["router"].items() if key != "router")
     say(f"{facts['output']}: {facts['router']['router']} ({options}) over {facts['base']}")
     say(f"{len(facts['experts'])} experts on {facts['modules']} modules: {', '.join(facts['experts'])}")
+    for name, reason in facts["left_out"].items():
+        say(f"left out {name}: {reason}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ from weftlm.gating.experts import Backbone, Rows, label_log_probs
 from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.factory import architecture_config, count_parameters, from_architecture, peft_warnings
 from weftlm.models.hf import token_losses
+from weftlm.models.lora_targets import ALL_LINEAR, lora_targets
 from weftlm.models.open import DTYPES, read_config
 from weftlm.pipeline.planning.trace import Work, along, record, shapes_only
 from weftlm.training.config import TrainingConfig
@@ -164,7 +165,7 @@ class Counted:
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             modules=sum(any(p.requires_grad for p in m.parameters(recurse=False)) for m in model.modules()),
             tensors=sum(p.requires_grad for p in model.parameters()),
-            adapted=tuple(module_widths(module) for _, module in adaptable(bare, self.adapter)),
+            adapted=tuple(module_widths(bare.get_submodule(name)) for name in self._targets),
         )
 
     def outline(self) -> nn.Module:
@@ -292,7 +293,7 @@ class Counted:
         """Forward and backward of a micro-batch that trains the gates of an adapter."""
 
         def run(model: nn.Module) -> Work:
-            attach_gates(model, _expert(model, self.adapter))
+            attach_gates(model, self._expert(model))
             losses = self._losses(model, batch, length)
 
             def once() -> None:
@@ -308,7 +309,7 @@ class Counted:
         """One pass that scores a batch under so many adapters over this base at once."""
 
         def run(model: nn.Module) -> Work:
-            backbone = _backbone(model, self.adapter, experts)
+            backbone = self._backbone(model, experts)
             tokens = torch.zeros(batch, length + 1, dtype=torch.int64)
             rows = Rows(one=0) if experts == 1 else Rows(blocks=tuple(range(experts)))
 
@@ -328,7 +329,7 @@ class Counted:
         """
 
         def run(model: nn.Module) -> Work:
-            backbone = _backbone(model, self.adapter, experts)
+            backbone = self._backbone(model, experts)
             rows = Rows(one=0) if experts == 1 else Rows(blocks=tuple(range(experts)))
             tokens = torch.zeros(batch * experts, max(context, length), dtype=torch.int64)
             with torch.no_grad(), self._autocast():
@@ -344,7 +345,7 @@ class Counted:
         """One token of every sequence drawn from one expert over this base, behind `context` tokens."""
 
         def run(model: nn.Module) -> Work:
-            backbone = _backbone(model, self.adapter, 1)
+            backbone = self._backbone(model, 1)
             tokens = torch.zeros(batch, max(1, context), dtype=torch.int64)
             u_B = torch.zeros(batch, 1, dtype=torch.float64)
 
@@ -479,6 +480,12 @@ class Counted:
             return len(outlines) == sum(depths) and all(len(set(part)) == 1 for part in parts)
         return len(set(outlines)) == 1
 
+    @cached_property
+    def _targets(self) -> list[str]:
+        """Linear modules an adapter goes on, in the model with all its layers: those it names, or all but the head."""
+        named = ALL_LINEAR if self.adapter is None else self.adapter.target_modules
+        return lora_targets(self._on_meta(self.config, adapted=False), named)
+
     def _on_meta(self, config: PretrainedConfig, *, adapted: bool) -> nn.Module:
         dropping = [key for key in config.to_dict() if key.endswith("layerdrop")]
         if any(getattr(config, key) for key in dropping):  # which layers are left out is drawn, and shapes draw nothing
@@ -491,35 +498,33 @@ class Counted:
         model = model.to(DTYPES[self.dtype])
         if not adapted or self.adapter is None:
             return model
+        there = dict(model.named_modules())
         section = LoraConfig(
-            r=self.adapter.rank, lora_alpha=self.adapter.alpha, target_modules=self.adapter.target_modules,
-            lora_dropout=self.adapter.dropout,
+            r=self.adapter.rank, lora_alpha=self.adapter.alpha,
+            target_modules=[name for name in self._targets if name in there], lora_dropout=self.adapter.dropout,
             task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )  # fmt: skip
         with peft_warnings():
-            try:
-                return get_peft_model(model, section)
-            except ValueError as error:
-                raise ConfigError(
-                    f"lora.target_modules {self.adapter.target_modules!r} do not fit the model: {error}"
-                ) from error
+            return get_peft_model(model, section)
+
+    def _expert(self, model: nn.Module) -> LoRAExpert:
+        assert self.adapter is not None
+        rank, modules = self.adapter.rank, {}
+        for name, module in model.named_modules():
+            if name in self._targets:
+                inputs, outputs = module_widths(module)
+                modules[name] = LoRAFactors(torch.empty(rank, inputs), torch.empty(outputs, rank), 1.0)
+        return LoRAExpert("counted", BaseReference("counted"), modules, {})
+
+    def _backbone(self, model: nn.Module, experts: int) -> Backbone:
+        loras = [None if self.adapter is None else self._expert(model) for _ in range(experts)]
+        return Backbone(model, range(experts), loras)  # type: ignore[arg-type]
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
             yield
-
-
-def adaptable(model: nn.Module, adapter: LoRASection | None) -> list[tuple[str, nn.Module]]:
-    """The linear modules an adapter goes on: those it names, or every one but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    targets = "all-linear" if adapter is None else adapter.target_modules
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    if targets == "all-linear":
-        return [(name, module) for name, module in linear if module is not head]
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    return [(name, module) for name, module in linear if any(name == w or name.endswith(f".{w}") for w in wanted)]
 
 
 def _config_of(model: nn.Module) -> PretrainedConfig:
@@ -594,22 +599,6 @@ def _checkpoint(model: nn.Module, adapted: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if adapted:
         model.enable_input_require_grads()  # type: ignore[operator]
-
-
-def _expert(model: nn.Module, adapter: LoRASection | None) -> LoRAExpert:
-    assert adapter is not None
-    modules = {}
-    for name, module in adaptable(model, adapter):
-        inputs, outputs = module_widths(module)
-        modules[name] = LoRAFactors(torch.empty(adapter.rank, inputs), torch.empty(outputs, adapter.rank), 1.0)
-    return LoRAExpert("counted", BaseReference("counted"), modules, {})
-
-
-def _backbone(model: nn.Module, adapter: LoRASection | None, experts: int) -> Backbone:
-    loras: Sequence[LoRAExpert | None] = (
-        [None] * experts if adapter is None else [_expert(model, adapter) for _ in range(experts)]
-    )
-    return Backbone(model, range(experts), loras)  # type: ignore[arg-type]
 
 
 def _shadow_term(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:

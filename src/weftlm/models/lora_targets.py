@@ -1,0 +1,154 @@
+"""Which modules of a model LoRA goes on: known from the configuration and the setting, before anything is trained.
+
+What comes back are full names of linear modules, so that an adapter trained on them is one that the expert library,
+exports and the server take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weftlm.errors import ConfigError
+from weftlm.models.patterns import matches
+
+ALL_LINEAR = "all-linear"
+_SHOWN = 6
+_CONVERSION = "peft.utils.transformers_weight_conversion"
+
+
+def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Full names of the modules that `lora.target_modules` means, in the model's order.
+
+    `all-linear` is every linear module but the output head. Experts and routers of a mixture-of-experts model are
+    fused parameters and no linear modules, so that it means attention and the dense layers there. PEFT cannot address
+    a linear module whose name it keeps for fused experts (`shared_expert.up_proj` beside `experts.gate_up_proj`), and
+    `all-linear` leaves it out.
+
+    Args:
+        model: bare; on the meta device too.
+        targets: `all-linear`, names (`q_proj`, `model.layers.0.self_attn.q_proj`), or a regular expression of whole
+            names.
+    Raises:
+        ConfigError: a name matches nothing, or something that no expert can hold: an embedding, a convolution, fused
+            experts; the message lists the names that can be given.
+    """
+    known = dict(model.named_modules())
+    good = [name for name, module in known.items() if _is_linear(module)]
+    reserved = _reserved(model, {name.rpartition(".")[2] for name in good})
+    good = [name for name in good if name.rpartition(".")[2] not in reserved]
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        found = [name for name in good if known[name] is not head and isinstance(known[name], nn.Linear | Conv1D)]
+        if not found:
+            raise ConfigError("lora.target_modules: all-linear finds no linear module in this model")
+        return found
+    chosen = _named(targets, [name for name in known if name], _cure(good, known, head))
+    for name in chosen:
+        if name in good:
+            continue
+        if name.rpartition(".")[2] in reserved and _is_linear(known[name]):
+            why = "carries a name that PEFT keeps for this model's fused experts"
+        else:
+            why = f"is of type {type(known[name]).__name__} and no linear module"
+        raise ConfigError(f"lora.target_modules: {name} {why}, which no expert can hold; {_cure(good, known, head)}")
+    return chosen
+
+
+def check_targets(config: PretrainedConfig, targets: str | Sequence[str], where: str = "lora") -> None:
+    """Refuse `target_modules` that a model of this configuration cannot be adapted on.
+
+    Raises:
+        ConfigError: as `lora_targets`.
+    """
+    try:
+        model = outline(config)
+    except ConfigError:  # what is wrong with the model is said where it is built
+        return
+    try:
+        lora_targets(model, targets)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("lora.target_modules", f"{where}.target_modules", 1)) from error
+
+
+def _named(targets: str | Sequence[str], names: Sequence[str], cure: str) -> list[str]:
+    """The modules meant, as PEFT matches names and expressions."""
+    if isinstance(targets, str):
+        (hits,) = matches([targets], names, "lora.target_modules")
+        found = [name for name, hit in zip(names, hits, strict=True) if hit]
+        if not found:
+            raise ConfigError(f"lora.target_modules: {targets!r:.80} matches no module of this model; {cure}")
+        return found
+    by_target = {
+        target: {name for name in names if name == target or name.endswith(f".{target}")} for target in targets
+    }
+    for target, there in by_target.items():
+        if not there:
+            raise ConfigError(f"lora.target_modules names {target!r:.80}, which is no module of this model; {cure}")
+    if not by_target:
+        raise ConfigError(f"lora.target_modules is empty; {cure}")
+    meant = set().union(*by_target.values())
+    return [name for name in names if name in meant]
+
+
+def _cure(good: Sequence[str], known: dict[str, nn.Module], head: nn.Module | None) -> str:
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in good if known[name] is not head))
+    more = f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
+    return f"give {ALL_LINEAR}, or names of linear modules: {', '.join(short[:_SHOWN])}{more}"
+
+
+def _reserved(model: nn.Module, leaves: set[str]) -> set[str]:
+    """Names of modules that PEFT turns into fused parameters of a mixture-of-experts model, by asking it."""
+    try:
+        conversion = import_module(_CONVERSION)
+    except ImportError:  # a PEFT that converts nothing
+        return set()
+    found = set()
+    for leaf in leaves:
+        section = LoraConfig(target_modules=[leaf])
+        try:
+            conversion.convert_peft_config_for_transformers(section, model, None)
+        except ValueError:  # it wants others beside this one, which are fused with it
+            found.add(leaf)
+            continue
+        if leaf not in set(section.target_modules or ()):
+            found.add(leaf)
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Also a quantised one, which tells its widths."""
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return isinstance(module, nn.Linear | Conv1D) or all(isinstance(width, int) for width in widths)
+
+
+def config_at_hand(name: str, revision: str | None = None) -> PretrainedConfig | None:
+    """The configuration of a model in a folder or in the hub's local cache; None where it is not there."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config
+
+
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of a configuration on the meta device: modules and shapes, no memory.
+
+    Raises:
+        ConfigError: the configuration is of no language model.
+    """
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"the configuration makes no {config.model_type} language model: {error}") from error
+    return model
