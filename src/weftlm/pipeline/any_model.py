@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
-from weftlm.experts.lora import CONFIG as ADAPTER
+from weftlm.experts.files import CONFIG as ADAPTER
 from weftlm.experts.lora import load_adapted
 from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
@@ -102,7 +102,8 @@ def open_model(
         plain = load_adapted(folder, base=base, revision=revision, dtype=dtype)
         kind, model, experts = "plain", plain.to(place), ()
         if not encoder_decoder:
-            require_decoder_only(plain.get_base_model(), str(path))
+            under: Any = plain.get_base_model()
+            require_decoder_only(under, str(path))
         places = [str(folder), str(plain.peft_config["default"].base_model_name_or_path or base)]
     elif base is not None:
         raise ConfigError(f"base is for routed models and adapters; {path} is none")
