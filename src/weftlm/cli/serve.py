@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +67,16 @@ def run(
     intake_seconds: Annotated[
         float, typer.Option("--intake-seconds", help="A request may take to arrive.")
     ] = SERVE.intake_seconds,
+    max_connections: Annotated[
+        int, typer.Option("--max-connections", help="Maximum number of open connections.")
+    ] = SERVE.max_connections,
+    max_connections_per_client: Annotated[
+        int,
+        typer.Option(
+            "--max-connections-per-client",
+            help="Maximum number of open connections from one address; raise it behind a proxy.",
+        ),
+    ] = SERVE.max_connections_per_client,
     max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", help="Of a request.")] = SERVE.max_body_bytes,
     max_prompt_tokens: Annotated[
         int, typer.Option("--max-prompt-tokens", help="Of one prompt.")
@@ -87,8 +98,8 @@ def run(
 ) -> None:
     """Serve models over HTTP, as OpenAI's API does, with a page at / that shows their routing.
 
-    Unless --host says otherwise only this machine reaches the server; without keys it is then answered as localhost, by
-    address, or under a name of --allow-host, and no other. WEFTLM_API_KEYS holds the keys that open the server, with
+    Unless --host says otherwise only this machine reaches the server. Without keys it answers as localhost, by address,
+    under this machine's name, or under a name of --allow-host, and no other. WEFTLM_API_KEYS holds the keys that open the server, with
     commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
     """
     keys = keys_from_environment()
@@ -102,11 +113,13 @@ def run(
         {
             "timeout_seconds": timeout_seconds,
             "intake_seconds": intake_seconds,
+            "max_connections": max_connections,
+            "max_connections_per_client": max_connections_per_client,
             "max_body_bytes": max_body_bytes,
             "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "max_answers": min(max_answers, max(1, slots + max_waiting)),
-            "hosts": hosts_of(host, allow_host or [], open_to_all=bool(keys) or not is_loopback(host)),
+            "hosts": hosts_of(host, allow_host or [], open_to_all=bool(keys)),
             "api_keys": keys,
         },
         "",
@@ -151,7 +164,7 @@ def run(
 
 
 def hosts_of(host: str, allowed: list[str], *, open_to_all: bool) -> list[str] | None:
-    """Names clients may reach the server under; None for any.
+    """Names clients may reach the server under, this machine's own among them; None for any.
 
     Args:
         host: the server listens on.
@@ -165,7 +178,7 @@ def hosts_of(host: str, allowed: list[str], *, open_to_all: bool) -> list[str] |
             raise ConfigError(
                 f"--allow-host {name!r} is no host; give a name as in hub.example, without scheme or path"
             )
-    return None if open_to_all and not allowed else [host, *allowed]
+    return None if open_to_all and not allowed else [host, socket.gethostname(), *allowed]
 
 
 def names_of_models(models: list[str], given: list[str]) -> list[str]:

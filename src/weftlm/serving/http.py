@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from weftlm import __version__
 from weftlm.errors import ConfigError
+from weftlm.serving.answers import GRACE_SECONDS
 from weftlm.serving.api_errors import add_handlers
 from weftlm.serving.limits import Hosts, Intake, Keys
 from weftlm.serving.metrics import Counting, Metrics
@@ -78,7 +79,12 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
     keys = [key.get_secret_value() for key in config.api_keys]
     bodies = {"/v1/completions": models[0], "/v1/chat/completions": models[1]}
     app.openapi = Document(app, bodies, keyed=bool(keys), named=config.hosts is not None)  # type: ignore[method-assign]
-    app.add_middleware(Intake, max_body_bytes=config.max_body_bytes, intake_seconds=config.intake_seconds)
+    app.add_middleware(
+        Intake,
+        max_body_bytes=config.max_body_bytes,
+        intake_seconds=config.intake_seconds,
+        answer_seconds=config.timeout_seconds + GRACE_SECONDS + 1.0,
+    )
     app.add_middleware(Keys, keys=keys)
     app.add_middleware(Hosts, names=config.hosts)
     app.add_middleware(Counting, metrics=metrics)

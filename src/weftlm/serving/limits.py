@@ -109,15 +109,19 @@ def _path_inside(scope: Scope) -> str:
 
 
 class Intake:
-    """ASGI middleware that bounds a body's size and the time it may take to arrive, while it is read.
+    """ASGI middleware that bounds a body's size, the time it may take to arrive, and the time of its answer.
 
-    A body without a declared length is bounded too. Whoever reads it gets an `ApiError`: 413 or 408.
+    A body without a declared length is bounded too. Reading one beyond the limits raises an `ApiError`: 413 or 408. An
+    answer that has not begun in time is replaced by 408.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, intake_seconds: float) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, intake_seconds: float, answer_seconds: float
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.intake_seconds = intake_seconds
+        self.answer_seconds = answer_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,7 +132,7 @@ class Intake:
             await self._too_large().response()(scope, receive, send)
             return
         deadline = asyncio.get_running_loop().time() + self.intake_seconds
-        size, complete = 0, False
+        size, complete, begun = 0, False, False
 
         async def bounded() -> Message:
             nonlocal size, complete
@@ -147,11 +151,25 @@ class Intake:
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
+                if complete:
+                    limit.reschedule(asyncio.get_running_loop().time() + self.answer_seconds)
                 if size > self.max_body_bytes:
                     raise self._too_large()
             return message
 
-        await self.app(scope, bounded, send)
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                await self.app(scope, bounded, noted)
+        except TimeoutError:
+            if begun or not limit.expired():
+                raise
+            late = ApiError(408, f"no answer was ready within {self.answer_seconds:g} s; ask for less", code="timeout")
+            await late.response()(scope, receive, send)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.max_body_bytes:,} bytes; send less", code="body_too_large")

@@ -20,6 +20,9 @@ class ServeConfig(Section):
     Attributes:
         timeout_seconds: a request may take, its wait in the queue included; a request may ask for less.
         intake_seconds: a request's headers, and then its body, may take to arrive.
+        keep_alive_seconds: a connection may wait for its next request, or to be read to its end.
+        max_connections: open at a time, over all clients; fewer where the system allows fewer open files.
+        max_connections_per_client: of them from one address.
         max_body_bytes: of a request.
         max_prompt_characters: of one prompt, or of one part of a message.
         max_prompt_tokens: of one prompt; the model's own context may be shorter.
@@ -35,6 +38,9 @@ class ServeConfig(Section):
 
     timeout_seconds: float = Field(default=120.0, gt=0, le=86_400, allow_inf_nan=False)
     intake_seconds: float = Field(default=20.0, gt=0, le=3_600, allow_inf_nan=False)
+    keep_alive_seconds: float = Field(default=30.0, gt=0, le=3_600, allow_inf_nan=False)
+    max_connections: int = Field(default=1_024, ge=1)
+    max_connections_per_client: int = Field(default=128, ge=1)
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     max_prompt_characters: int = Field(default=500_000, ge=1)
     max_prompt_tokens: int = Field(default=131_072, ge=1)

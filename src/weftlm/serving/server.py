@@ -1,32 +1,25 @@
-"""The web server around the application: its socket, its signals, and what it says to a broken request."""
+"""The web server around the application: its socket, its signals, its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import logging
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weftlm.errors import ConfigError
-from weftlm.serving.api_errors import ApiError
+from weftlm.serving.connections import LOGGERS, Admission, SparseLog, connection_class
 from weftlm.serving.request import Generator
 from weftlm.serving.serve_config import ServeConfig
-from weftlm.serving.stream import ABORT
 
-KEEP_ALIVE_SECONDS = 30
-LINGER_SECONDS = 2.0
-"""What is no HTTP is answered, and the rest of it read and thrown away for so long."""
-
+BACKLOG = 128
+"""Connections that wait to be accepted; also the number accepted at a time."""
 STOP_SECONDS = 5
 """Running answers are ended at once; clients have so long to take what was written."""
 
@@ -56,27 +49,35 @@ class Server(uvicorn.Server):
             config: for its time-outs.
             ready: called once connections are accepted.
         """
-
-        class Protocol(_Protocol):
-            head_seconds = config.intake_seconds
-
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=connection_class(Admission(config)),
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 log_level="error",
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                backlog=BACKLOG,
+                loop="asyncio",
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
         self.app = app
         self.engines = engines
         self._ready = ready
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until stopped; while it does, logs that clients can reach are bounded."""
+        sparse, loggers = SparseLog(), [logging.getLogger(name) for name in LOGGERS]
+        for logger in loggers:
+            logger.addFilter(sparse)
+        try:
+            await super().serve(sockets=sockets)
+        finally:
+            for logger in loggers:
+                logger.removeFilter(sparse)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and tell."""
@@ -104,80 +105,6 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-class _Protocol(H11Protocol):
-    """HTTP/1.1 with three additions.
-
-    What is no HTTP gets a JSON body too; a head must arrive within a time; and the application can drop a connection
-    whose client does not read.
-    """
-
-    head_seconds = 20.0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        inner: Any = self.app
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._refused = False
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            scope[ABORT] = self.transport.abort
-            await inner(scope, receive, send)
-
-        self.app = app
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_head()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
-            self._watch_head()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()  # in the middle of a response there is no place for another
-            return
-        error = ApiError(400, "this is no valid HTTP request", code="invalid_http")
-        body = json.dumps({"error": error.detail_dict()}).encode("ascii")
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode("ascii")),
-            (b"connection", b"close"),
-        ]
-        for event in (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        # A connection closed with something unread is reset, and the client may never see the answer.
-        self._refused = True
-        self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-    def _watch_head(self) -> None:
-        """Have the timer run while the head of a request is awaited."""
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
-            self._forget_head()
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_seconds, self._head_late)
-
-    def _forget_head(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_late(self) -> None:
-        self._head_timer = None
-        if self.conn.their_state is h11.IDLE:
-            self.transport.close()
-
-
 def listen(host: str, port: int, timeout_seconds: float) -> socket.socket:
     """A listening socket.
 
@@ -198,7 +125,7 @@ def listen(host: str, port: int, timeout_seconds: float) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_seconds * 1000))
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(f"{host} port {port} cannot be listened on: {error}; choose another --port") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -539,10 +540,11 @@ def test_the_document_names_the_answer_to_other_names(engine: FakeEngine) -> Non
 
 
 def test_the_names_of_a_server_follow_where_it_listens() -> None:
-    assert hosts_of("127.0.0.1", [], open_to_all=False) == ["127.0.0.1"]
-    assert hosts_of("box", ["hub.example"], open_to_all=False) == ["box", "hub.example"]
+    own = socket.gethostname()
+    assert hosts_of("127.0.0.1", [], open_to_all=False) == ["127.0.0.1", own]
+    assert hosts_of("box", ["hub.example"], open_to_all=False) == ["box", own, "hub.example"]
     assert hosts_of("0.0.0.0", [], open_to_all=True) is None
-    assert hosts_of("0.0.0.0", ["hub.example"], open_to_all=True) == ["0.0.0.0", "hub.example"]
+    assert hosts_of("0.0.0.0", ["hub.example"], open_to_all=True) == ["0.0.0.0", own, "hub.example"]
     for wrong in ("https://hub.example", "", "  ", "hub example", "a/b"):
         with pytest.raises(ConfigError, match="without scheme or path"):
             hosts_of("127.0.0.1", [wrong], open_to_all=False)

@@ -16,6 +16,7 @@ from support.web import Web, serving
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.serving import server as server_module
+from weftlm.serving.connections import _Connection
 from weftlm.serving.request import Finished, Token
 from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, is_loopback, keys_from_environment
 from weftlm.serving.server import address_of, listen
@@ -120,13 +121,13 @@ def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None
 def test_a_client_that_does_not_read_is_dropped(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weftlm.serving.answers.GRACE_SECONDS", 0.0)
     gone = threading.Event()
-    lost = server_module._Protocol.connection_lost
+    lost = _Connection.connection_lost
 
     def connection_lost(self: Any, exc: Exception | None) -> None:
         lost(self, exc)
         gone.set()
 
-    monkeypatch.setattr(server_module._Protocol, "connection_lost", connection_lost)
+    monkeypatch.setattr(_Connection, "connection_lost", connection_lost)
     text = "x" * 10_000
     engine = FakeEngine(opened, lambda *_: [*(Token(65, text) for _ in range(2_000)), Finished("length")])
     with serving({"tiny": engine}, ServeConfig(timeout_seconds=0.5)) as web, web.connect() as connection:
