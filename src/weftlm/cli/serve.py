@@ -99,8 +99,8 @@ def run(
     """Serve models over HTTP, as OpenAI's API does, with a page at / that shows their routing.
 
     Unless --host says otherwise only this machine reaches the server. Without keys it answers as localhost, by address,
-    under this machine's name, or under a name of --allow-host, and no other. WEFTLM_API_KEYS holds the keys that open the server, with
-    commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
+    under this machine's name, or under a name of --allow-host, and no other. WEFTLM_API_KEYS holds the keys that open
+    the server, with commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
     """
     keys = keys_from_environment()
     if not keys and not allow_anonymous and not is_loopback(host):

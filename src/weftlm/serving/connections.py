@@ -245,7 +245,7 @@ class _Connection(H11Protocol):
         self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%s\r\n\r\n%s" % _head_and_body(error))
         # A connection closed with something unread is reset, and the client may never see the answer.
         self._refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answered() is False:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.write_eof()
@@ -258,9 +258,13 @@ class _Connection(H11Protocol):
             return "closing", None
         if self.conn.their_state is h11.SEND_BODY:
             return "body", self.cycle
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answered() is False:
             return "answer", self.cycle
-        return ("head" if self.cycle is None or self.conn.trailing_data[0] else "idle"), self.cycle
+        return ("idle" if self._answered() and not self.conn.trailing_data[0] else "head"), self.cycle
+
+    def _answered(self) -> bool | None:
+        """Whether the newest request has its whole answer; None before the first request."""
+        return getattr(self.cycle, "response_complete", None)
 
     def _watch(self) -> None:
         """Begin the deadline of a state that is new."""

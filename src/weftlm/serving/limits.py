@@ -115,9 +115,7 @@ class Intake:
     answer that has not begun in time is replaced by 408.
     """
 
-    def __init__(
-        self, app: ASGIApp, max_body_bytes: int, intake_seconds: float, answer_seconds: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, intake_seconds: float, answer_seconds: float) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.intake_seconds = intake_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -91,10 +92,8 @@ def admission(web: Web) -> Admission:
 
 
 def trickle(connection: socket.socket, piece: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):
         connection.sendall(piece)
-    except OSError:
-        pass
 
 
 def wait_until(done: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
