@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,10 @@ class Web:
         self.server.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive(), "the server did not stop"
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop it runs on."""
+        return self.server.servers[0].get_loop()
 
     def connect(self) -> socket.socket:
         """A bare connection."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
@@ -20,8 +19,9 @@ from weftlm.serving.openapi import Document
 from weftlm.serving.replies import Health
 from weftlm.serving.request import Generator
 from weftlm.serving.routes import ERRORS, openai_router, serve_model
-from weftlm.serving.schemas import Bounds, request_models
+from weftlm.serving.schemas import Bounds, Forms
 from weftlm.serving.serve_config import ServeConfig
+from weftlm.serving.workers import Workers
 
 
 def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: Sequence[APIRouter] = ()) -> FastAPI:
@@ -46,19 +46,19 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
             )
     metrics = Metrics(engines)
     served = {name: serve_model(name, engine, metrics.clock(name)) for name, engine in engines.items()}
-    bounds = bounds_of(engines, config)
-    models = request_models(bounds)
-    executor = ThreadPoolExecutor(1, "weftlm-tokenise")
+    forms = Forms(bounds_of(engines, config))
+    workers = Workers()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        executor.shutdown(wait=False, cancel_futures=True)
+        workers.close()
 
     app = FastAPI(title="weftlm", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.stopping = False
+    app.state.workers = workers
     add_handlers(app)
-    app.include_router(openai_router(served, models, bounds, executor))
+    app.include_router(openai_router(served, forms, workers))
 
     @app.get("/healthz", responses={500: ERRORS[500]})
     async def healthz() -> Health:
@@ -77,7 +77,8 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
     for page in pages:
         app.include_router(page)
     keys = [key.get_secret_value() for key in config.api_keys]
-    bodies = {"/v1/completions": models[0], "/v1/chat/completions": models[1]}
+    completions, chats = zip(*forms.models, strict=True)
+    bodies = {"/v1/completions": completions, "/v1/chat/completions": chats}
     app.openapi = Document(app, bodies, keyed=bool(keys), named=config.hosts is not None)  # type: ignore[method-assign]
     app.add_middleware(
         Intake,
@@ -91,25 +92,28 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
     return app
 
 
-def bounds_of(engines: Mapping[str, Generator], config: ServeConfig) -> Bounds:
-    """What the settings and the models allow together; a model of several may allow less."""
-    opened = [engine.opened for engine in engines.values()]
-    contexts = [model.max_length for model in opened]
-    known = [context for context in contexts if context is not None]
-    context = max(known) if len(known) == len(contexts) else None
-    return Bounds(
-        names=tuple(engines),
-        max_token_id=max(model.tokenizer.vocab_size for model in opened) - 1,
-        max_prompt_tokens=_least(config.max_prompt_tokens, context),
-        max_prompt_characters=config.max_prompt_characters,
-        max_new_tokens=_least(config.max_new_tokens, context),
-        max_prompts=min(config.max_prompts, config.max_answers),
-        max_choices=min(config.max_choices, config.max_answers),
-        max_answers=config.max_answers,
-        max_messages=config.max_messages,
-        max_top_logprobs=config.max_top_logprobs,
-        timeout_seconds=config.timeout_seconds,
-    )
+def bounds_of(engines: Mapping[str, Generator], config: ServeConfig) -> list[Bounds]:
+    """What the settings and each model allow together, by groups of models that allow the same."""
+    groups: dict[tuple[int, int | None], list[str]] = {}
+    for name, engine in engines.items():
+        opened = engine.opened
+        groups.setdefault((opened.tokenizer.vocab_size, opened.max_length), []).append(name)
+    return [
+        Bounds(
+            names=tuple(names),
+            max_token_id=vocabulary - 1,
+            max_prompt_tokens=_least(config.max_prompt_tokens, context),
+            max_prompt_characters=config.max_prompt_characters,
+            max_new_tokens=_least(config.max_new_tokens, context),
+            max_prompts=min(config.max_prompts, config.max_answers),
+            max_choices=min(config.max_choices, config.max_answers),
+            max_answers=config.max_answers,
+            max_messages=config.max_messages,
+            max_top_logprobs=config.max_top_logprobs,
+            timeout_seconds=config.timeout_seconds,
+        )
+        for (vocabulary, context), names in groups.items()
+    ]
 
 
 def _least(limit: int, context: int | None) -> int:

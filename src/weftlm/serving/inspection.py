@@ -284,7 +284,11 @@ class Inspector:
             found: list[float | None] = [None, *losses]
         else:
             model = self._model if without is None else self._without(without, keep=False)
-            found = self._predicted(ids, _logits(model, ids))[0]
+            try:
+                found = self._predicted(ids, _logits(model, ids))[0]
+            finally:
+                if model is not self._model and without not in self._variants:
+                    model.unload()  # its hooks refer to it: without them its weights are freed at once
         self._keep_losses(ids, without, found)
         return found
 
@@ -333,7 +337,7 @@ class Inspector:
         if keep:
             self._variants[expert] = variant
             if len(self._variants) > VARIANTS:
-                self._variants.popitem(last=False)
+                self._variants.popitem(last=False)[1].unload()
         return variant
 
     # -- gated models -------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +14,10 @@ from weftlm.serving.limits import is_open
 from weftlm.serving.replies import ChatChunk
 
 TEMPLATE = "#/components/schemas/{model}"
+WRONG = (
+    "The request is wrong; `error.param` names the field. A text may also be valid and too long in tokens, which no "
+    "schema can say: `error.code` is then `context_length_exceeded`."
+)
 METHODS = frozenset({"get", "put", "post", "delete", "options", "head", "patch", "trace"})
 
 
@@ -23,12 +27,14 @@ class Document:
     Bodies that a route reads by itself are put in; every operation names its errors; 422 goes.
     """
 
-    def __init__(self, app: FastAPI, bodies: Mapping[str, type[BaseModel]], *, keyed: bool, named: bool) -> None:
+    def __init__(
+        self, app: FastAPI, bodies: Mapping[str, Sequence[type[BaseModel]]], *, keyed: bool, named: bool
+    ) -> None:
         """Describe an app.
 
         Args:
             app: with all its routes.
-            bodies: path -> model of the body of its POST.
+            bodies: path -> models of the body of its POST, one for each group of served models with the same limits.
             keyed: whether a key is asked for.
             named: whether requests under some names alone are answered.
         """
@@ -58,9 +64,12 @@ class Document:
                 if method not in METHODS:
                     continue
                 if method == "post" and path in self.bodies:
-                    body = self.bodies[path]
-                    schemas[body.__name__] = _with_parts(body, schemas)
-                    operation["requestBody"] = {"required": True, "content": _json(body.__name__)}
+                    names = []
+                    for number, body in enumerate(self.bodies[path]):
+                        names.append(f"{body.__name__}{number or ''}")
+                        schemas[names[-1]] = _with_parts(body, schemas)
+                    operation["requestBody"] = {"required": True, "content": _json(*names)}
+                    operation["responses"]["400"]["description"] = WRONG
                 self._errors(path, operation)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
@@ -85,8 +94,10 @@ class Document:
             responses.setdefault(status, {"description": description, "content": _json("ErrorBody")})
 
 
-def _json(name: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": TEMPLATE.format(model=name)}}}
+def _json(*names: str) -> dict[str, Any]:
+    """Content in any of some schemas."""
+    schemas = [{"$ref": TEMPLATE.format(model=name)} for name in names]
+    return {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
 
 
 def _with_parts(model: type[BaseModel], schemas: dict[str, Any]) -> dict[str, Any]:

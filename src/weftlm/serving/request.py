@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from weftlm.pipeline.any_model import OpenModel
+if TYPE_CHECKING:  # the processes of `workers.py` need no model
+    from weftlm.pipeline.any_model import OpenModel
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 

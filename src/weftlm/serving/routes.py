@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,15 @@ from starlette.responses import Response
 
 from weftlm.serving.answers import Answers, unless_gone
 from weftlm.serving.api_errors import ApiError, ErrorBody
-from weftlm.serving.limits import read_json
+from weftlm.serving.limits import SMALL_BODY_BYTES, checked, read_body
 from weftlm.serving.metrics import ModelClock
 from weftlm.serving.prompts import Prompts
 from weftlm.serving.replies import Chat, Completion, ModelCard, ModelList
 from weftlm.serving.request import Generator, Sampling
-from weftlm.serving.schemas import SEED_BITS, Bounds, ChatRequest, CompletionRequest
+from weftlm.serving.schemas import SEED_BITS, ChatRequest, CompletionRequest, Forms, Kind, unflattened
 from weftlm.serving.schemas import Request as Asked
 from weftlm.serving.stream import EventStream
+from weftlm.serving.workers import Workers
 from weftlm.serving.writers import ChatWriter, CompletionWriter, Writer, usage_of
 
 COMPLETION_TOKENS = 16
@@ -80,22 +80,23 @@ class Served:
         return ModelCard(id=self.name, created=self.created, owned_by="weftlm")
 
 
-def openai_router(
-    served: Mapping[str, Served],
-    models: tuple[type[CompletionRequest], type[ChatRequest]],
-    bounds: Bounds,
-    executor: Executor,
-) -> APIRouter:
+def openai_router(served: Mapping[str, Served], forms: Forms, workers: Workers) -> APIRouter:
     """The routes of a server.
 
     Args:
         served: name -> model.
-        models: of the two kinds of request, as `schemas.request_models` makes them.
-        bounds: of requests.
-        executor: where long prompts are tokenised.
+        forms: of requests to them.
+        workers: where long prompts are tokenised, large bodies checked, and chat templates run.
     """
     router = APIRouter(prefix="/v1")
-    completion_model, chat_model = models
+
+    async def read(request: Request, kind: Kind) -> Any:
+        """The request in a body; a large one is checked in another process."""
+        raw = await read_body(request)
+        if len(raw) <= SMALL_BODY_BYTES:
+            return checked(raw, lambda value: forms.of(kind, value))
+        value = await workers.run(lambda worker: worker.check(raw, kind, forms.bounds))
+        return unflattened(forms.of(kind, value), value)
 
     def find(name: str) -> Served:
         if name not in served:
@@ -105,15 +106,11 @@ def openai_router(
             )
         return served[name]
 
-    async def encode(work: Callable[[], list[list[int]]], characters: int) -> list[list[int]]:
-        if characters <= LONG_CHARACTERS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
-
     async def reply(
         request: Request, asked: Asked, model: Served, prompts: list[list[int]], sampling: Sampling, writer: Writer
     ) -> Response:
         """Queue every prompt n times and answer, whole or piece by piece."""
+        bounds = forms.bounds_of(model.name)
         choices = range(asked.n if asked.n is not None else 1)
         each = [(prompt, seeded(sampling, number)) for prompt in prompts for number in choices]
         if len(each) > bounds.max_answers:
@@ -137,6 +134,7 @@ def openai_router(
 
     def room(model: Served, prompts: Sequence[Sequence[int]], wanted: int | None, default: int, param: str) -> int:
         """Tokens each answer may have: what was asked for, or the default as far as the context leaves it."""
+        bounds = forms.bounds_of(model.name)
         longest = max(map(len, prompts))
         if longest > bounds.max_prompt_tokens:
             raise ApiError(
@@ -172,19 +170,22 @@ def openai_router(
     @router.post("/completions", response_model=Completion, responses={**ERRORS, **_streamed("Completion")})
     async def completions(request: Request) -> Response:
         """Continue texts."""
-        asked = await read_json(request, completion_model)
+        asked: CompletionRequest = await read(request, "completion")
         model = find(asked.model)
         texts, ids = _split(asked.prompt)
         if texts is not None:
             special = asked.add_special_tokens is not False
-            ids = await encode(
-                lambda: [model.prompts.text(text, special=special) for text in texts], sum(map(len, texts))
+            work = functools.partial(_encoded, model.prompts, texts, special)
+            ids = work() if sum(map(len, texts)) <= LONG_CHARACTERS else await workers.run(lambda _: work())
+        if asked.best_of not in (None, asked.n or 1):
+            raise ApiError(
+                400,
+                f"best_of is {asked.best_of} and n {asked.n or 1}: ranked answers are not offered; leave best_of out",
+                param="best_of",
+                code="unsupported_value",
             )
-        vocabulary = model.prompts.opened.tokenizer.vocab_size
-        if (largest := max(map(max, ids))) >= vocabulary:
-            message = f"prompt: {model.name} has no token {largest}; ids are below {vocabulary:,}"
-            raise ApiError(400, message, param="prompt", code="invalid_value")
-        tokens = room(model, ids, asked.max_tokens, min(COMPLETION_TOKENS, bounds.max_new_tokens), "prompt")
+        most = min(COMPLETION_TOKENS, forms.bounds_of(model.name).max_new_tokens)
+        tokens = room(model, ids, asked.max_tokens, most, "prompt")
         sampling = sampling_of(asked, tokens, asked.logprobs)
         return await reply(
             request, asked, model, ids, sampling, CompletionWriter(model.name, model.prompts, asked.logprobs)
@@ -197,17 +198,20 @@ def openai_router(
         The tokenizer's chat template writes the prompt. For a model without one it is a line `role: text` for each
         message and the line `assistant:`.
         """
-        asked = await read_json(request, chat_model)
+        asked: ChatRequest = await read(request, "chat")
         model = find(asked.model)
         messages = [
             {"role": message.role, "content": message.text, **({"name": message.name} if message.name else {})}
             for message in asked.messages
         ]
-        characters = sum(len(message["content"]) for message in messages)
-        ids = await encode(lambda: [model.prompts.chat(messages)], characters)
+        if model.prompts.has_template or sum(len(message["content"]) for message in messages) > LONG_CHARACTERS:
+            ids = [await workers.run(lambda worker: model.prompts.chat(messages, worker.render))]
+        else:
+            ids = [model.prompts.chat(messages)]
         wanted = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        sampling = sampling_of(asked, room(model, ids, wanted, bounds.max_new_tokens, "messages"), top)
+        most = forms.bounds_of(model.name).max_new_tokens
+        sampling = sampling_of(asked, room(model, ids, wanted, most, "messages"), top)
         return await reply(request, asked, model, ids, sampling, ChatWriter(model.name, model.prompts, top))
 
     return router
@@ -217,8 +221,8 @@ def sampling_of(asked: Asked, tokens: int, top: int | None) -> Sampling:
     """How the tokens of a request are drawn."""
     return Sampling(
         max_tokens=tokens,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
+        temperature=0.0 if asked.top_p == 0 else 1.0 if asked.temperature is None else asked.temperature,
+        top_p=asked.top_p or 1.0,
         seed=asked.seed,
         stop=asked.stops,
         logprobs=top,
@@ -231,6 +235,10 @@ def seeded(sampling: Sampling, number: int) -> Sampling:
     if sampling.seed is None:
         return sampling
     return Sampling(**{**vars(sampling), "seed": (sampling.seed + number) % (1 << SEED_BITS)})
+
+
+def _encoded(prompts: Prompts, texts: Sequence[str], special: bool) -> list[list[int]]:
+    return [prompts.text(text, special=special) for text in texts]
 
 
 def _split(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[list[str] | None, list[list[int]]]:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+Kind = Literal["completion", "chat"]
+KINDS: tuple[Kind, ...] = ("completion", "chat")
 SEED_BITS = 63
 SHORTEST_TIMEOUT_SECONDS = 1.0
 """A request may ask for; nothing can be promised in less."""
@@ -23,6 +25,11 @@ def _whole(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _wholes(value: Any) -> Any:
+    """`_whole` for a list; one of integers alone is recognised without a look at each."""
+    return list(map(_whole, value)) if isinstance(value, list) and float in set(map(type, value)) else value
 
 
 WHOLE = BeforeValidator(_whole)
@@ -70,7 +77,7 @@ class Request(Sent):
         n: answers to each prompt; each is drawn with a seed of its own, `seed` + its number. A server also bounds the
             answers to all prompts of a request.
         temperature: 0 takes the most likely token.
-        top_p: smallest set of most likely tokens with at least this probability.
+        top_p: smallest set of most likely tokens with at least this probability; 0 takes the most likely token.
         seed: of the draw; the same seed gives the same answer whatever else the server does.
         stop: texts that end the answer and are not part of it.
         stream: send the answer while it is generated, as server-sent events.
@@ -86,7 +93,7 @@ class Request(Sent):
     model: Annotated[str, Field(min_length=1, max_length=200)]
     n: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1), WHOLE] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
@@ -124,7 +131,7 @@ class CompletionRequest(Request):
         max_tokens: to generate at most; 16 unless told, or what the model's context leaves.
         logprobs: how many alternatives to report for each token; 0 for the tokens' own log-probabilities alone.
         echo: false only.
-        best_of: 1 only.
+        best_of: 1, or the same as `n`.
         suffix: empty only.
         add_special_tokens: put the tokens before a text that the model's tokenizer puts there; true unless told. Token
             ids are taken as they are.
@@ -134,7 +141,7 @@ class CompletionRequest(Request):
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: Annotated[int, Field(ge=0), WHOLE] | None = None
     echo: No | None = None
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     add_special_tokens: bool | None = None
 
@@ -218,8 +225,8 @@ class Bounds:
     """What the models and the settings of a server allow.
 
     Attributes:
-        names: of the models.
-        max_token_id: the largest of any model.
+        names: of the models that allow the same.
+        max_token_id: the largest.
         max_prompt_tokens: of one prompt.
         max_prompt_characters: of one prompt or part of a message.
         max_new_tokens: of one answer.
@@ -244,6 +251,46 @@ class Bounds:
     timeout_seconds: float
 
 
+class Forms:
+    """The request models of a server by the model a request names.
+
+    Attributes:
+        bounds: of each group of models that allow the same.
+    """
+
+    def __init__(self, bounds: Sequence[Bounds]) -> None:
+        self.bounds = tuple(bounds)
+        self.models = tuple(request_models(each) for each in bounds)
+        self._group = {name: number for number, each in enumerate(bounds) for name in each.names}
+
+    def of(self, kind: Kind, value: Any) -> type[Request]:
+        """The model to check a body with; the first group's where it names none."""
+        name = value.get("model") if isinstance(value, dict) else None
+        group = self._group.get(name, 0) if isinstance(name, str) else 0
+        return self.models[group][KINDS.index(kind)]
+
+    def bounds_of(self, name: str) -> Bounds:
+        """What a model allows."""
+        return self.bounds[self._group[name]]
+
+
+def flat(asked: Request) -> dict[str, Any]:
+    """A checked request as JSON; messages hold one text each."""
+    value = asked.model_dump(mode="json", exclude_unset=True, exclude={"messages"})
+    if isinstance(asked, ChatRequest):
+        value["messages"] = [{"role": said.role, "content": said.text, "name": said.name} for said in asked.messages]
+    return value
+
+
+def unflattened(model: type[Request], value: dict[str, Any]) -> Request:
+    """The request that `flat` was made of."""
+    if value.get("stream_options") is not None:
+        value["stream_options"] = StreamOptions(**value["stream_options"])
+    if "messages" in value:
+        value["messages"] = [Message.model_construct(**said) for said in value["messages"]]
+    return model.model_construct(**value)
+
+
 def request_models(bounds: Bounds) -> tuple[type[CompletionRequest], type[ChatRequest]]:
     """The two request models of a server, with its bounds in them."""
     name = Annotated[str, Field(min_length=1, max_length=200, json_schema_extra={"enum": list(bounds.names)})]
@@ -253,12 +300,16 @@ def request_models(bounds: Bounds) -> tuple[type[CompletionRequest], type[ChatRe
     shortest = min(SHORTEST_TIMEOUT_SECONDS, bounds.timeout_seconds)
     timeout = Annotated[float, Field(ge=shortest, le=bounds.timeout_seconds, allow_inf_nan=False)]
     text = Annotated[str, Field(max_length=bounds.max_prompt_characters)]
-    token = Annotated[int, Field(ge=0, le=bounds.max_token_id), WHOLE]
+    token = Annotated[int, Field(ge=0, le=bounds.max_token_id)]
     # Lists stop at their first fault: a body of many small ones must not be reported at length.
-    tokens = Annotated[list[token], Field(min_length=1, max_length=bounds.max_prompt_tokens, fail_fast=True)]
+    tokens = Annotated[
+        list[token], Field(min_length=1, max_length=bounds.max_prompt_tokens, fail_fast=True), BeforeValidator(_wholes)
+    ]
     many = Field(min_length=1, max_length=bounds.max_prompts, fail_fast=True)
     prompt = text | Annotated[list[text], many] | tokens | Annotated[list[tokens], many]
     shared: dict[str, Any] = {"model": (name, ...), "n": (choices | None, None), "timeout": (timeout | None, None)}
+    # What any request may ask for shows in the schema; the value of `n`, which is neutral too, cannot.
+    best_of = Annotated[int, Field(ge=1, le=bounds.max_choices, json_schema_extra={"const": 1}), WHOLE]
     completion = create_model(
         "CompletionRequest",
         __base__=CompletionRequest,
@@ -266,6 +317,7 @@ def request_models(bounds: Bounds) -> tuple[type[CompletionRequest], type[ChatRe
         prompt=(prompt, ...),
         max_tokens=(new_tokens | None, None),
         logprobs=(top | None, None),
+        best_of=(best_of | None, None),
         **shared,
     )
     part = create_model("TextPart", __base__=TextPart, text=(text, ...))

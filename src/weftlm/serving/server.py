@@ -88,7 +88,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, end what runs, let clients take it, and stop."""
         self.app.state.stopping = True
-        closing = [asyncio.to_thread(engine.close) for engine in self.engines.values()]
+        closing = [asyncio.to_thread(self.app.state.workers.close)]
+        closing += [asyncio.to_thread(engine.close) for engine in self.engines.values()]
         await asyncio.gather(super().shutdown(sockets=sockets), *closing)
 
     @contextlib.contextmanager

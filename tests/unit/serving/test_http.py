@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -330,7 +331,8 @@ def test_a_full_queue_says_when_to_come_back_and_keeps_nothing(opened: OpenModel
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": "1"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"best_of": 3, "n": 2}, "best_of"),
         ({"n": 0}, "n"),
         ({"n": 1.5}, "n"),
         ({"n": 17}, "n"),
@@ -402,8 +404,33 @@ def test_neutral_and_harmless_fields_pass(client: TestClient) -> None:
         "stream_options": None,
     }  # fmt: skip
     assert complete(client, **shared, best_of=1, suffix="", echo=False).status_code == 200
+    assert complete(client, best_of=3, n=3, max_tokens=1).status_code == 200
     extra = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
     assert chat(client, **shared, **extra, parallel_tool_calls=True, max_tokens=1).status_code == 200
+
+
+def test_a_top_p_of_zero_is_greedy(client: TestClient, engine: FakeEngine) -> None:
+    assert complete(client, top_p=0, temperature=1.5, max_tokens=1).status_code == 200
+    assert (engine.tickets[0].sampling.temperature, engine.tickets[0].sampling.top_p) == (0.0, 1.0)
+
+
+def test_each_model_has_its_own_limits(opened: OpenModel) -> None:
+    small = OpenModel(
+        "small", "plain", SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16)), opened.tokenizer, ()
+    )
+    engines = {"small": FakeEngine(small, words(small)), "large": FakeEngine(opened, words(opened))}
+    client = TestClient(build_app(engines, ServeConfig()), raise_server_exceptions=False)
+    for model, most in (("small", 15), ("large", POSITIONS - 1)):
+        assert complete(client, model=model, prompt=[1], max_tokens=most).status_code == 200
+        assert error_of(complete(client, model=model, prompt=[1], max_tokens=most + 1), 400)["param"] == "max_tokens"
+        assert complete(client, model=model, prompt=[1] * most, max_tokens=1).status_code == 200
+        assert error_of(complete(client, model=model, prompt=[1] * (most + 1), max_tokens=1), 400)["param"] == "prompt"
+    document = client.get("/openapi.json").json()
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    names = [part["$ref"].rpartition("/")[2] for part in body["anyOf"]]
+    schemas = [document["components"]["schemas"][name]["properties"] for name in names]
+    assert [schema["model"]["enum"] for schema in schemas] == [["small"], ["large"]]
+    assert [schema["max_tokens"]["anyOf"][0]["maximum"] for schema in schemas] == [15, POSITIONS - 1]
 
 
 def test_an_unknown_model_is_not_found(client: TestClient) -> None:

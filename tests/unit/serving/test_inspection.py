@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -332,3 +334,29 @@ def test_passes_of_the_served_model_and_inspections_do_not_meet(kind: str, model
         done.set()
         server.join()
     assert not wrong
+
+
+def test_models_without_an_expert_are_freed_at_once(models: dict[str, OpenModel]) -> None:
+    inspector = Inspector("routed", models["routed"])
+    alive: list[weakref.ref[Any]] = []
+    without = inspector._without
+
+    def watched(expert: str, *, keep: bool = True) -> RoutedModel:
+        variant = without(expert, keep=keep)
+        alive.extend(map(weakref.ref, [variant, *variant._pools.values()]))
+        return variant
+
+    inspector._without = watched  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        for name in inspector.experts:
+            inspector.cost_without(TEXT, name)
+        assert len(alive) > 3
+        assert [reference for reference in alive if reference() is not None] == []
+        for name in inspector.experts:
+            inspector.inspect(TEXT, without=name)
+        kept = sum(isinstance(reference(), RoutedModel) for reference in alive)
+        assert kept == len(inspector._variants) < len(inspector.experts)
+    finally:
+        gc.enable()

@@ -9,6 +9,12 @@ import * as address from "./state.js";
 import { Pane } from "./tokens.js";
 import { leader, NOBODY, palette, shares, TIE, unpack } from "./weights.js";
 
+const EXAMPLE = `def area(radius):
+    """The area of a circle."""
+    return 3.14159 * radius ** 2
+
+A circle has the largest area of all figures with the same circumference.
+`;
 const SURPRISE = "surprise", CHANGE = "change", WORK = "work";
 
 const models = new Map();
@@ -19,7 +25,7 @@ let found = null;
 let drawn = null;
 let only = null, job = null, again = null, made = null;
 
-const el = Object.fromEntries(["ask", "model", "beside", "text", "look", "generate", "count", "temperature", "seed",
+const el = Object.fromEntries(["ask", "model", "beside", "text", "look", "generate", "example", "length", "count", "temperature", "seed",
   "status", "about", "unlock", "key", "error", "result", "totals", "view", "without", "legend", "panes", "detail",
   "course", "usage", "leave", "costs"].map((id) => [id, byId(id)]));
 
@@ -39,10 +45,30 @@ async function run(label, work) {
   } catch (trouble) {
     if (mine.signal.aborted) return;
     el.status.textContent = "";
+    clear();
     explain(trouble);
   } finally {
     if (job === mine) document.body.removeAttribute("aria-busy");
   }
+}
+
+/** Take old results away: they belong to another question. */
+function clear() {
+  found = drawn = null;
+  el.result.hidden = true;
+}
+
+/** Whether the text can be looked at; says how much too long it is. */
+function fits() {
+  const most = models.get(el.model.value)?.max_characters ?? Infinity, size = [...el.text.value].length;
+  el.length.hidden = size <= 0.9 * most;
+  el.length.textContent = size > most
+    ? `The text has ${size} characters, ${size - most} more than the ${most} that can be looked at; shorten it.`
+    : `${size} of ${most} characters.`;
+  el.length.classList.toggle("bad", size > most);
+  if (size > most) el.text.setAttribute("aria-invalid", "true");
+  else el.text.removeAttribute("aria-invalid");
+  return size <= most;
 }
 
 function explain(trouble) {
@@ -80,7 +106,7 @@ function offer(beside = el.beside.value) {
   fill(el.beside, [["", "no other model"], ...[...models.keys()].filter((name) => name !== facts.name).map((name) => [name, name])]);
   el.beside.value = models.has(beside) && beside !== facts.name ? beside : "";
   el.beside.closest("label").hidden = models.size < 2;
-  el.text.maxLength = facts.max_characters;
+  fits();
   const parts = {
     plain: ["one set of weights, no experts"],
     routed: [`${facts.experts.length} experts routed by ${facts.by}`, `${facts.layers.reduce((sum, layer) => sum + layer.modules.length, 0)} modules in ${facts.layers.length} layers`],
@@ -101,6 +127,7 @@ function take() {
 }
 
 function look() {
+  if (!fits()) return clear();
   return run("Looking …", (signal) => {
     take();
     return inspect(signal);
@@ -108,6 +135,7 @@ function look() {
 }
 
 function generate() {
+  if (!fits()) return null;
   for (const input of [el.count, el.temperature, el.seed]) if (!input.reportValidity()) return null;
   return run("Generating …", async (signal) => {
     const before = el.text.value;
@@ -165,9 +193,13 @@ function draw() {
   else drawOne();
   const last = drawn.places - 1;
   state.at = Math.min(state.at, last);
+  el.detail.classList.remove("chosen");
   drawn.settle(state.at);
   address.write(state);
 }
+
+/** On a narrow screen the details are shown below the text, once a token is chosen. */
+const choose = () => el.detail.classList.add("chosen");
 
 function weights(inspection, view) {
   const held = unpack(view.weights, inspection.tokens.length, inspection.experts.length);
@@ -284,6 +316,7 @@ function drawOne() {
     pane.go(token);
   }
   function settle(token) {
+    choose();
     remember(token);
   }
   function point(token) {
@@ -338,13 +371,13 @@ function drawPair() {
     return map;
   });
   const split = new Pane("Difference of the two models", segments.map((one) => one.text), {
-    point: (place) => drawn.point(place ?? state.at), settle: (place) => drawn.settle(place, null),
+    point: (place) => drawn.point(place ?? state.at), settle: (place) => [choose(), drawn.settle(place, null)],
   });
   split.paint(changeColours(differences, most));
   const panes = both.map((one, place) => {
     const pane = new Pane(`Tokens of ${one.model}`, one.tokens.map((token) => token.text), {
       point: (token) => drawn.point(token === null ? state.at : toSegment[place][token]),
-      settle: (token) => drawn.settle(toSegment[place][token], pane),
+      settle: (token) => [choose(), drawn.settle(toSegment[place][token], pane)],
     });
     pane.paint(painted[place].colours);
     return pane;
@@ -424,7 +457,11 @@ el.text.addEventListener("keydown", (event) => {
   if (event.shiftKey) generate();
   else look();
 });
-el.text.addEventListener("input", () => el.text.removeAttribute("aria-invalid"));
+el.text.addEventListener("input", fits);
+el.example.addEventListener("click", () => {
+  el.text.value = EXAMPLE;
+  look();
+});
 for (const select of [el.model, el.beside]) select.addEventListener("change", () => {
   offer();
   if (found && el.text.value) look();
@@ -468,10 +505,7 @@ el.unlock.addEventListener("submit", (event) => {
 window.addEventListener("popstate", () => {
   state = address.read();
   made = null;
-  if (!state.text) {
-    found = null;
-    el.result.hidden = true;
-  }
+  if (!state.text) clear();
   run("Looking …", settle);
 });
 
