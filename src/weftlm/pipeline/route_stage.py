@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from weftlm.errors import DataError
+from weftlm.evaluation.result import finite_or_none
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.files import read_object, write_object
@@ -64,10 +65,17 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
             routed_folder(recipe, config.build[-1]), data, config.timed_pairs, _device(recipe)
         )
     found = {
-        "heldout_bpb": {label: mean.bits_per_byte for label, mean in generic.items() if mean is not None},
-        "unseen_bpb": {label: row.sets["target"].bits_per_byte for label, row in rows.items() if "target" in row.sets},
+        "heldout_bpb": {
+            label: finite_or_none(mean.bits_per_byte) for label, mean in generic.items() if mean is not None
+        },
+        "unseen_bpb": {
+            label: finite_or_none(row.sets["target"].bits_per_byte)
+            for label, row in rows.items()
+            if "target" in row.sets
+        },
         "bits_per_byte": {
-            label: {name: each.bits_per_byte for name, each in row.sets.items()} for label, row in rows.items()
+            label: {name: finite_or_none(each.bits_per_byte) for name, each in row.sets.items()}
+            for label, row in rows.items()
         },
         **_accuracies(rows),
         BEST_SINGLE.replace(" ", "_"): evaluation.best_single,

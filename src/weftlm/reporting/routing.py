@@ -25,7 +25,7 @@ class RoutingFacts:
         chance: accuracy of guessing, by task.
     """
 
-    table: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    table: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     relative_forward_time: float | None = None
     traces: Sequence[LabelledTrace] = ()
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -20,14 +20,14 @@ class ScoreTable:
     """Bits per byte by row and set, and the share of right answers by row and task.
 
     Attributes:
-        rows: by label; the base and `oracle` are rows like the others.
+        rows: by label; the base and `oracle` are rows like the others. None: not known (a tokenizer that loses text).
         what: a row is, in one word.
         base: label of the row that differences are taken to, where there is one.
         accuracy: by label and task, of those rows that were asked.
         chance: accuracy of guessing, by task.
     """
 
-    rows: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     what: str = "router"
     base: str = BASE
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -40,8 +40,13 @@ class ScoreTable:
 
     def mean(self, label: str) -> float:
         """A row's mean over all sets, each counting once; NaN where one is missing, for it would not compare."""
-        values = [self.rows[label].get(name, math.nan) for name in self.sets]
+        values = [self.value(label, name) for name in self.sets]
         return math.fsum(values) / len(values) if values else math.nan
+
+    def value(self, label: str, name: str) -> float:
+        """A row's value on one set; NaN where it is missing or not known."""
+        found = self.rows[label].get(name)
+        return math.nan if found is None else found
 
 
 def score_table(facts: ScoreTable) -> str:
@@ -139,7 +144,7 @@ def _bound(label: str) -> bool:
 
 
 def _score(facts: ScoreTable, label: str, name: str | None) -> float:
-    return facts.mean(label) if name is None else facts.rows[label].get(name, math.nan)
+    return facts.mean(label) if name is None else facts.value(label, name)
 
 
 def _value(facts: ScoreTable, label: str, name: str | None) -> str:

@@ -60,7 +60,7 @@ def test_the_best_method_is_bold_and_the_oracle_is_a_bound() -> None:
 
 
 def test_a_missing_score_is_a_dash_and_leaves_no_mean() -> None:
-    table = {"base": {"a": 1.0, "b": 2.0}, "arrow": {"a": 0.9}, "other": {"a": math.nan, "b": 1.0}}
+    table = {"base": {"a": 1.0, "b": 2.0}, "arrow": {"a": 0.9, "b": None}, "other": {"a": math.nan, "b": 1.0}}
     facts = ScoreTable(table)
     rows = rows_of(score_table(facts))
     assert rows["arrow"][0] == rows["arrow"][2] == rows["other"][1] == "–"
