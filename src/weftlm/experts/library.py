@@ -630,8 +630,7 @@ def _require_same_model(lora: LoRAExpert, base: BaseReference) -> None:
     Raises:
         ExpertError: its base is elsewhere, and no fingerprint says that it is the same model.
     """
-    from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
-    from weftlm.models.open import load_base  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.open import local_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
 
     named = lora.base
     cure = (
@@ -639,7 +638,7 @@ def _require_same_model(lora: LoRAExpert, base: BaseReference) -> None:
         "or assume_base: true in experts.imports)"
     )
     if base.fingerprint is not None and is_folder(named.name):
-        found = base_fingerprint(load_base(named.name))
+        found = local_fingerprint(named.name)
         if found == base.fingerprint:
             return
         raise ExpertError(
