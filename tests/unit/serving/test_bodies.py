@@ -1,0 +1,95 @@
+"""Whatever JSON comes: 2xx, or a 4xx with OpenAI's error object; and the next request is answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from support.fake_engine import FakeEngine, words
+from support.served import write_model
+
+from weftlm.pipeline.any_model import open_model
+from weftlm.serving.http import build_app
+from weftlm.serving.inspector import inspector_router
+from weftlm.serving.serve_config import ServeConfig
+
+NUMBERS = [
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"1e308", b"-0", b"-0.0", b"0e0", b"1E2", b"01", b"+1",
+    b".5", b"1.", b"0x10", b"1_0", b"9223372036854775807", b"9223372036854775808", b"-9223372036854775809",
+    b"18446744073709551616", b"1" + b"0" * 400, b"1" + b"0" * 5000, b"1.0", b"1.5", b"5e-324", b"true", b"null", b'"1"',
+    b"[1]", b"{}",
+]  # fmt: skip
+FIELDS = ["seed", "max_tokens", "n", "logprobs", "best_of", "temperature", "top_p", "timeout"]
+TEXTS = [
+    b'"\\ud800"', b'"\\udfff\\ud800"', b'"\\u0000"', b'"\x00"', b'"\x1b[31m"', b'"\\ud83d\\ude00"', b'"\xed\xa0\x80"',
+    b'"\xff"', b'"\\x41"', b'"\\"', b'"a', b"'a'", b'"</script>"', b'"\\u202e"', b'"\xef\xbb\xbf"', b'""', b"[]",
+    b"[[]]", b'[""]', b"[null]", b"[[1],[\"a\"]]", b"[1.5]", b"[1e999]", b"[-1]", b"[99999999999999999999]",
+    b"{\"a\":1}", b"[[[1]]]",
+    b"[" * 500 + b"]" * 500, b"[" * 5_000 + b"]" * 5_000, b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
+]  # fmt: skip
+WHOLE = [
+    b"", b" ", b"\x00", b"null", b"0", b"[]", b'"a"', b"{", b"}", b"{}", b"{,}", b'{"model"}', b'{"model":"tiny",}',
+    b'{"model":"tiny","prompt":"a"} x', b'{"model":"tiny","prompt":"a"}{}', b"\xef\xbb\xbf{}",
+    '{"model":"tiny","prompt":"a"}'.encode("utf-16"), b'{"model":"tiny","model":"other","prompt":"a"}',
+    b'{"model":"other","model":"tiny","prompt":"a"}', b'{"prompt":"a","prompt":[1],"model":"tiny"}',
+    b'{"model":"tiny","prompt":"a","":1}', b'{"model":"tiny","prompt":"a","\\u0000":1}',
+    b'{"model":"tiny","prompt":"a","__class__":1}', b'{"model":"tiny","prompt":"a","\\ud800":1}',
+    b'{"model":["tiny"],"prompt":"a"}', b'{"model":{"tiny":1},"prompt":"a"}', b'{"model":"TINY","prompt":"a"}',
+    b'{"model":"tiny\\u0000","prompt":"a"}', b'{"model":"\\u001b[2J","prompt":"a"}', b'{"model":null,"prompt":"a"}',
+    b'{"model":"tiny","prompt":"a","stop":[null]}', b'{"model":"tiny","prompt":"a","stop":"\\ud800"}',
+    b'{"model":"tiny","prompt":"a","stream_options":[]}', b'{"model":"tiny","prompt":"a","logit_bias":{"1":NaN}}',
+    b'{"model":"tiny","prompt":"a","metadata":{"a":{"b":{}}}}', b'{"model":"tiny","prompt":"a","user":1}',
+    b'{"model":"tiny","prompt":"a","stream":"yes"}', b'{"model":"tiny","prompt":"a",/* c */"n":1}',
+    b'{"model":"tiny","prompt":"a",\n\t"n"\r:1 }', b"{'model':'tiny','prompt':'a'}",
+]  # fmt: skip
+BODIES = [
+    *(b'{"model":"tiny","prompt":"a","%s":%s}' % (field.encode(), number) for field in FIELDS for number in NUMBERS),
+    *(b'{"model":"tiny","max_tokens":1,"prompt":%s}' % text for text in TEXTS),
+    *WHOLE,
+]
+CHATS = [
+    *(b'{"model":"tiny","max_tokens":1,"messages":[{"role":"user","content":%s}]}' % text for text in TEXTS),
+    *(b'{"model":"tiny","max_tokens":1,"messages":%s}' % text for text in TEXTS),
+    *(b'{"model":"tiny","max_tokens":1,"messages":[{"role":%s,"content":"a"}]}' % text for text in TEXTS[:12]),
+    *(b'{"model":"tiny","max_tokens":1,"messages":[{"role":"user","content":"a","name":%s}]}' % text for text in TEXTS),
+]
+QUESTIONS = [
+    *(b'{"model":"tiny","text":%s}' % text for text in TEXTS),
+    *(b'{"model":%s,"text":"a"}' % text for text in TEXTS),
+    *(b'{"model":"tiny","text":"a","without":%s}' % text for text in TEXTS),
+]
+ALL = {
+    "/v1/completions": BODIES,
+    "/v1/chat/completions": [*CHATS, *WHOLE],
+    "/api/inspect": [*QUESTIONS, *WHOLE],
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    opened = open_model(write_model(tmp_path_factory.mktemp("served"), "plain"))
+    engines = {"tiny": FakeEngine(opened, words(opened))}
+    app = build_app(engines, ServeConfig(), pages=[inspector_router({"tiny": opened}, engines)])
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("route", ALL)
+def test_every_body_has_a_clean_answer(client: TestClient, route: str) -> None:
+    wrong: list[Any] = []
+    for body in ALL[route]:
+        response = client.post(route, content=body, headers={"content-type": "application/json"})
+        if response.status_code == 200:
+            continue
+        error = response.json().get("error", {})
+        clean = 400 <= response.status_code < 500 and set(error) == {"message", "type", "param", "code"}
+        said = str(error.get("message", ""))
+        if not clean or not said or (not said.isascii() and not said.isprintable()) or "\x1b" in said:
+            wrong.append((body[:60], response.status_code, said[:200]))
+    assert wrong == []
+    valid = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1})
+    response = client.post("/v1/completions", content=valid, headers={"content-type": "application/json"})
+    assert response.status_code == 200
