@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from weftlm.cli.dry_run import show_plan
-from weftlm.cli.options import DryRunOption, JsonOption, SetOption, number, print_json, print_table, say
+from weftlm.cli.options import DryRunOption, JsonOption, QuickOption, SetOption, number, print_json, print_table, say
 
 
-def run(set_: SetOption = None, dry_run: DryRunOption = False, json: JsonOption = False) -> None:
+def run(
+    set_: SetOption = None, quick: QuickOption = False, dry_run: DryRunOption = False, json: JsonOption = False
+) -> None:
     """Run the whole pipeline on built-in text: a mixture found while training, experts routed, a robust gate.
 
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
     summary.json, the model, its rivals, experts, routed models, gate and students. Finished stages are reused.
     """
     from weftlm.pipeline.demo import demo_project, run_demo
+    from weftlm.pipeline.quick import quick as cut_down
 
     project = demo_project(set_ or [])
+    if quick:
+        project = cut_down(project)
     if dry_run:
         assert project.whole is not None
         show_plan(project.whole, json)

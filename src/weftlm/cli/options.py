@@ -38,6 +38,10 @@ RayOption = Annotated[
 GpusOption = Annotated[float, typer.Option("--gpus", min=0, help="GPUs of each Ray task; 0 for CPUs.")]
 LONGEST_NAME = 60
 """Characters of a table's first column; the middle of a longer name is left out."""
+QuickOption = Annotated[
+    bool,
+    typer.Option("--quick", help="All stages in about two minutes: sizes cut down, results in RUN-quick."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,8 +11,10 @@ from weftlm.cli import complete
 from weftlm.cli.options import (
     DryRunOption,
     JsonOption,
+    QuickOption,
     RecipeArgument,
     SetOption,
+    number,
     print_json,
     print_table,
     say,
@@ -48,6 +51,7 @@ def run(
         ),
     ] = None,
     processes: Annotated[int, typer.Option(help="Experts made at once.", min=1)] = 1,
+    quick: QuickOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -58,9 +62,12 @@ def run(
     and distils it; compare trains rivals. A costly stage whose settings changed is replaced only with --from.
     """
     from weftlm.pipeline.project import load_project
+    from weftlm.pipeline.quick import quick as cut_down
     from weftlm.pipeline.runner import run_project
 
     project = load_project(recipe, set_ or [])
+    if quick:
+        project = cut_down(project)
     if dry_run:
         _show_plan(project, from_, until, json)
         return
@@ -69,8 +76,36 @@ def run(
 
     if is_main_process():
         show_status(project, found, json)
-        if not json and (project.run / REPORT).exists() and found[-1].state == "done":
-            say(f"report: {project.run / REPORT}")
+        if not json and found[-1].state == "done":
+            show_models(project)
+
+
+def show_models(project: Project) -> None:
+    """Print every model of a finished project, the best marked, and what to do next."""
+    from weftlm.pipeline.models_table import read_evaluation
+
+    models: dict[str, Any] = read_evaluation(project)["models"]
+    means = {
+        name: facts["generic"]["bits_per_byte"] for name, facts in models.items() if facts.get("generic") is not None
+    }
+    measured = {name: mean for name, mean in means.items() if mean is not None}
+    best = min(measured, key=measured.__getitem__) if measured else next(iter(models))
+    print_table(
+        f"{project.run}: bits per byte of held-out text, mean over domains",
+        ["model", "mean of domains", "target", ""],
+        [
+            [name, number(means.get(name)), number(_target(facts)), "best on the domains" if name == best else ""]
+            for name, facts in models.items()
+        ],
+    )
+    say(f"serve it: weftlm serve {shlex.quote(models[best]['path'])}")
+    if (project.run / REPORT).exists():
+        say(f"read on: {project.run / REPORT}")
+
+
+def _target(facts: dict[str, Any]) -> float | None:
+    found: float | None = facts["sets"].get("target", {}).get("bits_per_byte")
+    return found
 
 
 def _show_plan(project: Project, from_: str | None, until: str | None, json: bool) -> None:

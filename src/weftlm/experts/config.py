@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from weftlm.config import Section
 from weftlm.models.config import LoRASection
@@ -27,7 +27,10 @@ class GateConfig(Section):
     Whatever is not named here (moment decays, clipping, precision, device) is as in the expert's `training`.
     """
 
-    steps: NonNegativeInt = Field(100, description="optimizer steps; 0 leaves the vectors zero, which is an ablation")
+    steps: NonNegativeInt = Field(
+        100,
+        description="optimizer steps; absent: 100, and no more than the expert's; 0 leaves the vectors zero",
+    )
     lr: PositiveFloat = Field(5e-3, description="learning rate of AdamW after warm-up")
     batch_sequences: PositiveInt | None = Field(None, description="sequences per step; absent: the expert's")
     sequence_length: PositiveInt | None = Field(None, description="T, tokens per sequence; absent: the expert's")
@@ -105,7 +108,9 @@ class AdapterTraining(TrainingConfig):
 class ExpertTraining(Section):
     """How an expert is made from a domain: adapter, gate, statistics.
 
-    The paper trains 1000 steps and keeps the adapter that did best on validation data, looked at every 100 steps.
+    The paper trains 1000 steps and keeps the adapter that did best on validation data, looked at every 100 steps. Sizes
+    that are not given follow the adapter's training: no more gate steps than its steps, no more windows behind the
+    statistics than it reads.
     """
 
     lora: AdapterConfig = Field(default_factory=lambda: AdapterConfig.model_validate({}))
@@ -122,7 +127,27 @@ class ExpertTraining(Section):
         65_536, description="held-out tokens per validation, the same ones each time; null: all"
     )
     gate: GateConfig = Field(default_factory=lambda: GateConfig.model_validate({}))
-    statistics_examples: NonNegativeInt = Field(1000, description="training windows behind the statistics; 0: none")
+    statistics_examples: NonNegativeInt = Field(
+        1000, description="training windows behind the statistics; absent: 1000, no more than trained on; 0: none"
+    )
     embedder: str = Field(
         "tokens-1024", description="embeds those windows: tokens-WIDTH, or sentence-transformers:NAME"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_training(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            training = AdapterTraining.model_validate(value.get("training", {}))
+        except ValidationError:
+            return value  # which is reported as a fault of `training`
+        gate = value.get("gate", {})
+        if isinstance(gate, dict) and "steps" not in gate:
+            most = int(GateConfig.model_fields["steps"].default)
+            value = {**value, "gate": {**gate, "steps": min(most, training.total_steps)}}
+        if "statistics_examples" not in value:
+            most = int(cls.model_fields["statistics_examples"].default)
+            value = {**value, "statistics_examples": min(most, training.total_steps * training.batch_sequences)}
+        return value

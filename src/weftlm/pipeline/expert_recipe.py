@@ -16,7 +16,7 @@ from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.expert import base_name
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
-from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.gate_recipe import GatingConfig, follow_sizes
 from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.project_config import RIVALS, RoutingConfig
 from weftlm.pipeline.recipe import Recipe, make_recipe
@@ -133,7 +133,7 @@ def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
                     f"{', '.join(rivals) or 'none'}"
                 )
         return ExpertRecipe.model_validate(known)
-    small = validate(ExpertRecipe, dict(value), "")
+    small = validate(ExpertRecipe, follow_sizes(value), "")
     if small.experts.rival is not None:
         raise ConfigError("experts.rival names a mixture that is trained here; this recipe trains no model: give base")
     if small.experts.base is None and (small.gating is None or small.gating.pool is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,3 +172,39 @@ def check_domains(named: Mapping[str, Any] | Sequence[str], domains: Sequence[st
     for name in named:
         if name not in domains:
             raise ConfigError(f"{where} names {name!r}, which is no scored domain{did_you_mean(name, domains)}")
+
+
+def follow_sizes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose gate scores and takes steps in proportion to what the recipe says of other stages.
+
+    Where `evaluation.max_tokens_per_set` is given and `gating.scores.sequences` or `samples` is not, no more tokens are
+    scored of each domain and expert than are evaluated. Where `experts.training.steps` is given, `gating.fit.steps` and
+    `gating.students.distil.steps`, unless given, are at most 100 and 20 times as many.
+    """
+    gating, value = recipe.get("gating"), dict(recipe)
+    if not isinstance(gating, Mapping):
+        return value
+    evaluated = _at(recipe, "evaluation", "max_tokens_per_set")
+    steps = _at(recipe, "experts", "training", "steps")
+    length = _at(gating, "scores", "length") or ScoreConfig.model_fields["length"].default
+    limits: list[tuple[tuple[str, ...], str, type[Section], int | None]] = [
+        (("scores",), "sequences", ScoreConfig, evaluated and max(32, evaluated // length)),
+        (("scores",), "samples", ScoreConfig, evaluated and max(32, evaluated // length)),
+        (("fit",), "steps", FitConfig, steps and 100 * steps),
+        (("students", "distil"), "steps", DistilConfig, steps and 20 * steps),
+    ]
+    made: dict[str, Any] = copy.deepcopy(dict(gating))
+    for path, key, section, most in limits:
+        here: Any = made
+        for part in path:
+            here = here.setdefault(part, {}) if isinstance(here, dict) else None
+        if most and isinstance(here, dict) and key not in here:
+            here[key] = min(most, section.model_fields[key].default)
+    return {**value, "gating": made}
+
+
+def _at(value: Any, *path: str) -> int | None:
+    """A whole number above 0 at a place of a mapping."""
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if type(value) is int and value > 0 else None
