@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weftlm.corpora.config import CorpusConfig
+from weftlm.corpora.labels import folder_name
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
-from weftlm.corpora.store import folder_name
 from weftlm.domains.cluster import Clusters, fit_clusters
 from weftlm.domains.embed import Embedder, SentenceTransformerEmbedder, TfidfSvd, make_embedder
 from weftlm.domains.histogram import (
