@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 
 from weftlm.errors import DataError
-from weftlm.evaluation.suite import evaluate_suite
+from weftlm.evaluation.result import Difference, finite_or_none, mean_difference, paired_difference
+from weftlm.evaluation.suite import SuiteResult, evaluate_suite
 from weftlm.evaluation.tasks import read_tasks, score_tasks
 from weftlm.experts.lora import load_trained
 from weftlm.files import read_object, write_object
@@ -28,6 +30,8 @@ from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
 from weftlm.progress import progress as show_progress
 from weftlm.training.runtime import choose_runtime
+
+log = logging.getLogger(__name__)
 
 BASE = "base"
 
@@ -88,7 +92,8 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
 
     Returns:
         What evaluation.json holds: sequence_length; base: `base_of`; models, by name: path, kind, experts, sets and
-        generic as in a run's result.json, and tasks where the recipe has any; monolith: its row among the gates
+        generic as in a run's result.json, tasks where the recipe has any, and difference: to the base, paired by
+        window, by set and in the mean over sets (null where the windows differ); monolith: its row among the gates
         (`table_row`), or None.
     Raises:
         WeftError: a model cannot be opened or measured.
@@ -104,6 +109,7 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
     questions = read_tasks(config.tasks)
     places = models_of(project)
     found: dict[str, Any] = {}
+    results: dict[str, SuiteResult] = {}
     with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
         for name, place in places.items():
             opened = open_model(place, device=str(device), encoder_decoder=True, **_held(project, name))
@@ -114,7 +120,9 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
                 sequence_length=length,
                 config=config,
                 device=device,
+                per_window=True,
             )
+            results[name] = result
             tasks = score_tasks(
                 opened.model,
                 opened.tokenizer,
@@ -128,11 +136,32 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
                 **replace(result, tasks=tasks).to_json(),
             }  # fmt: skip
             counter.advance()
+    base = base_of(project) or BASE
+    for name, result in results.items():
+        if name != base and base in results:
+            found[name]["difference"] = _difference(result, results[base])
     value = {
         "sequence_length": length, "base": base_of(project), "models": found, MONOLITH: _monolith_row(project),
     }  # fmt: skip
     write_object(project.run / EVALUATION, value)
     return value
+
+
+def _difference(result: SuiteResult, base: SuiteResult) -> dict[str, Any] | None:
+    """A model minus the base, window by window; None where the two did not read the same windows."""
+    try:
+        sets = {name: paired_difference(one, base.sets[name]) for name, one in result.sets.items()}
+    except DataError as error:
+        log.info("no paired difference to the base: %s", error)
+        return None
+    return {"mean": _numbers(mean_difference(sets)), "sets": {name: _numbers(one) for name, one in sets.items()}}
+
+
+def _numbers(one: Difference) -> dict[str, float | None]:
+    return {
+        "bits_per_byte": finite_or_none(one.bits_per_byte),
+        "bits_per_byte_se": finite_or_none(one.bits_per_byte_se),
+    }
 
 
 def read_evaluation(project: Project) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from weftlm.pipeline.route_stage import read_routing, routing_facts
 from weftlm.pipeline.stage_records import seconds_of
 from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import RIVALS, GatingFacts
+from weftlm.reporting.runs import number
 from weftlm.reporting.score_table import ScoreTable
 
 COMPARED = (MONOLITH, "uniform", "bayes", "fixed share", "robust", "student")
@@ -67,10 +68,32 @@ def report_project(project: Project) -> dict[str, Any]:
         data=project.prepared_folder,
         routing=routing,
         gating=gating,
-        models=ScoreTable(table, "model", evaluation.get("base") or BASE, accuracy, chance),
+        models=ScoreTable(
+            table,
+            "model",
+            evaluation.get("base") or BASE,
+            accuracy,
+            chance,
+            gaps=_gaps(evaluation["models"]),
+            paths={name: each["path"] for name, each in evaluation["models"].items()},
+            window=evaluation["sequence_length"],
+        ),
     )
     write_object(project.run / SUMMARY, summary)
     return summary
+
+
+def _gaps(models: Mapping[str, Any]) -> dict[str, dict[str | None, tuple[float, float]]]:
+    """Differences to the base with their standard errors, by model and set; None is the mean over the sets."""
+    found: dict[str, dict[str | None, tuple[float, float]]] = {}
+    for name, each in models.items():
+        if (known := each.get("difference")) is not None:
+            numbers = {None: known["mean"], **known["sets"]}
+            found[name] = {
+                one: (number(values["bits_per_byte"]), number(values["bits_per_byte_se"]))
+                for one, values in numbers.items()
+            }
+    return found
 
 
 def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

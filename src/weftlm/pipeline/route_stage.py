@@ -127,6 +127,7 @@ def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFact
         traces=[] if traced is None else [(f"{traced[0]} on {label}", traced[1].trace, traced[1].tokens)],
         accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},
         chance=found.get("chance", {}),
+        window=recipe.experts.training.sequence_length,
     )
 
 

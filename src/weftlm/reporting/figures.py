@@ -327,7 +327,7 @@ def _later(panel: Panel, late: float) -> Panel | None:
         return None
     if part[1] - part[0] > 0.5 * (whole[1] - whole[0]):
         return None
-    return replace(panel, title=f"{panel.title}: after the first {late:.0%}", curves=tuple(cut))
+    return replace(panel, title=f"{panel.title}, last {1 - late:.0%}", curves=tuple(cut))
 
 
 def small_multiples(

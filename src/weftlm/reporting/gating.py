@@ -31,6 +31,7 @@ from weftlm.reporting.figures import (
 from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, figure, section, table
 from weftlm.reporting.layout import contents, notes, page_file, page_text
 from weftlm.reporting.runs import mapping, number
+from weftlm.reporting.score_table import serve_command
 from weftlm.reporting.view import NAMED_DOMAINS, OPEN_ROWS
 
 ALL_RUN = ", all experts run"
@@ -215,10 +216,22 @@ def gate_page(facts: GatingFacts, title: str) -> str:
         kicker=" · ".join(escape(one) for one in kicker),
         headline=headline,
         opening="\n".join(
-            text for text in (notes(rest), contents([(key, short) for key, short, _, _ in parts])) if text
+            text
+            for text in (_serve(facts), notes(rest), contents([(key, short) for key, short, _, _ in parts]))
+            if text
         ),
         body="\n".join(section(key, heading, inside) for key, _, heading, inside in parts),
         style=gating_style(),
+    )
+
+
+def _serve(facts: GatingFacts) -> str:
+    """The command that serves the causal student; nothing where none was made."""
+    path = mapping(facts.rows.get(STUDENT)).get("model")
+    if not isinstance(path, str):
+        return ""
+    return (
+        f'<div class="answer">\n<p>Serve the causal student, which can write text:</p>\n{serve_command(path)}\n</div>'
     )
 
 

@@ -21,14 +21,14 @@ from weftlm.reporting.charts import (
     mixture_chart,
     training_charts,
 )
-from weftlm.reporting.compare import Finding, finding
+from weftlm.reporting.compare import Finding, finding, target_score
 from weftlm.reporting.facts import environment_facts, prepared_facts, reading_notes, recipe_facts
 from weftlm.reporting.gating import GatingFacts, gating_section, gating_style
-from weftlm.reporting.html import section, write_page
+from weftlm.reporting.html import escape, section, write_page
 from weftlm.reporting.layout import contents, notes, page_text
 from weftlm.reporting.routing import RoutingFacts, routing_section, routing_style
 from weftlm.reporting.runs import Run, read_runs
-from weftlm.reporting.score_table import ScoreTable, best_of, score_table
+from weftlm.reporting.score_table import ScoreTable, answer, best_of, score_table, serve_command
 from weftlm.reporting.tables import domain_table, summary_table, time_table
 from weftlm.reporting.trace_parts import trace_script
 from weftlm.reporting.view import View
@@ -91,16 +91,31 @@ def render_report(
     ]
     parts = [part for part in parts if part[3]]
     found = finding(runs) if runs else Finding(best_of(models), ())
+    if runs and models is not None and models.rows:
+        found = Finding(best_of(models), (found.headline, *found.details))
+    first = answer(models) if models is not None else _serve(view)
     return page_text(
         title=title if title is not None else _title(runs),
         kicker=_kicker(view),
         headline=found.headline,
-        opening=notes(found.details) + "\n" + contents([(key, short) for key, short, _, _ in parts]),
+        opening=first + "\n" + notes(found.details) + "\n" + contents([(key, short) for key, short, _, _ in parts]),
         body="\n".join(section(key, heading, inside) for key, _, heading, inside in parts),
         style=(routing_style(routing) if routing is not None else "") + (gating_style() if gating is not None else ""),
         source=" from the run folders' own files",
         script=trace_script() if routing is not None and routing.traces else "",
     )
+
+
+def _serve(view: View) -> str:
+    """The command that serves the run with the lowest loss on the target; nothing where no run left a model."""
+    made = [run for run in view.runs if run.finished and (run.path / "model").is_dir()]
+    known = [run for run in made if math.isfinite(target_score(run).bits_per_byte)] or made
+    if not known:
+        return ""
+    best = min(known, key=lambda run: target_score(run).bits_per_byte) if len(known) > 1 else known[0]
+    which = f"Serve the run that predicts the target best, <strong>{escape(best.label)}</strong>"
+    said = which if len(view.runs) > 1 else "Serve this model"
+    return f'<div class="answer">\n<p>{said}:</p>\n{serve_command(str(best.path))}\n</div>'
 
 
 def _head_parts(view: View) -> list[_Part]:

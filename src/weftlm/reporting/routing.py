@@ -23,6 +23,7 @@ class RoutingFacts:
         traces: label, trace and token texts, of what a router did; the first is shown open.
         accuracy: share of right answers by router and task, where any was asked.
         chance: accuracy of guessing, by task.
+        window: tokens of the windows of the table.
     """
 
     table: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class RoutingFacts:
     traces: Sequence[LabelledTrace] = ()
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     chance: Mapping[str, float] = field(default_factory=dict)
+    window: int | None = None
 
 
 def routing_style(facts: RoutingFacts) -> str:
@@ -46,7 +48,7 @@ def routing_section(facts: RoutingFacts) -> str:
     """
     if not facts.table and not facts.traces:
         raise ConfigError("routing facts came without a table and without traces; give one of them, or routing=None")
-    shown = ScoreTable(facts.table, accuracy=facts.accuracy, chance=facts.chance)
+    shown = ScoreTable(facts.table, accuracy=facts.accuracy, chance=facts.chance, window=facts.window)
     text = score_table(shown) if facts.table else ""
     time = facts.relative_forward_time
     if time is not None and math.isfinite(time):

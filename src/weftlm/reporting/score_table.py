@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from weftlm.reporting.compare import difference_text
+from weftlm.evaluation.suite import TARGET
+from weftlm.reporting.compare import decimals_for, difference_text
 from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, table
 
 BASE, ORACLE = "base", "oracle"
 """Rows with a meaning of their own: what differences are taken to, and a bound that no method can claim."""
+ANSWER_ROWS = 6
+"""Rows of the first screen's table."""
+NORMAL_95 = 1.96
 COLUMN_SETS = 7
 """Sets with a column of their own; of more, the sets become the rows of a second table."""
 
@@ -25,6 +30,9 @@ class ScoreTable:
         base: label of the row that differences are taken to, where there is one.
         accuracy: by label and task, of those rows that were asked.
         chance: accuracy of guessing, by task.
+        gaps: difference to the base and its standard error, paired by window, by label and set; of None over all sets.
+        paths: what `weftlm serve` takes to serve a row.
+        window: tokens of the windows that were scored.
     """
 
     rows: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
@@ -32,6 +40,9 @@ class ScoreTable:
     base: str = BASE
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     chance: Mapping[str, float] = field(default_factory=dict)
+    gaps: Mapping[str, Mapping[str | None, tuple[float, float]]] = field(default_factory=dict)
+    paths: Mapping[str, str] = field(default_factory=dict)
+    window: int | None = None
 
     @property
     def sets(self) -> list[str]:
@@ -47,6 +58,21 @@ class ScoreTable:
         """A row's value on one set; NaN where it is missing or not known."""
         found = self.rows[label].get(name)
         return math.nan if found is None else found
+
+    def gap(self, label: str, name: str | None) -> tuple[float, float]:
+        """A row minus the base on a set, or in the mean, with its standard error; NaN where it is not known."""
+        known = self.gaps.get(label, {}).get(name)
+        if known is not None:
+            return known
+        if self.base not in self.rows or label == self.base:
+            return math.nan, math.nan
+        return _score(self, label, name) - _score(self, self.base, name), math.nan
+
+    def best(self, name: str | None = None) -> str | None:
+        """The row with the lowest value on a set, or in the mean; None where nothing was measured."""
+        known = {label: _score(self, label, name) for label in self.rows if not _bound(label)}
+        known = {label: value for label, value in known.items() if math.isfinite(value)}
+        return min(known, key=known.__getitem__) if known else None
 
 
 def score_table(facts: ScoreTable) -> str:
@@ -115,17 +141,69 @@ def _share(row: Mapping[str, float], task: str | None, tasks: list[str]) -> floa
 
 
 def best_of(facts: ScoreTable | None) -> str:
-    """In a sentence: which row has the lowest mean over the sets."""
-    means = {} if facts is None else {label: facts.mean(label) for label in facts.rows if not _bound(label)}
-    known = {label: mean for label, mean in means.items() if math.isfinite(mean)}
-    if not known:
+    """In a sentence: which row has the lowest mean over the sets, and by how much."""
+    best = None if facts is None else facts.best()
+    if facts is None or best is None:
         return "Nothing was measured on held-out text."
-    best = min(known, key=known.__getitem__)
-    return f"{best} predicts held-out text best: {known[best]:.3f} bits per byte, mean over the sets."
+    sentence = f"{best} predicts held-out text best: {facts.mean(best):.3f} bits per byte, mean over the sets"
+    gap, error = facts.gap(best, None)
+    if math.isfinite(gap):
+        size = difference_text(abs(gap), error, decimals_for([error]), sign=False)
+        sentence += f", {size} {'below' if gap <= 0 else 'above'} {facts.base}"
+    return sentence + "."
+
+
+def answer(facts: ScoreTable) -> str:
+    """What to serve, with its command, and what helped: every row's difference to the base, the best first."""
+    best = facts.best()
+    if best is None:
+        return ""
+    text = _serve(facts, best, "Serve the best model over all sets")
+    on_target = facts.best(TARGET)
+    if on_target not in (None, best):
+        assert on_target is not None
+        text += _serve(facts, on_target, "For text like the target alone")
+    gaps = {label: facts.gap(label, None) for label in facts.rows if label != facts.base and not _bound(label)}
+    known = sorted((gap, label) for label, (gap, _) in gaps.items() if math.isfinite(gap))
+    if known:
+        rows = [[Cell(escape(label), "text", header=True), *_gap_cells(gap, gaps[label][1])] for gap, label in known]
+        caption = (
+            f"What helped: bits per byte against {escape(facts.base)}, mean over the sets, ± one standard error of the "
+            "paired difference; negative is better."
+        )
+        heads = [escape(facts.what.capitalize()), "Difference", "95 % interval", "Verdict"]
+        shown, more = rows[:ANSWER_ROWS], len(rows) - ANSWER_ROWS
+        text += table(caption, column_head(heads), shown, kind="dense")
+        text += f'<p class="error">{more} more under Every model.</p>' if more > 0 else ""
+    return f'<div class="answer">\n{text}\n</div>'
+
+
+def serve_command(path: str) -> str:
+    """The command that serves a model, as HTML."""
+    return f"<pre>{escape(f'weftlm serve {shlex.quote(path)}')}</pre>"
+
+
+def _serve(facts: ScoreTable, label: str, why: str) -> str:
+    if label not in facts.paths:
+        return ""
+    return f"<p>{why}, <strong>{escape(label)}</strong>:</p>\n{serve_command(facts.paths[label])}\n"
+
+
+def _gap_cells(gap: float, error: float) -> list[Cell]:
+    """Difference, interval and verdict of one row."""
+    decimals = decimals_for([error])
+    size = data(gap, difference_text(gap, error, decimals))
+    if not math.isfinite(error):
+        return [Cell(size), Cell(DASH), Cell("no error known")]
+    low, high = gap - NORMAL_95 * error, gap + NORMAL_95 * error
+    ends = f"{difference_text(low, math.nan, decimals)} to {difference_text(high, math.nan, decimals)}"
+    verdict = "better" if high < 0 else "worse" if low > 0 else "not significant"
+    return [Cell(size), Cell(ends), Cell(verdict)]
 
 
 def _caption(facts: ScoreTable) -> str:
-    caption = f"Held-out bits per byte by {escape(facts.what)}; lower is better."
+    window = "" if facts.window is None else f", in windows of {facts.window} tokens"
+    caption = f"Held-out bits per byte by {escape(facts.what)}{window}; lower is better."
     if facts.base in facts.rows and len(facts.rows) > 1:
         named = "the base" if facts.base == BASE else f"{escape(facts.base)}, which the experts are over"
         caption += f" Under each value its difference to {named}."
@@ -157,7 +235,7 @@ def _value(facts: ScoreTable, label: str, name: str | None) -> str:
     text = data(value, f"{value:.3f}")
     if len(known) > 1 and not _bound(label) and value == min(known):
         text = f'<strong class="best">{text}</strong><span class="unseen"> (lowest)</span>'
-    base = _score(facts, facts.base, name) if facts.base in facts.rows and label != facts.base else math.nan
-    if math.isfinite(base):
-        text += f'<span class="sub">{data(value - base, difference_text(value - base, math.nan))}</span>'
+    gap, error = facts.gap(label, name)
+    if math.isfinite(gap):
+        text += f'<span class="sub">{data(gap, difference_text(gap, error, decimals_for([error])))}</span>'
     return text

@@ -18,7 +18,7 @@ from weftlm.reporting.compare import (
 )
 from weftlm.reporting.figures import paint
 from weftlm.reporting.html import DASH, Cell, column_head, data, details, escape, table
-from weftlm.reporting.runs import Run, Score
+from weftlm.reporting.runs import Run, Score, mapping, number
 from weftlm.reporting.view import OPEN_ROWS, View
 
 
@@ -46,7 +46,7 @@ def summary_table(view: View) -> str:
         row.append(Cell(data(seconds, duration_text(seconds))))
         row.append(Cell(data(share, f"{share:.1%}")))
         rows.append(row)
-    caption = "Held-out text, ± one standard error over its windows; lower is better."
+    caption = f"Held-out text{_windows(view)}, ± one standard error over its windows; lower is better."
     caption += " The lowest value of a column is bold." if compared else ""
     heads = [*_loss_heads(view, "Run", compared), "Training<br>tokens", "Training<br>time", "Alignment<br>share of it"]
     text = _means_table(view) if repeated else ""
@@ -59,6 +59,13 @@ def summary_table(view: View) -> str:
         )
         text += f'\n<ul class="warning" aria-label="What is missing">\n{items}\n</ul>'
     return text
+
+
+def _windows(view: View) -> str:
+    """`, in windows of 128 tokens`: what each run's recipe says."""
+    lengths = {number(mapping(run.recipe.get("training")).get("sequence_length")) for run in view.runs}
+    known = sorted(one for one in lengths if math.isfinite(one))
+    return f", in windows of {' and '.join(f'{one:.0f}' for one in known)} tokens" if known else ""
 
 
 def _means_table(view: View) -> str:
@@ -164,7 +171,7 @@ def domain_table(view: View) -> str:
             row += [Cell(data(one.weight(name), f"{one.weight(name):.1%}"))] if weights else []
         rows.append(row)
     over = "over runs" if shown[0].repeated else "over windows"
-    caption = f"Final bits per byte on held-out text, ± one standard error {over}"
+    caption = f"Final bits per byte on held-out text{_windows(view)}, ± one standard error {over}"
     caption += ", and final mixture weight." if weights else "."
     text = table(caption, head, rows, kind="dense")
     return details(f"All {len(names)} domains as a table", text, is_open=len(names) <= OPEN_ROWS)
