@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -425,7 +426,7 @@ def grouped_bars(
         top, bottom = 0.25 + 0.17 * -(-len(runs) // _legend_columns(runs)), 0.5
         height = top + group * len(names) + bottom
         figure = Figure(figsize=(WIDTH, height))
-        left = min(2.6, 0.2 + _text_width([shorten(name) for name in names], 8.0))
+        left = min(3.2, 0.2 + _text_width([shorten(name) for name in names], 8.0))
         axis = _grid(figure, 1, 1, left=left, right=0.55, top=top, bottom=bottom, gap=(0, 0))[0]
         largest = max((value for row in values.values() for value in row if math.isfinite(value)), default=0.0)
         for position, run in enumerate(runs):
@@ -550,7 +551,12 @@ def _grid(
 
 def _text_width(texts: Sequence[str], size: float) -> float:
     """Inches the longest text takes, a little generously: a page may show it in another font."""
-    return max((len(text) for text in texts), default=0) * size * 0.57 / 72
+    return max((sum(map(_ems, text)) for text in texts), default=0.0) * size / 72
+
+
+def _ems(character: str) -> float:
+    wide = character in "mMwW@%" or unicodedata.east_asian_width(character) in "WF"
+    return 1.0 if wide else 0.64
 
 
 def _known(curve: Curve) -> bool:

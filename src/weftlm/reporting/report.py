@@ -92,7 +92,7 @@ def render_report(
     parts = [part for part in parts if part[3]]
     found = finding(runs) if runs else Finding(best_of(models), ())
     if runs and models is not None and models.rows:
-        found = Finding(best_of(models), (found.headline, *found.details))
+        found = Finding(best_of(models), (f"Mixtures alone: {found.headline}", *found.details))
     first = answer(models) if models is not None else _serve(view)
     return page_text(
         title=title if title is not None else _title(runs),

@@ -171,7 +171,7 @@ def answer(facts: ScoreTable) -> str:
             f"What helped: bits per byte against {escape(facts.base)}, mean over the sets, ± one standard error of the "
             "paired difference; negative is better."
         )
-        heads = [escape(facts.what.capitalize()), "Difference", "95 % interval", "Verdict"]
+        heads = [escape(facts.what.capitalize()), "Difference", "95 % interval"]
         shown, more = rows[:ANSWER_ROWS], len(rows) - ANSWER_ROWS
         text += table(caption, column_head(heads), shown, kind="dense")
         text += f'<p class="error">{more} more under Every model.</p>' if more > 0 else ""
@@ -190,15 +190,15 @@ def _serve(facts: ScoreTable, label: str, why: str) -> str:
 
 
 def _gap_cells(gap: float, error: float) -> list[Cell]:
-    """Difference, interval and verdict of one row."""
+    """Difference with its verdict, and interval, of one row."""
     decimals = decimals_for([error])
     size = data(gap, difference_text(gap, error, decimals))
     if not math.isfinite(error):
-        return [Cell(size), Cell(DASH), Cell("no error known")]
+        return [Cell(f'{size}<span class="sub">no error known</span>'), Cell(DASH)]
     low, high = gap - NORMAL_95 * error, gap + NORMAL_95 * error
     ends = f"{difference_text(low, math.nan, decimals)} to {difference_text(high, math.nan, decimals)}"
     verdict = "better" if high < 0 else "worse" if low > 0 else "not significant"
-    return [Cell(size), Cell(ends), Cell(verdict)]
+    return [Cell(f'{size}<span class="sub">{verdict}</span>'), Cell(ends)]
 
 
 def _caption(facts: ScoreTable) -> str:

@@ -89,8 +89,9 @@ def heat_map(facts: TraceFacts, palette: Palette, key: str) -> str:
         '<span class="trace-hint">Point at a token or walk with the arrow keys to see its experts; '
         "press an expert above to see its weight alone.</span></div>\n"
         f"{course(facts, palette)}\n"
-        f'<div class="tokens" role="group" aria-label="{len(facts.tokens)} tokens coloured by expert">'
-        f"{tokens_html(facts, palette)}</div>\n"
+        f'<div class="stage"><div class="tokens" role="group" '
+        f'aria-label="{len(facts.tokens)} tokens coloured by expert">{tokens_html(facts, palette)}</div>\n'
+        f'<div class="tip" id="{key}-tip" role="status" hidden></div></div>\n'
         '<p class="trace-note">Colour: the expert with the largest weight. Strength: that weight; '
         f"{''.join(_strength(weight) for weight in (0.1, 0.25, 0.5, 1.0))}. Shown: {choices}."
         "<noscript> Without JavaScript the page keeps to the mean over all modules.</noscript></p>\n"

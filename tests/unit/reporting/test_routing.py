@@ -94,7 +94,7 @@ def test_the_section_shows_time_and_traces() -> None:
     held = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', text)[0])
     assert held["experts"] == ["a", "b"]
     ids = re.findall(r'id="([^"]*)"', text)
-    assert ids == ["routing-trace-0", "routing-trace-1"]
+    assert ids == ["routing-trace-0", "routing-trace-0-tip", "routing-trace-1", "routing-trace-1-tip"]
 
 
 def test_a_table_alone_brings_no_script_and_no_style() -> None:

@@ -1,0 +1,71 @@
+"""The first screen: what helped, by how much with its error, and the command that serves the best model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from weftlm.reporting.report import render_report
+from weftlm.reporting.runs import read_runs
+from weftlm.reporting.score_table import ScoreTable, answer, best_of, score_table
+
+ROWS = {
+    "base": {"target": 2.0, "code": 3.0},
+    "routed: merged": {"target": 1.9, "code": 2.8},
+    "gate: student": {"target": 1.7, "code": 3.2},
+    "single": {"target": 2.01, "code": 3.0},
+}
+GAPS: dict[str, dict[str | None, tuple[float, float]]] = {
+    "routed: merged": {None: (-0.15, 0.01), "target": (-0.1, 0.02), "code": (-0.2, 0.01)},
+    "gate: student": {None: (-0.05, 0.04)},
+    "single": {None: (0.005, 0.001)},
+}
+PATHS = {"base": "owner/base", "routed: merged": "runs/my project/routed/merged", "gate: student": "runs/x/student"}
+TABLE = ScoreTable(ROWS, "model", gaps=GAPS, paths=PATHS, window=128)
+
+
+def test_the_best_model_comes_with_its_command_and_its_gain() -> None:
+    text = answer(TABLE)
+    first, second = text.split("<pre>")[1:]
+    assert first.startswith("weftlm serve &#x27;runs/my project/routed/merged&#x27;</pre>"), "quoted for a shell"
+    assert second.startswith("weftlm serve runs/x/student</pre>"), "the target has another best model"
+    for row in ("−0.150 ± 0.010", "−0.170 to −0.130", "better", "−0.128 to +0.028", "not significant", "worse"):
+        assert row in text
+    assert text.index("routed: merged</th>") < text.index("gate: student</th>") < text.index("single</th>")
+    assert best_of(TABLE) == (
+        "routed: merged predicts held-out text best: 2.350 bits per byte, mean over the sets, 0.150 ± 0.010 below base."
+    )
+
+
+def test_differences_without_a_known_error_claim_nothing() -> None:
+    text = answer(ScoreTable(ROWS, "model"))
+    assert "no error known" in text
+    assert ">better<" not in text
+    assert "weftlm serve" not in text, "no path, no command"
+    assert answer(ScoreTable({}, "model")) == ""
+
+
+def test_the_answer_stands_before_everything_else(three_runs: list[Path]) -> None:
+    page = render_report(read_runs(three_runs), models=TABLE)
+    assert page.index('<p class="headline">routed: merged') < page.index('class="answer"') < page.index("<nav")
+    assert "Mixtures alone: dga predicts the target best" in page, "the mixtures' finding follows"
+
+
+def test_a_run_with_a_model_says_how_to_serve_it(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    runs = [make_run(tmp_path / policy, policy) for policy in ("uniform", "dga")]
+    assert "weftlm serve" not in render_report(read_runs(runs))
+    for run in runs:
+        (run / "model").mkdir()
+    assert f"weftlm serve {runs[1]}</pre>" in render_report(read_runs(runs))
+    assert f"weftlm serve {runs[0]}</pre>" in render_report(read_runs(runs[:1]))
+
+
+def test_tables_say_in_which_windows_they_were_measured(three_runs: list[Path]) -> None:
+    assert "by model, in windows of 128 tokens; lower is better" in score_table(TABLE)
+    page = render_report(read_runs(three_runs))
+    assert page.count("in windows of 256 tokens") == 2
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_table_without_a_window_names_none(window: int | None) -> None:
+    assert ("windows of" in score_table(ScoreTable(ROWS, window=window))) == (window is not None)

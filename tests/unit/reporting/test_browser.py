@@ -1,0 +1,194 @@
+"""Every page a project makes, in a real browser: three widths, light and dark, with hostile names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from playwright.sync_api import Browser, sync_playwright
+from support.hostile import NAMES
+
+from weftlm.gating.certificate import Certificate, DomainRow, Figure
+from weftlm.reporting.gating import GatingFacts, gate_page
+from weftlm.reporting.inspect import render_trace_page
+from weftlm.reporting.report import render_report
+from weftlm.reporting.routing import RoutingFacts
+from weftlm.reporting.runs import read_runs
+from weftlm.reporting.score_table import ScoreTable
+from weftlm.reporting.traces import LabelledTrace
+from weftlm.routing.trace import Trace
+
+CHROMIUM = Path("/usr/bin/chromium")
+DOMAINS = [*NAMES[4:7], *NAMES[9:11], *NAMES[14:20], NAMES[-1]]
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no browser at {CHROMIUM}")
+
+FAULTS = """() => {
+  const faults = [], width = innerWidth;
+  const shown = (e) => e.checkVisibility({ contentVisibilityAuto: true });
+  const note = (what, e) => faults.push(what + ": " + e.tagName + "." + (e.className.baseVal ?? e.className) + " "
+    + e.textContent.trim().slice(0, 40));
+  if (document.documentElement.scrollWidth > width) faults.push("the page is wider than the screen");
+  const scrolls = (e) => { for (let a = e.parentElement; a; a = a.parentElement)
+    if (getComputedStyle(a).overflowX !== "visible") return true; return false; };
+  const probe = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const known = new Map();
+  const rgba = (colour) => known.get(colour) ?? known.set(colour, measured(colour)).get(colour);
+  const measured = (colour) => { probe.clearRect(0, 0, 1, 1); probe.fillStyle = colour; probe.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = probe.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
+  const under = (e) => { const layers = [];
+    for (let a = e; a; a = a.parentElement) layers.push(rgba(getComputedStyle(a).backgroundColor));
+    return layers.reverse().reduce((below, [r, g, b, alpha]) =>
+      [r, g, b].map((one, i) => alpha * one + (1 - alpha) * below[i]), [255, 255, 255]); };
+  const luminance = (c) => { const [r, g, b] = c.map((v) => v / 255)
+      .map((v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b; };
+  const contrast = (a, b) => { const [high, low] = [luminance(a), luminance(b)].sort((x, y) => y - x);
+    return (high + .05) / (low + .05); };
+  for (const e of document.querySelectorAll("body *")) {
+    if (!shown(e)) continue;
+    const area = e.getBoundingClientRect();
+    if (area.width && (area.right > width + 1 || area.left < -1) && !scrolls(e)) note("outside the screen", e);
+    const words = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!words || e.closest("script, .unseen")) continue;
+    const svg = e instanceof SVGElement, style = getComputedStyle(e), ground = svg ? e.closest("figure") : e;
+    const ratio = contrast(rgba(svg ? style.fill : style.color).slice(0, 3), under(ground));
+    if (ratio < 4.5) note("contrast " + ratio.toFixed(2), e);
+  }
+  for (const svg of document.querySelectorAll("figure svg")) {
+    if (!shown(svg)) continue;
+    const frame = svg.getBoundingClientRect();
+    for (const mark of svg.querySelectorAll("text, path, use, line, rect")) {
+      if (mark.closest("defs, clipPath, [clip-path]")) continue;
+      const area = mark.getBoundingClientRect(), by = 2;
+      if (area.left < frame.left - by || area.right > frame.right + by || area.top < frame.top - by
+        || area.bottom > frame.bottom + by) note("outside its chart", mark);
+    }
+  }
+  for (const tip of document.querySelectorAll(".tip")) {
+    if (!shown(tip)) continue;
+    const area = tip.getBoundingClientRect();
+    for (const box of document.querySelectorAll(".tokens, figure svg, table")) {
+      const other = box.getBoundingClientRect();
+      if (area.left < other.right - 1 && area.right > other.left + 1 && area.top < other.bottom - 1
+        && area.bottom > other.top + 1) note("covered by the detail", box);
+    }
+  }
+  return [...new Set(faults)].slice(0, 12);
+}"""
+
+
+def traced() -> LabelledTrace:
+    experts, tokens = tuple(DOMAINS), [f"{name} " for name in NAMES * 3]
+    draw = torch.Generator().manual_seed(0)
+    sites = tuple(f"model.layers.{layer}.{part}" for layer in range(3) for part in ("up", "down"))
+    weights = torch.rand(len(sites), len(tokens), len(experts), generator=draw).pow(6)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return NAMES[0], Trace(tuple(range(len(tokens))), experts, sites, weights), tokens
+
+
+def gate() -> GatingFacts:
+    values = {name: 0.01 * place for place, name in enumerate(DOMAINS)}
+    worst = Figure(0.13, "estimate", "on these sequences", 0.12, 0.14)
+    known = Certificate(
+        unit="token", offsets="expert", causal=False, capacity=None, worst=worst, worst_domain=DOMAINS[-1],
+        at_lam=worst, lower=Figure(0.003, "bound", "closed form, none < it"), gap=worst,
+        z=Figure(1.0, "exact", "summed over the support"),
+        domains=tuple(DomainRow(n, 1200, 127.0, 2 + v, 2.0, v, v - 0.001, v + 0.001, 0.1) for n, v in values.items()),
+    )  # fmt: skip
+    share = [1 / len(DOMAINS)] * len(DOMAINS)
+    history = [
+        {"step": 50 * k, "worst": 3 / k, "worst_domain": DOMAINS[0], "lam": share, "gap": 1 / k, "z": 1.0}
+        for k in range(1, 30)
+    ]
+    fit = {
+        "unit": "token", "worst": 0.1, "worst_domain": DOMAINS[0], "gap": None, "history": history,
+        "domains": {name: {"sequences": 30, "value": 0.01, "lam": share[0]} for name in DOMAINS},
+    }  # fmt: skip
+    row = {"worst": 0.13, "worst_domain": DOMAINS[-1], "mean": 0.05, "model": "runs/a b/student",
+           "domains": {name: {"value": value, "error": 0.001} for name, value in values.items()}}  # fmt: skip
+    return GatingFacts(known, fit, {"uniform": row, "robust": row, "student": row})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def pages(folder: Path, make_run: Callable[..., Path]) -> dict[str, str]:
+    runs = [make_run(folder / policy, policy, DOMAINS) for policy in ("uniform", "[bold]")]
+    sets = ["target", *DOMAINS[:4]]
+    table = {f"model: {name}": dict.fromkeys(sets, 2.0 + place) for place, name in enumerate(DOMAINS)}
+    models = ScoreTable(
+        {"base": dict.fromkeys(sets, 9.0), **table}, "model",
+        gaps={name: {None: (-0.1, 0.02)} for name in table}, paths={name: f"runs/{name}" for name in table}, window=64,
+    )  # fmt: skip
+    routing = RoutingFacts(dict(list(table.items())[:3]), 1.2, [traced()])
+    prepared: dict[str, Any] = {"sets": {name: {"documents": 3, "train_tokens": 4000} for name in DOMAINS}}
+    return {
+        "project": render_report(read_runs(runs), NAMES[14], prepared, routing, gate(), models),
+        "gate": gate_page(gate(), NAMES[15]),
+        "trace": render_trace_page([traced()], NAMES[8]),
+    }
+
+
+def test_no_page_is_cut_covered_unreadable_or_wider_than_the_screen(
+    browser: Browser, tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    found: dict[str, list[str]] = {}
+    for name, text in pages(tmp_path, make_run).items():
+        path = tmp_path / f"{name}.html"
+        path.write_text(text, encoding="utf-8")
+        for scheme in ("light", "dark"):
+            context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+            page = context.new_page()
+            wrong: list[str] = []
+            page.on("pageerror", lambda error, wrong=wrong: wrong.append(f"error: {error}"))
+            page.on("console", lambda said, wrong=wrong: wrong.append(f"{said.type}: {said.text}"))
+            page.on("dialog", lambda dialog, wrong=wrong: wrong.append(f"dialog: {dialog.message}"))
+            page.goto(path.as_uri())
+            page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+            for width in (390, 800, 1280):
+                page.set_viewport_size({"width": width, "height": 900})
+                if page.locator(".tokens .t").count():
+                    page.locator(".tokens .t").nth(3).hover()
+                wrong += page.evaluate(FAULTS)
+                if wrong:
+                    found[f"{name} {scheme} {width}"] = list(wrong)
+                    wrong.clear()
+            context.close()
+    assert found == {}
+
+
+def test_the_check_sees_faults(browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.set_content(
+        "<!DOCTYPE html><p style='color: #999'>pale</p><div style='position: absolute; left: 380px; width: 60px'>far</div>"
+        "<figure><svg viewBox='0 0 10 10' width='100'><text x='9' y='5'>long text</text></svg></figure>"
+        "<table><tr><td>under</td></tr></table><div class='tip' style='position: absolute; top: 0'>over</div>"
+    )
+    faults = " ".join(page.evaluate(FAULTS))
+    page.close()
+    for one in ("contrast 2.85", "outside the screen: DIV. far", "outside its chart: text", "wider than the screen"):
+        assert one in faults
+
+
+def test_the_button_changes_the_theme_of_a_page(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "gate.html"
+    path.write_text(gate_page(gate(), "The gate"), encoding="utf-8")
+    page = browser.new_page(color_scheme="light")
+    page.goto(path.as_uri())
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.click("#theme")
+    assert page.evaluate(ground) == "rgb(20, 25, 30)"
+    page.reload()
+    assert page.evaluate(ground) == "rgb(20, 25, 30)", "kept"
+    page.click("#theme")
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.close()
