@@ -168,7 +168,8 @@ def test_no_page_is_cut_covered_unreadable_or_wider_than_the_screen(
 def test_the_check_sees_faults(browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 900})
     page.set_content(
-        "<!DOCTYPE html><p style='color: #999'>pale</p><div style='position: absolute; left: 380px; width: 60px'>far</div>"
+        "<!DOCTYPE html><p style='color: #999'>pale</p>"
+        "<div style='position: absolute; left: 380px; width: 60px'>far</div>"
         "<figure><svg viewBox='0 0 10 10' width='100'><text x='9' y='5'>long text</text></svg></figure>"
         "<table><tr><td>under</td></tr></table><div class='tip' style='position: absolute; top: 0'>over</div>"
     )
