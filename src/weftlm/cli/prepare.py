@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from weftlm.cli.dry_run import show_plan
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table
-from weftlm.text import printable
+from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, print_json, print_table, say
 
 
 def run(
@@ -53,4 +52,4 @@ def run(
         rows.append(row)
     print_table(str(resolved.prepared_folder), columns, rows)
     for warning in found["warnings"]:
-        typer.echo(f"warning: {printable(warning)}")
+        say(f"warning: {warning}")
