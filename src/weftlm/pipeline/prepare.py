@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 _BYTES_PER_TOKEN_AT_MOST = 16
+_NO_LABEL = "(no label)"
 _SHOWN_LOSS = 0.2
 """Share of a domain's documents whose absence from training is a warning."""
 LOST_REFUSED = 0.2
@@ -280,7 +281,7 @@ class _Preparation:
         """The row of the table of documents that one is counted in."""
         if self.config.domains.by == "clusters":
             return "all corpora"
-        return label or "(no label)"
+        return label or _NO_LABEL
 
     def _warn_of_documents(self, counts: dict[str, dict[str, dict[str, int]]]) -> None:
         """Warn of every domain that loses more than a fifth of its documents, or all of them."""
@@ -298,7 +299,8 @@ class _Preparation:
                 if tally.get(key)
             )
             what = "disappears" if kept == 0 else f"loses {(total - kept) / total:.0%} of its documents"
-            self.warnings.append(f"domain {name!r} {what}: {total} read, {why}, {kept} kept")
+            of = "text without a label" if name == _NO_LABEL else f"domain {name!r}"
+            self.warnings.append(f"{of} {what}: {total} read, {why}, {kept} kept")
 
     def _as_domains(self, corpus: CorpusConfig, name: str) -> CorpusConfig:
         if self.config.domains.by == "file" and name in ("corpora", "heldout"):
