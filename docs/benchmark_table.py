@@ -57,6 +57,13 @@ def alignment_cost(record: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(figure, measured, "≤ 1e-4", chosen=size is largest)
 
 
+def faults(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Faults that were injected, and those that were neither noticed nor mended."""
+    kinds = record["kinds"].values()
+    tried, failures = (sum(kind[key] for kind in kinds) for key in ("tried", "failures"))
+    yield Row("faults on disk neither noticed nor mended", f"{failures} of {tried}", "0")
+
+
 def comparison(record: Mapping[str, Any]) -> Iterator[Row]:
     """How far behind DGA, in the target's bits per byte and seed by seed, the fixed mixtures are."""
     for setting, methods in record["settings"].items():
@@ -211,6 +218,7 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "dga_token_limited": comparison,
     "gate_fit": gate_fit,
     "modular_serving": modular_serving,
+    "faults": faults,
     "plan_check": plan_check,
     "prepare_memory": prepare_memory,
     "robust_map": robust_map,

@@ -27,16 +27,19 @@ class Countdown:
 
     Attributes:
         left: changes still to come before the death.
+        begun: changes so far.
         dead: whether it has happened.
     """
 
     def __init__(self, left: int) -> None:
         self.left = left
+        self.begun = 0
         self.dead = False
 
     def __call__(self) -> None:
         self.dead = self.dead or self.left == 0
         self.left -= 1
+        self.begun += 1
         if self.dead:
             raise Killed
 

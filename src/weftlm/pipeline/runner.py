@@ -142,8 +142,8 @@ def plan_stages(
     for status in found[:first] if from_stage is not None else ():
         if status.state != "done":
             raise ConfigError(
-                f"--from {from_stage}: the stage {status.stage.name} before it is not done ({status.state}); start "
-                "there, or leave --from out"
+                f"--from {from_stage}: the stage {status.stage.name} before it is not done "
+                f"({': '.join(filter(None, (status.state, status.why)))}); start there, or leave --from out"
             )
     return [(status, _act(status, anew=place >= first)) for place, status in enumerate(found[:last])]
 
