@@ -92,7 +92,7 @@ DECIDING = (
 NAMES_IT = (
     "altered", "torn", "cannot be read", "missing", "is gone", "has changed", "digest", "corrupt", "bytes", "JSON",
     "not safetensors", "holds no", "of another format", "did you mean", "not of the format", "was replaced", "must",
-    "cut off", "differ", "unknown", "allowed", "another",
+    "cut off", "differ", "unknown", "allowed", "another", "plain file", "directory",
 )  # fmt: skip
 
 
