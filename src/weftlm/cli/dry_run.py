@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.cli.options import print_json, print_table, say_lines
-from weftlm.pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.recipe import Recipe
 
 
 def show_plan(recipe: Recipe, json: bool) -> None:
