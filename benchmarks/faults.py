@@ -226,7 +226,9 @@ class Project:
 
 def reader(name: str) -> list[str] | None:
     """The next command that reads a file; None where none does."""
-    return next((command for start, command in READERS if name.startswith(start)), None)
+    found = next((command for start, command in READERS if name.startswith(start)), None)
+    expert = name.removeprefix(f"{RUN}/experts/").partition("/")[0]
+    return [*found[:-1], expert] if found is not None and found[0] == "experts" and "." not in expert else found
 
 
 # -- cases --------------------------------------------------------------------------------------------------------
