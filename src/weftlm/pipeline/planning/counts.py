@@ -439,6 +439,8 @@ class Counted:
         return self._cache[key]
 
     def _run(self, run: Callable[[nn.Module], Work], *, train: bool, adapted: bool) -> Work:
+        if self.adapter is not None:
+            _ = self._targets  # kept from here on: no further model can be put on the meta device among shapes
         layers = int(self.config.num_hidden_layers)
         found = []
         for depth in SHALLOW if layers > DEEP and self._alike else (layers,):
