@@ -43,11 +43,10 @@ OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 ALONE, BESIDE = "alone", "beside one busy process"
 GOALS = {ALONE: 0.97, BESIDE: 0.90}
 SEQUENCE, BATCH, LAYERS, HIDDEN, VOCABULARY = 256, 16, 2, 96, 2048
-WARM_UP_STEPS = 20
 BUSY = "x = 0\nwhile True: x += 1"
 
 
-def train(steps: int) -> None:
+def train(steps: int, warm_up: int) -> None:
     """One cell: train and print tokens per second after the warm-up."""
     rng = np.random.default_rng(0)
     names = ("a", "b", "c")
@@ -81,16 +80,16 @@ def train(steps: int) -> None:
             folder=Path(folder), seed=0, sinks=(Clock(),),
         )  # fmt: skip
         trainer.run()
-    measured = times[WARM_UP_STEPS:]
+    measured = times[warm_up:]
     speed = (len(measured) - 1) * SEQUENCE * BATCH / (measured[-1] - measured[0])
     print(json.dumps({"tokens_per_second": speed, "parameters": parameters}))
 
 
-def cell(setting: Mapping[str, str], steps: int) -> dict[str, float]:
+def cell(setting: Mapping[str, str], steps: int, warm_up: int) -> dict[str, float]:
     """Run one training process in a setting."""
     environment = {name: value for name, value in os.environ.items() if name not in OPENMP} | dict(setting)
     finished = subprocess.run(
-        [sys.executable, __file__, "--train", str(steps)],
+        [sys.executable, __file__, "--train", str(steps), str(warm_up)],
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     found: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
@@ -98,14 +97,15 @@ def cell(setting: Mapping[str, str], steps: int) -> dict[str, float]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    speeds: dict[str, dict[str, list[float]]] = {where: {name: [] for name in SETTINGS} for where in GOALS}
+    settings = {name: SETTINGS[name] for name in arguments.settings}
+    speeds: dict[str, dict[str, list[float]]] = {where: {name: [] for name in settings} for where in GOALS}
     parameters = 0.0
     for round_ in range(arguments.seeds):
         for where, by_setting in speeds.items():
-            for name, setting in SETTINGS.items():
+            for name, setting in settings.items():
                 busy = subprocess.Popen([sys.executable, "-c", BUSY]) if where == BESIDE else None
                 try:
-                    found = cell(setting, arguments.steps)
+                    found = cell(setting, arguments.steps, arguments.warm_up)
                 finally:
                     if busy is not None:
                         busy.kill()
@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "steps": arguments.steps,
+        "warm_up": arguments.warm_up,
         "rounds": arguments.seeds,
         "speeds": {
             where: {name: _common.spread(values).as_json() for name, values in by_setting.items()}
@@ -136,7 +137,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def to_markdown(record: Mapping[str, Any]) -> str:
     rows = [
-        [name, *(_show(by_setting[name], "{:,.0f}") for by_setting in record["speeds"].values())] for name in SETTINGS
+        [name, *(_show(by_setting[name], "{:,.0f}") for by_setting in record["speeds"].values())]
+        for name in record["speeds"][ALONE]
     ]
     rows.append(["weftlm over the best fixed setting", *(_show(one, "{:.2f}") for one in record["over_best"].values())])
     rows.append(["goal", *(f"≥ {goal:g}" for goal in record["goals"].values())])
@@ -144,7 +146,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         [
             "# Training beside other processes",
             "",
-            f"Tokens per second after {WARM_UP_STEPS} of {record['steps']} steps, median (range) over "
+            f"Tokens per second after {record['warm_up']} of {record['steps']} steps, median (range) over "
             f"{record['rounds']} rounds; {record['parameters'] / 1e6:.1f}M parameters, {BATCH} sequences of {SEQUENCE} "
             "tokens, fp32. The best fixed setting is chosen per round and column.",
             "",
@@ -162,13 +164,16 @@ def _show(spread: Mapping[str, float], form: str) -> str:
 def main() -> None:
     flags = _common.parser((__doc__ or "").splitlines()[0])
     flags.add_argument("--steps", type=int, default=100, help="optimizer steps of a cell")
-    flags.add_argument("--train", type=int, help=argparse.SUPPRESS)
+    flags.add_argument("--warm-up", type=int, default=20, help="steps of a cell that are not measured")
+    flags.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is compared")
+    flags.add_argument("--train", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = flags.parse_args()
     if arguments.train:
-        train(arguments.train)
+        train(*arguments.train)
         return
     if arguments.quick:
-        arguments.seeds, arguments.steps = 1, WARM_UP_STEPS + 6
+        arguments.seeds, arguments.steps, arguments.warm_up = 1, 8, 3
+        arguments.settings = ["weftlm", "one thread"]
     _common.finish("shared_machine", arguments, run(arguments), to_markdown)
 
 

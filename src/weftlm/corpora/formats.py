@@ -482,7 +482,8 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count: int = self._stream.readinto(memoryview(buffer)[:_BLOCK])
+        # One read at a time: a longer one would lose what precedes the end of a truncated file.
+        count: int = self._stream.readinto1(memoryview(buffer)[:_BLOCK])
         self._size += count
         _check_growth(self._size, self._raw.tell())
         return count
@@ -503,7 +504,7 @@ class _ZstdFile:
         self._input = b""
         self._output = memoryview(b"")
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto1(self, buffer: Any) -> int:
         while not self._output:
             data = self._input or self._file.read(1 << 10)  # little, for it may hold 30 000 times its size
             self._input = b""

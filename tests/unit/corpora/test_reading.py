@@ -112,7 +112,7 @@ FAULTS = {
     "missing_field": (b'{"txt": "a"}', "field 'text' is missing; fields: txt"),
     "not_text": (b'{"text": 3}', "type int, not text"),
     "empty": (b'{"text": " \\n"}', "empty"),
-    "missing_label": (b'{"text": "a", "d": null}', "field 'd' holds None"),
+    "missing_label": (b'{"text": "a", "d": null}', "field 'd' holds nothing"),
 }
 
 
