@@ -101,7 +101,7 @@ def test_from_experts_to_a_certified_gate(
     assert fitted["z_ci"][0] <= fitted["z"] <= fitted["z_ci"][1]
     assert [line["step"] for line in fitted["history"]] == [30, 60]
     assert load_gate(run / "gate/gate.safetensors").experts == 3
-    assert json.loads((run / "gate/fit.json").read_text()) == fitted
+    assert fitted.items() <= json.loads((run / "gate/fit.json").read_text()).items()
 
     # a fit cut short at its first report goes on to the same gate
     shutil.rmtree(run / "gate")
@@ -116,7 +116,7 @@ def test_from_experts_to_a_certified_gate(
 
     # -- certifying
     certificate = call("gate", "certify", project, "--json")
-    assert json.loads((run / "gate/certificate.json").read_text()) == certificate
+    assert certificate.items() <= json.loads((run / "gate/certificate.json").read_text()).items()
     assert certificate["worst"]["label"] == "estimate"
     assert certificate["gap"]["value"] == pytest.approx(certificate["worst"]["value"] - certificate["lower"]["value"])
     for row in certificate["domains"]:
@@ -129,7 +129,7 @@ def test_from_experts_to_a_certified_gate(
 
     # -- other gates, offsets and mixtures; what cannot be fitted leaves the gate as it is
     assert "place in the enumerated support" in call("gate", "fit", project, "--set", "gating.gate=tabular", code=2)
-    assert json.loads((run / "gate/fit.json").read_text()) == fitted
+    assert fitted.items() <= json.loads((run / "gate/fit.json").read_text()).items()
     causal = ["--set", "gating.gate=fixed_share", "--set", "gating.offsets=none", "--set", "gating.fit.unit=token"]
     refitted = call("gate", "fit", project, *causal, "--set", "gating.mixtures.upper={cooking: 0.2}", "--json")
     assert (refitted["z"], refitted["unit"], refitted["gate"]["gate"]) == (1.0, "token", "fixed_share")

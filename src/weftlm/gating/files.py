@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from weftlm.errors import CheckpointError
+from weftlm.errors import CheckpointError, reason
 from weftlm.files import checksum, room, whole
 
 _KEY, _DIGEST = "weftlm", "digest"
@@ -34,7 +34,9 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
             with whole(path, sync=True) as temporary:
                 temporary.write_bytes(data)
     except OSError as error:
-        raise CheckpointError(f"{kind} cannot be written to {path}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{kind} cannot be written to {path}: {reason(error)}; check space and permission"
+        ) from error
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -177,19 +177,16 @@ def check_domains(named: Mapping[str, Any] | Sequence[str], domains: Sequence[st
 def follow_sizes(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe whose gate scores and takes steps in proportion to what the recipe says of other stages.
 
-    Where `evaluation.max_tokens_per_set` is given and `gating.scores.sequences` or `samples` is not, no more tokens are
-    scored of each domain and expert than are evaluated. Where `experts.training.steps` is given, `gating.fit.steps` and
-    `gating.students.distil.steps`, unless given, are at most 100 and 20 times as many.
+    Where `experts.training.steps` is given, `gating.scores.sequences` and `samples`, `gating.fit.steps` and
+    `gating.students.distil.steps`, unless given, are at most 8 (but 32 in all), 100 and 20 times as many.
     """
     gating, value = recipe.get("gating"), dict(recipe)
     if not isinstance(gating, Mapping):
         return value
-    evaluated = _at(recipe, "evaluation", "max_tokens_per_set")
     steps = _at(recipe, "experts", "training", "steps")
-    length = _at(gating, "scores", "length") or ScoreConfig.model_fields["length"].default
     limits: list[tuple[tuple[str, ...], str, type[Section], int | None]] = [
-        (("scores",), "sequences", ScoreConfig, evaluated and max(32, evaluated // length)),
-        (("scores",), "samples", ScoreConfig, evaluated and max(32, evaluated // length)),
+        (("scores",), "sequences", ScoreConfig, steps and max(32, 8 * steps)),
+        (("scores",), "samples", ScoreConfig, steps and max(32, 8 * steps)),
         (("fit",), "steps", FitConfig, steps and 100 * steps),
         (("students", "distil"), "steps", DistilConfig, steps and 20 * steps),
     ]

@@ -23,6 +23,7 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, module_widths
 from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, whole_folder
+from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.open import keeps_cache, load_base
 from weftlm.routing.calls import (
@@ -183,7 +184,7 @@ class RoutedModel(nn.Module):
         chosen, left_out = opened.load_fitting(model, experts, fingerprint=comparable)
         routed = cls(model, chosen, router, base=reference)
         routed.left_out = left_out
-        return routed if device is None else routed.to(device)
+        return routed if device is None else routed.to(choose_device(str(device)))
 
     def use_router(self, router: Mapping[str, Any] | RouterConfig | str | Router) -> None:
         """Route by another router over the same pool; nothing is stacked again.

@@ -59,7 +59,7 @@ def test_what_is_wrong_with_a_task_is_said(tmp_path: Path) -> None:
     path = str(write(tmp_path / "one.jsonl"))
     with pytest.raises(ConfigError, match="two tasks would be called 'one'"):
         read_tasks([task(path=path), task(path=path)])
-    with pytest.raises(DataError, match=r"evaluation.tasks: '.*none.*' matches no file"):
+    with pytest.raises(DataError, match=r"evaluation.tasks: path '.*none.*' matches no file"):
         read_tasks([task(path=str(tmp_path / "none*.jsonl"))])
     questions = read_tasks([task(path=path)])
     with pytest.raises(DataError, match="task 'one': question 0: max_length 2 leaves no room"):

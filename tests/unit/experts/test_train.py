@@ -197,7 +197,7 @@ def test_another_recipe_in_the_folder_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_is_said_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = llama()
     before = Fingerprint(model)
-    with pytest.raises(ConfigError, match="target_modules 'nowhere' do not fit"):
+    with pytest.raises(ConfigError, match="target_modules: 'nowhere' matches no module"):
         train(model, tmp_path, config={"lora": {"target_modules": "nowhere"}})
     with pytest.raises(ConfigError, match="embedder is 'bert'"):
         train(model, tmp_path, config={"embedder": "bert"})

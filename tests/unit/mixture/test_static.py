@@ -45,5 +45,5 @@ def test_rounded_thirds_pass_and_sum_to_one():
 
 
 def test_a_negative_weight_is_an_error():
-    with pytest.raises(ConfigError, match=r"mixture\.weights\.law.*greater than or equal to 0"):
+    with pytest.raises(ConfigError, match=r"mixture\.weights\.law: must be at least 0"):
         init(code=0.5, prose=0.75, law=-0.25)

@@ -36,7 +36,7 @@ def test_a_small_recipe_is_small() -> None:
     value = {**recipe_value(), **sizes, "gating": {}}
     gating = make_project(value).pool_recipe.gating
     assert gating is not None
-    assert (gating.scores.sequences, gating.scores.samples) == (64, 64)
+    assert (gating.scores.sequences, gating.scores.samples) == (160, 160)
     assert (gating.fit.steps, gating.students.distil.steps) == (2000, 400)
     large = make_project({**recipe_value(), "experts": {}, "gating": {}}).pool_recipe.gating
     assert large is not None
