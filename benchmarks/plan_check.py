@@ -56,9 +56,10 @@ from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.scores import score
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters
+from weftlm.models.lora_targets import lora_targets
 from weftlm.pipeline.expert_recipe import make_expert_recipe
 from weftlm.pipeline.planning.calibrate import Calibration
-from weftlm.pipeline.planning.counts import TARGET_SHARE, adaptable
+from weftlm.pipeline.planning.counts import TARGET_SHARE
 from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_value
 from weftlm.pipeline.planning.hardware import parse_hardware
 from weftlm.pipeline.recipe import Recipe, make_recipe
@@ -362,8 +363,8 @@ class Work:
 
     def adapter(self, model: Any) -> LoRAExpert:
         factors = {}
-        for name, module in adaptable(model, None):
-            inputs, outputs = module_widths(module)
+        for name in lora_targets(model, "all-linear"):
+            inputs, outputs = module_widths(model.get_submodule(name))
             factors[name] = LoRAFactors(0.01 * torch.randn(RANK, inputs), 0.01 * torch.randn(outputs, RANK), 1.0)
         return LoRAExpert("made-up", BaseReference("made-up"), factors, {})
 
