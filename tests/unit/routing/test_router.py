@@ -37,7 +37,7 @@ def test_a_section_may_be_a_name_a_mapping_or_ready() -> None:
         ("phatgose", "unknown router 'phatgose'; did you mean 'phatgoose'"),
         ({"k": 2}, "router.router is None; it must be one of: arrow, average-activation"),
         ({"router": "phatgoose", "tempreature": 2.0}, "router.tempreature: unknown key; did you mean 'temperature'"),
-        ({"router": "phatgoose", "k": 0}, r"router.k: .*greater than 0 \(got 0\)"),
+        ({"router": "phatgoose", "k": 0}, r"router.k: must be .*\(got 0\)"),
         ({"router": "arrow", "share": "block"}, "router.share: .*'module', 'layer' or 'model'"),
         ({"router": "single"}, "router.expert: missing"),
         ({"router": "retrieval", "read_tokens": -1}, "router.read_tokens"),
@@ -53,7 +53,7 @@ def test_wrong_sections_are_explained(section: Any, message: str) -> None:
     [
         ({"router": "single", "expert": "cod"}, "no expert 'cod'; did you mean 'code'"),
         ({"router": "merged", "weights": {"law": 1.0}}, "no expert 'law'; allowed: code, news"),
-        ({"router": "merged", "weights": {"code": float("nan")}}, "must be finite"),
+        ({"router": "merged", "weights": {"code": float("nan")}}, "must be a finite number"),
     ],
 )
 def test_unknown_experts_and_weights_are_explained(section: dict[str, Any], message: str) -> None:
