@@ -539,7 +539,7 @@ def test_fixed_weights_that_cannot_be_folded_give_the_same(monkeypatch: pytest.M
     section = {"router": "merged", "weights": {"a": 0.7, "c": -0.2}}
     routed.use_router(section)
     folded = logits(routed, **given)
-    monkeypatch.setattr("weftlm.routing.routed_model._fold", lambda *args: None)
+    monkeypatch.setattr("weftlm.routing.routed_model.folded_weight", lambda *args: None)
     routed.use_router(section)
     torch.testing.assert_close(logits(routed, **given), folded, rtol=1e-4, atol=1e-4)
     assert not any(module.folded is not None for module in model.modules() if isinstance(module, RoutedLinear))
