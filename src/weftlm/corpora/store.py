@@ -41,13 +41,13 @@ from weftlm.corpora.store_files import (
     PartialFolder,
     StoreFiles,
     Vocabulary,
-    checksum,
     file_digest,
     make_folder,
     map_file,
     write_json,
 )
 from weftlm.errors import DataError
+from weftlm.files import checksum
 
 __all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "open_stores"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weftlm.errors import DataError
-from weftlm.files import remove, write_whole
+from weftlm.files import checksum, remove, write_whole
 
 FORMAT = "weftlm token store 1"
 INDEX = "index.json"
@@ -336,12 +336,6 @@ def file_digest(path: Path) -> str:
             digest.update(block)
     value: str = digest.hexdigest()
     return value
-
-
-def checksum(value: Any) -> str:
-    """BLAKE2b-128 of a JSON value in canonical form."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":")).encode("utf-8")
-    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
 
 
 def map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from weftlm.config import Section, validate
 from weftlm.errors import CheckpointError, ConfigError, DataError
-from weftlm.files import hold, is_held, read_object, write_object
+from weftlm.files import describe, hold, is_held, read_object, write_object
 
 LOCK = ".lock"
 
@@ -91,8 +91,7 @@ def digests(paths: Sequence[Path]) -> dict[str, str]:
     found = {}
     for path in paths:
         try:
-            with path.open("rb") as file:
-                found[str(path)] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            found[str(path)] = describe(path)["blake2b"]
         except OSError as error:
             raise DataError(f"{path} should have been written and cannot be read: {error}") from error
     return found

@@ -7,7 +7,6 @@ file's length and BLAKE2b digest, so a torn or altered checkpoint is recognised 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlm.errors import CheckpointError
-from weftlm.files import hidden, is_full, no_room, remove, sweep
+from weftlm.files import describe, hidden, is_full, no_room, remove, sweep
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()},
                   temporary / TENSORS)  # fmt: skip
         (temporary / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8")
-        files = {name: _describe(temporary / name) for name in (TENSORS, STATE)}
+        files = {name: describe(temporary / name) for name in (TENSORS, STATE)}
         (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
         for name in (TENSORS, STATE, MANIFEST):
             _flush(temporary / name)
@@ -124,7 +123,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
         for name, expected in manifest["files"].items():
-            found = _describe(path / name)
+            found = describe(path / name)
             if found != expected:
                 raise CheckpointError(
                     f"checkpoint {path} is corrupt: {name} has {found['bytes']} bytes and digest "
@@ -135,14 +134,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is torn: {error}") from error
     return Checkpoint(step=int(state.pop("step")), tensors=tensors, state=state)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
 def _flush(path: Path) -> None:
