@@ -33,7 +33,7 @@ RAW = re.compile(r"Errno|Traceback|NoneType|object at 0x|codec can't|set_int_max
 PICKLE = b"\x80\x04\x95\x06\x00\x00\x00\x00\x00\x00\x00]\x94\x8c\x01a\x94a."
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
-    ".gz": lambda data: gzip.compress(data, 9),
+    ".gz": lambda data: gzip.compress(data, 9, mtime=0),
     ".zst": zstandard.compress,
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
@@ -144,12 +144,12 @@ def test_no_damage_is_a_crash_and_none_is_silent(tmp_path: Path, damage: str) ->
         (".txt", "ä".encode("utf-16"), "UTF-16 text; convert it"),
         (".jsonl", '{"text": "ä"}'.encode("utf-16-be"), "UTF-16 text; convert it"),
         (".csv", "text\nä".encode("utf-32"), "UTF-32 text; convert it"),
-        (".jsonl", gzip.compress(b"{}"), "gzip data; let its name end in .gz"),
+        (".jsonl", gzip.compress(b"{}", mtime=0), "gzip data; let its name end in .gz"),
         (".txt", lzma.compress(b"{}"), "xz data; let its name end in .xz"),
         (".json", table(2), "Parquet; let its name end in .parquet"),
         (".parquet", b'{"text": "a"}\n', "does not begin as Parquet files do"),
         (".txt.gz", b"plain text that is long enough", "not compressed as its name"),
-        (".txt.bz2", gzip.compress(b"text"), "not compressed as its name"),
+        (".txt.bz2", gzip.compress(b"text", mtime=0), "not compressed as its name"),
         (".txt", PICKLE, "a pickle, which is never opened"),
         (".jsonl", b'[{"text": "a"}]\n', "must end in .json"),
         (".json", b'[{"text": "a"}, {"text": "b"', "ends too early"),
@@ -261,7 +261,7 @@ def _repeated(start: bytes, compressor: Any, blocks: int = 9) -> bytes:
 
 
 BOMBS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": lambda start: gzip.compress(start) + gzip.compress(b"x" * (1 << 20)) * 9,
+    ".gz": lambda start: gzip.compress(start, mtime=0) + gzip.compress(b"x" * (1 << 20)) * 9,
     ".zst": lambda start: _repeated(start, zstandard.ZstdCompressor().compressobj()),
     ".xz": lambda start: lzma.compress(start) + lzma.compress(b"x" * (1 << 20)) * 9,
     ".bz2": lambda start: bz2.compress(start) + bz2.compress(b"x" * (1 << 20)) * 9,
