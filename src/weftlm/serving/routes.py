@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -16,19 +17,22 @@ from weftlm.serving.api_errors import ApiError, ErrorBody
 from weftlm.serving.limits import SMALL_BODY_BYTES, checked, read_body
 from weftlm.serving.metrics import ModelClock
 from weftlm.serving.prompts import Prompts
-from weftlm.serving.replies import Chat, Completion, ModelCard, ModelList
+from weftlm.serving.replies import Chat, Completion, ModelCard, ModelList, Usage
 from weftlm.serving.request import Generator, Sampling
 from weftlm.serving.schemas import SEED_BITS, ChatRequest, CompletionRequest, Forms, Kind, unflattened
 from weftlm.serving.schemas import Request as Asked
 from weftlm.serving.stream import EventStream
 from weftlm.serving.workers import Workers
-from weftlm.serving.writers import ChatWriter, CompletionWriter, Writer, usage_of
+from weftlm.serving.writers import ChatWriter, CompletionWriter, Writer, json_of, usage_of
 
 COMPLETION_TOKENS = 16
 """Generated for a completion that does not say how many."""
 
 LONG_CHARACTERS = 4_000
 """Longer prompts are tokenised in a thread, so that they hold nobody up."""
+
+LARGE_ANSWER = 4_000
+"""Answers with more tokens and alternatives than this are written in a thread, for the same reason."""
 
 
 def _streamed(model: str) -> dict[int | str, dict[str, Any]]:
@@ -130,7 +134,9 @@ def openai_router(served: Mapping[str, Served], forms: Forms, workers: Workers) 
         finally:
             answers.cancel()
         usage = usage_of(prompt_tokens, answers.completion_tokens)
-        return Response(writer.whole(answers.answers, usage).model_dump_json(), media_type="application/json")
+        work = functools.partial(_written, writer, answers, usage)
+        large = answers.completion_tokens * (1 + (sampling.logprobs or 0)) > LARGE_ANSWER
+        return Response(await asyncio.to_thread(work) if large else work(), media_type="application/json")
 
     def room(model: Served, prompts: Sequence[Sequence[int]], wanted: int | None, default: int, param: str) -> int:
         """Tokens each answer may have: what was asked for, or the default as far as the context leaves it."""
@@ -235,6 +241,10 @@ def seeded(sampling: Sampling, number: int) -> Sampling:
     if sampling.seed is None:
         return sampling
     return Sampling(**{**vars(sampling), "seed": (sampling.seed + number) % (1 << SEED_BITS)})
+
+
+def _written(writer: Writer, answers: Answers, usage: Usage) -> bytes:
+    return json_of(writer.whole(answers.answers, usage))
 
 
 def _encoded(prompts: Prompts, texts: Sequence[str], special: bool) -> list[list[int]]:

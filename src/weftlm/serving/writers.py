@@ -6,9 +6,10 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from weftlm.serving.answers import Answer
 from weftlm.serving.prompts import Prompts
@@ -31,6 +32,9 @@ from weftlm.serving.request import Finished, FinishReason, Token
 
 LEAST_NATS = -9999.0
 """Written for the logarithm of zero, which JSON cannot hold."""
+
+AT_ONCE = 64
+"""Entries of a long list that are written in one call, which keeps Python's lock."""
 
 
 class Writer(Protocol):
@@ -189,6 +193,22 @@ class _Offset:
             text = token.text.encode("utf-8")
             self.held = self.held[len(text) :] if self.held.startswith(text) else b""
         return place
+
+
+def json_of(value: Any) -> bytes:
+    """A reply as JSON, bit for bit that of `model_dump_json`, in many short calls.
+
+    One call for all of it would keep Python's lock, and so the event loop, for 25 ms per MB.
+    """
+    if isinstance(value, BaseModel):
+        fields = (to_json(name) + b":" + json_of(getattr(value, name)) for name in type(value).model_fields)
+        return b"{" + b",".join(fields) + b"}"
+    if isinstance(value, list) and len(value) > AT_ONCE:
+        parts = (to_json(value[start : start + AT_ONCE])[1:-1] for start in range(0, len(value), AT_ONCE))
+        return b"[" + b",".join(parts) + b"]"
+    if isinstance(value, list):
+        return b"[" + b",".join(map(json_of, value)) + b"]"
+    return to_json(value)
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int) -> Usage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from fastapi import FastAPI
+from pydantic_core import to_json
 from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
 from support.served import POSITIONS, VOCAB, write_model
@@ -20,8 +22,11 @@ from weftlm.cli.serve import hosts_of
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.serving.http import build_app
+from weftlm.serving.replies import Chat, Completion
 from weftlm.serving.request import Finished, Token
+from weftlm.serving.routes import LARGE_ANSWER
 from weftlm.serving.serve_config import ServeConfig
+from weftlm.serving.writers import AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -623,3 +628,32 @@ def test_names_that_cannot_be_served(engine: FakeEngine) -> None:
             build_app({name: engine}, ServeConfig())
     with pytest.raises(ConfigError, match="no model"):
         build_app({}, ServeConfig())
+
+
+@pytest.mark.parametrize("form", [complete, chat])
+@pytest.mark.parametrize("n", [1, 16])
+def test_a_large_answer_is_written_off_the_event_loop_and_in_short_calls(
+    opened: OpenModel, monkeypatch: pytest.MonkeyPatch, form: Any, n: int
+) -> None:
+    calls: list[tuple[bool, int]] = []
+    loops: list[int] = []
+
+    def counted(value: Any) -> bytes:
+        calls.append((threading.get_ident() in loops, len(value) if isinstance(value, list) else 1))
+        return to_json(value)
+
+    def script(prompt_ids: list[int], sampling: Any) -> list[Token | Finished]:
+        loops.append(threading.get_ident())
+        return words(opened)(prompt_ids, sampling)
+
+    monkeypatch.setattr("weftlm.serving.writers.to_json", counted)
+    with client_of(FakeEngine(opened, script), max_answers=n, max_prompt_tokens=20) as client:
+        asked = {"logprobs": 20} if form is complete else {"logprobs": True, "top_logprobs": 20}
+        answer = form(client, n=n, max_tokens=90 if n == 1 else 20, **asked)
+    assert answer.status_code == 200, answer.text
+    kind = Completion if form is complete else Chat
+    assert kind.model_validate_json(answer.text).model_dump_json() == answer.text
+    large = answer.json()["usage"]["completion_tokens"] * 21 > LARGE_ANSWER
+    assert large == (n == 16)
+    assert {on_loop for on_loop, _ in calls} == {not large}
+    assert max(length for _, length in calls) <= AT_ONCE
