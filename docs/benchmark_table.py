@@ -193,6 +193,14 @@ def serving_load(record: Mapping[str, Any]) -> Iterator[Row]:
     yield Row(figure, measured, "0, 0, ≤ 1.1")
 
 
+def serving_stall(record: Mapping[str, Any]) -> Iterator[Row]:
+    """The longest that heavy requests kept another client waiting, over all kinds of them."""
+    kinds = {kind: one for kind, one in record["kinds"].items() if one["statuses"]}
+    worst = max(kinds, key=lambda kind: kinds[kind]["longest_ms"]["median"])
+    measured = f"{show(kinds[worst]['longest_ms'])} ms, beside {worst}"
+    yield Row("longest answer of `weftlm serve` while 8 clients send heavy requests", measured, "≤ 100 ms")
+
+
 def sampler(record: Mapping[str, Any]) -> Iterator[Row]:
     """Speed against the best peer, and what the peers do when weights change."""
     over_best = show(record["weftlm_over_best_peer"]) + " times"
@@ -229,6 +237,7 @@ HEADLINES: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Row]]] = {
     "sampler": sampler,
     "shared_machine": shared_machine,
     "serving_load": serving_load,
+    "serving_stall": serving_stall,
 }
 
 
