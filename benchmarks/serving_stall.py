@@ -173,9 +173,9 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             "# How long heavy requests keep others waiting",
             "",
             f"`weftlm serve` of a random two-layer model; {record['senders']} clients send one kind of request for "
-            f"{record['seconds']:.0f} s while another asks `/healthz` {1000 * PAUSE_S:.0f} ms after each answer. Clients "
-            f"and server share the machine. Goal: the longest answer stays within {record['goal_ms']:.0f} ms. Median "
-            "(lowest .. highest) over rounds, milliseconds.",
+            f"{record['seconds']:.0f} s while another asks `/healthz` {1000 * PAUSE_S:.0f} ms after each answer. "
+            f"Clients and server share the machine. Goal: the longest answer stays within {record['goal_ms']:.0f} ms. "
+            "Median (lowest .. highest) over rounds, milliseconds.",
             "",
             table(["beside", "median answer", "longest answer", "what the senders got"], rows),
             "",
