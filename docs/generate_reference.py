@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from weftlm.cli.main import app
 from weftlm.gating.config import GateConfig, gates
 from weftlm.mixture.config import policies
+from weftlm.pipeline.inherited import INHERITED, names_of
 from weftlm.pipeline.recipe import Recipe
 from weftlm.routing.config import routers
 
@@ -150,7 +151,7 @@ def recipe_page() -> str:
     for section, shared in places.items():
         if shared != [""]:
             lines += [f"## {', '.join(shared)}", ""]
-        lines += [*section_body(section, shared[0] or "recipe"), ""]
+        lines += [*section_body(section, shared[0] or "recipe", places=shared), ""]
     lines += ["## mixture, by policy", "", "The keys of `mixture` depend on `mixture.policy`.", ""]
     for name in policies:
         entry = policies.entry(name)
@@ -191,8 +192,13 @@ def models_in(annotation: Any, many: bool = False) -> list[tuple[type[BaseModel]
     return [found for inner in typing.get_args(annotation) for found in models_in(inner, many)]
 
 
-def section_body(section: type[BaseModel], where: str, introduce: bool = True, without: str = "") -> list[str]:
-    """A section's one-paragraph description and the table of its keys, less the one named."""
+def section_body(
+    section: type[BaseModel], where: str, introduce: bool = True, without: str = "", places: Sequence[str] = ()
+) -> list[str]:
+    """A section's one-paragraph description and the table of its keys, less the one named.
+
+    Of a key that the section takes from another one at one of its places, the description says so.
+    """
     descriptions = attribute_descriptions(section)
     rows = []
     for name, field in section.model_fields.items():
@@ -201,9 +207,22 @@ def section_body(section: type[BaseModel], where: str, introduce: bool = True, w
         description = field.description or descriptions.get(name)
         if not description:
             raise UndocumentedError(f"{where}: {name}")
+        description += "".join(inherited_text(place, name, several=len(places) > 1) for place in places)
         rows.append([f"`{field.alias or name}`", cell(type_text(field)), default_text(field), cell(description)])
     introduction = [first_paragraph(section), ""] if introduce else []
     return [*introduction, *(table(["key", "type", "default", "meaning"], rows) if rows else ["No keys."])]
+
+
+def inherited_text(place: str, name: str, *, several: bool) -> str:
+    """`; absent: as training.sequence_length`, where a key of the section at this place follows another one."""
+    sources = [
+        f"`{source}.{there}`"
+        for source, _, target, keys in reversed(INHERITED)
+        for there, here in map(names_of, keys)
+        if (target, here) == (place, name)
+    ]
+    where = f" in {place}" if several else ""
+    return f"; absent{where}: as {', else '.join(sources)}" if sources else ""
 
 
 def attribute_descriptions(section: type[BaseModel]) -> dict[str, str]:

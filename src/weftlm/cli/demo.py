@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from weftlm.cli.dry_run import show_plan
-from weftlm.cli.options import DryRunOption, JsonOption, QuickOption, SetOption, number, print_json, print_table, say
+from weftlm.cli.options import (
+    DryRunOption,
+    JsonOption,
+    QuickOption,
+    SetOption,
+    number,
+    print_json,
+    print_table,
+    say,
+    windows,
+)
 
 
 def run(
@@ -41,14 +51,15 @@ def run(
         for name in mixture["target_bpb"]
     ]
     print_table(
-        f"bits per byte after {mixture['train_tokens']:,} training tokens",
+        f"bits per byte after {mixture['train_tokens']:,} training tokens{windows(mixture.get('sequence_length'))}",
         ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
         rows,
     )
     assert project.whole is not None
     under = project.pool_recipe.experts.rival or project.whole.mixture.policy
     print_table(
-        f"bits per byte of {len(routing['experts'])} experts over the model of the mixture {under}, by router",
+        f"bits per byte of {len(routing['experts'])} experts over the model of the mixture {under}, by router"
+        f"{windows(routing.get('sequence_length'))}",
         ["router", "mean of domains", "text no expert saw (the target)"],
         [
             [label.replace("_", " "), number(value), number(routing["unseen_bpb"].get(label))]
@@ -59,7 +70,7 @@ def run(
         say(f"a routed forward pass takes {times:.2f} times the base's")
     robust = summary["robust"]
     print_table(
-        f"regret to the domain's own expert, nats/{robust['unit']}, on held-out text",
+        f"regret to the domain's own expert, nats/{robust['unit']}, on held-out text{windows(robust.get('length'))}",
         ["one model for all domains", "worst domain", "its regret", "mean of domains"],
         [
             [name.replace("_", " "), robust["worst_domain"][name], number(worst), number(robust["mean_regret"][name])]

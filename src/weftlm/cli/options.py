@@ -115,6 +115,11 @@ def with_error(value: float | None, error: float | None, digits: int = 4) -> str
     return number(value, digits) if error is None else f"{number(value, digits)} ± {number(error, digits)}"
 
 
+def windows(length: int | None) -> str:
+    """`, windows of 128 tokens`: what a table of losses was measured on; nothing where that is not known."""
+    return "" if length is None else f", windows of {length:,} tokens"
+
+
 def sets_table(title: str, result: Mapping[str, Any]) -> None:
     """Print an evaluation: one row per set, the mean over domains last."""
     rows = [
@@ -138,4 +143,6 @@ def sets_table(title: str, result: Mapping[str, Any]) -> None:
                 "-",
             ]
         )
-    print_table(title, ["set", "nats/token", "perplexity", "bits/byte", "tokens"], rows)
+    print_table(
+        title + windows(result.get("sequence_length")), ["set", "nats/token", "perplexity", "bits/byte", "tokens"], rows
+    )

@@ -19,6 +19,7 @@ from weftlm.cli.options import (
     print_table,
     say,
     say_lines,
+    windows,
 )
 from weftlm.cli.status import show_status
 from weftlm.pipeline.names import REPORT
@@ -84,14 +85,15 @@ def show_models(project: Project) -> None:
     """Print every model of a finished project, the best marked, and what to do next."""
     from weftlm.pipeline.models_table import read_evaluation
 
-    models: dict[str, Any] = read_evaluation(project)["models"]
+    evaluation = read_evaluation(project)
+    models: dict[str, Any] = evaluation["models"]
     means = {
         name: facts["generic"]["bits_per_byte"] for name, facts in models.items() if facts.get("generic") is not None
     }
     measured = {name: mean for name, mean in means.items() if mean is not None}
     best = min(measured, key=measured.__getitem__) if measured else next(iter(models))
     print_table(
-        f"{project.run}: bits per byte of held-out text, mean over domains",
+        f"{project.run}: bits per byte of held-out text, mean over domains{windows(evaluation.get('sequence_length'))}",
         ["model", "mean of domains", "target", ""],
         [
             [name, number(means.get(name)), number(_target(facts)), "best on the domains" if name == best else ""]

@@ -18,6 +18,7 @@ from weftlm.cli.options import (
     number,
     print_json,
     print_table,
+    windows,
 )
 
 COLUMNS = 4
@@ -70,4 +71,4 @@ def _print(result: dict[str, Any]) -> None:
     for first in range(0, len(experts), COLUMNS):
         shown = experts[first : first + COLUMNS]
         rows = [[name, *(number(facts["nats_per_token"][e]) for e in shown)] for name, facts in domains.items()]
-        print_table("nats per token, by expert", ["domain", *shown], rows)
+        print_table(f"nats per token, by expert{windows(result['length'])}", ["domain", *shown], rows)

@@ -38,11 +38,13 @@ class SuiteResult:
         sets: result by set name; the target's is under `"target"`.
         generic: mean over the domains, the target left out; None when only the target was evaluated.
         tasks: ranked answers by task, where any were asked.
+        sequence_length: tokens of the windows that were scored.
     """
 
     sets: dict[str, SetResult]
     generic: MeanResult | None
     tasks: dict[str, ChoiceResult] = field(default_factory=dict)
+    sequence_length: int | None = None
 
     @property
     def domains(self) -> dict[str, SetResult]:
@@ -50,11 +52,12 @@ class SuiteResult:
         return {name: result for name, result in self.sets.items() if name != TARGET}
 
     def to_json(self) -> dict[str, Any]:
-        """`{"sets": {name: numbers}, "generic": numbers}`, as `metrics.jsonl` and `result.json` hold them.
+        """`{"sequence_length": T, "sets": {name: numbers}, "generic": numbers}`, as metrics and results hold it.
 
         With tasks also `{"tasks": {name: numbers}}`, without what was right question by question.
         """
-        value: dict[str, Any] = {"sets": {name: result.to_json() for name, result in self.sets.items()}}
+        value: dict[str, Any] = {} if self.sequence_length is None else {"sequence_length": self.sequence_length}
+        value |= {"sets": {name: result.to_json() for name, result in self.sets.items()}}
         if self.generic is not None:
             value["generic"] = self.generic.to_json()
         if self.tasks:
@@ -122,7 +125,8 @@ def evaluate_suite(
                 sets[name] = evaluate_source(model, source, losses=losses, **how)
         except (DataError, NumericsError) as error:
             raise type(error)(f"evaluating {name!r}: {error}") from error
-    return SuiteResult(sets, mean_result({name: sets[name] for name in domains}) if domains else None)
+    mean = mean_result({name: sets[name] for name in domains}) if domains else None
+    return SuiteResult(sets, mean, sequence_length=sequence_length)
 
 
 def suite_difference(first: SuiteResult, second: SuiteResult) -> SuiteDifference:

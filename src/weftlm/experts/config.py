@@ -61,7 +61,8 @@ class AdapterConfig(LoRASection):
     """The shape of an adapter and its first values.
 
     y = W u + (alpha / rank) B A u, with B = 0 at first. The defaults are those of Muqeeth et al. 2024
-    (arXiv:2402.05859): scale 1 / r and A ~ N(0, 0.01^2). PEFT's own habits are `alpha: 16, init_std: null`.
+    (arXiv:2402.05859): scale 1 / r and A ~ N(0, 0.01^2). PEFT's own habits are `alpha: 16, init_std: null`. In a recipe
+    whose `model` has a `lora` section, rank, alpha, dropout and modules are that section's unless given here.
     """
 
     alpha: PositiveInt = Field(1, description="scale numerator; the update is scaled by alpha / rank")
@@ -74,7 +75,8 @@ class AdapterTraining(TrainingConfig):
     """`training` of an adapter: as of any model, with the defaults of Muqeeth et al. 2024 (arXiv:2402.05859).
 
     AdamW without weight decay, 6 % of linear warm-up and then a constant learning rate. The paper's steps take 1024
-    sequences of up to 512 tokens; here batch and length are those of any training until the recipe says otherwise.
+    sequences of up to 512 tokens; here length, batch, precision, device, compilation and threads are those of the
+    recipe's own `training`, where it has one, until the recipe says otherwise.
     """
 
     lr: PositiveFloat = Field(5e-3, description="learning rate of AdamW after warm-up")

@@ -214,7 +214,7 @@ def _train_adapter(
             trainer.accelerator.wait_for_everyone()
             if selecting:
                 kept_step = best.restore(trainer.parameters)
-            losses = {"before": found.get(0), "after": found[kept_step]}
+            losses = {"before": found.get(0), "after": found[kept_step], "sequence_length": length}
             log.info("expert %s: kept the adapter of step %d of %d", name, kept_step, result.step)
         lora = from_peft_model(peft_model, name, base=base)
     facts = {

@@ -89,6 +89,7 @@ class Certificate:
         gap: worst minus lower.
         z: Z_g.
         domains: the table.
+        length: tokens of the scored windows, where they are of one length.
     """
 
     unit: Unit
@@ -102,6 +103,7 @@ class Certificate:
     gap: Figure | None
     z: Figure
     domains: tuple[DomainRow, ...]
+    length: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; no NaN, no infinity."""

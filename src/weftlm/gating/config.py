@@ -57,7 +57,7 @@ class ScoreConfig(Section):
         "from such first tokens and run on through ends of text. documents: beginnings of documents up to `length` "
         "tokens, end of text included, with the end-of-text token as context; samples stop at the end of text",
     )
-    length: PositiveInt = Field(128, description="Scored tokens per sequence, at most")
+    length: PositiveInt = Field(256, description="Scored tokens per sequence, at most")
     sequences: PositiveInt = Field(512, description="Sequences of each domain, at most")
     samples: NonNegativeInt = Field(512, description="Samples drawn from each expert; 0 where every gate is causal")
     seed: Seed = Field(0, description="Of the samples")

@@ -16,7 +16,8 @@ from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.expert import base_name
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
-from weftlm.pipeline.gate_recipe import GatingConfig, follow_sizes
+from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.inherited import inherit
 from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.project_config import RIVALS, RoutingConfig
 from weftlm.pipeline.recipe import Recipe, make_recipe
@@ -124,7 +125,7 @@ def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
                 raise ConfigError(
                     "experts: missing; add a section `experts: {}`, whose defaults will do, to make experts"
                 )
-            del known["experts"]
+            known["experts"] = validate(ExpertsConfig, inherit({**value, "experts": {}})["experts"], "experts")
         elif recipe.experts.rival is not None:
             rivals = [each.policy for each in recipe.compare.mixtures]
             if recipe.experts.rival not in rivals:
@@ -133,7 +134,7 @@ def make_expert_recipe(value: Mapping[str, Any]) -> ExpertRecipe:
                     f"{', '.join(rivals) or 'none'}"
                 )
         return ExpertRecipe.model_validate(known)
-    small = validate(ExpertRecipe, follow_sizes(value), "")
+    small = validate(ExpertRecipe, inherit(value), "")
     if small.experts.rival is not None:
         raise ConfigError("experts.rival names a mixture that is trained here; this recipe trains no model: give base")
     if small.experts.base is None and (small.gating is None or small.gating.pool is None):
@@ -161,8 +162,11 @@ def expert_plan(recipe: ExpertRecipe) -> dict[str, Any]:
 
 
 def gating_config(recipe: ExpertRecipe) -> GatingConfig:
-    """The recipe's `gating` section; the defaults where it has none."""
-    return GatingConfig() if recipe.gating is None else recipe.gating
+    """The recipe's `gating` section; where it has none, the defaults, which follow its other sections."""
+    if recipe.gating is not None:
+        return recipe.gating
+    found: GatingConfig = validate(GatingConfig, inherit({**recipe.resolved(), "gating": {}})["gating"], "gating")
+    return found
 
 
 def routing_config(recipe: ExpertRecipe) -> RoutingConfig:

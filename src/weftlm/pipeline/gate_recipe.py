@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,36 +171,3 @@ def check_domains(named: Mapping[str, Any] | Sequence[str], domains: Sequence[st
     for name in named:
         if name not in domains:
             raise ConfigError(f"{where} names {name!r}, which is no scored domain{did_you_mean(name, domains)}")
-
-
-def follow_sizes(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe whose gate scores and takes steps in proportion to what the recipe says of other stages.
-
-    Where `experts.training.steps` is given, `gating.scores.sequences` and `samples`, `gating.fit.steps` and
-    `gating.students.distil.steps`, unless given, are at most 8 (but 32 in all), 100 and 20 times as many.
-    """
-    gating, value = recipe.get("gating"), dict(recipe)
-    if not isinstance(gating, Mapping):
-        return value
-    steps = _at(recipe, "experts", "training", "steps")
-    limits: list[tuple[tuple[str, ...], str, type[Section], int | None]] = [
-        (("scores",), "sequences", ScoreConfig, steps and max(32, 8 * steps)),
-        (("scores",), "samples", ScoreConfig, steps and max(32, 8 * steps)),
-        (("fit",), "steps", FitConfig, steps and 100 * steps),
-        (("students", "distil"), "steps", DistilConfig, steps and 20 * steps),
-    ]
-    made: dict[str, Any] = copy.deepcopy(dict(gating))
-    for path, key, section, most in limits:
-        here: Any = made
-        for part in path:
-            here = here.setdefault(part, {}) if isinstance(here, dict) else None
-        if most and isinstance(here, dict) and key not in here:
-            here[key] = min(most, section.model_fields[key].default)
-    return {**value, "gating": made}
-
-
-def _at(value: Any, *path: str) -> int | None:
-    """A whole number above 0 at a place of a mapping."""
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value if type(value) is int and value > 0 else None

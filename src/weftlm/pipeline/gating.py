@@ -400,9 +400,9 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     """A fit as JSON; nats of `unit`, measured on the sequences of the fit.
 
     Returns:
-        scores (fingerprint), experts, gate (section), unit, worst, worst_domain, gap (None where it was not asked for),
-        gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain: sequences, value, lam;
-        history, a list of `Progress`.
+        scores (fingerprint), experts, gate (section), unit, length (of the windows), worst, worst_domain, gap (None
+        where it was not asked for), gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain:
+        sequences, value, lam; history, a list of `Progress`.
     """
     names = scores.names
     return {
@@ -410,6 +410,7 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
         "experts": list(scores.cache.experts),
         "gate": result.gate.config.model_dump(mode="json"),
         "unit": result.unit,
+        "length": scores.cache.config.length,
         "worst": float(result.worst),
         "worst_domain": names[result.worst_domain],
         "gap": finite_or_none(float(result.gap)),
@@ -479,7 +480,7 @@ def _certify_gate(recipe: ExpertRecipe) -> Certificate:
     scores = open_scores(recipe)
     folder = recipe.gate_folder
     gate, facts = open_gate(recipe, scores)
-    found = certify(
+    measured = certify(
         gate,
         scores.split.held_domains,
         scores.split.held_samples or None,
@@ -488,6 +489,7 @@ def _certify_gate(recipe: ExpertRecipe) -> Certificate:
         config=config.fit,
         **scores.problem,
     )
+    found = dataclasses.replace(measured, length=scores.cache.config.length)
     write_object(folder / CERTIFICATE, found.to_json(), nan=False)
     write_gate_page(recipe.run)
     return found

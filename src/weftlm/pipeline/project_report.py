@@ -56,7 +56,12 @@ def report_project(project: Project) -> dict[str, Any]:
     accuracy = {name: {task: found["accuracy"] for task, found in tasks.items()} for name, tasks in asked.items()}
     chance = {task: found["chance"] for tasks in asked.values() for task, found in tasks.items()}
     summary["models"] = {
-        name: {"path": each["path"], "kind": each["kind"], "bits_per_byte": table[name]}
+        name: {
+            "path": each["path"],
+            "kind": each["kind"],
+            "sequence_length": evaluation.get("sequence_length"),
+            "bits_per_byte": table[name],
+        }
         | ({"accuracy": accuracy[name]} if name in accuracy else {})
         for name, each in evaluation["models"].items()
     }
@@ -113,6 +118,7 @@ def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, An
             name: result["generic"]["bits_per_byte"] for name, result in results.items() if "generic" in result
         },
         "train_tokens": next(iter(results.values()))["train_tokens"],
+        "sequence_length": next(iter(results.values())).get("sequence_length"),
         "seconds": {
             name: {part: round(seconds, 2) for part, seconds in result["seconds"].items()}
             for name, result in results.items()
@@ -131,6 +137,7 @@ def _robust(project: Project, monolith: Mapping[str, Any] | None) -> tuple[dict[
     shown = [name for name in COMPARED if name in rows]
     summary = {
         "unit": certificate.unit,
+        "length": certificate.length,
         "worst_domain_regret": {name.replace(" ", "_"): rows[name]["worst"] for name in shown},
         "worst_domain": {name.replace(" ", "_"): rows[name]["worst_domain"] for name in shown},
         "mean_regret": {name.replace(" ", "_"): rows[name]["mean"] for name in shown},

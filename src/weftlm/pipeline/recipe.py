@@ -19,7 +19,8 @@ from weftlm.mixture.config import PolicyConfig, policy_config
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
-from weftlm.pipeline.gate_recipe import GatingConfig, follow_sizes
+from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.inherited import inherit
 from weftlm.pipeline.project_config import CompareConfig, RoutingConfig
 from weftlm.recipe_text import read_yaml
 from weftlm.training.config import NOT_DECIDING, AlignmentConfig, TrainingConfig
@@ -98,7 +99,7 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
     mixture = value.get("mixture")
     if isinstance(mixture, Mapping):
         policy_config(mixture)  # reports an unknown policy or key by its own name
-    return validate(Recipe, follow_sizes(value), "")
+    return validate(Recipe, inherit(value), "")
 
 
 def check(recipe: Recipe) -> None:

@@ -65,6 +65,7 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
             routed_folder(recipe, config.build[-1]), data, config.timed_pairs, _device(recipe)
         )
     found = {
+        "sequence_length": evaluation.base.sequence_length,
         "heldout_bpb": {
             label: finite_or_none(mean.bits_per_byte) for label, mean in generic.items() if mean is not None
         },
@@ -127,7 +128,7 @@ def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFact
         traces=[] if traced is None else [(f"{traced[0]} on {label}", traced[1].trace, traced[1].tokens)],
         accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},
         chance=found.get("chance", {}),
-        window=recipe.experts.training.sequence_length,
+        window=found.get("sequence_length"),
     )
 
 

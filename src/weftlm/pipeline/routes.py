@@ -205,7 +205,8 @@ class RouteEvaluation:
         """Each set's best expert, as one evaluation."""
         sets = {name: self.singles[expert].sets[name] for name, expert in self.oracle.items()}
         domains = {name: sets[name] for name in self.base.domains}
-        return SuiteResult(sets, mean_result(domains) if domains else None)
+        mean = mean_result(domains) if domains else None
+        return SuiteResult(sets, mean, sequence_length=self.base.sequence_length)
 
     @property
     def minus_base(self) -> dict[str, SuiteDifference]:

@@ -91,8 +91,8 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         progress: a line per report on stderr.
     Returns:
         What the kind's JSON file holds: identity, scores (fingerprint), fit (identity of the gate that was distilled),
-        problem (`problem_identity`), experts, unit, offsets, and rows by model: `table_row`, with kl, kl_error,
-        experts_per_token and model (folder) where there are such.
+        problem (`problem_identity`), experts, unit, length (of the windows), offsets, and rows by
+        model: `table_row`, with kl, kl_error, experts_per_token and model (folder) where there are such.
     Raises:
         ConfigError: the recipe's settings do not fit what was scored, or samples are missing.
         DataError: nothing is scored or fitted yet, or experts have changed since they were scored.
@@ -156,6 +156,7 @@ def _distil_gate(recipe: ExpertRecipe, direct: bool, progress: bool) -> dict[str
         "problem": problem_identity(scores.cache, config, recipe.seed),
         "experts": list(scores.cache.experts),
         "unit": config.fit.unit,
+        "length": scores.cache.config.length,
         "offsets": scores.problem["offsets"],
         "rows": rows,
     }

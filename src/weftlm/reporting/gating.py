@@ -71,6 +71,7 @@ class GatingFacts:
         offsets: what values are relative to: "expert", "none", "entropy" or "values"; empty where the certificate says
             it, or where it is not known.
         rivals: the rows the gate is compared with; all others are the gate's or made of it.
+        length: tokens of the scored windows; None where certificate or fit say it, or where it is not known.
     Raises:
         ConfigError: there is nothing to show, or the parts have different units or offsets.
     """
@@ -81,6 +82,7 @@ class GatingFacts:
     unit: str = ""
     offsets: str = ""
     rivals: Sequence[str] = RIVALS
+    length: int | None = None
 
     def __post_init__(self) -> None:
         if self.certificate is None and not self.fit and not self.rows:
@@ -120,13 +122,21 @@ class GatingFacts:
         given = [one.get("offsets") for one in students]
         offsets = [one if isinstance(one, str) else "values" for one in given if one is not None]
         units = [str(one["unit"]) for one in students if one.get("unit")]
-        return cls(certificate, fit, rows, _agreed("unit", units), _agreed("offsets", offsets), rivals)
+        length = next((one["length"] for one in students if one.get("length")), None)
+        return cls(certificate, fit, rows, _agreed("unit", units), _agreed("offsets", offsets), rivals, length)
 
     @property
     def nats(self) -> str:
         """The unit of all values in words."""
         unit = _agreed("unit", self._units)
         return f"nats per {unit}" if unit else "nats"
+
+    @property
+    def unit_and_windows(self) -> str:
+        """`nats per token, in windows of 128 tokens`, for a caption."""
+        fitted = self.fit.get("length") if self.fit else None
+        known = (self.certificate.length if self.certificate else None) or fitted or self.length
+        return escape(self.nats) + _windows(known)
 
     @property
     def relative_to(self) -> str:
@@ -420,9 +430,8 @@ def models_table(facts: GatingFacts) -> str:
             for domain in domains
         ]
         head = column_head(["Domain", *(escape(name) for name in facts.rows)])
-        caption = (
-            f"{_capital(facts.measure)} by domain, {escape(facts.nats)}, as above; the lowest value of a row is bold."
-        )
+        caption = f"{_capital(facts.measure)} by domain, {facts.unit_and_windows}, as above; "
+        caption += "the lowest value of a row is bold."
         text += details(
             f"All {len(domains)} domains",
             table(caption, head, rows, kind="dense models"),
@@ -431,11 +440,15 @@ def models_table(facts: GatingFacts) -> str:
     return text
 
 
+def _windows(length: int | None) -> str:
+    return f", in windows of {length} tokens" if length else ""
+
+
 def _models_caption(facts: GatingFacts, distances: bool) -> str:
     exact = _is_exact(facts)
     where = "the enumerated problem" if exact else "held-out sequences"
-    text = f"{_capital(facts.measure)} on {where}, {escape(facts.nats)}; lower is better. The lowest value of a column"
-    text += " is bold."
+    text = f"{_capital(facts.measure)} on {where}, {facts.unit_and_windows}; lower is better."
+    text += " The lowest value of a column is bold."
     if not exact:
         text += " Under each value ± one standard error."
     if not all(facts.is_one_domain(name) for name in facts.rows if math.isfinite(facts.worst(name))):
@@ -521,9 +534,9 @@ def certificate_table(known: Certificate) -> str:
     heads = ["Figure", "Value", "95 % interval", "What it is", "How it was found"]
     head = _head(heads, text=(0, 3, 4))
     caption = (
-        f"Nats per {escape(known.unit)}; values are {_MEASURES.get(known.offsets, 'values')}. A bound always holds, on "
-        "the side it names. An estimate comes from samples, or from an optimiser that may have stopped short. Exact is "
-        "the truth about the enumerated problem, or about what is named beside it."
+        f"Nats per {escape(known.unit)}{_windows(known.length)}; values are {_MEASURES.get(known.offsets, 'values')}. "
+        "A bound always holds, on the side it names. An estimate comes from samples, or from an optimiser that may "
+        "have stopped short. Exact is the truth about the enumerated problem, or about what is named beside it."
     )
     return table(caption, head, rows, kind="certificate")
 
@@ -557,8 +570,8 @@ def domains_table(facts: GatingFacts) -> str:
     ]
     heads += ["95 % interval", *(["λ"] if weights else [])]
     caption = (
-        f"The certified gate, divided by Z; {escape(facts.nats)}. Value is cross-entropy minus offset; the largest is "
-        "bold."
+        f"The certified gate, divided by Z; {facts.unit_and_windows}. Value is cross-entropy minus offset; "
+        "the largest is bold."
     )
     caption += " λ: the domain's part of the worst mixture that the fit found." if weights else ""
     return table(caption, column_head(heads), rows, kind="dense gate")
@@ -601,8 +614,8 @@ def _fitted_table(facts: GatingFacts) -> str:
     if not rows:
         return ""
     caption = (
-        f"{_capital(facts.measure)} on the sequences of the fit, {escape(facts.nats)}: not held out. λ: the domain's "
-        "part of the worst mixture that the fit found."
+        f"{_capital(facts.measure)} on the sequences of the fit, {facts.unit_and_windows}: not held out. "
+        "λ: the domain's part of the worst mixture that the fit found."
     )
     return table(caption, column_head(["Domain", "Sequences", "Value", "λ"]), rows, kind="dense gate")
 

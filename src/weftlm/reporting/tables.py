@@ -84,8 +84,8 @@ def _means_table(view: View) -> str:
         row.append(Cell(str(len(one.runs))))
         rows.append(row)
     caption = (
-        "Means over runs that differ only in their seed, ± one standard error over runs; lower is better. "
-        "The lowest value of a column is bold."
+        f"Means over runs that differ only in their seed{_windows(view)}, ± one standard error over runs; "
+        "lower is better. The lowest value of a column is bold."
     )
     heads = [*_loss_heads(view, "Mixture", compared), "Runs"]
     return table(caption, column_head(heads), rows) + "\n<h3>Each run</h3>\n"

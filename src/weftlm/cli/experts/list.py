@@ -20,14 +20,14 @@ def run(library: LibraryArgument, json: JsonOption = False) -> None:
         return
     print_table(
         str(library),
-        ["expert", "made from", "gate", "statistics", "bits/byte before", "after"],
+        ["expert", "made from", "gate", "statistics", "bits/byte before", "after", "windows"],
         [[expert["name"], *_row(expert)] for expert in experts],
     )
 
 
 def _row(expert: dict[str, Any]) -> list[str]:
     if "problem" in expert:
-        return [expert["problem"], "-", "-", "-", "-"]
+        return [expert["problem"], "-", "-", "-", "-", "-"]
     losses = expert["losses"] or {}
     before, after = losses.get("before") or {}, losses.get("after") or {}
     return [
@@ -36,4 +36,5 @@ def _row(expert: dict[str, Any]) -> list[str]:
         "yes" if expert["statistics"] else "no",
         number(before.get("bits_per_byte")),
         number(after.get("bits_per_byte")),
+        str(losses.get("sequence_length", "-")),
     ]

@@ -65,7 +65,7 @@ def run(
     rows = [[name, *_row(facts)] for name, facts in result["experts"].items()]
     print_table(
         f"{result['library']} over {result['base']}",
-        ["expert", "domain", "", "before", "after", "unit", "step kept", "s"],
+        ["expert", "domain", "", "before", "after", "unit", "windows", "step kept", "s"],
         rows,
     )
 
@@ -80,6 +80,7 @@ def _row(facts: dict[str, Any]) -> list[str]:
         number(before.get(unit)),
         number(after.get(unit)),
         unit.replace("_per_", "/") if after else "-",
+        str(losses.get("sequence_length", "-")),
         f"{adapter['kept_step']:,} of {adapter['steps']:,}" if adapter else "-",
         number(sum(adapter["seconds"].values()), 0) if adapter else "-",
     ]

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
+from weftlm.cli.options import (
+    DryRunOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    number,
+    print_json,
+    print_table,
+    say,
+    windows,
+)
 from weftlm.pipeline.names import CERTIFICATE, GATE_PAGE
 
 if TYPE_CHECKING:
@@ -47,7 +57,7 @@ def _print(found: Certificate, recipe: ExpertRecipe) -> None:
     }
     figures = {name: figure for name, figure in named.items() if figure is not None}
     print_table(
-        f"{recipe.gate_folder / CERTIFICATE}: nats/{found.unit}, offsets {found.offsets}",
+        f"{recipe.gate_folder / CERTIFICATE}: nats/{found.unit}, offsets {found.offsets}{windows(found.length)}",
         ["figure", "value", "95 %", "is"],
         [
             [name, number(figure.value), _interval(figure.low, figure.high), figure.label]
@@ -55,7 +65,7 @@ def _print(found: Certificate, recipe: ExpertRecipe) -> None:
         ],
     )
     print_table(
-        "held-out sequences",
+        f"held-out sequences{windows(found.length)}",
         ["domain", "sequences", "cross-entropy", "minus offset", "95 %", "lambda"],
         [
             [

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
+from weftlm.cli.options import (
+    DryRunOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    number,
+    print_json,
+    print_table,
+    say,
+    windows,
+)
 from weftlm.pipeline.names import GATE_PAGE
 
 if TYPE_CHECKING:
@@ -47,7 +57,7 @@ def run(
 def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
     offsets = result["offsets"] if isinstance(result["offsets"], str) else "values"
     print_table(
-        f"held-out sequences: nats/{result['unit']}, offsets {offsets}",
+        f"held-out sequences: nats/{result['unit']}, offsets {offsets}{windows(result.get('length'))}",
         ["model", "worst domain", "worst", "mean", "KL to the gate, nats/sequence"],
         [
             [

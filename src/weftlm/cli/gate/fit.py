@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weftlm.cli.dry_run import show
-from weftlm.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption, number, print_json, print_table, say
+from weftlm.cli.options import (
+    DryRunOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    number,
+    print_json,
+    print_table,
+    say,
+    windows,
+)
 
 if TYPE_CHECKING:
     from weftlm.pipeline.expert_recipe import ExpertRecipe
@@ -40,7 +50,7 @@ def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
         for name, facts in result["domains"].items()
     ]
     print_table(
-        f"{recipe.gate_folder}: {result['gate']['gate']}",
+        f"{recipe.gate_folder}: {result['gate']['gate']}{windows(result.get('length'))}",
         ["domain", "sequences", f"nats/{result['unit']}", "lambda"],
         rows,
     )

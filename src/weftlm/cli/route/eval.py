@@ -20,6 +20,7 @@ from weftlm.cli.options import (
     print_json,
     print_table,
     say,
+    windows,
     with_error,
 )
 
@@ -105,7 +106,7 @@ def _print(found: RouteEvaluation, title: str) -> None:
     for first in range(0, len(names), COLUMNS):
         shown = names[first : first + COLUMNS]
         rows = [[label, *(columns[name][place] for name in shown)] for place, label in enumerate(found.rows)]
-        print_table(f"{title}: bits per byte", ["", *shown], rows)
+        print_table(f"{title}: bits per byte{windows(found.base.sequence_length)}", ["", *shown], rows)
     _print_tasks(found, title)
     for note in found.notes:
         say(f"note: {note}")
