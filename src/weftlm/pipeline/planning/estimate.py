@@ -17,7 +17,7 @@ from weftlm.errors import ConfigError
 from weftlm.gating.config import ExpertSource
 from weftlm.mixture.policy import build_policy
 from weftlm.pipeline.data_config import DataConfig
-from weftlm.pipeline.expert_recipe import ExpertRecipe
+from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.identity import MANIFEST
 from weftlm.pipeline.planning.calibrate import Calibration
@@ -323,7 +323,7 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
             "models: scores and serving are not planned."
         )
         return stages
-    gating = recipe.gating if recipe.gating is not None else GatingConfig()
+    gating = gating_config(recipe)
     over = None
     if gating.pool is None:
         if recipe.gating is not None:
