@@ -442,7 +442,7 @@ def test_experts_pools_scores_and_gates_are_planned() -> None:
     assert experts.facts["experts_at_once"] == 8
     widths = 2 * (4 * (32 + 32) + 2 * (32 + 64) + (64 + 32))
     assert pool.memory["experts' factors"] == 20 * 4 * widths * 4
-    assert scores.disk["score cache"] == score_cache_bytes(50 * 80, 20 * 80, 256, 20)
+    assert scores.disk["score cache"] == score_cache_bytes(50 * 80, 20 * 80, 32, 20)
     assert any("50 domains" in line for line in found.assumptions)
 
 
