@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weftlm.cli.options import JsonOption, number, print_json, print_table
-from weftlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from weftlm.pipeline.project import Project
@@ -26,13 +24,10 @@ def run(
     The recipe is the one weftlm run last carried out there; texts and settings are compared with what the results were
     made of.
     """
-    from weftlm.pipeline.project import load_project
+    from weftlm.pipeline.project import open_project
     from weftlm.pipeline.runner import project_status
 
-    recipe = folder / "stages" / "recipe.yaml"
-    if not recipe.exists():
-        raise ConfigError(f"{folder} is no run folder of weftlm run ({recipe} is not there); run a recipe first")
-    project = load_project(recipe, [f"run={dumps(str(folder))}"])
+    project = open_project(folder)
     show_status(project, project_status(project), json)
 
 

@@ -8,5 +8,7 @@ GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
 EVALUATION = "evaluation.json"
 GATE_PAGE = "gate/report.html"
 REPORT, SUMMARY = "report.html", "summary.json"
+COMPARED, TRAINING = "compared.html", "training.html"
+"""Pages of several runs, and of a project's training alone: never over a project's own page."""
 ROUTING = "routing.json"
 STUDENT, DIRECT, DENSE = "student", "direct", "dense"

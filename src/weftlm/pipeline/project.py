@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from weftlm.mixture.config import PolicyConfig, policy_config
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.expert_recipe import WHOLE, ExpertRecipe, make_expert_recipe
+from weftlm.pipeline.names import REPORT
 from weftlm.pipeline.project_config import RIVALS
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.recipe_text import read_yaml
@@ -130,6 +132,33 @@ class Project:
     def to_yaml(self) -> str:
         """The resolved recipe; reading it again gives this project."""
         return self._any.to_yaml()
+
+
+def project_recipe(run: Path) -> Path:
+    """Where `weftlm run` keeps the recipe it last carried out in a run folder."""
+    return run / "stages" / "recipe.yaml"
+
+
+def refuse_project_page(path: Path) -> None:
+    """Refuse to write another page over that of a whole project.
+
+    Raises:
+        ConfigError: it would be.
+    """
+    if path.name == REPORT and project_recipe(path.parent).exists():
+        raise ConfigError(f"{path} is the page of a whole project; give another file")
+
+
+def open_project(run: Path) -> Project:
+    """The project that `weftlm run` last carried out in a run folder.
+
+    Raises:
+        ConfigError: there is none, or its recipe cannot be read.
+    """
+    recipe = project_recipe(run)
+    if not recipe.exists():
+        raise ConfigError(f"{run} is no run folder of weftlm run ({recipe} is not there); run a recipe first")
+    return load_project(recipe, [f"run={json.dumps(str(run))}"])
 
 
 def load_project(path: str | Path, overrides: Sequence[str] = ()) -> Project:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from weftlm.files import write_object
@@ -17,7 +18,7 @@ from weftlm.pipeline.project import MONOLITH, Project
 from weftlm.pipeline.report import report_runs
 from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.route_stage import read_routing, routing_facts
-from weftlm.pipeline.stage_records import seconds_of
+from weftlm.pipeline.stage_records import alone, digests, read_record, seconds_of, write_record
 from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import RIVALS, GatingFacts
 from weftlm.reporting.runs import number
@@ -27,9 +28,13 @@ COMPARED = (MONOLITH, "uniform", "bayes", "fixed share", "robust", "student")
 """Rows of the gate's part of summary.json, as far as they were made."""
 
 
-def report_project(project: Project) -> dict[str, Any]:
+def report_project(project: Project, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
     """Write the page and the summary of what a project has made.
 
+    Args:
+        project: all of its stages but the report are done.
+        output: another place for the page, which then comes without a summary file.
+        title: of the page.
     Returns:
         summary.json as a mapping, with `mixture`, `routing`, `robust` and `models` as far as the project has them.
     Raises:
@@ -68,8 +73,8 @@ def report_project(project: Project) -> dict[str, Any]:
     runs = [project.run, *rivals.values()] if project.whole is not None else []
     report_runs(
         runs,
-        project.run / REPORT,
-        f"{project.run.resolve().name}: the whole project",
+        output or project.run / REPORT,
+        title or f"{project.run.resolve().name}: the whole project",
         data=project.prepared_folder,
         routing=routing,
         gating=gating,
@@ -84,8 +89,24 @@ def report_project(project: Project) -> dict[str, Any]:
             window=evaluation["sequence_length"],
         ),
     )
-    write_object(project.run / SUMMARY, summary)
+    if output is None:
+        write_object(project.run / SUMMARY, summary)
     return summary
+
+
+def renew_report(project: Project, output: Path | None = None, title: str | None = None) -> None:
+    """Write a finished project's page again, and let the record of its last stage know it.
+
+    Raises:
+        CheckpointError: another process is at work in the run folder.
+        DataError: as `report_project`.
+    """
+    with alone(project.run):
+        report_project(project, output, title)
+        record = read_record(project.stages_folder, "report")
+        if output is None and record is not None and record.state == "done":
+            outputs = digests([project.run / REPORT, project.run / SUMMARY])
+            write_record(project.stages_folder, record.model_copy(update={"outputs": outputs}))
 
 
 def _gaps(models: Mapping[str, Any]) -> dict[str, dict[str | None, tuple[float, float]]]:

@@ -20,7 +20,7 @@ from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, WeftError
 from weftlm.files import write_whole
 from weftlm.pipeline.identity import changed_keys
-from weftlm.pipeline.project import Project
+from weftlm.pipeline.project import Project, project_recipe
 from weftlm.pipeline.recipe import check
 from weftlm.pipeline.stage_records import (
     Record,
@@ -207,7 +207,7 @@ def run_project(
         together()
         if first:
             project.stages_folder.mkdir(exist_ok=True)
-            write_whole(project.stages_folder / "recipe.yaml", project.to_yaml())
+            write_whole(project_recipe(project.run), project.to_yaml())
         known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
             if from_stage is None or act != "replace":

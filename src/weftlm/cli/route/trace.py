@@ -36,6 +36,10 @@ def run(
     A token's weights are means over the modules. The entropy of a layer's usage is 0 where one expert does all and the
     logarithm of their number where all work alike.
     """
+    from weftlm.pipeline.project import refuse_project_page
+
+    if html is not None:
+        refuse_project_page(html)
     from weftlm.pipeline.routes import trace_text
     from weftlm.reporting.inspect import write_trace_page
 
