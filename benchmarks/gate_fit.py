@@ -11,7 +11,7 @@ table.
                         have the same number of sequences whatever the experts are. What does not depend on the steps
                         (standardisation, offsets, two evaluations on all data) is in it
     memory              processes of their own that make the data, fit, and note the peak
-    exact programme     `exact_robust_gate` (cvxpy, Clarabel) and `fit_robust_gate` (gate `tabular`, default settings)
+    exact programme     `exact_robust_gate` (cvxpy, Clarabel) and `fit_robust_gate` (gate `tabular`, all of its steps)
                         on the same enumerated P and Q, in one process, in turns; both start from P and Q
     sample efficiency   the worst domain's regret to its own expert, nats per sequence, on a large fresh sample, of
                         gates fitted on n sequences of each domain and n of each expert
@@ -294,7 +294,7 @@ def beside_exact(arguments: argparse.Namespace) -> dict[str, Any]:
     except ConfigError as error:
         _common.say(f"no exact programme: {error}")
         return {"skipped": str(error), "rows": []}
-    config = FitConfig(steps=100) if arguments.quick else FitConfig()
+    config = FitConfig(steps=100 if arguments.quick else 8000, gap_tolerance=None)
     rows = []
     for points in arguments.supports:
         ours, theirs, differences, values, gaps = [], [], [], [], []

@@ -95,24 +95,30 @@ def _bar(stream: TextIO) -> _Bar:
     )
 
 
-class _Pace:
-    """Seconds per unit since the first report, which a resumed job does not start at 0."""
+class Pace:
+    """Time left at the mean pace since the start, which a resumed job does not have at 0.
 
-    def __init__(self, clock: Clock) -> None:
+    Args:
+        done: units done at the start, which is now; None: the start is the first report.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, done: float | None = None, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._start: tuple[float, float] | None = None
+        self._start = None if done is None else (clock(), done)
 
-    def remaining(self, done: float, total: float) -> float:
-        """Seconds left at the mean pace so far; NaN until two reports have come."""
+    def eta(self, done: float, total: float) -> str:
+        """`ETA 3m 20s`; `ETA -` while there is no pace yet."""
         now = self._clock()
         if self._start is None:
             self._start = (now, done)
         start_time, start_done = self._start
+        left = math.nan
         if done >= total:
-            return 0.0
-        if done <= start_done or now <= start_time:
-            return math.nan
-        return (total - done) * (now - start_time) / (done - start_done)
+            left = 0.0
+        elif done > start_done and now > start_time:
+            left = (total - done) * (now - start_time) / (done - start_done)
+        return f"ETA {duration_text(left)}"
 
 
 class TrainingDisplay:
@@ -150,7 +156,7 @@ class TrainingDisplay:
         self.log_every_seconds = log_every_seconds
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._pace = _Pace(clock)
+        self._pace = Pace(clock=clock)
         self._live = enabled and _is_terminal(self._stream)
         self._bar: _Bar | None = None
         self._task: TaskID | None = None
@@ -193,13 +199,12 @@ class TrainingDisplay:
             return
         if weights is not None:
             self._weights = dict(weights)
-        left = self._pace.remaining(step, total_steps)
         status = f"{step}/{total_steps}  {count_text(tokens)} tokens"
         if loss is not None:
             status += f"  loss {loss:.3f}"
         if tokens_per_second is not None:
             status += f"  {count_text(tokens_per_second)} tok/s"
-        status += f"  ETA {duration_text(left)}"
+        status += f"  {self._pace.eta(step, total_steps)}"
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task(
@@ -274,17 +279,15 @@ def progress(
     if not enabled:
         yield ProgressCounter(lambda done, last: None)
         return
-    pace = _Pace(clock)
+    pace = Pace(0.0, clock)
     start = clock()
-    pace.remaining(0.0, math.inf if total is None else total)
 
     def status(done: float) -> str:
         seconds = clock() - start
         speed = f"  {count_text(done / seconds)} {unit}/s" if seconds > 0 and done > 0 else ""
         if total is None:
             return f"{count_text(done)} {unit}{speed}  {duration_text(seconds)}"
-        left = pace.remaining(done, total)
-        return f"{count_text(done)}/{count_text(total)} {unit}{speed}  ETA {duration_text(left)}"
+        return f"{count_text(done)}/{count_text(total)} {unit}{speed}  {pace.eta(done, total)}"
 
     if _is_terminal(stream):
         bar = _bar(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def project(tmp_path: Path) -> Path:
     return path
 
 
-def cut_short(table: Any, line: Progress) -> None:
+def cut_short(table: Any, line: Progress, now: Any) -> None:
     raise NumericsError(f"cut short at {line.step}")
 
 
@@ -94,7 +95,10 @@ def test_from_experts_to_a_certified_gate(
     assert (planned["plan"]["gate"], planned["plan"]["fit_steps"]) == ("linear", 60)
     fitted = call("gate", "fit", project, "--json")
     assert call.err.count("lambda") == 2
-    assert "fit 60/60  worst " in call.err
+    first, last = (line for line in call.err.splitlines() if line.startswith("fit "))
+    assert re.match(r"fit 30/60  worst .* Z \S+  ETA \d+s  lambda ", first)
+    assert re.match(r"fit 60/60  worst .* ETA 0s  lambda ", last)
+    assert (fitted["steps"], fitted["stopped_early"]) == (60, False)
     assert fitted["worst"] == pytest.approx(max(each["value"] for each in fitted["domains"].values()))
     assert fitted["domains"][fitted["worst_domain"]]["value"] == pytest.approx(fitted["worst"])
     assert sum(each["lam"] for each in fitted["domains"].values()) == pytest.approx(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from support.command_line import Call
 from support.tiny_project import WORDS, command, environment, recipe_value
 
 from weftlm.pipeline.any_model import open_model
+from weftlm.serving.server import Server
 
 PARTS: dict[str, Any] = {
     "evaluation": {"every_steps": 30, "tasks": [{"path": "ask.jsonl"}]},
@@ -49,9 +51,32 @@ def acts(call: Call, *arguments: str) -> dict[str, str]:
     return {stage["stage"]: stage["act"] for stage in planned["stages"]}
 
 
+def check_the_end(said: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model with its figure, the best one marked, and two commands that can be given as they stand."""
+    models = json.loads(Path("runs/one/evaluation.json").read_text())["models"]
+    means = {name: facts["generic"]["bits_per_byte"] for name, facts in models.items()}
+    best = min(means, key=means.__getitem__)
+    lines = said.splitlines()
+    for name, mean in means.items():
+        (row,) = (line for line in lines if line.startswith(f"│ {name} "))
+        assert f" {mean:.4f} " in row
+        assert ("best on the domains" in row) == (name == best)
+    serve, read = lines[-2:]
+    assert (serve.partition(": ")[0], read.partition(": ")[0]) == ("serve it", "read about it")
+    name, *words = shlex.split(serve.partition(": ")[2])
+    assert (name, words[0], words[1]) == ("weftlm", "serve", models[best]["path"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "run", lambda self, sockets=None: None)  # it would serve until it is stopped
+        call(*words, "--port", "0")
+    *command, page = shlex.split(read.partition(": ")[2])
+    assert command == ["python", "-m", "webbrowser"]
+    assert Path(page).read_text().startswith("<!DOCTYPE html>")
+
+
 def test_a_project_runs_once_and_then_only_what_changed(
-    call: Call, recipe: Callable[..., Path], tmp_path: Path
+    call: Call, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     path = recipe(PARTS)
     question = {"prompt": "pan butter ", "choices": ["onion", "mast"], "answer": "onion"}
     asked = tmp_path / "ask.jsonl"
@@ -61,7 +86,7 @@ def test_a_project_runs_once_and_then_only_what_changed(
     assert set(acts(call).values()) == {"run"}
     assert not (tmp_path / "runs").exists(), "--dry-run writes nothing"
 
-    call("run", path)
+    check_the_end(call("run", path), call, monkeypatch)
     assert set(states(call).values()) == {"done"}
     summary = json.loads((tmp_path / "runs/one/summary.json").read_text())
     assert list(summary["mixture"]["target_bpb"]) == ["dga", "uniform"]

@@ -102,7 +102,7 @@ def show_models(project: Project) -> None:
     )
     say(f"serve it: weftlm serve {shlex.quote(models[best]['path'])}")
     if (project.run / REPORT).exists():
-        say(f"read on: {project.run / REPORT}")
+        say(f"read about it: python -m webbrowser {shlex.quote(str(project.run / REPORT))}")
 
 
 def _target(facts: dict[str, Any]) -> float | None:

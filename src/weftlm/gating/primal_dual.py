@@ -3,8 +3,10 @@
     L(theta, nu, mu) = sum_m nu_m [CE_m(pi_g) - offset_m] + mu (Z_g - 1) + rho / 2 (Z_g - 1)^2
 
 theta goes down by Adam, the mixture nu goes up by exponentiated gradient, mu goes up from 1. The iterates circle the
-saddle point; what is returned is their average over the last part of the run. Cortes, Mohri and Zhong 2026,
-arXiv:2602.17554; control variates, the two-halves penalty and restricted mixtures are choices of this implementation.
+saddle point; what is returned is their average over the last part of the run, or, where the duality gap of the average
+before a report is within `gap_tolerance` already, that average, and the fit stops there. Cortes, Mohri and Zhong 2026,
+arXiv:2602.17554; control variates, the two-halves penalty, restricted mixtures and early stopping are choices of this
+implementation.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ from weftlm.gating.tabular import TabularGate
 from weftlm.threads import follow_load
 
 Kind = Literal["exact", "estimate"]
-_ESTIMATE: Kind = "estimate"
 
 _FEW = 64
 """Sequences of each domain that a causal gate is made for."""
@@ -57,6 +58,8 @@ class Progress:
         z: Z of the gate on the samples of the fit.
         mu: its multiplier.
         gap: worst minus the value against `lam`: the opponent's share of the duality gap, without the gate's.
+        duality_gap: worst minus the best a gate can do against `lam` (`best_response`); None where the opponent's share
+            or Z - 1 is above `gap_tolerance` already, or no fit may stop early.
     """
 
     step: int
@@ -67,6 +70,7 @@ class Progress:
     z: float
     mu: float
     gap: float
+    duality_gap: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,7 @@ class FitState:
         second: Adam's second moments.
         log_nu_M: the mixture over the extreme mixtures.
         mu: multiplier of Z.
-        averaged: steps in the averages.
+        averaged: steps in the averages, which begin again with every report and with the last part of the run.
         mean_tensors: average of theta.
         mean_nu_M: average of nu.
         mean_mu: average of mu.
@@ -101,8 +105,21 @@ class FitState:
     mean_mu: float
     history: tuple[Progress, ...] = ()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the fit stops here, its duality gap being within the tolerance."""
+        gap, tolerance = self.duality_gap, self.config.gap_tolerance
+        return gap is not None and tolerance is not None and gap <= tolerance
+
+    @property
+    def duality_gap(self) -> float | None:
+        """Of `answer`, where the history holds it for this step."""
+        if not self.history or self.history[-1].step != self.step:
+            return None
+        return self.history[-1].duality_gap
+
     def answer(self) -> tuple[Gate, Floats, float]:
-        """Averaged gate, nu and mu; the present ones before averaging began."""
+        """Averaged gate, nu and mu; the present ones where no average has begun."""
         if self.averaged == 0:
             return self.gate, np.exp(self.log_nu_M), self.mu
         return self.gate.replaced(self.mean_tensors), self.mean_nu_M, self.mean_mu
@@ -269,7 +286,7 @@ def fit_robust_gate(
     end = config.steps if until is None else min(until, config.steps)
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
     with interrupt.safe_points() if on_stop is not None else nullcontext():
-        while state.step < end:
+        while state.step < end and not state.settled:
             follow_load()
             state = _step(state, draw(state.step), problem, averaging_from, draw.base_D)
             if state.step % config.report_every_steps == 0 or state.step == config.steps:
@@ -480,9 +497,13 @@ def _step(state: FitState, batch: _Batch, problem: Problem, averaging_from: int,
     moved, first, second, excess_D, z = _descend(state, batch, problem, nu_M, config.final_lr if final else config.lr)
     log_nu_M = problem.opponent.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + base_D))
     mu = state.mu + config.mu_lr * (z - 1.0)
-    averaged = state.averaged + 1 if final else 0
+    every = config.report_every_steps
+    begin = averaging_from if final else state.step // every * every + every - math.ceil(config.final_fraction * every)
+    averaged = max(0, state.step + 1 - begin)
     means = state.mean_tensors, state.mean_nu_M, state.mean_mu
-    if final:
+    if averaged == 1:
+        means = moved, np.exp(log_nu_M), mu
+    elif averaged:
         part = 1.0 / averaged
         means = (
             {name: mean + part * (moved[name] - mean) for name, mean in state.mean_tensors.items()},
@@ -506,7 +527,11 @@ def _step(state: FitState, batch: _Batch, problem: Problem, averaging_from: int,
 
 def _progress(state: FitState, problem: Problem) -> Progress:
     gate, nu_M, mu = state.answer()
-    found = evaluate(gate, problem)
+    config, found = state.config, evaluate(gate, problem)
+    gap, duality_gap = found.worst - against(found, problem, nu_M), None
+    measured = config.best_response_steps > 0 or _kind(gate, problem) == "exact"
+    if measured and config.gap_tolerance is not None and max(gap, abs(found.z - 1.0)) <= config.gap_tolerance:
+        duality_gap = found.worst - best_response(gate, problem, nu_M, config, mu=mu)[0]
     return Progress(
         step=state.step,
         worst=found.worst,
@@ -515,7 +540,8 @@ def _progress(state: FitState, problem: Problem) -> Progress:
         lam=tuple(problem.opponent.lam(nu_M).tolist()),
         z=found.z,
         mu=mu,
-        gap=found.worst - against(found, problem, nu_M),
+        gap=gap,
+        duality_gap=duality_gap,
     )
 
 
@@ -537,7 +563,7 @@ def best_response(
     Raises:
         NumericsError: a loss stops being finite.
     """
-    if problem.support is not None and isinstance(gate, TabularGate):
+    if _kind(gate, problem) == "exact":
         return dual_value(problem, nu_M), "exact"
     start = against(evaluate(gate, problem), problem, nu_M)
     if config.best_response_steps == 0 or not gate.learned:
@@ -564,6 +590,11 @@ def best_response(
     return min(start, after), "estimate"
 
 
+def _kind(gate: Gate, problem: Problem) -> Kind:
+    """How `best_response` knows."""
+    return "exact" if problem.support is not None and isinstance(gate, TabularGate) else "estimate"
+
+
 def interval(z: float, error: float) -> tuple[float, float]:
     """95 % normal interval."""
     return z - Z_NORMAL * error, z + Z_NORMAL * error
@@ -571,11 +602,9 @@ def interval(z: float, error: float) -> tuple[float, float]:
 
 def _result(state: FitState, problem: Problem, held_out: Problem | None) -> FitResult:
     gate, nu_M, mu = state.answer()
-    lower, kind = math.nan, _ESTIMATE
-    found = evaluate(gate, problem)
-    if state.config.best_response_steps or problem.support is not None:
-        lower, kind = best_response(gate, problem, nu_M, state.config, mu=mu)
-    gap = found.worst - lower
+    found, gap = evaluate(gate, problem), state.duality_gap
+    if gap is None and (state.config.best_response_steps or problem.support is not None):
+        gap = found.worst - best_response(gate, problem, nu_M, state.config, mu=mu)[0]
     source: Literal["exact", "held-out samples", "samples of the fit"] = "samples of the fit"
     if gate.causal or problem.support is not None:
         source = "exact"
@@ -593,8 +622,8 @@ def _result(state: FitState, problem: Problem, held_out: Problem | None) -> FitR
         values=found.values_D * problem.report,
         worst=found.worst,
         worst_domain=found.worst_domain,
-        gap=gap,
-        gap_kind=kind,
+        gap=math.nan if gap is None else gap,
+        gap_kind=_kind(gate, problem),
         unit=problem.unit,
         history=state.history,
         state=state,

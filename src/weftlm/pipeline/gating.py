@@ -43,7 +43,7 @@ from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
 from weftlm.pipeline.stage_records import alone
-from weftlm.progress import weights_text, write_line
+from weftlm.progress import Pace, weights_text, write_line
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
@@ -255,11 +255,11 @@ def _fit_gate(recipe: ExpertRecipe, *, progress: bool) -> dict[str, Any]:
         (folder / STATE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_object(folder / PLAN, {"identity": identity})
-    table = FitTable(scores.names, config.fit, enabled=progress)
+    table = FitTable(scores.names, config.fit, state, enabled=progress)
 
     def report(line: Progress, now: FitState) -> None:
         now.save(folder / STATE)
-        table.add(line)
+        table.add(line, now)
 
     result = fit_robust_gate(
         scores.split.domains,
@@ -400,9 +400,10 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     """A fit as JSON; nats of `unit`, measured on the sequences of the fit.
 
     Returns:
-        scores (fingerprint), experts, gate (section), unit, length (of the windows), worst, worst_domain, gap (None
-        where it was not asked for), gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain:
-        sequences, value, lam; history, a list of `Progress`.
+        scores (fingerprint), experts, gate (section), unit, length (of the windows), steps (taken), stopped_early (the
+        gap was within gap_tolerance before the last step), worst, worst_domain, gap (None where it was not asked for),
+        gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain: sequences, value, lam;
+        history, a list of `Progress`.
     """
     names = scores.names
     return {
@@ -411,6 +412,8 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
         "gate": result.gate.config.model_dump(mode="json"),
         "unit": result.unit,
         "length": scores.cache.config.length,
+        "steps": result.state.step,
+        "stopped_early": result.state.settled and result.state.step < result.state.config.steps,
         "worst": float(result.worst),
         "worst_domain": names[result.worst_domain],
         "gap": finite_or_none(float(result.gap)),
@@ -433,18 +436,32 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
 
 
 class FitTable:
-    """A fit's history on stderr, a line per report."""
+    """A fit's history on stderr, a line per report.
 
-    def __init__(self, domains: Sequence[str], config: FitConfig, *, enabled: bool) -> None:
+    Args:
+        domains: their names.
+        config: of the fit.
+        state: the fit goes on from here; None: from its beginning.
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, domains: Sequence[str], config: FitConfig, state: FitState | None, *, enabled: bool) -> None:
         self.domains = domains
         self.config = config
         self.enabled = enabled
+        self.pace = Pace(0 if state is None else state.step)
 
-    def add(self, line: Progress) -> None:
+    def add(self, line: Progress, now: FitState) -> None:
+        """Show a report and the state it was made in."""
+        steps, unit = self.config.steps, self.config.unit
         mixture = weights_text(dict(zip(self.domains, line.lam, strict=True)), 3)
+        left = "stops here" if now.settled else self.pace.eta(line.step, steps)
+        gap = f"opponent's gap {line.gap:.4f}"
+        if line.duality_gap is not None:
+            gap = f"duality gap {line.duality_gap:.4f}"
         text = (
-            f"fit {line.step}/{self.config.steps}  worst {line.worst_domain} {line.worst:.4f} nats/{self.config.unit}  "
-            f"opponent's gap {line.gap:.4f}  Z {line.z:.4f}  lambda {mixture}"
+            f"fit {line.step}/{steps}  worst {line.worst_domain} {line.worst:.4f} nats/{unit}  {gap}  "
+            f"Z {line.z:.4f}  {left}  lambda {mixture}"
         )
         if self.enabled:
             write_line(text)

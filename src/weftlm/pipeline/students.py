@@ -61,7 +61,7 @@ from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.report import write_gate_page
 from weftlm.pipeline.stage_records import alone
-from weftlm.progress import write_line
+from weftlm.progress import Pace, write_line
 from weftlm.reporting.gating import ALL_RUN
 from weftlm.training.runtime import choose_runtime
 
@@ -249,12 +249,15 @@ class _Work:
         self, name: str, steps: int
     ) -> tuple[DistilState | None, Callable[[DistilProgress, DistilState], None]]:
         """A state to continue from, and what keeps states and tells of them."""
+        state = self.unfinished(name, DistilState.load)
+        pace = Pace(0 if state is None else state.step)
 
         def report(line: DistilProgress, now: DistilState) -> None:
             now.save(self.state(name))
-            self.tell(f"distil {name} {line.step}/{steps}  KL {line.kl:.4f} ± {line.error:.4f} nats/sequence")
+            left = "stops here" if now.finished else pace.eta(line.step, steps)
+            self.tell(f"distil {name} {line.step}/{steps}  KL {line.kl:.4f} ± {line.error:.4f} nats/sequence  {left}")
 
-        return self.unfinished(name, DistilState.load), report
+        return state, report
 
 
 # -- making them --------------------------------------------------------------------------------------------------
@@ -269,14 +272,15 @@ def _direct(scores: OpenScores, config: GatingConfig, work: _Work) -> Gate:
     """The causal gate of the minimax objective; it needs no samples, since its Z is 1."""
     section = config.students.direct
     fit = section.fit.model_copy(update={"unit": config.fit.unit})
-    table = FitTable(scores.names, fit, enabled=work.progress)
-
-    def report(line: Progress, now: FitState) -> None:
-        now.save(work.state(DIRECT))
-        table.add(line)
 
     def make() -> Gate:
         state = work.unfinished(DIRECT, FitState.load)
+        table = FitTable(scores.names, fit, state, enabled=work.progress)
+
+        def report(line: Progress, now: FitState) -> None:
+            now.save(work.state(DIRECT))
+            table.add(line, now)
+
         found = fit_robust_gate(
             scores.split.domains,
             None,
@@ -385,11 +389,12 @@ class _Dense:
         cuts = [one.split_rows(_STOPPING, self.seed) for one in self.scores.split.samples]
         fit, stop = (self._text([cut[part] for cut in cuts]) for part in (0, 1))
 
+        pace, steps = Pace(), section.training.total_steps
+
         def report(line: DenseProgress) -> None:
             loss = "" if line.loss is None else f"  loss {line.loss:.4f}"
-            tell(
-                f"distil dense {line.step}/{section.training.total_steps}{loss}  cross-entropy {line.ce:.4f} nats/token"
-            )
+            left = pace.eta(line.step, steps)
+            tell(f"distil dense {line.step}/{steps}{loss}  cross-entropy {line.ce:.4f} nats/token  {left}")
 
         runtime = choose_runtime(section.training, parameters=0)
         self.served.pool.to(runtime.device)

@@ -638,6 +638,8 @@ def fit_charts(facts: GatingFacts) -> str:
     chart = compared_curves(panels, run_lines(["worst case", "gap"]), x_label="steps of the fit", late=0.1, height=2.7)
     told = f"Over {len(history)} reports up to step {steps_N[-1]:.0f}: worst case from {_told(worst_N[0])} to "
     told += f"{_told(worst_N[-1])}, opponent's gap from {_told(gap_N[0])} to {_told(gap_N[-1])} {facts.nats}."
+    if (facts.fit or {}).get("stopped_early"):
+        told += " The fit stopped there, before its last step: the duality gap was within its tolerance."
     caption = (
         "On the sequences of the fit. The opponent's gap is the worst case minus the value at the present mixture: "
         "near 0 the mixture is the worst there is for this gate. What the gate itself could still gain is not in it."

@@ -8,14 +8,23 @@ import numpy as np
 import pytest
 import torch
 from support.faults import stopped
-from support.gating import random_problem
+from support.gating import random_problem, reference
 
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weftlm.gating import Features, FitConfig, FitState, ScoredSequences, Vertices, fit_robust_gate, primal_dual
+from weftlm.gating import (
+    Features,
+    FitConfig,
+    FitState,
+    ScoredSequences,
+    Vertices,
+    certify,
+    fit_robust_gate,
+    primal_dual,
+)
 from weftlm.gating.constant import ConstantGate
 from weftlm.gating.gate import init_gate
-from weftlm.gating.primal_dual import _Draw, _losses
-from weftlm.gating.problem import evaluate, make_problem
+from weftlm.gating.primal_dual import _Draw, _losses, best_response
+from weftlm.gating.problem import dual_value, evaluate, make_problem
 
 SHORT = FitConfig(steps=20, report_every_steps=10, best_response_steps=5)
 
@@ -226,6 +235,54 @@ def test_ridge_counts_where_data_are_few_and_not_where_all_is_known() -> None:
     features = {"steps": 50, "report_every_steps": 50}
     with_ridge, without = (fit_robust_gate(P, Q, config=FitConfig(ridge=ridge, **features)) for ridge in (9.0, 0.0))
     assert with_ridge.worst == without.worst
+
+
+@pytest.mark.parametrize(("eps", "exact"), [(0.1, 0.320626), (1.0, 0.396852)])
+def test_a_fit_stops_once_the_gap_of_what_it_returns_is_within_the_tolerance(eps, exact, tmp_path):
+    P, Q = reference(eps)
+    config, states = FitConfig(report_every_steps=200, gap_tolerance=2e-3), []
+    fit = fit_robust_gate(P, Q, config=config, on_progress=lambda line, state: states.append(state))
+    assert fit.state.step == fit.history[-1].step < config.steps
+    assert fit.gap == fit.history[-1].duality_gap <= config.gap_tolerance
+    assert [line for line in fit.history[:-1] if line.duality_gap is not None and line.duality_gap <= 2e-3] == []
+    # of the averages that are returned, by the closed form, and against the convex programme's value
+    problem = make_problem(P, Q)
+    assert fit.gap == pytest.approx(evaluate(fit.gate, problem).worst - dual_value(problem, fit.nu), abs=1e-12)
+    assert -2e-6 <= fit.worst - exact <= fit.gap + 2e-6
+    assert abs(fit.z - 1.0) <= config.gap_tolerance
+    # killed at any report, after the last one too, it ends the same
+    for number, state in enumerate(states):
+        state.save(tmp_path / f"{number}")
+        again = fit_robust_gate(P, Q, config=config, state=FitState.load(tmp_path / f"{number}"))
+        assert (again.history, again.gap, again.worst) == (fit.history, fit.gap, fit.worst)
+        assert all(torch.equal(again.gate.tensors[name], tensor) for name, tensor in fit.gate.tensors.items())
+
+
+def test_a_gate_of_an_early_stop_is_certified_as_well_as_one_of_all_steps():
+    config = FitConfig(steps=600, report_every_steps=150, best_response_steps=50)
+    every_step = config.model_copy(update={"gap_tolerance": None})
+    early, late = (fit_robust_gate(sets(0), sets(1), config=one) for one in (config, every_step))
+    assert early.state.step < late.state.step == config.steps
+    assert all(line.duality_gap is None for line in late.history)
+    problem = make_problem(sets(0), sets(1))
+    least, _ = best_response(early.gate, problem, early.nu, config, mu=early.mu)
+    assert early.gap == evaluate(early.gate, problem).worst - least <= config.gap_tolerance
+    worst = [certify(one, sets(2), sets(3), config=config).worst.value for one in (early, late)]
+    assert worst[0] == pytest.approx(worst[1], abs=2 * config.gap_tolerance)
+
+
+def test_the_opponent_s_share_of_the_gap_stops_no_fit():
+    """Of two equal domains every mixture is the worst one, whatever the gate; what the gate could gain is the gap."""
+    P, Q = reference(1.0)
+    config = FitConfig(steps=60, report_every_steps=20, lr=1e-5, final_lr=1e-5)
+    fit = fit_robust_gate(P[[0, 0]], Q, config=config)
+    assert fit.state.step == 60
+    for line in fit.history:
+        assert line.gap == pytest.approx(0.0, abs=1e-12)
+        assert line.duality_gap > 0.1
+    unmeasured = config.model_copy(update={"best_response_steps": 0})
+    unmeasured = fit_robust_gate(P[[0, 0]], Q, gate="constant", config=unmeasured)
+    assert [line.duality_gap for line in unmeasured.history] == [None, None, None]
 
 
 def test_a_fit_that_is_asked_to_stop_keeps_its_last_step(tmp_path, monkeypatch):

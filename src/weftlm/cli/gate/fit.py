@@ -56,6 +56,7 @@ def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
     )
     low, high = result["z_ci"]
     say(f"worst case: {number(result['worst'])} nats/{result['unit']}; worst domain: {result['worst_domain']}")
-    say(f"gap: {number(result['gap'])} ({result['gap_kind']})")
+    stopped = "; the fit stopped there" if result["stopped_early"] else ""
+    say(f"gap after {result['steps']:,} steps: {number(result['gap'])} ({result['gap_kind']}){stopped}")
     say(f"Z: {number(result['z'])}, 95 % from {number(low)} to {number(high)} ({result['z_source']})")
     say("measured on the sequences of the fit; weftlm gate certify measures on held-out ones")
