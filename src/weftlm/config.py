@@ -82,6 +82,51 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return result
 
 
+# -- how two configurations differ --------------------------------------------------------------------------------
+
+_ABSENT = object()
+_SHOWN = 60
+"""Characters shown of each of two values that differ."""
+
+
+def changed_keys(old: Any, new: Any, place: str = "") -> list[str]:
+    """Dotted keys at which two resolved configurations differ, with both values, cut where they differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            here = f"{place}.{key}" if place else key
+            found += changed_keys(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line
+            for number, pair in enumerate(zip(old, new, strict=True))
+            for line in changed_keys(*pair, f"{place}.{number}")
+        ]
+    if old is new or (old == new and type(old) is type(new)):
+        return []
+    before, now = _around("absent" if old is _ABSENT else repr(old), "absent" if new is _ABSENT else repr(new))
+    return [f"{place}: {before} before, {now} now"]
+
+
+def differences(old: Any, new: Any, place: str = "", most: int = 5) -> str:
+    """`changed_keys` on one line, the first few and the number of the others; empty where nothing differs."""
+    found = changed_keys(old, new, place)
+    return "; ".join([*found[:most], *([f"{len(found) - most} more"] if len(found) > most else [])])
+
+
+def _around(old: str, new: str) -> tuple[str, str]:
+    """Two texts that differ, each cut to the part around the first place where they do."""
+    same = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    start = 0 if max(len(old), len(new)) <= _SHOWN else max(0, same - _SHOWN // 3)
+
+    def cut(text: str) -> str:
+        end = "…" if len(text) > start + _SHOWN else ""
+        return ("…" if start else "") + text[start : start + _SHOWN] + end
+
+    return cut(old), cut(new)
+
+
 def _index(items: list[Any], part: str, override: str) -> int:
     if not (part.isascii() and part.isdigit()) or int(part) >= len(items):
         raise ConfigError(f"--set {override!r:.80}: {part!r} is not a position in a list of {len(items)}")

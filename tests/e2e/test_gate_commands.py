@@ -129,7 +129,8 @@ def test_from_experts_to_a_certified_gate(
     printed = call("gate", "certify", project)
     assert "Z: estimate; mean over" in printed
     assert "Certificate" in (run / "gate/report.html").read_text()
-    assert "other settings" in call("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
+    said = call("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
+    assert "gating.held_out_fraction: 0.25 before, 0.5 now" in said
 
     # -- other gates, offsets and mixtures; what cannot be fitted leaves the gate as it is
     assert "place in the enumerated support" in call("gate", "fit", project, "--set", "gating.gate=tabular", code=2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from support.tiny_project import recipe_value
 
-from weftlm.config import Section, apply_overrides, did_you_mean, validate
+from weftlm.config import Section, apply_overrides, changed_keys, did_you_mean, differences, validate
 from weftlm.errors import ConfigError
 from weftlm.pipeline.recipe import Recipe
 from weftlm.recipe_text import read_yaml
@@ -119,3 +120,36 @@ def test_keys_as_they_are_called_elsewhere_are_suggested_in_their_place(place: s
         validate(Recipe, value, "")
     line = next(line for line in str(caught.value).splitlines() if line.startswith(f"{place}: "))
     assert said in line
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, ["a.b: 1 before, 2 now"]),
+        ({"a": 1}, {"b": None}, ["a: 1 before, absent now", "b: absent before, None now"]),
+        ({"a": [1, 2]}, {"a": [1, 3]}, ["a.1: 2 before, 3 now"]),
+        ({"a": 1}, {"a": True}, ["a: 1 before, True now"]),
+        ({"a": LONG + "1" + LONG}, {"a": LONG + "2" + LONG}, None),
+        ({"a": LONG}, {"a": LONG + "y"}, None),
+        ({"a": [LONG]}, {"a": [LONG, 1]}, None),
+        ({"a": [{"path": LONG + "/one"}]}, {"a": [{"path": LONG + "/two"}, {"path": LONG}]}, None),
+    ],
+)
+def test_settings_that_differ_are_named_with_both_values_where_they_differ(old, new, told) -> None:
+    found = changed_keys(old, new)
+    if told is not None:
+        assert found == told
+        return
+    (line,) = found
+    before, now = re.fullmatch(r"a(?:\.0)?: (.*) before, (.*) now", line).groups()
+    assert before != now
+    assert max(len(before), len(now)) < 70
+
+
+def test_many_differences_are_counted() -> None:
+    old, new = ({f"k{number}": number + more for number in range(9)} for more in (0, 1))
+    assert differences(old, new, most=2) == "k0: 0 before, 1 now; k1: 1 before, 2 now; 7 more"
+    assert differences(old, old) == ""

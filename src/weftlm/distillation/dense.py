@@ -11,7 +11,6 @@ losses; this one draws weighted sequences, takes the same optimizer, schedule an
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weftlm import interrupt
+from weftlm.config import differences
 from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.structural import Weighted
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -211,7 +211,7 @@ def distil_dense(
         model = build_model(model, vocab_size=vocab_size, sequence_length=length, eos_id=eos_id, seed=seed)
     runtime = runtime or choose_runtime(config.training, parameters=count_parameters(model))
     run = _Run(model, text, real, held_out, config, teacher, runtime, seed)
-    identity = _identity(config, seed, text, real, held_out, teacher is not None, run.parameters) if folder else ""
+    identity = _identity(config, seed, text, real, held_out, teacher is not None, run.parameters) if folder else {}
     checkpoints = folder / "checkpoints" if folder is not None else None
     if checkpoints is not None:
         run.resume(latest_checkpoint(checkpoints), identity)
@@ -415,23 +415,24 @@ class _Run:
 
     # -- state --------------------------------------------------------------------------------------------------
 
-    def save(self, checkpoints: Path, identity: str) -> None:
+    def save(self, checkpoints: Path, identity: Mapping[str, Any]) -> None:
         tensors = dump_tensors(self.model, self.optimizer, self.parameters)
         tensors |= {_BEST + name: tensor for name, tensor in self.best.items()}
         state = {
-            "identity": identity,
+            "identity": dict(identity),
             "history": [asdict(line) for line in self.history],
             "kept": None if self.kept is None else asdict(self.kept),
         }
         keep = self.config.training.keep_checkpoints
         save_checkpoint(checkpoints, Checkpoint(self.step, tensors, state), keep=keep)
 
-    def resume(self, checkpoint: Checkpoint | None, identity: str) -> None:
+    def resume(self, checkpoint: Checkpoint | None, identity: Mapping[str, Any]) -> None:
         if checkpoint is None:
             return
         if checkpoint.state.get("identity") != identity:
             raise CheckpointError(
-                "the folder holds the training of another student, or of other data; choose another folder, or remove "
+                "the folder holds the training of another student "
+                f"({differences(checkpoint.state.get('identity'), dict(identity))}); choose another folder, or remove "
                 f"{checkpoint_path(Path('checkpoints'), checkpoint.step)} and its like to start again"
             )
         own = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_BEST)}
@@ -462,17 +463,19 @@ def _identity(
     held_out: WeightedText | None,
     taught: bool,
     parameters: Mapping[str, Tensor],
-) -> str:
-    """Of what is trained on what: settings, data, and the student's first weights."""
+) -> dict[str, Any]:
+    """What is trained on what: settings, data, and the student's first weights."""
     settings = config.model_dump(mode="json")
     for name in (*NOT_DECIDING, "threads"):
         settings["training"].pop(name)
-    digest = hashlib.blake2b(json.dumps([settings, seed, taught], sort_keys=True).encode(), digest_size=16)
+    data, weights = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for one in (text, real, held_out):
         for tensor in () if one is None else (one.tokens_NT1, one.weights_N, _mask(one)):
-            digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
-        digest.update(b"/")
+            data.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        data.update(b"/")
     for name, parameter in parameters.items():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(np.float64(parameter.detach().double().sum().item()).tobytes())
-    return digest.hexdigest()
+        weights.update(f"{name} {tuple(parameter.shape)}".encode())
+        weights.update(np.float64(parameter.detach().double().sum().item()).tobytes())
+    return {
+        **settings, "seed": seed, "teacher": taught, "data": data.hexdigest(), "first weights": weights.hexdigest(),
+    }  # fmt: skip

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weftlm import interrupt
+from weftlm.config import differences
 from weftlm.corpora.source import Source
 from weftlm.corpora.store_files import make_folder, sync_file
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -903,21 +904,11 @@ def _refuse_stale(folder: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     """
     if found == wanted:
         return
-    old, new = _flat(found), _flat(wanted)
-    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key) and key != "order"]
-    told = "; ".join(f"{key}: {old.get(key, 'absent')} then, {new.get(key, 'absent')} now" for key in changed[:4])
-    more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
-    order = "the experts or domains come in another order" if not changed else f"{told}{more}"
-    raise DataError(f"the score cache in {folder} is stale, made from other inputs ({order}); {_REMEDY}")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
+    old = found if isinstance(found, dict) else {}
+    parts = {key: differences(old.get(key), wanted[key], key) for key in ("format", "settings", "experts", "sets")}
+    sets = parts.pop("sets")  # which follow from the settings too
+    told = "; ".join(filter(None, parts.values())) or sets or "the experts or domains come in another order"
+    raise DataError(f"the score cache in {folder} is stale, made from other inputs ({told}); {_REMEDY}")
 
 
 # -- elsewhere ----------------------------------------------------------------------------------------------------

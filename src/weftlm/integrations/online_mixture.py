@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from weftlm.config import validate
+from weftlm.config import differences, validate
 from weftlm.corpora.source import ArraySource, Source
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.mixture_dataset import SlotDataset
@@ -144,15 +144,21 @@ class OnlineMixture:
     @property
     def identity(self) -> str:
         """Hash of what decides the draws and the updates; a state of another identity is refused."""
+        return hashlib.blake2b(json.dumps(self.settings).encode(), digest_size=16).hexdigest()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `identity` is of."""
         task = self.task
-        parts = [
-            task.policy.config.model_dump(mode="json"),
-            [[name, source.fingerprint] for name, source in zip(task.domains, task.sources, strict=True)],
-            None if task.target is None else task.target.fingerprint,
-            [self.sequence_length, self.seed],
-            self.alignment.model_dump(mode="json"),
-        ]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        sources = zip(task.domains, task.sources, strict=True)
+        return {
+            "policy": task.policy.config.model_dump(mode="json"),
+            "domains": [[name, source.fingerprint] for name, source in sources],
+            "target": None if task.target is None else task.target.fingerprint,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "alignment": self.alignment.model_dump(mode="json"),
+        }
 
     def start(
         self, model: nn.Module, share: Share, *, bf16: bool = False, saved: Mapping[str, Any] | None = None
@@ -419,6 +425,7 @@ class MixtureRun:
             meter = self._meter.state_dict(self._ranks)
         return {
             "identity": self.mixture.identity,
+            "settings": self.mixture.settings,
             "sampler": self.loader.state_dict(),
             "policy": state_to_json(self.state),
             "sequences": self._counts_D.tolist(),
@@ -429,8 +436,8 @@ class MixtureRun:
         try:
             if saved["identity"] != self.mixture.identity:
                 raise CheckpointError(
-                    "the checkpoint is of a mixture with another policy, seed, sequence length, alignment section or "
-                    "other data; resume with the same, or start a training anew from the checkpoint's model"
+                    f"the checkpoint is of another mixture ({differences(saved['settings'], self.mixture.settings)}); "
+                    "resume with the same, or start a training anew from the checkpoint's model"
                 )
             self.loader.load_state_dict(saved["sampler"])
             self.state = state_from_json(self.state, saved["policy"])

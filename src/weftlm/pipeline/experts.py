@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch import nn
 
 from weftlm import interrupt
-from weftlm.config import did_you_mean, validate
+from weftlm.config import changed_keys, did_you_mean, differences, validate
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.labels import folder_name
 from weftlm.domains.domain import Domain
@@ -45,7 +45,6 @@ from weftlm.models.factory import config_to_be, count_parameters
 from weftlm.models.lora_targets import check_targets, config_at_hand
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
-from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.stage_records import alone
@@ -248,7 +247,7 @@ def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: fl
     with _alone(work, name, patience_s):
         if _standing(shop, name, replace=replace):
             return "kept"
-        _claim(work, name, fingerprint_of(_wanted(shop, name)), replace=replace)
+        _claim(work, name, _wanted(shop, name), replace=replace)
         expert = train_expert(
             shop.base.model,
             shop.base.reference,
@@ -416,14 +415,15 @@ def _standing(shop: Workshop, name: str, *, replace: bool) -> bool:
         return False
     card = shop.library.card(name)
     if "settings" not in card:
-        changes = ["it was not made by weftlm experts train"]
+        changes, told = ["it was not made by weftlm experts train"], "it was not made by weftlm experts train"
     else:
         changes = changed_keys(_said(card), _wanted(shop, name))
+        told = differences(_said(card), _wanted(shop, name))
     if changes and not replace:
         only_gate = all(change.startswith(_GATE_SETTINGS) for change in changes)
         raise ExpertError(
             f"expert {name!r} in {shop.library.folder} is another one than the recipe makes "
-            f"({'; '.join(changes[:3])}); replace it (weftlm experts train --replace), or choose another library"
+            f"({told}); replace it (weftlm experts train --replace), or choose another library"
             + ("; gate and statistics alone are made again by weftlm experts gate" if only_gate else "")
         )
     return not changes
@@ -491,9 +491,9 @@ def _alone(work: Path, name: str, patience_s: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _claim(work: Path, name: str, identity: str, *, replace: bool) -> None:
+def _claim(work: Path, name: str, wanted: Mapping[str, Any], *, replace: bool) -> None:
     """Mark a work folder as that of one expert; what it holds of another is discarded where that is asked for."""
-    path = work / "expert.json"
+    path, identity = work / "expert.json", fingerprint_of(wanted)
     try:
         claimed = read_object(path, "discard the training of this expert (weftlm experts train --replace)")
     except DataError:
@@ -502,14 +502,16 @@ def _claim(work: Path, name: str, identity: str, *, replace: bool) -> None:
         claimed = {}
     if claimed is not None and claimed.get("identity") != identity:
         if not replace:
+            known = claimed.get("wanted")
+            why = differences(known, wanted) if known else "other settings, data, seed or base"
             raise CheckpointError(
-                f"{work} holds the training of another expert {name!r} (other settings, data, seed or base); discard "
-                f"it (weftlm experts train --replace), or choose another run folder"
+                f"{work} holds the training of another expert {name!r} ({why}); "
+                "discard it (weftlm experts train --replace), or choose another run folder"
             )
         remove(work)
     work.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        write_object(path, {"expert": name, "identity": identity})
+        write_object(path, {"expert": name, "identity": identity, "wanted": wanted})
 
 
 def process_group(recipe: ExpertRecipe) -> PartialState | None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
+from weftlm.config import changed_keys, differences
 from weftlm.corpora.labels import folder_name
 from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
@@ -37,7 +38,6 @@ from weftlm.pipeline.base import open_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
-from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
@@ -231,7 +231,7 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         recipe: of the experts and the gate.
         progress: show a live table on stderr.
     Returns:
-        What fit.json holds: identity, problem (`problem_identity`) and `fit_facts`.
+        What fit.json holds: identity, problem (`problem_identity`), settings and `fit_facts`.
     Raises:
         ConfigError: the gate, the offsets or the mixtures do not fit what was scored.
         DataError: nothing is scored yet, or a set is too small to be split.
@@ -273,7 +273,8 @@ def _fit_gate(recipe: ExpertRecipe, *, progress: bool) -> dict[str, Any]:
         **scores.problem,
     )
     problem = problem_identity(scores.cache, config, recipe.seed)
-    facts = {"identity": identity, "problem": problem, **fit_facts(result, scores)}
+    about = {"identity": identity, "problem": problem, "settings": _fit_settings(config, recipe.seed)}
+    facts = {**about, **fit_facts(result, scores)}
     for name in (FIT, CERTIFICATE, PAGE):
         (folder / name).unlink(missing_ok=True)
     save_gate(result.gate, folder / GATE)
@@ -346,7 +347,8 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
     """
     config = gating_config(recipe)
     cache = ScoreCache.open(recipe.scores_folder)
-    changed = changed_keys(cache.config.model_dump(mode="json"), config.scores.model_dump(mode="json"), "gating.scores")
+    asked = config.scores.model_dump(mode="json")
+    changed = changed_keys(cache.config.model_dump(mode="json"), asked, "gating.scores")
     wanted = config.experts if config.pool is None else [source.name for source in config.pool]
     if wanted is not None and list(cache.experts) != wanted:
         key = "gating.experts" if config.pool is None else "gating.pool"
@@ -384,9 +386,17 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
 
 def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
     """Hash of all that decides a fit: scores, seed of the split, gate and settings."""
-    value = config.model_dump(mode="json", exclude={"scores", "experts", "pool", "domains", "students"})
-    text = json.dumps([cache.fingerprint, seed, value], sort_keys=True)
+    settings = _fit_settings(config, seed)
+    text = json.dumps([cache.fingerprint, settings.pop("seed"), settings], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _fit_settings(config: GatingConfig, seed: int) -> dict[str, Any]:
+    """What decides a fit beside the scores."""
+    return {
+        "seed": seed,
+        **config.model_dump(mode="json", exclude={"scores", "experts", "pool", "domains", "students"}),
+    }
 
 
 def problem_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
@@ -524,6 +534,9 @@ def open_gate(recipe: ExpertRecipe, scores: OpenScores) -> tuple[Gate, dict[str,
     if facts is None:
         raise DataError(f"{folder} holds no fitted gate; fit one first (weftlm gate fit)")
     if facts.get("identity") != fit_identity(scores.cache, gating_config(recipe), recipe.seed):
-        raise DataError(f"the gate in {folder} was fitted on other scores or with other settings; fit it again")
+        known, wanted = facts.get("settings"), _fit_settings(gating_config(recipe), recipe.seed)
+        changed = differences(known, wanted, "gating") if known else ""
+        why = f"other settings ({changed})" if changed else "other scores" if known else "other scores or settings"
+        raise DataError(f"the gate in {folder} is of {why}; fit it again (weftlm gate fit)")
     check_listed(folder, facts.pop(_FILES, {}), f"fit it again (weftlm gate fit) after deleting {folder / FIT}")
     return load_gate(folder / GATE), facts

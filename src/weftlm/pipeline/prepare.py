@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from weftlm.config import changed_keys
 from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak, document_digests
 from weftlm.corpora.reading import ReadingReport, read_documents
@@ -37,7 +38,7 @@ from weftlm.errors import DataError
 from weftlm.files import hold, remove, write_whole
 from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
-from weftlm.pipeline.identity import MANIFEST, SETS, changed_keys, data_identity
+from weftlm.pipeline.identity import MANIFEST, SETS, data_identity
 from weftlm.pipeline.prepared import (
     FORMAT,
     LOST_ACCEPTED,
@@ -107,7 +108,7 @@ def _reuse(folder: Path, identity: dict[str, Any], rebuild: bool) -> PreparedDat
         return None
     try:
         manifest = read_manifest(folder)
-        changes = [f"data.{line}" for line in changed_keys(manifest["config"], identity["config"])]
+        changes = changed_keys(manifest["config"], identity["config"], "data")
         if not changes:
             changes = [f"{line.partition(':')[0]} changed" for line in _changed_inputs(manifest["inputs"], identity)]
         if manifest["steps"] != identity["steps"]:

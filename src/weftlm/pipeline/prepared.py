@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weftlm.config import differences
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.store_files import file_digest
 from weftlm.corpora.tokens import TextLoss, Tokenizer
@@ -20,7 +21,7 @@ from weftlm.domains.domain import Domain, TokenPrefix
 from weftlm.errors import DataError
 from weftlm.files import cause
 from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
-from weftlm.pipeline.identity import MANIFEST, changed_keys
+from weftlm.pipeline.identity import MANIFEST
 
 FORMAT = "weftlm prepared data 2"
 TARGET_SET = "target"
@@ -72,8 +73,8 @@ class PreparedData:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if expect is not None and (changed := changed_keys(manifest["config"], expect.model_dump(mode="json"))):
-            raise DataError(f"{folder} was prepared with another configuration ({'; '.join(changed)}); {_REMEDY}")
+        if expect is not None and (changed := differences(manifest["config"], expect.model_dump(mode="json"), "data")):
+            raise DataError(f"{folder} was prepared with another configuration ({changed}); {_REMEDY}")
         result = assemble(folder, manifest)
         if fingerprint(result) != manifest["fingerprint"]:
             raise DataError(f"{folder} is not what {MANIFEST} describes: a part was replaced; {_REMEDY}")

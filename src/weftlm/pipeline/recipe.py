@@ -70,14 +70,18 @@ class Recipe(Section):
         """The resolved recipe; reading it again gives this recipe."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
-    def identity(self, data_fingerprint: str) -> str:
-        """Hash of all that decides the trained weights: two runs of the same identity are the same run."""
+    def deciding(self) -> dict[str, Any]:
+        """All of the recipe that decides the trained weights, but the data."""
         value = self.resolved()
         for key in ("run", "prepared", "evaluation", "data", "trackers", "experts", "routing", "gating", "compare"):
             del value[key]
         for key in NOT_DECIDING:
             del value["training"][key]
-        text = json.dumps([value, data_fingerprint], sort_keys=True)
+        return value
+
+    def identity(self, data_fingerprint: str) -> str:
+        """Hash of all that decides the trained weights: two runs of the same identity are the same run."""
+        text = json.dumps([self.deciding(), data_fingerprint], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm import interrupt
-from weftlm.config import did_you_mean
+from weftlm.config import did_you_mean, differences
 from weftlm.errors import ConfigError, WeftError
 from weftlm.files import write_whole
-from weftlm.pipeline.identity import changed_keys
 from weftlm.pipeline.project import Project, project_recipe
 from weftlm.pipeline.recipe import check
 from weftlm.pipeline.stage_records import (
@@ -86,10 +85,9 @@ def _status(project: Project, stage: Stage, earlier: Mapping[str, StageStatus], 
     record = read_record(project.stages_folder, stage.name)
     if record is None:
         return StageStatus(stage, "to do")
-    keys = changed_keys(record.settings, json.loads(json.dumps(stage.settings(project), default=str)))
-    if keys:
-        more = f"; {len(keys) - 3} more" if len(keys) > 3 else ""
-        return StageStatus(stage, "stale", "; ".join(keys[:3]) + more, record.seconds, record.ended, settled=False)
+    why = differences(record.settings, json.loads(json.dumps(stage.settings(project), default=str)), most=3)
+    if why:
+        return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
     for name in stage.needs:
         before = read_record(project.stages_folder, name)
         if before is not None and before.state == "done" and record.needs.get(name) != before.digest:

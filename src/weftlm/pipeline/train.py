@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from weftlm.config import differences
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import save_windows
@@ -26,7 +27,7 @@ from weftlm.models.device import choose_device
 from weftlm.models.factory import build_model, check_adapter, count_parameters
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.recipe import Recipe, check
+from weftlm.pipeline.recipe import Recipe, check, load_recipe
 from weftlm.pipeline.stage_records import alone
 from weftlm.training.loop import Task, Trainer, TrainingResult
 from weftlm.training.metrics import MetricsSink, TensorBoardSink, WandbSink
@@ -245,7 +246,7 @@ def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:
     result = read_result(recipe.run)
     if result["identity"] != identity:
         raise CheckpointError(
-            f"{recipe.run} holds a finished run of another recipe or other data; choose another run folder or remove it"
+            f"{recipe.run} holds a finished run of {_another(recipe)}; choose another run folder or remove it"
         )
     return result
 
@@ -280,6 +281,18 @@ def _refuse_another_run(recipe: Recipe, identity: str) -> None:
         return
     if described["fingerprints"]["run"] != identity:
         raise CheckpointError(
-            f"{recipe.run} holds an unfinished run of another recipe or other data; choose another run folder or "
-            f"remove it"
+            f"{recipe.run} holds an unfinished run of {_another(recipe)}; choose another run folder or remove it"
         )
+
+
+def _another(recipe: Recipe) -> str:
+    """What of a run folder's recipe differs from this one's."""
+    try:
+        known = load_recipe(recipe.run / "recipe.yaml")
+    except ConfigError:  # it is gone, or of another version
+        return "another recipe or other data"
+    told = differences(
+        {"data": known.data.model_dump(mode="json"), **known.deciding()},
+        {"data": recipe.data.model_dump(mode="json"), **recipe.deciding()},
+    )
+    return f"another recipe ({told})" if told else "other data"

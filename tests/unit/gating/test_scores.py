@@ -165,7 +165,7 @@ def test_other_inputs_make_it_stale(tmp_path, monkeypatch, finished):
         next(iter(changed.members[1].model.parameters())).mul_(2)
     with pytest.raises(DataError, match=r"stale.*experts\.w1.*overwrite=True"):
         make(tmp_path, changed)
-    with pytest.raises(DataError, match=r"settings\.length: 8 then, 6 now"):
+    with pytest.raises(DataError, match=r"settings\.length: 8 before, 6 now"):
         make(tmp_path, config=CONFIG.model_copy(update={"length": 6}))
     with pytest.raises(DataError, match=r"sets\.domain low"):
         score(whole_pool(), domains(200), tmp_path, CONFIG, eos_id=EOS, show=False)

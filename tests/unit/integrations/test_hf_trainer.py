@@ -164,7 +164,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, policy: str, 
 def test_what_is_no_checkpoint_of_this_mixture_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, online({"policy": "dga"}), save_strategy="steps", save_steps=4, max_steps=4)
     run.train()
-    with pytest.raises(CheckpointError, match="another policy, seed"):
+    with pytest.raises(CheckpointError, match=r"another mixture \(policy.eta: 5.0 before, 1.0 now\)"):
         trainer(tmp_path, online({"policy": "dga", "eta": 1.0})).train(resume_from_checkpoint=True)
     path = tmp_path / "checkpoint-4" / "trainer_state.json"
     state = json.loads(path.read_text())
