@@ -27,12 +27,14 @@ class Countdown:
 
     Attributes:
         left: changes still to come before the death.
+        die: how, where not by `Killed`.
         begun: changes so far.
         dead: whether it has happened.
     """
 
-    def __init__(self, left: int) -> None:
+    def __init__(self, left: int, die: Callable[[], object] | None = None) -> None:
         self.left = left
+        self.die = die
         self.begun = 0
         self.dead = False
 
@@ -41,6 +43,8 @@ class Countdown:
         self.left -= 1
         self.begun += 1
         if self.dead:
+            if self.die is not None:
+                self.die()
             raise Killed
 
 
@@ -87,13 +91,14 @@ def stopped(call: Callable[[], object]) -> Stopped:
 
 
 @contextmanager
-def killing(step: int) -> Iterator[Countdown]:
-    """Die at a change of the disk: renaming, removing, making a folder, opening a file to write.
+def killing(step: int, die: Callable[[], object] | None = None) -> Iterator[Countdown]:
+    """Die at a change of the disk: renaming, removing, making a folder, opening a file to write, writing to it.
 
     Args:
         step: the change that no longer happens, counted from 0.
+        die: how, where not by `Killed`, after which what still runs changes nothing.
     """
-    count = Countdown(step)
+    count = Countdown(step, die)
     opened, opened_low = io.open, os.open
 
     def changing(name: str) -> Any:
@@ -106,9 +111,17 @@ def killing(step: int) -> Iterator[Countdown]:
         return call
 
     def open_counted(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if set(mode) & set("wxa+"):
+        changes = set(mode) & set("wxa+")
+        if changes:
             count()
-        return opened(file, mode, *arguments, **options)
+        found = opened(file, mode, *arguments, **options)
+        if changes:
+            try:
+                count()
+            except Killed:
+                found.close()
+                raise
+        return found
 
     def open_low(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR):

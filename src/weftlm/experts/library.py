@@ -27,13 +27,14 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftlm.config import did_you_mean
 from weftlm.corpora.labels import MAX_NAME, folder_name, is_name
-from weftlm.errors import ExpertError
+from weftlm.errors import DataError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name, is_folder
 from weftlm.experts.files import (
     CONFIG,
@@ -47,7 +48,7 @@ from weftlm.experts.files import (
     to_json,
     write_file,
 )
-from weftlm.files import hold, remove
+from weftlm.files import hold, read_object, remove, write_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,54 +160,63 @@ class ExpertLibrary:
         """Whether an expert has statistics."""
         return STATISTICS in _files(name, _find(name, self._entries()))
 
-    def add(self, expert: Expert, *, replace: bool = False) -> None:
-        """Add an expert; no other expert's files are touched, and it is listed only once it is whole on disk.
+    def add(self, *experts: Expert, replace: bool = False) -> None:
+        """Add experts, all of them or none; no other expert's files are touched. The very same again changes nothing.
 
         Raises:
-            ExpertError: the name is taken (and not `replace`) or not allowed, the expert is of another base or unsound,
-                or the library cannot be written.
+            ExpertError: a name is taken (and not `replace`) or not allowed, an expert is of another base or unsound, or
+                the library cannot be written.
         """
-        name = expert.name
-        check_name(name)
-        _check_base(f"expert {name!r}", expert.lora.base, self.base, self.folder)
         from weftlm.experts.companions import encode_gate, encode_statistics  # noqa: PLC0415 - torch; listing a library needs none
         from weftlm.experts.lora import lora_files  # noqa: PLC0415 - torch; listing a library needs none
 
-        files = lora_files(expert.lora)
-        files[CARD] = (to_json(name, "its card", expert.card) + "\n").encode()
-        if expert.gate is not None:
-            files[GATE] = encode_gate(expert.lora, expert.gate)
-        if expert.statistics is not None:
-            files[STATISTICS] = encode_statistics(expert.lora, expert.statistics)
-        with self._locked(f"expert {name!r}"):
-            entries = self._entries()
-            if name in entries and not replace:
-                raise ExpertError(f"expert {name!r} is already in {self.folder}; choose another name, or replace it")
-            twin = next((known for known in entries if known.lower() == name.lower() and known != name), None)
-            if twin is not None:
-                raise ExpertError(
-                    f"expert {name!r} differs from {twin!r} only in case, which some file systems cannot tell apart; "
-                    f"choose another name"
-                )
-            entry = {
-                "folder": self._free_folder(name),
-                "files": {file: describe(data) for file, data in sorted(files.items())},
-                "base": asdict(expert.lora.base),
-                "added": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            self._publish(name, entry, entries, lambda folder: _write_all(folder, files))
+        contents: dict[str, dict[str, bytes]] = {}
+        for expert in experts:
+            check_name(expert.name)
+            _check_base(f"expert {expert.name!r}", expert.lora.base, self.base, self.folder)
+            files = lora_files(expert.lora)
+            files[CARD] = (to_json(expert.name, "its card", expert.card) + "\n").encode()
+            if expert.gate is not None:
+                files[GATE] = encode_gate(expert.lora, expert.gate)
+            if expert.statistics is not None:
+                files[STATISTICS] = encode_statistics(expert.lora, expert.statistics)
+            contents[expert.name] = files
+        with self._locked(f"expert {', '.join(map(repr, contents))}"):
+            entries, added = self._entries(), {}
+            for expert in experts:
+                name, files = expert.name, contents[expert.name]
+                about = {
+                    "files": {file: describe(data) for file, data in sorted(files.items())},
+                    "base": asdict(expert.lora.base),
+                }
+                if name in entries and not replace:
+                    if about.items() <= entries[name].items():
+                        continue
+                    where = f"already in {self.folder}"
+                    raise ExpertError(f"expert {name!r} is {where}; choose another name, or replace it")
+                twin = next((known for known in entries if known.lower() == name.lower() and known != name), None)
+                if twin is not None:
+                    raise ExpertError(
+                        f"expert {name!r} differs from {twin!r} only in case, which some file systems cannot tell "
+                        f"apart; choose another name"
+                    )
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                added[name] = {"folder": self._free_folder(name), **about, "added": now}
+                self._build(added[name]["folder"], partial(_write_all, files=files))
+            if added:
+                self._publish(added, entries)
 
-    def remove(self, name: str) -> None:
-        """Take an expert out and delete its files; no other expert's files are touched.
+    def remove(self, *names: str) -> None:
+        """Take experts out and delete their files, all or none; no other expert's files are touched.
 
         Raises:
             ExpertError: there is no such expert, or the library cannot be written.
         """
-        with self._locked(f"expert {name!r}"):
+        with self._locked(f"expert {', '.join(map(repr, names))}"):
             entries = self._entries()
-            self._mark(_find(name, entries))
-            del entries[name]
-            self._commit(entries)
+            for name in names:
+                self._mark(_find(name, entries))
+            self._commit({name: entry for name, entry in entries.items() if name not in names})
 
     def load(self, name: str) -> Expert:
         """Load an expert, verified: lengths, digests, finiteness, and that gate and statistics fit the adapter.
@@ -448,21 +458,24 @@ class ExpertLibrary:
                         _link(folder / part, target / part)
                 write_file(target / file, data)
 
-            self._publish(name, {**entry, "folder": self._free_folder(name)}, entries, build)
+            entry["folder"] = self._free_folder(name)
+            self._build(entry["folder"], build)
+            self._publish({name: entry}, entries)
 
-    def _publish(
-        self, name: str, entry: Mapping[str, Any], entries: Mapping[str, Any], build: Callable[[Path], None]
-    ) -> None:
-        """Fill a new folder and let the manifest point to it, in place of the one it may point to now."""
-        temporary = self._temporary(name)
+    def _build(self, folder: str, fill: Callable[[Path], None]) -> None:
+        """Make and fill a folder that no entry points to yet."""
+        temporary = self._temporary(folder)
         temporary.mkdir()
         write_file(temporary / _UNLISTED, b"")
-        build(temporary)
+        fill(temporary)
         sync_folder(temporary)
-        temporary.rename(self.folder / entry["folder"])
-        if name in entries:
+        temporary.rename(self.folder / folder)
+
+    def _publish(self, added: Mapping[str, Mapping[str, Any]], entries: Mapping[str, Any]) -> None:
+        """Let the manifest point to new folders, in place of those it may point to now."""
+        for name in added.keys() & entries.keys():
             self._mark(entries[name])
-        self._commit({**entries, name: entry})
+        self._commit({**entries, **added})
 
     def _mark(self, entry: Any) -> None:
         """Mark the folder of an entry for removal, which happens once no entry points to it."""
@@ -474,9 +487,7 @@ class ExpertLibrary:
     def _commit(self, entries: Mapping[str, Any]) -> None:
         """Replace the manifest: the moment at which a change happens."""
         manifest = {"format": FORMAT, "base": asdict(self.base), "experts": dict(sorted(entries.items()))}
-        temporary = self._temporary(MANIFEST)
-        write_file(temporary, (json.dumps(manifest, indent=1) + "\n").encode())
-        temporary.replace(self.folder / MANIFEST)
+        write_object(self.folder / MANIFEST, manifest, sync=True)
         sync_folder(self.folder)
 
     def _temporary(self, name: str) -> Path:
@@ -529,18 +540,17 @@ def check_name(name: str) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = parse_json((folder / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise ExpertError(f"{folder} holds no expert library (no {MANIFEST}); create one, or check the path") from error
-    except (OSError, ValueError) as error:
-        raise ExpertError(f"library {folder}: {MANIFEST} cannot be read: {error}; restore it from a copy") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
+        manifest = read_object(folder / MANIFEST, "restore it from a copy")
+    except DataError as error:
+        raise ExpertError(f"library {folder}: {error}") from error
+    if manifest is None:
+        raise ExpertError(f"{folder} holds no expert library (no {MANIFEST}); create one, or check the path")
+    found = manifest.get("format")
     if found != FORMAT:
         raise ExpertError(f"library {folder} has format {found!r}; this version reads {FORMAT!r}")
     if not isinstance(manifest.get("experts"), dict):
         raise ExpertError(f"library {folder}: {MANIFEST} lists no experts; restore it from a copy")
-    checked: dict[str, Any] = manifest
-    return checked
+    return manifest
 
 
 def _parse_base(where: str, value: Any) -> BaseReference:

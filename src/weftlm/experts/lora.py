@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import secrets
 import shutil
 import stat
 from collections import Counter
@@ -32,7 +31,7 @@ from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_json, parse_tensors, sync_folder, write_file
-from weftlm.files import check_sealed
+from weftlm.files import check_sealed, hidden, sweep
 from weftlm.models.factory import load_model, peft_warnings
 from weftlm.models.lora_targets import ALL_LINEAR
 from weftlm.models.open import load_base
@@ -194,17 +193,21 @@ def as_peft_model(model: PreTrainedModel, expert: LoRAExpert) -> PeftModel:
 def write_lora(folder: Path, expert: LoRAExpert) -> None:
     """Write an adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` gives the same logits.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all; one that holds the very same is left as it is.
 
     Raises:
-        ExpertError: the folder exists and is not empty, cannot be written, or the expert is not sound (`check_lora`).
+        ExpertError: the folder exists and holds something else, cannot be written, or the expert is not sound
+            (`check_lora`).
     """
     folder = Path(folder)
     files = lora_files(expert)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_dir() and {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == files:
+            return
         raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
-    temporary = folder.with_name(f".writing-{folder.name}-{secrets.token_hex(4)}")
+    temporary = hidden(folder, "writing")
     with explained_writing(f"expert {expert.name!r}", folder):
+        sweep(folder.parent)
         try:
             temporary.mkdir(parents=True)
             for file, data in files.items():

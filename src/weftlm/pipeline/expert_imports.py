@@ -17,7 +17,7 @@ def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progre
 
     Args:
         recipe: whose imports count.
-        replace: import anew what is there under the same names.
+        replace: import anew what is there under the same names; it stays until the new one is whole.
         progress: show progress on stderr.
     Returns:
         by name: source, and whether it has a gate and statistics.
@@ -37,10 +37,9 @@ def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progre
                 )
             if not replace:
                 continue
-            known.remove(each.title)
         import_experts(
             folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
-            base_revision=recipe.experts.revision, assume_base=each.assume_base,
+            base_revision=recipe.experts.revision, assume_base=each.assume_base, replace_known=replace,
         )  # fmt: skip
     wanted = {each.title: each.domain for each in recipe.experts.imports if each.domain is not None}
     if wanted:

@@ -39,10 +39,11 @@ def import_experts(
     base: str | None = None,
     base_revision: str | None = None,
     assume_base: bool = False,
+    replace_known: bool = False,
 ) -> list[Expert]:
-    """Add PEFT LoRA adapters to a library, which is started where there is none.
+    """Add PEFT LoRA adapters to a library, which is started where there is none: all of them, or none.
 
-    All adapters are read and checked before the first is added. Where the base is a folder here, it is fingerprinted
+    The very same again changes nothing. Where the base is a folder here, it is fingerprinted
     for a new library, and the adapters' modules and shapes are compared with its own; a base on the hub is compared
     when it is loaded.
 
@@ -54,6 +55,7 @@ def import_experts(
         base: of a new library; the base the first adapter names where None.
         base_revision: hub revision of `base`.
         assume_base: take adapters that name another base, or none, as made for the library's.
+        replace_known: put them in the place of experts of their names, once they are read and checked.
     Raises:
         ConfigError: one name for several sources, two that would share a name, a base for a library that has another,
             or the base cannot be loaded.
@@ -78,15 +80,8 @@ def import_experts(
         read_peft(source, reference, name=name, revision=revision, model=model, assume_base=assume_base)
         for source in sources
     ]
-    for expert in experts if known is not None else ():
-        if known is not None and expert.name in known:
-            raise ExpertError(
-                f"expert {expert.name!r} is already in {folder}; give another name (--name), or remove it first "
-                f"(weftlm experts remove)"
-            )
     library = ExpertLibrary.create(folder, reference) if known is None else known
-    for expert in experts:
-        library.add(expert)
+    library.add(*experts, replace=replace_known)
     return experts
 
 
@@ -259,8 +254,6 @@ def merge_in_library(
     names = [library.named(name) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"an expert is named twice in {', '.join(names)}; give it a larger weight instead")
-    if into is not None and into in library:
-        raise ExpertError(f"expert {into!r} is already in {folder}; choose another name, or remove it first")
     from weftlm.experts.lora import update_norm, write_lora  # noqa: PLC0415 - torch; listing a library needs none
     from weftlm.experts.merge import merge_experts  # noqa: PLC0415 - torch; listing a library needs none
 
@@ -270,10 +263,10 @@ def merge_in_library(
     exact = merged if rank is None else merge_experts(experts, weights, name=name)
     used = [1 / len(names)] * len(names) if weights is None else list(weights)
     by_name = dict(zip(names, used, strict=True))
-    if to is not None:
-        write_lora(to, merged)
     if into is not None:
         library.add(Expert(merged, card={"name": into, "merged": by_name, "rank": rank}))
+    if to is not None:
+        write_lora(to, merged)
     norms = [
         math.hypot(*(update_norm(each) for each in expert.modules.values())) for expert in (merged, exact)
     ]  # fmt: skip
@@ -296,6 +289,5 @@ def remove_experts(folder: Path, names: Sequence[str]) -> list[str]:
         ExpertError: there is no such expert.
     """
     library = ExpertLibrary.open(folder)
-    for name in dict.fromkeys([library.named(name) for name in names]):
-        library.remove(name)
+    library.remove(*dict.fromkeys(library.named(name) for name in names))
     return library.names

@@ -118,7 +118,8 @@ def _score_experts(
     if config.pool is None:
         base = open_base(recipe, data)
         library = ExpertLibrary.open(recipe.library_folder)
-        pool = ExpertPool.from_library(library, base.model, experts=config.experts, device=device)
+        names = library.names if config.experts is None else config.experts  # a broken one is missed and not left out
+        pool = ExpertPool.from_library(library, base.model, experts=names, device=device)
     else:
         pool = ExpertPool.load(config.pool, dtype=recipe.experts.dtype, device=device)
         check_tokenizer(pool, data.tokenizer)
@@ -138,14 +139,14 @@ def pool_sources(recipe: ExpertRecipe) -> list[ExpertSource]:
     """Where the experts of a recipe's gate can be loaded from, by any process that sees the same folders.
 
     Raises:
-        ExpertError: there is no library, or an expert is not in it.
+        ExpertError: there is no library.
     """
     config = gating_config(recipe)
     if config.pool is not None:
         return list(config.pool)
     library = ExpertLibrary.open(recipe.library_folder)
     place = str(library.folder.resolve())
-    names = config.experts if config.experts is not None else [each.name for each in library.load_all()[0]]
+    names = config.experts if config.experts is not None else library.names
     return [ExpertSource(name=name, library=place, expert=name) for name in names]
 
 

@@ -50,7 +50,8 @@ class StageStatus:
         why: what makes it stale, or the message of a failure; empty otherwise.
         seconds: it took, where it is done.
         ended: when, UTC.
-        settled: whether its settings and what it reads are as they were, so that nothing of it need be discarded.
+        settled: whether its settings and what it reads are as they were, so that nothing of it need be discarded; False
+            too where that was asked for and is still to come.
     """
 
     stage: Stage
@@ -85,6 +86,8 @@ def _status(project: Project, stage: Stage, earlier: Mapping[str, StageStatus], 
     record = read_record(project.stages_folder, stage.name)
     if record is None:
         return StageStatus(stage, "to do")
+    if record.state == "due":
+        return StageStatus(stage, "to do", settled=False)
     why = differences(record.settings, json.loads(json.dumps(stage.settings(project), default=str)), most=3)
     if why:
         return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
@@ -147,8 +150,10 @@ def plan_stages(
 
 
 def _act(status: StageStatus, *, anew: bool) -> Act:
+    if status.state == "to do":
+        return "run" if status.settled else "replace"
     if anew:
-        return "run" if status.state == "to do" else "replace"
+        return "replace"
     if status.state == "stale" and status.stage.costly:
         return "run" if status.settled else "refuse"
     if status.state == "stale":
@@ -156,9 +161,7 @@ def _act(status: StageStatus, *, anew: bool) -> Act:
     return _ACTS[status.state]
 
 
-_ACTS: dict[State, Act] = {
-    "done": "skip", "to do": "run", "running": "refuse", "interrupted": "continue", "failed": "continue",
-}  # fmt: skip
+_ACTS: dict[State, Act] = {"done": "skip", "running": "refuse", "interrupted": "continue", "failed": "continue"}
 
 
 def run_project(
@@ -206,6 +209,10 @@ def run_project(
         if first:
             project.stages_folder.mkdir(exist_ok=True)
             write_whole(project_recipe(project.run), project.to_yaml())
+            for status, act in planned if from_stage is not None else ():
+                if act == "replace":  # which goes on without --from where this run is cut short
+                    due = Record(stage=status.stage.name, state="due", settings=None, needs={}, began=now())
+                    write_record(project.stages_folder, due)
         known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
             if from_stage is None or act != "replace":

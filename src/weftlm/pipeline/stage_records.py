@@ -18,7 +18,7 @@ from pydantic import Field
 
 from weftlm.config import Section, validate
 from weftlm.errors import CheckpointError, ConfigError, DataError
-from weftlm.files import describe, hold, is_held, read_object, write_object
+from weftlm.files import describe, hold, is_held, read_object, sweep, write_object
 
 LOCK = ".lock"
 
@@ -28,7 +28,7 @@ class Record(Section):
 
     Attributes:
         stage: its name.
-        state: begun, done or failed.
+        state: begun, done or failed; due: what is there was to be discarded and made anew, and none of that has begun.
         settings: of the recipe, that decide its result.
         needs: digest of what each stage it reads had left, by that stage's name.
         began: time, UTC.
@@ -40,7 +40,7 @@ class Record(Section):
     """
 
     stage: str
-    state: Literal["begun", "done", "failed"]
+    state: Literal["due", "begun", "done", "failed"]
     settings: Any
     needs: dict[str, str]
     began: str
@@ -105,7 +105,7 @@ def seconds_of(folder: Path, stage: str) -> float | None:
 
 @contextmanager
 def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a run folder against other processes that write into it.
+    """Hold a run folder against other processes that write into it, and sweep the folders in it.
 
     Args:
         run: the folder.
@@ -120,6 +120,8 @@ def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
         )
 
     with hold(run / LOCK, refusal, shared=shared, again=True):
+        for folder in run.iterdir():
+            sweep(folder)
         yield
 
 

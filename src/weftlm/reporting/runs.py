@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from weftlm.errors import DataError
 from weftlm.evaluation.result import WindowScores, load_windows
 from weftlm.evaluation.suite import TARGET
+from weftlm.files import check_listed, read_object
 
 WINDOWS_FILE = "windows.safetensors"
 """Window losses of the final evaluation (`evaluation.result.save_windows`), for paired comparisons; optional."""
@@ -167,9 +168,6 @@ def _read_run(path: Path) -> Run:
     if not path.is_dir():
         raise DataError(f"{path} is not a run folder; give the folders `weftlm train` wrote")
     problems: list[str] = []
-    metrics = _read_metrics(path / "metrics.jsonl", problems)
-    evaluations = tuple(_evaluation(record) for record in _latest(metrics, "eval"))
-    train, mixture = tuple(_latest(metrics, "train")), tuple(_latest(metrics, "mixture"))
     summary: Record = {}
     finished = False
     if (path / "result.json").exists():
@@ -177,10 +175,15 @@ def _read_run(path: Path) -> Run:
         finished = bool(summary)
     else:
         problems.append("The run has no result.json: it has not finished. Its latest numbers are shown.")
+    listed = mapping(summary.get("files"))
+    sound = {name: _is_sound(path, name, listed, problems) for name in ("metrics.jsonl", WINDOWS_FILE)}
+    metrics = _read_metrics(path / "metrics.jsonl", problems) if sound["metrics.jsonl"] else []
+    evaluations = tuple(_evaluation(record) for record in _latest(metrics, "eval"))
+    train, mixture = tuple(_latest(metrics, "train")), tuple(_latest(metrics, "mixture"))
     facts = _read_json(path / "run.json", problems)
     recipe_text, recipe = _read_recipe(path / "recipe.yaml", problems)
     windows: dict[str, WindowScores] = {}
-    if finished and (path / WINDOWS_FILE).exists():
+    if finished and sound[WINDOWS_FILE] and (path / WINDOWS_FILE).exists():
         try:
             windows = load_windows(path / WINDOWS_FILE)
         except DataError:
@@ -299,23 +302,32 @@ def _read_metrics(path: Path, problems: list[str]) -> list[Record]:
     return records
 
 
-def _read_json(path: Path, problems: list[str]) -> Record:
-    """A JSON object; empty, with the reason among the problems, where there is none."""
+def _is_sound(path: Path, name: str, listed: Mapping[str, Any], problems: list[str]) -> bool:
+    """Whether a file is as `result.json` lists it; what it does not list is read as it is."""
+    if name not in listed:
+        return True
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        check_listed(path, {name: listed[name]}, "it is left out")
+    except DataError as error:
+        problems.append(_sentence(error, path))
+        return False
+    return True
+
+
+def _sentence(error: DataError, folder: Path) -> str:
+    return str(error).replace(f"{folder}/", "") + "."
+
+
+def _read_json(path: Path, problems: list[str]) -> Record:
+    """A JSON object; empty, with the reason among the problems, where there is none or it was altered."""
+    try:
+        value = read_object(path, "it is left out")
+    except DataError as error:
+        problems.append(_sentence(error, path.parent))
+        return {}
+    if value is None:
         problems.append(f"There is no {path.name}.")
-        return {}
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read ({error.strerror}).")
-        return {}
-    except (ValueError, RecursionError):
-        problems.append(f"{path.name} is not valid JSON.")
-        return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} holds no JSON object.")
-        return {}
-    return value
+    return value or {}
 
 
 def _read_recipe(path: Path, problems: list[str]) -> tuple[str, Record]:

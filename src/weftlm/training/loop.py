@@ -42,7 +42,7 @@ from weftlm.training.alignment import Direction
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from weftlm.training.config import AlignmentConfig, TrainingConfig, derive_seed, learning_rate
 from weftlm.training.meter import DomainMeter
-from weftlm.training.metrics import MetricsLog
+from weftlm.training.metrics import METRICS, MetricsLog, check_metrics
 from weftlm.training.parallel import shard, units, whole
 from weftlm.training.probes import AlignmentProbes
 from weftlm.training.runtime import Runtime
@@ -185,7 +185,7 @@ class Trainer:
         self._warn_of_what_cannot_happen()
         self._resume()
         self.metrics = MetricsLog(
-            folder / "metrics.jsonl", resume_step=self.step, sinks=sinks, enabled=self.accelerator.is_main_process
+            folder / METRICS, resume_step=self.step, sinks=sinks, enabled=self.accelerator.is_main_process
         )
 
     # -- set-up -------------------------------------------------------------------------------------------------
@@ -247,6 +247,7 @@ class Trainer:
                 f"{self.folder} holds a run of another recipe or other data; choose another run folder, or remove this "
                 f"one to start again"
             )
+        check_metrics(self.folder / METRICS, checkpoint.state.get("log"))
         load_tensors(self.module, self.optimizer, self.parameters, checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.state["sampler"])
         self.state = state_from_json(self.state, checkpoint.state["policy"])
@@ -265,10 +266,10 @@ class Trainer:
         writes = self.accelerator.is_main_process
         tensors = dump_tensors(self.module, self.optimizer, self.parameters, keep=writes)
         if writes:
-            self.metrics.flush()
             state = {
                 "identity": self.identity,
                 "seed": self.seed,
+                "log": self.metrics.flush(),
                 "sampler": self.loader.state_dict(),
                 "policy": state_to_json(self.state),
                 "meter": meter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from weftlm.errors import CheckpointError
-from weftlm.files import write_whole
+from weftlm.errors import CheckpointError, DataError
+from weftlm.files import describe, write_whole
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsSink(Protocol):
@@ -60,10 +63,12 @@ class MetricsLog:
         for sink in self._sinks:
             sink.write(line)
 
-    def flush(self) -> None:
-        """Force the lines to disk, so that a checkpoint never knows more than its log."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+    def flush(self) -> dict[str, Any] | None:
+        """Force the lines to disk, so that a checkpoint never knows more than its log; gives their size and digest."""
+        if self._file is None:
+            return None
+        os.fsync(self._file.fileno())
+        return describe(Path(self._file.name))
 
     def close(self) -> None:
         """Close the file and the sinks."""
@@ -74,19 +79,52 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a torn last line (a run killed while writing) is left out."""
-    if not path.exists():
+    """The lines of a metrics file; a torn last line (a run killed while writing) is left out.
+
+    Raises:
+        DataError: a line is no JSON object with a kind and a step.
+    """
+    if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            if text.endswith("\n"):
-                yield json.loads(text)
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(text)
+                sound = isinstance(line["kind"], str) and isinstance(line["step"], int)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                sound = False
+            if not sound:
+                raise DataError(
+                    f"{path}, line {number}, is not what was written; restore the file from a copy, or delete that "
+                    "line, whose numbers are then missing from the report"
+                )
+            yield line
+
+
+def check_metrics(path: Path, stated: Mapping[str, Any] | None) -> None:
+    """Compare the beginning of a metrics file with what `MetricsLog.flush` gave; one that is not there passes.
+
+    Raises:
+        CheckpointError: it was altered or cut short since.
+    """
+    if stated is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.blake2b(file.read(stated["bytes"]), digest_size=16).hexdigest()
+    if found != stated["blake2b"]:
+        raise CheckpointError(
+            f"{path} was altered since the checkpoint was written; restore it from a copy, or delete it and run the "
+            "same command again: the curves then begin at the checkpoint"
+        )
 
 
 def _rewind(path: Path, resume_step: int) -> None:
     if not path.exists():
         return
-    kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= resume_step and resume_step > 0]
+    found = read_metrics(path) if resume_step > 0 else ()
+    kept = [json.dumps(line) for line in found if line["step"] <= resume_step]
     write_whole(path, "".join(line + "\n" for line in kept))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.faults import dead_process, host
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -356,6 +357,16 @@ def test_writing_never_touches_a_folder_that_holds_something(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     write_lora(tmp_path / "empty", mixed())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_the_very_same_may_be_written_again_and_what_a_dead_process_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / f".e.{dead_process()}@{host()}.writing").mkdir()
+    for _ in range(2):
+        write_lora(tmp_path / "e", mixed())
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+    (tmp_path / "e" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ExpertError, match="already exists"):
+        write_lora(tmp_path / "e", mixed())
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

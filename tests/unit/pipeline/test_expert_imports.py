@@ -68,6 +68,16 @@ def test_another_source_under_the_same_name_is_refused_unless_replaced(recipe: E
     assert one.source != two.source
 
 
+def test_an_expert_stays_until_its_replacement_is_read(recipe: ExpertRecipe) -> None:
+    import_recipe_experts(recipe, progress=False)
+    library = ExpertLibrary.open(recipe.library_folder)
+    before = library.fingerprint()
+    (Path(recipe.experts.imports[0].source) / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ExpertError):
+        import_recipe_experts(recipe, replace=True, progress=False)
+    assert library.fingerprint() == before
+
+
 def test_names_must_differ_and_imports_stop_training() -> None:
     with pytest.raises(ValidationError, match="two adapters would have one name"):
         ExpertsConfig.model_validate({"imports": [{"source": "a/same"}, {"source": "b/Same"}]})

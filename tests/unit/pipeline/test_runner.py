@@ -188,6 +188,20 @@ def test_going_on_with_a_replacement_still_replaces(shop: Workshop, project: Pro
     assert record.replace
 
 
+def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(shop: Workshop, project: Project) -> None:
+    run_project(project, progress=False)
+    shop.settings["text"], shop.fails = 2, "text"
+    with pytest.raises(DataError):
+        run_project(project, from_stage="text", progress=False)
+    shop.take()
+    shop.fails = None
+    assert states(project) == {"text": "failed", "model": "to do", "gate": "to do", "page": "to do"}
+    run_project(project, progress=False)
+    assert shop.take() == [("text", True), ("model", True), ("gate", True), ("page", True)]
+    run_project(project, progress=False)
+    assert shop.take() == []
+
+
 def test_what_is_discarded_is_first_no_longer_done(project: Project, tmp_path: Path) -> None:
     """Killed while it removes a finished stage, a pipeline must not find that stage done."""
     seen: list[bool] = []

@@ -52,8 +52,8 @@ def test_a_running_run_shows_its_latest_and_a_torn_line_is_said(tmp_path: Path, 
     assert run.final is not None
     assert run.final.step == 100
     assert len(run.problems) == 2
-    assert "it has not finished" in run.problems[1]
-    assert "last line of metrics.jsonl is incomplete" in run.problems[0]
+    assert any("it has not finished" in problem for problem in run.problems)
+    assert any("last line of metrics.jsonl is incomplete" in problem for problem in run.problems)
 
 
 def test_broken_lines_inside_are_counted(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -98,7 +98,8 @@ def test_any_file_may_be_garbage(tmp_path: Path, make_run: Callable[..., Path], 
 def test_json_nested_beyond_reason_is_garbage_too(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folder = make_run(tmp_path / "run", "dga", ["a", "b"])
     (folder / "result.json").write_text("[" * 100_000)
-    assert "result.json is not valid JSON." in read_runs([folder])[0].problems
+    said = "result.json cannot be read (its values are nested too deep); it is left out."
+    assert said in read_runs([folder])[0].problems
 
 
 def test_values_of_the_wrong_kind_are_missing_values(tmp_path: Path, make_run: Callable[..., Path]) -> None:

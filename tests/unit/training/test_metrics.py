@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from weftlm.errors import CheckpointError
-from weftlm.training.metrics import MetricsLog, flatten, read_metrics
+from weftlm.errors import CheckpointError, DataError
+from weftlm.training.metrics import MetricsLog, check_metrics, flatten, read_metrics
 
 
 def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
@@ -26,6 +26,35 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [10, 20, 30]
     assert lines[0]["loss"] == 0.1
     assert lines[2]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("broken", ['{"kind": "train"}', "[]", '{"kind": 1, "step": 2}', "\x00", "[" * 9999])
+def test_a_broken_line_is_named_and_a_torn_last_one_passed_over(tmp_path: Path, broken: str) -> None:
+    path, whole = tmp_path / "metrics.jsonl", '{"kind": "train", "step": 1, "tokens": 2}\n'
+    path.write_text(whole + broken)
+    assert [line["step"] for line in read_metrics(path)] == [1]
+    path.write_text(whole + broken + "\n" + whole)
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2, is not what was written"):
+        list(read_metrics(path))
+
+
+def test_a_changed_digit_is_noticed_and_what_came_later_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("train", 1, 100, loss=2.5)
+    stated = log.flush()
+    log.write("train", 2, 200, loss=2.25)
+    log.close()
+    check_metrics(path, stated)
+    text = path.read_text()
+    path.write_text(text.replace("2.25", "2.75"))
+    check_metrics(path, stated)
+    for altered in (text.replace("2.5", "2.4"), text[:10]):
+        path.write_text(altered)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl was altered since the checkpoint.*delete it"):
+            check_metrics(path, stated)
+    path.unlink()
+    check_metrics(path, stated)
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
