@@ -204,10 +204,14 @@ class Project:
             path = self.place / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def whole_files(self) -> list[str]:
+        """Files of the finished project, by their paths in it; those that are empty or hidden left out."""
+        every = sorted(path for path in self.copy.rglob("*") if path.is_file() and path.stat().st_size)
+        return [str(path.relative_to(self.copy)) for path in every if path.name[0] != "."]
+
     def files(self) -> list[str]:
-        """Files of the finished project that some command reads, by their paths in it."""
-        every = sorted(str(path.relative_to(self.copy)) for path in self.copy.rglob("*") if path.is_file())
-        return [name for name in every if readers(name) and "/." not in name]
+        """Those of them that some command reads."""
+        return [name for name in self.whole_files() if readers(name)]
 
     def undisturbed(self, words: Words, gone: Sequence[str] = ()) -> tuple[Done, dict[str, str]]:
         """How a command ends that meets no fault, and what it leaves; found once."""
@@ -329,7 +333,7 @@ def kill(project: Project, case: Mapping[str, Any]) -> str:
     if after.code and damaged and _named(damaged, after.said):
         return ""
     differences = _differences(project, wanted, but=damaged)
-    if after.code and not damaged and not [each for each in differences if "left over" not in each]:
+    if after.code and not [each for each in differences if "left over" not in each]:
         return ""  # it had done all of it
     if after.code:
         return f"exit {after.code} afterwards, {damaged}: {after.said[-1500:]}"

@@ -513,6 +513,8 @@ def open_stores(
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if not isinstance(names, dict) or any(folder_name(label) != name for label, name in names.items()):
+        raise DataError(f"{path} has changed since it was written; {_REMEDY}")
     return {label: TokenStore(Path(root) / name, verify, tokenizer) for label, name in names.items()}
 
 

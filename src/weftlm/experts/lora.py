@@ -31,7 +31,7 @@ from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_json, parse_tensors, sync_folder, write_file
-from weftlm.files import check_sealed, hidden, sweep
+from weftlm.files import SEAL, check_sealed, hidden, seal, sweep
 from weftlm.models.factory import load_model, peft_warnings
 from weftlm.models.lora_targets import ALL_LINEAR
 from weftlm.models.open import load_base
@@ -202,7 +202,8 @@ def write_lora(folder: Path, expert: LoRAExpert) -> None:
     folder = Path(folder)
     files = lora_files(expert)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if folder.is_dir() and {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == files:
+        paths = [path for path in folder.iterdir() if path.name != SEAL] if folder.is_dir() else []
+        if {path.name: path.is_file() and path.read_bytes() for path in paths} == files:
             return
         raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
     temporary = hidden(folder, "writing")
@@ -212,6 +213,7 @@ def write_lora(folder: Path, expert: LoRAExpert) -> None:
             temporary.mkdir(parents=True)
             for file, data in files.items():
                 write_file(temporary / file, data)
+            seal(temporary)
             sync_folder(temporary)
             temporary.rename(folder)
             sync_folder(folder.parent)
