@@ -229,7 +229,8 @@ class Project:
         found = {}
         for path in sorted(self.place.rglob("*")):
             name = path.relative_to(self.place)
-            if any(_LEFT.search(part) for part in name.parts):
+            unlisted = path.is_file() and (path.parent / ".unlisted").exists()  # which the library's next write removes
+            if unlisted or any(_LEFT.search(part) for part in name.parts):
                 found[str(name)] = "left over"
             elif path.is_file() and not any(
                 part[0] == "." or part in ("checkpoints", "training") for part in name.parts
