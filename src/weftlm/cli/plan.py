@@ -39,10 +39,10 @@ def run(
     Nothing is trained or downloaded. For known accelerators figures follow from their data sheets; on the CPU single
     operations are timed on the spot. What was assumed is printed below the table.
     """
+    from weftlm.pipeline.checks import load_checked_project
     from weftlm.pipeline.planning.hardware import parse_hardware
-    from weftlm.pipeline.project import load_project
 
-    machine, project = parse_hardware(hardware), load_project(recipe, set_ or [])
+    machine, project = parse_hardware(hardware), load_checked_project(recipe, set_ or [], here=False)
     from weftlm.pipeline.planning.estimate import Assumed, plan_project
 
     assumed = Assumed(domains, experts, data_tokens, requests, prompt, new_tokens)

@@ -23,9 +23,9 @@ def run(
 
     What is prepared already and unchanged is reused. Everything that was skipped or dropped is counted and shown.
     """
-    from weftlm.pipeline.recipe import load_recipe
+    from weftlm.pipeline.checks import load_checked_recipe
 
-    resolved = load_recipe(recipe, set_ or [])
+    resolved = load_checked_recipe(recipe, set_ or [], ask=not dry_run)
     if dry_run:
         show_plan(resolved, json)
         return

@@ -62,6 +62,7 @@ def run(
     mixture and training train a base; experts make experts over it; routing compares routers; gating fits a robust gate
     and distils it; compare trains rivals. A costly stage whose settings changed is replaced only with --from.
     """
+    from weftlm.pipeline.checks import check_project
     from weftlm.pipeline.project import load_project
     from weftlm.pipeline.quick import quick as cut_down
     from weftlm.pipeline.runner import run_project
@@ -69,6 +70,7 @@ def run(
     project = load_project(recipe, set_ or [])
     if quick:
         project = cut_down(project)
+    check_project(project, ask=not dry_run)
     if dry_run:
         _show_plan(project, from_, until, json)
         return

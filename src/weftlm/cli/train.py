@@ -14,13 +14,12 @@ def run(
     Prepares the corpora where that is not done yet. Run again after an interruption, it continues from the last
     checkpoint; run again after the end, it prints the result.
     """
-    from weftlm.pipeline.recipe import check, load_recipe
+    from weftlm.pipeline.checks import load_checked_recipe
 
-    resolved = load_recipe(recipe, set_ or [])
+    resolved = load_checked_recipe(recipe, set_ or [], ask=not dry_run)
     if dry_run:
         show_plan(resolved, json)
         return
-    check(resolved)
     from weftlm.pipeline.train import is_main_process, run_training
 
     result = run_training(resolved)

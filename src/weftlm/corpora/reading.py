@@ -18,6 +18,7 @@ from weftlm.corpora.reading_report import ReadingReport, Reason
 from weftlm.corpora.source import Document
 from weftlm.errors import ConfigError, DataError
 from weftlm.files import cause
+from weftlm.places import locate
 
 __all__ = ["CorpusConfig", "ReadingReport", "corpus_fingerprint", "read_documents"]
 
@@ -322,6 +323,7 @@ def _open_dataset(config: CorpusConfig) -> Any:
 
     name = str(config.dataset)
     asked = f"dataset {name!r} (config {config.config}, split {config.split})"
+    name = locate(name, "data.corpora: dataset", revision=config.revision, repository="dataset")
     if Path(name).is_dir():
         dataset_files(Path(name))
     try:

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from weftlm.corpora.config import TokenizerConfig, TrainConfig
 from weftlm.corpora.store_files import Vocabulary
 from weftlm.errors import ConfigError, DataError, reason
+from weftlm.places import locate
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +260,7 @@ def load_pretrained(name: str, revision: str | None = None) -> Tokenizer:
     Raises:
         ConfigError: it cannot be loaded, or has no end-of-sequence token.
     """
+    name = locate(name, "tokenizer.pretrained", revision=revision)
     try:
         hf = _open(name, revision)
     except _UnreadableError as error:

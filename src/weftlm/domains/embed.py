@@ -19,6 +19,7 @@ from sklearn.utils.extmath import randomized_svd
 
 from weftlm.domains.config import EmbedderConfig
 from weftlm.errors import ConfigError, DataError, install_hint
+from weftlm.places import locate
 
 _WORDS = r"(?u)\w+|[^\w\s]"
 _STATE = "tfidf_svd.npz"
@@ -184,8 +185,9 @@ class SentenceTransformerEmbedder:
                 "embedder kind sentence_transformers needs sentence-transformers; "
                 f"{install_hint('embed')}, or use kind: tfidf"
             ) from error
+        place = locate(config.model, "embedder model")
         try:
-            self._model = SentenceTransformer(config.model)
+            self._model = SentenceTransformer(place)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"embedder model {config.model!r} cannot be loaded: {error}; give a local folder or a name on the hub, "

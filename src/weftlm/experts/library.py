@@ -49,6 +49,7 @@ from weftlm.experts.files import (
     write_file,
 )
 from weftlm.files import hold, read_object, remove, write_object
+from weftlm.places import locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +67,6 @@ _UNLISTED = ".unlisted"
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FOLDER = re.compile(r"(?P<name>[^~/]+)(~[0-9]+)?")
 _AGAIN = "remove it and add it again"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class ExpertLibrary:
@@ -697,10 +697,10 @@ def fetch_adapter(source: str, revision: str | None) -> Path:
     """Fetch an adapter's two files from the hub.
 
     Raises:
-        ExpertError: there is no such adapter, or no way to it.
+        ConfigError: there is no such adapter, or no way to it.
+        ExpertError: it cannot be fetched.
     """
-    if not _HUB_ID.fullmatch(source):
-        raise ExpertError(f"there is no folder {source}, and it is no hub id (owner/adapter) either; check the path")
+    source = locate(source, "adapter", revision=revision)
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - for downloads alone
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 

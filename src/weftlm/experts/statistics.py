@@ -209,6 +209,23 @@ def _vocabulary_size(model: Any) -> int:
 # -- embedding windows of tokens ----------------------------------------------------------------------------------
 
 
+def check_embedder(name: str) -> None:
+    """Refuse an embedder that is not known or not installed.
+
+    Raises:
+        ConfigError: it is one of those.
+    """
+    if re.fullmatch(r"tokens-[1-9][0-9]*", name):
+        return
+    if not name.startswith(_SENTENCES) or name == _SENTENCES:
+        raise ConfigError(
+            f"embedder is {name!r}; give tokens-WIDTH (tokens-1024) or sentence-transformers:NAME, or bring a function "
+            f"of your own as embed="
+        )
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError(f"embedder {name!r} needs sentence-transformers; {install_hint('embed')}, or use tokens-1024")
+
+
 def embedder_named(name: str, decode: Decode | None = None) -> Embed:
     """The function behind an embedder's name.
 
@@ -226,15 +243,9 @@ def embedder_named(name: str, decode: Decode | None = None) -> Embed:
             return embed_tokens(tokens_BT, width=width, mask_BT=mask_BT)
 
         return embed_ids
-    if not name.startswith(_SENTENCES) or name == _SENTENCES:
-        raise ConfigError(
-            f"embedder is {name!r}; give tokens-WIDTH (tokens-1024) or sentence-transformers:NAME, or bring a function "
-            f"of your own as embed="
-        )
+    check_embedder(name)
     if decode is None:
         raise ConfigError(f"embedder {name!r} reads text; give the tokenizer's decode function as decode=")
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ConfigError(f"embedder {name!r} needs sentence-transformers; {install_hint('embed')}, or use tokens-1024")
     read = decode
     encoder = SentenceTransformerEmbedder(
         EmbedderConfig(kind="sentence_transformers", model=name.removeprefix(_SENTENCES))

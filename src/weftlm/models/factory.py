@@ -74,9 +74,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
         model = from_architecture(
             architecture_config(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=eos_id)
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and longest < sequence_length:
-        raise ConfigError(f"training.sequence_length is {sequence_length}; the model takes at most {longest} positions")
+    check_positions(model.config, sequence_length, "training.sequence_length", "the model")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
@@ -141,6 +139,17 @@ def config_to_be(model: ModelConfig, *, sequence_length: int) -> PretrainedConfi
     if model.pretrained is not None:
         return config_at_hand(model.pretrained, model.revision)
     return architecture_config(model, vocab_size=_ANY_VOCABULARY, sequence_length=sequence_length, eos_id=0)
+
+
+def check_positions(config: PretrainedConfig | None, length: int, key: str, whose: str) -> None:
+    """Refuse sequences longer than a model's positions; nothing is known of a configuration that is None.
+
+    Raises:
+        ConfigError: they are.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < length:
+        raise ConfigError(f"{key} is {length}; {whose} takes at most {longest} positions")
 
 
 def uneven_heads(config: PretrainedConfig) -> str | None:

@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 from weftlm.errors import CheckpointError, ConfigError, reason
 from weftlm.files import check_sealed
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.places import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,6 +82,7 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    name = locate(name, "model", revision=revision)
     local = Path(name).is_dir()
     if local:
         check_sealed(Path(name), "make the model again, or restore the file from a copy")
@@ -121,6 +123,7 @@ def read_config(name: str, *, revision: str | None = None, local_files_only: boo
     Raises:
         ConfigError: there is none, it is damaged, of an unknown model type, or of sizes no model has.
     """
+    name = locate(name, "model", revision=revision, ask=not local_files_only)
     folder = Path(name)
     if not name or (folder.exists() and not folder.is_dir()):
         raise _refusal(name, "a model is a folder with config.json and safetensors, or a hub name")

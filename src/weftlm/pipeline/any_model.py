@@ -124,8 +124,6 @@ def open_model(
 
 
 def _plain(folder: Path, name: str, revision: str | None, dtype: str, encoder_decoder: bool) -> Any:
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ConfigError(f"there is no folder {name}; name a model's folder, or a hub name (owner/model)")
     model = load_base(str(folder) if folder.is_dir() else name, revision=revision, dtype=dtype)
     return model if encoder_decoder else require_decoder_only(model, name)
 

@@ -6,13 +6,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
+from weftlm.models.factory import check_positions
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.open import check_vocabulary, load_base
 from weftlm.pipeline.expert_recipe import ExpertRecipe
@@ -46,20 +47,37 @@ def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
             how = "weftlm train" if recipe.experts.rival is None else "weftlm run --until rivals"
             raise ConfigError(f"{recipe.base_run} has no trained model yet; finish it with {how}, or set experts.base")
         require_same_data(recipe.base_run, data)
+    check_base_kind(name)
+    model = load_base(name, revision=revision, dtype=recipe.experts.dtype)
+    if is_encoder_decoder(model):
+        _check_examples(recipe, data, name)
+    _check_tokenizer(model, data.tokenizer, name, revision)
+    check_lengths(recipe, model.config)
+    return Base(model, BaseReference(name, revision, base_fingerprint(model)))
+
+
+def check_base_kind(name: str) -> None:
+    """Refuse an adapter as a base.
+
+    Raises:
+        ConfigError: it is one.
+    """
     if (Path(name) / "adapter_config.json").exists():
         raise ConfigError(
             f"the base {name} is an adapter over another model; name that model as experts.base, or merge the adapter "
             f"into it first (PEFT: merge_and_unload, save_pretrained)"
         )
-    model = load_base(name, revision=revision, dtype=recipe.experts.dtype)
-    if is_encoder_decoder(model):
-        _check_examples(recipe, data, name)
-    _check_tokenizer(model, data.tokenizer, name, revision)
-    gate_length = recipe.experts.gate.sequence_length or 0
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and longest < (asked := max(recipe.experts.training.sequence_length, gate_length)):
-        raise ConfigError(f"experts.training.sequence_length is {asked}; the base takes at most {longest} positions")
-    return Base(model, BaseReference(name, revision, base_fingerprint(model)))
+
+
+def check_lengths(recipe: ExpertRecipe, config: PretrainedConfig) -> None:
+    """Refuse experts or gates of longer sequences than the base takes.
+
+    Raises:
+        ConfigError: they are.
+    """
+    experts = recipe.experts
+    check_positions(config, experts.training.sequence_length, "experts.training.sequence_length", "the base")
+    check_positions(config, experts.gate.sequence_length or 0, "experts.gate.sequence_length", "the base")
 
 
 def _check_examples(recipe: ExpertRecipe, data: PreparedData, name: str) -> None:

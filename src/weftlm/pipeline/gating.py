@@ -363,26 +363,45 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
         )
     names = list(cache.domains)
     causal = gates[config.gate.gate].causal if causal is None else causal
-    if not causal and not cache.samples:
-        raise ConfigError(
-            f"gate {config.gate.gate!r} sees whole sequences and needs samples of the experts for Z; score some "
-            "(gating.scores.samples), or take a causal gate"
-        )
+    if not causal:
+        check_samples(config, scored=bool(cache.samples))
     problem: dict[str, Any] = {
         "offsets": config.offsets_over(names),
         "mixtures": config.mixtures.over(names),
         "own_experts": None,
     }
     if config.offsets == "expert":
-        places = {name: place for place, name in enumerate(cache.experts)}
-        alone = [name for name in names if folder_name(name) not in places]
-        if alone:
-            raise ConfigError(
-                f"gating.offsets is 'expert' and {', '.join(alone)} has no expert of its own among those scored; take "
-                "offsets 'none' or numbers, or leave the domain out (gating.domains)"
-            )
-        problem["own_experts"] = [places[folder_name(name)] for name in names]
+        problem["own_experts"] = own_experts(names, cache.experts)
     return OpenScores(cache, cache.split(config.held_out_fraction, seed=recipe.seed, tokens=causal), problem)
+
+
+def check_samples(config: GatingConfig, *, scored: bool) -> None:
+    """Refuse a gate that sees whole sequences where no samples of the experts are scored.
+
+    Raises:
+        ConfigError: the recipe's gate is one.
+    """
+    if not scored and not gates[config.gate.gate].causal:
+        raise ConfigError(
+            f"gate {config.gate.gate!r} sees whole sequences and needs samples of the experts for Z; score some "
+            "(gating.scores.samples), or take a causal gate"
+        )
+
+
+def own_experts(domains: Sequence[str], experts: Sequence[str]) -> list[int]:
+    """The place of each domain's own expert, which offsets `expert` are taken of.
+
+    Raises:
+        ConfigError: a domain has none.
+    """
+    places = {name: place for place, name in enumerate(experts)}
+    alone = [name for name in domains if folder_name(name) not in places]
+    if alone:
+        raise ConfigError(
+            f"gating.offsets is 'expert' and {', '.join(alone)} has no expert of its own among those scored; take "
+            "offsets 'none' or numbers, or leave the domain out (gating.domains)"
+        )
+    return [places[folder_name(name)] for name in domains]
 
 
 def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:

@@ -106,9 +106,12 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
     return validate(Recipe, inherit(value), "")
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, *, packages: bool = True) -> None:
     """Refuse what can be seen to be wrong before anything is read.
 
+    Args:
+        recipe: of a training.
+        packages: whether those of its trackers must be installed.
     Raises:
         ConfigError: the policy follows a target and there is none, or a tracker is not installed.
     """
@@ -117,6 +120,6 @@ def check(recipe: Recipe) -> None:
         raise ConfigError(f"mixture policy {name!r} follows a target and the data has none; give data.target")
     if "basis" in needs and recipe.data.domains.basis is None:
         raise ConfigError(f"mixture policy {name!r} reweights distributions; say which in data.domains.basis")
-    for tracker in recipe.trackers:
+    for tracker in recipe.trackers if packages else ():
         if find_spec(tracker) is None:
             raise ConfigError(f"trackers names {tracker}, which is not installed; {install_hint(tracker)}")

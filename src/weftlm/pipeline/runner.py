@@ -19,8 +19,8 @@ from weftlm import interrupt
 from weftlm.config import did_you_mean, differences
 from weftlm.errors import ConfigError, WeftError
 from weftlm.files import write_whole
+from weftlm.pipeline.checks import check_project
 from weftlm.pipeline.project import Project, project_recipe
-from weftlm.pipeline.recipe import check
 from weftlm.pipeline.stage_records import (
     Record,
     alone,
@@ -189,8 +189,7 @@ def run_project(
         CheckpointError: another process is at work in the run folder.
         WeftError: a stage failed; what it and those before it finished stays, and the next run continues.
     """
-    if project.whole is not None:
-        check(project.whole)
+    check_project(project, ask=True, here=False)
     group = _group(project)
     first = group is None or bool(group.is_main_process)
 

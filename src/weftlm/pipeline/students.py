@@ -108,11 +108,7 @@ def _distil_gate(recipe: ExpertRecipe, direct: bool, progress: bool) -> dict[str
     config, kind = gating_config(recipe), DIRECT if direct else STUDENT
     scores = open_scores(recipe, causal=True)
     fitted = None if direct else open_gate(recipe, scores)
-    if not scores.cache.samples and (not direct or config.students.dense is not None):
-        raise ConfigError(
-            "distillation learns from samples of the experts and none are scored; score some (gating.scores.samples), "
-            "or train the causal gate on the objective itself (weftlm gate distil --direct) without a dense student"
-        )
+    check_teaching_samples(config, scored=bool(scores.cache.samples), direct=direct)
     identity = _identity(scores, config, recipe.seed, kind)
     folder = recipe.students_folder
     if (known := _kept_students(folder, kind, identity)) is not None:
@@ -180,6 +176,19 @@ def _kept_students(folder: Path, kind: str, identity: str) -> dict[str, Any] | N
         log.warning("%s", error)
         return None
     return known
+
+
+def check_teaching_samples(config: GatingConfig, *, scored: bool, direct: bool) -> None:
+    """Refuse distillation without samples of the experts.
+
+    Raises:
+        ConfigError: it needs some.
+    """
+    if not scored and (not direct or config.students.dense is not None):
+        raise ConfigError(
+            "distillation learns from samples of the experts and none are scored; score some (gating.scores.samples), "
+            "or train the causal gate on the objective itself (weftlm gate distil --direct) without a dense student"
+        )
 
 
 def read_students(recipe: ExpertRecipe) -> dict[str, dict[str, Any]]:

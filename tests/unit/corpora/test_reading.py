@@ -293,7 +293,7 @@ def test_datasets_saved_to_disk_with_class_labels(tmp_path: Path) -> None:
     assert report.examples["missing_field"][0].startswith(f"{tmp_path / 'd'}[2]: ")
     with pytest.raises(DataError, match="split missing"):
         read(dataset=str(tmp_path / "d"), split="missing")
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         read(dataset=str(tmp_path / "nowhere"))
 
 

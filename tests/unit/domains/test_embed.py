@@ -150,6 +150,7 @@ def test_a_sentence_transformers_model_is_used_as_it_is(monkeypatch: pytest.Monk
     module = types.ModuleType("sentence_transformers")
     module.SentenceTransformer = Model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    monkeypatch.setattr("weftlm.places._asked", lambda *_: None)
     embedder = make_embedder(EmbedderConfig(kind="sentence_transformers", model="good", max_chars=3), [], 0)
     assert embedder.dimensions == 3
     assert np.allclose(embedder.embed(["aab ignored"]), unit_rows(np.array([[3.0, 2.0, 1.0]])))

@@ -81,7 +81,7 @@ def test_pretrained_weights_and_adapters_go_round(tmp_path: Path) -> None:
         ({"architecture": "llama", "dtype": "bfloat16"}, "full training holds its weights in float32"),
         ({"architecture": "lama"}, "no transformers model type"),
         ({"architecture": "llama", "config": {"hiden_size": 2}}, "did you mean 'hidden_size'"),
-        ({"pretrained": "/nonexistent/model"}, "cannot be loaded"),
+        ({"pretrained": "/nonexistent/model"}, "there is no folder"),
         ({"architecture": "t5"}, "does not make a t5 language model"),
         (
             {"architecture": "llama", "config": {"num_attention_heads": 16, "num_key_value_heads": 12}},

@@ -290,7 +290,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
         (edited(lambda described: described.update(experts="all")), "experts: "),
         (edited(lambda described: described.update(router={"router": "phatgose"})), "did you mean 'phatgoose'"),
         (edited(lambda described: described.update(dtype="int8")), "dtype 'int8'; allowed"),
-        (edited(lambda described: described["base"].update(name="/no/such/base")), "cannot be loaded"),
+        (edited(lambda described: described["base"].update(name="/no/such/base")), "there is no folder"),
     ],
 )
 def test_a_broken_manifest_is_explained(harm: Callable[[str], str], message: str, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def run(
     Every figure says whether it is a bound, an estimate or exact. The certificate is also written to
     gate/certificate.json in the run folder, and a page about the gate to gate/report.html.
     """
-    from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
+    from weftlm.pipeline.checks import load_checked_expert_recipe
+    from weftlm.pipeline.expert_recipe import gate_plan
 
-    resolved = load_expert_recipe(recipe, set_ or [])
+    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return

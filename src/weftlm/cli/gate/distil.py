@@ -39,9 +39,10 @@ def run(
     Each goes to a folder of its own in `students` in the run folder, which from_pretrained loads and generate drives.
     Run again after an interruption, the command continues.
     """
-    from weftlm.pipeline.expert_recipe import load_expert_recipe, student_plan
+    from weftlm.pipeline.checks import load_checked_expert_recipe
+    from weftlm.pipeline.expert_recipe import student_plan
 
-    resolved = load_expert_recipe(recipe, set_ or [])
+    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), student_plan(resolved, direct=direct), json)
         return

@@ -29,9 +29,10 @@ def run(
     No expert is run, so that it takes minutes on a CPU whatever the experts' size. The result goes to `gate` in the run
     folder. Run again after an interruption, the command continues; with other settings it fits anew.
     """
-    from weftlm.pipeline.expert_recipe import gate_plan, load_expert_recipe
+    from weftlm.pipeline.checks import load_checked_expert_recipe
+    from weftlm.pipeline.expert_recipe import gate_plan
 
-    resolved = load_expert_recipe(recipe, set_ or [])
+    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return

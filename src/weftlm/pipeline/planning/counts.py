@@ -38,6 +38,7 @@ from weftlm.models.hf import token_losses
 from weftlm.models.lora_targets import ALL_LINEAR, lora_targets
 from weftlm.models.open import DTYPES, read_config
 from weftlm.pipeline.planning.trace import Work, along, record, shapes_only
+from weftlm.places import locate
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import adamw
 
@@ -78,6 +79,7 @@ def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfi
     Raises:
         ConfigError: it is not there.
     """
+    name = locate(name, "model", revision=revision, ask=False)
     if Path(name).is_dir():
         return read_config(name)
     try:

@@ -1,0 +1,202 @@
+"""What a later stage would refuse is refused before the first one, by every command in the same words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import Call
+from support.tiny_project import recipe_value, write_corpora, write_recipe
+from transformers import LlamaConfig, T5Config
+
+Mistake = tuple[str, Mapping[str, Any], str]
+
+EXPERTS: dict[str, Any] = {"experts": {"training": {"steps": 2, "sequence_length": 16, "warmup_steps": 0}}}
+DATA = recipe_value()["data"]
+
+
+def data(**changes: Any) -> dict[str, Any]:
+    return {"data": {**DATA, **changes}}
+
+
+MISTAKES: dict[str, Mistake] = {
+    "target policy without target": ("train", data(target=[]), "mixture policy 'dga' follows a target"),
+    "rival without target": (
+        "train",
+        {**data(target=[]), "mixture": {"policy": "uniform"}, "compare": {"mixtures": ["dga"]}},
+        "mixture policy 'dga' follows a target",
+    ),
+    "basis": ("train", {"mixture": {"policy": "dga", "reweight": "basis"}}, "say which in data.domains.basis"),
+    "nothing held out": (
+        "train",
+        data(split={"fraction": 0, "min_documents": 0}, target_split={"fraction": 0, "min_documents": 0}),
+        "nothing is held out to evaluate on",
+    ),
+    "nothing held out to score": (
+        "score",
+        {**EXPERTS, "gating": {}, **data(split={"fraction": 0, "min_documents": 0})},
+        "nothing is held out to score",
+    ),
+    "positions of the model": (
+        "train",
+        {"model": {"architecture": "llama", "config": {"max_position_embeddings": 16}}},
+        "training.sequence_length is 32; the model takes at most 16 positions",
+    ),
+    "positions of the base": (
+        "experts train",
+        {"experts": {"base": "llama", "training": {"sequence_length": 65}}},
+        "experts.training.sequence_length is 65; the base takes at most 64 positions",
+    ),
+    "positions of the trained base": (
+        "experts train",
+        {"experts": {"training": {"sequence_length": 4096}}},
+        "experts.training.sequence_length is 4096; the base takes at most 1024 positions",
+    ),
+    "positions of an expert's gate": (
+        "experts train",
+        {"experts": {"base": "llama", "gate": {"sequence_length": 65}, "training": {"sequence_length": 16}}},
+        "experts.gate.sequence_length is 65; the base takes at most 64 positions",
+    ),
+    "positions of scores": (
+        "score",
+        {**EXPERTS, "gating": {"scores": {"length": 2048}}},
+        "gating.scores.length is 2048; an expert takes at most 1024 positions",
+    ),
+    "sizes": (
+        "train",
+        {"model": {"architecture": "llama", "config": {"num_attention_heads": 4, "num_key_value_heads": 3}}},
+        "num_attention_heads must be a multiple",
+    ),
+    "architecture": ("train", {"model": {"architecture": "lama"}}, "is no transformers model type"),
+    "base mistyped": ("experts train", {"experts": {"base": "llamaa"}}, "did you mean llama?"),
+    "base is an adapter": ("experts train", {"experts": {"base": "adapter"}}, "is an adapter over another model"),
+    "import mistyped": (
+        "experts train",
+        {"experts": {"imports": [{"source": "adaptor"}]}},
+        "did you mean adapter?",
+    ),
+    "import without a domain": (
+        "experts train",
+        {"experts": {"imports": [{"source": "adapter", "domain": "baking"}]}},
+        "names 'baking', which is no scored domain",
+    ),
+    "import with a domain's name": (
+        "experts train",
+        {"experts": {"domains": ["cooking"], "imports": [{"source": "adapter", "name": "cooking"}]}},
+        "is also the name of a domain's expert",
+    ),
+    "no such domain": ("experts train", {"experts": {"domains": ["coking"]}}, "did you mean 'cooking'"),
+    "examples of plain text": ("experts train", {"experts": {"examples": True}}, "have no prompts"),
+    "encoder-decoder of plain text": ("experts train", {"experts": {"base": "t5"}}, "learns from prompts and targets"),
+    "monolith of an encoder-decoder": (
+        "experts train",
+        {
+            **data(corpora=[{**corpus, "prompt_field": "text"} for corpus in DATA["corpora"]]),
+            "experts": {"base": "t5"},
+            "compare": {"monolith": True},
+        },
+        "leave compare.monolith out",
+    ),
+    "router without statistics": (
+        "experts train",
+        {"experts": {"statistics_examples": 0}, "routing": {"routers": ["retrieval"]}},
+        "retrieval needs statistics",
+    ),
+    "routed models of one name": (
+        "experts train",
+        {"experts": {}, "routing": {"build": ["phatgoose", "phatgoose"]}},
+        "would be one folder",
+    ),
+    "gate without samples": (
+        "score",
+        {**EXPERTS, "gating": {"scores": {"samples": 0}}},
+        "sees whole sequences and needs samples",
+    ),
+    "students without samples": (
+        "gate fit",
+        {**EXPERTS, "gating": {"gate": "bayes", "scores": {"samples": 0}}},
+        "distillation learns from samples",
+    ),
+    "scored expert": ("score", {**EXPERTS, "gating": {"experts": ["cook"]}}, "which is no expert"),
+    "scored domain": ("score", {**EXPERTS, "gating": {"domains": ["cook"]}}, "which is no scored domain"),
+    "mixtures": ("gate fit", {**EXPERTS, "gating": {"mixtures": {"lower": {"x": 0.1}}}}, "no scored domain"),
+    "offsets": ("gate fit", {**EXPERTS, "gating": {"offsets": {"cooking": 1.0}}}, "none for algebra, sailing"),
+    "domain without an expert": (
+        "gate fit",
+        {"experts": {"domains": ["cooking", "sailing"]}, "gating": {}},
+        "algebra has no expert of its own",
+    ),
+    "run is a file": ("train", {"run": "recipe.yaml"}, "recipe.yaml is a file"),
+    "pool mistyped": (
+        "score",
+        {"gating": {"pool": [{"name": "a", "model": "lama"}, {"name": "b", "model": "llama"}], "offsets": "none"}},
+        "did you mean llama?",
+    ),
+}
+TEXTS: dict[str, Mistake] = {
+    "embedder": ("experts train", {"experts": {"embedder": "words"}}, "give tokens-WIDTH"),
+    "task mistyped": ("train", {"evaluation": {"tasks": [{"path": "tasks/none.jsonl"}]}}, "matches no file"),
+    "task torn": ("train", {"evaluation": {"tasks": [{"path": "torn.jsonl"}]}}, "torn.jsonl:1"),
+    "tasks of one name": (
+        "train",
+        {"evaluation": {"tasks": [{"path": "task.jsonl"}, {"path": "task.jsonl"}]}},
+        "two tasks would be called 'task'",
+    ),
+    "corpus mistyped": (
+        "train",
+        data(corpora=[{"path": "corpora/none.jsonl", "label": "x"}]),
+        "corpora/none.jsonl",
+    ),
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Corpora, a base of 64 positions, an encoder-decoder, an adapter and tasks, as far as they are read."""
+    write_corpora(tmp_path / "corpora")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaConfig(**sizes, max_position_embeddings=64, vocab_size=320).save_pretrained(tmp_path / "llama")
+    T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=320).save_pretrained(tmp_path / "t5")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "torn.jsonl").write_text('{"prompt": \n')
+    (tmp_path / "task.jsonl").write_text(json.dumps({"prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def doors(command: str) -> list[list[str]]:
+    return [["run", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"], [*command.split(), "recipe.yaml"]]
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, *TEXTS])
+def test_every_command_refuses_before_anything_is_written(
+    mistake: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = Call(capsys)
+    command, changes, said = {**MISTAKES, **TEXTS}[mistake]
+    write_recipe(project, changes)
+    before = sorted(project.rglob("*"))
+    found = []
+    for arguments in [*doors(command), *([["plan", "recipe.yaml"]] if mistake in MISTAKES else [])]:
+        found.append(call(*arguments, code=2))
+        assert said in found[-1], arguments
+    assert len(set(found)) == 1
+    assert sorted(project.rglob("*")) == before
+
+
+def test_all_problems_are_said_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = Call(capsys)
+    write_recipe(project, {**data(target=[]), "experts": {"domains": ["coking"], "embedder": "words"}, "gating": {}})
+    message = call("run", "recipe.yaml", code=2)
+    assert "follows a target" in message
+    assert "coking" in message
+
+
+def test_a_sound_recipe_passes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = Call(capsys)
+    write_recipe(project, {**EXPERTS, "gating": {}, "routing": {}, "compare": {"monolith": True}})
+    call("run", "recipe.yaml", "--dry-run")
