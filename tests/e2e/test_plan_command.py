@@ -18,7 +18,7 @@ EXPERTS = {
     "gate": {"steps": 1},
     "statistics_examples": 8,
 }
-GATING = {"scores": {"length": 16, "sequences": 8, "samples": 0}}
+GATING = {"gate": {"gate": "bayes"}, "scores": {"length": 16, "sequences": 8, "samples": 0}}
 
 
 def bytes_in(folder: Path) -> int:

@@ -30,11 +30,11 @@ _PLACEHOLDER_VOCABULARY = 1024
 
 
 def load_checked_project(
-    path: str | Path, overrides: Sequence[str] = (), *, ask: bool = False, here: bool = True
+    path: str | Path, overrides: Sequence[str] = (), *, ask: bool = False, here: bool = True, whole: bool = False
 ) -> Project:
     """Read a recipe of any kind and check it; see `check_project`."""
     project = make_project(apply_overrides(read_yaml(path), overrides))
-    check_project(project, ask=ask, here=here)
+    check_project(project, ask=ask, here=here, whole=whole)
     return project
 
 
@@ -52,22 +52,26 @@ def load_checked_expert_recipe(path: str | Path, overrides: Sequence[str] = (), 
     return recipe
 
 
-def check_project(project: Project, *, ask: bool = False, here: bool = True) -> None:
+def check_project(project: Project, *, ask: bool = False, here: bool = True, whole: bool = True) -> None:
     """Refuse a project that some stage of it would refuse.
 
     Args:
         project: from a recipe.
         ask: the hub, whether it has the models and data that are named and not here.
         here: whether corpora, tasks and packages must be on this machine.
+        whole: whether all stages follow, the distillation of a fitted gate too.
     Raises:
         ConfigError: one line for every problem.
+        DataError: likewise, where text alone is missing or faulty.
     """
     problems: list[str] = []
+    kinds: set[type[WeftError]] = set()
 
     def attempt(work: Callable[..., Any], *arguments: Any) -> None:
         try:
             work(*arguments)
         except WeftError as error:
+            kinds.add(type(error))
             problems.extend(line for line in str(error).splitlines() if line not in problems)
 
     attempt(_folders, project)
@@ -88,9 +92,9 @@ def check_project(project: Project, *, ask: bool = False, here: bool = True) -> 
             attempt(_embedder, project)
         attempt(_routers, project)
     if project.parts is not None and project.parts.gating is not None:
-        attempt(_gate, project, project.parts.gating, domains)
+        attempt(_gate, project, project.parts.gating, domains, whole)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise (DataError if kinds == {DataError} else ConfigError)("\n".join(problems))
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -232,11 +236,6 @@ def _expert_names(project: Project, domains: Sequence[str] | None) -> list[str] 
     if domains is None:
         return None
     made: Mapping[str, Any] = expert_domains([SimpleNamespace(name=name) for name in domains], experts.domains)  # type: ignore[misc]
-    both = {name.lower() for name in imported} & {name.lower() for name in made}
-    if both:
-        raise ConfigError(
-            f"experts.imports: {sorted(both)[0]!r} is also the name of a domain's expert; give the import another name"
-        )
     return [*made, *imported]
 
 
@@ -323,13 +322,14 @@ def _routers(project: Project) -> None:
 # -- gates ----------------------------------------------------------------------------------------------------------
 
 
-def _gate(project: Project, config: GatingConfig, domains: Sequence[str] | None) -> None:
+def _gate(project: Project, config: GatingConfig, domains: Sequence[str] | None, whole: bool) -> None:
     from weftlm.models.factory import check_positions  # noqa: PLC0415 - transformers
     from weftlm.pipeline.gating import check_samples, own_experts  # noqa: PLC0415 - torch
     from weftlm.pipeline.students import check_teaching_samples  # noqa: PLC0415 - torch
 
     check_samples(config, scored=config.scores.samples > 0)
-    check_teaching_samples(config, scored=config.scores.samples > 0, direct=False)
+    if whole:
+        check_teaching_samples(config, scored=config.scores.samples > 0, direct=False)
     if config.pool is not None:
         experts: list[str] | None = [source.name for source in config.pool]
         configurations = [_configuration(each.model, each.revision) for each in config.pool if each.model is not None]

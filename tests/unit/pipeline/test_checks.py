@@ -86,7 +86,7 @@ MISTAKES: dict[str, Mistake] = {
     "import with a domain's name": (
         "experts train",
         {"experts": {"domains": ["cooking"], "imports": [{"source": "adapter", "name": "cooking"}]}},
-        "is also the name of a domain's expert",
+        "an adapter has the name of domain",
     ),
     "no such domain": ("experts train", {"experts": {"domains": ["coking"]}}, "did you mean 'cooking'"),
     "examples of plain text": ("experts train", {"experts": {"examples": True}}, "have no prompts"),
@@ -114,11 +114,6 @@ MISTAKES: dict[str, Mistake] = {
         "score",
         {**EXPERTS, "gating": {"scores": {"samples": 0}}},
         "sees whole sequences and needs samples",
-    ),
-    "students without samples": (
-        "gate fit",
-        {**EXPERTS, "gating": {"gate": "bayes", "scores": {"samples": 0}}},
-        "distillation learns from samples",
     ),
     "scored expert": ("score", {**EXPERTS, "gating": {"experts": ["cook"]}}, "which is no expert"),
     "scored domain": ("score", {**EXPERTS, "gating": {"domains": ["cook"]}}, "which is no scored domain"),
@@ -153,6 +148,10 @@ TEXTS: dict[str, Mistake] = {
 }
 
 
+DATA_MISTAKES = ("task mistyped", "task torn", "corpus mistyped")
+"""Of text alone, which are not the recipe's."""
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Corpora, a base of 64 positions, an encoder-decoder, an adapter and tasks, as far as they are read."""
@@ -182,7 +181,7 @@ def test_every_command_refuses_before_anything_is_written(
     before = sorted(project.rglob("*"))
     found = []
     for arguments in [*doors(command), *([["plan", "recipe.yaml"]] if mistake in MISTAKES else [])]:
-        found.append(call(*arguments, code=2))
+        found.append(call(*arguments, code=1 if mistake in DATA_MISTAKES else 2))
         assert said in found[-1], arguments
     assert len(set(found)) == 1
     assert sorted(project.rglob("*")) == before
@@ -200,3 +199,13 @@ def test_a_sound_recipe_passes(project: Path, capsys: pytest.CaptureFixture[str]
     call = Call(capsys)
     write_recipe(project, {**EXPERTS, "gating": {}, "routing": {}, "compare": {"monolith": True}})
     call("run", "recipe.yaml", "--dry-run")
+
+
+def test_a_whole_run_without_samples_to_distil_from_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = Call(capsys)
+    write_recipe(project, {**EXPERTS, "gating": {"gate": {"gate": "bayes"}, "scores": {"samples": 0}}})
+    assert "distillation learns from samples" in call("run", "recipe.yaml", code=2)
+    assert "distillation learns from samples" in call("run", "recipe.yaml", "--dry-run", code=2)
+    call("score", "recipe.yaml", "--dry-run")
