@@ -18,10 +18,11 @@ from support.tiny_project import WORDS, sentence
 
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
+from weftlm.pipeline.checks import check_project
 from weftlm.pipeline.planning.estimate import plan_value
 from weftlm.pipeline.planning.hardware import parse_hardware
 from weftlm.pipeline.project import load_project, make_project
-from weftlm.pipeline.runner import run_project
+from weftlm.pipeline.runner import plan_stages, run_project
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALLER: dict[str, Any] = {
@@ -41,12 +42,20 @@ DATASETS = ["mrpc", "sciq"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_can_be_planned(call: Call, path: Path) -> None:
-    planned = call("run", path, "--dry-run", "--json")
-    acts = {stage["stage"]: stage["act"] for stage in planned["stages"]}
-    assert set(acts.values()) == {"run"}
-    assert next(iter(acts)) == "prepare"
-    assert list(acts)[-1] == "report"
+def test_a_recipe_can_be_planned(path: Path) -> None:
+    project = load_project(path)
+    check_project(project, here=False)
+    planned = plan_stages(project)
+    assert {act for _, act in planned} == {"run"}
+    assert planned[0][0].stage.name == "prepare"
+    assert planned[-1][0].stage.name == "report"
+
+
+def test_a_dry_run_names_the_text_that_is_not_there(call: Call) -> None:
+    path = next(each for each in RECIPES if each.stem == "own_text")
+    call("run", path, "--dry-run", code=1)
+    data = load_project(path).data
+    assert call.err.count("matches no file") == len(data.corpora) + len(data.target)
 
 
 @pytest.mark.parametrize(("least", "most"), [(300e6, 400e6), (650e6, 800e6)])

@@ -18,7 +18,7 @@ from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import RESERVED_NAMES, TARGET_DOMAIN, DataConfig
 from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
-from weftlm.pipeline.identity import MANIFEST, data_identity
+from weftlm.pipeline.identity import MANIFEST, input_states
 from weftlm.pipeline.prepared import read_manifest
 from weftlm.pipeline.project import Project, make_project
 from weftlm.pipeline.recipe import Recipe, check, load_recipe
@@ -77,7 +77,8 @@ def check_project(project: Project, *, ask: bool = False, here: bool = True, who
     attempt(_folders, project)
     attempt(_held_out, project)
     if here:
-        attempt(_inputs, project)
+        for state in _inputs(project):
+            attempt(state)
         attempt(read_tasks, project.evaluation.tasks)
     for name, key, revision in _names(project):
         attempt(lambda n=name, k=key, r=revision: locate(n, k, revision=r, ask=ask))
@@ -109,11 +110,11 @@ def _folders(project: Project) -> None:
                 break
 
 
-def _inputs(project: Project) -> None:
-    """Text that is not there; not asked where it is prepared already."""
+def _inputs(project: Project) -> list[Callable[[], str]]:
+    """For every corpus, a call that refuses text that is not there; none where it is prepared already."""
     if (project.prepared_folder / MANIFEST).exists():
-        return
-    data_identity(project.data)
+        return []
+    return [state for _, state in input_states(project.data)]
 
 
 def _names(project: Project) -> list[tuple[str, str, str | None]]:

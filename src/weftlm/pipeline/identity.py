@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from weftlm.corpora.reading import corpus_fingerprint
@@ -13,14 +15,17 @@ STEPS_VERSION = 2
 """Raised whenever the same configuration and inputs would be prepared differently."""
 
 
-def data_identity(config: DataConfig) -> dict[str, Any]:
-    """What decides the result: configuration, state of the inputs, version of these steps."""
-    inputs = {
-        f"{name}.{number} ({corpus.name})": corpus_fingerprint(corpus)
-        for name in SETS
-        for number, corpus in enumerate(getattr(config, name))
-    }
+def input_states(config: DataConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Key of every corpus a configuration names, and a call that gives the state of its files or says what is wrong."""
+    for name in SETS:
+        for number, corpus in enumerate(getattr(config, name)):
+            yield f"{name}.{number} ({corpus.name})", partial(corpus_fingerprint, corpus)
     if config.domains.basis is not None:
         for number, corpus in enumerate(config.domains.basis.sets):
-            inputs[f"domains.basis.sets.{number} ({corpus.name})"] = corpus_fingerprint(corpus)
+            yield f"domains.basis.sets.{number} ({corpus.name})", partial(corpus_fingerprint, corpus)
+
+
+def data_identity(config: DataConfig) -> dict[str, Any]:
+    """What decides the result: configuration, state of the inputs, version of these steps."""
+    inputs = {key: state() for key, state in input_states(config)}
     return {"config": config.model_dump(mode="json"), "inputs": inputs, "steps": STEPS_VERSION}
