@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,17 @@ def stopped(call: Callable[[], object]) -> Stopped:
     except Stopped as found:
         return found
     raise AssertionError("it went on")
+
+
+@contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """Let no file of this process grow beyond some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager

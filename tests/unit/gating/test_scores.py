@@ -5,10 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.faults import small_disk
 from support.gated import mixed_pool, whole_pool
 
 from weftlm.corpora.source import ArraySource
-from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating import scores
 from weftlm.gating.bayes import BayesGate
 from weftlm.gating.certificate import certify
@@ -149,6 +150,18 @@ def test_stopping_while_the_shards_are_joined_loses_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(scores, "score_shard", lambda *rest: 1 / 0)
     make(tmp_path / "cut")
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+def test_a_disk_that_is_full_while_the_shards_are_joined_is_said_and_loses_nothing(tmp_path, monkeypatch):
+    config = CONFIG.model_copy(update={"sequences": 37})
+    make(tmp_path / "whole", config=config)
+    with small_disk(2000), pytest.raises(CheckpointError, match=r"the disk is full.*run the same command again"):
+        make(tmp_path / "full", config=config)
+    with pytest.raises(DataError, match=r"not finished \((\d\d) shards"):  # all of them: it was the joining
+        ScoreCache.open(tmp_path / "full")
+    monkeypatch.setattr(scores, "score_shard", None)
+    make(tmp_path / "full", config=config)
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("finished", [True, False])
