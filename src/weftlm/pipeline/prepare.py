@@ -35,7 +35,7 @@ from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
-from weftlm.files import hold, remove, write_whole
+from weftlm.files import check_sealed, hold, read_object, remove, room, seal, write_object, write_whole
 from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
 from weftlm.pipeline.identity import MANIFEST, SETS, data_identity
@@ -93,7 +93,8 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
         if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
             raise DataError(f"{folder} holds files but no prepared data; choose another folder, or empty it")
         work = _sibling(folder, "preparing")
-        _Preparation(config, work, identity, progress).run()
+        with room(folder):
+            _Preparation(config, work, identity, progress).run()
         _publish(work, folder)
     return PreparedData.load(folder)
 
@@ -238,18 +239,30 @@ class _Preparation:
         """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
         state = self.work / STATE
         wanted = json.dumps(self.identity, sort_keys=True)
-        if self.work.exists() and (not state.exists() or state.read_text(encoding="utf-8") != wanted):
+        if self.work.exists() and not (state.exists() and state.read_bytes() == wanted.encode() and self._is_sound()):
             remove(self.work)
         self.scratch.mkdir(parents=True, exist_ok=True)
         if not state.exists():
             _write_text(state, wanted)
 
+    def _is_sound(self) -> bool:
+        """Whether what an interrupted preparation finished is as it was written; its stores are checked at the end."""
+        again = "the preparation begins again"
+        try:
+            for folder in (*(self.scratch / name for name in (*SETS, "domains")), self.work / "tokenizer"):
+                check_sealed(folder, again)
+            read_object(self.scratch / "read.json", again)
+        except DataError as error:
+            log.warning("%s", error)
+            return False
+        return True
+
     def _read(self) -> dict[str, Any]:
         """Read every input once into spools, each text kept only in the first set that has it."""
         path = self.scratch / "read.json"
-        if path.exists():
+        facts = read_object(path, f"delete {self.work}")
+        if facts is not None:
             log.info("continuing the interrupted preparation in %s", self.work)
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return facts
         reading = []
         counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
@@ -275,7 +288,9 @@ class _Preparation:
                             tally.update(read=faults, faulty=faults)
                         reading.append({"set": name, "input": corpus.name, **report.to_json()})
             facts = {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
-        _write_text(path, json.dumps(facts))
+        for name in SETS:
+            seal(self.scratch / name)
+        write_object(path, facts, sync=True)
         return facts
 
     def _row(self, label: str | None) -> str:
@@ -325,14 +340,18 @@ class _Preparation:
     def _discover(self, spools: dict[str, Spool]) -> tuple[Discovered, Any]:
         folder = self.scratch / "domains"
         folder.mkdir(exist_ok=True)
+        known = None
         if self.config.domains.by != "clusters":
-            return by_label(spools["corpora"], spools["heldout"], folder), None
-        total = len(spools["corpora"])
-        with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
-            found, embedder, clusters = by_clusters(
-                spools["corpora"], spools["heldout"], self.config, folder, counter.advance
-            )
-        return found, (embedder, clusters)
+            found = by_label(spools["corpora"], spools["heldout"], folder)
+        else:
+            total = len(spools["corpora"])
+            with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
+                found, embedder, clusters = by_clusters(
+                    spools["corpora"], spools["heldout"], self.config, folder, counter.advance
+                )
+            known = (embedder, clusters)
+        seal(folder)
+        return found, known
 
     def _split(self, spools: dict[str, Spool], discovered: Discovered) -> _Plan:
         config, seed = self.config, self.config.seed
@@ -411,6 +430,7 @@ class _Preparation:
         temporary = self.work / ".tokenizer"
         remove(temporary)
         tokenizer.save(temporary)
+        seal(temporary)
         temporary.rename(folder)
         return Tokenizer.load(folder)
 

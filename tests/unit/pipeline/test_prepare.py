@@ -229,6 +229,23 @@ def test_an_interrupted_preparation_goes_on(
     assert files(tmp_path / "data") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("damaged", ["texts.zst", "facts.bin", "read.json", "labels.json", "tokenizer.json"])
+def test_an_interrupted_preparation_does_not_go_on_from_damaged_files(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    whole = run(make(), tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Preparation, "_tokenise", lambda *_: pytest.fail("stop here"))
+        with pytest.raises(pytest.fail.Exception):
+            run(make(), tmp_path / "data")
+    path = sorted((tmp_path / ".data.preparing").rglob(damaged))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert run(make(), tmp_path / "data").fingerprint == whole.fingerprint
+    assert files(tmp_path / "data") == files(tmp_path / "whole")
+
+
 def test_an_interrupted_preparation_of_something_else_is_discarded(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
