@@ -14,6 +14,7 @@ Texts are tokenised, joined and cut as the harness does for Hugging Face models,
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -77,7 +78,8 @@ class WeftLM(TemplateLM):  # type: ignore[misc]
 
         log p(continuation | context) = sum_j log p(c_j | x, c_<j)              nats, float32; sums in float64
 
-    Batches are padded and masked, so that neither batch size nor order changes a number by more than rounding. A routed
+    Batches are padded and masked, so that neither batch size nor order changes a number by more than rounding; a model
+    that reads past no padding generates for contexts of one length at a time. A routed
     model that decides once per sequence decides by the context alone, the same for every continuation of it; by the
     whole window where a text is scored by itself (`loglikelihood_rolling`).
 
@@ -114,7 +116,8 @@ class WeftLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         for name in unknown:
-            raise ConfigError(f"--model_args {name}: unknown argument of {NAME}{did_you_mean(name, ARGUMENTS)}")
+            meant = "; did you mean 'path'?" if name == "pretrained" else did_you_mean(name, ARGUMENTS)
+            raise ConfigError(f"--model_args {name}: unknown argument of {NAME}{meant}")
         if path is None:
             raise ConfigError("--model_args has no path; name the model: path=runs/x, or path=owner/name on the hub")
         self._rank, self._world_size, self._device = _join(device)
@@ -361,6 +364,30 @@ class WeftLM(TemplateLM):  # type: ignore[misc]
             mask_BT[row, part] = True
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
+    @functools.cached_property
+    def _reads_past_padding(self) -> bool:
+        """Whether padding on the left changes nothing that follows: found by trying, with a text of two tokens.
+
+        Some models read padding as text (RWKV): they get texts of one length alone.
+        """
+
+        def following_V(ids: list[int], mask: list[int]) -> Tensor:
+            made = self.model.generate(
+                input_ids=torch.tensor([ids], device=self.device),
+                attention_mask=torch.tensor([mask], device=self.device),
+                max_new_tokens=1,
+                do_sample=False,
+                pad_token_id=self._padding,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            return made.logits[0][0].float()  # type: ignore[no-any-return]
+
+        with torch.inference_mode():
+            alone_V = following_V([0, 1], [1, 1])
+            padded_V = following_V([self._padding] * 4 + [0, 1], [0, 0, 0, 0, 1, 1])
+        return float((padded_V - alone_V).abs().max()) <= 0.01 * float(alone_V.abs().max().clamp_min(1e-6))
+
     @property
     def _padding(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -371,17 +398,18 @@ class WeftLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to the first of its stop strings or the end-of-text token."""
         found: dict[int, str] = {}
-        alike: dict[str, list[int]] = {}
+        alike: dict[tuple[str, int], list[int]] = {}
+        contexts: dict[int, list[int]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+            settings = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            contexts[number] = self._context(request.args[0], settings["max_gen_toks"])
+            length = 0 if self._reads_past_padding else len(contexts[number])
+            alike.setdefault((repr(sorted(request.args[1].items())), length), []).append(number)
         for numbers in alike.values():
             settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
-            contexts = {number: self._context(requests[number].args[0], settings["max_gen_toks"]) for number in numbers}
             numbers.sort(key=lambda number: len(contexts[number]), reverse=True)
 
-            def write(
-                batch: Sequence[int], contexts: dict[int, list[int]] = contexts, settings: dict[str, Any] = settings
-            ) -> dict[int, str]:
+            def write(batch: Sequence[int], settings: dict[str, Any] = settings) -> dict[int, str]:
                 texts = self._write([contexts[number] for number in batch], dict(settings))
                 for number, text in zip(batch, texts, strict=True):
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)

@@ -17,6 +17,14 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from support import served
 from support.tiny_project import WORDS, sentence
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+    PreTrainedConfig,
+    RwkvConfig,
+)
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import ConfigError, DataError
@@ -209,6 +217,36 @@ def test_text_is_generated_up_to_a_stop_string_as_generate_does(lm: WeftLM) -> N
     cut = [min(found.find(stop) % 1000 for stop in stops) for found in free]
     assert stopped == [found[:place] for found, place in zip(free, cut, strict=True)]
     assert any(len(found) > place for found, place in zip(free, cut, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "alone"),
+    [
+        (MambaConfig(vocab_size=served.VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4), False),
+        (RwkvConfig(vocab_size=served.VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), True),
+        (OpenAIGPTConfig(vocab_size=served.VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64), False),
+        (LlamaConfig(
+            vocab_size=served.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ), False),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)  # fmt: skip
+def test_company_changes_no_text_of_a_model_with_another_memory_or_positions(
+    tmp_path: Path, config: PreTrainedConfig, alone: bool
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    model.save_pretrained(tmp_path)
+    served.tokenizer().save(tmp_path)
+    lm = WeftLM(path=str(tmp_path), batch_size=8, device="cpu")
+    requests = asked("generate_until", *((text, {"max_gen_toks": 4}) for text in ("mast", *texts(3))))
+    together = lm.generate_until(requests, disable_tqdm=True)
+    assert together == [lm.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    assert len(set(together)) > 1
+    assert lm._reads_past_padding != alone
 
 
 @plain
