@@ -51,7 +51,7 @@ def commands_page() -> str:
         prose(group.help or ""),
         "",
         "Results go to stdout, logs and progress to stderr. Exit codes: 0 success, 1 the run failed, 2 the call or the "
-        "recipe was wrong.",
+        "recipe was wrong, 130 stopped by Ctrl-C, 143 by SIGTERM (a server asked to stop ends with 0).",
         "",
         *parameter_tables(group, "weftlm"),
     ]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from weftlm.cli.folders import takes
 from weftlm.cli.options import JsonOption, print_json, say
 
 
@@ -17,6 +18,7 @@ def run(
             metavar="MODEL",
             help="Run folder, routed or gated model, expert library, or any model's folder or hub name.",
             show_default=False,
+            callback=takes("export"),
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it goes; a new folder.", show_default=False)],

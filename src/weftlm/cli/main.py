@@ -1,7 +1,7 @@
 """The `weftlm` command: a lazy group, so that `weftlm --help` loads nothing heavy.
 
 Every command lives in its own file and is imported when it is called. Errors a user can mend become one line on stderr
-and an exit code: 0 success, 1 the run failed, 2 the call or the recipe was wrong.
+and an exit code: 0 success, 1 the run failed, 2 the call or the recipe was wrong, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations

@@ -10,14 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from weftlm.cli import complete
+from weftlm.cli.folders import takes
 from weftlm.errors import ConfigError
 from weftlm.text import printable, printable_lines, shorten
 
 RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False)
+    Path,
+    typer.Argument(metavar="RECIPE.yaml", help="The recipe to follow.", show_default=False, callback=takes("recipe")),
 ]
 LibraryArgument = Annotated[
-    Path, typer.Argument(metavar="LIBRARY", help="Folder of the expert library.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="LIBRARY", help="Folder of the expert library.", show_default=False, callback=takes("library")
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

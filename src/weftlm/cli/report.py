@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from weftlm.cli.folders import takes
 from weftlm.cli.options import JsonOption, SetOption, print_json, say
 from weftlm.errors import ConfigError
 from weftlm.pipeline.names import COMPARED, EVALUATION, REPORT, TRAINING
 
 
 def run(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or recipes naming them.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or recipes naming them.", callback=takes("run"))
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

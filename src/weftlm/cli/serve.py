@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weftlm.cli.folders import takes
 from weftlm.cli.options import say
 from weftlm.config import validate
 from weftlm.errors import ConfigError, install_hint
@@ -33,7 +34,10 @@ def run(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Run folders, routed or gated models, or names on the hub.", show_default=False
+            metavar="MODEL...",
+            help="Run folders, routed or gated models, or names on the hub.",
+            show_default=False,
+            callback=takes("model"),
         ),
     ],
     name: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weftlm.cli.folders import takes
 from weftlm.cli.options import JsonOption, number, print_json, print_table
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of weftlm run.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Run folder of weftlm run.", show_default=False, callback=takes("project")),
+    ],
     json: JsonOption = False,
 ) -> None:
     """Show what of a run folder is done, running, interrupted, failed, stale or to do, and why.

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from weftlm.cli.options import JsonOption, LibraryArgument, print_json, say
+from weftlm.cli.folders import takes
+from weftlm.cli.options import JsonOption, print_json, say
 
 
 def run(
-    library: LibraryArgument,
+    library: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LIBRARY",
+            help="Folder of the expert library.",
+            show_default=False,
+            callback=takes("new library"),
+        ),
+    ],
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="PEFT folders, or hub ids (owner/adapter).")],
     name: Annotated[
         str | None,

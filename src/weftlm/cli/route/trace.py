@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weftlm.cli.folders import takes
 from weftlm.cli.options import JsonOption, number, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The routed model.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="The routed model.", show_default=False, callback=takes("routed")),
+    ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text; - reads it from stdin.", show_default=False)],
     base: Annotated[
         str | None,
