@@ -16,7 +16,8 @@ LINES = {
     "run": ["r.yaml"], "status": ["r"], "plan": ["r.yaml"], "prepare": ["r.yaml"], "domains": ["r.yaml"],
     "train": ["r.yaml"], "eval": ["r.yaml"], "report": ["r"], "score": ["r.yaml"], "serve": ["m"], "demo": [],
     "export": ["m", "--output", "o"], "experts train": ["r.yaml"], "experts gate": ["r.yaml", "e"],
-    "experts import": ["new", "p"], "experts list": ["l"], "experts show": ["l"], "experts merge": ["l", "a", "--as", "c"],
+    "experts import": ["new", "p"], "experts list": ["l"], "experts show": ["l"],
+    "experts merge": ["l", "a", "--as", "c"],
     "experts remove": ["l", "e"], "route build": ["l", "--to", "o"], "route eval": ["r.yaml"],
     "route trace": ["t", "text"], "gate fit": ["r.yaml"], "gate distil": ["r.yaml"], "gate certify": ["r.yaml"],
 }  # fmt: skip
