@@ -45,6 +45,7 @@ def project(tmp_path):
         made.stages_folder, Record(stage="report", state="done", settings=[], needs={}, began="", outputs=outputs)
     )
     (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "metrics.jsonl").touch()
     return made
 
 
