@@ -64,13 +64,25 @@ class ArraySource:
         tokens: token ids, one-dimensional.
         text_bytes: UTF-8 bytes of the text they stand for; needed for bits per byte only.
     Raises:
-        DataError: the tokens are not one-dimensional integers.
+        DataError: the tokens are not one row of whole numbers, none of them negative.
     """
 
     def __init__(self, tokens: ArrayLike, *, text_bytes: int = 0) -> None:
-        array = np.asarray(tokens)
+        try:
+            array = np.asarray(tokens)
+        except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths, tensors that are elsewhere
+            raise DataError(
+                f"tokens are a {type(tokens).__name__} of no one shape or not in memory; give one row of integers"
+            ) from error
+        if array.shape == (0,):
+            array = array.astype(np.int64)
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise DataError(f"tokens have shape {array.shape} and dtype {array.dtype}; give one row of integers")
+            raise DataError(
+                f"tokens are a {type(tokens).__name__} of shape {array.shape} and dtype {array.dtype}; give one row of "
+                "integers"
+            )
+        if len(array) and (array.min() < 0 or array.max() >= 2**63):
+            raise DataError(f"tokens go from {array.min()} to {array.max()}; token ids are 0 or more, below 2^63")
         self._tokens = np.ascontiguousarray(array, dtype=np.int64)
         self.bytes = text_bytes
         self.fingerprint = hashlib.blake2b(self._tokens.tobytes(), digest_size=16).hexdigest()

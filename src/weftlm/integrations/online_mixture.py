@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import ArrayLike
+from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
-from weftlm.config import differences, validate
+from weftlm.config import Section, Seed, differences, validate
 from weftlm.corpora.source import ArraySource, Source
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.mixture_dataset import SlotDataset
@@ -73,12 +74,19 @@ class OnlineMixture:
         max_epochs: float | None = None,
         prefetch_steps: int = 0,
     ) -> None:
+        options = {
+            "sequence_length": sequence_length, "seed": seed, "exhaustion": exhaustion, "max_epochs": max_epochs,
+            "prefetch_steps": prefetch_steps,
+        }  # fmt: skip
+        validate(_Options, options, "")
         self.task, self.sequence_length, self.seed = task, sequence_length, seed
         self.alignment = _extra_probes(alignment)
         self.exhaustion, self.max_epochs, self.prefetch_steps = exhaustion, max_epochs, prefetch_steps
         needs, name = task.policy.needs, task.policy.config.policy
         if "target_alignment" in needs and task.target is None:
             raise ConfigError(f"mixture policy {name!r} follows a target and there is none; give target=")
+        if task.reference is not None and not isinstance(task.reference, nn.Module):
+            raise ConfigError(f"reference is a {type(task.reference).__name__}; give a model (torch.nn.Module)")
         if "reference_losses" in needs and task.reference is None:
             raise ConfigError(f"mixture policy {name!r} needs the losses of a reference model; give reference=")
         self.sequences_D = sequence_counts(task.sources, sequence_length, task.domains)
@@ -120,18 +128,26 @@ class OnlineMixture:
             ConfigError: no domain, an unknown policy or option, or a policy that needs what is not given.
             DataError: tokens that cannot be read, or too few.
         """
+        if not isinstance(policy, str | Mapping):
+            raise ConfigError(f"policy is {policy!r:.60}; give a policy's name or its section, a mapping")
         section: dict[str, Any] = {"policy": policy} if isinstance(policy, str) else dict(policy)
         if update_every_steps is not None:
             section["update_every_steps"] = update_every_steps
         built = build_policy(section, "policy")
         goal = None if target is None else _source(target, "target")
         if isinstance(sources, Mapping):
+            if unnamed := [name for name in sources if not isinstance(name, str)]:
+                raise ConfigError(f"sources names a domain {unnamed[0]!r:.60}; domains are named by text")
             if not sources:
                 raise ConfigError("sources holds no domain; give tokens by domain name")
             read = {name: _source(tokens, f"domain {name!r}") for name, tokens in sources.items()}
             sizes_D = torch.tensor([len(source) for source in read.values()], dtype=torch.float64)
             setting = MixtureSetting(domains=tuple(read), tokens_D=sizes_D)
             task = Task(tuple(read), tuple(read.values()), built, setting, goal, reference)
+        elif not isinstance(sources, PreparedData | str | Path):
+            raise ConfigError(
+                f"sources is a {type(sources).__name__}; give tokens by domain name, or prepared data or its folder"
+            )
         else:
             data = sources if isinstance(sources, PreparedData) else PreparedData.load(sources)
             task = training_task(data, built, reference)
@@ -461,7 +477,7 @@ def gradient_norm(parameters: Any, clip: float | None = None) -> float:
 def _extra_probes(alignment: AlignmentConfig | Mapping[str, Any] | None) -> AlignmentConfig:
     config = alignment
     if not isinstance(config, AlignmentConfig):
-        config = validate(AlignmentConfig, dict(config or {}), "alignment")
+        config = validate(AlignmentConfig, {} if config is None else config, "alignment")
     if config.probe == "batch" or config.estimator == "cumulative":
         raise ConfigError(
             f"alignment asks for estimator {config.estimator} with probe {config.probe}; measuring on the training "
@@ -477,8 +493,27 @@ def _source(tokens: Tokens, what: str) -> Source:
                 f"{what} is a dataset with the columns {', '.join(tokens.column_names)}; it must have input_ids, so "
                 "tokenise it first"
             )
-        rows = [np.asarray(row, dtype=np.int64) for row in tokens["input_ids"]]
-        return ArraySource(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
+        rows = tokens["input_ids"]
+        for number, row in enumerate(rows):
+            if not isinstance(row, list | np.ndarray | torch.Tensor):
+                raise DataError(f"{what}: input_ids of row {number} is {row!r:.60}; it must be a list of token ids")
+        try:
+            return ArraySource(np.concatenate([ArraySource(row).read(0, len(row)) for row in rows]) if rows else [])
+        except DataError as error:
+            raise DataError(f"{what}, column input_ids: {error}") from error
     if isinstance(tokens, Source):
         return tokens
-    return ArraySource(cast(ArrayLike, tokens))
+    try:
+        return ArraySource(cast(ArrayLike, tokens))
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+
+
+class _Options(Section):
+    """What `OnlineMixture` takes beside a task: as in a recipe."""
+
+    sequence_length: int = Field(ge=1, strict=True)
+    seed: Seed
+    exhaustion: Exhaustion
+    max_epochs: PositiveFloat | None
+    prefetch_steps: NonNegativeInt

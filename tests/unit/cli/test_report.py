@@ -86,4 +86,8 @@ def test_no_page_is_written_over_a_projects_when_it_is_named(project, tmp_path, 
     page = project.run / "report.html"
     for words in ([tmp_path / "plain", "-o", page], [project.run, tmp_path / "plain", "-o", page]):
         assert "is the page of a whole project" in call("report", *words, code=2)
-    assert "is the page of a whole project" in call("route", "trace", "routed", "text", "--html", page, code=2)
+    (tmp_path / "routed").mkdir()
+    (tmp_path / "routed" / "routed.json").touch()
+    assert "is the page of a whole project" in call(
+        "route", "trace", tmp_path / "routed", "text", "--html", page, code=2
+    )
