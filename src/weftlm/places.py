@@ -56,16 +56,16 @@ def locate(
     except OSError:
         pass
     if why := _no_hub_name(text):
-        raise ConfigError(f"{key}: there is no folder {text:.300}{_from(text)}{_near(text)}; {why}")
+        raise ConfigError(f"{key}: there is no folder {text:.300}{_from(text)}{near(text)}; {why}")
     if _cached(text, revision, repository):
         return text
-    if near := _near(text, here_alone=True):
+    if likely := near(text, here_alone=True):
         raise ConfigError(
-            f"{key}: there is no folder {text}{_from(text)}{near}; the hub was not asked, since a path "
+            f"{key}: there is no folder {text}{_from(text)}{likely}; the hub was not asked, since a path "
             "seems to be meant"
         )
     if ask and (problem := _asked(text, revision, repository)):
-        raise ConfigError(f"{key}: {text!r} is no folder here{_near(text)}, and {problem}")
+        raise ConfigError(f"{key}: {text!r} is no folder here{near(text)}, and {problem}")
     return text
 
 
@@ -81,7 +81,7 @@ def _no_hub_name(text: str) -> str | None:
     return None
 
 
-def _near(text: str, *, here_alone: bool = False) -> str:
+def near(text: str | Path, *, here_alone: bool = False) -> str:
     """`; did you mean ...?`, or what the deepest folder of a path that is there holds; empty where nothing is near.
 
     Args:
@@ -91,16 +91,16 @@ def _near(text: str, *, here_alone: bool = False) -> str:
     path = Path(text)
     there = path.parent
     rest = path.name
-    while there != there.parent and not there.is_dir():
-        rest, there = there.name, there.parent
-    first = len(path.parts) == 1 or not Path(path.parts[0]).exists()
     try:
+        while there != there.parent and not there.is_dir():
+            rest, there = there.name, there.parent
+        first = len(path.parts) == 1 or not Path(path.parts[0]).exists()
         names = sorted(each.name for each in there.iterdir() if not each.name.startswith("."))
-    except OSError:
+    except (OSError, ValueError):
         return ""
-    near = difflib.get_close_matches(rest, names, n=1, cutoff=0.75 if here_alone and first else 0.6)
-    if near:
-        return f"; did you mean {there / near[0]}?"
+    close = difflib.get_close_matches(rest, names, n=1, cutoff=0.75 if here_alone and first else 0.6)
+    if close:
+        return f"; did you mean {there / close[0]}?"
     if first and here_alone:
         return ""
     return "" if there in (Path(), Path("/")) or not names else f"; {there} holds {', '.join(names[:6])}"

@@ -8,7 +8,6 @@ themselves, aliases that unfold to more than a recipe can hold.
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import re
 import stat
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from weftlm.errors import ConfigError, reason
+from weftlm.places import near
 
 MAX_BYTES = 256_000
 """Of a recipe; a longer file is refused before it is read."""
@@ -68,7 +68,7 @@ def _text_of(path: str | Path) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"recipe {shown} cannot be read: {reason(error)}{_near(Path(path))}") from None
+        raise ConfigError(f"recipe {shown} cannot be read: {reason(error)}{near(path)}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,16 +81,6 @@ def _recipes_in(folder: Path) -> str:
     except OSError:
         return ""
     return f"; in it: {', '.join(names[:5])}" if names else ""
-
-
-def _near(path: Path) -> str:
-    """`; did you mean ...?` with a file of nearly that name beside it."""
-    try:
-        names = [each.name for each in path.parent.iterdir() if each.suffix in (".yaml", ".yml")]
-    except (OSError, ValueError):
-        return ""
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def parse_yaml(text: str, what: str) -> Any:

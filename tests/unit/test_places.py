@@ -13,7 +13,7 @@ import pytest
 from weftlm import places
 from weftlm.corpora.reading import CorpusConfig, ReadingReport, read_documents
 from weftlm.corpora.tokens import load_pretrained
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
 from weftlm.models.factory import ModelConfig, build_model, load_base
@@ -124,3 +124,18 @@ def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_asks_nobody() -> None:
     assert locate("some/model", "base", ask=False) == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("rnus/first/a.jsonl", "did you mean runs?"),
+        ("runs/frist/*.jsonl", "did you mean runs/first?"),
+        ("runs/first/a.jsonl", "runs/first holds model"),
+        ("elsewhere.jsonl", "check the spelling"),
+    ],
+)
+def test_text_that_is_not_there_is_likened_to_what_is(path: str, said: str) -> None:
+    with pytest.raises(DataError, match="matches no file") as caught:
+        list(read_documents(CorpusConfig(path=path), ReadingReport()))
+    assert said in str(caught.value)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from weftlm.errors import DataError
 from weftlm.files import cause
+from weftlm.places import near
 
 Ignore = Callable[[str], None]
 """Called with an entry that is left out, and why."""
@@ -51,8 +52,8 @@ def corpus_files(path: str, ignore: Ignore) -> tuple[list[Path], bool]:
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"path {path!r} cannot be read: {cause(error)}") from error
     if not found:
-        hint = f"left out: {left[0]}" if left else "check the spelling"
-        raise DataError(f"path {path!r} matches no file (looked from {Path.cwd()}); {hint}")
+        hint = f"; left out: {left[0]}" if left else near(path) or "; check the spelling"
+        raise DataError(f"path {path!r} matches no file (looked from {Path.cwd()}){hint}")
     return found, False
 
 
