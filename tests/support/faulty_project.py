@@ -390,6 +390,8 @@ def damaged(project: Project, case: Mapping[str, Any]) -> str:
     if met.code:
         return "" if _named(name, met.said) else f"does not name the file: {met.said[-800:]}"
     differences = _differences(project, wanted, but=name)
+    if _named(name, told):  # it was made again, and what was of the old one is removed
+        differences = [each for each in differences if " is gone, " not in each]
     if differences:
         return f"not noticed: {'; '.join(differences[:5])}"
     same = met.out == done.out or words[0] == "run"  # which tells seconds
