@@ -235,7 +235,7 @@ class Project:
             elif path.is_file() and not any(
                 part[0] == "." or part in ("checkpoints", "training") for part in name.parts
             ):
-                found[str(name)] = _digest(path)
+                found[re.sub("~[0-9]+/", "/", str(name))] = _digest(path)  # an expert that replaced another
         return found
 
     def call(self, words: Words, *, step: int | None = None, limit: int | None = None) -> Done:
