@@ -368,6 +368,12 @@ def test_time_is_kernels_and_operations() -> None:
     assert not calibration.failed
 
 
+@pytest.mark.parametrize("length", [1, 16, 128])
+def test_the_loop_is_measured_at_any_length_of_sequence(length: int) -> None:
+    ticks = iter(range(100))
+    assert Calibration(clock=lambda: float(next(ticks))).loop_seconds(4, length, 2, domains=2) == 1.0
+
+
 def test_a_large_product_is_timed_in_part() -> None:
     rows, inner, columns = 1 << 14, 1 << 10, 1 << 12
     left = Shape((rows, inner), (inner, 1), torch.float32)

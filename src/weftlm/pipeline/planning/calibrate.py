@@ -106,7 +106,7 @@ class Calibration:
         key = (batch, length, micro_batches, domains)
         if key not in self.loops:
             few = min(domains, 64)
-            source = ArraySource(np.zeros(32 * (length + 1), dtype=np.int64))
+            source = ArraySource(np.zeros(32 * length + 1, dtype=np.int64))
             sampler = MixtureSampler([32] * few, batch, 0)
             loader = MixtureLoader([source] * few, sampler, length)
             meter = DomainMeter(few, torch.device("cpu"))
