@@ -192,8 +192,10 @@ class ExpertLibrary:
                 if name in entries and not replace:
                     if about.items() <= entries[name].items():
                         continue
-                    where = f"already in {self.folder}"
-                    raise ExpertError(f"expert {name!r} is {where}; choose another name, or replace it")
+                    raise ExpertError(
+                        f"expert {name!r} is already in {self.folder}; choose another name, or remove that one first "
+                        f"(weftlm experts remove {self.folder} {name})"
+                    )
                 twin = next((known for known in entries if known.lower() == name.lower() and known != name), None)
                 if twin is not None:
                     raise ExpertError(

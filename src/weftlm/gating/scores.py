@@ -56,7 +56,7 @@ INDEX, PLAN, SHARDS = "index.json", "plan.json", "shards"
 PARTS = ("logp", "tokens", "lengths", "clusters")
 
 _BLOCK = 1 << 20
-_REMEDY = "choose another folder, or delete this one (overwrite=True) and score again"
+_REMEDY = "score again (weftlm score --overwrite; overwrite=True), or choose another folder"
 _log = logging.getLogger(__name__)
 
 Role = Literal["domain", "sample"]

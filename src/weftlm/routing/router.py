@@ -191,12 +191,17 @@ def build_router(
     cls = routers[config.router]
     for need in sorted(cls.needs):
         lacking = [expert.name for expert in experts if getattr(expert, need) is None]
-        free = [name for name in routers if need not in routers[name].needs]
         if lacking:
+            usable = [
+                name
+                for name in routers
+                if all(getattr(expert, each) is not None for each in routers[name].needs for expert in experts)
+                and not any(field.is_required() for field in routers[name].Config.model_fields.values())
+            ]
             raise ExpertError(
                 f"router {config.router!r} needs a {need} and {', '.join(lacking)} "
                 f"{'has' if len(lacking) == 1 else 'have'} none; make one with `weftlm experts gate`, leave the expert "
-                f"out, or use a router without that need: {', '.join(free)}"
+                f"out, or use a router that these experts have all it needs for: {', '.join(usable)}"
             )
     for expert in experts:
         if "gate" in cls.needs and expert.gate is not None:

@@ -173,7 +173,7 @@ def test_several_experts_come_and_go_together(library: ExpertLibrary, change: st
 
 def test_a_name_is_taken_until_it_is_replaced(library: ExpertLibrary) -> None:
     before = library.fingerprint(["law"])
-    with pytest.raises(ExpertError, match=r"'law' is already in .*; choose another name, or replace it"):
+    with pytest.raises(ExpertError, match=r"'law' is already in .*; choose another name, or remove that one first"):
         library.add(full("law", 7))
     assert library.fingerprint(["law"]) == before
     library.add(full("law", 7), replace=True)

@@ -69,6 +69,21 @@ def test_missing_gates_are_listed_with_a_way_out() -> None:
         build_router("phatgoose", [two()[0], bare[1]], SITES)
 
 
+@pytest.mark.parametrize("lacks", [("gate",), ("statistics",), ("gate", "statistics")])
+@pytest.mark.parametrize("router", [name for name in routers if routers[name].needs])
+def test_no_router_is_suggested_that_would_be_refused_in_its_turn(router: str, lacks: tuple[str, ...]) -> None:
+    experts = [replace(expert, **dict.fromkeys(lacks)) for expert in two()]  # type: ignore[arg-type]
+    if routers[router].needs.isdisjoint(lacks):
+        build_router(router, experts, SITES)
+        return
+    with pytest.raises(ExpertError) as caught:
+        build_router(router, experts, SITES)
+    suggested = str(caught.value).rpartition(": ")[2].split(", ")
+    assert suggested
+    for name in suggested:
+        build_router(name, experts, SITES)
+
+
 def test_a_gate_or_statistics_of_other_modules_are_refused() -> None:
     news, code = two()
     for vectors in ({}, {MODULE: torch.zeros(31)}, {MODULE: torch.full((32,), torch.nan)}):
