@@ -50,6 +50,9 @@ TRAINING: dict[str, Any] = {
 }  # fmt: skip
 FIRST_SEED = {"report": 0, "dev": 100}
 QUICK_TOKENS = 40_000
+QUICK_MODEL: dict[str, Any] = {
+    **MODEL, "config": {**MODEL["config"], "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+}  # fmt: skip
 
 Method = tuple[Mapping[str, Any] | None, Mapping[str, Any]]
 """The recipe's `mixture` section (None: train on the target's documents alone) and its `alignment` section."""
@@ -236,6 +239,9 @@ def experiment(
     if arguments.split == "dev" and not arguments.quick:
         theme = f"{theme}.dev"
     training = {**TRAINING, "tokens": QUICK_TOKENS} if arguments.quick else TRAINING
+    sizes: dict[str, Any] = {"model": MODEL}
+    if arguments.quick:
+        sizes = {"model": QUICK_MODEL, "evaluations": 1, "generic_tokens": 256}
     chosen = dict(list(settings.items())[:1]) if arguments.quick else settings
     first = FIRST_SEED[arguments.split]
     seeds = range(first, first + (1 if arguments.quick else arguments.seeds))
@@ -243,7 +249,7 @@ def experiment(
         RunSpec(
             data={"source": str(arguments.data), "split": arguments.split, "seed": seed, **setting},
             setting=name, method=method, mixture=mixture, seed=seed,
-            training=training, model=MODEL, alignment=alignment,
+            training=training, alignment=alignment, **sizes,
         )
         for name, setting in chosen.items() for seed in seeds for method, (mixture, alignment) in methods.items()
         if mixture is not None or name == next(iter(chosen))

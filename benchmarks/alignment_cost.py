@@ -273,8 +273,8 @@ def memory() -> dict[str, Any]:
 
 
 def measure_size(name: str, arguments: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
-    length, rounds = (32, 3) if arguments.quick else (256, arguments.rounds)
-    group_counts = (8, 64)
+    length, rounds = (16, 1) if arguments.quick else (256, arguments.rounds)
+    group_counts = (8,) if arguments.quick else (8, 64)
     ratios: list[dict[str, float]] = []
     checks: dict[int, list[float]] = {groups: [] for groups in group_counts}
     precise: dict[str, list[dict[str, float]]] = {"float32": [], "bfloat16 autocast": []}

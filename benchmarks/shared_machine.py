@@ -172,7 +172,7 @@ def main() -> None:
         train(*arguments.train)
         return
     if arguments.quick:
-        arguments.seeds, arguments.steps, arguments.warm_up = 1, 8, 3
+        arguments.seeds, arguments.steps, arguments.warm_up = 1, 4, 1
         arguments.settings = ["weftlm", "one thread"]
     _common.finish("shared_machine", arguments, run(arguments), to_markdown)
 
