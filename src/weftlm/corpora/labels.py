@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 import urllib.parse
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 MAX_NAME = 160
 """Largest length of a name; what would be longer is cut and ends in `%-` and 16 digits of its digest."""
@@ -49,6 +52,15 @@ def is_name(text: str) -> bool:
     if re.search(re.escape(_CUT) + "[0-9a-f]{16}$", text):
         return len(text) <= MAX_NAME and re.fullmatch(r"[A-Za-z0-9%][A-Za-z0-9._%-]*", text) is not None
     return label_of(text) is not None
+
+
+def expert_name(text: str) -> str:
+    """The name of an expert that is given by its name or by its domain's label."""
+    return text if is_name(text) else folder_name(text)
+
+
+ExpertName = Annotated[str, AfterValidator(expert_name)]
+"""An expert in a recipe or an option, by its name or by its domain's label."""
 
 
 def _encoded(letter: str) -> str:

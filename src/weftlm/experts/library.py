@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftlm.config import did_you_mean
-from weftlm.corpora.labels import MAX_NAME, folder_name, is_name
+from weftlm.corpora.labels import MAX_NAME, expert_name, folder_name, is_name
 from weftlm.errors import DataError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name, is_folder
 from weftlm.experts.files import (
@@ -148,7 +148,7 @@ class ExpertLibrary:
             ExpertError: there is no such expert.
         """
         entries = self._entries()
-        known = folder_name(name) if name not in entries and folder_name(name) in entries else name
+        known = expert_name(name)
         _find(known, entries)
         return known
 

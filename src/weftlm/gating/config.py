@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weftlm.config import Section, Seed
+from weftlm.corpora.labels import ExpertName
 from weftlm.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ExpertSource(Section):
     )
     revision: str | None = Field(None, description="Hub revision of `model`")
     library: str | None = Field(None, description="Folder of an expert library")
-    expert: str | None = Field(None, description="The adapter's name in the library; absent: the base itself")
+    expert: ExpertName | None = Field(None, description="The adapter's name in the library; absent: the base itself")
 
     @model_validator(mode="after")
     def _one_kind(self) -> ExpertSource:

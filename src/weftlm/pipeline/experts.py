@@ -287,7 +287,8 @@ def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, p
 
 def _gate_expert(shop: Workshop, name: str, domain: str | None, progress: bool) -> dict[str, Any]:
     """`gate_expert` in a run folder that is held."""
-    recipe, expert = shop.recipe, shop.library.load(name)
+    recipe, name = shop.recipe, shop.library.named(name)
+    expert = shop.library.load(name)
     check_fits(expert.lora, shop.base.model, fingerprint=shop.base.reference.fingerprint)
     found = _domain_of(shop, expert, domain)
     config = recipe.experts.expert_training

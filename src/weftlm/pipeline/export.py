@@ -22,6 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from weftlm.corpora.labels import expert_name
 from weftlm.corpora.tokens import find_tokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.adapted import adapted, unchanged
@@ -167,7 +168,7 @@ def _one_set_of_weights(
     """A plain model, and the weight of each expert in it; None where it has no experts."""
     if isinstance(opened.model, RoutedModel):
         routed = opened.model
-        weights = {expert: 1.0} if expert is not None else _fixed_weights(opened, router)
+        weights = {expert_name(expert): 1.0} if expert is not None else _fixed_weights(opened, router)
         known = {each.name: each.lora for each in routed.experts}
         chosen = [_named(name, known, opened.path) for name, weight in weights.items() if weight]
         model = routed.unload()
@@ -257,6 +258,7 @@ def _export_adapters(
             f"--format peft writes the experts of a routed model or of an expert library, and {folder} is neither; "
             "use --format hf"
         )
+    expert = None if expert is None else expert_name(expert)
     if expert is not None and expert not in names:
         raise ExpertError(f"{folder} has no expert {expert!r}; it has {', '.join(names)}")
     reference = library.base

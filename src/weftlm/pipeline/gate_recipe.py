@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, FiniteFloat, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from weftlm.config import Section, did_you_mean
+from weftlm.corpora.labels import ExpertName
 from weftlm.distillation.config import DenseConfig, DistilConfig
 from weftlm.errors import ConfigError
 from weftlm.gating.config import (
@@ -107,7 +108,7 @@ class StudentsConfig(Section):
 class GatingConfig(Section):
     """One gate over frozen experts, best against the worst mixture of the domains."""
 
-    experts: list[str] | None = Field(
+    experts: list[ExpertName] | None = Field(
         None, min_length=1, description="experts of the library the gate is over; absent: all of them"
     )
     pool: list[ExpertSource] | None = Field(

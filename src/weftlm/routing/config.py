@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from weftlm.config import Section, Seed, apply_overrides
+from weftlm.corpora.labels import ExpertName
 from weftlm.registry import Registry
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class MergedConfig(RouterConfig):
     """Configuration of `merged`."""
 
     router: Literal["merged"] = "merged"
-    weights: dict[str, float] | None = Field(
+    weights: dict[ExpertName, float] | None = Field(
         None, description="weight by expert, those not named 0; absent: 1 / N for each"
     )
 
@@ -137,7 +138,7 @@ class SingleConfig(RouterConfig):
     """Configuration of `single`."""
 
     router: Literal["single"] = "single"
-    expert: str = Field(description="the expert's name in the library")
+    expert: ExpertName = Field(description="the expert's name in the library, or its domain's label")
 
 
 class UniformConfig(RouterConfig):
