@@ -13,13 +13,12 @@ from typing import Any
 
 from weftlm.config import apply_overrides, did_you_mean
 from weftlm.errors import ConfigError, DataError, WeftError
-from weftlm.evaluation.tasks import read_tasks
+from weftlm.evaluation.config import EvaluationConfig
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import RESERVED_NAMES, TARGET_DOMAIN, DataConfig
 from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
 from weftlm.pipeline.identity import MANIFEST, input_states
-from weftlm.pipeline.prepared import read_manifest
 from weftlm.pipeline.project import Project, make_project
 from weftlm.pipeline.recipe import Recipe, check, load_recipe
 from weftlm.places import locate
@@ -79,7 +78,7 @@ def check_project(project: Project, *, ask: bool = False, here: bool = True, who
     if here:
         for state in _inputs(project):
             attempt(state)
-        attempt(read_tasks, project.evaluation.tasks)
+        attempt(_read_tasks, project.evaluation)
     for name, key, revision in _names(project):
         attempt(lambda n=name, k=key, r=revision: locate(n, k, revision=r, ask=ask))
     if project.whole is not None:
@@ -115,6 +114,13 @@ def _inputs(project: Project) -> list[Callable[[], str]]:
     if (project.prepared_folder / MANIFEST).exists():
         return []
     return [state for _, state in input_states(project.data)]
+
+
+def _read_tasks(config: EvaluationConfig) -> None:
+    if config.tasks:
+        from weftlm.evaluation.tasks import read_tasks  # noqa: PLC0415 - torch
+
+        read_tasks(config.tasks)
 
 
 def _names(project: Project) -> list[tuple[str, str, str | None]]:
@@ -161,6 +167,8 @@ def known_domains(project: Project) -> list[str] | None:
     folder = project.prepared_folder
     if (folder / MANIFEST).exists():
         try:
+            from weftlm.pipeline.prepared import read_manifest  # noqa: PLC0415 - torch
+
             return list(read_manifest(folder)["domains"])
         except DataError:
             return None
