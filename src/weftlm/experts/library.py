@@ -182,7 +182,7 @@ class ExpertLibrary:
                 files[STATISTICS] = encode_statistics(expert.lora, expert.statistics)
             contents[expert.name] = files
         with self._locked(f"expert {', '.join(map(repr, contents))}"):
-            entries, added = self._entries(), {}
+            entries, added = self._entries(), dict[str, Any]()
             for expert in experts:
                 name, files = expert.name, contents[expert.name]
                 about = {

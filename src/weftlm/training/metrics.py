@@ -123,9 +123,8 @@ def check_metrics(path: Path, stated: Mapping[str, Any] | None) -> None:
 def _rewind(path: Path, resume_step: int) -> None:
     if not path.exists():
         return
-    found = read_metrics(path) if resume_step > 0 else ()
-    kept = [json.dumps(line) for line in found if line["step"] <= resume_step]
-    write_whole(path, "".join(line + "\n" for line in kept))
+    kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step > 0 else []
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _finite(value: Any) -> Any:

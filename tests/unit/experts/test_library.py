@@ -162,7 +162,10 @@ def test_several_experts_come_and_go_together(library: ExpertLibrary, change: st
     while library.names == before:
         try:
             with killing(step):
-                library.add(full("new", 5), full("newer", 6)) if change == "add" else library.remove("law", "code")
+                if change == "add":
+                    library.add(full("new", 5), full("newer", 6))
+                else:
+                    library.remove("law", "code")
         except Killed:
             assert library.names in (before, after)
         step += 1
