@@ -127,7 +127,7 @@ _JSON = (
 _PASSING = re.compile(r"seconds|per_second|time|added|began|ended|checksum|files|load|peak")
 """Keys whose values differ from run to run."""
 _PASSED_OVER = ("checkpoints", "training")
-_LEFT = re.compile(r"\.writing(-|$)|\.removing$")
+_LEFT = re.compile(r"\.writing(-|$)|\.removing$|^\..+\.(old|preparing|partial)$")
 
 
 @dataclass(frozen=True)

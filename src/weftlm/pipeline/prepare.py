@@ -35,7 +35,7 @@ from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
-from weftlm.files import check_sealed, hold, read_object, remove, room, seal, write_object, write_whole
+from weftlm.files import check_sealed, hold, read_object, remove, room, seal, sweep, write_object, write_whole
 from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
 from weftlm.pipeline.identity import MANIFEST, SETS, data_identity
@@ -83,7 +83,8 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
     """
     folder = Path(folder)
     identity = data_identity(config)
-    if (found := _reuse(folder, identity, rebuild)) is not None:
+    sweep(folder.parent)
+    if not _sibling(folder, "old").exists() and (found := _reuse(folder, identity, rebuild)) is not None:
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
