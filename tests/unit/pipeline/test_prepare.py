@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from support.faults import dead_process, host
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.config import validate
@@ -270,6 +271,12 @@ def test_an_interrupted_replacement_is_finished_or_undone(make: Make, tmp_path: 
     (tmp_path / "second").rename(work)
     assert run(changed, folder).fingerprint == second.fingerprint
     assert not old.exists()
+    old.mkdir()
+    leaving = tmp_path / f"..data.old.{dead_process()}@{host()}.removing"
+    leaving.mkdir()
+    assert run(changed, folder).fingerprint == second.fingerprint
+    assert not old.exists()
+    assert not leaving.exists()
 
 
 def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Path) -> None:
