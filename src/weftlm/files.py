@@ -302,6 +302,14 @@ def command_line() -> str:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+def parse_json(text: str | bytes) -> Any:
+    """JSON of unknown origin; ValueError whatever is wrong with it, endless nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(reason(RecursionError())) from None
+
+
 def cause(error: Exception) -> str:
     """Why something of the user's could not be read, in one line.
 
@@ -352,10 +360,10 @@ def read_object(path: Path, cure: str) -> dict[str, Any] | None:
         DataError: it is torn, holds something else, or was altered since `write_object` wrote it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({cause(error)}); {cure}") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} holds no JSON object; {cure}")

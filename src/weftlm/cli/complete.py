@@ -39,7 +39,7 @@ def experts(ctx: Context, incomplete: str) -> list[str]:
     for manifest in () if folder is None else (Path(folder) / "library.json", Path(folder) / "experts/library.json"):
         try:
             names = json.loads(manifest.read_bytes())["experts"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         return [f"{done}{comma}{name}" for name in _starting(last, names)]
     return []

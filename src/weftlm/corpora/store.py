@@ -17,7 +17,6 @@ written is in `store_files.py`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -46,8 +45,8 @@ from weftlm.corpora.store_files import (
     map_file,
     write_json,
 )
-from weftlm.errors import DataError
-from weftlm.files import checksum
+from weftlm.errors import DataError, reason
+from weftlm.files import checksum, parse_json
 
 __all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "open_stores"]
 
@@ -510,9 +509,9 @@ def open_stores(
     """
     path = Path(root) / "stores.json"
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}; {_REMEDY}") from error
     if not isinstance(names, dict) or any(folder_name(label) != name for label, name in names.items()):
         raise DataError(f"{path} has changed since it was written; {_REMEDY}")
     return {label: TokenStore(Path(root) / name, verify, tokenizer) for label, name in names.items()}
@@ -530,11 +529,11 @@ def _reopen(path: str, fingerprint: str, bytes_known: bool) -> TokenStore:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a token store: it has no {INDEX}; prepare the data first") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}; {_REMEDY}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DataError(f"{path} is not of the format {FORMAT!r}; prepare the data again with this version of weftlm")
     stated = index.pop("checksum", None)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weftlm.errors import DataError
-from weftlm.files import checksum, remove, write_whole
+from weftlm.files import checksum, parse_json, remove, write_whole
 
 FORMAT = "weftlm token store 1"
 INDEX = "index.json"
@@ -273,7 +273,7 @@ class PartialFolder:
     def read_journal(self) -> dict[str, Any] | None:
         """The journal of an interrupted run; without one the folder is emptied."""
         try:
-            journal = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
+            journal = parse_json((self.path / JOURNAL).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self.clear()
             return None

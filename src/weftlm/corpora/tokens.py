@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from weftlm.corpora.config import TokenizerConfig, TrainConfig
 from weftlm.corpora.store_files import Vocabulary
 from weftlm.errors import ConfigError, DataError, reason
+from weftlm.files import parse_json
 from weftlm.places import locate
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Tokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
-            contents = json.loads(self._backend.to_str())
+            contents = parse_json(self._backend.to_str())
             del contents["post_processor"]  # only adds special tokens, which are never asked for
         else:
             contents = {"class": type(hf).__name__, "vocab": hf.get_vocab()}
@@ -324,7 +325,7 @@ def _check_file(file: Path) -> None:
         data = file.read_bytes()
         if not data.strip():
             raise _UnreadableError(f"{file.name} is empty")
-        if file.suffix == ".json" and not isinstance(json.loads(data), dict):
+        if file.suffix == ".json" and not isinstance(parse_json(data), dict):
             raise _UnreadableError(f"{file.name} holds no JSON object")
     except OSError as error:
         raise _UnreadableError(f"{file.name}: {reason(error)}") from error

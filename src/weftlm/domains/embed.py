@@ -18,7 +18,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.utils.extmath import randomized_svd
 
 from weftlm.domains.config import EmbedderConfig
-from weftlm.errors import ConfigError, DataError, install_hint
+from weftlm.errors import ConfigError, DataError, install_hint, reason
+from weftlm.files import parse_json
 from weftlm.places import locate
 
 _WORDS = r"(?u)\w+|[^\w\s]"
@@ -141,12 +142,12 @@ class TfidfSvd:
         """
         folder = Path(folder)
         try:
-            value = json.loads((folder / _VOCABULARY).read_text(encoding="utf-8"))
+            value = parse_json((folder / _VOCABULARY).read_text(encoding="utf-8"))
             with np.load(folder / _STATE, allow_pickle=False) as arrays:
                 idf_V, components_EV = arrays["idf_V"], arrays["components_EV"]
             loaded = cls(EmbedderConfig(**value["config"]), value["vocabularies"], idf_V, components_EV)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"embedder in {folder} cannot be read: {error}; prepare the data again") from error
+            raise DataError(f"embedder in {folder} cannot be read: {reason(error)}; prepare the data again") from error
         if loaded.fingerprint != value["fingerprint"]:
             raise DataError(f"embedder in {folder} has changed since it was written; prepare the data again")
         return loaded

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from weftlm.errors import DataError
-from weftlm.files import whole
+from weftlm.errors import DataError, reason
+from weftlm.files import parse_json, whole
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def load_windows(path: str | Path) -> dict[str, WindowScores]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            about = json.loads(file.metadata()["sets"])
+            about = parse_json(file.metadata()["sets"])
             return {
                 name: WindowScores(
                     fingerprint=str(facts["fingerprint"]),
@@ -302,4 +302,4 @@ def load_windows(path: str | Path) -> dict[str, WindowScores]:
                 for name, facts in about.items()
             }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"window losses {path} cannot be read: {error}; evaluate the run again") from error
+        raise DataError(f"window losses {path} cannot be read: {reason(error)}; evaluate the run again") from error

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from weftlm.errors import ExpertError
 from weftlm.experts.expert import Gate, LoRAExpert, Statistics
-from weftlm.experts.files import GATE, METADATA, STATISTICS, parse_json, parse_metadata, parse_tensors, to_json
+from weftlm.experts.files import GATE, METADATA, STATISTICS, parse_metadata, parse_tensors, to_json
+from weftlm.files import parse_json
 
 UNIT_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftlm.errors import ExpertError
+from weftlm.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +53,6 @@ def explained_writing(what: str, folder: Path) -> Iterator[None]:
 def describe(data: bytes) -> dict[str, Any]:
     """Length and BLAKE2b-128 digest of a file's contents."""
     return {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
-
-
-def parse_json(text: bytes) -> Any:
-    """JSON of unknown origin; ValueError whatever is wrong with it."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def to_json(name: str, what: str, value: Mapping[str, Any]) -> str:

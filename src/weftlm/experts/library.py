@@ -43,12 +43,11 @@ from weftlm.experts.files import (
     WEIGHTS,
     describe,
     explained_writing,
-    parse_json,
     sync_folder,
     to_json,
     write_file,
 )
-from weftlm.files import hold, read_object, remove, write_object
+from weftlm.files import hold, parse_json, read_object, remove, write_object
 from weftlm.places import locate
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from weftlm.config import did_you_mean
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_json, parse_tensors, sync_folder, write_file
-from weftlm.files import SEAL, check_sealed, hidden, seal, sweep
+from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_tensors, sync_folder, write_file
+from weftlm.files import SEAL, check_sealed, hidden, parse_json, seal, sweep
 from weftlm.models.factory import load_model, peft_warnings
 from weftlm.models.lora_targets import ALL_LINEAR
 from weftlm.models.open import load_base

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from weftlm import __version__
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
-from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError, reason
 from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import AdapterConfig, ExpertTraining
 from weftlm.experts.examples import domain_trainer, held_out_example_losses, training_source
@@ -34,7 +34,7 @@ from weftlm.experts.gate import fingerprint_of, how_read, train_gate, training_c
 from weftlm.experts.library import check_name
 from weftlm.experts.lora import from_peft_model
 from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
-from weftlm.files import whole
+from weftlm.files import parse_json, whole
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import token_losses
@@ -290,9 +290,9 @@ class _Best:
     def _facts(self) -> dict[str, Any]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                found: dict[str, Any] = json.loads(file.metadata()["weftlm"])
+                found: dict[str, Any] = parse_json(file.metadata()["weftlm"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path} is no adapter of this library: {error}; remove it") from error
+            raise CheckpointError(f"{self.path} is no adapter of this library: {reason(error)}; remove it") from error
         return found
 
 

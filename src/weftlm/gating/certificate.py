@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal, Self
 import torch
 
 from weftlm.errors import ConfigError, DataError
+from weftlm.files import parse_json
 from weftlm.gating.arrays import TOLERANCE, Floats, simplex_vector
 from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
 from weftlm.gating.config import FitConfig, Unit
@@ -117,7 +117,7 @@ class Certificate:
             DataError: it is no certificate.
         """
         try:
-            fields = dict(json.loads(value) if isinstance(value, str) else value)
+            fields = dict(parse_json(value) if isinstance(value, str) else value)
             for name in ("capacity", "worst", "at_lam", "lower", "gap", "z"):
                 fields[name] = None if fields[name] is None else Figure(**fields[name])
             fields["domains"] = tuple(DomainRow(**row) for row in fields["domains"])

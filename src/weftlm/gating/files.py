@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from weftlm.errors import CheckpointError, reason
-from weftlm.files import checksum, room, whole
+from weftlm.files import checksum, parse_json, room, whole
 
 _KEY, _DIGEST = "weftlm", "digest"
 
@@ -26,7 +26,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
         CheckpointError: the disk is full or not writable.
     """
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    said = json.loads(json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False))
+    said = parse_json(json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False))
     data = save(plain, metadata={_KEY: json.dumps({**said, _DIGEST: _digest(plain, said)})})
     try:
         with room(path.parent, len(data)):
@@ -47,7 +47,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            facts = parse_json((file.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is missing, torn or not safetensors: {error}") from error

@@ -42,10 +42,10 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from weftlm.config import Section, validate
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.files import check_sealed, whole_folder
+from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.gating import experts as room
 from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
 from weftlm.gating.experts import Backbone, ExpertPool, Rows, positions, scored
@@ -456,9 +456,9 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         if unknown:
             raise ConfigError(f"from_pretrained of a gated model takes device alone; got {', '.join(sorted(unknown))}")
         try:
-            described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            described = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} holds no gated model ({MANIFEST}: {error}); save one first") from error
+            raise ConfigError(f"{folder} holds no gated model ({MANIFEST}: {reason(error)}); save one first") from error
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; save the gated model again")
         saved = validate(_Saved, described, str(folder / MANIFEST))

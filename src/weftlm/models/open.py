@@ -6,7 +6,6 @@ routing, gating, distillation, evaluation, export, serving and lm-eval open thei
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import stat
@@ -36,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from weftlm.errors import CheckpointError, ConfigError, reason
-from weftlm.files import check_sealed
+from weftlm.files import check_sealed, parse_json
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.places import locate
 
@@ -341,7 +340,7 @@ def _read_json(name: str, path: Path) -> dict[str, Any]:
     if path.stat().st_size > _JSON_BYTES:
         raise _refusal(name, f"{path.name} has {path.stat().st_size} bytes; {_JSON_BYTES} are allowed")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _refusal(name, f"{path.name} cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ from weftlm.domains.histogram import (
 )
 from weftlm.domains.split import Lowest, position
 from weftlm.errors import DataError
-from weftlm.files import write_whole
+from weftlm.files import parse_json, write_whole
 from weftlm.pipeline.data_config import RESERVED_NAMES, DataConfig
 from weftlm.pipeline.spool import NO_LABEL, Numbers, Spool
 
@@ -146,7 +146,7 @@ def by_clusters(
     embedding = config.domains.embedder
     found = Discovered((), Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
     if (folder / "names.json").exists():
-        names = tuple(json.loads((folder / "names.json").read_text(encoding="utf-8")))
+        names = tuple(parse_json((folder / "names.json").read_text(encoding="utf-8")))
         return dataclasses.replace(found, names=names), _saved_embedder(config, folder), Clusters.load(folder / "k.npz")
     lowest = Lowest(max(embedding.sample_documents, options.sample_documents))
     for digest, _ in corpus.digests():

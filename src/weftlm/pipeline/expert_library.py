@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -21,6 +20,7 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name, is_folder
 from weftlm.experts.files import CONFIG, GATE, METADATA, STATISTICS, WEIGHTS, parse_metadata
 from weftlm.experts.library import MANIFEST, ExpertLibrary, fetch_adapter, read_peft
+from weftlm.files import parse_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,14 +182,14 @@ def show_expert(folder: Path, name: str) -> dict[str, Any]:
     name = library.named(name)
     data = library.contents(name)
     try:
-        config, factors = json.loads(data[CONFIG]), load(data[WEIGHTS])
+        config, factors = parse_json(data[CONFIG]), load(data[WEIGHTS])
         modules = {
             module.group(1): _described(config, module.group(1), factors)
             for module in map(_FACTOR.fullmatch, sorted(factors))
             if module is not None
         }
         facts = {
-            file: json.loads(parse_metadata(data[file])[METADATA])["facts"] if file in data else None
+            file: parse_json(parse_metadata(data[file])[METADATA])["facts"] if file in data else None
             for file in (GATE, STATISTICS)
         }
         sound = all(math.isfinite(each["update_norm"]) for each in modules.values())

@@ -7,7 +7,6 @@ in, W + sum_z w_z scale_z B_z A_z, and what chooses anew for every token is refu
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -31,7 +30,7 @@ from weftlm.experts.library import MANIFEST as LIBRARY
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import from_peft_model, write_lora
 from weftlm.experts.merge import fold, merge_experts
-from weftlm.files import whole_folder
+from weftlm.files import parse_json, whole_folder
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.open import DTYPES, check_written, load_base, probe_logits, require_same_logits
@@ -248,7 +247,7 @@ def _export_adapters(
 ) -> dict[str, Any]:
     """Every expert of a routed model or a library as a PEFT folder, and how to load them."""
     if (folder / ROUTED).exists():
-        names = json.loads((folder / ROUTED).read_text(encoding="utf-8"))["experts"]
+        names = parse_json((folder / ROUTED).read_text(encoding="utf-8"))["experts"]
         library = ExpertLibrary.open(folder / EXPERTS)
     elif (folder / LIBRARY).exists():
         library = ExpertLibrary.open(folder)

@@ -18,8 +18,8 @@ from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.store_files import file_digest
 from weftlm.corpora.tokens import TextLoss, Tokenizer
 from weftlm.domains.domain import Domain, TokenPrefix
-from weftlm.errors import DataError
-from weftlm.files import cause
+from weftlm.errors import DataError, reason
+from weftlm.files import cause, parse_json
 from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
 from weftlm.pipeline.identity import MANIFEST
 
@@ -215,11 +215,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no prepared data ({MANIFEST} is missing); run weftlm prepare") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}; {_REMEDY}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise DataError(f"{path} is not of the format {FORMAT!r}; {_REMEDY}")
     stated = value.pop("checksum", None)

@@ -5,7 +5,6 @@ Reading never fails on a file's contents: what is missing or broken becomes a se
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from weftlm.errors import DataError
 from weftlm.evaluation.result import WindowScores, load_windows
 from weftlm.evaluation.suite import TARGET
-from weftlm.files import check_listed, read_object
+from weftlm.files import check_listed, parse_json, read_object
 
 WINDOWS_FILE = "windows.safetensors"
 """Window losses of the final evaluation (`evaluation.result.save_windows`), for paired comparisons; optional."""
@@ -285,7 +284,7 @@ def _read_metrics(path: Path, problems: list[str]) -> list[Record]:
     broken: list[int] = []
     for position, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weftlm.config import Section, validate
-from weftlm.errors import ConfigError, ExpertError
+from weftlm.errors import ConfigError, ExpertError, reason
 from weftlm.experts.expert import BaseReference, Expert, base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, module_widths
 from weftlm.experts.merge import folded_weight
-from weftlm.files import check_sealed, whole_folder
+from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.open import keeps_cache, load_base
@@ -426,9 +426,11 @@ class RoutedModel(nn.Module):
         """
         folder = Path(folder)
         try:
-            described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            described = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} holds no routed model ({MANIFEST}: {error}); build one first") from error
+            raise ConfigError(
+                f"{folder} holds no routed model ({MANIFEST}: {reason(error)}); build one first"
+            ) from error
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; build the routed model again")
         manifest = validate(_Manifest, described, str(folder / MANIFEST))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlm.errors import CheckpointError
-from weftlm.files import describe, hidden, is_full, no_room, remove, sweep
+from weftlm.files import describe, hidden, is_full, no_room, parse_json, remove, sweep
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, has another length or digest than the manifest says, or cannot be parsed.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
         for name, expected in manifest["files"].items():
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                     f"checkpoint {path} is corrupt: {name} has {found['bytes']} bytes and digest "
                     f"{found['blake2b'][:12]}, its manifest says {expected['bytes']} and {expected['blake2b'][:12]}"
                 )
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = parse_json((path / STATE).read_text(encoding="utf-8"))
         tensors = load_file(path / TENSORS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is torn: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weftlm.errors import CheckpointError, DataError
-from weftlm.files import describe, write_whole
+from weftlm.files import describe, parse_json, write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not text.endswith(b"\n"):
                 return
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 sound = isinstance(line["kind"], str) and isinstance(line["step"], int)
             except (ValueError, LookupError, TypeError, RecursionError):
                 sound = False

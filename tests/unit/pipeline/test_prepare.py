@@ -172,7 +172,7 @@ def test_a_changed_configuration_is_named_and_replaces_nothing(make: Make, tmp_p
     changed = make(split={"fraction": 0.2})
     with pytest.raises(DataError, match=r"data\.split\.fraction: 0\.1 before, 0\.2 now.*--rebuild"):
         run(changed, tmp_path / "data")
-    with pytest.raises(DataError, match=r"another configuration \(split\.fraction"):
+    with pytest.raises(DataError, match=r"another configuration \(data\.split\.fraction"):
         PreparedData.load(tmp_path / "data", expect=changed)
     assert files(tmp_path / "data") == before
     data = run(changed, tmp_path / "data", rebuild=True)

@@ -1,0 +1,70 @@
+"""JSON of unknown origin that nests without end is an error in words, wherever it is read."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import weftlm
+from weftlm.corpora.store import open_stores
+from weftlm.errors import WeftError
+from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import read_lora
+from weftlm.files import parse_json, read_object
+from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.open import load_base
+from weftlm.pipeline.prepared import read_manifest
+from weftlm.routing.routed_model import RoutedModel
+from weftlm.training.checkpoint import load_checkpoint
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+SOURCES = Path(weftlm.__file__).parent
+OWN = {
+    "files.py", "models/fingerprint.py", "models/patterns.py", "serving/workers.py", "serving/limits.py",
+    "pipeline/spool.py", "corpora/builtin_text.py", "corpora/formats.py", "cli/complete.py", "pipeline/runner.py",
+    "pipeline/demo.py", "gating/scores.py",
+}  # fmt: skip
+"""Files that read JSON this process wrote, or that have a guard of their own."""
+
+
+def test_every_reader_uses_the_one_that_guards() -> None:
+    found = set()
+    for path in SOURCES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in ("load", "loads")
+                and getattr(node.value, "id", "") == "json"
+            ):
+                found.add(path.relative_to(SOURCES).as_posix())
+    assert found <= OWN
+
+
+def test_deep_nesting_is_a_value_error_in_words() -> None:
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json(DEEP)
+
+
+READERS = {
+    "library.json": ExpertLibrary.open,
+    "adapter_config.json": lambda folder: read_lora(folder, "a"),
+    "routed.json": RoutedModel.from_pretrained,
+    "modular.json": ModularLM.from_pretrained,
+    "prepared.json": read_manifest,
+    "stores.json": open_stores,
+    "manifest.json": load_checkpoint,
+    "config.json": lambda folder: load_base(str(folder)),
+    "result.json": lambda folder: read_object(folder / "result.json", "make it again"),
+}
+"""File -> what reads it, of its folder."""
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_file_that_nests_without_end_is_refused_by_name(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(DEEP)
+    with pytest.raises(WeftError) as caught:
+        READERS[file](tmp_path)
+    assert "Recursion" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or file in str(caught.value)
