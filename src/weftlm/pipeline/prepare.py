@@ -242,6 +242,7 @@ class _Preparation:
         wanted = json.dumps(self.identity, sort_keys=True)
         if self.work.exists() and not (state.exists() and state.read_bytes() == wanted.encode() and self._is_sound()):
             remove(self.work)
+        sweep(self.work)
         self.scratch.mkdir(parents=True, exist_ok=True)
         if not state.exists():
             _write_text(state, wanted)

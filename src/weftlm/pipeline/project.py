@@ -158,7 +158,10 @@ def open_project(run: Path) -> Project:
     recipe = project_recipe(run)
     if not recipe.exists():
         raise ConfigError(f"{run} is no run folder of weftlm run ({recipe} is not there); run a recipe first")
-    return load_project(recipe, [f"run={json.dumps(str(run))}"])
+    try:
+        return load_project(recipe, [f"run={json.dumps(str(run))}"])
+    except ConfigError as error:
+        raise ConfigError(f"{recipe} cannot be read: {error}; run the recipe again") from error
 
 
 def load_project(path: str | Path, overrides: Sequence[str] = ()) -> Project:

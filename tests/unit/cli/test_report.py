@@ -91,3 +91,10 @@ def test_no_page_is_written_over_a_projects_when_it_is_named(project, tmp_path, 
     assert "is the page of a whole project" in call(
         "route", "trace", tmp_path / "routed", "text", "--html", page, code=2
     )
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_torn_recipe_of_a_run_folder_is_named(project, call, command):
+    recipe = project.run / "stages" / "recipe.yaml"
+    recipe.write_text("data:\ntraining:\n  decay_fraction:\n")
+    assert f"{recipe} cannot be read: " in call(command, project.run, code=2)
