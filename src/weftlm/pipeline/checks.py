@@ -1,7 +1,8 @@
 """What any stage of a project would refuse, asked before the first one begins.
 
 Every check here is the function by which the stage itself decides, or a fact of the recipe and of files on disk that
-decides it: nothing is trained, downloaded or written. All problems are said at once.
+decides it: nothing is trained, downloaded or written. All problems of the recipe alone are said at once, and where it
+has none, all that files, models and other libraries show.
 """
 
 from __future__ import annotations
@@ -73,8 +74,16 @@ def check_project(project: Project, *, ask: bool = False, here: bool = True, who
             kinds.add(type(error))
             problems.extend(line for line in str(error).splitlines() if line not in problems)
 
+    def refuse() -> None:
+        if problems:
+            raise (DataError if kinds == {DataError} else ConfigError)("\n".join(problems))
+
     attempt(_folders, project)
     attempt(_held_out, project)
+    if project.whole is not None:
+        for recipe in (project.whole, *map(project.rival, project.mixtures)):
+            attempt(lambda each=recipe: check(each, packages=here))
+    refuse()
     if here:
         for state in _inputs(project):
             attempt(state)
@@ -82,8 +91,6 @@ def check_project(project: Project, *, ask: bool = False, here: bool = True, who
     for name, key, revision in _names(project):
         attempt(lambda n=name, k=key, r=revision: locate(n, k, revision=r, ask=ask))
     if project.whole is not None:
-        for recipe in (project.whole, *map(project.rival, project.mixtures)):
-            attempt(lambda each=recipe: check(each, packages=here))
         attempt(_model, project.whole.model, project.whole.data, project.whole.training.sequence_length, "training")
     domains = known_domains(project)
     if project.makes_experts:
@@ -93,8 +100,7 @@ def check_project(project: Project, *, ask: bool = False, here: bool = True, who
         attempt(_routers, project)
     if project.parts is not None and project.parts.gating is not None:
         attempt(_gate, project, project.parts.gating, domains, whole)
-    if problems:
-        raise (DataError if kinds == {DataError} else ConfigError)("\n".join(problems))
+    refuse()
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
