@@ -136,7 +136,8 @@ class OnlineMixture:
         built = build_policy(section, "policy")
         goal = None if target is None else _source(target, "target")
         if isinstance(sources, Mapping):
-            if unnamed := [name for name in sources if not isinstance(name, str)]:
+            names: list[Any] = list(sources)
+            if unnamed := [name for name in names if not isinstance(name, str)]:
                 raise ConfigError(f"sources names a domain {unnamed[0]!r:.60}; domains are named by text")
             if not sources:
                 raise ConfigError("sources holds no domain; give tokens by domain name")

@@ -354,13 +354,13 @@ def decided(value: dict[str, Any]) -> dict[str, Any]:
     ("before", "change", "reached"),
     [
         (WHOLE, {"evaluation": {"every_steps": 7}}, set()),
-        (WHOLE, {"evaluation": {"batch_size": 3, "every_steps": 30}}, {"route", "evaluate"}),
+        (WHOLE, {"evaluation": {"batch_size": 3, "every_steps": 30}}, {"route", "score", "evaluate"}),
         (WHOLE, {"evaluation": {"max_tokens_per_set": 99, "every_steps": 30}}, {"route", "evaluate"}),
         (WHOLE, {"routing": None}, {"evaluate", "report"}),
         (WHOLE, {"routing": None, "gating": None}, {"evaluate", "report"}),
         (WHOLE, {"compare": None}, {"evaluate", "report"}),
         (POOL, {"experts": {"dtype": "bfloat16"}}, {"score", "evaluate"}),
-        (POOL, {"experts": {"training": {"sequence_length": 64}}}, {"evaluate"}),
+        (POOL, {"experts": {"training": {"sequence_length": 64}}}, {"score", "evaluate"}),
     ],
 )
 def test_a_change_reaches_the_stages_it_decides_and_no_other(
