@@ -67,8 +67,10 @@ def reason(error: BaseException) -> str:
         return _REASONS.get(error.errno, (error.strerror or "the system gives no reason").lower())
     if "null byte" in str(error) or "null character" in str(error):
         return "its name holds a NUL character"
+    if isinstance(error, WeftError):
+        return str(error)
     said = " ".join(_ESCAPES.sub("", str(error)).strip().split("\n\n")[0].split())[:200]
-    return f"unknown value {said}" if isinstance(error, KeyError) else said or type(error).__name__
+    return f"{said} is missing or unknown" if isinstance(error, KeyError) else said or type(error).__name__
 
 
 def install_hint(extra: str) -> str:

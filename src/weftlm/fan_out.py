@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from weftlm import __version__
-from weftlm.errors import ConfigError, WeftError, install_hint
+from weftlm.errors import ConfigError, WeftError, install_hint, reason
 from weftlm.progress import progress
 
 RETRIES = 3
@@ -201,7 +201,7 @@ def cluster(cpus: int = 1, gpus: float = 0.0) -> Iterator[Any]:
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError(
-            f"work over machines needs Ray, which cannot be imported ({error}); {install_hint('ray')}, or use "
+            f"work over machines needs Ray, which cannot be imported ({reason(error)}); {install_hint('ray')}, or use "
             "torchrun over processes"
         ) from error
     with contextlib.ExitStack() as stack:

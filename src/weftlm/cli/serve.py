@@ -13,7 +13,7 @@ import typer
 from weftlm.cli.folders import takes
 from weftlm.cli.options import say
 from weftlm.config import validate
-from weftlm.errors import ConfigError, install_hint
+from weftlm.errors import ConfigError, install_hint, reason
 from weftlm.serving.serve_config import (
     KEYS_VARIABLE,
     EngineConfig,
@@ -143,7 +143,7 @@ def run(
         from weftlm.serving.server import Server, address_of, listen
     except ModuleNotFoundError as missing:
         raise ConfigError(
-            f"weftlm serve needs a package that is not installed ({missing}); {install_hint('serve')}"
+            f"weftlm serve needs a package that is not installed ({reason(missing)}); {install_hint('serve')}"
         ) from missing
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, timeout_seconds))

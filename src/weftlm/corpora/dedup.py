@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from weftlm.corpora.source import Document
-from weftlm.errors import DataError
+from weftlm.errors import DataError, reason
 
 
 class SeenDocuments:
@@ -161,8 +161,8 @@ class _Index:
             row = self._db.execute("select owner from seen where digest = ?", (digest,)).fetchone()
         except sqlite3.OperationalError as error:
             raise DataError(
-                f"the index of seen documents in {self._folder.name} failed: {error}; it needs about 30 bytes of disk "
-                f"per document"
+                f"the index of seen documents in {self._folder.name} failed: {reason(error)}; it needs about 30 bytes "
+                f"of disk per document"
             ) from error
         return self._names[int(row[0])]
 

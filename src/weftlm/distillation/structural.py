@@ -26,7 +26,7 @@ from torch import Tensor
 
 from weftlm import interrupt
 from weftlm.distillation.config import DistilConfig, Weighting
-from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError, reason
 from weftlm.gating.arrays import simplex_vector
 from weftlm.gating.config import GateConfig, PrefixGateConfig, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
@@ -150,7 +150,7 @@ class DistilState:
                 history=tuple(DistilProgress(**_with_nan(line)) for line in facts["history"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no distillation this version can continue: {error}") from error
+            raise CheckpointError(f"{path} holds no distillation this version can continue: {reason(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)

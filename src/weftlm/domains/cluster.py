@@ -16,7 +16,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from weftlm.domains.config import ClusterConfig
-from weftlm.errors import ConfigError, DataError, install_hint
+from weftlm.errors import ConfigError, DataError, install_hint, reason
 
 _BLOCK_FLOATS = 1 << 24
 
@@ -81,7 +81,7 @@ class Clusters:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(arrays["centroids_CE"], arrays["groups_GE"], arrays["group_C"])
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"clusters {path} cannot be read: {error}; prepare the data again") from error
+            raise DataError(f"clusters {path} cannot be read: {reason(error)}; prepare the data again") from error
 
 
 def nearest(rows_NE: NDArray[np.float32], centroids_CE: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -191,8 +191,8 @@ class SentenceTransformerEmbedder:
             self._model = SentenceTransformer(place)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"embedder model {config.model!r} cannot be loaded: {error}; give a local folder or a name on the hub, "
-                f"or use kind: tfidf"
+                f"embedder model {config.model!r} cannot be loaded: {reason(error)}; give a local folder or a "
+                f"name on the hub, or use kind: tfidf"
             ) from error
         self.config = config
         self.dimensions = int(self.embed(["a"]).shape[1])

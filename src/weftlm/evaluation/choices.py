@@ -23,7 +23,7 @@ from weftlm.config import did_you_mean
 from weftlm.corpora.formats import read_jsonl
 from weftlm.corpora.reading_report import Reason
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.errors import ConfigError, DataError, NumericsError, reason
 from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.evaluation.result import finite_or_none, ratio_and_error
 from weftlm.models.language_model import LanguageModel
@@ -181,7 +181,9 @@ class ChoiceResult:
         except KeyError as error:
             raise DataError(f"a ranked-answer result has no {error}; evaluate the model again") from error
         except (TypeError, ValueError) as error:
-            raise DataError(f"a ranked-answer result cannot be read: {error}; evaluate the model again") from error
+            raise DataError(
+                f"a ranked-answer result cannot be read: {reason(error)}; evaluate the model again"
+            ) from error
         if len(result.correct) != result.questions:
             raise DataError(
                 f"a ranked-answer result of {result.questions} questions holds {len(result.correct)} entries in "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weftlm.corpora.paths import corpus_files
 from weftlm.corpora.store_files import file_digest
-from weftlm.errors import DataError
+from weftlm.errors import DataError, reason
 from weftlm.evaluation.config import ChoiceTask
 
 
@@ -22,7 +22,7 @@ def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
         try:
             found[str(path)] = file_digest(path)
         except OSError as error:
-            raise DataError(f"evaluation.tasks: {path} cannot be read: {error}") from error
+            raise DataError(f"evaluation.tasks: {path} cannot be read: {reason(error)}") from error
     return found
 
 

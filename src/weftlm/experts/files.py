@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weftlm.errors import ExpertError
+from weftlm.errors import ExpertError, reason
 from weftlm.files import parse_json
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def to_json(name: str, what: str, value: Mapping[str, Any]) -> str:
         return json.dumps(dict(value), indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ExpertError(
-            f"expert {name!r}: {what} must hold JSON values (text, finite numbers, lists, mappings): {error}"
+            f"expert {name!r}: {what} must hold JSON values (text, finite numbers, lists, mappings): {reason(error)}"
         ) from error
 
 
@@ -82,7 +82,7 @@ def parse_tensors(name: str, file: str, data: bytes) -> dict[str, Tensor]:
         return load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ExpertError(
-            f"expert {name!r}: {file} is truncated or not safetensors ({error}); copy or export it again"
+            f"expert {name!r}: {file} is truncated or not safetensors ({reason(error)}); copy or export it again"
         ) from error
 
 

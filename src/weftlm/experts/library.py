@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from weftlm.config import did_you_mean
 from weftlm.corpora.labels import MAX_NAME, expert_name, folder_name, is_name
-from weftlm.errors import DataError, ExpertError
+from weftlm.errors import DataError, ExpertError, reason
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name, is_folder
 from weftlm.experts.files import (
     CONFIG,
@@ -277,8 +277,8 @@ class ExpertLibrary:
             raise ExpertError(
                 f"{len(problems)} of {len(problems) + len(fitting)} experts cannot be used ({reasons}){others}"
             )
-        for name, reason in problems.items():
-            log.warning("expert %r is left out: %s", name, reason)
+        for name, why in problems.items():
+            log.warning("expert %r is left out: %s", name, why)
         return fitting, problems
 
     def set_gate(self, name: str, gate: Gate) -> None:
@@ -688,7 +688,7 @@ def _parse_card(name: str, data: bytes) -> dict[str, Any]:
     try:
         card = parse_json(data)
     except ValueError as error:
-        raise ExpertError(f"expert {name!r}: {CARD} is not JSON: {error}; {_AGAIN}") from error
+        raise ExpertError(f"expert {name!r}: {CARD}: {reason(error)}; {_AGAIN}") from error
     if not isinstance(card, dict):
         raise ExpertError(f"expert {name!r}: {CARD} holds {type(card).__name__}; it must hold an object; {_AGAIN}")
     return card
@@ -710,7 +710,7 @@ def fetch_adapter(source: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ExpertError(
             f"{source!r} is no folder here and cannot be fetched from the hub (revision {revision or 'main'}): "
-            f"{error}; check the name, your access and the network"
+            f"{reason(error)}; check the name, your access and the network"
         ) from error
 
 

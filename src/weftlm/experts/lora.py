@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, ExpertError
+from weftlm.errors import ConfigError, ExpertError, reason
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_tensors, sync_folder, write_file
 from weftlm.files import SEAL, check_sealed, hidden, parse_json, seal, sweep
@@ -413,7 +413,7 @@ def _parse_config(name: str, data: bytes) -> dict[str, Any]:
     try:
         settings = parse_json(data)
     except ValueError as error:
-        raise ExpertError(f"expert {name!r}: {CONFIG} is not JSON: {error}; export the adapter again") from error
+        raise ExpertError(f"expert {name!r}: {CONFIG}: {reason(error)}; export the adapter again") from error
     if not isinstance(settings, dict):
         raise ExpertError(f"expert {name!r}: {CONFIG} holds {type(settings).__name__}; it must hold an object")
     for key, allowed in _TYPES.items():

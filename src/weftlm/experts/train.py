@@ -274,7 +274,7 @@ class _Best:
             with whole(self.path) as temporary:
                 save_file(tensors, temporary, {"weftlm": facts})
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the best adapter could not be written to {self.path}: {error}") from error
+            raise CheckpointError(f"the best adapter could not be written to {self.path}: {reason(error)}") from error
         self.loss = loss
 
     def restore(self, parameters: Mapping[str, Tensor]) -> int:

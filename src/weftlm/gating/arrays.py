@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weftlm.errors import ConfigError, NumericsError
+from weftlm.errors import ConfigError, NumericsError, reason
 
 Floats = NDArray[np.float64]
 """What results hold: numpy, float64. Gates hold torch tensors."""
@@ -36,7 +36,7 @@ def to_tensor(value: Any, name: str, axes: str) -> Tensor:
             array = np.asarray(value)
             tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{name} is no array of numbers: {error}") from error
+            raise ConfigError(f"{name} is no array of numbers: {reason(error)}") from error
     if tensor.dtype in (torch.float16, torch.bfloat16):
         raise ConfigError(
             f"{name} comes in {tensor.dtype}, which loses whole nats of a sequence's log-likelihood; sum in float32 or "

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import ConfigError, DataError, reason
 from weftlm.files import parse_json
 from weftlm.gating.arrays import TOLERANCE, Floats, simplex_vector
 from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
@@ -123,7 +123,7 @@ class Certificate:
             fields["domains"] = tuple(DomainRow(**row) for row in fields["domains"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"no certificate of a gate: {error!r}; write one again with certify") from error
+            raise DataError(f"no certificate of a gate: {reason(error)}; write one again with certify") from error
 
 
 def certify(

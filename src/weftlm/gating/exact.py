@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from weftlm.errors import ConfigError, NumericsError, install_hint
+from weftlm.errors import ConfigError, NumericsError, install_hint, reason
 from weftlm.gating.arrays import Floats, log_distributions, simplex_vector, to_tensor
 from weftlm.gating.features import refuse_impossible
 from weftlm.gating.mixtures import MixtureSet, Player, box_vertices, player
@@ -222,7 +222,7 @@ def _solve(cp: Any, problem: Any) -> str:
             problem.solve(solver=cp.CLARABEL)
         except cp.SolverError as error:
             raise NumericsError(
-                f"the exact programme was not solved: {error}; are there probabilities near 0?"
+                f"the exact programme was not solved: {reason(error)}; are there probabilities near 0?"
             ) from error
     if problem.status not in ("optimal", "optimal_inaccurate"):
         raise NumericsError(f"the exact programme ended {problem.status!r}; are there probabilities near 0?")
@@ -234,6 +234,6 @@ def _cvxpy() -> Any:
         return importlib.import_module("cvxpy")
     except ImportError as error:
         raise ConfigError(
-            f"exact gates need cvxpy, which cannot be imported ({error}); {install_hint('exact')}, or use "
+            f"exact gates need cvxpy, which cannot be imported ({reason(error)}); {install_hint('exact')}, or use "
             "fit_robust_gate, which needs nothing more"
         ) from error

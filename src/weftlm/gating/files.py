@@ -50,7 +50,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             facts = parse_json((file.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing, torn or not safetensors: {error}") from error
+        raise CheckpointError(f"{path} is missing, torn or not safetensors: {reason(error)}") from error
     found = (facts.get("kind"), facts.get("format")) if isinstance(facts, dict) else (None, None)
     if found != (kind, 1):
         raise CheckpointError(f"{path} holds {found[0] or 'something else'} in format {found[1]}; expected {kind} in 1")

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError, NumericsError, reason
 from weftlm.gating.config import GateConfig, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
 
@@ -115,7 +115,9 @@ class Features:
                 name: torch.cat([part._tensors()[name] for part in parts]) for name in parts[0]._tensors()
             }
         except RuntimeError as error:
-            raise ConfigError(f"the sets' features differ in width or length: {error}; pad and mask tokens") from error
+            raise ConfigError(
+                f"the sets' features differ in width or length: {reason(error)}; pad and mask tokens"
+            ) from error
         common = set.intersection(*(set(part.prepared) for part in parts))
         prepared = {name: torch.cat([part.prepared[name] for part in parts]) for name in sorted(common)}
         return Features(count=sum(part.count for part in parts), names=parts[0].names, prepared=prepared, **joined)
@@ -294,4 +296,4 @@ def load_gate(path: str | Path) -> Gate:
         config = gate_config(facts["config"])
         return gates[config.gate](config, int(facts["experts"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no gate this version can use: {error}") from error
+        raise CheckpointError(f"{path} holds no gate this version can use: {reason(error)}") from error

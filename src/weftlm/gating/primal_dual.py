@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from weftlm import interrupt
-from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError, NumericsError, reason
 from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
@@ -177,7 +177,7 @@ class FitState:
                 ),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no fit this version can continue: {error}") from error
+            raise CheckpointError(f"{path} holds no fit this version can continue: {reason(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)

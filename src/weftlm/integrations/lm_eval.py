@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
+from weftlm.errors import ConfigError, DataError, NumericsError, install_hint, reason
 from weftlm.models.device import AUTO, choose_device
 from weftlm.pipeline.any_model import open_model
 from weftlm.progress import progress
@@ -43,7 +43,9 @@ try:
     )
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-untyped]
 except ImportError as missing:
-    raise ConfigError(f"lm-evaluation-harness cannot be imported ({missing}); {install_hint('lm-eval')}") from missing
+    raise ConfigError(
+        f"lm-evaluation-harness cannot be imported ({reason(missing)}); {install_hint('lm-eval')}"
+    ) from missing
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +181,7 @@ class WeftLM(TemplateLM):  # type: ignore[misc]
                 continue_final_message=not add_generation_prompt,
             )
         except ValueError as error:
-            raise ConfigError(f"--apply_chat_template: {error}") from error
+            raise ConfigError(f"--apply_chat_template: {reason(error)}") from error
         return str(text)
 
     # -- processes ----------------------------------------------------------------------------------------------

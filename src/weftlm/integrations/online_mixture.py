@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from weftlm.config import Section, Seed, differences, validate
 from weftlm.corpora.source import ArraySource, Source
-from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.errors import CheckpointError, ConfigError, DataError, reason
 from weftlm.integrations.mixture_dataset import SlotDataset
 from weftlm.mixture.loader import MixtureLoader, sequence_counts
 from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy, state_from_json, state_to_json
@@ -463,7 +463,7 @@ class MixtureRun:
                 self._meter.load_state_dict(saved["meter"], keep=self.share.rank == 0)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the state of the mixture cannot be read: {error!r}; use an earlier checkpoint"
+                f"the state of the mixture cannot be read: {reason(error)}; use an earlier checkpoint"
             ) from error
         self._finished = self.sampler.step
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from weftlm.errors import CheckpointError, ConfigError, WeftError
+from weftlm.errors import CheckpointError, ConfigError, WeftError, reason
 
 Exhaustion: TypeAlias = Literal["repeat", "drop", "stop"]
 """What happens when a domain has been read as often as it may: nothing, it leaves the mixture, or the run ends."""
@@ -597,7 +597,9 @@ class MixtureSampler:
             weights_D = self._checked(state["weights"])
             scheduled = {int(at): self._checked(weights) for at, weights in state["scheduled"]}
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"sampler state cannot be read: {error!r}; use an earlier checkpoint") from error
+            raise CheckpointError(
+                f"sampler state cannot be read: {reason(error)}; use an earlier checkpoint"
+            ) from error
         consistent = cursors_D.shape == self.sequences_D.shape and (cursors_D >= 0).all()
         if not consistent or int(cursors_D.sum()) != step * self.batch_size or any(at <= step for at in scheduled):
             raise CheckpointError(f"sampler state contradicts itself at step {step}; use an earlier checkpoint")

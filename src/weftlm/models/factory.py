@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 from weftlm.models.config import ModelConfig
 from weftlm.models.lora_targets import check_targets, config_at_hand, lora_targets
 from weftlm.models.open import check_vocabulary, load_base, require_decoder_only
@@ -118,7 +118,7 @@ def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length
     try:
         built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config does not make a {name}: {error}") from error
+        raise ConfigError(f"model.config does not make a {name}: {reason(error)}") from error
     if why := uneven_heads(built):
         raise ConfigError(f"model.config has {why}")
     return built
@@ -175,7 +175,9 @@ def from_architecture(config: PretrainedConfig) -> Any:
     try:
         return AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"model.config does not make a {config.model_type} language model: {error}") from error
+        raise ConfigError(
+            f"model.config does not make a {config.model_type} language model: {reason(error)}"
+        ) from error
 
 
 def load_model(folder: Path) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 from weftlm.models.patterns import matches
 
 ALL_LINEAR = "all-linear"
@@ -150,5 +150,5 @@ def outline(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError) as error:
-        raise ConfigError(f"the configuration makes no {config.model_type} language model: {error}") from error
+        raise ConfigError(f"the configuration makes no {config.model_type} language model: {reason(error)}") from error
     return model

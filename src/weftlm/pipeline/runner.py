@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm import interrupt
 from weftlm.config import did_you_mean, differences
-from weftlm.errors import ConfigError, WeftError
+from weftlm.errors import ConfigError, WeftError, reason
 from weftlm.files import write_whole
 from weftlm.pipeline.checks import check_project
 from weftlm.pipeline.project import Project, project_recipe
@@ -279,7 +279,7 @@ def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> Non
         stage.work(project, call)
         outputs = digests(stage.outputs(project)) if keep else {}
     except (WeftError, OSError) as error:
-        write("failed", ended=now(), seconds=time.perf_counter() - start, message=str(error))
+        write("failed", ended=now(), seconds=time.perf_counter() - start, message=reason(error))
         raise
     write("done", ended=now(), seconds=time.perf_counter() - start, outputs=outputs)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from weftlm.config import Section, validate
-from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.errors import CheckpointError, ConfigError, DataError, reason
 from weftlm.files import describe, hold, is_held, read_object, sweep, write_object
 
 LOCK = ".lock"
@@ -93,7 +93,7 @@ def digests(paths: Sequence[Path]) -> dict[str, str]:
         try:
             found[str(path)] = describe(path)["blake2b"]
         except OSError as error:
-            raise DataError(f"{path} should have been written and cannot be read: {error}") from error
+            raise DataError(f"{path} should have been written and cannot be read: {reason(error)}") from error
     return found
 
 

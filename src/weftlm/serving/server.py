@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import uvicorn
 from fastapi import FastAPI
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 from weftlm.serving.connections import LOGGERS, Admission, SparseLog, connection_class
 from weftlm.serving.request import Generator
 from weftlm.serving.serve_config import ServeConfig
@@ -120,7 +120,7 @@ def listen(host: str, port: int, timeout_seconds: float) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"--host {host!r} is no address of this machine: {error}") from error
+        raise ConfigError(f"--host {host!r} is no address of this machine: {reason(error)}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -129,7 +129,9 @@ def listen(host: str, port: int, timeout_seconds: float) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"{host} port {port} cannot be listened on: {error}; choose another --port") from error
+        raise ConfigError(
+            f"{host} port {port} cannot be listened on: {reason(error)}; choose another --port"
+        ) from error
     return listener
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from weftlm.errors import CheckpointError
+from weftlm.errors import CheckpointError, reason
 from weftlm.files import describe, hidden, is_full, no_room, parse_json, remove, sweep
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
-        cause = no_room(folder, needed) if is_full(error) else f"{error}"
+        cause = no_room(folder, needed) if is_full(error) else f"{reason(error)}"
         raise CheckpointError(
             f"checkpoint of step {checkpoint.step} could not be written to {folder}: {cause}; "
             f"older checkpoints are untouched and the same command continues from the newest"
@@ -132,7 +132,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = parse_json((path / STATE).read_text(encoding="utf-8"))
         tensors = load_file(path / TENSORS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} is torn: {error}") from error
+        raise CheckpointError(f"checkpoint {path} is torn: {reason(error)}") from error
     return Checkpoint(step=int(state.pop("step")), tensors=tensors, state=state)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from weftlm.errors import CheckpointError, DataError
+from weftlm.errors import CheckpointError, DataError, reason
 from weftlm.files import describe, parse_json, write_whole
 
 METRICS = "metrics.jsonl"
@@ -57,8 +57,8 @@ class MetricsLog:
                 self._file.flush()
             except OSError as error:
                 raise CheckpointError(
-                    f"metrics.jsonl cannot be written: {error}; free some space, then the same command continues from "
-                    f"the last checkpoint"
+                    f"metrics.jsonl cannot be written: {reason(error)}; free some space, then the same command goes on "
+                    f"from the last checkpoint"
                 ) from error
         for sink in self._sinks:
             sink.write(line)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def shard(
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
     except (ValueError, NotImplementedError, AssertionError) as error:
         raise ConfigError(
-            f"training.parallel: fsdp2 cannot split a {type(module).__name__}: {error}; use parallel: ddp"
+            f"training.parallel: fsdp2 cannot split a {type(module).__name__}: {reason(error)}; use parallel: ddp"
         ) from error
     # Buffers for gathering are made at the first use. Made under inference mode they could never be trained through.
     for unit in units(module):

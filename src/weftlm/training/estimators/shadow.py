@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.estimators.direction import (
     check_direction,
@@ -275,7 +275,7 @@ class _Tap:
                 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
                 tangent = torch.func.jvp(forward, (primals,), (tangents,))[1]
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            raise ConfigError(self.refuse(f"forward-mode differentiation fails in it ({error})")) from error
+            raise ConfigError(self.refuse(f"forward-mode differentiation fails in it ({reason(error)})")) from error
         if not all(map(torch.equal, before, _random_states())):
             _set_random_states(before)
             raise ConfigError(self.refuse("it draws random numbers in its forward pass"))
