@@ -331,7 +331,9 @@ def test_missing_and_pickled_files_are_refused_with_the_cure(folder: Path, tmp_p
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\xff"])
 def test_a_broken_configuration_is_refused(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text, encoding="latin-1")
-    refused(folder, "adapter_config.json(: it is not (valid JSON|UTF-8 text)|: its values are nested too deep| holds list)")
+    refused(
+        folder, "adapter_config.json(: it is not (valid JSON|UTF-8 text)|: its values are nested too deep| holds list)"
+    )
 
 
 def test_a_configuration_need_not_name_its_base(folder: Path) -> None:
