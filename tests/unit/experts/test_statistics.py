@@ -171,12 +171,13 @@ def test_buckets_are_even_and_order_matters() -> None:
     assert (bigram_bucket(a, b) != bigram_bucket(b, a)).float().mean() > 0.98
 
 
-def test_embedders_by_name() -> None:
+def test_embedders_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(VOCAB, (2, 8))
     assert torch.equal(embedder_named("tokens-32")(tokens, None), embed_tokens(tokens, width=32))
     for name in ("tokens-0", "tokens-", "sentence-transformers:", "bert"):
         with pytest.raises(ConfigError, match="give tokens-WIDTH"):
             embedder_named(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="decode="):
         embedder_named("sentence-transformers:some/model")
 

@@ -103,7 +103,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("weftlm.training.metrics.json.dumps", full)
-    with pytest.raises(CheckpointError, match=r"cannot be written.*No space left.*same command continues"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: the disk is full.*the same command goes on"):
         log.write("train", 1, 1)
     log.close()
 
