@@ -10,14 +10,14 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 from weftlm.recipe_text import MAX_DEPTH, parse_override
 
 
@@ -48,13 +48,6 @@ Folder = Annotated[Path, AfterValidator(_possible)]
 
 
 S = TypeVar("S", bound=BaseModel)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the nearest known name, else the list of what is allowed."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(names)}"
 
 
 def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

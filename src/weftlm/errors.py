@@ -6,9 +6,11 @@ these into exit codes.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import re
+from collections.abc import Iterable
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBERED = re.compile(r"\[(Errno|WinError) -?\d+\] ")
@@ -80,3 +82,10 @@ def install_hint(extra: str) -> str:
     code.
     """
     return f"run `pip install '.[{extra}]'` in your checkout of weftlm"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known name, else the list of what is allowed."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(names)}"

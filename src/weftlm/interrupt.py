@@ -7,7 +7,6 @@ since the last safe point and damages nothing.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -145,5 +144,6 @@ _WITH_VALUE = ("--from",)
 
 def end_children() -> None:
     """Ask processes this one has started to stop."""
-    for child in multiprocessing.active_children():
-        child.terminate()
+    if "multiprocessing" in sys.modules:  # otherwise there are none, and help and errors need not load it
+        for child in sys.modules["multiprocessing"].active_children():
+            child.terminate()

@@ -15,8 +15,8 @@ from functools import cached_property
 from importlib.machinery import SourceFileLoader
 from typing import Any, Generic, TypeVar
 
-from weftlm.config import Section, did_you_mean, validate
-from weftlm.errors import ConfigError
+from weftlm.config import Section, validate
+from weftlm.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.tiny_project import recipe_value
 
-from weftlm.config import Section, apply_overrides, changed_keys, did_you_mean, differences, validate
-from weftlm.errors import ConfigError
+from weftlm.config import Section, apply_overrides, changed_keys, differences, validate
+from weftlm.errors import ConfigError, did_you_mean
 from weftlm.pipeline.recipe import Recipe
 from weftlm.recipe_text import read_yaml
 

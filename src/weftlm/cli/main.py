@@ -19,8 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from weftlm import __version__, interrupt
 from weftlm.cli.complete import prepare_shell
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, WeftError, reason
+from weftlm.errors import ConfigError, WeftError, did_you_mean, reason
 from weftlm.text import printable, printable_lines
 
 COMMANDS: dict[str, str] = {

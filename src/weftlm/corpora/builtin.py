@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from weftlm.config import did_you_mean
 from weftlm.corpora import builtin_files, builtin_python, builtin_text
 from weftlm.corpora.builtin_files import PYTHON, SourceFile, package_files
 from weftlm.corpora.builtin_python import Piece
 from weftlm.corpora.source import Document
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from weftlm.config import did_you_mean
 from weftlm.corpora.formats import read_jsonl
 from weftlm.corpora.reading_report import Reason
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import ConfigError, DataError, NumericsError, reason
+from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean, reason
 from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.evaluation.result import finite_or_none, ratio_and_error
 from weftlm.models.language_model import LanguageModel

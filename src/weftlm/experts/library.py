@@ -32,9 +32,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weftlm.config import did_you_mean
 from weftlm.corpora.labels import MAX_NAME, expert_name, folder_name, is_name
-from weftlm.errors import DataError, ExpertError, reason
+from weftlm.errors import DataError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name, is_folder
 from weftlm.experts.files import (
     CONFIG,

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, ExpertError, reason
+from weftlm.errors import ConfigError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_tensors, sync_folder, write_file
 from weftlm.files import SEAL, check_sealed, hidden, parse_json, seal, sweep

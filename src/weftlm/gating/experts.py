@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from weftlm.config import did_you_mean
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
-from weftlm.errors import ConfigError, ExpertError
+from weftlm.errors import ConfigError, ExpertError, did_you_mean
 from weftlm.experts.adapted import module_input, placed
 from weftlm.experts.expert import LoRAExpert, LoRAFactors
 from weftlm.experts.files import CONFIG

@@ -26,8 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, DataError, NumericsError, install_hint, reason
+from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean, install_hint, reason
 from weftlm.models.device import AUTO, choose_device
 from weftlm.pipeline.any_model import open_model
 from weftlm.progress import progress

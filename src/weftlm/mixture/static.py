@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 from weftlm.mixture.config import PolicyConfig, StaticConfig, policies
 from weftlm.mixture.constant import ConstantPolicy, ConstantState
 from weftlm.mixture.policy import MixtureSetting

@@ -18,8 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, reason
+from weftlm.errors import ConfigError, did_you_mean, reason
 from weftlm.models.config import ModelConfig
 from weftlm.models.lora_targets import check_targets, config_at_hand, lora_targets
 from weftlm.models.open import check_vocabulary, load_base, require_decoder_only

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from weftlm.config import apply_overrides, did_you_mean
-from weftlm.errors import ConfigError, DataError, WeftError
+from weftlm.config import apply_overrides
+from weftlm.errors import ConfigError, DataError, WeftError, did_you_mean
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import RESERVED_NAMES, TARGET_DOMAIN, DataConfig

@@ -23,11 +23,11 @@ from accelerate import PartialState
 from torch import nn
 
 from weftlm import interrupt
-from weftlm.config import changed_keys, did_you_mean, differences, validate
+from weftlm.config import changed_keys, differences, validate
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.labels import folder_name
 from weftlm.domains.domain import Domain
-from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, did_you_mean
 from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import ExpertTraining
 from weftlm.experts.examples import training_source

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, FiniteFloat, PositiveInt, SerializeAsAny, field_validator, model_validator
 
-from weftlm.config import Section, did_you_mean
+from weftlm.config import Section
 from weftlm.corpora.labels import ExpertName
 from weftlm.distillation.config import DenseConfig, DistilConfig
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 from weftlm.gating.config import (
     REFRESH_EVERY,
     ExpertSource,

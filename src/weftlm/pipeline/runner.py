@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm import interrupt
-from weftlm.config import did_you_mean, differences
-from weftlm.errors import ConfigError, WeftError, reason
+from weftlm.config import differences
+from weftlm.errors import ConfigError, WeftError, did_you_mean, reason
 from weftlm.files import write_whole
 from weftlm.pipeline.checks import check_project
 from weftlm.pipeline.project import Project, project_recipe

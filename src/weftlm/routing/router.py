@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError, ExpertError
+from weftlm.errors import ConfigError, ExpertError, did_you_mean
 from weftlm.experts.companions import check_gate, check_statistics
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import RouterConfig, router_config, routers

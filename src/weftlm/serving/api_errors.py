@@ -14,8 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 from weftlm.serving.request import QueueFullError
 
 ErrorType = Literal[

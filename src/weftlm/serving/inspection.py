@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from weftlm.config import did_you_mean
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import NumericsError
+from weftlm.errors import NumericsError, did_you_mean
 from weftlm.experts.expert import Expert
 from weftlm.gating.gate import Features
 from weftlm.gating.modular_lm import ModularLM

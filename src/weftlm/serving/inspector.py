@@ -18,8 +18,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, TypeAdapter
 
-from weftlm.config import did_you_mean
-from weftlm.errors import NumericsError, WeftError
+from weftlm.errors import NumericsError, WeftError, did_you_mean
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.reporting.layout import page_file as shared_file
 from weftlm.reporting.traces import colour_rules

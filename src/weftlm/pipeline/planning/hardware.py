@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from weftlm.config import did_you_mean
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 
 GB, TB, TFLOPS = 1e9, 1e12, 1e12
 
