@@ -17,9 +17,9 @@ from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
 from weftlm.models.factory import ModelConfig, build_model, load_base
+from weftlm.models.open import pretrained_config
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.expert_library import import_experts
-from weftlm.pipeline.planning.counts import pretrained_config
 from weftlm.places import locate
 
 

@@ -20,7 +20,7 @@ from weftlm.errors import ConfigError, DataError
 from weftlm.files import cause
 from weftlm.places import locate
 
-__all__ = ["CorpusConfig", "ReadingReport", "corpus_fingerprint", "read_documents"]
+__all__ = ["CorpusConfig", "ReadingReport", "corpus_fingerprint", "known_labels", "read_documents"]
 
 
 def read_documents(config: CorpusConfig, report: ReadingReport) -> Iterator[Document]:
@@ -62,6 +62,21 @@ def corpus_fingerprint(config: CorpusConfig) -> str:
     elif Path(str(config.dataset)).is_dir():
         facts += map(_state_of, dataset_files(Path(str(config.dataset))))
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode("utf-8"), digest_size=16).hexdigest()
+
+
+def known_labels(config: CorpusConfig) -> set[str] | None:
+    """The labels that an input's documents will carry; None where only reading them tells.
+
+    Raises:
+        DataError: a path that matches nothing.
+    """
+    if config.label is not None:
+        return {config.label}
+    if config.builtin is not None:
+        return set(_builtin_selection(config))
+    if config.label_from is not None:
+        return {str(_label_of(path, config)) for path, _ in _files(config, ReadingReport())}
+    return None
 
 
 def _state_of(path: Path) -> list[Any]:

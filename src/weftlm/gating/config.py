@@ -68,6 +68,10 @@ class ScoreConfig(Section):
         "auto", description="Of the experts' forward pass; auto: bf16 autocast on GPUs that are fast at it"
     )
 
+    def bf16(self, *, fast: bool) -> bool:
+        """Whether experts run under bfloat16 autocast, on a device that is fast at it or not."""
+        return fast if self.precision == "auto" else self.precision == "bf16"
+
 
 class FitConfig(Section):
     """How a gate is fitted."""

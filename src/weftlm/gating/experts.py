@@ -39,6 +39,13 @@ BUSY = {"cpu": 512}
 of several is no faster than several passes, and needs more memory."""
 BUSY_ELSEWHERE = 1 << 14
 
+
+def experts_per_pass(tokens: int, vocab_size: int, device_type: str) -> int:
+    """How many adapters over one model share a forward pass of so many tokens each."""
+    most = min(LOGITS // vocab_size, BUSY.get(device_type, BUSY_ELSEWHERE))
+    return max(1, most // max(1, tokens))
+
+
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -478,9 +485,7 @@ class ExpertPool(nn.Module):
         self, backbone: Backbone, ids_BT: Tensor, arguments: Mapping[str, Tensor]
     ) -> Iterable[tuple[list[int], Tensor]]:
         """As many of a backbone's experts at a time as gain by it: their places there, and logits_MBTV."""
-        tokens = max(1, ids_BT.numel())
-        most = min(LOGITS // self.vocab_size, BUSY.get(ids_BT.device.type, BUSY_ELSEWHERE))
-        together = max(1, most // tokens)
+        together = experts_per_pass(ids_BT.numel(), self.vocab_size, ids_BT.device.type)
         for first in range(0, len(backbone), together):
             places = list(range(first, min(first + together, len(backbone))))
             times = len(places)

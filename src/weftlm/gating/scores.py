@@ -326,7 +326,7 @@ def score_with_ray(
         facts_task = Task("the experts' fingerprints", far)
         fan_out([facts_task], _far_facts, lambda _, facts: found.append(facts), show=False, **over)
         fingerprints, facts, fast = found[0]
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and fast)
+        bf16 = config.bf16(fast=fast)
         plan = _make_plan(fingerprints, facts, domains, config, eos_id, bf16)
         work = _Work(Path(folder), plan, overwrite, rank=0, world=1)
         if work.finished:
@@ -699,9 +699,7 @@ def _blocks(source: Source) -> Iterator[tuple[int, NDArray[np.int64]]]:
 
 
 def _bf16(config: ScoreConfig, device: torch.device) -> bool:
-    if config.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bf16"
+    return config.bf16(fast=device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
 def _digest(*arrays: NDArray[Any]) -> str:

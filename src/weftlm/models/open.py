@@ -112,6 +112,24 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     return model
 
 
+def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """A pretrained model's configuration from a local folder or the hub's local cache; nothing is downloaded.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    name = locate(name, "model", revision=revision, ask=False)
+    if Path(name).is_dir():
+        return read_config(name)
+    try:
+        return read_config(name, revision=revision, local_files_only=True)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the configuration of {name!r} is not on this machine, and a plan downloads nothing; give a local folder "
+            f"that holds its config.json (with --set), weights are not needed"
+        ) from error
+
+
 def read_config(name: str, *, revision: str | None = None, local_files_only: bool = False) -> PretrainedConfig:
     """A model's configuration, from a folder or the hub; code that comes with it is never run.
 

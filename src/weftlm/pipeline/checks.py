@@ -197,7 +197,7 @@ def known_domains(project: Project) -> list[str] | None:
 
 def _configuration(name: str, revision: str | None) -> Any | None:
     """A model's configuration, of a folder or the hub's cache; None where it is not here."""
-    from weftlm.pipeline.planning.counts import pretrained_config  # noqa: PLC0415 - transformers
+    from weftlm.models.open import pretrained_config  # noqa: PLC0415 - transformers
 
     try:
         return pretrained_config(name, revision)

@@ -17,14 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from weftlm.errors import ConfigError, reason
-from weftlm.mixture.policy import Alignment
+from weftlm.mixture.policy import Alignment, MixturePolicy
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig
 from weftlm.training.estimators.cumulative import CumulativeDots, average_gradients
@@ -56,6 +56,7 @@ __all__ = [
     "ShadowProbe",
     "average_gradients",
     "choose_estimator",
+    "choose_for_policy",
     "finite_difference",
     "gradient_direction",
     "group_alignment",
@@ -99,6 +100,8 @@ def choose_estimator(
     needs_norms: bool = False,
     basis: bool = False,
     losses: SequenceLosses | None = None,
+    processes: int | None = None,
+    sharded: bool | None = None,
 ) -> Choice:
     """Settle `auto` by what the run allows, cheapest first, and refuse what it does not allow.
 
@@ -119,11 +122,18 @@ def choose_estimator(
         basis: groups are distributions over domains, to which no training sequence belongs.
         losses: with it, an estimator is tried on two short sequences before it is chosen, and passed over where it
             fails or is wrong (`_refusal`); without it, that shows when the first probe runs.
+        processes: number of training processes; absent: those of the default process group.
+        sharded: whether parameters are split over the processes; absent: whether the model's are.
     Raises:
         ConfigError: the configuration asks for what cannot work here.
     """
     parameters = trainable_parameters(model)
-    sharded = is_sharded(parameters.values()) and "parameters are sharded over processes"
+    if sharded is None:
+        sharded = is_sharded(parameters.values())
+    if processes is None:
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if grouped else 1
+    split = sharded and "parameters are sharded over processes"
     narrow = any(parameter.dtype.itemsize < 4 for parameter in parameters.values())
     norms = needs_norms and "it gives no norm per group, which normalize: cosine needs"
     wanted = groups * config.min_sequences_per_domain
@@ -132,10 +142,10 @@ def choose_estimator(
         or (has_dropout(model) and "the model trains with dropout, which probes leave out")
         or (wanted > batch_size and f"{wanted} sequences for {groups} groups do not fit a batch of {batch_size}")
     )
-    shadow = norms or sharded
+    shadow = norms or split
     obstacles: dict[tuple[Estimator, Probe], str | bool] = {
         ("cumulative", "batch"): norms
-        or sharded
+        or split
         or (narrow and "gradients accumulate in less than float32")
         or batch
         or (accumulation_steps < groups and f"{accumulation_steps} micro-batches are fewer than {groups} groups"),
@@ -145,7 +155,7 @@ def choose_estimator(
         ("finite_difference", "extra"): norms or (narrow and "parameters in less than float32 cannot hold its steps"),
     }
     order = list(obstacles)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if processes > 1:
         order[2], order[3] = order[3], order[2]
     asked = [
         (estimator, probe)
@@ -171,6 +181,29 @@ def choose_estimator(
         f"alignment.estimator {config.estimator} with probe {config.probe} cannot be used "
         f"({'; '.join(reasons) or 'there is no such pair'}); usable here: {', '.join(usable) or 'none'}"
     )
+
+
+def choose_for_policy(
+    policy: MixturePolicy[Any], config: AlignmentConfig, *, model: nn.Module, groups: int, **facts: Any
+) -> Choice | None:
+    """The estimator for what a policy needs; None for policies that need no alignment.
+
+    Training asks this, and a plan of the training.
+
+    Args:
+        policy: its `needs` and configuration decide whether norms count and what a group is.
+        config: the recipe's `alignment` section.
+        model: the model as it will be trained; on the meta device for a plan.
+        groups: domains, or basis distributions.
+        facts: the other arguments of `choose_estimator`.
+    Raises:
+        ConfigError: no estimator can measure what the policy needs on this model.
+    """
+    if not policy.needs & {"target_alignment", "generalist_alignment"}:
+        return None
+    norms = getattr(policy.config, "normalize", None) == "cosine"
+    basis = "basis" in policy.needs
+    return choose_estimator(config, model=model, groups=groups, needs_norms=norms, basis=basis, **facts)
 
 
 _MERITS: dict[tuple[Estimator, Probe], str] = {

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weftlm.config import Section
+from weftlm.errors import ConfigError
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -79,6 +80,35 @@ class TrainingConfig(Section):
     def total_tokens(self) -> int:
         """Tokens of the whole run, in whole steps."""
         return self.total_steps * self.batch_sequences * self.sequence_length
+
+    def local_batch(self, processes: int) -> int:
+        """Sequences of an optimizer step on each of so many processes.
+
+        Raises:
+            ConfigError: they cannot share the batch equally.
+        """
+        if self.batch_sequences % processes:
+            raise ConfigError(
+                f"training.batch_sequences is {self.batch_sequences}; {processes} processes cannot share it equally"
+            )
+        return self.batch_sequences // processes
+
+    def micro_batch(self, processes: int) -> int:
+        """Sequences of a backward pass on each of so many processes."""
+        local = self.local_batch(processes)
+        return min(self.micro_batch_sequences or local, local)
+
+    def sharded(self, processes: int) -> bool:
+        """Whether the model's parameters are split over so many processes."""
+        return self.parallel == "fsdp2" and processes > 1
+
+    def bf16(self, *, fast: bool) -> bool:
+        """Whether matrix products are in bfloat16, on a device that is fast at it or not."""
+        return fast if self.precision == "auto" else self.precision == "bf16"
+
+    def compiled(self, *, gpu: bool) -> bool:
+        """Whether the model is compiled, on a GPU or not."""
+        return gpu if self.compile == "auto" else bool(self.compile)
 
 
 class AlignmentConfig(Section):

@@ -141,14 +141,8 @@ class Trainer:
         self.accelerator = Accelerator(cpu=runtime.device.type == "cpu")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        if config.batch_sequences % self.world:
-            raise ConfigError(
-                f"training.batch_sequences is {config.batch_sequences}; {self.world} processes cannot share it equally"
-            )
-        self.local_batch = config.batch_sequences // self.world
-        self.micro_batch = min(config.micro_batch_sequences or self.local_batch, self.local_batch)
-
-        self.sharded = config.parallel == "fsdp2" and self.world > 1
+        self.local_batch, self.micro_batch = config.local_batch(self.world), config.micro_batch(self.world)
+        self.sharded = config.sharded(self.world)
         if self.sharded and not may_shard:
             raise ConfigError(
                 "training.parallel: fsdp2 splits the model of `weftlm train`; adapters and gates are small, and what "

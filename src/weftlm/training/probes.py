@@ -62,6 +62,7 @@ class AlignmentProbes:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self.policy = policy
         self.loader, self.config, self.micro_batch, self.device = loader, config, micro_batch, device
         self.rank, self.world = rank, world
         self.kind = next((kind for kind in ("target", "generalist") if f"{kind}_alignment" in policy.needs), None)
@@ -79,16 +80,14 @@ class AlignmentProbes:
             self._rotating = MixtureLoader((target,), sampler, sequence_length)
 
     def choose(self, model: nn.Module, *, accumulation_steps: int, batch_size: int) -> align.Choice | None:
-        """The estimator (`choose_estimator`); None for policies that need no alignment.
+        """The estimator (`choose_for_policy`); None for policies that need no alignment.
 
         Raises:
             ConfigError: no estimator can measure what the policy needs on this model.
         """
-        if self.kind is None:
-            return None
-        return align.choose_estimator(
-            self.config, model=model, accumulation_steps=accumulation_steps, groups=len(self.groups_GD),
-            batch_size=batch_size, needs_norms=self.normalize == "cosine", basis=self.basis, losses=sequence_losses,
+        return align.choose_for_policy(
+            self.policy, self.config, model=model, groups=len(self.groups_GD), accumulation_steps=accumulation_steps,
+            batch_size=batch_size, losses=sequence_losses,
         )  # fmt: skip
 
     def direction(

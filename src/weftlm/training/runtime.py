@@ -59,22 +59,20 @@ def choose_runtime(config: TrainingConfig, *, parameters: int, processes: int = 
     device = choose_device(config.device)
     choices = [Choice("device", device.type, "asked for" if config.device == "cpu" else "what torch finds here")]
 
+    bf16 = config.bf16(fast=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    reason = "asked for"
     if config.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         reason = "fast bf16 matrix units" if bf16 else "no fast bf16 here"
-    else:
-        bf16, reason = config.precision == "bf16", "asked for"
     choices.append(Choice("precision", "bf16" if bf16 else "fp32", reason))
 
+    compiled = config.compiled(gpu=device.type == "cuda")
+    reason = "asked for"
     if config.compile == "auto":
-        compiled = device.type == "cuda"
         reason = "pays on GPUs" if compiled else "gains nothing for small models on a CPU and costs its start-up"
-    else:
-        compiled, reason = bool(config.compile), "asked for"
     choices.append(Choice("compile", str(compiled).lower(), reason))
 
     if processes > 1:
-        split = config.parallel == "fsdp2"
+        split = config.sharded(processes)
         reason = (
             "asked for; each process holds its part of the model" if split else "each process holds the model whole"
         )

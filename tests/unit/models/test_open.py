@@ -31,10 +31,9 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.models.factory import ModelConfig, build_model, load_model
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.open import keeps_cache, load_base, local_fingerprint
+from weftlm.models.open import keeps_cache, load_base, local_fingerprint, pretrained_config
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model
-from weftlm.pipeline.planning.counts import pretrained_config
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.serving import stepping
 

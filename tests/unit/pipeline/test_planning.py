@@ -23,10 +23,11 @@ from weftlm.mixture.policy import build_policy
 from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.hf import token_losses
+from weftlm.models.open import pretrained_config
 from weftlm.pipeline.expert_recipe import make_expert_recipe
 from weftlm.pipeline.planning import counts
 from weftlm.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
-from weftlm.pipeline.planning.counts import Counted, model_config, pretrained_config
+from weftlm.pipeline.planning.counts import Counted, model_config
 from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_value
 from weftlm.pipeline.planning.experts import PoolPlan, experts_stage
 from weftlm.pipeline.planning.gates import Sharing, fit_bytes, fit_seconds, score_cache_bytes, sharings_of

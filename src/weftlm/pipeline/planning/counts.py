@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +35,8 @@ from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.factory import architecture_config, count_parameters, from_architecture, peft_warnings
 from weftlm.models.hf import token_losses
 from weftlm.models.lora_targets import ALL_LINEAR, lora_targets
-from weftlm.models.open import DTYPES, read_config
+from weftlm.models.open import DTYPES, pretrained_config
 from weftlm.pipeline.planning.trace import Work, along, record, shapes_only
-from weftlm.places import locate
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import adamw
 
@@ -71,24 +69,6 @@ def model_config(section: ModelConfig, *, vocab_size: int | None, sequence_lengt
             "data.tokenizer.train.vocab_size or a local folder as data.tokenizer.pretrained"
         )
     return architecture_config(section, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
-
-
-def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """A pretrained model's configuration from a local folder or the hub's local cache; nothing is downloaded.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    name = locate(name, "model", revision=revision, ask=False)
-    if Path(name).is_dir():
-        return read_config(name)
-    try:
-        return read_config(name, revision=revision, local_files_only=True)
-    except ConfigError as error:
-        raise ConfigError(
-            f"the configuration of {name!r} is not on this machine, and a plan downloads nothing; give a local folder "
-            f"that holds its config.json (with --set), weights are not needed"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError
 from weftlm.gating.config import ExpertSource
 from weftlm.mixture.policy import build_policy
+from weftlm.models.open import pretrained_config
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.identity import MANIFEST
 from weftlm.pipeline.planning.calibrate import Calibration
-from weftlm.pipeline.planning.counts import TARGET_SHARE, Counted, model_config, pretrained_config
+from weftlm.pipeline.planning.counts import TARGET_SHARE, Counted, model_config
 from weftlm.pipeline.planning.experts import PoolPlan, experts_stage, pool_stage
 from weftlm.pipeline.planning.gates import (
     GatePlan,

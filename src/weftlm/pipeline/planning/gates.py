@@ -24,9 +24,9 @@ from weftlm.gating.config import ExpertSource
 from weftlm.gating.experts import BUSY, BUSY_ELSEWHERE, LOGITS, adapter_of
 from weftlm.models.config import LoRASection
 from weftlm.models.factory import uneven_heads
-from weftlm.models.open import DTYPES
+from weftlm.models.open import DTYPES, pretrained_config
 from weftlm.pipeline.gate_recipe import GatingConfig
-from weftlm.pipeline.planning.counts import Counted, pretrained_config
+from weftlm.pipeline.planning.counts import Counted
 from weftlm.pipeline.planning.speed import COMPUTE, Speed, Time
 from weftlm.pipeline.planning.stage import DOES_NOT_FIT, USABLE, Stage
 from weftlm.pipeline.planning.training import Machine
