@@ -132,7 +132,7 @@ class Training:
             for group in range(groups):
                 for piece in torch.nonzero(groups_B == group).flatten().split(MICRO):
                     (sequence_losses(self.model, tokens[piece]).sum() / BATCH).backward()
-                    dots.append(meter.after(torch.full((len(piece),), 1 / BATCH)))
+                    dots.append(meter.dots(torch.full((len(piece),), 1 / BATCH)))
                     order.append(piece)
             self.finish()
             return group_alignment(torch.cat(dots), groups_B[torch.cat(order)], groups, v)
@@ -218,7 +218,7 @@ def errors(training: Training, rows: int) -> dict[str, float]:
     meter, dots = CumulativeDots(training.parameters, v), []
     for row in range(rows):
         sequence_losses(model, tokens[row : row + 1]).mul(1 / rows).sum().backward()
-        dots.append(meter.after(ones[:1]))
+        dots.append(meter.dots(ones[:1]))
     model.zero_grad(set_to_none=True)
     found["cumulative on the batch"] = torch.cat(dots)
     found["finite_difference, extra"] = finite_difference(model, sequence_losses, tokens, v, micro_batch=MICRO)

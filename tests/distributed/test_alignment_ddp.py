@@ -25,6 +25,7 @@ from weftlm.training.alignment import (
     ShadowProbe,
     average_gradients,
     choose_estimator,
+    facts_of,
     finite_difference,
     gradient_direction,
     group_alignment,
@@ -100,7 +101,7 @@ def measure(rank: int, world: int) -> dict[str, Any]:
         equal = coefficients[piece].mean().expand(len(piece))
         with model.no_sync() if isinstance(model, DistributedDataParallel) else torch.enable_grad():
             (equal * sequence_losses(model, tokens[piece])).sum().backward()
-        dots_of_pieces.append(meter.after(equal))
+        dots_of_pieces.append(meter.dots(equal))
         order.append(piece)
     found["cumulative"] = as_json(group_alignment(torch.cat(dots_of_pieces), groups[torch.cat(order)], GROUPS, v))
     local = [p.grad.clone() for p in module.parameters()]
@@ -158,8 +159,8 @@ def measure_sharded(rank: int, world: int) -> dict[str, Any]:
     for parameter, gradient, weight in zip(model.parameters(), before, weights, strict=True):
         assert torch.equal(local(parameter.grad), gradient)
         assert torch.equal(local(parameter.detach()), weight)
-    facts = {"model": model, "accumulation_steps": 8, "groups": GROUPS, "batch_size": ROWS}
-    found["choice"] = choose_estimator(AlignmentConfig(), **facts).estimator  # type: ignore[arg-type]
+    facts = facts_of(model, accumulation_steps=8, groups=GROUPS, batch_size=ROWS)
+    found["choice"] = choose_estimator(AlignmentConfig(), facts).estimator
     found["refused"] = []
     if world > 1:
         for attempt in (

@@ -185,7 +185,7 @@ def cumulative_step(model: nn.Module, tokens_BT1: Tensor, v: dict[str, Tensor], 
     for row in range(len(tokens_BT1)):
         weight = weights_B[row : row + 1] / len(tokens_BT1)
         (weight * losses_of(model, tokens_BT1[row : row + 1])).sum().backward()
-        dots.append(meter.after(weight))
+        dots.append(meter.dots(weight))
     return torch.cat(dots)
 
 
@@ -295,7 +295,7 @@ def test_cumulative_micro_batches_of_several_sequences() -> None:
     dots = []
     for piece in ([0, 1], [2, 3], [4, 5]):
         losses_of(model, tokens[piece]).sum().div(6).backward()
-        dots.append(meter.after(torch.full((2,), 1 / 6)))
+        dots.append(meter.dots(torch.full((2,), 1 / 6)))
     found = group_alignment(torch.cat(dots), groups_B, 2, v)
     assert float(found.dots_G[0]) == pytest.approx(float(expected[:2].mean()), abs=1e-5 * float(scale.max()))
     assert float(found.dots_G[1]) == pytest.approx(float(expected[2:].mean()), abs=1e-5 * float(scale.max()))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from weftlm.config import Section
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
+from weftlm.registry import Registry
+
+if TYPE_CHECKING:
+    from weftlm.training.estimators.contract import Estimator
+
+estimators: Registry[Estimator] = Registry("alignment estimator", "weftlm.training.estimators", "estimator")
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -114,9 +120,12 @@ class TrainingConfig(Section):
 class AlignmentConfig(Section):
     """How gradient alignments are measured for policies that need them."""
 
-    estimator: Literal["auto", "separate", "cumulative", "shadow", "finite_difference"] = Field(
+    estimator: str = Field(
         "auto",
-        description="how derivatives along the direction are taken; auto: by what the run allows, reason logged",
+        description=(
+            "how derivatives along the direction are taken: separate, cumulative, shadow, finite_difference, or an "
+            "estimator of another package; auto: by what the run allows, reason logged"
+        ),
     )
     probe: Literal["auto", "batch", "extra"] = Field(
         "auto",
@@ -132,6 +141,13 @@ class AlignmentConfig(Section):
             "bf16 autocast, whose forward passes are coarser"
         ),
     )
+
+    @field_validator("estimator")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != "auto" and name not in set(estimators):
+            raise ValueError(f"there is no estimator {name!r}{did_you_mean(name, ['auto', *estimators])}")
+        return name
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

@@ -398,17 +398,19 @@ class Trainer:
         tokens_BT1 = batch.tokens_BT1.to(self.device, non_blocking=True)
         domains_B = torch.from_numpy(batch.domains_B)
         weights_B = torch.from_numpy(batch.loss_weights_B).to(self.device, torch.float32)
-        cumulative = direction is not None and self.choice is not None and self.choice.estimator == "cumulative"
-        pieces = list(_pieces(domains_B, self.micro_batch, pure=cumulative))
+        estimator = None if direction is None or self.choice is None else align.estimators[self.choice.estimator]()
+        pure = estimator is not None and estimator.pure
+        pieces = list(_pieces(domains_B, self.micro_batch, pure=pure))
         order_B = torch.cat(pieces)
         dots: list[Tensor] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        shadow = direction is not None and not cumulative
-        with align.ShadowProbe(self.module, direction) if shadow and direction is not None else nullcontext() as probe:
-            meter = align.CumulativeDots(self.parameters, direction) if cumulative and direction is not None else None
+        with (
+            nullcontext()
+            if estimator is None or direction is None
+            else estimator.on_batch(self.module, self.parameters, direction) as probe
+        ):
             for index, piece in enumerate(pieces):
-                last = index == len(pieces) - 1
-                with self._unreduced(last and meter is None):
+                with self._unreduced(index == len(pieces) - 1 and not pure):
                     tokens, weights = tokens_BT1[piece], weights_B[piece]
                     if probe is not None:
                         probe.begin(len(piece))
@@ -419,10 +421,6 @@ class Trainer:
                     total += scaled.detach()
                     if probe is not None:
                         dots.append(probe.dots(weights / self.local_batch).cpu())
-                    if meter is not None:
-                        dots.append(meter.after(weights / self.local_batch).cpu())
-            if meter is not None:
-                align.average_gradients(self.parameters)
         totals = torch.stack([total, torch.full_like(total, float(interrupt.asked()))])
         totals = self.accelerator.reduce(totals, "mean") if self.world > 1 else totals
         loss, asked = totals.tolist()

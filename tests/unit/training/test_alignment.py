@@ -18,6 +18,7 @@ from weftlm.training.alignment import (
     ShadowProbe,
     average_gradients,
     choose_estimator,
+    facts_of,
     finite_difference,
     gradient_direction,
     group_alignment,
@@ -26,6 +27,7 @@ from weftlm.training.alignment import (
     probe_alignment,
     separate_alignment,
     shadow_dots,
+    trial_on,
     with_batch_norm,
 )
 from weftlm.training.config import AlignmentConfig
@@ -76,8 +78,11 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def choice(config: AlignmentConfig | None = None, model: nn.Module | None = None, **facts: Any) -> tuple[str, str, str]:
+    model = model or Bigram()
     given: dict[str, Any] = {"accumulation_steps": 1, "groups": 4, "batch_size": 16, **facts}
-    chosen = choose_estimator(config or AlignmentConfig(), model=model or Bigram(), **given)
+    losses = given.pop("losses", None)
+    trial = None if losses is None else trial_on(model, losses)
+    chosen = choose_estimator(config or AlignmentConfig(), facts_of(model, **given), trial)
     return chosen.estimator, chosen.probe, chosen.reason
 
 
@@ -520,7 +525,7 @@ def test_cumulative_refuses_weightless_micro_batches() -> None:
     v = gradient_direction(model, losses, tokens(2))
     meter = CumulativeDots(dict(model.named_parameters()), v)
     with pytest.raises(ConfigError, match="sum to 0"):
-        meter.after(torch.zeros(2))
+        meter.dots(torch.zeros(2))
 
 
 def test_cumulative_starts_from_what_is_there() -> None:
@@ -530,7 +535,7 @@ def test_cumulative_starts_from_what_is_there() -> None:
     meter = CumulativeDots(dict(model.named_parameters()), v)
     losses(model, tokens(1)).sum().mul(0.5).backward()
     expected = separate_alignment(model, losses, [(0, tokens(1))], v, 1).dots_G
-    assert torch.allclose(meter.after(torch.tensor([0.5])), expected, rtol=1e-4)
+    assert torch.allclose(meter.dots(torch.tensor([0.5])), expected, rtol=1e-4)
     average_gradients(dict(model.named_parameters()))  # one process: nothing to average
 
 

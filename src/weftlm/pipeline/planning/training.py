@@ -27,7 +27,7 @@ from weftlm.pipeline.planning.hardware import Hardware, Precision
 from weftlm.pipeline.planning.speed import INTERCONNECT, OVERHEAD, Speed, Time
 from weftlm.pipeline.planning.stage import DOES_NOT_FIT, FILE_HEADER, USABLE, Stage
 from weftlm.pipeline.planning.trace import Work
-from weftlm.training.alignment import Choice, choose_estimator
+from weftlm.training.alignment import Choice, choose_for_policy
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 
 DDP, FSDP2 = "ddp", "fsdp2"
@@ -347,29 +347,12 @@ def alignment_choice(
     run: Run, alignment: AlignmentConfig, policy: MixturePolicy[Any], groups: int
 ) -> tuple[Choice | None, str]:
     """The estimator `weftlm train` will settle on, and a problem where there is none."""
-    norms = getattr(policy.config, "normalize", None) == "cosine"
-    if run.parallel == FSDP2 and run.devices > 1:
-        if alignment.estimator not in ("auto", "finite_difference") or alignment.probe == "batch" or norms:
-            return None, (
-                "parameters are split over processes (fsdp2), where alignments are measured by finite_difference on "
-                "extra sequences, without norms; set alignment: {estimator: auto, probe: auto} and no normalize: cosine"
-            )
-        return Choice("finite_difference", "extra", "parameters are sharded over processes"), ""
-    arguments: dict[str, Any] = {
-        "model": run.counted.outline(),
-        "accumulation_steps": math.ceil(run.sequences / run.micro),
-        "groups": groups,
-        "batch_size": run.config.batch_sequences,
-        "needs_norms": norms,
-        "basis": "basis" in policy.needs,
-    }
     try:
-        choice = choose_estimator(alignment, **arguments)
-        own_gradients = (choice.estimator, choice.probe) == ("separate", "extra")
-        if run.devices > 1 and own_gradients and not norms and alignment.estimator == "auto":
-            # With several processes the order is another.
-            shadow = alignment.model_copy(update={"estimator": "shadow", "probe": "extra"})
-            choice = choose_estimator(shadow, **arguments)
+        choice = choose_for_policy(
+            policy, alignment, model=run.counted.outline(), groups=groups, batch_size=run.config.batch_sequences,
+            accumulation_steps=math.ceil(run.sequences / run.micro), processes=run.devices,
+            sharded=run.parallel == FSDP2 and run.devices > 1,
+        )  # fmt: skip
     except ConfigError as error:
         return None, str(error)
     return choice, ""

@@ -7,12 +7,16 @@ Cost: one dot product over the parameters per micro-batch (+0.6% of a step measu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from weftlm.errors import ConfigError
+from weftlm.training.config import estimators
+from weftlm.training.estimators.contract import NO_NORMS, SHARDED, BatchProbe, Cost, Estimator, Facts, Probe
 from weftlm.training.estimators.direction import check_direction, dot, high_precision, is_sharded
 
 
@@ -23,7 +27,7 @@ class CumulativeDots:
         for tokens_BT1, coefficients_B in micro_batches:             # each of one group
             with model.no_sync():                                    # under DDP: every one, also the last
                 (coefficients_B * losses(model, tokens_BT1)).sum().backward()
-            dots_B = meter.after(coefficients_B)
+            dots_B = meter.dots(coefficients_B)
         ...average gradients over ranks, then optimizer.step()
 
     Differences of an accumulated sum lose bits to cancellation, so `.grad` must be float32 or wider (4e-7 then; 3% in
@@ -53,7 +57,10 @@ class CumulativeDots:
         self._v = [direction[name] for name in parameters]
         self._before = self._read()
 
-    def after(self, coefficients_B: Tensor) -> Tensor:
+    def begin(self, batch_size: int) -> None:
+        """Nothing: the last reading is the starting point of the next micro-batch."""
+
+    def dots(self, coefficients_B: Tensor) -> Tensor:
         """The mean derivative over the micro-batch whose backward pass has just run.
 
         Args:
@@ -87,3 +94,32 @@ def average_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= torch.distributed.get_world_size()
+
+
+@estimators.register("cumulative")
+class Cumulative(Estimator):
+    """Differences of the accumulating gradient."""
+
+    merits: ClassVar[Mapping[Probe, str]] = {"batch": "micro-batches of one group each make it nearly free"}
+    pure = True
+
+    def obstacle(self, facts: Facts) -> str | None:
+        if facts.needs_norms:
+            return NO_NORMS
+        if facts.sharded:
+            return SHARDED
+        if facts.narrow:
+            return "gradients accumulate in less than float32"
+        if facts.accumulation_steps < facts.groups:
+            return f"{facts.accumulation_steps} micro-batches are fewer than {facts.groups} groups"
+        return None
+
+    def cost(self, facts: Facts, probe: Probe) -> Cost:
+        return Cost(forwards=0.0, parameter_passes=max(facts.accumulation_steps, facts.groups))
+
+    @contextmanager
+    def on_batch(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], direction: Mapping[str, Tensor]
+    ) -> Iterator[BatchProbe]:
+        yield CumulativeDots(parameters, direction)
+        average_gradients(parameters)

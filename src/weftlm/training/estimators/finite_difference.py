@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from weftlm.errors import ConfigError
+from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
+from weftlm.training.config import AlignmentConfig, estimators
+from weftlm.training.estimators.contract import NO_NORMS, Cost, Estimator, Facts, Probe
 from weftlm.training.estimators.direction import (
     check_direction,
     chunks,
@@ -21,6 +26,7 @@ from weftlm.training.estimators.direction import (
     trainable_parameters,
     without_data_parallel,
 )
+from weftlm.training.estimators.groups import group_alignment
 
 
 def finite_difference(
@@ -92,3 +98,39 @@ def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tens
         for name, parameter in parameters.items():
             parameter.copy_(origin[name])
         torch.clear_autocast_cache()
+
+
+@estimators.register("finite_difference")
+class FiniteDifference(Estimator):
+    """A central difference of two forward passes."""
+
+    merits: ClassVar[Mapping[Probe, str]] = {"extra": "needs forward passes only"}
+    exact = False
+
+    def obstacle(self, facts: Facts) -> str | None:
+        if facts.needs_norms:
+            return NO_NORMS
+        return "parameters in less than float32 cannot hold its steps" if facts.narrow else None
+
+    def cost(self, facts: Facts, probe: Probe) -> Cost:
+        return Cost(forwards=2.0, parameter_passes=4.0, bytes_per_parameter=4.0)
+
+    def measure(
+        self,
+        model: nn.Module,
+        losses: SequenceLosses,
+        tokens_BT1: Tensor,
+        groups_B: Tensor,
+        groups: int,
+        direction: Mapping[str, Tensor],
+        config: AlignmentConfig,
+        *,
+        micro_batch: int | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> Alignment:
+        coarse = torch.is_autocast_enabled(tokens_BT1.device.type)
+        epsilon = config.relative_epsilon or (1e-3 if coarse else 3e-4)
+        dots_B = finite_difference(
+            model, losses, tokens_BT1, direction, relative_epsilon=epsilon, micro_batch=micro_batch
+        )
+        return group_alignment(dots_B, groups_B, groups, direction, process_group=process_group)

@@ -7,6 +7,7 @@ group's is in memory at a time, never G of them; of a sharded model each rank ho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from torch.distributed import ProcessGroup
 from weftlm.errors import ConfigError, NumericsError
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
+from weftlm.training.config import AlignmentConfig, estimators
+from weftlm.training.estimators.contract import Cost, Estimator, Facts, Probe
 from weftlm.training.estimators.direction import (
     add,
     check_direction,
+    chunks,
     dot,
     evaluation_mode,
     gradients_by_backward,
@@ -109,3 +113,33 @@ def separate_alignment(
     return Alignment(
         dots_G=dots_G, counts_G=counts_G.to(torch.int64), direction_norm=norm(direction.values()), norms_G=norms_G
     )
+
+
+@estimators.register("separate")
+class Separate(Estimator):
+    """A backward pass per group; works for every model and layout."""
+
+    merits: ClassVar[Mapping[Probe, str]] = {"extra": "exact, with norms"}
+    oracle = True
+
+    def cost(self, facts: Facts, probe: Probe) -> Cost:
+        reductions = facts.groups if facts.processes > 1 and not facts.sharded else 0
+        return Cost(forwards=3.0, parameter_passes=facts.groups, reductions=reductions, bytes_per_parameter=4.0)
+
+    def measure(
+        self,
+        model: nn.Module,
+        losses: SequenceLosses,
+        tokens_BT1: Tensor,
+        groups_B: Tensor,
+        groups: int,
+        direction: Mapping[str, Tensor],
+        config: AlignmentConfig,
+        *,
+        micro_batch: int | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> Alignment:
+        ordered = (
+            (g, piece) for g in groups_B.unique().tolist() for piece in chunks(tokens_BT1[groups_B == g], micro_batch)
+        )
+        return separate_alignment(model, losses, ordered, direction, groups, process_group=process_group)

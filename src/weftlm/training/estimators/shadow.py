@@ -17,18 +17,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, reason
+from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
+from weftlm.training.config import AlignmentConfig, estimators
+from weftlm.training.estimators.contract import NO_NORMS, SHARDED, BatchProbe, Cost, Estimator, Facts, Probe
 from weftlm.training.estimators.direction import (
     check_direction,
     chunks,
@@ -38,6 +42,7 @@ from weftlm.training.estimators.direction import (
     unwrap,
     wide,
 )
+from weftlm.training.estimators.groups import group_alignment
 
 
 class ShadowProbe:
@@ -203,6 +208,45 @@ def shadow_dots(
             found.append(dots_B)
             probe.require_all_called()
     return torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device)
+
+
+@estimators.register("shadow")
+class Shadow(Estimator):
+    """Every sequence's derivative out of one backward pass."""
+
+    merits: ClassVar[Mapping[Probe, str]] = {
+        "batch": "the training step itself gives every sequence's derivative",
+        "extra": "exact, all groups in one pass",
+    }
+
+    def obstacle(self, facts: Facts) -> str | None:
+        if facts.needs_norms:
+            return NO_NORMS
+        return SHARDED if facts.sharded else None
+
+    def cost(self, facts: Facts, probe: Probe) -> Cost:
+        return Cost(forwards=1.0 if probe == "batch" else 3.0)
+
+    def on_batch(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], direction: Mapping[str, Tensor]
+    ) -> AbstractContextManager[BatchProbe]:
+        return ShadowProbe(model, direction)
+
+    def measure(
+        self,
+        model: nn.Module,
+        losses: SequenceLosses,
+        tokens_BT1: Tensor,
+        groups_B: Tensor,
+        groups: int,
+        direction: Mapping[str, Tensor],
+        config: AlignmentConfig,
+        *,
+        micro_batch: int | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> Alignment:
+        dots_B = shadow_dots(model, losses, tokens_BT1, direction, micro_batch=micro_batch)
+        return group_alignment(dots_B, groups_B, groups, direction, process_group=process_group)
 
 
 # -- one kind of tap per way of using parameters ----------------------------------------------------------------------
