@@ -57,7 +57,6 @@ from weftlm.gating.scores import score
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.lora_targets import lora_targets
-from weftlm.pipeline.expert_recipe import make_expert_recipe
 from weftlm.pipeline.planning.calibrate import Calibration
 from weftlm.pipeline.planning.counts import TARGET_SHARE
 from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_value
@@ -318,7 +317,7 @@ class Work:
         """As `expert`, of prompts of T tokens and targets of a quarter of that, their last tokens included."""
         recipe = self.recipe.resolved()
         section = self.t5_section("made-up")
-        config = make_expert_recipe({**{key: recipe[key] for key in ("run", "data")}, "experts": section}).experts
+        config = make_recipe({**{key: recipe[key] for key in ("run", "data")}, "experts": section}).experts
         torch.manual_seed(self.seed)
         model = AutoModelForSeq2SeqLM.from_config(self.t5_config())
         wanted, runtime = SIZES[self.size], choose_runtime(config.training, parameters=count_parameters(model))

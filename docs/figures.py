@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from weftlm.pipeline.project import MONOLITH
+from weftlm.pipeline.recipe import MONOLITH
 from weftlm.reporting.figures import (
     Curve,
     Line,

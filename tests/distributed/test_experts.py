@@ -14,9 +14,9 @@ from support.tiny_expert import llama
 from support.tiny_project import WORDS, command, environment, recipe_value, write_corpora
 
 from weftlm.experts.library import ExpertLibrary
-from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
 from weftlm.pipeline.experts import train_experts
 from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.recipe import Recipe, load_recipe
 
 
 def run(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
@@ -60,7 +60,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         },
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(value))
-    data = prepare(ExpertRecipe.model_validate(value).data, tmp_path / "prepared", progress=False)
+    data = prepare(Recipe.model_validate(value).data, tmp_path / "prepared", progress=False)
     llama(vocab_size=data.tokenizer.vocab_size).save_pretrained(tmp_path / "base")
     data.tokenizer.save(tmp_path / "base")
     return "recipe.yaml"
@@ -71,7 +71,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_many_processes_make_what_one_makes(tmp_path: Path, recipe: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train_experts(load_expert_recipe(recipe), progress=False)
+    train_experts(load_recipe(recipe), progress=False)
     torch.set_num_threads(threads)
     result = json.loads(run(tmp_path, "experts", "train", recipe, "--set", "run=two", "--processes", "2", "--json"))
     assert {facts["status"] for facts in result["experts"].values()} == {"made"}

@@ -31,10 +31,10 @@ from weftlm.fan_out import Task, fan_out
 from weftlm.gating import scores
 from weftlm.gating.scores import ScoreCache
 from weftlm.pipeline import experts
-from weftlm.pipeline.expert_recipe import ExpertRecipe, load_expert_recipe
 from weftlm.pipeline.experts import train_experts
 from weftlm.pipeline.gating import score_experts
 from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.recipe import Recipe, load_recipe
 from weftlm.pipeline.routes import evaluate_routes
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
@@ -105,10 +105,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Iterator[d
             "gating": {"scores": {"length": 8, "sequences": 12, "samples": 6, "batch_size": 4, "shard_sequences": 5}},
         }
         (folder / RECIPE).write_text(json.dumps(value))
-        data = prepare(ExpertRecipe.model_validate(value).data, folder / "prepared", progress=False)
+        data = prepare(Recipe.model_validate(value).data, folder / "prepared", progress=False)
         llama(vocab_size=data.tokenizer.vocab_size).save_pretrained(folder / "base")
         data.tokenizer.save(folder / "base")
-        recipe = load_expert_recipe(RECIPE)
+        recipe = load_recipe(RECIPE)
         yield {
             "recipe": recipe,
             "experts": train_experts(recipe, progress=False),

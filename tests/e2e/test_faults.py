@@ -26,7 +26,7 @@ from weftlm.pipeline.expert_library import list_experts
 from weftlm.pipeline.gating import open_gate, open_scores
 from weftlm.pipeline.models_table import read_evaluation
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.project import load_project
+from weftlm.pipeline.recipe import load_recipe
 from weftlm.pipeline.report import gate_facts
 from weftlm.pipeline.route_stage import read_routing
 from weftlm.pipeline.runner import project_status
@@ -85,8 +85,8 @@ READ: Sequence[tuple[str, Callable[[str], Any]]] = [
     (f"{RUN}/gate/f", lambda _: open_gate(_recipe(), open_scores(_recipe()))),
     (f"{RUN}/gate/c", lambda _: gate_facts(Path(RUN))),
     (f"{RUN}/checkpoints/", lambda name: load_checkpoint(Path(name).parent)),
-    (f"{RUN}/stages/", lambda _: [(each.state, each.why) for each in project_status(load_project(RECIPE))]),
-    (f"{RUN}/evaluation.json", lambda _: read_evaluation(load_project(RECIPE))),
+    (f"{RUN}/stages/", lambda _: [(each.state, each.why) for each in project_status(load_recipe(RECIPE))]),
+    (f"{RUN}/evaluation.json", lambda _: read_evaluation(load_recipe(RECIPE))),
     (f"{RUN}/routing.json", lambda _: read_routing(_recipe())),
     (f"{RUN}/run.json", lambda _: require_same_data(Path(RUN), PreparedData.load(f"{RUN}/prepared"))),
     (f"{RUN}/result.json", lambda _: [read_result(Path(RUN)), _page(Path(RUN))]),
@@ -99,7 +99,7 @@ UNREAD = ("report.html", "summary.json", "recipe.yaml", ".jsonl", "README.md", "
 
 
 def _recipe() -> Any:
-    return load_project(RECIPE).pool_recipe
+    return load_recipe(RECIPE)
 
 
 def _prepared(data: PreparedData) -> Any:

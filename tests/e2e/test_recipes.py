@@ -18,10 +18,10 @@ from support.tiny_project import WORDS, sentence
 
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
-from weftlm.pipeline.checks import check_project
+from weftlm.pipeline.checks import check_recipe
 from weftlm.pipeline.planning.estimate import plan_value
 from weftlm.pipeline.planning.hardware import parse_hardware
-from weftlm.pipeline.project import load_project, make_project
+from weftlm.pipeline.recipe import load_recipe, make_recipe
 from weftlm.pipeline.runner import plan_stages, run_project
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -43,8 +43,8 @@ DATASETS = ["mrpc", "sciq"]
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_planned(path: Path) -> None:
-    project = load_project(path)
-    check_project(project, here=False)
+    project = load_recipe(path)
+    check_recipe(project, here=False)
     planned = plan_stages(project)
     assert {act for _, act in planned} == {"run"}
     assert planned[0][0].stage.name == "prepare"
@@ -54,7 +54,7 @@ def test_a_recipe_can_be_planned(path: Path) -> None:
 def test_a_dry_run_names_the_text_that_is_not_there(call: Call) -> None:
     path = next(each for each in RECIPES if each.stem == "own_text")
     call("run", path, "--dry-run", code=1)
-    data = load_project(path).data
+    data = load_recipe(path).data
     assert call.err.count("matches no file") == len(data.corpora) + len(data.target)
 
 
@@ -162,10 +162,10 @@ class StandIns:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
     value = {**StandIns(tmp_path).replace(yaml.safe_load(path.read_text())), "run": str(tmp_path / "run")}
-    project = make_project(value)
+    project = make_recipe(value)
     planned = plan_value(value, parse_hardware("8xH100"))
     stages = {stage.name for stage in planned.stages}
-    assert ("training" in stages) == (project.whole is not None)
+    assert ("training" in stages) == project.trains
     assert ("experts" in stages) == project.makes_experts
     assert ("gated serving" in stages) == ("gating" in value)
     assert planned.seconds > 0
@@ -178,7 +178,7 @@ def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_pool_of_the_paper_has_its_36_experts_and_11_tasks_nobody_was_trained_on() -> None:
-    recipe = load_project(RECIPES[0].parent / "phatgoose_t0.yaml").parts
+    recipe = load_recipe(RECIPES[0].parent / "phatgoose_t0.yaml")
     assert recipe is not None
     assert recipe.experts.domains is not None
     assert len(set(recipe.experts.domains)) == 36

@@ -30,7 +30,6 @@ from support.command_line import Call
 
 from weftlm.cli.main import main
 from weftlm.integrations import lm_eval
-from weftlm.pipeline.project import make_project
 from weftlm.pipeline.recipe import make_recipe
 from weftlm.serving.server import Server
 
@@ -129,7 +128,7 @@ def check_part(text: str) -> None:
     """Whether YAML is a recipe, or a part of one."""
     part = yaml.safe_load(text)
     if "run" in part:
-        make_project(part)
+        make_recipe(part)
         return
     whole = {"run": "runs/x", "data": {"corpora": [{"builtin": "all"}]}, "model": {"architecture": "llama"}}
     make_recipe({**whole, "mixture": {"policy": "uniform"}, "training": {"steps": 1}, **part})

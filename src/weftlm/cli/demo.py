@@ -24,17 +24,16 @@ def run(
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
     summary.json, the model, its rivals, experts, routed models, gate and students. Finished stages are reused.
     """
-    from weftlm.pipeline.demo import demo_project, run_demo
+    from weftlm.pipeline.demo import demo_recipe, run_demo
     from weftlm.pipeline.quick import quick as cut_down
 
-    project = demo_project(set_ or [])
+    recipe = demo_recipe(set_ or [])
     if quick:
-        project = cut_down(project)
+        recipe = cut_down(recipe)
     if dry_run:
-        assert project.whole is not None
-        show_plan(project.whole, json)
+        show_plan(recipe, json)
         return
-    summary = run_demo(project)
+    summary = run_demo(recipe)
     if json:
         print_json(summary)
         return
@@ -55,8 +54,7 @@ def run(
         ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
         rows,
     )
-    assert project.whole is not None
-    under = project.pool_recipe.experts.rival or project.whole.mixture.policy
+    under = recipe.expert_settings.rival or recipe.trained[1].policy
     print_table(
         f"bits per byte of {len(routing['experts'])} experts over the model of the mixture {under}, by router"
         f"{windows(routing.get('sequence_length'))}",
@@ -78,4 +76,4 @@ def run(
         ],
     )
     say(f"capacity between the experts: {number(robust['capacity_bound'])}; Z of the gate: {number(robust['z'])}")
-    say(f"report: {project.run / 'report.html'}")
+    say(f"report: {recipe.run / 'report.html'}")

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def show_plan(recipe: Recipe, json: bool) -> None:
-    """Print every key with its value, then parameters, tokens and steps.
+    """Print every key with its value, then what training, or making the experts, takes.
 
     Raises:
         ConfigError: the recipe contradicts itself in a way that can be seen without reading anything.
     """
-    from weftlm.pipeline.recipe_plan import plan
+    from weftlm.pipeline.recipe_plan import expert_plan, training_plan
 
-    show(recipe.resolved(), recipe.to_yaml(), plan(recipe), json)
+    show(recipe.resolved(), recipe.to_yaml(), training_plan(recipe) if recipe.trains else expert_plan(recipe), json)
 
 
 def show(resolved: Mapping[str, Any], text: str, described: Mapping[str, Any], json: bool) -> None:

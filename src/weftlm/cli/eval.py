@@ -24,9 +24,10 @@ def run(
 
     Gives nats per token, perplexity and bits per byte, each with its standard error over windows of text.
     """
-    from weftlm.pipeline.recipe import load_recipe
+    from weftlm.pipeline.recipe import load_recipe, require_training
 
     resolved = load_recipe(recipe, set_ or [])
+    require_training(resolved)
     config = resolved.evaluation
     if max_tokens is not None:
         config = config.model_copy(update={"max_tokens_per_set": max_tokens or None})

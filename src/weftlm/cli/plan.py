@@ -39,10 +39,10 @@ def run(
     Nothing is trained or downloaded. For known accelerators figures follow from their data sheets; on the CPU single
     operations are timed on the spot. What was assumed is printed below the table.
     """
-    from weftlm.pipeline.checks import load_checked_project
+    from weftlm.pipeline.checks import load_checked
     from weftlm.pipeline.planning.hardware import parse_hardware
 
-    machine, project = parse_hardware(hardware), load_checked_project(recipe, set_ or [], here=False)
+    machine, project = parse_hardware(hardware), load_checked(recipe, set_ or [], here=False)
     from weftlm.pipeline.planning.estimate import Assumed, plan_project
 
     assumed = Assumed(domains, experts, data_tokens, requests, prompt, new_tokens)

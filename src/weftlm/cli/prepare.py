@@ -23,9 +23,9 @@ def run(
 
     What is prepared already and unchanged is reused. Everything that was skipped or dropped is counted and shown.
     """
-    from weftlm.pipeline.checks import load_checked_recipe
+    from weftlm.pipeline.checks import load_checked
 
-    resolved = load_checked_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], ask=not dry_run)
     if dry_run:
         show_plan(resolved, json)
         return

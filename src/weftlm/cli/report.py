@@ -37,13 +37,13 @@ def run(
     The page needs no network: summary, mixture over time, alignments, loss curves, epochs and the resolved recipes.
     Unfinished runs are shown as far as they are.
     """
-    from weftlm.pipeline.project import load_project, open_project, project_recipe, refuse_project_page
+    from weftlm.pipeline.recipe import kept_recipe, load_recipe, open_run, refuse_project_page
 
-    folders = [load_project(run, set_ or []).run if run.suffix in (".yaml", ".yml") else run for run in runs]
+    folders = [load_recipe(run, set_ or []).run if run.suffix in (".yaml", ".yml") else run for run in runs]
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no run folder; weftlm train makes one")
-    alone = len(folders) == 1 and project_recipe(folders[0]).exists()
+    alone = len(folders) == 1 and kept_recipe(folders[0]).exists()
     whole = alone and (folders[0] / EVALUATION).exists()
     page = folders[0] / (REPORT if whole or (len(folders) == 1 and not alone) else TRAINING if alone else COMPARED)
     path = page if output is None else output
@@ -56,7 +56,7 @@ def run(
     if whole:
         from weftlm.pipeline.project_report import renew_report
 
-        renew_report(open_project(folders[0]), None if renewed else path, title)
+        renew_report(open_run(folders[0]), None if renewed else path, title)
     else:
         from weftlm.pipeline.report import report_runs
 

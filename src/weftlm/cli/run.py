@@ -25,7 +25,7 @@ from weftlm.cli.status import show_status
 from weftlm.pipeline.names import REPORT
 
 if TYPE_CHECKING:
-    from weftlm.pipeline.project import Project
+    from weftlm.pipeline.recipe import Recipe
 
 
 def run(
@@ -62,15 +62,15 @@ def run(
     mixture and training train a base; experts make experts over it; routing compares routers; gating fits a robust gate
     and distils it; compare trains rivals. A costly stage whose settings changed is replaced only with --from.
     """
-    from weftlm.pipeline.checks import check_project
-    from weftlm.pipeline.project import load_project
+    from weftlm.pipeline.checks import check_recipe
     from weftlm.pipeline.quick import quick as cut_down
+    from weftlm.pipeline.recipe import load_recipe
     from weftlm.pipeline.runner import run_project
 
-    project = load_project(recipe, set_ or [])
+    project = load_recipe(recipe, set_ or [])
     if quick:
         project = cut_down(project)
-    check_project(project, ask=not dry_run)
+    check_recipe(project, ask=not dry_run)
     if dry_run:
         _show_plan(project, from_, until, json)
         return
@@ -83,7 +83,7 @@ def run(
             show_models(project)
 
 
-def show_models(project: Project) -> None:
+def show_models(project: Recipe) -> None:
     """Print every model of a finished project, the best marked, and what to do next."""
     from weftlm.pipeline.models_table import read_evaluation
 
@@ -112,7 +112,7 @@ def _target(facts: dict[str, Any]) -> float | None:
     return found
 
 
-def _show_plan(project: Project, from_: str | None, until: str | None, json: bool) -> None:
+def _show_plan(project: Recipe, from_: str | None, until: str | None, json: bool) -> None:
     from weftlm.pipeline.runner import plan_stages
 
     planned = plan_stages(project, from_stage=from_, until=until)

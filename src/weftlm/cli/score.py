@@ -41,11 +41,12 @@ def run(
     The scores go to `scores` in the run folder; gates are fitted on them without running an expert again. Run again
     after an interruption, the command continues. Under torchrun the ranks share the work.
     """
-    from weftlm.pipeline.checks import load_checked_expert_recipe
-    from weftlm.pipeline.expert_recipe import gate_plan
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_experts
+    from weftlm.pipeline.recipe_plan import gate_plan
 
     check_gpus(ray, gpus)
-    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_experts, ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return

@@ -12,7 +12,7 @@ from weftlm.cli.folders import takes
 from weftlm.cli.options import JsonOption, number, print_json, print_table
 
 if TYPE_CHECKING:
-    from weftlm.pipeline.project import Project
+    from weftlm.pipeline.recipe import Recipe
     from weftlm.pipeline.runner import StageStatus
 
 
@@ -28,14 +28,14 @@ def run(
     The recipe is the one weftlm run last carried out there; texts and settings are compared with what the results were
     made of.
     """
-    from weftlm.pipeline.project import open_project
+    from weftlm.pipeline.recipe import open_run
     from weftlm.pipeline.runner import project_status
 
-    project = open_project(folder)
+    project = open_run(folder)
     show_status(project, project_status(project), json)
 
 
-def show_status(project: Project, found: Sequence[StageStatus], json: bool) -> None:
+def show_status(project: Recipe, found: Sequence[StageStatus], json: bool) -> None:
     """Print where every stage stands."""
     if json:
         print_json({"run": str(project.run), "stages": [status.to_json() for status in found]})

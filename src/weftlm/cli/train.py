@@ -14,9 +14,10 @@ def run(
     Prepares the corpora where that is not done yet. Run again after an interruption, it continues from the last
     checkpoint; run again after the end, it prints the result.
     """
-    from weftlm.pipeline.checks import load_checked_recipe
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_training
 
-    resolved = load_checked_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_training, ask=not dry_run)
     if dry_run:
         show_plan(resolved, json)
         return

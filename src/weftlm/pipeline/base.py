@@ -16,8 +16,8 @@ from weftlm.experts.expert import BaseReference
 from weftlm.models.factory import check_positions
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.open import check_vocabulary, load_base
-from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.train import require_same_data
 from weftlm.routing.calls import is_encoder_decoder
 
@@ -32,7 +32,7 @@ class Base:
     reference: BaseReference
 
 
-def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
+def open_base(recipe: Recipe, data: PreparedData) -> Base:
     """Load the base of a recipe's experts and check that the prepared data is its own.
 
     Raises:
@@ -41,14 +41,14 @@ def open_base(recipe: ExpertRecipe, data: PreparedData) -> Base:
         DataError: the data was tokenised with another tokenizer, or the run's own model was trained on other data.
     """
     transformers_logging.disable_progress_bar()
-    name, revision = recipe.base, recipe.experts.revision
-    if recipe.experts.base is None:
+    name, revision = recipe.base, recipe.expert_settings.revision
+    if recipe.expert_settings.base is None:
         if not Path(name).is_dir():
-            how = "weftlm train" if recipe.experts.rival is None else "weftlm run --until rivals"
+            how = "weftlm train" if recipe.expert_settings.rival is None else "weftlm run --until rivals"
             raise ConfigError(f"{recipe.base_run} has no trained model yet; finish it with {how}, or set experts.base")
         require_same_data(recipe.base_run, data)
     check_base_kind(name)
-    model = load_base(name, revision=revision, dtype=recipe.experts.dtype)
+    model = load_base(name, revision=revision, dtype=recipe.expert_settings.dtype)
     if is_encoder_decoder(model):
         _check_examples(recipe, data, name)
     _check_tokenizer(model, data.tokenizer, name, revision)
@@ -69,18 +69,18 @@ def check_base_kind(name: str) -> None:
         )
 
 
-def check_lengths(recipe: ExpertRecipe, config: PretrainedConfig) -> None:
+def check_lengths(recipe: Recipe, config: PretrainedConfig) -> None:
     """Refuse experts or gates of longer sequences than the base takes.
 
     Raises:
         ConfigError: they are.
     """
-    experts = recipe.experts
+    experts = recipe.expert_settings
     check_positions(config, experts.training.sequence_length, "experts.training.sequence_length", "the base")
     check_positions(config, experts.gate.sequence_length or 0, "experts.gate.sequence_length", "the base")
 
 
-def _check_examples(recipe: ExpertRecipe, data: PreparedData, name: str) -> None:
+def _check_examples(recipe: Recipe, data: PreparedData, name: str) -> None:
     """An encoder-decoder reads prompts and writes targets: it is trained and judged on examples alone."""
     sources = [(domain.name, each) for domain in data.domains for each in (domain.train, domain.heldout)]
     sources += [("the target", each) for each in (data.target_train, data.target_heldout)]
@@ -90,7 +90,7 @@ def _check_examples(recipe: ExpertRecipe, data: PreparedData, name: str) -> None
             f"the base {name} is an encoder-decoder model, which learns from prompts and targets, and documents of "
             f"{', '.join(plain[:5])} have none; give their corpora a prompt_field, the held-out ones too"
         )
-    if recipe.experts.examples is False:
+    if recipe.expert_settings.examples is False:
         raise ConfigError(
             f"the base {name} is an encoder-decoder model, which learns from examples; leave out "
             f"experts.examples: false"

@@ -13,17 +13,17 @@ import yaml
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
 from weftlm.pipeline.names import SUMMARY
-from weftlm.pipeline.project import Project, make_project
+from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.runner import run_project
 
 
-def demo_project(overrides: Sequence[str] = ()) -> Project:
+def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
     """The project the demonstration carries out, `demo.yaml` beside this file."""
     text = resources.files("weftlm.pipeline").joinpath("demo.yaml").read_text(encoding="utf-8")
-    return make_project(apply_overrides(yaml.safe_load(text), overrides))
+    return make_recipe(apply_overrides(yaml.safe_load(text), overrides))
 
 
-def run_demo(project: Project) -> dict[str, Any]:
+def run_demo(recipe: Recipe) -> dict[str, Any]:
     """Carry the demonstration out; what is finished is reused.
 
     Returns:
@@ -32,12 +32,11 @@ def run_demo(project: Project) -> dict[str, Any]:
         ConfigError: a section was overridden away.
         WeftError: as `run_project`.
     """
-    parts = project.parts
-    if project.whole is None or parts is None or parts.routing is None or parts.gating is None:
+    if not recipe.trains or not recipe.makes_experts or recipe.routing is None or recipe.gating is None:
         raise ConfigError(
             "the demonstration shows a mixture, experts, routers and a gate; keep the sections experts, routing and "
             "gating, or write a recipe of your own for weftlm run"
         )
-    run_project(project, processes=min(2, os.cpu_count() or 1))
-    summary: dict[str, Any] = json.loads((project.run / SUMMARY).read_text(encoding="utf-8"))
+    run_project(recipe, processes=min(2, os.cpu_count() or 1))
+    summary: dict[str, Any] = json.loads((recipe.run / SUMMARY).read_text(encoding="utf-8"))
     return summary

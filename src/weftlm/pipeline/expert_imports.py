@@ -7,12 +7,12 @@ from typing import Any
 from weftlm.errors import ExpertError
 from weftlm.experts.library import MANIFEST, ExpertLibrary
 from weftlm.pipeline.expert_library import import_experts
-from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.experts import gate_expert
 from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.recipe import Recipe
 
 
-def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progress: bool = True) -> dict[str, Any]:
+def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bool = True) -> dict[str, Any]:
     """Bring the adapters of `experts.imports` into the library; those that are there already are kept.
 
     Args:
@@ -26,7 +26,7 @@ def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progre
         ConfigError, DataError: as `import_experts` and `gate_expert`.
     """
     folder = recipe.library_folder
-    for each in recipe.experts.imports:
+    for each in recipe.expert_settings.imports:
         known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
         if known is not None and each.title in known:
             source = known.card(each.title).get("source")
@@ -39,14 +39,16 @@ def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progre
                 continue
         import_experts(
             folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
-            base_revision=recipe.experts.revision, assume_base=each.assume_base, replace_known=replace,
+            base_revision=recipe.expert_settings.revision, assume_base=each.assume_base, replace_known=replace,
         )  # fmt: skip
-    wanted = {each.title: each.domain for each in recipe.experts.imports if each.domain is not None}
+    wanted = {each.title: each.domain for each in recipe.expert_settings.imports if each.domain is not None}
     if wanted:
         prepare(recipe.data, recipe.prepared_folder, progress=progress)
     library = ExpertLibrary.open(folder)
     for name, domain in wanted.items():
-        if not library.has_gate(name) or (recipe.experts.statistics_examples and not library.has_statistics(name)):
+        if not library.has_gate(name) or (
+            recipe.expert_settings.statistics_examples and not library.has_statistics(name)
+        ):
             gate_expert(recipe, name, domain=domain, progress=progress)
     return {
         each.title: {
@@ -54,5 +56,5 @@ def import_recipe_experts(recipe: ExpertRecipe, *, replace: bool = False, progre
             "gate": library.has_gate(each.title),
             "statistics": library.has_statistics(each.title),
         }
-        for each in recipe.experts.imports
+        for each in recipe.expert_settings.imports
     }

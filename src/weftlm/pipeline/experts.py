@@ -44,9 +44,9 @@ from weftlm.models.device import choose_device
 from weftlm.models.factory import config_to_be, count_parameters
 from weftlm.models.lora_targets import check_targets, config_at_hand
 from weftlm.pipeline.base import Base, open_base
-from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage_records import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.progress import write_line
@@ -76,14 +76,14 @@ class Workshop:
         domains: the domain of each expert, by the expert's name.
     """
 
-    recipe: ExpertRecipe
+    recipe: Recipe
     data: PreparedData
     base: Base
     library: ExpertLibrary
     domains: Mapping[str, Domain]
 
 
-def open_workshop(recipe: ExpertRecipe, *, progress: bool = True) -> Workshop:
+def open_workshop(recipe: Recipe, *, progress: bool = True) -> Workshop:
     """Prepare the data or reuse it, load the base, and open the library or start it.
 
     Raises:
@@ -93,13 +93,13 @@ def open_workshop(recipe: ExpertRecipe, *, progress: bool = True) -> Workshop:
     return _workshop(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
 
 
-def _workshop(recipe: ExpertRecipe, data: PreparedData) -> Workshop:
-    domains = expert_domains(data.domains, recipe.experts.domains)
+def _workshop(recipe: Recipe, data: PreparedData) -> Workshop:
+    domains = expert_domains(data.domains, recipe.expert_settings.domains)
     base = open_base(recipe, data)
     return Workshop(recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains)
 
 
-def check_experts(recipe: ExpertRecipe, model: ModelConfig | None = None) -> None:
+def check_experts(recipe: Recipe, model: ModelConfig | None = None) -> None:
     """Refuse, before anything is read or trained, adapters that no library would take.
 
     The base's modules are known from its configuration, where that is on this machine.
@@ -110,13 +110,13 @@ def check_experts(recipe: ExpertRecipe, model: ModelConfig | None = None) -> Non
     Raises:
         ConfigError: `experts.lora.target_modules` names what no expert can hold, or what the base does not have.
     """
-    if not recipe.experts.trains:
+    if not recipe.expert_settings.trains:
         return
-    config = config_at_hand(recipe.base, recipe.experts.revision)
-    if config is None and recipe.experts.base is None and model is not None:
-        config = config_to_be(model, sequence_length=recipe.experts.training.sequence_length)
+    config = config_at_hand(recipe.base, recipe.expert_settings.revision)
+    if config is None and recipe.expert_settings.base is None and model is not None:
+        config = config_to_be(model, sequence_length=recipe.expert_settings.training.sequence_length)
     if config is not None:
-        check_targets(config, recipe.experts.lora.target_modules, "experts.lora")
+        check_targets(config, recipe.expert_settings.lora.target_modules, "experts.lora")
 
 
 def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = None) -> dict[str, Domain]:
@@ -148,7 +148,7 @@ def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = Non
 
 
 def train_experts(
-    recipe: ExpertRecipe,
+    recipe: Recipe,
     *,
     only: Sequence[str] | None = None,
     replace: bool = False,
@@ -192,7 +192,7 @@ def train_experts(
 
 
 def _train_experts(
-    recipe: ExpertRecipe,
+    recipe: Recipe,
     group: PartialState | None,
     only: Sequence[str] | None,
     replace: bool,
@@ -252,7 +252,7 @@ def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: fl
             shop.base.model,
             shop.base.reference,
             domain.train,
-            recipe.experts.expert_training,
+            recipe.expert_settings.expert_training,
             name=name,
             folder=work,
             seed=recipe.seed,
@@ -264,7 +264,7 @@ def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: fl
     return "made"
 
 
-def gate_expert(recipe: ExpertRecipe, name: str, *, domain: str | None = None, progress: bool = True) -> dict[str, Any]:
+def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one expert's gate again and collect its statistics again, on its own domain alone.
 
     Works on an expert of any origin, and knows nothing of the others.
@@ -291,7 +291,7 @@ def _gate_expert(shop: Workshop, name: str, domain: str | None, progress: bool) 
     expert = shop.library.load(name)
     check_fits(expert.lora, shop.base.model, fingerprint=shop.base.reference.fingerprint)
     found = _domain_of(shop, expert, domain)
-    config = recipe.experts.expert_training
+    config = recipe.expert_settings.expert_training
     source = training_source(found.train, found.name, config.examples)
     embed = embedder_named(config.embedder, shop.data.tokenizer.decode) if config.statistics_examples else None
     choices = [config.gate.model_dump(mode="json"), training_choices(config.training)]
@@ -329,7 +329,7 @@ def _gate_expert(shop: Workshop, name: str, domain: str | None, progress: bool) 
     return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
 
 
-def remove_unwanted(recipe: ExpertRecipe) -> list[str]:
+def remove_unwanted(recipe: Recipe) -> list[str]:
     """Take experts out of a recipe's library that were trained for domains it no longer makes experts of.
 
     Experts made elsewhere stay.
@@ -338,9 +338,9 @@ def remove_unwanted(recipe: ExpertRecipe) -> list[str]:
         Their names.
     """
     domains = PreparedData.load(recipe.prepared_folder).domains
-    wanted = {each.title for each in recipe.experts.imports}
-    if recipe.experts.trains:
-        wanted |= set(expert_domains(domains, recipe.experts.domains))
+    wanted = {each.title for each in recipe.expert_settings.imports}
+    if recipe.expert_settings.trains:
+        wanted |= set(expert_domains(domains, recipe.expert_settings.domains))
     library = ExpertLibrary.open(recipe.library_folder)
     found = [name for name in library.names if name not in wanted and "settings" in library.card(name)]
     for name in found:
@@ -366,9 +366,9 @@ def _chosen(shop: Workshop, only: Sequence[str] | None) -> list[str]:
 
 def _check_lengths(shop: Workshop, names: Sequence[str]) -> None:
     """Refuse domains too small for one sequence before anything is trained."""
-    length = shop.recipe.experts.training.sequence_length
-    length = max(length, shop.recipe.experts.gate.sequence_length or 0)
-    asked = shop.recipe.experts.examples
+    length = shop.recipe.expert_settings.training.sequence_length
+    length = max(length, shop.recipe.expert_settings.gate.sequence_length or 0)
+    asked = shop.recipe.expert_settings.examples
     sources = {name: training_source(shop.domains[name].train, name, asked) for name in names}
     short = [name for name, source in sources.items() if examples_of(source) is None and len(source) <= length]
     if short:
@@ -388,7 +388,7 @@ def _wanted(shop: Workshop, name: str) -> dict[str, Any]:
         "data": domain.train.fingerprint,
         "heldout": None if domain.heldout is None else domain.heldout.fingerprint,
         "seed": shop.recipe.seed,
-        "settings": _choices(shop.recipe.experts.expert_training),
+        "settings": _choices(shop.recipe.expert_settings.expert_training),
     }
 
 
@@ -515,13 +515,13 @@ def _claim(work: Path, name: str, wanted: Mapping[str, Any], *, replace: bool) -
         write_object(path, {"expert": name, "identity": identity, "wanted": wanted})
 
 
-def process_group(recipe: ExpertRecipe) -> PartialState | None:
+def process_group(recipe: Recipe) -> PartialState | None:
     """The process group torchrun started this process in; None for a process on its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     return PartialState(
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
-        cpu=choose_device(recipe.experts.training.device).type == "cpu",
+        cpu=choose_device(recipe.expert_settings.training.device).type == "cpu",
     )
 
 
@@ -536,27 +536,25 @@ def _make_with_ray(shop: Workshop, names: Sequence[str], *, replace: bool, gpus:
         lambda task, status: None,
         shared=shared_folders(recipe),
         gpus=gpus,
-        cpus=recipe.experts.training.threads or 1,
+        cpus=recipe.expert_settings.training.threads or 1,
         description="train",
         unit="experts",
         show=progress,
     )
 
 
-def shared_folders(recipe: ExpertRecipe) -> list[Path]:
+def shared_folders(recipe: Recipe) -> list[Path]:
     """Those folders of a recipe of experts that are there, and that all machines which work on it must see."""
     folders = (recipe.run, recipe.prepared_folder, recipe.library_folder, Path(recipe.base))
     return [folder for folder in folders if folder.is_dir()]
 
 
-def _make_far(key: str, recipe: ExpertRecipe, name: str, replace: bool) -> Status:
+def _make_far(key: str, recipe: Recipe, name: str, replace: bool) -> Status:
     shop = keep(key, lambda: _workshop(recipe, PreparedData.load(recipe.prepared_folder)))
     return make_one(shop, name, replace=replace, patience_s=_PATIENCE_S)
 
 
-def _make_in_processes(
-    recipe: ExpertRecipe, names: Sequence[str], workers: int, *, replace: bool, first_slot: int
-) -> None:
+def _make_in_processes(recipe: Recipe, names: Sequence[str], workers: int, *, replace: bool, first_slot: int) -> None:
     """Deal experts out to spawned processes.
 
     The training loop joins whatever process group the environment tells of, and shares its batches among the ranks; a
@@ -587,7 +585,7 @@ def _make_in_processes(
 
 def _make_some(resolved: Mapping[str, Any], names: Sequence[str], replace: bool, slot: int) -> None:
     """A worker's share."""
-    recipe = ExpertRecipe.model_validate(resolved)
+    recipe = Recipe.model_validate(resolved)
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
     with interrupt.handled():

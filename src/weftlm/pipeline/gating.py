@@ -35,12 +35,12 @@ from weftlm.gating.gate import Gate, load_gate, save_gate
 from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
 from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
 from weftlm.pipeline.base import open_base
-from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
 from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.report import write_gate_page
 from weftlm.pipeline.stage_records import alone
 from weftlm.progress import Pace, weights_text, write_line
@@ -56,7 +56,7 @@ _FILES = "files"
 
 
 def score_experts(
-    recipe: ExpertRecipe,
+    recipe: Recipe,
     *,
     overwrite: bool = False,
     ray: bool = False,
@@ -79,7 +79,7 @@ def score_experts(
         ConfigError: no text is held out, settings do not fit the experts, or Ray is asked for and not installed.
         DataError, ExpertError, NumericsError, CheckpointError: as `prepare`, `open_base`, `ExpertPool` and `score`.
     """
-    config = gating_config(recipe)
+    config = recipe.gating_settings
     group = process_group(recipe)
     first = group is None or bool(group.is_main_process)
     with alone(recipe.run) if first else nullcontext():
@@ -87,7 +87,7 @@ def score_experts(
 
 
 def _score_experts(
-    recipe: ExpertRecipe,
+    recipe: Recipe,
     config: GatingConfig,
     group: PartialState | None,
     overwrite: bool,
@@ -107,21 +107,21 @@ def _score_experts(
             recipe.scores_folder,
             config.scores,
             eos_id=data.tokenizer.eos_id,
-            dtype=recipe.experts.dtype,
+            dtype=recipe.expert_settings.dtype,
             gpus=gpus,
-            cpus=recipe.experts.training.threads or 1,
+            cpus=recipe.expert_settings.training.threads or 1,
             overwrite=overwrite,
             show=progress,
         )
         return score_summary(cache)
-    device = choose_runtime(recipe.experts.training, parameters=0).device if group is None else group.device
+    device = choose_runtime(recipe.expert_settings.training, parameters=0).device if group is None else group.device
     if config.pool is None:
         base = open_base(recipe, data)
         library = ExpertLibrary.open(recipe.library_folder)
         names = library.names if config.experts is None else config.experts  # a broken one is missed and not left out
         pool = ExpertPool.from_library(library, base.model, experts=names, device=device)
     else:
-        pool = ExpertPool.load(config.pool, dtype=recipe.experts.dtype, device=device)
+        pool = ExpertPool.load(config.pool, dtype=recipe.expert_settings.dtype, device=device)
         check_tokenizer(pool, data.tokenizer)
     cache = score(
         pool,
@@ -135,13 +135,13 @@ def _score_experts(
     return score_summary(cache)
 
 
-def pool_sources(recipe: ExpertRecipe) -> list[ExpertSource]:
+def pool_sources(recipe: Recipe) -> list[ExpertSource]:
     """Where the experts of a recipe's gate can be loaded from, by any process that sees the same folders.
 
     Raises:
         ExpertError: there is no library.
     """
-    config = gating_config(recipe)
+    config = recipe.gating_settings
     if config.pool is not None:
         return list(config.pool)
     library = ExpertLibrary.open(recipe.library_folder)
@@ -222,7 +222,7 @@ def score_summary(cache: ScoreCache) -> dict[str, Any]:
 # -- fitting ------------------------------------------------------------------------------------------------------
 
 
-def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
+def fit_gate(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Fit the gate that is best against the worst mixture of the scored domains; no expert is run.
 
     A fit that is there already, of the same scores and settings, is kept; an interrupted one goes on from its last
@@ -243,9 +243,9 @@ def fit_gate(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
         return _fit_gate(recipe, progress=progress)
 
 
-def _fit_gate(recipe: ExpertRecipe, *, progress: bool) -> dict[str, Any]:
+def _fit_gate(recipe: Recipe, *, progress: bool) -> dict[str, Any]:
     """`fit_gate` in a run folder that is held."""
-    config = gating_config(recipe)
+    config = recipe.gating_settings
     scores = open_scores(recipe)
     folder, identity = recipe.gate_folder, fit_identity(scores.cache, config, recipe.seed)
     found = _kept_fit(folder, identity)
@@ -335,7 +335,7 @@ class OpenScores:
         return tuple(self.cache.domains)
 
 
-def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScores:
+def open_scores(recipe: Recipe, *, causal: bool | None = None) -> OpenScores:
     """Open a run's scores and put together what the recipe asks of a gate over them.
 
     Args:
@@ -346,7 +346,7 @@ def open_scores(recipe: ExpertRecipe, *, causal: bool | None = None) -> OpenScor
             offsets need one, or a domain that is named and was not scored.
         DataError: nothing is scored yet, or with other settings than the recipe's.
     """
-    config = gating_config(recipe)
+    config = recipe.gating_settings
     cache = ScoreCache.open(recipe.scores_folder)
     asked = config.scores.model_dump(mode="json")
     changed = changed_keys(cache.config.model_dump(mode="json"), asked, "gating.scores")
@@ -509,7 +509,7 @@ def read_facts(path: Path) -> dict[str, Any] | None:
 # -- certifying ---------------------------------------------------------------------------------------------------
 
 
-def certify_gate(recipe: ExpertRecipe) -> Certificate:
+def certify_gate(recipe: Recipe) -> Certificate:
     """Measure the fitted gate on the sequences that were held out, and write its certificate and its page.
 
     Raises:
@@ -521,9 +521,9 @@ def certify_gate(recipe: ExpertRecipe) -> Certificate:
         return _certify_gate(recipe)
 
 
-def _certify_gate(recipe: ExpertRecipe) -> Certificate:
+def _certify_gate(recipe: Recipe) -> Certificate:
     """`certify_gate` in a run folder that is held."""
-    config = gating_config(recipe)
+    config = recipe.gating_settings
     scores = open_scores(recipe)
     folder = recipe.gate_folder
     gate, facts = open_gate(recipe, scores)
@@ -542,7 +542,7 @@ def _certify_gate(recipe: ExpertRecipe) -> Certificate:
     return found
 
 
-def open_gate(recipe: ExpertRecipe, scores: OpenScores) -> tuple[Gate, dict[str, Any]]:
+def open_gate(recipe: Recipe, scores: OpenScores) -> tuple[Gate, dict[str, Any]]:
     """The fitted gate and its facts (`fit_facts`).
 
     Raises:
@@ -553,8 +553,8 @@ def open_gate(recipe: ExpertRecipe, scores: OpenScores) -> tuple[Gate, dict[str,
     facts = read_facts(folder / FIT)
     if facts is None:
         raise DataError(f"{folder} holds no fitted gate; fit one first (weftlm gate fit)")
-    if facts.get("identity") != fit_identity(scores.cache, gating_config(recipe), recipe.seed):
-        known, wanted = facts.get("settings"), _fit_settings(gating_config(recipe), recipe.seed)
+    if facts.get("identity") != fit_identity(scores.cache, recipe.gating_settings, recipe.seed):
+        known, wanted = facts.get("settings"), _fit_settings(recipe.gating_settings, recipe.seed)
         changed = differences(known, wanted, "gating") if known else ""
         why = f"other settings ({changed})" if changed else "other scores" if known else "other scores or settings"
         raise DataError(f"the gate in {folder} is of {why}; fit it again (weftlm gate fit)")

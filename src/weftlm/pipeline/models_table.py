@@ -20,12 +20,11 @@ from weftlm.experts.lora import load_trained
 from weftlm.files import read_object, write_object
 from weftlm.gating.problem import measure
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config, routed_folder, routing_config
 from weftlm.pipeline.gating import open_scores
 from weftlm.pipeline.heldout import heldout_sets
 from weftlm.pipeline.names import EVALUATION
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.project import MONOLITH, Project
+from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
 from weftlm.progress import progress as show_progress
@@ -36,58 +35,58 @@ log = logging.getLogger(__name__)
 BASE = "base"
 
 
-def base_of(project: Project) -> str | None:
+def base_of(recipe: Recipe) -> str | None:
     """What a table calls the model that the experts are over; None where a project makes none."""
-    if not project.makes_experts:
+    if not recipe.makes_experts:
         return None
-    rival = project.pool_recipe.experts.rival
+    rival = recipe.expert_settings.rival
     return BASE if rival is None else f"rival: {rival}"
 
 
-def models_of(project: Project) -> dict[str, Path | str]:
+def models_of(recipe: Recipe) -> dict[str, Path | str]:
     """Where the models lie that a project has made so far, by what a table calls them.
 
     The recipe's own model is `base`, and `mixture: POLICY` where its experts are over another.
     """
     found: dict[str, Path | str] = {}
-    given = project.pool_recipe.experts.base if project.makes_experts else None
-    if project.whole is not None and (project.run / "result.json").exists():
-        own = BASE if given is None and base_of(project) in (None, BASE) else f"mixture: {project.whole.mixture.policy}"
-        found[own] = project.run / "model"
+    given = recipe.expert_settings.base if recipe.makes_experts else None
+    if recipe.mixture is not None and (recipe.run / "result.json").exists():
+        own = BASE if given is None and base_of(recipe) in (None, BASE) else f"mixture: {recipe.mixture.policy}"
+        found[own] = recipe.run / "model"
     if given is not None:
-        found[BASE] = project.pool_recipe.base
-    found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(project).items()}
-    if project.parts is None:
+        found[BASE] = recipe.base
+    found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(recipe).items()}
+    if not recipe.has_experts:
         return found
-    for source in gating_config(project.parts).pool or ():
+    for source in recipe.gating_settings.pool or ():
         if source.library is None and source.model is not None:
             found[f"expert: {source.name}"] = source.model
-    if not project.makes_experts:
-        return found | _students(project.parts)
-    for router in routing_config(project.parts).build:
-        if (folder := routed_folder(project.parts, router)).is_dir():
+    if not recipe.makes_experts:
+        return found | _students(recipe)
+    for router in recipe.routing_settings.build:
+        if (folder := recipe.routed_folder(router)).is_dir():
             found[f"routed: {router}"] = folder
-    return found | _students(project.parts)
+    return found | _students(recipe)
 
 
-def _students(recipe: ExpertRecipe) -> dict[str, Path | str]:
+def _students(recipe: Recipe) -> dict[str, Path | str]:
     return {f"gate: {name}": Path(row["model"]) for name, row in read_students(recipe).items()}
 
 
-def _held(project: Project, name: str) -> dict[str, Any]:
+def _held(recipe: Recipe, name: str) -> dict[str, Any]:
     """Revision and type of a model that was there before: the experts' base, or one of the gate's pool."""
-    if project.parts is None:
+    if not recipe.has_experts:
         return {}
-    experts = project.parts.experts
-    if name == BASE and project.makes_experts and experts.base is not None:
+    experts = recipe.expert_settings
+    if name == BASE and recipe.makes_experts and experts.base is not None:
         return {"revision": experts.revision, "dtype": experts.dtype}
-    for source in gating_config(project.parts).pool or ():
+    for source in recipe.gating_settings.pool or ():
         if name == f"expert: {source.name}":
             return {"revision": source.revision, "dtype": experts.dtype}
     return {}
 
 
-def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any]:
+def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Measure every model on the held-out text of every domain and of the target, all on the same windows.
 
     Returns:
@@ -98,21 +97,21 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
     Raises:
         WeftError: a model cannot be opened or measured.
     """
-    data = PreparedData.load(project.prepared_folder)
-    config = project.evaluation
-    training = project.whole.training if project.whole is not None else project.pool_recipe.experts.training
+    data = PreparedData.load(recipe.prepared_folder)
+    config = recipe.evaluation
+    training = recipe.training or recipe.expert_settings.training
     lengths = [training.sequence_length]
-    if project.parts is not None:
-        lengths.append(project.parts.experts.training.sequence_length)
+    if recipe.has_experts:
+        lengths.append(recipe.expert_settings.training.sequence_length)
     length, device = min(lengths), choose_runtime(training, parameters=0).device
-    domains, target = heldout_sets(data, None if project.parts is None else project.parts.experts.examples)
+    domains, target = heldout_sets(data, None if not recipe.has_experts else recipe.expert_settings.examples)
     questions = read_tasks(config.tasks)
-    places = models_of(project)
+    places = models_of(recipe)
     found: dict[str, Any] = {}
     results: dict[str, SuiteResult] = {}
     with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
         for name, place in places.items():
-            opened = open_model(place, device=str(device), encoder_decoder=True, **_held(project, name))
+            opened = open_model(place, device=str(device), encoder_decoder=True, **_held(recipe, name))
             result = evaluate_suite(
                 opened.model,
                 domains,
@@ -136,14 +135,14 @@ def evaluate_models(project: Project, *, progress: bool = True) -> dict[str, Any
                 **replace(result, tasks=tasks).to_json(),
             }  # fmt: skip
             counter.advance()
-    base = base_of(project) or BASE
+    base = base_of(recipe) or BASE
     for name, result in results.items():
         if name != base and base in results:
             found[name]["difference"] = _difference(result, results[base])
     value = {
-        "sequence_length": length, "base": base_of(project), "models": found, MONOLITH: _monolith_row(project),
+        "sequence_length": length, "base": base_of(recipe), "models": found, MONOLITH: _monolith_row(recipe),
     }  # fmt: skip
-    write_object(project.run / EVALUATION, value)
+    write_object(recipe.run / EVALUATION, value)
     return value
 
 
@@ -164,13 +163,13 @@ def _numbers(one: Difference) -> dict[str, float | None]:
     }
 
 
-def read_evaluation(project: Project) -> dict[str, Any]:
+def read_evaluation(recipe: Recipe) -> dict[str, Any]:
     """What `evaluate_models` found.
 
     Raises:
         DataError: it has not been carried out, or the file is torn.
     """
-    path = project.run / EVALUATION
+    path = recipe.run / EVALUATION
     cure = "make it again: weftlm run --from evaluate"
     found = read_object(path, cure)
     if found is None:
@@ -179,14 +178,14 @@ def read_evaluation(project: Project) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _monolith_row(project: Project) -> dict[str, Any] | None:
+def _monolith_row(recipe: Recipe) -> dict[str, Any] | None:
     """The rival on the sequences no gate was fitted on."""
-    folder = project.rivals_folder / MONOLITH
-    if project.parts is None or project.parts.gating is None or not (folder / "result.json").exists():
+    folder = recipe.rivals_folder / MONOLITH
+    if not recipe.has_experts or recipe.gating is None or not (folder / "result.json").exists():
         return None
-    scores = open_scores(project.parts, causal=True)
-    problem = held_out_problem(scores, gating_config(project.parts))
-    device = choose_runtime(project.parts.experts.training, parameters=0).device
+    scores = open_scores(recipe, causal=True)
+    problem = held_out_problem(scores, recipe.gating_settings)
+    device = choose_runtime(recipe.expert_settings.training, parameters=0).device
     model = load_trained(folder / "model").to(device)
     domains, rows = scores.cache.domains, scores.split.domain_rows
     logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]

@@ -14,7 +14,7 @@ from weftlm.gating.certificate import Certificate
 from weftlm.pipeline.gating import read_facts
 from weftlm.pipeline.models_table import BASE, read_evaluation
 from weftlm.pipeline.names import CERTIFICATE, REPORT, SUMMARY
-from weftlm.pipeline.project import MONOLITH, Project
+from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.report import report_runs
 from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.route_stage import read_routing, routing_facts
@@ -28,11 +28,11 @@ COMPARED = (MONOLITH, "uniform", "bayes", "fixed share", "robust", "student")
 """Rows of the gate's part of summary.json, as far as they were made."""
 
 
-def report_project(project: Project, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
+def report_project(recipe: Recipe, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
     """Write the page and the summary of what a project has made.
 
     Args:
-        project: all of its stages but the report are done.
+        recipe: all of its stages but the report are done.
         output: another place for the page, which then comes without a summary file.
         title: of the page.
     Returns:
@@ -40,19 +40,19 @@ def report_project(project: Project, output: Path | None = None, title: str | No
     Raises:
         DataError: a stage's result is missing or torn, or the page cannot be written.
     """
-    rivals = {name: folder for name, folder in rival_folders(project).items() if name != MONOLITH}
-    evaluation = read_evaluation(project)
+    rivals = {name: folder for name, folder in rival_folders(recipe).items() if name != MONOLITH}
+    evaluation = read_evaluation(recipe)
     summary: dict[str, Any] = {}
     routing = gating = None
-    if project.whole is not None:
-        results = {project.whole.mixture.policy: read_result(project.run)}
+    if recipe.mixture is not None:
+        results = {recipe.mixture.policy: read_result(recipe.run)}
         summary["mixture"] = summarise_mixtures(results | {name: read_result(each) for name, each in rivals.items()})
-    if project.parts is not None and project.parts.routing is not None:
-        found = read_routing(project.parts)
-        routing = routing_facts(project.parts, found)
-        summary["routing"] = {**found, "seconds": seconds_of(project.stages_folder, "experts")}
-    if project.parts is not None and project.parts.gating is not None:
-        summary["robust"], gating = _robust(project, evaluation[MONOLITH])
+    if recipe.has_experts and recipe.routing is not None:
+        found = read_routing(recipe)
+        routing = routing_facts(recipe, found)
+        summary["routing"] = {**found, "seconds": seconds_of(recipe.stages_folder, "experts")}
+    if recipe.has_experts and recipe.gating is not None:
+        summary["robust"], gating = _robust(recipe, evaluation[MONOLITH])
     table = {
         name: {one: values["bits_per_byte"] for one, values in each["sets"].items()}
         for name, each in evaluation["models"].items()
@@ -70,12 +70,12 @@ def report_project(project: Project, output: Path | None = None, title: str | No
         | ({"accuracy": accuracy[name]} if name in accuracy else {})
         for name, each in evaluation["models"].items()
     }
-    runs = [project.run, *rivals.values()] if project.whole is not None else []
+    runs = [recipe.run, *rivals.values()] if recipe.trains else []
     report_runs(
         runs,
-        output or project.run / REPORT,
-        title or f"{project.run.resolve().name}: the whole project",
-        data=project.prepared_folder,
+        output or recipe.run / REPORT,
+        title or f"{recipe.run.resolve().name}: the whole project",
+        data=recipe.prepared_folder,
         routing=routing,
         gating=gating,
         models=ScoreTable(
@@ -90,23 +90,23 @@ def report_project(project: Project, output: Path | None = None, title: str | No
         ),
     )
     if output is None:
-        write_object(project.run / SUMMARY, summary)
+        write_object(recipe.run / SUMMARY, summary)
     return summary
 
 
-def renew_report(project: Project, output: Path | None = None, title: str | None = None) -> None:
+def renew_report(recipe: Recipe, output: Path | None = None, title: str | None = None) -> None:
     """Write a finished project's page again, and let the record of its last stage know it.
 
     Raises:
         CheckpointError: another process is at work in the run folder.
         DataError: as `report_project`.
     """
-    with alone(project.run):
-        report_project(project, output, title)
-        record = read_record(project.stages_folder, "report")
+    with alone(recipe.run):
+        report_project(recipe, output, title)
+        record = read_record(recipe.stages_folder, "report")
         if output is None and record is not None and record.state == "done":
-            outputs = digests([project.run / REPORT, project.run / SUMMARY])
-            write_record(project.stages_folder, record.model_copy(update={"outputs": outputs}))
+            outputs = digests([recipe.run / REPORT, recipe.run / SUMMARY])
+            write_record(recipe.stages_folder, record.model_copy(update={"outputs": outputs}))
 
 
 def _gaps(models: Mapping[str, Any]) -> dict[str, dict[str | None, tuple[float, float]]]:
@@ -149,11 +149,11 @@ def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     }
 
 
-def _robust(project: Project, monolith: Mapping[str, Any] | None) -> tuple[dict[str, Any], GatingFacts]:
+def _robust(recipe: Recipe, monolith: Mapping[str, Any] | None) -> tuple[dict[str, Any], GatingFacts]:
     """The `robust` section of summary.json, in nats of the certificate's unit, and what the report shows."""
-    certificate = Certificate.from_json(read_facts(project.pool_recipe.gate_folder / CERTIFICATE) or {})
-    fit = read_facts(project.pool_recipe.gate_folder / "fit.json")
-    made = read_facts(project.pool_recipe.students_folder / "student.json") or {"rows": {}}
+    certificate = Certificate.from_json(read_facts(recipe.gate_folder / CERTIFICATE) or {})
+    fit = read_facts(recipe.gate_folder / "fit.json")
+    made = read_facts(recipe.students_folder / "student.json") or {"rows": {}}
     rows = {**({} if monolith is None else {MONOLITH: monolith}), **made["rows"]}
     shown = [name for name in COMPARED if name in rows]
     summary = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weftlm.pipeline.project import Project, make_project
+from weftlm.pipeline.recipe import Recipe, make_recipe
 
 LARGEST: Mapping[str, int] = {
     "data.domains.max_train_tokens": 10_000,
@@ -32,12 +32,12 @@ LARGEST: Mapping[str, int] = {
 """Largest value of each key; smaller ones stay."""
 
 
-def quick(project: Project) -> Project:
+def quick(recipe: Recipe) -> Recipe:
     """The project with small sizes, in a run folder of its own (`RUN-quick`): nothing of the real run is touched.
 
     Figures of such a run say that everything works and nothing else.
     """
-    value = project.resolved()
+    value = recipe.resolved()
     for key, most in LARGEST.items():
         *path, last = key.split(".")
         section: Any = value
@@ -53,4 +53,4 @@ def quick(project: Project) -> Project:
     if "evaluation" in value:
         value["evaluation"]["every_steps"] = None
     value["run"] = f"{value['run'].rstrip('/')}-quick"
-    return make_project(value)
+    return make_recipe(value)

@@ -1,8 +1,12 @@
-"""The recipe: one YAML file per run, every section strict."""
+"""The recipe: one YAML file for a run folder, with the sections of what is wanted of it.
+
+`model`, `mixture` and `training` train a language model; `experts` makes experts over it or over a given base;
+`routing` compares routers over the experts; `gating` fits a robust gate over them, or over the models of `gating.pool`;
+`compare` trains baselines. Every section is defined in the room that it configures.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,21 +17,30 @@ import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
 from weftlm.config import Folder, Section, Seed, apply_overrides, validate
+from weftlm.corpora.labels import folder_name
 from weftlm.errors import ConfigError, install_hint
 from weftlm.evaluation.config import EvaluationConfig
+from weftlm.experts.expert import base_name
+from weftlm.files import checksum
 from weftlm.mixture.config import PolicyConfig, policy_config
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.inherited import inherit
-from weftlm.pipeline.project_config import CompareConfig, RoutingConfig
+from weftlm.pipeline.names import REPORT
+from weftlm.pipeline.project_config import RIVALS, CompareConfig, RoutingConfig
 from weftlm.recipe_text import read_yaml
+from weftlm.routing.config import parse_router, router_config
 from weftlm.training.config import NOT_DECIDING, AlignmentConfig, TrainingConfig
+
+MONOLITH = "monolith"
+_TRAINED = ("model", "mixture", "training")
+_OF_A_TRAINING = (*_TRAINED, "alignment", "trackers", "compare")
 
 
 class Recipe(Section):
-    """A whole run: what to read, which model to train, on which mixture, and how to judge it."""
+    """What to read, what to train on it, and how to judge it."""
 
     run: Folder = Field(description="run folder: everything the run writes goes there")
     prepared: Folder | None = Field(
@@ -36,12 +49,12 @@ class Recipe(Section):
     )
     seed: Seed = Field(0, description="of initial weights, the draw, the probes and dropout")
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
-    model: ModelConfig = Field(description="the model to train")
-    mixture: SerializeAsAny[PolicyConfig] = Field(description="mixture policy and its options")
+    model: ModelConfig | None = Field(None, description="the model to train; absent: none is trained")
+    mixture: SerializeAsAny[PolicyConfig] | None = Field(None, description="mixture policy and its options")
     alignment: AlignmentConfig = Field(
         default_factory=AlignmentConfig, description="how gradient alignment is measured"
     )
-    training: TrainingConfig = Field(description="length, optimizer, precision, checkpoints")
+    training: TrainingConfig | None = Field(None, description="length, optimizer, precision, checkpoints")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, how often")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics also go, beside metrics.jsonl"
@@ -56,14 +69,146 @@ class Recipe(Section):
     def _by_policy(cls, value: Any) -> Any:
         return policy_config(value) if isinstance(value, Mapping) else value
 
+    # -- what it asks for -----------------------------------------------------------------------------------------
+
+    @property
+    def trains(self) -> bool:
+        """Whether a language model is trained."""
+        return self.model is not None
+
+    @property
+    def trained(self) -> tuple[ModelConfig, PolicyConfig, TrainingConfig]:
+        """The sections `model`, `mixture` and `training`.
+
+        Raises:
+            ConfigError: one is missing.
+        """
+        if self.model is None or self.mixture is None or self.training is None:
+            raise ConfigError("\n".join(f"{name}: missing" for name in _TRAINED if getattr(self, name) is None))
+        return self.model, self.mixture, self.training
+
+    @property
+    def makes_experts(self) -> bool:
+        """Whether experts are trained or imported."""
+        return self.experts is not None and (self.trains or self.experts.base is not None)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are experts to put a gate over: made here, or named in `gating.pool`."""
+        return self.makes_experts or (self.gating is not None and self.gating.pool is not None)
+
+    @property
+    def trains_monolith(self) -> bool:
+        """Whether a single model is trained beside the experts."""
+        return self.compare.monolith and self.makes_experts
+
+    @property
+    def expert_settings(self) -> ExpertsConfig:
+        """The `experts` section; where there is none, the defaults, which follow the other sections."""
+        if self.experts is not None:
+            return self.experts
+        return validate(ExpertsConfig, inherit({**self.resolved(), "experts": {}})["experts"], "experts")
+
+    @property
+    def gating_settings(self) -> GatingConfig:
+        """The `gating` section; where there is none, the defaults, which follow the other sections."""
+        if self.gating is not None:
+            return self.gating
+        return validate(GatingConfig, inherit({**self.resolved(), "gating": {}})["gating"], "gating")
+
+    @property
+    def routing_settings(self) -> RoutingConfig:
+        """The `routing` section, or the defaults where there is none."""
+        return RoutingConfig() if self.routing is None else self.routing
+
+    # -- where it goes --------------------------------------------------------------------------------------------
+
     @property
     def prepared_folder(self) -> Path:
-        """Where the prepared data lies."""
+        """Folder of the prepared data."""
         return self.prepared if self.prepared is not None else self.run / "data"
+
+    @property
+    def rivals_folder(self) -> Path:
+        """Folder in which the rivals are trained, each in a folder of its own."""
+        return self.run / RIVALS
+
+    @property
+    def base(self) -> str:
+        """Folder or hub name of the base; an existing folder by its absolute path."""
+        given = self.expert_settings.base
+        return base_name(str(self.base_run / "model") if given is None else given)
+
+    @property
+    def base_run(self) -> Path:
+        """The run whose model is the base, where the recipe trains it."""
+        rival = self.expert_settings.rival
+        return self.run if rival is None else self.rivals_folder / rival
+
+    @property
+    def library_folder(self) -> Path:
+        """Folder of the experts."""
+        library = self.expert_settings.library
+        return library if library is not None else self.run / "experts"
+
+    @property
+    def scores_folder(self) -> Path:
+        """Folder of the experts' scores."""
+        return self.run / "scores"
+
+    @property
+    def gate_folder(self) -> Path:
+        """Folder of the fitted gate and its certificate."""
+        return self.run / "gate"
+
+    @property
+    def students_folder(self) -> Path:
+        """Folder of the students of the gate."""
+        return self.run / "students"
+
+    @property
+    def stages_folder(self) -> Path:
+        """Folder of the records of the stages."""
+        return self.run / "stages"
+
+    def training_folder(self, name: str) -> Path:
+        """Folder in which an expert is trained: checkpoints and metrics."""
+        return self.run / "training" / name
+
+    def routed_folder(self, router: str) -> Path:
+        """Folder of a routed model."""
+        return self.run / "routed" / folder_name(router)
+
+    # -- recipes of the models beside it --------------------------------------------------------------------------
+
+    def rival(self, policy: PolicyConfig) -> Recipe:
+        """The recipe of the same model on another mixture."""
+        return self._beside(policy.policy, {"mixture": policy})
+
+    def monolith(self, experts: int) -> Recipe:
+        """The recipe of the gate's rival: the experts' base, trained on for as many tokens as all experts together."""
+        _, _, training = self.trained
+        settings = self.expert_settings
+        tokens = experts * settings.training.total_tokens
+        return self._beside(
+            MONOLITH,
+            {
+                "model": ModelConfig(pretrained=self.base, revision=settings.revision),
+                "mixture": policy_config({"policy": "uniform"}),
+                "training": training.model_copy(update={"tokens": tokens, "steps": None}),
+                "evaluation": self.evaluation.model_copy(update={"every_steps": None}),
+            },
+        )
+
+    def _beside(self, name: str, changed: Mapping[str, Any]) -> Recipe:
+        return self.model_copy(update={**changed, "run": self.rivals_folder / name, "prepared": self.prepared_folder})
+
+    # -- as text --------------------------------------------------------------------------------------------------
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain YAML values."""
-        value: dict[str, Any] = self.model_dump(mode="json")
+        unused: set[str] = set() if self.trains else set(_OF_A_TRAINING)
+        value: dict[str, Any] = self.model_dump(mode="json", exclude=unused)
         return value
 
     def to_yaml(self) -> str:
@@ -72,17 +217,14 @@ class Recipe(Section):
 
     def deciding(self) -> dict[str, Any]:
         """All of the recipe that decides the trained weights, but the data."""
-        value = self.resolved()
-        for key in ("run", "prepared", "evaluation", "data", "trackers", "experts", "routing", "gating", "compare"):
-            del value[key]
+        value = self.model_dump(mode="json", include={"seed", "alignment", *_TRAINED})
         for key in NOT_DECIDING:
-            del value["training"][key]
+            value["training"].pop(key, None)
         return value
 
     def identity(self, data_fingerprint: str) -> str:
         """Hash of all that decides the trained weights: two runs of the same identity are the same run."""
-        text = json.dumps([self.deciding(), data_fingerprint], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return checksum([self.deciding(), data_fingerprint])
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,22 +242,95 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: one line for every problem.
     """
+    problems = []
+    if any(value.get(name) is not None for name in _OF_A_TRAINING):
+        problems += [f"{name}: missing" for name in _TRAINED if value.get(name) is None]
     mixture = value.get("mixture")
     if isinstance(mixture, Mapping):
         policy_config(mixture)  # reports an unknown policy or key by its own name
-    return validate(Recipe, inherit(value), "")
+    try:
+        recipe = validate(Recipe, inherit(value), "")
+    except ConfigError as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from None
+    if problems or (problems := _contradictions(recipe)):
+        raise ConfigError("\n".join(problems))
+    return recipe
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Sections that nothing would be made of, or that would fail hours later."""
+    problems = [] if recipe.experts is None else _of_base(recipe, recipe.experts)
+    if not recipe.trains and not recipe.has_experts and not problems:
+        problems.append(
+            "experts.base: missing; name the base model (a folder or hub name), or add the sections that train one: "
+            "model, mixture and training"
+        )
+    if not recipe.makes_experts and not problems:
+        if recipe.routing is not None:
+            problems.append("routing compares routers over experts, and none are made; add a section `experts: {}`")
+        if recipe.gating is not None and recipe.gating.pool is None:
+            problems.append("gating needs experts; add a section `experts: {}`, or name models in gating.pool")
+        if recipe.compare.monolith:
+            problems.append("compare.monolith is the rival of experts, and none are made; leave it out")
+    if recipe.mixture is not None and recipe.mixture.policy in (each.policy for each in recipe.compare.mixtures):
+        problems.append(
+            f"compare.mixtures names {recipe.mixture.policy!r}, the recipe's own policy; mixtures are told by their "
+            "policy: compare it under other options in a run of its own"
+        )
+    if recipe.routing is not None:
+        for key, routers in (("routers", recipe.routing.routers or ()), ("build", recipe.routing.build)):
+            for router in routers:
+                try:
+                    router_config(parse_router(router))
+                except ConfigError as error:
+                    problems.append(f"routing.{key}: {error}")
+    return problems
+
+
+def _of_base(recipe: Recipe, experts: ExpertsConfig) -> list[str]:
+    if experts.rival is None:
+        return []
+    if not recipe.trains:
+        return ["experts.rival names a mixture that is trained here; this recipe trains no model: give base"]
+    rivals = [each.policy for each in recipe.compare.mixtures]
+    if experts.rival in rivals:
+        return []
+    return [
+        f"experts.rival is {experts.rival!r}, which compare.mixtures does not train; it names "
+        f"{', '.join(rivals) or 'none'}"
+    ]
+
+
+def require_training(recipe: Recipe) -> None:
+    """Refuse a recipe that trains no model.
+
+    Raises:
+        ConfigError: one line for every missing section.
+    """
+    _ = recipe.trained
+
+
+def require_experts(recipe: Recipe) -> None:
+    """Refuse a recipe that has no experts.
+
+    Raises:
+        ConfigError: it has neither a section `experts` nor models in `gating.pool`.
+    """
+    if not recipe.has_experts:
+        raise ConfigError("experts: missing; add a section `experts: {}`, whose defaults will do, to make experts")
 
 
 def check(recipe: Recipe, *, packages: bool = True) -> None:
     """Refuse what can be seen to be wrong before anything is read.
 
     Args:
-        recipe: of a training.
-        packages: whether those of its trackers must be installed.
+        recipe: Recipe that trains a model.
+        packages: Whether those of its trackers must be installed.
     Raises:
         ConfigError: the policy follows a target and there is none, or a tracker is not installed.
     """
-    needs, name = recipe.mixture.needs, recipe.mixture.policy
+    _, mixture, _ = recipe.trained
+    needs, name = mixture.needs, mixture.policy
     if needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
         raise ConfigError(f"mixture policy {name!r} follows a target and the data has none; give data.target")
     if "basis" in needs and recipe.data.domains.basis is None:
@@ -123,3 +338,36 @@ def check(recipe: Recipe, *, packages: bool = True) -> None:
     for tracker in recipe.trackers if packages else ():
         if find_spec(tracker) is None:
             raise ConfigError(f"trackers names {tracker}, which is not installed; {install_hint(tracker)}")
+
+
+# -- the recipe of a run folder ---------------------------------------------------------------------------------------
+
+
+def kept_recipe(run: Path) -> Path:
+    """The file in which `weftlm run` keeps the recipe it last carried out in a run folder."""
+    return run / "stages" / "recipe.yaml"
+
+
+def open_run(run: Path) -> Recipe:
+    """The recipe that `weftlm run` last carried out in a run folder.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    kept = kept_recipe(run)
+    if not kept.exists():
+        raise ConfigError(f"{run} is no run folder of weftlm run ({kept} is not there); run a recipe first")
+    try:
+        return load_recipe(kept, [f"run={json.dumps(str(run))}"])
+    except ConfigError as error:
+        raise ConfigError(f"{kept} cannot be read: {error}; run the recipe again") from error
+
+
+def refuse_project_page(path: Path) -> None:
+    """Refuse to write another page over that of a whole project.
+
+    Raises:
+        ConfigError: it would be.
+    """
+    if path.name == REPORT and kept_recipe(path.parent).exists():
+        raise ConfigError(f"{path} is the page of a whole project; give another file")

@@ -7,32 +7,32 @@ from typing import Any
 
 from weftlm.pipeline.experts import expert_domains
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.project import MONOLITH, Project
+from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.train import run_training
 
 
-def train_rivals(project: Project) -> dict[str, dict[str, Any]]:
+def train_rivals(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Train the recipe's model on each other mixture; what is finished is reused.
 
     Returns:
         each one's result.json, by policy.
     """
-    return {policy.policy: run_training(project.rival(policy)) for policy in project.mixtures}
+    return {policy.policy: run_training(recipe.rival(policy)) for policy in recipe.compare.mixtures}
 
 
-def train_monolith(project: Project, *, progress: bool = True) -> dict[str, Any]:
+def train_monolith(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Train the gate's rival: one model, from the experts' base on, for as many tokens as all experts together.
 
     Returns:
         its result.json.
     """
-    data = prepare(project.data, project.prepared_folder, progress=progress)
-    experts = expert_domains(data.domains, project.pool_recipe.experts.domains)
-    return run_training(project.monolith_recipe(len(experts)))
+    data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
+    experts = expert_domains(data.domains, recipe.expert_settings.domains)
+    return run_training(recipe.monolith(len(experts)))
 
 
-def rival_folders(project: Project) -> dict[str, Path]:
+def rival_folders(recipe: Recipe) -> dict[str, Path]:
     """Where the finished rivals lie, by policy, the monolith last."""
-    names = [policy.policy for policy in project.mixtures] + ([MONOLITH] if project.monolith else [])
-    folders = {name: project.rivals_folder / name for name in names}
+    names = [policy.policy for policy in recipe.compare.mixtures] + ([MONOLITH] if recipe.trains_monolith else [])
+    folders = {name: recipe.rivals_folder / name for name in names}
     return {name: folder for name, folder in folders.items() if (folder / "result.json").exists()}

@@ -20,9 +20,9 @@ from weftlm.evaluation.result import finite_or_none
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.files import read_object, write_object
-from weftlm.pipeline.expert_recipe import ExpertRecipe, routed_folder, routing_config
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, trace_opened
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.routing.calls import is_encoder_decoder
@@ -34,7 +34,7 @@ HALF_TOKENS = 60
 """Tokens of each domain in the text that is traced."""
 
 
-def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, Any]:
+def route_experts(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Compare the routers over a library's experts and write the routed models.
 
     Returns:
@@ -44,16 +44,16 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     Raises:
         WeftError: as `evaluate_routes` and `build_route`.
     """
-    config = routing_config(recipe)
+    config = recipe.routing_settings
     evaluation = evaluate_routes(recipe, config.routers, progress=progress)
     for router in config.build:
         build_route(
             recipe.library_folder,
             parse_router(router),
-            routed_folder(recipe, router),
+            recipe.routed_folder(router),
             base=recipe.base,
-            revision=recipe.experts.revision,
-            dtype=recipe.experts.dtype,
+            revision=recipe.expert_settings.revision,
+            dtype=recipe.expert_settings.dtype,
             replace=True,
         )
     rows = {label.partition(" (")[0].replace(" ", "_"): row for label, row in evaluation.rows.items()}
@@ -61,9 +61,7 @@ def route_experts(recipe: ExpertRecipe, *, progress: bool = True) -> dict[str, A
     timed = None
     if config.timed_pairs:
         data = PreparedData.load(recipe.prepared_folder)
-        timed = relative_forward_time(
-            routed_folder(recipe, config.build[-1]), data, config.timed_pairs, _device(recipe)
-        )
+        timed = relative_forward_time(recipe.routed_folder(config.build[-1]), data, config.timed_pairs, _device(recipe))
     found = {
         "sequence_length": evaluation.base.sequence_length,
         "heldout_bpb": {
@@ -101,7 +99,7 @@ def _accuracies(rows: Mapping[str, SuiteResult]) -> dict[str, Any]:
     }
 
 
-def read_routing(recipe: ExpertRecipe) -> dict[str, Any]:
+def read_routing(recipe: Recipe) -> dict[str, Any]:
     """What `route_experts` found.
 
     Raises:
@@ -115,9 +113,9 @@ def read_routing(recipe: ExpertRecipe) -> dict[str, Any]:
     return found
 
 
-def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFacts:
+def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
     """What the report shows of the comparison and of one text."""
-    config = routing_config(recipe)
+    config = recipe.routing_settings
     text, label = config.trace, "the recipe's text"
     if text is None:
         text, label = changing_text(PreparedData.load(recipe.prepared_folder)), "a text that changes domain midway"
@@ -132,11 +130,11 @@ def routing_facts(recipe: ExpertRecipe, found: Mapping[str, Any]) -> RoutingFact
     )
 
 
-def _traced(recipe: ExpertRecipe, text: str) -> tuple[str, TracedText] | None:
+def _traced(recipe: Recipe, text: str) -> tuple[str, TracedText] | None:
     """A text under the first routed model whose experts change with the token; None where none does."""
     transformers_logging.disable_progress_bar()
-    for router in routing_config(recipe).build:
-        folder = routed_folder(recipe, router)
+    for router in recipe.routing_settings.build:
+        folder = recipe.routed_folder(router)
         model = RoutedModel.from_pretrained(folder, device=_device(recipe))
         if model.router.static_weights_E is None:
             return router, trace_opened(model, folder, text)
@@ -149,8 +147,8 @@ def changing_text(data: PreparedData) -> str:
     return "\n".join(data.tokenizer.decode(one.read(0, min(HALF_TOKENS, len(one))).tolist()) for one in heldout[:2])
 
 
-def _device(recipe: ExpertRecipe) -> torch.device:
-    return choose_runtime(recipe.experts.training, parameters=0).device
+def _device(recipe: Recipe) -> torch.device:
+    return choose_runtime(recipe.expert_settings.training, parameters=0).device
 
 
 @torch.inference_mode()

@@ -24,11 +24,11 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.fan_out import Task, fan_out, keep, new_key
 from weftlm.files import refuse_full, whole_folder
 from weftlm.pipeline.base import open_base
-from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.experts import shared_folders
 from weftlm.pipeline.heldout import heldout_sets
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
 from weftlm.progress import progress as show_progress
 from weftlm.routing.config import RouterConfig, parse_router, router_config, routers
 from weftlm.routing.retrieval import RetrievalRouter
@@ -241,7 +241,7 @@ def _difference(difference: SuiteDifference) -> dict[str, Any]:
 
 
 def evaluate_routes(
-    recipe: ExpertRecipe,
+    recipe: Recipe,
     routes: Sequence[str] | None = None,
     *,
     experts: Sequence[str] | None = None,
@@ -299,7 +299,7 @@ def evaluate_routes(
             lambda task, result: found.update({tasks[task]: result}),
             shared=shared_folders(recipe),
             gpus=gpus,
-            cpus=recipe.experts.training.threads or 1,
+            cpus=recipe.expert_settings.training.threads or 1,
             description="evaluate",
             unit="models",
             show=progress,
@@ -328,7 +328,7 @@ def evaluate_routes(
 class _Bench:
     """A base with its experts, and the text it is scored on, whoever routes."""
 
-    recipe: ExpertRecipe
+    recipe: Recipe
     config: EvaluationConfig
     data: PreparedData
     model: RoutedModel
@@ -338,7 +338,7 @@ class _Bench:
     @classmethod
     def open(
         cls,
-        recipe: ExpertRecipe,
+        recipe: Recipe,
         data: PreparedData,
         experts: Sequence[str] | None,
         config: EvaluationConfig,
@@ -347,7 +347,7 @@ class _Bench:
         library = ExpertLibrary.open(recipe.library_folder)
         base = open_base(recipe, data)
         if device is None:
-            device = choose_runtime(recipe.experts.training, parameters=0).device
+            device = choose_runtime(recipe.expert_settings.training, parameters=0).device
         model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=device)
         return cls(recipe, config, data, model, read_tasks(config.tasks), device)
 
@@ -356,8 +356,8 @@ class _Bench:
         if section is not None:
             self.model.use_router(section)
             _give_text(self.model, self.data.tokenizer)
-        domains, target = heldout_sets(self.data, self.recipe.experts.examples)
-        length = self.recipe.experts.training.sequence_length
+        domains, target = heldout_sets(self.data, self.recipe.expert_settings.examples)
+        length = self.recipe.expert_settings.training.sequence_length
         with self.model.disabled() if section is None else nullcontext():
             result = evaluate_suite(
                 self.model,
@@ -381,7 +381,7 @@ class _Bench:
 
 def _score_far(
     key: str,
-    recipe: ExpertRecipe,
+    recipe: Recipe,
     experts: Sequence[str] | None,
     config: EvaluationConfig,
     section: RouterSection | None,

@@ -19,8 +19,8 @@ from weftlm import interrupt
 from weftlm.config import differences
 from weftlm.errors import ConfigError, WeftError, did_you_mean, reason
 from weftlm.files import write_whole
-from weftlm.pipeline.checks import check_project
-from weftlm.pipeline.project import Project, project_recipe
+from weftlm.pipeline.checks import check_recipe
+from weftlm.pipeline.recipe import Recipe, kept_recipe
 from weftlm.pipeline.stage_records import (
     Record,
     alone,
@@ -69,30 +69,30 @@ class StageStatus:
         }  # fmt: skip
 
 
-def project_status(project: Project) -> list[StageStatus]:
+def project_status(recipe: Recipe) -> list[StageStatus]:
     """Where every stage of a project stands; reads nothing but the run folder and the state of the inputs.
 
     Raises:
         DataError: a record is torn, or an input is not there.
     """
-    busy = at_work(project.run)
+    busy = at_work(recipe.run)
     found: dict[str, StageStatus] = {}
-    for stage in stages_of(project):
-        found[stage.name] = _status(project, stage, found, busy)
+    for stage in stages_of(recipe):
+        found[stage.name] = _status(recipe, stage, found, busy)
     return list(found.values())
 
 
-def _status(project: Project, stage: Stage, earlier: Mapping[str, StageStatus], busy: bool) -> StageStatus:
-    record = read_record(project.stages_folder, stage.name)
+def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], busy: bool) -> StageStatus:
+    record = read_record(recipe.stages_folder, stage.name)
     if record is None:
         return StageStatus(stage, "to do")
     if record.state == "due":
         return StageStatus(stage, "to do", settled=False)
-    why = differences(record.settings, json.loads(json.dumps(stage.settings(project), default=str)), most=3)
+    why = differences(record.settings, json.loads(json.dumps(stage.settings(recipe), default=str)), most=3)
     if why:
         return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
     for name in stage.needs:
-        before = read_record(project.stages_folder, name)
+        before = read_record(recipe.stages_folder, name)
         if before is not None and before.state == "done" and record.needs.get(name) != before.digest:
             why = f"{name} was made anew"
             return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
@@ -100,17 +100,17 @@ def _status(project: Project, stage: Stage, earlier: Mapping[str, StageStatus], 
         return StageStatus(stage, "running" if busy else "interrupted")
     if record.state == "failed":
         return StageStatus(stage, "failed", record.message, record.seconds, record.ended)
-    why = _moved(project, stage, record, earlier)
+    why = _moved(recipe, stage, record, earlier)
     return StageStatus(stage, "stale" if why else "done", why, record.seconds, record.ended)
 
 
-def _moved(project: Project, stage: Stage, record: Record, earlier: Mapping[str, StageStatus]) -> str:
+def _moved(recipe: Recipe, stage: Stage, record: Record, earlier: Mapping[str, StageStatus]) -> str:
     """Why a finished stage does not stand though what decides it does; empty where it stands."""
-    for path in stage.outputs(project):
+    for path in stage.outputs(recipe):
         if not path.exists():
             return f"{path} is gone"
     # In order and not by path: a run folder may go by several names. What no record knows need only be there.
-    for (place, digest), known in zip(digests(stage.outputs(project)).items(), record.outputs.values(), strict=False):
+    for (place, digest), known in zip(digests(stage.outputs(recipe)).items(), record.outputs.values(), strict=False):
         if digest != known:
             return f"{place} has changed since"
     for name in stage.needs:
@@ -120,18 +120,18 @@ def _moved(project: Project, stage: Stage, record: Record, earlier: Mapping[str,
 
 
 def plan_stages(
-    project: Project, *, from_stage: str | None = None, until: str | None = None
+    recipe: Recipe, *, from_stage: str | None = None, until: str | None = None
 ) -> list[tuple[StageStatus, Act]]:
     """What `run_project` would do with each stage, as far as can be said beforehand.
 
     Raises:
         ConfigError: no such stage, `from_stage` comes after `until`, or a stage before `from_stage` is not done.
     """
-    found = project_status(project)
+    found = project_status(recipe)
     if any(status.stage.name == "experts" and status.state != "done" for status in found):
         from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
 
-        check_experts(project.pool_recipe, None if project.whole is None else project.whole.model)
+        check_experts(recipe, None if not recipe.trains else recipe.model)
     names = [status.stage.name for status in found]
     for option, name in (("--from", from_stage), ("--until", until)):
         if name is not None and name not in names:
@@ -165,7 +165,7 @@ _ACTS: dict[State, Act] = {"done": "skip", "running": "refuse", "interrupted": "
 
 
 def run_project(
-    project: Project,
+    recipe: Recipe,
     *,
     from_stage: str | None = None,
     until: str | None = None,
@@ -177,7 +177,7 @@ def run_project(
     Started by torchrun, the processes share the stages that can be shared; the first does the others.
 
     Args:
-        project: from a recipe.
+        recipe: from a recipe.
         from_stage: make this stage and all later ones anew; those before it must be done.
         until: stop after this stage.
         processes: experts made at once.
@@ -189,50 +189,50 @@ def run_project(
         CheckpointError: another process is at work in the run folder.
         WeftError: a stage failed; what it and those before it finished stays, and the next run continues.
     """
-    check_project(project, ask=True, here=False)
-    group = _group(project)
+    check_recipe(recipe, ask=True, here=False)
+    group = _group(recipe)
     first = group is None or bool(group.is_main_process)
 
     def together() -> None:
         if group is not None:
             group.wait_for_everyone()
 
-    with alone(project.run) if first else nullcontext():
+    with alone(recipe.run) if first else nullcontext():
         together()
-        planned = plan_stages(project, from_stage=from_stage, until=until)
+        planned = plan_stages(recipe, from_stage=from_stage, until=until)
         for status, act in planned:
             _refuse(status, act)
             if act != "skip":
-                status.stage.settings(project)  # what it reads from outside is missed now, not after hours
+                status.stage.settings(recipe)  # what it reads from outside is missed now, not after hours
         together()
         if first:
-            project.stages_folder.mkdir(exist_ok=True)
-            write_whole(project_recipe(project.run), project.to_yaml())
+            recipe.stages_folder.mkdir(exist_ok=True)
+            write_whole(kept_recipe(recipe.run), recipe.to_yaml())
             for status, act in planned if from_stage is not None else ():
                 if act == "replace":  # which goes on without --from where this run is cut short
                     due = Record(stage=status.stage.name, state="due", settings=None, needs={}, began=now())
-                    write_record(project.stages_folder, due)
+                    write_record(recipe.stages_folder, due)
         known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
             if from_stage is None or act != "replace":
-                status = _status(project, status.stage, known, busy=False)
+                status = _status(recipe, status.stage, known, busy=False)
                 act = _act(status, anew=False)
                 _refuse(status, act)
             if act == "replace" and first:
-                status.stage.clear(project)
+                status.stage.clear(recipe)
             together()
             place = f"stage {number + 1} of {len(planned)}, {status.stage.name}"
             _tell(f"{place}: {'done already' if act == 'skip' else status.stage.title}", progress and first)
             if act != "skip" and (first or status.stage.shared):
-                replace = _replaces(project, status.stage, act)
+                replace = _replaces(recipe, status.stage, act)
                 call = Call(replace=replace, processes=processes, progress=progress and first)
-                _carry_out(project, status.stage, call, keep=first)
+                _carry_out(recipe, status.stage, call, keep=first)
             together()
             known[status.stage.name] = StageStatus(status.stage, "done")
-    return project_status(project)
+    return project_status(recipe)
 
 
-def _group(project: Project) -> PartialState | None:
+def _group(recipe: Recipe) -> PartialState | None:
     """The process group torchrun started this process in; None for a process on its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
@@ -240,7 +240,7 @@ def _group(project: Project) -> PartialState | None:
 
     from weftlm.pipeline.experts import process_group  # noqa: PLC0415 - torch
 
-    return process_group(project.parts) if project.parts is not None else PartialState()
+    return process_group(recipe) if recipe.has_experts else PartialState()
 
 
 def _refuse(status: StageStatus, act: Act) -> None:
@@ -252,18 +252,18 @@ def _refuse(status: StageStatus, act: Act) -> None:
         )
 
 
-def _replaces(project: Project, stage: Stage, act: Act) -> bool:
+def _replaces(recipe: Recipe, stage: Stage, act: Act) -> bool:
     """Whether a stage discards what is there of other settings: made anew, or going on with what was to be that."""
     if act != "continue":
         return act == "replace"
-    record = read_record(project.stages_folder, stage.name)
+    record = read_record(recipe.stages_folder, stage.name)
     return record is not None and record.replace
 
 
-def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> None:
+def _carry_out(recipe: Recipe, stage: Stage, call: Call, *, keep: bool) -> None:
     """Run one stage and keep its record."""
-    folder, start, began = project.stages_folder, time.perf_counter(), now()
-    settings = json.loads(json.dumps(stage.settings(project), default=str))
+    folder, start, began = recipe.stages_folder, time.perf_counter(), now()
+    settings = json.loads(json.dumps(stage.settings(recipe), default=str))
     records = {name: read_record(folder, name) for name in stage.needs}
     needs = {name: record.digest for name, record in records.items() if record is not None}
 
@@ -276,8 +276,8 @@ def _carry_out(project: Project, stage: Stage, call: Call, *, keep: bool) -> Non
     if call.replace:
         interrupt.done_with("--from")
     try:
-        stage.work(project, call)
-        outputs = digests(stage.outputs(project)) if keep else {}
+        stage.work(recipe, call)
+        outputs = digests(stage.outputs(recipe)) if keep else {}
     except (WeftError, OSError) as error:
         write("failed", ended=now(), seconds=time.perf_counter() - start, message=reason(error))
         raise

@@ -14,11 +14,9 @@ from typing import Any
 from weftlm.evaluation.task_files import task_files
 from weftlm.files import SEAL, remove
 from weftlm.gating.config import MANIFEST as GATED
-from weftlm.pipeline.expert_recipe import gating_config, routed_folder, routing_config
 from weftlm.pipeline.identity import MANIFEST, data_identity
 from weftlm.pipeline.names import CERTIFICATE, EVALUATION, FIT, GATE, REPORT, ROUTING, STUDENT, SUMMARY
-from weftlm.pipeline.project import MONOLITH, Project
-from weftlm.pipeline.recipe import Recipe
+from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.training.config import NOT_DECIDING
 
@@ -58,18 +56,18 @@ class Stage:
     name: str
     title: str
     needs: tuple[str, ...]
-    wanted: Callable[[Project], bool]
-    settings: Callable[[Project], Any]
-    outputs: Callable[[Project], Sequence[Path]]
-    work: Callable[[Project, Call], Any]
-    discard: Callable[[Project], Sequence[Path]] = lambda project: ()
+    wanted: Callable[[Recipe], bool]
+    settings: Callable[[Recipe], Any]
+    outputs: Callable[[Recipe], Sequence[Path]]
+    work: Callable[[Recipe, Call], Any]
+    discard: Callable[[Recipe], Sequence[Path]] = lambda recipe: ()
     costly: bool = False
     shared: bool = False
 
-    def clear(self, project: Project) -> None:
+    def clear(self, recipe: Recipe) -> None:
         """Remove what an earlier making left: first that by which it is known to be done."""
-        discarded = self.discard(project)
-        for path in self.outputs(project) if discarded else ():
+        discarded = self.discard(recipe)
+        for path in self.outputs(recipe) if discarded else ():
             remove(path)
         for path in discarded:
             remove(path)
@@ -80,16 +78,13 @@ class Stage:
 
 def _training(recipe: Recipe) -> dict[str, Any]:
     """A recipe's part of a training: what decides its weights, and not how they are measured."""
-    value = recipe.resolved()
-    kept = {key: value[key] for key in ("seed", "model", "mixture", "alignment", "training")}
-    kept["training"] = {key: each for key, each in kept["training"].items() if key not in NOT_DECIDING}
-    return kept
+    return recipe.deciding()
 
 
-def _rivals(project: Project) -> dict[str, Any]:
-    found = {policy.policy: _training(project.rival(policy)) for policy in project.mixtures}
-    if project.monolith:
-        experts = project.pool_recipe.experts
+def _rivals(recipe: Recipe) -> dict[str, Any]:
+    found = {policy.policy: _training(recipe.rival(policy)) for policy in recipe.compare.mixtures}
+    if recipe.trains_monolith:
+        experts = recipe.expert_settings
         found[MONOLITH] = {
             "tokens": experts.training.total_tokens,
             **experts.model_dump(mode="json", include={"base", "rival", "revision", "domains"}),
@@ -97,71 +92,70 @@ def _rivals(project: Project) -> dict[str, Any]:
     return found
 
 
-def _experts(project: Project) -> dict[str, Any]:
-    value = project.pool_recipe.experts.model_dump(mode="json", exclude={"library"})
+def _experts(recipe: Recipe) -> dict[str, Any]:
+    value = recipe.expert_settings.model_dump(mode="json", exclude={"library"})
     for key in NOT_DECIDING:
         value["training"].pop(key, None)
-    return {"seed": project.pool_recipe.seed, **value}
+    return {"seed": recipe.seed, **value}
 
 
-def _gating(*keys: str) -> Callable[[Project], Any]:
-    def settings(project: Project) -> Any:
-        section = gating_config(project.pool_recipe)
-        return {"seed": project.pool_recipe.seed, **section.model_dump(mode="json", include=set(keys))}
+def _gating(*keys: str) -> Callable[[Recipe], Any]:
+    def settings(recipe: Recipe) -> Any:
+        section = recipe.gating_settings
+        return {"seed": recipe.seed, **section.model_dump(mode="json", include=set(keys))}
 
     return settings
 
 
-def _scores(project: Project) -> Any:
-    return {**_gating("scores", "experts", "pool", "domains")(project), "dtype": project.pool_recipe.experts.dtype}
+def _scores(recipe: Recipe) -> Any:
+    return {**_gating("scores", "experts", "pool", "domains")(recipe), "dtype": recipe.expert_settings.dtype}
 
 
-def _evaluation(project: Project) -> dict[str, Any]:
+def _evaluation(recipe: Recipe) -> dict[str, Any]:
     """The `evaluation` section, and what the files of its tasks hold."""
-    files = task_files(project.evaluation.tasks)
-    section = project.evaluation.model_dump(mode="json", exclude={"every_steps"})
+    files = task_files(recipe.evaluation.tasks)
+    section = recipe.evaluation.model_dump(mode="json", exclude={"every_steps"})
     return {**section, **({"task_files": files} if files else {})}
 
 
-def _table(project: Project) -> dict[str, Any]:
+def _table(recipe: Recipe) -> dict[str, Any]:
     """How models are measured, and which stages make them."""
-    found = {**_evaluation(project), "stages": _names(project)}
-    if project.parts is None:
+    found = {**_evaluation(recipe), "stages": _names(recipe)}
+    if not recipe.has_experts:
         return found
-    experts = project.parts.experts.model_dump(mode="json", include={"dtype", "examples"})
-    return {**found, **experts, "sequence_length": project.parts.experts.training.sequence_length}
+    experts = recipe.expert_settings.model_dump(mode="json", include={"dtype", "examples"})
+    return {**found, **experts, "sequence_length": recipe.expert_settings.training.sequence_length}
 
 
-def _names(project: Project) -> list[str]:
-    return [stage.name for stage in STAGES if stage.wanted(project)]
+def _names(recipe: Recipe) -> list[str]:
+    return [stage.name for stage in STAGES if stage.wanted(recipe)]
 
 
-def _routing(project: Project) -> Any:
-    routing = routing_config(project.pool_recipe).model_dump(mode="json")
-    return {"routing": routing, "evaluation": _evaluation(project)}
+def _routing(recipe: Recipe) -> Any:
+    routing = recipe.routing_settings.model_dump(mode="json")
+    return {"routing": routing, "evaluation": _evaluation(recipe)}
 
 
-def _routed(project: Project) -> list[Path]:
+def _routed(recipe: Recipe) -> list[Path]:
     """The comparison, and each routed model."""
-    recipe = project.pool_recipe
-    folders = [routed_folder(recipe, each) for each in routing_config(recipe).build]
-    return [project.run / ROUTING, *(folder / name for name in (ROUTED, SEAL) for folder in folders)]
+    folders = [recipe.routed_folder(each) for each in recipe.routing_settings.build]
+    return [recipe.run / ROUTING, *(folder / name for name in (ROUTED, SEAL) for folder in folders)]
 
 
 # -- what each does -----------------------------------------------------------------------------------------------
 
 
-def _work(name: str) -> Callable[[Project, Call], Any]:
+def _work(name: str) -> Callable[[Recipe, Call], Any]:
     """A function of `work.py`, whose libraries are imported when a stage is carried out and not when one is listed."""
 
-    def carry_out(project: Project, call: Call) -> Any:
-        return getattr(importlib.import_module("weftlm.pipeline.work"), name)(project, call)
+    def carry_out(recipe: Recipe, call: Call) -> Any:
+        return getattr(importlib.import_module("weftlm.pipeline.work"), name)(recipe, call)
 
     return carry_out
 
 
-def _has_gate(project: Project) -> bool:
-    return project.parts is not None and project.parts.gating is not None
+def _has_gate(recipe: Recipe) -> bool:
+    return recipe.has_experts and recipe.gating is not None
 
 
 _TRAINED = (
@@ -174,9 +168,9 @@ STAGES: tuple[Stage, ...] = (
         "prepare",
         "corpora to domains and tokens",
         (),
-        lambda project: True,
-        lambda project: data_identity(project.data),
-        lambda project: [project.prepared_folder / MANIFEST],
+        lambda recipe: True,
+        lambda recipe: data_identity(recipe.data),
+        lambda recipe: [recipe.prepared_folder / MANIFEST],
         _work("prepare_data"),
         costly=True,
         shared=True,
@@ -185,11 +179,11 @@ STAGES: tuple[Stage, ...] = (
         "train",
         "the base, on its mixture",
         ("prepare",),
-        lambda project: project.whole is not None,
-        lambda project: _training(project.base_recipe),
-        lambda project: [project.run / "result.json", project.run / "model" / SEAL],
+        lambda recipe: recipe.trains,
+        _training,
+        lambda recipe: [recipe.run / "result.json", recipe.run / "model" / SEAL],
         _work("train_base"),
-        lambda project: [project.run / name for name in _TRAINED],
+        lambda recipe: [recipe.run / name for name in _TRAINED],
         costly=True,
         shared=True,
     ),
@@ -197,15 +191,13 @@ STAGES: tuple[Stage, ...] = (
         "rivals",
         "other mixtures and the monolith",
         ("prepare", "train"),
-        lambda project: bool(project.mixtures) or project.monolith,
+        lambda recipe: bool(recipe.compare.mixtures) or recipe.trains_monolith,
         _rivals,
-        lambda project: [
-            project.rivals_folder / name / each
-            for each in ("result.json", f"model/{SEAL}")
-            for name in _rivals(project)
+        lambda recipe: [
+            recipe.rivals_folder / name / each for each in ("result.json", f"model/{SEAL}") for name in _rivals(recipe)
         ],
         _work("make_rivals"),
-        lambda project: [project.rivals_folder],
+        lambda recipe: [recipe.rivals_folder],
         costly=True,
         shared=True,
     ),
@@ -213,9 +205,9 @@ STAGES: tuple[Stage, ...] = (
         "experts",
         "an expert per domain, with its gate",
         ("prepare", "train", "rivals"),
-        lambda project: project.makes_experts,
+        lambda recipe: recipe.makes_experts,
         _experts,
-        lambda project: [project.pool_recipe.library_folder / "library.json"],
+        lambda recipe: [recipe.library_folder / "library.json"],
         _work("make_experts"),
         costly=True,
         shared=True,
@@ -224,11 +216,11 @@ STAGES: tuple[Stage, ...] = (
         "route",
         "routers compared, routed models written",
         ("prepare", "experts"),
-        lambda project: project.makes_experts and project.pool_recipe.routing is not None,
+        lambda recipe: recipe.makes_experts and recipe.routing is not None,
         _routing,
         _routed,
         _work("compare_routers"),
-        lambda project: [project.run / ROUTING, project.run / "routed"],
+        lambda recipe: [recipe.run / ROUTING, recipe.run / "routed"],
     ),
     Stage(
         "score",
@@ -236,7 +228,7 @@ STAGES: tuple[Stage, ...] = (
         ("prepare", "experts"),
         _has_gate,
         _scores,
-        lambda project: [project.pool_recipe.scores_folder / "index.json"],
+        lambda recipe: [recipe.scores_folder / "index.json"],
         _work("score_text"),
         costly=True,
         shared=True,
@@ -247,9 +239,9 @@ STAGES: tuple[Stage, ...] = (
         ("score",),
         _has_gate,
         _gating("gate", "fit", "offsets", "mixtures", "held_out_fraction"),
-        lambda project: [project.pool_recipe.gate_folder / name for name in (FIT, CERTIFICATE, GATE)],
+        lambda recipe: [recipe.gate_folder / name for name in (FIT, CERTIFICATE, GATE)],
         _work("fit_and_certify"),
-        lambda project: [project.pool_recipe.gate_folder],
+        lambda recipe: [recipe.gate_folder],
     ),
     Stage(
         "distil",
@@ -257,41 +249,40 @@ STAGES: tuple[Stage, ...] = (
         ("score", "gate"),
         _has_gate,
         _gating("students"),
-        lambda project: [
-            project.pool_recipe.students_folder / name
-            for name in ("student.json", f"{STUDENT}/{GATED}", f"{STUDENT}/{SEAL}")
+        lambda recipe: [
+            recipe.students_folder / name for name in ("student.json", f"{STUDENT}/{GATED}", f"{STUDENT}/{SEAL}")
         ],
         _work("distil_students"),
-        lambda project: [project.pool_recipe.students_folder],
+        lambda recipe: [recipe.students_folder],
     ),
     Stage(
         "evaluate",
         "every model on the same held-out text",
         ("prepare", "train", "rivals", "experts", "route", "distil"),
-        lambda project: True,
+        lambda recipe: True,
         _table,
-        lambda project: [project.run / EVALUATION],
+        lambda recipe: [recipe.run / EVALUATION],
         _work("evaluate"),
-        lambda project: [project.run / EVALUATION],
+        lambda recipe: [recipe.run / EVALUATION],
     ),
     Stage(
         "report",
         "one page and one summary",
         ("train", "rivals", "route", "gate", "distil", "evaluate"),
-        lambda project: True,
+        lambda recipe: True,
         _names,
-        lambda project: [project.run / REPORT, project.run / SUMMARY],
+        lambda recipe: [recipe.run / REPORT, recipe.run / SUMMARY],
         _work("report"),
-        lambda project: [project.run / REPORT, project.run / SUMMARY],
+        lambda recipe: [recipe.run / REPORT, recipe.run / SUMMARY],
     ),
 )
 """In the order in which they are carried out."""
 
 
-def stages_of(project: Project) -> tuple[Stage, ...]:
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages a project has; experts wait for the rivals only where one of them is their base."""
-    found = [stage for stage in STAGES if stage.wanted(project)]
-    if project.parts is None or project.parts.experts.rival is None:
+    found = [stage for stage in STAGES if stage.wanted(recipe)]
+    if not recipe.has_experts or recipe.expert_settings.rival is None:
         found = [
             replace(stage, needs=tuple(name for name in stage.needs if name != "rivals"))
             if stage.name == "experts"

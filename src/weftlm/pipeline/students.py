@@ -43,7 +43,6 @@ from weftlm.gating.scores import ScoredText
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.models.hf import token_losses
 from weftlm.models.open import check_written, probe_logits
-from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
 from weftlm.pipeline.gating import (
     FitTable,
@@ -59,6 +58,7 @@ from weftlm.pipeline.gating import (
 )
 from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.report import write_gate_page
 from weftlm.pipeline.stage_records import alone
 from weftlm.progress import Pace, write_line
@@ -79,7 +79,7 @@ _BATCH = 32
 _PLAN = "plan.json"
 
 
-def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = True) -> dict[str, Any]:
+def distil_gate(recipe: Recipe, *, direct: bool = False, progress: bool = True) -> dict[str, Any]:
     """Make what can be served of the fitted gate, or of a causal gate trained on the minimax objective itself.
 
     Students that are there already, of the same gate and settings, are kept; interrupted work goes on from its last
@@ -103,9 +103,9 @@ def distil_gate(recipe: ExpertRecipe, *, direct: bool = False, progress: bool = 
         return _distil_gate(recipe, direct, progress)
 
 
-def _distil_gate(recipe: ExpertRecipe, direct: bool, progress: bool) -> dict[str, Any]:
+def _distil_gate(recipe: Recipe, direct: bool, progress: bool) -> dict[str, Any]:
     """`distil_gate` in a run folder that is held."""
-    config, kind = gating_config(recipe), DIRECT if direct else STUDENT
+    config, kind = recipe.gating_settings, DIRECT if direct else STUDENT
     scores = open_scores(recipe, causal=True)
     fitted = None if direct else open_gate(recipe, scores)
     check_teaching_samples(config, scored=bool(scores.cache.samples), direct=direct)
@@ -191,7 +191,7 @@ def check_teaching_samples(config: GatingConfig, *, scored: bool, direct: bool) 
         )
 
 
-def read_students(recipe: ExpertRecipe) -> dict[str, dict[str, Any]]:
+def read_students(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Rows of the students that lie in a run folder, by name; empty where none were made.
 
     Raises:
@@ -361,7 +361,7 @@ def _sparse(
     return found
 
 
-def _open_pool(recipe: ExpertRecipe, scores: OpenScores) -> tuple[ExpertPool, Tokenizer]:
+def _open_pool(recipe: Recipe, scores: OpenScores) -> tuple[ExpertPool, Tokenizer]:
     """The experts that were scored, and the tokenizer of their text.
 
     Raises:
@@ -371,7 +371,7 @@ def _open_pool(recipe: ExpertRecipe, scores: OpenScores) -> tuple[ExpertPool, To
     missing = [name for name in scores.cache.experts if name not in sources]
     if missing:
         raise DataError(f"{', '.join(missing)}: scored, and not among the experts any more; score again")
-    pool = ExpertPool.load([sources[name] for name in scores.cache.experts], dtype=recipe.experts.dtype)
+    pool = ExpertPool.load([sources[name] for name in scores.cache.experts], dtype=recipe.expert_settings.dtype)
     now = pool.fingerprints()
     changed = [name for name, known in scores.cache.expert_fingerprints.items() if now.get(name) != known]
     if changed:

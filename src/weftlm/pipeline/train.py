@@ -49,12 +49,13 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         WeftError: for every cause a user can mend; what was complete before stays.
     """
     transformers_logging.disable_progress_bar()
+    model, _, training = recipe.trained
     process = PartialState(
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
-        cpu=choose_device(recipe.training.device).type == "cpu",
+        cpu=choose_device(training.device).type == "cpu",
     )
     check(recipe)
-    check_adapter(recipe.model)
+    check_adapter(model)
     recipe.run.mkdir(parents=True, exist_ok=True)
     with alone(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
@@ -72,13 +73,14 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
 
 
 def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialState) -> dict[str, Any]:
-    policy = build_policy(recipe.mixture.model_dump())
+    section, mixture, training = recipe.trained
+    policy = build_policy(mixture.model_dump())
     reference = _reference(recipe, policy.config, data) if "reference_losses" in policy.needs else None
     model = build_model(
-        recipe.model, vocab_size=data.tokenizer.vocab_size, sequence_length=recipe.training.sequence_length,
+        section, vocab_size=data.tokenizer.vocab_size, sequence_length=training.sequence_length,
         eos_id=data.tokenizer.eos_id, seed=recipe.seed,
     )  # fmt: skip
-    runtime = choose_runtime(recipe.training, parameters=count_parameters(model), processes=process.num_processes)
+    runtime = choose_runtime(training, parameters=count_parameters(model), processes=process.num_processes)
     if process.is_main_process:
         write_whole(recipe.run / "recipe.yaml", recipe.to_yaml())
         described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
@@ -92,7 +94,7 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
     trainer = Trainer(
         model,
         training_task(data, policy, reference),
-        recipe.training,
+        training,
         alignment=recipe.alignment,
         runtime=runtime,
         folder=recipe.run,
@@ -155,20 +157,22 @@ def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteRe
     if not (run / "model").is_dir():
         raise ConfigError(f"{run} has no trained model yet; finish it with weftlm train")
     data = PreparedData.load(recipe.prepared_folder)
-    runtime = choose_runtime(recipe.training, parameters=0)
+    section, _, training = recipe.trained
+    runtime = choose_runtime(training, parameters=0)
     require_same_data(run, data)
-    model = load_trained(run / "model", dtype=recipe.model.dtype).to(runtime.device)
+    model = load_trained(run / "model", dtype=section.dtype).to(runtime.device)
     return _evaluate(model, data, recipe, runtime, config)
 
 
 def _evaluate(
     model: nn.Module, data: PreparedData, recipe: Recipe, runtime: Runtime, config: EvaluationConfig
 ) -> SuiteResult:
+    _, _, training = recipe.trained
     return evaluate_suite(
         model,
         {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None},
         data.target_heldout,
-        sequence_length=recipe.training.sequence_length,
+        sequence_length=training.sequence_length,
         config=config,
         device=runtime.device,
         per_window=True,
@@ -191,7 +195,7 @@ def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
     if not (folder / "model").is_dir():
         raise ConfigError(f"mixture.reference {folder} holds no trained model; give a finished run folder, or null")
     require_same_data(folder, data)
-    return load_trained(folder / "model", dtype=recipe.model.dtype)
+    return load_trained(folder / "model", dtype=recipe.trained[0].dtype)
 
 
 def _reference_folder(recipe: Recipe, policy: Any) -> Path:
@@ -223,7 +227,7 @@ def _result(
     recipe: Recipe, trained: TrainingResult, final: SuiteResult, model: nn.Module, identity: str, choice: Any
 ) -> dict[str, Any]:
     return {
-        "policy": recipe.mixture.policy,
+        "policy": recipe.trained[1].policy,
         "identity": identity,
         "steps": trained.step,
         "train_tokens": trained.tokens,

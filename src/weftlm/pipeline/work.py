@@ -7,8 +7,8 @@ from weftlm.pipeline.experts import remove_unwanted, train_experts
 from weftlm.pipeline.gating import certify_gate, fit_gate, score_experts
 from weftlm.pipeline.models_table import evaluate_models
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.project import Project
 from weftlm.pipeline.project_report import report_project
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.rivals import train_monolith, train_rivals
 from weftlm.pipeline.route_stage import route_experts
 from weftlm.pipeline.stages import Call
@@ -16,60 +16,60 @@ from weftlm.pipeline.students import distil_gate
 from weftlm.pipeline.train import is_main_process, run_training
 
 
-def prepare_data(project: Project, call: Call) -> None:
+def prepare_data(recipe: Recipe, call: Call) -> None:
     """Corpora to domains and tokens."""
-    prepare(project.data, project.prepared_folder, rebuild=call.replace, progress=call.progress)
+    prepare(recipe.data, recipe.prepared_folder, rebuild=call.replace, progress=call.progress)
 
 
-def train_base(project: Project, call: Call) -> None:
+def train_base(recipe: Recipe, call: Call) -> None:
     """The base, on its mixture."""
-    run_training(project.base_recipe)
+    run_training(recipe)
 
 
-def make_rivals(project: Project, call: Call) -> None:
+def make_rivals(recipe: Recipe, call: Call) -> None:
     """Other mixtures and the monolith."""
-    train_rivals(project)
-    if project.monolith:
-        train_monolith(project, progress=call.progress)
+    train_rivals(recipe)
+    if recipe.trains_monolith:
+        train_monolith(recipe, progress=call.progress)
 
 
-def make_experts(project: Project, call: Call) -> None:
+def make_experts(recipe: Recipe, call: Call) -> None:
     """An expert per domain, with its gate."""
-    parts = project.pool_recipe
-    if parts.experts.imports:
-        import_recipe_experts(parts, replace=call.replace, progress=call.progress)
-    if parts.experts.trains:
-        train_experts(parts, replace=call.replace, processes=call.processes, progress=call.progress)
-    if call.replace and parts.experts.library is None and is_main_process():
-        remove_unwanted(parts)
+    experts = recipe.expert_settings
+    if experts.imports:
+        import_recipe_experts(recipe, replace=call.replace, progress=call.progress)
+    if experts.trains:
+        train_experts(recipe, replace=call.replace, processes=call.processes, progress=call.progress)
+    if call.replace and experts.library is None and is_main_process():
+        remove_unwanted(recipe)
 
 
-def fit_and_certify(project: Project, call: Call) -> None:
+def fit_and_certify(recipe: Recipe, call: Call) -> None:
     """The robust gate and its certificate."""
-    fit_gate(project.pool_recipe, progress=call.progress)
-    certify_gate(project.pool_recipe)
+    fit_gate(recipe, progress=call.progress)
+    certify_gate(recipe)
 
 
-def compare_routers(project: Project, call: Call) -> None:
+def compare_routers(recipe: Recipe, call: Call) -> None:
     """Routers compared, routed models written."""
-    route_experts(project.pool_recipe, progress=call.progress)
+    route_experts(recipe, progress=call.progress)
 
 
-def score_text(project: Project, call: Call) -> None:
+def score_text(recipe: Recipe, call: Call) -> None:
     """Text and samples under every expert."""
-    score_experts(project.pool_recipe, overwrite=call.replace, progress=call.progress)
+    score_experts(recipe, overwrite=call.replace, progress=call.progress)
 
 
-def distil_students(project: Project, call: Call) -> None:
+def distil_students(recipe: Recipe, call: Call) -> None:
     """Causal students that can be served."""
-    distil_gate(project.pool_recipe, progress=call.progress)
+    distil_gate(recipe, progress=call.progress)
 
 
-def evaluate(project: Project, call: Call) -> None:
+def evaluate(recipe: Recipe, call: Call) -> None:
     """Every model on the same held-out text."""
-    evaluate_models(project, progress=call.progress)
+    evaluate_models(recipe, progress=call.progress)
 
 
-def report(project: Project, call: Call) -> None:
+def report(recipe: Recipe, call: Call) -> None:
     """One page and one summary."""
-    report_project(project)
+    report_project(recipe)

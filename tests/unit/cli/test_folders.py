@@ -10,7 +10,7 @@ import typer
 
 from weftlm.cli.main import app, main
 from weftlm.errors import ConfigError
-from weftlm.pipeline.project import make_project
+from weftlm.pipeline.recipe import make_recipe
 
 DATA = {"corpora": [{"path": "a", "label": "a"}]}
 PROJECT = {"run": "project", "data": DATA, "experts": {"base": "b"}}
@@ -69,7 +69,7 @@ def folders(tmp_path, monkeypatch):
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
-                make_project(RUN if name in ("run", "trained") else PROJECT).to_yaml()
+                make_recipe(RUN if name in ("run", "trained") else PROJECT).to_yaml()
                 if path.suffix == ".yaml"
                 else "{}"
             )

@@ -8,8 +8,8 @@ import pytest
 
 from weftlm.cli.main import main
 from weftlm.files import write_object
-from weftlm.pipeline.project import make_project
 from weftlm.pipeline.project_report import report_project
+from weftlm.pipeline.recipe import make_recipe
 from weftlm.pipeline.stage_records import Record, digests, read_record, write_record
 
 WHOLE = "the whole project"
@@ -31,7 +31,7 @@ def call(capsys):
 def project(tmp_path):
     """A finished project of experts over a base that was there before, and a plain run beside it."""
     run = tmp_path / "project"
-    made = make_project({"run": str(run), "data": {"corpora": [{"path": "a", "label": "a"}]}, "experts": {"base": "b"}})
+    made = make_recipe({"run": str(run), "data": {"corpora": [{"path": "a", "label": "a"}]}, "experts": {"base": "b"}})
     sets = {"a": {"bits_per_byte": 1.0, "bits_per_byte_se": 0.1}}
     model = {"path": "m", "kind": "plain", "sets": sets}
     (run / "stages").mkdir(parents=True)

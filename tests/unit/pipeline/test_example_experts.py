@@ -16,10 +16,10 @@ from weftlm.corpora.examples import examples_of
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
 from weftlm.pipeline.experts import gate_expert, open_workshop, train_experts
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.route_stage import route_experts, routing_facts
 
 NAMES = list(WORDS)
@@ -45,12 +45,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"llama": str(write_model(folder, "plain")), "t5": str(write_encoder_decoder(folder / "t5"))}
 
 
-def recipe(folder: Path, base: str, *, prompts: bool = True, **experts: Any) -> ExpertRecipe:
+def recipe(folder: Path, base: str, *, prompts: bool = True, **experts: Any) -> Recipe:
     if not (folder / "ask.jsonl").exists():
         write_tasks(folder)
     fields = {"text_field": "out", "prompt_field": "in"} if prompts else {"text_field": "in"}
     corpora = [{"path": str(folder / f"{name}.jsonl"), "label": name, **fields} for name in NAMES]
-    return make_expert_recipe(
+    return make_recipe(
         {
             "run": str(folder / "run"),
             "data": {"corpora": corpora, "tokenizer": {"pretrained": base}, "split": {"fraction": 0.2}},
@@ -107,9 +107,9 @@ def test_experts_of_tasks_are_made_kept_gated_and_routed(
     assert label == "phatgoose on a text that changes domain midway"
     assert len(tokens) > 60
     still = {"routers": ["merged"], "build": ["merged"], "timed_pairs": 0}
-    fixed = {**made.model_dump(mode="json", exclude_none=True), "routing": still}
-    fixed_table = route_experts(make_expert_recipe(fixed), progress=False)
-    assert routing_facts(make_expert_recipe(fixed), fixed_table).traces == [], "the same experts for every token"
+    fixed = {**made.resolved(), "routing": still}
+    fixed_table = route_experts(make_recipe(fixed), progress=False)
+    assert routing_facts(make_recipe(fixed), fixed_table).traces == [], "the same experts for every token"
     if kind == "llama":
         (tmp_path / "recipe.yaml").write_text(made.to_yaml())
         printed = Call(capsys)("route", "eval", tmp_path / "recipe.yaml", "--routers", "merged", "--no-singles")
@@ -137,11 +137,11 @@ def test_what_an_encoder_decoder_cannot_learn_from_is_said(bases: dict[str, str]
         ConfigError, match="documents of algebra, cooking, sailing have none; give their corpora a prompt_field"
     ):
         open_workshop(recipe(tmp_path, bases["t5"], prompts=False), progress=False)
-    half = recipe(tmp_path, bases["t5"]).model_dump(mode="json", exclude_none=True)
+    half = recipe(tmp_path, bases["t5"]).resolved()
     plain = [{"path": str(tmp_path / f"{name}.jsonl"), "label": name, "text_field": "in"} for name in NAMES[:1]]
     half["run"], half["data"]["heldout"] = str(tmp_path / "half"), plain
     with pytest.raises(ConfigError, match=r"documents of cooking have none; .* the held-out ones too"):
-        open_workshop(make_expert_recipe(half), progress=False)
+        open_workshop(make_recipe(half), progress=False)
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match=r"learns from examples; leave out experts\.examples: false"):
         open_workshop(recipe(tmp_path / "other", bases["t5"], examples=False), progress=False)

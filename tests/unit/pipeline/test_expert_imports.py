@@ -15,12 +15,12 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
 from weftlm.pipeline.expert_imports import import_recipe_experts
-from weftlm.pipeline.expert_recipe import ExpertRecipe, make_expert_recipe
 from weftlm.pipeline.experts_config import ExpertsConfig
+from weftlm.pipeline.recipe import Recipe, make_recipe
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> ExpertRecipe:
+def recipe(tmp_path: Path) -> Recipe:
     """Two adapters over a base with its own tokenizer; the second gets a gate on a domain."""
     base = served.write_model(tmp_path, "plain")
     for name in ("one", "two"):
@@ -43,10 +43,10 @@ def recipe(tmp_path: Path) -> ExpertRecipe:
     experts = {
         "base": str(base), "imports": imports, "training": training, "gate": {"steps": 1}, "statistics_examples": 4,
     }  # fmt: skip
-    return make_expert_recipe({"run": str(tmp_path / "run"), "data": data, "experts": experts})
+    return make_recipe({"run": str(tmp_path / "run"), "data": data, "experts": experts})
 
 
-def test_adapters_are_imported_once_and_gated_where_asked_for(recipe: ExpertRecipe) -> None:
+def test_adapters_are_imported_once_and_gated_where_asked_for(recipe: Recipe) -> None:
     found = import_recipe_experts(recipe, progress=False)
     assert {name: (facts["gate"], facts["statistics"]) for name, facts in found.items()} == {
         "one": (False, False),
@@ -57,7 +57,7 @@ def test_adapters_are_imported_once_and_gated_where_asked_for(recipe: ExpertReci
     assert ExpertLibrary.open(recipe.library_folder).fingerprint() == before
 
 
-def test_another_source_under_the_same_name_is_refused_unless_replaced(recipe: ExpertRecipe) -> None:
+def test_another_source_under_the_same_name_is_refused_unless_replaced(recipe: Recipe) -> None:
     import_recipe_experts(recipe, progress=False)
     one, two = recipe.experts.imports
     swapped = two.model_copy(update={"name": "one", "domain": None})
@@ -68,7 +68,7 @@ def test_another_source_under_the_same_name_is_refused_unless_replaced(recipe: E
     assert one.source != two.source
 
 
-def test_an_expert_stays_until_its_replacement_is_read(recipe: ExpertRecipe) -> None:
+def test_an_expert_stays_until_its_replacement_is_read(recipe: Recipe) -> None:
     import_recipe_experts(recipe, progress=False)
     library = ExpertLibrary.open(recipe.library_folder)
     before = library.fingerprint()

@@ -19,11 +19,10 @@ from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.pipeline.expert_recipe import ExpertRecipe, expert_plan, load_expert_recipe, make_expert_recipe
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.project import Project
-from weftlm.pipeline.recipe import make_recipe
+from weftlm.pipeline.recipe import Recipe, load_recipe, make_recipe, require_experts
+from weftlm.pipeline.recipe_plan import expert_plan
 from weftlm.pipeline.routes import build_route
 from weftlm.pipeline.runner import run_project
 from weftlm.routing.config import parse_router
@@ -49,14 +48,14 @@ def small(**experts: Any) -> dict[str, Any]:
 
 
 def test_a_whole_recipe_and_a_small_one_give_the_same_experts() -> None:
-    whole = make_expert_recipe({**recipe_value(), "experts": {**EXPERTS, "base": "base"}})
-    assert whole.experts == make_expert_recipe(small()).experts
-    assert whole.data == make_expert_recipe(small()).data
+    whole = make_recipe({**recipe_value(), "experts": {**EXPERTS, "base": "base"}})
+    assert whole.experts == make_recipe(small()).experts
+    assert whole.data == make_recipe(small()).data
     assert whole.evaluation.every_steps == 30
 
 
 def test_a_whole_recipe_makes_experts_of_its_own_model_beside_it() -> None:
-    recipe = make_expert_recipe({**recipe_value(), "experts": {}})
+    recipe = make_recipe({**recipe_value(), "experts": {}})
     assert recipe.base == "runs/one/model"
     assert recipe.library_folder == Path("runs/one/experts")
     assert expert_plan(recipe)["steps_per_expert"] == 1000
@@ -68,8 +67,8 @@ def test_the_section_does_not_change_which_run_it_is() -> None:
 
 
 def test_a_resolved_recipe_is_the_same_recipe_again() -> None:
-    recipe = make_expert_recipe(small(training={"tokens": 1000, "sequence_length": 16}))
-    assert make_expert_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    recipe = make_recipe(small(training={"tokens": 1000, "sequence_length": 16}))
+    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     whole = make_recipe({**recipe_value(), "experts": EXPERTS})
     assert make_recipe(yaml.safe_load(whole.to_yaml())) == whole
 
@@ -88,14 +87,14 @@ def test_a_resolved_recipe_is_the_same_recipe_again() -> None:
 )
 def test_mistakes_are_named(value: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_expert_recipe(value)
+        require_experts(make_recipe(value))
     assert message in str(caught.value)
 
 
 def test_overrides_reach_the_section(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(small()))
-    assert load_expert_recipe(path, ["experts.gate.lr=1e-3"]).experts.gate.lr == 1e-3
+    assert load_recipe(path, ["experts.gate.lr=1e-3"]).experts.gate.lr == 1e-3
 
 
 # -- which experts ------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     value["corpora"] = [{**each, "path": str(folder / each["path"])} for each in value["corpora"]]
     del value["target"]
     (folder / "data.json").write_text(json.dumps(value))
-    recipe = ExpertRecipe.model_validate({"run": folder / "run", "data": value, "experts": EXPERTS})
+    recipe = Recipe.model_validate({"run": folder / "run", "data": value, "experts": EXPERTS})
     data = prepare(recipe.data, folder / "data", progress=False)
     llama(vocab_size=data.tokenizer.vocab_size).save_pretrained(folder / "base")
     data.tokenizer.save(folder / "base")
@@ -158,8 +157,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def recipe_in(folder: Path, corpora: Path, seed: int = 0, **experts: Any) -> ExpertRecipe:
-    return ExpertRecipe.model_validate(
+def recipe_in(folder: Path, corpora: Path, seed: int = 0, **experts: Any) -> Recipe:
+    return Recipe.model_validate(
         {
             "run": folder / "run", "prepared": corpora / "data", "seed": seed,
             "data": json.loads((corpora / "data.json").read_text()),
@@ -197,12 +196,12 @@ def test_experts_are_made_once_and_another_one_needs_leave(tmp_path: Path, corpo
 
 def test_made_anew_the_library_keeps_no_expert_that_the_recipe_does_not_make(tmp_path: Path, corpora: Path) -> None:
     two = recipe_in(tmp_path, corpora, domains=["cooking", "sailing"])
-    run_project(Project(None, two), until="experts", progress=False)
+    run_project(two, until="experts", progress=False)
     library = ExpertLibrary.open(two.library_folder)
     expert = library.load("sailing")
     library.add(Expert(replace(expert.lora, name="mine"), card={"source": "elsewhere"}))
     before = library.fingerprint(["cooking"])
-    one = Project(None, recipe_in(tmp_path, corpora, domains=["cooking"]))
+    one = recipe_in(tmp_path, corpora, domains=["cooking"])
     with pytest.raises(ConfigError, match=r"stage experts was made of something else \(domains: .*--from experts"):
         run_project(one, until="experts", progress=False)
     assert library.names == ["cooking", "mine", "sailing"]
@@ -243,11 +242,11 @@ def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path)
         gate_expert(_with_other_text(recipe, corpora, tmp_path), "algebra", progress=False)
 
 
-def _with_other_text(recipe: ExpertRecipe, corpora: Path, folder: Path) -> ExpertRecipe:
+def _with_other_text(recipe: Recipe, corpora: Path, folder: Path) -> Recipe:
     data = recipe.data.model_dump(mode="json")
     data["domains"]["max_train_tokens"] = 500
     data["tokenizer"] = {"pretrained": str(corpora / "base")}
-    return ExpertRecipe.model_validate({**recipe.resolved(), "prepared": folder / "less", "data": data})
+    return Recipe.model_validate({**recipe.resolved(), "prepared": folder / "less", "data": data})
 
 
 def test_a_short_domain_stops_everything_before_anything_is_trained(tmp_path: Path, corpora: Path) -> None:
@@ -255,7 +254,7 @@ def test_a_short_domain_stops_everything_before_anything_is_trained(tmp_path: Pa
     data = recipe.data.model_dump(mode="json")
     data["domains"]["max_train_tokens"] = 50
     data["tokenizer"] = {"pretrained": str(corpora / "base")}
-    recipe = ExpertRecipe.model_validate({**recipe.resolved(), "prepared": tmp_path / "short", "data": data})
+    recipe = Recipe.model_validate({**recipe.resolved(), "prepared": tmp_path / "short", "data": data})
     with pytest.raises(DataError, match=r"algebra \(50 tokens\), .*too little text for a sequence of 60"):
         train_experts(recipe, progress=False)
     assert not (recipe.run / "training").exists()
@@ -265,7 +264,7 @@ def test_a_base_of_another_tokenizer_is_refused(tmp_path: Path, corpora: Path) -
     recipe = recipe_in(tmp_path, corpora)
     data = recipe.data.model_dump(mode="json")
     data["tokenizer"] = {"train": {"vocab_size": 300}}
-    other = ExpertRecipe.model_validate({**recipe.resolved(), "prepared": tmp_path / "other", "data": data})
+    other = Recipe.model_validate({**recipe.resolved(), "prepared": tmp_path / "other", "data": data})
     with pytest.raises(DataError, match="another tokenizer than the one that comes with the base"):
         train_experts(other, progress=False)
     llama(vocab_size=100).save_pretrained(tmp_path / "few")

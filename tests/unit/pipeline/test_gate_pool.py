@@ -14,7 +14,7 @@ from support.tiny_project import WORDS, write_corpora
 from weftlm.errors import ConfigError, DataError
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.gate_recipe import GatingConfig
-from weftlm.pipeline.project import make_project
+from weftlm.pipeline.recipe import make_recipe
 from weftlm.pipeline.runner import run_project
 
 
@@ -42,7 +42,7 @@ def value(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_project_over_given_models_ends_in_a_report(value: dict[str, Any], tmp_path: Path) -> None:
-    found = run_project(make_project(value), progress=False)
+    found = run_project(make_recipe(value), progress=False)
     assert [(status.stage.name, status.state) for status in found] == [
         (name, "done") for name in ("prepare", "score", "gate", "distil", "evaluate", "report")
     ]
@@ -60,16 +60,16 @@ def test_a_project_over_given_models_ends_in_a_report(value: dict[str, Any], tmp
 def test_own_experts_are_told_by_name(value: dict[str, Any]) -> None:
     value["gating"] |= {"offsets": "expert"}
     with pytest.raises(ConfigError, match="algebra has no expert of its own among those scored"):
-        run_project(make_project(value), progress=False)
+        run_project(make_recipe(value), progress=False)
     value["gating"] |= {"domains": ["cooking", "sailing"]}
     value["run"] += "-2"
-    assert run_project(make_project(value), until="gate", progress=False)[2].state == "done"
+    assert run_project(make_recipe(value), until="gate", progress=False)[2].state == "done"
 
 
 def test_a_pool_of_another_tokenizer_is_refused(value: dict[str, Any]) -> None:
     value["data"]["tokenizer"] = {"train": {"vocab_size": 300}}
     with pytest.raises(DataError, match="tokenised with another tokenizer than the experts'"):
-        run_project(make_project(value), progress=False)
+        run_project(make_recipe(value), progress=False)
 
 
 def test_a_pool_and_names_of_the_library_exclude_each_other() -> None:

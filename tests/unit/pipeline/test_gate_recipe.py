@@ -10,7 +10,6 @@ from support.tiny_project import recipe_value
 from weftlm.config import validate
 from weftlm.errors import ConfigError
 from weftlm.gating.mixtures import Box, Vertices
-from weftlm.pipeline.expert_recipe import make_expert_recipe
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.recipe import make_recipe
 
@@ -69,15 +68,16 @@ def test_offsets_are_in_the_order_of_the_domains() -> None:
 
 
 def test_a_training_run_is_the_same_with_and_without_a_gate() -> None:
-    plain, gated = make_recipe(recipe_value()), make_recipe({**recipe_value(), "gating": {"gate": "bayes"}})
+    plain = make_recipe(recipe_value())
+    gated = make_recipe({**recipe_value(), "experts": {}, "gating": {"gate": "bayes"}})
     assert plain.identity("data") == gated.identity("data")
     assert make_recipe(gated.resolved()) == gated
 
 
 def test_both_kinds_of_recipes_of_experts_carry_it() -> None:
-    whole = make_expert_recipe({**recipe_value(), "experts": {}, "gating": {"experts": ["cooking"]}})
+    whole = make_recipe({**recipe_value(), "experts": {}, "gating": {"experts": ["cooking"]}})
     value = recipe_value()
-    small = make_expert_recipe(
+    small = make_recipe(
         {"run": value["run"], "data": value["data"], "experts": {"base": "b"}, "gating": {"experts": ["cooking"]}}
     )
     for recipe in (whole, small):

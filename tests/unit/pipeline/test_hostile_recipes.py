@@ -15,8 +15,7 @@ from pydantic import BaseModel
 from support.tiny_project import recipe_value
 
 from weftlm.errors import ConfigError
-from weftlm.pipeline.project import load_project, make_project
-from weftlm.pipeline.recipe import Recipe
+from weftlm.pipeline.recipe import Recipe, load_recipe, make_recipe
 from weftlm.recipe_text import read_yaml
 
 RAW = re.compile(
@@ -148,7 +147,7 @@ SETTINGS: dict[str, str] = {
 def test_hostile_texts_are_refused_soon_and_in_words(text: str | bytes, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(lambda: load_project(path), tmp_path, {"recipe.yaml"})
+    refused(lambda: load_recipe(path), tmp_path, {"recipe.yaml"})
 
 
 @pytest.mark.parametrize("override", SETTINGS.values(), ids=SETTINGS.keys())
@@ -158,7 +157,7 @@ def test_hostile_settings_are_refused_soon_and_in_words(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_text(PLAIN)
-    refused(lambda: load_project(path, [override]), tmp_path, {"recipe.yaml"})
+    refused(lambda: load_recipe(path, [override]), tmp_path, {"recipe.yaml"})
 
 
 def absent(path: Path) -> Path:
@@ -204,12 +203,12 @@ PLACES: dict[str, Callable[[Path], Path]] = {
 def test_recipes_that_are_no_files_are_refused_soon_and_in_words(place: Callable[[Path], Path], tmp_path: Path) -> None:
     path = place(tmp_path)
     before = {each.name for each in tmp_path.iterdir()}
-    refused(lambda: load_project(path), tmp_path, before)
+    refused(lambda: load_recipe(path), tmp_path, before)
 
 
 def test_a_recipe_of_nearly_that_name_is_suggested(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"did you mean .*recipe\.yaml"):
-        load_project(nearly(tmp_path))
+        load_recipe(nearly(tmp_path))
 
 
 def refused(work: Callable[[], Any], folder: Path, left: set[str]) -> None:
@@ -227,7 +226,7 @@ def refused(work: Callable[[], Any], folder: Path, left: set[str]) -> None:
 def test_duplicate_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("run: a\ntraining:\n  steps: 1\n  lr: 0.1\n  steps: 2\n")
     with pytest.raises(ConfigError, match=r"r\.yaml, line 5: the key 'steps' comes twice, first in line 3"):
-        load_project(tmp_path / "r.yaml")
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_what_yaml_means_by_itself_is_kept_and_its_surprises_are_not(tmp_path: Path) -> None:
@@ -272,7 +271,7 @@ def test_no_odd_value_in_any_key_brings_a_librarys_words() -> None:
             here[place[-1]] = odd
             message = ""
             try:
-                make_project(value)
+                make_recipe(value)
             except ConfigError as error:
                 message = str(error)
             assert RAW.search(message) is None, (place, odd, message)

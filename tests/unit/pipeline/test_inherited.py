@@ -7,9 +7,7 @@ import copy
 import pytest
 
 from weftlm.errors import ConfigError
-from weftlm.pipeline.expert_recipe import gating_config, make_expert_recipe
 from weftlm.pipeline.inherited import INHERITED, names_of
-from weftlm.pipeline.project import make_project
 from weftlm.pipeline.recipe import make_recipe
 from weftlm.pipeline.stages import stages_of
 
@@ -67,8 +65,8 @@ def test_absent_key_follows_the_section_it_is_taken_from_and_a_given_one_stays(s
 
 @pytest.mark.parametrize("recipe", [WHOLE, SMALL], ids=["whole", "experts alone"])
 def test_one_window_everywhere_by_default(recipe):
-    small = make_expert_recipe(recipe)
-    lengths = {small.experts.training.sequence_length, gating_config(small).scores.length}
+    small = make_recipe(recipe)
+    lengths = {small.experts.training.sequence_length, small.gating_settings.scores.length}
     if recipe is WHOLE:
         whole = make_recipe(recipe)
         lengths |= {whole.training.sequence_length, whole.gating.students.dense.training.sequence_length}
@@ -79,12 +77,12 @@ def test_one_window_everywhere_by_default(recipe):
 def test_a_gate_follows_where_the_recipe_has_no_section_for_it_or_no_experts(length):
     small = {**SMALL, "experts": {"base": "somewhere", "training": {"sequence_length": length, "steps": 10}}}
     del small["gating"]
-    found = gating_config(make_expert_recipe(small))
+    found = make_recipe(small).gating_settings
     assert (found.scores.length, found.scores.sequences) == (length, 80)
     pool = {key: value for key, value in WHOLE.items() if key != "experts"}
     pool |= {"training": {"steps": 3, "sequence_length": length}, "gating": {"pool": [{"name": "m", "model": "m"}]}}
-    made = make_expert_recipe(pool)
-    assert made.experts.training.sequence_length == gating_config(made).scores.length == length
+    made = make_recipe(pool)
+    assert made.expert_settings.training.sequence_length == made.gating_settings.scores.length == length
 
 
 def test_adapters_like_the_models_are_trained_at_its_learning_rate():
@@ -102,7 +100,7 @@ def test_a_wrong_value_is_reported_where_it_was_written_alone():
 @pytest.mark.parametrize("stage", ["experts", "score", "evaluate"])
 def test_a_finished_stage_is_known_by_the_resolved_value(stage):
     def settings(recipe):
-        project = make_project(recipe)
+        project = make_recipe(recipe)
         return next(each for each in stages_of(project) if each.name == stage).settings(project)
 
     followed = {**WHOLE, "training": {"steps": 3, "sequence_length": 64}}

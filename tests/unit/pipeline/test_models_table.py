@@ -9,13 +9,13 @@ import pytest
 from support.tiny_project import recipe_value
 
 from weftlm.pipeline.models_table import base_of, models_of
-from weftlm.pipeline.project import Project, make_project
+from weftlm.pipeline.recipe import Recipe, make_recipe
 
 
-def finished(folder: Path, experts: dict[str, Any] | None) -> Project:
+def finished(folder: Path, experts: dict[str, Any] | None) -> Recipe:
     """A recipe with a rival, both trained."""
     value = {**recipe_value(), "run": str(folder), "compare": {"mixtures": ["uniform"]}}
-    project = make_project(value if experts is None else {**value, "experts": experts})
+    project = make_recipe(value if experts is None else {**value, "experts": experts})
     for run in (project.run, project.rivals_folder / "uniform"):
         run.mkdir(parents=True, exist_ok=True)
         (run / "result.json").write_text("{}")
@@ -41,4 +41,4 @@ def test_the_recipes_own_model_is_the_base_only_where_its_experts_are_over_it(
     assert found[names[0]] == tmp_path / "model"
     assert base_of(project) == base
     if base is not None:
-        assert str(found[base]).endswith(project.pool_recipe.base.removeprefix(str(tmp_path)))
+        assert str(found[base]).endswith(project.base.removeprefix(str(tmp_path)))

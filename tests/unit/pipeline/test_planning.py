@@ -24,7 +24,6 @@ from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.hf import token_losses
 from weftlm.models.open import pretrained_config
-from weftlm.pipeline.expert_recipe import make_expert_recipe
 from weftlm.pipeline.planning import counts
 from weftlm.pipeline.planning.calibrate import LARGEST_FLOPS, Calibration, _with_fewer_rows
 from weftlm.pipeline.planning.counts import Counted, model_config
@@ -36,6 +35,7 @@ from weftlm.pipeline.planning.speed import Speed
 from weftlm.pipeline.planning.stage import Stage
 from weftlm.pipeline.planning.trace import Kernel, Shape, record, shapes_only
 from weftlm.pipeline.planning.training import Run, machine_for, settle, state_bytes
+from weftlm.pipeline.recipe import make_recipe
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import adamw
 
@@ -460,7 +460,7 @@ def test_imported_adapters_are_not_trained() -> None:
     def stage(count: int, **changes: Any) -> Stage:
         experts = {"base": "some/base", "training": {"steps": 10, "sequence_length": 32}, "gate": {"steps": 2}}
         small = {key: recipe_value()[key] for key in ("run", "data")}
-        recipe = make_expert_recipe({**small, "experts": {**experts, **changes}})
+        recipe = make_recipe({**small, "experts": {**experts, **changes}})
         return experts_stage(PoolPlan(recipe, counted, Counted(config_of()), speed, 3, count, 96))
 
     trained, found, mixed = stage(3), stage(3, imports=imports), stage(4, imports=imports, domains=["algebra"])

@@ -9,9 +9,9 @@ from support.tiny_project import recipe_value
 
 from weftlm.cli.run import show_models
 from weftlm.experts.config import ExpertTraining
-from weftlm.pipeline.demo import demo_project
-from weftlm.pipeline.project import make_project
+from weftlm.pipeline.demo import demo_recipe
 from weftlm.pipeline.quick import LARGEST, quick
+from weftlm.pipeline.recipe import make_recipe
 
 
 def at(value: Any, key: str) -> Any:
@@ -34,30 +34,28 @@ def test_gates_and_statistics_follow_the_experts_steps(steps: int) -> None:
 def test_a_small_recipe_is_small() -> None:
     sizes = {"evaluation": {"max_tokens_per_set": 8192}, "experts": {"training": {"steps": 20}}}
     value = {**recipe_value(), **sizes, "gating": {}}
-    gating = make_project(value).pool_recipe.gating
+    gating = make_recipe(value).gating
     assert gating is not None
     assert (gating.scores.sequences, gating.scores.samples) == (160, 160)
     assert (gating.fit.steps, gating.students.distil.steps) == (2000, 400)
-    large = make_project({**recipe_value(), "experts": {}, "gating": {}}).pool_recipe.gating
+    large = make_recipe({**recipe_value(), "experts": {}, "gating": {}}).gating
     assert large is not None
     assert (large.scores.sequences, large.fit.steps, large.students.distil.steps) == (512, 8000, 1000)
-    explicit = make_project(
-        {**value, "gating": {"fit": {"steps": 9000}, "scores": {"samples": 600}}}
-    ).pool_recipe.gating
+    explicit = make_recipe({**value, "gating": {"fit": {"steps": 9000}, "scores": {"samples": 600}}}).gating
     assert explicit is not None
     assert (explicit.fit.steps, explicit.scores.samples) == (9000, 600)
 
 
 def test_quick_cuts_every_size_down() -> None:
-    project = demo_project()
+    project = demo_recipe()
     small = quick(project)
     assert str(small.run) == f"{project.run}-quick"
     found = small.resolved()
     for key, most in LARGEST.items():
         if (value := at(found, key)) is not None:
             assert value <= most, key
-    assert small.base_recipe.training.total_steps <= 15
-    assert [each.policy for each in small.mixtures] == [each.policy for each in project.mixtures]
+    assert small.training.total_steps <= 15
+    assert [each.policy for each in small.compare.mixtures] == [each.policy for each in project.compare.mixtures]
     assert quick(small).resolved() == {**found, "run": f"{small.run}-quick"}
 
 
@@ -76,7 +74,7 @@ def test_a_run_ends_with_the_best_model_and_what_to_do_next(
         "weftlm.pipeline.models_table.read_evaluation",
         lambda project: {"models": {"base": row(2.5), "routed": row(2.0)}},
     )
-    show_models(demo_project())
+    show_models(demo_recipe())
     said = capsys.readouterr().out
     assert "best on the domains" in next(line for line in said.splitlines() if line.startswith("│ routed"))
     assert "weftlm serve 'runs/a b/2.0'" in said

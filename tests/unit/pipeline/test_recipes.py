@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,19 @@ import yaml
 from support.tiny_project import recipe_value
 
 from weftlm.errors import ConfigError
-from weftlm.pipeline.demo import demo_project
-from weftlm.pipeline.project import load_project, make_project
-from weftlm.pipeline.recipe import Recipe, make_recipe
-from weftlm.pipeline.recipe_plan import plan
+from weftlm.pipeline.demo import demo_recipe
+from weftlm.pipeline.recipe import load_recipe, make_recipe
+from weftlm.pipeline.recipe_plan import training_plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
 
-def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
-    whole = demo_project(overrides).whole
-    assert whole is not None
-    return whole
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    project = load_project(path)
-    if project.whole is not None:
-        assert plan(project.whole)["steps"] > 0
-    assert make_project(yaml.safe_load(project.to_yaml())) == project
+    project = load_recipe(path)
+    if project.trains:
+        assert training_plan(project)["steps"] > 0
+    assert make_recipe(yaml.safe_load(project.to_yaml())) == project
 
 
 def test_there_are_recipes() -> None:
@@ -44,7 +36,7 @@ def test_the_demonstration_is_a_recipe_like_any_other() -> None:
 
 
 def test_plan_counts_parameters_without_building_the_model() -> None:
-    described = plan(demo_recipe())
+    described = training_plan(demo_recipe())
     vocabulary, hidden, inner, layers = 1024, 96, 256, 3
     layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
     assert described["parameters"] == vocabulary * hidden + layers * layer + hidden
@@ -83,12 +75,12 @@ def test_every_problem_of_a_recipe_is_named() -> None:
 )
 def test_what_nothing_would_come_of_is_refused_before_anything_is_made(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_project({**recipe_value(), **sections})
+        make_recipe({**recipe_value(), **sections})
 
 
 def test_routers_need_experts_also_where_no_model_is_trained() -> None:
     given = {key: recipe_value()[key] for key in ("run", "data")}
     pool = {"pool": [{"name": "a", "model": "some/model"}]}
     with pytest.raises(ConfigError, match="routing compares routers over experts"):
-        make_project({**given, "gating": pool, "routing": {}})
-    assert make_project({**given, "gating": pool}).parts is not None
+        make_recipe({**given, "gating": pool, "routing": {}})
+    assert make_recipe({**given, "gating": pool}).has_experts

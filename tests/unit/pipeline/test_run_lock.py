@@ -13,22 +13,22 @@ from support.tiny_project import recipe_value
 from weftlm.errors import CheckpointError
 from weftlm.pipeline.experts import gate_expert, train_experts
 from weftlm.pipeline.gating import certify_gate, fit_gate, score_experts
-from weftlm.pipeline.project import Project, make_project
+from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.runner import run_project
 from weftlm.pipeline.stage_records import LOCK
 from weftlm.pipeline.students import distil_gate
 from weftlm.pipeline.train import run_training
 
-WRITERS: dict[str, Callable[[Project], Any]] = {
+WRITERS: dict[str, Callable[[Recipe], Any]] = {
     "run": lambda project: run_project(project, progress=False),
-    "train": lambda project: run_training(project.base_recipe),
-    "experts train": lambda project: train_experts(project.pool_recipe, progress=False),
-    "experts gate": lambda project: gate_expert(project.pool_recipe, "cooking", progress=False),
-    "score": lambda project: score_experts(project.pool_recipe, progress=False),
-    "gate fit": lambda project: fit_gate(project.pool_recipe, progress=False),
-    "gate certify": lambda project: certify_gate(project.pool_recipe),
-    "gate distil": lambda project: distil_gate(project.pool_recipe, progress=False),
-    "gate distil --direct": lambda project: distil_gate(project.pool_recipe, direct=True, progress=False),
+    "train": run_training,
+    "experts train": lambda project: train_experts(project, progress=False),
+    "experts gate": lambda project: gate_expert(project, "cooking", progress=False),
+    "score": lambda project: score_experts(project, progress=False),
+    "gate fit": lambda project: fit_gate(project, progress=False),
+    "gate certify": certify_gate,
+    "gate distil": lambda project: distil_gate(project, progress=False),
+    "gate distil --direct": lambda project: distil_gate(project, direct=True, progress=False),
 }
 
 
@@ -36,7 +36,7 @@ WRITERS: dict[str, Callable[[Project], Any]] = {
 def test_every_writer_names_the_process_that_holds_the_run(writer: str, tmp_path: Path) -> None:
     training = {**recipe_value()["training"], "steps": 4}
     value = {**recipe_value(), "run": str(tmp_path / "run"), "experts": {"training": training}, "gating": {}}
-    project = make_project(value)
+    project = make_recipe(value)
     with held_by_another(project.run / LOCK) as process:
         with pytest.raises(CheckpointError, match=rf"another process \({process} on .* is at work in {project.run}"):
             WRITERS[writer](project)
@@ -45,9 +45,9 @@ def test_every_writer_names_the_process_that_holds_the_run(writer: str, tmp_path
 
 def test_makers_of_experts_share_a_run_and_keep_others_out(tmp_path: Path) -> None:
     value = {**recipe_value(), "run": str(tmp_path / "run"), "gating": {}}
-    project = make_project(value | {"experts": {"training": recipe_value()["training"]}})
+    project = make_recipe(value | {"experts": {"training": recipe_value()["training"]}})
     with held_by_another(project.run / LOCK, shared=True):
         with pytest.raises(CheckpointError, match="is at work in"):
-            fit_gate(project.pool_recipe, progress=False)
+            fit_gate(project, progress=False)
         with pytest.raises(Exception, match=r"^(?!.*is at work in)"):
-            train_experts(project.pool_recipe, progress=False)
+            train_experts(project, progress=False)

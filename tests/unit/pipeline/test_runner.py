@@ -13,7 +13,7 @@ from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.pipeline import runner
-from weftlm.pipeline.project import Project, make_project
+from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.runner import plan_stages, project_status, run_project
 from weftlm.pipeline.stage_records import LOCK, at_work, read_record
 from weftlm.pipeline.stages import STAGES, Stage, stages_of
@@ -29,7 +29,7 @@ class Workshop:
     worked: list[tuple[str, bool]] = field(default_factory=list)
     fails: str | None = None
 
-    def stages(self, project: Project) -> tuple[Stage, ...]:
+    def stages(self, project: Recipe) -> tuple[Stage, ...]:
         needs = {"text": (), "model": ("text",), "gate": ("model",), "page": ("gate",)}
         return tuple(
             Stage(
@@ -39,14 +39,14 @@ class Workshop:
             for name in needs
         )  # fmt: skip
 
-    def _settings(self, name: str) -> Callable[[Project], Any]:
+    def _settings(self, name: str) -> Callable[[Recipe], Any]:
         return lambda project: {"value": self.settings[name], "path": Path("x")}
 
-    def _outputs(self, name: str) -> Callable[[Project], list[Path]]:
+    def _outputs(self, name: str) -> Callable[[Recipe], list[Path]]:
         return lambda project: [project.run / f"{name}.txt"]
 
-    def _work(self, name: str) -> Callable[[Project, runner.Call], None]:
-        def work(project: Project, call: runner.Call) -> None:
+    def _work(self, name: str) -> Callable[[Recipe, runner.Call], None]:
+        def work(project: Recipe, call: runner.Call) -> None:
             self.worked.append((name, call.replace))
             if self.fails == name:
                 raise DataError(f"{name} is torn")
@@ -70,15 +70,15 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return make_project({**recipe_value(), "run": str(tmp_path / "run")})
+def project(tmp_path: Path) -> Recipe:
+    return make_recipe({**recipe_value(), "run": str(tmp_path / "run")})
 
 
-def states(project: Project) -> dict[str, str]:
+def states(project: Recipe) -> dict[str, str]:
     return {status.stage.name: status.state for status in project_status(project)}
 
 
-def test_a_second_run_does_nothing(shop: Workshop, project: Project) -> None:
+def test_a_second_run_does_nothing(shop: Workshop, project: Recipe) -> None:
     assert set(states(project).values()) == {"to do"}
     assert {status.state for status in run_project(project, progress=False)} == {"done"}
     assert shop.take() == [("text", False), ("model", False), ("gate", False), ("page", False)]
@@ -86,7 +86,7 @@ def test_a_second_run_does_nothing(shop: Workshop, project: Project) -> None:
     assert shop.take() == []
 
 
-def test_a_change_reaches_what_depends_on_it(shop: Workshop, project: Project) -> None:
+def test_a_change_reaches_what_depends_on_it(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     shop.take()
     shop.settings["gate"] = 2
@@ -100,7 +100,7 @@ def test_a_change_reaches_what_depends_on_it(shop: Workshop, project: Project) -
     assert shop.take() == [("gate", True), ("page", True)]
 
 
-def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(shop: Workshop, project: Project) -> None:
+def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     shop.take()
     shop.settings["model"] = 2
@@ -114,7 +114,7 @@ def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(shop: Workshop, 
     assert (project.run / "model.txt").read_text() == "2"
 
 
-def test_a_costly_stage_over_a_new_one_is_not_replaced_either(shop: Workshop, project: Project) -> None:
+def test_a_costly_stage_over_a_new_one_is_not_replaced_either(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     shop.settings["text"] = 2
     run_project(project, from_stage="text", until="text", progress=False)
@@ -124,14 +124,14 @@ def test_a_costly_stage_over_a_new_one_is_not_replaced_either(shop: Workshop, pr
         run_project(project, progress=False)
 
 
-def test_from_makes_anew_even_what_is_unchanged(shop: Workshop, project: Project) -> None:
+def test_from_makes_anew_even_what_is_unchanged(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     shop.take()
     run_project(project, from_stage="gate", progress=False)
     assert shop.take() == [("gate", True), ("page", True)]
 
 
-def test_until_stops_and_the_next_run_goes_on(shop: Workshop, project: Project) -> None:
+def test_until_stops_and_the_next_run_goes_on(shop: Workshop, project: Recipe) -> None:
     run_project(project, until="model", progress=False)
     assert states(project) == {"text": "done", "model": "done", "gate": "to do", "page": "to do"}
     shop.take()
@@ -139,7 +139,7 @@ def test_until_stops_and_the_next_run_goes_on(shop: Workshop, project: Project) 
     assert shop.take() == [("gate", False), ("page", False)]
 
 
-def test_a_failure_is_kept_and_continued(shop: Workshop, project: Project) -> None:
+def test_a_failure_is_kept_and_continued(shop: Workshop, project: Recipe) -> None:
     shop.fails = "gate"
     with pytest.raises(DataError, match="gate is torn"):
         run_project(project, progress=False)
@@ -151,14 +151,14 @@ def test_a_failure_is_kept_and_continued(shop: Workshop, project: Project) -> No
     assert shop.take() == [("gate", False), ("page", False)]
 
 
-def test_an_interrupted_stage_is_continued_without_discarding(shop: Workshop, project: Project) -> None:
+def test_an_interrupted_stage_is_continued_without_discarding(shop: Workshop, project: Recipe) -> None:
     class Killed(BaseException):
         pass
 
     stages = shop.stages(project)
     model = stages[1]
 
-    def killed(project: Project, call: runner.Call) -> None:
+    def killed(project: Recipe, call: runner.Call) -> None:
         (project.run / "half").write_text("half")
         raise Killed
 
@@ -173,7 +173,7 @@ def test_an_interrupted_stage_is_continued_without_discarding(shop: Workshop, pr
     assert shop.take()[0] == ("model", False)
 
 
-def test_going_on_with_a_replacement_still_replaces(shop: Workshop, project: Project) -> None:
+def test_going_on_with_a_replacement_still_replaces(shop: Workshop, project: Recipe) -> None:
     """A stage that keeps its own results apart, as data and experts are, must be told again what it may discard."""
     run_project(project, progress=False)
     shop.settings["model"], shop.fails = 2, "model"
@@ -188,7 +188,7 @@ def test_going_on_with_a_replacement_still_replaces(shop: Workshop, project: Pro
     assert record.replace
 
 
-def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(shop: Workshop, project: Project) -> None:
+def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     shop.settings["text"], shop.fails = 2, "text"
     with pytest.raises(DataError):
@@ -202,7 +202,7 @@ def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(sho
     assert shop.take() == []
 
 
-def test_what_is_discarded_is_first_no_longer_done(project: Project, tmp_path: Path) -> None:
+def test_what_is_discarded_is_first_no_longer_done(project: Recipe, tmp_path: Path) -> None:
     """Killed while it removes a finished stage, a pipeline must not find that stage done."""
     seen: list[bool] = []
     result, weights = project.run / "result.json", project.run / "model"
@@ -224,7 +224,7 @@ def test_what_is_discarded_is_first_no_longer_done(project: Project, tmp_path: P
     assert not weights.exists()
 
 
-def test_interrupted_work_over_something_new_is_stale(shop: Workshop, project: Project) -> None:
+def test_interrupted_work_over_something_new_is_stale(shop: Workshop, project: Recipe) -> None:
     shop.fails = "model"
     with pytest.raises(DataError):
         run_project(project, progress=False)
@@ -239,7 +239,7 @@ def test_interrupted_work_over_something_new_is_stale(shop: Workshop, project: P
     assert set(states(project).values()) == {"done"}
 
 
-def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Project) -> None:
+def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     shop.take()
     (project.run / "gate.txt").unlink()
@@ -255,11 +255,11 @@ def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Proj
     assert shop.take() == [("model", False)], "a costly stage goes on from what is left"
 
 
-def test_a_run_folder_may_go_by_another_name(shop: Workshop, project: Project, tmp_path: Path) -> None:
+def test_a_run_folder_may_go_by_another_name(shop: Workshop, project: Recipe, tmp_path: Path) -> None:
     run_project(project, progress=False)
     shop.take()
     project.run.rename(tmp_path / "moved")
-    moved = make_project({**recipe_value(), "run": str(tmp_path / "moved")})
+    moved = make_recipe({**recipe_value(), "run": str(tmp_path / "moved")})
     assert set(states(moved).values()) == {"done"}
     run_project(moved, progress=False)
     assert shop.take() == []
@@ -267,7 +267,7 @@ def test_a_run_folder_may_go_by_another_name(shop: Workshop, project: Project, t
     assert states(moved)["gate"] == "stale"
 
 
-def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Project) -> None:
+def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"--from gat: this project has no such stage; did you mean 'gate'"):
         plan_stages(project, from_stage="gat")
     with pytest.raises(ConfigError, match=r"--until x: this project has no such stage"):
@@ -278,7 +278,7 @@ def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Proj
         plan_stages(project, from_stage="gate")
 
 
-def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Project) -> None:
+def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Recipe) -> None:
     run_project(project, until="text", progress=False)
     assert not at_work(project.run)
     with held_by_another(project.run / LOCK) as process:
@@ -287,24 +287,24 @@ def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Project) -
             run_project(project, progress=False)
 
 
-def test_what_a_late_stage_reads_is_missed_before_the_first_begins(project: Project, tmp_path: Path) -> None:
+def test_what_a_late_stage_reads_is_missed_before_the_first_begins(project: Recipe, tmp_path: Path) -> None:
     asking = {**recipe_value(), "run": str(tmp_path / "run"), "evaluation": {"tasks": [{"path": "nowhere/*.jsonl"}]}}
     write_corpora(tmp_path / "corpora")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         with pytest.raises(DataError, match=r"evaluation\.tasks: .*'nowhere/\*\.jsonl' matches no file"):
-            run_project(make_project(asking), progress=False)
+            run_project(make_recipe(asking), progress=False)
     assert set(states(project).values()) == {"to do"}
 
 
-def test_a_torn_record_is_named(shop: Workshop, project: Project) -> None:
+def test_a_torn_record_is_named(shop: Workshop, project: Recipe) -> None:
     run_project(project, until="text", progress=False)
     (project.stages_folder / "text.json").write_text("{")
     with pytest.raises(DataError, match=r"text\.json cannot be read"):
         project_status(project)
 
 
-def test_records_say_what_was_left(shop: Workshop, project: Project) -> None:
+def test_records_say_what_was_left(shop: Workshop, project: Recipe) -> None:
     run_project(project, progress=False)
     record = read_record(project.stages_folder, "gate")
     model = read_record(project.stages_folder, "model")
@@ -323,17 +323,17 @@ def test_every_stage_needs_only_earlier_ones() -> None:
 
 def test_a_project_has_the_stages_of_its_sections(tmp_path: Path) -> None:
     value = {**recipe_value(), "run": str(tmp_path)}
-    assert [stage.name for stage in stages_of(make_project(value))] == ["prepare", "train", "evaluate", "report"]
+    assert [stage.name for stage in stages_of(make_recipe(value))] == ["prepare", "train", "evaluate", "report"]
     experts = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
-    assert [stage.name for stage in stages_of(make_project({**value, **experts}))] == [stage.name for stage in STAGES]
-    plain = {stage.name: stage.needs for stage in stages_of(make_project({**value, **experts}))}
-    over = {stage.name: stage.needs for stage in stages_of(make_project({**value, **experts, "experts": OVER}))}
+    assert [stage.name for stage in stages_of(make_recipe({**value, **experts}))] == [stage.name for stage in STAGES]
+    plain = {stage.name: stage.needs for stage in stages_of(make_recipe({**value, **experts}))}
+    over = {stage.name: stage.needs for stage in stages_of(make_recipe({**value, **experts, "experts": OVER}))}
     assert "rivals" not in plain["experts"]
     assert "rivals" in over["experts"]
     with pytest.raises(ConfigError, match=r"experts\.rival is 'doge', which .* does not train; it names uniform"):
-        make_project({**value, **experts, "experts": {"rival": "doge"}})
+        make_recipe({**value, **experts, "experts": {"rival": "doge"}})
     small = {"run": str(tmp_path), "data": value["data"], "experts": {"base": "some/base"}}
-    assert [stage.name for stage in stages_of(make_project(small))] == ["prepare", "experts", "evaluate", "report"]
+    assert [stage.name for stage in stages_of(make_recipe(small))] == ["prepare", "experts", "evaluate", "report"]
 
 
 WHOLE = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
@@ -346,7 +346,7 @@ POOL = {
 
 def decided(value: dict[str, Any]) -> dict[str, Any]:
     """The settings of every stage but the first, which looks at files."""
-    project = make_project(value)
+    project = make_recipe(value)
     return {stage.name: stage.settings(project) for stage in stages_of(project) if stage.name != "prepare"}
 
 

@@ -29,9 +29,11 @@ def run(
     The adapter stays as it is and no other expert is read. An imported adapter gets its gate in the same way. Settings
     are experts.gate, experts.statistics_examples and experts.embedder: --set experts.gate.steps=300.
     """
-    from weftlm.pipeline.expert_recipe import expert_plan, load_expert_recipe
+    from weftlm.pipeline.recipe import load_recipe, require_experts
+    from weftlm.pipeline.recipe_plan import expert_plan
 
-    resolved = load_expert_recipe(recipe, set_ or [])
+    resolved = load_recipe(recipe, set_ or [])
+    require_experts(resolved)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), {**expert_plan(resolved), "expert": expert}, json)
         return

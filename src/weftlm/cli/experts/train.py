@@ -43,11 +43,12 @@ def run(
     run, data and experts, where experts.base names the base. Each expert joins the library as soon as it is whole; run
     again, the command continues. Under torchrun the experts are dealt out to the ranks, with --ray to machines.
     """
-    from weftlm.pipeline.checks import load_checked_expert_recipe
-    from weftlm.pipeline.expert_recipe import expert_plan
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_experts
+    from weftlm.pipeline.recipe_plan import expert_plan
 
     check_gpus(ray, gpus)
-    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_experts, ask=not dry_run)
     if dry_run:
         from weftlm.pipeline.experts import check_experts
 

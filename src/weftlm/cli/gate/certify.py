@@ -20,7 +20,7 @@ from weftlm.pipeline.names import CERTIFICATE, GATE_PAGE
 
 if TYPE_CHECKING:
     from weftlm.gating.certificate import Certificate, Figure
-    from weftlm.pipeline.expert_recipe import ExpertRecipe
+    from weftlm.pipeline.recipe import Recipe
 
 
 def run(
@@ -31,10 +31,11 @@ def run(
     Every figure says whether it is a bound, an estimate or exact. The certificate is also written to
     gate/certificate.json in the run folder, and a page about the gate to gate/report.html.
     """
-    from weftlm.pipeline.checks import load_checked_expert_recipe
-    from weftlm.pipeline.expert_recipe import gate_plan
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_experts
+    from weftlm.pipeline.recipe_plan import gate_plan
 
-    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_experts, ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return
@@ -47,7 +48,7 @@ def run(
     _print(found, resolved)
 
 
-def _print(found: Certificate, recipe: ExpertRecipe) -> None:
+def _print(found: Certificate, recipe: Recipe) -> None:
     named = {
         "worst case": found.worst,
         "against lambda": found.at_lam,

@@ -21,7 +21,7 @@ from weftlm.cli.options import (
 from weftlm.pipeline.names import GATE_PAGE
 
 if TYPE_CHECKING:
-    from weftlm.pipeline.expert_recipe import ExpertRecipe
+    from weftlm.pipeline.recipe import Recipe
 
 
 def run(
@@ -39,10 +39,11 @@ def run(
     Each goes to a folder of its own in `students` in the run folder, which from_pretrained loads and generate drives.
     Run again after an interruption, the command continues.
     """
-    from weftlm.pipeline.checks import load_checked_expert_recipe
-    from weftlm.pipeline.expert_recipe import student_plan
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_experts
+    from weftlm.pipeline.recipe_plan import student_plan
 
-    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_experts, ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), student_plan(resolved, direct=direct), json)
         return
@@ -55,7 +56,7 @@ def run(
     _print(result, resolved)
 
 
-def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
+def _print(result: dict[str, Any], recipe: Recipe) -> None:
     offsets = result["offsets"] if isinstance(result["offsets"], str) else "values"
     print_table(
         f"held-out sequences: nats/{result['unit']}, offsets {offsets}{windows(result.get('length'))}",

@@ -18,7 +18,7 @@ from weftlm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from weftlm.pipeline.expert_recipe import ExpertRecipe
+    from weftlm.pipeline.recipe import Recipe
 
 
 def run(
@@ -29,10 +29,11 @@ def run(
     No expert is run, so that it takes minutes on a CPU whatever the experts' size. The result goes to `gate` in the run
     folder. Run again after an interruption, the command continues; with other settings it fits anew.
     """
-    from weftlm.pipeline.checks import load_checked_expert_recipe
-    from weftlm.pipeline.expert_recipe import gate_plan
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_experts
+    from weftlm.pipeline.recipe_plan import gate_plan
 
-    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_experts, ask=not dry_run)
     if dry_run:
         show(resolved.resolved(), resolved.to_yaml(), gate_plan(resolved), json)
         return
@@ -45,7 +46,7 @@ def run(
     _print(result, resolved)
 
 
-def _print(result: dict[str, Any], recipe: ExpertRecipe) -> None:
+def _print(result: dict[str, Any], recipe: Recipe) -> None:
     rows = [
         [name, f"{facts['sequences']:,}", number(facts["value"]), number(facts["lam"], 3)]
         for name, facts in result["domains"].items()

@@ -64,12 +64,13 @@ def run(
     All are scored on the same windows; a standard error is over windows. Best single expert and oracle (the best expert
     of each set) are chosen on the very text they are scored on: they are bounds, not methods.
     """
-    from weftlm.pipeline.checks import load_checked_expert_recipe
-    from weftlm.pipeline.expert_recipe import expert_plan
+    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.recipe import require_experts
+    from weftlm.pipeline.recipe_plan import expert_plan
     from weftlm.routing.config import parse_router, router_config
 
     check_gpus(ray, gpus)
-    resolved = load_checked_expert_recipe(recipe, set_ or [], ask=not dry_run)
+    resolved = load_checked(recipe, set_ or [], needs=require_experts, ask=not dry_run)
     config = resolved.evaluation
     if max_tokens is not None:
         config = config.model_copy(update={"max_tokens_per_set": max_tokens or None})

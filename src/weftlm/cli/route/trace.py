@@ -40,7 +40,7 @@ def run(
     A token's weights are means over the modules. The entropy of a layer's usage is 0 where one expert does all and the
     logarithm of their number where all work alike.
     """
-    from weftlm.pipeline.project import refuse_project_page
+    from weftlm.pipeline.recipe import refuse_project_page
 
     if html is not None:
         refuse_project_page(html)

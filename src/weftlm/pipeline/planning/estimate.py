@@ -18,7 +18,6 @@ from weftlm.gating.config import ExpertSource
 from weftlm.mixture.policy import build_policy
 from weftlm.models.open import pretrained_config
 from weftlm.pipeline.data_config import DataConfig
-from weftlm.pipeline.expert_recipe import ExpertRecipe, gating_config
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.identity import MANIFEST
 from weftlm.pipeline.planning.calibrate import Calibration
@@ -47,8 +46,7 @@ from weftlm.pipeline.planning.training import (
     training_stage,
 )
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.project import Project, make_project
-from weftlm.pipeline.recipe import Recipe, check
+from weftlm.pipeline.recipe import Recipe, check, make_recipe
 from weftlm.training.runtime import choose_runtime
 
 DOCUMENT_TOKENS = 1000
@@ -163,11 +161,11 @@ def plan_value(
     Raises:
         ConfigError: the recipe is wrong, or something needed is not known.
     """
-    return plan_project(make_project(value), hardware, name=name, mfu=mfu, assumed=assumed, calibration=calibration)
+    return plan_project(make_recipe(value), hardware, name=name, mfu=mfu, assumed=assumed, calibration=calibration)
 
 
 def plan_project(
-    project: Project,
+    project: Recipe,
     hardware: Hardware,
     *,
     name: str = "recipe",
@@ -196,17 +194,17 @@ def plan_project(
     speed = Speed(hardware, mfu, calibration if calibration is not None else Calibration())
     facts = _facts(project, assumed)
     stages: list[Stage] = []
-    if project.whole is not None:
-        counted = _counted(project.whole, speed, facts, None)  # rivals are the same model: what is counted stays known
-        stages += _base_stages(project.whole, counted, speed, facts)
-        for each in project.mixtures:
+    if project.trains:
+        counted = _counted(project, speed, facts, None)  # rivals are the same model: what is counted stays known
+        stages += _base_stages(project, counted, speed, facts)
+        for each in project.compare.mixtures:
             stages.append(_together(f"rival {each.policy}", _base_stages(project.rival(each), counted, speed, facts)))
     if project.makes_experts:
         stages += _expert_stages(project, speed, facts, assumed)
-    if project.parts is not None and (gating := project.parts.gating) is not None and gating.pool is not None:
-        stages += _pool_stages(project.parts, gating.pool, speed, facts, assumed)
-    if project.whole is not None and not project.makes_experts:
-        stages.append(_serving(project.whole, speed, facts, assumed))
+    if project.has_experts and (gating := project.gating) is not None and gating.pool is not None:
+        stages += _pool_stages(project, gating.pool, speed, facts, assumed)
+    if project.trains and not project.makes_experts:
+        stages.append(_serving(project, speed, facts, assumed))
     stages.insert(0, _prepared_stage(facts, stages))
     used = None if hardware.device.measured else speed.utilisation
     said = dict.fromkeys([*facts.said, *_assumptions(speed, stages)])
@@ -285,8 +283,8 @@ def _together(name: str, stages: Sequence[Stage]) -> Stage:
     )
 
 
-def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assumed) -> list[Stage]:
-    recipe, whole = project.pool_recipe, project.whole
+def _expert_stages(project: Recipe, speed: Speed, facts: _Facts, assumed: Assumed) -> list[Stage]:
+    recipe, whole = project, project
     config = recipe.experts
     length = config.training.sequence_length
     if config.base is not None:
@@ -298,8 +296,8 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
         _check_encoder_decoder(project)
     named = facts.domains if config.domains is None else len(config.domains)
     stages: list[Stage] = []
-    if project.monolith:
-        rival = project.monolith_recipe(assumed.experts or named)
+    if project.trains_monolith:
+        rival = project.monolith(assumed.experts or named)
         stages.append(
             _together("rival monolith", _base_stages(rival, _counted(rival, speed, facts, base), speed, facts))
         )
@@ -324,7 +322,7 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
             "models: scores and serving are not planned."
         )
         return stages
-    gating = gating_config(recipe)
+    gating = recipe.gating_settings
     over = None
     if gating.pool is None:
         if recipe.gating is not None:
@@ -339,17 +337,17 @@ def _expert_stages(project: Project, speed: Speed, facts: _Facts, assumed: Assum
     return stages
 
 
-def _check_encoder_decoder(project: Project) -> None:
+def _check_encoder_decoder(project: Recipe) -> None:
     """Refuse what nothing can be made of over an encoder-decoder.
 
     Raises:
         ConfigError: a gate or a monolith is wanted, or a corpus has no prompts.
     """
-    recipe = project.pool_recipe
+    recipe = project
     name = recipe.experts.base
     if recipe.gating is not None and recipe.gating.pool is None:
         raise ConfigError(f"experts.base {name} is an encoder-decoder model; a gate combines decoder-only models")
-    if project.monolith:
+    if project.trains_monolith:
         raise ConfigError(
             f"experts.base {name} is an encoder-decoder model, and a mixture trains decoder-only models: "
             "leave compare.monolith out"
@@ -367,7 +365,7 @@ def _wanted(gating: GatingConfig, experts: int) -> int:
 
 
 def _pool_stages(
-    recipe: ExpertRecipe, sources: Sequence[ExpertSource], speed: Speed, facts: _Facts, assumed: Assumed
+    recipe: Recipe, sources: Sequence[ExpertSource], speed: Speed, facts: _Facts, assumed: Assumed
 ) -> list[Stage]:
     """A gate over models that are there already."""
     gating, training = recipe.gating, recipe.experts.training
@@ -419,7 +417,7 @@ def _prepared_stage(facts: _Facts, stages: Sequence[Stage]) -> Stage:
 # -- what is known ---------------------------------------------------------------------------------------------------
 
 
-def _facts(project: Project, assumed: Assumed) -> _Facts:
+def _facts(project: Recipe, assumed: Assumed) -> _Facts:
     """Domains, vocabulary and size of the text: from the prepared data, else from the recipe, else assumed."""
     data, folder = project.data, project.prepared_folder
     if (folder / MANIFEST).exists():
@@ -472,12 +470,12 @@ def _domains_of(data: DataConfig) -> tuple[int, list[str]]:
     return len(labels) + own, said
 
 
-def _named_domains(project: Project) -> int:
+def _named_domains(project: Recipe) -> int:
     """How many domains the sections of experts and gate name."""
-    if project.parts is None:
+    if not project.has_experts:
         return 0
-    gating = project.parts.gating
-    return len({*(project.parts.experts.domains or ()), *((gating and gating.domains) or ())})
+    gating = project.gating
+    return len({*(project.experts.domains or ()), *((gating and gating.domains) or ())})
 
 
 def _vocabulary_of(data: DataConfig) -> int | None:

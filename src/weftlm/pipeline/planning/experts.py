@@ -15,13 +15,13 @@ from typing import Any
 
 from weftlm.experts.statistics import BIGRAM_BUCKETS
 from weftlm.models.open import DTYPES
-from weftlm.pipeline.expert_recipe import ExpertRecipe
 from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.planning.counts import Counted, Sizes
 from weftlm.pipeline.planning.speed import DISK, OVERHEAD, Speed, Time
 from weftlm.pipeline.planning.stage import DOES_NOT_FIT, FILE_HEADER, USABLE, Stage
 from weftlm.pipeline.planning.trace import Work
 from weftlm.pipeline.planning.training import Machine, Run, machine_for
+from weftlm.pipeline.recipe import Recipe
 
 CARD_BYTES = 4096
 """An expert's card and adapter_config.json, about."""
@@ -47,7 +47,7 @@ class PoolPlan:
         heldout: held-out tokens of a domain that are predicted, on average; None where nobody knows yet.
     """
 
-    recipe: ExpertRecipe
+    recipe: Recipe
     counted: Counted
     bare: Counted
     speed: Speed
