@@ -27,6 +27,7 @@ from torch import Tensor
 from weftlm import interrupt
 from weftlm.distillation.config import DistilConfig, Weighting
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError, reason
+from weftlm.gating.adam import Moments, adam_step
 from weftlm.gating.arrays import simplex_vector
 from weftlm.gating.config import GateConfig, PrefixGateConfig, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
@@ -77,8 +78,7 @@ class DistilState:
         config: of the distillation.
         step: steps taken.
         student: phi as it is.
-        first: Adam's first moments by tensor.
-        second: Adam's second moments.
+        moments: of Adam.
         best: learned tensors of the best student so far.
         best_loss: its held-out loss; inf before the first measurement.
         stale: measurements since.
@@ -88,8 +88,7 @@ class DistilState:
     config: DistilConfig
     step: int
     student: CausalGate
-    first: Mapping[str, Tensor]
-    second: Mapping[str, Tensor]
+    moments: Moments
     best: Mapping[str, Tensor]
     best_loss: float
     stale: int
@@ -107,7 +106,8 @@ class DistilState:
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        groups = {"student": self.student.tensors, "first": self.first, "second": self.second, "best": self.best}
+        moments = {"first": self.moments.first, "second": self.moments.second}
+        groups = {"student": self.student.tensors, **moments, "best": self.best}
         tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
         facts = {
             "config": self.config.model_dump(mode="json"),
@@ -142,8 +142,7 @@ class DistilState:
                 config=DistilConfig.model_validate(facts["config"]),
                 step=int(facts["step"]),
                 student=_causal(student),
-                first=group("first."),
-                second=group("second."),
+                moments=Moments(group("first."), group("second.")),
                 best=group("best."),
                 best_loss=math.inf if facts["best_loss"] is None else float(facts["best_loss"]),
                 stale=int(facts["stale"]),
@@ -352,8 +351,8 @@ def distil_structural(
     measure = _Measure(test, real_test, lam_D, config.real_fraction, on_progress)
     if state is None:
         first = _student(student, gate, train, config)
-        zeros = {name: torch.zeros_like(first.tensors[name]) for name in first.learned}
-        state = DistilState(config, 0, first, zeros, zeros, _learned(first), math.inf, 0)
+        learned = _learned(first)
+        state = DistilState(config, 0, first, Moments.zeros(learned), learned, math.inf, 0)
         state = measure(state)
     elif state.config != config:
         raise CheckpointError(f"the state is of a distillation with config {state.config}; now {config}; start afresh")
@@ -509,16 +508,9 @@ def _step(state: DistilState, draw: _Draw, objective: LogModel) -> DistilState:
         )
     fraction = config.final_lr_fraction
     cosine = 0.5 * (1.0 + math.cos(math.pi * state.step / config.steps))
-    lr, time = config.lr * (fraction + (1.0 - fraction) * cosine), state.step + 1
-    moved, first, second = {}, {}, {}
-    for name, gradient in gradients.items():
-        first[name] = 0.9 * state.first[name] + 0.1 * gradient
-        second[name] = 0.999 * state.second[name] + 0.001 * gradient**2
-        root = (second[name] / (1.0 - 0.999**time)).sqrt() + 1e-8
-        moved[name] = theta[name].detach() - lr * (first[name] / (1.0 - 0.9**time)) / root
-    return dataclasses.replace(
-        state, step=time, student=state.student.replaced(moved), first=first, second=second
-    )  # fmt: skip
+    lr = config.lr * (fraction + (1.0 - fraction) * cosine)
+    moved, moments = adam_step(theta, gradients, state.moments, step=state.step, lr=lr)
+    return dataclasses.replace(state, step=state.step + 1, student=state.student.replaced(moved), moments=moments)
 
 
 @dataclass(frozen=True, eq=False)

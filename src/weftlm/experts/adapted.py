@@ -8,63 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weftlm.experts.expert import Gate, LoRAExpert, LoRAFactors
+from weftlm.experts.expert import Gate, LoRAExpert
 from weftlm.experts.lora import check_fits
-
-_COMPUTE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes a weight can be multiplied in; any other holds a quantised weight."""
-
-
-def low_rank(u_XI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, gate_X: Tensor | None = None) -> Tensor:
-    """The branch of an adapter.
-
-        y = s B A u          or, gated,          y = s B A (g u) = B (s g A u)
-
-    A scalar gate commutes with A, so that it is applied to R numbers per token instead of I.
-
-    Args:
-        u_XI: module input, any leading axes X.
-        A_RI: input factor.
-        B_OR: output factor.
-        scale: s.
-        gate_X: g, one number per token.
-    Returns:
-        y_XO: in the factors' dtype, or autocast's.
-    """
-    h_XR = F.linear(u_XI.to(A_RI.dtype), A_RI)
-    factor: Tensor | float = scale if gate_X is None else (scale * gate_X)[..., None].to(h_XR.dtype)
-    return F.linear(h_XR * factor, B_OR)
-
-
-def gate_values(u_XI: Tensor, v_I: Tensor) -> Tensor:
-    """g = sigmoid(v . u) for every token, in float32 or wider whatever the precision around it.
-
-    Args:
-        u_XI: module input.
-        v_I: gate vector.
-    Returns:
-        g_X.
-    """
-    wide = torch.promote_types(u_XI.dtype, torch.float32)
-    with torch.autocast(u_XI.device.type, enabled=False):
-        return torch.sigmoid(u_XI.to(wide) @ v_I.to(wide))
-
-
-def placed(factors: LoRAFactors, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """A_RI and B_OR on a linear module's device, in the dtype it computes in.
-
-    That is its weight's; a quantised module says its own (`compute_dtype`), or the factors stay float32.
-    """
-    weight = next(chain(module.parameters(), module.buffers()))
-    dtype = weight.dtype if weight.dtype in _COMPUTE else getattr(module, "compute_dtype", None) or torch.float32
-    return factors.A_RI.to(weight.device, dtype), factors.B_OR.to(weight.device, dtype)
+from weftlm.experts.low_rank import LowRank, gate_values, placement
 
 
 @contextmanager
@@ -89,23 +40,18 @@ def adapted(model: nn.Module, expert: LoRAExpert, gate: Gate | None = None) -> I
         stack.enter_context(eager(model))
         for name, factors in expert.modules.items():
             module = model.get_submodule(name)
-            branch = _Branch(module, factors, None if gate is None else gate.vectors[name])
-            stack.callback(module.register_forward_hook(branch, with_kwargs=True).remove)
+            branch = LowRank([factors], *placement(module))
+            v_I = None if gate is None else gate.vectors[name].to(branch.A_ERI.device)
+            stack.callback(module.register_forward_hook(partial(_add, branch, v_I), with_kwargs=True).remove)
         yield
 
 
-class _Branch:
-    """A forward hook that adds an expert's branch to a module's output."""
-
-    def __init__(self, module: nn.Module, factors: LoRAFactors, v_I: Tensor | None) -> None:
-        self.A_RI, self.B_OR = placed(factors, module)
-        self.scale = factors.scale
-        self.v_I = None if v_I is None else v_I.to(self.A_RI.device)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y_XO: Tensor) -> Tensor:
-        u_XI = module_input(args, kwargs)
-        gate_X = None if self.v_I is None else gate_values(u_XI, self.v_I)
-        return y_XO + low_rank(u_XI, self.A_RI, self.B_OR, self.scale, gate_X).to(y_XO.dtype)
+def _add(
+    branch: LowRank, v_I: Tensor | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y_XO: Tensor
+) -> Tensor:
+    """Forward hook that adds an expert's branch to a module's output."""
+    u_XI = module_input(args, kwargs)
+    return branch.add(y_XO, u_XI, gate_X=None if v_I is None else gate_values(u_XI, v_I))
 
 
 def module_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

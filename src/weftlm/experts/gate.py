@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
 from weftlm.errors import ExpertError
-from weftlm.experts.adapted import gate_values, low_rank, placed, unchanged
+from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import GateConfig
 from weftlm.experts.examples import domain_trainer
 from weftlm.experts.expert import Gate, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import check_fits
+from weftlm.experts.low_rank import LowRank, gate_values, placement
 from weftlm.models.factory import count_parameters
 from weftlm.training.config import NOT_DECIDING, TrainingConfig
 from weftlm.training.metrics import read_metrics
@@ -49,20 +50,16 @@ class GatedLinear(nn.Module):
 
     Attributes:
         base: the module, as it was.
+        branch: the adapter.
         v: the gate vector, width of the module's input, float32, zero at first: every token gets half the adapter.
     """
-
-    A_RI: Tensor
-    B_OR: Tensor
 
     def __init__(self, base: nn.Module, factors: LoRAFactors) -> None:
         super().__init__()
         self.base = base
-        A_RI, B_OR = placed(factors, base)
-        self.register_buffer("A_RI", A_RI, persistent=False)
-        self.register_buffer("B_OR", B_OR, persistent=False)
-        self.scale = factors.scale
-        self.v = nn.Parameter(torch.zeros(A_RI.shape[1], dtype=torch.float32, device=A_RI.device))
+        self.branch = LowRank([factors], *placement(base))
+        A_ERI = self.branch.A_ERI
+        self.v = nn.Parameter(torch.zeros(A_ERI.shape[2], dtype=torch.float32, device=A_ERI.device))
         self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -74,8 +71,7 @@ class GatedLinear(nn.Module):
 
     def forward(self, u_XI: Tensor) -> Tensor:
         """y_XO for a module input with any leading axes."""
-        y_XO: Tensor = self.base(u_XI)
-        return y_XO + low_rank(u_XI, self.A_RI, self.B_OR, self.scale, gate_values(u_XI, self.v)).to(y_XO.dtype)
+        return self.branch.add(self.base(u_XI), u_XI, gate_X=gate_values(u_XI, self.v))
 
 
 def attach_gates(model: nn.Module, expert: LoRAExpert) -> dict[str, GatedLinear]:

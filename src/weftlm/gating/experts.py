@@ -12,6 +12,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +23,12 @@ from transformers.cache_utils import Cache
 
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, ExpertError, did_you_mean
-from weftlm.experts.adapted import module_input, placed
-from weftlm.experts.expert import LoRAExpert, LoRAFactors
+from weftlm.experts.adapted import module_input
+from weftlm.experts.expert import LoRAExpert
 from weftlm.experts.files import CONFIG
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, read_lora
+from weftlm.experts.low_rank import LowRank, Rows, placement
 from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
@@ -68,116 +70,6 @@ class Member:
     source: ExpertSource | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Which of a backbone's experts each sequence of a batch runs through.
-
-    Attributes:
-        one: all of them through this one.
-        blocks: or block after block of equal size, through these.
-        each: or sequence by sequence; one place per sequence, int64.
-    """
-
-    one: int | None = None
-    blocks: tuple[int, ...] | None = None
-    each: Tensor | None = None
-
-    @classmethod
-    def of(cls, places_X: Tensor) -> Rows:
-        """The cheapest form of one place per sequence."""
-        places = places_X.tolist()
-        distinct = list(dict.fromkeys(places))
-        if len(distinct) == 1:
-            return cls(one=distinct[0])
-        size = len(places) // len(distinct)
-        if places == [place for place in distinct for _ in range(size)]:
-            return cls(blocks=tuple(distinct))
-        return cls(each=places_X)
-
-
-class _Switch:
-    """What the branches of one backbone share: the rows of the pass under way, None for the model as it is."""
-
-    def __init__(self) -> None:
-        self.rows: Rows | None = None
-
-
-class _Branches(nn.Module):
-    """The adapters of one linear module, as a hook that adds to its output what each sequence's own one gives.
-
-        y[x] = W u[x] + s_e B_e A_e u[x]            e the expert of sequence x
-
-    Smaller ranks are padded with zeros, experts that do not adapt the module are zeros altogether, s is folded into B.
-    """
-
-    A_ERI: Tensor
-    B_ERO: Tensor
-
-    def __init__(self, module: nn.Module, factors: Sequence[LoRAFactors | None], switch: _Switch) -> None:
-        super().__init__()
-        there = [factor for factor in factors if factor is not None]
-        rank = max(factor.rank for factor in there)
-        A_RI, B_OR = placed(there[0], module)
-        A_ERI = A_RI.new_zeros(len(factors), rank, A_RI.shape[1])
-        B_ERO = B_OR.new_zeros(len(factors), rank, B_OR.shape[0])
-        for place, factor in enumerate(factors):
-            if factor is not None:
-                A_RI, B_OR = placed(factor, module)
-                A_ERI[place, : factor.rank] = A_RI
-                B_ERO[place, : factor.rank] = (factor.scale * B_OR.double().T).to(B_OR.dtype)
-        self.register_buffer("A_ERI", A_ERI, persistent=False)
-        self.register_buffer("B_ERO", B_ERO, persistent=False)
-        self.switch = switch
-        self._views: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] = A_ERI, {}
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        """Add the branch; None leaves the output as it is."""
-        rows = self.switch.rows
-        if rows is None:
-            return None
-        u = module_input(args, kwargs)
-        if u.dtype != self.A_ERI.dtype and not torch.is_autocast_enabled(u.device.type):
-            u = u.to(self.A_ERI.dtype)
-        if rows.one is not None:
-            A_IR, B_RO = self._of(rows.one)
-            h_NR = u.reshape(-1, len(A_IR)) @ A_IR
-            same = y.dtype == h_NR.dtype == B_RO.dtype
-            alone = len(module._forward_hooks) == 1  # else somebody may hold what the module has just made
-            if same and alone and y.is_contiguous() and not torch.is_grad_enabled():
-                y.view(-1, B_RO.shape[1]).addmm_(h_NR, B_RO)
-                return None
-            y_NO = y.flatten(0, -2)
-            result = torch.addmm(y_NO, h_NR, B_RO) if same else y_NO + h_NR @ B_RO
-        else:
-            A_MRI, B_MRO = self._chosen(rows)
-            h_MNR = torch.bmm(u.reshape(len(A_MRI), -1, u.shape[-1]), A_MRI.transpose(1, 2))
-            y_MNO = y.reshape(len(A_MRI), -1, y.shape[-1])
-            same = y.dtype == h_MNR.dtype == B_MRO.dtype
-            result = torch.baddbmm(y_MNO, h_MNR, B_MRO) if same else y_MNO + torch.bmm(h_MNR, B_MRO)
-        return result.view(y.shape).to(y.dtype)
-
-    def _of(self, place: int) -> tuple[Tensor, Tensor]:
-        """One expert's factors, cut out once: token by token, that would be a good part of the branch's time."""
-        buffers = self.__dict__["_buffers"]
-        A_ERI, B_ERO = buffers["A_ERI"], buffers["B_ERO"]
-        if self._views[0] is not A_ERI:
-            self._views = A_ERI, {}
-        views = self._views[1]
-        if place not in views:
-            views[place] = A_ERI[place].T, B_ERO[place]
-        return views[place]
-
-    def _chosen(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        if rows.blocks is None:
-            assert rows.each is not None
-            return self.A_ERI[rows.each], self.B_ERO[rows.each]
-        first, last = rows.blocks[0], rows.blocks[-1]
-        if rows.blocks == tuple(range(first, last + 1)):
-            return self.A_ERI[first : last + 1], self.B_ERO[first : last + 1]
-        places = torch.tensor(rows.blocks, device=self.A_ERI.device)
-        return self.A_ERI[places], self.B_ERO[places]
-
-
 class Backbone(nn.Module):
     """One model in memory and the experts that run on it.
 
@@ -201,7 +93,7 @@ class Backbone(nn.Module):
         self.experts = tuple(experts)
         kinds = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
         self.keeps_keys = not kinds and "past_key_values" in inspect.signature(model.forward).parameters
-        self._switch = _Switch()
+        self._rows: Rows | None = None
         for lora in loras:
             if lora is not None:
                 check_fits(lora, model)
@@ -211,9 +103,9 @@ class Backbone(nn.Module):
         for name, module in model.named_modules():
             if name in names:
                 factors = [None if lora is None else lora.modules.get(name) for lora in loras]
-                branch = _Branches(module, factors, self._switch)
+                branch = LowRank(factors, *placement(module))
                 self.branches.append(branch)
-                self._hooks.append(module.register_forward_hook(branch.hook, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(partial(self._add, branch), with_kwargs=True))
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -231,12 +123,21 @@ class Backbone(nn.Module):
         """
         if cache is not None:
             arguments["past_key_values"] = cache
-        self._switch.rows = rows if len(self.branches) else None
+        self._rows = rows if len(self.branches) else None
         try:
             logits: Tensor = self.model(input_ids=ids_XT, use_cache=cache is not None, **arguments).logits
         finally:
-            self._switch.rows = None
+            self._rows = None
         return logits[..., : self.vocab_size]
+
+    def _add(
+        self, branch: LowRank, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor | None:
+        """Forward hook that adds each sequence's own adapter; None keeps the output of a call outside `run`."""
+        if self._rows is None:
+            return None
+        alone = len(module._forward_hooks) == 1  # another hook may hold what the module has just made
+        return branch.add(y, module_input(args, kwargs), self._rows, in_place=alone)
 
     def release(self) -> None:
         """Take the hooks off the model."""

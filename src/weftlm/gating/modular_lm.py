@@ -45,10 +45,11 @@ from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, reason
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.low_rank import Rows
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.gating import experts as room
 from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
-from weftlm.gating.experts import Backbone, ExpertPool, Rows, positions, scored
+from weftlm.gating.experts import Backbone, ExpertPool, positions, scored
 from weftlm.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
 from weftlm.gating.modular_cache import ModularCache, catch_up_due, check_refresh_every
 from weftlm.gating.prefix_gate import PrefixGate, among

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from weftlm import interrupt
 from weftlm.errors import CheckpointError, ConfigError, NumericsError, reason
+from weftlm.gating.adam import Moments, adam_step
 from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
@@ -81,8 +82,7 @@ class FitState:
         config: of the fit.
         step: steps taken.
         gate: theta as it is.
-        first: Adam's first moments by tensor.
-        second: Adam's second moments.
+        moments: of Adam.
         log_nu_M: the mixture over the extreme mixtures.
         mu: multiplier of Z.
         averaged: steps in the averages, which begin again with every report and with the last part of the run.
@@ -95,8 +95,7 @@ class FitState:
     config: FitConfig
     step: int
     gate: Gate
-    first: Mapping[str, Tensor]
-    second: Mapping[str, Tensor]
+    moments: Moments
     log_nu_M: Floats
     mu: float
     averaged: int
@@ -130,7 +129,8 @@ class FitState:
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        groups = {"gate": self.gate.tensors, "first": self.first, "second": self.second, "mean": self.mean_tensors}
+        moments = {"first": self.moments.first, "second": self.moments.second}
+        groups = {"gate": self.gate.tensors, **moments, "mean": self.mean_tensors}
         tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
         tensors |= {"log_nu_M": torch.from_numpy(self.log_nu_M), "mean_nu_M": torch.from_numpy(self.mean_nu_M)}
         facts = {
@@ -163,8 +163,7 @@ class FitState:
                 config=FitConfig.model_validate(facts["config"]),
                 step=int(facts["step"]),
                 gate=gates[section.gate](section, int(facts["experts"]), group("gate.")),
-                first=group("first."),
-                second=group("second."),
+                moments=Moments(group("first."), group("second.")),
                 log_nu_M=tensors["log_nu_M"].numpy(),
                 mu=float(facts["mu"]),
                 averaged=int(facts["averaged"]),
@@ -306,17 +305,16 @@ def _start(problem: Problem, gate: Any, config: FitConfig) -> FitState:
         gate = init_gate(wanted, problem.experts, seen, config.seed)
     gate = gate.to("cpu", torch.float64)
     log_nu_M = problem.opponent.start()
-    zeros = {name: torch.zeros_like(gate.tensors[name]) for name in gate.learned}
+    learned = {name: gate.tensors[name] for name in gate.learned}
     return FitState(
         config=config,
         step=0,
         gate=gate,
-        first=zeros,
-        second=zeros,
+        moments=Moments.zeros(learned),
         log_nu_M=log_nu_M,
         mu=1.0,
         averaged=0,
-        mean_tensors=zeros,
+        mean_tensors={name: torch.zeros_like(each) for name, each in learned.items()},
         mean_nu_M=np.zeros_like(log_nu_M),
         mean_mu=0.0,
     )
@@ -466,7 +464,7 @@ def _ridge(config: FitConfig, problem: Problem) -> float:
 
 def _descend(
     state: FitState, batch: _Batch, problem: Problem, nu_M: Floats, lr: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Floats, float]:
+) -> tuple[dict[str, Tensor], Moments, Floats, float]:
     """One step of Adam on theta: new tensors and moments; the domains' excess and Z before it."""
     config, scale_D = state.config, torch.from_numpy(problem.scale_D)
     names = state.gate.learned
@@ -480,21 +478,15 @@ def _descend(
             "for broken scores"
         )
     gradients = torch.autograd.grad(loss, list(theta.values())) if names else ()
-    moved, first, second = {}, {}, {}
-    time = state.step + 1
-    for name, gradient in zip(names, gradients, strict=True):
-        first[name] = 0.9 * state.first[name] + 0.1 * gradient
-        second[name] = 0.999 * state.second[name] + 0.001 * gradient**2
-        root = (second[name] / (1.0 - 0.999**time)).sqrt() + 1e-8
-        moved[name] = theta[name].detach() - lr * (first[name] / (1.0 - 0.9**time)) / root
-    return moved, first, second, excess_D.detach().numpy(), float(z.detach())
+    moved, moments = adam_step(theta, dict(zip(names, gradients, strict=True)), state.moments, step=state.step, lr=lr)
+    return moved, moments, excess_D.detach().numpy(), float(z.detach())
 
 
 def _step(state: FitState, batch: _Batch, problem: Problem, averaging_from: int, base_D: Floats) -> FitState:
     config = state.config
     final = state.step >= averaging_from
     nu_M = np.exp(state.log_nu_M)
-    moved, first, second, excess_D, z = _descend(state, batch, problem, nu_M, config.final_lr if final else config.lr)
+    moved, moments, excess_D, z = _descend(state, batch, problem, nu_M, config.final_lr if final else config.lr)
     log_nu_M = problem.opponent.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + base_D))
     mu = state.mu + config.mu_lr * (z - 1.0)
     every = config.report_every_steps
@@ -514,8 +506,7 @@ def _step(state: FitState, batch: _Batch, problem: Problem, averaging_from: int,
         state,
         step=state.step + 1,
         gate=state.gate.replaced(moved),
-        first=first,
-        second=second,
+        moments=moments,
         log_nu_M=log_nu_M,
         mu=mu,
         averaged=averaged,
@@ -574,13 +565,12 @@ def best_response(
     mean: dict[str, Tensor] = {}
     for step in range(steps):
         follow_load()
-        moved, first, second, _, z = _descend(state, draw(step), problem, nu_M, config.final_lr)
+        moved, moments, _, z = _descend(state, draw(step), problem, nu_M, config.final_lr)
         state = dataclasses.replace(
             state,
             step=step + 1,
             gate=state.gate.replaced(moved),
-            first=first,
-            second=second,
+            moments=moments,
             mu=state.mu + config.mu_lr * (z - 1.0),
         )
         taken = step + 1 - steps // 2

@@ -40,10 +40,11 @@ from weftlm.corpora.source import Source
 from weftlm.corpora.store_files import make_folder, sync_file
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
+from weftlm.experts.low_rank import Rows
 from weftlm.fan_out import Task, cluster, fan_out, keep, new_key
 from weftlm.files import check_listed, checksum, describe, hold, read_object, remove, room, write_object
 from weftlm.gating.config import ExpertSource, ScoreConfig
-from weftlm.gating.experts import ExpertPool, Rows
+from weftlm.gating.experts import ExpertPool
 from weftlm.gating.features import sequence_features
 from weftlm.gating.files import read_tensors, write_tensors
 from weftlm.gating.sequences import ScoredSequences

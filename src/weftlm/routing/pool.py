@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weftlm.errors import ExpertError
 from weftlm.experts.expert import Expert, LoRAFactors
+from weftlm.experts.low_rank import LowRank
 from weftlm.routing.kernels import routed_delta
 from weftlm.routing.router import Routing, Site
 
@@ -16,45 +17,37 @@ RANK_MULTIPLE = 4
 """Ranks are padded with zeros to a multiple of it, as grouped matrix products want aligned strides."""
 
 
-class ModulePool(nn.Module):
-    """All adapters of one module.
+class ModulePool(LowRank):
+    """All adapters of one module, several per token.
 
         delta = sum_k p_k scale_k B_k (A_k u)
-
-    Adapters of smaller rank are padded with zero rows up to the largest rank of the module; the scale is folded into B.
 
     Args:
         site: the module.
         adapters: its adapters, in the order of `site.experts`.
         experts: number of experts of the whole pool.
-        dtype: the factors are held in.
+        dtype, device: of the stacked factors.
 
     Attributes:
-        A_ERI: input factors.
-        B_ERO: output factors times the scale, rank before output.
         place_E: place of each of the pool's experts in this module's stack; -1 for those that do not adapt it.
     """
 
-    A_ERI: Tensor
-    B_ERO: Tensor
     place_E: Tensor
     mean_A_RI: Tensor | None
     mean_B_RO: Tensor | None
 
-    def __init__(self, site: Site, adapters: Sequence[LoRAFactors], experts: int, dtype: torch.dtype) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        site: Site,
+        adapters: Sequence[LoRAFactors],
+        experts: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(adapters, dtype, device, multiple=RANK_MULTIPLE)
         self.site = site
-        rank = -(-max(adapter.rank for adapter in adapters) // RANK_MULTIPLE) * RANK_MULTIPLE
-        out = adapters[0].B_OR.shape[0]
-        A_ERI = torch.zeros(len(adapters), rank, site.width, dtype=dtype)
-        B_ERO = torch.zeros(len(adapters), rank, out, dtype=dtype)
-        for row, adapter in enumerate(adapters):
-            A_ERI[row, : adapter.rank] = adapter.A_RI.to(dtype)
-            B_ERO[row, : adapter.rank] = (adapter.scale * adapter.B_OR.T).to(dtype)
-        place_E = torch.full((experts,), -1, dtype=torch.int64)
-        place_E[torch.tensor(site.experts, dtype=torch.int64)] = torch.arange(len(adapters))
-        self.register_buffer("A_ERI", A_ERI, persistent=False)
-        self.register_buffer("B_ERO", B_ERO, persistent=False)
+        place_E = torch.full((experts,), -1, dtype=torch.int64, device=device)
+        place_E[list(site.experts)] = torch.arange(len(adapters), device=device)
         self.register_buffer("place_E", place_E, persistent=False)
         self.register_buffer("mean_A_RI", None, persistent=False)
         self.register_buffer("mean_B_RO", None, persistent=False)
@@ -112,11 +105,14 @@ class ModulePool(nn.Module):
 def stack_pool(
     experts: Sequence[Expert],
     sites: Sequence[Site],
-    dtypes: Mapping[str, torch.dtype],
-    devices: Mapping[str, torch.device],
+    placements: Mapping[str, tuple[torch.dtype, torch.device]],
 ) -> dict[str, ModulePool]:
-    """Stack every site's adapters, each in its module's dtype and on its device.
+    """Stack every site's adapters, by name.
 
+    Args:
+        experts: the pool.
+        sites: the adapted modules.
+        placements: dtype and device of each module's adapters.
     Raises:
         ExpertError: adapters of one module differ in width.
     """
@@ -130,5 +126,5 @@ def stack_pool(
                 f"adapters of {site.name} differ in shape (inputs {sorted(widths)}, outputs {sorted(outs)}, the module "
                 f"takes {site.width}); they were made for different base models"
             )
-        pools[site.name] = ModulePool(site, adapters, len(experts), dtypes[site.name]).to(devices[site.name])
+        pools[site.name] = ModulePool(site, adapters, len(experts), *placements[site.name])
     return pools

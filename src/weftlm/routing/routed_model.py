@@ -21,6 +21,7 @@ from weftlm.errors import ConfigError, ExpertError, reason
 from weftlm.experts.expert import BaseReference, Expert, base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, module_widths
+from weftlm.experts.low_rank import placement
 from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.models.device import choose_device
@@ -121,10 +122,7 @@ class RoutedModel(nn.Module):
         router_ = self._build(router)
         places = {site.name: model.get_submodule(site.name) for site in self.sites}
         self._pools = stack_pool(
-            experts,
-            self.sites,
-            {name: _compute_dtype(module, model.dtype) for name, module in places.items()},
-            {name: next(module.parameters()).device for name, module in places.items()},
+            experts, self.sites, {name: placement(module, model.dtype) for name, module in places.items()}
         )
         self.switch = Switch(router_)
         self.router = router_
@@ -499,14 +497,6 @@ def _sites(model: nn.Module, experts: Sequence[Expert]) -> tuple[Site, ...]:
             reads_encoder = encoder_decoder and _ENCODER.search(name) is not None
             found.append(Site(name, len(found), adapting, widths[0], reads_encoder))
     return tuple(found)
-
-
-def _compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype adapters of a module are held in: the weight's, or the model's where the weight is quantised."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        return weight.dtype
-    return default
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

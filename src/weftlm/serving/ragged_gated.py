@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weftlm.gating.experts import Backbone, Rows
+from weftlm.experts.low_rank import Rows
+from weftlm.gating.experts import Backbone
 from weftlm.gating.gate import State
 from weftlm.gating.modular_cache import ModularCache, catch_up_due
 from weftlm.gating.modular_lm import ModularLM

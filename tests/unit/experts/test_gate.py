@@ -88,7 +88,7 @@ def test_a_zero_gate_is_half_the_branch() -> None:
 def test_the_gate_is_computed_in_float32_around_bfloat16() -> None:
     base = nn.Linear(512, 4).bfloat16()
     module = GatedLinear(base, LoRAFactors(torch.randn(2, 512), torch.randn(4, 2), 1.0))
-    assert module.A_RI.dtype == torch.bfloat16
+    assert module.branch.A_ERI.dtype == torch.bfloat16
     assert module.v.dtype == torch.float32
     module.v.data.fill_(1e-3)
     u = torch.randn(3, 512).bfloat16()
@@ -103,7 +103,7 @@ def test_factors_stay_float32_over_a_quantised_weight() -> None:
     base = nn.Linear(6, 5)
     base.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
     module = GatedLinear(base, LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 1.0))
-    assert module.A_RI.dtype == torch.float32
+    assert module.branch.A_ERI.dtype == torch.float32
 
 
 def test_the_wrapper_answers_for_its_base_and_stores_nothing_but_the_vector() -> None:

@@ -16,9 +16,10 @@ from weftlm.experts.adapted import adapted
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import write_lora
+from weftlm.experts.low_rank import Rows
 from weftlm.gating import experts as room
 from weftlm.gating.config import ExpertSource
-from weftlm.gating.experts import ExpertPool, Member, Rows
+from weftlm.gating.experts import ExpertPool, Member
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.language_model import LanguageModel
 

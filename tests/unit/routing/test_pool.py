@@ -73,7 +73,7 @@ def test_adapters_of_different_shapes_do_not_stack() -> None:
 
     experts = [expert("a", factors(2)), expert("b", factors(2, out=7))]
     with pytest.raises(ExpertError, match=r"adapters of m differ in shape .*outputs \[5, 7\]"):
-        stack_pool(experts, [Site("m", 0, (0, 1), 6)], {"m": torch.float32}, {"m": torch.device("cpu")})
+        stack_pool(experts, [Site("m", 0, (0, 1), 6)], {"m": (torch.float32, torch.device("cpu"))})
 
 
 def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -30,7 +30,8 @@ from weftlm.errors import ConfigError, WeftError
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.gate import attach_gates
 from weftlm.experts.lora import module_widths
-from weftlm.gating.experts import Backbone, Rows, label_log_probs
+from weftlm.experts.low_rank import Rows
+from weftlm.gating.experts import Backbone, label_log_probs
 from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.factory import architecture_config, count_parameters, from_architecture, peft_warnings
 from weftlm.models.hf import token_losses
