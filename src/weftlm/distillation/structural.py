@@ -6,6 +6,16 @@ For every prefix the best weights solve a concave problem: the mixture of the ex
 nearest to the teacher's. The router gamma_k(x_<t) prop. to q_k(x_<t) E_{q_k}[g(x, k) | x_<t] is exact for constant
 gates; for others it is a start: it follows who wrote the prefix, not what is best said next. Cortes, Mohri and Zhong
 2026, arXiv:2602.17554; weights, start and selection are choices of this implementation.
+
+An example: two experts over two sequences, a and b, enumerated, and a constant gate g = (1/2, 1/2).
+
+    q_1 = (0.9, 0.1), q_2 = (0.3, 0.7)          pi_g(a) = 0.45 + 0.15 = 0.6, pi_g(b) = 0.4, Z = 1
+    `weigh`, "gate":    m(x from q_k) = q_k(x) g_k: 0.45, 0.05 (from q_1), 0.15, 0.35 (from q_2)
+    `weigh`, "balance": m(x from q_k) = q_k(x) pi_g(x) / (q_1(x) + q_2(x)): 0.45, 0.05, 0.15, 0.35
+
+Either way the mass of a is 0.6 and that of b 0.4, and the sum is Z; of samples that were drawn, "balance" gives every
+copy of a sequence the same weight whoever drew it. A step draws sequences by mass and goes up log s of them (`_Draw`,
+`_step`); every `evaluate_every_steps` the student's KL on held-out sequences decides whether it is kept (`_Measure`).
 """
 
 from __future__ import annotations

@@ -78,6 +78,11 @@ class LoRAExpert:
     modules: Mapping[str, LoRAFactors]
     peft_config: Mapping[str, Any] = field(repr=False)
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all factors."""
+        return sum(each.A_RI.numel() + each.B_OR.numel() for each in self.modules.values())
+
 
 @dataclass(frozen=True)
 class Gate:

@@ -23,23 +23,38 @@ The weights at t depend on tokens before t alone in every case, so pi stays a no
 it is an approximation of the dense one in its weights, never in an expert's own probabilities. With m = E the two are
 the same computation. Adapters over one base share its weights; keys and values they cannot share, since an adapter
 changes what every layer above it sees.
+
+An example: E = 3, m = 1, `refresh_every` 4, a prompt in slots 0 .. 3. A slot is read by an expert when it is new (r)
+or later (c); the number of slots an expert has read is its `done_EB`.
+
+    slot        0 1 2 3 | 4 5 6 | 7
+    expert 0    r r r r | r r c | r         preferred at slots 4 and 5
+    expert 1    r r r r | c c r | r         preferred at slot 6: reads 4, 5 and 6 in one pass
+    expert 2    r r r r | c c c | r         sleeps until all catch up
+
+After slot 3 `anchor` is 4 and `anchored` the gate's exact state. The scores of tokens 5 and 6 under expert 1 are
+unknown until it reads slots 4 and 5; the mixture's own stand in for them, and are corrected at slot 6, when the gate's
+state is replayed from `anchored` (`_run_some`). At slot 7 `catch_up_due` holds: all experts read what they missed
+(`_run_all`), the replayed state is exact, and `anchor` becomes 8.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, reason
@@ -55,9 +70,13 @@ from weftlm.gating.modular_cache import ModularCache, catch_up_due, check_refres
 from weftlm.gating.prefix_gate import PrefixGate, among
 from weftlm.gating.slots import rows_of
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.hf import UPLOAD, save_options
 
 PIECE = 64
 """Tokens per sequence that a long prompt is read by, at least."""
+
+_PER_EXPERT = ("output_hidden_states", "output_attentions")
+"""Arguments of `forward` that ask for what each expert has of its own."""
 
 FORMAT = "weftlm modular model 1"
 GATE, BASES, ADAPTERS = "gate.safetensors", "backbone", "adapters"
@@ -161,16 +180,19 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     # -- running it ---------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     @torch.no_grad()
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Log-probabilities of the next token.
 
@@ -179,15 +201,37 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             attention_mask: over the cached tokens and the new ones, 0 for padding; None: all are real.
             position_ids: not read: positions are counted over the real tokens, as `generate` counts them.
             past_key_values: what an earlier pass gave.
+            inputs_embeds: refused: every expert has embeddings of its own.
+            labels: BK, token ids, -100 where none is scored; shifted inside, as by transformers.
             use_cache: give a cache; None: only where one came.
             logits_to_keep: positions answered for, from the end; 0 for all.
-            return_dict: as transformers passes it; the answer is an output object in any case.
+            kwargs: further ones that `generate` and transformers' models pass on; `return_dict=False` gives a tuple.
         Returns:
-            `.logits`: log pi(. | x up to and with each position), BKV, nats, float32, normalised over V.
+            `.logits`: log pi(. | x up to and with each position), BKV, nats, float32, normalised over V; `.loss`: mean
+            nats per label, without gradient, where labels came.
         Raises:
-            ConfigError: token ids or a mask that do not fit, or a cache of another model.
+            ConfigError: token ids or a mask that do not fit, a cache of another model, or hidden states or attentions
+                are asked for.
         """
-        del position_ids, return_dict
+        if input_ids is None or inputs_embeds is not None:
+            raise ConfigError("the experts of a gated model have embeddings of their own; pass input_ids alone")
+        if asked := [name for name in _PER_EXPERT if kwargs.get(name)]:
+            raise ConfigError(f"{asked[0]}: each expert has its own; run one alone (model.pool.members[0].model)")
+        output = self._answer(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep)
+        if labels is None:
+            return output
+        loss = ForCausalLMLoss(output.logits, labels, self.vocab_size, kwargs.get("num_items_in_batch"))
+        return CausalLMOutputWithPast(loss=loss, **output)
+
+    def _answer(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        logits_to_keep: int,
+    ) -> CausalLMOutputWithPast:
+        """A pass without a cache or with one; see `forward`."""
         batch, count = input_ids.shape
         kept = count if logits_to_keep == 0 else min(count, int(logits_to_keep))
         if past_key_values is None and not use_cache:
@@ -396,33 +440,58 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the models, their adapters and the gate.
+
+        Args:
+            only_trainable: count parameters that require gradients; there are none.
+            exclude_embeddings: leave the models' embeddings out.
+        """
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return count
+        adapters = sum(member.lora.num_parameters for member in self.pool.members if member.lora is not None)
+        return count + adapters + sum(self._gate.tensors[name].numel() for name in self._gate.learned)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"a gated model does not upload itself: {UPLOAD}, with copy_experts=True")
+
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, copy_experts: bool = False, **kwargs: Any
+        self, save_directory: str | Path, is_main_process: bool = True, *, copy_experts: bool = False, **kwargs: Any
     ) -> None:
         """Write the gate, the settings, and the experts or where they are.
 
         Args:
-            save_directory: new or empty.
+            save_directory: new or empty folder.
+            is_main_process: whether this process writes.
             copy_experts: also write the experts' weights (a base once, its adapters as an expert library); without it
                 they are loaded again from where they came.
-            kwargs: none; there for transformers' signature.
+            kwargs: further ones of transformers' `save_pretrained`, for the copied weights (`max_shard_size`).
         Raises:
-            ConfigError: the folder is not empty, or an expert made in memory would not be copied.
+            ConfigError: the folder is not empty, an expert made in memory would not be copied, or an argument does not
+                apply to a gated model.
         """
-        folder = Path(save_directory)
-        if kwargs:
-            raise ConfigError(f"save_pretrained of a gated model takes copy_experts alone; got {', '.join(kwargs)}")
-        homeless = [member.name for member in self.pool.members if member.source is None]
-        if homeless and not copy_experts:
+        options = save_options(kwargs)
+        unsaved = [member.name for member in self.pool.members if member.source is None]
+        if unsaved and not copy_experts:
             raise ConfigError(
-                f"experts {', '.join(homeless)} were made in memory and lie nowhere; save with copy_experts=True"
+                f"experts {', '.join(unsaved)} were made in memory and are in no folder; save with copy_experts=True"
             )
-        with whole_folder(folder, "gated model") as making:
-            self._write(making, copy_experts)
+        if is_main_process:
+            with whole_folder(Path(save_directory), "gated model") as making:
+                self._write(making, copy_experts, options)
 
-    def _write(self, folder: Path, copy: bool) -> None:
+    def _write(self, folder: Path, copy: bool, options: Mapping[str, Any]) -> None:
         members = self.pool.members
-        sources = _copy_experts(self.pool, folder) if copy else [_absolute(member.source) for member in members]
+        if copy:
+            sources = _copy_experts(self.pool, folder, options)
+        else:
+            sources = [_absolute(member.source) for member in members]
         saved = _Saved(
             format=FORMAT,
             dtype=str(_widest(member.model.dtype for member in members)).removeprefix("torch."),
@@ -509,13 +578,13 @@ def _token_id(model: PreTrainedModel, name: str) -> Any:
     return getattr(model.config, name, None) if value is None else value
 
 
-def _copy_experts(pool: ExpertPool, folder: Path) -> list[ExpertSource]:
+def _copy_experts(pool: ExpertPool, folder: Path, options: Mapping[str, Any]) -> list[ExpertSource]:
     """Write every backbone once and its adapters as a library; sources relative to the folder."""
     sources: dict[int, ExpertSource] = {}
     for number, backbone in enumerate(pool.backbones):
         assert isinstance(backbone, Backbone)
         where = f"{BASES}-{number}"
-        backbone.model.save_pretrained(folder / where)
+        backbone.model.save_pretrained(folder / where, **options)
         members = [(place, pool.members[place]) for place in backbone.experts]
         library = f"{ADAPTERS}-{number}"
         if any(member.lora is not None for _, member in members):

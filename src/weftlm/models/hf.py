@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from weftlm.errors import ConfigError
+
+UPLOAD = "write it with save_pretrained(folder) and upload that folder (huggingface_hub's upload_folder)"
+"""What to do where `push_to_hub` would upload another model than the one it is called on."""
 
 SequenceLosses = Callable[[nn.Module, Tensor], Tensor]
 """A loss: (model, tokens_BT1) -> losses_B, the mean nats per token of each sequence."""
@@ -52,3 +57,27 @@ class HFLanguageModel:
         with torch.inference_mode():
             logits_BTV: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
             return torch.log_softmax(logits_BTV.float(), dim=-1)
+
+
+def save_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of transformers' `save_pretrained` for the base models in the folder of a model made of several.
+
+    Args:
+        given: those that came; None, False and a base's own defaults ask for nothing.
+    Returns:
+        What each base's `save_pretrained` is to be given.
+    Raises:
+        ConfigError: one that a folder of several models cannot follow.
+    """
+    asked = {name: value for name, value in given.items() if value not in (None, False)}
+    if "push_to_hub" in asked:
+        raise ConfigError(f"save_pretrained does not upload this model: {UPLOAD}")
+    passed = {name: asked.pop(name) for name in ("max_shard_size", "token") if name in asked}
+    for name in ("is_main_process", "safe_serialization", "save_peft_format", "save_original_format"):
+        asked.pop(name, None)
+    if asked:
+        raise ConfigError(
+            f"save_pretrained of this model takes no {', '.join(asked)}: the weights are those of its base models and "
+            "experts; leave it out"
+        )
+    return passed

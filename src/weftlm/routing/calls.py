@@ -85,7 +85,7 @@ def encoder_decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | Non
         hidden_BTH = outputs[0]
         shape = hidden_BTH.shape[:2]
         mask_BT = _mask(arguments.get("attention_mask"), shape, hidden_BTH.device)
-        memory = getattr(outputs, _MEMORY, None)
+        memory = getattr(outputs, _MEMORY, getattr(hidden_BTH, _MEMORY, None))
         call = Call(
             input_ids_BT=None,
             mask_BT=mask_BT,
@@ -101,15 +101,37 @@ def encoder_decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | Non
     return call
 
 
+def decoder_alone_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
+    """The call of an encoder-decoder model's decoder, run alone on what the encoder gave."""
+    hidden_BTH = arguments.get("encoder_hidden_states")
+    if hidden_BTH is None:
+        return encoder_call(arguments, decisive_BT)
+    names = {"input_ids": "decoder_input_ids", "inputs_embeds": "decoder_inputs_embeds"}
+    return encoder_decoder_call(
+        {
+            "encoder_outputs": (hidden_BTH,),
+            "attention_mask": arguments.get("encoder_attention_mask"),
+            "decoder_attention_mask": arguments.get("attention_mask"),
+            **{whole: arguments.get(own) for own, whole in names.items()},
+        },
+        decisive_BT,
+    )
+
+
 def remember(call: Call, output: Any) -> None:
     """Let a router's memory travel with the cache (or the encoder's output) that continues this pass."""
     if not call.memory.tensors:
         return
-    cache = getattr(output, "past_key_values", None)
+    if isinstance(output, tuple):
+        cache, hidden_BTH = next((part for part in output if isinstance(part, Cache)), None), output[0]
+    else:
+        cache, hidden_BTH = (getattr(output, name, None) for name in ("past_key_values", "last_hidden_state"))
     if isinstance(cache, Cache):
         _follow(cache, call.memory)
-    elif not isinstance(output, tuple) and hasattr(output, "last_hidden_state"):
-        object.__setattr__(output, _MEMORY, call.memory)
+    elif hidden_BTH is not None:
+        setattr(hidden_BTH, _MEMORY, call.memory)  # what a decoder that is called alone is given of an encoder's output
+        if not isinstance(output, tuple):
+            object.__setattr__(output, _MEMORY, call.memory)
 
 
 def _follow(cache: Cache, memory: Memory) -> None:

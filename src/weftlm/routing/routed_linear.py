@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weftlm.errors import ConfigError
 from weftlm.routing.pool import ModulePool
 from weftlm.routing.router import Call, Router, Routing, Site
 
@@ -90,10 +91,15 @@ class RoutedLinear(nn.Module):
     def forward(self, u_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See the class."""
         switch = self.switch
-        call = switch.passing.call
-        if not switch.enabled or call is None:
+        if not switch.enabled:
             result: Tensor = self.base(u_BTI, *args, **kwargs)
             return result
+        call = switch.passing.call
+        if call is None:
+            raise ConfigError(
+                f"{self.site.name} was called outside a forward pass of the routed model, where no expert can be "
+                "chosen for it; call the model or its decoder (get_decoder()), or use disabled() for the base alone"
+            )
         if self.folded is not None:
             return self._folded(u_BTI, self.folded)
         y_BTO: Tensor = self.base(u_BTI, *args, **kwargs)

@@ -26,9 +26,11 @@ from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.hf import UPLOAD, save_options
 from weftlm.models.open import keeps_cache, load_base
 from weftlm.routing.calls import (
     arguments_of,
+    decoder_alone_call,
     decoder_call,
     encoder_call,
     encoder_decoder_call,
@@ -50,6 +52,41 @@ _PROMPTS = ("inputs", "input_ids", "inputs_embeds")
 _FINGERPRINTED = {"torch.float32", "torch.bfloat16", "torch.float64"}
 """Dtypes in which a base has one fingerprint."""
 _ENCODER = re.compile(r"(^|\.)encoder\.|(EncDecAttention|encoder_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$")
+
+
+_OF_BASE = frozenset(
+    "activation_checkpointing_disable base_model base_model_prefix can_generate compute_transition_scores config "
+    "disable_input_require_grads dummy_inputs enable_input_require_grads generation_config get_decoder get_encoder "
+    "get_input_embeddings get_output_embeddings get_position_embeddings gradient_checkpointing_disable hf_device_map "
+    "is_backend_compatible is_loaded_in_4bit is_loaded_in_8bit is_quantized loss_function main_input_name name_or_path "
+    "prepare_inputs_for_generation set_attn_implementation warn_if_padding_and_no_attention_mask".split()
+)
+"""Attributes of the base that hold for the routed model as they are."""
+
+_INSTEAD = {
+    UPLOAD: "push_to_hub save_distributed_checkpoint register_for_auto_class add_model_tags".split(),
+    "change the base and build the routed model again (base = routed.unload())": (
+        "dequantize init_weights initialize_weights post_init resize_position_embeddings resize_token_embeddings "
+        "set_decoder set_encoder set_experts_implementation set_input_embeddings set_output_embeddings set_use_kernels "
+        "tie_weights".split()
+    ),
+    "experts are its adapters: build a routed model over others, or choose among them with use_router": (
+        "active_adapters add_adapter delete_adapter disable_adapters enable_adapters enable_peft_hotswap "
+        "get_adapter_state_dict load_adapter set_adapter".split()
+    ),
+    "a routed model cannot run its layers again in the backward pass": (
+        "activation_checkpointing_enable gradient_checkpointing_enable".split()
+    ),
+    "use generate": (
+        "continuous_batching_context_manager destroy_cached_continuous_batching_manager generate_batch "
+        "init_continuous_batching".split()
+    ),
+}
+"""What to do in place of attributes of the base that are not passed on."""
+
+
+class NotRoutedError(ConfigError, AttributeError):
+    """An attribute of the base that would leave the experts out was asked of a routed model."""
 
 
 class _BaseEntry(Section):
@@ -76,9 +113,12 @@ class RoutedModel(nn.Module):
 
         y = W u + sum_k p_k scale_k B_k A_k u
 
-    `forward`, `generate` (KV cache, beams, left and right padding) and everything else a Hugging Face model has work as
-    they do on the base. The experts' factors are stacked once, here; a forward pass stacks nothing. Several threads may
-    run passes at once, as on the base.
+    `forward` and `generate` (KV cache, beams, left and right padding) take what the base's take. The base's inner model
+    and its encoder and decoder are routed too, bit for bit, when they are called alone (fused losses, embeddings). Of
+    the base's other attributes those in `_OF_BASE` are passed on; what would save or change the base alone is refused.
+
+    The experts' factors are stacked once, here; a forward pass stacks nothing. Several threads may run passes at once,
+    as on the base.
 
     Args:
         model: the base; its adapted modules are replaced in place, and put back by `unload`.
@@ -315,19 +355,19 @@ class RoutedModel(nn.Module):
         ]
 
     def _install_hooks(self) -> list[Any]:
+        """Hooks that begin and end a pass: on the model and on each part of it that is called alone."""
         model = self.model
-        encoder_decoder = is_encoder_decoder(model)
-        make = encoder_decoder_call if encoder_decoder else decoder_call
-
-        # Methods and partials of them, not closures: `copy.deepcopy` gives a copy hooks of its own.
-        found = [
-            model.register_forward_pre_hook(partial(self._begin, make), with_kwargs=True),
-            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-        ]
-        if encoder_decoder:
-            encoder = model.get_encoder()
-            found.append(encoder.register_forward_pre_hook(partial(self._begin, encoder_call), with_kwargs=True))
-            found.append(encoder.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        make: dict[nn.Module, Any] = {}
+        if is_encoder_decoder(model):
+            make = {model.get_encoder(): encoder_call, model.get_decoder(): decoder_alone_call}
+            make |= {model.base_model: encoder_decoder_call, model: encoder_decoder_call}
+        else:
+            make = dict.fromkeys((model, model.base_model, model.get_decoder()), decoder_call)
+        found = []
+        for module, call in make.items():
+            # Methods and partials of them, not closures: `copy.deepcopy` gives a copy hooks of its own.
+            found.append(module.register_forward_pre_hook(partial(self._begin, call), with_kwargs=True))
+            found.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         return found
 
     def _begin(self, make_call: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -353,12 +393,42 @@ class RoutedModel(nn.Module):
     # -- as a Hugging Face model --------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
+        """What the base answers for the routed model too (`_OF_BASE`), and nothing else of it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "model" or name.startswith("__"):
                 raise
+        if name in _OF_BASE:
             return getattr(self.model, name)
+        what = next((do for do, names in _INSTEAD.items() if name in names), None)
+        if what is None and not hasattr(self.model, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}", name=name, obj=self)
+        what = what or f"it is the base's, which knows nothing of the experts: if that is meant, use .model.{name}"
+        raise NotRoutedError(f"{type(self).__name__} has no {name!r}: {what}")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the base and of all experts' factors.
+
+        Args:
+            only_trainable: count parameters that require gradients; experts have none.
+            exclude_embeddings: leave the base's embeddings out.
+        """
+        count: int = self.model.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+        return count if only_trainable else count + sum(expert.lora.num_parameters for expert in self.experts)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the base's parameters and of the experts' stacked factors.
+
+        Args:
+            return_buffers: count the base's other buffers and the router's too.
+        """
+        held = [*self.parameters()]
+        if return_buffers:
+            held += self.buffers()
+        else:
+            held += [factor for pool in self._pools.values() for factor in (pool.A_ERI, pool.B_ERO)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
     def device(self) -> torch.device:
@@ -370,20 +440,25 @@ class RoutedModel(nn.Module):
         """Of the base model."""
         return self.model.dtype
 
-    def save_pretrained(self, folder: str | Path, *, copy_base: bool = False) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, *, copy_base: bool = False, **kwargs: Any
+    ) -> None:
         """Write the routed model: `routed.json`, the experts as a library, and on request the base.
 
         Args:
-            folder: new or empty.
+            save_directory: new or empty folder.
+            is_main_process: whether this process writes.
             copy_base: also write the base model's weights; without it the base is loaded again from where it came.
+            kwargs: further ones of the base's `save_pretrained`, for its weights (`max_shard_size`).
         Raises:
-            ConfigError: the folder is not empty.
+            ConfigError: the folder is not empty, or an argument does not apply to a routed model.
         """
-        folder = Path(folder)
-        with whole_folder(folder, "routed model") as making:
-            self._write(making, copy_base)
+        options = save_options(kwargs)
+        if is_main_process:
+            with whole_folder(Path(save_directory), "routed model") as making:
+                self._write(making, copy_base, options)
 
-    def _write(self, folder: Path, copy_base: bool) -> None:
+    def _write(self, folder: Path, copy_base: bool, options: Mapping[str, Any]) -> None:
         library = ExpertLibrary.create(folder / EXPERTS, self.base_reference)
         for expert in self.experts:
             own = replace(
@@ -392,7 +467,7 @@ class RoutedModel(nn.Module):
             library.add(replace(expert, lora=replace(expert.lora, base=own)))
         if copy_base:
             with self._unrouted() as model:
-                model.save_pretrained(folder / BASE)
+                model.save_pretrained(folder / BASE, **options)
         described = {
             "format": FORMAT,
             "base": {"name": self.base_reference.name, "revision": self.base_reference.revision, "copied": copy_base},
