@@ -7,226 +7,85 @@ packages weftlm depends on, read as files, never imported. Contents therefore fo
 
 from __future__ import annotations
 
+import ast
+import dis
+import doctest
 import hashlib
+import importlib.metadata
+import io
+import json
 import logging
+import os
+import platform
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import sysconfig
+import tokenize
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from weftlm.corpora import builtin_files, builtin_python, builtin_text
-from weftlm.corpora.builtin_files import PYTHON, SourceFile, package_files
-from weftlm.corpora.builtin_python import Piece
 from weftlm.corpora.source import Document
 from weftlm.errors import ConfigError, did_you_mean
+from weftlm.files import parse_json
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MAX_BYTES = 2_000_000
-LITTLE_BYTES = 100_000
-"""Below this a domain that is not meant to be small is reported."""
+NEAR = "numeric_prose"
+"""The domain that is near another, `math_prose`, and not part of "all"."""
+LEAST_CHARS, USUAL_CHARS = 500, 3000
+"""A document is closed at the paragraph that would take it past `USUAL_CHARS`; a shorter rest joins the one before."""
 
-_MATHEMATICS = (("sympy", "sympy"), ("mpmath", "mpmath"), ("networkx", "networkx"))
-_LEARNING = (
-    ("transformers", "transformers"),
-    ("peft", "peft"),
-    ("huggingface_hub", "huggingface_hub"),
-    ("accelerate", "accelerate"),
-    ("datasets", "datasets"),
+_PYTHON = "python"  # a pseudo-package: the standard library
+_MATHEMATICS = ("sympy", "mpmath", "networkx")
+_NUMERICS = ("numpy", "scipy", "scikit-learn", "pandas")
+_LEARNING = ("transformers", "peft", "huggingface_hub", "accelerate", "datasets")
+_RUNTIME = tuple(
+    "accelerate annotated-doc annotated-types anyio click cloudpickle contourpy cycler datasets dill filelock "
+    "fonttools fsspec h11 hf-xet huggingface-hub idna jinja2 joblib kiwisolver markdown-it-py markupsafe matplotlib "
+    "mdurl mpmath multiprocess narwhals networkx numpy packaging pandas peft pillow psutil pyarrow pydantic "
+    "pydantic-core pygments pyparsing python-dateutil pyyaml regex rich safetensors scikit-learn scipy setuptools "
+    "shellingham sympy threadpoolctl tokenizers torch tqdm transformers typer typing-extensions typing-inspection "
+    "tzdata xxhash zstandard".split()
 )
-_NUMERICS = (("numpy", "numpy"), ("scipy", "scipy"), ("scikit-learn", "sklearn"), ("pandas", "pandas"))
-_STUBBED = (
-    ("torch", "torch"),
-    ("numpy", "numpy"),
-    ("matplotlib", "matplotlib"),
-    ("tokenizers", "tokenizers"),
-    ("pandas", "pandas"),
-    ("pydantic-core", "pydantic_core"),
-    ("scipy", "scipy"),
-    ("safetensors", "safetensors"),
-    ("zstandard", "zstandard"),
-    ("kiwisolver", "kiwisolver"),
-    ("contourpy", "contourpy"),
-    ("pillow", "PIL"),
+"""weftlm's dependencies and theirs; a fixed list, so that tools installed beside them change nothing."""
+_SKIPPED = frozenset(
+    "__pycache__ site-packages dist-packages test tests testing _vendor vendor vendored externals lib2to3 idlelib "
+    "ensurepip pydoc_data encodings lib-dynload turtledemo".split()
 )
-_GENERATED_HEADERS = frozenset({"include/ATen/ops", "include/google", "__pycache__"})
+"""Folders of tests, copies of other packages and tables: text that repeats or that some Pythons lack."""
+
+_PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*?(?=[^\n])")
+_CPP = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL)
+_FENCED = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n.*?^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_LITERAL = re.compile(
+    r"^([ \t]*)(?:\.\. (?:plot|code|code-block|ipython|jupyter-execute|sourcecode|doctest)::.*|(?!\.\. ).*::[ \t]*)\n"
+    r"(?:[ \t]*\n|\1[ \t]+.*(?:\n|\Z))*",
+    re.MULTILINE,
+)
+"""A directive that shows code, or a line that ends in `::`, with the indented lines after it."""
+_UNSTABLE = re.compile(r" at 0x[0-9a-fA-F]+[^>]*|(?<=frozenset\(\{).*(?=\}\))")
+"""What the printed form of a constant owes to the process: addresses, and the order of sets."""
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@dataclass(frozen=True)
-class BuiltinDomain:
-    """What is known of a built-in domain before it is assembled.
+class _Domain(NamedTuple):
+    """How a domain is assembled: whose files, a pattern of their paths, and from the content of one to its text."""
 
-    Attributes:
-        name: its name, and the label of its documents.
-        about: what it is, in one line.
-        low_resource: deliberately small.
-        near: overlaps in subject or form with another domain; not part of "all".
-    """
-
-    name: str
-    about: str
-    low_resource: bool = False
-    near: bool = False
-
-
-@dataclass(frozen=True)
-class BuiltinSize:
-    """What assembling a domain gave here.
-
-    Attributes:
-        domain: the domain.
-        documents: number of documents.
-        bytes: UTF-8 bytes.
-        packages: packages and versions it came from.
-        note: None, or why it is missing or small.
-    """
-
-    domain: BuiltinDomain
-    documents: int
-    bytes: int
     packages: tuple[str, ...]
-    note: str | None
-
-
-Cutter = Callable[[str], Iterator[Piece]]
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    domain: BuiltinDomain
-    files: Callable[[], Iterator[SourceFile]]
-    cutter: Callable[[builtin_text.Repeats], Cutter]
-    by_paragraph: bool = True
-
-
-def _python(packages: Sequence[tuple[str, str]], *suffixes: str) -> Callable[[], Iterator[SourceFile]]:
-    def files() -> Iterator[SourceFile]:
-        for package, module in packages:
-            yield from package_files(package, module, suffixes or (".py",))
-
-    return files
-
-
-def _headers() -> Iterator[SourceFile]:
-    yield from package_files("torch", "torch", (".h", ".hpp", ".cuh"), "include", _GENERATED_HEADERS)
-    yield from package_files("pyarrow", "pyarrow", (".h",), "include")
-
-
-def _json_files() -> Iterator[SourceFile]:
-    for package in builtin_files.RUNTIME_DISTRIBUTIONS:
-        for file in builtin_files.metadata_files(package, (".json",)):
-            parts = file.origin.split("/")
-            if file.origin.endswith(".json") and not builtin_files.SKIPPED_FOLDERS.intersection(parts):
-                yield file
-
-
-def _licences() -> Iterator[SourceFile]:
-    folder = builtin_files.package_folder(PYTHON, PYTHON)
-    for name in ("LICENSE.txt", "LICENSE"):
-        if folder is not None and (folder / name).is_file():
-            yield SourceFile(folder / name, f"python {builtin_files.installed_version(PYTHON)}: {name}")
-    for package in builtin_files.RUNTIME_DISTRIBUTIONS:
-        for file in builtin_files.metadata_files(package, ("licen", "copying", "notice")):
-            if file.path.suffix.lower() not in {".py", ".pyc", ".pyi", ".json", ".h"}:
-                yield file
-
-
-def _plain(cutter: Cutter) -> Callable[[builtin_text.Repeats], Cutter]:
-    return lambda repeats: cutter
-
-
-_STDLIB = ((PYTHON, PYTHON),)
-_RECIPES = {
-    recipe.domain.name: recipe
-    for recipe in (
-        _Recipe(
-            BuiltinDomain("python_code", "Python standard library, comments and docstrings removed"),
-            _python(_STDLIB),
-            _plain(builtin_python.code_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("cpp_headers", "C++ headers of PyTorch and Arrow, comments removed"),
-            _headers,
-            _plain(builtin_text.cpp_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("ml_prose", "documentation of machine-learning libraries, examples removed"),
-            _python(_LEARNING),
-            _plain(builtin_python.prose_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("math_prose", "documentation of mathematics libraries, examples removed"),
-            _python(_MATHEMATICS),
-            _plain(builtin_python.prose_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("sessions", "interactive Python sessions with their results"),
-            _python((*_MATHEMATICS, *_NUMERICS)),
-            _plain(builtin_python.session_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("bytecode", "disassembly of the standard library"),
-            _python(_STDLIB),
-            _plain(builtin_python.bytecode_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("type_stubs", "type stubs of compiled libraries, comments and docstrings removed"),
-            _python(_STUBBED, ".pyi", ".pyi.in"),
-            _plain(builtin_python.code_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("json", "JSON tables and software bills of materials"),
-            _json_files,
-            builtin_text.json_pieces,
-            by_paragraph=False,
-        ),
-        _Recipe(
-            BuiltinDomain("licences", "software licences and notices", low_resource=True),
-            _licences,
-            _plain(builtin_text.text_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("numeric_prose", "documentation of numerical libraries, examples removed", near=True),
-            _python(_NUMERICS),
-            _plain(builtin_python.prose_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("torch_prose", "documentation of PyTorch, examples removed", near=True),
-            _python((("torch", "torch"),)),
-            _plain(builtin_python.prose_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("stdlib_prose", "docstrings of the standard library, examples removed", near=True),
-            _python(_STDLIB),
-            _plain(builtin_python.prose_pieces),
-        ),
-        _Recipe(
-            BuiltinDomain("comments", "whole-line comments of the standard library and PyTorch", near=True),
-            _python((*_STDLIB, ("torch", "torch"))),
-            _plain(builtin_python.comment_pieces),
-        ),
-    )
-}
-
-
-def builtin_table(*, near: bool = True) -> tuple[BuiltinDomain, ...]:
-    """Every built-in domain, with or without the near ones, whether or not its packages are installed."""
-    return tuple(recipe.domain for recipe in _RECIPES.values() if near or not recipe.domain.near)
+    files: str
+    text: Callable[[str], str]
 
 
 def builtin_names(*, near: bool = False) -> tuple[str, ...]:
-    """Names of the built-in domains: the clearly distinct ones, or with the near ones too."""
-    return tuple(domain.name for domain in builtin_table(near=near))
+    """Names of the built-in domains: the clearly distinct ones, or also the one that is near another in subject."""
+    return tuple(name for name in _DOMAINS if near or name != NEAR)
 
 
-def _recipe(name: str) -> _Recipe:
-    if name not in _RECIPES:
-        raise ConfigError(f"unknown built-in corpus {name!r}{did_you_mean(name, _RECIPES)}")
-    return _RECIPES[name]
-
-
-def builtin_documents(name: str, max_bytes: int | None = DEFAULT_MAX_BYTES) -> Iterator[Document]:
+def builtin_documents(name: str, max_bytes: int | None = 2_000_000) -> Iterator[Document]:
     """The documents of one built-in domain, assembled while they are read.
 
     Files are taken in the order of a hash of their names, so that a capped domain is a sample of the whole. Paragraphs
@@ -239,63 +98,10 @@ def builtin_documents(name: str, max_bytes: int | None = DEFAULT_MAX_BYTES) -> I
     Raises:
         ConfigError: no such domain, or a cap below one.
     """
-    recipe = _recipe(name)
+    domain = _domain(name)
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"built-in corpus {name!r}: max_bytes is {max_bytes}; it must be at least 1, or null")
-    return _assemble(recipe, max_bytes)
-
-
-def _assemble(recipe: _Recipe, max_bytes: int | None) -> Iterator[Document]:
-    total = 0
-    for piece in _documents(recipe):
-        size = len(piece.text.encode())
-        if max_bytes is not None and total + size > max_bytes:
-            return
-        total += size
-        yield Document(piece.text, piece.name, recipe.domain.name)
-    note = _note(recipe.domain, total, max_bytes)
-    if note is not None:
-        log.warning("%s", note)
-
-
-def _note(domain: BuiltinDomain, total: int, max_bytes: int | None) -> str | None:
-    if total == 0:
-        return f"built-in corpus {domain.name!r} is skipped: no installed package holds text for it"
-    if total < min(LITTLE_BYTES, max_bytes or LITTLE_BYTES) // 2 and not domain.low_resource:
-        return f"built-in corpus {domain.name!r} holds only {total} bytes with the packages installed here"
-    return None
-
-
-def _documents(recipe: _Recipe) -> Iterator[Piece]:
-    repeats = builtin_text.Repeats()
-    cutter = recipe.cutter(repeats)
-    for file in builtin_files.scattered(recipe.files()):
-        source = file.text()
-        if source is None:
-            continue
-        pieces = list(cutter(source))
-        if recipe.by_paragraph:
-            pieces = [Piece(name, repeats.drop(text)) for name, text in pieces]
-        for name, text in builtin_text.pack(piece for piece in pieces if piece.text.strip()):
-            yield Piece(f"{file.origin}: {name}" if name else file.origin, text)
-
-
-def builtin_report(
-    names: Sequence[str] | None = None, max_bytes: int | None = DEFAULT_MAX_BYTES
-) -> tuple[BuiltinSize, ...]:
-    """Assemble domains and say how much text each has here, and why one is missing or small."""
-    sizes = []
-    for name in builtin_names() if names is None else names:
-        recipe = _recipe(name)
-        documents = total = 0
-        packages: set[str] = set()
-        for document in builtin_documents(name, max_bytes):
-            documents += 1
-            total += len(document.text.encode())
-            packages.add(document.origin.partition(":")[0])
-        note = _note(recipe.domain, total, max_bytes)
-        sizes.append(BuiltinSize(recipe.domain, documents, total, tuple(sorted(packages)), note))
-    return tuple(sizes)
+    return _assemble(name, domain, max_bytes)
 
 
 def builtin_fingerprint(names: Sequence[str]) -> str:
@@ -303,18 +109,193 @@ def builtin_fingerprint(names: Sequence[str]) -> str:
 
     Two machines with equal fingerprints assemble equal documents.
     """
-    return _fingerprint(tuple(names))
-
-
-@lru_cache(maxsize=32)
-def _fingerprint(names: tuple[str, ...]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    total.update(sys.version.encode())
-    for module in (builtin_files, builtin_python, builtin_text):
-        total.update(Path(str(module.__file__)).read_bytes())
-    total.update(Path(__file__).read_bytes())
-    known: dict[Path, bytes] = {}
+    total = hashlib.blake2b(_digest(sys.version.encode()) + _digest(Path(__file__).read_bytes()), digest_size=16)
     for name in names:
-        files = builtin_files.scattered(_recipe(name).files())
-        total.update(name.encode() + b"\0" + builtin_files.content_hash(files, known).encode())
+        for origin, path in _files(_domain(name)):
+            total.update(_digest(f"{name}/{origin}".encode()) + _digest(path.read_bytes()))
     return total.hexdigest()
+
+
+def _domain(name: str) -> _Domain:
+    if name not in _DOMAINS:
+        raise ConfigError(f"unknown built-in corpus {name!r}{did_you_mean(name, _DOMAINS)}")
+    return _DOMAINS[name]
+
+
+def _assemble(name: str, domain: _Domain, max_bytes: int | None) -> Iterator[Document]:
+    seen: set[str] = set()
+    total = 0
+    for origin, path in _files(domain):
+        try:
+            source = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                text = domain.text(source)
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+            continue  # no text, or none of this version of Python
+        for number, document in enumerate(_packed(_paragraphs(text), seen), start=1):
+            size = len(document.encode())
+            if max_bytes is not None and total + size > max_bytes:
+                return
+            total += size
+            yield Document(document, f"{origin} [{number}]", name)
+    if total < min(50_000, max_bytes or 50_000):
+        log.warning("built-in corpus %r holds only %d bytes with the packages installed here", name, total)
+
+
+def _files(domain: _Domain) -> list[tuple[str, Path]]:
+    """Origins (`torch 2.13.0: torch/nn/functional.py`) and paths, in the order of a hash of the origins."""
+    found = [
+        (origin, path)
+        for package in domain.packages
+        for origin, path in _listed(package)
+        if re.search(domain.files, origin.partition(": ")[2]) and path.is_file()
+    ]
+    return sorted(found, key=lambda file: _digest(file[0].encode()))
+
+
+@cache
+def _listed(package: str) -> list[tuple[str, Path]]:
+    """Origins and paths of the files that a distribution recorded when it was installed, or of the standard library."""
+    if package == _PYTHON:
+        root, version = Path(sysconfig.get_paths()["stdlib"]), platform.python_version()
+        paths = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in _SKIPPED]
+            paths += [Path(folder, name) for name in names]
+        return [(f"{package} {version}: {path.relative_to(root).as_posix()}", path) for path in paths]
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    version, found = distribution.version, distribution.files or ()
+    files = [file for file in found if not _SKIPPED.intersection(file.parts) and file.parts[0] not in ("..", "/")]
+    return [(f"{package} {version}: {file}", Path(str(file.locate()))) for file in files]
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | _Definition]:
+    """What may have a docstring: the module, its classes and functions. Expressions are not entered."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop(0)
+        inner = ast.iter_child_nodes(node)
+        waiting += [child for child in inner if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)]
+        if isinstance(node, ast.Module | _Definition):
+            yield node
+
+
+def _code(source: str) -> str:
+    """Python without comments and docstrings."""
+    lines = source.split("\n")
+    gone: set[int] = set()
+    for node in _documented(ast.parse(source)):
+        string = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+        if string is not None and not lines[string.lineno - 1][: string.col_offset].strip():
+            gone.update(range(string.lineno, (string.end_lineno or string.lineno) + 1))
+            if len(node.body) == 1 and not isinstance(node, ast.Module):
+                lines[string.lineno - 1] = " " * string.col_offset + "pass"
+                gone.remove(string.lineno)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.start[0] not in gone:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]].rstrip()
+            gone |= {token.start[0]} if not lines[token.start[0] - 1] else set()
+    return "\n".join(line.rstrip() for number, line in enumerate(lines, start=1) if number not in gone)
+
+
+def _prose(source: str) -> str:
+    """Docstrings without sessions, code and literal blocks."""
+    split = doctest.DocTestParser().parse
+    parts = (part for text in _docstrings(source) for part in (*split(_FENCED.sub("", text)), "\n\n"))
+    return _LITERAL.sub("\n", "".join(part for part in parts if isinstance(part, str)))
+
+
+def _sessions(source: str) -> str:
+    """The interpreter sessions of docstrings."""
+    if ">>>" not in source:
+        return ""
+    sessions: list[str] = []
+    for docstring in _docstrings(source):
+        for part in doctest.DocTestParser().parse(docstring.replace("```", "")):
+            if isinstance(part, doctest.Example):
+                sessions.append(">>> " + part.source.rstrip("\n").replace("\n", "\n... ") + "\n" + part.want)
+            elif part.strip():
+                sessions.append("\n\n")
+        sessions.append("\n\n")
+    return "".join(sessions)
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    return filter(None, map(ast.get_docstring, _documented(ast.parse(source))))
+
+
+def _bytecode(source: str) -> str:
+    """Disassembly of each function and class body; no address, no path, no order of sets."""
+    waiting = [compile(source, "module", "exec", dont_inherit=True, optimize=2)]
+    texts = []
+    while waiting:
+        code = waiting.pop()
+        lines = [f"Disassembly of {code.co_qualname}:"]
+        for step in dis.get_instructions(code):
+            if isinstance(step.argval, types.CodeType):
+                waiting.append(step.argval)
+            argument = "" if step.arg is None else f"{step.arg:>5} ({_UNSTABLE.sub('', step.argrepr)[:80]})"
+            mark = ">>" if step.is_jump_target else "  "
+            lines.append(f"{mark} {step.offset:>5} {step.opname:<24} {argument}".rstrip())
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def _cpp(source: str) -> str:
+    """C++ without comments."""
+    return _CPP.sub(lambda found: found.group() if found.group()[0] in "\"'" else "", source)
+
+
+def _json(source: str) -> str:
+    """Indented JSON, a blank line after every value near the top, so that repeated items of lists are dropped."""
+    text = json.dumps(parse_json(source), indent=2, ensure_ascii=False)
+    return re.sub(r"^( {2,6}[]}],?)$", r"\1\n", text, flags=re.MULTILINE)
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """The parts of a text between blank lines, those over `USUAL_CHARS` cut; half a surrogate pair becomes `?`."""
+    for part in _PARAGRAPH_END.split(text.encode("utf-8", "replace").decode("utf-8")):
+        rest = part.strip("\n").rstrip()
+        while rest.strip():
+            line_end = rest.rfind("\n", LEAST_CHARS, USUAL_CHARS)
+            end = len(rest) if len(rest) <= USUAL_CHARS else line_end if line_end > 0 else USUAL_CHARS
+            yield rest[:end]
+            rest = rest[end:].strip("\n")
+
+
+def _packed(paragraphs: Iterable[str], seen: set[str]) -> list[str]:
+    """Neighbouring paragraphs joined to documents, without those of 40 characters and more that were seen before."""
+    documents = [""]
+    for paragraph in paragraphs:
+        words = " ".join(paragraph.split())
+        if len(words) >= 40 and words in seen:
+            continue
+        seen.add(words)
+        if len(documents[-1]) >= LEAST_CHARS and len(documents[-1]) + len(paragraph) > USUAL_CHARS:
+            documents.append("")
+        documents[-1] += "\n\n" + paragraph
+    if len(documents) > 1 and len(documents[-1]) < LEAST_CHARS:
+        documents[-2:] = ["".join(documents[-2:])]
+    return [document.strip("\n") for document in documents if len(document) >= LEAST_CHARS + 2]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+_DOMAINS = {
+    "python_code": _Domain((_PYTHON,), r"\.py$", _code),
+    "cpp_headers": _Domain(("torch", "pyarrow"), r"^\w+/include/(?!ATen/ops|google).*\.(h|hpp|cuh)$", _cpp),
+    "ml_prose": _Domain(_LEARNING, r"\.py$", _prose),
+    "math_prose": _Domain(_MATHEMATICS, r"\.py$", _prose),
+    "sessions": _Domain((*_MATHEMATICS, *_NUMERICS), r"\.py$", _sessions),
+    "bytecode": _Domain((_PYTHON,), r"\.py$", _bytecode),
+    "type_stubs": _Domain(_RUNTIME, r"\.pyi(\.in)?$", _code),
+    "json": _Domain(_RUNTIME, r"\.json$", _json),
+    "licences": _Domain((_PYTHON, *_RUNTIME), r"(?i)(licen|copying|notice)(?!.*\.(py|pyc|pyi|json|h)$)", str),
+    NEAR: _Domain(_NUMERICS, r"\.py$", _prose),
+}

@@ -1,6 +1,7 @@
 """Built-in corpora: distinct, deterministic, without the text of their neighbours."""
 
 import ast
+import importlib.metadata
 import logging
 import os
 import re
@@ -10,16 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from weftlm.corpora import builtin, builtin_files, builtin_python, builtin_text
-from weftlm.corpora.builtin import (
-    builtin_documents,
-    builtin_fingerprint,
-    builtin_names,
-    builtin_report,
-    builtin_table,
-)
-from weftlm.corpora.builtin_files import SourceFile
-from weftlm.corpora.builtin_python import Piece
+from weftlm.corpora import builtin
+from weftlm.corpora.builtin import builtin_documents, builtin_fingerprint, builtin_names
 from weftlm.errors import ConfigError
 
 CAP = 40_000
@@ -30,26 +23,17 @@ def texts() -> dict[str, list[str]]:
     return {name: [item.text for item in builtin_documents(name, CAP)] for name in builtin_names()}
 
 
-def test_there_are_eight_distinct_domains_and_one_small_one() -> None:
-    table = builtin_table()
-    assert len({item.name for item in table}) == len(table)
-    assert sum(not item.near and not item.low_resource for item in table) >= 8
-    assert [item.name for item in table if item.low_resource] == ["licences"]
-    assert set(builtin_names(near=True)) == {item.name for item in table} > set(builtin_names())
-
-
 def test_every_domain_fills_its_cap_with_documents_of_reasonable_length(texts: dict[str, list[str]]) -> None:
-    longest = builtin_text.MOST_CHARS + builtin_text.LEAST_CHARS + 2
+    assert len(texts) >= 8
+    longest = builtin.USUAL_CHARS + 2 * builtin.LEAST_CHARS + 4
     for name, documents in texts.items():
         total = sum(len(text.encode()) for text in documents)
         assert 0.7 * CAP < total <= CAP, name
-        assert all(builtin_text.LEAST_CHARS <= len(text) <= longest for text in documents), name
+        assert all(builtin.LEAST_CHARS <= len(text) <= longest for text in documents), name
 
 
 def test_no_paragraph_comes_twice_within_a_domain(texts: dict[str, list[str]]) -> None:
     for name, documents in texts.items():
-        if name == "json":
-            continue
         long = [" ".join(part.split()) for text in documents for part in re.split(r"\n[ \t]*\n", text)]
         long = [part for part in long if len(part) >= 60]
         assert len(long) == len(set(long)), name
@@ -70,7 +54,7 @@ def test_origins_name_version_and_relative_path_only() -> None:
     for name in builtin_names(near=True):
         document = next(builtin_documents(name, CAP))
         assert document.label == name
-        assert re.match(r"[\w-]+ \d[\w.+]*: [^/]", document.origin), document.origin
+        assert re.match(r"[\w-]+ \d[\w.+]*: [^/].* \[1\]$", document.origin), document.origin
         assert sys.prefix not in document.origin
 
 
@@ -103,15 +87,16 @@ def test_a_smaller_cap_gives_a_prefix() -> None:
     assert large[: len(small)] == small
 
 
-def test_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:
+def test_fingerprint_follows_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert builtin_fingerprint(["licences"]) != builtin_fingerprint(["json"])
-    path = tmp_path / "a.py"
-    path.write_text("x = 1\n")
-    file = SourceFile(path, "package 1: a.py")
-    before = builtin_files.content_hash([file], {})
-    assert builtin_files.content_hash([file], {}) == before
-    path.write_text("x = 2\n")
-    assert builtin_files.content_hash([file], {}) != before
+    path = tmp_path / "a.json"
+    monkeypatch.setattr(builtin, "_listed", lambda package: [("package 1: a.json", path)])
+    absent = builtin_fingerprint(["json"])
+    path.write_text("1")
+    before = builtin_fingerprint(["json"])
+    assert builtin_fingerprint(["json"]) == before != absent
+    path.write_text("2")
+    assert builtin_fingerprint(["json"]) not in (before, absent)
 
 
 def test_unknown_name_and_senseless_cap_are_errors() -> None:
@@ -121,31 +106,20 @@ def test_unknown_name_and_senseless_cap_are_errors() -> None:
         builtin_documents("json", 0)
 
 
-def test_an_absent_package_is_skipped_with_a_note(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(builtin_files.importlib.util, "find_spec", lambda name: None)
+def test_an_absent_package_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(builtin, "_listed", builtin._listed.__wrapped__)
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with caplog.at_level(logging.WARNING):
         assert list(builtin_documents("math_prose", CAP)) == []
-    assert "'math_prose' is skipped" in caplog.text
-    (size,) = builtin_report(["math_prose"], CAP)
-    assert (size.documents, size.bytes) == (0, 0)
-    assert size.note is not None
-
-
-def test_little_text_is_reported_unless_the_domain_is_meant_to_be_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = [Piece("package 1: a", "x" * 600)]
-    monkeypatch.setattr(builtin, "_documents", lambda recipe: iter(one))
-    (prose,), (licences,) = builtin_report(["ml_prose"]), builtin_report(["licences"])
-    assert prose.note is not None
-    assert "only 600 bytes" in prose.note
-    assert licences.note is None
+    assert "'math_prose' holds only 0 bytes with the packages installed here" in caplog.text
 
 
 SOURCE = '''"""Module text."""
 # a comment
 import os  # trailing
-import sys
 
 @decorate  # why
 class A:
@@ -159,99 +133,68 @@ class B:
         "one line"
         return "#", """kept"""
 
-    def stop(self): "inline"
-
 try:
-    "in try"
+    pass
 except ValueError:
-    def handler():
-        """In a handler."""
-        return 1
-else:
-    match url:
-        case 1:
-            "in a case"
-            x = lambda: "in code"
-finally:
-    "in the end"
+    x = lambda: "in code"
 '''
 
 
 def test_code_keeps_its_meaning_and_loses_its_prose() -> None:
-    pieces = list(builtin_python.code_pieces(SOURCE))
-    assert [piece.name for piece in pieces] == ["line 1", "A", "B", "line 20"]
-    code = "\n".join(piece.text for piece in pieces)
+    code = builtin._code(SOURCE)
     tree = ast.parse(code)
     nodes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.AsyncFunctionDef))]
     assert [ast.get_docstring(node) for node in nodes] == [None] * 4
-    assert "comment\n" not in code
-    assert "trailing" not in code
-    assert "one line" not in code
-    for gone in ("inline", "in try", "In a handler", "in a case", "in the end"):
+    for gone in ("comment\n", "trailing", "why", "one line", "Only a"):
         assert gone not in code
-    assert "in code" in code
-    assert 'url = "http://x/#no-comment"' in code
-    assert '"#", """kept"""' in code
+    for kept in ("in code", 'url = "http://x/#no-comment"', '"#", """kept"""'):
+        assert kept in code
 
 
 def test_code_of_whole_standard_modules_still_parses() -> None:
     for module in (ast, logging, subprocess, re):
-        source = Path(str(module.__file__)).read_text()
-        code = "\n".join(piece.text for piece in builtin_python.code_pieces(source))
-        tree = ast.parse(code)
+        tree = ast.parse(builtin._code(Path(str(module.__file__)).read_text()))
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
         assert all(not ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
         assert len(list(ast.walk(tree))) > 1000
 
 
-def test_a_file_that_does_not_parse_gives_nothing() -> None:
-    for cutter in (builtin_python.code_pieces, builtin_python.prose_pieces, builtin_python.bytecode_pieces):
-        assert list(cutter("def (:")) == []
+def test_a_file_that_cannot_be_taken_apart_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("def (:")
+    (tmp_path / "b.py").write_bytes(b"\xff")
+    (tmp_path / "c.py").write_text("")
+    files = [(f"package 1: {path.name}", path) for path in tmp_path.iterdir()]
+    monkeypatch.setattr(builtin, "_listed", lambda package: files)
+    for name in ("python_code", "ml_prose", "sessions", "bytecode"):
+        assert list(builtin_documents(name)) == []
 
 
 def test_sessions_and_prose_are_complements() -> None:
-    text = (
-        "What it does.\n\nExamples\n========\n\n>>> f(1)\n2\n>>> for x in y:\n...     x\n\nThen::\n\n    code()\n\nEnd."
+    source = (
+        'def f():\n    """What it does.\n\n    >>> f(1)\n    2\n    >>> for x in y:\n    ...     x\n\n    Then::\n\n'
+        '        code()\n\n    ```python\n    code()\n    ```\n    End.\n    """\n'
     )
-    prose, sessions = builtin_python.split_sessions(text)
-    assert prose == "What it does.\n\nExamples\n========\n\nThen:\n\nEnd."
-    assert sessions == ">>> f(1)\n2\n>>> for x in y:\n...     x"
-    assert builtin_python.split_sessions("Examples\n--------\n>>> 1\n1")[1] == ">>> 1\n1"
-    assert builtin_python.split_sessions("Text.\n\nExamples\n--------\n\n>>> 1\n1")[0] == "Text."
-    assert builtin_python.split_sessions("") == ("", "")
+    assert builtin._prose(source).split() == ["What", "it", "does.", "End."]
+    assert builtin._sessions(source).strip() == ">>> f(1)\n2\n>>> for x in y:\n...     x"
+    assert builtin._sessions("x = 1") == ""
 
 
 def test_bytecode_constants_do_not_follow_the_hash_seed() -> None:
-    listing = "\n".join(
-        piece.text for piece in builtin_python.bytecode_pieces("def f(x):\n    return x in {'b', 'a'}\n")
-    )
-    assert "frozenset({'a', 'b'})" in listing
-    assert "<code object f>" in listing
+    listing = builtin._bytecode("def f(x):\n    return x in {'b', 'a'}\n")
+    assert "(frozenset({}))" in listing
+    assert "(<code object f>)" in listing
 
 
 def test_cpp_loses_comments_but_not_strings() -> None:
-    (piece,) = builtin_text.cpp_pieces('/* licence */\nint a; // note\nchar* u = "http://x"; /* gone\n */ int b;\n')
-    assert piece.text == 'int a;\nchar* u = "http://x";  int b;'
+    found = builtin._cpp('/* licence */\nint a; // note\nchar* u = "http://x"; /* gone\n */ int b;\n')
+    assert found.strip() == 'int a; \nchar* u = "http://x";  int b;'
 
 
-def test_json_is_cut_into_valid_values_without_repeats() -> None:
-    import json
-
-    items = [{"name": f"component number {i % 300}", "text": "word " * 20} for i in range(600)]
-    cut = builtin_text.json_pieces(builtin_text.Repeats())
-    pieces = list(cut(json.dumps({"items": items, "small": 1})))
-    assert all(len(piece.text) <= builtin_text.MOST_CHARS for piece in pieces)
-    found = [item for piece in pieces for item in json.loads(piece.text) if isinstance(item, dict)]
-    assert len(found) == 300
-    assert list(cut("{broken")) == []
-
-
-def test_packing_joins_short_pieces_and_splits_long_ones() -> None:
-    short = [Piece(f"f{i}", "a" * 300) for i in range(30)]
-    packed = list(builtin_text.pack(short))
-    assert "".join(item.text for item in packed).count("a") == 30 * 300
-    assert packed[0].name.startswith("f0 .. f")
-    long = list(builtin_text.pack([Piece("g", "b" * 20_000)]))
-    assert sum(item.text.count("b") for item in long) == 20_000
-    assert max(len(item.text) for item in long) <= builtin_text.MOST_CHARS + builtin_text.LEAST_CHARS + 2
-    assert list(builtin_text.pack([Piece("h", "c" * 10)])) == []
+def test_documents_join_short_paragraphs_split_long_ones_and_drop_repeats() -> None:
+    short = [f"{letter * 300}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    packed = builtin._packed([*short, short[0]], set())
+    assert all(sum(text.count(part) for text in packed) == 1 for part in short)
+    long = list(builtin._paragraphs("b" * 20_000))
+    assert "".join(long) == "b" * 20_000
+    assert max(map(len, long)) <= builtin.USUAL_CHARS
+    assert builtin._packed(["c" * 10], set()) == []
