@@ -158,6 +158,7 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         if line["kind"] == "eval" and line["step"] > 0
     ]
     mixtures = [list(line["weights"].values()) for line in lines if line["kind"] == "mixture"]
+    choice = trainer.mixture.choice
     shutil.rmtree(folder)
     found = {
         "setting": spec.setting,
@@ -176,7 +177,7 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         "weights": result.weights,
         "epochs_max": max(result.epochs.values()),
         "mixtures": mixtures,
-        "estimator": None if trainer.choice is None else [trainer.choice.estimator, trainer.choice.probe],
+        "estimator": None if choice is None else [choice.estimator, choice.probe],
     }
     write_atomically(work / f"{spec.name}.json", json.dumps(found))
     return found

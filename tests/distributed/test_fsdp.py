@@ -120,7 +120,7 @@ def finish(run: Trainer, folder: Path) -> None:
 
 
 def stop_in_the_middle(run: Trainer) -> None:
-    run._log_mixture(None, {})
+    run._log_mixture(None)
     run._evaluate()
     while run.step < MIDDLE:
         run._train_step()
@@ -147,7 +147,7 @@ def train_everything(rank: int, folder: Path) -> dict[str, Any]:
     found["elements"] = sum(p.to_local().numel() for p in whole.parameters.values())
     finish(whole, here / "whole")
     found["moments"] = sum(s["exp_avg"].to_local().numel() for s in whole.optimizer.state.values())
-    found["mixture"] = whole.task.policy.weights(whole.state).tolist()
+    found["mixture"] = whole.task.policy.weights(whole.mixture.state).tolist()
     found["sum"] = float(sum(p.detach().double().sum().full_tensor() for p in whole.parameters.values()))
 
     for before in ("fsdp2", "ddp"):

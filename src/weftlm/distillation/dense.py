@@ -4,46 +4,40 @@
 
 x comes from the gated model by weighted samples of its experts, and from real text. The first term needs nothing but
 those samples and is, up to a constant, the KL of whole sequences; the second needs the teacher's next-token
-distribution, which a distilled causal gate gives. The loop of `training` draws from a mixture of sources by its own
-losses; this one draws weighted sequences, takes the same optimizer, schedule and checkpoints, and runs in one process.
+distribution, which a distilled causal gate gives. Training is the ordinary loop, in one process, with another loss
+(`_DistillationLoss`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weftlm import interrupt
-from weftlm.config import differences
 from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.structural import Weighted
-from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.mixture.loader import Batch
+from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
-from weftlm.threads import follow_load
-from weftlm.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, save_checkpoint
-from weftlm.training.config import NOT_DECIDING, learning_rate
-from weftlm.training.loop import adamw, dump_tensors, load_tensors
+from weftlm.training.best import BestWeights
+from weftlm.training.config import NOT_DECIDING, AlignmentConfig
+from weftlm.training.loop import Task, Trainer
+from weftlm.training.metrics import METRICS, read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
-
-log = logging.getLogger(__name__)
 
 Teacher = Callable[[Tensor], Tensor]
 """tokens_BT -> logp_BTV, nats, normalised over V: `LanguageModel.log_probs`."""
-
-_BEST = "best."
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +190,8 @@ def distil_dense(
             device, without gradient.
         real: real text, for `config.real_fraction` above 0; of the same length.
         held_out: weighted samples not among `text`, to choose the best weights and to report.
-        folder: checkpoints go to `checkpoints/` in it, and a run found there is continued. None: none are written.
+        folder: checkpoints, metrics.jsonl and the best weights go there, and a run found there is continued. None: none
+            are written.
         seed: of the first weights, the draws and dropout.
         runtime: device and precision; None: chosen for this machine.
         on_progress: called with each measurement.
@@ -210,26 +205,43 @@ def distil_dense(
     if isinstance(model, ModelConfig):
         model = build_model(model, vocab_size=vocab_size, sequence_length=length, eos_id=eos_id, seed=seed)
     runtime = runtime or choose_runtime(config.training, parameters=count_parameters(model))
-    run = _Run(model, text, real, held_out, config, teacher, runtime, seed)
-    identity = _identity(config, seed, text, real, held_out, teacher is not None, run.parameters) if folder else {}
-    checkpoints = folder / "checkpoints" if folder is not None else None
-    if checkpoints is not None:
-        run.resume(latest_checkpoint(checkpoints), identity)
-    total, every = config.training.total_steps, config.evaluate_every_steps
-    if run.step == 0:
-        run.measure(None, on_progress)
-    with interrupt.safe_points() if checkpoints is not None else nullcontext():
-        while run.step < total:
-            follow_load()
-            loss = run.advance(checkpoints)
-            last = run.step == total
-            if last or (every and run.step % every == 0):
-                run.measure(loss, on_progress)
-            if checkpoints is not None and (last or run.step % config.training.save_every_steps == 0):
-                run.save(checkpoints, identity)
-            if checkpoints is not None:
-                interrupt.point(partial(run.save, checkpoints, identity))
-    return run.result()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    identity = _identity(config, seed, text, real, held_out, teacher is not None, parameters) if folder else ""
+    best = BestWeights(None if folder is None else folder / "best.safetensors", identity)
+    history: list[DenseProgress] = []
+
+    def evaluate(module: nn.Module) -> dict[str, Any]:
+        module.eval()
+        size = config.training.micro_batch_sequences or config.training.batch_sequences
+        found = (None, None, None) if held_out is None else _held_out(module, held_out, size, runtime)
+        line = DenseProgress(trainer.step, trainer.last_loss, *found)
+        history.append(line)
+        if line.ce is not None:
+            best.offer(line.step, line.ce, trainer.parameters)
+        if on_progress is not None:
+            on_progress(line)
+        return {name: value for name, value in asdict(line).items() if name != "step"}
+
+    source = _Numbers(length)
+    one = Task(
+        ("samples",), (source,), build_policy({"policy": "uniform"}),
+        MixtureSetting(("samples",), torch.tensor([len(source)], dtype=torch.float64)),
+    )  # fmt: skip
+    trainer = Trainer(
+        model, one, config.training, alignment=AlignmentConfig(), runtime=runtime, folder=folder, seed=seed,
+        loss=_DistillationLoss(text, real, config, teacher, seed), evaluate=evaluate,
+        evaluate_every_steps=config.evaluate_every_steps or config.training.total_steps, identity=identity,
+    )  # fmt: skip
+    if folder is not None:
+        history += [_progress(line) for line in read_metrics(folder / METRICS) if line["kind"] == "eval"]
+    trainer.run()
+    if held_out is not None:
+        best.restore(trainer.parameters)
+    model.eval()
+    kept = history[-1] if held_out is None else min(history, key=lambda line: math.inf if line.ce is None else line.ce)
+    return DenseResult(
+        model, kept.step, count_parameters(model), kept.ce, kept.kl, kept.error, tuple(history)
+    )  # fmt: skip
 
 
 def _check(
@@ -266,85 +278,67 @@ def _check(
         )
 
 
-class _Run:
-    """A training under way."""
+class _Numbers:
+    """What the loop draws from: sequences without contents, as many as it likes; the loss fills them."""
+
+    fingerprint = "weighted samples"
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length << 40
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        return np.zeros(count, dtype=np.int64)
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        return np.zeros((len(starts_N), count), dtype=np.int64)
+
+
+class _DistillationLoss:
+    """Samples and real text, drawn by their weights as a function of (seed, step): a `BatchLoss`.
+
+    A batch's loss is its summed loss over the mean number of tokens of a batch. What the loop hands around are numbers
+    of sequences, whose ids and masks are looked up when their loss is taken.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        text: WeightedText,
-        real: WeightedText | None,
-        held_out: WeightedText | None,
-        config: DenseConfig,
-        teacher: Teacher | None,
-        runtime: Runtime,
-        seed: int,
+        self, text: WeightedText, real: WeightedText | None, config: DenseConfig, teacher: Teacher | None, seed: int
     ) -> None:
-        self.config, self.teacher, self.runtime, self.seed, self.held_out = config, teacher, runtime, seed, held_out
-        self.device = runtime.device
-        self.model = model.to(self.device)
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = adamw(self.parameters, config.training)
         batch = config.training.batch_sequences
         count = 0 if real is None else min(batch - 1, max(1, round(config.real_fraction * batch)))
-        self.parts = [(text, batch - count, text.weights_N.cumsum(0))]
-        if real is not None:
-            self.parts.append((real, count, real.weights_N.cumsum(0)))
         if batch - count < 1:
             raise ConfigError(f"training.batch_sequences is {batch}; with real text it must be 2 at least")
-        self.tokens_per_batch = sum(size * _mean_tokens(one) for one, size, _ in self.parts)
-        self.step = 0
-        self.best: dict[str, Tensor] = {}
-        self.kept: DenseProgress | None = None
-        self.history: list[DenseProgress] = []
+        self._parts = [(text, batch - count)] + ([] if real is None else [(real, count)])
+        self._tokens_NT1 = torch.cat([one.tokens_NT1 for one, _ in self._parts])
+        self._mask_NT = torch.cat([_mask(one) for one, _ in self._parts])
+        self._teacher, self._token_kl, self._seed = teacher, config.token_kl, seed
+        self.tokens_per_sequence = sum(size * _mean_tokens(one) for one, size in self._parts) / batch
 
-    def advance(self, checkpoints: Path | None) -> float:
-        """One optimizer step; returns the batch's loss, nats per token."""
-        training = self.config.training
-        self.model.train()
-        rng = np.random.default_rng([self.seed, self.step])
-        torch.manual_seed(int(rng.integers(1 << 62)))
-        tokens_BT1, mask_BT = self._batch(rng)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(training, self.step)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in torch.arange(len(tokens_BT1)).split(training.micro_batch_sequences or len(tokens_BT1)):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16):
-                loss = self._loss(tokens_BT1[rows], mask_BT[rows]) / self.tokens_per_batch
-            loss.backward()
-            total += loss.detach()
-        limit = math.inf if training.clip_norm is None else training.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        if not math.isfinite(norm) or not math.isfinite(float(total)):
-            good = (
-                "none" if checkpoints is None else (sorted(p.name for p in checkpoints.glob("step-*")) or ["none"])[-1]
-            )
-            raise NumericsError(
-                f"step {self.step}: loss {float(total)}, gradient norm {norm}; nothing was applied. Last good "
-                f"checkpoint: {good}. Try a lower training.lr, a longer warmup_steps or precision: fp32"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return float(total)
-
-    def _batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        tokens, masks = [], []
-        for one, size, totals_N in self.parts:
+    def prepare(self, batch: Batch) -> Batch:
+        """The numbers of the step's sequences in place of what the loop drew."""
+        if len(batch.draw) != len(batch.loss_weights_B):
+            raise ConfigError("a dense student is trained by one process; start it without torchrun")
+        rng = np.random.default_rng([self._seed, batch.step])
+        numbers, first = [], 0
+        for one, size in self._parts:
+            totals_N = one.weights_N.cumsum(0)
             places = torch.from_numpy(rng.random(size)) * totals_N[-1]
-            rows = torch.searchsorted(totals_N, places, right=True).clamp_max(len(one) - 1)
-            tokens.append(one.tokens_NT1[rows])
-            masks.append(_mask(one)[rows])
-        return torch.cat(tokens).to(self.device), torch.cat(masks).to(self.device)
+            numbers.append(first + torch.searchsorted(totals_N, places, right=True).clamp_max(len(one) - 1))
+            first += len(one)
+        weights_B = np.full(len(batch.draw), 1.0 / self.tokens_per_sequence)
+        return replace(batch, tokens_BT1=torch.cat(numbers)[:, None], loss_weights_B=weights_B)
 
-    def _loss(self, tokens_BT1: Tensor, mask_BT: Tensor) -> Tensor:
-        """Summed over the labels that count."""
-        logp_BTV = self._log_probs(tokens_BT1)
-        part = self.config.token_kl
+    def __call__(self, model: nn.Module, numbers_B1: Tensor) -> Tensor:
+        """Loss of each sequence summed over the labels that count, (B, 1)."""
+        rows_B, device = numbers_B1[:, 0].cpu(), numbers_B1.device
+        tokens_BT1, mask_BT = self._tokens_NT1[rows_B].to(device), self._mask_NT[rows_B].to(device)
+        logp_BTV = _log_probs(model, tokens_BT1)
         loss_BT = F.nll_loss(logp_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none").view(mask_BT.shape)
-        if self.teacher is not None:
+        if self._teacher is not None:
             with torch.no_grad():
-                taught_BTV = self.teacher(tokens_BT1[:, :-1])
+                taught_BTV = self._teacher(tokens_BT1[:, :-1])
             padding = logp_BTV.shape[-1] - taught_BTV.shape[-1]
             if padding > 0:  # embeddings of the student that no token of the teacher's vocabulary has
                 taught_BTV = F.pad(taught_BTV, (0, padding), value=-math.inf)
@@ -355,94 +349,46 @@ class _Run:
                 )
             taught_BTV = taught_BTV.to(logp_BTV)
             apart_BTV = taught_BTV.exp() * (taught_BTV.clamp_min(-1e4) - logp_BTV)
-            loss_BT = (1.0 - part) * loss_BT + part * apart_BTV.sum(dim=-1)
-        return torch.where(mask_BT, loss_BT, torch.zeros_like(loss_BT)).sum()
+            loss_BT = (1.0 - self._token_kl) * loss_BT + self._token_kl * apart_BTV.sum(dim=-1)
+        return torch.where(mask_BT, loss_BT, torch.zeros_like(loss_BT)).sum(dim=1, keepdim=True)
 
-    def _log_probs(self, tokens_BT1: Tensor) -> Tensor:
-        logits_BTV: Tensor = self.model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
-        return torch.log_softmax(logits_BTV.float(), dim=-1)
 
-    # -- measuring ----------------------------------------------------------------------------------------------
+def _log_probs(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+    logits_BTV: Tensor = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+    return torch.log_softmax(logits_BTV.float(), dim=-1)
 
-    def measure(self, loss: float | None, on_progress: Callable[[DenseProgress], None] | None) -> None:
-        """Add a line to the history and keep the weights if they are the best so far."""
-        ce, kl, error = (None, None, None) if self.held_out is None else self._held_out(self.held_out)
-        line = DenseProgress(self.step, loss, ce, kl, error)
-        self.history.append(line)
-        kept = None if self.kept is None else self.kept.ce
-        if ce is None or kept is None or ce < kept:
-            self.kept = line
-            if ce is not None:
-                self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-        if on_progress is not None:
-            on_progress(line)
 
-    def _held_out(self, one: WeightedText) -> tuple[float, float | None, float | None]:
-        self.model.eval()
-        mask_NT, logs = _mask(one), []
-        size = self.config.training.micro_batch_sequences or self.config.training.batch_sequences
-        with torch.no_grad():
-            for rows in torch.arange(len(one)).split(size):
-                tokens_BT1 = one.tokens_NT1[rows].to(self.device)
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16):
-                    logp_BTV = self._log_probs(tokens_BT1)
-                logp_BT = logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0].double().cpu()
-                logs.append(torch.where(mask_NT[rows], logp_BT, torch.zeros_like(logp_BT)).sum(dim=1))
-        logs_N = torch.cat(logs)
-        ce = -float(one.weights_N @ logs_N) / _mean_tokens(one)
-        if one.log_model_N is None:
-            return ce, None, None
-        excess_N = torch.where(one.weights_N > 0, one.log_model_N - logs_N, torch.zeros_like(logs_N))
-        mean = float(one.weights_N @ excess_N)
-        if one.exact:
-            return ce, mean - math.log(one.z), 0.0
-        unknown = 0.0 if one.causal else 1.0
-        influence_N = one.weights_N * (excess_N - mean - unknown) + unknown / len(one)
-        count = len(one)
-        error = math.sqrt(float((influence_N**2).sum()) * count / (count - 1)) if count > 1 else math.inf
-        return ce, mean - math.log(one.z), error
+def _held_out(
+    model: nn.Module, one: WeightedText, size: int, runtime: Runtime
+) -> tuple[float, float | None, float | None]:
+    """Cross-entropy per token, and KL from the teacher with its error where its log-probabilities are known."""
+    mask_NT, logs = _mask(one), []
+    with torch.no_grad():
+        for rows in torch.arange(len(one)).split(size):
+            tokens_BT1 = one.tokens_NT1[rows].to(runtime.device)
+            with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.bf16):
+                logp_BTV = _log_probs(model, tokens_BT1)
+            logp_BT = logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0].double().cpu()
+            logs.append(torch.where(mask_NT[rows], logp_BT, torch.zeros_like(logp_BT)).sum(dim=1))
+    logs_N = torch.cat(logs)
+    ce = -float(one.weights_N @ logs_N) / _mean_tokens(one)
+    if one.log_model_N is None:
+        return ce, None, None
+    excess_N = torch.where(one.weights_N > 0, one.log_model_N - logs_N, torch.zeros_like(logs_N))
+    mean = float(one.weights_N @ excess_N)
+    if one.exact:
+        return ce, mean - math.log(one.z), 0.0
+    unknown = 0.0 if one.causal else 1.0
+    influence_N = one.weights_N * (excess_N - mean - unknown) + unknown / len(one)
+    count = len(one)
+    error = math.sqrt(float((influence_N**2).sum()) * count / (count - 1)) if count > 1 else math.inf
+    return ce, mean - math.log(one.z), error
 
-    def result(self) -> DenseResult:
-        """With the best weights put back."""
-        with torch.no_grad():
-            for name, tensor in self.best.items():
-                self.parameters[name].copy_(tensor)
-        self.model.eval()
-        kept = self.kept
-        assert kept is not None
-        parameters = count_parameters(self.model)
-        return DenseResult(self.model, kept.step, parameters, kept.ce, kept.kl, kept.error, tuple(self.history))
 
-    # -- state --------------------------------------------------------------------------------------------------
-
-    def save(self, checkpoints: Path, identity: Mapping[str, Any]) -> None:
-        tensors = dump_tensors(self.model, self.optimizer, self.parameters)
-        tensors |= {_BEST + name: tensor for name, tensor in self.best.items()}
-        state = {
-            "identity": dict(identity),
-            "history": [asdict(line) for line in self.history],
-            "kept": None if self.kept is None else asdict(self.kept),
-        }
-        keep = self.config.training.keep_checkpoints
-        save_checkpoint(checkpoints, Checkpoint(self.step, tensors, state), keep=keep)
-
-    def resume(self, checkpoint: Checkpoint | None, identity: Mapping[str, Any]) -> None:
-        if checkpoint is None:
-            return
-        if checkpoint.state.get("identity") != identity:
-            raise CheckpointError(
-                "the folder holds the training of another student "
-                f"({differences(checkpoint.state.get('identity'), dict(identity))}); choose another folder, or remove "
-                f"{checkpoint_path(Path('checkpoints'), checkpoint.step)} and its like to start again"
-            )
-        own = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(_BEST)}
-        load_tensors(self.model, self.optimizer, self.parameters, own)
-        self.best = {n.removeprefix(_BEST): each for n, each in checkpoint.tensors.items() if n.startswith(_BEST)}
-        self.history = [DenseProgress(**line) for line in checkpoint.state["history"]]
-        kept = checkpoint.state["kept"]
-        self.kept = None if kept is None else DenseProgress(**kept)
-        self.step = checkpoint.step
-        log.info("continuing from step %d", self.step)
+def _progress(line: Mapping[str, Any]) -> DenseProgress:
+    """A measurement out of metrics.jsonl, which holds null where the error of a single sequence is infinite."""
+    found = DenseProgress(**{each.name: line[each.name] for each in fields(DenseProgress)})
+    return replace(found, error=math.inf) if found.kl is not None and found.error is None else found
 
 
 def _mask(one: WeightedText) -> Tensor:

@@ -135,7 +135,8 @@ def evaluate_source(
             "the model's weights or its log-probabilities hold NaN"
         )
     scored = int(windows.tokens_N.sum())
-    scored_bytes = source.bytes if windows.complete else source.bytes / len(source) * scored
+    size = int(getattr(source, "bytes", 0))
+    scored_bytes = size if windows.complete else size / len(source) * scored
     scores = WindowScores(source.fingerprint, windows.starts_N, windows.tokens_N, nats_N, scored_bytes / scored)
     return set_result(scores, round(scored_bytes), keep_windows=per_window)
 

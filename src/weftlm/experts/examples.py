@@ -6,7 +6,6 @@ it draws and shuffles only name examples, which are read, cut to length and padd
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,30 +16,40 @@ from torch import Tensor, nn
 
 from weftlm.corpora.examples import Examples, examples_of
 from weftlm.corpora.source import Source
-from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.errors import ConfigError, DataError
 from weftlm.mixture.loader import Batch
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.prompted import IGNORED, batches_by_length, is_encoder_decoder, prompted_inputs, target_nats
 from weftlm.models.prompted_examples import PromptedExamples
-from weftlm.training.alignment import Direction
 from weftlm.training.config import AlignmentConfig, TrainingConfig
+from weftlm.training.estimators.direction import sum_over_ranks
 from weftlm.training.loop import Task, Trainer
+from weftlm.training.runtime import Runtime
 
 
-def domain_trainer(model: nn.Module, name: str, source: Source, config: TrainingConfig, **options: Any) -> Trainer:
+def domain_trainer(
+    model: nn.Module, name: str, source: Source, config: TrainingConfig, *, runtime: Runtime, **options: Any
+) -> Trainer:
     """A trainer of one domain: on its examples where the source holds any, else on windows of its tokens.
 
     Args:
-        model: what is trained.
-        name: of the domain.
-        source: its training tokens.
+        model: what is trained: a causal or encoder-decoder language model, with an adapter or gates.
+        name: the domain's name.
+        source: its training tokens. Examples come in an order shuffled anew in every epoch.
         config: a `training` section.
+        runtime: device, precision and compilation.
         options: further arguments of `Trainer`.
+    Raises:
+        ConfigError: as `Trainer`, or the sequences are too short for a prompt and a target.
+        DataError: there is no example.
     """
-    examples = examples_of(source)
+    examples, loss = examples_of(source), None
     if examples is not None:
-        return ExampleTrainer(model, name, examples, config, alignment=AlignmentConfig(), **options)
-    return Trainer(model, one_domain(name, source), config, alignment=AlignmentConfig(), **options)
+        loss = ExampleLoss(prompted_examples(model, examples, config.sequence_length, name), runtime.device)
+        source = ExampleNumbers(examples, config.sequence_length)
+    return Trainer(
+        model, one_domain(name, source), config, alignment=AlignmentConfig(), runtime=runtime, loss=loss, **options
+    )
 
 
 def one_domain(name: str, source: Source) -> Task:
@@ -110,68 +119,43 @@ class ExampleNumbers:
         return np.repeat(starts_N[:, None] // self._length, count, axis=1)
 
 
-class ExampleTrainer(Trainer):
-    """Trains on examples, decoder-only or encoder-decoder models.
+class ExampleLoss:
+    """The loss of whole examples, of decoder-only or encoder-decoder models: a `BatchLoss` over `ExampleNumbers`.
 
         loss = sum_b sum_j -log p(target[b, j] | prompt[b], target[b, :j]) / sum_b tokens[b]
 
     over the examples b of a step: the mean over its target tokens, however it is cut into micro-batches and shared by
-    processes. An example is cut by `fitted` to `sequence_length` tokens. Examples come in an order shuffled anew in
-    every epoch. Token counts, in metrics and results, are those that are read and predicted, on an average over the
-    examples; padding does not count.
+    processes. An example is cut by `fitted` to `sequence_length` tokens. Token counts, in metrics and results, are
+    those that are read and predicted, on an average over the examples; padding does not count.
 
     Args:
-        model: a causal or encoder-decoder language model, with an adapter or gates.
-        name: of the domain.
-        examples: what to train on.
-        config: a `training` section.
-        options: further arguments of `Trainer`.
-    Raises:
-        ConfigError: as `Trainer`, or the sequences are too short for a prompt and a target.
-        DataError: there is no example.
+        prompted: what to train on.
+        device: device of the model.
     """
 
-    def __init__(self, model: nn.Module, name: str, examples: Examples, config: TrainingConfig, **options: Any) -> None:
-        self.prompted = prompted_examples(model, examples, config.sequence_length, name)
-        self._targets_N = self.prompted.targets_N
-        self._mean_tokens = float((self.prompted.prompts_N + self._targets_N).mean())
-        super().__init__(model, one_domain(name, ExampleNumbers(examples, config.sequence_length)), config, **options)
+    def __init__(self, prompted: PromptedExamples, device: torch.device) -> None:
+        self.prompted, self._device = prompted, device
+        self._targets_N = prompted.targets_N
+        self.tokens_per_sequence = float((prompted.prompts_N + self._targets_N).mean())
 
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far, on an average over the examples."""
-        return self._tokens_of(self.step)
-
-    def _tokens_of(self, steps: int) -> int:
-        return round(steps * self.config.batch_sequences * self._mean_tokens)
-
-    def _backward(self, batch: Batch, direction: Direction | None) -> tuple[float, Tensor | None, Tensor]:
+    def prepare(self, batch: Batch) -> Batch:
         """Weigh every example by its target tokens; neighbours in the batch are of about one length, to pad little."""
         numbers_B = batch.tokens_BT1[:, 0].numpy()
-        order_B = np.argsort(-self._lengths(numbers_B), kind="stable")
+        held = self.prompted.examples
+        order_B = np.argsort(-(held.prompts_N + held.targets_N)[numbers_B], kind="stable")
         tokens_B = torch.from_numpy(self._targets_N[numbers_B[order_B]]).double()
-        total = tokens_B.sum().to(self.device, torch.float32)
-        if self.world > 1:
-            total = self.accelerator.reduce(total, "sum")
-        weighed = replace(
+        total = sum_over_ranks(tokens_B.sum().to(self._device, torch.float32))
+        return replace(
             batch,
             tokens_BT1=batch.tokens_BT1[torch.from_numpy(order_B)],
-            loss_weights_B=(tokens_B * (self.local_batch * self.world / float(total))).numpy(),
+            loss_weights_B=(tokens_B * (len(batch.draw) / float(total))).numpy(),
         )
-        return super()._backward(weighed, direction)
 
-    def _lengths(self, numbers_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        held = self.prompted.examples
-        lengths_B: NDArray[np.int64] = held.prompts_N[numbers_B] + held.targets_N[numbers_B]
-        return lengths_B
-
-    def _losses(self, tokens_BT1: Tensor, domains_B: Tensor) -> Tensor:
-        """Mean loss of each example over its target tokens."""
+    def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+        """Mean loss of each example over its target tokens, (B, 1)."""
         rows = self.prompted.rows(tokens_BT1[:, 0].cpu().numpy())
-        nats_B = target_nats(self.model, rows, self.device, encoder=self.prompted.encoder)
-        means_B = nats_B / torch.tensor([len(row.target_C) for row in rows], device=self.device)
-        self.meter.add(domains_B, means_B.detach()[:, None], None)
-        return means_B
+        nats_B = target_nats(model, rows, tokens_BT1.device, encoder=self.prompted.encoder)
+        return (nats_B / torch.tensor([len(row.target_C) for row in rows], device=tokens_BT1.device))[:, None]
 
 
 def prompted_examples(model: nn.Module, examples: Examples, length: int, name: str) -> PromptedExamples:
@@ -238,41 +222,3 @@ def example_readings(
         query_mask_BT = torch.from_numpy(inputs.prompt_mask_BT[:, :width])
         found.append(Reading(arguments, tokens_BT[:, :width], query_mask_BT, masks))
     return found, [torch.from_numpy(text_T) for text_T in texts]
-
-
-def held_out_example_losses(
-    model: nn.Module, examples: Examples, sequence_length: int, batch_sequences: int, max_tokens: int | None
-) -> dict[str, Any]:
-    """Mean loss over the target tokens of held-out examples.
-
-        nats_per_token = sum of target nats / n          bits_per_byte = nats_per_token n / (ln 2 bytes of the targets)
-
-    Args:
-        model: where it is; inputs follow it. It is left in evaluation mode.
-        examples: held out.
-        sequence_length: T, to which examples are cut.
-        batch_sequences: examples per forward pass.
-        max_tokens: about so many target tokens are scored, of evenly spaced examples, the same every time; None: all.
-    Returns:
-        nats_per_token, bits_per_byte (None where the source knows no bytes), scored_tokens.
-    Raises:
-        NumericsError: the loss is not finite.
-    """
-    prompted = prompted_examples(model, examples, sequence_length, "the held-out set")
-    chosen_N = prompted.evenly(max_tokens)
-    device = next(model.parameters()).device
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        by_length_N = chosen_N[np.argsort(-(prompted.prompts_N + prompted.targets_N)[chosen_N], kind="stable")]
-        for first in range(0, len(by_length_N), batch_sequences):
-            rows = prompted.rows(by_length_N[first : first + batch_sequences])
-            total += float(target_nats(model, rows, device, encoder=prompted.encoder).double().sum())
-    scored, size = int(prompted.targets_N[chosen_N].sum()), float(prompted.bytes_N[chosen_N].sum())
-    if not math.isfinite(total):
-        raise NumericsError(f"the loss is {total} on {scored} held-out target tokens; the adapter has diverged")
-    return {
-        "nats_per_token": total / scored,
-        "bits_per_byte": total / (math.log(2) * size) if size else None,
-        "scored_tokens": scored,
-    }

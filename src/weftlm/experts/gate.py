@@ -158,7 +158,7 @@ def train_gate(
 ) -> Gate:
     """Train the gate of an expert on windows of text, or on whole examples where the source holds them.
 
-    Windows need a causal language model, examples may have an encoder-decoder as well (`ExampleTrainer`). The model is
+    Windows need a causal language model, examples may have an encoder-decoder as well (`ExampleLoss`). The model is
     left exactly as it was: modules, weights, modes, devices and `requires_grad`. A killed training continues from its
     last checkpoint, a finished one is read back. For losses of one's own see `gate_parameters`.
 

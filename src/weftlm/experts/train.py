@@ -6,7 +6,6 @@ base model comes back as it was, so that the next expert may be trained on it at
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,32 +13,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from weftlm import __version__
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
-from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError, reason
+from weftlm.errors import ConfigError, ExpertError, NumericsError
+from weftlm.evaluation.config import EvaluationConfig
+from weftlm.evaluation.result import finite_or_none
+from weftlm.evaluation.suite import evaluate_suite
 from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import AdapterConfig, ExpertTraining
-from weftlm.experts.examples import domain_trainer, held_out_example_losses, training_source
+from weftlm.experts.examples import domain_trainer, training_source
 from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
 from weftlm.experts.gate import fingerprint_of, how_read, train_gate, training_choices
 from weftlm.experts.library import check_name
 from weftlm.experts.lora import from_peft_model
 from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
-from weftlm.files import parse_json, whole
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.hf import token_losses
 from weftlm.models.lora_targets import lora_targets
 from weftlm.models.prompted import is_encoder_decoder
+from weftlm.training.best import BestWeights
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
@@ -74,7 +72,7 @@ def train_expert(
         model: the base, bare: a causal language model, or an encoder-decoder where the source holds examples.
         base: what the expert will say of its base; a missing fingerprint is computed.
         source: the domain's training tokens; with prompts and targets, whole examples are trained on (see
-            `ExampleTrainer`), as `config.examples` says.
+            `ExampleLoss`), as `config.examples` says.
         config: how.
         name: the expert's.
         folder: checkpoints and metrics go to `adapter/` and `gate/` in it.
@@ -176,18 +174,13 @@ def _train_adapter(
         [heldout.fingerprint, config.validate_every_steps, config.validation_tokens] if heldout is not None else None,
         *how_read(source),
     )  # fmt: skip
-    held_examples = None if heldout is None else examples_of(heldout)
     with unchanged(model):
         peft_model = _with_lora(model, config.lora, base, seed)
-        best = _Best(folder / BEST, identity)
+        best = BestWeights(folder / BEST, identity)
 
         def validate(module: nn.Module) -> dict[str, Any]:
             assert heldout is not None
-            sizes = (length, config.training.batch_sequences, config.validation_tokens)
-            if held_examples is None:
-                found = held_out_losses(module, heldout, *sizes)
-            else:
-                found = held_out_example_losses(module, held_examples, *sizes)
+            found = held_out_losses(module, heldout, config, runtime.device)
             if selecting and trainer.accelerator.is_main_process:
                 best.offer(trainer.step, found["nats_per_token"], trainer.parameters)
             return found
@@ -228,6 +221,31 @@ def _train_adapter(
     return _Adapter(lora, facts, losses)
 
 
+def held_out_losses(
+    model: nn.Module, source: Source, config: ExpertTraining, device: torch.device
+) -> dict[str, float | int | None]:
+    """The loss on held-out text, or on the targets of held-out examples (`evaluate_suite`).
+
+    Returns:
+        nats_per_token, bits_per_byte (None where the source knows no bytes), scored_tokens.
+    Raises:
+        DataError: there is nothing to score.
+        NumericsError: the loss is not finite.
+    """
+    how = EvaluationConfig(max_tokens_per_set=config.validation_tokens, batch_size=config.training.batch_sequences)
+    suite = evaluate_suite(
+        model, {"held-out": source}, sequence_length=config.training.sequence_length, config=how, device=device
+    )
+    result = suite.sets["held-out"]
+    if not math.isfinite(result.nats_per_token):
+        raise NumericsError(f"the loss is {result.nats_per_token} on held-out text; the adapter has diverged")
+    return {
+        "nats_per_token": result.nats_per_token,
+        "bits_per_byte": finite_or_none(result.bits_per_byte),
+        "scored_tokens": result.tokens,
+    }
+
+
 def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, seed: int) -> PeftModel:
     """Put an untrained adapter into a model; its first values are a function of the seed alone."""
     section = LoraConfig(
@@ -246,103 +264,3 @@ def _with_lora(model: nn.Module, config: AdapterConfig, base: BaseReference, see
             if ".lora_A." in name:
                 factor.data.copy_(torch.randn(factor.shape, generator=generator) * config.init_std)
     return peft_model
-
-
-class _Best:
-    """The best adapter so far, in one file that is replaced whole: weights, step, loss and identity.
-
-    Args:
-        path: the file.
-        identity: of the training; a file of another is not looked at, and overwritten.
-    """
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self.identity = path, identity
-        self.loss = math.inf
-        if path.exists():
-            facts = self._facts()
-            self.loss = facts["loss"] if facts["identity"] == identity else math.inf
-
-    def offer(self, step: int, loss: float, parameters: Mapping[str, Tensor]) -> None:
-        """Keep these weights if their loss is lower than every one before."""
-        if not loss < self.loss:
-            return
-        facts = json.dumps({"identity": self.identity, "step": step, "loss": loss})
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with whole(self.path) as temporary:
-                save_file(tensors, temporary, {"weftlm": facts})
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the best adapter could not be written to {self.path}: {reason(error)}") from error
-        self.loss = loss
-
-    def restore(self, parameters: Mapping[str, Tensor]) -> int:
-        """Put the best weights back; returns their step."""
-        facts = self._facts() if self.path.exists() else {}
-        if facts.get("identity") != self.identity:
-            raise CheckpointError(f"{self.path} is missing or of another run; remove {self.path.parent} to train again")
-        with safe_open(self.path, framework="pt") as file, torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(name))
-        return int(facts["step"])
-
-    def _facts(self) -> dict[str, Any]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                found: dict[str, Any] = parse_json(file.metadata()["weftlm"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path} is no adapter of this library: {reason(error)}; remove it") from error
-        return found
-
-
-# -- held-out loss ------------------------------------------------------------------------------------------------
-
-
-def held_out_losses(
-    model: nn.Module, source: Source, sequence_length: int, batch_sequences: int, max_tokens: int | None
-) -> dict[str, Any]:
-    """Mean loss of a causal language model on held-out tokens, each scored once.
-
-        nats_per_token = -1/n sum_t log p(x_t | x_<t)          bits_per_byte = nats_per_token n / (ln 2 bytes)
-
-    Window i scores the T tokens after position i T. With `max_tokens` evenly spaced windows are taken, the same ones
-    every time, and their bytes are the source's bytes per token times n. The model is left in evaluation mode.
-
-    Args:
-        model: where it is; inputs follow it.
-        source: held-out tokens, with `bytes` where bits per byte are wanted.
-        sequence_length: T.
-        batch_sequences: windows per forward pass.
-        max_tokens: upper limit of tokens scored (at least one window is); None for all.
-    Returns:
-        nats_per_token, bits_per_byte (None where the source knows no bytes), scored_tokens.
-    Raises:
-        DataError: the source has fewer than two tokens.
-        NumericsError: the loss is not finite.
-    """
-    if len(source) < 2:
-        raise DataError(f"a held-out set of {len(source)} tokens cannot be scored; it needs at least 2")
-    count = math.ceil((len(source) - 1) / sequence_length)
-    take = count if max_tokens is None else min(count, max(1, max_tokens // sequence_length))
-    starts_N = (2 * np.arange(take, dtype=np.int64) + 1) * count // (2 * take) * sequence_length
-    lengths_N = np.minimum(sequence_length, len(source) - 1 - starts_N)
-    device = next(model.parameters()).device
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for length in np.unique(lengths_N).tolist():
-            same_N = starts_N[lengths_N == length]
-            for first in range(0, len(same_N), batch_sequences):
-                tokens_BT1 = source.read_many(same_N[first : first + batch_sequences], length + 1)
-                total += float(token_losses(model, torch.from_numpy(tokens_BT1).to(device)).double().sum())
-    scored = int(lengths_N.sum())
-    if not math.isfinite(total):
-        raise NumericsError(f"the loss is {total} on {scored} held-out tokens; the adapter has diverged")
-    size = int(getattr(source, "bytes", 0))
-    scored_bytes = size if take == count else size / len(source) * scored
-    return {
-        "nats_per_token": total / scored,
-        "bits_per_byte": total / (math.log(2) * scored_bytes) if size else None,
-        "scored_tokens": scored,
-    }

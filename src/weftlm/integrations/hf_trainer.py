@@ -29,7 +29,8 @@ from transformers.trainer_callback import ExportableState
 
 from weftlm.errors import CheckpointError, ConfigError
 from weftlm.integrations.mixture_dataset import Feed, Promise, SlotDataset, owners
-from weftlm.integrations.online_mixture import MixtureRun, OnlineMixture, Share, Update, gradient_norm
+from weftlm.integrations.online_mixture import OnlineMixture, OnlineRun, gradient_norm
+from weftlm.training.mixture_run import Share, Update
 
 __all__ = ["MixtureCallback", "OnlineMixture"]
 
@@ -56,7 +57,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
     def __init__(self, mixture: OnlineMixture | None = None, *, logged_domains: int = 64) -> None:
         self.mixture = mixture
         self.logged_domains = logged_domains
-        self.run: MixtureRun | None = None
+        self.run: OnlineRun | None = None
         self.saved: dict[str, Any] | None = None
         self._feed: Feed | None = None
         self._hook: RemovableHandle | None = None
@@ -97,8 +98,8 @@ class MixtureCallback(TrainerCallback, ExportableState):
             )
         if run.choice is not None:
             log.info("alignment estimator %s on extra sequences: %s", run.choice.estimator, run.choice.reason)
-        if run.every > state.max_steps and mixture.task.policy.needs - {"target_histogram", "basis"}:
-            log.warning("the mixture updates every %d steps and training takes %d: never", run.every, state.max_steps)
+        if (warning := run.never_updates(state.max_steps)) is not None:
+            log.warning(warning)
         loader = train_dataloader.base_dataloader
         self._feed = Feed(mixture.dataset.key, run.take, loader.collate_fn)
         loader.collate_fn = Promise(mixture.dataset.key)
@@ -153,7 +154,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Update the mixture when it is due; end training when the domains are used up."""
         run = self._running
-        update = run.finish_step(optimizer, self._norm)
+        update = run.end_step(optimizer, self._norm)
         self._norm = None
         if update is not None:
             entry = self._weights() | _measured(update, run, self.logged_domains)
@@ -182,11 +183,11 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The callback for `trainer_state.json`."""
-        saved = self.run.state_dict() if self.run is not None else None
+        saved = None if self.run is None else self.run.saved_state()
         return {"args": {"logged_domains": self.logged_domains}, "attributes": {"saved": saved}}
 
     @property
-    def _running(self) -> MixtureRun:
+    def _running(self) -> OnlineRun:
         if self.run is None:
             raise ConfigError("MixtureCallback was added during training; give it to the trainer's constructor")
         return self.run
@@ -201,13 +202,13 @@ class MixtureCallback(TrainerCallback, ExportableState):
         return {f"mixture/{name}": weights[name] for name in weights if name in set(heaviest)}
 
 
-def _measured(update: Update, run: MixtureRun, most: int) -> dict[str, float]:
+def _measured(update: Update, run: OnlineRun, most: int) -> dict[str, float]:
     """What an update rests on, by group."""
     found: dict[str, float] = {}
     if update.alignment is not None:
         found |= _named("alignment", run.groups(), update.alignment.dots_G, most)
     if update.losses_D is not None:
-        found |= _named("loss", run.mixture.task.domains, update.losses_D, most)
+        found |= _named("loss", run.task.domains, update.losses_D, most)
     return found
 
 
@@ -216,7 +217,7 @@ def _named(what: str, names: tuple[str, ...], values_G: Tensor, most: int) -> di
     return {f"mixture/{what}/{name}": value for name, value in pairs if math.isfinite(value)}
 
 
-def _observe(run: MixtureRun, module: nn.Module, _: Any, output: Any) -> None:
+def _observe(run: OnlineRun, module: nn.Module, _: Any, output: Any) -> None:
     """Forward hook: meter the training losses of the micro-batch the model has just seen."""
     if module.training:
         run.observe(partial(_token_losses, output))

@@ -1,8 +1,8 @@
-"""An online mixture for somebody else's training loop: what to train on next, and how training moves the mixture.
+"""An online mixture for other training loops: what to train on next, and how training moves the mixture.
 
-`OnlineMixture` says what is mixed; `start` gives a `MixtureRun`, which the loop asks for micro-batches and tells of
-every optimizer step. Draws, probes and updates are those of `weftlm.training.loop` with `alignment.probe: extra`,
-number for number, so a run under one loop can be compared with a run under the other.
+`OnlineMixture` names what is mixed; `start` gives an `OnlineRun`, the mixture run of weftlm's own loop
+(`weftlm.training.mixture_run`) handed out in micro-batches. It measures on extra sequences only, and otherwise draws
+and updates number for number as under weftlm's loop, so runs can be compared.
 """
 
 from __future__ import annotations
@@ -13,35 +13,28 @@ import json
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import ArrayLike
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from weftlm.config import Section, Seed, differences, validate
 from weftlm.corpora.source import ArraySource, Source
-from weftlm.errors import CheckpointError, ConfigError, DataError, reason
+from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.mixture_dataset import SlotDataset
-from weftlm.mixture.loader import MixtureLoader, sequence_counts
-from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy, state_from_json, state_to_json
-from weftlm.mixture.sampler import Exhaustion, MixtureSampler, SamplerExhausted
-from weftlm.models.hf import token_losses
+from weftlm.mixture.loader import sequence_counts
+from weftlm.mixture.policy import MixtureSetting, build_policy
+from weftlm.mixture.sampler import Exhaustion, SamplerExhausted
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import training_task
 from weftlm.training.config import AlignmentConfig
-from weftlm.training.estimators.direction import trainable_parameters
-from weftlm.training.loop import Task
-from weftlm.training.meter import DomainMeter
-from weftlm.training.probes import AlignmentProbes
+from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task, Update
 
 Tokens: TypeAlias = Source | datasets.Dataset | ArrayLike
 """Token ids of a domain: a source, one row of integers, or a `datasets.Dataset` with a column `input_ids`."""
@@ -74,21 +67,16 @@ class OnlineMixture:
         max_epochs: float | None = None,
         prefetch_steps: int = 0,
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "sequence_length": sequence_length, "seed": seed, "exhaustion": exhaustion, "max_epochs": max_epochs,
             "prefetch_steps": prefetch_steps,
         }  # fmt: skip
         validate(_Options, options, "")
-        self.task, self.sequence_length, self.seed = task, sequence_length, seed
-        self.alignment = _extra_probes(alignment)
-        self.exhaustion, self.max_epochs, self.prefetch_steps = exhaustion, max_epochs, prefetch_steps
-        needs, name = task.policy.needs, task.policy.config.policy
-        if "target_alignment" in needs and task.target is None:
-            raise ConfigError(f"mixture policy {name!r} follows a target and there is none; give target=")
+        self.task, self.sequence_length = task, sequence_length
+        self.options = MixtureOptions(**options, alignment=_extra_probes(alignment))
         if task.reference is not None and not isinstance(task.reference, nn.Module):
             raise ConfigError(f"reference is a {type(task.reference).__name__}; give a model (torch.nn.Module)")
-        if "reference_losses" in needs and task.reference is None:
-            raise ConfigError(f"mixture policy {name!r} needs the losses of a reference model; give reference=")
+        task.check_needs(target="target=", reference="reference=")
         self.sequences_D = sequence_counts(task.sources, sequence_length, task.domains)
         task.policy.init(task.setting)
         example = task.sources[0].read(0, sequence_length + 1)
@@ -173,58 +161,27 @@ class OnlineMixture:
             "domains": [[name, source.fingerprint] for name, source in sources],
             "target": None if task.target is None else task.target.fingerprint,
             "sequence_length": self.sequence_length,
-            "seed": self.seed,
-            "alignment": self.alignment.model_dump(mode="json"),
+            "seed": self.options.seed,
+            "alignment": self.options.alignment.model_dump(mode="json"),
         }
 
     def start(
         self, model: nn.Module, share: Share, *, bf16: bool = False, saved: Mapping[str, Any] | None = None
-    ) -> MixtureRun:
-        """Begin training, or go on from a state that `MixtureRun.state_dict` gave.
+    ) -> OnlineRun:
+        """Begin training, or go on from a state that `OnlineRun.saved_state` gave.
 
         Raises:
             ConfigError: batch, processes, model and policy do not fit each other.
             CheckpointError: the state is of another mixture, or torn.
         """
-        return MixtureRun(self, model, share, bf16=bf16, saved=saved)
+        run = OnlineRun(self, model, share, bf16=bf16)
+        if saved is not None:
+            run.resume(saved)
+        return run
 
 
-@dataclass(frozen=True)
-class Share:
-    """How a batch is cut.
-
-    Attributes:
-        batch_sequences: B, sequences per optimizer step over all processes.
-        micro_batch: sequences per backward pass of one process.
-        rank: this process.
-        num_processes: processes that share each batch.
-    """
-
-    batch_sequences: int
-    micro_batch: int
-    rank: int = 0
-    num_processes: int = 1
-
-
-@dataclass(frozen=True)
-class Update:
-    """One update of the mixture.
-
-    Attributes:
-        step: optimizer steps taken.
-        weights_D: the mixture from this step on.
-        alignment: what was measured for it; None for policies that need none.
-        losses_D: mean training loss per domain since the last update; None for policies that need none.
-    """
-
-    step: int
-    weights_D: Tensor
-    alignment: Alignment | None
-    losses_D: Tensor | None
-
-
-class MixtureRun:
-    """One training run on an online mixture.
+class OnlineRun(MixtureRun):
+    """A mixture run handed out in micro-batches, to a loop that knows nothing of domains.
 
     A step of the loop around it:
 
@@ -233,73 +190,21 @@ class MixtureRun:
             ...forward, run.observe(token losses) if run.metering, backward...
         norm = ...norm of the gradient before clipping, if run.norm_needed_at(step)...
         optimizer.step(), gradients to zero
-        update = run.finish_step(optimizer, norm)
+        update = run.end_step(optimizer, norm)
 
-    Attributes:
-        state: the policy's.
-        metering: whether the policy wants the training losses by domain.
+    Args:
+        mixture: what is mixed; a saved state of a mixture with another identity is refused.
+        model: the model in training.
+        share: batch size, and this process's part.
+        bf16: whether training runs under bfloat16 autocast.
     """
 
-    def __init__(
-        self, mixture: OnlineMixture, model: nn.Module, share: Share, *, bf16: bool, saved: Mapping[str, Any] | None
-    ) -> None:
-        task = mixture.task
-        self.mixture, self.model, self.share, self._bf16 = mixture, model, share, bf16
-        self.device = next(model.parameters()).device
-        self.sampler = MixtureSampler(
-            mixture.sequences_D, share.batch_sequences, mixture.seed, names=task.domains,
-            exhaustion=mixture.exhaustion, max_epochs=mixture.max_epochs,
-        )  # fmt: skip
-        self.loader = MixtureLoader(
-            task.sources, self.sampler, mixture.sequence_length,
-            rank=share.rank, world=share.num_processes, prefetch_steps=mixture.prefetch_steps,
-        )  # fmt: skip
-        self.every = task.policy.config.update_every_steps
-        self.metering = bool({"losses", "reference_losses"} & task.policy.needs)
-        self.reference = task.reference.to(self.device).eval().requires_grad_(False) if task.reference else None
-        self._meter = DomainMeter(len(task.domains), self.device)
-        self._counts_D = np.zeros(len(task.domains), dtype=np.int64)
+    def __init__(self, mixture: OnlineMixture, model: nn.Module, share: Share, *, bf16: bool) -> None:
+        super().__init__(mixture.task, model, share, mixture.options, bf16=bf16)
+        self.mixture = mixture
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # micro-batches of this step not yet taken
         self._unobserved: deque[tuple[Tensor, Tensor]] = deque()  # micro-batches taken whose losses are to come
-        self.probes = AlignmentProbes(
-            task.policy, task.setting, task.target, self.loader, mixture.alignment,
-            seed=mixture.seed, sequence_length=mixture.sequence_length, micro_batch=share.micro_batch,
-            device=self.device, rank=share.rank, world=share.num_processes,
-        )  # fmt: skip
-        with self._undisturbed():
-            self.choice = self.probes.choose(model, accumulation_steps=1, batch_size=share.batch_sequences)
-        self.state = task.policy.init(task.setting)
-        self.loader.set_weights(0, task.policy.weights(self.state).numpy())
-        self._finished = 0
-        if saved is not None:
-            self._resume(saved)
-        self._meter_state = self._read_meter()
-
-    # -- what the loop asks -------------------------------------------------------------------------------------
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps finished."""
-        return self._finished
-
-    @property
-    def weights_D(self) -> Tensor:
-        """The mixture in force, float64."""
-        return self.mixture.task.policy.weights(self.state)
-
-    def weights(self) -> dict[str, float]:
-        """The mixture in force, by domain."""
-        return dict(zip(self.mixture.task.domains, self.weights_D.tolist(), strict=True))
-
-    def epochs(self) -> dict[str, float]:
-        """How often each domain has been read."""
-        return dict(zip(self.mixture.task.domains, self.sampler.epochs_D().tolist(), strict=True))
-
-    def groups(self) -> tuple[str, ...]:
-        """Names of what alignments are measured for: domains, or basis distributions."""
-        if "basis" in self.mixture.task.policy.needs:
-            return tuple(f"basis {index}" for index in range(len(self.probes.groups_GD)))
-        return self.mixture.task.domains
+        self._metered = self._read_meter()
 
     def norm_needed_at(self, step: int) -> bool:
         """Whether the update after `step` optimizer steps wants the norm of that step's gradient, unclipped."""
@@ -307,7 +212,7 @@ class MixtureRun:
 
     def exhausted(self) -> bool:
         """Whether the repetition caps leave too little for another batch."""
-        if self.mixture.exhaustion == "repeat":
+        if self.options.exhaustion == "repeat":
             return False
         try:
             self.sampler.copy().draw()
@@ -323,16 +228,14 @@ class MixtureRun:
             SamplerExhausted: the repetition caps let no further batch be filled.
         """
         if not self._waiting:
-            if self.sampler.step > self._finished:
+            if self.sampler.step > self.step:
                 raise ConfigError(
-                    f"more micro-batches were asked for in step {self._finished} than a batch of "
+                    f"more micro-batches were asked for in step {self.step} than a batch of "
                     f"{self.share.batch_sequences} sequences has; the loop accumulates over another number of them"
                 )
-            batch = self.loader.next()
-            self._counts_D += np.bincount(batch.draw.domains_B, minlength=len(self._counts_D))
-            size = self.share.micro_batch
-            parts = zip(batch.tokens_BT1.split(size), torch.from_numpy(batch.domains_B).split(size), strict=True)
-            self._waiting.extend(parts)
+            batch, size = self.draw(), self.share.micro_batch
+            domains_B = torch.from_numpy(batch.domains_B)
+            self._waiting.extend(zip(batch.tokens_BT1.split(size), domains_B.split(size), strict=True))
         taken = self._waiting.popleft()
         if self.metering:
             self._unobserved.append(taken)
@@ -352,120 +255,48 @@ class MixtureRun:
         tokens_BT1 = tokens_BT1.to(self.device)
         with torch.no_grad():
             losses_BT = losses_of(tokens_BT1)
-            reference_BT = None if self.reference is None else token_losses(self.reference, tokens_BT1)
-        self._meter.add(domains_B, losses_BT, reference_BT)
+        self.meter(domains_B, tokens_BT1, losses_BT)
 
-    def finish_step(self, optimizer: Any, gradient_norm: float | None = None) -> Update | None:
-        """Tell of an optimizer step; after every T_r of them, measure what the policy needs and let it update.
+    def end_step(self, optimizer: Any, gradient_norm: float | None = None) -> Update | None:
+        """`finish_step`, after a check that every micro-batch was trained on.
 
-        The gradients, the optimizer, the modules' modes and the random generators are left as they are.
-
-        Args:
-            optimizer: for `precondition: adam`.
-            gradient_norm: of the step's gradient over the whole batch, before clipping; see `norm_needed_at`.
-        Returns:
-            the update, in force from the next batch on; None between updates.
         Raises:
             ConfigError: the step did not train on the batch it should have.
             NumericsError: a measured number is not finite.
         """
-        self._finished += 1
-        if self._waiting or self._unobserved or self.sampler.step != self._finished:
+        if self._waiting or self._unobserved or self.sampler.step != self.step + 1:
             raise ConfigError(
-                f"step {self._finished} ended after the mixture delivered {self.sampler.step} batches, "
+                f"step {self.step + 1} ended after the mixture delivered {self.sampler.step} batches, "
                 f"{len(self._waiting)} micro-batches short and {len(self._unobserved)} without losses; train on every "
                 "micro-batch exactly once, with the model in training mode"
             )
-        update = self._update(optimizer, gradient_norm) if self._finished % self.every == 0 else None
-        self._meter_state = self._read_meter()
+        update = self.finish_step(optimizer, gradient_norm)
+        self._metered = self._read_meter()
         return update
-
-    def close(self) -> None:
-        """End background reading."""
-        self.loader.close()
-
-    # -- the update ---------------------------------------------------------------------------------------------
-
-    def _update(self, optimizer: Any, gradient_norm: float | None) -> Update:
-        task = self.mixture.task
-        alignment = None
-        if self.choice is not None:
-            with self._undisturbed():
-                direction = self.probes.direction(
-                    self.model, self._finished, optimizer, trainable_parameters(self.model)
-                )
-                alignment = self.probes.measure(self.choice.estimator, self.model, self._finished, direction)
-            alignment = self.probes.for_policy(alignment, gradient_norm)
-        measured = self._meter.report(self._ranks) if self.metering else None
-        report = Report(
-            step=self._finished,
-            tokens_D=torch.from_numpy(self._counts_D).double() * self.mixture.sequence_length,
-            losses_D=None if measured is None else measured.losses_D,
-            reference_losses_D=None if measured is None else measured.reference_losses_D,
-            excess_losses_D=None if measured is None else measured.excess_losses_D,
-            alignment=alignment,
-        )
-        self.state = task.policy.update(self.state, report)
-        self._counts_D[:] = 0
-        weights_D = task.policy.weights(self.state)
-        self.loader.set_weights(self._finished, weights_D.numpy())
-        return Update(self._finished, weights_D, alignment, report.losses_D)
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """The run's precision, random generators put back, compiled models run as they are written."""
-        with ExitStack() as exits:
-            exits.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
-            exits.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16))
-            if any(module._compiled_call_impl is not None for module in self.model.modules()):
-                exits.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-
-    # -- state --------------------------------------------------------------------------------------------------
-
-    @property
-    def _ranks(self) -> Accelerator:
-        """What the meter reads of an accelerator: the number of processes."""
-        return cast(Accelerator, self.share)
 
     def _read_meter(self) -> dict[str, Any] | None:
         """Sums over all processes: taken after every step where there are several, because only one of them saves."""
-        return self._meter.state_dict(self._ranks) if self.metering and self.share.num_processes > 1 else None
+        return self.meter_state() if self.share.num_processes > 1 else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the run depends on, as JSON values, exact to the last bit; on any one process.
+    def saved_state(self) -> dict[str, Any]:
+        """`state_dict` on any one process, and the mixture it belongs to."""
+        meter = self._metered if self.share.num_processes > 1 else self.meter_state()
+        return {"identity": self.mixture.identity, "settings": self.mixture.settings, **self.state_dict(meter)}
 
-        Between two steps only: of a step in progress nothing is kept.
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved_state` gave.
+
+        Raises:
+            CheckpointError: the state is of another mixture, or torn.
         """
-        meter = self._meter_state
-        if self.metering and meter is None:
-            meter = self._meter.state_dict(self._ranks)
-        return {
-            "identity": self.mixture.identity,
-            "settings": self.mixture.settings,
-            "sampler": self.loader.state_dict(),
-            "policy": state_to_json(self.state),
-            "sequences": self._counts_D.tolist(),
-            "meter": meter,
-        }
-
-    def _resume(self, saved: Mapping[str, Any]) -> None:
-        try:
-            if saved["identity"] != self.mixture.identity:
-                raise CheckpointError(
-                    f"the checkpoint is of another mixture ({differences(saved['settings'], self.mixture.settings)}); "
-                    "resume with the same, or start a training anew from the checkpoint's model"
-                )
-            self.loader.load_state_dict(saved["sampler"])
-            self.state = state_from_json(self.state, saved["policy"])
-            self._counts_D[:] = saved["sequences"]
-            if self.metering:
-                self._meter.load_state_dict(saved["meter"], keep=self.share.rank == 0)
-        except (KeyError, TypeError, ValueError) as error:
+        if saved.get("identity") != self.mixture.identity:
+            changed = differences(saved.get("settings"), self.mixture.settings)
             raise CheckpointError(
-                f"the state of the mixture cannot be read: {reason(error)}; use an earlier checkpoint"
-            ) from error
-        self._finished = self.sampler.step
+                f"the checkpoint is of another mixture ({changed}); resume with the same, or start a training anew "
+                "from the checkpoint's model"
+            )
+        self.load_state_dict(saved)
+        self._metered = self._read_meter()
 
 
 def gradient_norm(parameters: Any, clip: float | None = None) -> float:

@@ -117,7 +117,7 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         trained.seconds["eval"] += time.perf_counter() - start
     if reference is not None:
         trained.seconds["reference"] = _reference_seconds(recipe, policy.config)
-    result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.choice)
+    result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.mixture.choice)
     if process.is_main_process:
         save_windows(recipe.run / "windows.safetensors", latest[0].sets)
         kept = {name: describe(recipe.run / name) for name in ("windows.safetensors", "metrics.jsonl")}

@@ -70,6 +70,7 @@ __all__ = [
     "probe_alignment",
     "separate_alignment",
     "shadow_dots",
+    "trainable_parameters",
     "trial_on",
     "with_batch_norm",
 ]

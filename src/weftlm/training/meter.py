@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -54,9 +53,9 @@ class DomainMeter:
         for row, values_B in enumerate(rows):
             self._sums_4D[row].index_add_(0, domains_B, values_B)
 
-    def report(self, accelerator: Accelerator) -> Measured:
+    def report(self, processes: int) -> Measured:
         """Means over all ranks since the last report; starts the next interval."""
-        sums = self._reduced(accelerator)
+        sums = self._reduced(processes)
         self._sums_4D.zero_()
         count = sums[self.COUNT]
         means = sums[1:] / count
@@ -67,9 +66,9 @@ class DomainMeter:
             excess_losses_D=means[2] if self._with_reference else None,
         )
 
-    def state_dict(self, accelerator: Accelerator) -> dict[str, Any]:
+    def state_dict(self, processes: int) -> dict[str, Any]:
         """Sums over all ranks, exact in JSON."""
-        return {"sums": self._reduced(accelerator).tolist(), "with_reference": self._with_reference}
+        return {"sums": self._reduced(processes).tolist(), "with_reference": self._with_reference}
 
     def load_state_dict(self, state: dict[str, Any], *, keep: bool) -> None:
         """Continue from stored sums; one rank keeps them and the others start at zero."""
@@ -77,8 +76,8 @@ class DomainMeter:
         sums = torch.tensor(state["sums"], dtype=torch.float64)
         self._sums_4D.copy_(sums if keep else torch.zeros_like(sums))
 
-    def _reduced(self, accelerator: Accelerator) -> Tensor:
+    def _reduced(self, processes: int) -> Tensor:
         sums: Tensor = self._sums_4D.clone()
-        if accelerator.num_processes > 1:
+        if processes > 1:
             torch.distributed.all_reduce(sums)
         return sums.cpu()

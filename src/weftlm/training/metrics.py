@@ -32,18 +32,18 @@ class MetricsLog:
     """Appends to metrics.jsonl and passes each line on to further sinks.
 
     Args:
-        path: the file.
+        path: the file; None writes to the sinks alone.
         resume_step: lines of later steps, and a torn last line, are dropped: they are about to be written again.
         sinks: further receivers of every line.
         enabled: False writes nothing (every rank but the first).
     """
 
     def __init__(
-        self, path: Path, *, resume_step: int = 0, sinks: tuple[MetricsSink, ...] = (), enabled: bool = True
+        self, path: Path | None, *, resume_step: int = 0, sinks: tuple[MetricsSink, ...] = (), enabled: bool = True
     ) -> None:
         self._sinks = sinks if enabled else ()
         self._file = None
-        if enabled:
+        if enabled and path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _rewind(path, resume_step)
             self._file = path.open("a", encoding="utf-8")

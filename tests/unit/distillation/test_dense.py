@@ -167,7 +167,7 @@ def test_stopped_and_continued_is_as_never_stopped(tmp_path, language):
         assert torch.equal(parameter, again.model.get_parameter(name))
     finished = distil_dense(MODEL, text, how, vocab_size=4, held_out=text, folder=tmp_path)
     assert finished.kl == whole.kl
-    with pytest.raises(CheckpointError, match=r"another student .*seed: 0 before, 1 now"):
+    with pytest.raises(CheckpointError, match=r"another recipe or other data .*seed: 0 before, 1 now"):
         distil_dense(MODEL, text, how, vocab_size=4, held_out=text, folder=tmp_path, seed=1)
 
 

@@ -20,10 +20,9 @@ from weftlm.experts.adapted import adapted
 from weftlm.experts.companions import check_gate, check_statistics
 from weftlm.experts.config import AdapterTraining, ExpertTraining
 from weftlm.experts.examples import (
+    ExampleLoss,
     ExampleNumbers,
-    ExampleTrainer,
     domain_trainer,
-    held_out_example_losses,
     training_source,
 )
 from weftlm.experts.expert import BaseReference, Expert
@@ -134,10 +133,10 @@ def test_a_step_is_the_mean_over_its_target_tokens_however_it_is_cut(kind: str, 
             model, "task", task(), section, folder=tmp_path / str(size), seed=1,
             runtime=choose_runtime(section, parameters=0),
         )  # fmt: skip
-        assert isinstance(trainer, ExampleTrainer)
-        batch = trainer.loader.next()
+        assert isinstance(trainer.loss, ExampleLoss)
+        batch = trainer.loss.prepare(trainer.mixture.draw())
         loss, _, _ = trainer._backward(batch, None)
-        rows = trainer.prompted.rows(batch.tokens_BT1[:, 0].numpy())
+        rows = trainer.loss.prompted.rows(batch.tokens_BT1[:, 0].numpy())
         with torch.no_grad():
             nats = sum(float(target_nats(model, [row], CPU, encoder=is_encoder_decoder(model))) for row in rows)
         assert loss == pytest.approx(nats / sum(len(row.target_C) for row in rows), rel=1e-6)  # weights are float32
@@ -179,7 +178,7 @@ def test_every_example_comes_once_an_epoch(tmp_path: Path) -> None:
     trainer = domain_trainer(
         llama(), "task", task(), section, folder=tmp_path, seed=1, runtime=choose_runtime(section, parameters=0)
     )
-    drawn = [trainer.loader.next().tokens_BT1 for _ in range(12)]
+    drawn = [trainer.mixture.loader.next().tokens_BT1 for _ in range(12)]
     assert all(bool((rows == rows[:, :1]).all()) for rows in drawn)
     numbers = torch.cat(drawn)[:, 0].tolist()
     assert sorted(numbers[:60]) == sorted(numbers[60:]) == list(range(60))
@@ -237,5 +236,5 @@ def test_what_cannot_be_trained_is_said(tmp_path: Path) -> None:
     broken = llama()
     with torch.no_grad():
         broken.lm_head.weight[0] = float("nan")
-    with pytest.raises(NumericsError, match="held-out target tokens"):
-        held_out_example_losses(broken, task().examples, LENGTH, 8, None)
+    with pytest.raises(NumericsError, match="held-out examples"):
+        train(broken, tmp_path / "c", heldout=task())

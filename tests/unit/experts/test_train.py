@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from support.tiny_expert import LENGTH, Fingerprint, cyclic_source, llama
 
 from weftlm.corpora.source import ArraySource
-from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, NumericsError
 from weftlm.experts import train as module
 from weftlm.experts.adapted import adapted
 from weftlm.experts.companions import check_gate, check_statistics
@@ -21,7 +21,6 @@ from weftlm.experts.config import AdapterTraining, ExpertTraining
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.train import held_out_losses, train_expert
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.hf import token_losses
 from weftlm.training.loop import Trainer
 
 SETTINGS: dict[str, Any] = {
@@ -72,9 +71,10 @@ def test_an_expert_lowers_its_domains_loss_and_the_base_is_as_before(tmp_path: P
     assert card["losses"]["before"]["bits_per_byte"] == pytest.approx(nats * 299 / math.log(2) / 900)
     # The card's numbers are those of the expert that came out, and of the bare base.
     model.eval()
-    assert card["losses"]["before"] == pytest.approx(held_out_losses(model, heldout, LENGTH, 8, None))
+    how = ExpertTraining.model_validate(SETTINGS), torch.device("cpu")
+    assert card["losses"]["before"] == pytest.approx(held_out_losses(model, heldout, *how))
     with adapted(model, expert.lora):
-        found = held_out_losses(model, heldout, LENGTH, 8, None)
+        found = held_out_losses(model, heldout, *how)
     assert found == pytest.approx(card["losses"]["after"], rel=1e-5)
 
 
@@ -232,19 +232,10 @@ def test_the_sections_defaults_are_the_papers() -> None:
             AdapterTraining.model_validate(wrong)
 
 
-def test_held_out_losses_score_every_token_once(tmp_path: Path) -> None:
-    model, source = llama().double(), cyclic_source(50)
-    total = 0.0
+def test_held_out_losses_without_bytes_or_with_a_diverged_adapter() -> None:
+    model, how = llama(), (ExpertTraining.model_validate(SETTINGS), torch.device("cpu"))
+    assert held_out_losses(model, ArraySource([1, 2, 3]), *how)["bits_per_byte"] is None
     with torch.no_grad():
-        for start in range(0, 49, LENGTH):
-            window = torch.from_numpy(source.read(start, min(LENGTH, 49 - start) + 1))
-            total += float(token_losses(model, window[None]).sum())
-    found = held_out_losses(model, source, LENGTH, 2, None)
-    assert found["scored_tokens"] == 49
-    assert found["nats_per_token"] == pytest.approx(total / 49)
-    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / 150)
-    part = held_out_losses(model, cyclic_source(500), LENGTH, 2, 64)
-    assert part["scored_tokens"] == 64
-    assert held_out_losses(model, ArraySource([1, 2, 3]), LENGTH, 2, None)["bits_per_byte"] is None
-    with pytest.raises(DataError, match="at least 2"):
-        held_out_losses(model, ArraySource([1]), LENGTH, 2, None)
+        model.lm_head.weight[0] = float("inf")
+    with pytest.raises(NumericsError, match="held-out"):
+        held_out_losses(model, cyclic_source(50), *how)

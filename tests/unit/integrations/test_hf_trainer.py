@@ -23,8 +23,8 @@ from weftlm.config import validate
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.hf_trainer import MixtureCallback, OnlineMixture, _token_losses
-from weftlm.integrations.online_mixture import Share
 from weftlm.pipeline.prepare import DataConfig, prepare
+from weftlm.training.mixture_run import Share
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "uniform"},
@@ -209,7 +209,7 @@ def test_an_update_leaves_gradients_optimizer_modes_and_random_numbers_as_they_w
     moments = [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
     modes, weights = [module.training for module in net.modules()], weights_of(net)
     random = torch.get_rng_state()
-    update = run.finish_step(optimizer, 1.0)
+    update = run.end_step(optimizer, 1.0)
     assert update is not None
     assert update.alignment is not None
     assert torch.equal(torch.get_rng_state(), random)
@@ -282,7 +282,7 @@ def test_micro_batches_must_all_be_trained_on_once() -> None:
     run = online({"policy": "group_dro"}).start(net, Share(batch_sequences=4, micro_batch=2))
     run.take()
     with pytest.raises(ConfigError, match="1 micro-batches short and 1 without losses"):
-        run.finish_step(None)
+        run.end_step(None)
     run = online({"policy": "uniform"}).start(net, Share(batch_sequences=4, micro_batch=4))
     run.take()
     with pytest.raises(ConfigError, match="more micro-batches were asked for in step 0"):

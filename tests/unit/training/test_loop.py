@@ -157,10 +157,12 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path: Path, estimator: st
 
 def test_a_probed_step_trains_exactly_as_it_would_without_the_probe(tmp_path: Path) -> None:
     """The shadow term leaves the gradients of its own step alone, bit for bit."""
-    plain, probed = trainer(tmp_path / "plain", {"policy": "dga"}), trainer(tmp_path / "probed", {"policy": "dga"})
-    batch = plain.loader.next(min_per_domain=1)
+    plain, probed = (
+        trainer(tmp_path / name, {"policy": "dga", "update_every_steps": 1}) for name in ("plain", "probed")
+    )
+    batch = plain.mixture.loader.next(min_per_domain=1)
     plain._backward(batch, None)
-    probed._backward(batch, probed._direction())
+    probed._backward(batch, probed.mixture.begin_step(probed.optimizer))
     for name, parameter in plain.parameters.items():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, probed.parameters[name].grad), name
@@ -175,8 +177,10 @@ def test_dropout_is_a_function_of_the_step(tmp_path: Path) -> None:
         return build_model(section, vocab_size=VOCAB, sequence_length=LENGTH, eos_id=0, seed=0)
 
     first = trainer(tmp_path / "one", {"policy": "dga"}, net=net())
-    assert first.choice is not None
-    assert first.choice.probe == "extra", "probes leave dropout out, so they are taken apart from the training step"
+    assert first.mixture.choice is not None
+    assert first.mixture.choice.probe == "extra", (
+        "probes leave dropout out, so they are taken apart from the training step"
+    )
     run_all(first)
     torch.rand(7)  # the global generator's state must not matter
     second = trainer(tmp_path / "two", {"policy": "dga"}, net=net())
@@ -246,7 +250,7 @@ def test_eta_means_the_same_under_every_estimator(tmp_path: Path) -> None:
         run = trainer(tmp_path / estimator, {"policy": "dga"}, alignment={"estimator": estimator, "probe": "extra"})
         while run.step < 4:
             run._train_step()
-        found[estimator] = run.task.policy.diagnostics(run.state)["max_exponent"]
+        found[estimator] = run.task.policy.diagnostics(run.mixture.state)["max_exponent"]
         run.close()
     assert found["separate"] == pytest.approx(found["finite_difference"], rel=0.02)
 

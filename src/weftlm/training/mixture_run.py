@@ -1,0 +1,365 @@
+"""One training run on an online mixture: what to train on next, and how training moves the mixture.
+
+The training loop has a mixture run, and so has the callback that puts a mixture into other trainers
+(`weftlm.integrations`): draws, probes and updates are the same under both, number for number. A step:
+
+    direction = run.begin_step(optimizer)            # v, at steps whose update measures on the training batch
+    batch = run.draw()
+    ...forward, run.meter(domains, tokens, losses), backward; optimizer.step()
+    update = run.finish_step(optimizer, norm, ...)   # every T_r steps: measure, update, change the weights
+
+Its state is the sampler's, the policy's and the sums of losses since the last update; all of it is JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weftlm.corpora.source import Source
+from weftlm.errors import CheckpointError, ConfigError, reason
+from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
+from weftlm.mixture.policy import Alignment, MixturePolicy, MixtureSetting, Report, state_from_json, state_to_json
+from weftlm.mixture.sampler import Exhaustion, MixtureSampler
+from weftlm.models.hf import token_losses
+from weftlm.training import alignment as align
+from weftlm.training.alignment import Direction
+from weftlm.training.config import AlignmentConfig
+from weftlm.training.meter import DomainMeter
+from weftlm.training.probes import AlignmentProbes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what.
+
+    Attributes:
+        domains: names, in order.
+        sources: training tokens of each domain.
+        policy: the mixture policy.
+        setting: what the policy knows of the domains before training.
+        target: the target's training tokens; None where no policy asks for them.
+        reference: a frozen reference model for policies that need its losses.
+    """
+
+    domains: tuple[str, ...]
+    sources: tuple[Source, ...]
+    policy: MixturePolicy[Any]
+    setting: MixtureSetting
+    target: Source | None = None
+    reference: nn.Module | None = None
+
+    def check_needs(self, *, target: str, reference: str) -> None:
+        """Refuse a task that lacks what its policy needs.
+
+        Args:
+            target: where a target is given, for the message.
+            reference: where a reference model is given, for the message.
+        Raises:
+            ConfigError: the target or the reference model is missing.
+        """
+        needs, name = self.policy.needs, self.policy.config.policy
+        if "target_alignment" in needs and self.target is None:
+            raise ConfigError(f"mixture policy {name!r} follows a target and there is none; give {target}")
+        if "reference_losses" in needs and self.reference is None:
+            raise ConfigError(f"mixture policy {name!r} needs the losses of a reference model; give {reference}")
+
+
+@dataclass(frozen=True)
+class MixtureOptions:
+    """How a task's batches are drawn and its alignments measured.
+
+    Attributes:
+        sequence_length: T, tokens predicted per sequence.
+        seed: random seed of the draw and the probes.
+        alignment: how alignments are measured.
+        exhaustion: what happens when a domain has been read `max_epochs` times: `repeat`, `drop` or `stop`.
+        max_epochs: repetition cap per domain, with `drop` or `stop`.
+        prefetch_steps: batches read ahead by a thread; changes nothing but the time.
+    """
+
+    sequence_length: int
+    seed: int = 0
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    exhaustion: Exhaustion = "repeat"
+    max_epochs: float | None = None
+    prefetch_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a batch is cut.
+
+    Attributes:
+        batch_sequences: B, sequences per optimizer step over all processes.
+        micro_batch: sequences per backward pass of one process.
+        rank: this process.
+        num_processes: processes that share each batch.
+    """
+
+    batch_sequences: int
+    micro_batch: int
+    rank: int = 0
+    num_processes: int = 1
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of the mixture.
+
+    Attributes:
+        step: optimizer steps taken.
+        weights_D: the mixture from this step on.
+        alignment: what was measured for it; None for policies that need none.
+        losses_D: mean training loss per domain since the last update; None where losses are not metered.
+    """
+
+    step: int
+    weights_D: Tensor
+    alignment: Alignment | None
+    losses_D: Tensor | None
+
+
+class MixtureRun:
+    """The draw, the measurements and the policy of one training.
+
+    Args:
+        task: domains, sources, policy, target and reference model (moved to the model's device).
+        model: the model in training, not wrapped for data parallelism.
+        share: batch size, and this process's part.
+        options: how batches are drawn and alignments measured.
+        bf16: whether training runs under bfloat16 autocast; probes do then too.
+        metering: whether training losses are metered by domain; absent: where the policy needs them.
+
+    Attributes:
+        state: the policy's.
+        step: optimizer steps finished.
+        choice: the estimator; None for policies that need no alignment.
+    Raises:
+        ConfigError: batch, processes, model and policy do not fit each other.
+        DataError: a source is too short for one sequence.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        share: Share,
+        options: MixtureOptions,
+        *,
+        bf16: bool = False,
+        metering: bool | None = None,
+    ) -> None:
+        self.task, self.model, self.share, self.options, self._bf16 = task, model, share, options, bf16
+        self.device = next(model.parameters()).device
+        self.sampler = MixtureSampler(
+            sequence_counts(task.sources, options.sequence_length, task.domains),
+            share.batch_sequences, options.seed, names=task.domains,
+            exhaustion=options.exhaustion, max_epochs=options.max_epochs,
+        )  # fmt: skip
+        self.loader = MixtureLoader(
+            task.sources, self.sampler, options.sequence_length,
+            rank=share.rank, world=share.num_processes, prefetch_steps=options.prefetch_steps,
+        )  # fmt: skip
+        self.every = task.policy.config.update_every_steps
+        needed = bool({"losses", "reference_losses"} & task.policy.needs)
+        self.metering = needed if metering is None else metering
+        self.reference = None
+        if task.reference is not None:
+            self.reference = task.reference.to(self.device).eval().requires_grad_(False)
+        self._meter = DomainMeter(len(task.domains), self.device)
+        self._counts_D = np.zeros(len(task.domains), dtype=np.int64)
+        self.probes = AlignmentProbes(
+            task.policy, task.setting, task.target, self.loader, options.alignment,
+            seed=options.seed, sequence_length=options.sequence_length, micro_batch=share.micro_batch,
+            device=self.device, rank=share.rank, world=share.num_processes,
+        )  # fmt: skip
+        with self._undisturbed():
+            local = share.batch_sequences // share.num_processes
+            self.choice = self.probes.choose(
+                model, accumulation_steps=-(-local // share.micro_batch), batch_size=share.batch_sequences
+            )
+        self.state = task.policy.init(task.setting)
+        self.loader.set_weights(0, task.policy.weights(self.state).numpy())
+        self.step = 0
+        self._direction: Direction | None = None
+
+    # -- what is known --------------------------------------------------------------------------------------------
+
+    @property
+    def weights_D(self) -> Tensor:
+        """The mixture in force, float64."""
+        return self.task.policy.weights(self.state)
+
+    def weights(self) -> dict[str, float]:
+        """The mixture in force, by domain."""
+        return dict(zip(self.task.domains, self.weights_D.tolist(), strict=True))
+
+    def epochs(self) -> dict[str, float]:
+        """How often each domain has been read."""
+        return dict(zip(self.task.domains, self.sampler.epochs_D().tolist(), strict=True))
+
+    def groups(self) -> tuple[str, ...]:
+        """Names of what alignments are measured for: domains, or basis distributions."""
+        if "basis" in self.task.policy.needs:
+            return tuple(f"basis {index}" for index in range(len(self.probes.groups_GD)))
+        return self.task.domains
+
+    def never_updates(self, total_steps: int) -> str | None:
+        """A warning where training is too short for a single update; None otherwise."""
+        policy = self.task.policy
+        if self.every <= total_steps or not policy.needs - {"target_histogram", "basis"}:
+            return None
+        return (
+            f"mixture policy {policy.config.policy} updates every {self.every} steps and training takes {total_steps}: "
+            "it never will"
+        )
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def begin_step(self, optimizer: Any) -> Direction | None:
+        """v, where the update after the coming step measures alignments on its batch; None at all other steps.
+
+        Raises:
+            NumericsError: it is not finite.
+        """
+        due = (self.step + 1) % self.every == 0 and self.choice is not None and self.choice.probe == "batch"
+        with self._undisturbed() if due else ExitStack():
+            self._direction = self._take_direction(optimizer) if due else None
+        return self._direction
+
+    def draw(self) -> Batch:
+        """This process's part of the next batch; stratified where alignments are measured on it.
+
+        Raises:
+            SamplerExhausted: the repetition caps let no further batch be filled.
+        """
+        least = 0 if self._direction is None else self.options.alignment.min_sequences_per_domain
+        batch = self.loader.next(min_per_domain=least)
+        self._counts_D += np.bincount(batch.draw.domains_B, minlength=len(self._counts_D))
+        return batch
+
+    def meter(self, domains_B: Tensor, tokens_BT1: Tensor, losses_BT: Tensor) -> None:
+        """Add the training losses of a micro-batch, and the reference model's on the same tokens."""
+        reference_BT = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_BT = token_losses(self.reference, tokens_BT1)
+        self._meter.add(domains_B, losses_BT.detach(), reference_BT)
+
+    def finish_step(
+        self,
+        optimizer: Any,
+        gradient_norm: float | None = None,
+        dots_B: Tensor | None = None,
+        domains_B: Tensor | None = None,
+    ) -> Update | None:
+        """Count an optimizer step; after every T_r of them, measure what the policy needs and let it update.
+
+        The gradients, the optimizer, the modules' modes and the random generators are left as they are.
+
+        Args:
+            optimizer: the optimizer, for `precondition: adam`.
+            gradient_norm: norm of the step's gradient over the whole batch, before clipping.
+            dots_B: each sequence's derivative along what `begin_step` gave.
+            domains_B: domain of each of these sequences.
+        Returns:
+            the update, in force from the next batch on; None between updates.
+        Raises:
+            NumericsError: a measured number is not finite.
+        """
+        self.step += 1
+        direction, self._direction = self._direction, None
+        if self.step % self.every:
+            return None
+        alignment = None
+        if self.choice is not None:
+            if direction is None:
+                with self._undisturbed():
+                    direction = self._take_direction(optimizer)
+                    alignment = self.probes.measure(self.choice.estimator, self.model, self.step, direction)
+            else:
+                assert dots_B is not None
+                assert domains_B is not None
+                alignment = align.group_alignment(dots_B, domains_B, len(self.probes.groups_GD), direction)
+            alignment = self.probes.for_policy(alignment, gradient_norm)
+        measured = self._meter.report(self.share.num_processes) if self.metering else None
+        report = Report(
+            step=self.step,
+            tokens_D=torch.from_numpy(self._counts_D).double() * self.options.sequence_length,
+            losses_D=None if measured is None else measured.losses_D,
+            reference_losses_D=None if measured is None else measured.reference_losses_D,
+            excess_losses_D=None if measured is None else measured.excess_losses_D,
+            alignment=alignment,
+        )
+        self.state = self.task.policy.update(self.state, report)
+        self._counts_D[:] = 0
+        weights_D = self.weights_D
+        self.loader.set_weights(self.step, weights_D.numpy())
+        return Update(self.step, weights_D, alignment, report.losses_D)
+
+    def close(self) -> None:
+        """End background reading."""
+        self.loader.close()
+
+    def _take_direction(self, optimizer: Any) -> Direction:
+        parameters = align.trainable_parameters(self.model)
+        return self.probes.direction(self.model, self.step, optimizer, parameters)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """The run's precision, random generators put back, compiled models run as they are written.
+
+        Hooks that an estimator adds would not be seen by code compiled before.
+        """
+        with ExitStack() as exits:
+            exits.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
+            exits.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16))
+            if any(module._compiled_call_impl is not None for module in self.model.modules()):
+                exits.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def meter_state(self) -> dict[str, Any] | None:
+        """Sums of losses over all processes; every process must ask. None where losses are not metered."""
+        return self._meter.state_dict(self.share.num_processes) if self.metering else None
+
+    def state_dict(self, meter: dict[str, Any] | None) -> dict[str, Any]:
+        """Everything the rest of the run depends on, as JSON values, exact to the last bit.
+
+        Between two steps only: of a step in progress nothing is kept.
+
+        Args:
+            meter: what `meter_state` gave after the last step.
+        """
+        return {
+            "sampler": self.loader.state_dict(),
+            "policy": state_to_json(self.state),
+            "sequences": self._counts_D.tolist(),
+            "meter": meter,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: the state is of another draw or policy, or torn.
+        """
+        try:
+            self.loader.load_state_dict(saved["sampler"])
+            self.state = state_from_json(self.state, saved["policy"])
+            self._counts_D[:] = saved["sequences"]
+            if self.metering:
+                self._meter.load_state_dict(saved["meter"], keep=self.share.rank == 0)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the state of the mixture cannot be read: {reason(error)}; use an earlier checkpoint"
+            ) from error
+        self.step = self.sampler.step
