@@ -118,11 +118,11 @@ def _line(instance: Mapping[str, Any]) -> str:
     return f"{instance['input']}\n{instance['outputs'][0]}"
 
 
-def _question(instance: Mapping[str, Any], task: str) -> ChoiceQuestion | None:
+def _question(instance: Mapping[str, Any]) -> ChoiceQuestion | None:
     choices = tuple(dict.fromkeys(instance.get("choices") or ()))
     if len(choices) < 2 or len(choices) != len(instance["choices"]) or instance["outputs"][0] not in choices:
         return None
-    return ChoiceQuestion(f"{instance['input']}\n", choices, choices.index(instance["outputs"][0]), group=task)
+    return ChoiceQuestion(f"{instance['input']}\n", choices, choices.index(instance["outputs"][0]))
 
 
 @functools.cache
@@ -218,7 +218,7 @@ class Setting:
         """Questions of the tasks' test splits; every second one is for development."""
         found: list[ChoiceQuestion] = []
         for task in tasks:
-            own = [_question(i, task) for i in _instances(self.data, task, train=False)]
+            own = [_question(i) for i in _instances(self.data, task, train=False)]
             usable = [question for question in own if question is not None and len(question.prompt) < 900]
             found += usable[(split == "report") :: 2][: 10 if self.quick else QUESTIONS]
         return tuple(found)

@@ -22,7 +22,7 @@ from torch import nn
 from weftlm.corpora.formats import read_jsonl
 from weftlm.corpora.reading_report import Reason
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean, reason
+from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean
 from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.evaluation.result import finite_or_none, ratio_and_error
 from weftlm.models.language_model import LanguageModel
@@ -36,16 +36,6 @@ from weftlm.models.prompted import (
 )
 from weftlm.threads import follow_load
 
-_RESULT_FLOATS = (
-    "accuracy",
-    "accuracy_se",
-    "accuracy_sum",
-    "accuracy_per_byte",
-    "answer_log_prob",
-    "answer_log_prob_se",
-    "chance",
-)
-
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
@@ -55,7 +45,6 @@ class ChoiceQuestion:
         prompt: the text before the answer.
         choices: two or more different texts, none empty.
         answer: index of the right one.
-        group: the task it belongs to, for results by group.
         name: its own name, for messages.
     Raises:
         DataError: fewer than two choices, an empty or repeated one, an answer out of range, or text that UTF-8 cannot
@@ -65,7 +54,6 @@ class ChoiceQuestion:
     prompt: str
     choices: tuple[str, ...]
     answer: int
-    group: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -154,68 +142,19 @@ class ChoiceResult:
 
     def to_json(self) -> dict[str, Any]:
         """The numbers under their own names; what is not finite becomes None."""
+        found = {name: value for name, value in vars(self).items() if name != "correct"}
         return {
-            **{name: finite_or_none(getattr(self, name)) for name in _RESULT_FLOATS},
-            "questions": self.questions,
-            "truncated_prompts": self.truncated_prompts,
-            "fingerprint": self.fingerprint,
+            **{name: finite_or_none(value) if isinstance(value, float) else value for name, value in found.items()},
             "correct": list(self.correct),
         }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ChoiceResult:
-        """Read what `to_json` gave; None becomes NaN.
-
-        Raises:
-            DataError: a number is missing or of another kind, or `correct` does not hold one entry per question.
-        """
-        try:
-            result = cls(
-                **{name: math.nan if value[name] is None else float(value[name]) for name in _RESULT_FLOATS},
-                questions=int(value["questions"]),
-                truncated_prompts=int(value["truncated_prompts"]),
-                fingerprint=str(value["fingerprint"]),
-                correct=tuple(bool(entry) for entry in value["correct"]),
-            )
-        except KeyError as error:
-            raise DataError(f"a ranked-answer result has no {error}; evaluate the model again") from error
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"a ranked-answer result cannot be read: {reason(error)}; evaluate the model again"
-            ) from error
-        if len(result.correct) != result.questions:
-            raise DataError(
-                f"a ranked-answer result of {result.questions} questions holds {len(result.correct)} entries in "
-                "'correct'; evaluate the model again"
-            )
-        return result
-
-
-@dataclass(frozen=True)
-class AccuracyDifference:
-    """One model's accuracy minus another's on the same questions; positive where the first is better.
-
-    Attributes:
-        accuracy: the difference of accuracies.
-        accuracy_se: its standard error over the paired questions; NaN with a single question.
-        only_first: questions that only the first answers rightly.
-        only_second: questions that only the second answers rightly.
-        questions: questions compared.
-    """
-
-    accuracy: float
-    accuracy_se: float
-    only_first: int
-    only_second: int
-    questions: int
 
 
 def read_choices(path: str | Path) -> list[ChoiceQuestion]:
     """Questions out of a JSON Lines file, plain, `.gz` or `.zst`.
 
     Every line is an object with `prompt` (text), `choices` (a list of texts) and `answer`: a whole number is the index
-    of the right choice, counted from 0; a text is the right choice itself. `group` and `name` (texts) may be left out;
-    other fields are not read. Blank lines are allowed.
+    of the right choice, counted from 0; a text is the right choice itself. `name` (text) may be left out; other fields
+    are not read. Blank lines are allowed.
 
     Raises:
         DataError: the file cannot be read or holds no question, a field is missing or of the wrong kind, or a question
@@ -238,30 +177,10 @@ def read_choices(path: str | Path) -> list[ChoiceQuestion]:
 
 
 def score_choices(
-    model: nn.Module | LanguageModel,
-    tokenizer: Tokenizer,
-    questions: Sequence[ChoiceQuestion],
-    *,
-    batch_size: int,
-    max_length: int,
-    device: torch.device | str = "cpu",
-    separator: str = "",
-    start_token: int | None = None,
-    end_choices: bool | None = None,
+    model: nn.Module | LanguageModel, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], **how: Any
 ) -> ChoiceResult:
-    """Rank every question's choices and sum the ranking up: `choice_result` of `choice_scores`, which says all."""
-    scores = choice_scores(
-        model,
-        tokenizer,
-        questions,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-        separator=separator,
-        start_token=start_token,
-        end_choices=end_choices,
-    )
-    return choice_result(questions, scores)
+    """Rank every question's choices and sum the ranking up: `choice_result` of `choice_scores`, with its arguments."""
+    return choice_result(questions, choice_scores(model, tokenizer, questions, **how))
 
 
 def choice_scores(
@@ -402,50 +321,6 @@ def choice_result(questions: Sequence[ChoiceQuestion], scores: Sequence[Question
     )
 
 
-def choice_results_by_group(
-    questions: Sequence[ChoiceQuestion], scores: Sequence[QuestionScores]
-) -> dict[str, ChoiceResult]:
-    """`choice_result` of each group's questions, groups in the order they first appear; "" is those without a group.
-
-    Raises:
-        DataError: there is no question, or the scores are of other questions.
-    """
-    choice_result(questions, scores)
-    members: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        members.setdefault(question.group or "", []).append(index)
-    return {
-        group: choice_result([questions[index] for index in own], [scores[index] for index in own])
-        for group, own in members.items()
-    }
-
-
-def paired_accuracy_difference(first: ChoiceResult, second: ChoiceResult) -> AccuracyDifference:
-    """How much more often `first` is right than `second` on the same questions.
-
-        d_i = [first right on i] - [second right on i],    difference = mean d,    se^2 = var(d) / N
-
-    with the unbiased variance over questions. What makes a question hard is common to both and cancels.
-
-    Raises:
-        DataError: the two answered different questions, or the same in another order.
-    """
-    if first.fingerprint != second.fingerprint:
-        raise DataError(
-            f"the two results are of different questions (fingerprints {first.fingerprint} and {second.fingerprint}); "
-            "score both models on the same questions in the same order"
-        )
-    difference_N = np.array(first.correct, dtype=np.float64) - np.array(second.correct, dtype=np.float64)
-    accuracy, accuracy_se = ratio_and_error(difference_N, np.ones(len(difference_N), dtype=np.int64))
-    return AccuracyDifference(
-        accuracy=accuracy,
-        accuracy_se=accuracy_se,
-        only_first=int((difference_N > 0).sum()),
-        only_second=int((difference_N < 0).sum()),
-        questions=len(difference_N),
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -454,7 +329,7 @@ def _question(record: Mapping[str, Any]) -> ChoiceQuestion:
         if record.get(name) is None:
             known = ", ".join(map(str, list(record)[:10])) or "none"
             raise DataError(f"field {name!r} is missing; fields: {known}")
-    for name in ("prompt", "group", "name"):
+    for name in ("prompt", "name"):
         if not isinstance(record.get(name, ""), str | None):
             raise DataError(f"field {name!r} holds {record[name]!r:.60}; it must be text")
     choices, answer = record["choices"], record["answer"]
@@ -469,7 +344,7 @@ def _question(record: Mapping[str, Any]) -> ChoiceQuestion:
         answer = choices.index(answer) if choices else 0
     elif not isinstance(answer, int) or isinstance(answer, bool):
         raise DataError(f"answer is {answer!r:.60}; it must be the index of a choice or the choice's own text")
-    return ChoiceQuestion(record["prompt"], tuple(choices), answer, record.get("group"), record.get("name"))
+    return ChoiceQuestion(record["prompt"], tuple(choices), answer, record.get("name"))
 
 
 def _fingerprint(questions: Sequence[ChoiceQuestion]) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from weftlm.corpora.examples import Examples
-from weftlm.errors import ConfigError, DataError, NumericsError
-from weftlm.evaluation.perplexity import evaluation_mode, sum_over_ranks
+from weftlm.errors import DataError
+from weftlm.evaluation.perplexity import check_sizes, scored_in_batches
 from weftlm.evaluation.result import SetResult, WindowScores, set_result
 from weftlm.models.language_model import LanguageModel
 from weftlm.models.prompted import batches_by_length, is_encoder_decoder, target_nats
 from weftlm.models.prompted_examples import PromptedExamples
-from weftlm.threads import follow_load
 
 
 def evaluate_examples(
@@ -52,11 +51,7 @@ def evaluate_examples(
         DataError: there is no example.
         NumericsError: the model's loss is not a number.
     """
-    for name, value, least in (
-        ("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1), ("max_tokens", max_tokens, 1)
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    check_sizes(2, sequence_length, batch_size, max_tokens)
     if len(examples) == 0:
         raise DataError("a held-out set holds no example; there is nothing to score")
     encoder = is_encoder_decoder(model)
@@ -64,26 +59,12 @@ def evaluate_examples(
     chosen_N = prompted.evenly(max_tokens)
     rows = prompted.rows(chosen_N)
     equal = isinstance(model, LanguageModel)
-    batches = list(batches_by_length(rows, batch_size, encoder=encoder, equal_lengths=equal))
-    together = distributed and dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    batches = [np.array(each) for each in batches_by_length(rows, batch_size, encoder=encoder, equal_lengths=equal)]
 
-    nats_N = np.zeros(len(rows), dtype=np.float64)
-    with evaluation_mode(model), torch.inference_mode():
-        # A sharded model's forward pass is a collective: a rank that runs out repeats a batch that does not count.
-        for place in range(rank, -(-len(batches) // world_size) * world_size, world_size):
-            follow_load()
-            batch_B = batches[min(place, len(batches) - 1)]
-            found_B = target_nats(model, [rows[index] for index in batch_B], torch.device(device), encoder=encoder)
-            if place < len(batches):
-                nats_N[batch_B] = found_B.double().cpu().numpy()
-    if together:
-        nats_N = sum_over_ranks(nats_N, torch.device(device))
-    if np.isnan(nats_N).any():
-        raise NumericsError(
-            f"the loss is not a number on {int(np.isnan(nats_N).sum())} of {len(nats_N)} held-out examples; "
-            "the model's weights or its log-probabilities hold NaN"
-        )
+    def nats_of(batch_B: NDArray[np.int64]) -> Tensor:
+        return target_nats(model, [rows[index] for index in batch_B], torch.device(device), encoder=encoder)
+
+    nats_N = scored_in_batches(model, batches, nats_of, "examples", device=device, distributed=distributed)
     tokens_N, size = prompted.targets_N[chosen_N], float(prompted.bytes_N[chosen_N].sum())
     scores = WindowScores(examples.fingerprint, chosen_N, tokens_N, nats_N, size / int(tokens_N.sum()))
     return set_result(scores, round(size), keep_windows=per_window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -110,30 +110,20 @@ def evaluate_source(
         DataError: the source has fewer than two tokens.
         NumericsError: the model's loss is not a number.
     """
-    for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    check_sizes(1, sequence_length, batch_size, max_tokens)
     if len(source) < 2:
         raise DataError(f"a held-out set of {len(source)} tokens cannot be scored; it needs at least 2")
     windows = windows_of(len(source), sequence_length, max_tokens)
-    together = distributed and dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
-    nats_N = np.zeros(len(windows.starts_N), dtype=np.float64)
-    with evaluation_mode(model), torch.inference_mode():
-        for chosen_B, counts in _share(windows, batch_size, rank, world_size):
-            follow_load()
-            tokens_BT1 = source.read_many(windows.starts_N[chosen_B], int(windows.tokens_N[chosen_B[0]]) + 1)
-            nats_B = _window_nats(model, torch.from_numpy(tokens_BT1).to(device), losses)
-            if counts:
-                nats_N[chosen_B] = nats_B
-    if together:
-        nats_N = sum_over_ranks(nats_N, torch.device(device))
-    if np.isnan(nats_N).any():
-        raise NumericsError(
-            f"the loss is not a number on {int(np.isnan(nats_N).sum())} of {len(nats_N)} held-out windows; "
-            "the model's weights or its log-probabilities hold NaN"
-        )
+    def nats_of(chosen_B: NDArray[np.int64]) -> Tensor:
+        tokens_BT1 = source.read_many(windows.starts_N[chosen_B], int(windows.tokens_N[chosen_B[0]]) + 1)
+        return _window_nats(model, torch.from_numpy(tokens_BT1).to(device), losses)
+
+    batches = []
+    for length in np.unique(windows.tokens_N)[::-1]:
+        same_N = np.flatnonzero(windows.tokens_N == length)
+        batches += [same_N[first : first + batch_size] for first in range(0, len(same_N), batch_size)]
+    nats_N = scored_in_batches(model, batches, nats_of, "windows", device=device, distributed=distributed)
     scored = int(windows.tokens_N.sum())
     size = int(getattr(source, "bytes", 0))
     scored_bytes = size if windows.complete else size / len(source) * scored
@@ -155,38 +145,70 @@ def evaluation_mode(model: object) -> Iterator[None]:
             module.training = mode
 
 
-def _share(windows: Windows, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[NDArray[np.int64], bool]]:
-    """The batches one rank scores, as window indices of one length, and whether each counts.
+def check_sizes(shortest: int, sequence_length: int, batch_size: int, max_tokens: int | None) -> None:
+    """Refuse sizes that are too small.
 
-    All ranks get the same number of batches, because a sharded model's forward pass is a collective: a rank that runs
-    out repeats a batch that does not count.
+    Raises:
+        ConfigError: the sequence length is below `shortest`, or another size below 1.
     """
-    batches = _batches(windows, batch_size, rank, world_size)
-    rounds = max(len(_batches(windows, batch_size, other, world_size)) for other in range(world_size))
-    yield from ((batch_B, True) for batch_B in batches)
-    spare_B = batches[-1] if batches else _batches(windows, batch_size, 0, world_size)[0]
-    for _ in range(rounds - len(batches)):
-        yield spare_B, False
+    sizes = {"sequence_length": (sequence_length, shortest), "batch_size": (batch_size, 1)}
+    for name, (value, least) in {**sizes, "max_tokens": (1 if max_tokens is None else max_tokens, 1)}.items():
+        if value < least:
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
 
-def _batches(windows: Windows, batch_size: int, rank: int, world_size: int) -> list[NDArray[np.int64]]:
-    own_N = np.arange(rank, len(windows.starts_N), world_size, dtype=np.int64)
-    result = []
-    for length in np.unique(windows.tokens_N[own_N])[::-1]:
-        same_N = own_N[windows.tokens_N[own_N] == length]
-        result += [same_N[first : first + batch_size] for first in range(0, len(same_N), batch_size)]
-    return result
-
-
-def _window_nats(
-    model: nn.Module | LanguageModel, tokens_BT1: Tensor, losses: SequenceLosses | None
+def scored_in_batches(
+    model: object,
+    batches: Sequence[NDArray[np.int64]],
+    nats_of: Callable[[NDArray[np.int64]], Tensor],
+    what: str,
+    *,
+    device: torch.device | str,
+    distributed: bool,
 ) -> NDArray[np.float64]:
+    """The loss of everything that some batches of indices 0 .. N - 1 name, in evaluation mode and without gradient.
+
+    Args:
+        model: the model, whose modules get their modes back.
+        batches: indices, each once.
+        nats_of: gives the losses of a batch, nats.
+        what: what is scored, for messages.
+        device: where the model lives.
+        distributed: every rank of the default process group calls this and scores its share; all get the same result.
+    Returns:
+        nats_N: float64.
+    Raises:
+        NumericsError: a loss is not a number.
+    """
+    together = distributed and dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    nats_N = np.zeros(sum(map(len, batches)), dtype=np.float64)
+    with evaluation_mode(model), torch.inference_mode():
+        # A sharded model's forward pass is a collective: a rank that runs out repeats a batch that does not count.
+        for place in range(rank, -(-len(batches) // world_size) * world_size, world_size):
+            follow_load()
+            batch_B = batches[min(place, len(batches) - 1)]
+            nats_B = nats_of(batch_B).double().cpu().numpy()
+            if place < len(batches):
+                nats_N[batch_B] = nats_B
+    if together:  # each loss is non-zero on one rank alone, so the sum is exact
+        total_N = torch.from_numpy(nats_N).to(device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(total_N)
+        nats_N = total_N.cpu().numpy()
+    if np.isnan(nats_N).any():
+        raise NumericsError(
+            f"the loss is not a number on {int(np.isnan(nats_N).sum())} of {len(nats_N)} held-out {what}; "
+            "the model's weights or its log-probabilities hold NaN"
+        )
+    return nats_N
+
+
+def _window_nats(model: nn.Module | LanguageModel, tokens_BT1: Tensor, losses: SequenceLosses | None) -> Tensor:
     """Summed loss of each window, nats_B, float64."""
-    length = tokens_BT1.shape[1] - 1
     if losses is not None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"losses= scores torch modules; the model is a {type(model).__name__}")
-        nats_B = losses(model, tokens_BT1).cpu().double() * length
+        nats_B = losses(model, tokens_BT1).cpu().double() * (tokens_BT1.shape[1] - 1)
     elif isinstance(model, LanguageModel):
         logp_BTV = model.log_probs(tokens_BT1[:, :-1])
         nats_B = -logp_BTV.gather(-1, tokens_BT1[:, 1:, None]).squeeze(-1).cpu().double().sum(dim=1)
@@ -197,14 +219,4 @@ def _window_nats(
             f"losses= returned shape {tuple(nats_B.shape)} for {tokens_BT1.shape[0]} sequences; "
             "it must return one mean per sequence"
         )
-    result: NDArray[np.float64] = nats_B.numpy()
-    return result
-
-
-def sum_over_ranks(values_N: NDArray[np.float64], device: torch.device) -> NDArray[np.float64]:
-    """Add up the ranks' arrays; each window is non-zero on one rank alone, so the sum is exact."""
-    on_device = device if dist.get_backend() == "nccl" else torch.device("cpu")
-    total_N = torch.from_numpy(values_N).to(on_device)
-    dist.all_reduce(total_N)
-    result: NDArray[np.float64] = total_N.cpu().numpy()
-    return result
+    return nats_B

@@ -41,89 +41,63 @@ class WindowScores:
     bytes_per_token: float
 
 
-@dataclass(frozen=True)
-class SetResult:
-    """How well a model predicts one held-out set.
+@dataclass(frozen=True, kw_only=True)
+class MeanResult:
+    """A loss with its standard error; as a mean of several sets' results, each set counts once whatever its size.
+
+        se = sqrt(sum_d se_d^2) / D          (sets are independent of one another)
 
     Attributes:
-        nats_per_token: mean loss over the scored tokens.
-        nats_per_token_se: its standard error over windows (`ratio_and_error`); NaN with a single window.
-        perplexity: exp(nats_per_token).
-        bits_per_byte: summed loss in bits over the UTF-8 bytes of the scored text; comparable between tokenizers;
-            NaN where the bytes are not known, or the tokenizer loses text.
+        nats_per_token: mean loss.
+        nats_per_token_se: its standard error.
+        bits_per_byte: the same over the UTF-8 bytes of the text; comparable between tokenizers.
         bits_per_byte_se: its standard error, the byte count taken as known.
+    """
+
+    nats_per_token: float
+    nats_per_token_se: float
+    bits_per_byte: float
+    bits_per_byte_se: float
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The numbers under their own names; what is not finite becomes None. Window losses are left out."""
+        return {name: finite_or_none(getattr(self, name)) for name in _NUMBERS if hasattr(self, name)}
+
+
+_NUMBERS = (
+    "nats_per_token", "nats_per_token_se", "perplexity", "bits_per_byte", "bits_per_byte_se", "tokens", "bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetResult(MeanResult):
+    """How well a model predicts one held-out set: mean loss over the scored tokens, error over windows.
+
+    Errors are those of `ratio_and_error`; NaN with a single window. Bits per byte are NaN where the bytes are not
+    known, or the tokenizer loses text.
+
+    Attributes:
+        perplexity: exp(nats_per_token).
         tokens: scored tokens.
         bytes: UTF-8 bytes of the scored text; when only part of a set was scored, the set's bytes per token times
             `tokens`, rounded.
         windows: the loss of each window, when it was asked for.
     """
 
-    nats_per_token: float
-    nats_per_token_se: float
     perplexity: float
-    bits_per_byte: float
-    bits_per_byte_se: float
     tokens: int
     bytes: int
     windows: WindowScores | None = field(default=None, repr=False, compare=False)
 
-    def to_json(self) -> dict[str, float | int | None]:
-        """The numbers under their own names; what is not finite becomes None. Window losses are left out."""
-        return {
-            "nats_per_token": finite_or_none(self.nats_per_token),
-            "nats_per_token_se": finite_or_none(self.nats_per_token_se),
-            "perplexity": finite_or_none(self.perplexity),
-            "bits_per_byte": finite_or_none(self.bits_per_byte),
-            "bits_per_byte_se": finite_or_none(self.bits_per_byte_se),
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
 
-
-@dataclass(frozen=True)
-class MeanResult:
-    """The plain mean of several sets' results, each set counting once whatever its size.
-
-        se = sqrt(sum_d se_d^2) / D          (sets are independent of one another)
+@dataclass(frozen=True, kw_only=True)
+class Difference(MeanResult):
+    """One model's loss minus another's on the same text, errors over the paired windows; negative: the first is better.
 
     Attributes:
-        nats_per_token: mean over sets.
-        nats_per_token_se: its standard error.
-        bits_per_byte: mean over sets.
-        bits_per_byte_se: its standard error.
-    """
-
-    nats_per_token: float
-    nats_per_token_se: float
-    bits_per_byte: float
-    bits_per_byte_se: float
-
-    def to_json(self) -> dict[str, float | None]:
-        """The numbers under their own names; what is not finite becomes None."""
-        return {
-            "nats_per_token": finite_or_none(self.nats_per_token),
-            "nats_per_token_se": finite_or_none(self.nats_per_token_se),
-            "bits_per_byte": finite_or_none(self.bits_per_byte),
-            "bits_per_byte_se": finite_or_none(self.bits_per_byte_se),
-        }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One model's loss minus another's on the same text; negative where the first is better.
-
-    Attributes:
-        nats_per_token: mean difference over the scored tokens.
-        nats_per_token_se: its standard error over the paired windows.
-        bits_per_byte: the same in bits per byte.
-        bits_per_byte_se: its standard error.
         windows: windows compared.
     """
 
-    nats_per_token: float
-    nats_per_token_se: float
-    bits_per_byte: float
-    bits_per_byte_se: float
     windows: int
 
 
@@ -183,8 +157,10 @@ def set_result(scores: WindowScores, total_bytes: int, *, keep_windows: bool = F
     )
 
 
-def mean_result(results: Mapping[str, SetResult]) -> MeanResult:
+def mean_result(results: Mapping[str, MeanResult]) -> MeanResult:
     """The mean over sets.
+
+    Over the differences of the generic domains this is the forgetting (or its opposite) that a gain on the target cost.
 
     Raises:
         DataError: there is no set.
@@ -236,26 +212,12 @@ def paired_window_difference(first: WindowScores, second: WindowScores) -> Diffe
         differences_N = first.nats_N - second.nats_N
     nats, nats_se = ratio_and_error(differences_N, first.tokens_N)
     to_bits_per_byte = _bits_per_byte(first.bytes_per_token)
-    return Difference(nats, nats_se, nats * to_bits_per_byte, nats_se * to_bits_per_byte, len(first.starts_N))
-
-
-def mean_difference(differences: Mapping[str, Difference]) -> Difference:
-    """The mean of several sets' differences, each set counting once; errors as in `MeanResult`.
-
-    Over the generic domains this is the forgetting (or its opposite) that a gain on the target cost.
-
-    Raises:
-        DataError: there is no set.
-    """
-    if not differences:
-        raise DataError("a mean over sets needs at least one set; none was compared")
-    values = list(differences.values())
     return Difference(
-        nats_per_token=math.fsum(value.nats_per_token for value in values) / len(values),
-        nats_per_token_se=math.hypot(*(value.nats_per_token_se for value in values)) / len(values),
-        bits_per_byte=math.fsum(value.bits_per_byte for value in values) / len(values),
-        bits_per_byte_se=math.hypot(*(value.bits_per_byte_se for value in values)) / len(values),
-        windows=sum(value.windows for value in values),
+        nats_per_token=nats,
+        nats_per_token_se=nats_se,
+        bits_per_byte=nats * to_bits_per_byte,
+        bits_per_byte_se=nats_se * to_bits_per_byte,
+        windows=len(first.starts_N),
     )
 
 

@@ -19,7 +19,6 @@ from weftlm.evaluation.result import (
     Difference,
     MeanResult,
     SetResult,
-    mean_difference,
     mean_result,
     paired_difference,
 )
@@ -78,7 +77,7 @@ class SuiteDifference:
     """
 
     sets: dict[str, Difference]
-    generic: Difference | None
+    generic: MeanResult | None
 
 
 def evaluate_suite(
@@ -142,4 +141,4 @@ def suite_difference(first: SuiteResult, second: SuiteResult) -> SuiteDifference
         )
     sets = {name: paired_difference(first.sets[name], second.sets[name]) for name in first.sets}
     generic = {name: difference for name, difference in sets.items() if name != TARGET}
-    return SuiteDifference(sets, mean_difference(generic) if generic else None)
+    return SuiteDifference(sets, mean_result(generic) if generic else None)

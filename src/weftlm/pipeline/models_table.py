@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from weftlm.errors import DataError
-from weftlm.evaluation.result import Difference, finite_or_none, mean_difference, paired_difference
+from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result, paired_difference
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite
 from weftlm.evaluation.tasks import read_tasks, score_tasks
 from weftlm.experts.lora import load_trained
@@ -153,10 +153,10 @@ def _difference(result: SuiteResult, base: SuiteResult) -> dict[str, Any] | None
     except DataError as error:
         log.info("no paired difference to the base: %s", error)
         return None
-    return {"mean": _numbers(mean_difference(sets)), "sets": {name: _numbers(one) for name, one in sets.items()}}
+    return {"mean": _numbers(mean_result(sets)), "sets": {name: _numbers(one) for name, one in sets.items()}}
 
 
-def _numbers(one: Difference) -> dict[str, float | None]:
+def _numbers(one: MeanResult) -> dict[str, float | None]:
     return {
         "bits_per_byte": finite_or_none(one.bits_per_byte),
         "bits_per_byte_se": finite_or_none(one.bits_per_byte_se),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from weftlm.errors import DataError
-from weftlm.evaluation.result import mean_difference, paired_window_difference
+from weftlm.evaluation.result import mean_result, paired_window_difference
 from weftlm.evaluation.suite import TARGET
 from weftlm.progress import count_text
 from weftlm.reporting.runs import Evaluation, Run, Score
@@ -159,7 +159,7 @@ def _gap(one: Contender, baseline: Contender, score: Score, reference: Score, na
     windows, others = one.runs[0].windows, baseline.runs[0].windows
     try:
         differences = {name: paired_window_difference(windows[name], others[name]) for name in names}
-        return Gap(value, mean_difference(differences).bits_per_byte_se, True)
+        return Gap(value, mean_result(differences).bits_per_byte_se, True)
     except (KeyError, DataError):
         return Gap(value, math.hypot(score.bits_per_byte_se, reference.bits_per_byte_se), False)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from weftlm.errors import ConfigError, reason
 
@@ -91,21 +91,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def put(into: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor's values into a tensor of which this process may hold only a part; nothing is sent.
-
-    Raises:
-        ConfigError: the tensor is split in a way other than FSDP2's over one axis of processes.
-    """
+    """Copy a whole tensor's values into a tensor of which this process may hold only a part; nothing is sent."""
     with torch.no_grad():
-        if not isinstance(into, DTensor):
-            into.copy_(value)
-            return
-        if into.device_mesh.ndim != 1 or not isinstance(into.placements[0], Shard):
-            raise ConfigError(f"a tensor placed as {into.placements} cannot be restored; use fully_shard over one mesh")
-        axis, rank = into.placements[0].dim, into.device_mesh.get_local_rank()
-        parts = value.chunk(into.device_mesh.size(), dim=axis)
-        if rank < len(parts):
-            into.to_local().copy_(parts[rank])
+        if isinstance(into, DTensor):
+            value = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
+        into.copy_(value)
 
 
 def whole_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Ranked answers against plain loops: one choice at a time, no batch, no padding."""
 
-import dataclasses
 import gzip
 import itertools
 import json
@@ -24,12 +23,9 @@ from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import (
     ChoiceQuestion,
-    ChoiceResult,
     QuestionScores,
     choice_result,
-    choice_results_by_group,
     choice_scores,
-    paired_accuracy_difference,
     read_choices,
     score_choices,
 )
@@ -462,15 +458,6 @@ def scores_for(right: list[bool], questions: list[ChoiceQuestion]) -> list[Quest
     return result
 
 
-def test_a_result_comes_back_from_json() -> None:
-    questions = random_questions(9)
-    result = choice_result(questions, scores_for([True, False] * 4 + [True], questions))
-    assert ChoiceResult.from_json(json.loads(json.dumps(result.to_json()))) == result
-    single = choice_result(questions[:1], scores_for([True], questions[:1]))
-    assert single.to_json()["accuracy_se"] is None
-    assert math.isnan(ChoiceResult.from_json(single.to_json()).accuracy_se)
-
-
 def test_the_first_of_equals_is_the_prediction() -> None:
     assert QuestionScores((-3.0, -1.0, -2.0), (3, 1, 2), (1, 1, 1)).prediction == 0
     assert QuestionScores((-3.0, -1.0, -2.0), (2, 1, 2), (1, 1, 1)).prediction == 1
@@ -484,67 +471,11 @@ def test_an_impossible_answer_is_infinitely_bad_and_no_error() -> None:
     assert result.to_json()["answer_log_prob"] is None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"chance": ...}, "a ranked-answer result has no 'chance'"),
-        ({"accuracy": "high"}, "cannot be read: could not convert"),
-        ({"correct": 3}, "cannot be read: 'int' object is not iterable"),
-        ({"correct": [True]}, "of 9 questions holds 1 entries in 'correct'"),
-    ],
-)
-def test_a_broken_result_is_refused(change: dict[str, Any], message: str) -> None:
-    questions = random_questions(9)
-    value = choice_result(questions, scores_for([True] * 9, questions)).to_json() | change
-    with pytest.raises(DataError, match=message):
-        ChoiceResult.from_json({name: entry for name, entry in value.items() if entry is not ...})
-
-
 def test_scores_of_other_questions_are_refused() -> None:
     questions = [ask("a", "b", "c"), ask("a", "b", "c", "d")]
     scores = scores_for([True, True], questions)
     with pytest.raises(DataError, match="the scores of 2 questions do not fit 2 questions choice by choice"):
         choice_result(questions, scores[::-1])
-    with pytest.raises(DataError, match="the scores of 1 questions do not fit 2"):
-        choice_results_by_group(questions, scores[:1])
-
-
-def test_groups_are_summed_up_apart() -> None:
-    questions = [ask("a", "b", "c", group=group) for group in ("y", "x", "y")] + [ask("a", "b", "c")]
-    results = choice_results_by_group(questions, scores_for([True, True, False, False], questions))
-    assert {group: (result.accuracy, result.questions) for group, result in results.items()} == {
-        "y": (0.5, 2),
-        "x": (1.0, 1),
-        "": (0.0, 1),
-    }
-    assert list(results) == ["y", "x", ""]
-
-
-def test_a_paired_difference_counts_question_by_question() -> None:
-    questions = random_questions(6)
-    first_right, second_right = [True, True, True, False, True, False], [True, False, False, True, False, False]
-    first, second = (
-        choice_result(questions, scores_for(first_right, questions)),
-        choice_result(questions, scores_for(second_right, questions)),
-    )
-    difference = paired_accuracy_difference(first, second)
-    d = np.array(first_right, float) - np.array(second_right, float)
-    assert difference.accuracy == pytest.approx(d.mean())
-    assert difference.accuracy == pytest.approx(first.accuracy - second.accuracy)
-    assert difference.accuracy_se == pytest.approx(d.std(ddof=1) / math.sqrt(6))
-    assert (difference.only_first, difference.only_second, difference.questions) == (3, 1, 6)
-    same = paired_accuracy_difference(first, ChoiceResult.from_json(first.to_json()))
-    assert (same.accuracy, same.accuracy_se) == (0.0, 0.0)
-
-
-def test_only_the_same_questions_can_be_compared() -> None:
-    questions = random_questions(3)
-    scores = scores_for([True] * 3, questions)
-    result = choice_result(questions, scores)
-    renamed = [dataclasses.replace(question, name="x", group="y") for question in questions]
-    assert paired_accuracy_difference(result, choice_result(renamed, scores)).accuracy == 0.0
-    with pytest.raises(DataError, match="the two results are of different questions"):
-        paired_accuracy_difference(result, choice_result(questions[::-1], scores[::-1]))
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -573,7 +504,7 @@ def test_questions_come_out_of_json_lines(tmp_path: Path, suffix: str) -> None:
     )
     assert read_choices(str(path)) == [
         ChoiceQuestion("2 + 2 =", ("3", "4"), 1),
-        ChoiceQuestion("", ("é", "e", "0"), 2, "g", "n"),
+        ChoiceQuestion("", ("é", "e", "0"), 2, "n"),
     ]
 
 
@@ -584,7 +515,7 @@ def test_questions_come_out_of_json_lines(tmp_path: Path, suffix: str) -> None:
         ({"choices": ...}, "field 'choices' is missing; fields: prompt, answer"),
         ({"answer": None}, "field 'answer' is missing; fields: prompt, choices, answer"),
         ({"prompt": 4}, "field 'prompt' holds 4; it must be text"),
-        ({"group": 4}, "field 'group' holds 4; it must be text"),
+        ({"name": 4}, "field 'name' holds 4; it must be text"),
         ({"name": ["x"]}, "field 'name' holds ['x']; it must be text"),
         ({"choices": "34"}, "field 'choices' holds '34'; it must be a list of texts"),
         ({"choices": [3, 4]}, "choices[0] is 3; every choice must be text (in quotes)"),

@@ -31,7 +31,10 @@ def scored(seed: int, count: int = 40, shift: float = 0.0) -> WindowScores:
 
 
 def result(scores: WindowScores | None, nats: float = 2.0, se: float = 0.1) -> SetResult:
-    return SetResult(nats, se, math.exp(nats), nats / 2, se / 2, 100, 300, scores)
+    return SetResult(
+        nats_per_token=nats, nats_per_token_se=se, perplexity=math.exp(nats), bits_per_byte=nats / 2,
+        bits_per_byte_se=se / 2, tokens=100, bytes=300, windows=scores,
+    )  # fmt: skip
 
 
 def test_a_paired_difference_is_the_mean_over_tokens_with_the_error_of_the_differences() -> None:

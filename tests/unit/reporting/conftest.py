@@ -42,7 +42,10 @@ def set_result(name: str, own_seed: list[int], nats: float, *, count: int = 300)
     scores = WindowScores(f"fingerprint {name}", np.arange(count, dtype=np.int64) * 256, tokens, totals, 3.1)
     scale = 1 / (math.log(2) * 3.1)
     sizes = (int(tokens.sum()), round(tokens.sum() * 3.1))
-    return SetResult(mean, error, math.exp(mean), mean * scale, error * scale, *sizes, scores)
+    return SetResult(
+        nats_per_token=mean, nats_per_token_se=error, perplexity=math.exp(mean), bits_per_byte=mean * scale,
+        bits_per_byte_se=error * scale, tokens=sizes[0], bytes=sizes[1], windows=scores,
+    )  # fmt: skip
 
 
 def write_run(
