@@ -10,7 +10,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -82,11 +82,55 @@ _SHOWN = 60
 """Characters shown of each of two values that differ."""
 
 
+class Settings(dict[str, Any]):
+    """The values of a section as JSON values, for the identity of a result.
+
+    Attributes:
+        defaults: Keys whose value is the default. A result that was kept before such a key existed is of the same
+            settings, since it was made as the default makes it.
+    """
+
+    defaults: frozenset[str] = frozenset()
+
+
+def settings(section: BaseModel, *, only: Collection[str] | None = None, without: Collection[str] = ()) -> Settings:
+    """The values of a section that decide a result.
+
+    Args:
+        section: The section; those within it are included.
+        only: Keys to include, instead of all.
+        without: Keys to leave out.
+    """
+    fields = type(section).model_fields
+    names = [name for name in fields if (only is None or name in only) and name not in without]
+    dumped = section.model_dump(mode="json", include=set(names))
+    found = Settings({name: _settings_within(getattr(section, name), dumped[name]) for name in names})
+    found.defaults = frozenset(
+        name
+        for name in names
+        if not fields[name].is_required()
+        and getattr(section, name) == fields[name].get_default(call_default_factory=True)
+    )
+    return found
+
+
+def _settings_within(value: Any, dumped: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return settings(value)
+    if isinstance(value, list | tuple):
+        return [_settings_within(each, plain) for each, plain in zip(value, dumped, strict=True)]
+    return dumped
+
+
 def changed_keys(old: Any, new: Any, place: str = "") -> list[str]:
-    """Dotted keys at which two resolved configurations differ, with both values, cut where they differ."""
+    """Dotted keys at which two resolved configurations differ, with both values, cut where they differ.
+
+    A key that `old` lacks and that is at its default in `new` (`Settings`) does not count.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
-        for key in sorted(old.keys() | new.keys()):
+        absent = new.defaults - old.keys() if isinstance(new, Settings) else frozenset()
+        for key in sorted((old.keys() | new.keys()) - absent):
             here = f"{place}.{key}" if place else key
             found += changed_keys(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
         return found

@@ -3,7 +3,7 @@
 Writing: what is written goes beside its place and is renamed into it, so that a reader sees the old one or the new one,
 never half of one, also where two processes write the same. Removing: what is removed loses its name first. Both use
 hidden names, `.NAME.PID@HOST.writing` and `.NAME.PID@HOST.removing`; what a killed process leaves under such a name is
-removed by `sweep`, which every holder of a lock (`hold`) calls.
+removed by `sweep`, which every holder of a lock (`weftlm.artifact.locked`) calls.
 
 Checking: a JSON object has a checksum over itself (`write_object`), and a finished folder a list of its files with
 their sizes and BLAKE2b digests (`seal`), which readers compare. That costs about a second per gigabyte and core.
@@ -12,18 +12,17 @@ their sizes and BLAKE2b digests (`seal`), which readers compare. That costs abou
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,8 +40,6 @@ _DECIDING = re.compile(r"(.*/)?((adapter_|generation_)?config\.json|[^/]*\.(safe
 _LEFT = re.compile(r"\..+\.(?P<pid>\d+)@(?P<host>.+)\.(writing|removing)")
 _FORGOTTEN_S = 24 * 3600
 """Age at which what another machine was writing counts as left over."""
-_held: set[tuple[Path, int]] = set()
-"""Locks of this process, and the thread that holds each."""
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -185,7 +182,7 @@ def sweep(folder: Path) -> None:
 
 def _works(pid: str, host: str, path: Path) -> bool:
     """Whether the process that made a hidden file may still be at work on it."""
-    if host != _host():
+    if host != this_host():
         return time.time() - path.stat().st_mtime < _FORGOTTEN_S
     try:
         os.kill(int(pid), 0)
@@ -206,97 +203,12 @@ def _erase(path: Path) -> None:
 
 def hidden(path: Path, what: str) -> Path:
     """The name beside a path under which this process writes or removes it; `sweep` knows it."""
-    return path.with_name(f".{path.name}.{os.getpid()}@{_host()}.{what}")
+    return path.with_name(f".{path.name}.{os.getpid()}@{this_host()}.{what}")
 
 
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9-]+", "-", os.uname().nodename)
-
-
-# -- one process at a time ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def hold(
-    lock: Path,
-    refusal: Callable[[str], WeftError],
-    *,
-    shared: bool = False,
-    again: bool = False,
-    patience_s: float = 0.0,
-    waiting: Callable[[str], None] | None = None,
-) -> Iterator[None]:
-    """Hold a lock against other processes, and sweep its folder; free again however this process ends.
-
-    The file names its holder, for messages.
-
-    Args:
-        lock: the file; its folder is made.
-        refusal: the error, given a description of the process that holds it.
-        shared: beside others that hold it shared.
-        again: pass where this thread holds it already.
-        patience_s: how long to wait for it.
-        waiting: called once, with the same description, where it is not free at once.
-    Raises:
-        WeftError: `refusal`'s.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    place = (lock.resolve(), threading.get_ident())
-    if again and place in _held:
-        yield
-        return
-    with lock.open("a+", encoding="utf-8") as file:
-        deadline, told = time.monotonic() + patience_s, False
-        while True:
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= deadline:
-                    raise refusal(_holder(lock)) from None
-            if waiting is not None and not told:
-                waiting(_holder(lock))
-                told = True
-            time.sleep(0.05)
-        with suppress(OSError):  # a full disk
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {_host()}: {command_line()}\n")
-            file.flush()
-        sweep(lock.parent)
-        _held.add(place)
-        try:
-            yield
-        finally:
-            _held.discard(place)
-
-
-def is_held(lock: Path) -> bool:
-    """Whether another process holds a lock."""
-    if any(place == lock.resolve() for place, _ in _held):
-        return False
-    try:
-        with lock.open("r", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def _holder(lock: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):
-        said = lock.read_text(encoding="utf-8").strip()
-        if said:
-            return f"another process ({said.partition(chr(10))[0][:300]})"
-    return "another process"
-
-
-def command_line() -> str:
-    """The command of this process as it would be typed again."""
-    name = Path(sys.argv[0]).name
-    start = [name] if name != "__main__.py" else ["python", "-m", Path(sys.argv[0]).parent.name]
-    return shlex.join([*start, *sys.argv[1:]])
+def this_host() -> str:
+    """The name of this machine, as hidden names and locks carry it."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", platform.node())
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -441,3 +353,13 @@ def _files(folder: Path) -> list[str]:
 def _described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return dict(zip(names, pool.map(lambda name: describe(folder / name), names), strict=True))
+
+
+# -- this process ---------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """The command of this process as it would be typed again."""
+    name = Path(sys.argv[0]).name
+    start = [name] if name != "__main__.py" else ["python", "-m", Path(sys.argv[0]).parent.name]
+    return shlex.join([*start, *sys.argv[1:]])

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from weftlm.artifact import locked
 from weftlm.errors import CheckpointError
-from weftlm.files import hold
 from weftlm.interrupt import Stopped, handled
 
 _CHANGES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "link", "truncate")
@@ -69,7 +69,7 @@ def held_by_another(lock: Path, *, shared: bool = False) -> Iterator[int]:
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        with hold(lock, CheckpointError, shared=shared):
+        with locked(lock, CheckpointError, shared=shared):
             os.write(ready[1], b"x")
             os.read(go[0], 1)
             os._exit(0)
@@ -146,3 +146,9 @@ def killing(step: int, die: Callable[[], object] | None = None) -> Iterator[Coun
         mock.patch.object(builtins, "open", open_counted),
     ):
         yield count
+
+
+def flip(path: Path, place: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.faults import Killed, dead_process, held_by_another, host, killing
+from support.faults import Killed, dead_process, flip, host, killing
 
 from weftlm.errors import CheckpointError, DataError
 from weftlm.files import (
     SEAL,
     check_sealed,
-    hold,
-    is_held,
     read_object,
     remove,
     room,
@@ -80,12 +78,6 @@ def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-def flip(path: Path, place: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -124,26 +116,6 @@ def test_every_altered_byte_of_an_object_is_noticed_or_changes_nothing(tmp_path:
             continue
         assert found is not None
         assert {key: found[key] for key in value} == value
-
-
-def test_a_lock_names_its_holder_and_is_free_after_its_death(tmp_path: Path) -> None:
-    lock = tmp_path / "run" / ".lock"
-    with held_by_another(lock) as process:
-        assert is_held(lock)
-        with pytest.raises(CheckpointError, match=rf"another process \({process} on "), hold(lock, CheckpointError):
-            pass
-    with hold(lock, CheckpointError), hold(lock, CheckpointError, again=True):
-        assert not is_held(tmp_path / "run" / "other")
-    assert not is_held(lock)
-
-
-def test_shared_holders_exclude_whole_ones_alone(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    with held_by_another(lock, shared=True):
-        with hold(lock, CheckpointError, shared=True):
-            pass
-        with pytest.raises(CheckpointError), hold(lock, CheckpointError):
-            pass
 
 
 @pytest.mark.parametrize(

@@ -44,17 +44,14 @@ def read_documents(config: CorpusConfig, report: ReadingReport) -> Iterator[Docu
 
 
 def corpus_fingerprint(config: CorpusConfig) -> str:
-    """A hash that changes when the input does, without reading it: settings, and names, sizes and times of files.
+    """A hash that changes when the files of an input do, without reading them: names, sizes and times.
 
-    For a dataset on the hub only its name and settings count: fix a `revision` to have it name the contents.
+    Nothing is known of a dataset on the hub beside its settings: fix a `revision` to have it name the contents.
 
     Raises:
         DataError: a path that matches nothing.
     """
-    settings = config.model_dump(mode="json")
-    if config.prompt_field is None:
-        del settings["prompt_field"]  # younger than data that is prepared already
-    facts: list[Any] = [settings]
+    facts: list[Any] = []
     if config.builtin is not None:
         facts.append(builtin_fingerprint(_builtin_selection(config)))
     elif config.path is not None:

@@ -32,6 +32,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weftlm.artifact import locked
 from weftlm.corpora.labels import MAX_NAME, expert_name, folder_name, is_name
 from weftlm.errors import DataError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, Statistics, base_name, is_folder
@@ -46,7 +47,7 @@ from weftlm.experts.files import (
     to_json,
     write_file,
 )
-from weftlm.files import hold, parse_json, read_object, remove, write_object
+from weftlm.files import parse_json, read_object, remove, write_object
 from weftlm.places import locate
 
 if TYPE_CHECKING:
@@ -504,7 +505,7 @@ class ExpertLibrary:
         with explained_writing(what, self.folder):
             if make:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            with hold(self.folder / _LOCK, ExpertError, patience_s=math.inf):
+            with locked(self.folder / _LOCK, ExpertError, patience_s=math.inf):
                 self._clean()
                 try:
                     yield

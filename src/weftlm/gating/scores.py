@@ -35,14 +35,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weftlm import interrupt
-from weftlm.config import differences
+from weftlm.artifact import locked
+from weftlm.config import differences, settings
 from weftlm.corpora.source import Source
 from weftlm.corpora.store_files import make_folder, sync_file
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.experts.low_rank import Rows
 from weftlm.fan_out import Task, cluster, fan_out, keep, new_key
-from weftlm.files import check_listed, checksum, describe, hold, read_object, remove, room, write_object
+from weftlm.files import check_listed, checksum, describe, read_object, remove, room, write_object
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.features import sequence_features
@@ -619,14 +620,12 @@ def _make_plan(
             )
     if config.samples:
         texts += [_contexts(name, place, texts, config, eos_id) for place, name in enumerate(pool.names)]
+    chosen = settings(config, only=("kind", "length", "sequences", "samples", "seed"))
+    chosen |= {"precision": "bf16" if bf16 else "fp32", "eos_id": eos_id}
     facts = {
         "format": FORMAT,
         "experts": dict(fingerprints),
-        "settings": {
-            **config.model_dump(include={"kind", "length", "sequences", "samples", "seed"}),
-            "precision": "bf16" if bf16 else "fp32",
-            "eos_id": eos_id,
-        },
+        "settings": chosen,
         "sets": {f"{text.role} {text.name}": _digest(text.tokens_NT1, text.lengths_N) for text in texts},
         "order": [list(fingerprints), [text.name for text in texts]],
     }
@@ -865,7 +864,7 @@ def _alone(folder: Path) -> Iterator[None]:
     def refusal(who: str) -> DataError:
         return DataError(f"{who} is scoring into {folder}; wait for it to end, or choose another folder")
 
-    with hold(folder / ".lock", refusal):
+    with locked(folder / ".lock", refusal):
         yield
 
 
@@ -901,7 +900,7 @@ def _refuse_stale(folder: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     Raises:
         DataError: it is one.
     """
-    if found == wanted:
+    if not differences(found, wanted):
         return
     old = found if isinstance(found, dict) else {}
     parts = {key: differences(old.get(key), wanted[key], key) for key in ("format", "settings", "experts", "sets")}

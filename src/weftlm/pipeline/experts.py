@@ -23,7 +23,8 @@ from accelerate import PartialState
 from torch import nn
 
 from weftlm import interrupt
-from weftlm.config import changed_keys, differences, validate
+from weftlm.artifact import Artifact, locked
+from weftlm.config import changed_keys, differences, settings, validate
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.labels import folder_name
 from weftlm.domains.domain import Domain
@@ -38,7 +39,7 @@ from weftlm.experts.lora import check_fits
 from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key
-from weftlm.files import hold, read_object, remove, write_object
+from weftlm.files import remove
 from weftlm.models.config import ModelConfig
 from weftlm.models.device import choose_device
 from weftlm.models.factory import config_to_be, count_parameters
@@ -50,6 +51,7 @@ from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage_records import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.progress import write_line
+from weftlm.training.config import NOT_DECIDING
 from weftlm.training.runtime import choose_runtime
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -393,7 +395,9 @@ def _wanted(shop: Workshop, name: str) -> dict[str, Any]:
 
 
 def _choices(config: ExpertTraining) -> dict[str, Any]:
-    return {**config.model_dump(mode="json"), "training": training_choices(config.training)}
+    found = settings(config)
+    found["training"] = settings(config.training, without=NOT_DECIDING)
+    return found
 
 
 def _said(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -488,31 +492,30 @@ def _alone(work: Path, name: str, patience_s: float = 0.0) -> Iterator[None]:
     def refusal(who: str) -> CheckpointError:
         return CheckpointError(f"{who} is making expert {name!r} in {work}; wait for it")
 
-    with hold(work.parent / f".{work.name}.lock", refusal, patience_s=patience_s):
+    with locked(work.parent / f".{work.name}.lock", refusal, patience_s=patience_s):
         yield
 
 
 def _claim(work: Path, name: str, wanted: Mapping[str, Any], *, replace: bool) -> None:
     """Mark a work folder as that of one expert; what it holds of another is discarded where that is asked for."""
-    path, identity = work / "expert.json", fingerprint_of(wanted)
+    artifact = Artifact(
+        work / "expert.json", wanted, "discard the training of this expert (weftlm experts train --replace)"
+    )
     try:
-        claimed = read_object(path, "discard the training of this expert (weftlm experts train --replace)")
+        changed = artifact.changed()
     except DataError:
         if not replace:
             raise
-        claimed = {}
-    if claimed is not None and claimed.get("identity") != identity:
+        changed = "its record is damaged"
+    if changed is not None:
         if not replace:
-            known = claimed.get("wanted")
-            why = differences(known, wanted) if known else "other settings, data, seed or base"
             raise CheckpointError(
-                f"{work} holds the training of another expert {name!r} ({why}); "
+                f"{work} holds the training of another expert {name!r} ({changed}); "
                 "discard it (weftlm experts train --replace), or choose another run folder"
             )
         remove(work)
-    work.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_object(path, {"expert": name, "identity": identity, "wanted": wanted})
+    if not artifact.resume():
+        artifact.begin()
 
 
 def process_group(recipe: Recipe) -> PartialState | None:

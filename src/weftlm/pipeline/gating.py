@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,14 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
-from weftlm.config import changed_keys, differences
+from weftlm.artifact import Artifact
+from weftlm.config import changed_keys, settings
 from weftlm.corpora.labels import folder_name
 from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
 from weftlm.experts.library import ExpertLibrary
-from weftlm.files import check_listed, describe, read_object, write_object
+from weftlm.files import checksum, read_object, write_object
 from weftlm.gating.certificate import Certificate, certify
 from weftlm.gating.config import ExpertSource, FitConfig, gates
 from weftlm.gating.experts import ExpertPool
@@ -37,7 +36,7 @@ from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
 from weftlm.pipeline.base import open_base
 from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
-from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, PLAN, STATE
+from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, PAGE, STATE
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
@@ -48,7 +47,6 @@ from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
 FoundState = TypeVar("FoundState")
-_FILES = "files"
 """Key of fit.json with the digest of the gate."""
 
 
@@ -232,7 +230,7 @@ def fit_gate(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         recipe: of the experts and the gate.
         progress: show a live table on stderr.
     Returns:
-        What fit.json holds: identity, problem (`problem_identity`), settings and `fit_facts`.
+        What fit.json holds: identity, problem (`problem_identity`) and `fit_facts`.
     Raises:
         ConfigError: the gate, the offsets or the mixtures do not fit what was scored.
         DataError: nothing is scored yet, or a set is too small to be split.
@@ -247,15 +245,14 @@ def _fit_gate(recipe: Recipe, *, progress: bool) -> dict[str, Any]:
     """`fit_gate` in a run folder that is held."""
     config = recipe.gating_settings
     scores = open_scores(recipe)
-    folder, identity = recipe.gate_folder, fit_identity(scores.cache, config, recipe.seed)
-    found = _kept_fit(folder, identity)
+    folder, artifact = recipe.gate_folder, fit_artifact(recipe, scores.cache)
+    found = kept(artifact)
     if found is not None:
         return found
-    state = unfinished_state(folder / PLAN, identity, folder / STATE, FitState.load)
+    state = unfinished_state(artifact, folder / STATE, FitState.load)
     if state is None:
         (folder / STATE).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_object(folder / PLAN, {"identity": identity})
+        artifact.begin()
     table = FitTable(scores.names, config.fit, state, enabled=progress)
 
     def report(line: Progress, now: FitState) -> None:
@@ -273,42 +270,50 @@ def _fit_gate(recipe: Recipe, *, progress: bool) -> dict[str, Any]:
         on_stop=lambda now: now.save(folder / STATE),
         **scores.problem,
     )
-    problem = problem_identity(scores.cache, config, recipe.seed)
-    about = {"identity": identity, "problem": problem, "settings": _fit_settings(config, recipe.seed)}
-    facts = {**about, **fit_facts(result, scores)}
+    facts = {"problem": problem_identity(recipe, scores.cache), **fit_facts(result, scores)}
     for name in (FIT, CERTIFICATE, PAGE):
         (folder / name).unlink(missing_ok=True)
     save_gate(result.gate, folder / GATE)
-    write_object(folder / FIT, {**facts, _FILES: {GATE: describe(folder / GATE)}}, nan=False)
-    for name in (PLAN, STATE):
-        (folder / name).unlink(missing_ok=True)
-    return facts
+    made = artifact.finish(facts, [GATE])
+    (folder / STATE).unlink(missing_ok=True)
+    return made
 
 
-def _kept_fit(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The facts of a finished fit; None where there is none of this identity, or it is damaged."""
+def fit_artifact(recipe: Recipe, cache: ScoreCache) -> Artifact:
+    """The fitted gate of a run, decided by the scores, the seed of the split, the gate and its settings."""
+    without = ("scores", "experts", "pool", "domains", "students")
+    identity = {
+        "scores": cache.fingerprint, "seed": recipe.seed, "gating": settings(recipe.gating_settings, without=without)
+    }  # fmt: skip
+    return Artifact(recipe.gate_folder / FIT, identity, "fit it again (weftlm gate fit) after deleting fit.json")
+
+
+def problem_identity(recipe: Recipe, cache: ScoreCache) -> str:
+    """Hash of what decides on which sequences, and relative to what, a model is measured: whatever the gate."""
+    config = recipe.gating_settings
+    value = config.model_dump(mode="json", include={"offsets", "mixtures", "held_out_fraction"})
+    return checksum([cache.fingerprint, recipe.seed, value, config.fit.unit])
+
+
+def kept(artifact: Artifact) -> dict[str, Any] | None:
+    """The facts of a finished result; None where there is none of this identity, or it is damaged."""
     try:
-        found = read_facts(folder / FIT)
-        if found is None or found.get("identity") != identity:
-            return None
-        check_listed(folder, found.pop(_FILES, {}), "the gate is fitted again")
+        return artifact.reuse()
     except DataError as error:
-        log.warning("%s", error)
+        log.warning("%s; it is made again", error)
         return None
-    return found
 
 
-def unfinished_state(plan: Path, identity: str, state: Path, load: Callable[[Path], FoundState]) -> FoundState | None:
-    """The state interrupted work goes on from; None where there is none of this identity, or it is damaged.
+def unfinished_state(artifact: Artifact, state: Path, load: Callable[[Path], FoundState]) -> FoundState | None:
+    """The state from which interrupted work resumes; None where there is none of this identity, or it is damaged.
 
     Args:
-        plan: says of what the work is.
-        identity: of the work that is wanted.
-        state: the file.
-        load: reads it.
+        artifact: The result that is wanted.
+        state: The file.
+        load: Reads it.
     """
     try:
-        if (read_facts(plan) or {}).get("identity") == identity and state.exists():
+        if artifact.resume() and state.exists():
             return load(state)
     except (DataError, CheckpointError) as error:
         log.warning("%s; it begins again", error)
@@ -402,28 +407,6 @@ def own_experts(domains: Sequence[str], experts: Sequence[str]) -> list[int]:
             "offsets 'none' or numbers, or leave the domain out (gating.domains)"
         )
     return [places[folder_name(name)] for name in domains]
-
-
-def fit_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
-    """Hash of all that decides a fit: scores, seed of the split, gate and settings."""
-    settings = _fit_settings(config, seed)
-    text = json.dumps([cache.fingerprint, settings.pop("seed"), settings], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _fit_settings(config: GatingConfig, seed: int) -> dict[str, Any]:
-    """What decides a fit beside the scores."""
-    return {
-        "seed": seed,
-        **config.model_dump(mode="json", exclude={"scores", "experts", "pool", "domains", "students"}),
-    }
-
-
-def problem_identity(cache: ScoreCache, config: GatingConfig, seed: int) -> str:
-    """Hash of what decides on which sequences, and relative to what, a model is measured: whatever the gate."""
-    value = config.model_dump(mode="json", include={"offsets", "mixtures", "held_out_fraction"})
-    text = json.dumps([cache.fingerprint, seed, value, config.fit.unit], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
@@ -550,13 +533,11 @@ def open_gate(recipe: Recipe, scores: OpenScores) -> tuple[Gate, dict[str, Any]]
         CheckpointError: the gate's file is torn.
     """
     folder = recipe.gate_folder
-    facts = read_facts(folder / FIT)
-    if facts is None:
+    artifact = fit_artifact(recipe, scores.cache)
+    if not artifact.record.exists():
         raise DataError(f"{folder} holds no fitted gate; fit one first (weftlm gate fit)")
-    if facts.get("identity") != fit_identity(scores.cache, recipe.gating_settings, recipe.seed):
-        known, wanted = facts.get("settings"), _fit_settings(recipe.gating_settings, recipe.seed)
-        changed = differences(known, wanted, "gating") if known else ""
-        why = f"other settings ({changed})" if changed else "other scores" if known else "other scores or settings"
-        raise DataError(f"the gate in {folder} is of {why}; fit it again (weftlm gate fit)")
-    check_listed(folder, facts.pop(_FILES, {}), f"fit it again (weftlm gate fit) after deleting {folder / FIT}")
+    if (changed := artifact.changed()) is not None:
+        raise DataError(f"the gate in {folder} is of something else ({changed}); fit it again (weftlm gate fit)")
+    facts = artifact.reuse()
+    assert facts is not None
     return load_gate(folder / GATE), facts

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from weftlm.config import settings
 from weftlm.corpora.reading import corpus_fingerprint
 from weftlm.pipeline.data_config import DataConfig
 
@@ -28,4 +29,4 @@ def input_states(config: DataConfig) -> Iterator[tuple[str, Callable[[], str]]]:
 def data_identity(config: DataConfig) -> dict[str, Any]:
     """What decides the result: configuration, state of the inputs, version of these steps."""
     inputs = {key: state() for key, state in input_states(config)}
-    return {"config": config.model_dump(mode="json"), "inputs": inputs, "steps": STEPS_VERSION}
+    return {"config": settings(config), "inputs": inputs, "steps": STEPS_VERSION}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-GATE, STATE, FIT, PLAN, CERTIFICATE, PAGE = (
-    "gate.safetensors", "state.safetensors", "fit.json", "plan.json", "certificate.json", "report.html",
+GATE, STATE, FIT, CERTIFICATE, PAGE = (
+    "gate.safetensors", "state.safetensors", "fit.json", "certificate.json", "report.html",
 )  # fmt: skip
 EVALUATION = "evaluation.json"
 GATE_PAGE = "gate/report.html"

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from weftlm.artifact import locked
 from weftlm.config import changed_keys
 from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak, document_digests
@@ -35,7 +36,7 @@ from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
-from weftlm.files import check_sealed, hold, read_object, remove, room, seal, sweep, write_object, write_whole
+from weftlm.files import check_sealed, read_object, remove, room, seal, sweep, write_object, write_whole
 from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
 from weftlm.pipeline.identity import MANIFEST, SETS, data_identity
@@ -143,7 +144,7 @@ def _sibling(folder: Path, what: str) -> Path:
 def _alone(folder: Path) -> Iterator[None]:
     """Keep a second process from preparing the same folder; it waits, then finds the work done."""
     told = "%s is preparing %s; waiting for it"
-    with hold(
+    with locked(
         _sibling(folder, "lock"), DataError, patience_s=math.inf, waiting=lambda who: log.warning(told, who, folder)
     ):
         yield

@@ -16,12 +16,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
-from weftlm.config import Folder, Section, Seed, apply_overrides, validate
+from weftlm.config import Folder, Section, Seed, apply_overrides, settings, validate
 from weftlm.corpora.labels import folder_name
 from weftlm.errors import ConfigError, install_hint
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.expert import base_name
-from weftlm.files import checksum
 from weftlm.mixture.config import PolicyConfig, policy_config
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
@@ -188,12 +187,12 @@ class Recipe(Section):
     def monolith(self, experts: int) -> Recipe:
         """The recipe of the gate's rival: the experts' base, trained on for as many tokens as all experts together."""
         _, _, training = self.trained
-        settings = self.expert_settings
-        tokens = experts * settings.training.total_tokens
+        given = self.expert_settings
+        tokens = experts * given.training.total_tokens
         return self._beside(
             MONOLITH,
             {
-                "model": ModelConfig(pretrained=self.base, revision=settings.revision),
+                "model": ModelConfig(pretrained=self.base, revision=given.revision),
                 "mixture": policy_config({"policy": "uniform"}),
                 "training": training.model_copy(update={"tokens": tokens, "steps": None}),
                 "evaluation": self.evaluation.model_copy(update={"every_steps": None}),
@@ -217,14 +216,14 @@ class Recipe(Section):
 
     def deciding(self) -> dict[str, Any]:
         """All of the recipe that decides the trained weights, but the data."""
-        value = self.model_dump(mode="json", include={"seed", "alignment", *_TRAINED})
-        for key in NOT_DECIDING:
-            value["training"].pop(key, None)
-        return value
-
-    def identity(self, data_fingerprint: str) -> str:
-        """Hash of all that decides the trained weights: two runs of the same identity are the same run."""
-        return checksum([self.deciding(), data_fingerprint])
+        model, mixture, training = self.trained
+        return {
+            "seed": self.seed,
+            "model": settings(model),
+            "mixture": settings(mixture),
+            "alignment": settings(self.alignment),
+            "training": settings(training, without=NOT_DECIDING),
+        }
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,7 +7,6 @@ changed is replaced only when that is asked for (`from_stage`), so that no resul
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -88,7 +87,7 @@ def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], bu
         return StageStatus(stage, "to do")
     if record.state == "due":
         return StageStatus(stage, "to do", settled=False)
-    why = differences(record.settings, json.loads(json.dumps(stage.settings(recipe), default=str)), most=3)
+    why = differences(record.settings, stage.settings(recipe), most=3)
     if why:
         return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
     for name in stage.needs:
@@ -263,7 +262,7 @@ def _replaces(recipe: Recipe, stage: Stage, act: Act) -> bool:
 def _carry_out(recipe: Recipe, stage: Stage, call: Call, *, keep: bool) -> None:
     """Run one stage and keep its record."""
     folder, start, began = recipe.stages_folder, time.perf_counter(), now()
-    settings = json.loads(json.dumps(stage.settings(recipe), default=str))
+    settings = stage.settings(recipe)
     records = {name: read_record(folder, name) for name in stage.needs}
     needs = {name: record.digest for name, record in records.items() if record is not None}
 

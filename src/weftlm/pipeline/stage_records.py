@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from weftlm.artifact import is_locked, locked
 from weftlm.config import Section, validate
 from weftlm.errors import CheckpointError, ConfigError, DataError, reason
-from weftlm.files import describe, hold, is_held, read_object, sweep, write_object
+from weftlm.files import describe, read_object, sweep, write_object
 
 LOCK = ".lock"
 
@@ -119,7 +120,7 @@ def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
             f"{who} is at work in {run}; wait for it (weftlm status {run}), or choose another run folder"
         )
 
-    with hold(run / LOCK, refusal, shared=shared, again=True):
+    with locked(run / LOCK, refusal, shared=shared):
         for folder in run.iterdir():
             sweep(folder)
         yield
@@ -127,4 +128,4 @@ def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
 
 def at_work(run: Path) -> bool:
     """Whether another process is at work in a run folder."""
-    return is_held(run / LOCK)
+    return is_locked(run / LOCK)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from weftlm.config import settings
 from weftlm.evaluation.task_files import task_files
 from weftlm.files import SEAL, remove
 from weftlm.gating.config import MANIFEST as GATED
@@ -76,35 +77,28 @@ class Stage:
 # -- what decides each --------------------------------------------------------------------------------------------
 
 
-def _training(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's part of a training: what decides its weights, and not how they are measured."""
-    return recipe.deciding()
-
-
 def _rivals(recipe: Recipe) -> dict[str, Any]:
-    found = {policy.policy: _training(recipe.rival(policy)) for policy in recipe.compare.mixtures}
+    found = {policy.policy: recipe.rival(policy).deciding() for policy in recipe.compare.mixtures}
     if recipe.trains_monolith:
         experts = recipe.expert_settings
         found[MONOLITH] = {
             "tokens": experts.training.total_tokens,
-            **experts.model_dump(mode="json", include={"base", "rival", "revision", "domains"}),
+            **settings(experts, only=("base", "rival", "revision", "domains")),
         }
     return found
 
 
 def _experts(recipe: Recipe) -> dict[str, Any]:
-    value = recipe.expert_settings.model_dump(mode="json", exclude={"library"})
-    for key in NOT_DECIDING:
-        value["training"].pop(key, None)
-    return {"seed": recipe.seed, **value}
+    experts = recipe.expert_settings
+    return {
+        "seed": recipe.seed,
+        "experts": settings(experts, without=("library", "training")),
+        "training": settings(experts.training, without=NOT_DECIDING),
+    }
 
 
 def _gating(*keys: str) -> Callable[[Recipe], Any]:
-    def settings(recipe: Recipe) -> Any:
-        section = recipe.gating_settings
-        return {"seed": recipe.seed, **section.model_dump(mode="json", include=set(keys))}
-
-    return settings
+    return lambda recipe: {"seed": recipe.seed, "gating": settings(recipe.gating_settings, only=keys)}
 
 
 def _scores(recipe: Recipe) -> Any:
@@ -114,8 +108,8 @@ def _scores(recipe: Recipe) -> Any:
 def _evaluation(recipe: Recipe) -> dict[str, Any]:
     """The `evaluation` section, and what the files of its tasks hold."""
     files = task_files(recipe.evaluation.tasks)
-    section = recipe.evaluation.model_dump(mode="json", exclude={"every_steps"})
-    return {**section, **({"task_files": files} if files else {})}
+    section = settings(recipe.evaluation, without=("every_steps",))
+    return {"evaluation": section, **({"task_files": files} if files else {})}
 
 
 def _table(recipe: Recipe) -> dict[str, Any]:
@@ -123,8 +117,11 @@ def _table(recipe: Recipe) -> dict[str, Any]:
     found = {**_evaluation(recipe), "stages": _names(recipe)}
     if not recipe.has_experts:
         return found
-    experts = recipe.expert_settings.model_dump(mode="json", include={"dtype", "examples"})
-    return {**found, **experts, "sequence_length": recipe.expert_settings.training.sequence_length}
+    experts = recipe.expert_settings
+    return {
+        **found, "dtype": experts.dtype, "examples": experts.examples,
+        "sequence_length": experts.training.sequence_length,
+    }  # fmt: skip
 
 
 def _names(recipe: Recipe) -> list[str]:
@@ -132,8 +129,7 @@ def _names(recipe: Recipe) -> list[str]:
 
 
 def _routing(recipe: Recipe) -> Any:
-    routing = recipe.routing_settings.model_dump(mode="json")
-    return {"routing": routing, "evaluation": _evaluation(recipe)}
+    return {"routing": settings(recipe.routing_settings), **_evaluation(recipe)}
 
 
 def _routed(recipe: Recipe) -> list[Path]:
@@ -180,7 +176,7 @@ STAGES: tuple[Stage, ...] = (
         "the base, on its mixture",
         ("prepare",),
         lambda recipe: recipe.trains,
-        _training,
+        Recipe.deciding,
         lambda recipe: [recipe.run / "result.json", recipe.run / "model" / SEAL],
         _work("train_base"),
         lambda recipe: [recipe.run / name for name in _TRAINED],

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from weftlm.artifact import Artifact
+from weftlm.config import settings
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.distillation.dense import DenseProgress, WeightedText, distil_dense
 from weftlm.distillation.sparse import distil_sparse, log_served
@@ -32,7 +32,7 @@ from weftlm.distillation.structural import (
 )
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
-from weftlm.files import check_sealed, remove, whole_folder, write_object
+from weftlm.files import check_sealed, remove, whole_folder
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
 from weftlm.gating.modular_lm import ModularLM
@@ -48,7 +48,8 @@ from weftlm.pipeline.gating import (
     FitTable,
     FoundState,
     OpenScores,
-    fit_identity,
+    fit_artifact,
+    kept,
     open_gate,
     open_scores,
     pool_sources,
@@ -76,7 +77,6 @@ RIVALS: Mapping[str, Mapping[str, Any]] = {
 _STOPPING = 0.2
 """Part of the samples a dense student is not trained on, by which its best weights are chosen."""
 _BATCH = 32
-_PLAN = "plan.json"
 
 
 def distil_gate(recipe: Recipe, *, direct: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -109,12 +109,11 @@ def _distil_gate(recipe: Recipe, direct: bool, progress: bool) -> dict[str, Any]
     scores = open_scores(recipe, causal=True)
     fitted = None if direct else open_gate(recipe, scores)
     check_teaching_samples(config, scored=bool(scores.cache.samples), direct=direct)
-    identity = _identity(scores, config, recipe.seed, kind)
-    folder = recipe.students_folder
-    if (known := _kept_students(folder, kind, identity)) is not None:
+    folder, artifact = recipe.students_folder, _artifact(recipe, scores, kind)
+    if (known := _kept_students(artifact)) is not None:
         return known
     pool, tokenizer = _open_pool(recipe, scores)
-    work = _Work(folder / f".making-{kind}", identity, progress)
+    work = _Work(folder / f".making-{kind}", artifact, progress)
     if direct:
         teacher: Gate = _direct(scores, config, work)
         students: dict[str, CausalGate] = {DIRECT: _causal(teacher)}
@@ -145,30 +144,27 @@ def _distil_gate(recipe: Recipe, direct: bool, progress: bool) -> dict[str, Any]
             if not isinstance(model, ModularLM):  # of those a gate is written, which is digested like every file
                 check_written(making, probe_logits(model))
         rows[name]["model"] = str(folder / name)
-    found = {
-        "identity": identity,
+    facts = {
         "scores": scores.cache.fingerprint,
         "fit": None if fitted is None else fitted[1]["identity"],
-        "problem": problem_identity(scores.cache, config, recipe.seed),
+        "problem": problem_identity(recipe, scores.cache),
         "experts": list(scores.cache.experts),
         "unit": config.fit.unit,
         "length": scores.cache.config.length,
         "offsets": scores.problem["offsets"],
         "rows": rows,
     }
-    write_object(folder / f"{kind}.json", found, nan=False)
+    found = artifact.finish(facts)
     work.done()
     write_gate_page(recipe.run)
     return found
 
 
-def _kept_students(folder: Path, kind: str, identity: str) -> dict[str, Any] | None:
+def _kept_students(artifact: Artifact) -> dict[str, Any] | None:
     """The facts of finished students; None where there are none of this identity, or one is gone or damaged."""
+    known = kept(artifact)
     try:
-        known = read_facts(folder / f"{kind}.json")
-        if known is None or known.get("identity") != identity:
-            return None
-        for place in (Path(row["model"]) for row in known["rows"].values() if "model" in row):
+        for place in (Path(row["model"]) for row in (known or {"rows": {}})["rows"].values() if "model" in row):
             if not place.is_dir():
                 return None
             check_sealed(place, "it is made again")
@@ -204,28 +200,27 @@ def read_students(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _identity(scores: OpenScores, config: GatingConfig, seed: int, kind: str) -> str:
-    """Hash of all that decides the students."""
-    section = config.students.model_dump(mode="json")
-    value = [fit_identity(scores.cache, config, seed), section, kind]
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _artifact(recipe: Recipe, scores: OpenScores, kind: str) -> Artifact:
+    """The students of a run, decided by the fit's identity and their own section."""
+    identity = {**fit_artifact(recipe, scores.cache).identity, "students": settings(recipe.gating_settings.students)}
+    return Artifact(recipe.students_folder / f"{kind}.json", identity, "delete it and run the command again")
 
 
 class _Work:
-    """Work under way: finished gates and states to continue from, thrown away where they are of something else."""
+    """Work under way: finished gates and states to resume from, removed where they are of something else."""
 
-    def __init__(self, folder: Path, identity: str, progress: bool) -> None:
+    def __init__(self, folder: Path, artifact: Artifact, progress: bool) -> None:
         self.folder = folder
         self.progress = progress
-        self.identity = identity
+        self.artifact = artifact
         try:
-            known = read_facts(folder / _PLAN)
+            resumed = artifact.resume()
         except DataError:
-            known = None
-        if (known or {}).get("identity") != identity:
+            resumed = False
+        if not resumed:
             remove(folder)
-            folder.mkdir(parents=True)
-            write_object(folder / _PLAN, {"identity": identity})
+            artifact.begin()
+        folder.mkdir(parents=True, exist_ok=True)
 
     def tell(self, text: str) -> None:
         """A line on stderr."""
@@ -243,7 +238,7 @@ class _Work:
     def gate(self, name: str, make: Callable[[], Gate]) -> Gate:
         """A finished gate, or one made now."""
         path = self.folder / f"{name}.safetensors"
-        found = unfinished_state(self.folder / _PLAN, self.identity, path, load_gate)
+        found = unfinished_state(self.artifact, path, load_gate)
         if found is None:
             save_gate(make(), path)
             self.state(name).unlink(missing_ok=True)
@@ -252,7 +247,7 @@ class _Work:
 
     def unfinished(self, name: str, load: Callable[[Path], FoundState]) -> FoundState | None:
         """A part's state to go on from."""
-        return unfinished_state(self.folder / _PLAN, self.identity, self.state(name), load)
+        return unfinished_state(self.artifact, self.state(name), load)
 
     def distilling(
         self, name: str, steps: int
@@ -447,8 +442,8 @@ class _Dense:
         split, cache = self.scores.split, self.scores.cache
         weighted = weigh(self.teacher, [one.rows(each) for one, each in zip(split.samples, rows, strict=True)])
         tokens, masks = [], []
-        for name, (kept, _), each in zip(cache.experts, split.sample_rows, rows, strict=True):
-            text, places = cache.samples[name], kept[each].numpy()
+        for name, (rows_kept, _), each in zip(cache.experts, split.sample_rows, rows, strict=True):
+            text, places = cache.samples[name], rows_kept[each].numpy()
             tokens.append(text.tokens_NT1[places])
             masks.append(text.mask_NT[places])
         return WeightedText.sampled(weighted, tokens, masks)

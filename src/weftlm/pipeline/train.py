@@ -14,20 +14,20 @@ from accelerate import PartialState
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from weftlm.config import differences
-from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.artifact import Artifact, refuse_other
+from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import save_windows
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite
 from weftlm.experts.lora import load_trained
-from weftlm.files import check_listed, describe, read_object, whole_folder, write_object, write_whole
+from weftlm.files import check_listed, read_object, whole_folder, write_object, write_whole
 from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.device import choose_device
 from weftlm.models.factory import build_model, check_adapter, count_parameters
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.recipe import Recipe, check, load_recipe
+from weftlm.pipeline.recipe import Recipe, check
 from weftlm.pipeline.stage_records import alone
 from weftlm.training.loop import Task, Trainer, TrainingResult
 from weftlm.training.metrics import MetricsSink, TensorBoardSink, WandbSink
@@ -60,19 +60,20 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     with alone(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
             data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
-        identity = recipe.identity(data.fingerprint)
-        finished = _finished(recipe, identity)
+        artifact = training_artifact(recipe, data.fingerprint)
+        if artifact.record.exists() or any((recipe.run / "checkpoints").glob("step-*")):
+            refuse_other(artifact, "a run", "choose another run folder or remove it")
+        finished = artifact.reuse() if (recipe.run / "model").is_dir() else None
         process.wait_for_everyone()
         if finished is not None:
             log.info("%s is finished; this is its result", recipe.run)
             return finished
-        _refuse_another_run(recipe, identity)
         if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
             raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
-        return _train(recipe, data, identity, process)
+        return _train(recipe, data, artifact, process)
 
 
-def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialState) -> dict[str, Any]:
+def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: PartialState) -> dict[str, Any]:
     section, mixture, training = recipe.trained
     policy = build_policy(mixture.model_dump())
     reference = _reference(recipe, policy.config, data) if "reference_losses" in policy.needs else None
@@ -83,7 +84,8 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
     runtime = choose_runtime(training, parameters=count_parameters(model), processes=process.num_processes)
     if process.is_main_process:
         write_whole(recipe.run / "recipe.yaml", recipe.to_yaml())
-        described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": identity})
+        artifact.begin()
+        described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": artifact.id})
         write_object(recipe.run / "run.json", described)
     latest: list[SuiteResult] = []
 
@@ -101,7 +103,7 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         seed=recipe.seed,
         evaluate=evaluate,
         evaluate_every_steps=recipe.evaluation.every_steps or 0,
-        identity=identity,
+        identity=artifact.id,
         sinks=_sinks(recipe) if process.is_main_process else (),
         may_shard=True,
     )
@@ -117,11 +119,10 @@ def _train(recipe: Recipe, data: PreparedData, identity: str, process: PartialSt
         trained.seconds["eval"] += time.perf_counter() - start
     if reference is not None:
         trained.seconds["reference"] = _reference_seconds(recipe, policy.config)
-    result = _result(recipe, trained, latest[0], trainer.module, identity, trainer.mixture.choice)
+    result = _result(recipe, trained, latest[0], trainer.module, trainer.mixture.choice)
     if process.is_main_process:
         save_windows(recipe.run / "windows.safetensors", latest[0].sets)
-        kept = {name: describe(recipe.run / name) for name in ("windows.safetensors", "metrics.jsonl")}
-        write_object(recipe.run / RESULT, {**result, "files": kept})
+        result = artifact.finish(result, ["windows.safetensors", "metrics.jsonl"])
     process.wait_for_everyone()
     return result
 
@@ -224,11 +225,10 @@ def require_same_data(run: Path, data: PreparedData) -> None:
 
 
 def _result(
-    recipe: Recipe, trained: TrainingResult, final: SuiteResult, model: nn.Module, identity: str, choice: Any
+    recipe: Recipe, trained: TrainingResult, final: SuiteResult, model: nn.Module, choice: Any
 ) -> dict[str, Any]:
     return {
         "policy": recipe.trained[1].policy,
-        "identity": identity,
         "steps": trained.step,
         "train_tokens": trained.tokens,
         "seconds": trained.seconds,
@@ -244,15 +244,9 @@ def _result(
     }
 
 
-def _finished(recipe: Recipe, identity: str) -> dict[str, Any] | None:
-    if not (recipe.run / RESULT).exists() or not (recipe.run / "model").is_dir():
-        return None
-    result = read_result(recipe.run)
-    if result["identity"] != identity:
-        raise CheckpointError(
-            f"{recipe.run} holds a finished run of {_another(recipe)}; choose another run folder or remove it"
-        )
-    return result
+def training_artifact(recipe: Recipe, data_fingerprint: str) -> Artifact:
+    """A run's result, decided by its data and the recipe's sections of a training."""
+    return Artifact(recipe.run / RESULT, {"data": data_fingerprint, **recipe.deciding()}, _CURE)
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -276,27 +270,3 @@ def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
         else:
             sinks.append(WandbSink(recipe.run, recipe.run.name, recipe.resolved()))
     return tuple(sinks)
-
-
-def _refuse_another_run(recipe: Recipe, identity: str) -> None:
-    """Leave an unfinished run of another recipe as it is."""
-    described = read_object(recipe.run / "run.json", _CURE)
-    if described is None or not any((recipe.run / "checkpoints").glob("step-*")):
-        return
-    if described["fingerprints"]["run"] != identity:
-        raise CheckpointError(
-            f"{recipe.run} holds an unfinished run of {_another(recipe)}; choose another run folder or remove it"
-        )
-
-
-def _another(recipe: Recipe) -> str:
-    """What of a run folder's recipe differs from this one's."""
-    try:
-        known = load_recipe(recipe.run / "recipe.yaml")
-    except ConfigError:  # it is gone, or of another version
-        return "another recipe or other data"
-    told = differences(
-        {"data": known.data.model_dump(mode="json"), **known.deciding()},
-        {"data": recipe.data.model_dump(mode="json"), **recipe.deciding()},
-    )
-    return f"another recipe ({told})" if told else "other data"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.examples import ExampleSource, examples_of
-from weftlm.corpora.reading import ReadingReport, corpus_fingerprint, read_documents
+from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import ArraySource, Document
 from weftlm.corpora.store import TokenStore, TokenStoreWriter
 from weftlm.corpora.tokenise import tokenise_by_label, tokenise_documents
@@ -70,15 +69,6 @@ def test_what_has_no_fields_has_no_prompts(tmp_path: Path) -> None:
     for wrong in ({"path": "a", "format": "code"}, {"builtin": "all"}):
         with pytest.raises(ValueError, match="prompt_field"):
             CorpusConfig.model_validate({**wrong, "prompt_field": "p"})
-
-
-def test_an_input_without_prompts_keeps_the_fingerprint_it_had_before_there_were_any(tmp_path: Path) -> None:
-    config = CorpusConfig(path=write(tmp_path / "a.jsonl", [{"text": "x", "p": "y"}]))
-    stat = Path(str(config.path)).stat()
-    settings = config.model_dump(mode="json", exclude={"prompt_field"})
-    known = json.dumps([settings, [config.path, stat.st_size, stat.st_mtime_ns]], sort_keys=True).encode()
-    assert corpus_fingerprint(config) == hashlib.blake2b(known, digest_size=16).hexdigest()
-    assert corpus_fingerprint(config) != corpus_fingerprint(config.model_copy(update={"prompt_field": "p"}))
 
 
 def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_whole_recipe_makes_experts_of_its_own_model_beside_it() -> None:
 
 def test_the_section_does_not_change_which_run_it_is() -> None:
     without = make_recipe(recipe_value())
-    assert make_recipe({**recipe_value(), "experts": EXPERTS}).identity("data") == without.identity("data")
+    assert make_recipe({**recipe_value(), "experts": EXPERTS}).deciding() == without.deciding()
 
 
 def test_a_resolved_recipe_is_the_same_recipe_again() -> None:
@@ -202,7 +202,9 @@ def test_made_anew_the_library_keeps_no_expert_that_the_recipe_does_not_make(tmp
     library.add(Expert(replace(expert.lora, name="mine"), card={"source": "elsewhere"}))
     before = library.fingerprint(["cooking"])
     one = recipe_in(tmp_path, corpora, domains=["cooking"])
-    with pytest.raises(ConfigError, match=r"stage experts was made of something else \(domains: .*--from experts"):
+    with pytest.raises(
+        ConfigError, match=r"stage experts was made of something else \(experts.domains: .*--from experts"
+    ):
         run_project(one, until="experts", progress=False)
     assert library.names == ["cooking", "mine", "sailing"]
     run_project(one, from_stage="experts", until="experts", progress=False)

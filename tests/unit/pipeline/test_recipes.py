@@ -46,11 +46,10 @@ def test_plan_counts_parameters_without_building_the_model() -> None:
 def test_identity_knows_what_decides_the_weights() -> None:
     recipe = demo_recipe()
     same = demo_recipe(["run=elsewhere", "evaluation.every_steps=7", "training.save_every_steps=3"])
-    assert same.identity("data") == recipe.identity("data")
-    assert demo_recipe(["training.parallel=fsdp2"]).identity("data") == recipe.identity("data")
-    assert demo_recipe(["training.lr=0.1"]).identity("data") != recipe.identity("data")
-    assert demo_recipe(["mixture.eta=1"]).identity("data") != recipe.identity("data")
-    assert recipe.identity("other data") != recipe.identity("data")
+    assert same.deciding() == recipe.deciding()
+    assert demo_recipe(["training.parallel=fsdp2"]).deciding() == recipe.deciding()
+    assert demo_recipe(["training.lr=0.1"]).deciding() != recipe.deciding()
+    assert demo_recipe(["mixture.eta=1"]).deciding() != recipe.deciding()
 
 
 def test_every_problem_of_a_recipe_is_named() -> None:

@@ -1,0 +1,225 @@
+"""A result on disk: a record of what was made, of what, and which files belong to it; and locks on folders.
+
+An artifact is a JSON record beside the files it lists. Its identity is everything that decides it and nothing else:
+`settings` of sections by an explicit choice of keys, fingerprints of texts and models, ids of other artifacts.
+
+    gate = Artifact(folder / "fit.json", {"scores": scores.fingerprint, "settings": settings(config)}, cure="fit again")
+    with locked(folder / ".lock", refusal):
+        if (facts := gate.reuse()) is not None:
+            return facts                              # finished, and of this identity
+        if not gate.resume():
+            gate.begin()                              # what is there is of something else, or nothing
+        ...                                           # work that can be interrupted
+        return gate.finish(facts, ["gate.safetensors"])
+
+A key that a later version adds to a section does not change what was made before it: see `weftlm.config.Settings`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from weftlm.config import differences
+from weftlm.errors import CheckpointError, WeftError
+from weftlm.files import check_listed, checksum, command_line, describe, read_object, sweep, this_host, write_object
+
+_IDENTITY, _FILES = "identity", "files"
+_POLL_S = 0.05
+
+
+class Artifact:
+    """A result that is reused, resumed or made, by its identity.
+
+    Args:
+        record: The JSON file that says it is finished; the files it lists are beside it or below.
+        identity: All that decides it, as JSON values.
+        cure: What to do about a torn or altered file, for messages.
+    """
+
+    def __init__(self, record: Path, identity: Mapping[str, Any], cure: str) -> None:
+        self.record, self.identity, self._cure = record, dict(identity), cure
+        self.begun = record.with_name(f".{record.stem}.begun.json")
+
+    @property
+    def id(self) -> str:
+        """A digest by which other results refer to this one: of its identity as it was first written."""
+        for path in (self.record, self.begun):
+            found = read_object(path, self._cure)
+            if found is not None and not self._changed(found):
+                return checksum(found[_IDENTITY])
+        return checksum(self.identity)
+
+    def changed(self) -> str | None:
+        """How the identity of what is there, finished or begun, differs from this one; None where it does not.
+
+        Raises:
+            DataError: a record is torn or altered.
+        """
+        for path in (self.record, self.begun):
+            found = read_object(path, self._cure)
+            if found is not None:
+                return self._changed(found) or None
+        return None
+
+    def reuse(self) -> dict[str, Any] | None:
+        """The facts of the finished result, its files compared with their digests; None where it is not finished.
+
+        Raises:
+            DataError: the record or a file is missing, torn or altered.
+        """
+        found = read_object(self.record, self._cure)
+        if found is None or self._changed(found):
+            return None
+        check_listed(self.record.parent, found.pop(_FILES, {}), self._cure)
+        return found
+
+    def resume(self) -> bool:
+        """Whether unfinished work of this identity is there.
+
+        Raises:
+            DataError: its record is torn or altered.
+        """
+        found = read_object(self.begun, self._cure)
+        return found is not None and not self._changed(found)
+
+    def begin(self) -> None:
+        """Note that the work of this identity begins; a result of another one stays until `finish`."""
+        self.begun.parent.mkdir(parents=True, exist_ok=True)
+        write_object(self.begun, {_IDENTITY: self.identity})
+
+    def finish(self, facts: Mapping[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
+        """Write the record; from now on the result is reused.
+
+        Args:
+            facts: What the record says beside identity and files, as JSON values.
+            files: Files that belong to it, by their paths from the record's folder.
+        Returns:
+            The facts with the identity.
+        """
+        found = {_IDENTITY: self.identity, **facts}
+        listed = {name: describe(self.record.parent / name) for name in files}
+        write_object(self.record, {**found, _FILES: listed})
+        self.begun.unlink(missing_ok=True)
+        plain: dict[str, Any] = json.loads(json.dumps(found))
+        return plain
+
+    def _changed(self, found: Mapping[str, Any]) -> str:
+        return differences(found.get(_IDENTITY), self.identity)
+
+
+# -- one process at a time ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(
+    lock: Path,
+    refusal: Callable[[str], WeftError],
+    *,
+    shared: bool = False,
+    patience_s: float = 0.0,
+    waiting: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Hold a lock against other processes, and sweep its folder; free again however this process ends.
+
+    A thread that holds it may take it again. The file names its holder, for messages. Those who share a lock hold a
+    file each (`.lock.PID`), and the lock itself only while they make it.
+
+    Args:
+        lock: The file; its folder is made.
+        refusal: Makes the error, given a description of the process that holds the lock.
+        shared: Hold it beside others that hold it shared.
+        patience_s: Seconds to wait for it.
+        waiting: Called once, with the same description, where it is not free at once.
+    Raises:
+        WeftError: `refusal`'s.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_s
+    with ExitStack() as held:
+        while True:
+            with ExitStack() as attempt:
+                holder = _try_all(attempt, lock, shared=shared)
+                if holder is None:
+                    held.push(attempt.pop_all())
+                    break
+            if time.monotonic() >= deadline:
+                raise refusal(holder)
+            if waiting is not None:
+                waiting(holder)
+                waiting = None
+            time.sleep(_POLL_S)
+        sweep(lock.parent)
+        yield
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether another process holds a lock, alone or shared."""
+    if not lock.exists() or _instance(lock).is_locked:
+        return False
+    with ExitStack() as attempt:
+        return _try_all(attempt, lock, shared=False) is not None
+
+
+def _try_all(attempt: ExitStack, lock: Path, *, shared: bool) -> str | None:
+    """Take a lock without waiting; None where that worked, else who holds it."""
+    first = _try(attempt, lock)
+    if first is not None:
+        return first
+    own = lock.with_name(f"{lock.name}.{os.getpid()}")
+    if shared:
+        with attempt.pop_all():  # the lock itself only while the own file is made
+            attempt.callback(own.unlink, missing_ok=True)
+            return _try(attempt, own)
+    others = [path for path in sorted(lock.parent.glob(f"{lock.name}.*")) if path != own]
+    for path in others:
+        if (holder := _try(attempt, path)) is not None:
+            return holder
+    for path in others:  # of processes that are gone
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _try(attempt: ExitStack, lock: Path) -> str | None:
+    instance = _instance(lock)
+    try:
+        instance.acquire(timeout=0)
+    except Timeout:
+        return _holder(lock)
+    attempt.callback(instance.release)
+    with suppress(OSError):  # a full disk
+        lock.write_text(f"{os.getpid()} on {this_host()}: {command_line()}\n", encoding="utf-8")
+    return None
+
+
+def _instance(lock: Path) -> FileLock:
+    return FileLock(lock.resolve(), is_singleton=True)
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        said = lock.read_text(encoding="utf-8").strip()
+        if said:
+            return f"another process ({said.partition(chr(10))[0][:300]})"
+    return "another process"
+
+
+def refuse_other(artifact: Artifact, what: str, cure: str) -> None:
+    """Refuse a place that holds a result, finished or begun, of another identity.
+
+    Args:
+        artifact: The result that is wanted there.
+        what: Names what is there, for the message.
+        cure: What to do about it.
+    Raises:
+        CheckpointError: it does; the message says what differs.
+    """
+    if (changed := artifact.changed()) is not None:
+        raise CheckpointError(f"{artifact.record.parent} holds {what} of something else ({changed}); {cure}")
