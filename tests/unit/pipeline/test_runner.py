@@ -40,7 +40,7 @@ class Workshop:
         )  # fmt: skip
 
     def _settings(self, name: str) -> Callable[[Recipe], Any]:
-        return lambda project: {"value": self.settings[name], "path": Path("x")}
+        return lambda project: {"value": self.settings[name], "path": "x"}
 
     def _outputs(self, name: str) -> Callable[[Recipe], list[Path]]:
         return lambda project: [project.run / f"{name}.txt"]
