@@ -29,17 +29,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from weftlm.distillation import (
-    DenseConfig,
-    DistilConfig,
-    WeightedText,
-    distil_dense,
-    distil_sparse,
-    distil_structural,
-    log_served,
-    student_kl,
-    weigh,
-)
+from weftlm.distillation.config import DenseConfig, DistilConfig
+from weftlm.distillation.dense import WeightedText, distil_dense
+from weftlm.distillation.sparse import distil_sparse, log_served
+from weftlm.distillation.structural import distil_structural, student_kl, weigh
 from weftlm.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, sampled_capacity, sequence_features
 from weftlm.gating.bayes import BayesGate
 from weftlm.gating.config import REFRESH_EVERY, ScoreConfig

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from weftlm.distillation import DistilConfig, distil_structural, student_kl
+from weftlm.distillation.config import DistilConfig
+from weftlm.distillation.structural import distil_structural, student_kl
 from weftlm.gating import FitConfig, ScoredSequences, certify, fit_robust_gate, sequence_features
 
 random, length = np.random.default_rng(0), 24

@@ -15,7 +15,7 @@ from support.command_line import Call
 from support.tiny_project import WORDS, recipe_value, write_corpora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from weftlm.distillation import student_kl
+from weftlm.distillation.structural import student_kl
 from weftlm.errors import NumericsError
 from weftlm.gating.gate import load_gate
 from weftlm.gating.primal_dual import Progress

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.distillation import Language
 
-from weftlm.distillation import log_served, student_kl
+from weftlm.distillation.sparse import log_served
+from weftlm.distillation.structural import student_kl
 from weftlm.gating import Features, gates
 from weftlm.gating.gate import init_gate
 

@@ -6,7 +6,9 @@ import torch
 from support.distillation import Language
 from support.gating import kl, normalised
 
-from weftlm.distillation import DistilConfig, distil_sparse, distil_structural, student_kl
+from weftlm.distillation.config import DistilConfig
+from weftlm.distillation.sparse import distil_sparse
+from weftlm.distillation.structural import distil_structural, student_kl
 from weftlm.gating import FitConfig, channel_capacity, fit_robust_gate
 from weftlm.gating.bayes import BayesGate
 from weftlm.gating.constant import ConstantGate

@@ -208,7 +208,7 @@ class OnlineRun(MixtureRun):
 
     def norm_needed_at(self, step: int) -> bool:
         """Whether the update after `step` optimizer steps wants the norm of that step's gradient, unclipped."""
-        return self.probes.kind is not None and self.probes.normalize == "scale" and step % self.every == 0
+        return self.choice is not None and self.normalize == "scale" and step % self.every == 0
 
     def exhausted(self) -> bool:
         """Whether the repetition caps leave too little for another batch."""

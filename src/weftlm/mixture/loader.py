@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError
@@ -87,9 +86,6 @@ class MixtureLoader:
         ConfigError: the sources are not those the sampler was made for, or B does not divide by `world`.
         DataError: a source is too short for one sequence.
     """
-
-    lag_steps = 0
-    """Steps between the step `set_weights` names and the first batch drawn under the new weights: none, by design."""
 
     def __init__(
         self,
@@ -188,33 +184,6 @@ class MixtureLoader:
     def _resume_from_sampler(self) -> None:
         self._ahead.rewind(self.sampler)
         self._changes = self.sampler.changes
-
-
-class MixtureDataset(IterableDataset[dict[str, Any]]):
-    """The batches of a loader for a loop built around `torch.utils.data.DataLoader`.
-
-    Use `DataLoader(MixtureDataset(loader), batch_size=None)`: batches come ready made, and every rank already gets its
-    own part, so no further sharding may be put on top. Each item is a dictionary of tensors: `input_ids` and `labels`
-    of shape (B, T + 1), as a Hugging Face causal language model takes them, and `domains` and `loss_weights`, (B,).
-    """
-
-    def __init__(self, loader: MixtureLoader) -> None:
-        super().__init__()
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if get_worker_info() is not None:
-            raise ConfigError(
-                "a mixture cannot be split over DataLoader workers, each would draw all of it; use num_workers=0 and "
-                "the loader's prefetch_steps"
-            )
-        for batch in self.loader:
-            yield {
-                "input_ids": batch.tokens_BT1,
-                "labels": batch.tokens_BT1,
-                "domains": torch.from_numpy(batch.domains_B),
-                "loss_weights": torch.from_numpy(batch.loss_weights_B),
-            }
 
 
 class _Reader:

@@ -116,12 +116,6 @@ class ProbeDraw:
     def __len__(self) -> int:
         return len(self.groups_N)
 
-    def shard(self, rank: int, world: int) -> ProbeDraw:
-        """The contiguous part of rank `rank` of `world`; parts differ in size by at most one sequence."""
-        _check_rank(rank, world)
-        here = slice(rank * len(self) // world, (rank + 1) * len(self) // world)
-        return ProbeDraw(self.step, self.groups_N[here], self.domains_N[here], self.sequences_N[here])
-
 
 class MixtureSampler:
     """Draws global batches from D domains under weights that may change at any step.

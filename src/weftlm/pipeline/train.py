@@ -30,7 +30,7 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe, check
 from weftlm.pipeline.stage_records import alone
 from weftlm.training.loop import Task, Trainer, TrainingResult
-from weftlm.training.metrics import MetricsSink, TensorBoardSink, WandbSink
+from weftlm.training.metrics import MetricsSink, TrackerSink
 from weftlm.training.runtime import Runtime, choose_runtime, environment
 
 log = logging.getLogger(__name__)
@@ -263,10 +263,4 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
-    sinks: list[MetricsSink] = []
-    for tracker in recipe.trackers:
-        if tracker == "tensorboard":
-            sinks.append(TensorBoardSink(recipe.run / "tensorboard"))
-        else:
-            sinks.append(WandbSink(recipe.run, recipe.run.name, recipe.resolved()))
-    return tuple(sinks)
+    return tuple(TrackerSink(tracker, recipe.run, recipe.resolved()) for tracker in recipe.trackers)

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was trained on since the last report.
-
-    Attributes:
-        sequences_D: sequences per domain, float64.
-        losses_D: mean training loss, nats per token; NaN where nothing was drawn.
-        reference_losses_D: the reference model's loss on the same sequences; None without a reference.
-        excess_losses_D: mean over tokens of max(loss - reference loss, 0); None without a reference.
-    """
-
-    sequences_D: Tensor
-    losses_D: Tensor
-    reference_losses_D: Tensor | None
-    excess_losses_D: Tensor | None
 
 
 class DomainMeter:
@@ -53,18 +35,16 @@ class DomainMeter:
         for row, values_B in enumerate(rows):
             self._sums_4D[row].index_add_(0, domains_B, values_B)
 
-    def report(self, processes: int) -> Measured:
-        """Means over all ranks since the last report; starts the next interval."""
+    def report(self, processes: int) -> dict[str, Tensor]:
+        """Mean losses over all ranks since the last report, as fields of a `Report`; starts the next interval.
+
+        NaN where nothing was drawn; without a reference model, `losses_D` alone.
+        """
         sums = self._reduced(processes)
         self._sums_4D.zero_()
-        count = sums[self.COUNT]
-        means = sums[1:] / count
-        return Measured(
-            sequences_D=count,
-            losses_D=means[0],
-            reference_losses_D=means[1] if self._with_reference else None,
-            excess_losses_D=means[2] if self._with_reference else None,
-        )
+        means = sums[1:] / sums[self.COUNT]
+        names = ("losses_D", "reference_losses_D", "excess_losses_D")
+        return dict(zip(names if self._with_reference else names[:1], means, strict=False))
 
     def state_dict(self, processes: int) -> dict[str, Any]:
         """Sums over all ranks, exact in JSON."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+
 from weftlm.errors import CheckpointError, DataError, reason
 from weftlm.files import describe, parse_json, write_whole
 
@@ -137,49 +139,29 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class TensorBoardSink:
-    """Scalars of every metric line in TensorBoard's format; needs the `tensorboard` package.
+class TrackerSink:
+    """The numbers of every metric line, under `kind/name`, in TensorBoard's format or a Weights & Biases run.
 
     Args:
-        folder: where the event files go.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional extra
-
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Write the line's numbers under `kind/name`."""
-        for name, value in flatten(line):
-            self._writer.add_scalar(name, value, line["step"])
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-class WandbSink:
-    """Scalars of every metric line in a Weights & Biases run; needs the `wandb` package and its own login.
-
-    Args:
-        folder: where wandb keeps its local files.
-        name: the run's name there.
+        kind: `tensorboard` or `wandb`; needs the package of that name, and wandb its own login.
+        folder: the run folder, in which the tracker keeps its files.
         recipe: the resolved recipe, shown as the run's configuration.
     """
 
-    def __init__(self, folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
-        import wandb  # noqa: PLC0415 - an optional extra
-
-        self._run = wandb.init(project="weftlm", name=name, dir=str(folder), config=dict(recipe))
+    def __init__(self, kind: str, folder: Path, recipe: Mapping[str, Any]) -> None:
+        if kind == "tensorboard":
+            self._tracker: Any = TensorBoardTracker(kind, folder)
+        else:
+            self._tracker = WandBTracker("weftlm", name=folder.name, dir=str(folder), config=dict(recipe))
+        self._tracker.start()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Log the line's numbers under `kind/name`."""
-        self._run.log({**dict(flatten(line)), "step": line["step"]})
+        """See `MetricsSink.write`."""
+        self._tracker.log(dict(flatten(line)), step=line["step"])
 
     def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
+        """See `MetricsSink.close`."""
+        self._tracker.finish()
 
 
 def flatten(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -8,6 +8,12 @@ The training loop has a mixture run, and so has the callback that puts a mixture
     ...forward, run.meter(domains, tokens, losses), backward; optimizer.step()
     update = run.finish_step(optimizer, norm, ...)   # every T_r steps: measure, update, change the weights
 
+Alignments are measured on the training batch, or on sequences drawn for the purpose; those cost no training tokens, and
+their draws are a function of (seed, step):
+
+    v         the gradient on the target's sequences, or on sequences of all domains in equal shares
+    <g_i, v>  for every group i: a domain, or a distribution over domains
+
 Its state is the sampler's, the policy's and the sums of losses since the last update; all of it is JSON.
 """
 
@@ -15,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +33,11 @@ from weftlm.errors import CheckpointError, ConfigError, reason
 from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
 from weftlm.mixture.policy import Alignment, MixturePolicy, MixtureSetting, Report, state_from_json, state_to_json
 from weftlm.mixture.sampler import Exhaustion, MixtureSampler
-from weftlm.models.hf import token_losses
+from weftlm.models.hf import sequence_losses, token_losses
 from weftlm.training import alignment as align
 from weftlm.training.alignment import Direction
-from weftlm.training.config import AlignmentConfig
+from weftlm.training.config import AlignmentConfig, derive_seed
 from weftlm.training.meter import DomainMeter
-from weftlm.training.probes import AlignmentProbes
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class MixtureRun:
         state: the policy's.
         step: optimizer steps finished.
         choice: the estimator; None for policies that need no alignment.
+        groups_GD: each group's distribution over the domains, float64.
     Raises:
         ConfigError: batch, processes, model and policy do not fit each other.
         DataError: a source is too short for one sequence.
@@ -175,20 +181,31 @@ class MixtureRun:
             self.reference = task.reference.to(self.device).eval().requires_grad_(False)
         self._meter = DomainMeter(len(task.domains), self.device)
         self._counts_D = np.zeros(len(task.domains), dtype=np.int64)
-        self.probes = AlignmentProbes(
-            task.policy, task.setting, task.target, self.loader, options.alignment,
-            seed=options.seed, sequence_length=options.sequence_length, micro_batch=share.micro_batch,
-            device=self.device, rank=share.rank, world=share.num_processes,
-        )  # fmt: skip
+        self.groups_GD = torch.eye(len(task.domains), dtype=torch.float64)
+        if "basis" in task.policy.needs and task.setting.basis_ND is not None:
+            self.groups_GD = task.setting.basis_ND
+        self.normalize = getattr(task.policy.config, "normalize", None)
+        self._targets = self._target_loader()
         with self._undisturbed():
             local = share.batch_sequences // share.num_processes
-            self.choice = self.probes.choose(
-                model, accumulation_steps=-(-local // share.micro_batch), batch_size=share.batch_sequences
-            )
+            self.choice = align.choose_for_policy(
+                task.policy, options.alignment, model=model, groups=len(self.groups_GD), losses=sequence_losses,
+                accumulation_steps=-(-local // share.micro_batch), batch_size=share.batch_sequences,
+            )  # fmt: skip
         self.state = task.policy.init(task.setting)
         self.loader.set_weights(0, task.policy.weights(self.state).numpy())
         self.step = 0
         self._direction: Direction | None = None
+
+    def _target_loader(self) -> MixtureLoader | None:
+        """Draws the target's sequences in turn; None for policies that follow no target."""
+        target, options = self.task.target, self.options
+        if target is None or "target_alignment" not in self.task.policy.needs:
+            return None
+        counts = sequence_counts([target], options.sequence_length, ["target"])
+        size = min(counts[0], options.alignment.target_sequences)
+        sampler = MixtureSampler(counts, size, derive_seed(options.seed, "target"))
+        return MixtureLoader((target,), sampler, options.sequence_length)
 
     # -- what is known --------------------------------------------------------------------------------------------
 
@@ -208,7 +225,7 @@ class MixtureRun:
     def groups(self) -> tuple[str, ...]:
         """Names of what alignments are measured for: domains, or basis distributions."""
         if "basis" in self.task.policy.needs:
-            return tuple(f"basis {index}" for index in range(len(self.probes.groups_GD)))
+            return tuple(f"basis {index}" for index in range(len(self.groups_GD)))
         return self.task.domains
 
     def never_updates(self, total_steps: int) -> str | None:
@@ -282,21 +299,20 @@ class MixtureRun:
         if self.choice is not None:
             if direction is None:
                 with self._undisturbed():
-                    direction = self._take_direction(optimizer)
-                    alignment = self.probes.measure(self.choice.estimator, self.model, self.step, direction)
+                    alignment = self._measure(self.choice.estimator, self._take_direction(optimizer))
             else:
                 assert dots_B is not None
                 assert domains_B is not None
-                alignment = align.group_alignment(dots_B, domains_B, len(self.probes.groups_GD), direction)
-            alignment = self.probes.for_policy(alignment, gradient_norm)
-        measured = self._meter.report(self.share.num_processes) if self.metering else None
+                alignment = align.group_alignment(dots_B, domains_B, len(self.groups_GD), direction)
+            # Only some estimators measure norms: eta must mean the same whichever was chosen, so they stay only where
+            # the policy asked for them.
+            norms_G = alignment.norms_G if self.normalize == "cosine" else None
+            alignment = replace(alignment, norms_G=norms_G, batch_norm=gradient_norm)
         report = Report(
             step=self.step,
             tokens_D=torch.from_numpy(self._counts_D).double() * self.options.sequence_length,
-            losses_D=None if measured is None else measured.losses_D,
-            reference_losses_D=None if measured is None else measured.reference_losses_D,
-            excess_losses_D=None if measured is None else measured.excess_losses_D,
             alignment=alignment,
+            **(self._meter.report(self.share.num_processes) if self.metering else {}),
         )
         self.state = self.task.policy.update(self.state, report)
         self._counts_D[:] = 0
@@ -309,8 +325,35 @@ class MixtureRun:
         self.loader.close()
 
     def _take_direction(self, optimizer: Any) -> Direction:
-        parameters = align.trainable_parameters(self.model)
-        return self.probes.direction(self.model, self.step, optimizer, parameters)
+        """v after so many steps; preconditioned where the policy asks, from the first step on."""
+        if self._targets is not None:
+            drawn = self._targets.sampler.probe(self.step, None, self._targets.sampler.batch_size)
+            tokens = self._targets.probe_tokens(drawn)
+        else:
+            domains = len(self.task.domains)
+            even = np.full((1, domains), 1.0 / domains)
+            drawn = self.sampler.probe(2 * self.step + 1, even, self.options.alignment.target_sequences)
+            tokens = self.loader.probe_tokens(drawn)
+        found = align.gradient_direction(
+            self.model, sequence_losses, self._mine(tokens).to(self.device), micro_batch=self.share.micro_batch
+        )
+        if self.step == 0 or getattr(self.task.policy.config, "precondition", "none") != "adam":
+            return found
+        return align.precondition(found, optimizer, align.trainable_parameters(self.model))
+
+    def _measure(self, estimator: str, direction: Direction) -> Alignment:
+        """<g_i, v> of every group on sequences drawn after so many steps."""
+        config = self.options.alignment
+        drawn = self.sampler.probe(2 * self.step, self.groups_GD.numpy(), config.sequences_per_group)
+        tokens, groups = self.loader.probe_tokens(drawn), torch.from_numpy(drawn.groups_N)
+        return align.probe_alignment(
+            estimator, self.model, sequence_losses, self._mine(tokens).to(self.device), self._mine(groups),
+            len(self.groups_GD), direction, config, micro_batch=self.share.micro_batch,
+        )  # fmt: skip
+
+    def _mine(self, rows: Tensor) -> Tensor:
+        """This rank's rows of a probe; sums and counts are reduced over ranks afterwards."""
+        return rows[self.share.rank :: self.share.num_processes]
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from support.distillation import Language
 
-from weftlm.distillation import DenseConfig, WeightedText, distil_dense, weigh
+from weftlm.distillation.config import DenseConfig
+from weftlm.distillation.dense import WeightedText, distil_dense
+from weftlm.distillation.structural import weigh
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.constant import ConstantGate
 from weftlm.models.config import ModelConfig

@@ -8,8 +8,8 @@ from support.distillation import Language
 from support.gated import tokens, whole_pool
 from support.gating import kl
 
-from weftlm.distillation import DistilConfig, distil_sparse, log_served, sparse_table
-from weftlm.distillation.sparse import log_sparse
+from weftlm.distillation.config import DistilConfig
+from weftlm.distillation.sparse import distil_sparse, log_served, log_sparse, sparse_table
 from weftlm.distillation.structural import log_student
 from weftlm.errors import ConfigError
 from weftlm.gating import Features

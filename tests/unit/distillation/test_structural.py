@@ -12,7 +12,9 @@ from support.distillation import Language
 from support.faults import stopped
 from support.gating import kl
 
-from weftlm.distillation import DistilConfig, DistilState, distil_structural, structural, student_kl, weigh
+from weftlm.distillation import structural
+from weftlm.distillation.config import DistilConfig
+from weftlm.distillation.structural import DistilState, distil_structural, student_kl, weigh
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating import Features, ScoredSequences
 from weftlm.gating.bayes import BayesGate

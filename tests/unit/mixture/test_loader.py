@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, ConfigError, DataError
-from weftlm.mixture.loader import Batch, MixtureDataset, MixtureLoader, sequence_counts
+from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
 from weftlm.mixture.sampler import MixtureSampler, SamplerExhausted
 
 T = 4
@@ -118,7 +117,6 @@ def test_weights_change_at_the_step_named_although_later_batches_were_read() -> 
     with loader(4) as batches:
         batches.next()
         wait_until_ahead(batches, 4)
-        assert batches.lag_steps == 0
         batches.set_weights(2, [0.0, 0.0, 1.0])
         assert set(batches.next().domains_B.tolist()) != {2}
         assert set(batches.next().domains_B.tolist()) == {2}
@@ -250,7 +248,6 @@ def test_probe_tokens_are_the_sequences_of_the_probe() -> None:
         probe = batches.sampler.probe(0, None, 3)
         first_N = 1000 * probe.domains_N + T * probe.sequences_N
         assert batches.probe_tokens(probe).tolist() == (first_N[:, None] + np.arange(T + 1)).tolist()
-        assert batches.probe_tokens(probe.shard(1, 3)).shape == (3, T + 1)
         assert batches.sampler.step == 1
 
 
@@ -269,23 +266,6 @@ def test_arguments_are_checked(options: dict[str, object], message: str) -> None
     given = {"sources": sources(), "sampler": sampler, "sequence_length": T, **options}
     with pytest.raises(ConfigError, match=message):
         MixtureLoader(**given)  # type: ignore[arg-type]
-
-
-def test_a_data_loader_takes_the_batches_as_they_are() -> None:
-    plain = loader(exhaustion="drop")
-    items = list(DataLoader(MixtureDataset(loader(exhaustion="drop")), batch_size=None))
-    expected = list(plain)
-    assert len(items) == len(expected)
-    for item, batch in zip(items, expected, strict=True):
-        assert item["input_ids"].tolist() == item["labels"].tolist() == rows(batch)
-        assert item["domains"].tolist() == batch.domains_B.tolist()
-        assert item["loss_weights"].tolist() == [1.0] * 6
-
-
-def test_a_mixture_is_not_split_over_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weftlm.mixture.loader.get_worker_info", object)
-    with pytest.raises(ConfigError, match="num_workers=0"):
-        next(iter(MixtureDataset(loader())))
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

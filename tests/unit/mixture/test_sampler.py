@@ -498,13 +498,6 @@ def test_probes_of_distributions_follow_them_and_share_no_sequence() -> None:
     assert len(set(zip(probe.domains_N.tolist(), probe.sequences_N.tolist(), strict=True))) == 8000
 
 
-def test_parts_of_a_probe_make_up_the_probe() -> None:
-    probe = MixtureSampler([9, 9, 9], 8, 3).probe(0, None, 3)
-    parts = [probe.shard(rank, 4) for rank in range(4)]
-    assert [len(part) for part in parts] == [2, 2, 2, 3]
-    assert np.concatenate([part.sequences_N for part in parts]).tolist() == probe.sequences_N.tolist()
-
-
 def test_probe_arguments_are_checked() -> None:
     sampler = MixtureSampler([9, 9], 8, 3)
     with pytest.raises(ConfigError, match="at least 1"):

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig
+from weftlm.training.estimators.groups import group_alignment
 
 Probe = Literal["batch", "extra"]
 """Where it is measured: on the sequences of the training step, or on sequences drawn for the purpose."""
@@ -118,6 +119,18 @@ class Estimator:
         """Measure the training batch: a block around all its micro-batches."""
         raise NotImplementedError
 
+    def dots(
+        self,
+        model: nn.Module,
+        losses: SequenceLosses,
+        tokens_BT1: Tensor,
+        direction: Mapping[str, Tensor],
+        config: AlignmentConfig,
+        micro_batch: int | None,
+    ) -> Tensor:
+        """<grad L_b, v> of sequences drawn for the purpose, where they are found one by one."""
+        raise NotImplementedError
+
     def measure(
         self,
         model: nn.Module,
@@ -131,8 +144,9 @@ class Estimator:
         micro_batch: int | None = None,
         process_group: ProcessGroup | None = None,
     ) -> Alignment:
-        """Measure sequences drawn for the purpose; the arguments are those of `alignment.probe_alignment`."""
-        raise NotImplementedError
+        """Measure groups on sequences drawn for the purpose; the arguments are those of `alignment.probe_alignment`."""
+        dots_B = self.dots(model, losses, tokens_BT1, direction, config, micro_batch)
+        return group_alignment(dots_B, groups_B, groups, direction, process_group=process_group)
 
 
 def batch_obstacle(facts: Facts, least_per_group: int) -> str | None:

@@ -8,10 +8,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig, estimators
 from weftlm.training.estimators.contract import NO_NORMS, Cost, Estimator, Facts, Probe
@@ -26,7 +24,6 @@ from weftlm.training.estimators.direction import (
     trainable_parameters,
     without_data_parallel,
 )
-from weftlm.training.estimators.groups import group_alignment
 
 
 def finite_difference(
@@ -115,22 +112,17 @@ class FiniteDifference(Estimator):
     def cost(self, facts: Facts, probe: Probe) -> Cost:
         return Cost(forwards=2.0, parameter_passes=4.0, bytes_per_parameter=4.0)
 
-    def measure(
+    def dots(
         self,
         model: nn.Module,
         losses: SequenceLosses,
         tokens_BT1: Tensor,
-        groups_B: Tensor,
-        groups: int,
         direction: Mapping[str, Tensor],
         config: AlignmentConfig,
-        *,
-        micro_batch: int | None = None,
-        process_group: ProcessGroup | None = None,
-    ) -> Alignment:
+        micro_batch: int | None,
+    ) -> Tensor:
         coarse = torch.is_autocast_enabled(tokens_BT1.device.type)
         epsilon = config.relative_epsilon or (1e-3 if coarse else 3e-4)
-        dots_B = finite_difference(
+        return finite_difference(
             model, losses, tokens_BT1, direction, relative_epsilon=epsilon, micro_batch=micro_batch
         )
-        return group_alignment(dots_B, groups_B, groups, direction, process_group=process_group)

@@ -24,12 +24,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, reason
-from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig, estimators
 from weftlm.training.estimators.contract import NO_NORMS, SHARDED, BatchProbe, Cost, Estimator, Facts, Probe
@@ -42,7 +40,6 @@ from weftlm.training.estimators.direction import (
     unwrap,
     wide,
 )
-from weftlm.training.estimators.groups import group_alignment
 
 
 class ShadowProbe:
@@ -232,21 +229,16 @@ class Shadow(Estimator):
     ) -> AbstractContextManager[BatchProbe]:
         return ShadowProbe(model, direction)
 
-    def measure(
+    def dots(
         self,
         model: nn.Module,
         losses: SequenceLosses,
         tokens_BT1: Tensor,
-        groups_B: Tensor,
-        groups: int,
         direction: Mapping[str, Tensor],
         config: AlignmentConfig,
-        *,
-        micro_batch: int | None = None,
-        process_group: ProcessGroup | None = None,
-    ) -> Alignment:
-        dots_B = shadow_dots(model, losses, tokens_BT1, direction, micro_batch=micro_batch)
-        return group_alignment(dots_B, groups_B, groups, direction, process_group=process_group)
+        micro_batch: int | None,
+    ) -> Tensor:
+        return shadow_dots(model, losses, tokens_BT1, direction, micro_batch=micro_batch)
 
 
 # -- one kind of tap per way of using parameters ----------------------------------------------------------------------
