@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,10 +40,10 @@ from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.adam import Moments, adam_step
 from weftlm.gating.arrays import simplex_vector
 from weftlm.gating.config import GateConfig, PrefixGateConfig, gate_config, gates
-from weftlm.gating.files import read_tensors, write_tensors
+from weftlm.gating.files import joined, named, read_tensors, write_tensors
 from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
 from weftlm.gating.prefix_gate import PrefixGate
-from weftlm.gating.problem import CHUNK, log_model
+from weftlm.gating.problem import log_gates, log_model, log_models, squared_error
 from weftlm.gating.sequences import ScoredSequences, prepared
 from weftlm.threads import follow_load
 
@@ -117,8 +117,7 @@ class DistilState:
             CheckpointError: the disk is full or not writable.
         """
         moments = {"first": self.moments.first, "second": self.moments.second}
-        groups = {"student": self.student.tensors, **moments, "best": self.best}
-        tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+        tensors = joined({"student": self.student.tensors, **moments, "best": self.best})
         facts = {
             "config": self.config.model_dump(mode="json"),
             "student": self.student.config.model_dump(mode="json"),
@@ -142,18 +141,14 @@ class DistilState:
         """
         tensors, facts = read_tensors(Path(path), _KIND)
         try:
-            section = gate_config(facts["student"])
-
-            def group(prefix: str) -> dict[str, Tensor]:
-                return {name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)}
-
-            student = gates[section.gate](section, int(facts["experts"]), group("student."))
+            section, group = gate_config(facts["student"]), partial(named, tensors)
+            student = gates[section.gate](section, int(facts["experts"]), group("student"))
             return cls(
                 config=DistilConfig.model_validate(facts["config"]),
                 step=int(facts["step"]),
                 student=_causal(student),
-                moments=Moments(group("first."), group("second.")),
-                best=group("best."),
+                moments=Moments(group("first"), group("second")),
+                best=group("best"),
                 best_loss=math.inf if facts["best_loss"] is None else float(facts["best_loss"]),
                 stale=int(facts["stale"]),
                 history=tuple(DistilProgress(**_with_nan(line)) for line in facts["history"]),
@@ -258,9 +253,9 @@ def weigh(gate: Gate, samples: Sequence[ScoredSequences], *, weighting: Weightin
     with torch.no_grad():
         for k, one in enumerate(sets):
             logq_NE = one.logq_NE.double()
-            logm_N = _log_models(gate, one)
+            logm_N = log_models(gate, one).double()
             if weighting == "gate":
-                ratio_N = _log_gates(gate, one)[:, k]
+                ratio_N = log_gates(gate, one).double()[:, k]
             else:
                 ratio_N = logm_N - torch.logsumexp(logq_NE + log_share_E, dim=1) + log_share_E[k]
             masses.append(one.probability() * ratio_N.exp())
@@ -428,7 +423,7 @@ def _student(wanted: Any, gate: Gate, train: Weighted, config: DistilConfig) -> 
 def _responsibilities(gate: Gate, train: Weighted) -> Tensor:
     """E_{x ~ q_k}[g(x, k)] / Z of each expert."""
     with torch.no_grad():
-        parts = [one.probability() @ _log_gates(gate, one)[:, k].exp() for k, one in enumerate(train.samples)]
+        parts = [one.probability() @ log_gates(gate, one).double()[:, k].exp() for k, one in enumerate(train.samples)]
     shares_E = torch.stack(parts)
     return shares_E / shares_E.sum()
 
@@ -571,28 +566,10 @@ def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def _chunks(gate: Gate, one: ScoredSequences) -> Iterator[Tensor]:
-    """Rows of a bounded number of sequences at a time."""
-    logp_BTE = one.features.logp_BTE
-    width = one.experts * (logp_BTE.shape[1] if gate.causal and logp_BTE is not None else 1)
-    return iter(torch.arange(len(one)).split(max(1, CHUNK // max(width, 1))))
-
-
-def _log_models(gate: Gate, one: ScoredSequences) -> Tensor:
-    """log pi_g(x) of every sequence, not divided by Z; float64."""
-    rows = _chunks(gate, one)
-    return torch.cat([log_model(gate, one.logq_NE[each], one.features.rows(each)).double() for each in rows])
-
-
-def _log_gates(gate: Gate, one: ScoredSequences) -> Tensor:
-    """log g(x, k) of every sequence, NE; float64."""
-    return torch.cat([gate.log_weights(one.features.rows(rows)).double() for rows in _chunks(gate, one)])
-
-
 def log_students(student: CausalGate, one: ScoredSequences) -> Tensor:
     """log s(x) of every sequence of a set, float64 and without gradient."""
     with torch.no_grad():
-        return _log_models(student.to("cpu", torch.float64), one)
+        return log_models(student.to("cpu", torch.float64), one).double()
 
 
 def _kl(data: Weighted, student: CausalGate) -> tuple[float, float]:
@@ -626,10 +603,5 @@ def model_kl(data: Weighted, logs_B: Tensor) -> tuple[float, float]:
     for one in data.samples:
         terms_N = influence_B[first : first + len(one)]
         first += len(one)
-        terms_N = terms_N - terms_N.mean()
-        if one.clusters_N is not None:
-            names, place_N = torch.unique(one.clusters_N, return_inverse=True)
-            terms_N = torch.zeros(len(names), dtype=terms_N.dtype).index_add(0, place_N, terms_N)
-        count = len(terms_N)
-        variance += float((terms_N**2).sum()) * count / (count - 1) if count > 1 else math.inf
+        variance += squared_error(terms_N - terms_N.mean(), one)
     return kl, math.sqrt(variance)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_tensors, sync_folder, write_file
-from weftlm.files import SEAL, check_sealed, hidden, parse_json, seal, sweep
+from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_tensors, write_file
+from weftlm.files import SEAL, check_sealed, parse_json, whole_folder
 from weftlm.models.factory import load_model, peft_warnings
 from weftlm.models.lora_targets import ALL_LINEAR
 from weftlm.models.open import load_base
@@ -123,17 +122,6 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
     return expert
 
 
-def read_base(name: str, config: bytes) -> BaseReference:
-    """The base that an `adapter_config.json` names.
-
-    Raises:
-        ExpertError: it is no configuration of a plain LoRA.
-    """
-    settings = _parse_config(name, config)
-    _refuse_variants(name, settings)
-    return _named_base(settings)
-
-
 def load_adapted(
     folder: Path, *, base: str | None = None, revision: str | None = None, dtype: str = "float32"
 ) -> PeftModel:
@@ -197,6 +185,7 @@ def write_lora(folder: Path, expert: LoRAExpert) -> None:
     Raises:
         ExpertError: the folder exists and holds something else, cannot be written, or the expert is not sound
             (`check_lora`).
+        CheckpointError: the disk is full.
     """
     folder = Path(folder)
     files = lora_files(expert)
@@ -205,20 +194,9 @@ def write_lora(folder: Path, expert: LoRAExpert) -> None:
         if {path.name: path.is_file() and path.read_bytes() for path in paths} == files:
             return
         raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
-    temporary = hidden(folder, "writing")
-    with explained_writing(f"expert {expert.name!r}", folder):
-        sweep(folder.parent)
-        try:
-            temporary.mkdir(parents=True)
-            for file, data in files.items():
-                write_file(temporary / file, data)
-            seal(temporary)
-            sync_folder(temporary)
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with explained_writing(f"expert {expert.name!r}", folder), whole_folder(folder, "adapter") as making:
+        for file, data in files.items():
+            write_file(making / file, data)
 
 
 def lora_files(expert: LoRAExpert) -> dict[str, bytes]:

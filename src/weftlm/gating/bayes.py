@@ -21,8 +21,36 @@ from weftlm.gating.config import BayesConfig, CausalUniformConfig, FixedShareCon
 from weftlm.gating.gate import CausalGate, Features, State
 
 
+class FirstWeightsGate(CausalGate):
+    """What Bayes and fixed share have in common: first weights, softmax of `logits_E`, uniform at first, learned."""
+
+    learned: ClassVar[tuple[str, ...]] = ("logits_E",)
+
+    @classmethod
+    def init(cls, config: Any, experts: int, features: Features, seed: int) -> Self:
+        return cls(config, experts, {"logits_E": torch.zeros(experts, dtype=torch.float64)})
+
+    @classmethod
+    def _from(cls, config: GateConfig, prior_E: Any) -> Self:
+        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", len(prior_E)))
+        return cls(config, len(prior), {"logits_E": prior.log()})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"logits_E": (self.experts,)}
+
+    def first(self) -> Tensor:
+        """log of the first weights, E."""
+        return torch.log_softmax(self.tensors["logits_E"], dim=0)
+
+    def begin(self, batch: int) -> State:
+        return {"weights_BE": self.first().expand(batch, -1)}
+
+    def current(self, state: State) -> Tensor:
+        return _posterior(state["weights_BE"], self.first())
+
+
 @gates.register("bayes")
-class BayesGate(CausalGate):
+class BayesGate(FirstWeightsGate):
     """The exact causal router of a constant gate.
 
         gamma_k(x_<t)  prop. to  lambda_k q_k(x_<t) = lambda_k prod_{s<t} q_k(x_s | x_<s)
@@ -32,11 +60,6 @@ class BayesGate(CausalGate):
     """
 
     Config: ClassVar[type[GateConfig]] = BayesConfig
-    learned: ClassVar[tuple[str, ...]] = ("logits_E",)
-
-    @classmethod
-    def init(cls, config: BayesConfig, experts: int, features: Features, seed: int) -> Self:
-        return cls(config, experts, {"logits_E": torch.zeros(experts, dtype=torch.float64)})
 
     @classmethod
     def of(cls, prior_E: Any) -> Self:
@@ -45,34 +68,21 @@ class BayesGate(CausalGate):
         Raises:
             ConfigError: it is not a probability vector.
         """
-        size = len(prior_E)
-        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", size))
-        return cls(BayesConfig(), size, {"logits_E": prior.log()})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"logits_E": (self.experts,)}
-
-    def _prior(self) -> Tensor:
-        return torch.log_softmax(self.tensors["logits_E"], dim=0)
+        return cls._from(BayesConfig(), prior_E)
 
     def log_weights(self, features: Features) -> Tensor:
         logp_BTE, mask_BT = self.tokens(features)
-        prior_E = self._prior()
+        prior_E = self.first()
         before_BTE = _exclusive_sums(_evidence(logp_BTE, mask_BT, prior_E))
         return _posterior(prior_E + before_BTE, prior_E)
 
-    def begin(self, batch: int) -> State:
-        return {"joint_BE": self._prior().expand(batch, -1)}
-
-    def current(self, state: State) -> Tensor:
-        return _posterior(state["joint_BE"], self._prior())
-
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
-        return {"joint_BE": state["joint_BE"] + _evidence(logp_BE, mask_B, state["joint_BE"])}
+        joint_BE = state["weights_BE"]  # not normalised from one token to the next
+        return {"weights_BE": joint_BE + _evidence(logp_BE, mask_B, joint_BE)}
 
 
 @gates.register("fixed_share", paper="Machine Learning 32 (1998), 151-178")
-class FixedShareGate(CausalGate):
+class FixedShareGate(FirstWeightsGate):
     """Bayes that expects the domain to change (Herbster and Warmuth 1998, "Tracking the best expert").
 
         v_k(t)     prop. to  w_k(t) q_k(x_t | x_<t)         Bayes' update
@@ -82,12 +92,7 @@ class FixedShareGate(CausalGate):
     """
 
     Config: ClassVar[type[GateConfig]] = FixedShareConfig
-    learned: ClassVar[tuple[str, ...]] = ("logits_E",)
     config: FixedShareConfig
-
-    @classmethod
-    def init(cls, config: FixedShareConfig, experts: int, features: Features, seed: int) -> Self:
-        return cls(config, experts, {"logits_E": torch.zeros(experts, dtype=torch.float64)})
 
     @classmethod
     def of(cls, prior_E: Any, share: float) -> Self:
@@ -98,15 +103,7 @@ class FixedShareGate(CausalGate):
         """
         if not 0.0 <= share < 1.0:
             raise ConfigError(f"share is {share}; it must be at least 0 and below 1")
-        size = len(prior_E)
-        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", size))
-        return cls(FixedShareConfig(share=share), size, {"logits_E": prior.log()})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"logits_E": (self.experts,)}
-
-    def _first(self) -> Tensor:
-        return torch.log_softmax(self.tensors["logits_E"], dim=0)
+        return cls._from(FixedShareConfig(share=share), prior_E)
 
     def log_weights(self, features: Features) -> Tensor:
         logp_BTE, mask_BT = self.tokens(features)
@@ -116,13 +113,7 @@ class FixedShareGate(CausalGate):
             rows.append(self.current(state))
             state = self.advance(state, logp_BTE[:, t], None if mask_BT is None else mask_BT[:, t])
         shape = (len(logp_BTE), 0, self.experts)
-        return torch.stack(rows, dim=1) if rows else self._first().new_zeros(shape)
-
-    def begin(self, batch: int) -> State:
-        return {"weights_BE": self._first().expand(batch, -1)}
-
-    def current(self, state: State) -> Tensor:
-        return _posterior(state["weights_BE"], self._first())
+        return torch.stack(rows, dim=1) if rows else self.first().new_zeros(shape)
 
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
         before_BE = state["weights_BE"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.errors import ConfigError, DataError
 from weftlm.gating.arrays import to_log_likelihoods, to_tensor
 from weftlm.gating.gate import Features
 
@@ -19,30 +18,26 @@ def sequence_features(
     logq_NE: Any,
     tokens_N: Any,
     *,
-    extra_NF: Any = None,
-    extra_names: Sequence[str] = (),
     logp_NTE: Any = None,
     mask_NT: Any = None,
 ) -> Features:
     """What sequence-level gates see.
 
         m_k = log q_k(x) / T            mean log-likelihood per token, nats
-        f   = [ m_1 .. m_E, m_1 - max_j m_j .. m_E - max_j m_j, extras ]
+        f   = [ m_1 .. m_E, m_1 - max_j m_j .. m_E - max_j m_j ]
 
     The number of tokens T enters by that division alone: a text said twice over has the features of the text said once,
     so no gate on them can tell domains apart by length or padding. Features that grow with T would also explode where
-    lengths differ. Sums over tokens remain what likelihoods are. Extras are the caller's: keep length out of them too.
+    lengths differ. Sums over tokens remain what likelihoods are.
 
     Args:
         logq_NE: log-likelihood of each sequence under each expert, nats, summed over its T scored tokens.
         tokens_N: T, scored tokens of each sequence, 1 or more.
-        extra_NF: further features.
-        extra_names: their names; absent: extra.0, extra.1, ...
         logp_NTE: scores of single tokens, carried along for causal gates.
         mask_NT: True for real tokens of `logp_NTE`.
     Returns:
-        Features with names mean.0 .. , below_best.0 .. , then the extras. Scores more than 50 nats per token below the
-        best expert's are clipped there.
+        Features with names mean.0 .. , below_best.0 .. ; scores more than 50 nats per token below the best expert's are
+        clipped there.
     Raises:
         ConfigError: shapes do not fit, or a sequence has no token.
         DataError: a sequence is impossible under every expert.
@@ -62,16 +57,6 @@ def sequence_features(
     experts = range(logq.shape[1])
     columns = [best + below, below]
     names = [f"mean.{k}" for k in experts] + [f"below_best.{k}" for k in experts]
-    if extra_NF is not None:
-        extra = to_tensor(extra_NF, "extra_NF", "NF").to(logq.dtype)
-        if len(extra) != len(logq) or (extra_names and len(extra_names) != extra.shape[1]):
-            raise ConfigError(
-                f"extra features have shape {tuple(extra.shape)} and {len(extra_names)} names for {len(logq)} sequences"
-            )
-        if not bool(torch.isfinite(extra).all()):
-            raise NumericsError("extra features hold an infinity; every feature must be finite")
-        columns.append(extra)
-        names += list(extra_names) or [f"extra.{i}" for i in range(extra.shape[1])]
     logp = None if logp_NTE is None else to_log_likelihoods(logp_NTE, "logp_NTE", "NTE")
     mask = None if mask_NT is None else torch.as_tensor(mask_NT).to(torch.bool)
     return Features(len(logq), torch.cat(columns, dim=1), tuple(names), logp_BTE=logp, mask_BT=mask)

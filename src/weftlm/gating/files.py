@@ -60,6 +60,17 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, facts
 
 
+def joined(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Groups of tensors as one, named GROUP.NAME."""
+    return {f"{group}.{name}": tensor for group, each in groups.items() for name, tensor in each.items()}
+
+
+def named(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The tensors of one group of `joined`, by their own names."""
+    start = f"{group}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """BLAKE2b-128 of facts and tensors, by name."""
     digest = hashlib.blake2b(checksum(facts).encode(), digest_size=16)

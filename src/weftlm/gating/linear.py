@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weftlm.gating.config import GateConfig, LinearConfig, gates
 from weftlm.gating.gate import Features, Gate, Need
-from weftlm.gating.standard import SEQUENCE, standardisation, standardised
+from weftlm.gating.standard import SEQUENCE, feature_width, standardisation, standardised
 
 
 @gates.register("linear")
@@ -37,7 +37,7 @@ class LinearGate(Gate):
         return cls(named, experts, {"weight_EF": weight_EF, "bias_E": bias_E, **constants})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        width = _width(self)
+        width = feature_width(self, self.config.features)
         return {
             "weight_EF": (self.experts, width),
             "bias_E": (self.experts,),
@@ -48,8 +48,3 @@ class LinearGate(Gate):
     def log_weights(self, features: Features) -> Tensor:
         values_BF = standardised(self, self.config.features, features)
         return torch.log_softmax(values_BF @ self.tensors["weight_EF"].T + self.tensors["bias_E"], dim=-1)
-
-
-def _width(gate: LinearGate) -> int:
-    mean_F = gate.tensors.get("mean_F")
-    return len(gate.config.features) or (len(mean_F) if mean_F is not None else 0)

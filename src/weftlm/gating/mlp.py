@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weftlm.gating.config import GateConfig, MlpConfig, gates
 from weftlm.gating.gate import Features, Gate, Need
-from weftlm.gating.standard import SEQUENCE, standardisation, standardised
+from weftlm.gating.standard import SEQUENCE, feature_width, standardisation, standardised
 
 
 @gates.register("mlp")
@@ -41,9 +41,7 @@ class MlpGate(Gate):
         return cls(named, experts, {**tensors, "in_HF": in_HF, "in_H": in_H, **constants})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        mean_F = self.tensors.get("mean_F")
-        width = len(self.config.features) or (len(mean_F) if mean_F is not None else 0)
-        hidden = self.config.hidden
+        width, hidden = feature_width(self, self.config.features), self.config.hidden
         return {
             "weight_EF": (self.experts, width),
             "bias_E": (self.experts,),

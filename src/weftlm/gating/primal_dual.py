@@ -29,7 +29,7 @@ from weftlm.errors import CheckpointError, ConfigError, NumericsError, reason
 from weftlm.gating.adam import Moments, adam_step
 from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
-from weftlm.gating.files import read_tensors, write_tensors
+from weftlm.gating.files import joined, named, read_tensors, write_tensors
 from weftlm.gating.gate import Features, Gate, init_gate
 from weftlm.gating.mixtures import MixtureSet
 from weftlm.gating.problem import Evaluation, Offsets, Problem, dual_value, evaluate, fits, log_model, make_problem
@@ -130,8 +130,7 @@ class FitState:
             CheckpointError: the disk is full or not writable.
         """
         moments = {"first": self.moments.first, "second": self.moments.second}
-        groups = {"gate": self.gate.tensors, **moments, "mean": self.mean_tensors}
-        tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+        tensors = joined({"gate": self.gate.tensors, **moments, "mean": self.mean_tensors})
         tensors |= {"log_nu_M": torch.from_numpy(self.log_nu_M), "mean_nu_M": torch.from_numpy(self.mean_nu_M)}
         facts = {
             "config": self.config.model_dump(mode="json"),
@@ -154,20 +153,16 @@ class FitState:
         """
         tensors, facts = read_tensors(Path(path), "fit of a gate")
         try:
-            section = gate_config(facts["gate"])
-
-            def group(prefix: str) -> dict[str, Tensor]:
-                return {name[len(prefix) :]: each for name, each in tensors.items() if name.startswith(prefix)}
-
+            section, group = gate_config(facts["gate"]), partial(named, tensors)
             return cls(
                 config=FitConfig.model_validate(facts["config"]),
                 step=int(facts["step"]),
-                gate=gates[section.gate](section, int(facts["experts"]), group("gate.")),
-                moments=Moments(group("first."), group("second.")),
+                gate=gates[section.gate](section, int(facts["experts"]), group("gate")),
+                moments=Moments(group("first"), group("second")),
                 log_nu_M=tensors["log_nu_M"].numpy(),
                 mu=float(facts["mu"]),
                 averaged=int(facts["averaged"]),
-                mean_tensors=group("mean."),
+                mean_tensors=group("mean"),
                 mean_nu_M=tensors["mean_nu_M"].numpy(),
                 mean_mu=float(facts["mean_mu"]),
                 history=tuple(

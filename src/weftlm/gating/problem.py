@@ -274,9 +274,21 @@ def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
     return tokens_BT.sum(dim=-1)
 
 
-def _chunks(one: ScoredSequences, causal: bool) -> Iterator[Tensor]:
-    logp = one.features.logp_BTE
-    width = one.experts * (logp.shape[1] if causal and logp is not None else 1)
+def log_models(gate: Gate, one: ScoredSequences) -> Tensor:
+    """`log_model` of every sequence of a set, in its own float type."""
+    rows = chunks(gate, one)
+    return torch.cat([log_model(gate, one.logq_NE[each], one.features.rows(each)) for each in rows])
+
+
+def log_gates(gate: Gate, one: ScoredSequences) -> Tensor:
+    """log g(x, k) of every sequence of a set, NE, of a gate that sees whole sequences."""
+    return torch.cat([gate.log_weights(one.features.rows(rows)) for rows in chunks(gate, one)])
+
+
+def chunks(gate: Gate, one: ScoredSequences) -> Iterator[Tensor]:
+    """Rows of a bounded number of sequences at a time (`CHUNK`)."""
+    logp_BTE = one.features.logp_BTE
+    width = one.experts * (logp_BTE.shape[1] if gate.causal and logp_BTE is not None else 1)
     return iter(torch.arange(len(one)).split(max(1, CHUNK // max(width, 1))))
 
 
@@ -290,12 +302,7 @@ def evaluate(gate: Gate, problem: Problem) -> Evaluation:
     fits(gate, problem)
     with torch.no_grad():
         z, z_error = (1.0, 0.0) if gate.causal else _normaliser(gate, problem)
-        logs = [
-            torch.cat(
-                [log_model(gate, one.logq_NE[rows], one.features.rows(rows)) for rows in _chunks(one, gate.causal)]
-            )
-            for one in problem.domains
-        ]
+        logs = [log_models(gate, one) for one in problem.domains]
     return measure(logs, problem, z=z, z_error=z_error)
 
 
@@ -366,13 +373,12 @@ def _normaliser(gate: Gate, problem: Problem) -> tuple[float, float]:
     """Z = sum_k E_{x ~ q_k} g(x, k), and its standard error."""
     z, variance = 0.0, 0.0
     for k, one in enumerate(problem.samples):
-        parts = [gate.log_weights(one.features.rows(rows))[:, k].exp() for rows in _chunks(one, False)]
-        g_N = torch.cat(parts).to(torch.float64)
+        g_N = log_gates(gate, one)[:, k].exp().to(torch.float64)
         weights_N = one.probability()
         mean = float(weights_N @ g_N)
         z += mean
         if problem.support is None:
-            variance += _squared_error(weights_N * (g_N - mean), one)
+            variance += squared_error(weights_N * (g_N - mean), one)
     return z, math.sqrt(variance)
 
 
@@ -381,10 +387,10 @@ def _domain_error(ce_N: Tensor, weights_N: Tensor, one: ScoredSequences, unit: U
     centred_N = ce_N - mean
     if unit == "token" and one.tokens_N is not None:
         centred_N = ce_N - one.tokens_N * (mean / float(weights_N @ one.tokens_N))
-    return math.sqrt(_squared_error(weights_N * centred_N, one))
+    return math.sqrt(squared_error(weights_N * centred_N, one))
 
 
-def _squared_error(terms_N: Tensor, one: ScoredSequences) -> float:
+def squared_error(terms_N: Tensor, one: ScoredSequences) -> float:
     """Variance of a weighted mean from its centred terms, summed within clusters first; inf from one cluster alone."""
     if one.clusters_N is not None:
         names, place_N = torch.unique(one.clusters_N, return_inverse=True)

@@ -34,3 +34,9 @@ def standardised(gate: Gate, names: tuple[str, ...], features: Features) -> Tens
             f"{list(features.names)}"
         )
     return (values_BF.to(mean_F.dtype) - mean_F) / scale_F
+
+
+def feature_width(gate: Gate, names: tuple[str, ...]) -> int:
+    """F of a gate over named features; of unnamed ones, as many as it was standardised on."""
+    mean_F = gate.tensors.get("mean_F")
+    return len(names) or (0 if mean_F is None else len(mean_F))

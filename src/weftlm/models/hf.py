@@ -72,7 +72,7 @@ def save_options(given: Mapping[str, Any]) -> dict[str, Any]:
     asked = {name: value for name, value in given.items() if value not in (None, False)}
     if "push_to_hub" in asked:
         raise ConfigError(f"save_pretrained does not upload this model: {UPLOAD}")
-    passed = {name: asked.pop(name) for name in ("max_shard_size", "token") if name in asked}
+    passed: dict[str, Any] = {name: asked.pop(name) for name in ("max_shard_size", "token") if name in asked}
     for name in ("is_main_process", "safe_serialization", "save_peft_format", "save_original_format"):
         asked.pop(name, None)
     if asked:

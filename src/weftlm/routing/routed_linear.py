@@ -70,23 +70,23 @@ class RoutedLinear(nn.Module):
 
     Args:
         base: the module adapted.
-        pool: its adapters; None where fixed weights were folded into a matrix.
+        pool: its adapters.
         site: its place in the model.
         switch: shared with the model's other routed modules.
-        folded: W + sum_z w_z scale_z B_z A_z for weights that never change, in the base weight's own layout.
+
+    Attributes:
+        folded: W + sum_z w_z scale_z B_z A_z for weights that never change, in the base weight's own layout; else None.
     """
 
     folded: Tensor | None
 
-    def __init__(
-        self, base: nn.Module, pool: ModulePool | None, site: Site, switch: Switch, folded: Tensor | None = None
-    ) -> None:
+    def __init__(self, base: nn.Module, pool: ModulePool, site: Site, switch: Switch) -> None:
         super().__init__()
         self.base = base
         self.pool = pool
         self.site = site
         self.switch = switch
-        self.register_buffer("folded", folded, persistent=False)
+        self.register_buffer("folded", None, persistent=False)
 
     def forward(self, u_BTI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See the class."""
@@ -103,7 +103,6 @@ class RoutedLinear(nn.Module):
         if self.folded is not None:
             return self._folded(u_BTI, self.folded)
         y_BTO: Tensor = self.base(u_BTI, *args, **kwargs)
-        assert self.pool is not None
         shape = u_BTI.shape
         u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(call.mask_BT.shape[0], -1, shape[-1])
         delta = self.pool.delta(u_tokens, switch.route(self.site, u_tokens, call)).view(y_BTO.shape)

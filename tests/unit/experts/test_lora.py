@@ -17,7 +17,7 @@ from support.faults import dead_process, host
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from weftlm.errors import ExpertError
+from weftlm.errors import CheckpointError, ExpertError
 from weftlm.experts import lora as module
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import (
@@ -379,7 +379,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_file", fail)
-    with pytest.raises(ExpertError, match=r"expert 'mixed': cannot write .*No space left on device; free some space"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*: the disk is full.*make room and run"):
         write_lora(tmp_path / "e", mixed())
     assert not list(tmp_path.iterdir())
 

@@ -27,17 +27,6 @@ def test_impossible_experts_are_clipped_not_infinite():
         sequence_features([[-4.0, -1.0], [-np.inf, -np.inf]], [4, 4])
 
 
-def test_extras_follow():
-    found = sequence_features([[-4.0]], [4], extra_NF=[[7.0]], extra_names=["topic"])
-    assert found.names[-1] == "topic"
-    assert found.sequence_BF[0, -1] == 7.0
-    assert sequence_features([[-4.0]], [4], extra_NF=[[7.0]]).names[-1] == "extra.0"
-    with pytest.raises(ConfigError, match="extra features"):
-        sequence_features([[-4.0]], [4], extra_NF=[[7.0], [8.0]])
-    with pytest.raises(NumericsError, match="infinity"):
-        sequence_features([[-4.0]], [4], extra_NF=[[np.inf]])
-
-
 def test_tokens_are_counted_and_scores_are_numbers():
     with pytest.raises(ConfigError, match="one per sequence"):
         sequence_features([[-4.0]], [0])
