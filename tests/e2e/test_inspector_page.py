@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.served import write_model
 
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving.api_errors import ApiError, add_handlers
+from weftlm.serving.app import build_app
+from weftlm.serving.engine import Engine
 from weftlm.serving.inspector import inspector_router
+from weftlm.serving.serve_config import EngineConfig, ServeConfig
 
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "a key for tests"
@@ -59,30 +61,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
 
 @pytest.fixture(scope="module")
 def served(models: dict[str, OpenModel]) -> Iterator[Served]:
-    app = FastAPI()
-    add_handlers(app)
-    app.include_router(inspector_router(models, {}))
-    server = Served(app)
-    yield server
-    server.stop()
+    yield from serving(models, ServeConfig())
 
 
 @pytest.fixture(scope="module")
 def locked(models: dict[str, OpenModel]) -> Iterator[Served]:
-    app = FastAPI()
-    add_handlers(app)
+    yield from serving({"plain": models["plain"]}, ServeConfig(api_keys=(KEY,)))
 
-    @app.middleware("http")
-    async def guard(request: Request, follow: Any) -> Response:
-        if request.url.path.startswith("/api/") and request.headers.get("authorization") != f"Bearer {KEY}":
-            return ApiError(401, "this server needs a key").response()
-        answer: Response = await follow(request)
-        return answer
 
-    app.include_router(inspector_router({"plain": models["plain"]}, {}))
-    server = Served(app)
+def serving(models: dict[str, OpenModel], config: ServeConfig) -> Iterator[Served]:
+    page = inspector_router(models)
+    engines = {name: Engine(opened, EngineConfig(slots=1)) for name, opened in models.items()}
+    server = Served(build_app(engines, config, pages=[page]))
     yield server
     server.stop()
+    for engine in engines.values():
+        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +335,7 @@ def test_a_key_is_asked_for_only_when_the_server_wants_one(page: Page, browser: 
     expect(other.locator("#unlock")).to_be_visible()
     other.fill("#key", "wrong")
     other.keyboard.press("Enter")
-    expect(other.get_by_role("alert")).to_contain_text("This server needs a key")
+    expect(other.get_by_role("alert")).to_contain_text("No valid API key came")
     other.fill("#key", KEY)
     other.keyboard.press("Enter")
     expect(other.locator("#model")).to_have_value("plain")

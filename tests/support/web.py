@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from weftlm.serving.http import build_app
+from weftlm.serving.app import build_app
 from weftlm.serving.request import Generator
 from weftlm.serving.serve_config import ServeConfig
 from weftlm.serving.server import Server, address_of, listen

@@ -16,10 +16,10 @@ from weftlm.errors import ConfigError, WeftError, reason
 
 SOURCE = Path(weftlm.__file__).parent
 OWN = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, WeftError)}
-OWN |= {"ApiError", "QueueFullError", "FieldError", "SamplerExhausted"}
+OWN |= {"ApiError", "QueueFullError", "RefusedError", "SamplerExhausted"}
 AS_IT_IS = {
     "serving/engine.py", "serving/trial.py",  # to the log, with the exception's name
-    "serving/workers.py", "serving/limits.py",  # to whoever sent the body or the template that is wrong
+    "serving/app.py", "serving/limits.py", "serving/chat_template.py",  # to the client whose body or template is wrong
     "pipeline/planning/calibrate.py", "pipeline/planning/counts.py",  # of an operation that a plan could not time
     "corpora/formats.py",  # csv's own words are about the text
 }  # fmt: skip

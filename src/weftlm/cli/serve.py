@@ -42,58 +42,58 @@ def run(
     ],
     name: Annotated[
         list[str] | None,
-        typer.Option("--name", help="Name of a model, in their order; the folder's unless told.", show_default=False),
+        typer.Option(
+            "--name",
+            help="Name of a model, in order; the folder's by default.",
+            show_default=False,
+        ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes one that is free.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="Port to listen on; 0 for a free one.")] = 8000,
     device: Annotated[
         str, typer.Option("--device", help="Device: auto (the GPU where there is one), cpu, cuda, cuda:1.")
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of plain models' parameters: float32, bfloat16, float16.")
+        str, typer.Option("--dtype", help="Data type of a plain model's parameters: float32, bfloat16, float16.")
     ] = "float32",
     base: Annotated[
-        str | None, typer.Option("--base", help="Another place of a routed model's base.", show_default=False)
+        str | None, typer.Option("--base", help="Base of a routed model, if it has moved.", show_default=False)
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Of a name on the hub.", show_default=False)
+        str | None, typer.Option("--revision", help="Revision of a model on the hub.", show_default=False)
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Folder or hub name, where none lies beside.", show_default=False)
+        str | None,
+        typer.Option("--tokenizer", help="Tokenizer's folder or hub name, if the model has none.", show_default=False),
     ] = None,
-    slots: Annotated[int, typer.Option("--slots", help="Answers generated at a time, for each model.")] = ENGINE.slots,
+    slots: Annotated[int, typer.Option("--slots", help="Batch slots per model.")] = ENGINE.slots,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", help="Answers that may wait, for each model; more are told to come back.")
+        int, typer.Option("--max-waiting", help="Maximum queued answers per model; beyond that the server answers 429.")
     ] = ENGINE.max_waiting,
     timeout_seconds: Annotated[
-        float, typer.Option("--timeout-seconds", help="A request may take, its wait included.")
+        float, typer.Option("--timeout-seconds", help="Request timeout in seconds, including time in the queue.")
     ] = SERVE.timeout_seconds,
     intake_seconds: Annotated[
-        float, typer.Option("--intake-seconds", help="A request may take to arrive.")
+        float, typer.Option("--intake-seconds", help="Time limit for a request to arrive, in seconds.")
     ] = SERVE.intake_seconds,
     max_connections: Annotated[
         int, typer.Option("--max-connections", help="Maximum number of open connections.")
     ] = SERVE.max_connections,
-    max_connections_per_client: Annotated[
-        int,
-        typer.Option(
-            "--max-connections-per-client",
-            help="Maximum number of open connections from one address; raise it behind a proxy.",
-        ),
-    ] = SERVE.max_connections_per_client,
-    max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", help="Of a request.")] = SERVE.max_body_bytes,
+    max_body_bytes: Annotated[
+        int, typer.Option("--max-body-bytes", help="Maximum body size in bytes.")
+    ] = SERVE.max_body_bytes,
     max_prompt_tokens: Annotated[
-        int, typer.Option("--max-prompt-tokens", help="Of one prompt.")
+        int, typer.Option("--max-prompt-tokens", help="Maximum tokens of a prompt.")
     ] = SERVE.max_prompt_tokens,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of one answer.")] = SERVE.max_new_tokens,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Maximum tokens of an answer.")
+    ] = SERVE.max_new_tokens,
     max_answers: Annotated[
-        int, typer.Option("--max-answers", help="Of one request: its prompts times n.")
+        int, typer.Option("--max-answers", help="Maximum number of answers of a request: its prompts times n.")
     ] = SERVE.max_answers,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(
-            "--allow-host", help="Another name the server is reached under, as a proxy's.", show_default=False
-        ),
+        typer.Option("--allow-host", help="Additional host name of the server, such as a proxy's.", show_default=False),
     ] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Listen beyond this machine without API keys.")
@@ -118,7 +118,6 @@ def run(
             "timeout_seconds": timeout_seconds,
             "intake_seconds": intake_seconds,
             "max_connections": max_connections,
-            "max_connections_per_client": max_connections_per_client,
             "max_body_bytes": max_body_bytes,
             "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
@@ -137,8 +136,8 @@ def run(
             raise ConfigError(f"{option} is of one model and {len(models)} came; serve that one alone")
     try:
         from weftlm.pipeline.any_model import open_model
+        from weftlm.serving.app import build_app
         from weftlm.serving.engine import Engine
-        from weftlm.serving.http import build_app
         from weftlm.serving.inspector import inspector_router
         from weftlm.serving.server import Server, address_of, listen
     except ModuleNotFoundError as missing:
@@ -156,7 +155,7 @@ def run(
         for served, model in opened.items():
             engines[served] = Engine(model, engine_config)
             stack.callback(engines[served].close)
-        app = build_app(engines, config, pages=[inspector_router(opened, engines)])
+        app = build_app(engines, config, pages=[inspector_router(opened)])
         address = address_of(listener)
 
         def ready() -> None:

@@ -71,6 +71,7 @@ from weftlm.gating.prefix_gate import PrefixGate, among
 from weftlm.gating.slots import rows_of
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
+from weftlm.models.stepping import Stepping
 
 PIECE = 64
 """Tokens per sequence that a long prompt is read by, at least."""
@@ -167,6 +168,12 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         if any(tensor.device != device for tensor in self._gate.tensors.values()):
             self._gate = self._gate.replaced({name: tensor.to(device) for name, tensor in self._gate.tensors.items()})
         return self._gate
+
+    def stepper(self) -> Stepping:
+        """How the model is stepped token by token: by its backbones' caches, if all of them keep one."""
+        backbones = self.pool.backbones
+        cached = all(backbone.keeps_keys for backbone in backbones)
+        return Stepping(tuple(backbone.model for backbone in backbones), keeps_cache=cached, in_pieces=cached)
 
     @property
     def device(self) -> torch.device:

@@ -32,6 +32,7 @@ class PrototypeRouter(Router):
     """
 
     Config: ClassVar[type[RouterConfig]] = PrototypeConfig
+    in_pieces: ClassVar[bool] = True
     config: PrototypeConfig
 
     def __init__(self, config: PrototypeConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:

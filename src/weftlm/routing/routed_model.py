@@ -28,6 +28,7 @@ from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
 from weftlm.models.open import keeps_cache, load_base
+from weftlm.models.stepping import Stepping
 from weftlm.routing.calls import (
     arguments_of,
     decoder_alone_call,
@@ -300,6 +301,12 @@ class RoutedModel(nn.Module):
         """Whether the base reads a text on from its cache; one that does not reads it whole for every token."""
         with self.disabled():
             return keeps_cache(self.model)
+
+    def stepper(self) -> Stepping:
+        """How the model is stepped token by token; a router that decides once per text reads the prompt whole."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        in_pieces = self.keeps_cache and (self.router.in_pieces or self.router.static_weights_E is not None)
+        return Stepping((inner,), keeps_cache=self.keeps_cache, in_pieces=in_pieces, takes_prompt_mask=True)
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:

@@ -135,6 +135,8 @@ class Router(nn.Module):
     Attributes:
         Config: the router's section.
         needs: what it reads of every expert beside the adapter.
+        in_pieces: whether a text read in pieces, from a cache, is routed as in one pass; False where a router decides
+            once per text.
         config: as given.
         names: the experts, in the pool's order.
     """
@@ -142,6 +144,7 @@ class Router(nn.Module):
     Config: ClassVar[type[RouterConfig]]
     needs: ClassVar[frozenset[Need]] = frozenset()
     supports_encoder_decoder: ClassVar[bool] = True
+    in_pieces: ClassVar[bool] = False
 
     def __init__(self, config: RouterConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
         super().__init__()

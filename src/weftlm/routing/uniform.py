@@ -19,6 +19,7 @@ class UniformRouter(Router):
     """
 
     Config: ClassVar[type[RouterConfig]] = UniformConfig
+    in_pieces: ClassVar[bool] = True
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
         experts_K = torch.tensor(site.experts, device=u_BTI.device)

@@ -1,8 +1,8 @@
-"""The answers to one HTTP request: queued together, waited for without a thread, given up together.
+"""The answers to one HTTP request: queued together, waited for without a thread, cancelled together.
 
-An engine tells of each event by a callback from its own thread; the callback wakes the request's task in the event
-loop, and the task takes what is there without blocking. So a waiting client costs a task and no thread. Events wait in
-the tickets, at most as many as the answer may have tokens, however slowly a client reads.
+An engine reports each event by a callback from its own thread; the callback wakes the request's task in the event loop,
+and the task takes what is there without blocking. So a waiting client costs a task and no thread. Events wait in the
+tickets, at most as many as the answer may have tokens, however slowly a client reads.
 """
 
 from __future__ import annotations
@@ -12,25 +12,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from weftlm.serving.api_errors import ApiError, ClientLeftError, queue_full
-from weftlm.serving.request import Finished, Generator, QueueFullError, Sampling, Ticket, Token
+from prometheus_client import Histogram
+from starlette.requests import ClientDisconnect
+
+from weftlm.serving.api_errors import ApiError
+from weftlm.serving.request import Finished, Generator, Sampling, Ticket, Token
 
 GRACE_SECONDS = 2.0
-"""An engine ends a request at its limit of time; it is given up here so much later, should the engine hang."""
+"""Time after the limit of a request, which the engine keeps, at which a hanging engine is given up."""
 
 T = TypeVar("T")
-
-
-class Clock(Protocol):
-    """Where times are reported to."""
-
-    def first_token(self, seconds: float) -> None:
-        """From the request to the first token of an answer."""
-
-    def per_token(self, seconds: float) -> None:
-        """Mean over the gaps between an answer's tokens."""
 
 
 @dataclass
@@ -38,130 +31,105 @@ class Answer:
     """One answer as it grows.
 
     Attributes:
-        tokens: so far.
-        finished: how it ended; None while it goes on.
+        ticket: The engine's side.
+        tokens: Tokens so far.
+        finished: How it ended; None while it goes on.
+        times: When the first and the last token came.
     """
 
+    ticket: Ticket
     tokens: list[Token] = field(default_factory=list)
     finished: Finished | None = None
+    times: tuple[float, float] = (0.0, 0.0)
 
     @property
     def text(self) -> str:
-        """What there is of it."""
+        """The text so far."""
         return "".join(token.text for token in self.tokens) + (self.finished.text if self.finished is not None else "")
 
-
-class _Wake:
-    """The callback of one ticket: wakes the request's task, and remembers when things came."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
-        self.loop = loop
-        self.changed = changed
-        self.first: float | None = None
-        self.last = 0.0
-
-    def __call__(self) -> None:
-        self.last = time.perf_counter()
-        if self.first is None:
-            self.first = self.last
-        with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.changed.set)
+    def poll(self) -> Token | Finished | None:
+        """The next event, if there is one."""
+        try:
+            event = self.ticket.next(0)
+        except TimeoutError:
+            return None
+        if isinstance(event, Finished):
+            self.finished = event
+        else:
+            now = time.perf_counter()
+            self.times = (self.times[0] or now, now)
+            self.tokens.append(event)
+        return event
 
 
 class Answers:
-    """All answers of one HTTP request.
+    """All answers of one HTTP request; everything is queued, or nothing.
 
-    Attributes:
-        answers: in the order of what was asked.
-        deadline: on the event loop's clock; nothing is waited for after it.
+    Args:
+        generator: The model's engine.
+        asked: Prompt ids and sampling of each answer.
+        timeout_s: Time limit of all answers in seconds.
+        first: Histogram of the time to the first token.
+        per_token: Histogram of the mean gap between tokens.
+    Raises:
+        QueueFullError: The queue has no room for all of them.
+        ConfigError: The engine refuses one.
     """
 
     def __init__(
-        self, generator: Generator, asked: Sequence[tuple[list[int], Sampling]], timeout_s: float, clock: Clock
-    ):
-        """Queue everything, or nothing.
-
-        Args:
-            generator: the model's.
-            asked: prompt ids and sampling of each answer.
-            timeout_s: for all of it.
-            clock: where times are reported to.
-        Raises:
-            ApiError: the queue has no room for all of them.
-            ConfigError: the engine refuses one.
-        """
+        self,
+        generator: Generator,
+        asked: Sequence[tuple[list[int], Sampling]],
+        timeout_s: float,
+        first: Histogram,
+        per_token: Histogram,
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self.deadline = loop.time() + timeout_s + GRACE_SECONDS
-        self.answers = [Answer() for _ in asked]
+        self.answers: list[Answer] = []
+        self._deadline = loop.time() + timeout_s + GRACE_SECONDS
         self._changed = asyncio.Event()
-        self._clock = clock
+        self._first, self._per_token = first, per_token
         self._start = time.perf_counter()
-        self._tickets: list[Ticket] = []
-        self._wakes: list[_Wake] = []
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._changed.set)
+
         try:
             for prompt_ids, sampling in asked:
-                wake = _Wake(loop, self._changed)
-                ticket = generator.submit(prompt_ids, sampling, timeout_s=timeout_s, on_event=wake)
-                self._tickets.append(ticket)
-                self._wakes.append(wake)
-        except QueueFullError as error:
-            self.cancel()
-            raise queue_full(error) from None
+                self.answers.append(Answer(generator.submit(prompt_ids, sampling, timeout_s=timeout_s, on_event=wake)))
         except BaseException:
             self.cancel()
             raise
 
     def cancel(self) -> None:
         """Give up what is not finished."""
-        for ticket, answer in zip(self._tickets, self.answers, strict=False):
+        for answer in self.answers:
             if answer.finished is None:
-                ticket.cancel()
+                answer.ticket.cancel()
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Finished]]:
-        """What comes, with the number of its answer, until all are finished."""
+        """Events with the number of their answer, until all are finished.
+
+        Raises:
+            ApiError: One failed (500), or all ended before they began: the time was over (408), the server stops (503).
+        """
         while any(answer.finished is None for answer in self.answers):
             self._changed.clear()
-            nothing = True
-            for index, (ticket, answer) in enumerate(zip(self._tickets, self.answers, strict=True)):
-                while answer.finished is None and (event := _poll(ticket)) is not None:
-                    nothing = False
-                    self._note(index, event)
+            idle = True
+            for index, answer in enumerate(self.answers):
+                while answer.finished is None and (event := answer.poll()) is not None:
+                    idle = False
+                    self._observe(answer, event)
+                    self._check()
                     yield index, event
-            if nothing and not await self._wait():
-                for index, (ticket, answer) in enumerate(zip(self._tickets, self.answers, strict=True)):
+            if idle and not await self._wait():
+                for index, answer in enumerate(self.answers):
                     if answer.finished is None:
-                        ticket.cancel()
+                        answer.ticket.cancel()
                         answer.finished = Finished("timeout")
+                        self._check()
                         yield index, answer.finished
-
-    async def collect(self) -> None:
-        """Wait until all are finished.
-
-        Raises:
-            ApiError: one failed, or all ended before they began.
-        """
-        async for _, _ in self.events():
-            self.check()
-        self.check()
-
-    def check(self) -> None:
-        """See whether there is, or may be, something to answer with.
-
-        Raises:
-            ApiError: 500 when one failed, 408 when the time ended before any began, 503 when the server stopped before.
-        """
-        ends = [answer.finished for answer in self.answers if answer.finished is not None]
-        for end in ends:
-            if end.reason == "error":
-                raise failure(end)
-        if len(ends) < len(self.answers) or any(answer.tokens for answer in self.answers):
-            return
-        if all(end.reason == "timeout" for end in ends):
-            raise ApiError(
-                408, "nothing was generated in the time the request may take; try again later", code="timeout"
-            )
-        if all(end.reason in ("timeout", "cancelled") for end in ends):
-            raise ApiError(503, "the server stops", code="stopping")
 
     @property
     def completion_tokens(self) -> int:
@@ -170,44 +138,41 @@ class Answers:
 
     async def _wait(self) -> bool:
         try:
-            async with asyncio.timeout_at(self.deadline):
+            async with asyncio.timeout_at(self._deadline):
                 await self._changed.wait()
         except TimeoutError:
             return False
         return True
 
-    def _note(self, index: int, event: Token | Finished) -> None:
-        answer, wake = self.answers[index], self._wakes[index]
-        if isinstance(event, Token):
-            answer.tokens.append(event)
-            if len(answer.tokens) == 1:
-                self._clock.first_token((wake.first or time.perf_counter()) - self._start)
+    def _observe(self, answer: Answer, event: Token | Finished) -> None:
+        first, last = answer.times
+        if isinstance(event, Token) and len(answer.tokens) == 1:
+            self._first.observe(first - self._start)
+        elif isinstance(event, Finished) and len(answer.tokens) > 1:
+            self._per_token.observe((last - first) / (len(answer.tokens) - 1))
+
+    def _check(self) -> None:
+        ends = [answer.finished for answer in self.answers if answer.finished is not None]
+        for end in ends:
+            if end.reason == "error":
+                message = f"the model failed: {end.message or 'no reason given'}"
+                raise ApiError(500, message, code="generation_failed")
+        if len(ends) < len(self.answers) or any(answer.tokens for answer in self.answers):
             return
-        answer.finished = event
-        if len(answer.tokens) > 1 and wake.first is not None:
-            self._clock.per_token((wake.last - wake.first) / (len(answer.tokens) - 1))
-
-
-def failure(end: Finished) -> ApiError:
-    """An answer that failed in the engine."""
-    return ApiError(500, f"the model failed: {end.message or 'no reason given'}", code="generation_failed")
-
-
-def _poll(ticket: Ticket) -> Token | Finished | None:
-    try:
-        return ticket.next(0)
-    except TimeoutError:
-        return None
+        if all(end.reason == "timeout" for end in ends):
+            raise ApiError(408, "nothing was generated within the time limit; try again later", code="timeout")
+        if all(end.reason in ("timeout", "cancelled") for end in ends):
+            raise ApiError(503, "the server stops", code="stopping")
 
 
 async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T:
     """Do some work for as long as the client is there.
 
     Args:
-        receive: the ASGI channel, the body read.
-        work: cancelled when the client leaves.
+        receive: The ASGI channel, the body read.
+        work: Cancelled when the client leaves.
     Raises:
-        ClientLeftError: it left.
+        ClientDisconnect: The client left.
     """
 
     async def left() -> None:
@@ -220,7 +185,7 @@ async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
             return doing.result()
-        raise ClientLeftError
+        raise ClientDisconnect
     finally:
         for task in (doing, leaving):
             task.cancel()

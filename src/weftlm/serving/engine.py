@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.calls import is_encoder_decoder
 from weftlm.serving.checking import check_request, check_timeout
@@ -29,7 +30,7 @@ from weftlm.serving.detokenise import AnswerText
 from weftlm.serving.drawing import Draw
 from weftlm.serving.request import Finished, FinishReason, Load, QueueFullError, Sampling, Token
 from weftlm.serving.serve_config import EngineConfig
-from weftlm.serving.stepping import Stepper, reads_in_pieces
+from weftlm.serving.stepping import Stepper
 from weftlm.serving.trial import stepper_for
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class Engine:
         self._clock = clock
         self._vocab_size = _vocab_size(opened)
         self._end_ids = _end_ids(opened)
-        self._piece = config.prompt_piece_tokens if reads_in_pieces(opened.model) else None
+        self._piece = config.prompt_piece_tokens if stepping_of(opened.model).in_pieces else None
         self._stepper: Stepper = stepper_for(opened, config.slots, batching=config.batching)
         self._changed = threading.Condition()
         # Below: read and written with `_changed` held.

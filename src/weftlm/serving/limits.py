@@ -1,67 +1,138 @@
-"""What a request must pass before it is read: a host, a key, a size, a time to arrive; and how its JSON is read."""
+"""What a request must pass before it is read: a host, a key, a size, a time to arrive; and how its JSON is parsed."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import ipaddress
-import json
-import math
-from collections.abc import Callable, Sequence
-from email.message import Message as Headers
-from typing import Any, Never, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from fastapi import Request
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from weftlm.serving.api_errors import ApiError, invalid
-from weftlm.serving.serve_config import host_name
+from weftlm.serving.api_errors import ApiError
+from weftlm.serving.serve_config import ServeConfig, host_name
 
 OPEN_PATHS = frozenset({"/", "/healthz"})
-"""Answered without a key: whether the server runs, and the page, which holds no data and asks for the key."""
-
+"""Paths answered without a key: the health check, and the page, which holds no data and asks for the key."""
+MAX_STRINGS = 20_000
+"""Maximum number of strings in a JSON body, names of fields included: each takes much longer to read than a byte."""
 OPEN_FOLDER = "/page/"
 """The page's files, open as the page is."""
 
-SMALL_BODY_BYTES = 65_536
-"""Bodies up to this size are parsed and checked on the event loop: whatever they hold takes a few milliseconds."""
 
-M = TypeVar("M", bound=BaseModel)
+class Guard:
+    """ASGI middleware that refuses requests before their body is read, and bounds its size and every wait.
 
-
-def is_open(path: str) -> bool:
-    """Whether a path is answered without a key."""
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
-
-
-class Hosts:
-    """ASGI middleware that answers requests made under some names alone: localhost, any address, and those given.
-
-    A page from elsewhere can have its own name point to this machine and so pass for a page of this server (DNS
-    rebinding). What its browser sends then still carries that name; an address cannot be made to point elsewhere.
+    - Host: a page from elsewhere can have its own name point to this machine and so pass for a page of this server (DNS
+      rebinding); what its browser sends still carries that name. Addresses and localhost cannot be made to point
+      elsewhere and always pass.
+    - Key: `Authorization: Bearer KEY`, compared in constant time, for every path but the page and the health check.
+    - Framing: a length beside chunks, which a proxy may read in another way, closes the connection.
+    - Body: `max_body_bytes`, declared or not, within `intake_seconds`.
+    - Answer: begun and sent within `answer_seconds` of the last byte of the body.
     """
 
-    def __init__(self, app: ASGIApp, names: Sequence[str] | None) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, answer_seconds: float) -> None:
         self.app = app
-        self.names = None if names is None else frozenset(host_name(name) for name in names)
+        self.config = config
+        self.answer_seconds = answer_seconds
+        self.hosts = None if config.hosts is None else frozenset(map(host_name, config.hosts))
+        self.keys = [key.get_secret_value().encode() for key in config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self.names is None:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-        name = host_name(given)
-        if name in self.names or _is_local(name):
-            await self.app(scope, receive, send)
+        if (refused := self._refused(scope)) is not None:
+            await refused.response()(scope, receive, send)
             return
-        error = ApiError(
-            403,
-            f"the request is for the host {name!r:.100}, which is not one of this server's names; start it with "
-            "--allow-host for each name it is reached under",
-            code="host_not_allowed",
-        )
-        await error.response()(scope, receive, send)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.config.intake_seconds
+        size, complete, begun = 0, False, False
+
+        async def bounded() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"the body did not arrive within {self.config.intake_seconds:g} s",
+                    code="slow_body",
+                    headers={"Connection": "close"},
+                ) from None
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if complete:
+                    limit.reschedule(clock() + self.answer_seconds)
+                if size > self.config.max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                await self.app(scope, bounded, noted)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if not begun:  # else the client does not read its answer: the server closes what is left unfinished
+                message = f"no answer was ready within {self.answer_seconds:g} s; ask for less"
+                await ApiError(408, message, code="timeout").response()(scope, receive, send)
+
+    def _refused(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        name = host_name(headers.get("host", ""))
+        if self.hosts is not None and name not in self.hosts and not _is_local(name):
+            return ApiError(
+                403,
+                f"the request is for the host {name!r:.100}, which is not one of this server's names; start it with "
+                "--allow-host for each name it is reached under",
+                code="host_not_allowed",
+            )
+        if self.keys and not _is_open(scope) and not self._known(headers.get("authorization", "")):
+            return ApiError(
+                401,
+                "no valid API key came; send one as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        length = headers.get("content-length", "")
+        if length and "transfer-encoding" in headers:
+            message = "the request has a Content-Length and a Transfer-Encoding; send one of them"
+            return ApiError(400, message, code="invalid_http", headers={"Connection": "close"})
+        return self._too_large() if length.isdigit() and int(length[:20]) > self.config.max_body_bytes else None
+
+    def _known(self, given: str) -> bool:
+        scheme, _, key = given.partition(" ")
+        fits = [hmac.compare_digest(key.strip().encode("latin-1"), known) for known in self.keys]
+        return scheme.lower() == "bearer" and any(fits)
+
+    def _too_large(self) -> ApiError:
+        message = f"the body is larger than {self.config.max_body_bytes:,} bytes; send less"
+        return ApiError(413, message, code="body_too_large")
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether a path, below the place where the application is mounted, is answered without a key."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    inside = path.removeprefix(root) if path.startswith(f"{root}/") else path
+    return inside in OPEN_PATHS or inside.startswith(OPEN_FOLDER)
 
 
 def _is_local(name: str) -> bool:
@@ -75,181 +146,29 @@ def _is_local(name: str) -> bool:
     return True
 
 
-class Keys:
-    """ASGI middleware that asks for a key: `Authorization: Bearer KEY`.
+class JsonRoute(APIRoute):
+    """A route whose bodies are parsed by pydantic: fast, bounded in depth, without NaN; a small part of a second."""
 
-    Every path but `OPEN_PATHS` and those in `OPEN_FOLDER` is covered, wherever the application is mounted. All keys are
-    compared in full, in a time that does not tell which fits.
-    """
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of the route."""
+        handler = super().get_route_handler()
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app = app
-        self.keys = [key.encode("utf-8") for key in keys]
+        class Strict(Request):
+            async def json(self) -> Any:
+                body, collected = await self.body(), gc.isenabled()
+                if body.count(b'"') - body.count(b'\\"') > 2 * MAX_STRINGS:
+                    message = f"the body holds more than {MAX_STRINGS:,} strings; send fewer fields, messages or texts"
+                    raise ApiError(400, message, code="invalid_body")
+                gc.disable()  # a list of many lists would be walked again and again while it grows
+                try:
+                    return from_json(body, allow_inf_nan=False)
+                except ValueError as error:
+                    raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+                finally:
+                    if collected:
+                        gc.enable()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.keys or is_open(_path_inside(scope)) or self._known(scope):
-            await self.app(scope, receive, send)
-            return
-        error = ApiError(
-            401,
-            "no valid API key came; send one as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await error.response()(scope, receive, send)
+        async def strict(request: Request) -> Response:
+            return await handler(Strict(request.scope, request.receive))
 
-    def _known(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        fits = [hmac.compare_digest(key.strip(), known) for known in self.keys]
-        return scheme.lower() == b"bearer" and any(fits)
-
-
-def _path_inside(scope: Scope) -> str:
-    """The path below the place where the application is mounted."""
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path
-
-
-class Intake:
-    """ASGI middleware that bounds a body's size, the time it may take to arrive, and the time of its answer.
-
-    A body without a declared length is bounded too. Reading one beyond the limits raises an `ApiError`: 413 or 408. An
-    answer that has not begun in time is replaced by 408.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int, intake_seconds: float, answer_seconds: float) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-        self.intake_seconds = intake_seconds
-        self.answer_seconds = answer_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        if declared.isdigit() and int(declared[:20]) > self.max_body_bytes:
-            await self._too_large().response()(scope, receive, send)
-            return
-        deadline = asyncio.get_running_loop().time() + self.intake_seconds
-        size, complete, begun = 0, False, False
-
-        async def bounded() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"the body did not arrive within {self.intake_seconds:g} s",
-                    code="slow_body",
-                    headers={"Connection": "close"},
-                ) from None
-            if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
-                if complete:
-                    limit.reschedule(asyncio.get_running_loop().time() + self.answer_seconds)
-                if size > self.max_body_bytes:
-                    raise self._too_large()
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            async with asyncio.timeout(None) as limit:
-                await self.app(scope, bounded, noted)
-        except TimeoutError:
-            if begun or not limit.expired():
-                raise
-            late = ApiError(408, f"no answer was ready within {self.answer_seconds:g} s; ask for less", code="timeout")
-            await late.response()(scope, receive, send)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self.max_body_bytes:,} bytes; send less", code="body_too_large")
-
-
-async def read_json(request: Request, model: type[M]) -> M:
-    """Read a request's body as JSON and check it, at once; for routes whose bodies are small.
-
-    Raises:
-        ApiError: 413 for more than `SMALL_BODY_BYTES`; else as `read_body` and `checked`.
-    """
-    raw = await read_body(request)
-    if len(raw) > SMALL_BODY_BYTES:
-        raise ApiError(413, f"the body is larger than {SMALL_BODY_BYTES:,} bytes; send less", code="body_too_large")
-    return checked(raw, lambda _: model)
-
-
-async def read_body(request: Request) -> bytes:
-    """A request's body.
-
-    Raises:
-        ApiError: 415 for another content type than JSON in UTF-8.
-    """
-    _check_content_type(request.headers.get("content-type"))
-    return await request.body()
-
-
-def checked(raw: bytes, model_of: Callable[[Any], type[M]]) -> M:
-    """Parse a body and check it.
-
-    Args:
-        raw: the body.
-        model_of: chooses the model by the parsed value.
-    Raises:
-        ApiError: 400 for what is no JSON in UTF-8, or not what the model allows.
-    """
-    value = parse_json(raw)
-    model = model_of(value)
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False), model.model_fields) from None
-
-
-def _check_content_type(given: str | None) -> None:
-    headers = Headers()
-    if given is not None:
-        headers["content-type"] = given.encode("ascii", "replace").decode("ascii").replace("\n", " ").replace("\r", " ")
-    kind = headers.get_content_type() if given is not None else "none"
-    charset = str(headers.get_param("charset", "utf-8")).lower()
-    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
-        raise ApiError(415, f"the content type is {given!r:.100}; send application/json", code="unsupported_media_type")
-    if charset not in ("utf-8", "utf8"):
-        raise ApiError(415, f"the charset is {charset!r:.100}; send utf-8", code="unsupported_media_type")
-
-
-def parse_json(raw: bytes) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity, no number too large to hold.
-
-    Raises:
-        ApiError: 400, with what is wrong.
-    """
-    try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 (byte {error.start})"
-    except RecursionError:
-        problem = "is nested too deeply"
-    except ValueError as error:
-        problem = f"is not valid JSON: {error}"
-    raise ApiError(400, f"the body {problem}", code="invalid_json")
-
-
-def _no_constant(name: str) -> Never:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is too large")
-    return value
+        return strict

@@ -1,11 +1,11 @@
-"""Figures for Prometheus: requests, times, and what the engines do."""
+"""Figures for Prometheus: requests, times, and the load of the engines."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,84 +18,43 @@ REQUEST_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 3
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
-class Metrics:
+class Metrics(Collector):
     """The figures of one server, in a registry of its own.
 
     Attributes:
-        registry: what `/metrics` shows.
+        registry: Everything `/metrics` shows.
+        first: Histogram of the time to the first token, by model.
+        per_token: Histogram of the mean gap between an answer's tokens, by model.
     """
 
     def __init__(self, engines: Mapping[str, Generator]) -> None:
-        self.registry = CollectorRegistry()
+        self.engines = engines
+        own = self.registry = CollectorRegistry()
         self.requests = Counter(
-            "weftlm_http_requests",
-            "Requests by route and status.",
-            ["method", "route", "status"],
-            registry=self.registry,
+            "weftlm_http_requests", "Requests by route and status.", ["method", "route", "status"], registry=own
         )
         self.seconds = Histogram(
-            "weftlm_http_request_seconds",
-            "From a request's head to the end of its response.",
-            ["route"],
-            buckets=REQUEST_SECONDS,
-            registry=self.registry,
-        )
-        self.open = Gauge("weftlm_http_requests_open", "Requests being answered.", registry=self.registry)
+            "weftlm_http_request_seconds", "From a request's head to the end of its response.", ["route"],
+            buckets=REQUEST_SECONDS, registry=own,
+        )  # fmt: skip
+        self.open = Gauge("weftlm_http_requests_open", "Requests being answered.", registry=own)
         self.first = Histogram(
-            "weftlm_time_to_first_token_seconds",
-            "From a request to the first token of an answer.",
-            ["model"],
-            buckets=REQUEST_SECONDS,
-            registry=self.registry,
-        )
-        self.per = Histogram(
-            "weftlm_time_per_token_seconds",
-            "Mean gap between an answer's tokens, one observation for each answer of two tokens and more.",
-            ["model"],
-            buckets=TOKEN_SECONDS,
-            registry=self.registry,
-        )
-        self.registry.register(_Loads(engines))
-
-    def clock(self, model: str) -> ModelClock:
-        """Where a model's times are reported to."""
-        return ModelClock(self.first.labels(model), self.per.labels(model))
-
-    def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return generate_latest(self.registry)
-
-
-class ModelClock:
-    """The times of one model's answers."""
-
-    def __init__(self, first: Histogram, per: Histogram) -> None:
-        self._first = first
-        self._per = per
-
-    def first_token(self, seconds: float) -> None:
-        """From the request to the first token of an answer."""
-        self._first.observe(seconds)
-
-    def per_token(self, seconds: float) -> None:
-        """Mean over the gaps between an answer's tokens."""
-        self._per.observe(seconds)
-
-
-class _Loads(Collector):
-    """What the engines do, read when asked."""
-
-    def __init__(self, engines: Mapping[str, Generator]) -> None:
-        self.engines = engines
+            "weftlm_time_to_first_token_seconds", "From a request to the first token of an answer.", ["model"],
+            buckets=REQUEST_SECONDS, registry=own,
+        )  # fmt: skip
+        self.per_token = Histogram(
+            "weftlm_time_per_token_seconds", "Mean gap between the tokens of an answer of two tokens and more.",
+            ["model"], buckets=TOKEN_SECONDS, registry=own,
+        )  # fmt: skip
+        own.register(self)
 
     def collect(self) -> Iterator[Metric]:
+        """The load of the engines, read when asked."""
         running = GaugeMetricFamily("weftlm_running_requests", "Answers being generated.", labels=["model"])
         waiting = GaugeMetricFamily("weftlm_waiting_requests", "Answers in the queue.", labels=["model"])
         generated = CounterMetricFamily("weftlm_generated_tokens", "Tokens generated.", labels=["model"])
         prompt = CounterMetricFamily("weftlm_prompt_tokens", "Tokens of prompts read.", labels=["model"])
-        finished = CounterMetricFamily(
-            "weftlm_finished_requests", "Answers ended, by reason.", labels=["model", "reason"]
-        )
+        finished = CounterMetricFamily("weftlm_finished_requests", "Answers ended.", labels=["model", "reason"])
         for name, engine in self.engines.items():
             load = engine.load()
             running.add_metric([name], load.running)

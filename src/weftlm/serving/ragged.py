@@ -29,13 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from weftlm.gating.slots import SlotStore
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.kernels import FEW_ASSIGNMENTS, packed_delta
 from weftlm.routing.kernels import _cheapest as cheapest
 from weftlm.routing.pool import ModulePool
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.routing.router import Memory, Routing, Site
-from weftlm.serving.stepping import inner_model
 
 ATTENTION = "weftlm_ragged"
 _MEMORY = "weftlm_memory"
@@ -238,7 +238,7 @@ class Ragged:
         self._model = opened.model
         self._device = opened.model.device
         self._rows = rows
-        inner = inner_model(opened.model)
+        inner = stepping_of(opened.model).inner[0]
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
         self._attention = Attention([inner])
 

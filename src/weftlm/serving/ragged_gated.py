@@ -20,7 +20,7 @@ from weftlm.gating.gate import State
 from weftlm.gating.modular_cache import ModularCache, catch_up_due
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.serving.ragged import Attention, Lane, RaggedCache, cannot_be_ragged, ragged_pass
+from weftlm.serving.ragged import Attention, Lane, RaggedCache, ragged_pass
 
 
 @dataclass
@@ -207,12 +207,3 @@ class RaggedGated:
 
 _Layout = tuple[int, Rows, list[Lane], dict[tuple[int, int], int]]
 """Blocks of a pass, who runs through what, the lanes, and the row of each (request, expert)."""
-
-
-def cannot_be_ragged_gated(model: ModularLM) -> str | None:
-    """Why a gated model cannot share passes, as `cannot_be_ragged`."""
-    for backbone in model.pool.backbones:
-        assert isinstance(backbone, Backbone)
-        if (reason := cannot_be_ragged(backbone.model)) is not None:
-            return reason
-    return None

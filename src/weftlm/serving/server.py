@@ -4,24 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import math
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weftlm.errors import ConfigError, reason
-from weftlm.serving.connections import LOGGERS, Admission, SparseLog, connection_class
 from weftlm.serving.request import Generator
 from weftlm.serving.serve_config import ServeConfig
 
 BACKLOG = 128
 """Connections that wait to be accepted; also the number accepted at a time."""
+MAX_HEAD_BYTES = 32_768
 STOP_SECONDS = 5
 """Running answers are ended at once; clients have so long to take what was written."""
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, closed after `intake_seconds` to twice that without a new request or a running answer.
+
+    uvicorn's own timer is for connections that send nothing; here no byte extends anything, whether a head never ends,
+    a body comes after its answer, or an answer is not read. Beyond `max_connections` connections are closed at once.
+    """
+
+    intake_seconds: float
+    max_connections: int
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+        self.loop.call_later(self.intake_seconds, self._watch, None)
+
+    def _watch(self, last: Any) -> None:
+        """Drop the connection unless a request began since the last look, or is being answered."""
+        idle = self.cycle is None or self.cycle.response_complete or self.transport.is_closing()
+        if idle and self.cycle is last:
+            self.transport.abort()
+        else:
+            self.loop.call_later(self.intake_seconds, self._watch, self.cycle)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()  # in the middle of a response there is no place for another
+        else:
+            super().send_400_response(msg)
 
 
 class Server(uvicorn.Server):
@@ -29,9 +62,11 @@ class Server(uvicorn.Server):
 
     SIGINT and SIGTERM stop it; a second SIGINT stops it without waiting for clients.
 
-    Attributes:
-        app: of `build_app`.
-        engines: name -> engine.
+    Args:
+        app: Result of `build_app`.
+        engines: Engines by name, closed when the server stops.
+        config: Time-outs and limits.
+        ready: Called once connections are accepted.
     """
 
     def __init__(
@@ -41,25 +76,21 @@ class Server(uvicorn.Server):
         config: ServeConfig,
         ready: Callable[[], None] | None = None,
     ) -> None:
-        """Prepare a server.
-
-        Args:
-            app: of `build_app`.
-            engines: closed when the server stops.
-            config: for its time-outs.
-            ready: called once connections are accepted.
-        """
+        limits = {"intake_seconds": config.intake_seconds, "max_connections": 2 * config.max_connections}
         super().__init__(
             uvicorn.Config(
                 app,
-                http=connection_class(Admission(config)),
+                http=type("Connection", (_Connection,), limits),
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                log_level="error",
+                log_level="error",  # clients cannot fill the log: what they can cause is logged below this level
                 access_log=False,
                 server_header=False,
                 backlog=BACKLOG,
+                limit_concurrency=config.max_connections,
+                timeout_keep_alive=math.ceil(config.intake_seconds),
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
                 loop="asyncio",
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
@@ -68,19 +99,8 @@ class Server(uvicorn.Server):
         self.engines = engines
         self._ready = ready
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until stopped; while it does, logs that clients can reach are bounded."""
-        sparse, loggers = SparseLog(), [logging.getLogger(name) for name in LOGGERS]
-        for logger in loggers:
-            logger.addFilter(sparse)
-        try:
-            await super().serve(sockets=sockets)
-        finally:
-            for logger in loggers:
-                logger.removeFilter(sparse)
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and tell."""
+        """Begin to listen, and report it."""
         await super().startup(sockets=sockets)
         if self._ready is not None:
             self._ready()
@@ -88,8 +108,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, end what runs, let clients take it, and stop."""
         self.app.state.stopping = True
-        closing = [asyncio.to_thread(self.app.state.workers.close)]
-        closing += [asyncio.to_thread(engine.close) for engine in self.engines.values()]
+        closing = [asyncio.to_thread(engine.close) for engine in self.engines.values()]
+        closing.append(asyncio.to_thread(self.app.state.templates.close))
         await asyncio.gather(super().shutdown(sockets=sockets), *closing)
 
     @contextlib.contextmanager
@@ -110,11 +130,11 @@ def listen(host: str, port: int, timeout_seconds: float) -> socket.socket:
     """A listening socket.
 
     Args:
-        host: name or address.
-        port: 0 for one that is free.
-        timeout_seconds: after which the system drops a connection whose client takes nothing, where it can.
+        host: Name or address.
+        port: 0 for a free one.
+        timeout_seconds: Time after which the system drops a connection whose client takes nothing, where it can.
     Raises:
-        ConfigError: the address is not this machine's, or is taken.
+        ConfigError: The address is not this machine's, or is taken.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

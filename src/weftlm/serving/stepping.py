@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weftlm.gating.modular_lm import ModularLM
-from weftlm.models.open import keeps_cache as cache_is_kept
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.routing.prefix import PrefixRouter
-from weftlm.routing.prototypes import PrototypeRouter
-from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.uniform import UniformRouter
 
 
 class Stepper(Protocol):
@@ -65,9 +60,8 @@ class OneByOne:
     def __init__(self, opened: OpenModel) -> None:
         self._model = opened.model
         self._device = opened.model.device
-        self._routed = isinstance(opened.model, RoutedModel)
-        self._cached = keeps_cache(opened.model)
-        forward = inspect.signature(inner_model(opened.model).forward).parameters
+        self._stepping = stepping_of(opened.model)
+        forward = inspect.signature(self._stepping.inner[0].forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
 
     def begin(self) -> Reading:
@@ -84,7 +78,7 @@ class OneByOne:
         """Nothing was changed."""
 
     def _pass(self, state: Reading, ids: Sequence[int]) -> Tensor:
-        if self._cached:
+        if self._stepping.keeps_cache:
             ids_1T = torch.tensor([ids], device=self._device)
             output = self._model(input_ids=ids_1T, past_key_values=state.cache, use_cache=True, **self._last)
             state.cache = output.past_key_values
@@ -92,31 +86,8 @@ class OneByOne:
             state.ids += ids
             ids_1T = torch.tensor([state.ids], device=self._device)
             told: dict[str, Any] = dict(self._last)
-            if self._routed:  # what decides once per text reads the prompt alone
+            if self._stepping.takes_prompt_mask:  # what decides once per text reads the prompt alone
                 told["routing_mask"] = torch.arange(len(state.ids), device=self._device)[None] < state.prompt
             output = self._model(input_ids=ids_1T, use_cache=False, **told)
         logits_V: Tensor = output.logits[0, -1]
         return logits_V
-
-
-def inner_model(model: Any) -> nn.Module:
-    """The transformers model whose `forward` a pass ends in: without routing and PEFT around it."""
-    if isinstance(model, RoutedModel):
-        model = model.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
-
-
-def keeps_cache(model: Any) -> bool:
-    """Whether all a model carries from token to token is a cache passed as `past_key_values`; found by trying."""
-    if isinstance(model, ModularLM):
-        return all(backbone.keeps_keys for backbone in model.pool.backbones)
-    return model.keeps_cache if isinstance(model, RoutedModel) else cache_is_kept(inner_model(model))
-
-
-def reads_in_pieces(model: Any) -> bool:
-    """Whether a prompt read in pieces gives what it gives in one pass: not where a router decides once per text."""
-    if not keeps_cache(model):
-        return False
-    if not isinstance(model, RoutedModel) or model.router.static_weights_E is not None:
-        return True
-    return isinstance(model.router, PrototypeRouter | PrefixRouter | UniformRouter)

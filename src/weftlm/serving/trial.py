@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftlm.gating.modular_lm import ModularLM
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.routing.routed_model import RoutedModel
 from weftlm.serving.ragged import Ragged, cannot_be_ragged, mixes_rows
-from weftlm.serving.ragged_gated import RaggedGated, cannot_be_ragged_gated
-from weftlm.serving.stepping import OneByOne, Stepper, inner_model
+from weftlm.serving.ragged_gated import RaggedGated
+from weftlm.serving.stepping import OneByOne, Stepper
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def stepper_for(opened: OpenModel, slots: int, *, batching: bool = True) -> Step
             break
         try:
             with torch.inference_mode():
-                reason = trial(stepper, single, slots, _vocab_size(opened), opened.max_length)
+                reason = trial(stepper, single, slots, int(opened.model.config.vocab_size), opened.max_length)
         except Exception as error:
             log.debug("a trial of shared passes failed", exc_info=True)
             reason = f"{type(error).__name__}: {error}"
@@ -60,14 +59,14 @@ def stepper_for(opened: OpenModel, slots: int, *, batching: bool = True) -> Step
 
 
 def _made(opened: OpenModel, rows: int) -> tuple[Stepper | None, str]:
-    model = opened.model
-    if isinstance(model, ModularLM):
-        reason = cannot_be_ragged_gated(model)
-        return (RaggedGated(opened, rows), "") if reason is None else (None, reason)
-    reason = cannot_be_ragged(inner_model(model))
-    if reason is None and isinstance(model, RoutedModel):
-        reason = mixes_rows(model, rows)
-    return (Ragged(opened, rows), "") if reason is None else (None, reason)
+    for inner in stepping_of(opened.model).inner:
+        if (reason := cannot_be_ragged(inner)) is not None:
+            return None, reason
+    if opened.kind == "gated":
+        return RaggedGated(opened, rows), ""
+    if opened.kind == "routed" and (reason := mixes_rows(opened.model, rows)) is not None:
+        return None, reason
+    return Ragged(opened, rows), ""
 
 
 def trial(stepper: Stepper, single: Stepper, slots: int, vocab_size: int, max_length: int | None) -> str:
@@ -130,7 +129,3 @@ def _near(own_V: Tensor, other_V: Tensor) -> bool:
 
 def _up(count: int, multiple: int) -> int:
     return math.ceil(count / multiple) * multiple
-
-
-def _vocab_size(opened: OpenModel) -> int:
-    return int(opened.model.vocab_size if isinstance(opened.model, ModularLM) else opened.model.config.vocab_size)

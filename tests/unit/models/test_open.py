@@ -32,10 +32,10 @@ from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.models.factory import ModelConfig, build_model, load_model
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.open import keeps_cache, load_base, local_fingerprint, pretrained_config
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.serving import stepping
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 Damage = Callable[[Path], None]
@@ -328,4 +328,4 @@ def test_a_routed_model_generates_with_and_without_a_cache(name: str, router: st
             logits = routed(input_ids=ids, routing_mask=mask, use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert found.tolist() == ids.tolist()
-    assert stepping.keeps_cache(routed) is cached
+    assert stepping_of(routed).keeps_cache is cached

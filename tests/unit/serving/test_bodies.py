@@ -12,7 +12,7 @@ from support.fake_engine import FakeEngine, words
 from support.served import write_model
 
 from weftlm.pipeline.any_model import open_model
-from weftlm.serving.http import build_app
+from weftlm.serving.app import build_app
 from weftlm.serving.inspector import inspector_router
 from weftlm.serving.serve_config import ServeConfig
 
@@ -72,7 +72,7 @@ ALL = {
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     opened = open_model(write_model(tmp_path_factory.mktemp("served"), "plain"))
     engines = {"tiny": FakeEngine(opened, words(opened))}
-    app = build_app(engines, ServeConfig(), pages=[inspector_router({"tiny": opened}, engines)])
+    app = build_app(engines, ServeConfig(), pages=[inspector_router({"tiny": opened})])
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 

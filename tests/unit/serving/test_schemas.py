@@ -7,26 +7,23 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from weftlm.serving.schemas import Bounds, request_models
-
-BOUNDS = Bounds(
-    names=("tiny",), max_token_id=9, max_prompt_tokens=1_000, max_prompt_characters=100, max_new_tokens=4,
-    max_prompts=100, max_choices=2, max_answers=4, max_messages=100, max_top_logprobs=2, timeout_seconds=10.0,
-)  # fmt: skip
+from weftlm.serving.schemas import ChatRequest, CompletionRequest
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields"),
+    ("model", "fields"),
     [
-        (0, {"prompt": [{}] * 1_000}),
-        (0, {"prompt": [[{}] * 1_000] * 100}),
-        (0, {"prompt": [[]] * 100}),
-        (1, {"messages": [{}] * 100}),
-        (1, {"messages": [{"role": "user", "content": [{}] * 100}] * 100}),
+        (CompletionRequest, {"prompt": [{}] * 1_000}),
+        (CompletionRequest, {"prompt": [[{}] * 1_000] * 100}),
+        (CompletionRequest, {"prompt": [[]] * 100}),
+        (CompletionRequest, {"prompt": "a", **{f"a{number}": 1 for number in range(1_000)}}),
+        (CompletionRequest, {"prompt": "a", "metadata": {f"a{number}": 1 for number in range(1_000)}}),
+        (ChatRequest, {"messages": [{}] * 100}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 100}] * 100}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a", **{f"a{n}": 1 for n in range(1_000)}}]}),
     ],
 )
-def test_a_list_of_many_faults_is_reported_by_its_first(kind: int, fields: dict[str, Any]) -> None:
-    model = request_models(BOUNDS)[kind]
+def test_a_body_of_many_faults_is_reported_by_its_first(model: Any, fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         model.model_validate({"model": "tiny", **fields})
     assert 1 <= caught.value.error_count() <= 8

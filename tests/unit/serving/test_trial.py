@@ -16,13 +16,14 @@ from torch import Tensor
 
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.experts import ExpertPool
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.kernels import packed_delta
 from weftlm.serving import ragged
 from weftlm.serving.engine import Engine
 from weftlm.serving.ragged import Ragged
 from weftlm.serving.request import Sampling
-from weftlm.serving.stepping import OneByOne, reads_in_pieces
+from weftlm.serving.stepping import OneByOne
 from weftlm.serving.trial import stepper_for, trial
 
 UNSHARED: dict[str, tuple[Callable[[], OpenModel], str]] = {
@@ -123,4 +124,4 @@ def test_prompts_are_read_in_pieces_where_that_changes_nothing() -> None:
     whole = [routed("retrieval"), plain(without_keys())]
     pieces = [routed("blend"), routed("merged"), routed("uniform"), plain(tiny.gpt2())]
     pieces.append(gated(whole_pool(2), FixedShareGate.of([0.5, 0.5], 0.1)))
-    assert [reads_in_pieces(opened.model) for opened in whole + pieces] == [False] * 2 + [True] * 5
+    assert [stepping_of(opened.model).in_pieces for opened in whole + pieces] == [False] * 2 + [True] * 5

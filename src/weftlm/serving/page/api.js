@@ -30,7 +30,7 @@ export async function ask(path, body, signal) {
   if (body) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(`api/${path}`, {
+    response = await fetch(path, {
       method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal,
     });
   } catch (error) {

@@ -7,6 +7,7 @@ import { byId, chance, fill, make, quoted, signed } from "./dom.js";
 import * as legends from "./legend.js";
 import * as address from "./state.js";
 import { Pane } from "./tokens.js";
+import { compare, costOf } from "./differences.js";
 import { leader, NOBODY, palette, shares, TIE, unpack } from "./weights.js";
 
 const EXAMPLE = `def area(radius):
@@ -83,7 +84,7 @@ function explain(trouble) {
 }
 
 async function begin(signal) {
-  const told = await ask("models", null, signal);
+  const told = await ask("api/models", null, signal);
   models.clear();
   for (const one of told.models) models.set(one.name, one);
   fill(el.model, [...models.keys()].map((name) => [name, name]));
@@ -139,9 +140,9 @@ function generate() {
   for (const input of [el.count, el.temperature, el.seed]) if (!input.reportValidity()) return null;
   return run("Generating …", async (signal) => {
     const before = el.text.value;
-    const { text } = await ask("generate", {
-      model: el.model.value, text: before, max_tokens: Number(el.count.value),
-      temperature: Number(el.temperature.value), seed: Number(el.seed.value),
+    const { choices: [{ text }] } = await ask("v1/completions", {
+      model: el.model.value, prompt: before, max_tokens: Number(el.count.value),
+      temperature: Number(el.temperature.value), seed: Number(el.seed.value), add_special_tokens: false,
     }, signal);
     if (!text) return "The model ends the text here.";
     el.text.value = before + text;
@@ -156,12 +157,13 @@ async function inspect(signal) {
   const begun = performance.now();
   const { model, beside, text, without } = state;
   if (beside && models.has(beside)) {
-    found = { pair: await ask("compare", { a: model, b: beside, text }, signal) };
+    const a = await ask("api/inspect", { model, text }, signal);
+    found = { pair: compare(a, await ask("api/inspect", { model: beside, text }, signal)) };
   } else {
     state.beside = "";
     const known = found?.base && found.base.model === model && found.text === text ? found.base : null;
-    const base = known ?? await ask("inspect", { model, text }, signal);
-    const shown = without ? await ask("inspect", { model, text, without }, signal) : base;
+    const base = known ?? await ask("api/inspect", { model, text }, signal);
+    const shown = without ? await ask("api/inspect", { model, text, without }, signal) : base;
     found = { base, shown, text, views: new Map(shown.views.map((view) => [view.name, view])) };
     const [kind, name] = split(state.view);
     if (kind === "module" && !found.views.has(state.view)) await fetchModule(name, signal);
@@ -177,7 +179,7 @@ async function inspect(signal) {
 
 async function fetchModule(name, signal) {
   const { model, text, without } = state;
-  const told = await ask("inspect", { model, text, module: name, ...(without ? { without } : {}) }, signal);
+  const told = await ask("api/inspect", { model, text, module: name, ...(without ? { without } : {}) }, signal);
   for (const view of told.views) found.views.set(view.name, view);
 }
 
@@ -485,7 +487,13 @@ function switchOff(name, at = state.at) {
 }
 
 el.leave.addEventListener("click", () => run("Leaving each expert out …", async (signal) => {
-  const told = await ask("leave-one-out", { model: found.base.model, text: found.text }, signal);
+  const told = { totals: found.base.totals, costs: [] };
+  for (const name of models.get(found.base.model).experts) {
+    el.status.textContent = `Leaving ${name} out …`;
+    const rest = await ask("api/inspect", { model: found.base.model, text: found.text, without: name }, signal);
+    told.costs.push(costOf(name, found.base, rest));
+  }
+  told.costs.sort((one, other) => other.change - one.change);
   el.costs.replaceChildren(legends.costs(told, found.base.tokens, drawn.classes, {
     off: (name) => switchOff(name),
     show: async (name, token) => {
