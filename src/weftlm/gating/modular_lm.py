@@ -171,7 +171,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     def stepper(self) -> Stepping:
         """How the model is stepped token by token: by its backbones' caches, if all of them keep one."""
-        backbones = self.pool.backbones
+        backbones = [each for each in self.pool.backbones if isinstance(each, Backbone)]
         cached = all(backbone.keeps_keys for backbone in backbones)
         return Stepping(tuple(backbone.model for backbone in backbones), keeps_cache=cached, in_pieces=cached)
 
