@@ -44,7 +44,7 @@ def serving(engines: Mapping[str, Generator], config: ServeConfig | None = None)
     """Serve engines until the block ends; they are closed with the server."""
     config = config or ServeConfig()
     ready = threading.Event()
-    with listen("127.0.0.1", 0, config.timeout_seconds) as listener:
+    with listen("127.0.0.1", 0) as listener:
         server = Server(build_app(engines, config), engines, config, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         web = Web(address_of(listener), server, thread)

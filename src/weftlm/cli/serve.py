@@ -145,7 +145,7 @@ def run(
             f"weftlm serve needs a package that is not installed ({reason(missing)}); {install_hint('serve')}"
         ) from missing
     with ExitStack() as stack:
-        listener = stack.enter_context(listen(host, port, timeout_seconds))
+        listener = stack.enter_context(listen(host, port))
         opened: dict[str, OpenModel] = {}
         for served, path in zip(names, models, strict=True):
             opened[served] = open_model(

@@ -49,22 +49,27 @@ def check_timeout(timeout_s: float | None) -> None:
         raise ConfigError(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds")
 
 
-def _check_sampling(sampling: Sampling) -> None:
-    if not _whole(sampling.max_tokens) or sampling.max_tokens < 1:
-        raise ConfigError(f"max_tokens is {sampling.max_tokens!r}; it must be a whole number, 1 or more")
-    if not _number(sampling.temperature) or sampling.temperature < 0:
-        raise ConfigError(
-            f"temperature is {sampling.temperature!r}; it must be 0 (the most likely token) or a positive number"
-        )
-    if not _number(sampling.top_p) or not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"top_p is {sampling.top_p!r}; it must be above 0 and at most 1")
-    if sampling.seed is not None and not (_whole(sampling.seed) and -(1 << 63) <= sampling.seed < 1 << 64):
-        raise ConfigError(f"seed is {sampling.seed!r}; it must be a whole number of at most 64 bits, or None")
-    stops: object = sampling.stop  # callers without a type checker may give anything
-    if not isinstance(stops, tuple | list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ConfigError(f"stop is {sampling.stop!r}; it must hold texts of one character at least")
-    if sampling.logprobs is not None and not (_whole(sampling.logprobs) and 0 <= sampling.logprobs <= MOST_LOGPROBS):
-        raise ConfigError(f"logprobs is {sampling.logprobs!r}; it must be from 0 to {MOST_LOGPROBS}, or None for none")
+def _check_sampling(asked: Sampling) -> None:
+    stops: object = asked.stop  # callers without a type checker may give anything
+    texts = isinstance(stops, tuple | list) and all(isinstance(stop, str) and stop for stop in stops)
+    seed, top = asked.seed, asked.logprobs
+    rules = {
+        "max_tokens": (_whole(asked.max_tokens) and asked.max_tokens >= 1, "a whole number, 1 or more"),
+        "temperature": (
+            _number(asked.temperature) and asked.temperature >= 0, "0 (the most likely token) or a positive number",
+        ),
+        "top_p": (_number(asked.top_p) and 0 < asked.top_p <= 1, "above 0 and at most 1"),
+        "seed": (
+            seed is None or (_whole(seed) and -(1 << 63) <= seed < 1 << 64), "a whole number of at most 64 bits, or None",
+        ),
+        "stop": (texts, "a tuple of texts of one character at least"),
+        "logprobs": (
+            top is None or (_whole(top) and 0 <= top <= MOST_LOGPROBS), f"from 0 to {MOST_LOGPROBS}, or None for none",
+        ),
+    }  # fmt: skip
+    for name, (fits, allowed) in rules.items():
+        if not fits:
+            raise ConfigError(f"{name} is {getattr(asked, name)!r}; it must be {allowed}")
 
 
 def _whole(value: object) -> bool:

@@ -126,33 +126,22 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def listen(host: str, port: int, timeout_seconds: float) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Args:
         host: Name or address.
         port: 0 for a free one.
-        timeout_seconds: Time after which the system drops a connection whose client takes nothing, where it can.
     Raises:
         ConfigError: The address is not this machine's, or is taken.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ConfigError(f"--host {host!r} is no address of this machine: {reason(error)}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_seconds * 1000))
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
         raise ConfigError(
-            f"{host} port {port} cannot be listened on: {reason(error)}; choose another --port"
+            f"{host} port {port} cannot be listened on: {reason(error)}; choose another --host or --port"
         ) from error
-    return listener
 
 
 def address_of(listener: socket.socket) -> str:

@@ -26,7 +26,7 @@ from weftlm.serving.request import Sampling
         ({"seed": 1 << 64}, "at most 64 bits"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"stop": ("a", "")}, "one character at least"),
-        ({"stop": "END"}, "it must hold texts"),
+        ({"stop": "END"}, "it must be a tuple of texts"),
         ({"logprobs": 21}, "from 0 to 20"),
         ({"logprobs": -1}, "from 0 to 20"),
         ({"max_tokens": 8}, "make 11; the model reads 10"),
