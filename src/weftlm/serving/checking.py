@@ -60,7 +60,8 @@ def _check_sampling(asked: Sampling) -> None:
         ),
         "top_p": (_number(asked.top_p) and 0 < asked.top_p <= 1, "above 0 and at most 1"),
         "seed": (
-            seed is None or (_whole(seed) and -(1 << 63) <= seed < 1 << 64), "a whole number of at most 64 bits, or None",
+            seed is None or (_whole(seed) and -(1 << 63) <= seed < 1 << 64),
+            "a whole number of at most 64 bits, or None",
         ),
         "stop": (texts, "a tuple of texts of one character at least"),
         "logprobs": (
