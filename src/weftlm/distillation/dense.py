@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weftlm.distillation.config import DenseConfig
-from weftlm.distillation.structural import Weighted
+from weftlm.distillation.structural import Weighted, model_kl
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.mixture.loader import Batch
-from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.training.best import BestWeights
@@ -48,27 +47,19 @@ class WeightedText:
         tokens_NT1: int64; T inputs and the label after each, as for any causal language model.
         weights_N: float64, sums to 1.
         mask_NT: True where the label counts; None: everywhere.
-        log_model_N: the teacher's log-probability of the labels that count, not divided by Z, nats; None: unknown.
-        z: by which it is to be divided.
-        causal: whether the teacher is a causal gate's model, and so `z` known to be 1.
-        exact: the sequences are an enumerated support, so that figures on them have no error.
+        weighted: the scored samples they are, from which the teacher's log-probability is known; None: unknown.
     """
 
     tokens_NT1: Tensor
     weights_N: Tensor
     mask_NT: Tensor | None = None
-    log_model_N: Tensor | None = None
-    z: float = 1.0
-    exact: bool = False
-    causal: bool = False
+    weighted: Weighted | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_NT1)
 
     @classmethod
-    def of(
-        cls, tokens_NT1: Any, *, weights_N: Any = None, mask_NT: Any = None, log_model_N: Any = None, z: float = 1.0
-    ) -> WeightedText:
+    def of(cls, tokens_NT1: Any, *, weights_N: Any = None, mask_NT: Any = None) -> WeightedText:
         """Check and convert arrays; weights are made to sum to 1, and are equal where none came.
 
         Raises:
@@ -82,10 +73,8 @@ class WeightedText:
         count = len(tokens)
         weights = torch.ones(count).double() if weights_N is None else torch.as_tensor(np.asarray(weights_N)).double()
         mask = None if mask_NT is None else torch.as_tensor(np.asarray(mask_NT)).to(torch.bool)
-        logs = None if log_model_N is None else torch.as_tensor(np.asarray(log_model_N)).double()
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
             "weights_N": (weights, (count,)),
-            "log_model_N": (logs, (count,)),
             "mask_NT": (mask, (count, tokens.shape[1] - 1)),
         }
         for name, (tensor, shape) in wanted.items():
@@ -96,7 +85,7 @@ class WeightedText:
             raise NumericsError(f"weights_N sum to {total:.6g}; they must be >= 0, finite and not all 0")
         if mask is not None and not bool(mask.any(dim=1).all()):
             raise DataError(f"sequence {int((~mask.any(dim=1)).nonzero()[0])} has no token to predict; leave it out")
-        return cls(tokens, weights / total, mask, logs, z)
+        return cls(tokens, weights / total, mask)
 
     @classmethod
     def sampled(cls, weighted: Weighted, tokens: Sequence[Any], masks: Sequence[Any] | None = None) -> WeightedText:
@@ -114,8 +103,7 @@ class WeightedText:
             raise ConfigError(f"{counts[1]} sequences of token ids came for {counts[0]} scored samples, by expert")
         joined = np.concatenate([np.asarray(each) for each in tokens])
         mask = None if masks is None else np.concatenate([np.asarray(each) for each in masks])
-        found = cls.of(joined, weights_N=weighted.mass_B, mask_NT=mask, log_model_N=weighted.log_model_B, z=weighted.z)
-        return replace(found, exact=weighted.exact, causal=weighted.causal)
+        return replace(cls.of(joined, weights_N=weighted.mass_B, mask_NT=mask), weighted=weighted)
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ class DenseProgress:
         loss: of the last batch, nats per token.
         ce: cross-entropy on held-out sequences, nats per token; None without any.
         kl: KL(pi_g / Z || student) on them, nats per sequence; None where the teacher's log-probabilities are unknown.
-        error: standard error of `kl`, the sequences taken as independent; 0 where they are enumerated.
+        error: standard error of `kl` (`student_kl`); 0 where the sequences are enumerated.
     """
 
     step: int
@@ -222,13 +210,9 @@ def distil_dense(
             on_progress(line)
         return {name: value for name, value in asdict(line).items() if name != "step"}
 
-    source = _Numbers(length)
-    one = Task(
-        ("samples",), (source,), build_policy({"policy": "uniform"}),
-        MixtureSetting(("samples",), torch.tensor([len(source)], dtype=torch.float64)),
-    )  # fmt: skip
     trainer = Trainer(
-        model, one, config.training, alignment=AlignmentConfig(), runtime=runtime, folder=folder, seed=seed,
+        model, Task.of_one("samples", _Numbers(length)), config.training,
+        alignment=AlignmentConfig(), runtime=runtime, folder=folder, seed=seed,
         loss=_DistillationLoss(text, real, config, teacher, seed), evaluate=evaluate,
         evaluate_every_steps=config.evaluate_every_steps or config.training.total_steps, identity=identity,
     )  # fmt: skip
@@ -372,17 +356,7 @@ def _held_out(
             logs.append(torch.where(mask_NT[rows], logp_BT, torch.zeros_like(logp_BT)).sum(dim=1))
     logs_N = torch.cat(logs)
     ce = -float(one.weights_N @ logs_N) / _mean_tokens(one)
-    if one.log_model_N is None:
-        return ce, None, None
-    excess_N = torch.where(one.weights_N > 0, one.log_model_N - logs_N, torch.zeros_like(logs_N))
-    mean = float(one.weights_N @ excess_N)
-    if one.exact:
-        return ce, mean - math.log(one.z), 0.0
-    unknown = 0.0 if one.causal else 1.0
-    influence_N = one.weights_N * (excess_N - mean - unknown) + unknown / len(one)
-    count = len(one)
-    error = math.sqrt(float((influence_N**2).sum()) * count / (count - 1)) if count > 1 else math.inf
-    return ce, mean - math.log(one.z), error
+    return (ce, None, None) if one.weighted is None else (ce, *model_kl(one.weighted, logs_N))
 
 
 def _progress(line: Mapping[str, Any]) -> DenseProgress:

@@ -18,7 +18,6 @@ from weftlm.corpora.examples import Examples, examples_of
 from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError
 from weftlm.mixture.loader import Batch
-from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.prompted import IGNORED, batches_by_length, is_encoder_decoder, prompted_inputs, target_nats
 from weftlm.models.prompted_examples import PromptedExamples
 from weftlm.training.config import AlignmentConfig, TrainingConfig
@@ -48,14 +47,8 @@ def domain_trainer(
         loss = ExampleLoss(prompted_examples(model, examples, config.sequence_length, name), runtime.device)
         source = ExampleNumbers(examples, config.sequence_length)
     return Trainer(
-        model, one_domain(name, source), config, alignment=AlignmentConfig(), runtime=runtime, loss=loss, **options
+        model, Task.of_one(name, source), config, alignment=AlignmentConfig(), runtime=runtime, loss=loss, **options
     )
-
-
-def one_domain(name: str, source: Source) -> Task:
-    """A task of a single domain, for the training loop."""
-    tokens_D = torch.tensor([len(source)], dtype=torch.float64)
-    return Task((name,), (source,), build_policy({"policy": "uniform"}), MixtureSetting((name,), tokens_D))
 
 
 def training_source(source: Source, name: str, examples: bool | None) -> Source:

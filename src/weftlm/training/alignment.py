@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from weftlm.errors import ConfigError, reason
+from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.mixture.policy import Alignment, MixturePolicy
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig, estimators
@@ -34,7 +35,6 @@ from weftlm.training.estimators.direction import (
     Direction,
     add,
     dot,
-    evaluation_mode,
     gradient_direction,
     is_sharded,
     precondition,

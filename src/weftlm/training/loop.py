@@ -33,10 +33,11 @@ from weftlm.training import alignment as align
 from weftlm.training.alignment import Direction
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from weftlm.training.config import AlignmentConfig, TrainingConfig, derive_seed, learning_rate
+from weftlm.training.estimators.direction import reshard
 from weftlm.training.losses import BatchLoss, NextTokenLoss
 from weftlm.training.metrics import METRICS, MetricsLog, check_metrics
 from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task, Update
-from weftlm.training.parallel import shard, units, whole
+from weftlm.training.parallel import shard, whole
 from weftlm.training.runtime import Runtime
 from weftlm.training.state import adamw, dump_tensors, load_tensors, save_model
 
@@ -407,8 +408,7 @@ class Trainer:
         start = time.perf_counter()
         result = self.evaluate(self.module)
         self.module.train()
-        for unit in units(self.module):
-            unit.reshard()
+        reshard(self.module)
         self.metrics.write("eval", self.step, self.tokens, **result)
         self.evaluated_step = self.step
         self.seconds["eval"] += time.perf_counter() - start

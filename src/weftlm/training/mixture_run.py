@@ -31,7 +31,15 @@ from torch import Tensor, nn
 from weftlm.corpora.source import Source
 from weftlm.errors import CheckpointError, ConfigError, reason
 from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
-from weftlm.mixture.policy import Alignment, MixturePolicy, MixtureSetting, Report, state_from_json, state_to_json
+from weftlm.mixture.policy import (
+    Alignment,
+    MixturePolicy,
+    MixtureSetting,
+    Report,
+    build_policy,
+    state_from_json,
+    state_to_json,
+)
 from weftlm.mixture.sampler import Exhaustion, MixtureSampler
 from weftlm.models.hf import sequence_losses, token_losses
 from weftlm.training import alignment as align
@@ -59,6 +67,12 @@ class Task:
     setting: MixtureSetting
     target: Source | None = None
     reference: nn.Module | None = None
+
+    @classmethod
+    def of_one(cls, name: str, source: Source) -> Task:
+        """A task of a single domain."""
+        setting = MixtureSetting((name,), torch.tensor([len(source)], dtype=torch.float64))
+        return cls((name,), (source,), build_policy({"policy": "uniform"}), setting)
 
     def check_needs(self, *, target: str, reference: str) -> None:
         """Refuse a task that lacks what its policy needs.

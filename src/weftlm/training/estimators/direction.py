@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from weftlm.errors import ConfigError, NumericsError
+from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.models.hf import SequenceLosses
+from weftlm.training.parallel import units
 
 Direction = dict[str, Tensor]
 """v by parameter name: detached, float32 (float64 where the parameter is), each of its parameter's shape."""
@@ -167,9 +167,8 @@ def is_sharded(parameters: Iterable[Tensor]) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Free what FSDP2 keeps gathered after a forward pass, so that the shards are the parameters again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in units(model):
+        unit.reshard()
 
 
 def zeros(parameters: Mapping[str, nn.Parameter]) -> Direction:
@@ -246,18 +245,6 @@ def in_step(
         else:
             spare = piece[:1]
             yield piece, True
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode (dropout off), each restored to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def sum_over_ranks(values: Tensor, process_group: ProcessGroup | None = None) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from weftlm.errors import ConfigError
+from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig, estimators
 from weftlm.training.estimators.contract import NO_NORMS, Cost, Estimator, Facts, Probe
 from weftlm.training.estimators.direction import (
     check_direction,
     chunks,
-    evaluation_mode,
     in_step,
     is_sharded,
     norm,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from weftlm.errors import ConfigError, NumericsError
+from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig, estimators
@@ -23,7 +24,6 @@ from weftlm.training.estimators.direction import (
     check_direction,
     chunks,
     dot,
-    evaluation_mode,
     gradients_by_backward,
     in_step,
     is_sharded,

@@ -28,13 +28,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, reason
+from weftlm.evaluation.perplexity import evaluation_mode
 from weftlm.models.hf import SequenceLosses
 from weftlm.training.config import AlignmentConfig, estimators
 from weftlm.training.estimators.contract import NO_NORMS, SHARDED, BatchProbe, Cost, Estimator, Facts, Probe
 from weftlm.training.estimators.direction import (
     check_direction,
     chunks,
-    evaluation_mode,
     is_sharded,
     trainable_parameters,
     unwrap,
