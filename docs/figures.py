@@ -18,7 +18,7 @@ from weftlm.reporting.figures import (
     Curve,
     Line,
     Panel,
-    compared_curves,
+    curve_grid,
     domain_lines,
     inline_svg,
     run_lines,
@@ -54,7 +54,7 @@ def loss_figure(runs: Sequence[Run]) -> str:
                 )
             )
         panels.append(Panel(title, tuple(curves)))
-    return to_svg(compared_curves(panels, lines))
+    return to_svg(curve_grid(panels, lines))
 
 
 def stack(figures: Mapping[str, str]) -> str:
@@ -74,7 +74,7 @@ def stack(figures: Mapping[str, str]) -> str:
     top = MARGIN
     for index, ((description, svg), size) in enumerate(zip(figures.items(), sizes, strict=True)):
         place = f'x="{MARGIN:g}" y="{top:g}" width="{size[0]:g}" height="{size[1]:g}" '
-        parts.append(inline_svg(svg, f"figure{index}", description).replace("<svg ", f"<svg {place}", 1))
+        parts.append(str(inline_svg(svg, f"figure{index}", description)).replace("<svg ", f"<svg {place}", 1))
         top += size[1] + MARGIN
     return "\n".join([*parts, "</svg>"]) + "\n"
 

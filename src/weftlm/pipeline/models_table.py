@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
 from weftlm.progress import progress as show_progress
+from weftlm.reporting.score_table import Role
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
@@ -43,55 +45,61 @@ def base_of(recipe: Recipe) -> str | None:
     return BASE if rival is None else f"rival: {rival}"
 
 
-def models_of(recipe: Recipe) -> dict[str, Path | str]:
-    """Where the models lie that a project has made so far, by what a table calls them.
+@dataclass(frozen=True)
+class Place:
+    """A model that a table compares.
+
+    Attributes:
+        path: folder or hub name.
+        role: what it is in the tables of the report.
+        settings: revision and type of a model that was there before.
+    """
+
+    path: Path | str
+    role: Role
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def models_of(recipe: Recipe) -> dict[str, Place]:
+    """The models a project has made so far, by what a table calls them.
 
     The recipe's own model is `base`, and `mixture: POLICY` where its experts are over another.
     """
-    found: dict[str, Path | str] = {}
-    given = recipe.expert_settings.base if recipe.makes_experts else None
+    base, experts = base_of(recipe), recipe.expert_settings
+    found: dict[str, Place] = {}
+
+    def add(name: str, path: Path | str, role: Role, settings: Mapping[str, Any] | None = None) -> None:
+        found[name] = Place(path, "base" if name == base else role, settings or {})
+
+    given = experts.base if recipe.makes_experts else None
     if recipe.mixture is not None and (recipe.run / "result.json").exists():
-        own = BASE if given is None and base_of(recipe) in (None, BASE) else f"mixture: {recipe.mixture.policy}"
-        found[own] = recipe.run / "model"
+        own = BASE if given is None and base in (None, BASE) else f"mixture: {recipe.mixture.policy}"
+        add(own, recipe.run / "model", "base" if own == BASE else "baseline")
     if given is not None:
-        found[BASE] = recipe.base
-    found |= {f"rival: {name}": folder / "model" for name, folder in rival_folders(recipe).items()}
+        add(BASE, recipe.base, "base", {"revision": experts.revision, "dtype": experts.dtype})
+    for name, folder in rival_folders(recipe).items():
+        add(f"rival: {name}", folder / "model", "baseline")
     if not recipe.has_experts:
         return found
     for source in recipe.gating_settings.pool or ():
         if source.library is None and source.model is not None:
-            found[f"expert: {source.name}"] = source.model
-    if not recipe.makes_experts:
-        return found | _students(recipe)
-    for router in recipe.routing_settings.build:
-        if (folder := recipe.routed_folder(router)).is_dir():
-            found[f"routed: {router}"] = folder
-    return found | _students(recipe)
-
-
-def _students(recipe: Recipe) -> dict[str, Path | str]:
-    return {f"gate: {name}": Path(row["model"]) for name, row in read_students(recipe).items()}
-
-
-def _held(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Revision and type of a model that was there before: the experts' base, or one of the gate's pool."""
-    if not recipe.has_experts:
-        return {}
-    experts = recipe.expert_settings
-    if name == BASE and recipe.makes_experts and experts.base is not None:
-        return {"revision": experts.revision, "dtype": experts.dtype}
-    for source in recipe.gating_settings.pool or ():
-        if name == f"expert: {source.name}":
-            return {"revision": source.revision, "dtype": experts.dtype}
-    return {}
+            settings = {"revision": source.revision, "dtype": experts.dtype}
+            add(f"expert: {source.name}", source.model, "expert", settings)
+    if recipe.makes_experts:
+        for router in recipe.routing_settings.build:
+            if (folder := recipe.routed_folder(router)).is_dir():
+                add(f"routed: {router}", folder, "router")
+    for name, row in read_students(recipe).items():
+        add(f"gate: {name}", Path(row["model"]), "student")
+    return found
 
 
 def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Measure every model on the held-out text of every domain and of the target, all on the same windows.
 
     Returns:
-        What evaluation.json holds: sequence_length; base: `base_of`; models, by name: path, kind, experts, sets and
-        generic as in a run's result.json, tasks where the recipe has any, and difference: to the base, paired by
+        What evaluation.json holds: sequence_length; base: `base_of`; models, by name: path, kind, role, experts, sets
+        and generic as in a run's result.json, tasks where the recipe has any, and difference: to the base, paired by
         window, by set and in the mean over sets (null where the windows differ); monolith: its row among the gates
         (`table_row`), or None.
     Raises:
@@ -106,12 +114,12 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     length, device = min(lengths), choose_runtime(training, parameters=0).device
     domains, target = heldout_sets(data, None if not recipe.has_experts else recipe.expert_settings.examples)
     questions = read_tasks(config.tasks)
-    places = models_of(recipe)
+    models = models_of(recipe)
     found: dict[str, Any] = {}
     results: dict[str, SuiteResult] = {}
-    with show_progress("evaluate", total=len(places), unit="models", enabled=progress) as counter:
-        for name, place in places.items():
-            opened = open_model(place, device=str(device), encoder_decoder=True, **_held(recipe, name))
+    with show_progress("evaluate", total=len(models), unit="models", enabled=progress) as counter:
+        for name, place in models.items():
+            opened = open_model(place.path, device=str(device), encoder_decoder=True, **place.settings)
             result = evaluate_suite(
                 opened.model,
                 domains,
@@ -131,7 +139,7 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
                 device=device,
             )
             found[name] = {
-                "path": str(place), "kind": opened.kind, "experts": list(opened.experts),
+                "path": str(place.path), "kind": opened.kind, "role": place.role, "experts": list(opened.experts),
                 **replace(result, tasks=tasks).to_json(),
             }  # fmt: skip
             counter.advance()
@@ -174,6 +182,8 @@ def read_evaluation(recipe: Recipe) -> dict[str, Any]:
     found = read_object(path, cure)
     if found is None:
         raise DataError(f"{path} is not there; {cure}")
+    if not all("role" in model for model in found["models"].values()):
+        raise DataError(f"{path} was written by an earlier version and lacks the roles of its models; {cure}")
     return found
 
 
@@ -189,4 +199,4 @@ def _monolith_row(recipe: Recipe) -> dict[str, Any] | None:
     model = load_trained(folder / "model").to(device)
     domains, rows = scores.cache.domains, scores.split.domain_rows
     logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
-    return table_row(measure(logs, problem), problem)
+    return {**table_row(measure(logs, problem), problem), "role": "baseline"}

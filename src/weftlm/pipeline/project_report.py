@@ -9,23 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weftlm.errors import DataError
 from weftlm.files import write_object
 from weftlm.gating.certificate import Certificate
 from weftlm.pipeline.gating import read_facts
-from weftlm.pipeline.models_table import BASE, read_evaluation
-from weftlm.pipeline.names import CERTIFICATE, REPORT, SUMMARY
+from weftlm.pipeline.models_table import read_evaluation
+from weftlm.pipeline.names import CERTIFICATE, REPORT, STUDENT, SUMMARY
 from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.report import report_runs
 from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.route_stage import read_routing, routing_facts
 from weftlm.pipeline.stage_records import alone, digests, read_record, seconds_of, write_record
 from weftlm.pipeline.train import read_result
-from weftlm.reporting.gating import RIVALS, GatingFacts
+from weftlm.reporting.gating import GatingFacts
 from weftlm.reporting.runs import number
-from weftlm.reporting.score_table import ScoreTable
-
-COMPARED = (MONOLITH, "uniform", "bayes", "fixed share", "robust", "student")
-"""Rows of the gate's part of summary.json, as far as they were made."""
+from weftlm.reporting.score_table import ScoreRow, ScoreTable
 
 
 def report_project(recipe: Recipe, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
@@ -79,14 +77,13 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         routing=routing,
         gating=gating,
         models=ScoreTable(
-            table,
+            {
+                name: ScoreRow(table[name], each["role"], accuracy.get(name, {}), _gaps(each), each["path"])
+                for name, each in evaluation["models"].items()
+            },
             "model",
-            evaluation.get("base") or BASE,
-            accuracy,
             chance,
-            gaps=_gaps(evaluation["models"]),
-            paths={name: each["path"] for name, each in evaluation["models"].items()},
-            window=evaluation["sequence_length"],
+            evaluation["sequence_length"],
         ),
     )
     if output is None:
@@ -109,17 +106,13 @@ def renew_report(recipe: Recipe, output: Path | None = None, title: str | None =
             write_record(recipe.stages_folder, record.model_copy(update={"outputs": outputs}))
 
 
-def _gaps(models: Mapping[str, Any]) -> dict[str, dict[str | None, tuple[float, float]]]:
-    """Differences to the base with their standard errors, by model and set; None is the mean over the sets."""
-    found: dict[str, dict[str | None, tuple[float, float]]] = {}
-    for name, each in models.items():
-        if (known := each.get("difference")) is not None:
-            numbers = {None: known["mean"], **known["sets"]}
-            found[name] = {
-                one: (number(values["bits_per_byte"]), number(values["bits_per_byte_se"]))
-                for one, values in numbers.items()
-            }
-    return found
+def _gaps(model: Mapping[str, Any]) -> dict[str | None, tuple[float, float]]:
+    """Differences to the base with their standard errors by set; None is the mean over the sets."""
+    known = model.get("difference")
+    numbers = {} if known is None else {None: known["mean"], **known["sets"]}
+    return {
+        name: (number(values["bits_per_byte"]), number(values["bits_per_byte_se"])) for name, values in numbers.items()
+    }
 
 
 def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,7 +148,9 @@ def _robust(recipe: Recipe, monolith: Mapping[str, Any] | None) -> tuple[dict[st
     fit = read_facts(recipe.gate_folder / "fit.json")
     made = read_facts(recipe.students_folder / "student.json") or {"rows": {}}
     rows = {**({} if monolith is None else {MONOLITH: monolith}), **made["rows"]}
-    shown = [name for name in COMPARED if name in rows]
+    if not all("role" in row for row in rows.values()):
+        raise DataError("students/student.json lacks the roles of its rows; make it again: weftlm run --from distil")
+    shown = [name for name, row in rows.items() if row["role"] in ("baseline", "gate") or name == STUDENT]
     summary = {
         "unit": certificate.unit,
         "length": certificate.length,
@@ -167,5 +162,4 @@ def _robust(recipe: Recipe, monolith: Mapping[str, Any] | None) -> tuple[dict[st
         "z_interval": [certificate.z.low, certificate.z.high],
         "lambda": {row.name: row.lam for row in certificate.domains},
     }
-    rivals = (*((MONOLITH,) if monolith is not None else ()), *RIVALS)
-    return summary, GatingFacts.of(certificate, fit, [{**made, "rows": rows}], rivals=rivals)
+    return summary, GatingFacts.of(certificate, fit, [{**made, "rows": rows}])

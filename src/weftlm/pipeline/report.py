@@ -13,7 +13,7 @@ from weftlm.pipeline.names import GATE_PAGE
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import load_recipe
 from weftlm.reporting.gating import GatingFacts, gate_page
-from weftlm.reporting.html import write_page
+from weftlm.reporting.page import write_page
 from weftlm.reporting.report import write_report
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.score_table import ScoreTable

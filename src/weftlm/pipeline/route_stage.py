@@ -23,7 +23,7 @@ from weftlm.files import read_object, write_object
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
-from weftlm.pipeline.routes import BEST_SINGLE, TracedText, build_route, evaluate_routes, trace_opened
+from weftlm.pipeline.routes import BASE, BEST_SINGLE, ORACLE, TracedText, build_route, evaluate_routes, trace_opened
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.routing.calls import is_encoder_decoder
 from weftlm.routing.config import parse_router
@@ -122,6 +122,7 @@ def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
     traced = _traced(recipe, text) if text else None
     return RoutingFacts(
         table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
+        roles={BASE: "base", BEST_SINGLE: "expert", ORACLE: "bound"},
         relative_forward_time=found["relative_forward_time"],
         traces=[] if traced is None else [(f"{traced[0]} on {label}", traced[1].trace, traced[1].tokens)],
         accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},

@@ -63,7 +63,6 @@ from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.report import write_gate_page
 from weftlm.pipeline.stage_records import alone
 from weftlm.progress import Pace, write_line
-from weftlm.reporting.gating import ALL_RUN
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
@@ -74,6 +73,8 @@ RIVALS: Mapping[str, Mapping[str, Any]] = {
     "fixed share": {"gate": "fixed_share"},
 }
 """Causal gates that need no training, by the name a table gives them."""
+ALL_RUN = ", all experts run"
+"""Suffix of a sparse student's row with every expert up to date at every token."""
 _STOPPING = 0.2
 """Part of the samples a dense student is not trained on, by which its best weights are chosen."""
 _BATCH = 32
@@ -92,7 +93,8 @@ def distil_gate(recipe: Recipe, *, direct: bool = False, progress: bool = True) 
     Returns:
         What the kind's JSON file holds: identity, scores (fingerprint), fit (identity of the gate that was distilled),
         problem (`problem_identity`), experts, unit, length (of the windows), offsets, and rows by
-        model: `table_row`, with kl, kl_error, experts_per_token and model (folder) where there are such.
+        model: `table_row`, with role (baseline, gate, student), and kl, kl_error, experts_per_token, all_experts and
+        model (folder) where there are such.
     Raises:
         ConfigError: the recipe's settings do not fit what was scored, or samples are missing.
         DataError: nothing is scored or fitted yet, or experts have changed since they were scored.
@@ -133,7 +135,7 @@ def _distil_gate(recipe: Recipe, direct: bool, progress: bool) -> dict[str, Any]
         served = ModularLM(pool, students[kind])
         dense = _Dense(teacher, served, scores, config, recipe.seed)
         models[name] = dense.train(tokenizer, work.folder / DENSE, work.tell)
-        rows[name] = dense.row(models[name])
+        rows[name] = {**dense.row(models[name]), "role": "student"}
     (folder / f"{kind}.json").unlink(missing_ok=True)
     for old in (kind, *(each.name for each in folder.glob(f"{kind}-*")), *([DENSE] if kind == STUDENT else [])):
         remove(folder / old)
@@ -515,15 +517,16 @@ def _rows(
         gates["robust"] = teacher
     rows: dict[str, dict[str, Any]] = {}
     for name, gate in {**gates, **students}.items():
-        rows[name] = table_row(evaluate(gate, problem), problem)
+        role = "baseline" if name in RIVALS else "student" if name in students else "gate"
+        rows[name] = {**table_row(evaluate(gate, problem), problem), "role": role}
         if isinstance(gate, CausalGate) and held:
             rows[name] |= _kl_of(student_kl(teacher, gate, held))
         if isinstance(gate, PrefixGate) and gate.config.top is not None:
             every = config.students.refresh_every
             logs = [_served(gate, one, every) for one in problem.domains]
-            rows[f"{name}{ALL_RUN}"] = rows[name]
+            rows[f"{name}{ALL_RUN}"] = {**rows[name], "all_experts": True}
             rows[name] = table_row(measure(logs, problem), problem)
-            rows[name] |= {"experts_per_token": gate.config.top, "refresh_every": every}
+            rows[name] |= {"role": role, "experts_per_token": gate.config.top, "refresh_every": every}
     return rows
 
 

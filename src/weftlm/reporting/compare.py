@@ -1,22 +1,28 @@
-"""What a set of runs shows: who is ahead on the target, by how much, at what cost elsewhere."""
+"""What runs are compared with each other, and their differences on the target and over the domains."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 from weftlm.errors import DataError
 from weftlm.evaluation.result import mean_result, paired_window_difference
 from weftlm.evaluation.suite import TARGET
 from weftlm.progress import count_text
+from weftlm.reporting.differences import decimals_for, difference_text, verdict
+from weftlm.reporting.figures import OTHER, Line, domain_lines, run_lines
 from weftlm.reporting.runs import Evaluation, Run, Score
 
-CLEAR = 2.0
-"""Standard errors from which a difference is called clear."""
+NAMED_DOMAINS = 9
+"""Domains with a colour of their own; the rest of a larger set is shown together."""
+OPEN_ROWS = 15
+"""Rows up to which a table by domain is shown open."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,6 @@ class Gap:
     value: float
     error: float
     paired: bool
-
-    @property
-    def clear(self) -> bool:
-        """Whether the difference exceeds `CLEAR` standard errors."""
-        return abs(self.value) > CLEAR * self.error
 
 
 @dataclass(frozen=True)
@@ -164,101 +165,33 @@ def _gap(one: Contender, baseline: Contender, score: Score, reference: Score, na
         return Gap(value, math.hypot(score.bits_per_byte_se, reference.bits_per_byte_se), False)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The page's first sentences.
+def headline(runs: Sequence[Run]) -> str:
+    """The best compared run on the target, and its difference to the baseline.
 
-    Attributes:
-        headline: the result in one sentence.
-        details: sentences that qualify it.
-    """
-
-    headline: str
-    details: tuple[str, ...]
-
-
-def finding(runs: Sequence[Run]) -> Finding:
-    """Say what the runs show about the target, as it is: ahead, behind, or not told apart.
-
-    Repeated runs speak through their mean, never through the luckiest of them.
+    Repeated runs count through their mean, never through the luckiest of them.
     """
     scored = [run for run in runs if math.isfinite(target_score(run).bits_per_byte)]
     if not scored:
-        return Finding("No run has a result on the target yet.", tuple(_caveats(runs, [])))
+        return "No run has a result on the target yet."
     contenders = contenders_of(scored)
-    if len(contenders) == 1:
-        return Finding(_alone(contenders[0]), tuple(_caveats(runs, scored)))
     baseline = baseline_of(contenders)
-    best = min((one for one in contenders if one is not baseline), key=_bits)
+    others = [one for one in contenders if one is not baseline]
+    best = min(others or [baseline], key=lambda one: one.target.bits_per_byte)
+    error = best.target.bits_per_byte_se
+    text = f"{best.label}: {best.target.bits_per_byte:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+    text += " bits per byte on the target" + (f", mean over {len(best.runs)} runs" if best.repeated else "")
     gap = target_gap(best, baseline)
-    assert gap is not None, "both have a target score"
-    percent = abs(gap.value) / _bits(baseline)
-    size = difference_text(abs(gap.value), gap.error, decimals_for([gap.error]), sign=False)
-    if gap.value < 0 and gap.clear:
-        headline = (
-            f"{best.label} predicts the target best: {_bits(best):.3f} bits per byte, "
-            f"{size} ({percent:.1%}) below {baseline.label}."
-        )
-    elif gap.clear:
-        headline = (
-            f"No mixture is ahead of {baseline.label} on the target: it reaches {_bits(baseline):.3f} bits per byte, "
-            f"and the nearest, {best.label}, is {size} ({percent:.1%}) behind."
-        )
-    else:
-        lead = "ahead" if gap.value < 0 else "behind"
-        why = "within the uncertainty of " + ("the repeated runs" if best.repeated else "the held-out text")
-        why = "by how much is not certain" if math.isnan(gap.error) else why
-        headline = (
-            f"{best.label} and {baseline.label} are not told apart on the target: {_bits(best):.3f} against "
-            f"{_bits(baseline):.3f} bits per byte, {size} {lead}, {why}."
-        )
-    details = []
-    generic = generic_gap(best, baseline)
-    if generic is not None:
-        decimals = decimals_for([generic.error])
-        size = difference_text(abs(generic.value), generic.error, decimals, sign=False)
-        if not generic.clear:
-            details.append(
-                f"On the generic domains the two do not differ clearly "
-                f"({difference_text(generic.value, generic.error, decimals)} bits per byte)."
-            )
-        elif generic.value > 0:
-            details.append(f"On the generic domains {best.label} is {size} bits per byte worse than {baseline.label}.")
-        else:
-            details.append(f"On the generic domains {best.label} is also {size} bits per byte better.")
-    details.append(_meaning_of_error(gap, contenders))
-    return Finding(headline, tuple(details + _caveats(runs, scored)))
+    if gap is None:
+        tokens = math.nan if best.repeated else scored[0].train_tokens
+        return text + (f" after {count_text(tokens)} training tokens." if math.isfinite(tokens) else ".")
+    size = difference_text(gap.value, gap.error, decimals_for([gap.error]))
+    share = f"{gap.value / baseline.target.bits_per_byte:+.1%}".replace("-", "−")
+    return f"{text}, {size} ({share}) against {baseline.label}: {verdict(gap.value, gap.error)}."
 
 
-def _alone(one: Contender) -> str:
-    """The headline where there is nothing to compare with."""
-    headline = f"{one.label} predicts the target at {_with_error(one.target)} bits per byte"
-    if one.repeated:
-        return f"{headline}, the mean over {len(one.runs)} runs."
-    run = one.runs[0]
-    if math.isfinite(run.train_tokens):
-        headline += f" after {count_text(run.train_tokens)} training tokens"
-    start = next((e.target for e in run.evaluations if math.isfinite(e.target.bits_per_byte)), Score())
-    if math.isfinite(start.bits_per_byte) and start.bits_per_byte != _bits(one):
-        headline += f", from {start.bits_per_byte:.3f} at the start"
-    return headline + "."
-
-
-def _meaning_of_error(gap: Gap, contenders: Sequence[Contender]) -> str:
-    if contenders[0].repeated:
-        counts = ", ".join(f"{one.label} {len(one.runs)}" for one in contenders)
-        return (
-            f"Values are means over runs that differ only in their seed ({counts}); ± is one standard error over runs."
-        )
-    how = ", of the paired difference" if gap.paired else "; the runs were not compared window by window"
-    return (
-        f"± is one standard error over windows of held-out text{how}. "
-        "Each run is one seed: the spread over seeds is not in it."
-    )
-
-
-def _caveats(runs: Sequence[Run], scored: Sequence[Run]) -> list[str]:
+def caveats(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before comparing these numbers."""
+    scored = [run for run in runs if math.isfinite(target_score(run).bits_per_byte)]
     result = []
     running = [run.label for run in runs if not run.finished]
     if running:
@@ -269,6 +202,10 @@ def _caveats(runs: Sequence[Run], scored: Sequence[Run]) -> list[str]:
             f"The runs differ in training tokens ({count_text(min(tokens))} to {count_text(max(tokens))}): "
             "this is not a comparison at equal cost."
         )
+    contenders = contenders_of(scored) if scored else []
+    gaps = [target_gap(one, baseline_of(contenders)) for one in contenders if not one.repeated]
+    if any(gap is not None and not gap.paired for gap in gaps):
+        result.append("Not every run kept its window losses: differences not paired by window have wide errors.")
     sizes = {target_score(run).tokens for run in scored if math.isfinite(target_score(run).tokens)}
     prints = {run.windows[TARGET].fingerprint for run in scored if TARGET in run.windows}
     if len(sizes) > 1 or len(prints) > 1:
@@ -276,21 +213,63 @@ def _caveats(runs: Sequence[Run], scored: Sequence[Run]) -> list[str]:
     return result
 
 
-def _bits(one: Contender) -> float:
-    return one.target.bits_per_byte
+@dataclass(frozen=True)
+class View:
+    """The runs with what every part of the page shares.
+
+    Attributes:
+        runs: in the order given.
+        contenders: what is compared: the runs, or the groups of runs that differ only in their seed.
+        run_lines: colour and dash by run and by contender; repeated runs share theirs.
+        domains: every domain any run mentions.
+        named: the domains with a colour of their own.
+        domain_lines: colour by named domain, and of the rest.
+    """
+
+    runs: tuple[Run, ...]
+    contenders: tuple[Contender, ...]
+    run_lines: dict[str, Line]
+    domains: tuple[str, ...]
+    named: tuple[str, ...]
+    domain_lines: dict[str, Line]
+
+    @property
+    def scored_domains(self) -> list[str]:
+        """The domains with held-out scores in any run."""
+        return [name for name in self.domains if any(domain_score(run, name) is not None for run in self.runs)]
+
+    @staticmethod
+    def of(runs: Sequence[Run]) -> View:
+        """Choose what is compared, colours and named domains for some runs."""
+        contenders = contenders_of(runs)
+        lines = run_lines(
+            [one.label for one in contenders], baseline_of(contenders).label if len(contenders) > 1 else None
+        )
+        domains = list(dict.fromkeys(name for run in runs for name in run.domains))
+        named = domains
+        if len(domains) > NAMED_DOMAINS:
+            importance = {name: max(_mean_weight(run, name) for run in runs) for name in domains}
+            named = sorted(domains, key=lambda name: -importance[name])[:NAMED_DOMAINS]
+        shown = [*named, OTHER] if len(named) < len(domains) else list(named)
+        return View(
+            tuple(runs),
+            tuple(contenders),
+            {run.label: lines[one.label] for one in contenders for run in one.runs} | lines,
+            tuple(domains),
+            tuple(named),
+            domain_lines(shown),
+        )
 
 
-def _with_error(score: Score) -> str:
-    error = "" if math.isnan(score.bits_per_byte_se) else f" ± {score.bits_per_byte_se:.3f}"
-    return f"{score.bits_per_byte:.3f}{error}"
+def _mean_weight(run: Run, domain: str) -> float:
+    values_N = run.domain_series("weights", domain)[1]
+    known_N = values_N[np.isfinite(values_N)]
+    if len(known_N):
+        return float(known_N.mean())
+    weight = run.weights.get(domain, 0.0)
+    return weight if math.isfinite(weight) else 0.0
 
 
-def decimals_for(errors: Iterable[float]) -> int:
-    """Decimals that show the smallest of some errors as more than zero: 3, or 4 where one is below 0.0005."""
-    return 4 if any(0.0 < error < 0.0005 for error in errors) else 3
-
-
-def difference_text(value: float, error: float, decimals: int = 3, *, sign: bool = True) -> str:
-    """`−0.043 ± 0.003`, with a true minus sign; without a known error the value alone."""
-    text = f"{value:+.{decimals}f}" if sign else f"{value:.{decimals}f}"
-    return text.replace("-", "−") + ("" if math.isnan(error) else f" ± {error:.{decimals}f}")
+def domain_score(run: Run, name: str) -> Score | None:
+    """A domain's latest score, or None."""
+    return run.final.domains.get(name) if run.final is not None else None

@@ -6,8 +6,8 @@ Reading never fails on a file's contents: what is missing or broken becomes a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ Record = Mapping[str, Any]
 class Score:
     """A set's numbers as a run folder holds them; NaN where it holds none."""
 
-    nats_per_token: float = math.nan
-    nats_per_token_se: float = math.nan
     bits_per_byte: float = math.nan
     bits_per_byte_se: float = math.nan
     tokens: float = math.nan
@@ -39,14 +37,7 @@ class Score:
     @staticmethod
     def read(value: Any) -> Score:
         """A score from one set's JSON; what is absent or no number is NaN."""
-        record = mapping(value)
-        return Score(
-            number(record.get("nats_per_token")),
-            number(record.get("nats_per_token_se")),
-            number(record.get("bits_per_byte")),
-            number(record.get("bits_per_byte_se")),
-            number(record.get("tokens")),
-        )
+        return Score(*(number(mapping(value).get(one.name)) for one in fields(Score)))
 
 
 @dataclass(frozen=True)
@@ -188,12 +179,11 @@ def _read_run(path: Path) -> Run:
         except DataError:
             problems.append(f"{WINDOWS_FILE} cannot be read: differences to other runs are not paired.")
     last: Record = mixture[-1] if mixture else {}
-    counts = [number(record.get("tokens")) for record in (*train[-1:], *mixture[-1:])]
-    steps = [number(record.get("step")) for record in (*train[-1:], *mixture[-1:])]
-    counts += [evaluation.tokens for evaluation in evaluations[-1:]]
-    steps += [evaluation.step for evaluation in evaluations[-1:]]
-    tokens = _first(number(summary.get("train_tokens")), _largest(counts))
-    step = _first(number(summary.get("steps")), _largest(steps))
+    latest = (*train[-1:], *mixture[-1:], *_latest(metrics, "eval")[-1:])
+    step, tokens = (
+        _first(number(summary.get(key)), max(_known(number(one.get(name)) for one in latest), default=math.nan))
+        for key, name in (("steps", "step"), ("train_tokens", "tokens"))
+    )
     final = _evaluation({"step": step, "tokens": tokens, **summary}) if mapping(summary.get("sets")) else None
     if finished and final is None:
         problems.append("result.json holds no evaluation; the latest of metrics.jsonl is shown.")
@@ -222,11 +212,11 @@ def _read_run(path: Path) -> Run:
 
 
 def _first(*values: float) -> float:
-    return next((value for value in values if math.isfinite(value)), math.nan)
+    return next(iter(_known(values)), math.nan)
 
 
-def _largest(values: Sequence[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=math.nan)
+def _known(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def _numbers(value: Any) -> dict[str, float]:
@@ -237,19 +227,8 @@ def _evaluation(record: Mapping[str, Any]) -> Evaluation:
     sets = {str(name): Score.read(value) for name, value in mapping(record.get("sets")).items()}
     domains = {name: score for name, score in sets.items() if name != TARGET}
     generic = Score.read(record.get("generic"))
-    if math.isnan(generic.bits_per_byte) and domains:
-        scores = list(domains.values())
-        generic = Score(
-            nats_per_token=math.fsum(score.nats_per_token for score in scores) / len(scores),
-            bits_per_byte=math.fsum(score.bits_per_byte for score in scores) / len(scores),
-        )
-    if math.isnan(generic.bits_per_byte_se) and domains:
-        errors = [(score.nats_per_token_se, score.bits_per_byte_se) for score in domains.values()]
-        nats_se, bits_se = (math.hypot(*column) / len(errors) for column in zip(*errors, strict=True))
-        generic = Score(generic.nats_per_token, nats_se, generic.bits_per_byte, bits_se, generic.tokens)
-    return Evaluation(
-        number(record.get("step")), number(record.get("tokens")), sets.get(TARGET, Score()), domains, generic
-    )
+    step, tokens = number(record.get("step")), number(record.get("tokens"))
+    return Evaluation(step, tokens, sets.get(TARGET, Score()), domains, generic)
 
 
 def _series(

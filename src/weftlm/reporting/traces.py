@@ -1,241 +1,50 @@
-"""The numbers behind the pictures of a trace: colours by expert, packed weights, smoothed courses, typical tokens."""
+"""The chart of the expert or gate weight of each token: one component of reports, trace pages and the inspector.
+
+`templates/trace.js` draws it (legend, coloured text, course along the text, usage and entropy by layer) in the colours
+and frames of `templates/trace.css`. A page of this package holds the weights as JSON: `trace_block` makes a block of a
+`Trace`, which `render_page` writes together with the script. The inspector asks its server for the same packed weights
+(`packed(quantise(weights_TE))`), serves trace.js and trace.css beside its own files (`page.page_file`), and imports
+`unpack`, `palette`, `coloured`, `weightLegend`, `course`, `usage`, `workers` and `Pane` from the script.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weftlm.errors import ConfigError, NumericsError
-from weftlm.routing.trace import MEAN, Trace, layer_of
+from weftlm.reporting.page import Block, Page, Section, Text, TraceBlock, exact, render_page, write_page
+from weftlm.routing.trace import Trace, layer_of
 from weftlm.text import printable
 
-COLOURS = (
-    "#23c6f7", "#e17174", "#eed059", "#c378c7", "#29a58b", "#f59d4f",
-    "#809bf9", "#8d9819", "#34e6de", "#fcc1b6", "#aebb89", "#cea5ca",
-)  # fmt: skip
-"""Twelve hues spread in OKLab for normal, deuteranope and protanope eyes at once, all light enough for dark text."""
-OTHER, TIE, BASE = "xo", "xt", "xb"
-"""Classes of the gathered experts, of a token whose best experts tie, and of a token the base worked on alone."""
 SCALE = 1000
 """Weights are packed as integers of 1 / SCALE."""
 ENTRIES = 1_600_000
 """Weights a page holds per trace, about 3 bytes each; beyond, modules are added up to layers."""
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
-STRIP_POINTS = 600
-_MEAN_CLASS = "xm"
-_GREYS = {_MEAN_CLASS: "#98a2ae", OTHER: "#c3c9d1", TIE: "#dfe3e8", BASE: "#ffffff"}
+TYPICAL = 8
+"""Characteristic tokens shown per expert."""
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and line feed, lone surrogates, and marks that reorder text."""
 
 LabelledTrace = tuple[str, Trace, Sequence[str]]
 """A name, a trace, and the text of each of its tokens."""
 
 
 @dataclass(frozen=True)
-class Palette:
-    """A class (and so a colour) by expert, the same for all traces of a pool.
-
-    Up to twelve experts have a colour each, in the pools' order; of more, the eleven with the largest share have, and
-    the rest is grey together. The mean of all experts has a grey of its own.
-    """
-
-    classes: dict[str, str]
-
-    @staticmethod
-    def of(facts: Sequence[TraceFacts]) -> Palette:
-        """The palette of some traces."""
-        shares: dict[str, float] = {}
-        for one in facts:
-            for name, share in zip(one.experts, one.share_E.tolist(), strict=True):
-                shares[name] = shares.get(name, 0.0) + share
-        names = [name for name in shares if name != MEAN]
-        named = names
-        if len(names) > len(COLOURS):
-            most = sorted(names, key=lambda name: -shares[name])[: len(COLOURS) - 1]
-            named = [name for name in names if name in most]
-        classes = dict.fromkeys(names, OTHER) | {name: f"x{place}" for place, name in enumerate(named)}
-        return Palette(classes | ({MEAN: _MEAN_CLASS} if MEAN in shares else {}))
-
-    @staticmethod
-    def each(facts: Sequence[TraceFacts]) -> list[Palette]:
-        """A palette for each of some traces on one page.
-
-        An expert has one colour everywhere; only where several pools hold more experts than there are colours, each
-        pool has its own palette.
-        """
-        pools = [frozenset(one.experts) - {MEAN} for one in facts]
-        if len(frozenset().union(*pools)) <= len(COLOURS):
-            return [Palette.of(facts)] * len(facts)
-        by_pool = {
-            pool: Palette.of([one for one, its in zip(facts, pools, strict=True) if its == pool]) for pool in pools
-        }
-        return [by_pool[pool] for pool in pools]
-
-    @property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """Experts by class, in the order of a stack: the named ones, the mean, the rest."""
-        found: dict[str, list[str]] = {}
-        for name, group in self.classes.items():
-            found.setdefault(group, []).append(name)
-        return {group: tuple(found[group]) for group in sorted(found, key=_rank)}
-
-
-def colour_rules() -> str:
-    """CSS, one rule per class: its colour as `--c: R G B`."""
-    colours = {f"x{place}": colour for place, colour in enumerate(COLOURS)} | _GREYS
-    return "\n".join(f".{group} {{ --c: {_rgb(colour)}; }}" for group, colour in colours.items())
-
-
-def _rank(group: str) -> int:
-    return int(group[1:]) if group[1:].isdigit() else {_MEAN_CLASS: 1000, OTHER: 1001}[group]
-
-
-def _rgb(colour: str) -> str:
-    return " ".join(str(int(colour[place : place + 2], 16)) for place in (1, 3, 5))
-
-
-@dataclass(frozen=True)
-class TraceFacts:
-    """A trace as arrays, checked.
-
-    Attributes:
-        label: its name.
-        experts: names.
-        tokens: the text of each token.
-        sites: the modules, in order of execution.
-        weights_STE: weight of each expert at each module and token; rows sum to 1, or to 0 (base alone).
-        entropy_S: entropy of each module's usage, nats.
-        layers: rows of the modules of each layer.
-    """
-
-    label: str
-    experts: tuple[str, ...]
-    tokens: tuple[str, ...]
-    sites: tuple[str, ...]
-    weights_STE: NDArray[np.float32]
-    entropy_S: NDArray[np.float64]
-    layers: dict[str, list[int]]
-
-    @staticmethod
-    def of(labelled: LabelledTrace) -> TraceFacts:
-        """Take a trace in.
-
-        Raises:
-            ConfigError: there are no tokens, no modules or no experts, or not one text per token.
-            NumericsError: a weight is not a number between 0 and 1.
-        """
-        label, trace, tokens = labelled
-        shape = (len(trace.sites), len(trace.tokens), len(trace.experts))
-        if 0 in shape:
-            raise ConfigError(
-                f"the trace {label!r} has {shape[0]} modules, {shape[1]} tokens and {shape[2]} experts; a page needs "
-                "at least one of each; trace a text of at least one token"
-            )
-        if len(tokens) != len(trace.tokens):
-            raise ConfigError(
-                f"the trace {label!r} has {len(trace.tokens)} tokens but {len(tokens)} token texts came; give one text "
-                "per token, for example tokenizer.decode([token])"
-            )
-        if tuple(trace.weights_STE.shape) != shape:
-            raise ConfigError(
-                f"the trace {label!r} has weights of shape {tuple(trace.weights_STE.shape)}; its modules, tokens and "
-                f"experts make {shape}"
-            )
-        weights_STE = trace.weights_STE.detach().float().cpu().numpy()
-        if not (np.isfinite(weights_STE).all() and weights_STE.min() >= 0 and weights_STE.max() <= 1 + 1e-3):
-            raise NumericsError(
-                f"the trace {label!r} holds weights outside [0, 1]: {weights_STE.min()} to {weights_STE.max()}; "
-                "routing weights are shares of one"
-            )
-        entropy_S = trace.entropy_S.double().numpy()
-        return TraceFacts(
-            label, trace.experts, tuple(map(str, tokens)), trace.sites, weights_STE, entropy_S, trace.layers()
-        )
-
-    @property
-    def token_TE(self) -> NDArray[np.float64]:
-        """Mean weight over the modules."""
-        means: NDArray[np.float64] = self.weights_STE.mean(axis=0, dtype=np.float64)
-        return means
-
-    @property
-    def usage_SE(self) -> NDArray[np.float64]:
-        """Mean weight over the tokens."""
-        means: NDArray[np.float64] = self.weights_STE.mean(axis=1, dtype=np.float64)
-        return means
-
-    @property
-    def share_E(self) -> NDArray[np.float64]:
-        """Mean weight over modules and tokens."""
-        means: NDArray[np.float64] = self.usage_SE.mean(axis=0)
-        return means
-
-    @property
-    def max_entropy(self) -> float:
-        """ln E, nats."""
-        return math.log(len(self.experts))
-
-    @property
-    def layer_names(self) -> dict[str, str]:
-        """What layers are called: `layer 3` where all names differ in their last number only, else in full."""
-        heads = {layer.rpartition(".")[0] for layer in self.layers}
-        numbered = all(layer.rpartition(".")[2].isdigit() for layer in self.layers)
-        if len(heads) > 1 or not numbered:
-            return {layer: layer for layer in self.layers}
-        return {layer: f"layer {layer.rpartition('.')[2]}" for layer in self.layers}
-
-    def site_name(self, row: int) -> str:
-        """A module's name within its layer."""
-        site = self.sites[row]
-        return site.removeprefix(layer_of(site)).removeprefix(".") or site
-
-
-def quantise(weights: NDArray[Any]) -> NDArray[np.int64]:
-    """Weights as integers of 1 / SCALE."""
-    return np.clip(np.rint(np.asarray(weights, dtype=np.float64) * SCALE), 0, SCALE).astype(np.int64)
-
-
-def leaders(weights_TE: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The expert with each token's largest packed weight; -1 where two experts have it, -2 where none worked."""
-    best_T = weights_TE.max(axis=1)
-    lead_T = np.where((weights_TE == best_T[:, None]).sum(axis=1) > 1, -1, weights_TE.argmax(axis=1))
-    return np.where(best_T == 0, -2, lead_T).astype(np.int64)
-
-
-def leader_class(leader: int, classes: Sequence[str]) -> str:
-    """The class of what `leaders` gives."""
-    return {-1: TIE, -2: BASE}.get(leader) or classes[leader]
-
-
-def opacity(weight: float) -> float:
-    """How strong a weight is drawn: w^0.6, so that small weights can still be seen; the same in every view."""
-    return round(float(weight**0.6), 2)
-
-
-def strip_window(tokens: int) -> int:
-    """Tokens a course is averaged over: odd, a 24th of the text, between 3 and 31; 1 for very short texts."""
-    return 1 if tokens < 8 else min(31, max(3, tokens // 24 | 1))
-
-
-def smoothed(values_TG: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred mean over `window` tokens, fewer at the ends."""
-    count, half = len(values_TG), window // 2
-    sums = np.concatenate([np.zeros((1, values_TG.shape[1])), np.cumsum(values_TG, axis=0)])
-    place_T = np.arange(count)
-    low_T, high_T = np.maximum(place_T - half, 0), np.minimum(place_T + half + 1, count)
-    means: NDArray[np.float64] = (sums[high_T] - sums[low_T]) / (high_T - low_T)[:, None]
-    return means
-
-
-@dataclass(frozen=True)
 class TypicalToken:
-    """A token text on which an expert works more than elsewhere.
+    """A token text whose weight on an expert exceeds the expert's share.
 
     Attributes:
-        text: of the token.
+        text: the token as text.
         count: occurrences.
         weight: the expert's mean weight there.
     """
@@ -245,109 +54,206 @@ class TypicalToken:
     weight: float
 
 
-def typical_tokens(facts: TraceFacts, limit: int = 8) -> dict[str, list[TypicalToken]]:
-    """By expert, the token texts with the largest excess.
+def write_trace_page(traces: Sequence[LabelledTrace], path: str | Path, title: str) -> Path:
+    """Write one page about one trace or several.
 
-        excess(expert, text) = sum over occurrences t of ( w_t - share )
-
-    A text that is frequent and one on which the expert is alone both count; a text with no excess is left out.
+    Args:
+        traces: label, trace, and the text of each token. An expert has the same colour in all traces of its pool.
+        path: the file to write; written whole or not at all.
+        title: heading of the page.
+    Returns:
+        `path` as a path.
+    Raises:
+        ConfigError: no trace is given, one is empty, or its texts are not one per token.
+        NumericsError: a weight is not a number between 0 and 1.
+        DataError: the page cannot be written.
     """
-    texts = list(dict.fromkeys(facts.tokens))
-    places = {text: place for place, text in enumerate(texts)}
-    place_T = np.array([places[text] for text in facts.tokens])
-    counts_N = np.bincount(place_T, minlength=len(texts))
-    token_TE, share_E = facts.token_TE, facts.share_E
-    found = {}
-    for e, name in enumerate(facts.experts):
-        sums_N = np.bincount(place_T, weights=token_TE[:, e], minlength=len(texts))
-        excess_N = sums_N - counts_N * share_E[e]
-        order = np.argsort(-excess_N, kind="stable")[:limit]
-        found[name] = [
-            TypicalToken(texts[n], int(counts_N[n]), float(sums_N[n] / counts_N[n]))
-            for n in order.tolist()
-            if excess_N[n] > 1e-6
-        ]
-    return found
+    return write_page(trace_page(traces, title), path)
+
+
+def render_trace_page(traces: Sequence[LabelledTrace], title: str) -> str:
+    """The page as text."""
+    return render_page(trace_page(traces, title))
+
+
+def trace_page(traces: Sequence[LabelledTrace], title: str) -> Page:
+    """The page of `write_trace_page`."""
+    if not traces:
+        raise ConfigError("a trace page needs at least one trace; none was given")
+    sections = []
+    for place, one in enumerate(traces):
+        key = f"trace-{place}"
+        blocks: list[Block] = [Text(trace_size(one[1]), "lead"), trace_block(one, key)]
+        sections.append(Section(f"{key}-section", one[0], one[0], blocks))
+    return Page(
+        title=title,
+        kicker="Routing trace" if len(traces) == 1 else f"{len(traces)} routing traces",
+        headline="; ".join(largest_share(label, trace) for label, trace, _ in traces[:4]),
+        sections=sections,
+    )
+
+
+def trace_block(labelled: LabelledTrace, key: str, *, fold: str = "", full: bool = True) -> TraceBlock:
+    """The chart of one trace as a block of a page.
+
+    Args:
+        labelled: a name, a trace, and the text of each token.
+        key: id in the page.
+        fold: the line that opens it; empty where it is shown.
+        full: whether usage by layer and characteristic tokens are shown too.
+    Raises:
+        ConfigError: there are no tokens, no modules or no experts, or not one text per token.
+        NumericsError: a weight is not a number between 0 and 1.
+    """
+    label, trace, texts = labelled
+    texts = [str(text) for text in texts]
+    weights_STE = _checked(label, trace, texts)
+    token_TE = weights_STE.mean(axis=0, dtype=np.float64)
+    share_E, packed_TE = token_TE.mean(axis=0), quantise(token_TE)
+    best_T = packed_TE.max(axis=1, keepdims=True)
+    leads_TE = (packed_TE == best_T) & (best_T > 0) & ((packed_TE == best_T).sum(axis=1, keepdims=True) == 1)
+    experts = [
+        (
+            trace.experts[e],
+            e,
+            exact(float(share_E[e]), percent(float(share_E[e]))),
+            int(leads_TE[:, e].sum()),
+            typical_tokens(texts, token_TE[:, e]),
+        )
+        for e in np.argsort(-share_E, kind="stable").tolist()
+    ]
+    text = _UNSHOWABLE.sub("\ufffd", "".join(texts))
+    return TraceBlock(key, text, trace_data(trace, texts, weights_STE), experts, fold, full)
+
+
+def _checked(label: str, trace: Trace, texts: Sequence[str]) -> NDArray[np.float32]:
+    """The weights of a trace as an array."""
+    shape = (len(trace.sites), len(trace.tokens), len(trace.experts))
+    if 0 in shape:
+        raise ConfigError(
+            f"the trace {label!r} has {shape[0]} modules, {shape[1]} tokens and {shape[2]} experts; a page needs "
+            "at least one of each; trace a text of at least one token"
+        )
+    if len(texts) != len(trace.tokens):
+        raise ConfigError(
+            f"the trace {label!r} has {len(trace.tokens)} tokens but {len(texts)} token texts came; give one text "
+            "per token, for example tokenizer.decode([token])"
+        )
+    if tuple(trace.weights_STE.shape) != shape:
+        raise ConfigError(
+            f"the trace {label!r} has weights of shape {tuple(trace.weights_STE.shape)}; its modules, tokens and "
+            f"experts make {shape}"
+        )
+    weights_STE: NDArray[np.float32] = trace.weights_STE.detach().float().cpu().numpy()
+    if not (np.isfinite(weights_STE).all() and weights_STE.min() >= 0 and weights_STE.max() <= 1 + 1e-3):
+        raise NumericsError(
+            f"the trace {label!r} holds weights outside [0, 1]: {weights_STE.min()} to {weights_STE.max()}; "
+            "routing weights are shares of one"
+        )
+    return weights_STE
+
+
+def trace_data(trace: Trace, texts: Sequence[str], weights_STE: NDArray[np.float32]) -> dict[str, Any]:
+    """What trace.js reads: every weight that is not 0, per module (per layer, or the mean alone, if too many).
+
+    Equal rows are held once: a router that decides for the whole sequence costs one row.
+    """
+    layers = trace.layers()
+    labels = layer_labels(list(layers))
+    modules = [
+        (printable(site.removeprefix(layer_of(site)).removeprefix(".") or site), layer_of(site), quantise(weights_TE))
+        for site, weights_TE in zip(trace.sites, weights_STE, strict=True)
+    ]
+    by_layer = [(labels[layer], layer, quantise(weights_STE[rows].mean(axis=0))) for layer, rows in layers.items()]
+    options = {"modules": modules, "layers": by_layer, "none": []}
+    kind = next(
+        name
+        for name, rows in options.items()
+        if sum(int(np.count_nonzero(weights_TE)) for _, _, weights_TE in rows) <= ENTRIES
+    )
+    held: dict[str, int] = {}
+    parts = [
+        {"name": name, "layer": list(layers).index(layer), "row": held.setdefault(packed(row), len(held))}
+        for name, layer, row in options[kind]
+    ]  # fmt: skip
+    return {
+        "experts": [printable(name) for name in trace.experts],
+        "tokens": list(texts),
+        "layers": [{"name": printable(layer), "label": labels[layer]} for layer in layers],
+        "modules": [
+            {"name": printable(site), "layer": printable(layer_of(site)), "entropy": entropy,
+             "usage": [round(share, 5) for share in usage_E]}
+            for site, entropy, usage_E in zip(
+                trace.sites, trace.entropy_S.tolist(), trace.usage_SE.tolist(), strict=True
+            )
+        ],
+        "kind": kind,
+        "parts": parts,
+        "rows": list(held),
+        "mean": packed(quantise(weights_STE.mean(axis=0, dtype=np.float64))),
+    }  # fmt: skip
+
+
+def layer_labels(layers: Sequence[str]) -> dict[str, str]:
+    """What layers are called: `layer 3` where all names differ in their last number only, else in full."""
+    heads = {layer.rpartition(".")[0] for layer in layers}
+    numbered = len(heads) == 1 and all(layer.rpartition(".")[2].isdigit() for layer in layers)
+    return {layer: f"layer {layer.rpartition('.')[2]}" if numbered else printable(layer) for layer in layers}
+
+
+def quantise(weights: NDArray[Any]) -> NDArray[np.int64]:
+    """Weights as integers of 1 / SCALE."""
+    return np.clip(np.rint(np.asarray(weights, dtype=np.float64) * SCALE), 0, SCALE).astype(np.int64)
 
 
 def packed(weights_TE: NDArray[np.int64]) -> str:
-    """Packed weights of each token as text: how many experts worked, then expert and weight of each.
+    """Quantised weights of each token as text: the number of experts with a weight, then expert and weight of each.
 
     Numbers are written in base 64 with the digits 0-9 A-Z a-z - _: one digit for a count or an expert (two where there
     are more than 63 experts), two for a weight. `1D8C` is one expert, number 13, with 8 * 64 + 12 = 524 / SCALE.
     """
-    wide = packed_digits(weights_TE.shape[1]) == 2
     pairs = [first + second for first in DIGITS for second in DIGITS]
-    small: Sequence[str] = pairs if wide else DIGITS
+    small: Sequence[str] = DIGITS if weights_TE.shape[1] < 64 else pairs
     tokens_N, experts_N = np.nonzero(weights_TE)
-    counts_T = np.bincount(tokens_N, minlength=len(weights_TE)).tolist()
-    entries = [
-        small[expert] + pairs[weight]
-        for expert, weight in zip(experts_N.tolist(), weights_TE[tokens_N, experts_N].tolist(), strict=True)
-    ]
-    parts, start = [], 0
-    for count in counts_T:
-        parts.append(small[count])
-        parts.extend(entries[start : start + count])
-        start += count
-    return "".join(parts)
+    found = zip(experts_N.tolist(), weights_TE[tokens_N, experts_N].tolist(), strict=True)
+    entries = [small[expert] + pairs[weight] for expert, weight in found]
+    ends_T = np.cumsum(np.count_nonzero(weights_TE, axis=1)).tolist()
+    return "".join(small[end - start] + "".join(entries[start:end]) for start, end in itertools.pairwise([0, *ends_T]))
 
 
-def packed_digits(experts: int) -> int:
-    """Digits a count or an expert takes."""
-    return 1 if experts < 64 else 2
+def typical_tokens(texts: Sequence[str], weight_T: NDArray[np.float64], limit: int = TYPICAL) -> list[TypicalToken]:
+    """The token texts with the largest excess of an expert's weight.
 
+        excess(text) = sum over occurrences t of ( w_t - mean of w )
 
-def trace_data(facts: TraceFacts, palette: Palette) -> dict[str, Any]:
-    """What the page's script reads: every weight that is not 0, per module (per layer, or as means alone, if too many).
-
-    Equal rows are held once: a router that decides for the whole sequence costs one row.
+    A text that is frequent and one on which the expert is alone both count; a text with no excess is left out.
     """
-    layers = list(facts.layers)
-    rows: list[tuple[str, str, NDArray[np.int64]]] = []
-    quantised_STE = quantise(facts.weights_STE)
-    kind = "modules"
-    if np.count_nonzero(quantised_STE) <= ENTRIES:
-        for row, site in enumerate(facts.sites):
-            rows.append((facts.site_name(row), layer_of(site), quantised_STE[row]))
-    else:
-        kind = "layers"
-        means = [(layer, quantise(facts.weights_STE[sites].mean(axis=0))) for layer, sites in facts.layers.items()]
-        if sum(int(np.count_nonzero(weights_TE)) for _, weights_TE in means) <= ENTRIES:
-            rows = [(facts.layer_names[layer], layer, weights_TE) for layer, weights_TE in means]
-        else:
-            kind = "none"
-    texts: dict[str, int] = {}
-    parts = [
-        {"name": printable(name), "layer": layers.index(layer), "row": texts.setdefault(packed(weights_TE), len(texts))}
-        for name, layer, weights_TE in rows
-    ]
-    return {
-        "experts": list(map(printable, facts.experts)),
-        "classes": [palette.classes[name] for name in facts.experts],
-        "groups": list(palette.groups),
-        "tokens": list(facts.tokens),
-        "layers": list(map(printable, facts.layer_names.values())),
-        "digits": packed_digits(len(facts.experts)),
-        "scale": SCALE,
-        "window": strip_window(len(facts.tokens)),
-        "stride": strip_stride(len(facts.tokens)),
-        "kind": kind,
-        "parts": parts,
-        "rows": list(texts),
-        "mean": packed(quantise(facts.token_TE)),
-    }
+    weights: dict[str, list[float]] = {}
+    for text, weight in zip(texts, weight_T.tolist(), strict=True):
+        weights.setdefault(text, []).append(weight)
+    share = float(weight_T.mean())
+    excess = {text: math.fsum(held) - len(held) * share for text, held in weights.items()}
+    found = sorted((text for text in excess if excess[text] > 1e-6), key=lambda text: -excess[text])[:limit]
+    return [TypicalToken(text, len(weights[text]), math.fsum(weights[text]) / len(weights[text])) for text in found]
 
 
-def strip_stride(tokens: int) -> int:
-    """Every how many tokens a course is drawn."""
-    return -(-tokens // STRIP_POINTS)
+def percent(share: float) -> str:
+    """`41%`, `3.2%`, `<0.1%`: never a positive share as nothing."""
+    if share >= 0.0995:
+        return f"{share:.0%}"
+    return f"{share:.1%}" if share >= 0.0005 or share == 0 else "<0.1%"
 
 
-def group_weights(facts: TraceFacts, palette: Palette) -> dict[str, NDArray[np.float64]]:
-    """Mean weight over the modules by class, of each token."""
-    token_TE = facts.token_TE
-    found: Mapping[str, list[int]] = {
-        group: [e for e, name in enumerate(facts.experts) if palette.classes[name] == group] for group in palette.groups
-    }
-    return {group: token_TE[:, columns].sum(axis=1) for group, columns in found.items() if columns}
+def largest_share(label: str, trace: Trace) -> str:
+    """`a trace: prose 28% of the weight`."""
+    share_E = trace.usage_SE.mean(dim=0)
+    if not len(share_E) or not float(share_E.max()) > 0:
+        return f"{label}: the base alone"
+    return f"{label}: {trace.experts[int(share_E.argmax())]} {percent(float(share_E.max()))} of the weight"
+
+
+def trace_size(trace: Trace) -> str:
+    """`120 tokens · 12 modules in 6 layers · 8 experts`."""
+    layers = len(trace.layers())
+    inside = f" in {layers} layers" if 1 < layers < len(trace.sites) else ""
+    return f"{len(trace.tokens)} tokens · {len(trace.sites)} modules{inside} · {len(trace.experts)} experts"

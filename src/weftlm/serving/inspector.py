@@ -19,8 +19,7 @@ from pydantic import Field, TypeAdapter
 
 from weftlm.errors import NumericsError, WeftError, did_you_mean
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.reporting.layout import page_file as shared_file
-from weftlm.reporting.traces import colour_rules
+from weftlm.reporting.page import page_file as shared_file
 from weftlm.serving.answers import unless_gone
 from weftlm.serving.api_errors import ApiError
 from weftlm.serving.inspection import MAX_CHARACTERS, Inspection, Inspector, ModelFacts
@@ -135,8 +134,8 @@ def inspector_router(models: Mapping[str, OpenModel]) -> APIRouter:
 def _files() -> dict[str, bytes]:
     """The page's files by name."""
     files = {file.name: file.read_bytes() for file in PAGE.iterdir() if file.suffix in TYPES}
-    shared = {name: shared_file(name).encode() for name in ("theme.css", "theme.js")}
-    return {**files, **shared, "colours.css": colour_rules().encode()}
+    shared = {name: shared_file(name).encode() for name in ("theme.css", "theme.js", "trace.css", "trace.js")}
+    return {**files, **shared}
 
 
 def _file(name: str) -> Response:

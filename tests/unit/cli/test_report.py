@@ -33,7 +33,7 @@ def project(tmp_path):
     run = tmp_path / "project"
     made = make_recipe({"run": str(run), "data": {"corpora": [{"path": "a", "label": "a"}]}, "experts": {"base": "b"}})
     sets = {"a": {"bits_per_byte": 1.0, "bits_per_byte_se": 0.1}}
-    model = {"path": "m", "kind": "plain", "sets": sets}
+    model = {"path": "m", "kind": "plain", "role": "base", "sets": sets}
     (run / "stages").mkdir(parents=True)
     (run / "stages" / "recipe.yaml").write_text(made.to_yaml())
     write_object(

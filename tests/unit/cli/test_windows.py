@@ -11,7 +11,8 @@ from weftlm.cli.experts import list as experts_list
 from weftlm.cli.gate import distil, fit
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.files import write_object
-from weftlm.reporting.gating import GatingFacts, gating_section
+from weftlm.reporting.gating import GatingFacts, gating_blocks
+from weftlm.reporting.page import render_blocks
 
 LENGTH = 123
 SCORED = {
@@ -30,7 +31,7 @@ FITTED = {
 
 def models(tmp_path):
     sets = {"d": {"bits_per_byte": 1.0}}
-    facts = {"path": "m", "kind": "plain", "sets": sets, "generic": {"bits_per_byte": 1.0}}
+    facts = {"path": "m", "kind": "plain", "role": "base", "sets": sets, "generic": {"bits_per_byte": 1.0}}
     write_object(tmp_path / "evaluation.json", {"sequence_length": LENGTH, "models": {"base": facts}})
     run.show_models(SimpleNamespace(run=tmp_path))
 
@@ -46,8 +47,8 @@ TABLES = {
             {"name": "a", "origin": "d", "gate": None, "statistics": None, "losses": {"sequence_length": LENGTH}}
         )
     ),
-    "page of students": lambda tmp_path: print(gating_section(GatingFacts.of(students=[STUDENTS]))),
-    "page of a fit": lambda tmp_path: print(gating_section(GatingFacts.of(fit=FITTED))),
+    "page of students": lambda tmp_path: print(render_blocks(gating_blocks(GatingFacts.of(students=[STUDENTS])))),
+    "page of a fit": lambda tmp_path: print(render_blocks(gating_blocks(GatingFacts.of(fit=FITTED)))),
 }
 
 

@@ -38,7 +38,8 @@ def test_the_recipes_own_model_is_the_base_only_where_its_experts_are_over_it(
     project = finished(tmp_path, experts)
     found = models_of(project)
     assert list(found) == names
-    assert found[names[0]] == tmp_path / "model"
+    assert found[names[0]].path == tmp_path / "model"
+    assert [name for name, place in found.items() if place.role == "base"] == [base or "base"]
     assert base_of(project) == base
     if base is not None:
-        assert str(found[base]).endswith(project.base.removeprefix(str(tmp_path)))
+        assert str(found[base].path).endswith(project.base.removeprefix(str(tmp_path)))

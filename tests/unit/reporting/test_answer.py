@@ -5,50 +5,58 @@ from pathlib import Path
 
 import pytest
 
+from weftlm.reporting.page import render_blocks
 from weftlm.reporting.report import render_report
 from weftlm.reporting.runs import read_runs
-from weftlm.reporting.score_table import ScoreTable, answer, best_of, score_table
+from weftlm.reporting.score_table import Role, ScoreRow, ScoreTable, answer, headline, score_tables
 
-ROWS = {
+SETS: dict[str, dict[str, float | None]] = {
     "base": {"target": 2.0, "code": 3.0},
     "routed: merged": {"target": 1.9, "code": 2.8},
     "gate: student": {"target": 1.7, "code": 3.2},
     "single": {"target": 2.01, "code": 3.0},
 }
+ROLES: dict[str, Role] = {"base": "base", "routed: merged": "router", "gate: student": "student", "single": "expert"}
 GAPS: dict[str, dict[str | None, tuple[float, float]]] = {
     "routed: merged": {None: (-0.15, 0.01), "target": (-0.1, 0.02), "code": (-0.2, 0.01)},
     "gate: student": {None: (-0.05, 0.04)},
     "single": {None: (0.005, 0.001)},
 }
 PATHS = {"base": "owner/base", "routed: merged": "runs/my project/routed/merged", "gate: student": "runs/x/student"}
-TABLE = ScoreTable(ROWS, "model", gaps=GAPS, paths=PATHS, window=128)
+ROWS = {
+    name: ScoreRow(sets, ROLES[name], gaps=GAPS.get(name, {}), path=PATHS.get(name, "")) for name, sets in SETS.items()
+}
+TABLE = ScoreTable(ROWS, "model", window=128)
 
 
 def test_the_best_model_comes_with_its_command_and_its_gain() -> None:
-    text = answer(TABLE)
+    text = render_blocks(answer(TABLE))
     first, second = text.split("<pre>")[1:]
-    assert first.startswith("weftlm serve &#x27;runs/my project/routed/merged&#x27;</pre>"), "quoted for a shell"
+    assert first.startswith("weftlm serve &#39;runs/my project/routed/merged&#39;</pre>"), "quoted for a shell"
     assert second.startswith("weftlm serve runs/x/student</pre>"), "the target has another best model"
     for row in ("−0.150 ± 0.010", "−0.170 to −0.130", "better", "−0.128 to +0.028", "not significant", "worse"):
         assert row in text
     assert text.index("routed: merged</th>") < text.index("gate: student</th>") < text.index("single</th>")
-    assert best_of(TABLE) == (
-        "routed: merged predicts held-out text best: 2.350 bits per byte, mean over the sets, 0.150 ± 0.010 below base."
+    for role in ("router", "student", "expert"):
+        assert f'<span class="sub">{role}</span>' in text, "a row carries its role"
+    assert headline(TABLE) == (
+        "routed: merged: 2.350 bits per byte of held-out text, mean over the sets, −0.150 ± 0.010 against base: better."
     )
 
 
 def test_differences_without_a_known_error_claim_nothing() -> None:
-    text = answer(ScoreTable(ROWS, "model"))
+    rows = {name: ScoreRow(sets, ROLES[name]) for name, sets in SETS.items()}
+    text = render_blocks(answer(ScoreTable(rows, "model")))
     assert "no error known" in text
     assert ">better<" not in text
     assert "weftlm serve" not in text, "no path, no command"
-    assert answer(ScoreTable({}, "model")) == ""
+    assert answer(ScoreTable({}, "model")) == []
 
 
 def test_the_answer_stands_before_everything_else(three_runs: list[Path]) -> None:
     page = render_report(read_runs(three_runs), models=TABLE)
     assert page.index('<p class="headline">routed: merged') < page.index('class="answer"') < page.index("<nav")
-    assert "Mixtures alone: dga predicts the target best" in page, "the mixtures' finding follows"
+    assert "Mixtures alone: dga: 1.7" in page, "the mixtures' finding follows"
 
 
 def test_a_run_with_a_model_says_how_to_serve_it(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -61,11 +69,11 @@ def test_a_run_with_a_model_says_how_to_serve_it(tmp_path: Path, make_run: Calla
 
 
 def test_tables_say_in_which_windows_they_were_measured(three_runs: list[Path]) -> None:
-    assert "by model, in windows of 128 tokens; lower is better" in score_table(TABLE)
+    assert "by model, in windows of 128 tokens; lower is better" in render_blocks(score_tables(TABLE))
     page = render_report(read_runs(three_runs))
     assert page.count("in windows of 256 tokens") == 2
 
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_a_table_without_a_window_names_none(window: int | None) -> None:
-    assert ("windows of" in score_table(ScoreTable(ROWS, window=window))) == (window is not None)
+    assert ("windows of" in render_blocks(score_tables(ScoreTable(ROWS, window=window)))) == (window is not None)

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Page as BrowserPage
 from support.hostile import NAMES
 
 from weftlm.gating.certificate import Certificate, DomainRow, Figure
 from weftlm.reporting.gating import GatingFacts, gate_page
-from weftlm.reporting.inspect import render_trace_page
+from weftlm.reporting.page import render_page
 from weftlm.reporting.report import render_report
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.runs import read_runs
-from weftlm.reporting.score_table import ScoreTable
-from weftlm.reporting.traces import LabelledTrace
+from weftlm.reporting.score_table import ScoreRow, ScoreTable
+from weftlm.reporting.traces import LabelledTrace, render_trace_page, write_trace_page
 from weftlm.routing.trace import Trace
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -109,7 +110,8 @@ def gate() -> GatingFacts:
     }  # fmt: skip
     row = {"worst": 0.13, "worst_domain": DOMAINS[-1], "mean": 0.05, "model": "runs/a b/student",
            "domains": {name: {"value": value, "error": 0.001} for name, value in values.items()}}  # fmt: skip
-    return GatingFacts(known, fit, {"uniform": row, "robust": row, "student": row})
+    roles = {"uniform": "baseline", "robust": "gate", "student": "student"}
+    return GatingFacts(known, fit, {name: {**row, "role": role} for name, role in roles.items()})
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +126,17 @@ def pages(folder: Path, make_run: Callable[..., Path]) -> dict[str, str]:
     runs = [make_run(folder / policy, policy, DOMAINS) for policy in ("uniform", "[bold]")]
     sets = ["target", *DOMAINS[:4]]
     table = {f"model: {name}": dict.fromkeys(sets, 2.0 + place) for place, name in enumerate(DOMAINS)}
-    models = ScoreTable(
-        {"base": dict.fromkeys(sets, 9.0), **table}, "model",
-        gaps={name: {None: (-0.1, 0.02)} for name in table}, paths={name: f"runs/{name}" for name in table}, window=64,
-    )  # fmt: skip
-    routing = RoutingFacts(dict(list(table.items())[:3]), 1.2, [traced()])
+    rows = {
+        name: ScoreRow(row, "router", gaps={None: (-0.1, 0.02)}, path=f"runs/{name}") for name, row in table.items()
+    }
+    models = ScoreTable({"base": ScoreRow(dict.fromkeys(sets, 9.0), "base"), **rows}, "model", window=64)
+    routing = RoutingFacts(dict(list(table.items())[:3]), relative_forward_time=1.2, traces=[traced()])
     prepared: dict[str, Any] = {"sets": {name: {"documents": 3, "train_tokens": 4000} for name in DOMAINS}}
     return {
-        "project": render_report(read_runs(runs), NAMES[14], prepared, routing, gate(), models),
-        "gate": gate_page(gate(), NAMES[15]),
+        "project": render_report(
+            read_runs(runs), NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=models
+        ),
+        "gate": render_page(gate_page(gate(), NAMES[15])),
         "trace": render_trace_page([traced()], NAMES[8]),
     }
 
@@ -165,6 +169,66 @@ def test_no_page_is_cut_covered_unreadable_or_wider_than_the_screen(
     assert found == {}
 
 
+def trace_of(weights_TE: list[list[float]], experts: list[str]) -> LabelledTrace:
+    tokens = [f"w{place} " for place in range(len(weights_TE))]
+    trace = Trace(tuple(range(len(tokens))), tuple(experts), ("model.layers.0.up",), torch.tensor(weights_TE)[None])
+    return "a trace", trace, tokens
+
+
+@pytest.fixture
+def opened(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., BrowserPage]]:
+    """Open a page about traces; what it logs fails the test."""
+    page, wrong = browser.new_page(), list[str]()
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text))
+
+    def open_page(*given: LabelledTrace) -> BrowserPage:
+        path = write_trace_page(given, tmp_path / "trace.html", "A trace")
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    page.close()
+    assert wrong == []
+
+
+def classes(page: BrowserPage, inside: str = "") -> list[str]:
+    found: list[str] = page.locator(f"{inside} .tokens .t").evaluate_all("spans => spans.map(one => one.classList[1])")
+    return found
+
+
+def test_tokens_take_the_colour_of_their_leading_expert(opened: Callable[..., BrowserPage]) -> None:
+    page = opened(trace_of([[0.9, 0.1], [0.5, 0.5], [0.0, 0.0], [0.4, 0.6]], ["one", "two"]))
+    assert classes(page) == ["x0", "xt", "xb", "x1"], "a tie and the base alone have no expert's colour"
+    legend = " ".join(page.locator(".legend li").all_inner_texts()).split()
+    assert legend == "one 45% two 30% several alike base alone 25%".split()
+    page.locator(".legend button").nth(1).click()
+    assert classes(page) == ["x1", "x1", "none", "x1"], "the weight of one expert"
+    page.locator(".tokens .t").nth(3).click()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Home")
+    assert page.locator(".tip .bars li").all_inner_texts()[0].split() == ["one", "0.900"]
+    assert page.locator(".usage tbody tr").first.inner_text().split()[-1] == "45%"
+
+
+def test_an_expert_has_one_colour_on_a_page_while_colours_suffice(opened: Callable[..., BrowserPage]) -> None:
+    few = opened(trace_of([[0.9, 0.1]], ["a", "b"]), trace_of([[0.9, 0.1, 0.0]], ["b", "c", "d"]))
+    assert classes(few, "#trace-0") + classes(few, "#trace-1") == ["x0", "x1"]
+    many = [trace_of([[0.2, *[0.1] * 8]], [f"{pool}{i}" for i in range(9)]) for pool in "pqp"]
+    assert [classes(opened(*many), f"#trace-{place}") for place in range(3)] == [["x0"]] * 3
+    page = opened(trace_of([[0.01 * (i + 1) for i in range(13)]], [f"e{i}" for i in range(13)]))
+    assert "2 others" in page.locator(".legend").inner_text(), "eleven named, the smallest gathered"
+
+
+def test_white_space_is_marked_and_kept(opened: Callable[..., BrowserPage]) -> None:
+    label, trace, _ = trace_of([[1.0]] * 5, ["a"])
+    texts = ["a  b", "\n", "\t", "", "c\x00"]
+    page = opened((label, trace, texts))
+    assert page.locator(".tokens").evaluate("box => box.textContent") == "a  b\n\tc\ufffd"
+    marks = page.locator(".tokens .w").evaluate_all("marks => marks.map(one => one.dataset.m)")
+    assert marks == ["··", "↵", "→", "∅"]
+
+
 def test_the_check_sees_faults(browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 900})
     page.set_content(
@@ -181,7 +245,7 @@ def test_the_check_sees_faults(browser: Browser) -> None:
 
 def test_the_button_changes_the_theme_of_a_page(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "gate.html"
-    path.write_text(gate_page(gate(), "The gate"), encoding="utf-8")
+    path.write_text(render_page(gate_page(gate(), "The gate")), encoding="utf-8")
     page = browser.new_page(color_scheme="light")
     page.goto(path.as_uri())
     ground = "getComputedStyle(document.body).backgroundColor"

@@ -1,4 +1,4 @@
-"""The first sentence of a report says what the numbers say."""
+"""What runs are compared with, their differences with errors, and the first sentence of a report."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from weftlm.evaluation.result import load_windows, paired_window_difference
 from weftlm.reporting.compare import (
     Contender,
     baseline_of,
+    caveats,
     contenders_of,
-    decimals_for,
-    difference_text,
-    finding,
     generic_gap,
+    headline,
     target_gap,
 )
+from weftlm.reporting.differences import decimals_for, difference_text, interval, verdict
 from weftlm.reporting.runs import Run, read_runs
 
 
@@ -59,35 +59,29 @@ def test_without_window_losses_errors_add_up(tmp_path: Path, make_run: Callable[
     assert gap is not None
     assert not gap.paired
     assert gap.error == pytest.approx(math.hypot(*(one.target.bits_per_byte_se for one in runs.values())))
-    assert "not compared window by window" in finding(read_runs(folders)).details[-1]
+    assert "Not every run kept its window losses" in caveats(read_runs(folders))[-1]
 
 
-def test_a_lead_is_said_with_its_size_and_its_price(three_runs: list[Path]) -> None:
-    found = finding(read_runs(three_runs))
+def test_a_lead_is_said_with_its_size_and_error(three_runs: list[Path]) -> None:
     gain = bits(three_runs[0]) - bits(three_runs[2])
-    assert found.headline.startswith(f"dga predicts the target best: {bits(three_runs[2]):.3f} bits per byte, ")
-    assert f"{gain:.3f} ± 0.002 ({gain / bits(three_runs[0]):.1%}) below uniform." in found.headline
-    cost = bits(three_runs[2], "generic") - bits(three_runs[0], "generic")
-    assert cost > 0
-    assert f"dga is {cost:.3f} ±" in found.details[0]
-    assert "worse than uniform" in found.details[0]
-    assert "one seed" in found.details[-1]
+    assert headline(read_runs(three_runs)) == (
+        f"dga: {bits(three_runs[2]):.3f} ± 0.009 bits per byte on the target, −{gain:.3f} ± 0.002 "
+        f"(−{gain / bits(three_runs[0]):.1%}) against uniform: better."
+    )
+    assert caveats(read_runs(three_runs)) == []
 
 
-def test_a_loss_is_said_as_plainly(tmp_path: Path, make_run: Callable[..., Path]) -> None:
-    folders = [make_run(tmp_path / p, p, target_bits=b) for p, b in (("dga", 1.95), ("uniform", 1.9))]
+@pytest.mark.parametrize(
+    ("target", "said"), [(1.95, "against uniform: worse."), (1.8995, "against uniform: not significant.")]
+)
+def test_a_loss_and_a_difference_within_the_error_are_said_as_plainly(
+    target: float, said: str, tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    folders = [make_run(tmp_path / p, p, target_bits=b) for p, b in (("dga", target), ("uniform", 1.9))]
     runs = read_runs(folders)
     assert baseline_of(runs).policy == "uniform"
-    assert finding(runs).headline.startswith("No mixture is ahead of uniform on the target")
-    assert "dga, is 0.050 ±" in finding(runs).headline
-    assert "behind" in finding(runs).headline
-
-
-def test_what_is_within_the_error_is_no_lead(tmp_path: Path, make_run: Callable[..., Path]) -> None:
-    folders = [make_run(tmp_path / p, p, target_bits=b) for p, b in (("uniform", 1.9), ("dga", 1.8995))]
-    headline = finding(read_runs(folders)).headline
-    assert headline.startswith("dga and uniform are not told apart on the target")
-    assert "within the uncertainty of the held-out text" in headline
+    assert headline(runs).startswith("dga: ")
+    assert headline(runs).endswith(said)
 
 
 def test_an_unknown_error_makes_no_lead(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -96,39 +90,47 @@ def test_an_unknown_error_makes_no_lead(tmp_path: Path, make_run: Callable[..., 
         sets = json.loads((folder / "result.json").read_text())["sets"]
         sets["target"]["bits_per_byte_se"] = None
         edit(folder, sets=sets)
-    assert "by how much is not certain" in finding(read_runs(folders)).headline
+    assert headline(read_runs(folders)).endswith("against uniform: no error known.")
 
 
-def test_one_run_says_where_it_came_from(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_one_run_stands_alone(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folder = make_run(tmp_path / "demo", "dga")
-    found = finding(read_runs([folder]))
-    assert found.headline.startswith(f"dga predicts the target at {bits(folder):.3f} ± 0.009 bits per byte")
-    assert "after 3.28M training tokens, from 4." in found.headline or "from 3." in found.headline
+    expected = f"dga: {bits(folder):.3f} ± 0.009 bits per byte on the target after 3.28M training tokens."
+    assert headline(read_runs([folder])) == expected
 
 
 def test_unequal_costs_and_other_text_are_said(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folders = [make_run(tmp_path / p, p) for p in ("uniform", "dga")]
-    assert not any("differ in training tokens" in text for text in finding(read_runs(folders)).details)
     edit(folders[1], train_tokens=4_000_000)
     sets = json.loads((folders[1] / "result.json").read_text())["sets"]
     sets["target"]["tokens"] = 5
     edit(folders[1], sets=sets)
-    details = " ".join(finding(read_runs(folders)).details)
+    details = " ".join(caveats(read_runs(folders)))
     assert "differ in training tokens (3.28M to 4.00M)" in details
     assert "different target text" in details
 
 
 def test_without_a_target_there_is_nothing_to_claim(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert finding(read_runs([tmp_path / "run"])).headline == "No run has a result on the target yet."
+    assert headline(read_runs([tmp_path / "run"])) == "No run has a result on the target yet."
 
 
 def test_differences_have_a_true_minus_and_enough_decimals() -> None:
     assert difference_text(-0.0434, 0.0026) == "−0.043 ± 0.003"
-    assert difference_text(0.0434, math.nan) == "+0.043"
-    assert difference_text(0.0434, 0.0002, 4, sign=False) == "0.0434 ± 0.0002"
+    assert difference_text(0.0434) == "+0.043"
     assert decimals_for([0.01, 0.0004]) == 4
     assert decimals_for([0.01, math.nan, 0.0]) == 3
+
+
+def test_a_verdict_is_the_95_percent_intervals() -> None:
+    assert interval(-0.05, 0.02) == pytest.approx((-0.0892, -0.0108))
+    assert [verdict(value, 0.02) for value in (-0.05, -0.039, 0.039, 0.05)] == [
+        "better",
+        "not significant",
+        "not significant",
+        "worse",
+    ]
+    assert verdict(-0.05, math.nan) == "no error known"
 
 
 def nine_runs(root: Path, make_run: Callable[..., Path], levels: dict[str, list[float]]) -> list[Path]:
@@ -152,9 +154,8 @@ def test_repeated_runs_speak_through_their_mean(tmp_path: Path, make_run: Callab
     assert gap is not None
     assert gap.value == pytest.approx(np.mean(values["dga"]) - np.mean(values["uniform"]))
     assert gap.error == pytest.approx(math.hypot(*(one.target.bits_per_byte_se for one in groups.values())))
-    found = finding(runs)
-    assert found.headline.startswith(f"dga predicts the target best: {np.mean(values['dga']):.3f} bits per byte, ")
-    assert "(uniform 3, dga 3); ± is one standard error over runs." in found.details[1]
+    assert headline(runs).startswith(f"dga: {np.mean(values['dga']):.3f} ± ")
+    assert "on the target, mean over 3 runs, −" in headline(runs)
     assert groups["dga"].weight("a") == pytest.approx(
         np.mean([json.loads((f / "result.json").read_text())["weights"]["a"] for f in folders if "dga" in f.name])
     )
@@ -162,14 +163,12 @@ def test_repeated_runs_speak_through_their_mean(tmp_path: Path, make_run: Callab
 
 def test_a_lucky_seed_is_no_lead(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folders = nine_runs(tmp_path, make_run, {"uniform": [1.85, 1.86, 1.87], "dga": [1.70, 1.95, 1.92]})
-    headline = finding(read_runs(folders)).headline
-    assert "not told apart" in headline
-    assert "within the uncertainty of the repeated runs" in headline
+    assert headline(read_runs(folders)).endswith("against uniform: not significant.")
 
 
 def test_a_single_seed_beside_repeated_ones_has_no_known_error(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folders = nine_runs(tmp_path, make_run, {"uniform": [1.90, 1.91], "dga": [1.80]})
-    assert "by how much is not certain" in finding(read_runs(folders)).headline
+    assert headline(read_runs(folders)).endswith("against uniform: no error known.")
 
 
 def test_runs_of_other_settings_are_not_repetitions(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -182,6 +181,6 @@ def test_runs_of_other_settings_are_not_repetitions(tmp_path: Path, make_run: Ca
 
 
 def test_repetitions_of_one_setting_alone_give_a_mean(tmp_path: Path, make_run: Callable[..., Path]) -> None:
-    headline = finding(read_runs(nine_runs(tmp_path, make_run, {"dga": [1.8, 1.9]}))).headline
-    assert headline.startswith("dga predicts the target at 1.8")
-    assert headline.endswith("bits per byte, the mean over 2 runs.")
+    said = headline(read_runs(nine_runs(tmp_path, make_run, {"dga": [1.8, 1.9]})))
+    assert said.startswith("dga: 1.8")
+    assert said.endswith("bits per byte on the target, mean over 2 runs.")

@@ -14,7 +14,8 @@ import pytest
 
 from weftlm.errors import ConfigError, DataError
 from weftlm.gating.certificate import Certificate, DomainRow, Figure
-from weftlm.reporting.gating import GatingFacts, gate_page, gating_findings, gating_section, models_table
+from weftlm.reporting.gating import GatingFacts, gate_page, gating_blocks, gating_headline, models_tables
+from weftlm.reporting.page import render_blocks, render_page
 from weftlm.reporting.report import write_report
 
 ROBUST = {"code": 0.002, "prose": 0.004}
@@ -40,8 +41,25 @@ def row(values: Mapping[str, float], error: float = 0.0002, **more: Any) -> dict
     }
 
 
+ROLES = {"uniform": "baseline", "bayes": "baseline", "robust": "gate"}
+
+
 def rows(table: Mapping[str, Mapping[str, float]] = TABLE, error: float = 0.0002) -> dict[str, dict[str, Any]]:
-    return {name: row(values, error) for name, values in table.items()}
+    return {name: row(values, error, role=ROLES.get(name, "student")) for name, values in table.items()}
+
+
+def gating_section(facts: GatingFacts) -> str:
+    return render_blocks(gating_blocks(facts))
+
+
+def models_table(facts: GatingFacts) -> str:
+    return render_blocks(models_tables(facts))
+
+
+def answer_rows(facts: GatingFacts) -> dict[str, list[str]]:
+    """The first screen's table: difference to the best baseline with its verdict, and interval."""
+    text = gating_section(facts)
+    return table_rows(text[text.index("Worst case against") : text.index("</table>")])
 
 
 def certificate(values: Mapping[str, float] = ROBUST) -> Certificate:
@@ -113,71 +131,67 @@ def test_facts_come_from_the_files_of_a_run() -> None:
     assert facts.certificate == certificate()
     assert list(facts.rows) == [*TABLE, "direct"]
     assert facts.worst("bayes") == 0.012
-    assert (facts.nats, facts.relative_to) == ("nats per token", "expert")
-    assert GatingFacts.of(students=[{**student, "offsets": [1.0, 2.0]}]).relative_to == "values"
+    assert (facts.nats, facts.offsets) == ("nats per token", "expert")
+    assert GatingFacts.of(students=[{**student, "offsets": [1.0, 2.0]}]).offsets == "values"
     with pytest.raises(ConfigError, match="different scores: t, s"):
         GatingFacts.of(fit={"scores": "t", **fit()}, students=[student])
     with pytest.raises(DataError, match="no certificate"):
         GatingFacts.of({"worst": 1.0})
 
 
-# -- findings -----------------------------------------------------------------------------------------------------
+# -- the first screen ---------------------------------------------------------------------------------------------
 
 
-def test_a_gate_that_wins_is_said_to_be_better_by_how_much() -> None:
-    said = gating_findings(GatingFacts(certificate(), rows=rows()))
-    assert "the robust gate is worst on prose, 0.0040 nats per token above that domain's own expert" in said[0]
-    assert (
-        "the best of 2 rivals, bayes, is worst on prose, 0.0120 above: the robust gate is better by 0.0080." in said[0]
+def test_a_gate_that_wins_is_better_by_its_difference_and_error() -> None:
+    facts = GatingFacts(certificate(), rows=rows())
+    error = math.hypot(0.0002, 0.0002)
+    assert gating_headline(facts) == (
+        f"robust: worst case 0.0040 nats per token, on prose; −0.0080 ± {error:.4f} against the best baseline, bayes: "
+        "better."
     )
-    assert any("causal student is worst on code" in text and "better than bayes by 0.0059" in text for text in said)
-    assert any(text.startswith("Of the 3 gates and students here, 2 have a lower worst case") for text in said)
-    assert any("lower than this gate's by more than 0.0010 nats per token" in text for text in said)
+    found = answer_rows(facts)
+    assert list(found) == ["robust", "student", "student-top-1"]
+    assert values(found["student"][0]) == pytest.approx([0.0061 - 0.012])
+    assert "better" in found["student"][0]
+    assert found["student"][1] == f"−{0.0059 + 1.96 * error:.4f} to −{0.0059 - 1.96 * error:.4f}"
+    assert "worse" in found["student-top-1"][0]
 
 
-def test_a_gate_that_loses_is_said_to_be_worse() -> None:
-    table = {**TABLE, "robust": {"code": 0.02, "prose": 0.001}, "student": {"code": 0.03, "prose": 0.001}}
-    said = gating_findings(GatingFacts(rows=rows(table), unit="token", offsets="expert"))
-    assert "the robust gate is worse by 0.0080." in said[0]
-    assert any("worse than bayes by 0.0180" in text for text in said)
-    assert any("none has a lower worst case" in text for text in said)
+def test_a_gate_that_loses_is_worse() -> None:
+    table = {**TABLE, "robust": {"code": 0.02, "prose": 0.001}}
+    assert gating_headline(GatingFacts(rows=rows(table), unit="token", offsets="expert")).endswith("bayes: worse.")
 
 
-def test_a_difference_within_the_errors_is_called_open() -> None:
+@pytest.mark.parametrize(("error", "said"), [(0.0004, "not significant"), (0.0001, "better")])
+def test_a_difference_within_the_errors_is_not_significant(error: float, said: str) -> None:
     close = {"bayes": {"code": 0.0120}, "student": {"code": 0.0115}}
-    said = " ".join(gating_findings(GatingFacts(rows=rows(close, error=0.0004), unit="token")))
-    assert f"leave that open: ± {1.96 * math.sqrt(2) * 0.0004:.4f} at 95 %" in said
-    assert "leave that open" not in " ".join(gating_findings(GatingFacts(rows=rows(close, error=0.0001), unit="token")))
-    equal = {"bayes": {"code": 0.01200}, "student": {"code": 0.01201}}
-    assert "equal in the first four decimals" in gating_findings(GatingFacts(rows=rows(equal)))[0]
+    assert gating_headline(GatingFacts(rows=rows(close, error=error), unit="token")).endswith(f"bayes: {said}.")
 
 
 def test_a_worst_mixture_is_not_called_a_worst_domain() -> None:
     given = {name: {**one, "worst": 0.9 * one["worst"]} for name, one in rows().items()}
     facts = GatingFacts(rows=given, unit="sequence", offsets="none")
-    assert (
-        "is at worst, over the allowed mixtures, with a cross-entropy of 0.0036 nats per sequence"
-        in (gating_findings(facts)[0])
-    )
+    assert "worst case 0.0036 nats per sequence, on a mixture of domains" in gating_headline(facts)
+    assert gating_headline(facts).endswith("no error known.")
     assert "The worst case is over the allowed mixtures" in models_table(facts)
 
 
-def test_without_rivals_or_rows_less_is_said() -> None:
-    alone = gating_findings(GatingFacts(rows=rows({"student": ROBUST}), unit="token"))
-    assert alone[0].endswith("No rival was measured.")
-    certified = gating_findings(GatingFacts(certificate()))
-    assert "worst case is 0.0040 nats per token (95 % interval 0.0030 to 0.0050)" in certified[0]
-    fitted = gating_findings(GatingFacts(fit=fit()))
-    assert "On the sequences it was fitted on" in fitted[0]
-    assert fitted[1] == "Nothing is certified on held-out sequences yet."
+def test_without_baselines_or_rows_less_is_said() -> None:
+    alone = gating_headline(GatingFacts(rows=rows({"student": ROBUST}), unit="token"))
+    assert alone.endswith("No baseline was measured.")
+    certified = gating_headline(GatingFacts(certificate()))
+    assert "Worst case 0.0040 nats per token on held-out sequences (95 % interval 0.0030 to 0.0050)" in certified
+    fitted = gating_headline(GatingFacts(fit=fit()))
+    assert "on the sequences of the fit; not certified" in fitted
 
 
-def test_an_estimated_gap_is_no_bound() -> None:
-    known = dataclasses.replace(certificate(), gap=Figure(0.0012, "estimate", "may understate"))
-    assert "estimated at 0.0012" in gating_findings(GatingFacts(known))[-1]
-    below = dataclasses.replace(certificate(), gap=Figure(-0.0003, "estimate", "may understate"))
-    assert gating_findings(GatingFacts(below))[-1].startswith("Nothing left to gain was found")
-    assert len(gating_findings(GatingFacts(dataclasses.replace(certificate(), gap=None)))) == 1
+def test_only_a_causal_model_is_offered_to_be_served() -> None:
+    given = rows() | {"student": row(TABLE["student"], role="student", model="runs/a b/student")}
+    text = gating_section(GatingFacts(certificate(), rows=given))
+    assert "weftlm serve &#39;runs/a b/student&#39;</pre>" in text
+    assert "reads whole sequences and cannot generate text" in text
+    causal = dataclasses.replace(certificate(), causal=True)
+    assert "reads whole sequences" not in gating_section(GatingFacts(causal, rows=given))
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -197,11 +211,11 @@ def test_the_models_table_holds_the_numbers_and_the_lowest_is_bold() -> None:
     assert ">−0.0010</data>" in found["student"][4]
 
 
-def test_rivals_experts_per_token_and_distances_are_shown_where_known() -> None:
-    given = rows() | {"student-top-1": row(TABLE["student-top-1"], kl=0.71, kl_error=0.02, experts_per_token=1)}
-    text = models_table(GatingFacts(rows=given))
-    assert text.count('<span class="sub">rival</span>') == 2
-    assert "1 expert per token" in text
+def test_roles_experts_per_token_and_distances_are_shown_where_known() -> None:
+    top = row(TABLE["student-top-1"], kl=0.71, kl_error=0.02, experts_per_token=1, role="student")
+    text = models_table(GatingFacts(rows=rows() | {"student-top-1": top}))
+    assert text.count('<span class="sub">baseline</span>') == 2
+    assert "student, 1 expert per token" in text
     assert values(table_rows(text)["student-top-1"][3]) == [0.71, 0.02]
     assert table_rows(text)["bayes"][3] == "–"
     assert "KL" not in models_table(GatingFacts(rows=rows()))
@@ -223,12 +237,12 @@ def test_many_domains_become_rows() -> None:
 def test_missing_and_infinite_numbers_are_dashes() -> None:
     broken = row({"code": math.nan, "prose": 0.1}) | {"worst": math.inf, "mean": None}
     given = {"bayes": row({"code": 0.2}), "student": broken}
-    found = table_rows(gating_section(GatingFacts(rows=given)))
+    found = table_rows(models_table(GatingFacts(rows=given)))
     assert found["student"][1:4] == ["–", "–", "–"]
     assert found["bayes"][4] == "–"
     assert "inf" not in found["student"][1]
     assert "nan" not in gating_section(GatingFacts(rows=given)).lower()
-    assert "No model" in gating_findings(GatingFacts(rows={"student": {}}))[0]
+    assert "No model" in gating_headline(GatingFacts(rows={"student": {}}))
 
 
 def test_the_certificate_says_what_each_figure_is() -> None:
@@ -277,7 +291,6 @@ def test_the_fit_is_drawn_with_a_description() -> None:
     text = gating_section(GatingFacts(certificate(), fit()))
     assert text.count("<svg") == text.count('role="img"') == 2
     assert "worst case from 0.3000 to 0.0600" in text
-    assert "Largest at the end: code 50.0%, prose 50.0%" in text
     ids = re.findall(r'\sid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert gating_section(GatingFacts(certificate(), fit())) == text
@@ -307,13 +320,13 @@ def test_everything_from_outside_is_escaped() -> None:
     bad = "<b>&"
     given = {"bayes": row({bad: 0.1}), bad: row({bad: 0.2})}
     facts = GatingFacts(certificate({bad: 0.1, "c": 0.2}), fit([bad, "c"]), given)
-    for text in (gating_section(facts), gate_page(facts, bad)):
+    for text in (gating_section(facts), render_page(gate_page(facts, bad))):
         assert "<b>" not in text
         assert "&lt;b&gt;&amp;" in text
 
 
 def test_a_page_of_its_own_runs_nothing_and_leads_to_its_parts() -> None:
-    page = gate_page(GatingFacts(certificate(), fit(), rows()), "The gate")
+    page = render_page(gate_page(GatingFacts(certificate(), fit(), rows()), "The gate"))
     assert page.startswith("<!DOCTYPE html>")
     assert page.endswith("</html>\n")
     assert "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-" in page
@@ -325,7 +338,7 @@ def test_a_page_of_its_own_runs_nothing_and_leads_to_its_parts() -> None:
         assert page.count(f'<section id="{key}"') == 1
     assert re.findall(r'<a href="#gating-(\w+)">', page) == ["models", "certificate", "domains", "fit"]
     assert page.count('<p class="headline">') == 1
-    assert "<nav" not in gate_page(GatingFacts(rows=rows()), "Rows alone")
+    assert "<nav" not in render_page(gate_page(GatingFacts(rows=rows()), "Rows alone"))
 
 
 def test_a_report_has_the_section_where_facts_are_given(three_runs: list[Path], tmp_path: Path) -> None:
@@ -333,8 +346,6 @@ def test_a_report_has_the_section_where_facts_are_given(three_runs: list[Path], 
     facts = GatingFacts(certificate(), fit(), rows())
     given = write_report(three_runs[:1], tmp_path / "b.html", gating=facts).read_text(encoding="utf-8")
     assert 'id="gating"' not in without
-    assert ".label" not in without
     assert given.count('<section id="gating"') == 1
     assert given.index('href="#training"') < given.index('href="#gating"') < given.index('href="#recipe"')
-    assert ".label.bound" in given or ".label.exact" in given
     assert "://" not in given

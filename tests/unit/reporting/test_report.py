@@ -130,10 +130,11 @@ def test_the_domain_table_holds_losses_and_weights(three_runs: list[Path], three
     results = [json.loads((folder / "result.json").read_text()) for folder in three_runs]
     for name in results[0]["weights"]:
         for position, result in enumerate(results):
-            score, weight = rows[name][2 * position], rows[name][2 * position + 1]
+            score, weight, passes = rows[name][3 * position : 3 * position + 3]
             expected = result["sets"][name]
             assert score[1] == [expected["bits_per_byte"], expected["bits_per_byte_se"]]
             assert weight == (f"{result['weights'][name]:.1%}", [result["weights"][name]])
+            assert passes[1] == [result["epochs"][name]]
 
 
 def test_recipes_are_shown_and_compared(three: tuple[Page, str]) -> None:
@@ -143,8 +144,9 @@ def test_recipes_are_shown_and_compared(three: tuple[Page, str]) -> None:
     assert [text for text, _ in rows["mixture.eta"]] == ["–", "–", "5.0"]
     assert "training.lr" not in rows
     assert "batch_sequences: 16" in page.text
-    assert page.rows("The same in every run")["packages.torch"][0][0] == "2.13.0"
-    assert page.rows("The same in every run")["runtime.precision"][0][0] == "fp32 (no fast bf16 here)"
+    shared = page.rows("Versions, seeds and fingerprints, the same in every run")
+    assert shared["packages.torch"][0][0] == "2.13.0"
+    assert shared["runtime.precision"][0][0] == "fp32 (no fast bf16 here)"
     assert [text for text, _ in page.rows("Where the runs' environments differ")["fingerprints.run"]] == [
         "uniform",
         "importance",
@@ -158,7 +160,7 @@ def test_prepared_data_is_shown_when_given(three_runs: list[Path], tmp_path: Pat
     page = page_of(three_runs, tmp_path, prepared=prepared)
     rows = page.rows("Prepared sets")
     assert rows["<b>"][2] == ("3.40M", [3_400_000.0])
-    assert page.rows("Facts of the prepared data")["vocab_size"][0][0] == "4096"
+    assert page.rows("Other facts of the prepared data")["vocab_size"][0][0] == "4096"
     assert "<b> is small" in page.text
 
 
@@ -185,7 +187,7 @@ def test_anchors_and_ids_fit(three: tuple[Page, str]) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
-    assert len(links) == 10
+    assert len(links) == 9
     assert {str(link)[1:] for link in links} <= set(ids)
     labels = {str(a["aria-labelledby"]) for _, a in page.elements if "aria-labelledby" in a}
     assert labels <= set(ids)
@@ -194,9 +196,9 @@ def test_anchors_and_ids_fit(three: tuple[Page, str]) -> None:
 def test_charts_speak_and_headers_have_a_scope(three: tuple[Page, str]) -> None:
     page = three[0]
     charts = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert len(charts) == 6
+    assert len(charts) == 5
     assert all(chart["role"] == "img" and len(str(chart["aria-label"])) > 30 for chart in charts)
-    assert sum(tag == "figcaption" for tag, _ in page.elements) == 6
+    assert sum(tag == "figcaption" for tag, _ in page.elements) == 5
     assert all(attributes.get("scope") for tag, attributes in page.elements if tag == "th")
     tables = sum(tag == "table" for tag, _ in page.elements)
     assert tables == sum(tag == "caption" for tag, _ in page.elements) == len(page.tables)
@@ -256,7 +258,7 @@ def test_a_running_run_beside_a_finished_one(tmp_path: Path, make_run: Callable[
 
 def test_a_run_that_has_only_started(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     page = page_of([make_run(tmp_path / "run", "dga", stop=0)], tmp_path)
-    assert "dga predicts the target at" in page.text
+    assert "bits per byte on the target" in page.text
 
 
 @pytest.mark.parametrize("missing", ["result.json", "run.json", "recipe.yaml", "metrics.jsonl"])
@@ -292,15 +294,15 @@ def test_null_and_nan_are_dashes_and_gaps(tmp_path: Path, make_run: Callable[...
                 line[key] = dict.fromkeys(value, None)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of([folder], tmp_path)
-    assert page.rows("Final bits per byte")["a"] == [("–", []), ("–", [])]
+    assert page.rows("Final bits per byte")["a"] == [("–", [])] * 3
     assert "nan" not in page.text.lower().replace("finance", "")
 
 
 def test_runs_over_different_domains(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folders = [make_run(tmp_path / "u", "uniform", ["a", "b"]), make_run(tmp_path / "d", "dga", ["b", "c", "d"])]
     rows = page_of(folders, tmp_path).rows("Final bits per byte")
-    assert rows["a"][2:] == [("–", []), ("–", [])]
-    assert rows["c"][:2] == [("–", []), ("–", [])]
+    assert rows["a"][3:] == [("–", [])] * 3
+    assert rows["c"][:3] == [("–", [])] * 3
 
 
 def test_many_domains_are_gathered_and_said(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -349,7 +351,7 @@ def test_repeated_runs_are_shown_as_means_and_one_by_one(tmp_path: Path, make_ru
         low, high = sorted(result["sets"]["target"]["bits_per_byte"] for result in pair)
         assert means[policy][0][1] == pytest.approx([(low + high) / 2, (high - low) / 2])
         assert means[policy][-1][0] == "2"
-        column = 0 if policy == "uniform" else 2
+        column = 0 if policy == "uniform" else 3
         assert by_domain["a"][column][1][0] == pytest.approx(
             sum(result["sets"]["a"]["bits_per_byte"] for result in pair) / 2
         )

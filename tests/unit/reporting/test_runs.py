@@ -120,17 +120,6 @@ def test_values_of_the_wrong_kind_are_missing_values(tmp_path: Path, make_run: C
     assert run.steps == 800
 
 
-def test_a_generic_mean_that_was_not_written_is_computed(tmp_path: Path, make_run: Callable[..., Path]) -> None:
-    folder = make_run(tmp_path / "run", "dga", ["a", "b"])
-    result = json.loads((folder / "result.json").read_text())
-    expected = result.pop("generic")
-    (folder / "result.json").write_text(json.dumps(result))
-    run = read_runs([folder])[0]
-    assert run.final is not None
-    assert run.final.generic.bits_per_byte == pytest.approx(expected["bits_per_byte"])
-    assert run.final.generic.bits_per_byte_se == pytest.approx(expected["bits_per_byte_se"])
-
-
 def test_labels_are_policies_else_folders_else_numbers(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     a = make_run(tmp_path / "one" / "seed-0", "dga", ["a"], stop=20)
     b = make_run(tmp_path / "one" / "seed-1", "dga", ["a"], stop=20)

@@ -59,7 +59,7 @@ def test_the_page_and_its_files_load_nothing_from_elsewhere(client: TestClient) 
         assert found.headers["x-content-type-options"] == "nosniff"
         outside = re.findall(r"https?://[^\s\"')]+", found.text)
         assert set(outside) <= {"http://www.w3.org/2000/svg"}, place
-    assert client.get("/page/colours.css").text.count("--c:") >= 12
+    assert client.get("/page/trace.css").text.count("--c:") >= 12
     assert "style=" not in page.text
     assert "innerHTML" not in "".join(script.read_text() for script in PAGE.glob("*.js"))
 

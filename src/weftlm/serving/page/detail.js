@@ -1,7 +1,7 @@
 // What is known of one token: who worked on it, how likely it was, what else might have stood there.
 
-import { chance, make, quoted, signed } from "./dom.js";
-import { atWork, NOBODY } from "./weights.js";
+import { chance, quoted, signed } from "./dom.js";
+import { bar, make, workers } from "./trace.js";
 
 /**
  * One column: a token (or the piece of text) of one model.
@@ -29,7 +29,7 @@ function one(told, token, several) {
       make("span", { class: "muted" }, `token ${token}, id ${facts.id}`)),
     likelihood(facts, before, told.without),
   ];
-  if (told.held) parts.push(make("div", {}, ...workers(told, token)));
+  if (told.held) parts.push(make("div", {}, ...experts(told, token)));
   if (facts.top.length && !several) {
     const likely = [make("h4", {}, before ? `Most likely here without ${told.without}` : "Most likely here"), guesses(facts)];
     if (before) likely.push(make("h4", {}, "With all experts"), guesses(before));
@@ -50,25 +50,14 @@ function likelihood(facts, before, without) {
   return line;
 }
 
-function workers(told, token) {
-  const working = atWork(told.held, told.names, token);
-  const rows = working.slice(0, 14).map(([name, weight]) =>
-    bar(told.classes.get(name) ?? NOBODY, name, weight, weight.toFixed(3)));
-  if (working.length > 14) rows.push(make("li", { class: "muted" }, `and ${working.length - 14} with less`));
-  if (!rows.length) rows.push(make("li", { class: "muted" }, told.where === "gate" ? "no gate yet: it is context" : "the base worked alone"));
-  return [make("h4", {}, told.where === "gate" ? "Experts, weighed by the gate" : `Experts, ${told.where}`),
-    make("ul", { class: "bars" }, ...rows)];
+function experts(told, token) {
+  const gate = told.where === "gate";
+  return [make("h4", {}, gate ? "Experts, weighed by the gate" : `Experts, ${told.where}`),
+    workers(told.held, told.names, told.classes, token, gate ? "no gate yet: it is context" : "the base worked alone")];
 }
 
 function guesses(facts) {
   return make("ul", { class: "bars" }, ...facts.top.map((guess) =>
     bar(guess.id === facts.id ? "xhit" : "xguess", quoted(guess.text, 24), Math.exp(guess.logprob),
       chance(guess.logprob), guess.id === facts.id)));
-}
-
-function bar(group, name, share, number, hit = false) {
-  return make("li", { class: group },
-    make("span", { class: "name", title: name }, name, hit ? make("span", { class: "hit" }, " in the text") : null),
-    make("span", { class: "part", "aria-hidden": "true" }, make("i", { "width%": (100 * Math.min(1, share)).toFixed(1) })),
-    make("span", { class: "number" }, number));
 }

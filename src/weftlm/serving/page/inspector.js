@@ -1,14 +1,13 @@
 // The inspector's page: asks the server, and shows what it answers.
 
 import { ask, keep } from "./api.js";
-import { columns, course, usage } from "./charts.js";
+import { columns } from "./charts.js";
 import { column } from "./detail.js";
-import { byId, chance, fill, make, quoted, signed } from "./dom.js";
+import { byId, chance, fill, quoted, signed } from "./dom.js";
 import * as legends from "./legend.js";
 import * as address from "./state.js";
-import { Pane } from "./tokens.js";
 import { compare, costOf } from "./differences.js";
-import { leader, NOBODY, palette, shares, TIE, unpack } from "./weights.js";
+import { coloured, course, make, NO_EXPERT, palette, Pane, shares, unpack, usage, weightLegend } from "./trace.js";
 
 const EXAMPLE = `def area(radius):
     """The area of a circle."""
@@ -210,20 +209,7 @@ function weights(inspection, view) {
 
 const surprise = (tokens) => tokens.map((token) => (token.logprob === null ? null : -token.logprob));
 
-/** How a model's tokens are coloured: {colours, legend parts}. */
-function workColours(told, classes) {
-  let tie = false, nobody = false;
-  const colours = [];
-  for (let token = 0; token < told.held.count; token++) {
-    const one = leader(told.held, told.names, classes, token, only);
-    tie ||= one[0] === TIE;
-    nobody ||= one[0] === NOBODY;
-    colours.push(one);
-  }
-  return { colours, tie, nobody };
-}
-
-const surpriseColours = (values, most) => values.map((value) => (value === null ? [NOBODY, 0] : ["xloss", value / most]));
+const surpriseColours = (values, most) => values.map((value) => (value === null ? [NO_EXPERT, 0] : ["xloss", value / most]));
 
 const changeColours = (values, most) => values.map((value) =>
   value === null || Math.abs(value) < 5e-4 ? ["none", 0] : [value > 0 ? "xworse" : "xbetter", Math.abs(value) / most]);
@@ -273,10 +259,10 @@ function drawOne() {
     colours = surpriseColours(loss, most);
     legend = legends.surpriseRamp(most);
   } else {
-    const one = workColours(told, classes);
+    const one = coloured(told, classes, only);
     colours = one.colours;
-    legend = legends.experts([told], classes, { only, tie: one.tie, press,
-      nobody: one.nobody ? (base.kind === "gated" ? "context" : "base alone") : "" });
+    legend = weightLegend([told], classes, { only, tie: one.tie, press,
+      unrouted: one.unrouted ? (base.kind === "gated" ? "context" : "base alone") : "" });
   }
   el.legend.replaceChildren(...legend);
 
@@ -356,11 +342,11 @@ function drawPair() {
   const classes = palette(told.filter(Boolean));
   const differences = segments.map((one) => (one.nats_a === null ? null : one.nats_a - one.nats_b));
   const most = legends.scaleOf(differences, 0.05), loudest = legends.scaleOf(both.flatMap((one) => surprise(one.tokens)), 1);
-  const painted = both.map((one, place) => (told[place] && state.view === WORK ? workColours(told[place], classes)
+  const painted = both.map((one, place) => (told[place] && state.view === WORK ? coloured(told[place], classes, only)
     : { colours: surpriseColours(surprise(one.tokens), loudest) }));
   const working = told.filter((one) => one && state.view === WORK);
-  el.legend.replaceChildren(...(working.length ? legends.experts(working, classes,
-    { only, tie: painted.some((one) => one.tie), nobody: painted.some((one) => one.nobody) ? "context or base alone" : "", press,
+  el.legend.replaceChildren(...(working.length ? weightLegend(working, classes,
+    { only, tie: painted.some((one) => one.tie), unrouted: painted.some((one) => one.unrouted) ? "context or base alone" : "", press,
       models: both.filter((_, place) => told[place]).map((one) => one.model) }) : []),
   ...(working.length < 2 ? legends.surpriseRamp(loudest) : []));
 

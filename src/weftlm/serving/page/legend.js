@@ -1,42 +1,7 @@
-// What the colours mean, in words and figures; and the table of losses.
+// What the colours of losses mean; and the tables of losses.
 
-import { make, percent, signed } from "./dom.js";
-import { LEAST, NOBODY, TIE } from "./weights.js";
-import { groups } from "./charts.js";
-
-/**
- * Experts with their share of the work; pressing one shows its weight alone.
- * `held` are lists of {names, share}, one per model.
- */
-export function experts(held, classes, { only, tie, nobody, press, models = [] }) {
-  const rows = new Map();
-  held.forEach(({ names, share }, place) => {
-    for (const [group, members] of groups(names, classes)) {
-      if (!rows.has(group)) rows.set(group, { names: new Set(), shares: held.map(() => null) });
-      const row = rows.get(group);
-      members.forEach((expert) => row.names.add(names[expert]));
-      row.shares[place] = members.reduce((sum, expert) => sum + share[expert], 0);
-    }
-  });
-  const largest = (row) => Math.max(...row.shares.map((share) => share ?? 0));
-  const items = [...rows].sort((a, b) => (a[0] === "xo") - (b[0] === "xo") || largest(b[1]) - largest(a[1]))
-    .map(([group, row]) => {
-      const told = row.names.size > 1 ? `${row.names.size} others` : [...row.names][0];
-      const share = row.shares.map((one) => (one === null ? "–" : percent(one))).join(" | ");
-      return make("li", { class: group, title: [...row.names].join(", ") },
-        make("button", { type: "button", "aria-pressed": String(only === group), onclick: () => press(group) },
-          make("span", { class: "dot" }), make("span", {}, told), make("span", { class: "share" }, share)));
-    });
-  if (tie) items.push(plainItem(TIE, "several alike"));
-  if (nobody) items.push(plainItem(NOBODY, nobody));
-  const hint = models.length > 1 ? `Shares: ${models.join(" | ")}. ` : "";
-  return [make("ul", { class: "legend", "aria-label": "Experts and their share of the work" }, ...items),
-    make("p", { class: "muted" }, `${hint}Colour: the expert with the largest weight; strength: that weight. Press an expert to see its weight alone.`)];
-}
-
-function plainItem(group, text) {
-  return make("li", { class: group }, make("span", { class: "dot" }), make("span", {}, text));
-}
+import { signed } from "./dom.js";
+import { LEAST, make, NO_EXPERT } from "./trace.js";
 
 /** Samples of a colour: [class, strength, text]. */
 export function ramp(samples, note) {
@@ -94,7 +59,7 @@ export function costs(told, tokens, classes, { off, show }) {
   const rows = told.costs.map((cost) => {
     const share = 50 * Math.abs(cost.change) / most, worse = cost.change >= 0;
     return make("tr", {},
-      make("th", { scope: "row" }, make("span", { class: `swatch ${classes.get(cost.expert) ?? NOBODY}` }), cost.expert),
+      make("th", { scope: "row" }, make("span", { class: `swatch ${classes.get(cost.expert) ?? NO_EXPERT}` }), cost.expert),
       make("td", {}, signed(cost.change, 2)),
       make("td", {}, told.totals.bytes ? signed(bits(cost.change, told.totals.bytes), 4) : "–"),
       make("td", { class: "wide", "aria-hidden": "true" }, make("span", { class: "balance" },
