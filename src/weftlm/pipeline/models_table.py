@@ -65,17 +65,18 @@ def models_of(recipe: Recipe) -> dict[str, Place]:
 
     The recipe's own model is `base`, and `mixture: POLICY` where its experts are over another.
     """
-    base, experts = base_of(recipe), recipe.expert_settings
+    base = base_of(recipe)
     found: dict[str, Place] = {}
 
     def add(name: str, path: Path | str, role: Role, settings: Mapping[str, Any] | None = None) -> None:
         found[name] = Place(path, "base" if name == base else role, settings or {})
 
-    given = experts.base if recipe.makes_experts else None
+    given = recipe.expert_settings.base if recipe.makes_experts else None
     if recipe.mixture is not None and (recipe.run / "result.json").exists():
         own = BASE if given is None and base in (None, BASE) else f"mixture: {recipe.mixture.policy}"
         add(own, recipe.run / "model", "base" if own == BASE else "baseline")
     if given is not None:
+        experts = recipe.expert_settings
         add(BASE, recipe.base, "base", {"revision": experts.revision, "dtype": experts.dtype})
     for name, folder in rival_folders(recipe).items():
         add(f"rival: {name}", folder / "model", "baseline")
@@ -83,7 +84,7 @@ def models_of(recipe: Recipe) -> dict[str, Place]:
         return found
     for source in recipe.gating_settings.pool or ():
         if source.library is None and source.model is not None:
-            settings = {"revision": source.revision, "dtype": experts.dtype}
+            settings = {"revision": source.revision, "dtype": recipe.expert_settings.dtype}
             add(f"expert: {source.name}", source.model, "expert", settings)
     if recipe.makes_experts:
         for router in recipe.routing_settings.build:

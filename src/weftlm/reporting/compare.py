@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from weftlm.evaluation.suite import TARGET
 from weftlm.progress import count_text
 from weftlm.reporting.differences import decimals_for, difference_text, verdict
 from weftlm.reporting.figures import OTHER, Line, domain_lines, run_lines
-from weftlm.reporting.runs import Evaluation, Run, Score
+from weftlm.reporting.runs import Run, Score
 
 NAMED_DOMAINS = 9
 """Domains with a colour of their own; the rest of a larger set is shown together."""
@@ -79,24 +78,23 @@ def contenders_of(runs: Sequence[Run]) -> list[Contender]:
         settings = {key: value for key, value in run.recipe.items() if key not in ("seed", "run", "prepared")}
         key = json.dumps(settings, sort_keys=True, default=str) if settings else run.label
         by_recipe.setdefault(key, []).append(run)
-    if len(by_recipe) == len(runs):
-        return [Contender(run.label, (run,), target_score(run), generic_score(run), False) for run in runs]
+    repeated = len(by_recipe) < len(runs)
     groups = list(by_recipe.values())
     policies = [group[0].policy for group in groups]
-    labels = [
-        policy if policy and policies.count(policy) == 1 else group[0].label
-        for policy, group in zip(policies, groups, strict=True)
-    ]
-    return [
-        Contender(
-            label,
-            tuple(group),
-            _mean_over_runs([target_score(run) for run in group]),
-            _mean_over_runs([generic_score(run) for run in group]),
-            True,
+    found = []
+    for group in groups:
+        policy, label = group[0].policy, group[0].label
+        targets, generics = [target_score(run) for run in group], [generic_score(run) for run in group]
+        found.append(
+            Contender(
+                policy if repeated and policy and policies.count(policy) == 1 else label,
+                tuple(group),
+                _mean_over_runs(targets) if repeated else targets[0],
+                _mean_over_runs(generics) if repeated else generics[0],
+                repeated,
+            )
         )
-        for label, group in zip(labels, groups, strict=True)
-    ]
+    return found
 
 
 def _known_mean(values: Sequence[float]) -> float:
@@ -112,16 +110,9 @@ def _mean_over_runs(scores: Sequence[Score]) -> Score:
     return Score(bits_per_byte=statistics.fmean(bits), bits_per_byte_se=error)
 
 
-Compared = TypeVar("Compared", Run, Contender)
-
-
-def baseline_of(compared: Sequence[Compared]) -> Compared:
+def baseline_of(contenders: Sequence[Contender]) -> Contender:
     """What the others are compared with: the first of the uniform mixture, else the first."""
-    return next((one for one in compared if _policy(one) == "uniform"), compared[0])
-
-
-def _policy(one: Run | Contender) -> str:
-    return one.policy if isinstance(one, Run) else one.runs[0].policy
+    return next((one for one in contenders if one.runs[0].policy == "uniform"), contenders[0])
 
 
 def target_score(run: Run) -> Score:
@@ -141,14 +132,10 @@ def target_gap(one: Contender, baseline: Contender) -> Gap | None:
 
 def generic_gap(one: Contender, baseline: Contender) -> Gap | None:
     """A contender against the baseline on the mean over domains; None where a number is missing."""
-    names = _domain_names(one.runs[0].final)
-    if names != _domain_names(baseline.runs[0].final):
-        names = []
-    return _gap(one, baseline, one.generic, baseline.generic, names)
-
-
-def _domain_names(evaluation: Evaluation | None) -> list[str]:
-    return sorted(evaluation.domains) if evaluation is not None else []
+    names, others = (
+        sorted(each.runs[0].final.domains) if each.runs[0].final is not None else [] for each in (one, baseline)
+    )
+    return _gap(one, baseline, one.generic, baseline.generic, names if names == others else [])
 
 
 def _gap(one: Contender, baseline: Contender, score: Score, reference: Score, names: Sequence[str]) -> Gap | None:

@@ -225,8 +225,8 @@ def gating_headline(facts: GatingFacts) -> str:
         where = "the enumerated problem" if facts.exact else f"held-out sequences (95 % interval {shown})"
         return f"Worst case {size} {facts.nats} on {where}, on {facts.certificate.worst_domain}."
     if facts.fit and not facts.rows:
-        worst = _four(number(facts.fit.get("worst")))
-        return f"Worst case {worst} {facts.nats} on the sequences of the fit; not certified on held-out ones yet."
+        fitted = _four(number(facts.fit.get("worst")))
+        return f"Worst case {fitted} {facts.nats} on the sequences of the fit; not certified on held-out ones yet."
     return "No model of the table has a worst case."
 
 
@@ -300,9 +300,8 @@ def models_tables(facts: GatingFacts) -> list[Block]:
 def _models_caption(facts: GatingFacts, distances: bool) -> str:
     where = "the enumerated problem" if facts.exact else "held-out sequences"
     text = f"{_capital(facts.measure)} on {where}, {facts.unit_and_windows}; lower is better."
-    text += " The lowest value of a column is bold." + (
-        "" if facts.exact else " Under each value ± one standard error."
-    )
+    text += " The lowest value of a column is bold."
+    text += "" if facts.exact else " Under each value ± one standard error."
     if not all(facts.is_one_domain(name) for name in facts.rows if math.isfinite(facts.worst(name))):
         text += " The worst case is over the allowed mixtures, so the worst domain alone may be worse than that."
     if distances:
@@ -379,24 +378,34 @@ def domains_table(facts: GatingFacts) -> list[Block]:
     known = facts.certificate
     if known is None:
         return _fitted_table(facts)
-    lengths = any(math.isfinite(number(row.tokens)) for row in known.domains)
-    weights = any(math.isfinite(number(row.lam)) for row in known.domains)
     most = max((row.value for row in known.domains if math.isfinite(row.value)), default=math.nan)
-    rows = []
-    for row in known.domains:
-        cells = [Cell(row.name), _count(row.sequences)]
-        cells += [Cell(exact(number(row.tokens), f"{number(row.tokens):.1f}"))] if lengths else []
-        cells += [Cell(exact(one, _four(one))) for one in (row.cross_entropy, row.offset)]
-        cells.append(Cell(exact(row.value, _four(row.value)), best="largest" if row.value == most else ""))
-        cells.append(Cell(_interval(row.low, row.high)))
-        rows.append(cells + ([_weight(row.lam)] if weights else []))
-    heads: list[str | tuple[str, ...]] = ["Domain", "Sequences", *([("Tokens per", "sequence")] if lengths else [])]
-    heads += ["Cross-entropy", "Offset", "Value", "95 % interval", *(["λ"] if weights else [])]
+    rows = [
+        [
+            Cell(row.name),
+            _count(row.sequences),
+            Cell(exact(number(row.tokens), f"{number(row.tokens):.1f}")),
+            _value(row.cross_entropy),
+            _value(row.offset),
+            Cell(exact(row.value, _four(row.value)), best="largest" if row.value == most else ""),
+            Cell(_interval(row.low, row.high)),
+            _weight(row.lam),
+        ]
+        for row in known.domains
+    ]
+    heads: list[str | tuple[str, ...]] = [
+        "Domain",
+        "Sequences",
+        ("Tokens per", "sequence"),
+        "Cross-entropy",
+        "Offset",
+        "Value",
+        "95 % interval",
+        "λ",
+    ]
     caption = (
         f"The certified gate, divided by Z; {facts.unit_and_windows}. Value is cross-entropy minus offset; "
-        "the largest is bold."
+        "the largest is bold. λ: the domain's part of the worst mixture that the fit found."
     )
-    caption += " λ: the domain's part of the worst mixture that the fit found." if weights else ""
     return [Table(caption, heads, rows, "dense gate")]
 
 

@@ -112,10 +112,10 @@ class Warnings:
 
 @dataclass(frozen=True)
 class Terms:
-    """Words and what they mean."""
+    """What the terms of a report mean; `repeated` adds those of runs that differ only in their seed."""
 
     kind: ClassVar[str] = "terms"
-    entries: dict[str, str]
+    repeated: bool
 
 
 @dataclass(frozen=True)

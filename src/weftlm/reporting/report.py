@@ -23,7 +23,7 @@ from weftlm.reporting.charts import (
 )
 from weftlm.reporting.compare import View
 from weftlm.reporting.gating import GatingFacts, gating_blocks
-from weftlm.reporting.page import Block, Box, Page, Section, Text, render_page, write_page
+from weftlm.reporting.page import Block, Box, Page, Section, Terms, Text, write_page
 from weftlm.reporting.routing import RoutingFacts, routing_blocks
 from weftlm.reporting.runs import Run, read_runs
 from weftlm.reporting.score_table import ScoreTable
@@ -60,11 +60,6 @@ def write_report(
     if not runs and routing is None and gating is None and models is None:
         raise ConfigError("a report needs at least one run folder; none was given")
     return write_page(report_page(read_runs(runs), title, prepared, routing, gating, models), output)
-
-
-def render_report(runs: Sequence[Run], title: str | None = None, **facts: Any) -> str:
-    """The page as text; `facts` as `report_page` takes them."""
-    return render_page(report_page(runs, title, **facts))
 
 
 def report_page(
@@ -130,7 +125,7 @@ def _sources(view: View) -> list[Section]:
     return [
         Section("recipe", "Recipe", "Recipe", tables.recipe_blocks(view)),
         Section("environment", "Environment", "Environment", tables.environment_blocks(view)),
-        Section("reading", "How to read", "How to read this page", [tables.reading_terms(view)]),
+        Section("reading", "How to read", "How to read this page", [Terms(repeated=view.contenders[0].repeated)]),
     ]
 
 

@@ -20,7 +20,7 @@ from weftlm.reporting.compare import (
 )
 from weftlm.reporting.differences import decimals_for, difference_text, lowest
 from weftlm.reporting.figures import paint
-from weftlm.reporting.page import DASH, Block, Cell, Code, Number, Table, Terms, Text, Warnings, exact
+from weftlm.reporting.page import DASH, Block, Cell, Code, Number, Table, Text, Warnings, exact
 from weftlm.reporting.runs import Run, Score, flatten, mapping, number
 
 
@@ -52,8 +52,9 @@ def summary_tables(view: View) -> list[Block]:
     heads = _loss_heads(view, "Run", compared)
     heads += [("Training", "tokens"), ("Training", "time"), ("Alignment", "share of it")]
     problems = [(run.label if several else "", problem) for run in view.runs for problem in run.problems]
+    means: list[Block] = [_means_table(view), Text("Each run", "h3")] if repeated else []
     return [
-        *([_means_table(view), Text("Each run", "h3")] if repeated else []),
+        *means,
         Table(caption, heads, rows),
         *([Warnings("What is missing", problems)] if problems else []),
     ]
@@ -146,16 +147,15 @@ def domain_table(view: View) -> list[Block]:
     for name in names:
         scores, row = [one.domain(name) for one in shown], [Cell(name)]
         for one, score in zip(shown, scores, strict=True):
-            cost = [
-                exact(one.weight(name), f"{one.weight(name):.1%}"),
-                exact(one.epochs(name), f"{one.epochs(name):.3g}"),
-            ]
-            row += [_score(score, scores), *(map(Cell, cost) if full else ())]
+            weight, passes = one.weight(name), one.epochs(name)
+            cost = [Cell(exact(weight, f"{weight:.1%}")), Cell(exact(passes, f"{passes:.3g}"))]
+            row += [_score(score, scores), *(cost if full else ())]
         rows.append(row)
     over = "over runs" if shown[0].repeated else "over windows"
     caption = f"Final bits per byte on held-out text{_windows(view)}, ± one standard error {over}"
     caption += "; final mixture weight; passes over the domain's training text: beyond one it repeats." if full else "."
-    heads = ["Domain", *((one.label, column) for one in shown for column in columns)]
+    heads: list[str | tuple[str, ...]] = ["Domain"]
+    heads += [(one.label, column) for one in shown for column in columns]
     fold = f"All {len(names)} domains as a table"
     return [Table(caption, heads, rows, "dense", fold=fold, opened=len(names) <= OPEN_ROWS)]
 
@@ -268,23 +268,3 @@ def _by_name(value: Any) -> dict[str, dict[str, Any]]:
 
 def _is_count(value: Any) -> bool:
     return math.isfinite(number(value))
-
-
-def reading_terms(view: View) -> Terms:
-    """What the page's terms mean."""
-    entries = {
-        "Bits per byte": "Summed loss in bits over the UTF-8 bytes of the scored text. Unlike loss per token it "
-        "compares models with different tokenizers. Lower is better.",
-        "Target": "Held-out text of the kind the model is trained for; none of it is trained on.",
-        "Generic": "The mean over all domains' held-out sets, each counting once: what the model keeps elsewhere.",
-        "± one standard error": "Over windows of held-out text, taken as independent; for sets of a few long documents "
-        "it is too small. The spread over training seeds is not in it.",
-        "Differences": "Paired window by window where both runs kept their window losses: what makes a window hard "
-        "cancels. Better, worse: the 95 % interval excludes zero.",
-    }
-    if view.contenders[0].repeated:
-        entries["Repeated runs"] = (
-            "Runs that differ only in their seed are compared through their means; there ± is one standard error over "
-            "runs, which few runs estimate roughly."
-        )
-    return Terms(entries)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weftlm.errors import ConfigError, NumericsError
-from weftlm.reporting.page import Block, Page, Section, Text, TraceBlock, exact, render_page, write_page
+from weftlm.reporting.page import Block, Page, Section, Text, TraceBlock, exact, write_page
 from weftlm.routing.trace import Trace, layer_of
 from weftlm.text import printable
 
@@ -69,11 +69,6 @@ def write_trace_page(traces: Sequence[LabelledTrace], path: str | Path, title: s
         DataError: the page cannot be written.
     """
     return write_page(trace_page(traces, title), path)
-
-
-def render_trace_page(traces: Sequence[LabelledTrace], title: str) -> str:
-    """The page as text."""
-    return render_page(trace_page(traces, title))
 
 
 def trace_page(traces: Sequence[LabelledTrace], title: str) -> Page:

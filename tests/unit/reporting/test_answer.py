@@ -1,13 +1,13 @@
 """The first screen: what helped, by how much with its error, and the command that serves the best model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from weftlm.reporting.page import render_blocks
-from weftlm.reporting.report import render_report
-from weftlm.reporting.runs import read_runs
+from weftlm.reporting.page import render_blocks, render_page
+from weftlm.reporting.report import report_page
+from weftlm.reporting.runs import Run, read_runs
 from weftlm.reporting.score_table import Role, ScoreRow, ScoreTable, answer, headline, score_tables
 
 SETS: dict[str, dict[str, float | None]] = {
@@ -29,6 +29,10 @@ ROWS = {
 TABLE = ScoreTable(ROWS, "model", window=128)
 
 
+def rendered(runs: Sequence[Run], models: ScoreTable | None = None) -> str:
+    return render_page(report_page(runs, models=models))
+
+
 def test_the_best_model_comes_with_its_command_and_its_gain() -> None:
     text = render_blocks(answer(TABLE))
     first, second = text.split("<pre>")[1:]
@@ -36,7 +40,7 @@ def test_the_best_model_comes_with_its_command_and_its_gain() -> None:
     assert second.startswith("weftlm serve runs/x/student</pre>"), "the target has another best model"
     for row in ("−0.150 ± 0.010", "−0.170 to −0.130", "better", "−0.128 to +0.028", "not significant", "worse"):
         assert row in text
-    assert text.index("routed: merged</th>") < text.index("gate: student</th>") < text.index("single</th>")
+    assert text.index(">routed: merged<span") < text.index(">gate: student<span") < text.index(">single<span")
     for role in ("router", "student", "expert"):
         assert f'<span class="sub">{role}</span>' in text, "a row carries its role"
     assert headline(TABLE) == (
@@ -54,23 +58,23 @@ def test_differences_without_a_known_error_claim_nothing() -> None:
 
 
 def test_the_answer_stands_before_everything_else(three_runs: list[Path]) -> None:
-    page = render_report(read_runs(three_runs), models=TABLE)
+    page = rendered(read_runs(three_runs), models=TABLE)
     assert page.index('<p class="headline">routed: merged') < page.index('class="answer"') < page.index("<nav")
     assert "Mixtures alone: dga: 1.7" in page, "the mixtures' finding follows"
 
 
 def test_a_run_with_a_model_says_how_to_serve_it(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     runs = [make_run(tmp_path / policy, policy) for policy in ("uniform", "dga")]
-    assert "weftlm serve" not in render_report(read_runs(runs))
+    assert "weftlm serve" not in rendered(read_runs(runs))
     for run in runs:
         (run / "model").mkdir()
-    assert f"weftlm serve {runs[1]}</pre>" in render_report(read_runs(runs))
-    assert f"weftlm serve {runs[0]}</pre>" in render_report(read_runs(runs[:1]))
+    assert f"weftlm serve {runs[1]}</pre>" in rendered(read_runs(runs))
+    assert f"weftlm serve {runs[0]}</pre>" in rendered(read_runs(runs[:1]))
 
 
 def test_tables_say_in_which_windows_they_were_measured(three_runs: list[Path]) -> None:
     assert "by model, in windows of 128 tokens; lower is better" in render_blocks(score_tables(TABLE))
-    page = render_report(read_runs(three_runs))
+    page = rendered(read_runs(three_runs))
     assert page.count("in windows of 256 tokens") == 2
 
 

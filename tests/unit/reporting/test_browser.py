@@ -15,11 +15,11 @@ from support.hostile import NAMES
 from weftlm.gating.certificate import Certificate, DomainRow, Figure
 from weftlm.reporting.gating import GatingFacts, gate_page
 from weftlm.reporting.page import render_page
-from weftlm.reporting.report import render_report
+from weftlm.reporting.report import report_page
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.runs import read_runs
 from weftlm.reporting.score_table import ScoreRow, ScoreTable
-from weftlm.reporting.traces import LabelledTrace, render_trace_page, write_trace_page
+from weftlm.reporting.traces import LabelledTrace, trace_page, write_trace_page
 from weftlm.routing.trace import Trace
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -133,11 +133,11 @@ def pages(folder: Path, make_run: Callable[..., Path]) -> dict[str, str]:
     routing = RoutingFacts(dict(list(table.items())[:3]), relative_forward_time=1.2, traces=[traced()])
     prepared: dict[str, Any] = {"sets": {name: {"documents": 3, "train_tokens": 4000} for name in DOMAINS}}
     return {
-        "project": render_report(
-            read_runs(runs), NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=models
+        "project": render_page(
+            report_page(read_runs(runs), NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=models)
         ),
         "gate": render_page(gate_page(gate(), NAMES[15])),
-        "trace": render_trace_page([traced()], NAMES[8]),
+        "trace": render_page(trace_page([traced()], NAMES[8])),
     }
 
 

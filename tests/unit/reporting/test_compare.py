@@ -79,7 +79,7 @@ def test_a_loss_and_a_difference_within_the_error_are_said_as_plainly(
 ) -> None:
     folders = [make_run(tmp_path / p, p, target_bits=b) for p, b in (("dga", target), ("uniform", 1.9))]
     runs = read_runs(folders)
-    assert baseline_of(runs).policy == "uniform"
+    assert baseline_of(contenders_of(runs)).label == "uniform"
     assert headline(runs).startswith("dga: ")
     assert headline(runs).endswith(said)
 
