@@ -314,8 +314,12 @@ async def _streamed(request: Request, asked: Asked, answers: Answers, prompt_tok
     """
     with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
     events = answers.events()
+
+    async def begun() -> tuple[int, Token | Finished]:
+        return await anext(events)
+
     try:
-        first = await unless_gone(request.receive, anext(events))  # type: ignore[arg-type]
+        first = await unless_gone(request.receive, begun())
     except BaseException:
         answers.cancel()
         raise

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from weftlm.serving.answers import Answer
 from weftlm.serving.prompts import Prompts
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.schemas import Alternative, ChatLogprobs, CompletionLogprobs
+from weftlm.serving.schemas import Alternative, ChatLogprobs, CompletionLogprobs, TokenLogprob
 
 LEAST_NATS = -9999.0
 """Written for the logarithm of zero, which JSON cannot hold."""
@@ -126,11 +126,11 @@ class ChatForm(Form):
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
         if self.top is None:
             return None
-        content = [
+        content: list[TokenLogprob] = [
             {**self._alternative(token.id, token.logprob), "top_logprobs": [self._alternative(*o) for o in token.top]}
             for token in tokens
         ]
-        return {"content": content, "refusal": None}  # type: ignore[typeddict-item]
+        return {"content": content, "refusal": None}
 
     def _alternative(self, token: int, nats: float | None) -> Alternative:
         value = list(self.prompts.bytes_of(token))
