@@ -1,8 +1,8 @@
 """What `weftlm plan` says beside what happens: time, memory and disk of real runs on this machine's CPU.
 
-For every size and seed a plan is made first, in a process of its own: the model is counted on shapes, and single
-kernels of those shapes are timed (`weftlm.pipeline.planning.calibrate`). No model that is checked is run for it. Then
-the work is done, each piece in a process of its own, and compared:
+For every size and seed a plan is made first, in a process of its own: three steps of the model are timed in the
+trainer, three passes without gradient, and eight generated tokens (`weftlm.planning.probe`); all else is taken in
+proportion to FLOPs. Then the work is done, each piece in a process of its own, and compared:
 
     training step       the training loop's step, on made-up tokens
     with alignment      a step at which every domain's alignment is measured (T_r = 1), by estimator
@@ -15,7 +15,7 @@ the work is done, each piece in a process of its own, and compared:
     disk                a checkpoint, the saved model, an expert in its library, a score cache
 
 A figure is planned over measured; the goal is from 0.75 to 1.25. Seconds are of processor time where there is one
-thread, for the plan's kernels as for the runs.
+thread, for the plan's passes as for the runs.
 
     python benchmarks/plan_check.py --threads 1  # regenerates benchmarks/results/plan_check.{json,md}
 """
@@ -57,11 +57,11 @@ from weftlm.gating.scores import score
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.lora_targets import lora_targets
-from weftlm.pipeline.planning.calibrate import Calibration
-from weftlm.pipeline.planning.counts import TARGET_SHARE
-from weftlm.pipeline.planning.estimate import Assumed, Plan, plan_value
-from weftlm.pipeline.planning.hardware import parse_hardware
 from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.planning.counts import TARGET_SHARE
+from weftlm.planning.hardware import parse_hardware
+from weftlm.planning.plan import Assumed, Plan, plan_recipe
+from weftlm.planning.probe import Probe
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
 
@@ -165,19 +165,19 @@ class Work:
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
-    def plan(self, estimator: str = "shadow", calibration: Calibration | None = None, *, whole: bool = True) -> Plan:
+    def plan(self, estimator: str = "shadow", probe: Probe | None = None, *, whole: bool = True) -> Plan:
         value = recipe_of(self.size, self.seed, estimator).resolved()
         if not whole:
             value |= {"experts": None, "gating": None}
         assumed = Assumed(domains=DOMAINS, experts=EXPERTS, requests=REQUESTS, prompt=PROMPT, new=NEW)
-        return plan_value(value, parse_hardware("cpu"), assumed=assumed, calibration=calibration)
+        return plan_recipe(make_recipe(value), parse_hardware("cpu"), assumed=assumed, probe=probe)
 
-    def plan_of_parts(self, calibration: Calibration, **sections: Any) -> Plan:
+    def plan_of_parts(self, probe: Probe, **sections: Any) -> Plan:
         """Of experts over a model that is there, or of a gate over several."""
         value = recipe_of(self.size, self.seed).resolved()
         parts = {**{key: value[key] for key in ("run", "data")}, **sections}
         assumed = Assumed(domains=DOMAINS, requests=REQUESTS, prompt=PROMPT, new=NEW)
-        return plan_value(parts, parse_hardware("cpu"), assumed=assumed, calibration=calibration)
+        return plan_recipe(make_recipe(parts), parse_hardware("cpu"), assumed=assumed, probe=probe)
 
     def t5_section(self, base: str) -> dict[str, Any]:
         """The recipe's experts, over an encoder-decoder."""
@@ -193,41 +193,41 @@ class Work:
             decoder_start_token_id=0, pad_token_id=0,
         )  # fmt: skip
 
-    def seconds_of_t5(self, calibration: Calibration, folder: Path) -> float:
+    def seconds_of_t5(self, probe: Probe, folder: Path) -> float:
         self.t5_config().save_pretrained(folder)
         data = recipe_of(self.size, self.seed).resolved()["data"]
         prompted = {**data, "corpora": [{**corpus, "prompt_field": "prompt"} for corpus in data["corpora"]]}
-        plan = self.plan_of_parts(calibration, data=prompted, experts=self.t5_section(str(folder)))
+        plan = self.plan_of_parts(probe, data=prompted, experts=self.t5_section(str(folder)))
         return float(plan.stage("experts").facts["seconds_per_expert"])
 
-    def seconds_of_whole_models(self, calibration: Calibration, folder: Path) -> float:
+    def seconds_of_whole_models(self, probe: Probe, folder: Path) -> float:
         assert self.recipe.gating is not None
         pool = [{"name": f"expert {e}", "model": str(folder / str(e))} for e in range(EXPERTS)]
         for source in pool:
             self.model().config.save_pretrained(source["model"])
         gating = {"pool": pool, "scores": self.recipe.gating.scores.model_dump()}
-        time = self.plan_of_parts(calibration, gating=gating).stage("scores").time
+        time = self.plan_of_parts(probe, gating=gating).stage("scores").time
         assert time is not None
         return time.seconds
 
     def planned(self) -> dict[str, Any]:
         """Every figure that is checked, as the plan has it."""
-        calibration = Calibration(self.clock)
-        plan = self.plan(calibration=calibration)
+        probe = Probe(self.clock)
+        plan = self.plan(probe=probe)
         # Adapters, scores and gates were planned over the same base; a plain model's serving needs a plan of its own.
-        plain = self.plan(calibration=calibration, whole=False)
+        plain = self.plan(probe=probe, whole=False)
         found = times_of(plain)
         for name, estimator in ESTIMATORS.items():
             if name not in found["estimators"]:
-                found["estimators"] |= times_of(self.plan(estimator, calibration, whole=False))["estimators"]
+                found["estimators"] |= times_of(self.plan(estimator, probe, whole=False))["estimators"]
         training, experts, scores = (plan.stage(name) for name in ("training", "experts", "scores"))
         gated = plan.stage("gated serving").facts
         assert experts.time is not None
         assert scores.time is not None
         with tempfile.TemporaryDirectory() as folder:
             others = {
-                "expert, T5": self.seconds_of_t5(calibration, Path(folder) / "t5"),
-                "scores, whole models": self.seconds_of_whole_models(calibration, Path(folder)),
+                "expert, T5": self.seconds_of_t5(probe, Path(folder) / "t5"),
+                "scores, whole models": self.seconds_of_whole_models(probe, Path(folder)),
             }
         return {
             **others,
@@ -238,7 +238,7 @@ class Work:
             "expert": experts.facts["seconds_per_expert"],
             "scores": scores.time.seconds,
             "memory": training.memory_bytes,
-            "memory beyond libraries": training.memory_bytes - calibration.resident,
+            "memory beyond libraries": training.memory_bytes - probe.resident,
             "checkpoint": training.disk["checkpoints"],
             "model": training.disk["model"],
             "expert in a library": experts.disk["library"] / EXPERTS,
@@ -488,7 +488,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def quick(size: str, seed: int) -> dict[str, tuple[float, float]]:
     """The smallest check, in one process: a step, a step with alignment, generation, a checkpoint."""
     work = Work(size, seed, clock_of(torch.get_num_threads()))
-    plan = work.plan(calibration=Calibration(work.clock), whole=False)
+    plan = work.plan(probe=Probe(work.clock), whole=False)
     found = times_of(plan)
     shadow = "shadow on the batch"
     planned = {

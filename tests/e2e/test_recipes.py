@@ -19,10 +19,10 @@ from support.tiny_project import WORDS, sentence
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
 from weftlm.pipeline.checks import check_recipe
-from weftlm.pipeline.planning.estimate import plan_value
-from weftlm.pipeline.planning.hardware import parse_hardware
 from weftlm.pipeline.recipe import load_recipe, make_recipe
 from weftlm.pipeline.runner import plan_stages, run_project
+from weftlm.planning.hardware import parse_hardware
+from weftlm.planning.plan import plan_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SMALLER: dict[str, Any] = {
@@ -163,7 +163,7 @@ class StandIns:
 def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
     value = {**StandIns(tmp_path).replace(yaml.safe_load(path.read_text())), "run": str(tmp_path / "run")}
     project = make_recipe(value)
-    planned = plan_value(value, parse_hardware("8xH100"))
+    planned = plan_recipe(project, parse_hardware("8xH100"))
     stages = {stage.name for stage in planned.stages}
     assert ("training" in stages) == project.trains
     assert ("experts" in stages) == project.makes_experts

@@ -20,7 +20,6 @@ OWN |= {"ApiError", "QueueFullError", "RefusedError", "SamplerExhausted"}
 AS_IT_IS = {
     "serving/engine.py", "serving/trial.py",  # to the log, with the exception's name
     "serving/app.py", "serving/limits.py", "serving/chat_template.py",  # to the client whose body or template is wrong
-    "pipeline/planning/calibrate.py", "pipeline/planning/counts.py",  # of an operation that a plan could not time
     "corpora/formats.py",  # csv's own words are about the text
 }  # fmt: skip
 """Files that show what an exception says in another way, and to whom."""

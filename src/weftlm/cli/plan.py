@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weftlm.cli.options import JsonOption, RecipeArgument, SetOption, print_json, print_table, say
-from weftlm.pipeline.planning.hardware import DEVICES
+from weftlm.planning.hardware import DEVICES
 
 if TYPE_CHECKING:
-    from weftlm.pipeline.planning.estimate import Plan
+    from weftlm.planning.plan import Plan
 
 
 def run(
@@ -36,17 +36,17 @@ def run(
 ) -> None:
     """Plan a recipe: parameters, FLOPs, memory, traffic, disk, time, and what limits each stage.
 
-    Nothing is trained or downloaded. For known accelerators figures follow from their data sheets; on the CPU single
-    operations are timed on the spot. What was assumed is printed below the table.
+    Nothing is downloaded or kept. For known accelerators figures follow from their data sheets; on the CPU three steps
+    of the recipe's own models are timed on the spot. What was assumed is printed below the table.
     """
     from weftlm.pipeline.checks import load_checked
-    from weftlm.pipeline.planning.hardware import parse_hardware
+    from weftlm.planning.hardware import parse_hardware
 
-    machine, project = parse_hardware(hardware), load_checked(recipe, set_ or [], here=False)
-    from weftlm.pipeline.planning.estimate import Assumed, plan_project
+    machine, checked = parse_hardware(hardware), load_checked(recipe, set_ or [], here=False)
+    from weftlm.planning.plan import Assumed, plan_recipe
 
     assumed = Assumed(domains, experts, data_tokens, requests, prompt, new_tokens)
-    plan = plan_project(project, machine, name=str(recipe), mfu=mfu, assumed=assumed)
+    plan = plan_recipe(checked, machine, name=str(recipe), mfu=mfu, assumed=assumed)
     if json:
         print_json(plan.to_json())
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from weftlm.corpora.reading import known_labels
 from weftlm.errors import ConfigError, DataError, WeftError, did_you_mean
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.models.config import ModelConfig
@@ -175,17 +176,24 @@ def known_domains(recipe: Recipe) -> list[str] | None:
         except DataError:
             return None
     data = recipe.data
-    if data.domains.by != "label" or any(
-        corpus.label is None or corpus.label_field is not None or corpus.label_from is not None
-        for corpus in data.corpora
-    ):
+    if data.domains.by == "clusters":
         return None
-    labels = sorted({str(corpus.label) for corpus in data.corpora})
+    labels: set[str] = set()
+    for corpus in data.corpora:
+        if data.domains.by == "file":
+            corpus = corpus.model_copy(update={"label": None, "label_field": None, "label_from": "file"})
+        try:
+            found = known_labels(corpus)
+        except DataError:  # the text is elsewhere
+            found = None
+        if found is None:
+            return None
+        labels |= found
     if reserved := sorted(RESERVED_NAMES.intersection(labels)):
         raise ConfigError(
             f"a domain may not be called {reserved[0]!r}, which names the target's own set; rename the label"
         )
-    return [*labels, *([TARGET_DOMAIN] if data.domains.include_target else [])]
+    return [*sorted(labels), *([TARGET_DOMAIN] if data.domains.include_target else [])]
 
 
 # -- models ---------------------------------------------------------------------------------------------------------

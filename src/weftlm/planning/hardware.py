@@ -10,11 +10,12 @@ about what drivers keep. Links are per device and direction.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from weftlm.errors import ConfigError, did_you_mean
 
@@ -134,10 +135,8 @@ class Hardware:
         return LINK_EFFICIENCY * wire
 
     def of(self, devices: int) -> Hardware:
-        """As many devices of the same kind, in machines of the same size where one does not do."""
-        if devices <= self.devices_per_node:
-            return Hardware(1, devices, self.device)
-        return Hardware(-(-devices // self.devices_per_node), self.devices_per_node, self.device)
+        """The given number of devices of the same kind, in machines of at most the same size."""
+        return Hardware(-(-devices // self.devices_per_node), min(devices, self.devices_per_node), self.device)
 
 
 def parse_hardware(text: str) -> Hardware:
@@ -168,31 +167,15 @@ def parse_hardware(text: str) -> Hardware:
 
 
 def this_cpu() -> Device:
-    """The machine this runs on; speeds are left to `Calibration`."""
+    """The machine this runs on; its speed is measured by `probe.py`."""
     return Device("cpu", 0.0, 0.0, _total_memory(), 0.0, 0.0, 0.0, 1.0, 0.0, measured=True)
 
 
 def _total_memory() -> float:
     """Bytes of memory, or what a control group allows where that is less."""
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    total = float(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
         return min(total, float(limit)) if limit != "max" else total
     except (OSError, ValueError):
         return total
-
-
-def resident_bytes() -> float:
-    """Memory this process holds now: Python and the libraries, where nothing has been made yet."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def threads() -> int:
-    """PyTorch's threads."""
-    import torch  # noqa: PLC0415 - names of devices are read without it
-
-    return torch.get_num_threads()
