@@ -1,7 +1,6 @@
-"""Fill the tables of docs/methods.md from the registries and docs/methods.yaml; `--check` fails where they are stale.
+"""Fill the tables of docs/methods.md from the registries; `--check` fails where they are stale.
 
-Names, papers, files and needs are read off the registered classes. What a method does in a line, and what it costs, is
-written in docs/methods.yaml, which must have every registered name and no other.
+Methods of other packages are left out.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 import weftlm
 from weftlm.gating.config import gates
@@ -41,7 +38,7 @@ REGISTRIES: Mapping[str, Registry[Any]] = {"policies": policies, "routers": rout
 
 
 class MismatchError(Exception):
-    """The words and the registries do not name the same methods."""
+    """The page does not hold the places of the tables."""
 
 
 def needs_of(kind: str, name: str) -> str:
@@ -74,56 +71,47 @@ def paper_of(paper: str | None) -> str:
     return f"[{identifier}](https://arxiv.org/abs/{identifier})" if identifier != paper else paper
 
 
-def rows_of(kind: str, told: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-    """A row per registered method.
-
-    Raises:
-        MismatchError: a method has no words, or words have no method.
-    """
+def rows_of(kind: str) -> list[list[str]]:
+    """A row per registered method of weftlm."""
     registry = REGISTRIES[kind]
-    missing, unknown = set(registry) - set(told), set(told) - set(registry)
-    if missing or unknown:
-        raise MismatchError(
-            f"docs/methods.yaml: {kind} lacks {sorted(missing) or 'nothing'}, and names what is not registered: "
-            f"{sorted(unknown) or 'nothing'}"
-        )
     rows = []
-    for name in registry:
-        entry = registry.entry(name)
+    for entry in (registry.entry(name) for name in registry):
+        if not entry.cls.__module__.startswith(f"{registry.package}."):
+            continue
         seen = [("the text so far" if entry.cls.causal else "the whole text")] if kind == "gates" else []
-        tail = [told[name]["costs"].strip(), paper_of(entry.paper), f"`{file_of(entry.cls)}`"]
-        rows.append([f"`{name}`", told[name]["does"], *seen, needs_of(kind, name), *tail])
+        tail = [entry.costs, paper_of(entry.paper), f"`{file_of(entry.cls)}`"]
+        rows.append([f"`{entry.name}`", entry.does, *seen, needs_of(kind, entry.name), *tail])
     return rows
 
 
-def table_of(kind: str, told: Mapping[str, Mapping[str, str]]) -> str:
+def table_of(kind: str) -> str:
     """The Markdown table of a kind of method."""
     needs = {"policies": "needs", "routers": "needs of an expert", "gates": "needs"}[kind]
     header = ["name", "what it does", *(["reads"] if kind == "gates" else []), needs, "costs", "paper", "file"]
-    lines = [header, ["---"] * len(header), *rows_of(kind, told)]
+    lines = [header, ["---"] * len(header), *rows_of(kind)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def filled(page: str, told: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+def filled(page: str) -> str:
     """The page with every table between its markers replaced."""
     for kind in REGISTRIES:
         begin, end = f"<!-- {kind}: begin (docs/methods_table.py) -->", f"<!-- {kind}: end -->"
         if page.count(begin) != 1 or page.count(end) != 1:
             raise MismatchError(f"docs/methods.md must hold these once each: {begin} and {end}")
         head, rest = page.split(begin)
-        page = f"{head}{begin}\n\n{table_of(kind, told[kind])}\n\n{end}{rest.split(end)[1]}"
+        page = f"{head}{begin}\n\n{table_of(kind)}\n\n{end}{rest.split(end)[1]}"
     return page
 
 
 def main() -> int:
-    """Write the page, or with `--check` compare it; 1 where it is stale or the words do not fit."""
+    """Write the page, or with `--check` compare it; 1 where it is stale or lacks a place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is stale")
     check = parser.parse_args().check
     path = FOLDER / "methods.md"
     old = path.read_text(encoding="utf-8")
     try:
-        new = filled(old, yaml.safe_load((FOLDER / "methods.yaml").read_text(encoding="utf-8")))
+        new = filled(old)
     except MismatchError as error:
         print(error, file=sys.stderr)
         return 1

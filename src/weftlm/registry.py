@@ -1,6 +1,10 @@
-"""Name -> class registries, filled by importing every module of a folder once.
+"""Name -> class registries: the methods of a folder of weftlm, and those of other packages.
 
-A method is one file: `@policies.register("doremi", paper="arXiv:2305.10429")` on its class is the whole seam.
+A method is one file: `@policies.register("doremi", does="...", costs="...", paper="arXiv:2305.10429")` on its class is
+the whole seam. Another package names its module under the entry-point group of the registry:
+
+    [project.entry-points."weftlm.policies"]
+    progress_share = "my_package.progress_share"
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import SourceFileLoader
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from weftlm.config import Section, validate
-from weftlm.errors import ConfigError, did_you_mean
+from weftlm.errors import ConfigError, did_you_mean, reason
 
 T = TypeVar("T")
 
@@ -25,10 +30,20 @@ _REGISTERED = re.compile(r"^@\w+\.register\(\s*[\"']([^\"']+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """One registered method: its name, its class and the paper it follows."""
+    """One registered method.
+
+    Attributes:
+        name: Name in recipes and on the command line.
+        cls: Class of the method.
+        does: What it does, in a line.
+        costs: What it costs in time or memory, in a line.
+        paper: Paper it follows, `arXiv:...` where it is there; None for none.
+    """
 
     name: str
     cls: type[T]
+    does: str
+    costs: str
     paper: str | None
 
 
@@ -40,25 +55,27 @@ class Registry(Generic[T]):
     as well; its module is imported when its name comes up.
 
     Args:
-        kind: what the entries are, for messages ("mixture policy").
-        package: the package whose modules register themselves when imported.
-        key: the key of a method's settings that holds its name ("policy").
+        kind: What the entries are, for messages ("mixture policy").
+        package: Package whose modules register themselves when imported.
+        key: Key of a method's settings that holds its name ("policy").
+        group: Entry-point group under which other packages name their modules ("weftlm.policies").
     """
 
-    def __init__(self, kind: str, package: str, key: str) -> None:
+    def __init__(self, kind: str, package: str, key: str, group: str) -> None:
         self.kind = kind
         self.package = package
         self.key = key
+        self.group = group
         self._entries: dict[str, Entry[T]] = {}
 
-    def register(self, name: str, *, paper: str | None = None) -> Callable[[type[T]], type[T]]:
-        """Class decorator that enters a class under `name`."""
+    def register(self, name: str, *, does: str, costs: str, paper: str | None = None) -> Callable[[type[T]], type[T]]:
+        """Class decorator that enters a class under `name`; see `Entry`."""
 
         def enter(cls: type[T]) -> type[T]:
             present = self._entries.get(name)
             if present is not None and present.cls.__qualname__ != cls.__qualname__:
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {present.cls!r} and {cls!r}")
-            self._entries[name] = Entry(name, cls, paper)
+            self._entries[name] = Entry(name, cls, does, costs, paper)
             return cls
 
         return enter
@@ -70,7 +87,7 @@ class Registry(Generic[T]):
             ConfigError: no such method, with a suggestion.
         """
         if name not in self._entries and name in self._modules:
-            importlib.import_module(self._modules[name])
+            self._import(name)
         if name not in self._entries:
             raise ConfigError(f"unknown {self.kind} {name!r}{did_you_mean(name, self)}")
         return self._entries[name]
@@ -99,10 +116,33 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len({*self._entries, *self._modules})
 
+    def _import(self, name: str) -> None:
+        """Import the module that registers a method.
+
+        Raises:
+            ConfigError: a module of another package cannot be imported, or registers no method of this name.
+        """
+        module = self._modules[name]
+        if module.startswith(f"{self.package}."):
+            importlib.import_module(module)
+            return
+        where = f"{self.kind} {name!r} of another package ({module}, entry point of {self.group})"
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise ConfigError(
+                f"{where} cannot be imported ({reason(error)}); repair or uninstall the package"
+            ) from error
+        if name not in self._entries:
+            raise ConfigError(f"{where} registers no method of that name; its module must call register({name!r}, ...)")
+
     @cached_property
     def _modules(self) -> dict[str, str]:
-        """Module by the name it registers, read from its text."""
-        found = {}
+        """Module by the name it registers: of this package, read from its text, and of others, by entry points.
+
+        A method of weftlm comes before one of the same name of another package.
+        """
+        found = {each.name: each.module for each in entry_points(group=self.group)}
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__, f"{self.package}."):
             spec = importlib.util.find_spec(module.name)
             if spec is not None and isinstance(spec.loader, SourceFileLoader):

@@ -49,7 +49,11 @@ class FirstWeightsGate(CausalGate):
         return _posterior(state["weights_BE"], self.first())
 
 
-@gates.register("bayes")
+@gates.register(
+    "bayes",
+    does="weighs experts by how likely they found the text so far",
+    costs="every expert on every token, or the m best",
+)
 class BayesGate(FirstWeightsGate):
     """The exact causal router of a constant gate.
 
@@ -81,7 +85,12 @@ class BayesGate(FirstWeightsGate):
         return {"weights_BE": joint_BE + _evidence(logp_BE, mask_B, joint_BE)}
 
 
-@gates.register("fixed_share", paper="Machine Learning 32 (1998), 151-178")
+@gates.register(
+    "fixed_share",
+    does="Bayes' weights with a way back, so that a change of domain is followed",
+    costs="as `bayes`",
+    paper="Machine Learning 32 (1998), 151-178",
+)
 class FixedShareGate(FirstWeightsGate):
     """Bayes that expects the domain to change (Herbster and Warmuth 1998, "Tracking the best expert").
 
@@ -130,7 +139,11 @@ class FixedShareGate(FirstWeightsGate):
         return {"weights_BE": after_BE}
 
 
-@gates.register("causal_uniform")
+@gates.register(
+    "causal_uniform",
+    does="gives every expert the same weight at every token",
+    costs="every expert on every token",
+)
 class CausalUniformGate(CausalGate):
     """Equal weights at every token: an average of next-token distributions, gamma_k = 1 / E."""
 

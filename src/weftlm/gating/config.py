@@ -111,7 +111,7 @@ class GateConfig(Section):
     gate: str = Field(description="Registered name of the gate.")
 
 
-gates: Registry[Gate] = Registry("gate", "weftlm.gating", "gate")
+gates: Registry[Gate] = Registry("gate", "weftlm.gating", "gate", "weftlm.gates")
 
 
 def gate_config(value: str | Mapping[str, Any] | GateConfig, where: str = "gate") -> GateConfig:

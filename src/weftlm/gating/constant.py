@@ -12,7 +12,11 @@ from weftlm.gating.config import ConstantConfig, GateConfig, gates
 from weftlm.gating.gate import Features, Gate
 
 
-@gates.register("constant")
+@gates.register(
+    "constant",
+    does="the same weights for every sequence; the best mixture of experts",
+    costs="minutes to fit; as `bayes` to run, which is its exact causal form",
+)
 class ConstantGate(Gate):
     """A mixture of the experts.
 

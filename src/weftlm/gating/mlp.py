@@ -13,7 +13,11 @@ from weftlm.gating.gate import Features, Gate, Need
 from weftlm.gating.standard import SEQUENCE, feature_width, standardisation, standardised
 
 
-@gates.register("mlp")
+@gates.register(
+    "mlp",
+    does="the same with a hidden layer",
+    costs="as `linear`; wants hundreds of sequences per domain",
+)
 class MlpGate(Gate):
     """A linear gate and a correction by one hidden layer.
 

@@ -31,7 +31,12 @@ _DEAD = -1e4
 _BAYES, _SHARE = "bayes.", "share."
 
 
-@gates.register("prefix")
+@gates.register(
+    "prefix",
+    does="Bayes and fixed share, corrected by a small network that reads the experts' scores so far",
+    costs="training; every expert on every token, or the m best: with one of eight per token 1.5 (hidden size "
+    "768) to 2.0 (512) times one expert's time, 1.2 to 1.8 where sleeping experts never catch up",
+)
 class PrefixGate(CausalGate):
     """Bayes' and fixed share's log-posteriors plus a correction learned from the prefix.
 

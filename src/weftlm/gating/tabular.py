@@ -12,7 +12,11 @@ from weftlm.gating.config import GateConfig, TabularConfig, gates
 from weftlm.gating.gate import Features, Gate, Need
 
 
-@gates.register("tabular")
+@gates.register(
+    "tabular",
+    does="a free weight for every point of an enumerated support",
+    costs="as many parameters as points; for small problems",
+)
 class TabularGate(Gate):
     """Free weights at every point: any gate there is, on a support small enough to list.
 

@@ -72,7 +72,7 @@ class AlignmentPolicyConfig(PolicyConfig):
     )
 
 
-policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weftlm.mixture", "policy")
+policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weftlm.mixture", "policy", "weftlm.policies")
 
 
 Initial = Literal["uniform", "importance", "proportional"]

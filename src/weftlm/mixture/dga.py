@@ -53,7 +53,12 @@ class DgaState:
     initial_G: Tensor = dataclasses.field(metadata=CONSTANT)
 
 
-@policies.register("dga", paper="arXiv:2410.02498")
+@policies.register(
+    "dga",
+    does="moves weight to domains whose gradient points where the target's does",
+    costs="0.6 to 0.8 % of training at T_r = 100, 6 to 8 % at 10, 23 to 42 % at 1",
+    paper="arXiv:2410.02498",
+)
 class DgaPolicy:
     """Online mixture by gradient alignment with a target.
 

@@ -39,7 +39,12 @@ class DogeState:
     domains: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
 
 
-@policies.register("doge", paper="arXiv:2310.15393")
+@policies.register(
+    "doge",
+    does="moves weight to domains whose gradient points where the mean of all does, or the target's",
+    costs="as `dga`",
+    paper="arXiv:2310.15393",
+)
 class DogePolicy:
     """Domain reweighting with generalization estimation, run online.
 

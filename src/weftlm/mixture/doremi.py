@@ -37,7 +37,12 @@ class DoremiState:
     domains: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
 
 
-@policies.register("doremi", paper="arXiv:2305.10429")
+@policies.register(
+    "doremi",
+    does="moves weight to domains where the model is furthest behind a reference model",
+    costs="the training of the reference, and its forward pass on every batch",
+    paper="arXiv:2305.10429",
+)
 class DoremiPolicy:
     """Minimax mixture over the excess loss, run online.
 

@@ -38,7 +38,12 @@ class GroupDroState:
     domains: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
 
 
-@policies.register("group_dro", paper="arXiv:1911.08731")
+@policies.register(
+    "group_dro",
+    does="moves weight to the domain with the highest loss",
+    costs="nothing",
+    paper="arXiv:1911.08731",
+)
 class GroupDroPolicy:
     """Distributionally robust optimisation over domains.
 

@@ -36,7 +36,12 @@ def importance_weights(setting: MixtureSetting, policy: str = "importance") -> T
     return histogram_D / total
 
 
-@policies.register("importance", paper="arXiv:2410.03735")
+@policies.register(
+    "importance",
+    does="follows the target's histogram over the domains, fixed before training",
+    costs="one embedding of the documents",
+    paper="arXiv:2410.03735",
+)
 class ImportancePolicy(ConstantPolicy):
     """Draw each domain as often as the target's documents lie nearest to it.
 

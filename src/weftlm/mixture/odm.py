@@ -43,7 +43,12 @@ def exploration(domains: int, turn: int) -> float:
     return min(1.0 / domains, math.sqrt(math.log(domains) / (domains * turn)))
 
 
-@policies.register("odm", paper="arXiv:2312.02406")
+@policies.register(
+    "odm",
+    does="plays a bandit for the highest losses",
+    costs="nothing",
+    paper="arXiv:2312.02406",
+)
 class OdmPolicy:
     """Online data mixing by an adversarial bandit: a domain is an arm, its training loss the reward.
 

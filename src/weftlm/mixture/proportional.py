@@ -29,7 +29,12 @@ def proportional_weights(setting: MixtureSetting, temperature: float = 1.0) -> T
     return alpha_D
 
 
-@policies.register("proportional", paper="arXiv:1901.07291")
+@policies.register(
+    "proportional",
+    does="follows the domains' sizes, by a power of them",
+    costs="nothing",
+    paper="arXiv:1901.07291",
+)
 class ProportionalPolicy(ConstantPolicy):
     """Draw domains in proportion to a power of their training tokens.
 

@@ -15,7 +15,11 @@ TOLERANCE = 1e-6
 """How far from 1 written weights may sum: rounding of decimals, nothing more."""
 
 
-@policies.register("static")
+@policies.register(
+    "static",
+    does="keeps the weights you write",
+    costs="nothing",
+)
 class StaticPolicy(ConstantPolicy):
     """Draw by weights somebody chose.
 

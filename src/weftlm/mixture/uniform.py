@@ -17,7 +17,11 @@ def uniform_weights(groups: int) -> Tensor:
     return torch.full((groups,), 1.0 / groups, dtype=torch.float64)
 
 
-@policies.register("uniform")
+@policies.register(
+    "uniform",
+    does="gives every domain the same weight",
+    costs="nothing",
+)
 class UniformPolicy(ConstantPolicy):
     """Draw every domain equally often, whatever its size.
 

@@ -14,7 +14,12 @@ from weftlm.routing.prototypes import PrototypeRouter
 from weftlm.routing.router import Site
 
 
-@routers.register("arrow", paper="arXiv:2405.11157")
+@routers.register(
+    "arrow",
+    does="takes the k experts whose adapter's main input direction is nearest, per token and module",
+    costs="as `phatgoose`",
+    paper="arXiv:2405.11157",
+)
 class ArrowRouter(PrototypeRouter):
     """Per token and per module, the k adapters whose first right singular vector is most parallel to the input.
 

@@ -14,7 +14,12 @@ from weftlm.routing.prototypes import StandardisedRouter, standardise
 from weftlm.routing.router import Need, Site
 
 
-@routers.register("average-activation", paper="arXiv:2402.05859")
+@routers.register(
+    "average-activation",
+    does="takes the k experts whose mean input is nearest, per token and module",
+    costs="as `phatgoose`; the statistics, one pass over some text of each expert",
+    paper="arXiv:2402.05859",
+)
 class AverageActivationRouter(StandardisedRouter):
     """As PHATGOOSE, with v_z the mean input of the module over the expert's own training examples.
 

@@ -15,7 +15,11 @@ from weftlm.routing.prefix import PrefixRouter
 from weftlm.routing.router import Call, Need, Routing, Site
 
 
-@routers.register("blend")
+@routers.register(
+    "blend",
+    does="follows the text by n-grams and lets the gates move it, per token and module",
+    costs="as `phatgoose` and `prefix` together",
+)
 class BlendRouter(PrefixRouter):
     """The posterior of `prefix`, moved in every module by the scores of PHATGOOSE's gates.
 

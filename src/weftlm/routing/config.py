@@ -25,7 +25,7 @@ class RouterConfig(Section):
     router: str
 
 
-routers: Registry[Router] = Registry("router", "weftlm.routing", "router")
+routers: Registry[Router] = Registry("router", "weftlm.routing", "router", "weftlm.routers")
 
 
 def router_config(section: Mapping[str, Any] | RouterConfig | str) -> RouterConfig:

@@ -14,7 +14,11 @@ from weftlm.routing.config import MergedConfig, RouterConfig, routers
 from weftlm.routing.router import Router, Site, place_of
 
 
-@routers.register("merged")
+@routers.register(
+    "merged",
+    does="averages all updates, the same for every token",
+    costs="nothing; folded into the weights",
+)
 class MergedRouter(Router):
     """W + sum_z w_z scale_z B_z A_z in every module: outer products averaged, and nothing left to do at run time.
 

@@ -14,7 +14,13 @@ from weftlm.routing.prototypes import StandardisedRouter, standardise
 from weftlm.routing.router import Need, Site
 
 
-@routers.register("phatgoose", paper="arXiv:2402.05859")
+@routers.register(
+    "phatgoose",
+    does="takes the k experts whose trained gate is nearest, per token and module",
+    costs="gates, 100 steps per expert; a prefill among 166 experts 1.3 (hidden size 2048) to 2.2 (512) times "
+    "the base's, a decoded token 1.2 to 1.7 times",
+    paper="arXiv:2402.05859",
+)
 class PhatgooseRouter(StandardisedRouter):
     """Per token and per module, the k experts whose gates agree best with the module's input.
 

@@ -18,7 +18,11 @@ _SMALLEST = 1e-30
 _POSTERIOR, _LAST = "prefix.posterior", "prefix.last"
 
 
-@routers.register("prefix")
+@routers.register(
+    "prefix",
+    does="follows the text read so far by each expert's n-grams, per token",
+    costs="the statistics; per token a look-up, the chosen experts' products and a mean of all cut to rank 64",
+)
 class PrefixRouter(Router):
     """The posterior over experts given the text read so far.
 

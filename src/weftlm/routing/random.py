@@ -14,7 +14,11 @@ from weftlm.routing.prototypes import StandardisedRouter, standardise
 from weftlm.routing.router import Site
 
 
-@routers.register("random")
+@routers.register(
+    "random",
+    does="takes k experts by random vectors; a floor to compare with",
+    costs="as `phatgoose`, without gates",
+)
 class RandomRouter(StandardisedRouter):
     """As PHATGOOSE, with gates drawn from a normal distribution: the floor any trained gate must beat."""
 

@@ -15,7 +15,12 @@ from weftlm.routing.config import RetrievalConfig, RouterConfig, routers
 from weftlm.routing.router import Call, Need, Router, Routing, Site, whole_sequence
 
 
-@routers.register("retrieval", paper="arXiv:2302.03202")
+@routers.register(
+    "retrieval",
+    does="takes the expert with the most similar training text, once per sequence",
+    costs="the statistics, an embedding of each sequence; the chosen experts' products",
+    paper="arXiv:2302.03202",
+)
 class RetrievalRouter(Router):
     """One choice per sequence, by nearest training input.
 

@@ -13,7 +13,11 @@ from weftlm.routing.config import RouterConfig, SingleConfig, routers
 from weftlm.routing.router import Router, Site, place_of
 
 
-@routers.register("single")
+@routers.register(
+    "single",
+    does="takes one expert you name",
+    costs="nothing; folded into the weights",
+)
 class SingleRouter(Router):
     """y = W u + scale_z B_z A_z u for one expert z: the best single expert, or the oracle's choice for a data set."""
 

@@ -11,7 +11,11 @@ from weftlm.routing.config import RouterConfig, UniformConfig, routers
 from weftlm.routing.router import Call, Router, Routing, Site
 
 
-@routers.register("uniform")
+@routers.register(
+    "uniform",
+    does="gives every expert the same weight; a floor to compare with",
+    costs="nothing; folded into the weights",
+)
 class UniformRouter(Router):
     """Every expert with weight 1 / N on every token: y = W u + (1/N) sum_z scale_z B_z A_z u.
 

@@ -15,7 +15,9 @@ from weftlm.registry import Registry
 if TYPE_CHECKING:
     from weftlm.training.estimators.contract import Estimator
 
-estimators: Registry[Estimator] = Registry("alignment estimator", "weftlm.training.estimators", "estimator")
+estimators: Registry[Estimator] = Registry(
+    "alignment estimator", "weftlm.training.estimators", "estimator", "weftlm.estimators"
+)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -24,7 +24,7 @@ def page_code(root):
 
     def find(page: str) -> tuple[str, str]:
         text = (root / f"docs/howto/{page}.md").read_text(encoding="utf-8")
-        path = re.search(r"^Save this as `(src/weftlm/\w+/\w+\.py)`:", text, re.MULTILINE)[1]
+        path = re.search(r"save this as `(weftlm_methods/\w+\.py)`:", text, re.MULTILINE)[1]
         return re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1], path
 
     return find
@@ -38,6 +38,12 @@ def laws_over(suite: ModuleType, argument: str, is_mine: Callable[[Any], bool]) 
                 values = [getattr(case, "values", (case,))[0] for case in mark.args[1]]
                 if any(is_mine(value) for value in values):
                     yield function
+
+
+@pytest.mark.parametrize("page", ["own-policy", "own-router"])
+def test_the_sample_package_holds_the_code_of_the_pages(page_code, root, page):
+    code, path = page_code(page)
+    assert (root / "examples/plugin" / path).read_text(encoding="utf-8") == code
 
 
 def test_the_policy_does_what_its_page_says(page_code, execute):

@@ -96,7 +96,11 @@ def average_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
             parameter.grad /= torch.distributed.get_world_size()
 
 
-@estimators.register("cumulative")
+@estimators.register(
+    "cumulative",
+    does="differences of the accumulating gradient of micro-batches of one group each",
+    costs="a read of the gradient per micro-batch",
+)
 class Cumulative(Estimator):
     """Differences of the accumulating gradient."""
 

@@ -97,7 +97,11 @@ def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tens
         torch.clear_autocast_cache()
 
 
-@estimators.register("finite_difference")
+@estimators.register(
+    "finite_difference",
+    does="a central difference of losses along the direction",
+    costs="two forward passes per group, and rounding errors",
+)
 class FiniteDifference(Estimator):
     """A central difference of two forward passes."""
 

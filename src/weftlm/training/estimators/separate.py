@@ -115,7 +115,11 @@ def separate_alignment(
     )
 
 
-@estimators.register("separate")
+@estimators.register(
+    "separate",
+    does="a backward pass per group; exact for every model and layout",
+    costs="a forward and a backward pass per group",
+)
 class Separate(Estimator):
     """A backward pass per group; works for every model and layout."""
 

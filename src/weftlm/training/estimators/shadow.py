@@ -207,7 +207,11 @@ def shadow_dots(
     return torch.cat(found) if found else torch.zeros(0, device=tokens_BT1.device)
 
 
-@estimators.register("shadow")
+@estimators.register(
+    "shadow",
+    does="every sequence's derivative out of one backward pass",
+    costs="on the batch, products of what linear modules read and their gradients with the direction",
+)
 class Shadow(Estimator):
     """Every sequence's derivative out of one backward pass."""
 

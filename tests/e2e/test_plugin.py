@@ -1,0 +1,48 @@
+"""Methods of another package work on the command line without a change to weftlm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from support.tiny_project import command, environment
+
+SAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
+
+
+def test_a_policy_and_a_router_of_another_package(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+    site = tmp_path / "site"
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index",
+            "--no-build-isolation", "--target", site, SAMPLE,
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def run(*words: str | Path, check: int = 0) -> str:
+        done = subprocess.run(
+            command(*words), cwd=tmp_path, env={**environment(), "PYTHONPATH": paths},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == check, done.stderr
+        return done.stdout if check == 0 else done.stderr
+
+    path = recipe({
+        "mixture": {"policy": "progress_share", "update_every_steps": 4},
+        "experts": {"training": {"steps": 2}, "gate": {"steps": 0}, "statistics_examples": 0},
+        "routing": {"routers": ["reading-direction", "uniform"], "build": ["reading-direction"], "timed_pairs": 0},
+    })  # fmt: skip
+    wrong = run("train", path, "--set", "mixture.flor=0.2", "--dry-run", check=2)
+    assert "mixture.flor: unknown key; did you mean 'floor'" in wrong
+    run("run", path, "--set", "training.steps=8", "--set", "evaluation.every_steps=null")
+    result = json.loads((tmp_path / "runs/one/result.json").read_text())
+    assert result["policy"] == "progress_share"
+    compared = json.loads((tmp_path / "runs/one/routing.json").read_text())
+    assert "reading-direction" in json.dumps(compared)
+    assert (tmp_path / "runs/one/routed/reading-direction").is_dir()
