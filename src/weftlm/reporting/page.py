@@ -221,12 +221,6 @@ def render_page(page: Page) -> str:
     )
 
 
-def render_blocks(blocks: Sequence[Block]) -> str:
-    """Blocks alone as HTML."""
-    module = _environment().get_template("blocks.html.j2").module
-    return "\n".join(str(module.block(one)) for one in blocks)  # type: ignore[attr-defined]
-
-
 def write_page(page: Page, output: str | Path) -> Path:
     """Write a page as UTF-8, whole or not at all.
 

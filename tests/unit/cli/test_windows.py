@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from support.blocks import render_blocks
 
 from weftlm.cli import options, run, score
 from weftlm.cli.experts import list as experts_list
@@ -12,7 +13,6 @@ from weftlm.cli.gate import distil, fit
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.files import write_object
 from weftlm.reporting.gating import GatingFacts, gating_blocks
-from weftlm.reporting.page import render_blocks
 
 LENGTH = 123
 SCORED = {

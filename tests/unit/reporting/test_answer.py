@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from support.blocks import render_blocks
 
-from weftlm.reporting.page import render_blocks, render_page
+from weftlm.reporting.page import render_page
 from weftlm.reporting.report import report_page
 from weftlm.reporting.runs import Run, read_runs
 from weftlm.reporting.score_table import Role, ScoreRow, ScoreTable, answer, headline, score_tables

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.blocks import render_blocks
 
 from weftlm.errors import ConfigError, DataError
 from weftlm.gating.certificate import Certificate, DomainRow, Figure
 from weftlm.reporting.gating import GatingFacts, gate_page, gating_blocks, gating_headline, models_tables
-from weftlm.reporting.page import render_blocks, render_page
+from weftlm.reporting.page import render_page
 from weftlm.reporting.report import write_report
 
 ROBUST = {"code": 0.002, "prose": 0.004}

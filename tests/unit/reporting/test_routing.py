@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.blocks import render_blocks
 
 from weftlm.errors import ConfigError
-from weftlm.reporting.page import render_blocks
 from weftlm.reporting.report import write_report
 from weftlm.reporting.routing import RoutingFacts, routing_blocks
 from weftlm.reporting.score_table import Role, ScoreRow, ScoreTable, score_tables
