@@ -23,6 +23,8 @@ OPEN_PATHS = frozenset({"/", "/healthz"})
 """Paths answered without a key: the health check, and the page, which holds no data and asks for the key."""
 MAX_STRINGS = 20_000
 """Maximum number of strings in a JSON body, names of fields included: each takes much longer to read than a byte."""
+MAX_BRACKETS = 100_000
+"""Maximum number of opening brackets in a JSON body, texts included; each may begin a list."""
 OPEN_FOLDER = "/page/"
 """The page's files, open as the page is."""
 
@@ -156,9 +158,10 @@ class JsonRoute(APIRoute):
         class Strict(Request):
             async def json(self) -> Any:
                 body, collected = await self.body(), gc.isenabled()
-                if body.count(b'"') - body.count(b'\\"') > 2 * MAX_STRINGS:
-                    message = f"the body holds more than {MAX_STRINGS:,} strings; send fewer fields, messages or texts"
-                    raise ApiError(400, message, code="invalid_body")
+                strings = (body.count(b'"') - body.count(b'\\"')) // 2
+                if strings > MAX_STRINGS or body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+                    message = f"the body holds more than {MAX_STRINGS:,} strings or {MAX_BRACKETS:,} opening brackets"
+                    raise ApiError(400, f"{message}; send fewer fields, lists or texts", code="invalid_body")
                 gc.disable()  # a list of many lists would be walked again and again while it grows
                 try:
                     return from_json(body, allow_inf_nan=False)
