@@ -1,38 +1,28 @@
-"""Independent units of work over the machines of a Ray cluster: each done at least once, and counted exactly once.
+"""Independent tasks over an executor: processes on this machine, a Ray cluster, or any `concurrent.futures.Executor`.
 
-A worker may die at any moment, also after its unit was done and before anybody heard of it. So a unit must be one that
-may be done twice: it depends on its arguments alone, and what it writes appears whole, under a name that depends on
-nothing else. `fan_out` gives a unit whose worker died to another worker, and takes one answer of each.
-
-Ray is imported when units are handed out, never before; the extra `ray` brings it.
+A worker may die at any moment, and an executor may then repeat its task. So a task must be one that may be done twice:
+it depends on its arguments alone, and what it writes appears whole, under a name that depends on nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib
-import logging
 import os
 import secrets
+import signal
 import socket
-import sys
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from weftlm import __version__
-from weftlm.errors import ConfigError, WeftError, install_hint, reason
+from weftlm import __version__, interrupt
+from weftlm.errors import ConfigError, WeftError
 from weftlm.progress import progress
 
-RETRIES = 3
-"""How often a unit is given to another worker after its own died."""
-
-_IN_FLIGHT = 256
-"""Units handed over at once; what a larger cluster does beyond that waits here."""
-_log = logging.getLogger(__name__)
+_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 Answer = TypeVar("Answer")
 Kept = TypeVar("Kept")
@@ -40,11 +30,11 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A unit of work.
+    """One unit of work.
 
     Attributes:
         title: what it is, for messages: "expert 'cooking'".
-        arguments: of the work function; what it does depends on nothing else.
+        arguments: of the work function.
         size: what it adds to the progress shown.
     """
 
@@ -53,110 +43,86 @@ class Task:
     size: float = 1.0
 
 
-@dataclass(frozen=True)
-class _Sign:
-    """By which a worker knows that it sees the same folder: a token's content, or the digest of a listing."""
-
-    folder: str
-    token: str | None
-    content: str
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What every worker must find, and where it works."""
-
-    place: str
-    signs: tuple[_Sign, ...]
-    version: str
-    gpus: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Far(Generic[Answer]):
-    """The work function and its setting, sent once."""
-
-    work: Callable[..., Answer]
-    setting: _Setting
-
-
 def fan_out(
+    executor: Executor,
     tasks: Sequence[Task],
     work: Callable[..., Answer],
     done: Callable[[Task, Answer], None],
     *,
     shared: Sequence[Path] = (),
-    gpus: float = 0.0,
-    cpus: int = 1,
-    retries: int = RETRIES,
     description: str = "work",
     unit: str = "tasks",
     already: float = 0.0,
     show: bool = True,
 ) -> None:
-    """Do all units, in any order and in parallel.
-
-    Workers work in this process's working folder, which they must see, as they must the `shared` folders. They keep
-    what `keep` gives them, on a GPU too, until this process leaves the `cluster`.
+    """Do all tasks, in any order and in parallel.
 
     Args:
-        tasks: the units; those that are done already are not among them.
-        work: called with a unit's arguments on some machine; a function of a module that is installed there.
-        done: told here of each unit and its answer, once, whatever was done twice.
-        shared: folders that all machines must share.
-        gpus: of each unit; 0 hides them from it.
-        cpus: cores of each unit; its OMP_NUM_THREADS unless that is set.
-        retries: other workers that a unit is given to when its own dies.
+        executor: where to do them. Workers run in this process's working folder, which they must see.
+        tasks: the tasks; those that are done already are not among them.
+        work: function of a module, called with a task's arguments on a worker.
+        done: called here once for each task, with its answer.
+        shared: further folders that all workers must see.
         description: of all of it, for the progress shown.
         unit: what is counted there, plural.
-        already: what is done of it before.
+        already: what was done before.
         show: progress on stderr.
     Raises:
-        ConfigError: as `cluster`, or a worker sees other folders or has another version of weftlm.
-        WeftError: of a unit, as it was raised, which ends all of them; or a unit's workers died again and again.
+        ConfigError: a worker sees other folders, or has another version of weftlm.
+        WeftError: of a task, as it was raised, which ends all of them; or a worker died and its task was given up.
     """
     total = already + sum(task.size for task in tasks)
-    waiting, running, deaths = deque(tasks), dict[Any, Task](), Counter[Task]()
-    with (
-        cluster(cpus, gpus) as ray,
-        _signs(shared) as signs,
-        progress(description, total, unit=unit, enabled=show) as counter,
-    ):
+    with _tokens((Path.cwd(), *shared)) as tokens, progress(description, total, unit=unit, enabled=show) as counter:
         counter.advance(already)
-        lost = tuple(
-            getattr(ray.exceptions, f"{name}Error")
-            for name in ("WorkerCrashed", "NodeDied", "OutOfMemory", "ObjectLost")
-        )
-        far = ray.put(_Far(work, _Setting(str(Path.cwd()), signs, __version__, gpus > 0)))
-        # A worker goes on to the next unit with what it has loaded: Ray ends it after each on a GPU by default.
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=0, max_retries=0, retry_exceptions=False)(_unit)
+        futures = {
+            executor.submit(_on_worker, __version__, Path.cwd(), tokens, work, task.arguments): task for task in tasks
+        }
         try:
-            while waiting or running:
-                while waiting and len(running) < _IN_FLIGHT:
-                    task = waiting.popleft()
-                    running[remote.remote(far, *task.arguments)] = task
-                for reference in ray.wait(list(running), num_returns=1)[0]:
-                    task = running.pop(reference)
-                    try:
-                        answer = ray.get(reference)
-                    except lost as error:
-                        deaths[task] += 1
-                        _tell_of_death(task, deaths[task], retries, error)
-                        waiting.appendleft(task)
-                        continue
-                    except ray.exceptions.RayTaskError as error:
-                        if isinstance(error.cause, WeftError | OSError):
-                            raise error.cause from None
-                        raise
-                    done(task, answer)
-                    counter.advance(task.size)
+            for future in as_completed(futures):
+                task = futures[future]
+                try:
+                    answer = future.result()
+                except BrokenExecutor as error:
+                    raise WeftError(
+                        f"{task.title}: its worker died ({error}); where memory is short, let fewer run at the same "
+                        "time. What is finished is kept: run again"
+                    ) from error
+                done(task, answer)
+                counter.advance(task.size)
+        except interrupt.Stopped:
+            interrupt.end_children()
+            raise
         finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+            for future in futures:
+                future.cancel()
+
+
+def processes(count: int) -> ProcessPoolExecutor:
+    """An executor of new processes on this machine, each with its share of the cores and an accelerator in turn."""
+    context = get_context("spawn")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    slot = context.Value("i", int(os.environ.get("LOCAL_RANK", "0")) * count)
+    return ProcessPoolExecutor(count, context, _start_process, (slot, max(1, cores // count)))
+
+
+def _start_process(slot: Any, threads: int) -> None:
+    """Set up a process, before torch is imported in it: no process group, its threads, plain progress, its device."""
+    for name in _GROUP:
+        os.environ.pop(name, None)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["TERM"] = "dumb"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between tasks; a task stops at its next safe point
+    with slot.get_lock():
+        number, slot.value = slot.value, slot.value + 1
+    import torch  # noqa: PLC0415  (reads the environment when it is imported)
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def keep(key: str, make: Callable[[], Kept]) -> Kept:
-    """What a worker loads for its first unit and has at hand for those that follow; one thing at a time.
+    """What a worker loads for its first task and has at hand for those that follow; one thing at a time.
 
     Args:
         key: of the thing; another key drops what was kept before.
@@ -173,147 +139,43 @@ _kept: dict[str, Any] = {}
 
 
 def new_key() -> str:
-    """A key for `keep` that nobody has had before."""
+    """A fresh key for `keep`."""
     return secrets.token_hex(8)
 
 
-# -- the cluster --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def cluster(cpus: int = 1, gpus: float = 0.0) -> Iterator[Any]:
-    """Ray, connected to the cluster `ray.init` was called for, or to another.
-
-    That is the one of RAY_ADDRESS, else the one this machine is part of, else one that is started over this machine
-    alone. A connection made here ends here; within another `cluster`, nothing is connected. What Ray prints goes to
-    stderr meanwhile: stdout is for results.
-
-    Args:
-        cpus: cores that a unit will ask for.
-        gpus: GPUs, likewise.
-    Raises:
-        ConfigError: Ray is not installed, RAY_ADDRESS does not answer, this machine alone has not what a unit asks for,
-            or this is one of several processes of torchrun.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("this is one of several processes of torchrun; hand work to Ray from a single process")
+@contextmanager
+def _tokens(folders: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
+    """Put a file into every folder that can be written to, for workers to look for; gone at the end."""
+    name = f".weftlm-shared-{new_key()}"
+    tokens = tuple(folder / name for folder in dict.fromkeys(path.resolve() for path in folders))
     try:
-        ray = importlib.import_module("ray")
-    except ImportError as error:
-        raise ConfigError(
-            f"work over machines needs Ray, which cannot be imported ({reason(error)}); {install_hint('ray')}, or use "
-            "torchrun over processes"
-        ) from error
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        alone = False
-        if not ray.is_initialized():
-            stack.callback(ray.shutdown)
-            alone = _connect(ray)
-        for kind, asked in (("CPU", cpus), ("GPU", gpus)):
-            most = max((node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-            if asked > most and alone:
-                raise ConfigError(
-                    f"each task asks for {asked:g} {kind}s and this machine has {most:g}; ask for less, or connect to "
-                    "a cluster that has them (RAY_ADDRESS)"
-                )
-            if asked > most:
-                _log.warning("tasks ask for %g %ss, machines have %g at most: waiting for another", asked, kind, most)
-        yield ray
-
-
-def _connect(ray: Any) -> bool:
-    """Connect to a running cluster, or else start one over this machine alone; whether it was the latter."""
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    refused = getattr(ray.exceptions, "AuthenticationError", ConnectionError)  # newer than the oldest Ray allowed
-    try:
-        ray.init(address="auto", **quiet)
-    except (ConnectionError, refused) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        if address is not None:
-            raise ConfigError(
-                f"no Ray cluster lets this process in at RAY_ADDRESS {address!r}; start one (ray start --head), set "
-                "RAY_AUTH_MODE=token where it asks for a token, or unset RAY_ADDRESS to use this machine alone"
-            ) from error
-    else:
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", include_dashboard=False, **quiet)
-    return True
-
-
-def _tell_of_death(task: Task, deaths: int, retries: int, error: Exception) -> None:
-    reason = type(error).__name__
-    if deaths > retries:
-        raise WeftError(
-            f"{task.title}: its worker died {deaths} times ({reason}); where memory is short, let fewer work at once; "
-            "what is finished is kept: run again"
-        ) from error
-    _log.warning("%s: its worker died (%s); another one takes over", task.title, reason)
-
-
-@contextlib.contextmanager
-def _signs(folders: Sequence[Path]) -> Iterator[tuple[_Sign, ...]]:
-    """Put a token into every folder; one that cannot be written to is known by its listing."""
-    token = f".weftlm-shared-{secrets.token_hex(8)}"
-    signs: list[_Sign] = []
-    try:
-        for folder in dict.fromkeys(path.resolve() for path in folders):
-            content = secrets.token_hex(16)
-            try:
-                (folder / token).write_text(content, encoding="utf-8")
-            except OSError:
-                signs.append(_Sign(str(folder), None, _listing(folder)))
-            else:
-                signs.append(_Sign(str(folder), token, content))
-        yield tuple(signs)
+        for token in tokens:
+            with suppress(OSError):
+                token.touch()
+        yield tuple(token if token.exists() else token.parent for token in tokens)
     finally:
-        for sign in signs:
-            if sign.token is not None:
-                with contextlib.suppress(OSError):
-                    (Path(sign.folder) / sign.token).unlink(missing_ok=True)
+        for token in tokens:
+            with suppress(OSError):
+                token.unlink(missing_ok=True)
 
 
-def _listing(folder: Path) -> str:
-    """Digest of the names, sizes and times of a folder's files."""
-    with os.scandir(folder) as entries:
-        facts = sorted((entry.name, entry.stat().st_size, int(entry.stat().st_mtime)) for entry in entries)
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-
-
-# -- on a worker --------------------------------------------------------------------------------------------------
-
-
-def _unit(far: _Far[Answer], *arguments: Any) -> Answer:
-    setting = far.setting
-    if setting.version != __version__:
+def _on_worker(
+    version: str, place: Path, tokens: Sequence[Path], work: Callable[..., Answer], arguments: tuple[Any, ...]
+) -> Answer:
+    """Do a task, if this worker has the same weftlm and sees the same folders."""
+    here = socket.gethostname()
+    if version != __version__:
         raise ConfigError(
-            f"{socket.gethostname()} has weftlm {__version__} and the command weftlm {setting.version}; install the "
-            "same version on all machines"
+            f"{here} has weftlm {__version__} and the command weftlm {version}; install the same version everywhere"
         )
-    if not setting.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        os.chdir(setting.place)
-    except OSError as error:
-        raise ConfigError(
-            f"{socket.gethostname()} does not see the folder {setting.place}, in which the command was started; start "
-            "it in a folder that all machines share"
-        ) from error
-    for sign in setting.signs:
-        _check_sign(sign)
-    return far.work(*arguments)
-
-
-def _check_sign(sign: _Sign) -> None:
-    folder = Path(sign.folder)
-    try:
-        found = _listing(folder) if sign.token is None else (folder / sign.token).read_text(encoding="utf-8")
-    except OSError:
-        found = None
-    if found != sign.content:
-        what = "is not there" if not folder.is_dir() else "is another folder than the command sees"
-        raise ConfigError(
-            f"on {socket.gethostname()} {folder} {what}; put the run folder, the data, the base and the experts on a "
-            "disk that all machines share, under one path"
-        )
+    for token in tokens:
+        if not token.exists():
+            folder = token.parent if token.name.startswith(".weftlm-shared-") else token
+            what = "is another folder than the command sees" if folder.is_dir() else "is not there"
+            raise ConfigError(
+                f"on {here} {folder} {what}; put the working folder, the run folder, the data, the base and the "
+                "experts on a disk that all machines share, under one path"
+            )
+    os.chdir(place)
+    with interrupt.handled():
+        return work(*arguments)

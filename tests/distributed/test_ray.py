@@ -13,8 +13,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ from support.command_line import Call
 from support.tiny_expert import llama
 from support.tiny_project import WORDS, recipe_value, write_corpora
 
-from weftlm import fan_out as fan_out_file
+from weftlm import __version__
 from weftlm.errors import ConfigError, DataError, WeftError
 from weftlm.experts.library import ExpertLibrary
-from weftlm.fan_out import Task, fan_out
+from weftlm.fan_out import Task, _on_worker, fan_out
 from weftlm.gating import scores
 from weftlm.gating.scores import ScoreCache
+from weftlm.integrations.ray_executor import RayExecutor, ray_executor
 from weftlm.pipeline import experts
 from weftlm.pipeline.experts import train_experts
 from weftlm.pipeline.gating import score_experts
@@ -178,13 +178,12 @@ def metrics(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_experts_are_the_same_and_a_killed_worker_is_replaced(
-    alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     marker = tmp_path / "killed"
     monkeypatch.setattr(experts, "_make_far", dying_in_training(experts._make_far, marker))
     made = call("experts", "train", RECIPE, "--set", "run=two", "--ray", "--json")
     assert marker.exists()
-    assert caplog.text.count("its worker died") == 1
     assert "train 3/3 experts" in call.err
     assert {name: facts["status"] for name, facts in made["experts"].items()} == dict.fromkeys(WORDS, "made")
 
@@ -212,14 +211,13 @@ def test_experts_are_the_same_and_a_killed_worker_is_replaced(
 
 
 def test_scores_are_the_same_and_nothing_is_counted_twice(
-    alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     marker = tmp_path / "killed"
     monkeypatch.setattr(scores, "_far_shard", dying_after(scores._far_shard, marker))
     elsewhere = ["--set", "run=three", "--set", "experts.library=one/experts", "--ray", "--json"]
     found = call("score", RECIPE, *elsewhere)
     assert marker.exists()
-    assert caplog.text.count("its worker died") == 1
     assert "score 54/54 sequences" in call.err
     assert found == {**alone["scores"], "folder": "three/scores"}
     one, three = Path("one/scores"), Path("three/scores")
@@ -243,11 +241,14 @@ def test_evaluation_is_the_same(alone: dict[str, Any], call: Call) -> None:
 # -- units that cannot be done --------------------------------------------------------------------------------------
 
 
-def two_units(work: Callable[..., Any], *arguments: Any, **options: Any) -> list[tuple[Task, Any]]:
+def two_units(
+    work: Callable[..., Any], *arguments: Any, shared: Sequence[Path] = (), **options: Any
+) -> list[tuple[Task, Any]]:
     """What comes of a good unit and one called 'second'."""
     found: list[tuple[Task, Any]] = []
     tasks = [Task(name, (name, *arguments)) for name in ("first", "second")]
-    fan_out(tasks, work, lambda task, answer: found.append((task, answer)), show=False, **options)
+    with ray_executor(**options) as executor:
+        fan_out(executor, tasks, work, lambda task, answer: found.append((task, answer)), shared=shared, show=False)
     return found
 
 
@@ -270,8 +271,9 @@ def die(name: str) -> None:
 
 
 def test_a_unit_that_kills_every_worker_is_given_up(alone: dict[str, Any]) -> None:
-    with pytest.raises(WeftError, match=r"(first|second): its worker died 1 times"):
-        two_units(die, retries=0)
+    executor = RayExecutor(retries=0)
+    with pytest.raises(WeftError, match=r"(first|second): its worker died \(WorkerCrashedError"):
+        fan_out(executor, [Task(name, (name,)) for name in ("first", "second")], die, print, show=False)
 
 
 def hang(name: str, folder: Path) -> str:
@@ -289,8 +291,8 @@ def test_an_interruption_ends_what_is_under_way(alone: dict[str, Any], tmp_path:
         raise KeyboardInterrupt
 
     tasks = [Task(name, (name, tmp_path)) for name in ("first", "second")]
-    with pytest.raises(KeyboardInterrupt):
-        fan_out(tasks, hang, interrupt, show=False)
+    with pytest.raises(KeyboardInterrupt), ray_executor() as executor:
+        fan_out(executor, tasks, hang, interrupt, show=False)
     try:
         worker = os.pidfd_open(int((tmp_path / "pid").read_text()))
     except ProcessLookupError:
@@ -313,31 +315,21 @@ def test_workers_see_what_this_process_sees(alone: dict[str, Any], tmp_path: Pat
     assert sorted(answer for _, answer in two_units(say, shared=[shared])) == [f"first in {here}", f"second in {here}"]
     assert [path.name for path in shared.iterdir()] == ["file"]
 
-    def read_only(path: Path, *arguments: Any, **options: Any) -> int:
+    def read_only(path: Path) -> None:
         raise PermissionError(f"cannot write {path}")
 
-    with monkeypatch.context() as patch:  # then the folder is told by what is in it
-        patch.setattr(Path, "write_text", read_only)
+    with monkeypatch.context() as patch:  # then the folder must be there
+        patch.setattr(Path, "touch", read_only)
         assert len(two_units(say, shared=[shared])) == 2
-        signs = fan_out_file._signs
 
-        @contextmanager
-        def altered(folders: Any) -> Iterator[Any]:
-            with signs(folders) as found:
-                (shared / "more").touch()
-                yield found
 
-        patch.setattr(fan_out_file, "_signs", altered)
-        with pytest.raises(ConfigError, match="another folder than the command sees; put the run folder"):
-            two_units(say, shared=[shared])
-
-    @contextmanager
-    def elsewhere(folders: Any) -> Iterator[Any]:
-        yield (fan_out_file._Sign(str(tmp_path / "far"), ".weftlm-shared-1", "content"),)
-
-    monkeypatch.setattr(fan_out_file, "_signs", elsewhere)
-    with pytest.raises(ConfigError, match="far is not there; put the run folder"):
-        two_units(say)
+@pytest.mark.parametrize(("place", "what"), [("", "is another folder than the command sees"), ("far", "is not there")])
+def test_a_worker_that_sees_another_folder_is_refused(tmp_path: Path, place: str, what: str) -> None:
+    token = tmp_path / place / ".weftlm-shared-1"
+    with pytest.raises(ConfigError, match=f"{what}; put the working folder, the run folder"):
+        _on_worker(__version__, Path.cwd(), [token], say, ("first",))
+    with pytest.raises(ConfigError, match=r"has weftlm .* and the command weftlm 0"):
+        _on_worker("0", Path.cwd(), [], say, ("first",))
 
 
 def test_a_cluster_that_cannot_be_used_is_said(alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

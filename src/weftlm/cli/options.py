@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,11 @@ from weftlm.cli import complete
 from weftlm.cli.folders import takes
 from weftlm.errors import ConfigError
 from weftlm.text import printable, printable_lines, shorten
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from weftlm.pipeline.recipe import Recipe
 
 RecipeArgument = Annotated[
     Path,
@@ -58,6 +64,31 @@ def check_gpus(ray: bool, gpus: float) -> None:
     """
     if gpus and not ray:
         raise ConfigError(f"--gpus {gpus:g} is of Ray's tasks; give --ray with it, or leave it out")
+
+
+@contextmanager
+def executor_for(recipe: Recipe, ray: bool, gpus: float, processes: int = 1) -> Iterator[Executor | None]:
+    """Where the tasks of a command run: on a Ray cluster, in several processes, or (None) in this one.
+
+    Raises:
+        ConfigError: Ray and several processes are asked for, or Ray cannot be used.
+    """
+    if ray and processes > 1:
+        raise ConfigError(
+            f"--processes {processes} and --ray, which starts its own, exclude each other; give one of the two"
+        )
+    if ray:
+        from weftlm.integrations.ray_executor import ray_executor
+
+        with ray_executor(recipe.expert_settings.training.threads or 1, gpus) as executor:
+            yield executor
+    elif processes > 1:
+        from weftlm import fan_out
+
+        with fan_out.processes(processes) as pool:
+            yield pool
+    else:
+        yield None
 
 
 def names_of(text: str) -> list[str]:

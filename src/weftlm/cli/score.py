@@ -15,6 +15,7 @@ from weftlm.cli.options import (
     RecipeArgument,
     SetOption,
     check_gpus,
+    executor_for,
     number,
     print_json,
     print_table,
@@ -53,7 +54,8 @@ def run(
     from weftlm.pipeline.gating import score_experts
     from weftlm.pipeline.train import is_main_process
 
-    result = score_experts(resolved, overwrite=overwrite, ray=ray, gpus=gpus)
+    with executor_for(resolved, ray, gpus) as executor:
+        result = score_experts(resolved, overwrite=overwrite, executor=executor)
     if not is_main_process():
         return
     if json:

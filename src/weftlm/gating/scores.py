@@ -3,7 +3,7 @@
 The sequences are real text of each domain, and samples drawn from each expert (temperature 1, the whole softmax). Once
 they are scored, fitting a gate takes minutes on a CPU whatever the experts' size: scoring is what scales out. Work is
 cut into shards that do not depend on who does them, so that one process, several (torchrun: every rank works on its own
-shards, rank 0 puts them together) and several machines (`score_with_ray`) write the same bytes, given equal hardware.
+shards, rank 0 puts them together) and several machines (`score_with`) write the same bytes, given equal hardware.
 
     index.json                   what is in it, with the size and BLAKE2b of every file, and a checksum over itself
     domain-000.logp.npy          N x T x E, float32, nats; 0 beyond a sequence's end
@@ -24,6 +24,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,7 @@ from weftlm.corpora.store_files import make_folder, sync_file
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.experts.low_rank import Rows
-from weftlm.fan_out import Task, cluster, fan_out, keep, new_key
+from weftlm.fan_out import Task, fan_out, keep, new_key
 from weftlm.files import check_listed, checksum, describe, read_object, remove, room, write_object
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool
@@ -290,7 +291,8 @@ def score(
     return ScoreCache.open(folder)
 
 
-def score_with_ray(
+def score_with(
+    executor: Executor,
     experts: Sequence[ExpertSource],
     domains: Mapping[str, Source],
     folder: str | Path,
@@ -298,60 +300,55 @@ def score_with_ray(
     *,
     eos_id: int | None = None,
     dtype: str = "float32",
-    gpus: float = 0,
-    cpus: int = 1,
     overwrite: bool = False,
     show: bool = True,
 ) -> ScoreCache:
-    """As `score`, over the machines of a Ray cluster: a shard is a unit of work (`fan_out`), and is written here.
-
-    A shard that is scored twice because a worker died is written once.
+    """As `score`, over the workers of an executor: a shard is a task (`fan_out`), and is written here, once.
 
     Args:
+        executor: where to score: on the worker's GPU where it has one.
         experts: where to load the experts from, on every machine.
         domains, folder, config, eos_id, overwrite, show: as `score`; the folder need be seen from here alone.
         dtype: the experts' parameters are held in.
-        gpus: of each task; 0 runs it on CPUs.
-        cpus: cores of each task.
     Raises:
-        ConfigError: as `score`; Ray is not installed, or a machine does not see the experts' folders.
+        ConfigError: as `score`; or a machine does not see the experts' folders.
         DataError, NumericsError, CheckpointError: as `score`.
-        WeftError: workers died again and again.
+        WeftError: a worker died.
     """
     config = ScoreConfig() if config is None else config
     sources = json.dumps([source.model_dump() for source in experts])
     places = [Path(place) for source in experts for place in (source.library, source.model) if place is not None]
-    over: dict[str, Any] = {"shared": [place for place in places if place.is_dir()], "gpus": gpus, "cpus": cpus}
-    far = (new_key(), sources, dtype, "cuda" if gpus else "cpu")
+    shared = [place for place in places if place.is_dir()]
+    far = (new_key(), sources, dtype)
     found: list[tuple[dict[str, str], PoolFacts, bool]] = []
-    with cluster(cpus, gpus):
-        facts_task = Task("the experts' fingerprints", far)
-        fan_out([facts_task], _far_facts, lambda _, facts: found.append(facts), show=False, **over)
-        fingerprints, facts, fast = found[0]
-        bf16 = config.bf16(fast=fast)
-        plan = _make_plan(fingerprints, facts, domains, config, eos_id, bf16)
-        work = _Work(Path(folder), plan, overwrite, rank=0, world=1)
-        if work.finished:
-            return ScoreCache.open(folder)
-        with work.held():
-            left = [task for task in work.tasks if not work.has(task)]
-            units = {
-                Task(
-                    f"shard {task.number}, {task.title(0)} and on", (*far, task, config.batch_size, bf16), task.count
-                ): task
-                for task in left
-            }
-            fan_out(
-                list(units),
-                _far_shard,
-                lambda unit, shard: work.write(units[unit], shard),
-                description="score",
-                unit="sequences",
-                already=sum(task.count for task in work.tasks) - sum(task.count for task in left),
-                show=show,
-                **over,
-            )
-            work.finish(config)
+    facts_task = Task("the experts' fingerprints", far)
+    fan_out(executor, [facts_task], _far_facts, lambda _, facts: found.append(facts), shared=shared, show=False)
+    fingerprints, facts, fast = found[0]
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast)
+    plan = _make_plan(fingerprints, facts, domains, config, eos_id, bf16)
+    work = _Work(Path(folder), plan, overwrite, rank=0, world=1)
+    if work.finished:
+        return ScoreCache.open(folder)
+    with work.held():
+        left = [task for task in work.tasks if not work.has(task)]
+        units = {
+            Task(
+                f"shard {task.number}, {task.title(0)} and on", (*far, task, config.batch_size, bf16), task.count
+            ): task
+            for task in left
+        }
+        fan_out(
+            executor,
+            list(units),
+            _far_shard,
+            lambda unit, shard: work.write(units[unit], shard),
+            shared=shared,
+            description="score",
+            unit="sequences",
+            already=sum(task.count for task in work.tasks) - sum(task.count for task in left),
+            show=show,
+        )
+        work.finish(config)
     return ScoreCache.open(folder)
 
 
@@ -912,19 +909,20 @@ def _refuse_stale(folder: Path, found: Any, wanted: Mapping[str, Any]) -> None:
 # -- elsewhere ----------------------------------------------------------------------------------------------------
 
 
-def _far_pool(key: str, sources: str, dtype: str, device: str) -> ExpertPool:
+def _far_pool(key: str, sources: str, dtype: str) -> ExpertPool:
     """The experts on a worker, loaded once for all its shards."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return keep(
         key,
         lambda: ExpertPool.load([ExpertSource(**source) for source in json.loads(sources)], dtype=dtype, device=device),
     )
 
 
-def _far_facts(key: str, sources: str, dtype: str, device: str) -> tuple[dict[str, str], PoolFacts, bool]:
-    pool = _far_pool(key, sources, dtype, device)
+def _far_facts(key: str, sources: str, dtype: str) -> tuple[dict[str, str], PoolFacts, bool]:
+    pool = _far_pool(key, sources, dtype)
     fast = _bf16(ScoreConfig(precision="auto"), pool.device)
     return pool.fingerprints(), PoolFacts(pool.names, pool.vocab_size, pool.longest), fast
 
 
-def _far_shard(key: str, sources: str, dtype: str, device: str, task: ShardTask, batch_size: int, bf16: bool) -> Shard:
-    return score_shard(_far_pool(key, sources, dtype, device), task, batch_size, bf16)
+def _far_shard(key: str, sources: str, dtype: str, task: ShardTask, batch_size: int, bf16: bool) -> Shard:
+    return score_shard(_far_pool(key, sources, dtype), task, batch_size, bf16)

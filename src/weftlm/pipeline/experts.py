@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import PartialState
 from torch import nn
 
-from weftlm import interrupt
 from weftlm.artifact import Artifact, locked
 from weftlm.config import changed_keys, differences, settings, validate
 from weftlm.corpora.examples import examples_of
@@ -38,7 +34,7 @@ from weftlm.experts.library import ExpertLibrary, check_name
 from weftlm.experts.lora import check_fits
 from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
-from weftlm.fan_out import Task, fan_out, keep, new_key
+from weftlm.fan_out import Task, fan_out, keep, new_key, processes
 from weftlm.files import remove
 from weftlm.models.config import ModelConfig
 from weftlm.models.device import choose_device
@@ -54,8 +50,6 @@ from weftlm.progress import write_line
 from weftlm.training.config import NOT_DECIDING
 from weftlm.training.runtime import choose_runtime
 
-_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Environment of a process group; without it a process is on its own."""
 _GATE_PARTS = ("gate", "statistics_examples", "embedder")
 """Keys of an expert's settings that its adapter does not depend on."""
 _GATE_SETTINGS = tuple(f"settings.{key}" for key in _GATE_PARTS)
@@ -154,9 +148,7 @@ def train_experts(
     *,
     only: Sequence[str] | None = None,
     replace: bool = False,
-    processes: int = 1,
-    ray: bool = False,
-    gpus: float = 0.0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Make an expert of every domain and add each to the library as soon as it is whole.
@@ -169,11 +161,9 @@ def train_experts(
         recipe: what to make.
         only: experts (or their domains) to make; None for all.
         replace: discard experts, and unfinished work, of other settings, data or seed under the same names.
-        processes: how many to make at once. Each process uses an equal share of the cores (OMP_NUM_THREADS if that is
-            set), and accelerators in turn; sums over another number of threads may differ in the last bits.
-        ray: over the machines of a Ray cluster instead, one task per expert; all of them see the run folder, the
-            prepared data, the base and the library at the same place.
-        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
+        executor: where to make them, one task per expert (`fan_out.processes`, `integrations.ray_executor`). Its
+            workers must see the run folder, the prepared data, the base and the library. None: in this process, or for
+            each process of torchrun in one beside it. Sums over another number of threads may differ in the last bits.
         progress: show progress on stderr.
     Returns:
         library, base, and by expert: domain, status (made now, or kept), and its card's losses and adapter facts.
@@ -182,15 +172,11 @@ def train_experts(
             name in `only` is not there; an expert of other settings has the name and `replace` is not set.
         ConfigError, WeftError: as `fan_out`.
     """
-    if processes < 1:
-        raise ConfigError(f"processes is {processes}; it must be at least 1")
-    if ray and processes > 1:
-        raise ConfigError(f"processes is {processes} and Ray is asked for, which makes its own; give one of the two")
     check_experts(recipe)
     group = process_group(recipe)
     first = bool(group is None or group.is_main_process)
     with alone(recipe.run, shared=True) if first else nullcontext():
-        return _train_experts(recipe, group, only, replace, processes, ray, gpus, progress and first)
+        return _train_experts(recipe, group, only, replace, executor, progress and first)
 
 
 def _train_experts(
@@ -198,9 +184,7 @@ def _train_experts(
     group: PartialState | None,
     only: Sequence[str] | None,
     replace: bool,
-    processes: int,
-    ray: bool,
-    gpus: float,
+    executor: Executor | None,
     progress: bool,
 ) -> dict[str, Any]:
     """`train_experts` in a run folder that is held."""
@@ -211,14 +195,13 @@ def _train_experts(
     _check_lengths(shop, [name for name in names if name not in kept])
     rank, world = (0, 1) if group is None else (group.process_index, group.num_processes)
     todo = [name for name in names if name not in kept][rank::world]
-    workers = min(processes, len(todo))
-    if ray:
-        _make_with_ray(shop, todo, replace=replace, gpus=gpus, progress=progress)
-    elif workers and (workers > 1 or group is not None):
-        local_rank = 0 if group is None else group.local_process_index
-        _make_in_processes(recipe, todo, workers, replace=replace, first_slot=local_rank * processes)
-    else:
-        for number, name in enumerate(todo):
+    # The training loop joins the group that the environment tells of; a process beside this one trains alone.
+    with ExitStack() as stack:
+        if executor is None and group is not None:
+            executor = stack.enter_context(processes(1))
+        if executor is not None and todo:
+            _make_with(executor, shop, todo, replace=replace, progress=progress)
+        for number, name in enumerate(todo if executor is None else ()):
             if progress:
                 write_line(f"expert {number + 1} of {len(todo)}: {name}")
             make_one(shop, name, replace=replace)
@@ -528,18 +511,16 @@ def process_group(recipe: Recipe) -> PartialState | None:
     )
 
 
-def _make_with_ray(shop: Workshop, names: Sequence[str], *, replace: bool, gpus: float, progress: bool) -> None:
-    """Make each expert on some machine of a Ray cluster."""
-    recipe = shop.recipe
+def _make_with(executor: Executor, shop: Workshop, names: Sequence[str], *, replace: bool, progress: bool) -> None:
+    """Make each expert on some worker of an executor."""
+    recipe, key = shop.recipe, new_key()
     recipe.run.mkdir(parents=True, exist_ok=True)
-    key = new_key()
     fan_out(
+        executor,
         [Task(f"expert {name!r}", (key, recipe, name, replace)) for name in names],
         _make_far,
         lambda task, status: None,
         shared=shared_folders(recipe),
-        gpus=gpus,
-        cpus=recipe.expert_settings.training.threads or 1,
         description="train",
         unit="experts",
         show=progress,
@@ -555,61 +536,3 @@ def shared_folders(recipe: Recipe) -> list[Path]:
 def _make_far(key: str, recipe: Recipe, name: str, replace: bool) -> Status:
     shop = keep(key, lambda: _workshop(recipe, PreparedData.load(recipe.prepared_folder)))
     return make_one(shop, name, replace=replace, patience_s=_PATIENCE_S)
-
-
-def _make_in_processes(recipe: Recipe, names: Sequence[str], workers: int, *, replace: bool, first_slot: int) -> None:
-    """Deal experts out to spawned processes.
-
-    The training loop joins whatever process group the environment tells of, and shares its batches among the ranks; a
-    process without that environment trains alone, which is what an expert wants.
-    """
-    resolved = recipe.resolved()
-    with (
-        _worker_environment(workers),
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-    ):
-        futures = [
-            pool.submit(_make_some, resolved, list(names[place::workers]), replace, first_slot + place)
-            for place in range(workers)
-        ]
-        for future in futures:
-            try:
-                future.result()
-            except BrokenProcessPool as error:
-                raise ExpertError(
-                    "a process that made experts ended abruptly (out of memory?); what was finished is in the library: "
-                    "run again, with fewer processes"
-                ) from error
-            except interrupt.Stopped:
-                interrupt.end_children()
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _make_some(resolved: Mapping[str, Any], names: Sequence[str], replace: bool, slot: int) -> None:
-    """A worker's share."""
-    recipe = Recipe.model_validate(resolved)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(slot % torch.cuda.device_count())
-    with interrupt.handled():
-        shop = open_workshop(recipe, progress=False)
-        for number, name in enumerate(names):
-            write_line(f"process {slot + 1}, expert {number + 1} of {len(names)}: {name}")
-            make_one(shop, name, replace=replace)
-
-
-@contextmanager
-def _worker_environment(workers: int) -> Iterator[None]:
-    """Environment for processes started inside: no process group, a share of the cores, plain progress lines."""
-    before = dict(os.environ)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ["TERM"] = "dumb"
-    for name in _GROUP:
-        os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from weftlm.gating.config import ExpertSource, FitConfig, gates
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import Gate, load_gate, save_gate
 from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
-from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with_ray
+from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with
 from weftlm.pipeline.base import open_base
 from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
@@ -57,8 +58,7 @@ def score_experts(
     recipe: Recipe,
     *,
     overwrite: bool = False,
-    ray: bool = False,
-    gpus: float = 0.0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score the domains' held-out text, and samples of each expert, under every expert of the recipe's library.
@@ -68,20 +68,20 @@ def score_experts(
     Args:
         recipe: of the experts.
         overwrite: throw away scores of other experts, text or settings.
-        ray: over the machines of a Ray cluster, all of which see the library and the base at the same place.
-        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
+        executor: where to score, one task per shard; its workers must see the library and the base. None: in this
+            process, or in those of torchrun.
         progress: show progress on stderr.
     Returns:
         `score_summary` of the cache.
     Raises:
-        ConfigError: no text is held out, settings do not fit the experts, or Ray is asked for and not installed.
+        ConfigError: no text is held out, or settings do not fit the experts.
         DataError, ExpertError, NumericsError, CheckpointError: as `prepare`, `open_base`, `ExpertPool` and `score`.
     """
     config = recipe.gating_settings
     group = process_group(recipe)
     first = group is None or bool(group.is_main_process)
     with alone(recipe.run) if first else nullcontext():
-        return _score_experts(recipe, config, group, overwrite, ray, gpus, progress and first)
+        return _score_experts(recipe, config, group, overwrite, executor, progress and first)
 
 
 def _score_experts(
@@ -89,25 +89,23 @@ def _score_experts(
     config: GatingConfig,
     group: PartialState | None,
     overwrite: bool,
-    ray: bool,
-    gpus: float,
+    executor: Executor | None,
     progress: bool,
 ) -> dict[str, Any]:
     """`score_experts` in a run folder that is held."""
     with nullcontext() if group is None else group.main_process_first():
         data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
     texts = held_out_texts(data, config)
-    if ray:
+    if executor is not None:
         sources = pool_sources(recipe)
-        cache = score_with_ray(
+        cache = score_with(
+            executor,
             sources,
             texts,
             recipe.scores_folder,
             config.scores,
             eos_id=data.tokenizer.eos_id,
             dtype=recipe.expert_settings.dtype,
-            gpus=gpus,
-            cpus=recipe.expert_settings.training.threads or 1,
             overwrite=overwrite,
             show=progress,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -247,8 +248,7 @@ def evaluate_routes(
     experts: Sequence[str] | None = None,
     config: EvaluationConfig | None = None,
     singles: bool = True,
-    ray: bool = False,
-    gpus: float = 0.0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> RouteEvaluation:
     """Score base, routers and single experts on the recipe's held-out text, all on the same windows.
@@ -259,9 +259,8 @@ def evaluate_routes(
         experts: names of those to route among; None for all.
         config: how much to score; None for the recipe's.
         singles: score every expert alone too, for the best single one and the oracle; costs one evaluation per expert.
-        ray: over the machines of a Ray cluster, one task for the base, each router and each single expert; all of them
-            see the prepared data, the base and the library at the same place.
-        gpus: of each of its tasks; 0 for CPUs, as many cores as experts.training.threads says, or one.
+        executor: where to score, one task for the base, each router and each single expert; its workers must see the
+            prepared data, the base and the library. None: in this process.
         progress: show progress on stderr.
     Raises:
         ConfigError: an unknown router or key, or nothing is held out.
@@ -274,7 +273,7 @@ def evaluate_routes(
         raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
     sections = {text: router_config(parse_router(text)) for text in routes or ()}
     config = recipe.evaluation if config is None else config
-    bench = _Bench.open(recipe, data, experts, config, device=torch.device("cpu") if ray else None)
+    bench = _Bench.open(recipe, data, experts, config, device=torch.device("cpu") if executor is not None else None)
     names = [expert.name for expert in bench.model.experts]
     notes: list[str] = []
     if routes is None:
@@ -287,19 +286,18 @@ def evaluate_routes(
     rows |= {("router", label): section for label, section in sections.items()}
     rows |= {("expert", name): {"router": "single", "expert": name} for name in names if singles}
     found: dict[tuple[str, str], SuiteResult] = {}
-    if ray:
+    if executor is not None:
         key = new_key()
         tasks = {
             Task(f"{kind} {label!r}", (key, recipe, experts, config, router)): (kind, label)
             for (kind, label), router in rows.items()
         }
         fan_out(
+            executor,
             list(tasks),
             _score_far,
             lambda task, result: found.update({tasks[task]: result}),
             shared=shared_folders(recipe),
-            gpus=gpus,
-            cpus=recipe.expert_settings.training.threads or 1,
             description="evaluate",
             unit="models",
             show=progress,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+from weftlm.fan_out import processes
 from weftlm.pipeline.expert_imports import import_recipe_experts
 from weftlm.pipeline.experts import remove_unwanted, train_experts
 from weftlm.pipeline.gating import certify_gate, fit_gate, score_experts
@@ -39,7 +42,8 @@ def make_experts(recipe: Recipe, call: Call) -> None:
     if experts.imports:
         import_recipe_experts(recipe, replace=call.replace, progress=call.progress)
     if experts.trains:
-        train_experts(recipe, replace=call.replace, processes=call.processes, progress=call.progress)
+        with processes(call.processes) if call.processes > 1 else nullcontext() as executor:
+            train_experts(recipe, replace=call.replace, executor=executor, progress=call.progress)
     if call.replace and experts.library is None and is_main_process():
         remove_unwanted(recipe)
 

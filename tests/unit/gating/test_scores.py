@@ -15,7 +15,8 @@ from weftlm.gating.bayes import BayesGate
 from weftlm.gating.certificate import certify
 from weftlm.gating.config import ExpertSource, FitConfig, ScoreConfig
 from weftlm.gating.primal_dual import fit_robust_gate
-from weftlm.gating.scores import ScoreCache, score, score_with_ray
+from weftlm.gating.scores import ScoreCache, score, score_with
+from weftlm.integrations.ray_executor import ray_executor
 
 EOS = 5
 CONFIG = ScoreConfig(length=8, sequences=11, samples=7, batch_size=4, shard_sequences=5)
@@ -317,5 +318,5 @@ def test_bf16_scores_are_near_and_named_in_the_fingerprint(tmp_path):
 
 def test_machines_need_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"):
-        score_with_ray([ExpertSource(name="m", model="nowhere")], domains(), tmp_path, CONFIG, eos_id=EOS, show=False)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[ray\]'"), ray_executor() as executor:
+        score_with(executor, [ExpertSource(name="m", model="x")], domains(), tmp_path, CONFIG, eos_id=EOS, show=False)

@@ -15,6 +15,7 @@ from weftlm.cli.options import (
     RecipeArgument,
     SetOption,
     check_gpus,
+    executor_for,
     number,
     print_json,
     print_table,
@@ -58,7 +59,8 @@ def run(
     from weftlm.pipeline.experts import train_experts
     from weftlm.pipeline.train import is_main_process
 
-    result = train_experts(resolved, only=only, replace=replace, processes=processes, ray=ray, gpus=gpus)
+    with executor_for(resolved, ray, gpus, processes) as executor:
+        result = train_experts(resolved, only=only, replace=replace, executor=executor)
     if not is_main_process():
         return
     if json:

@@ -16,6 +16,7 @@ from weftlm.cli.options import (
     RecipeArgument,
     SetOption,
     check_gpus,
+    executor_for,
     names_of,
     print_json,
     print_table,
@@ -82,15 +83,9 @@ def run(
         router_config(parse_router(each))
     from weftlm.pipeline.routes import evaluate_routes
 
-    found = evaluate_routes(
-        resolved,
-        compared,
-        experts=None if experts is None else names_of(experts),
-        config=config,
-        singles=singles,
-        ray=ray,
-        gpus=gpus,
-    )
+    chosen = None if experts is None else names_of(experts)
+    with executor_for(resolved, ray, gpus) as executor:
+        found = evaluate_routes(resolved, compared, experts=chosen, config=config, singles=singles, executor=executor)
     if json:
         print_json(found.to_json())
     else:
