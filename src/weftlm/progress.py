@@ -10,16 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
-from typing import TextIO
+from typing import Any, Self, TextIO
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from weftlm.text import printable
+from weftlm.text import printable, printable_lines
 
 Clock = Callable[[], float]
+_SHOWN_WEIGHTS = 4
 
 
 def count_text(count: float) -> str:
@@ -60,39 +60,11 @@ def weights_text(weights: Mapping[str, float], top: int) -> str:
     return ", ".join(shown)
 
 
-def _is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be redrawn in place: a real terminal, and not a dumb one."""
-    return stream.isatty() and not Console(file=stream).is_dumb_terminal
-
-
 def write_line(line: str, stream: TextIO | None = None) -> None:
     """Write one line on stderr, or on another stream; names in it may hold anything."""
     stream = sys.stderr if stream is None else stream
     stream.write(printable(line) + "\n")
     stream.flush()
-
-
-class _Bar(Progress):
-    """A rich progress bar with one free line of text under it."""
-
-    footer: str = ""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield from super().get_renderables()
-        if self.footer:
-            yield Text(self.footer, style="dim", no_wrap=True, overflow="ellipsis")
-
-
-def _bar(stream: TextIO) -> _Bar:
-    return _Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[status]}", markup=False),
-        console=Console(file=stream),
-        expand=True,
-        refresh_per_second=4,
-        redirect_stdout=False,  # rich would move printed results onto stderr
-    )
 
 
 class Pace:
@@ -121,23 +93,16 @@ class Pace:
         return f"ETA {duration_text(left)}"
 
 
-class TrainingDisplay:
-    """Training progress on stderr.
-
-    On a terminal: a bar with steps, loss, tokens/s and time left, and the largest mixture weights under it. Elsewhere:
-    the same in one plain line at the first and last step and at most every `log_every_seconds` between.
+class Display:
+    """A long job on stderr: a bar on a terminal, elsewhere a plain line now and then. A context manager.
 
     Args:
-        description: what is being trained; the bar's label.
+        description: the job; the bar's label.
         enabled: False shows nothing (every rank but the first).
-        top_weights: how many mixture weights to name.
         log_every_seconds: pause between plain lines.
+        first_line: whether the first one comes at once.
         stream: where to write; stderr when None.
         clock: seconds, monotonic.
-
-    Example:
-        >>> with TrainingDisplay() as display:
-        ...     display.update(10, 1000, 40960, 5.1, 31000.0, {"code": 0.7, "prose": 0.3})
     """
 
     def __init__(
@@ -145,36 +110,72 @@ class TrainingDisplay:
         description: str = "train",
         *,
         enabled: bool = True,
-        top_weights: int = 4,
         log_every_seconds: float = 10.0,
+        first_line: bool = True,
         stream: TextIO | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.description = description
-        self.enabled = enabled
-        self.top_weights = top_weights
-        self.log_every_seconds = log_every_seconds
         self._stream = sys.stderr if stream is None else stream
+        self._description = printable(description)
+        self._enabled = enabled
+        self._every_seconds = log_every_seconds
         self._clock = clock
-        self._pace = Pace(clock=clock)
-        self._live = enabled and _is_terminal(self._stream)
-        self._bar: _Bar | None = None
-        self._task: TaskID | None = None
-        self._weights: dict[str, float] = {}
-        self._next_line = -math.inf
+        self._next_line = -math.inf if first_line else clock() + log_every_seconds
+        self._bar: Progress | None = None
+        if enabled and self._stream.isatty() and not (console := Console(file=self._stream)).is_dumb_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=console,
+                expand=True,
+                refresh_per_second=4,
+                redirect_stdout=False,  # rich would move printed results onto stderr
+            )
+            self._task = self._bar.add_task(self._description, total=None, status="")
 
-    def __enter__(self) -> TrainingDisplay:
-        if self._live:
-            self._bar = _bar(self._stream)
+    def __enter__(self) -> Self:
+        if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+
+    def show(self, status: str, done: float, total: float | None, *, last: bool = False) -> None:
+        """Show how far the job is.
+
+        Args:
+            status: in words; a second line of it goes below the bar's first.
+            done: units done.
+            total: units altogether; None when it is not known.
+            last: whether to write the plain line at once.
+        """
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, status=printable_lines(status))
+        elif self._enabled and (last or self._clock() >= self._next_line):
+            self._next_line = self._clock() + self._every_seconds
+            write_line(f"{self._description} {status}".replace("\n", "  "), self._stream)
+
+    def message(self, text: str) -> None:
+        """Write a line above the bar (an evaluation's result, a checkpoint's path)."""
+        if self._bar is not None:
+            self._bar.console.print(Text(printable(text)))
+        elif self._enabled:
+            write_line(text, self._stream)
+
+
+class TrainingDisplay(Display):
+    """A training: steps, loss, tokens/s, time left and the largest mixture weights.
+
+    Example:
+        >>> with TrainingDisplay() as display:
+        ...     display.update(10, 1000, 40960, 5.1, 31000.0, {"code": 0.7, "prose": 0.3})
+    """
+
+    _pace: Pace | None = None
+    _weights: Mapping[str, float] = {}
 
     def update(
         self,
@@ -195,57 +196,34 @@ class TrainingDisplay:
             tokens_per_second: recent speed.
             weights: mixture weights by domain; None keeps the last ones.
         """
-        if not self.enabled:
-            return
-        if weights is not None:
-            self._weights = dict(weights)
+        self._pace = self._pace or Pace(clock=self._clock)
+        self._weights = self._weights if weights is None else dict(weights)
         status = f"{step}/{total_steps}  {count_text(tokens)} tokens"
         if loss is not None:
             status += f"  loss {loss:.3f}"
         if tokens_per_second is not None:
             status += f"  {count_text(tokens_per_second)} tok/s"
         status += f"  {self._pace.eta(step, total_steps)}"
-        if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task(
-                    printable(self.description), total=total_steps, completed=step, status=status
-                )
-            if self._weights:
-                self._bar.footer = printable("mixture: " + weights_text(self._weights, self.top_weights))
-            self._bar.update(self._task, completed=step, total=total_steps, status=status)
-            return
-        now = self._clock()
-        if now >= self._next_line or step >= total_steps:
-            self._next_line = now + self.log_every_seconds
-            mixture = f"  mixture {weights_text(self._weights, self.top_weights)}" if self._weights else ""
-            write_line(f"{self.description} {status}{mixture}", self._stream)
-
-    def message(self, text: str) -> None:
-        """Write a line above the bar (an evaluation's result, a checkpoint's path)."""
-        if not self.enabled:
-            return
-        if self._bar is not None:
-            self._bar.console.print(Text(printable(text)))
-        else:
-            write_line(text, self._stream)
+        if self._weights:
+            status += f"\nmixture {weights_text(self._weights, _SHOWN_WEIGHTS)}"
+        self.show(status, step, total_steps, last=step >= total_steps)
 
 
 class ProgressCounter:
     """The handle `progress` yields: tell it what has been done."""
 
-    def __init__(self, show: Callable[[float, bool], None]) -> None:
+    def __init__(self, show: Callable[[float], None]) -> None:
         self._show = show
         self.done = 0.0
 
     def advance(self, count: float = 1.0) -> None:
         """`count` more units are done."""
-        self.done += count
-        self._show(self.done, False)
+        self.update(self.done + count)
 
     def update(self, done: float) -> None:
         """`done` units are done altogether."""
         self.done = done
-        self._show(done, False)
+        self._show(done)
 
 
 @contextmanager
@@ -259,58 +237,31 @@ def progress(
     stream: TextIO | None = None,
     clock: Clock = time.monotonic,
 ) -> Iterator[ProgressCounter]:
-    """Progress of any countable job on stderr: a bar on a terminal, a plain line now and then elsewhere.
+    """Progress of any countable job on stderr; its last plain line always comes, unless the job failed.
 
     Args:
-        description: what is being done ("tokenise code").
+        description: the job ("tokenise code").
         total: units altogether; None when it is not known.
         unit: what is counted, plural.
-        enabled: False shows nothing.
-        log_every_seconds: pause between plain lines; the last one always comes, unless the job failed.
-        stream: where to write; stderr when None.
-        clock: seconds, monotonic.
+        enabled, log_every_seconds, stream, clock: as `Display`.
 
     Example:
         >>> with progress("tokenise code", total=3, unit="documents") as counter:
         ...     for _ in range(3):
         ...         counter.advance()
     """
-    stream = sys.stderr if stream is None else stream
-    if not enabled:
-        yield ProgressCounter(lambda done, last: None)
-        return
-    pace = Pace(0.0, clock)
-    start = clock()
+    pace, start = Pace(0.0, clock), clock()
 
-    def status(done: float) -> str:
+    def show(done: float, last: bool = False) -> None:
         seconds = clock() - start
         speed = f"  {count_text(done / seconds)} {unit}/s" if seconds > 0 and done > 0 else ""
-        if total is None:
-            return f"{count_text(done)} {unit}{speed}  {duration_text(seconds)}"
-        return f"{count_text(done)}/{count_text(total)} {unit}{speed}  {pace.eta(done, total)}"
+        of = "" if total is None else f"/{count_text(total)}"
+        left = duration_text(seconds) if total is None else pace.eta(done, total)
+        display.show(f"{count_text(done)}{of} {unit}{speed}  {left}", done, total, last=last)
 
-    if _is_terminal(stream):
-        bar = _bar(stream)
-        if total is None:
-            bar.columns = (SpinnerColumn(), *bar.columns)
-        with bar:
-            task = bar.add_task(printable(description), total=total, status=status(0.0))
-
-            def redraw(done: float, last: bool) -> None:
-                bar.update(task, completed=done, status=status(done))
-
-            yield ProgressCounter(redraw)
-        return
-
-    next_line = start + log_every_seconds
-
-    def line(done: float, last: bool) -> None:
-        nonlocal next_line
-        now = clock()
-        if last or now >= next_line:
-            next_line = now + log_every_seconds
-            write_line(f"{description} {status(done)}", stream)
-
-    counter = ProgressCounter(line)
-    yield counter
-    line(counter.done, True)
+    with Display(
+        description, enabled=enabled, log_every_seconds=log_every_seconds, first_line=False, stream=stream, clock=clock
+    ) as display:
+        counter = ProgressCounter(show)
+        yield counter
+        show(counter.done, last=True)
