@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,17 +18,6 @@ from weftlm.evaluation.result import SetResult, WindowScores, set_result
 from weftlm.models.hf import SequenceLosses, token_losses
 from weftlm.models.language_model import LanguageModel
 from weftlm.threads import follow_load
-
-
-class HeldOut(Source, Protocol):
-    """A source that also knows how much text its tokens stand for.
-
-    Attributes:
-        bytes: UTF-8 bytes of the text; 0 where they are not known, and bits per byte are then NaN.
-    """
-
-    @property
-    def bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ def windows_of(tokens: int, sequence_length: int, max_tokens: int | None = None)
 
 def evaluate_source(
     model: nn.Module | LanguageModel,
-    source: HeldOut,
+    source: Source,
     *,
     sequence_length: int,
     batch_size: int,

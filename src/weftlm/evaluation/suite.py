@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from weftlm.corpora.examples import examples_of
+from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceResult
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.examples import evaluate_examples
-from weftlm.evaluation.perplexity import HeldOut, evaluate_source
+from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.evaluation.result import (
     Difference,
     MeanResult,
@@ -82,8 +83,8 @@ class SuiteDifference:
 
 def evaluate_suite(
     model: nn.Module | LanguageModel,
-    domains: Mapping[str, HeldOut],
-    target: HeldOut | None = None,
+    domains: Mapping[str, Source],
+    target: Source | None = None,
     *,
     sequence_length: int,
     config: EvaluationConfig | None = None,

@@ -221,9 +221,7 @@ def _train_adapter(
     return _Adapter(lora, facts, losses)
 
 
-def held_out_losses(
-    model: nn.Module, source: Source, config: ExpertTraining, device: torch.device
-) -> dict[str, float | int | None]:
+def held_out_losses(model: nn.Module, source: Source, config: ExpertTraining, device: torch.device) -> dict[str, Any]:
     """The loss on held-out text, or on the targets of held-out examples (`evaluate_suite`).
 
     Returns:

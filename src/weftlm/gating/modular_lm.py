@@ -187,7 +187,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     # -- running it ---------------------------------------------------------------------------------------------
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def forward(
         self,
@@ -460,7 +460,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         adapters = sum(member.lora.num_parameters for member in self.pool.members if member.lora is not None)
         return count + adapters + sum(self._gate.tensors[name].numel() for name in self._gate.learned)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
         """Refused.
 
         Raises:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from weftlm.evaluation.perplexity import HeldOut
+from weftlm.corpora.source import Source
 from weftlm.experts.examples import training_source
 from weftlm.pipeline.prepared import PreparedData
 
 
-def heldout_sets(data: PreparedData, examples: bool | None) -> tuple[dict[str, HeldOut], HeldOut | None]:
+def heldout_sets(data: PreparedData, examples: bool | None) -> tuple[dict[str, Source], Source | None]:
     """Held-out text by domain, and the target's.
 
     Args:
@@ -19,9 +17,9 @@ def heldout_sets(data: PreparedData, examples: bool | None) -> tuple[dict[str, H
         ConfigError: examples are asked of plain text.
     """
     domains = {
-        domain.name: cast(HeldOut, training_source(domain.heldout, domain.name, examples))
+        domain.name: training_source(domain.heldout, domain.name, examples)
         for domain in data.domains
         if domain.heldout is not None
     }
     target = data.target_heldout
-    return domains, None if target is None else cast(HeldOut, training_source(target, "target", examples))
+    return domains, None if target is None else training_source(target, "target", examples)

@@ -353,7 +353,8 @@ def serving_stage(
         found = sum((each.time(machine, kind, batch, length) for each in bare), Time())
         tokens = batch * (1 if kind == "decode" else length)
         if not routed or machine.measured:
-            return found * (1.0 + added[0] * tokens / getattr(bare[0].counted, kind)(batch, length).flops)
+            flops: float = getattr(bare[0].counted, kind)(batch, length).flops
+            return found * (1.0 + added[0] * tokens / flops)
         return found + machine.roofline(added[0] * tokens, added[1], ROUTING_CALLS * modules)
 
     name = "routed model" if routed else f"gate over {experts:,} experts" if gated else "plain model"

@@ -304,7 +304,8 @@ class RoutedModel(nn.Module):
 
     def stepper(self) -> Stepping:
         """How the model is stepped token by token; a router that decides once per text reads the prompt whole."""
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model: Any = self.model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         in_pieces = self.keeps_cache and (self.router.in_pieces or self.router.static_weights_E is not None)
         return Stepping((inner,), keeps_cache=self.keeps_cache, in_pieces=in_pieces, takes_prompt_mask=True)
 
@@ -430,7 +431,7 @@ class RoutedModel(nn.Module):
         Args:
             return_buffers: count the base's other buffers and the router's too.
         """
-        held = [*self.parameters()]
+        held: list[Tensor] = [*self.parameters()]
         if return_buffers:
             held += self.buffers()
         else:

@@ -44,14 +44,16 @@ class _Connection(H11Protocol):
 
     def _watch(self, last: Any) -> None:
         """Drop the connection unless a request began since the last look, or is being answered."""
-        idle = self.cycle is None or self.cycle.response_complete or self.transport.is_closing()
-        if idle and self.cycle is last:
+        cycle: Any = self.cycle
+        idle = cycle is None or cycle.response_complete or self.transport.is_closing()
+        if idle and cycle is last:
             self.transport.abort()
         else:
             self.loop.call_later(self.intake_seconds, self._watch, self.cycle)
 
     def send_400_response(self, msg: str) -> None:
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+        cycle: Any = self.cycle  # None before the first request, whatever uvicorn declares
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.close()  # in the middle of a response there is no place for another
         else:
             super().send_400_response(msg)

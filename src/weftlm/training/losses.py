@@ -24,7 +24,7 @@ class BatchLoss(Protocol):
         """The batch with its rows replaced, reordered or weighed; called once per step, on every process."""
         ...
 
-    def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, tokens_BT1: Tensor, /) -> Tensor:
         """losses_BT of a micro-batch, in nats, with their gradient; T may be 1."""
         ...
 
