@@ -22,7 +22,7 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,7 +46,7 @@ from weftlm.corpora.store_files import (
     write_json,
 )
 from weftlm.errors import DataError, reason
-from weftlm.files import checksum, parse_json
+from weftlm.files import parse_json, read_object
 
 __all__ = ["MultiStoreWriter", "TokenStore", "TokenStoreWriter", "Vocabulary", "open_stores"]
 
@@ -58,129 +58,27 @@ _verified: set[tuple[Path, str, tuple[int, ...]]] = set()
 """Stores whose contents this process has compared with their index: path, fingerprint, times of modification."""
 
 
-class TokenStoreWriter:
-    """Writes one store; use as a context manager, or call `finish` or `abort`.
+class _Writer:
+    """Writes one store or many into a folder that appears all at once; use as a context manager.
 
-    Tokens wait in memory up to `buffer_bytes`, whatever the size of the store. Files are open only while written to.
-    With `resume=True` an interrupted writer's folder is taken up at its last `commit`: skip `documents` documents of
-    the stream and append the rest. `mark` is whatever the last `commit` was given, to recognise the stream by.
+    Tokens wait in memory up to `buffer_bytes`, whatever the size of the stores: when it is used up, the fullest buffers
+    are written. One file is open at a time. With `resume=True` an interrupted writer's folder is taken up at its last
+    `commit`: skip `documents` documents of the stream and append the rest. `mark` is whatever the last `commit` was
+    given, to recognise the stream by.
 
     Args:
-        path: the store's folder; must not exist unless `overwrite`.
+        path: the folder; must not exist unless `overwrite`.
         vocabulary: size, end-of-document id and fingerprint of the tokenizer.
         shard_tokens: tokens in one file.
         buffer_bytes: memory for tokens not yet on disk.
         resume: continue an interrupted writer's work instead of starting anew.
-        overwrite: replace an existing store when finished.
-    Raises:
-        DataError: the store exists already, another process is writing it, or the disk is full.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        vocabulary: Vocabulary,
-        *,
-        shard_tokens: int = SHARD_TOKENS,
-        buffer_bytes: int = 4 << 20,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        self._partial = PartialFolder(Path(path), resume=resume, overwrite=overwrite)
-        self._buffer_bytes = buffer_bytes
-        self.mark = ""
-        self._files = StoreFiles(self._partial.path, vocabulary, shard_tokens)
-        journal = self._partial.read_journal()
-        if journal is not None:
-            if self._files.restore(journal.get("store")):
-                self.mark = str(journal["mark"])
-            else:
-                _log.warning("%s does not hold what its journal says; starting again", self._partial.path)
-                self._partial.clear()
-                self._files = StoreFiles(self._partial.path, vocabulary, shard_tokens)
-
-    @property
-    def documents(self) -> int:
-        """Documents appended so far, those of an interrupted run included."""
-        return self._files.documents
-
-    @property
-    def tokens(self) -> int:
-        """Tokens appended so far, end-of-document tokens included."""
-        return self._files.tokens
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the documents appended so far."""
-        return self._files.bytes
-
-    def append(
-        self,
-        tokens: ArrayLike,
-        text_bytes: int,
-        origin: str = "",
-        label: str | None = None,
-        prompt: tuple[int, int] | None = None,
-    ) -> None:
-        """Append one document; the end-of-document token is added here.
-
-        Args:
-            tokens: token ids without special tokens, shape (tokens,).
-            text_bytes: length of the document's text in UTF-8 bytes.
-            origin: where the document came from.
-            label: ignored; there so that this writer and `MultiStoreWriter` are called alike.
-            prompt: of an example, how many of the tokens, and of the bytes, are its prompt's.
-        Raises:
-            DataError: an id is outside the vocabulary, some documents are examples and some not, or the disk is full.
-        """
-        self._files.append(tokens, text_bytes, origin, prompt)
-        if self._files.pending_bytes >= self._buffer_bytes:
-            self._files.flush()
-
-    def commit(self, mark: str) -> None:
-        """Put everything appended so far on record: a later writer with `resume=True` continues from here."""
-        self._files.flush()
-        self._partial.write_journal({"mark": mark, "store": self._files.state()})
-
-    def finish(self) -> TokenStore:
-        """Close the store, rename it into place and open it.
-
-        Raises:
-            DataError: no document was appended, or the disk is full.
-        """
-        if self._files.documents == 0:
-            self.abort()
-            raise DataError(f"token store {self._partial.final} would hold no document")
-        with self._partial.kept_on_failure():
-            self._files.close()
-            self._partial.publish()
-        return TokenStore(self._partial.final, verify="sizes")
-
-    def abort(self, keep: bool = False) -> None:
-        """Stop without a store; `keep` leaves the committed part for a later `resume=True`."""
-        self._partial.abandon(keep=keep)
-
-    def __enter__(self) -> TokenStoreWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            self.abort(keep=self._partial.resume)
-        elif not self._partial.closed:
-            self.finish()
-
-
-class MultiStoreWriter:
-    """Writes a store per label, thousands of them at once, into one folder that appears all at once.
-
-    Each store is the subfolder `folder_name(label)`; `stores.json` lists labels and folders in order of name. All
-    labels share `buffer_bytes` of memory: when it is used up, the fullest buffers are written. One file is open at a
-    time. `resume`, `commit` and `mark` work as in `TokenStoreWriter`.
-
+        overwrite: replace what exists when finished.
     Attributes:
-        documents: documents appended so far over all labels, those of an interrupted run included.
-        tokens: tokens likewise.
-        bytes: UTF-8 bytes of text likewise.
+        documents: documents appended so far over all stores, those of an interrupted run included.
+        tokens: tokens, counted the same way; end-of-document tokens included.
+        bytes: UTF-8 bytes of text, counted the same way.
+    Raises:
+        DataError: the folder exists already, another process is writing it, or the disk is full.
     """
 
     def __init__(
@@ -199,23 +97,22 @@ class MultiStoreWriter:
         self._buffer_bytes = buffer_bytes
         self._pending_bytes = 0
         self._stores: dict[str, StoreFiles] = {}
-        self._folders: dict[str, str] = {}
-        self._folded: set[str] = set()
         self.documents = self.tokens = self.bytes = 0
         self.mark = ""
         journal = self._partial.read_journal()
-        if journal is not None:
-            states = journal.get("stores")
-            if isinstance(states, dict) and all(self._open(label).restore(states[label]) for label in states):
-                self.mark = str(journal["mark"])
-                self.documents = sum(store.documents for store in self._stores.values())
-                self.tokens = sum(store.tokens for store in self._stores.values())
-                self.bytes = sum(store.bytes for store in self._stores.values())
-                self._remove_strangers()
-            else:
-                _log.warning("%s does not hold what its journal says; starting again", self._partial.path)
-                self._partial.clear()
-                self._stores, self._folders, self._folded = {}, {}, set()
+        if journal is None:
+            return
+        states = journal.get("stores")
+        if isinstance(states, dict) and all(self._open(label).restore(states[label]) for label in states):
+            self.mark = str(journal["mark"])
+            self.documents = sum(store.documents for store in self._stores.values())
+            self.tokens = sum(store.tokens for store in self._stores.values())
+            self.bytes = sum(store.bytes for store in self._stores.values())
+            self._remove_strangers()
+        else:
+            _log.warning("%s does not hold what its journal says; starting again", self._partial.path)
+            self._partial.clear()
+            self._stores = {}
 
     def append(
         self,
@@ -225,15 +122,20 @@ class MultiStoreWriter:
         label: str | None = None,
         prompt: tuple[int, int] | None = None,
     ) -> None:
-        """Append one document to the store of its label.
+        """Append one document; the end-of-document token is added here.
 
+        Args:
+            tokens: token ids without special tokens, shape (tokens,).
+            text_bytes: length of the document's text in UTF-8 bytes.
+            origin: where the document came from.
+            label: the store it goes to; ignored where there is one store only.
+            prompt: of an example, how many of the tokens, and of the bytes, are its prompt's.
         Raises:
-            DataError: no label, an id outside the vocabulary, some documents of the label are examples and some not,
-                or the disk is full.
+            DataError: no label, an id outside the vocabulary, some documents of a store are examples and some not, or
+                the disk is full.
         """
-        if label is None:
-            raise DataError(f"document {origin or '(no origin)'} has no label; set label, label_field or label_from")
-        store = self._stores.get(label) or self._open(label)
+        name = self._store_of(label, origin)
+        store = self._stores.get(name) or self._open(name)
         pending, length = store.pending_bytes, store.tokens
         store.append(tokens, text_bytes, origin, prompt)
         self._pending_bytes += store.pending_bytes - pending
@@ -251,47 +153,36 @@ class MultiStoreWriter:
         states = {label: store.state() for label, store in self._stores.items()}
         self._partial.write_journal({"mark": mark, "stores": states})
 
-    def finish(self) -> dict[str, TokenStore]:
-        """Close all stores, rename the folder into place and open them, by label in order of name.
-
-        Raises:
-            DataError: no document was appended, or the disk is full.
-        """
-        if not self._stores:
-            self.abort()
-            raise DataError(f"token stores {self._partial.final} would hold no document")
-        with self._partial.kept_on_failure():
-            for store in self._stores.values():
-                store.close(sync=False)
-            names = {label: self._folders[label] for label in sorted(self._stores)}
-            write_json(self._partial.path / "stores.json", names)
-            os.sync()  # one flush of everything is far cheaper than thousands of single ones
-            self._partial.publish()
-        return open_stores(self._partial.final, verify="sizes")
-
     def abort(self, keep: bool = False) -> None:
         """Stop without stores; `keep` leaves the committed part for a later `resume=True`."""
         self._partial.abandon(keep=keep)
 
-    def __enter__(self) -> MultiStoreWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             self.abort(keep=self._partial.resume)
         elif not self._partial.closed:
-            self.finish()
+            self._publish()
 
-    def _open(self, label: str) -> StoreFiles:
-        name = folder_name(label)
-        folder = self._partial.path / name
-        if name.casefold() in self._folded:
-            raise DataError(f"label {label!r} would share its folder {name!r} with another label; rename one of them")
+    def _publish(self) -> None:
+        """Close the stores and rename the folder into place."""
+        if not self._stores:
+            self.abort()
+            raise DataError(f"token store {self._partial.final} would hold no document")
+        with self._partial.kept_on_failure():
+            for store in self._stores.values():
+                store.close()
+            self._list_stores()
+            os.sync()  # one flush of everything is far cheaper than thousands of single ones
+            self._partial.publish()
+
+    def _open(self, name: str) -> StoreFiles:
+        folder = self._folder_of(name)
         make_folder(folder)
-        self._folders[label] = name
-        self._folded.add(name.casefold())
-        self._stores[label] = StoreFiles(folder, self._vocabulary, self._shard_tokens)
-        return self._stores[label]
+        self._stores[name] = StoreFiles(folder, self._vocabulary, self._shard_tokens)
+        return self._stores[name]
 
     def _flush_fullest(self) -> None:
         """Write the fullest buffers until half of the memory is free: few, long writes."""
@@ -301,9 +192,65 @@ class MultiStoreWriter:
             self._pending_bytes -= store.pending_bytes
             store.flush()
 
+    def _store_of(self, label: str | None, origin: str) -> str:
+        """The store of a document."""
+        return ""
+
+    def _folder_of(self, name: str) -> Path:
+        """The folder of a store that is opened for the first time."""
+        return self._partial.path
+
+    def _list_stores(self) -> None:
+        """Write which stores there are."""
+
     def _remove_strangers(self) -> None:
-        """Delete what an interrupted run wrote after its last commit for labels new at that time."""
-        known = set(self._folders.values())
+        """Delete the stores that an interrupted run began after its last commit."""
+
+
+class TokenStoreWriter(_Writer):
+    """Writes one store; see `_Writer` for the arguments."""
+
+    def finish(self) -> TokenStore:
+        """Close the store, rename it into place and open it.
+
+        Raises:
+            DataError: no document was appended, or the disk is full.
+        """
+        self._publish()
+        return TokenStore(self._partial.final, verify="sizes")
+
+
+class MultiStoreWriter(_Writer):
+    """Writes a store per label, thousands of them at once; see `_Writer` for the arguments.
+
+    Each store is the subfolder `folder_name(label)`; `stores.json` lists labels and folders in order of name.
+    """
+
+    def finish(self) -> dict[str, TokenStore]:
+        """Close all stores, rename the folder into place and open them, by label in order of name.
+
+        Raises:
+            DataError: no document was appended, or the disk is full.
+        """
+        self._publish()
+        return open_stores(self._partial.final, verify="sizes")
+
+    def _store_of(self, label: str | None, origin: str) -> str:
+        if label is None:
+            raise DataError(f"document {origin or '(no origin)'} has no label; set label, label_field or label_from")
+        return label
+
+    def _folder_of(self, name: str) -> Path:
+        folder = folder_name(name)
+        if folder.casefold() in {store.folder.name.casefold() for store in self._stores.values()}:
+            raise DataError(f"label {name!r} would share its folder {folder!r} with another label; rename one of them")
+        return self._partial.path / folder
+
+    def _list_stores(self) -> None:
+        write_json(self._partial.path / "stores.json", {label: folder_name(label) for label in sorted(self._stores)})
+
+    def _remove_strangers(self) -> None:
+        known = {folder_name(label) for label in self._stores}
         for child in self._partial.path.iterdir():
             if child.is_dir() and child.name not in known:
                 shutil.rmtree(child)
@@ -528,15 +475,9 @@ def _reopen(path: str, fingerprint: str, bytes_known: bool) -> TokenStore:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
-    try:
-        index = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a token store: it has no {INDEX}; prepare the data first") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {reason(error)}; {_REMEDY}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    index = read_object(path, _REMEDY)
+    if index is None:
+        raise DataError(f"{folder} is not a token store: it has no {INDEX}; prepare the data first")
+    if index.get("format") != FORMAT:
         raise DataError(f"{path} is not of the format {FORMAT!r}; prepare the data again with this version of weftlm")
-    stated = index.pop("checksum", None)
-    if stated != checksum(index):
-        raise DataError(f"{path} has changed since it was written (checksum {stated}); {_REMEDY}")
     return index

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weftlm.errors import DataError
-from weftlm.files import checksum, parse_json, remove, write_whole
+from weftlm.files import checksum, parse_json, remove, write_object, write_whole
 
 FORMAT = "weftlm token store 1"
 INDEX = "index.json"
@@ -202,8 +202,8 @@ class StoreFiles:
                 for digest in digests:
                     digest.update(block)
 
-    def close(self, sync: bool = True) -> None:
-        """Write the rest and the index; `sync` forces everything to disk."""
+    def close(self) -> None:
+        """Write the rest and the index."""
         self.flush()
         digests = list(self._shard_digests)
         if self._written_tokens % self.shard_tokens:
@@ -233,10 +233,10 @@ class StoreFiles:
             "fingerprint": checksum(contents),
             "files": files,
         }
-        if sync:
-            for name in files:
-                sync_file(self.folder / name)
-        write_json(self.folder / INDEX, {**index, "checksum": checksum(index)}, sync=sync)
+        try:
+            write_object(self.folder / INDEX, index)
+        except OSError as error:
+            raise DataError(f"cannot write {self.folder / INDEX}: {error.strerror}; {_NO_ROOM}") from error
 
     def _records_digest_without_origins(self) -> str:
         """Digest of the documents' ends and sizes, so that the fingerprint does not depend on names of files."""
@@ -351,10 +351,10 @@ def make_folder(folder: Path) -> None:
         raise DataError(f"cannot make folder {folder}: {error.strerror}") from error
 
 
-def write_json(path: Path, value: Any, sync: bool = False) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part."""
     try:
-        write_whole(path, json.dumps(value, indent=1), sync=sync)
+        write_whole(path, json.dumps(value, indent=1))
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; {_NO_ROOM}") from error
 
