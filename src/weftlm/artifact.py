@@ -29,7 +29,17 @@ from filelock import FileLock, Timeout
 
 from weftlm.config import differences
 from weftlm.errors import CheckpointError, WeftError
-from weftlm.files import check_listed, checksum, command_line, describe, read_object, sweep, this_host, write_object
+from weftlm.files import (
+    check_listed,
+    checksum,
+    command_line,
+    describe,
+    parse_json,
+    read_object,
+    sweep,
+    this_host,
+    write_object,
+)
 
 _IDENTITY, _FILES = "identity", "files"
 _POLL_S = 0.05
@@ -108,7 +118,7 @@ class Artifact:
         listed = {name: describe(self.record.parent / name) for name in files}
         write_object(self.record, {**found, _FILES: listed})
         self.begun.unlink(missing_ok=True)
-        plain: dict[str, Any] = json.loads(json.dumps(found))
+        plain: dict[str, Any] = parse_json(json.dumps(found))
         return plain
 
     def _changed(self, found: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from weftlm import __version__, interrupt
-from weftlm.errors import ConfigError, WeftError
+from weftlm.errors import ConfigError, WeftError, reason
 from weftlm.progress import progress
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -84,7 +84,7 @@ def fan_out(
                     answer = future.result()
                 except BrokenExecutor as error:
                     raise WeftError(
-                        f"{task.title}: its worker died ({error}); where memory is short, let fewer run at the same "
+                        f"{task.title}: its worker died ({reason(error)}); where memory is short, let fewer run at the same "
                         "time. What is finished is kept: run again"
                     ) from error
                 done(task, answer)

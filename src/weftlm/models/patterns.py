@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import regex
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, reason
 
 MAX_PATTERN = 4096
 """Largest length of one pattern, in characters."""
@@ -45,7 +45,9 @@ def matches(patterns: Sequence[str], names: Sequence[str], what: str, *, tail: b
             compiled = regex.compile(rf"(.*\.)?({pattern})" if tail else pattern)
             hits = [compiled.fullmatch(name, timeout=max(0.01, end - time.monotonic())) is not None for name in names]
         except (regex.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{what}: {pattern!r:.80} is not a regular expression ({error}); {cure}") from error
+            raise ConfigError(
+                f"{what}: {pattern!r:.80} is not a regular expression ({reason(error)}); {cure}"
+            ) from error
         except (TimeoutError, MemoryError) as error:
             raise ConfigError(f"{what}: {pattern!r:.80} needs too much time or memory to match; {cure}") from error
         found.append(hits)

@@ -29,7 +29,7 @@ class BestWeights:
     """
 
     def __init__(self, path: Path | None, identity: Any) -> None:
-        self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.path, self.identity = path, parse_json(json.dumps(identity))
         self._kept: tuple[int, dict[str, Tensor]] | None = None
         self.loss = math.inf
         if path is not None and path.exists():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from weftlm import interrupt
 from weftlm.config import differences
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.files import parse_json
 from weftlm.mixture.loader import Batch
 from weftlm.mixture.sampler import SamplerExhausted
 from weftlm.progress import TrainingDisplay
@@ -110,7 +111,7 @@ class Trainer:
         may_shard: bool = False,
     ) -> None:
         self.task, self.config, self.runtime = task, config, runtime
-        self.folder, self.seed, self.identity = folder, seed, json.loads(json.dumps(identity))
+        self.folder, self.seed, self.identity = folder, seed, parse_json(json.dumps(identity))
         self.evaluate, self.evaluate_every_steps = evaluate, evaluate_every_steps
         self.loss = NextTokenLoss(config.sequence_length) if loss is None else loss
         self.accelerator = Accelerator(cpu=runtime.device.type == "cpu")
