@@ -84,8 +84,8 @@ def fan_out(
                     answer = future.result()
                 except BrokenExecutor as error:
                     raise WeftError(
-                        f"{task.title}: its worker died ({reason(error)}); where memory is short, let fewer run at the same "
-                        "time. What is finished is kept: run again"
+                        f"{task.title}: its worker died ({reason(error)}); where memory is short, let fewer run at the "
+                        "same time. What is finished is kept: run again"
                     ) from error
                 done(task, answer)
                 counter.advance(task.size)
