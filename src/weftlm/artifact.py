@@ -134,24 +134,29 @@ def locked(
     refusal: Callable[[str], WeftError],
     *,
     shared: bool = False,
+    again: bool = False,
     patience_s: float = 0.0,
     waiting: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """Hold a lock against other processes, and sweep its folder; free again however this process ends.
 
-    A thread that holds it may take it again. The file names its holder, for messages. Those who share a lock hold a
-    file each (`.lock.PID`), and the lock itself only while they make it.
+    The file names its holder, for messages. Those who share a lock hold a file each (`.lock.PID`), and the lock itself
+    only while they make it.
 
     Args:
         lock: The file; its folder is made.
         refusal: Makes the error, given a description of the process that holds the lock.
         shared: Hold it beside others that hold it shared.
+        again: Pass where this thread holds it already.
         patience_s: Seconds to wait for it.
         waiting: Called once, with the same description, where it is not free at once.
     Raises:
         WeftError: `refusal`'s.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
+    if again and _instance(lock).is_locked:
+        yield
+        return
     deadline = time.monotonic() + patience_s
     with ExitStack() as held:
         while True:
@@ -199,6 +204,8 @@ def _try_all(attempt: ExitStack, lock: Path, *, shared: bool) -> str | None:
 
 def _try(attempt: ExitStack, lock: Path) -> str | None:
     instance = _instance(lock)
+    if instance.is_locked:  # by this thread, which could take it again
+        return _holder(lock)
     try:
         instance.acquire(timeout=0)
     except Timeout:

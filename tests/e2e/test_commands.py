@@ -117,7 +117,7 @@ def test_another_recipe_does_not_continue_a_run(recipe: Write, call: Call) -> No
     path = recipe()
     call("train", path, "--set", "training.steps=4")
     said = call("train", path, "--set", "training.steps=4", "--set", "training.lr=0.1", code=1)
-    assert "another recipe (training.lr: 0.003 before, 0.1 now)" in said
+    assert "a run of something else (training.lr: 0.003 before, 0.1 now)" in said
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(

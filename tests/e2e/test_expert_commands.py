@@ -125,7 +125,7 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call
     assert "0 tokens" in call("route", "trace", routed, "", code=2)
     page = tmp_path / "trace.html"
     assert str(page) in call("route", "trace", routed, "pan butter onion.", "--html", page)
-    assert "Who worked on which token" in page.read_text(encoding="utf-8")
+    assert "Routing trace" in page.read_text(encoding="utf-8")
 
     # -- comparing
     options = ["--experts", names, "--max-tokens", "256"]

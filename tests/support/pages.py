@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,12 @@ def check_part(text: str) -> None:
     if "run" in part:
         make_recipe(part)
         return
-    whole = {"run": "runs/x", "data": {"corpora": [{"builtin": "all"}]}, "model": {"architecture": "llama"}}
+    whole = {
+        "run": "runs/x",
+        "data": {"corpora": [{"builtin": "all"}]},
+        "model": {"architecture": "llama"},
+        "experts": {},
+    }
     make_recipe({**whole, "mixture": {"policy": "uniform"}, "training": {"steps": 1}, **part})
 
 
@@ -177,6 +183,8 @@ class Reader:
                 Path(told[-1]).write_text(smaller_recipe(text))
             else:
                 check_part(text)
+        elif block.language == "toml":
+            tomllib.loads(text)  # tests/e2e/test_plugin.py installs what it belongs to
         elif block.language == "python":
             exec(compile(smaller(text), "page", "exec"), self.module.__dict__)
         elif block.language == "bash":

@@ -121,7 +121,13 @@ def test_a_lock_names_its_holder_and_is_free_after_its_death(tmp_path: Path) -> 
         assert is_locked(lock)
         with pytest.raises(CheckpointError, match=rf"another process \({process} on "), locked(lock, CheckpointError):
             pass
-    with locked(lock, CheckpointError), locked(lock, CheckpointError):
+    with (
+        locked(lock, CheckpointError),
+        pytest.raises(CheckpointError, match=rf"another process \({os.getpid()} on "),
+        locked(lock, CheckpointError),
+    ):
+        pass
+    with locked(lock, CheckpointError), locked(lock, CheckpointError, again=True):
         assert not is_locked(tmp_path / "run" / "other")
         assert not is_locked(lock)
     assert not is_locked(lock)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from weftlm.models.config import ModelConfig
-from weftlm.models.factory import architecture_config, check_adapter, from_architecture
 from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.recipe import Recipe, check
 
 
 def training_plan(recipe: Recipe) -> dict[str, Any]:
     """What training will do: parameters, tokens, steps."""
+    from weftlm.models.factory import check_adapter  # noqa: PLC0415 - torch
+
     check(recipe)
     model, mixture, training = recipe.trained
     check_adapter(model)
@@ -33,6 +32,10 @@ def training_plan(recipe: Recipe) -> dict[str, Any]:
 
 def count_from_config(model: ModelConfig, vocab_size: int, sequence_length: int) -> int:
     """Parameters of a model from scratch, counted on the meta device: no memory is taken."""
+    import torch  # noqa: PLC0415 - a wrong recipe is told without it
+
+    from weftlm.models.factory import architecture_config, from_architecture  # noqa: PLC0415 - torch
+
     config = architecture_config(model, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
     with torch.device("meta"):
         built = from_architecture(config)

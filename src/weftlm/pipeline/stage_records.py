@@ -120,7 +120,7 @@ def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
             f"{who} is at work in {run}; wait for it (weftlm status {run}), or choose another run folder"
         )
 
-    with locked(run / LOCK, refusal, shared=shared):
+    with locked(run / LOCK, refusal, shared=shared, again=True):
         for folder in run.iterdir():
             sweep(folder)
         yield

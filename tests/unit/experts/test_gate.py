@@ -41,6 +41,7 @@ from weftlm.experts.lora import module_widths
 from weftlm.models.hf import token_losses
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import Trainer
+from weftlm.training.losses import NextTokenLoss
 from weftlm.training.metrics import read_metrics
 
 TRAINING = TrainingConfig(
@@ -236,14 +237,14 @@ def test_it_is_adamw_on_the_formula(tmp_path: Path) -> None:
     """Two steps by hand: no decay, warm-up, clipping, on the batches the loader draws."""
     model = llama()
     batches = []
-    original = Trainer._losses
+    original = NextTokenLoss.__call__
 
-    def spy(self: Trainer, tokens: torch.Tensor, domains: torch.Tensor) -> torch.Tensor:
+    def spy(self: NextTokenLoss, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         batches.append(tokens.clone())
-        return original(self, tokens, domains)
+        return original(self, model, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_losses", spy)
+        patch.setattr(NextTokenLoss, "__call__", spy)
         gate = train(model, tmp_path, config=GateConfig(steps=2, lr=0.02))
     with gated(model, random_expert(model)):
         model.train()

@@ -53,7 +53,7 @@ def test_a_project_over_given_models_ends_in_a_report(value: dict[str, Any], tmp
     assert open_model(tmp_path / "run/students/student").experts == ("cooking", "sailing")
     page = (tmp_path / "run/report.html").read_text()
     assert ">Every model<" in page
-    assert "predicts held-out text best" in page
+    assert "bits per byte of held-out text, mean over the sets" in page
     assert "Mixture over time" not in page
 
 
