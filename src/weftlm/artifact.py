@@ -105,18 +105,19 @@ class Artifact:
         self.begun.parent.mkdir(parents=True, exist_ok=True)
         write_object(self.begun, {_IDENTITY: self.identity})
 
-    def finish(self, facts: Mapping[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
+    def finish(self, facts: Mapping[str, Any], files: Sequence[str] = (), *, nan: bool = False) -> dict[str, Any]:
         """Write the record; from now on the result is reused.
 
         Args:
             facts: What the record says beside identity and files, as JSON values.
             files: Files that belong to it, by their paths from the record's folder.
+            nan: Whether facts may hold NaN and infinity, which are not JSON.
         Returns:
             The facts with the identity.
         """
         found = {_IDENTITY: self.identity, **facts}
         listed = {name: describe(self.record.parent / name) for name in files}
-        write_object(self.record, {**found, _FILES: listed})
+        write_object(self.record, {**found, _FILES: listed}, nan=nan)
         self.begun.unlink(missing_ok=True)
         plain: dict[str, Any] = parse_json(json.dumps(found))
         return plain

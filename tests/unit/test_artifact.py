@@ -108,6 +108,15 @@ def test_a_result_keeps_its_id_when_its_section_gains_a_key(tmp_path: Path) -> N
     assert now.id == before.id
 
 
+def test_a_fact_that_is_no_number_is_kept_only_where_that_is_meant(kept: Artifact) -> None:
+    other = another(kept, scores="def")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        other.finish({"worst": float("nan")})
+    assert kept.reuse() is not None
+    other.finish({"perplexity": float("inf")}, nan=True)
+    assert other.reuse() is not None
+
+
 @pytest.mark.parametrize("name", ["fit.json", "gate.bin"])
 def test_a_damaged_result_is_refused(kept: Artifact, name: str) -> None:
     flip(kept.record.with_name(name), 30 if name == "fit.json" else 1)

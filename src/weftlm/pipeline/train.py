@@ -122,7 +122,7 @@ def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: Part
     result = _result(recipe, trained, latest[0], trainer.module, trainer.mixture.choice)
     if process.is_main_process:
         save_windows(recipe.run / "windows.safetensors", latest[0].sets)
-        result = artifact.finish(result, ["windows.safetensors", "metrics.jsonl"])
+        result = artifact.finish(result, ["windows.safetensors", "metrics.jsonl"], nan=True)
     process.wait_for_everyone()
     return result
 
