@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import ArraySource
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
+from weftlm.domains.cluster import nearest
 from weftlm.domains.config import EmbedderConfig
 from weftlm.domains.embed import make_embedder
-from weftlm.domains.histogram import DomainMeans, nearest_domains
+from weftlm.domains.histogram import domain_means
 from weftlm.domains.histogram import histogram as domain_histogram
 
 ENCODED_AT_ONCE = 64
@@ -128,7 +129,6 @@ def histogram(domain_texts: Sequence[Sequence[str]], target_texts: Sequence[str]
     embedder = make_embedder(EmbedderConfig(), everything, seed)
     labels = np.repeat(np.arange(len(domain_texts)), [len(texts) for texts in domain_texts])
     embeddings_NE = embedder.embed(everything)
-    means = DomainMeans(len(domain_texts), embeddings_NE.shape[1])
-    means.add(embeddings_NE, labels)
-    nearest_N = nearest_domains(embedder.embed(list(target_texts)), means.means())
+    means_DE = domain_means(embeddings_NE, labels, len(domain_texts))
+    nearest_N = nearest(embedder.embed(list(target_texts)), means_DE)
     return tuple(domain_histogram(nearest_N, len(domain_texts)).tolist())

@@ -32,7 +32,8 @@ from torchdata.nodes import (
 )
 
 from weftlm.corpora.source import Source
-from weftlm.corpora.store import TokenStore, TokenStoreWriter, Vocabulary
+from weftlm.corpora.store import TokenStore, Vocabulary
+from weftlm.corpora.store_writer import StoreWriter
 from weftlm.mixture.loader import MixtureLoader, sequence_counts
 from weftlm.mixture.sampler import MixtureSampler
 
@@ -67,8 +68,8 @@ def write(task: Task) -> None:
     rng = np.random.default_rng(task.seed)
     for domain in range(task.domains):
         tokens = rng.integers(1, 32_000, size=task.rows_per_domain * task.length + 1, dtype=np.uint16)
-        with TokenStoreWriter(task.folder / f"store-{domain}", Vocabulary(32_000, 0, "random")) as writer:
-            writer.append(tokens, text_bytes=len(tokens))
+        with StoreWriter(task.folder / f"store-{domain}", Vocabulary(32_000, 0, "random")) as writer:
+            writer.append(tokens, len(tokens), "d")
         rows = np.lib.stride_tricks.sliding_window_view(tokens, task.length + 1)[:: task.length]
         np.save(task.folder / f"rows-{domain}.npy", rows, allow_pickle=False)
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), task.length + 1)
@@ -80,7 +81,7 @@ class Weftlm:
     """`MixtureLoader` over memory-mapped uint16 token stores."""
 
     def __init__(self, task: Task, prefetch_steps: int = 0) -> None:
-        sources: list[Source] = [TokenStore(task.folder / f"store-{domain}") for domain in range(task.domains)]
+        sources: list[Source] = [TokenStore(task.folder / f"store-{domain}/d") for domain in range(task.domains)]
         counts = sequence_counts(sources, task.length)
         # The rows are those of the peers: one more token at the end of a store makes no further row.
         sampler = MixtureSampler(counts, task.batch, task.seed, weights_D=task.weights)

@@ -24,7 +24,7 @@ from _common import environment_lines, finish, parser, say, table
 from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.dedup import SeenDocuments
 from weftlm.corpora.reading import ReadingReport, read_documents
-from weftlm.corpora.tokenise import tokenise_documents
+from weftlm.corpora.tokenise import tokenise_by_label
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 
 SIZES_MB = (10, 40, 160)
@@ -56,8 +56,8 @@ def prepare(corpus: str, tokenizer: str, folder: str) -> dict[str, float]:
     report = ReadingReport()
     start = time.perf_counter()
     with SeenDocuments(folder) as seen:
-        stream = seen.unique(read_documents(CorpusConfig(path=corpus), report), "train")
-        store = tokenise_documents(stream, loaded, Path(folder) / "store")
+        stream = seen.unique(read_documents(CorpusConfig(path=corpus, label="d"), report), "train")
+        store = tokenise_by_label(stream, loaded, Path(folder) / "store")["d"]
     seconds = time.perf_counter() - start
     return {
         "peak_mb": peak_mb(),

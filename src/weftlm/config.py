@@ -64,14 +64,20 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
             raise ConfigError(f"--set {override!r:.80} is not of the form section.key=value")
         value = parse_override(raw, f"--set {override!r:.80}: the value")
         here: Any = result
-        for part in parts[:-1]:
-            here = _step(here, part, override)
-        if isinstance(here, list):
-            here[_index(here, parts[-1], override)] = value
-        elif isinstance(here, dict):
-            here[parts[-1]] = value
-        else:
-            raise ConfigError(f"--set {override!r:.80}: {'.'.join(parts[:-1])} is {here!r:.80} and has no keys")
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            place: Any = part
+            if isinstance(here, list):
+                if not (part.isascii() and part.isdigit()) or int(part) >= len(here):
+                    raise ConfigError(f"--set {override!r:.80}: {part!r} is not a position in a list of {len(here)}")
+                place = int(part)
+            elif not isinstance(here, dict):
+                raise ConfigError(f"--set {override!r:.80}: cannot step into {here!r:.80} with {part!r}")
+            elif not last and here.get(part) is None:
+                here[part] = {}
+            if last:
+                here[place] = value
+            here = here[place]
     return result
 
 
@@ -164,22 +170,6 @@ def _around(old: str, new: str) -> tuple[str, str]:
     return cut(old), cut(new)
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not (part.isascii() and part.isdigit()) or int(part) >= len(items):
-        raise ConfigError(f"--set {override!r:.80}: {part!r} is not a position in a list of {len(items)}")
-    return int(part)
-
-
-def _step(here: Any, part: str, override: str) -> Any:
-    if isinstance(here, list):
-        return here[_index(here, part, override)]
-    if not isinstance(here, dict):
-        raise ConfigError(f"--set {override!r:.80}: cannot step into {here!r:.80} with {part!r}")
-    if here.get(part) is None:
-        here[part] = {}
-    return here[part]
-
-
 def validate(section: type[S], value: Any, where: str) -> S:
     """Validate `value` as `section`, turning pydantic's report into one ConfigError that names every wrong key.
 
@@ -234,98 +224,80 @@ _BRANCH = re.compile(
 )
 """Parts of a pydantic place that name a branch of a union and no key."""
 _TEXT = "must be text"
-_KINDS = {
-    "int": "must be a whole number", "float": "must be a number", "finite_number": "must be a finite number",
-    "bool": "must be true or false", "string": _TEXT, "list": "must be a list", "tuple": "must be a list",
-    "set": "must be a list", "dict": "must be a mapping", "mapping": "must be a mapping",
-    "model": "must be a section: keys with values", "path": "must be a path", "none_required": "must be null",
-    "is": "must be an object of another kind", "recursion_loop": "must not contain itself",
-}  # fmt: skip
-_BOUNDS = {
-    "greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "below"),
-    "less_than_equal": ("le", "at most"), "multiple_of": ("multiple_of", "a multiple of"),
-}  # fmt: skip
+_WORDS = (
+    (r"^(Input|\w+) should", "must"), (r"( after validation)?, (unable|got|error|not) .*$", ""), (r"None$", "null"),
+    (r"greater than or equal to", "at least"), (r"less than or equal to", "at most"), (r"greater than", "above"),
+    (r"less than", "below"), (r"a valid string", "text"), (r"a valid boolean", "true or false"),
+    (r"a valid integer", "a whole number"), (r"a valid number", "a number"), (r"a valid (list|tuple|set)", "a list"),
+    (r"a valid (dictionary|mapping).*", "a mapping"), (r"Input is not a valid path.*", "must be a path"),
+)  # fmt: skip
+"""Words of pydantic's messages, and plain ones."""
 
 
 def _said(problem: Any) -> str:
     """What is allowed where a pydantic problem is, in plain words."""
-    kind, facts = problem["type"], problem.get("ctx", {})
-    if kind in ("value_error", "assertion_error"):
-        return str(facts.get("error", "is not allowed"))
-    if kind == "literal_error":
-        return f"must be {facts['expected']}"
-    if kind in _BOUNDS:
-        key, word = _BOUNDS[kind]
-        bound = facts[key]
-        return f"must be {word} {int(bound) if bound == int(bound) else bound:,}"
-    if kind in ("too_short", "string_too_short"):
-        number = facts["min_length"]
-        if kind == "string_too_short":
-            return f"must have at least {number} character{'s' * (number > 1)}"
-        return f"must have at least {number} entr{'ies' if number > 1 else 'y'}"
-    if kind in ("too_long", "string_too_long"):
-        return f"must have at most {facts['max_length']:,} {'characters' if 'string' in kind else 'entries'}"
-    for name, words in _KINDS.items():
-        if kind == name or kind.startswith(f"{name}_"):
-            return words
-    return "is not what this key takes"
+    if problem["type"] in ("value_error", "assertion_error"):
+        return str(problem["ctx"]["error"])
+    said: str = problem["msg"]
+    for words, plain in _WORDS:
+        said = re.sub(words, plain, said)
+    return said
 
 
 # -- keys people type -----------------------------------------------------------------------------------------------
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "n_layer", "n_embd", "n_head")
-_MEANT: dict[str, tuple[str, ...]] = {
-    "lr": ("learning_rate", "max_lr", "peak_lr", "learningrate"),
-    "batch_sequences": ("batch_size", "per_device_train_batch_size", "train_batch_size", "global_batch_size", "bs"),
-    "micro_batch_sequences": (
-        "micro_batch_size", "gradient_accumulation_steps", "grad_accum", "accumulation_steps", "microbatch_size",
-    ),
-    "steps": ("max_steps", "num_steps", "train_steps", "total_steps", "iterations", "max_iters", "n_steps"),
-    "tokens": ("max_tokens", "train_tokens", "num_tokens", "total_tokens"),
-    "sequence_length": (
-        "seq_len", "seq_length", "max_seq_length", "max_seq_len", "max_length", "block_size", "context_length",
-        "cutoff_len", "n_ctx", "model_max_length",
-    ),
-    "rank": ("r", "lora_r", "lora_rank"),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "target_modules": ("lora_target_modules", "lora_target", "modules"),
-    "lora": ("peft", "peft_config", "lora_config", "adapter"),
-    "pretrained": ("model_name_or_path", "model_name", "model_id", "base_model", "pretrained_model_name_or_path"),
-    "architecture": ("model_type", "arch"),
-    "corpora": ("dataset", "datasets", "train_data", "train_file", "train_files", "corpus", "sources"),
-    "dataset": ("dataset_name", "path_or_name", "hub", "hf_dataset"),
-    "text_field": ("text_column", "dataset_text_field", "text_key", "content_field"),
-    "tokenizer": ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path"),
-    "run": ("output_dir", "output", "out_dir", "save_dir", "run_dir", "run_name"),
-    "policy": ("method", "strategy"),
-    "warmup_steps": ("warmup_ratio", "warmup", "num_warmup_steps", "warmup_iters"),
-    "schedule": ("lr_scheduler_type", "lr_scheduler", "scheduler", "lr_schedule"),
-    "final_lr_fraction": ("min_lr", "min_lr_ratio", "final_lr"),
-    "clip_norm": ("max_grad_norm", "grad_clip", "gradient_clip", "gradient_clip_val", "clip_grad_norm"),
-    "weight_decay": ("wd", "decay"),
-    "betas": ("adam_beta1", "adam_beta2", "adam_betas", "beta1", "beta2"),
-    "eps": ("adam_epsilon", "adam_eps", "epsilon"),
-    "precision": ("bf16", "fp16", "mixed_precision", "amp", "fp32"),
-    "dtype": ("torch_dtype",),
-    "compile": ("torch_compile",),
-    "threads": ("num_threads", "cpu_threads"),
-    "log_every_steps": ("logging_steps", "log_every", "log_interval"),
-    "save_every_steps": ("save_steps", "save_every", "save_interval", "checkpoint_every"),
-    "keep_checkpoints": ("save_total_limit", "max_checkpoints"),
-    "every_steps": ("eval_steps", "eval_every", "eval_interval", "evaluation_steps"),
-    "max_tokens_per_set": ("eval_tokens", "max_eval_tokens", "max_tokens"),
-    "prefetch_steps": ("num_workers", "dataloader_num_workers"),
-    "trackers": ("report_to", "logger", "loggers", "tracking"),
-    "batch_size": ("batch_sequences", "per_device_eval_batch_size", "eval_batch_size"),
-    "eta": ("lr", "learning_rate", "step_size"),
-    "seed": ("random_seed", "random_state"),
-    "vocab_size": ("vocabulary_size", "n_vocab"),
-    "config": ("model_config", "model_args", *_SIZES),
-    "fraction": ("val_fraction", "validation_fraction", "test_size", "heldout_fraction"),
-    "tasks": ("benchmarks", "eval_tasks"),
-}  # fmt: skip
-"""Key of a recipe -> what it is called elsewhere."""
+_CALLED_ELSEWHERE = """
+lr: learning_rate max_lr peak_lr learningrate
+batch_sequences: batch_size per_device_train_batch_size train_batch_size global_batch_size bs
+micro_batch_sequences: micro_batch_size gradient_accumulation_steps grad_accum accumulation_steps microbatch_size
+steps: max_steps num_steps train_steps total_steps iterations max_iters n_steps
+tokens: max_tokens train_tokens num_tokens total_tokens
+sequence_length: seq_len seq_length max_seq_length max_length block_size context_length cutoff_len model_max_length
+rank: r lora_r lora_rank
+alpha: lora_alpha
+dropout: lora_dropout
+target_modules: lora_target_modules lora_target modules
+lora: peft peft_config lora_config adapter
+pretrained: model_name_or_path model_name model_id base_model pretrained_model_name_or_path
+architecture: model_type arch
+corpora: dataset datasets train_data train_file train_files corpus sources
+dataset: dataset_name path_or_name hub hf_dataset
+text_field: text_column dataset_text_field text_key content_field
+tokenizer: tokenizer_name tokenizer_name_or_path tokenizer_path
+run: output_dir output out_dir save_dir run_dir run_name
+policy: method strategy
+warmup_steps: warmup_ratio warmup num_warmup_steps warmup_iters
+schedule: lr_scheduler_type lr_scheduler scheduler lr_schedule
+final_lr_fraction: min_lr min_lr_ratio final_lr
+clip_norm: max_grad_norm grad_clip gradient_clip gradient_clip_val clip_grad_norm
+weight_decay: wd decay
+betas: adam_beta1 adam_beta2 adam_betas beta1 beta2
+eps: adam_epsilon adam_eps epsilon
+precision: bf16 fp16 mixed_precision amp fp32
+dtype: torch_dtype
+compile: torch_compile
+threads: num_threads cpu_threads
+log_every_steps: logging_steps log_every log_interval
+save_every_steps: save_steps save_every save_interval checkpoint_every
+keep_checkpoints: save_total_limit max_checkpoints
+every_steps: eval_steps eval_every eval_interval evaluation_steps
+max_tokens_per_set: eval_tokens max_eval_tokens max_tokens
+prefetch_steps: num_workers dataloader_num_workers
+trackers: report_to logger loggers tracking
+batch_size: batch_sequences per_device_eval_batch_size eval_batch_size
+eta: lr learning_rate step_size
+seed: random_seed random_state
+vocab_size: vocabulary_size n_vocab
+config: model_config model_args
+fraction: val_fraction validation_fraction test_size heldout_fraction
+tasks: benchmarks eval_tasks
+"""
+"""Key of a recipe: its names in other programs."""
+_MEANT = {
+    key: names.split() for key, _, names in (line.partition(":") for line in _CALLED_ELSEWHERE.strip().split("\n"))
+}
+_MEANT["config"] += _SIZES
 _NO_EPOCHS = ("epochs", "num_train_epochs", "num_epochs", "n_epochs", "max_epoch")
 
 
@@ -351,15 +323,13 @@ def _hint(section: type[BaseModel], loc: Sequence[int | str], where: str) -> str
 def _elsewhere(section: type[BaseModel], names: Sequence[str], place: Sequence[int | str], where: str) -> str | None:
     """The place that has one of some keys: nearest to where it was looked for, then nearest to the top."""
     own = [str(part) for part in place if not isinstance(part, int)]
-    best: tuple[tuple[int, int, int], str] | None = None
+    found: list[tuple[int, int, int, str]] = []
     for path in _paths(section, ()):
         if path[-1] not in names:
             continue
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, path[:-1], strict=False)))
-        order = (-shared, len(path), names.index(path[-1]))
-        if best is None or order < best[0]:
-            best = (order, ".".join(path if not where else (where, *path)))
-    return None if best is None else best[1]
+        found.append((-shared, len(path), names.index(path[-1]), ".".join(path if not where else (where, *path))))
+    return min(found, key=lambda each: each[:3])[-1] if found else None
 
 
 def _paths(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

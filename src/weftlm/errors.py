@@ -65,6 +65,8 @@ def reason(error: BaseException) -> str:
         return f"it is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
     if isinstance(error, RecursionError):
         return "its values are nested too deep"
+    if "integer string conversion" in str(error):
+        return "a number in it has too many digits"
     if isinstance(error, OSError) and error.errno is not None:
         return _REASONS.get(error.errno, (error.strerror or "the system gives no reason").lower())
     if "null byte" in str(error) or "null character" in str(error):

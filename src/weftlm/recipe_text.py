@@ -7,11 +7,9 @@ themselves, aliases that unfold to more than a recipe can hold.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from weftlm.errors import ConfigError, reason
 from weftlm.places import near
 
 MAX_BYTES = 256_000
-"""Of a recipe; a longer file is refused before it is read."""
+"""Largest recipe in bytes; a longer file is refused before it is read."""
 MAX_DEPTH = 64
 """Sections within sections."""
 MAX_VALUES = 100_000
@@ -34,8 +32,6 @@ _TAG = "tag:yaml.org,2002:"
 _NUMBERS_ELSEWHERE = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_MERGE = object()
-_OPEN = object()
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -87,8 +83,8 @@ def parse_yaml(text: str, what: str) -> Any:
     """One YAML document as plain values.
 
     Args:
-        text: of the document.
-        what: it is, for messages.
+        text: Text of the document.
+        what: Name of it, for messages.
     Raises:
         ConfigError: the text is not YAML, holds several documents, or what a recipe may not hold.
     """
@@ -96,7 +92,8 @@ def parse_yaml(text: str, what: str) -> Any:
         line = text.count("\n", 0, bad.start()) + 1
         raise ConfigError(f"{what}, line {line}: a control character ({bad.group()!r}); a recipe is plain text")
     try:
-        return _Reader(text, what).document()
+        _check_events(text, what)
+        node = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
@@ -104,130 +101,91 @@ def parse_yaml(text: str, what: str) -> Any:
         raise ConfigError(f"{what} is not valid YAML: {place}{error.problem or error.context}{tabs}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{what} is not valid YAML: {getattr(error, 'reason', 'it cannot be parsed')}") from None
+    return None if node is None else _Values(what).value(node, ())
 
 
-class _Reader:
-    """Builds plain values from the events of a parser, and stops at the first thing that may not be there."""
-
-    def __init__(self, text: str, what: str) -> None:
-        self.what = what
-        self.loader = _LOADER(text)
-        self.values = 0
-        self.anchors: dict[str, tuple[Any, int, int]] = {}
-
-    def refuse(self, event: Any, problem: str) -> ConfigError:
-        return ConfigError(f"{self.what}, line {_line(event)}: {problem}")
-
-    def document(self) -> Any:
-        events = iter(self._events())
-        value, seen = None, False
-        for event in events:
-            if isinstance(event, yaml.DocumentStartEvent):
-                if seen:
-                    raise self.refuse(event, "a second document begins (---); a recipe is one document")
-                seen = True
-                value, _ = self._value(next(events), events, 0)
-        return value
-
-    def _events(self) -> Iterator[Any]:
-        try:
-            while self.loader.check_event():
-                yield self.loader.get_event()
-        finally:
-            self.loader.dispose()
-
-    def _count(self, event: Any, number: int) -> None:
-        self.values += number
-        if self.values > MAX_VALUES:
-            raise self.refuse(event, f"more than {MAX_VALUES:,} values, aliases (*name) unfolded; shorten the recipe")
-
-    def _value(self, event: Any, events: Iterator[Any], depth: int) -> tuple[Any, int]:
-        """A value and how deep it is in itself."""
-        if isinstance(event, yaml.AliasEvent):
-            return self._alias(event, depth)
-        if event.tag is not None and event.tag != "!":
-            shown = event.tag.replace(_TAG, "!!")
-            raise self.refuse(event, f"a tag ({shown:.60}); a recipe takes plain values without tags")
+def _check_events(text: str, what: str) -> None:
+    """Refuse tags, further documents and endless nesting, before any value is built."""
+    documents = depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        tag = getattr(event, "tag", None)
+        if documents > 1:
+            raise _refusal(what, event, "a second document begins (---); a recipe is one document")
         if depth > MAX_DEPTH:
-            raise self.refuse(event, f"values nested more than {MAX_DEPTH} deep")
-        before = self.values
-        self._count(event, 1)
-        if event.anchor is not None:
-            self.anchors[event.anchor] = (_OPEN, 0, 0)
-        value: Any
-        height = 0
-        if isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event)
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = []
-            while not isinstance(inner := next(events), yaml.SequenceEndEvent):
-                item, deep = self._value(inner, events, depth + 1)
-                value.append(item)
-                height = max(height, deep + 1)
-        else:
-            value, height = self._mapping(events, depth)
-        if event.anchor is not None:
-            self.anchors[event.anchor] = (value, self.values - before, height)
-        return value, height
+            raise _refusal(what, event, f"values nested more than {MAX_DEPTH} deep")
+        if tag is not None and tag != "!":
+            shown = tag.replace(_TAG, "!!")
+            raise _refusal(what, event, f"a tag ({shown:.60}); a recipe takes plain values without tags")
 
-    def _alias(self, event: Any, depth: int) -> tuple[Any, int]:
-        if event.anchor not in self.anchors:
-            raise self.refuse(event, f"*{event.anchor} names no value; an anchor &{event.anchor} must come before")
-        value, size, height = self.anchors[event.anchor]
-        if value is _OPEN:
-            raise self.refuse(event, f"*{event.anchor} is part of the value it stands for")
-        self._count(event, size)
-        if depth + height > MAX_DEPTH:
-            raise self.refuse(event, f"values nested more than {MAX_DEPTH} deep, aliases (*name) unfolded")
-        return copy.deepcopy(value), height
 
-    def _mapping(self, events: Iterator[Any], depth: int) -> tuple[dict[str, Any], int]:
+def _refusal(what: str, place: Any, problem: str) -> ConfigError:
+    return ConfigError(f"{what}, line {place.start_mark.line + 1}: {problem}")
+
+
+class _Values:
+    """Builds plain values from the nodes of a document; aliases are unfolded, and everything is counted."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.count = 0
+
+    def value(self, node: Any, above: tuple[Any, ...]) -> Any:
+        self.count += 1
+        if any(node is each for each in above):
+            raise _refusal(self.what, node, "a value that is part of itself by an alias (*name)")
+        if len(above) > MAX_DEPTH:
+            raise _refusal(self.what, node, f"values nested more than {MAX_DEPTH} deep, aliases (*name) unfolded")
+        if self.count > MAX_VALUES:
+            problem = f"more than {MAX_VALUES:,} values, aliases (*name) unfolded; shorten the recipe"
+            raise _refusal(self.what, node, problem)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(each, (*above, node)) for each in node.value]
+        return self._mapping(node, (*above, node))
+
+    def _mapping(self, node: Any, above: tuple[Any, ...]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
         merged: list[Any] = []
-        height = 0
-        while not isinstance(event := next(events), yaml.MappingEndEvent):
-            if not isinstance(event, yaml.ScalarEvent):
-                raise self.refuse(event, "a key that is no plain text; keys are names")
-            key, _ = self._value(event, events, depth + 1)
-            value, deep = self._value(next(events), events, depth + 1)
-            height = max(height, deep + 1)
-            if key is _MERGE:
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _refusal(self.what, key_node, "a key that is no plain text; keys are names")
+            value = self.value(value_node, above)
+            if key_node.tag == f"{_TAG}merge":
                 merged += value if isinstance(value, list) else [value]
                 if not all(isinstance(each, dict) for each in merged):
-                    raise self.refuse(event, "<< takes a mapping, or a list of mappings")
+                    raise _refusal(self.what, key_node, "<< takes a mapping, or a list of mappings")
                 continue
+            key = self.value(key_node, above)
             if not isinstance(key, str):
-                raise self.refuse(
-                    event, f"the key {event.value:.60} is {_kind(key)}; keys are text: write it in quotes"
-                )
+                problem = f"the key {key_node.value:.60} is {_kind(key)}; keys are text: write it in quotes"
+                raise _refusal(self.what, key_node, problem)
             if key in lines:
-                raise self.refuse(
-                    event, f"the key {key!r:.60} comes twice, first in line {lines[key]}; leave one of the two"
-                )
-            lines[key] = _line(event)
+                problem = f"the key {key!r:.60} comes twice, first in line {lines[key]}; leave one of the two"
+                raise _refusal(self.what, key_node, problem)
+            lines[key] = key_node.start_mark.line + 1
             found[key] = value
         for each in merged:
-            for key, value in each.items():
-                found.setdefault(key, copy.deepcopy(value))
-        return found, height
+            found = {**each, **found}
+        return found
 
-    def _scalar(self, event: Any) -> Any:
-        text: str = event.value
+    def _scalar(self, node: Any) -> Any:
+        text: str = node.value
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise self.refuse(event, "text with a character that no path or name can hold (NUL, or half a character)")
-        tag = self.loader.resolve(yaml.ScalarNode, text, event.implicit).removeprefix(_TAG)
-        if tag == "merge":
-            return _MERGE
+            raise _refusal(
+                self.what, node, "text with a character that no path or name can hold (NUL, or half a character)"
+            )
+        tag = node.tag.removeprefix(_TAG)
         if tag == "null":
             return None
         if tag == "bool":
             return text.lower() in ("yes", "true", "on")
         if tag not in ("int", "float") or _NUMBERS_ELSEWHERE.fullmatch(text):
             return text
-        return self._number(event, text, whole=tag == "int")
-
-    def _number(self, event: Any, text: str, *, whole: bool) -> int | float | str:
+        whole = tag == "int"
         plain = text.replace("_", "").lower()
         try:
             if whole:
@@ -237,9 +195,9 @@ class _Reader:
         except ValueError:
             return text
         if not whole and value - value != 0:
-            raise self.refuse(event, f"{text:.60} is no number a recipe can hold; give a finite one")
+            raise _refusal(self.what, node, f"{text:.60} is no number a recipe can hold; give a finite one")
         if abs(value) > MAX_NUMBER and whole:
-            raise self.refuse(event, f"{text:.40} is too large; whole numbers go to 2^63 - 1")
+            raise _refusal(self.what, node, f"{text:.40} is too large; whole numbers go to 2^63 - 1")
         return value
 
 
@@ -256,11 +214,6 @@ def parse_override(text: str, what: str) -> Any:
             raise ConfigError(f"{what}: {value} is too large")
         return number
     return value
-
-
-def _line(event: yaml.Event) -> int:
-    """Counted from 1."""
-    return 1 if event.start_mark is None else event.start_mark.line + 1
 
 
 def _kind(value: Any) -> str:

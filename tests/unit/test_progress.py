@@ -91,25 +91,16 @@ def test_plain_lines_come_first_last_and_at_the_pace_asked_for() -> None:
 def test_time_left_after_a_resume_counts_only_the_steps_of_this_process() -> None:
     stream, clock = io.StringIO(), Clock()
     with TrainingDisplay(stream=stream, clock=clock, log_every_seconds=0.0) as display:
-        display.update(900, 1000, 0, None, None)
+        display.update(900, 1000, 0, None, None, {})
         clock.now += 20.0
-        display.update(910, 1000, 0, None, None)
+        display.update(910, 1000, 0, None, None, {})
     assert stream.getvalue().splitlines()[-1].endswith("ETA 3m 00s")
-
-
-def test_weights_are_kept_until_new_ones_come() -> None:
-    stream = io.StringIO()
-    with TrainingDisplay(stream=stream, log_every_seconds=0.0) as display:
-        display.update(1, 3, 0, None, None, {"a": 1.0})
-        display.update(2, 3, 0, None, None)
-    assert stream.getvalue().splitlines()[-1].endswith("mixture a 1.00")
 
 
 def test_a_disabled_display_writes_nothing() -> None:
     stream = io.StringIO()
     with TrainingDisplay(stream=stream, enabled=False) as display:
         display.update(1, 1, 1, 1.0, 1.0, {"a": 1.0})
-        display.message("hello")
     with progress("p", 3, stream=stream, enabled=False) as counter:
         counter.advance()
     assert stream.getvalue() == ""
@@ -118,20 +109,18 @@ def test_a_disabled_display_writes_nothing() -> None:
 def test_a_terminal_gets_a_bar_and_names_are_not_markup(terminal: Terminal) -> None:
     with TrainingDisplay(stream=terminal) as display:
         display.update(5, 10, 40_960, 4.25, 31_000.0, {"[bold]odd[/bold]": 0.9, "b": 0.1})
-        display.message("checkpoint [red]x[/red]")
     text = terminal.getvalue()
     assert "5/10" in text
     assert "loss 4.250" in text
     assert "31.0k tok/s" in text
     assert "[bold]odd[/bold] 0.90" in text
-    assert "checkpoint [red]x[/red]" in text
 
 
 def test_printed_results_stay_on_stdout_while_a_bar_is_live(
     terminal: Terminal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TrainingDisplay(stream=terminal) as display:
-        display.update(1, 2, 10, 1.0, 1.0)
+        display.update(1, 2, 10, 1.0, 1.0, {})
         print("a result")
     assert capsys.readouterr().out == "a result\n"
     assert "a result" not in terminal.getvalue()
@@ -140,7 +129,7 @@ def test_printed_results_stay_on_stdout_while_a_bar_is_live(
 def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with TrainingDisplay(stream=terminal) as display:
-        display.update(1, 2, 10, 1.0, 1.0)
+        display.update(1, 2, 10, 1.0, 1.0, {})
     assert terminal.getvalue() == "train 1/2  10 tokens  loss 1.000  1 tok/s  ETA -\n"
 
 

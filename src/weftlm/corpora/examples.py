@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from weftlm.corpora.source import Source
+from weftlm.corpora.source import ArraySource, Source
 from weftlm.errors import DataError
 
 
@@ -95,7 +95,7 @@ class Examples:
         return replace(self, **kept, fingerprint=fingerprint)
 
 
-class ExampleSource:
+class ExampleSource(ArraySource):
     """Examples held in memory as a `Source`: for tests, and for loops that bring their own tokens.
 
     Args:
@@ -116,28 +116,16 @@ class ExampleSource:
         pairs = [Example(np.asarray(p, dtype=np.int64), np.asarray(t, dtype=np.int64)) for p, t in examples]
         if not pairs or any(len(pair.target_C) == 0 for pair in pairs):
             raise DataError(f"{len(pairs)} examples were given; give at least one, each with a target")
-        self._ids = np.concatenate([part for pair in pairs for part in (*pair, np.array([eos_id]))]).astype(np.int64)
+        ids_N = np.concatenate([part for pair in pairs for part in (*pair, np.array([eos_id]))]).astype(np.int64)
         lengths_N = np.array([len(pair.prompt_P) + len(pair.target_C) + 1 for pair in pairs])
         prompts_N = np.array([len(pair.prompt_P) for pair in pairs], dtype=np.int64)
         sizes_N = np.zeros(len(pairs), dtype=np.int64) if target_bytes is None else np.asarray(target_bytes)
-        self.bytes = int(sizes_N.sum())
-        total = hashlib.blake2b(self._ids.tobytes() + prompts_N.tobytes() + lengths_N.tobytes(), digest_size=16)
+        super().__init__(ids_N, text_bytes=int(sizes_N.sum()))
+        total = hashlib.blake2b(ids_N.tobytes() + prompts_N.tobytes() + lengths_N.tobytes(), digest_size=16)
         self.fingerprint = total.hexdigest()
         ends_N = np.cumsum(lengths_N)
         spans_N2 = np.stack([ends_N - lengths_N, ends_N], axis=1)
         self.examples = Examples.of(self, spans_N2, prompts_N, sizes_N, eos_id)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """See `Source.read`."""
-        return self._ids[start : start + count].copy()
-
-    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """See `Source.read_many`."""
-        rows: NDArray[np.int64] = self._ids[starts_N[:, None] + np.arange(count)]
-        return rows
 
 
 def examples_of(source: object) -> Examples | None:

@@ -1,11 +1,11 @@
 """Records out of files: JSON Lines, JSON arrays, CSV, text and Parquet, plain or compressed, in bounded memory.
 
-Every reader yields `(place, record)`, where the place is `path:line` or `path[row]` and the record is either the text
+`read_file` yields `(place, record)`, where the place is `path:line` or `path[row]` and the record is either the text
 itself or a mapping that holds it. Faults go to `fail`, which counts them or raises; whatever else goes wrong while a
 reader advances goes there too (`guarded`), so a damaged file is never a crash.
 
-Bounds, checked before memory is taken: one document holds at most 256 MiB, and a compressed file that has given more
-than 64 MiB must not have grown more than 250 times.
+Bounds, checked before memory is taken: one document, and one JSON array, holds at most 256 MiB, and a compressed file
+that has given more than 64 MiB must not have grown more than 250 times.
 """
 
 from __future__ import annotations
@@ -18,63 +18,44 @@ import io
 import json
 import logging
 import lzma
-import os
 import re
-import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import zstandard
 
 from weftlm.corpora.config import Format
 from weftlm.corpora.reading_report import Reason
+from weftlm.errors import reason
 from weftlm.files import cause
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
 
 Record = str | Mapping[str, Any]
 Fail = Callable[[Reason, str, str], None]
 """Called with reason, place and detail; returns when the record is to be skipped, raises when reading stops."""
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-CSV_SUFFIXES = (".csv", ".tsv")
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".log")
-PARQUET_SUFFIXES = (".parquet", ".pq")
-CODE_SUFFIXES = tuple(
+_CODE = (
     ".bash .c .cc .clj .cpp .cs .cu .cuh .css .cxx .dart .erl .ex .exs .f90 .fs .go .h .hh .hpp .hs .html .java .jl .js"
     " .jsx .kt .lean .lisp .lua .m .ml .mli .nim .php .pl .proto .ps1 .py .pyi .pyx .r .rb .rs .scala .scm .sh .sql"
-    " .svelte .swift .toml .ts .tsx .v .vhd .vue .xml .yaml .yml .zig".split()
+    " .svelte .swift .toml .ts .tsx .v .vhd .vue .xml .yaml .yml .zig"
 )
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMATS: dict[str, Format] = {
-    **dict.fromkeys(JSON_SUFFIXES, "jsonl"),
-    **dict.fromkeys(CSV_SUFFIXES, "csv"),
-    **dict.fromkeys(PARQUET_SUFFIXES, "parquet"),
-    **dict.fromkeys(TEXT_SUFFIXES, "text"),
-    **dict.fromkeys(CODE_SUFFIXES, "code"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".txt", ".text", ".md", ".rst", ".tex", ".log"), "text"),
+    **dict.fromkeys(_CODE.split(), "code"),
 }
 """How a file is read, by suffix."""
-SAVED_OBJECTS = {
-    **dict.fromkeys((".pt", ".pth", ".ckpt"), "a saved torch object"),
-    **dict.fromkeys((".npy", ".npz"), "a saved numpy array"),
-    **dict.fromkeys((".pkl", ".pickle", ".joblib"), "a pickle"),
-    **dict.fromkeys((".safetensors", ".gguf"), "a file of model weights"),
-    **dict.fromkeys((".arrow", ".feather"), "an Arrow file"),
-    **dict.fromkeys((".h5", ".hdf5"), "an HDF5 file"),
-}
-"""Formats that hold no text, or code that would run when they are opened, by suffix."""
 
 DOCUMENT_BYTES = 1 << 28
 GROWTH = 250
 GROWTH_FROM = 1 << 26
-_CELL_CHARACTERS = 1 << 26
 _WINDOW_BYTES = 1 << 31
 _BLOCK = 1 << 20
-_PARQUET_BATCH_BYTES = 1 << 30
 _EXPORT = "write its text as JSON Lines or Parquet first"
 _ENCODING = "{0} text; convert it to UTF-8 (iconv -f {0} -t UTF-8)"
 _SIGNATURES: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
@@ -97,13 +78,12 @@ _SIGNATURES: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
     )
 )
 """How files begin that are no UTF-8 text, and what they are."""
-_ONE_ARRAY = "; a file that holds one JSON array must end in .json"
-_SPACE = re.compile(r"[ \t\r\n]*")
 _COMPRESSED = dict(zip(COMPRESSIONS, (pattern for pattern, _ in _SIGNATURES), strict=False))
 """How a compressed file begins, by suffix."""
+_JSON_KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
 
 log = logging.getLogger(__name__)
-csv.field_size_limit(_CELL_CHARACTERS)
+csv.field_size_limit(1 << 26)
 
 
 @dataclass
@@ -111,9 +91,9 @@ class Cursor:
     """The record a reader is at, for messages: `path:line`, or `path[row]`.
 
     Attributes:
-        path: of the file or data set.
-        number: of the record; lines are counted from 1, rows from 0.
-        rows: whether rows are counted.
+        path: Path of the file, or name of the data set.
+        number: Number of the record; lines are counted from 1, rows from 0.
+        rows: Whether rows are counted.
     """
 
     path: Path | str
@@ -124,33 +104,30 @@ class Cursor:
         return f"{self.path}[{self.number}]" if self.rows else f"{self.path}:{self.number}"
 
 
-def guarded(
-    records: Iterator[tuple[str, Record]], cursor: Cursor, fail: Fail, kind: str = ""
-) -> Iterator[tuple[str, Record]]:
+def guarded(records: Iterator[tuple[str, Record]], cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
     """The records of a reader; any error it raises while it advances becomes a fault at the cursor, and ends it.
 
     Errors of weftlm's own making pass (`weftlm.files.cause`).
 
     Args:
-        records: what the reader yields.
-        cursor: kept by the reader at the record it works on.
-        fail: takes the fault.
-        kind: what the file is read as, for the message.
+        records: Records the reader yields.
+        cursor: Cursor that the reader keeps at the record it works on.
+        fail: Function that takes the fault.
     """
     try:
         yield from records
     except Exception as error:  # noqa: BLE001 - what readers of damaged files raise is not to be listed
-        _fail(error, str(cursor), fail, kind)
+        _fail(error, str(cursor), fail)
 
 
-def _fail(error: Exception, place: str, fail: Fail, kind: str = "") -> None:
+def _fail(error: Exception, place: str, fail: Fail) -> None:
     """Report an error met while a user's file was read."""
     why = cause(error)
     log.debug("%s cannot be read", place, exc_info=error)
     if isinstance(error, EOFError):
         fail("truncated", place, f"the file ends too early ({why}); the rest of it is missing")
     else:
-        fail("unreadable", place, f"cannot be read{f' as {kind}' if kind else ''}: {why}")
+        fail("unreadable", place, f"cannot be read: {why}")
 
 
 def split_suffix(path: Path) -> tuple[str, str]:
@@ -161,135 +138,77 @@ def split_suffix(path: Path) -> tuple[str, str]:
     return compression, ""
 
 
-def read_jsonl(path: Path, fail: Fail, blank: Callable[[], None]) -> Iterator[tuple[str, Record]]:
-    """One JSON object per line, or the objects of one JSON array in a file that ends in `.json`.
+def read_file(
+    path: Path, kind: Format, fail: Fail, fields: tuple[str, ...] = (), *, paragraphs: bool = False
+) -> Iterator[tuple[str, Record]]:
+    """The records of a file.
 
-    Lines of white space are allowed and told to `blank`. The objects of an array have the places `path[0]`, `path[1]`.
+    Args:
+        path: Path of the file.
+        kind: `jsonl`: one JSON object per line, or the objects of one JSON array in a file that ends in `.json`; `csv`
+            (`.tsv`: tab-separated values): rows as mappings, the first row names the columns; `parquet`: rows, some at
+            a time; `text` and `code`: the whole file as one document.
+        fail: Function that takes faults.
+        fields: Fields that are wanted, dotted paths; other columns of Parquet are not read.
+        paragraphs: Whether each run of lines between blank lines of a text is a document.
     """
-    cursor = Cursor(path)
-    return guarded(_jsonl(path, cursor, fail, blank), cursor, fail)
+    cursor = Cursor(path, 0, rows=True) if kind == "parquet" else Cursor(path)
+    if kind == "jsonl":
+        records = _jsonl(path, cursor, fail)
+    elif kind == "csv":
+        records = _csv(path, cursor, fail, fields)
+    elif kind == "parquet":
+        records = _parquet(path, cursor, fail, fields)
+    else:
+        records = (_paragraphs if paragraphs else _text)(path, cursor, fail)
+    return guarded(records, cursor, fail)
 
 
-def read_csv(path: Path, fields: tuple[str, ...], fail: Fail) -> Iterator[tuple[str, Record]]:
-    """Rows of a CSV file (`.tsv`: of tab-separated values) as mappings; its first row names the columns."""
-    cursor = Cursor(path)
-    return guarded(_csv(path, cursor, fields, fail), cursor, fail)
-
-
-def read_text(path: Path, fail: Fail) -> Iterator[tuple[str, Record]]:
-    """A whole file as one document."""
-    cursor = Cursor(path)
-    return guarded(_text(path, cursor, fail), cursor, fail)
-
-
-def read_paragraphs(path: Path, fail: Fail) -> Iterator[tuple[str, Record]]:
-    """Runs of lines between blank lines, each a document; one with undecodable bytes is left out whole."""
-    cursor = Cursor(path)
-    return guarded(_paragraphs(path, cursor, fail), cursor, fail)
-
-
-def read_parquet(path: Path, fields: tuple[str, ...], fail: Fail) -> Iterator[tuple[str, Record]]:
-    """Rows of a Parquet file, only the columns that `fields` (dotted paths) need, a few hundred rows at a time."""
-    cursor = Cursor(path, 0, rows=True)
-    return guarded(_parquet(path, cursor, fields, fail), cursor, fail, "Parquet")
-
-
-def _jsonl(path: Path, cursor: Cursor, fail: Fail, blank: Callable[[], None]) -> Iterator[tuple[str, Record]]:
+def _jsonl(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
+    hint = "; every line must be a JSON object"
     if split_suffix(path)[0] == ".json":
         with open_binary(path) as file:
             head = file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
         if head[:1] == b"[":
             yield from _json_array(path, cursor, fail)
             return
+    else:
+        hint += ", and a file that holds one JSON array must end in .json"
     for line in _lines(path, cursor, fail):
-        place = str(cursor)
-        if not line.strip():
-            blank()
-            continue
-        text = _decode(line, place, fail)
-        if text is None:
+        text = _decode(line, str(cursor), fail)
+        if text is None or not text.strip():
             continue
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            hint = _ONE_ARRAY if text.lstrip()[:1] == "[" else "; every line must be one whole JSON object"
-            fail("broken_json", place, f"not valid JSON: {_json_fault(error)}{hint if cursor.number == 1 else ''}")
+            fail("broken_json", str(cursor), reason(error).removeprefix("it is ") + hint * (cursor.number == 1))
             continue
         if isinstance(record, dict):
-            yield place, record
+            yield str(cursor), record
         else:
-            hint = _ONE_ARRAY if isinstance(record, list) else ""
-            fail("not_an_object", place, f"holds a JSON {_kind(record)}; every line must be a JSON object{hint}")
+            fail("not_an_object", str(cursor), f"holds a JSON {_JSON_KINDS[type(record)]}{hint}")
 
 
 def _json_array(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
-    """The objects of a file that holds one array, decoded one by one as the file is read."""
-    cursor.number, cursor.rows = 0, True
-    decoder = json.JSONDecoder()
-    with open_binary(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        held, at = text.read(_BLOCK), 0
-
-        def refill() -> bool:
-            nonlocal held, at
-            more = text.read(max(_BLOCK, len(held) - at))
-            held, at = held[at:] + more, 0
-            return bool(more)
-
-        at = _space(held, at) + 1  # past the bracket
-        first, ended = True, False
-        while True:
-            at = _space(held, at)
-            if at == len(held):
-                if not refill():
-                    raise EOFError("the JSON array has no end")
-                continue
-            if held[at] == "]" and (first or ended):
-                if held[at + 1 :].strip() or text.read(_BLOCK).strip():
-                    fail("broken_json", str(cursor), "there is more text after the end of the JSON array")
-                return
-            if ended:
-                if held[at] != ",":
-                    fail("broken_json", str(cursor), "no comma before this object of the JSON array; the rest is left")
-                    return
-                at, ended = at + 1, False
-                continue
-            try:
-                value, end = decoder.raw_decode(held, at)
-            except (ValueError, RecursionError) as error:
-                ends_at = len(held)
-                if _is_cut(error, ends_at - 16) and len(held) - at > DOCUMENT_BYTES:
-                    _too_large(str(cursor), fail)
-                    return
-                if _is_cut(error, ends_at - 16) and refill():
-                    continue
-                if _is_cut(error, ends_at):
-                    raise EOFError("the JSON array has no end") from None
-                fail("broken_json", str(cursor), f"not valid JSON: {_json_fault(error)}; the rest is left out")
-                return
-            if end == len(held) and not isinstance(value, dict | list) and refill():
-                continue
-            if isinstance(value, dict):
-                yield str(cursor), value
-            else:
-                fail("not_an_object", str(cursor), f"holds a JSON {_kind(value)}; a list must hold JSON objects")
-            at, first, ended = end, False, True
-            cursor.number += 1
+    text = _whole(path, cursor, fail)
+    if text is None:
+        return
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        fail("broken_json", str(path), reason(error).removeprefix("it is "))
+        return
+    cursor.rows = True
+    for cursor.number, value in enumerate(values):
+        if isinstance(value, dict):
+            yield str(cursor), value
+        else:
+            fail(
+                "not_an_object", str(cursor), f"holds a JSON {_JSON_KINDS[type(value)]}; a list must hold JSON objects"
+            )
 
 
-def _space(text: str, at: int) -> int:
-    """The first position from `at` on that is not white space."""
-    found = _SPACE.match(text, at)
-    assert found is not None
-    return found.end()
-
-
-def _is_cut(error: Exception, end: int) -> bool:
-    """Whether a JSON value is faulty because the text ends within it: at `end` or later, or in a string."""
-    return isinstance(error, json.JSONDecodeError) and (error.msg.startswith("Unterminated string") or error.pos >= end)
-
-
-def _csv(path: Path, cursor: Cursor, fields: tuple[str, ...], fail: Fail) -> Iterator[tuple[str, Record]]:
+def _csv(path: Path, cursor: Cursor, fail: Fail, fields: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
     lines = (line.decode("utf-8", errors="surrogateescape") for line in _lines(path, cursor, fail))
     rows = csv.reader(lines, delimiter="\t" if split_suffix(path)[0] == ".tsv" else ",", strict=True)
     names: list[str] | None = None
@@ -298,142 +217,113 @@ def _csv(path: Path, cursor: Cursor, fields: tuple[str, ...], fail: Fail) -> Ite
         try:
             row = next(rows, None)
         except csv.Error as error:
-            fail("broken_csv", place, f"not valid CSV: {error}")
+            fail("broken_csv", place, f"not valid CSV: {reason(error)}")
             continue
         if row is None:
             return
         if names is None:
             names = row
-            if twice := sorted({name for name in names if name in fields and names.count(name) > 1}):
-                fail("missing_field", place, f"the header names the column {twice[0]!r} twice; keep one of them")
+            if _is_named_twice(names, fields, place, fail):
                 return
-            continue
-        if not row:
-            continue
-        if len(row) != len(names):
+        elif row and len(row) != len(names):
             fail("broken_csv", place, f"the row has {len(row)} cells and the header {len(names)}")
-            continue
-        record = dict(zip(names, row, strict=True))
-        faulty = next((name for name in fields if not is_unicode(record.get(name, ""))), None)
-        if faulty is not None:
-            fail("undecodable", place, f"column {faulty!r} holds bytes that are not UTF-8")
-            continue
-        yield place, record
+        elif row:
+            record = dict(zip(names, row, strict=True))
+            faulty = next((name for name in fields if not is_unicode(record.get(name, ""))), None)
+            if faulty is None:
+                yield place, record
+            else:
+                fail("undecodable", place, f"column {faulty!r} holds bytes that are not UTF-8")
+
+
+def _is_named_twice(names: list[str], wanted: tuple[str, ...], place: str, fail: Fail) -> bool:
+    twice = sorted({name for name in wanted if names.count(name) > 1})
+    if twice:
+        fail("missing_field", place, f"{names.count(twice[0])} columns are named {twice[0]!r}; keep one of them")
+    return bool(twice)
 
 
 def _text(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
+    text = _whole(path, cursor, fail)
+    if text is not None:
+        yield str(cursor), text
+
+
+def _whole(path: Path, cursor: Cursor, fail: Fail) -> str | None:
+    """The text of a file; None where a fault was reported."""
     blocks: list[bytes] = []
     with open_binary(path) as file:
         while block := file.read(_BLOCK):
             blocks.append(block)
             if len(blocks) > DOCUMENT_BYTES // _BLOCK:
                 _too_large(str(cursor), fail)
-                return
+                return None
     data = b"".join(blocks)
     del blocks
     try:
-        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        start = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
-        cursor.number += data.count(b"\n", 0, start)
-        fail("undecodable", str(cursor), f"byte 0x{data[start]:02x} at offset {start} is not UTF-8")
-        return
-    yield str(cursor), text
+        line = data.count(b"\n", 0, error.start) + 1
+        fail("undecodable", f"{path}:{line}", f"byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8")
+        return None
 
 
 def _paragraphs(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
-    lines: list[str] = []
-    place = str(cursor)
-    size = 0
-    sound = True
-    for line in _lines(path, cursor, fail):
-        if not line.strip():
-            if lines and sound:
-                yield place, "".join(lines).rstrip("\r\n")
-            lines, size, sound = [], 0, True
-            continue
-        if not lines and sound:
-            place = str(cursor)
-        size += len(line)
-        if sound and size > DOCUMENT_BYTES:
-            _too_large(place, fail)
-            sound, lines = False, []
-        text = _decode(line, str(cursor), fail) if sound else None
-        if text is None:
-            sound, lines = False, []
-        else:
+    """Runs of lines between blank lines; one with undecodable bytes is left out whole."""
+    for blank, group in groupby(_lines(path, cursor, fail), key=lambda line: not line.strip()):
+        place, size, lines = str(cursor), 0, []
+        for line in group:
+            size += len(line)
+            if size > DOCUMENT_BYTES:
+                _too_large(place, fail)
+                break
+            text = _decode(line, str(cursor), fail)
+            if text is None:
+                break
             lines.append(text)
-    if lines and sound:
-        yield place, "".join(lines).rstrip("\r\n")
+        else:
+            if not blank:
+                yield place, "".join(lines).rstrip("\r\n")
 
 
-def _parquet(path: Path, cursor: Cursor, fields: tuple[str, ...], fail: Fail) -> Iterator[tuple[str, Record]]:
+def _parquet(path: Path, cursor: Cursor, fail: Fail, fields: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
     import pyarrow.parquet as pq  # noqa: PLC0415  (a quarter of a second, and most inputs are text)
 
-    _check_parquet(path)
     with pq.ParquetFile(path, pre_buffer=False) as file:
         names = file.schema_arrow.names
         columns = sorted({name for wanted in fields for name in (wanted, wanted.split(".")[0]) if name in names})
         if not columns:
             fail("missing_field", str(path), f"has no column for {' or '.join(fields)}; it has {', '.join(names)}")
             return
-        if twice := [name for name in columns if names.count(name) > 1]:
-            fail(
-                "missing_field", str(path), f"has {names.count(twice[0])} columns named {twice[0]!r}; keep one of them"
-            )
+        if _is_named_twice(names, tuple(columns), str(path), fail):
             return
-        for group in range(file.num_row_groups):
-            size = _group_bytes(file, group, columns)
-            rows = min(256, max(16, _PARQUET_BATCH_BYTES // max(size, 1)))
-            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
-                for offset in range(batch.num_rows):
-                    place = str(cursor)
-                    try:
-                        record = {name: batch.column(name)[offset].as_py() for name in columns}
-                    except UnicodeDecodeError as error:
-                        fail("undecodable", place, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
-                    except Exception as error:  # noqa: BLE001 - values beyond what Python's types hold, of any type
-                        _fail(error, place, fail, "Parquet")
-                    else:
-                        yield place, record
-                    cursor.number += 1
-
-
-def _check_parquet(path: Path) -> None:
-    with _regular(path) as raw:
-        head = raw.read(4)
-        raw.seek(-min(4, len(head)), os.SEEK_END)
-        tail = raw.read(4)
-    if head != b"PAR1":
-        raise ValueError("it does not begin as Parquet files do; let its name end in the suffix of what it holds")
-    if tail != b"PAR1":
-        raise ValueError("it is cut off, or still being written: the index at its end is missing")
-
-
-def _group_bytes(file: pq.ParquetFile, group: int, columns: list[str]) -> int:
-    """Bytes of the wanted columns of a row group once they are decompressed.
-
-    Raises:
-        ValueError: so many more than are in the file that the group is a bomb.
-    """
-    facts = file.metadata.row_group(group)
-    chunks = [facts.column(number) for number in range(facts.num_columns)]
-    wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in {c.split(".")[0] for c in columns}]
-    size = sum(int(chunk.total_uncompressed_size) for chunk in wanted)
-    _check_growth(size, sum(int(chunk.total_compressed_size) for chunk in wanted))
-    return size
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
+            compressed = sum(group.column(number).total_compressed_size for number in range(group.num_columns))
+            _check_growth(group.total_byte_size, compressed)
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            for offset in range(batch.num_rows):
+                place = str(cursor)
+                try:
+                    record = {name: batch.column(name)[offset].as_py() for name in columns}
+                except UnicodeDecodeError as error:
+                    fail("undecodable", place, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
+                except Exception as error:  # noqa: BLE001 - values beyond what Python's types hold, of any type
+                    _fail(error, place, fail)
+                else:
+                    yield place, record
+                cursor.number += 1
 
 
 def open_binary(path: Path) -> io.BufferedReader:
     """Open a plain or compressed file of text for reading bytes; one that ends too early raises EOFError.
 
     Raises:
-        ValueError: it is no regular file, or begins as something else than text, or than its suffix says.
+        ValueError: It begins as something else than text, or than its suffix says.
     """
     compression = split_suffix(path)[1]
-    raw = _regular(path)
+    raw: io.BufferedReader = io.BufferedReader(io.FileIO(path), _BLOCK)
+    file = raw
     try:
-        file = raw
         if compression:
             head = raw.peek(16)
             if head and not _COMPRESSED[compression].match(head):
@@ -447,13 +337,6 @@ def open_binary(path: Path) -> io.BufferedReader:
         raw.close()
         raise
     return file
-
-
-def _regular(path: Path) -> io.BufferedReader:
-    """Open a regular file; anything else, on which reading might wait for ever, is an error."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no regular file")
-    return io.BufferedReader(io.FileIO(path), _BLOCK)
 
 
 def _check_growth(size: int, compressed: int) -> None:
@@ -554,16 +437,3 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "its lists and objects are nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        return str(error)
-    return f"a number has more than {sys.get_int_max_str_digits():,} digits"
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
-    return names[type(value)]

@@ -7,12 +7,11 @@ links that leave it, and pipes, sockets and devices, are left out and reported.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from weftlm.errors import DataError
@@ -29,26 +28,30 @@ def corpus_files(path: str, ignore: Ignore) -> tuple[list[Path], bool]:
     """The files that a path names, in order of path, and whether it is a folder that was searched.
 
     Args:
-        path: of a file, a folder, or a glob in which `**` stands for any folders.
-        ignore: takes what is left out of a folder or a glob.
+        path: Path of a file, a folder, or a glob in which `**` stands for any folders.
+        ignore: Called with what is left out of a folder or a glob.
     Raises:
-        DataError: nothing matches, what matches is no regular file, or a folder cannot be read.
+        DataError: Nothing matches, what matches is no regular file, or a folder cannot be read.
     """
+    left: list[str] = []
+
+    def note(entry: str) -> None:
+        left.append(entry)
+        ignore(entry)
+
     try:
         place = Path(path).expanduser()
         if place.is_dir():
-            return list(_below(place, _root(place), ignore)), True
+            return list(_below(place, [("**",)], _root(place), note)), True
         if place.exists():
             if not place.is_file():
-                raise DataError(f"path {path!r} is {_kind(place.stat().st_mode)}, not a file; write it to a file first")
+                raise DataError(
+                    f"path {path!r} is no regular file (a pipe, socket or device); write its text to a file first"
+                )
             return [place], False
-        left: list[str] = []
-
-        def note(entry: str) -> None:
-            left.append(entry)
-            ignore(entry)
-
-        found = sorted(set(_matches(place, note)))
+        fixed = next((number for number, part in enumerate(place.parts) if _MAGIC.search(part)), len(place.parts))
+        folder = Path(*place.parts[:fixed])
+        found = sorted(_below(folder, [place.parts[fixed:]], _root(folder), note)) if folder.is_dir() else []
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"path {path!r} cannot be read: {cause(error)}") from error
     if not found:
@@ -61,54 +64,45 @@ def dataset_files(folder: Path) -> list[Path]:
     """All files of a local data set, which another library opens by itself, in order of path.
 
     Raises:
-        DataError: one is no regular file, or a link that leaves the folder.
+        DataError: One is no regular file, or a link that leaves the folder.
     """
 
     def refuse(entry: str) -> None:
         raise DataError(f"dataset {str(folder)!r} holds {entry}; remove it")
 
     try:
-        return list(_below(folder, _root(folder), refuse))
+        return list(_below(folder, [("**",)], _root(folder), refuse))
     except OSError as error:
         raise DataError(f"dataset {str(folder)!r} cannot be read: {cause(error)}") from error
 
 
-def _below(folder: Path, root: Path, ignore: Ignore) -> Iterator[Path]:
-    for entry in _listed(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _below(Path(entry.path), root, ignore)
-        elif _is_wanted(entry, root, ignore):
-            yield Path(entry.path)
-
-
-def _matches(pattern: Path, ignore: Ignore) -> Iterator[Path]:
-    """The files that match a glob, found from its part before the first wildcard on."""
-    parts = pattern.parts
-    fixed = next((number for number, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
-    if fixed == len(parts):
-        return iter(())
-    folder = Path(*parts[:fixed])
-    wanted = [part for before, part in pairwise(("", *parts[fixed:])) if not before == part == "**"]
-    return _matching(folder, wanted, _root(folder), ignore) if folder.is_dir() else iter(())
-
-
-def _matching(folder: Path, parts: list[str], root: Path, ignore: Ignore) -> Iterator[Path]:
-    part, rest = parts[0], parts[1:]
-    if part == "**" and rest:
-        yield from _matching(folder, rest, root, ignore)
-    for entry in _listed(folder, hidden=part.startswith(".")):
-        if entry.is_dir(follow_symlinks=False):
-            if part == "**":
-                yield from _matching(Path(entry.path), parts, root, ignore)
-            elif rest and fnmatch.fnmatchcase(entry.name, part):
-                yield from _matching(Path(entry.path), rest, root, ignore)
-        elif not rest and (part == "**" or fnmatch.fnmatchcase(entry.name, part)) and _is_wanted(entry, root, ignore):
-            yield Path(entry.path)
-
-
-def _listed(folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]:
+def _below(folder: Path, globs: Iterable[tuple[str, ...]], root: Path, ignore: Ignore) -> Iterator[Path]:
+    """The files below a folder whose path from there matches a glob, given by its parts."""
     with os.scandir(folder) as entries:
-        return sorted((e for e in entries if hidden or not e.name.startswith(".")), key=lambda entry: entry.name)
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        left = _after(entry.name, globs)
+        if entry.is_dir(follow_symlinks=False):
+            if deeper := left - {()}:
+                yield from _below(Path(entry.path), deeper, root, ignore)
+        elif left & {(), ("**",)} and _is_wanted(entry, root, ignore):
+            yield Path(entry.path)
+
+
+def _after(name: str, globs: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """What is left of globs once the next part of a path has matched; hidden names match only what begins with a dot.
+
+    Example: `src` leaves `**/*.py` and nothing else of `**/*.py`; `a.py` leaves that and the empty rest, a match.
+    """
+    left: set[tuple[str, ...]] = set()
+    for glob in globs:
+        if glob[:1] == ("**",):
+            left |= _after(name, [glob[1:]])
+            if not name.startswith("."):
+                left.add(glob)
+        elif glob and fnmatchcase(name, glob[0]) and (glob[0].startswith(".") or not name.startswith(".")):
+            left.add(glob[1:])
+    return left
 
 
 def _is_wanted(entry: os.DirEntry[str], root: Path, ignore: Ignore) -> bool:
@@ -119,7 +113,7 @@ def _is_wanted(entry: os.DirEntry[str], root: Path, ignore: Ignore) -> bool:
         ignore(f"{entry.path} ({cause(error)})")
         return False
     if not stat.S_ISREG(mode):
-        ignore(f"{entry.path} ({_kind(mode)})")
+        ignore(f"{entry.path} (a pipe, socket, device or link to a folder)")
         return False
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
         ignore(f"{entry.path} (a link that leaves the folder)")
@@ -134,11 +128,3 @@ def _root(folder: Path) -> Path:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent
     return here
-
-
-def _kind(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "a link to a folder"
-    if stat.S_ISFIFO(mode):
-        return "a pipe"
-    return "a socket" if stat.S_ISSOCK(mode) else "a device"

@@ -15,7 +15,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from weftlm.corpora.config import TokenizerConfig, TrainConfig
-from weftlm.corpora.store_files import Vocabulary
+from weftlm.corpora.store import Vocabulary
 from weftlm.errors import ConfigError, DataError, reason
 from weftlm.files import parse_json
 from weftlm.places import locate
@@ -153,29 +154,16 @@ class Tokenizer:
             N arrays of shape (tokens,).
         """
         if self._backend is None:
-            encoded = [
-                self.hf(
-                    text,
-                    add_special_tokens=False,
-                    split_special_tokens=True,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                )["input_ids"]
-                for text in texts
-            ]
-            return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
+            plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            return [np.asarray(self.hf(text, **plain)["input_ids"], dtype=np.uint32) for text in texts]
         _silence_fork_warning()
         result: list[NDArray[np.uint32]] = []
-        short: list[str] = []
-        for text in texts:
-            if len(text) <= PIECE_CHARACTERS or not self._in_pieces:
-                short.append(text)
-                continue
-            result += self._encode(short)
-            short = []
-            result.append(np.concatenate([self._encode([piece])[0] for piece in split_long(text)]))
-        return result + self._encode(short)
+        for is_long, group in groupby(texts, key=lambda text: self._in_pieces and len(text) > PIECE_CHARACTERS):
+            if is_long:
+                result += [np.concatenate([self._encode([piece])[0] for piece in split_long(text)]) for text in group]
+            else:
+                result += self._encode(list(group))
+        return result
 
     def _encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         assert self._backend is not None
@@ -318,23 +306,18 @@ def _open(place: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def _check_file(file: Path) -> None:
-    """Refuse a tokenizer's file that is no plain file, is empty, or is JSON by name and torn."""
-    if not file.is_file():
-        raise _UnreadableError(f"{file.name} is {'a broken link' if file.is_symlink() else 'no plain file'}")
+    """Refuse a tokenizer's file that cannot be read, is empty, or is JSON by name and torn."""
     try:
         data = file.read_bytes()
-        if not data.strip():
-            raise _UnreadableError(f"{file.name} is empty")
-        if file.suffix == ".json" and not isinstance(parse_json(data), dict):
-            raise _UnreadableError(f"{file.name} holds no JSON object")
-    except OSError as error:
-        raise _UnreadableError(f"{file.name}: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise _UnreadableError(f"{file.name} is torn or no JSON") from error
+        sound = bool(data.strip()) and (file.suffix != ".json" or isinstance(parse_json(data), dict))
+    except (OSError, ValueError):
+        sound = False
+    if not sound:
+        raise _UnreadableError(f"{file.name} is empty, torn, a broken link or no JSON object")
 
 
 def _unknown_ids(hf: PreTrainedTokenizerBase, model: Any) -> list[int]:
-    """Ids that stand for text the tokenizer does not know; its end-of-text token, which text never gives, is none."""
+    """Ids of the unknown token; the end-of-text token, which text never gives, is not among them."""
     named = model.get("unk_token") if isinstance(model, dict) else None
     ids = {hf.unk_token_id, None if named is None else hf.get_vocab().get(named)}
     if isinstance(model, dict) and isinstance(model.get("unk_id"), int):
@@ -436,20 +419,8 @@ def _silence_fork_warning() -> None:
     DataLoader worker, for one). Turning them off just before a fork, in the child only, is what it asks for. A value
     the user has set is left alone.
     """
-    if not hasattr(os, "register_at_fork"):
-        return
-    set_here = False
-
-    def before() -> None:
-        nonlocal set_here
-        if _PARALLELISM not in os.environ:
-            os.environ[_PARALLELISM] = "false"
-            set_here = True
-
-    def after_in_parent() -> None:
-        nonlocal set_here
-        if set_here:
-            os.environ.pop(_PARALLELISM, None)
-            set_here = False
-
-    os.register_at_fork(before=before, after_in_parent=after_in_parent)
+    if hasattr(os, "register_at_fork") and _PARALLELISM not in os.environ:
+        os.register_at_fork(
+            before=partial(os.environ.setdefault, _PARALLELISM, "false"),
+            after_in_parent=partial(os.environ.pop, _PARALLELISM, None),
+        )

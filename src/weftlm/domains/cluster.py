@@ -1,6 +1,6 @@
 """k-means over document embeddings: flat up to a few hundred clusters, two levels above.
 
-Fitting sees a bounded sample; assigning streams. Grangier et al., arXiv 2410.03735, cluster hierarchically likewise.
+Fitting sees a bounded sample; assigning streams. Grangier et al., arXiv 2410.03735, cluster in two levels too.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from weftlm.domains.config import ClusterConfig
-from weftlm.errors import ConfigError, DataError, install_hint, reason
+from weftlm.errors import ConfigError, DataError, reason
 
 _BLOCK_FLOATS = 1 << 24
 
@@ -103,7 +102,7 @@ def fit_clusters(sample_NE: NDArray[np.float32], config: ClusterConfig, seed: in
         config: how many, how.
         seed: the same sample and seed give the same clusters.
     Raises:
-        ConfigError: more clusters than documents, or faiss is asked for and missing.
+        ConfigError: More clusters than documents.
     """
     if config.n > len(sample_NE):
         raise ConfigError(
@@ -111,16 +110,16 @@ def fit_clusters(sample_NE: NDArray[np.float32], config: ClusterConfig, seed: in
             f"most that many, or raise clusters.sample_documents"
         )
     if config.n <= config.flat_limit:
-        centroids = _kmeans(sample_NE, config.n, config.backend, seed)
+        centroids = _kmeans(sample_NE, config.n, seed)
         fitted = Clusters(centroids, centroids.mean(axis=0, keepdims=True), np.zeros(len(centroids), np.int64))
         return fitted.keep(np.bincount(fitted.assign(sample_NE), minlength=len(fitted)) > 0)
-    groups = _kmeans(sample_NE, round(config.n**0.5), config.backend, seed)
+    groups = _kmeans(sample_NE, round(config.n**0.5), seed)
     group_N = nearest(sample_NE, groups)
     sizes = np.bincount(group_N, minlength=len(groups))
     parts: list[NDArray[np.float32]] = []
     for group, count in enumerate(_shares(sizes, config.n)):
         rows = sample_NE[group_N == group]
-        parts.append(_kmeans(rows, count, config.backend, seed + 1 + group) if count else rows[:0])
+        parts.append(_kmeans(rows, count, seed + 1 + group) if count else rows[:0])
     numbers = np.repeat(np.arange(len(groups)), [len(part) for part in parts])
     fitted = Clusters(np.concatenate(parts), groups, numbers.astype(np.int64))
     fitted = fitted.keep(np.ones(len(fitted), bool))
@@ -136,12 +135,10 @@ def _shares(sizes_G: NDArray[np.int64], total: int) -> list[int]:
     return [int(share) for share in shares_G]
 
 
-def _kmeans(rows_NE: NDArray[np.float32], count: int, backend: str, seed: int) -> NDArray[np.float32]:
+def _kmeans(rows_NE: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
     if count == 1:
         mean: NDArray[np.float32] = rows_NE.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
         return mean
-    if backend == "faiss":
-        return _faiss_kmeans(rows_NE, count, seed)
     model = MiniBatchKMeans(
         count, random_state=seed % (1 << 32), n_init=3, batch_size=max(1024, 4 * count), max_iter=100, init="k-means++"
     )
@@ -150,16 +147,3 @@ def _kmeans(rows_NE: NDArray[np.float32], count: int, backend: str, seed: int) -
         model.fit(rows_NE)
     found: NDArray[np.float32] = model.cluster_centers_.astype(np.float32)
     return found
-
-
-def _faiss_kmeans(rows_NE: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
-    try:
-        import faiss  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ConfigError(
-            f"domains.clusters.backend faiss needs faiss; {install_hint('faiss')}, or use backend: sklearn"
-        ) from error
-    model: Any = faiss.Kmeans(rows_NE.shape[1], count, niter=25, seed=seed % (1 << 31), min_points_per_centroid=1)
-    model.train(np.ascontiguousarray(rows_NE, dtype=np.float32))
-    centroids: NDArray[np.float32] = np.asarray(model.centroids, dtype=np.float32)
-    return centroids

@@ -14,14 +14,12 @@ class ClusterConfig(Section):
 
     Attributes:
         n: clusters asked for; those that stay empty are dropped.
-        backend: `sklearn`, or `faiss` where it is installed.
         flat_limit: up to so many clusters in one level; above, about sqrt(n) groups are clustered further.
         sample_documents: documents that the centroids are fitted on.
         min_bytes: clusters with less text are dissolved, their documents go to the nearest other.
     """
 
     n: int = Field(ge=1)
-    backend: Literal["sklearn", "faiss"] = "sklearn"
     flat_limit: int = Field(default=256, ge=1)
     sample_documents: int = Field(default=20_000, ge=1)
     min_bytes: int = Field(default=4096, ge=0)

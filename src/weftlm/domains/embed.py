@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,6 @@ from weftlm.places import locate
 
 _WORDS = r"(?u)\w+|[^\w\s]"
 _STATE = "tfidf_svd.npz"
-_VOCABULARY = "tfidf_svd.json"
 
 
 class Embedder(Protocol):
@@ -126,29 +125,28 @@ class TfidfSvd:
         return unit_rows(np.asarray(dense))
 
     def save(self, folder: str | Path) -> None:
-        """Write the state as JSON and plain arrays."""
+        """Write the state as plain arrays."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        value = {"config": self.config.model_dump(), "vocabularies": self.vocabularies, "fingerprint": self.fingerprint}
-        (folder / _VOCABULARY).write_text(json.dumps(value), encoding="utf-8")
-        np.savez(folder / _STATE, idf_V=self.idf_V, components_EV=self.components_EV)
+        facts = {"config": self.config.model_dump(), "vocabularies": self.vocabularies, "fingerprint": self.fingerprint}
+        np.savez(folder / _STATE, facts=json.dumps(facts), idf_V=self.idf_V, components_EV=self.components_EV)
 
     @classmethod
     def load(cls, folder: str | Path) -> TfidfSvd:
         """Open a saved state.
 
         Raises:
-            DataError: something is missing, broken or changed.
+            DataError: Something is missing, broken or changed.
         """
-        folder = Path(folder)
         try:
-            value = parse_json((folder / _VOCABULARY).read_text(encoding="utf-8"))
-            with np.load(folder / _STATE, allow_pickle=False) as arrays:
-                idf_V, components_EV = arrays["idf_V"], arrays["components_EV"]
-            loaded = cls(EmbedderConfig(**value["config"]), value["vocabularies"], idf_V, components_EV)
+            with np.load(Path(folder) / _STATE, allow_pickle=False) as arrays:
+                facts = parse_json(str(arrays["facts"]))
+                loaded = cls(
+                    EmbedderConfig(**facts["config"]), facts["vocabularies"], arrays["idf_V"], arrays["components_EV"]
+                )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"embedder in {folder} cannot be read: {reason(error)}; prepare the data again") from error
-        if loaded.fingerprint != value["fingerprint"]:
+        if loaded.fingerprint != facts["fingerprint"]:
             raise DataError(f"embedder in {folder} has changed since it was written; prepare the data again")
         return loaded
 
@@ -223,15 +221,3 @@ def make_embedder(config: EmbedderConfig, sample: Sequence[str], seed: int) -> E
     if config.kind == "tfidf":
         return TfidfSvd.fit(sample, config, seed)
     return SentenceTransformerEmbedder(config)
-
-
-def embed_batches(embedder: Embedder, texts: Iterable[str], batch_documents: int) -> Iterator[NDArray[np.float32]]:
-    """Embeddings of a stream of texts, a batch at a time, each of shape (<= batch_documents, E)."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == batch_documents:
-            yield embedder.embed(batch)
-            batch = []
-    if batch:
-        yield embedder.embed(batch)

@@ -6,14 +6,14 @@ among D >> N domains with N probes (distribution reweighting, arXiv 2410.02498).
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weftlm.domains.cluster import fit_clusters, nearest
+from weftlm.corpora.source import Document
+from weftlm.domains.cluster import fit_clusters
 from weftlm.domains.config import ClusterConfig
 from weftlm.domains.embed import unit_rows
 from weftlm.errors import ConfigError, DataError
@@ -21,33 +21,19 @@ from weftlm.errors import ConfigError, DataError
 _EXCERPT_CHARS = 160
 
 
-class DomainMeans:
-    """Streaming mean embedding of each of D domains, and its most typical documents.
+def domain_means(embeddings_NE: NDArray[np.float32], domain_N: NDArray[np.int64], domains: int) -> NDArray[np.float32]:
+    """Mean embedding of each of D domains, shape (D, E).
 
-    Args:
-        domains: D.
-        dimensions: E.
+    Raises:
+        DataError: A domain has no document.
     """
-
-    def __init__(self, domains: int, dimensions: int) -> None:
-        self._sums_DE = np.zeros((domains, dimensions), np.float64)
-        self._counts_D = np.zeros(domains, np.int64)
-
-    def add(self, embeddings_NE: NDArray[np.float32], domain_N: NDArray[np.int64]) -> None:
-        """Count a batch of documents."""
-        np.add.at(self._sums_DE, domain_N, embeddings_NE.astype(np.float64))
-        self._counts_D += np.bincount(domain_N, minlength=len(self._counts_D))
-
-    def means(self) -> NDArray[np.float32]:
-        """Mean embedding of each domain, shape (D, E).
-
-        Raises:
-            DataError: a domain has no document.
-        """
-        if (self._counts_D == 0).any():
-            raise DataError(f"domain number {int(self._counts_D.argmin())} has no document to embed")
-        means: NDArray[np.float32] = (self._sums_DE / self._counts_D[:, None]).astype(np.float32)
-        return means
+    counts_D = np.bincount(domain_N, minlength=domains)
+    if (counts_D == 0).any():
+        raise DataError(f"domain number {int(counts_D.argmin())} has no document to embed")
+    sums_DE = np.zeros((domains, embeddings_NE.shape[1]), np.float64)
+    np.add.at(sums_DE, domain_N, embeddings_NE.astype(np.float64))
+    means: NDArray[np.float32] = (sums_DE / counts_D[:, None]).astype(np.float32)
+    return means
 
 
 def histogram(domain_N: NDArray[np.int64], domains: int, smoothing: float = 0.0) -> NDArray[np.float64]:
@@ -129,58 +115,24 @@ def neighbours(centroids_DE: NDArray[np.float32], count: int) -> list[list[tuple
     return result
 
 
-@dataclass(frozen=True, order=True)
-class TypicalDocument:
-    """A document near its domain's centroid.
+def typical_documents(
+    embeddings_NE: NDArray[np.float32],
+    domain_N: NDArray[np.int64],
+    centroids_DE: NDArray[np.float32],
+    documents: Sequence[Document],
+    count: int,
+) -> list[list[dict[str, Any]]]:
+    """For each domain the documents nearest to its centroid, nearest first.
 
-    Attributes:
-        distance: Euclidean distance to the centroid.
-        origin: where the document came from.
-        excerpt: its beginning, on one line.
+    Returns:
+        Of each document its Euclidean `distance` to the centroid, its `origin`, and as `excerpt` its beginning on one
+        line.
     """
-
-    distance: float
-    origin: str
-    excerpt: str
-
-
-class TypicalDocuments:
-    """The documents nearest to the centroid of each domain, gathered from a stream.
-
-    Args:
-        centroids_DE: float32.
-        count: documents to keep per domain.
-    """
-
-    def __init__(self, centroids_DE: NDArray[np.float32], count: int) -> None:
-        self._centroids_DE = centroids_DE
-        self._count = count
-        self._kept: list[list[tuple[float, str, str]]] = [[] for _ in centroids_DE]
-
-    def add(
-        self,
-        embeddings_NE: NDArray[np.float32],
-        domain_N: NDArray[np.int64],
-        origins: Sequence[str],
-        texts: Sequence[str],
-    ) -> None:
-        """Look at a batch of documents."""
-        distances_N = np.linalg.norm(embeddings_NE - self._centroids_DE[domain_N], axis=1)
-        for distance, domain, origin, text in zip(distances_N, domain_N, origins, texts, strict=True):
-            kept = self._kept[domain]
-            if len(kept) == self._count and -distance <= kept[0][0]:
-                continue
-            heapq.heappush(
-                kept, (-float(distance), origin, " ".join(text[: 4 * _EXCERPT_CHARS].split())[:_EXCERPT_CHARS])
-            )
-            if len(kept) > self._count:
-                heapq.heappop(kept)
-
-    def of(self, domain: int) -> list[TypicalDocument]:
-        """The typical documents of one domain, nearest first."""
-        return sorted(TypicalDocument(-negative, origin, excerpt) for negative, origin, excerpt in self._kept[domain])
-
-
-def nearest_domains(embeddings_NE: NDArray[np.float32], centroids_DE: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Number of the domain whose centroid is nearest to each document, int64."""
-    return nearest(embeddings_NE, centroids_DE)
+    distances_N = np.linalg.norm(embeddings_NE - centroids_DE[domain_N], axis=1)
+    found: list[list[dict[str, Any]]] = [[] for _ in centroids_DE]
+    for number in np.argsort(distances_N, kind="stable"):
+        typical, document = found[domain_N[number]], documents[number]
+        if len(typical) < count:
+            excerpt = " ".join(document.text[: 4 * _EXCERPT_CHARS].split())[:_EXCERPT_CHARS]
+            typical.append({"distance": float(distances_N[number]), "origin": document.origin, "excerpt": excerpt})
+    return found

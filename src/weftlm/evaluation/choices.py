@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from weftlm.corpora.formats import read_jsonl
+from weftlm.corpora.formats import read_file
 from weftlm.corpora.reading_report import Reason
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean
@@ -165,7 +165,7 @@ def read_choices(path: str | Path) -> list[ChoiceQuestion]:
         raise DataError(f"{place}: {detail}")
 
     questions = []
-    for place, record in read_jsonl(Path(path), fail, lambda: None):
+    for place, record in read_file(Path(path), "jsonl", fail):
         assert isinstance(record, Mapping)
         try:
             questions.append(_question(record))

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weftlm.corpora.paths import corpus_files
-from weftlm.corpora.store_files import file_digest
 from weftlm.errors import DataError, reason
 from weftlm.evaluation.config import ChoiceTask
+from weftlm.files import describe
 
 
 def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
-    """BLAKE2b-256 of every file that holds the questions of some tasks, by path.
+    """BLAKE2b-128 of every file that holds the questions of some tasks, by path.
 
     Raises:
         DataError: a path matches no file, or one cannot be read.
@@ -20,7 +20,7 @@ def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
     found = {}
     for path in (path for task in tasks for path in files_of(task)[1]):
         try:
-            found[str(path)] = file_digest(path)
+            found[str(path)] = describe(path)["blake2b"]
         except OSError as error:
             raise DataError(f"evaluation.tasks: {path} cannot be read: {reason(error)}") from error
     return found

@@ -39,12 +39,11 @@ from weftlm import interrupt
 from weftlm.artifact import locked
 from weftlm.config import differences, settings
 from weftlm.corpora.source import Source
-from weftlm.corpora.store_files import make_folder, sync_file
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.experts.low_rank import Rows
 from weftlm.fan_out import Task, fan_out, keep, new_key
-from weftlm.files import check_listed, checksum, describe, read_object, remove, room, write_object
+from weftlm.files import check_listed, checksum, describe, read_object, remove, room, sync_file, write_object
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.features import sequence_features
@@ -722,7 +721,7 @@ class _Work:
         self.world = dist.get_world_size() if together else world or 1
         self.folder = folder
         self.plan = plan
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self.barrier()
             if self.rank == 0:
@@ -745,7 +744,7 @@ class _Work:
             if self.rank == 0:
                 if (self.folder / INDEX).exists():
                     raise DataError(f"another process has just finished the scores in {self.folder}; run again")
-                make_folder(self.folder / SHARDS)
+                (self.folder / SHARDS).mkdir(exist_ok=True)
                 facts = {"plan": self.plan.facts, "shard_sequences": self.plan.shard_sequences}
                 write_object(self.folder / PLAN, facts, sync=True)
                 interrupt.done_with("--overwrite")

@@ -17,17 +17,16 @@ from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.labels import folder_name
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
-from weftlm.domains.cluster import Clusters, fit_clusters
+from weftlm.domains.cluster import Clusters, fit_clusters, nearest
 from weftlm.domains.embed import Embedder, SentenceTransformerEmbedder, TfidfSvd, make_embedder
 from weftlm.domains.histogram import (
-    DomainMeans,
-    TypicalDocuments,
     basis_from_groups,
     basis_from_sets,
     basis_from_shards,
+    domain_means,
     histogram,
-    nearest_domains,
     neighbours,
+    typical_documents,
 )
 from weftlm.domains.split import Lowest, position
 from weftlm.errors import DataError
@@ -272,18 +271,15 @@ def describe(
     texts = [document.text for document, _ in sample]
     embedder = make_embedder(embedding, texts, config.seed) if known is None else known[0]
     rows_NE = np.concatenate(list(_embedded(embedder, texts, embedding.batch_documents)))
-    means = DomainMeans(domains, embedder.dimensions)
-    means.add(rows_NE, number_N)
-    centroids_DE = means.means()
+    centroids_DE = domain_means(rows_NE, number_N, domains)
     if known is not None:
         centroids_DE[: len(known[1])] = known[1].centroids_CE
-    typical = TypicalDocuments(centroids_DE, _TYPICAL)
-    typical.add(rows_NE, number_N, [document.origin for document, _ in sample], texts)
+    typical = typical_documents(rows_NE, number_N, centroids_DE, [document for document, _ in sample], _TYPICAL)
     near = neighbours(centroids_DE, _NEIGHBOURS)
     facts = [
         {
             "name": name,
-            "typical": [dataclasses.asdict(item) for item in typical.of(number)],
+            "typical": typical[number],
             "neighbours": [{"name": names[other], "cosine": round(cosine, 4)} for other, cosine in near[number]],
         }
         for number, name in enumerate(names)
@@ -291,7 +287,7 @@ def describe(
 
     def place(stream: Iterable[Document]) -> NDArray[np.int64]:
         batches = _batches(stream, embedding.batch_documents)
-        found = [nearest_domains(embedder.embed([item.text for item in batch]), centroids_DE) for batch in batches]
+        found = [nearest(embedder.embed([item.text for item in batch]), centroids_DE) for batch in batches]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     reading: list[dict[str, Any]] = []

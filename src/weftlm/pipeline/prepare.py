@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from weftlm.artifact import locked
 from weftlm.config import changed_keys
 from weftlm.corpora.config import CorpusConfig
-from weftlm.corpora.dedup import SeenDocuments, check_no_leak, document_digests
+from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore, open_stores
-from weftlm.corpora.tokenise import TokeniseProgress, encode_documents, tokenise_by_label, tokenise_documents
+from weftlm.corpora.tokenise import encode_documents, tokenise_by_label
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
@@ -47,7 +47,6 @@ from weftlm.pipeline.prepared import (
     PreparedData,
     assemble,
     folder_digests,
-    manifest_checksum,
     read_manifest,
 )
 from weftlm.pipeline.spool import NO_LABEL, Spool, SpoolWriter
@@ -227,10 +226,10 @@ class _Preparation:
         heldout = (document for document, _ in self._heldout(spools, discovered, plan))
         check_no_leak(
             {
-                "the target's held-out documents": document_digests(self._target(spools, plan, held=True)),
-                "the target": document_digests(self._target(spools, plan, held=False)),
-                "held-out documents": document_digests(heldout),
-                "training documents": document_digests(training),
+                "the target's held-out documents": self._target(spools, plan, held=True),
+                "the target": self._target(spools, plan, held=False),
+                "held-out documents": heldout,
+                "training documents": training,
             },
             self.scratch,
         )
@@ -246,7 +245,7 @@ class _Preparation:
         sweep(self.work)
         self.scratch.mkdir(parents=True, exist_ok=True)
         if not state.exists():
-            _write_text(state, wanted)
+            write_whole(state, wanted, sync=True)
 
     def _is_sound(self) -> bool:
         """Whether what an interrupted preparation finished is as it was written; its stores are checked at the end."""
@@ -553,41 +552,32 @@ class _Preparation:
             for document, number in pairs:
                 yield replace(document, label=discovered.names[number])
 
-        (self.work / "target").mkdir(exist_ok=True)
+        def target() -> Iterator[Document]:
+            for held, label in ((False, "train"), (True, "heldout")):
+                for document in self._target(spools, plan, held):
+                    yield replace(document, label=label)
+
         with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
             finished = 0
 
-            def tick(state: TokeniseProgress) -> None:
-                counter.update(finished + state.bytes)
-
-            train = self.work / "train"
-            if train.exists():
-                stores = open_stores(train, verify="sizes")
-            else:
-                stores = tokenise_by_label(
-                    labelled(self._train(spools["corpora"], discovered, plan)), tokenizer, train, progress=tick
-                )
-            finished += sum(store.bytes for store in stores.values())
-            held = self.work / "heldout"
-            if held.exists():
-                heldout = open_stores(held, verify="sizes")
-            elif next(self._heldout(spools, discovered, plan), None) is None:
-                heldout = {}
-            else:
-                heldout = tokenise_by_label(
-                    labelled(self._heldout(spools, discovered, plan)), tokenizer, held, progress=tick
-                )
-            finished += sum(store.bytes for store in heldout.values())
-            target: dict[bool, TokenStore | None] = {False: None, True: None}
-            for is_held, name in ((False, "train"), (True, "heldout")):
-                path = self.work / "target" / name
+            def stores(name: str, documents: Callable[[], Iterator[Document]]) -> dict[str, TokenStore]:
+                nonlocal finished
+                path = self.work / name
+                if not path.exists() and next(documents(), None) is None:
+                    return {}
                 if path.exists():
-                    target[is_held] = TokenStore(path, verify="sizes")
-                elif next(self._target(spools, plan, is_held), None) is not None:
-                    target[is_held] = tokenise_documents(
-                        self._target(spools, plan, is_held), tokenizer, path, progress=tick
+                    found = open_stores(path, verify=False)
+                else:
+                    found = tokenise_by_label(
+                        documents(), tokenizer, path, progress=lambda size: counter.update(finished + size)
                     )
-        return _Stores(stores, heldout, target[False], target[True])
+                finished += sum(store.bytes for store in found.values())
+                return found
+
+            train = stores("train", lambda: labelled(self._train(spools["corpora"], discovered, plan)))
+            heldout = stores("heldout", lambda: labelled(self._heldout(spools, discovered, plan)))
+            of_target = stores("target", target)
+        return _Stores(train, heldout, of_target.get("train"), of_target.get("heldout"))
 
     def _describe(
         self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, known: Any, data: _Stores
@@ -648,8 +638,7 @@ class _Preparation:
         for line in manifest["warnings"]:
             log.warning("%s", line)
         manifest["fingerprint"] = assemble(self.work, manifest).fingerprint
-        manifest["checksum"] = manifest_checksum(manifest)
-        _write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_object(self.work / MANIFEST, manifest, sync=True)
         remove(self.scratch)
 
 
@@ -666,15 +655,3 @@ def _batches(pairs: Iterator[tuple[Document, int]], count: int) -> Iterator[list
 
 def _plain(values: NDArray[np.float64] | None) -> Any:
     return None if values is None else values.tolist()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a later run, sees all of it or nothing.
-
-    Raises:
-        DataError: the disk is full.
-    """
-    try:
-        write_whole(path, text, sync=True)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; free some space and run again") from error

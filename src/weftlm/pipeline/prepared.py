@@ -15,15 +15,14 @@ from torch import Tensor
 
 from weftlm.config import differences
 from weftlm.corpora.store import TokenStore, open_stores
-from weftlm.corpora.store_files import file_digest
 from weftlm.corpora.tokens import TextLoss, Tokenizer
 from weftlm.domains.domain import Domain, TokenPrefix
-from weftlm.errors import DataError, reason
-from weftlm.files import cause, parse_json
+from weftlm.errors import DataError
+from weftlm.files import cause, describe, read_object
 from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
 from weftlm.pipeline.identity import MANIFEST
 
-FORMAT = "weftlm prepared data 2"
+FORMAT = "weftlm prepared data 3"
 TARGET_SET = "target"
 """Name of the target's own set among those of the domains."""
 FATES = ("read", "kept", "duplicates", "in_target", "faulty")
@@ -140,27 +139,23 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise DataError(f"tokenizer in {folder} has changed since it was written; {_REMEDY}")
     train = open_stores(folder / "train", tokenizer=tokenizer.fingerprint)
-    held = (folder / "heldout").is_dir()
-    heldout = open_stores(folder / "heldout", tokenizer=tokenizer.fingerprint) if held else {}
-    target = {
-        name: TokenStore(folder / "target" / name, tokenizer=tokenizer.fingerprint)
-        if (folder / "target" / name).is_dir()
-        else None
-        for name in ("train", "heldout")
-    }
+    heldout, target = (
+        open_stores(folder / name, tokenizer=tokenizer.fingerprint) if (folder / name).is_dir() else {}
+        for name in ("heldout", "target")
+    )
     for name, loss in manifest["text_loss"].items():
-        held_of_it = target["heldout"] if name == TARGET_SET else heldout.get(name)
+        held_of_it = target.get("heldout") if name == TARGET_SET else heldout.get(name)
         if held_of_it is not None and TextLoss(**loss).lost > LOST_ACCEPTED:
             held_of_it.forget_bytes()
     histogram, basis = manifest["target_histogram_D"], manifest["basis_ND"]
     domains = [
-        _domain(name, manifest["max_train_tokens"], train, heldout, target["train"]) for name in manifest["domains"]
+        _domain(name, manifest["max_train_tokens"], train, heldout, target.get("train")) for name in manifest["domains"]
     ]
     result = PreparedData(
         folder=folder,
         domains=domains,
-        target_train=target["train"],
-        target_heldout=target["heldout"],
+        target_train=target.get("train"),
+        target_heldout=target.get("heldout"),
         tokenizer=tokenizer,
         target_histogram_D=None if histogram is None else torch.tensor(histogram, dtype=torch.float64),
         basis_ND=None if basis is None else torch.tensor(basis, dtype=torch.float64),
@@ -171,13 +166,13 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """BLAKE2b-256 of every file of a folder, by name.
+    """BLAKE2b-128 of every file of a folder, by name.
 
     Raises:
         DataError: the folder, or a file, cannot be read.
     """
     try:
-        return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        return {path.name: describe(path)["blake2b"] for path in sorted(folder.iterdir()) if path.is_file()}
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {cause(error)}; {_REMEDY}") from error
 
@@ -213,21 +208,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: it is missing, torn, changed or of another format.
     """
-    path = folder / MANIFEST
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no prepared data ({MANIFEST} is missing); run weftlm prepare") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {reason(error)}; {_REMEDY}") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise DataError(f"{path} is not of the format {FORMAT!r}; {_REMEDY}")
-    stated = value.pop("checksum", None)
-    if stated != manifest_checksum(value):
-        raise DataError(f"{path} has changed since it was written; {_REMEDY}")
-    return value
-
-
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """BLAKE2b over the canonical JSON of a manifest without its checksum."""
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+    found = read_object(folder / MANIFEST, _REMEDY)
+    if found is None:
+        raise DataError(f"{folder} holds no prepared data ({MANIFEST} is missing); run weftlm prepare")
+    if found.get("format") != FORMAT:
+        raise DataError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; {_REMEDY}")
+    return found

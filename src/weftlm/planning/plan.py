@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from weftlm.corpora.store_files import DOCUMENT, Vocabulary
+from weftlm.corpora.store import DOCUMENT, Vocabulary
 from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError
 from weftlm.mixture.policy import build_policy

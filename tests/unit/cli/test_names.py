@@ -24,10 +24,9 @@ class _Terminal(io.StringIO):
 
 
 def _training(stream: io.StringIO) -> None:
-    with TrainingDisplay(NAMES[0], stream=stream) as display:
-        display.update(1, 2, 10.0, 1.0, 5.0, dict.fromkeys(NAMES, 1 / len(NAMES)))
-        for name in NAMES:
-            display.message(name)
+    for name in NAMES:
+        with TrainingDisplay(name, stream=stream) as display:
+            display.update(1, 2, 10.0, 1.0, 5.0, {name: 1.0})
 
 
 def _counting(stream: io.StringIO) -> None:

@@ -10,7 +10,6 @@ import socket
 import time
 import tracemalloc
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from weftlm.corpora import formats
 from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.formats import COMPRESSIONS
 from weftlm.corpora.reading import ReadingReport, corpus_fingerprint, read_documents
-from weftlm.errors import ConfigError, DataError, WeftError
-from weftlm.evaluation.choices import read_choices
+from weftlm.errors import DataError, WeftError
 
 RAW = re.compile(r"Errno|Traceback|NoneType|object at 0x|codec can't|set_int_max_str_digits|recursion depth")
 PICKLE = b"\x80\x04\x95\x06\x00\x00\x00\x00\x00\x00\x00]\x94\x8c\x01a\x94a."
@@ -129,13 +127,13 @@ def test_no_damage_is_a_crash_and_none_is_silent(tmp_path: Path, damage: str) ->
         taken = read(report, path=str(path), on_error="skip")
         for places in report.examples.values():
             assert all(place.startswith(str(path)) and not RAW.search(place) for place in places), places
-        if report.skipped:
+        if report.problems:
             assert str(path) in refused(path=str(path))
         else:  # what is left is text by itself: nothing of it may be missing
             assert taken == read(path=str(path))
             assert damaged.count(b"\n") >= (len(taken) if name in (".jsonl", ".csv", ".tsv") else 0)
         if damage in ("a pickle", "a zip archive", "UTF-16", "UTF-16 without a mark"):
-            assert report.skipped == 1, name
+            assert report.problems.total() == 1, name
 
 
 @pytest.mark.parametrize(
@@ -147,20 +145,20 @@ def test_no_damage_is_a_crash_and_none_is_silent(tmp_path: Path, damage: str) ->
         (".jsonl", gzip.compress(b"{}", mtime=0), "gzip data; let its name end in .gz"),
         (".txt", lzma.compress(b"{}"), "xz data; let its name end in .xz"),
         (".json", table(2), "Parquet; let its name end in .parquet"),
-        (".parquet", b'{"text": "a"}\n', "does not begin as Parquet files do"),
+        (".parquet", b'{"text": "a"}\n', "cannot be read"),
         (".txt.gz", b"plain text that is long enough", "not compressed as its name"),
         (".txt.bz2", gzip.compress(b"text", mtime=0), "not compressed as its name"),
         (".txt", PICKLE, "a pickle, which is never opened"),
         (".jsonl", b'[{"text": "a"}]\n', "must end in .json"),
-        (".json", b'[{"text": "a"}, {"text": "b"', "ends too early"),
-        (".json", b'[{"text": "a"} {"text": "b"}]', "no comma"),
+        (".json", b'[{"text": "a"}, {"text": "b"', "not valid JSON"),
+        (".json", b'[{"text": "a"} {"text": "b"}]', "not valid JSON"),
         (".json", b'[{"text": "a"},]', "not valid JSON"),
-        (".json", b'[{"text": "a"}] []', "more text after the end"),
+        (".json", b'[{"text": "a"}] []', "not valid JSON"),
         (".json", b'["a"]', "holds a JSON string"),
-        (".json", b'[{"text": ' + b"[" * 100_000, "nested too deeply"),
-        (".jsonl", b'{"text": ' + b"[" * 100_000, "nested too deeply"),
-        (".jsonl", b'{"text": "a", "n": ' + b"9" * 50_000 + b"}", "more than 4,300 digits"),
-        (".csv", b"text,text\na,b\n", "names the column 'text' twice"),
+        (".json", b'[{"text": ' + b"[" * 100_000, "nested too deep"),
+        (".jsonl", b'{"text": ' + b"[" * 100_000, "nested too deep"),
+        (".jsonl", b'{"text": "a", "n": ' + b"9" * 50_000 + b"}", "too many digits"),
+        (".csv", b"text,text\na,b\n", "2 columns are named 'text'"),
         (".csv", b"text,n\na\n", "has 1 cells and the header 2"),
         (".csv", b'text\n"a', "not valid CSV"),
         (".csv", b"text\n\xff\n", "bytes that are not UTF-8"),
@@ -175,39 +173,21 @@ def test_the_message_says_what_came_and_what_to_do(tmp_path: Path, suffix: str, 
     assert message.startswith(str(path))
 
 
-@pytest.mark.parametrize("suffix", formats.SAVED_OBJECTS)
-def test_saved_objects_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"weights{suffix}"
-    path.write_bytes(b"whatever it holds")
-    assert formats.SAVED_OBJECTS[suffix] in refused(ConfigError, path=str(path))
-
-
 @pytest.mark.parametrize("compression", ["", *COMPRESSIONS])
 def test_arrays_and_tables_read_as_lines_do(tmp_path: Path, compression: str) -> None:
     wanted = [json.loads(line)["text"] for line in lines().splitlines()]
     wanted[1] = 'quotes " , ] } \\ and\nlines \N{SPOOL OF THREAD}' + "x" * 1_200_000
     bodies = {
         ".jsonl": "\n".join(json.dumps({"text": text}) for text in wanted),
-        ".json": "\ufeff \n" * 0
-        + "\ufeff"
-        + json.dumps([{"text": text, "n": [1, {"a": 2}]} for text in wanted], indent=2),
+        ".json": "\ufeff" + json.dumps([{"text": text, "n": [1, {"a": 2}]} for text in wanted], indent=2),
         ".csv": "\ufefftext,n\r\n" + "".join(f'"{text.replace(chr(34), chr(34) * 2)}",1\r\n' for text in wanted),
         ".tsv": "n\ttext\n" + "".join(f'1\t"{text.replace(chr(34), chr(34) * 2)}"\n' for text in wanted),
     }
     for suffix, body in bodies.items():
         path = tmp_path / f"a{suffix}{compression}"
-        path.write_bytes(
-            COMPRESS[compression](body.encode()) if compression != ".zst" else zstandard.compress(body.encode())
-        )
+        path.write_bytes(COMPRESS[compression](body.encode()))
         assert read(path=str(path)) == wanted
     assert read(path=str(tmp_path / "*.t*"), label="x") == wanted
-
-
-def test_every_choice_file_passes_the_same_door(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(PICKLE)
-    with pytest.raises(DataError, match="a pickle"):
-        read_choices(path)
 
 
 def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
@@ -218,19 +198,17 @@ def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
     assert read(report, path=str(path), label_field="text") == ["a", "b", "c"]
     assert read(report, path=str(path), label_field="day", on_error="skip") == []
     assert report.problems == {"unreadable": 1, "missing_label": 2}
-    assert f"{path}[1]: cannot be read as Parquet" in report.examples["unreadable"][0]
+    assert f"{path}[1]: cannot be read" in report.examples["unreadable"][0]
     assert "a label must be text" in refused(path=str(path), label_field="day")
-    assert date(1970, 1, 1)
     doubled = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
     pq.write_table(doubled, path)
-    assert "has 2 columns named 'text'; keep one" in refused(path=str(path))
+    assert "2 columns are named 'text'; keep one" in refused(path=str(path))
     assert read(path=str(path), text_field="body") == ["c"]
 
 
 def test_windows_of_zstd_above_128_mib(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.zst"
     options = zstandard.ZstdCompressionParameters.from_level(1, window_log=30)
-    path.write_bytes(zstandard.ZstdCompressor(compression_params=options).compressobj().compress(b"") or b"")
     made = zstandard.ZstdCompressor(compression_params=options).compressobj()
     path.write_bytes(made.compress(b"far back " * 9) + made.flush())
     assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 30
@@ -238,13 +216,13 @@ def test_windows_of_zstd_above_128_mib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_bombs_end_before_they_fill_memory(
     tmp_path: Path, suffix: str, compression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "GROWTH_FROM", 1 << 22)
     path = tmp_path / f"a{suffix}{compression}"
-    begin = {".txt": b"", ".jsonl": b'{"text": "', ".json": b'[{"text": "', ".csv": b'text\n"'}[suffix]
+    begin = {".txt": b"", ".jsonl": b'{"text": "'}[suffix]
     path.write_bytes(BOMBS[compression](begin))
     assert path.stat().st_size < 1 << 15
     tracemalloc.start()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftlm.corpora.dedup import SeenDocuments, check_no_leak, document_digests
+from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.source import Document
 from weftlm.errors import DataError
 
@@ -31,37 +31,29 @@ def test_the_first_set_in_order_keeps_a_document_and_order_is_kept(sets: list[tu
                 expected[-1].append(text)
     with SeenDocuments() as seen:
         kept = [
-            [
-                document.text
-                for document in seen.unique((Document(text, f"{name}:{i}") for i, text in enumerate(texts)), name)
-            ]
+            [document.text for document in seen.unique((Document(text, "o") for text in texts), name)]
             for name, texts in sets
         ]
     assert kept == expected
     assert dict(seen.dropped) == dropped
     assert sum(seen.kept.values()) == len(owner)
-    assert sum(seen.kept.values()) + sum(seen.dropped.values()) == sum(len(texts) for _, texts in sets)
 
 
-def test_drops_are_told_by_pair_with_examples(tmp_path: Path) -> None:
-    with SeenDocuments(tmp_path, keep_examples=2) as seen:
+def test_drops_are_counted_by_pair_with_examples(tmp_path: Path) -> None:
+    with SeenDocuments(tmp_path) as seen:
         assert seen.add(Document("x", "t:1"), "target") is None
-        assert [seen.add(Document("x", f"c:{i}"), "train") for i in range(3)] == ["target"] * 3
-        assert seen.add(Document("y", "c:4"), "train") is None
-        assert seen.add(Document("y", "c:5"), "train") == "train"
+        assert [seen.add(Document("x", f"c:{i}"), "train") for i in range(9)] == ["target"] * 9
+        assert seen.add(Document("y", "c:10"), "train") is None
+        assert seen.add(Document("y", "c:11"), "train") == "train"
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
     assert seen.to_json() == {
         "kept": {"target": 1, "train": 1},
         "dropped": [
-            {"set": "train", "already_in": "target", "documents": 3, "examples": ["c:0", "c:1"]},
-            {"set": "train", "already_in": "train", "documents": 1, "examples": ["c:5"]},
+            {"set": "train", "already_in": "target", "documents": 9, "examples": [f"c:{i}" for i in range(5)]},
+            {"set": "train", "already_in": "train", "documents": 1, "examples": ["c:11"]},
         ],
     }
-    assert seen.lines() == [
-        "3 documents dropped from train: already in target, such as c:0",
-        "1 documents dropped from train: repeated within it, such as c:5",
-    ]
 
 
 def test_texts_that_differ_in_one_character_are_different() -> None:
@@ -72,17 +64,14 @@ def test_texts_that_differ_in_one_character_are_different() -> None:
 
 def test_more_digests_than_the_cache_holds(tmp_path: Path) -> None:
     with SeenDocuments(tmp_path, cache_bytes=1 << 16) as seen:
-        first = list(seen.unique((Document(str(i), "") for i in range(20_000)), "a"))
-        assert len(first) == 20_000
-        assert [d.text for d in seen.unique((Document(str(i), "") for i in range(19_998, 20_002)), "b")] == [
-            "20000",
-            "20001",
-        ]
+        assert len(list(seen.unique((Document(str(i), "") for i in range(20_000)), "a"))) == 20_000
+        again = seen.unique((Document(str(i), "") for i in range(19_998, 20_002)), "b")
+        assert [document.text for document in again] == ["20000", "20001"]
 
 
 def test_a_leak_between_finished_documents_names_examples() -> None:
     target = [Document("same", "t:1"), Document("same", "t:2"), Document("mine", "t:3")]
     train = [Document("other", "c:1"), Document("same", "c:2")]
-    check_no_leak({"target": document_digests(target), "train": document_digests(train[:1])})
+    check_no_leak({"target": target, "train": train[:1]})
     with pytest.raises(DataError, match=r"1 of train are in target too \(c:2\)"):
-        check_no_leak({"target": document_digests(target), "train": document_digests(train)})
+        check_no_leak({"target": target, "train": train})

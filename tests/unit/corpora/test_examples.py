@@ -15,8 +15,9 @@ from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.examples import ExampleSource, examples_of
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import ArraySource, Document
-from weftlm.corpora.store import TokenStore, TokenStoreWriter
-from weftlm.corpora.tokenise import tokenise_by_label, tokenise_documents
+from weftlm.corpora.store import TokenStore
+from weftlm.corpora.store_writer import StoreWriter
+from weftlm.corpora.tokenise import tokenise_by_label
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.domains.domain import TokenPrefix
 from weftlm.errors import ConfigError, DataError
@@ -72,7 +73,7 @@ def test_what_has_no_fields_has_no_prompts(tmp_path: Path) -> None:
 
 
 def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    store = tokenise_documents(documents(), tokenizer, tmp_path / "s", batch_bytes=20, shard_tokens=7)
+    store = tokenise_by_label(documents(), tokenizer, tmp_path / "s", batch_bytes=20)["task"]
     examples = examples_of(store)
     assert examples is not None
     assert len(examples) == store.documents == 3
@@ -89,20 +90,20 @@ def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -
 
 def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def made(name: str, cut: int | None) -> TokenStore:
-        with TokenStoreWriter(tmp_path / name, tokenizer.vocabulary) as writer:
-            writer.append([1, 2, 3, 4], 9, prompt=None if cut is None else (cut, 2 * cut))
-        return TokenStore(tmp_path / name)
+        with StoreWriter(tmp_path / name, tokenizer.vocabulary) as writer:
+            writer.append([1, 2, 3, 4], 9, "d", prompt=None if cut is None else (cut, 2 * cut))
+        return TokenStore(tmp_path / name / "d")
 
     stores = [made("plain", None), made("one", 1), made("two", 2), made("again", 2)]
     prints = [store.fingerprint for store in stores]
     assert len(set(prints)) == 3
     assert prints[2] == prints[3]
     assert examples_of(stores[0]) is None
-    assert not (tmp_path / "plain/prompts.bin").exists()
-    path = tmp_path / "two/prompts.bin"
+    assert not (tmp_path / "plain/d/prompts.bin").exists()
+    path = tmp_path / "two/d/prompts.bin"
     path.write_bytes(b"\x01" + path.read_bytes()[1:])
-    with pytest.raises(DataError, match=r"prompts\.bin has changed"):
-        TokenStore(tmp_path / "two")
+    with pytest.raises(DataError, match=r"prompts\.bin was altered"):
+        TokenStore(tmp_path / "two/d")
 
 
 def test_a_domain_is_of_one_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -124,18 +125,18 @@ def test_an_interrupted_store_of_examples_goes_on(tokenizer: Tokenizer, tmp_path
         raise KeyboardInterrupt
 
     sizes = {"batch_bytes": 200, "commit_bytes": 300}
-    whole = tokenise_documents(many, tokenizer, tmp_path / "whole", **sizes)
+    whole = tokenise_by_label(many, tokenizer, tmp_path / "whole", **sizes)
     with pytest.raises(KeyboardInterrupt):
-        tokenise_documents(stopping(), tokenizer, tmp_path / "cut", **sizes)
-    assert (tmp_path / ".cut.partial/prompts.bin").exists()
-    resumed = tokenise_documents(many, tokenizer, tmp_path / "cut", **sizes)
-    assert resumed.fingerprint == whole.fingerprint
-    assert (tmp_path / "cut/prompts.bin").read_bytes() == (tmp_path / "whole/prompts.bin").read_bytes()
+        tokenise_by_label(stopping(), tokenizer, tmp_path / "cut", **sizes)
+    assert (tmp_path / ".cut.partial/task/prompts.bin").exists()
+    resumed = tokenise_by_label(many, tokenizer, tmp_path / "cut", **sizes)
+    assert resumed["task"].fingerprint == whole["task"].fingerprint
+    assert (tmp_path / "cut/task/prompts.bin").read_bytes() == (tmp_path / "whole/task/prompts.bin").read_bytes()
     other = [Document(d.text, d.origin, d.label, d.prompt + 1 if d.prompt else None) for d in many]
     with pytest.raises(KeyboardInterrupt):
-        tokenise_documents(stopping(), tokenizer, tmp_path / "moved", **sizes)
+        tokenise_by_label(stopping(), tokenizer, tmp_path / "moved", **sizes)
     with pytest.raises(DataError, match="not those of the interrupted run"):
-        tokenise_documents(other, tokenizer, tmp_path / "moved", **sizes)
+        tokenise_by_label(other, tokenizer, tmp_path / "moved", **sizes)
 
 
 def test_a_cap_keeps_whole_examples() -> None:

@@ -1,8 +1,5 @@
 """Clusters: planted ones are found, on one level and on two, and a saved clustering assigns alike."""
 
-import builtins
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +34,10 @@ def test_planted_clusters_are_found_on_one_level_and_on_two(flat_limit: int) -> 
     found = clusters.assign(rows)
     assert purity(found, truth) > 0.97
     assert set(found) == set(range(len(clusters)))
+    parts = [clusters.assign(rows[start : start + 7]) for start in range(0, len(rows), 7)]
+    assert np.array_equal(np.concatenate(parts), found)
+    assert len(clusters.assign(rows[:0])) == 0
     assert 9 <= len(clusters) <= 18
-
-
-def test_exactly_as_many_clusters_as_kinds() -> None:
-    rows, truth = planted(5, 40)
-    clusters = fit_clusters(rows, ClusterConfig(n=5), seed=3)
-    assert len(clusters) == 5
-    assert purity(clusters.assign(rows), truth) == 1.0
 
 
 def test_the_same_seed_gives_the_same_clusters() -> None:
@@ -56,14 +49,6 @@ def test_the_same_seed_gives_the_same_clusters() -> None:
         assert not np.array_equal(first.centroids_CE, fit_clusters(rows, config, seed=6).centroids_CE)
 
 
-def test_assignment_streams() -> None:
-    rows, _ = planted(9, 30)
-    clusters = fit_clusters(rows, ClusterConfig(n=12, flat_limit=4), seed=0)
-    parts = [clusters.assign(rows[start : start + 7]) for start in range(0, len(rows), 7)]
-    assert np.array_equal(np.concatenate(parts), clusters.assign(rows))
-    assert len(clusters.assign(rows[:0])) == 0
-
-
 def test_repeated_documents_leave_no_empty_cluster() -> None:
     rows = np.repeat(unit_rows(np.eye(3)), 10, axis=0)
     for limit in (256, 2):
@@ -72,13 +57,9 @@ def test_repeated_documents_leave_no_empty_cluster() -> None:
         assert set(clusters.assign(rows)) == {0, 1, 2}
 
 
-def test_one_cluster_is_the_mean() -> None:
-    rows, _ = planted(3, 5)
-    assert np.allclose(fit_clusters(rows, ClusterConfig(n=1), 0).centroids_CE[0], rows.mean(axis=0), atol=1e-6)
-
-
-def test_as_many_clusters_as_documents_and_one_more() -> None:
+def test_one_cluster_is_the_mean_and_more_than_documents_are_refused() -> None:
     rows, _ = planted(6, 1)
+    assert np.allclose(fit_clusters(rows, ClusterConfig(n=1), 0).centroids_CE[0], rows.mean(axis=0), atol=1e-6)
     assert len(fit_clusters(rows, ClusterConfig(n=6, flat_limit=2), 0)) <= 6
     with pytest.raises(ConfigError, match="n is 7 but there are only 6 documents"):
         fit_clusters(rows, ClusterConfig(n=7), 0)
@@ -120,31 +101,3 @@ def test_nearest_is_by_distance_not_by_dot_product(monkeypatch: pytest.MonkeyPat
     assert np.array_equal(nearest(rows, centroids), expected)
     monkeypatch.setattr("weftlm.domains.cluster._BLOCK_FLOATS", 21)
     assert np.array_equal(nearest(rows, centroids), expected)
-
-
-def test_faiss_where_it_is_and_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, truth = planted(4, 10)
-
-    class Kmeans:
-        def __init__(self, dimensions: int, count: int, **named: Any) -> None:
-            self.count, self.seed = count, named["seed"]
-
-        def train(self, data: NDArray[np.float32]) -> None:
-            self.centroids = np.stack([rows[truth == kind].mean(axis=0) for kind in range(self.count)])
-
-    module = types.ModuleType("faiss")
-    module.Kmeans = Kmeans  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "faiss", module)
-    config = ClusterConfig(n=4, backend="faiss")
-    assert np.array_equal(fit_clusters(rows, config, 0).assign(rows), truth)
-    monkeypatch.delitem(sys.modules, "faiss")
-    original = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **named: Any) -> Any:
-        if name == "faiss":
-            raise ImportError(name)
-        return original(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[faiss\]'"):
-        fit_clusters(rows, config, 0)

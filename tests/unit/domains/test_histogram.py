@@ -5,16 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weftlm.corpora.source import Document
+from weftlm.domains.cluster import nearest
 from weftlm.domains.embed import unit_rows
 from weftlm.domains.histogram import (
-    DomainMeans,
-    TypicalDocuments,
     basis_from_groups,
     basis_from_sets,
     basis_from_shards,
+    domain_means,
     histogram,
-    nearest_domains,
     neighbours,
+    typical_documents,
 )
 from weftlm.errors import ConfigError, DataError
 
@@ -40,20 +41,13 @@ def test_planted_target_is_found_by_mean_embeddings() -> None:
     centres = unit_rows(rng.normal(size=(4, 12)))
     truth = np.repeat(np.arange(4), 25)
     rows = unit_rows(centres[truth] + 0.1 * rng.normal(size=(100, 12)))
-    means = DomainMeans(4, 12)
-    for start in range(0, 100, 9):
-        means.add(rows[start : start + 9], truth[start : start + 9])
-    assert np.allclose(means.means(), [rows[truth == kind].mean(axis=0) for kind in range(4)], atol=1e-6)
+    means = domain_means(rows, truth, 4)
+    assert np.allclose(means, [rows[truth == kind].mean(axis=0) for kind in range(4)], atol=1e-6)
     wanted = np.array([0, 2, 2, 2, 3, 2, 0, 2])
     target = unit_rows(centres[wanted] + 0.1 * rng.normal(size=(8, 12)))
-    assert histogram(nearest_domains(target, means.means()), 4).tolist() == [0.25, 0.0, 0.625, 0.125]
-
-
-def test_a_domain_without_documents_has_no_mean() -> None:
-    means = DomainMeans(2, 3)
-    means.add(np.ones((1, 3), np.float32), np.array([0]))
-    with pytest.raises(DataError, match="domain number 1"):
-        means.means()
+    assert histogram(nearest(target, means), 4).tolist() == [0.25, 0.0, 0.625, 0.125]
+    with pytest.raises(DataError, match="domain number 4"):
+        domain_means(rows, truth, 5)
 
 
 def test_shards_deal_documents_out_and_average_to_the_histogram() -> None:
@@ -88,19 +82,15 @@ def test_neighbours_are_ordered_by_cosine() -> None:
     assert neighbours(np.ones((1, 2), np.float32), 3) == [[]]
 
 
-def test_typical_documents_are_the_nearest_whatever_the_batches() -> None:
+def test_typical_documents_are_the_nearest() -> None:
     rng = np.random.default_rng(2)
     centroids = np.eye(2, dtype=np.float32)
     domains = rng.integers(0, 2, size=40)
     rows = (centroids[domains] + rng.normal(size=(40, 2))).astype(np.float32)
-    names = [f"d{i}" for i in range(40)]
+    documents = [Document("line one\n two " * 50, f"d{i}") for i in range(40)]
     distances = np.linalg.norm(rows - centroids[domains], axis=1)
-    for batch in (3, 40):
-        typical = TypicalDocuments(centroids, 4)
-        for start in range(0, 40, batch):
-            part = slice(start, start + batch)
-            typical.add(rows[part], domains[part], names[part], ["line one\n two " * 50] * len(names[part]))
-        for domain in range(2):
-            mine = [i for i in np.argsort(distances) if domains[i] == domain][:4]
-            assert [item.origin for item in typical.of(domain)] == [names[i] for i in mine]
-            assert all("\n" not in item.excerpt and len(item.excerpt) <= 160 for item in typical.of(domain))
+    typical = typical_documents(rows, domains, centroids, documents, 4)
+    for domain in range(2):
+        mine = [i for i in np.argsort(distances) if domains[i] == domain][:4]
+        assert [item["origin"] for item in typical[domain]] == [f"d{i}" for i in mine]
+        assert all("\n" not in item["excerpt"] and len(item["excerpt"]) <= 160 for item in typical[domain])

@@ -20,6 +20,8 @@ from support.faults import dead_process, host
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.config import validate
+from weftlm.corpora.dedup import SeenDocuments
+from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.perplexity import evaluate_source
@@ -203,7 +205,12 @@ def test_texts_of_the_target_are_removed_from_training(make: Make, tmp_path: Pat
 def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = texts("sea", 20, seed=9)
     write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + target[:1], "sea")
-    monkeypatch.setattr(module.SeenDocuments, "add", lambda self, document, name: None)
+
+    class Blind(SeenDocuments):
+        def add(self, document: Document, set_name: str) -> None:
+            return None
+
+    monkeypatch.setattr(module, "SeenDocuments", Blind)
     with pytest.raises(DataError, match="sets that must be apart share documents"):
         run(make(), tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -282,11 +289,11 @@ def test_an_interrupted_replacement_is_finished_or_undone(make: Make, tmp_path: 
 def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     first = run(make(), folder)
-    tokens = folder / "train" / "sea" / "tokens-00000.bin"
+    tokens = folder / "train" / "sea" / "tokens.bin"
     content = bytearray(tokens.read_bytes())
     content[10] ^= 1
     tokens.write_bytes(content)
-    with pytest.raises(DataError, match="has changed since it was written"):
+    with pytest.raises(DataError, match="was altered since it was written"):
         run(make(), folder)
     assert run(make(), folder, rebuild=True).fingerprint == first.fingerprint
     shutil.rmtree(folder / "heldout")
@@ -294,7 +301,7 @@ def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Pa
         PreparedData.load(folder)
     manifest = folder / "prepared.json"
     manifest.write_text(manifest.read_text().replace('"code"', '"c0de"'))
-    with pytest.raises(DataError, match="has changed since it was written"):
+    with pytest.raises(DataError, match="was altered since it was written"):
         PreparedData.load(folder)
     manifest.write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
@@ -474,7 +481,7 @@ def test_senseless_sections_are_refused(make: Make) -> None:
         ({"domains": {"by": "clusters"}}, "clusters goes with by"),
         ({"domains": {"basis": {"of": "groups"}}}, "need a count"),
         ({"domains": {"by": "file"}, "corpora": [{"builtin": "all"}]}, "by: file needs corpora that are files"),
-        ({"corpora": []}, "at least 1 entry"),
+        ({"corpora": []}, "at least 1 item"),
         ({"domain": {}}, "did you mean 'domains'"),
     ):
         with pytest.raises(ConfigError, match=message):
