@@ -1,8 +1,8 @@
 """Writing token stores: one per label, thousands at once, in bounded memory; interrupted work is resumed.
 
 A writer works in a hidden sibling folder (`.train.partial` beside `train`) and renames it when everything is on disk,
-so a half-written store is never opened. It appends to files and keeps a digest of what each holds; `commit` writes sizes
-and digests into a journal, at which the next writer of the same folder cuts the files off and goes on.
+so a half-written store is never opened. It appends to files and keeps a digest of what each holds; `commit` writes
+sizes and digests into a journal, at which the next writer of the same folder cuts the files off and goes on.
 """
 
 from __future__ import annotations
