@@ -158,16 +158,11 @@ def differences(old: Any, new: Any, place: str = "", most: int = 5) -> str:
     return "; ".join([*found[:most], *([f"{len(found) - most} more"] if len(found) > most else [])])
 
 
-def _around(old: str, new: str) -> tuple[str, str]:
-    """Two texts that differ, each cut to the part around the first place where they do."""
-    same = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    start = 0 if max(len(old), len(new)) <= _SHOWN else max(0, same - _SHOWN // 3)
-
-    def cut(text: str) -> str:
-        end = "…" if len(text) > start + _SHOWN else ""
-        return ("…" if start else "") + text[start : start + _SHOWN] + end
-
-    return cut(old), cut(new)
+def _around(*texts: str) -> list[str]:
+    """Texts that differ, each cut to the part around the first place where they do."""
+    same = len(os.path.commonprefix(texts))  # noqa: RUF071 - by character is what is meant
+    start = 0 if max(map(len, texts)) <= _SHOWN else max(0, same - _SHOWN // 3)
+    return ["…" * (start > 0) + text[start : start + _SHOWN] + "…" * (len(text) > start + _SHOWN) for text in texts]
 
 
 def validate(section: type[S], value: Any, where: str) -> S:

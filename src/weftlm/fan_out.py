@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +22,7 @@ from weftlm import __version__, interrupt
 from weftlm.errors import ConfigError, WeftError, reason
 from weftlm.progress import progress
 
+_MARK = ".weftlm-shared-"
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 Answer = TypeVar("Answer")
@@ -33,9 +34,9 @@ class Task:
     """One unit of work.
 
     Attributes:
-        title: what it is, for messages: "expert 'cooking'".
-        arguments: of the work function.
-        size: what it adds to the progress shown.
+        title: Name for messages: "expert 'cooking'".
+        arguments: Arguments of the work function.
+        size: Amount it adds to the progress shown.
     """
 
     title: str
@@ -58,24 +59,24 @@ def fan_out(
     """Do all tasks, in any order and in parallel.
 
     Args:
-        executor: where to do them. Workers run in this process's working folder, which they must see.
-        tasks: the tasks; those that are done already are not among them.
-        work: function of a module, called with a task's arguments on a worker.
-        done: called here once for each task, with its answer.
-        shared: further folders that all workers must see.
-        description: of all of it, for the progress shown.
-        unit: what is counted there, plural.
-        already: what was done before.
-        show: progress on stderr.
+        executor: Executor of the tasks. Workers run in this process's working folder, which they must see.
+        tasks: Tasks to do; those that are done already are not among them.
+        work: Function of a module, called with a task's arguments on a worker.
+        done: Function called here once for each task, with its answer.
+        shared: Further folders that all workers must see.
+        description: Name of all of it, for the progress shown.
+        unit: Unit counted there, plural.
+        already: Amount done before.
+        show: Whether to show progress on stderr.
     Raises:
-        ConfigError: a worker sees other folders, or has another version of weftlm.
-        WeftError: of a task, as it was raised, which ends all of them; or a worker died and its task was given up.
+        ConfigError: A worker sees other folders, or has another version of weftlm.
+        WeftError: A task's error, which ends all of them; or a worker died and its task was given up.
     """
     total = already + sum(task.size for task in tasks)
-    with _tokens((Path.cwd(), *shared)) as tokens, progress(description, total, unit=unit, enabled=show) as counter:
+    with _marked((Path.cwd(), *shared)) as marks, progress(description, total, unit=unit, enabled=show) as counter:
         counter.advance(already)
         futures = {
-            executor.submit(_on_worker, __version__, Path.cwd(), tokens, work, task.arguments): task for task in tasks
+            executor.submit(_on_worker, __version__, Path.cwd(), marks, work, task.arguments): task for task in tasks
         }
         try:
             for future in as_completed(futures):
@@ -122,12 +123,7 @@ def _start_process(slot: Any, threads: int) -> None:
 
 
 def keep(key: str, make: Callable[[], Kept]) -> Kept:
-    """What a worker loads for its first task and has at hand for those that follow; one thing at a time.
-
-    Args:
-        key: of the thing; another key drops what was kept before.
-        make: loads it.
-    """
+    """What a worker loads for its first task and keeps for those that follow; another key drops it."""
     if key not in _kept:
         _kept.clear()
         _kept[key] = make()
@@ -144,23 +140,19 @@ def new_key() -> str:
 
 
 @contextmanager
-def _tokens(folders: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
+def _marked(folders: Sequence[Path]) -> Iterator[list[Path]]:
     """Put a file into every folder that can be written to, for workers to look for; gone at the end."""
-    name = f".weftlm-shared-{new_key()}"
-    tokens = tuple(folder / name for folder in dict.fromkeys(path.resolve() for path in folders))
-    try:
-        for token in tokens:
+    marks = [path / f"{_MARK}{new_key()}" for path in {path.resolve() for path in folders}]
+    with ExitStack() as stack:
+        for mark in marks:
             with suppress(OSError):
-                token.touch()
-        yield tuple(token if token.exists() else token.parent for token in tokens)
-    finally:
-        for token in tokens:
-            with suppress(OSError):
-                token.unlink(missing_ok=True)
+                mark.touch()
+                stack.callback(mark.unlink, missing_ok=True)
+        yield [mark if mark.exists() else mark.parent for mark in marks]
 
 
 def _on_worker(
-    version: str, place: Path, tokens: Sequence[Path], work: Callable[..., Answer], arguments: tuple[Any, ...]
+    version: str, place: Path, marks: Sequence[Path], work: Callable[..., Answer], arguments: tuple[Any, ...]
 ) -> Answer:
     """Do a task, if this worker has the same weftlm and sees the same folders."""
     here = socket.gethostname()
@@ -168,9 +160,9 @@ def _on_worker(
         raise ConfigError(
             f"{here} has weftlm {__version__} and the command weftlm {version}; install the same version everywhere"
         )
-    for token in tokens:
-        if not token.exists():
-            folder = token.parent if token.name.startswith(".weftlm-shared-") else token
+    for mark in marks:
+        if not mark.exists():
+            folder = mark.parent if mark.name.startswith(_MARK) else mark
             what = "is another folder than the command sees" if folder.is_dir() else "is not there"
             raise ConfigError(
                 f"on {here} {folder} {what}; put the working folder, the run folder, the data, the base and the "

@@ -47,12 +47,7 @@ _FORGOTTEN_S = 24 * 3600
 
 @contextmanager
 def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """Give a path to write to; it becomes `path` when the block ends, and is dropped when the block fails.
-
-    Args:
-        path: of the file.
-        sync: force it to disk before it takes its place.
-    """
+    """Give a path to write to; it becomes `path` when the block ends (with `sync`, on disk), unless the block fails."""
     temporary = hidden(path, "writing")
     try:
         yield temporary
@@ -68,10 +63,8 @@ def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
 def sync_file(path: Path) -> None:
     """Force a file or a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
@@ -85,12 +78,12 @@ def whole_folder(folder: Path, what: str, *, replace: bool = False) -> Iterator[
     """Give a new folder to fill; when the block ends it is sealed and becomes `folder`; a failure drops it.
 
     Args:
-        folder: new, or there and empty.
-        what: goes into it, for the message.
-        replace: what is there, once the new one is whole.
+        folder: Folder to make; new, or there and empty.
+        what: Name of what goes into it, for the message.
+        replace: Whether to replace what is there, once the new one is whole.
     Raises:
-        ConfigError: it is not empty, or a file.
-        CheckpointError: the disk is full.
+        ConfigError: The folder is not empty, or a file.
+        CheckpointError: The disk is full.
     """
     if not replace:
         refuse_full(folder, what)
@@ -113,25 +106,14 @@ def whole_folder(folder: Path, what: str, *, replace: bool = False) -> Iterator[
 
 
 def refuse_full(folder: Path, what: str) -> None:
-    """Refuse a place where a new folder is to go and something is.
-
-    Raises:
-        ConfigError: it is a folder that is not empty, or a file.
-    """
+    """Raise ConfigError where a new folder is to go and there is a file, or a folder that is not empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; choose a new folder for the {what} or remove it")
 
 
 @contextmanager
 def room(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """Say which disk is full, whichever library meets it while it writes.
-
-    Args:
-        folder: that is written to.
-        needed: bytes, where that is known.
-    Raises:
-        CheckpointError: the disk is full.
-    """
+    """Raise CheckpointError with place and size (`needed` bytes) where a library meets a full disk in the block."""
     try:
         yield
     except Exception as error:
@@ -148,12 +130,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def no_room(folder: Path, needed: int | None = None) -> str:
-    """The message about a full disk.
-
-    Args:
-        folder: that is written to.
-        needed: bytes, where that is known.
-    """
+    """The message about a full disk, on which `folder` was to be written."""
     place = next((each for each in (folder, *folder.parents) if each.exists()), Path())
     free = f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free"
     wanted = free if needed is None else f"{needed / 1e6:,.1f} MB needed, {free}"
@@ -231,10 +208,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def cause(error: Exception) -> str:
-    """Why something of the user's could not be read, in one line.
+    """Why something of the user's could not be read, in one line, from what a library raised while it read.
 
-    Args:
-        error: whatever a library raised while it read.
     Raises:
         Exception: `error` itself where it is no fault of the data: an error of weftlm's own making (`WeftError`), or a
             programming error raised by weftlm's own code.
@@ -258,14 +233,7 @@ def checksum(value: Any) -> str:
 
 
 def write_object(path: Path, value: Mapping[str, Any], *, sync: bool = False, nan: bool = True) -> None:
-    """Write a JSON object with a checksum over itself, whole; `read_object` compares.
-
-    Args:
-        path: of the file.
-        value: JSON values.
-        sync: force it to disk.
-        nan: allow NaN and infinity, which are not JSON.
-    """
+    """Write a JSON object with a checksum over itself, whole; `read_object` compares. `nan` allows NaN and infinity."""
     plain = json.loads(json.dumps(dict(value), allow_nan=nan))
     write_whole(path, json.dumps({**plain, _CHECKSUM: checksum(plain)}, indent=1) + "\n", sync=sync)
 
@@ -273,11 +241,9 @@ def write_object(path: Path, value: Mapping[str, Any], *, sync: bool = False, na
 def read_object(path: Path, cure: str) -> dict[str, Any] | None:
     """Read a JSON file that holds an object; None where there is none.
 
-    Args:
-        path: of the file.
-        cure: what to do about a torn or altered one, for the message.
     Raises:
-        DataError: it is torn, holds something else, or was altered since `write_object` wrote it.
+        DataError: It is torn, holds something else, or was altered since `write_object` wrote it; the message ends with
+            `cure`, which says what to do about it.
     """
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
@@ -308,13 +274,9 @@ def seal(folder: Path) -> None:
 def check_sealed(folder: Path, cure: str) -> None:
     """Compare a folder with its seal; one without a seal passes, since other programs make none.
 
-    Every byte is read: about a second per gigabyte, several files at once.
-
-    Args:
-        folder: of the files.
-        cure: what to do about a damaged one, for the message.
     Raises:
-        DataError: a file is missing, cut short or altered, or weights or settings were added; the message names it.
+        DataError: A file is missing, cut short or altered, or weights or settings were added; the message names it and
+            ends with `cure`, which says what to do about it.
     """
     stated = read_object(folder / SEAL, cure)
     if stated is None:
@@ -331,14 +293,10 @@ def check_sealed(folder: Path, cure: str) -> None:
 
 
 def check_listed(folder: Path, listed: Mapping[str, Mapping[str, Any]], cure: str) -> None:
-    """Compare files with what `describe` said of them.
+    """Compare files with what `describe` said of them, by path in the folder; every byte is read.
 
-    Args:
-        folder: of the files.
-        listed: size and digest by path in the folder.
-        cure: what to do about a damaged one, for the message.
     Raises:
-        DataError: a file is missing, cut short or altered; the message names it.
+        DataError: A file is missing, cut short or altered; the message names it and ends with `cure`.
     """
     for name, facts in listed.items():
         try:

@@ -12,34 +12,32 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from weftlm.files import command_line
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_WITH_VALUE = ("--from",)
 
 
 class Stopped(BaseException):
     """The command was asked to stop and did, with what it had finished on disk.
 
     Args:
-        number: of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-    @property
-    def code(self) -> int:
+        self.code = 128 + number
         """The exit code shells give a process that a signal ended."""
-        return 128 + self.number
 
 
 class _State:
-    """What this process was asked, how deep it is in `safe_points`, and which options are done with."""
+    """The signal this process received, how deep it is in `safe_points`, and the options that are done with."""
 
     asked: int | None = None
     depth: int = 0
@@ -48,7 +46,7 @@ class _State:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Answer SIGINT and SIGTERM as this module says while the block runs; in threads other than the first, nothing."""
+    """Answer SIGINT and SIGTERM as described above while the block runs; in threads other than the first, nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -94,24 +92,22 @@ def point(keep: Callable[[], None] | None = None) -> None:
     """Stop here where that was asked for.
 
     Args:
-        keep: puts the state on disk first.
+        keep: Function that puts the state on disk first.
     Raises:
-        Stopped: it was.
+        Stopped: A signal came.
     """
     if asked():
-        stop(keep)
+        if keep is not None:
+            keep()
+        stop()
 
 
-def stop(keep: Callable[[], None] | None = None) -> None:
-    """Stop here, as another process of the group was asked to if not this one.
+def stop() -> None:
+    """Stop here, because this process or another of its group was asked to.
 
-    Args:
-        keep: puts the state on disk first.
     Raises:
-        Stopped: always.
+        Stopped: Always.
     """
-    if keep is not None:
-        keep()
     raise Stopped(_State.asked or signal.SIGTERM)
 
 
@@ -122,24 +118,14 @@ def done_with(*options: str) -> None:
 
 def how_to_go_on(stopped: Stopped) -> str:
     """One line for a person: that nothing finished is lost, and the command to type."""
-    name = signal.Signals(stopped.number).name
-    return (
-        f"weftlm: stopped by {name}; what is finished is kept. To go on: {_without(command_line(), _State.done_with)}"
-    )
-
-
-def _without(line: str, options: Sequence[str]) -> str:
-    words, kept = iter(shlex.split(line)), []
+    words, kept = iter(shlex.split(command_line())), []
     for word in words:
-        if word in options:
-            if word in _WITH_VALUE:
-                next(words, None)
-        elif word.partition("=")[0] not in options:
+        if word.partition("=")[0] not in _State.done_with:
             kept.append(word)
-    return shlex.join(kept)
-
-
-_WITH_VALUE = ("--from",)
+        elif word in _WITH_VALUE:
+            next(words, None)
+    name = signal.Signals(stopped.number).name
+    return f"weftlm: stopped by {name}; what is finished is kept. To go on: {shlex.join(kept)}"
 
 
 def end_children() -> None:

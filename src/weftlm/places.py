@@ -118,27 +118,18 @@ def _cached(text: str, revision: str | None, repository: Repository) -> bool:
 @lru_cache(maxsize=64)
 def _asked(text: str, revision: str | None, repository: Repository) -> str | None:
     """What keeps the hub from giving a repository; None where it has it."""
-    from huggingface_hub import HfApi, constants  # noqa: PLC0415
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, constants, errors  # noqa: PLC0415
 
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked (HF_HUB_OFFLINE is set) and its cache here does not hold it"
     try:
         HfApi().repo_info(text, revision=revision, repo_type=repository, timeout=SECONDS_TO_WAIT)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         return "the hub gives it only to those it has granted access: ask for it on its page, then run `hf auth login`"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         return f"the hub's repository of that name has no revision {revision!r}"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return f"the hub has no {repository} of that name, or a private one: check the spelling, or run `hf auth login`"
-    except HfHubHTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", "?")
-        return f"the hub answers with an error (HTTP {status}); try again later"
     except Exception as error:  # noqa: BLE001  (whatever its HTTP client raises without a connection)
-        return f"the hub cannot be reached ({type(error).__name__}): is this machine offline?"
+        return f"the hub cannot be reached ({type(error).__name__}): is this machine offline, or the hub down?"
     return None

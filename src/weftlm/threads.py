@@ -18,13 +18,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
-
-__all__ = ["Load", "ThreadCount", "fix_threads", "follow_load", "start_following", "usable_cores"]
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +30,13 @@ WINDOW_SECONDS = 1.0
 FIRST_WINDOW_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class Load:
-    """Readings of three clocks that run on.
+class Load(NamedTuple):
+    """Readings of three clocks.
 
     Attributes:
-        wall: seconds.
-        machine: processor seconds of all processes of this priority or above, over all cores.
-        own: processor seconds of this process.
+        wall: Seconds.
+        machine: Processor seconds of all processes of this priority or above, over all cores.
+        own: Processor seconds of this process.
     """
 
     wall: float
@@ -49,12 +46,11 @@ class Load:
 
 def read_load() -> Load:
     """The clocks as they are; work of lower priority (`nice`) does not count, since it gives way."""
-    times = psutil.cpu_times()
-    machine = times.user + times.system + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
-    machine += getattr(times, "steal", 0.0)
+    names = ["user", "system", "irq", "softirq", "steal"]
     if hasattr(os, "nice") and os.nice(0) > 0:
-        machine += getattr(times, "nice", 0.0)
-    return Load(time.monotonic(), machine, time.process_time())
+        names.append("nice")
+    times = psutil.cpu_times()
+    return Load(time.monotonic(), sum(getattr(times, name, 0.0) for name in names), time.process_time())
 
 
 def usable_cores() -> int:
@@ -62,10 +58,9 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(quota) // int(period)))
+        return min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no such control group, or no quota ("max")
-        pass
-    return cores
+        return cores
 
 
 class ThreadCount:
@@ -75,10 +70,10 @@ class ThreadCount:
     Fewer than half would leave a crowded machine to the processes that keep spinning.
 
     Args:
-        cores: the most threads to use.
-        apply: called with the new number.
-        read: gives the readings.
-        clock: seconds; asked at every call, the readings once per window.
+        cores: Most threads to use.
+        apply: Function called with the new number.
+        read: Function that gives the readings.
+        clock: Clock in seconds; asked at every call, the readings once per window.
     """
 
     def __init__(
@@ -88,27 +83,24 @@ class ThreadCount:
         read: Callable[[], Load] = read_load,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.cores, self.threads = cores, cores
+        self.cores = self.threads = self._proposed = cores
         self._apply, self._read, self._clock = apply, read, clock
         self._last = read()
-        self._proposed = cores
 
-    def look(self, window: float = WINDOW_SECONDS, agreeing: int = 2) -> None:
-        """Compare the clocks with the last look; change the number of threads where `agreeing` looks in a row say so.
+    def look(self, window: float = WINDOW_SECONDS, *, at_once: bool = False) -> None:
+        """Compare the clocks with the last look; change the number of threads where two looks in a row agree.
 
         Args:
-            window: seconds between looks; sooner calls do nothing.
-            agreeing: 1 or 2 looks.
+            window: Seconds between looks; sooner calls do nothing.
+            at_once: Whether one look is enough.
         """
         if self._clock() - self._last.wall < window:
             return
-        now = self._read()
-        wall = now.wall - self._last.wall
-        others = max(0.0, (now.machine - self._last.machine) - (now.own - self._last.own)) / wall
-        self._last = now
+        last, now = self._last, self._read()
+        others = max(0.0, (now.machine - last.machine) - (now.own - last.own)) / (now.wall - last.wall)
         wanted = min(self.cores, max(1, self.cores // 2, round(self.cores - others)))
-        confirmed = agreeing < 2 or wanted == self._proposed
-        self._proposed = wanted
+        confirmed = at_once or wanted == self._proposed
+        self._last, self._proposed = now, wanted
         if confirmed and wanted != self.threads:
             log.info(
                 "%d threads instead of %d: other processes use %.1f of %d cores (training.threads or OMP_NUM_THREADS "
@@ -127,13 +119,12 @@ def start_following(cores: int) -> int:
     """Use up to `cores` threads from now on, fewer while other processes are busy; returns how many it is now."""
     global _count, _decided  # noqa: PLW0603 - torch's number of threads is one per process as well
     _decided = True
-    torch.set_num_threads(cores)
     if _count is None or _count.cores != cores:
+        torch.set_num_threads(cores)
         _count = ThreadCount(cores, torch.set_num_threads)
         time.sleep(FIRST_WINDOW_SECONDS)
-        _count.look(FIRST_WINDOW_SECONDS, agreeing=1)
-    else:
-        torch.set_num_threads(_count.threads)
+        _count.look(FIRST_WINDOW_SECONDS, at_once=True)
+    torch.set_num_threads(_count.threads)
     return _count.threads
 
 
@@ -149,10 +140,7 @@ def follow_load() -> None:
 
     Does nothing where the number is fixed: by `fix_threads`, OMP_NUM_THREADS, or the caller's torch.set_num_threads.
     """
-    global _decided  # noqa: PLW0603
-    if not _decided:
-        _decided = True
-        if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() == _default:
-            start_following(usable_cores())
-    if _count is not None:
+    if not _decided and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() == _default:
+        start_following(usable_cores())
+    elif _count is not None:
         _count.look()
