@@ -13,19 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from weftlm.evaluation.suite import TARGET
 from weftlm.pipeline.recipe import MONOLITH
-from weftlm.reporting.figures import (
-    Curve,
-    Line,
-    Panel,
-    curve_grid,
-    domain_lines,
-    inline_svg,
-    run_lines,
-    stacked_areas,
-    to_svg,
-)
-from weftlm.reporting.runs import Run, read_runs
+from weftlm.reporting.figures import Curve, Panel, domain_lines, draw, inline_svg, run_lines, to_svg
+from weftlm.reporting.runs import GENERIC, Run, read_runs
 
 PICTURE = Path(__file__).resolve().parent / "assets" / "mixture.svg"
 MARGIN = 18.0
@@ -34,27 +25,27 @@ MARGIN = 18.0
 def mixture_figure(run: Run) -> str:
     """The run's weights over training, as an SVG document."""
     curves = tuple(Curve(name, *run.domain_series("weights", name)) for name in run.domains)
-    return to_svg(stacked_areas([Panel(f"What {run.label} draws", curves)], domain_lines(run.domains)))
+    panel = Panel(f"What {run.label} draws", curves)
+    return to_svg(draw([panel], domain_lines(run.domains), stacked=True))
 
 
 def loss_figure(runs: Sequence[Run]) -> str:
     """Held-out bits per byte of every run over training: on the target, and the mean over the domains."""
-    lines: Mapping[str, Line] = run_lines([run.label for run in runs], baseline="uniform")
-    panels = []
-    for title, part in (("target, bits per byte", "target"), ("mean over domains, bits per byte", "generic")):
-        curves = []
-        for run in runs:
-            scores = [getattr(evaluation, part) for evaluation in run.evaluations]
-            curves.append(
+    panels = [
+        Panel(
+            f"{name}, bits per byte",
+            tuple(
                 Curve(
                     run.label,
-                    np.array([evaluation.tokens for evaluation in run.evaluations]),
-                    np.array([score.bits_per_byte for score in scores]),
-                    np.array([score.bits_per_byte_se for score in scores]),
+                    np.array([one.tokens for one in run.evaluations]),
+                    np.array([one.scores[name].value for one in run.evaluations]),
                 )
-            )
-        panels.append(Panel(title, tuple(curves)))
-    return to_svg(curve_grid(panels, lines))
+                for run in runs
+            ),
+        )
+        for name in (TARGET, GENERIC)
+    ]
+    return to_svg(draw(panels, run_lines([run.label for run in runs], baseline="uniform"), zoomed=True))
 
 
 def stack(figures: Mapping[str, str]) -> str:

@@ -53,7 +53,6 @@ def evaluate_cases(model: Any, device: Any, distributed: bool) -> list[SetResult
             batch_size=4,
             max_tokens=limit,
             device=device,
-            per_window=True,
             distributed=distributed,
         )
         for count, limit in CASES
@@ -61,7 +60,7 @@ def evaluate_cases(model: Any, device: Any, distributed: bool) -> list[SetResult
 
 
 def numbers(results: list[SetResult]) -> list[dict[str, Any]]:
-    return [{**r.to_json(), "windows": r.windows.nats_N.tolist() if r.windows else None} for r in results]
+    return [{**r.to_json(), "windows": r.windows.nats_N.tolist()} for r in results]
 
 
 def tiny_model() -> LlamaForCausalLM:

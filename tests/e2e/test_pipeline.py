@@ -110,7 +110,7 @@ def test_a_project_runs_once_and_then_only_what_changed(
     page = (tmp_path / "runs/one/report.html").read_text()
     for heading in ("Every model", "Mixture over time", "Routing", "Robust gate"):
         assert f">{heading}<" in page
-    assert "bits per byte against rival: uniform, mean over the sets" in page
+    assert "What helped: bits per byte of held-out text, mean over the sets, against rival: uniform" in page
     assert "Share of right answers by model" in page
     assert "Share of right answers by router" in page
 

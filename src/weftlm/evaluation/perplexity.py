@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,28 +13,15 @@ from torch import Tensor, nn
 
 from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError, NumericsError
-from weftlm.evaluation.result import SetResult, WindowScores, set_result
-from weftlm.models.hf import SequenceLosses, token_losses
+from weftlm.evaluation.result import SetResult, WindowScores
+from weftlm.models.hf import token_losses
 from weftlm.models.language_model import LanguageModel
 from weftlm.threads import follow_load
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows of text to score: window i reads tokens `starts_N[i] .. starts_N[i] + tokens_N[i]`, both ends included.
-
-    Attributes:
-        starts_N: position of the first input token, int64, increasing.
-        tokens_N: tokens scored: all of the window but its first, int64.
-        complete: whether every token of the source but the first is scored.
-    """
-
-    starts_N: NDArray[np.int64]
-    tokens_N: NDArray[np.int64]
-    complete: bool
-
-
-def windows_of(tokens: int, sequence_length: int, max_tokens: int | None = None) -> Windows:
+def windows_of(
+    tokens: int, sequence_length: int, max_tokens: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cut a source into windows that score each token once.
 
     Window i starts at i T and scores the T tokens after its first; the next window starts at the last token scored, so
@@ -46,9 +32,12 @@ def windows_of(tokens: int, sequence_length: int, max_tokens: int | None = None)
     the same ones at every evaluation and on every machine.
 
     Args:
-        tokens: length of the source, at least 2.
+        tokens: Length of the source, at least 2.
         sequence_length: T, tokens scored per window.
-        max_tokens: upper limit of tokens scored, from T up; None for all.
+        max_tokens: Upper limit of tokens scored, from T up; None for all.
+    Returns:
+        starts_N and tokens_N: position of each window's first input token, increasing, and the tokens it scores, which
+        are all of the window but that one; int64.
     """
     count = -(-(tokens - 1) // sequence_length)
     chosen_N = np.arange(count, dtype=np.int64)
@@ -57,7 +46,7 @@ def windows_of(tokens: int, sequence_length: int, max_tokens: int | None = None)
         if take < count:
             chosen_N = (2 * np.arange(take, dtype=np.int64) + 1) * count // (2 * take)
     starts_N = chosen_N * sequence_length
-    return Windows(starts_N, np.minimum(sequence_length, tokens - 1 - starts_N), len(chosen_N) == count)
+    return starts_N, np.minimum(sequence_length, tokens - 1 - starts_N)
 
 
 def evaluate_source(
@@ -68,8 +57,6 @@ def evaluate_source(
     batch_size: int,
     max_tokens: int | None = None,
     device: torch.device | str = "cpu",
-    losses: SequenceLosses | None = None,
-    per_window: bool = False,
     distributed: bool = False,
 ) -> SetResult:
     """Score a model on a source.
@@ -83,40 +70,42 @@ def evaluate_source(
     The model is put in evaluation mode, run without gradient, and every module's mode is put back afterwards.
 
     Args:
-        model: a `LanguageModel`, or a Hugging Face causal language model (bare, or wrapped by accelerate).
-        source: held-out tokens.
+        model: A `LanguageModel`, or a Hugging Face causal language model (bare, or wrapped by accelerate).
+        source: Held-out tokens.
         sequence_length: T, tokens scored per window.
-        batch_size: windows per forward pass.
-        max_tokens: upper limit of tokens scored (at least one window is); None for all.
-        device: where the model lives.
-        losses: how the model is scored, when neither form of `model` fits.
-        per_window: keep each window's loss, for `paired_difference`.
-        distributed: every rank of the default process group calls this and scores its share; all get the same result.
-            Without a process group it changes nothing.
+        batch_size: Windows per forward pass.
+        max_tokens: Upper limit of tokens scored (at least one window is); None for all.
+        device: Device of the model.
+        distributed: Whether every rank of the default process group calls this and scores its share; all get the same
+            result. Without a process group it changes nothing.
     Raises:
         ConfigError: `sequence_length`, `batch_size` or `max_tokens` is below 1.
         DataError: the source has fewer than two tokens.
         NumericsError: the model's loss is not a number.
     """
-    check_sizes(1, sequence_length, batch_size, max_tokens)
+    check_sizes(1, sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens)
     if len(source) < 2:
         raise DataError(f"a held-out set of {len(source)} tokens cannot be scored; it needs at least 2")
-    windows = windows_of(len(source), sequence_length, max_tokens)
+    starts_N, tokens_N = windows_of(len(source), sequence_length, max_tokens)
 
     def nats_of(chosen_B: NDArray[np.int64]) -> Tensor:
-        tokens_BT1 = source.read_many(windows.starts_N[chosen_B], int(windows.tokens_N[chosen_B[0]]) + 1)
-        return _window_nats(model, torch.from_numpy(tokens_BT1).to(device), losses)
+        read_BT1 = source.read_many(starts_N[chosen_B], int(tokens_N[chosen_B[0]]) + 1)
+        tokens_BT1 = torch.from_numpy(read_BT1).to(device)
+        if isinstance(model, LanguageModel):
+            logp_BTV = model.log_probs(tokens_BT1[:, :-1])
+            return -logp_BTV.gather(-1, tokens_BT1[:, 1:, None]).squeeze(-1).cpu().double().sum(dim=1)
+        return token_losses(model, tokens_BT1).cpu().double().sum(dim=1)
 
     batches = []
-    for length in np.unique(windows.tokens_N)[::-1]:
-        same_N = np.flatnonzero(windows.tokens_N == length)
+    for length in np.unique(tokens_N)[::-1]:
+        same_N = np.flatnonzero(tokens_N == length)
         batches += [same_N[first : first + batch_size] for first in range(0, len(same_N), batch_size)]
     nats_N = scored_in_batches(model, batches, nats_of, "windows", device=device, distributed=distributed)
-    scored = int(windows.tokens_N.sum())
+    scored = int(tokens_N.sum())
     size = int(getattr(source, "bytes", 0))
-    scored_bytes = size if windows.complete else size / len(source) * scored
-    scores = WindowScores(source.fingerprint, windows.starts_N, windows.tokens_N, nats_N, scored_bytes / scored)
-    return set_result(scores, round(scored_bytes), keep_windows=per_window)
+    scored_bytes = size if scored == len(source) - 1 else size / len(source) * scored
+    scores = WindowScores(source.fingerprint, starts_N, tokens_N, nats_N, scored_bytes / scored)
+    return SetResult.of(scores, round(scored_bytes))
 
 
 @contextmanager
@@ -133,15 +122,14 @@ def evaluation_mode(model: object) -> Iterator[None]:
             module.training = mode
 
 
-def check_sizes(shortest: int, sequence_length: int, batch_size: int, max_tokens: int | None) -> None:
-    """Refuse sizes that are too small.
+def check_sizes(least: int, **sizes: int | None) -> None:
+    """Refuse sizes below `least`; None is no limit.
 
     Raises:
-        ConfigError: the sequence length is below `shortest`, or another size below 1.
+        ConfigError: a size is too small.
     """
-    sizes = {"sequence_length": (sequence_length, shortest), "batch_size": (batch_size, 1)}
-    for name, (value, least) in {**sizes, "max_tokens": (1 if max_tokens is None else max_tokens, 1)}.items():
-        if value < least:
+    for name, value in sizes.items():
+        if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
 
@@ -157,12 +145,12 @@ def scored_in_batches(
     """The loss of everything that some batches of indices 0 .. N - 1 name, in evaluation mode and without gradient.
 
     Args:
-        model: the model, whose modules get their modes back.
-        batches: indices, each once.
-        nats_of: gives the losses of a batch, nats.
-        what: what is scored, for messages.
-        device: where the model lives.
-        distributed: every rank of the default process group calls this and scores its share; all get the same result.
+        model: Model whose modules get their modes back.
+        batches: Indices, each once.
+        nats_of: Function that gives the losses of a batch, nats.
+        what: What is scored, for messages.
+        device: Device of the model.
+        distributed: As in `evaluate_source`.
     Returns:
         nats_N: float64.
     Raises:
@@ -189,22 +177,3 @@ def scored_in_batches(
             "the model's weights or its log-probabilities hold NaN"
         )
     return nats_N
-
-
-def _window_nats(model: nn.Module | LanguageModel, tokens_BT1: Tensor, losses: SequenceLosses | None) -> Tensor:
-    """Summed loss of each window, nats_B, float64."""
-    if losses is not None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"losses= scores torch modules; the model is a {type(model).__name__}")
-        nats_B = losses(model, tokens_BT1).cpu().double() * (tokens_BT1.shape[1] - 1)
-    elif isinstance(model, LanguageModel):
-        logp_BTV = model.log_probs(tokens_BT1[:, :-1])
-        nats_B = -logp_BTV.gather(-1, tokens_BT1[:, 1:, None]).squeeze(-1).cpu().double().sum(dim=1)
-    else:
-        nats_B = token_losses(model, tokens_BT1).cpu().double().sum(dim=1)
-    if nats_B.shape != tokens_BT1.shape[:1]:
-        raise ConfigError(
-            f"losses= returned shape {tuple(nats_B.shape)} for {tokens_BT1.shape[0]} sequences; "
-            "it must return one mean per sequence"
-        )
-    return nats_B

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +26,10 @@ class WindowScores:
     """The total loss of each window of a set, kept to compare two models window by window.
 
     Attributes:
-        fingerprint: of the source the windows were cut from.
-        starts_N: position of each window's first input token, int64, increasing.
-        tokens_N: tokens scored in each window, int64.
-        nats_N: summed loss of each window, nats, float64.
+        fingerprint: Fingerprint of the source the windows were cut from.
+        starts_N: Position of each window's first input token, int64, increasing.
+        tokens_N: Tokens scored in each window, int64.
+        nats_N: Summed loss of each window, nats, float64.
         bytes_per_token: UTF-8 bytes behind one scored token; 0 where they are not known.
     """
 
@@ -40,18 +39,31 @@ class WindowScores:
     nats_N: NDArray[np.float64]
     bytes_per_token: float
 
+    def mean(self, nats_N: NDArray[np.float64]) -> MeanResult:
+        """Mean of some totals of these windows, with the error of `ratio_and_error`."""
+        nats, error = ratio_and_error(nats_N, self.tokens_N)
+        scale = 1.0 / (math.log(2.0) * self.bytes_per_token) if self.bytes_per_token else math.nan
+        return MeanResult(
+            nats_per_token=nats,
+            nats_per_token_se=error,
+            bits_per_byte=nats * scale,
+            bits_per_byte_se=error * scale,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeanResult:
-    """A loss with its standard error; as a mean of several sets' results, each set counts once whatever its size.
+    """A loss, or a difference of two losses (negative: the first is better), with its standard error.
+
+    As a mean of several sets' results, each set counts once whatever its size.
 
         se = sqrt(sum_d se_d^2) / D          (sets are independent of one another)
 
     Attributes:
-        nats_per_token: mean loss.
-        nats_per_token_se: its standard error.
-        bits_per_byte: the same over the UTF-8 bytes of the text; comparable between tokenizers.
-        bits_per_byte_se: its standard error, the byte count taken as known.
+        nats_per_token: Mean loss.
+        nats_per_token_se: Its standard error.
+        bits_per_byte: The same over the UTF-8 bytes of the text; comparable between tokenizers.
+        bits_per_byte_se: Its standard error, the byte count taken as known.
     """
 
     nats_per_token: float
@@ -77,28 +89,26 @@ class SetResult(MeanResult):
     known, or the tokenizer loses text.
 
     Attributes:
-        perplexity: exp(nats_per_token).
-        tokens: scored tokens.
+        tokens: Scored tokens.
         bytes: UTF-8 bytes of the scored text; when only part of a set was scored, the set's bytes per token times
             `tokens`, rounded.
-        windows: the loss of each window, when it was asked for.
+        windows: Loss of each window.
     """
 
-    perplexity: float
     tokens: int
     bytes: int
-    windows: WindowScores | None = field(default=None, repr=False, compare=False)
+    windows: WindowScores = field(repr=False, compare=False)
 
+    @property
+    def perplexity(self) -> float:
+        """exp(nats_per_token)."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700.0 else math.inf
 
-@dataclass(frozen=True, kw_only=True)
-class Difference(MeanResult):
-    """One model's loss minus another's on the same text, errors over the paired windows; negative: the first is better.
-
-    Attributes:
-        windows: windows compared.
-    """
-
-    windows: int
+    @staticmethod
+    def of(windows: WindowScores, total_bytes: int) -> SetResult:
+        """Sum window losses up over `total_bytes` UTF-8 bytes."""
+        mean, tokens = windows.mean(windows.nats_N), int(windows.tokens_N.sum())
+        return SetResult(**vars(mean), tokens=tokens, bytes=total_bytes, windows=windows)
 
 
 def finite_or_none(value: float) -> float | None:
@@ -130,33 +140,6 @@ def ratio_and_error(totals_N: NDArray[np.float64], sizes_N: NDArray[np.int64]) -
     return ratio, math.sqrt(count / (count - 1) * float(residuals_N @ residuals_N)) / size
 
 
-def _bits_per_byte(bytes_per_token: float) -> float:
-    """Bits per byte of one nat per token; NaN where the bytes are not known."""
-    return 1.0 / (math.log(2.0) * bytes_per_token) if bytes_per_token else math.nan
-
-
-def set_result(scores: WindowScores, total_bytes: int, *, keep_windows: bool = False) -> SetResult:
-    """Sum window losses up.
-
-    Args:
-        scores: the windows.
-        total_bytes: UTF-8 bytes of the scored text.
-        keep_windows: whether the result carries `scores`.
-    """
-    nats, nats_se = ratio_and_error(scores.nats_N, scores.tokens_N)
-    to_bits_per_byte = _bits_per_byte(scores.bytes_per_token)
-    return SetResult(
-        nats_per_token=nats,
-        nats_per_token_se=nats_se,
-        perplexity=math.exp(nats) if nats < 700.0 else math.inf,
-        bits_per_byte=nats * to_bits_per_byte,
-        bits_per_byte_se=nats_se * to_bits_per_byte,
-        tokens=int(scores.tokens_N.sum()),
-        bytes=total_bytes,
-        windows=scores if keep_windows else None,
-    )
-
-
 def mean_result(results: Mapping[str, MeanResult]) -> MeanResult:
     """The mean over sets.
 
@@ -167,33 +150,22 @@ def mean_result(results: Mapping[str, MeanResult]) -> MeanResult:
     """
     if not results:
         raise DataError("a mean over sets needs at least one set; none was evaluated")
-    values = list(results.values())
+    values, count = list(results.values()), len(results)
     return MeanResult(
-        nats_per_token=math.fsum(value.nats_per_token for value in values) / len(values),
-        nats_per_token_se=math.hypot(*(value.nats_per_token_se for value in values)) / len(values),
-        bits_per_byte=math.fsum(value.bits_per_byte for value in values) / len(values),
-        bits_per_byte_se=math.hypot(*(value.bits_per_byte_se for value in values)) / len(values),
+        nats_per_token=math.fsum(value.nats_per_token for value in values) / count,
+        nats_per_token_se=math.hypot(*(value.nats_per_token_se for value in values)) / count,
+        bits_per_byte=math.fsum(value.bits_per_byte for value in values) / count,
+        bits_per_byte_se=math.hypot(*(value.bits_per_byte_se for value in values)) / count,
     )
 
 
-def paired_difference(first: SetResult, second: SetResult) -> Difference:
-    """How much worse `first` is than `second` on the same windows.
+def paired_difference(first: WindowScores, second: WindowScores) -> MeanResult:
+    """How much worse one model is than another on the same windows.
 
         d_i = x_i - y_i,    difference = sum_i d_i / sum_i n_i
 
     with the standard error of `ratio_and_error` over the d_i. What makes a window hard is common to both models and
     cancels, so this error is far below that of either result.
-
-    Raises:
-        DataError: a result kept no window losses, or the two scored different windows.
-    """
-    if first.windows is None or second.windows is None:
-        raise DataError("paired_difference needs results evaluated with per_window=True; one kept no window losses")
-    return paired_window_difference(first.windows, second.windows)
-
-
-def paired_window_difference(first: WindowScores, second: WindowScores) -> Difference:
-    """`paired_difference` on the window losses themselves.
 
     Raises:
         DataError: the two scored different windows.
@@ -209,39 +181,19 @@ def paired_window_difference(first: WindowScores, second: WindowScores) -> Diffe
             "evaluate both with the same sequence_length and max_tokens"
         )
     with np.errstate(invalid="ignore"):  # two infinite losses have no difference: NaN
-        differences_N = first.nats_N - second.nats_N
-    nats, nats_se = ratio_and_error(differences_N, first.tokens_N)
-    to_bits_per_byte = _bits_per_byte(first.bytes_per_token)
-    return Difference(
-        nats_per_token=nats,
-        nats_per_token_se=nats_se,
-        bits_per_byte=nats * to_bits_per_byte,
-        bits_per_byte_se=nats_se * to_bits_per_byte,
-        windows=len(first.starts_N),
-    )
+        return first.mean(first.nats_N - second.nats_N)
 
 
 def save_windows(path: str | Path, results: Mapping[str, SetResult]) -> None:
-    """Write the window losses of several sets to one safetensors file, whole or not at all.
-
-    Raises:
-        DataError: a result kept no window losses.
-    """
-    path = Path(path)
-    arrays: dict[str, NDArray[Any]] = {}
-    about: dict[str, Any] = {}
-    for name, result in results.items():
-        if result.windows is None:
-            raise DataError(f"set {name!r} kept no window losses; evaluate it with per_window=True")
-        arrays[f"{name}.starts"] = result.windows.starts_N
-        arrays[f"{name}.tokens"] = result.windows.tokens_N
-        arrays[f"{name}.nats"] = result.windows.nats_N
-        about[name] = {
-            "fingerprint": result.windows.fingerprint,
-            "bytes_per_token": result.windows.bytes_per_token,
-        }
-    with whole(path) as partial:
+    """Write the window losses of several sets to one safetensors file, whole or not at all."""
+    windows = {name: result.windows for name, result in results.items()}
+    about = {name: [one.fingerprint, one.bytes_per_token] for name, one in windows.items()}
+    arrays = {f"{name}.{kind}": getattr(one, kind) for name, one in windows.items() for kind in _ARRAYS}
+    with whole(Path(path)) as partial:
         save_file(arrays, partial, metadata={"sets": json.dumps(about)})
+
+
+_ARRAYS = ("starts_N", "tokens_N", "nats_N")
 
 
 def load_windows(path: str | Path) -> dict[str, WindowScores]:
@@ -252,16 +204,13 @@ def load_windows(path: str | Path) -> dict[str, WindowScores]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            about = parse_json(file.metadata()["sets"])
             return {
                 name: WindowScores(
-                    fingerprint=str(facts["fingerprint"]),
-                    starts_N=file.get_tensor(f"{name}.starts"),
-                    tokens_N=file.get_tensor(f"{name}.tokens"),
-                    nats_N=file.get_tensor(f"{name}.nats"),
-                    bytes_per_token=float(facts["bytes_per_token"]),
+                    fingerprint=str(fingerprint),
+                    bytes_per_token=float(size),
+                    **{kind: file.get_tensor(f"{name}.{kind}") for kind in _ARRAYS},
                 )
-                for name, facts in about.items()
+                for name, (fingerprint, size) in parse_json(file.metadata()["sets"]).items()
             }
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"window losses {path} cannot be read: {reason(error)}; evaluate the run again") from error

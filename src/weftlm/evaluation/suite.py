@@ -16,14 +16,7 @@ from weftlm.evaluation.choices import ChoiceResult
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.examples import evaluate_examples
 from weftlm.evaluation.perplexity import evaluate_source
-from weftlm.evaluation.result import (
-    Difference,
-    MeanResult,
-    SetResult,
-    mean_result,
-    paired_difference,
-)
-from weftlm.models.hf import SequenceLosses
+from weftlm.evaluation.result import MeanResult, SetResult, mean_result, paired_difference
 from weftlm.models.language_model import LanguageModel
 
 TARGET = "target"
@@ -35,10 +28,10 @@ class SuiteResult:
     """One evaluation over all sets.
 
     Attributes:
-        sets: result by set name; the target's is under `"target"`.
-        generic: mean over the domains, the target left out; None when only the target was evaluated.
-        tasks: ranked answers by task, where any were asked.
-        sequence_length: tokens of the windows that were scored.
+        sets: Result by set name; the target's is under `"target"`.
+        generic: Mean over the domains, the target left out; None when only the target was evaluated.
+        tasks: Ranked answers by task, where any were asked.
+        sequence_length: Tokens of the windows that were scored.
     """
 
     sets: dict[str, SetResult]
@@ -61,24 +54,8 @@ class SuiteResult:
         if self.generic is not None:
             value["generic"] = self.generic.to_json()
         if self.tasks:
-            value["tasks"] = {
-                name: {key: number for key, number in result.to_json().items() if key != "correct"}
-                for name, result in self.tasks.items()
-            }
+            value["tasks"] = {name: result.to_json() for name, result in self.tasks.items()}
         return value
-
-
-@dataclass(frozen=True)
-class SuiteDifference:
-    """One model minus another over the same sets; negative where the first is better.
-
-    Attributes:
-        sets: paired difference by set name.
-        generic: mean over the domains: what a gain on the target cost elsewhere; None without domains.
-    """
-
-    sets: dict[str, Difference]
-    generic: MeanResult | None
 
 
 def evaluate_suite(
@@ -89,18 +66,16 @@ def evaluate_suite(
     sequence_length: int,
     config: EvaluationConfig | None = None,
     device: torch.device | str = "cpu",
-    losses: SequenceLosses | None = None,
-    per_window: bool = False,
     distributed: bool = False,
 ) -> SuiteResult:
     """Evaluate a model on the domains' held-out sets and on the target's; see `evaluate_source`.
 
-    A set of examples is scored on its targets (`evaluate_examples`), unless `losses` says how the model is scored.
+    A set of examples is scored on its targets (`evaluate_examples`).
 
     Args:
-        domains: held-out source by domain.
-        target: the target's held-out source.
-        config: how much to score; the defaults when None.
+        domains: Held-out source by domain.
+        target: Held-out source of the target.
+        config: How much to score; the defaults when None.
     Raises:
         ConfigError: a domain is called "target", or there is nothing to evaluate.
         DataError, NumericsError: as `evaluate_source`, naming the set.
@@ -113,33 +88,33 @@ def evaluate_suite(
     config = EvaluationConfig() if config is None else config
     how: dict[str, Any] = {
         "sequence_length": sequence_length, "batch_size": config.batch_size, "max_tokens": config.max_tokens_per_set,
-        "device": device, "per_window": per_window, "distributed": distributed,
+        "device": device, "distributed": distributed,
     }  # fmt: skip
     sets = {}
     for name, source in sources.items():
         try:
-            examples = examples_of(source) if losses is None else None
+            examples = examples_of(source)
             if examples is not None:
                 sets[name] = evaluate_examples(model, examples, **how)
             else:
-                sets[name] = evaluate_source(model, source, losses=losses, **how)
+                sets[name] = evaluate_source(model, source, **how)
         except (DataError, NumericsError) as error:
             raise type(error)(f"evaluating {name!r}: {error}") from error
     mean = mean_result({name: sets[name] for name in domains}) if domains else None
     return SuiteResult(sets, mean, sequence_length=sequence_length)
 
 
-def suite_difference(first: SuiteResult, second: SuiteResult) -> SuiteDifference:
-    """Compare two evaluations set by set, window by window.
+def suite_difference(first: SuiteResult, second: SuiteResult) -> dict[str, MeanResult]:
+    """One model minus another, window by window, by set; negative where the first is better.
+
+    With domains also `generic`, the mean over them: what a gain on the target cost elsewhere.
 
     Raises:
-        DataError: the two hold different sets or windows, or were not evaluated with per_window=True.
+        DataError: the two hold different sets or windows.
     """
     if first.sets.keys() != second.sets.keys():
-        raise DataError(
-            f"the two evaluations hold different sets: {', '.join(sorted(first.sets.keys() ^ second.sets.keys()))} "
-            "in only one of them"
-        )
-    sets = {name: paired_difference(first.sets[name], second.sets[name]) for name in first.sets}
-    generic = {name: difference for name, difference in sets.items() if name != TARGET}
-    return SuiteDifference(sets, mean_result(generic) if generic else None)
+        names = ", ".join(sorted(first.sets.keys() ^ second.sets.keys()))
+        raise DataError(f"the two evaluations hold different sets: {names} in only one of them")
+    sets = {name: paired_difference(one.windows, second.sets[name].windows) for name, one in first.sets.items()}
+    domains = {name: sets[name] for name in first.domains}
+    return {**sets, "generic": mean_result(domains)} if domains else sets

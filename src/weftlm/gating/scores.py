@@ -638,7 +638,7 @@ def _windows(name: str, source: Source, config: ScoreConfig, eos_id: int | None)
             "length"
         )
     whole = length * ((len(source) - 1) // length) + 1
-    starts_N = windows_of(whole, length, config.sequences * length).starts_N
+    starts_N, _ = windows_of(whole, length, config.sequences * length)
     tokens_NT1 = np.concatenate(
         [source.read_many(starts_N[i : i + 1024], length + 1) for i in range(0, len(starts_N), 1024)]
     ).astype(np.int32)

@@ -128,7 +128,6 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
                 sequence_length=length,
                 config=config,
                 device=device,
-                per_window=True,
             )
             results[name] = result
             tasks = score_tasks(
@@ -158,7 +157,7 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 def _difference(result: SuiteResult, base: SuiteResult) -> dict[str, Any] | None:
     """A model minus the base, window by window; None where the two did not read the same windows."""
     try:
-        sets = {name: paired_difference(one, base.sets[name]) for name, one in result.sets.items()}
+        sets = {name: paired_difference(one.windows, base.sets[name].windows) for name, one in result.sets.items()}
     except DataError as error:
         log.info("no paired difference to the base: %s", error)
         return None

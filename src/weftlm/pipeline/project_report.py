@@ -22,8 +22,7 @@ from weftlm.pipeline.route_stage import read_routing, routing_facts
 from weftlm.pipeline.stage_records import alone, digests, read_record, seconds_of, write_record
 from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import GatingFacts
-from weftlm.reporting.runs import number
-from weftlm.reporting.score_table import ScoreRow, ScoreTable
+from weftlm.reporting.score_table import model_table
 
 
 def report_project(recipe: Recipe, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
@@ -56,8 +55,6 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         for name, each in evaluation["models"].items()
     }
     asked = {name: each["tasks"] for name, each in evaluation["models"].items() if "tasks" in each}
-    accuracy = {name: {task: found["accuracy"] for task, found in tasks.items()} for name, tasks in asked.items()}
-    chance = {task: found["chance"] for tasks in asked.values() for task, found in tasks.items()}
     summary["models"] = {
         name: {
             "path": each["path"],
@@ -65,7 +62,7 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
             "sequence_length": evaluation.get("sequence_length"),
             "bits_per_byte": table[name],
         }
-        | ({"accuracy": accuracy[name]} if name in accuracy else {})
+        | ({"accuracy": {task: found["accuracy"] for task, found in asked[name].items()}} if name in asked else {})
         for name, each in evaluation["models"].items()
     }
     runs = [recipe.run, *rivals.values()] if recipe.trains else []
@@ -76,15 +73,7 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         data=recipe.prepared_folder,
         routing=routing,
         gating=gating,
-        models=ScoreTable(
-            {
-                name: ScoreRow(table[name], each["role"], accuracy.get(name, {}), _gaps(each), each["path"])
-                for name, each in evaluation["models"].items()
-            },
-            "model",
-            chance,
-            evaluation["sequence_length"],
-        ),
+        models=model_table(evaluation["models"], "model", evaluation["sequence_length"]),
     )
     if output is None:
         write_object(recipe.run / SUMMARY, summary)
@@ -104,15 +93,6 @@ def renew_report(recipe: Recipe, output: Path | None = None, title: str | None =
         if output is None and record is not None and record.state == "done":
             outputs = digests([recipe.run / REPORT, recipe.run / SUMMARY])
             write_record(recipe.stages_folder, record.model_copy(update={"outputs": outputs}))
-
-
-def _gaps(model: Mapping[str, Any]) -> dict[str | None, tuple[float, float]]:
-    """Differences to the base with their standard errors by set; None is the mean over the sets."""
-    known = model.get("difference")
-    numbers = {} if known is None else {None: known["mean"], **known["sets"]}
-    return {
-        name: (number(values["bits_per_byte"]), number(values["bits_per_byte_se"])) for name, values in numbers.items()
-    }
 
 
 def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import load_recipe
 from weftlm.reporting.gating import GatingFacts, gate_page
 from weftlm.reporting.page import write_page
-from weftlm.reporting.report import write_report
+from weftlm.reporting.report import report_page
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.score_table import ScoreTable
 
@@ -49,7 +49,8 @@ def report_runs(
     prepared = _described(data) if data is not None else _prepared(runs[0]) if runs else None
     if gating is None:
         gating = next((facts for facts in map(_known_gate, runs) if facts is not None), None)
-    return write_report(runs, output, title=title, prepared=prepared, routing=routing, gating=gating, models=models)
+    page = report_page(runs, title, prepared=prepared, routing=routing, gating=gating, models=models)
+    return write_page(page, output)
 
 
 def write_gate_page(run: Path) -> Path:

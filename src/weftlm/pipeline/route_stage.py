@@ -25,6 +25,7 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.routes import BASE, BEST_SINGLE, ORACLE, TracedText, build_route, evaluate_routes, trace_opened
 from weftlm.reporting.routing import RoutingFacts
+from weftlm.reporting.score_table import model_table
 from weftlm.routing.calls import is_encoder_decoder
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import RoutedModel
@@ -120,14 +121,22 @@ def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
     if text is None:
         text, label = changing_text(PreparedData.load(recipe.prepared_folder)), "a text that changes domain midway"
     traced = _traced(recipe, text) if text else None
+    roles = {BASE: "base", BEST_SINGLE: "expert", ORACLE: "bound"}
+    accuracy, chance = found.get("accuracy", {}), found.get("chance", {})
+    rows = {
+        label.replace("_", " "): {
+            "role": roles.get(label.replace("_", " "), "router"),
+            "sets": {name: {"bits_per_byte": value} for name, value in row.items()},
+            "tasks": {
+                name: {"accuracy": value, "chance": chance[name]} for name, value in accuracy.get(label, {}).items()
+            },
+        }
+        for label, row in found["bits_per_byte"].items()
+    }
     return RoutingFacts(
-        table={label.replace("_", " "): row for label, row in found["bits_per_byte"].items()},
-        roles={BASE: "base", BEST_SINGLE: "expert", ORACLE: "bound"},
+        table=model_table(rows, "router", found.get("sequence_length")),
         relative_forward_time=found["relative_forward_time"],
         traces=[] if traced is None else [(f"{traced[0]} on {label}", traced[1].trace, traced[1].tokens)],
-        accuracy={label.replace("_", " "): row for label, row in found.get("accuracy", {}).items()},
-        chance=found.get("chance", {}),
-        window=found.get("sequence_length"),
     )
 
 

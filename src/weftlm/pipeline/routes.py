@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.config import EvaluationConfig
-from weftlm.evaluation.result import finite_or_none, mean_result
-from weftlm.evaluation.suite import SuiteDifference, SuiteResult, evaluate_suite, suite_difference
+from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result
+from weftlm.evaluation.suite import SuiteResult, evaluate_suite, suite_difference
 from weftlm.evaluation.tasks import Questions, read_tasks, score_tasks
 from weftlm.experts.expert import base_name
 from weftlm.experts.library import ExpertLibrary
@@ -210,8 +210,8 @@ class RouteEvaluation:
         return SuiteResult(sets, mean, sequence_length=self.base.sequence_length)
 
     @property
-    def minus_base(self) -> dict[str, SuiteDifference]:
-        """Each row minus the base, window by window; negative where it is better."""
+    def minus_base(self) -> dict[str, dict[str, MeanResult]]:
+        """Each row minus the base, as `suite_difference`."""
         return {label: suite_difference(row, self.base) for label, row in self.rows.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -230,14 +230,13 @@ class RouteEvaluation:
         }
 
 
-def _difference(difference: SuiteDifference) -> dict[str, Any]:
-    named = {**difference.sets, **({} if difference.generic is None else {"generic": difference.generic})}
+def _difference(difference: Mapping[str, MeanResult]) -> dict[str, Any]:
     return {
         name: {
             "bits_per_byte": finite_or_none(each.bits_per_byte),
             "bits_per_byte_se": finite_or_none(each.bits_per_byte_se),
         }
-        for name, each in named.items()
+        for name, each in difference.items()
     }
 
 
@@ -364,7 +363,6 @@ class _Bench:
                 sequence_length=length,
                 config=self.config,
                 device=self.device,
-                per_window=True,
             )
             tasks = score_tasks(
                 self.model,

@@ -176,7 +176,6 @@ def _evaluate(
         sequence_length=training.sequence_length,
         config=config,
         device=runtime.device,
-        per_window=True,
         distributed=PartialState().num_processes > 1,
     )
 

@@ -1,7 +1,7 @@
-"""Charts as SVG text: stacked mixtures, and curves in a grid of frames.
+"""Charts as SVG text: lines or stacked shares in a grid of frames, laid out by matplotlib itself.
 
-Usable alone: every function takes plain arrays and gives a matplotlib `Figure`, laid out by matplotlib itself; `to_svg`
-turns it into text. The same input gives the same bytes. Nothing touches pyplot or its global state.
+`draw` takes plain arrays and gives a matplotlib `Figure`; `to_svg` turns it into text. The same input gives the same
+bytes. Nothing touches pyplot or its global state.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from itertools import cycle
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -23,8 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from weftlm.text import printable, shorten
@@ -34,7 +33,9 @@ WIDTH = 10.0
 POINTS = 240
 """Points of a curve or steps of a stack that are drawn."""
 LATE = 0.25
-"""Share of the way after which the rest of a steep curve is shown again on a scale of its own."""
+"""Share of the way after which the values decide a zoomed frame's vertical scale."""
+NAMED = 9
+"""Domains with a colour of their own; the rest of a larger set is shown together."""
 OTHER = "(all others)"
 
 INK, MUTED, RULE, PALE = "#1f2933", "#5b6673", "#d9dee4", "#c3c9d1"
@@ -64,52 +65,34 @@ class Curve:
     """One line of a chart.
 
     Attributes:
-        label: what it is, also the key of its colour.
-        x_N: positions, increasing.
-        y_N: values; NaN leaves a gap.
-        error_N: half-width of a band around the line.
+        label: Name, also the key of its colour.
+        x_N: Positions, increasing.
+        y_N: Values; NaN leaves a gap.
     """
 
     label: str
     x_N: NDArray[np.float64]
     y_N: NDArray[np.float64]
-    error_N: NDArray[np.float64] | None = None
 
     @property
     def known(self) -> bool:
         """Whether there is a value to draw."""
         return bool(np.isfinite(self.y_N).any())
 
-    @property
-    def last(self) -> float:
-        """The last value that is known."""
-        return float(self.y_N[np.isfinite(self.y_N)][-1])
-
 
 @dataclass(frozen=True)
 class Panel:
-    """One frame of a chart.
-
-    Attributes:
-        title: what is drawn, with its unit.
-        curves: the lines.
-        value_text: format of the last value in the frame's legend.
-        from_zero: whether the vertical axis starts at 0.
-    """
+    """One frame of a chart: what is drawn, with its unit, and the curves."""
 
     title: str
     curves: tuple[Curve, ...]
-    value_text: Callable[[float], str] = "{:.3f}".format
-    from_zero: bool = False
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """How a run or a domain is drawn, the same in every chart."""
 
     colour: str
     dash: Dash = "-"
-    width: float = 1.6
 
 
 def run_lines(labels: Sequence[str], baseline: str | None = None) -> dict[str, Line]:
@@ -137,134 +120,123 @@ def thin(curve: Curve, points: int = POINTS) -> Curve:
     if count <= points:
         return curve
     edges = np.linspace(0, count, points + 1).round().astype(int)[:-1]
-
-    def means(values_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        known_N = np.isfinite(values_N)
-        sums = np.add.reduceat(np.where(known_N, values_N, 0.0), edges)
-        counts = np.add.reduceat(known_N.astype(np.float64), edges)
-        result: NDArray[np.float64] = np.divide(sums, counts, out=np.full(points, np.nan), where=counts > 0)
-        return result
-
-    error_N = None if curve.error_N is None else means(curve.error_N)
-    return Curve(curve.label, means(curve.x_N), means(curve.y_N), error_N)
+    known_N = np.isfinite(curve.y_N)
+    counts = np.add.reduceat(known_N.astype(np.float64), edges)
+    sums = np.add.reduceat(np.where(known_N, curve.y_N, 0.0), edges)
+    means = np.divide(sums, counts, out=np.full(points, np.nan), where=counts > 0)
+    return Curve(curve.label, curve.x_N[edges], means)
 
 
-# ------------------------------------------------------------------------------------------------------------- charts
+def shares(weights_N: Mapping[str, NDArray[np.float64]], x_N: NDArray[np.float64], named: Sequence[str]) -> list[Curve]:
+    """A mixture over time: a curve per named domain, and the sum of the others as `OTHER`."""
+    found = [Curve(name, x_N, np.nan_to_num(weights_N[name])) for name in named if name in weights_N]
+    rest = [np.nan_to_num(values_N) for name, values_N in weights_N.items() if name not in named]
+    return [*found, Curve(OTHER, x_N, np.sum(rest, axis=0))] if rest else found
 
 
-def stacked_areas(
-    panels: Sequence[Panel], lines: Mapping[str, Line], *, x_label: str = "training tokens", columns: int = 3
-) -> Figure:
-    """Shares of a whole over time, one frame per run, one legend in the order of the stack.
-
-    A share holds from its point to the next (a mixture is constant between two updates), so areas are steps. Beyond
-    `POINTS` updates every k-th is drawn, never a mean, so that a restless mixture still looks restless.
-    """
-    with _styled():
-        rows = -(-len(panels) // min(columns, len(panels)))
-        figure, axes = _frames(len(panels), columns, max(2.45 * rows + 0.5, 0.19 * len(lines) + 0.75))
-        for panel, axis in zip(panels, axes, strict=True):
-            by_name = {curve.label: curve for curve in panel.curves}
-            drawn = [by_name[name] for name in lines if name in by_name and len(by_name[name].x_N)]
-            axis.set_title(shorten(panel.title, 40))
-            axis.set_ylim(0, 1)
-            axis.grid(visible=False)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-            if not drawn:
-                _not_recorded(axis)
-                continue
-            x_N = drawn[0].x_N
-            keep = np.unique(np.append(np.arange(0, len(x_N), -(-len(x_N) // POINTS)), len(x_N) - 1))
-            axis.stackplot(
-                x_N[keep],
-                *(np.nan_to_num(curve.y_N[keep]) for curve in drawn),
-                colors=[lines[curve.label].colour for curve in drawn],
-                edgecolor="white",
-                linewidth=0.35,
-                step="post",
-            )
-            axis.set_xlim(x_N[0], x_N[-1] if x_N[-1] > x_N[0] else x_N[0] + 1)
-            _count_axis(axis, x_label)
-        handles = [Patch(facecolor=lines[name].colour, label=shorten(name)) for name in reversed(list(lines))]
-        figure.legend(handles=handles, loc="outside right upper", handlelength=1.0, handleheight=1.0)
-        return figure
-
-
-def curve_grid(
+def draw(
     panels: Sequence[Panel],
     lines: Mapping[str, Line],
     *,
     x_label: str = "training tokens",
-    y_label: str = "",
     columns: int = 2,
-    row_height: float = 2.9,
-    legend: Sequence[str] | None = None,
+    stacked: bool = False,
+    zoomed: bool = False,
     zero: bool = False,
-    logarithmic: bool = False,
 ) -> Figure:
-    """Curves in a grid of frames, each with a vertical scale that shows all of its values.
+    """Curves in a grid of frames under one legend, each frame with a vertical scale of its own.
 
     Args:
-        panels: the frames.
-        lines: colour and dash by label; a curve without one is drawn in pale grey.
-        x_label: of the last row's axes.
-        y_label: of the first column's axes.
-        columns: frames in a row.
-        row_height: inches.
-        legend: labels explained above the grid. None: a legend beside each frame with the last values, and a second
-            frame for the rest of the way where the first `LATE` of it is what stretches a frame.
-        zero: mark the zero line.
-        logarithmic: scale of the frames whose values are all positive.
+        panels: Frames in reading order.
+        lines: Colour and dash by label; a curve without one is drawn in pale grey. The legend explains two or more.
+        x_label: Label of the last row's axes.
+        columns: Frames in a row.
+        stacked: Whether curves are shares of a whole, each from its point to the next (a mixture is constant between
+            two updates): areas in steps. Of more than `POINTS` updates every k-th is drawn, never a mean, so that a
+            restless mixture still looks restless.
+        zoomed: Whether the values after the first `LATE` of the way decide the vertical scale.
+        zero: Whether the zero line is marked.
     """
-    if legend is None:
-        rest = [_later(panel) for panel in panels]
-        panels = [*panels, *(one or Panel("", ()) for one in rest)] if any(rest) else panels
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
     with _styled():
-        figure, axes = _frames(len(panels), columns, row_height * -(-len(panels) // min(columns, len(panels))) + 0.3)
-        small = columns > 2
-        for place, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
-            axis.set_title(shorten(panel.title, 22 if small else 60))
-            if place % columns == 0:
-                axis.set_ylabel(y_label)
-            _count_axis(axis, x_label if place + columns >= len(panels) else "")
-            known = [thin(curve) for curve in panel.curves if curve.known]
+        figure = Figure(figsize=(WIDTH, (2.8 if columns < 4 else 1.7) * rows + 0.5))
+        axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for place, panel in enumerate(panels):
+            axis, known = axes[place], [curve for curve in panel.curves if curve.known]
+            axis.set_title(shorten(panel.title, 22 if columns > 2 else 60))
+            axis.set_xlabel(x_label if place + columns >= len(panels) else "")
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             if not known:
-                axis.set_visible(bool(panel.title))
-                _not_recorded(axis)
-                continue
-            if logarithmic and min(np.nanmin(curve.y_N) for curve in known) > 0:
-                axis.set_yscale("log")
-                axis.yaxis.set_major_locator(MaxNLocator(3))
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axis.yaxis.set_minor_locator(NullLocator())
-            for curve in known:
-                line = lines.get(curve.label, Line(PALE, width=0.6))
-                if curve.error_N is not None:
-                    low, high = curve.y_N - curve.error_N, curve.y_N + curve.error_N
-                    axis.fill_between(curve.x_N, low, high, color=line.colour, alpha=0.13, linewidth=0)
-                axis.plot(
-                    curve.x_N,
-                    curve.y_N,
-                    color=line.colour,
-                    linestyle=line.dash,
-                    linewidth=line.width,
-                    marker="o" if np.isfinite(curve.y_N).sum() == 1 else None,
-                    markersize=4,
-                    label=f"{shorten(curve.label, 20)}  {panel.value_text(curve.last)}",
-                )
-            if zero:
-                axis.axhline(0.0, color=MUTED, linewidth=0.8)
-            if panel.from_zero:
-                axis.set_ylim(bottom=0)
-                axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-            if legend is None:
-                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
-        if legend:
-            _legend_above(figure, [_handle(lines[label], label) for label in legend])
+                axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+                axis.set_yticks([])
+            elif stacked:
+                _stack(axis, known, lines)
+            else:
+                _curves(axis, [thin(curve) for curve in known], lines)
+                if zoomed:
+                    _zoom(axis, known)
+                if zero:
+                    axis.axhline(0.0, color=MUTED, linewidth=0.8)
+        drawn = {curve.label for panel in panels for curve in panel.curves}
+        _legend(figure, {label: line for label, line in lines.items() if label in drawn}, 5 if stacked else 1.8)
         return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------- SVG
+def _stack(axis: Axes, known: Sequence[Curve], lines: Mapping[str, Line]) -> None:
+    x_N = known[0].x_N
+    keep = np.unique(np.append(np.arange(0, len(x_N), -(-len(x_N) // POINTS)), len(x_N) - 1))
+    axis.stackplot(
+        x_N[keep],
+        *(np.nan_to_num(curve.y_N[keep]) for curve in known),
+        colors=[lines[curve.label].colour for curve in known],
+        edgecolor="white",
+        linewidth=0.35,
+        step="post",
+    )
+    axis.set_xlim(x_N[0], x_N[-1] if x_N[-1] > x_N[0] else x_N[0] + 1)
+    axis.set_ylim(0, 1)
+    axis.grid(visible=False)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _curves(axis: Axes, known: Sequence[Curve], lines: Mapping[str, Line]) -> None:
+    for curve in known:
+        colour, dash = lines.get(curve.label, Line(PALE))
+        marker = "o" if np.isfinite(curve.y_N).sum() == 1 else None
+        axis.plot(curve.x_N, curve.y_N, color=colour, linestyle=dash, marker=marker, markersize=4)
+
+
+def _zoom(axis: Axes, known: Sequence[Curve]) -> None:
+    late_N = np.concatenate([curve.y_N[curve.x_N >= LATE * curve.x_N[-1]] for curve in known])
+    late_N = late_N[np.isfinite(late_N)]
+    if len(late_N) > 1 and np.ptp(late_N) > 0:
+        margin = 0.1 * np.ptp(late_N)
+        axis.set_ylim(late_N.min() - margin, late_N.max() + margin)
+
+
+def _legend(figure: Figure, lines: Mapping[str, Line], width: float) -> None:
+    """One legend above all frames, in fewer columns where names are long; none for a single name."""
+    if len(lines) < 2:
+        return
+    handles = [
+        Line2D([], [], color=colour, linestyle=dash, linewidth=width, label=shorten(label))
+        for label, (colour, dash) in lines.items()
+    ]
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(6, len(handles), 110 // (longest + 8)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """The style of all charts while a figure is made or drawn; a name that no font can show is not worth a warning."""
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def to_svg(figure: Figure) -> str:
@@ -275,6 +247,10 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     path = re.compile(r'(<path [^<>]*?\bd=")([^"]*)"')
     return path.sub(lambda match: f'{match[1]}{_round_path(match[2])}"', stream.getvalue())
+
+
+def _round_path(path: str) -> str:
+    return re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", path).replace("\n", " ").strip()
 
 
 def inline_svg(svg: str, key: str, description: str) -> Markup:
@@ -297,73 +273,3 @@ def inline_svg(svg: str, key: str, description: str) -> Markup:
     assert viewbox is not None, "matplotlib wrote an SVG without a viewBox"
     label = escape(printable(description))
     return Markup(f'<svg viewBox="{viewbox[1]}" role="img" aria-label="{label}"' + body[body.index(">") :])
-
-
-def _round_path(path: str) -> str:
-    return re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", path).replace("\n", " ").strip()
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
-
-
-@contextmanager
-def _styled() -> Iterator[None]:
-    """The style of all charts while a figure is made or drawn; a name that no font can show is not worth a warning."""
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _frames(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Equal frames in reading order."""
-    columns = min(columns, count)
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.subplots(-(-count // columns), columns, squeeze=False).ravel().tolist()
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    return figure, axes[:count]
-
-
-def _later(panel: Panel) -> Panel | None:
-    """The curves after the first `LATE` share of the way; None where that would show little more."""
-    known = [curve for curve in panel.curves if curve.known]
-    if panel.from_zero or not known:
-        return None
-    start = LATE * max(float(curve.x_N[-1]) for curve in known)
-    rest = [
-        replace(curve, x_N=curve.x_N[after_N], y_N=curve.y_N[after_N],
-                error_N=None if curve.error_N is None else curve.error_N[after_N])
-        for curve in known
-        for after_N in [curve.x_N >= start]
-    ]  # fmt: skip
-    if min(np.isfinite(curve.y_N).sum() for curve in rest) < 2 or _height(rest) > 0.5 * _height(known):
-        return None
-    return replace(panel, title=f"{panel.title}, last {1 - LATE:.0%}", curves=tuple(rest))
-
-
-def _height(drawn: Sequence[Curve]) -> float:
-    values_N = np.concatenate([curve.y_N for curve in drawn])
-    return float(np.nanmax(values_N) - np.nanmin(values_N))
-
-
-def _count_axis(axis: Axes, label: str) -> None:
-    axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.set_xlabel(label)
-
-
-def _not_recorded(axis: Axes) -> None:
-    axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=MUTED)
-    axis.set_yticks([])
-    axis.grid(visible=False)
-
-
-def _handle(line: Line, label: str) -> Line2D:
-    return Line2D([], [], color=line.colour, linestyle=line.dash, linewidth=1.8, label=shorten(label))
-
-
-def _legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """One legend above all frames, in fewer columns where names are long."""
-    longest = max((len(str(handle.get_label())) for handle in handles), default=1)
-    columns = max(1, min(6, len(handles), 110 // (longest + 8)))
-    figure.legend(handles=list(handles), loc="outside upper left", ncols=columns)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,8 @@ from weftlm.files import write_whole
 from weftlm.text import printable
 
 DASH = "–"
+OPEN_ROWS = 15
+"""Rows up to which a folded table is open at first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Number:
 
 
 Piece = str | Number
+Line = Piece | tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,15 @@ class Cell:
     """One cell of a table's body.
 
     Attributes:
-        content: what is shown, one piece or several.
-        error: standard error, shown after it as ± error.
-        sub: a second line in small type.
-        best: what makes it bold, in a word that is read aloud: lowest, highest, largest.
-        swatch: a CSS colour before it.
+        content: Text, one piece or several.
+        sub: Lines below it in small type.
+        best: Reason it is bold, read aloud: lowest, highest, largest.
+        swatch: CSS colour of a square before it.
         style: CSS class of a frame around it.
     """
 
-    content: Piece | Sequence[Piece] = DASH
-    error: Piece | None = None
-    sub: Piece | Sequence[Piece] | None = None
+    content: Line = DASH
+    sub: Sequence[Line] = ()
     best: str = ""
     swatch: str = ""
     style: str = ""
@@ -64,23 +65,26 @@ class Table:
     """A table with a caption; the first cell of a row names it.
 
     Attributes:
-        caption: what the numbers are.
-        heads: column headers; a tuple is broken into lines.
-        rows: cells, one per header.
+        caption: Meaning of the numbers.
+        heads: Column headers.
+        rows: Cells, one per header.
         style: CSS classes.
-        words: columns of words, left-aligned.
-        fold: the line that opens it; empty where it is shown.
-        opened: whether a folded table is open at first.
+        words: Columns of words, left-aligned.
+        fold: Line that opens the table; empty where it is always shown.
     """
 
     kind: ClassVar[str] = "table"
     caption: str
-    heads: Sequence[str | tuple[str, ...]]
+    heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     style: str = ""
     words: Sequence[int] = (0,)
     fold: str = ""
-    opened: bool = False
+
+    @property
+    def opened(self) -> bool:
+        """Whether a folded table is open at first."""
+        return len(self.rows) <= OPEN_ROWS
 
 
 @dataclass(frozen=True)
@@ -94,55 +98,27 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, or a heading (`style` h3)."""
+    """A paragraph, a warning (`style` warning), or a heading (h3)."""
 
     kind: ClassVar[str] = "text"
-    text: str | Sequence[Piece]
+    text: Line
     style: str = ""
 
 
 @dataclass(frozen=True)
-class Warnings:
-    """What is missing or to be known, one item each: who it is about (may be empty), and a sentence."""
-
-    kind: ClassVar[str] = "warnings"
-    label: str
-    items: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
 class Terms:
-    """What the terms of a report mean; `repeated` adds those of runs that differ only in their seed."""
+    """What the terms of a report mean."""
 
     kind: ClassVar[str] = "terms"
-    repeated: bool
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it was written, folded away under a line."""
+    """Text as it was written; folded under a line where there is one."""
 
     kind: ClassVar[str] = "code"
-    fold: str
     text: str
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a command is for, the model it is about, and the command."""
-
-    kind: ClassVar[str] = "command"
-    why: str
-    name: str
-    command: str
-
-
-@dataclass(frozen=True)
-class Box:
-    """Blocks in a frame of their own."""
-
-    kind: ClassVar[str] = "box"
-    blocks: Sequence[Block]
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,32 +126,27 @@ class TraceBlock:
     """The chart of the weight every token gave to every expert; `weftlm.reporting.traces.trace_block` makes it.
 
     Attributes:
-        key: id in the page.
-        text: the traced text, without what a page cannot hold.
-        data: what trace.js reads.
-        experts: one row per expert: name, place, share, tokens led, and `TypicalToken`s.
-        fold: the line that opens it; empty where it is shown.
-        full: whether layers, modules and characteristic tokens are shown too.
+        key: Id in the page.
+        text: Traced text, without what a page cannot hold.
+        data: What trace.js reads.
+        fold: Line that opens it; empty where it is shown.
     """
 
     kind: ClassVar[str] = "trace"
     key: str
     text: str
     data: dict[str, Any]
-    experts: Sequence[tuple[str, int, Piece, int, Sequence[Any]]]
     fold: str = ""
-    full: bool = True
 
 
-Block = Table | Figure | Text | Warnings | Terms | Code | Command | Box | TraceBlock
+Block = Table | Figure | Text | Terms | Code | TraceBlock
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: anchor, short name for the contents, heading, and blocks; left out where it has none."""
+    """A part of a page: anchor, heading, and blocks; left out where it has none."""
 
     key: str
-    short: str
     heading: str
     blocks: Sequence[Block]
 
@@ -185,20 +156,20 @@ class Page:
     """A whole page.
 
     Attributes:
-        title: of the page.
-        kicker: the line above it.
-        headline: what was found, in a sentence.
-        sections: in order; empty ones are left out.
-        opening: blocks before the contents.
-        source: what the footer names as the origin of the page.
+        title: Heading of the page.
+        kicker: Line above the title.
+        headline: Finding, in a sentence.
+        sections: Parts in order; empty ones are left out.
+        answer: Framed blocks under the headline: what to serve, and what helped.
+        notes: Sentences under the answer.
     """
 
     title: str
     kicker: str
     headline: str
     sections: Sequence[Section]
-    opening: Sequence[Block] = field(default=())
-    source: str = ""
+    answer: Sequence[Block] = ()
+    notes: Sequence[str] = ()
 
 
 def render_page(page: Page) -> str:

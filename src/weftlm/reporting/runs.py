@@ -6,49 +6,37 @@ Reading never fails on a file's contents: what is missing or broken becomes a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from weftlm.errors import DataError
+from weftlm.errors import DataError, reason
 from weftlm.evaluation.result import WindowScores, load_windows
 from weftlm.evaluation.suite import TARGET
 from weftlm.files import check_listed, parse_json, read_object
+from weftlm.reporting.score import Score
 
 WINDOWS_FILE = "windows.safetensors"
 """Window losses of the final evaluation (`evaluation.result.save_windows`), for paired comparisons; optional."""
+GENERIC = "mean over domains"
+"""Name of the mean over domains among an evaluation's scores."""
 
 Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A set's numbers as a run folder holds them; NaN where it holds none."""
-
-    bits_per_byte: float = math.nan
-    bits_per_byte_se: float = math.nan
-    tokens: float = math.nan
-
-    @staticmethod
-    def read(value: Any) -> Score:
-        """A score from one set's JSON; what is absent or no number is NaN."""
-        return Score(*(number(mapping(value).get(one.name)) for one in fields(Score)))
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one moment: the target's, each domain's, and the mean over domains."""
+    """Bits per byte at one moment: the target's, each domain's, and the mean over domains (`GENERIC`)."""
 
-    step: float
-    tokens: float
-    target: Score
-    domains: dict[str, Score]
-    generic: Score
+    step: float = math.nan
+    tokens: float = math.nan
+    scores: Mapping[str, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,63 +44,94 @@ class Run:
     """One training run, as far as its folder tells.
 
     Attributes:
-        path: the folder.
-        label: short name, unique in a report.
-        policy: the mixture policy's name; empty when unknown.
-        finished: whether a readable `result.json` is there.
-        final: the final evaluation, or the latest so far.
-        evaluations: every evaluation of `metrics.jsonl`, by step.
-        train: the `train` records by step.
-        mixture: the `mixture` records by step.
-        weights: the last mixture weights by domain.
-        epochs: passes over each domain's training text.
-        seconds: wall time by activity.
-        steps: optimizer steps taken.
-        train_tokens: tokens trained on.
-        parameters: model parameters.
-        recipe: the resolved recipe, as data and as it was written.
-        facts: the contents of `run.json`.
-        windows: window losses of the final evaluation, by set.
-        problems: what is missing or broken, one sentence each.
+        path: Its folder.
+        label: Short name, unique in a report.
+        result: Contents of `result.json`; empty for a run that is not finished.
+        evaluations: Every evaluation of `metrics.jsonl` by step, last the final one.
+        train: The `train` records by step.
+        mixture: The `mixture` records by step.
+        recipe: Resolved recipe as data.
+        recipe_text: The same as it was written.
+        facts: Contents of `run.json`.
+        windows: Window losses of the final evaluation, by set.
+        problems: What is missing or broken, one sentence each.
     """
 
     path: Path
     label: str
-    policy: str
-    finished: bool
-    final: Evaluation | None
-    evaluations: tuple[Evaluation, ...]
-    train: tuple[Record, ...]
-    mixture: tuple[Record, ...]
-    weights: dict[str, float]
-    epochs: dict[str, float]
-    seconds: dict[str, float]
-    steps: float
-    train_tokens: float
-    parameters: float
+    result: Record
+    evaluations: Sequence[Evaluation]
+    train: Sequence[Record]
+    mixture: Sequence[Record]
     recipe: Record
     recipe_text: str
     facts: Record
-    windows: dict[str, WindowScores]
-    problems: tuple[str, ...]
+    windows: Mapping[str, WindowScores]
+    problems: Sequence[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether a readable `result.json` is there."""
+        return bool(self.result)
+
+    @property
+    def policy(self) -> str:
+        """The mixture policy's name; empty when unknown."""
+        policy = self.result.get("policy") or mapping(self.recipe.get("mixture")).get("policy")
+        return policy if isinstance(policy, str) else ""
+
+    @property
+    def final(self) -> Evaluation:
+        """The final evaluation, or the latest so far."""
+        return self.evaluations[-1] if self.evaluations else Evaluation()
+
+    def score(self, name: str) -> Score:
+        """The latest score of the target, a domain, or `GENERIC`; NaN where there is none."""
+        return self.final.scores.get(name, Score())
+
+    @property
+    def scored_domains(self) -> list[str]:
+        """The domains of the latest evaluation."""
+        return [name for name in self.final.scores if name not in (TARGET, GENERIC)]
+
+    def latest(self, key: str) -> dict[str, float]:
+        """Numbers by domain at the end of the run: `weights` or `epochs`."""
+        return numbers(self.result.get(key)) or numbers(self.mixture[-1].get(key) if self.mixture else None)
+
+    def count(self, key: str, name: str) -> float:
+        """A number of `result.json` (`steps`, `train_tokens`), else the largest `name` of the records."""
+        last = [number(one.get(name)) for one in (*self.train[-1:], *self.mixture[-1:])]
+        known = [one for one in (*last, number(vars(self.final)[name])) if math.isfinite(one)]
+        given = number(self.result.get(key))
+        return given if math.isfinite(given) else max(known, default=math.nan)
+
+    @property
+    def steps(self) -> float:
+        """Optimizer steps taken."""
+        return self.count("steps", "step")
+
+    @property
+    def train_tokens(self) -> float:
+        """Tokens trained on."""
+        return self.count("train_tokens", "tokens")
 
     @property
     def domains(self) -> list[str]:
         """Every domain the folder mentions, in the order it first does."""
-        names: dict[str, None] = dict.fromkeys(self.weights)
-        if self.mixture:
-            names |= dict.fromkeys(mapping(self.mixture[0].get("weights")))
-        if self.final is not None:
-            names |= dict.fromkeys(self.final.domains)
-        return list(names | dict.fromkeys(self.epochs))
+        first = mapping(self.mixture[0].get("weights")) if self.mixture else {}
+        return list(dict.fromkeys([*self.latest("weights"), *first, *self.scored_domains, *self.latest("epochs")]))
 
-    def series(self, kind: str, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Training tokens and values of one number of the `train` or `mixture` records."""
-        return _series(self.train if kind == "train" else self.mixture, lambda record: record.get(key))
+    def series(self, kind: str, key: str, domain: str | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Training tokens and a value of the `train` or `mixture` records, maybe of one domain; NaN where unknown."""
+        records = [one for one in (self.train if kind == "train" else self.mixture) if number(one.get("tokens")) >= 0]
+        found = [one.get(key) if domain is None else mapping(one.get(key)).get(domain) for one in records]
+        values_N = np.array([number(value) for value in found], dtype=np.float64)
+        tokens_N = np.array([number(one.get("tokens")) for one in records], dtype=np.float64)
+        return tokens_N, np.where(np.isfinite(values_N), values_N, math.nan)
 
     def domain_series(self, key: str, domain: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Training tokens and one domain's values of a by-domain field (`weights`, `alignment`, ...)."""
-        return _series(self.mixture, lambda record: mapping(record.get(key)).get(domain))
+        return self.series("mixture", key, domain)
 
 
 def number(value: Any) -> float:
@@ -130,14 +149,14 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists and scalars are values."""
-    if not isinstance(value, dict) or (not value and prefix):
-        return {prefix: value} if prefix else {}
-    result: dict[str, Any] = {}
-    for key, inner in value.items():
-        result |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return result
+def numbers(value: Any) -> dict[str, float]:
+    """A JSON object of numbers; NaN for any other value."""
+    return {str(key): number(inner) for key, inner in mapping(value).items()}
+
+
+def read_score(value: Any) -> Score:
+    """Bits per byte from one set's JSON."""
+    return Score(number(mapping(value).get("bits_per_byte")), number(mapping(value).get("bits_per_byte_se")))
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -158,170 +177,87 @@ def _read_run(path: Path) -> Run:
     if not path.is_dir():
         raise DataError(f"{path} is not a run folder; give the folders `weftlm train` wrote")
     problems: list[str] = []
-    summary: Record = {}
-    finished = False
+    result: Record = {}
+
+    def read(name: str, parse: Callable[[Path], T], empty: T) -> T:
+        """What a file holds; `empty`, with the reason among the problems, where it is missing, altered or torn."""
+        listed = mapping(mapping(result.get("files")).get(name))
+        try:
+            if {"bytes", "blake2b"} <= listed.keys():
+                check_listed(path, {name: listed}, "it is left out")
+            return parse(path / name)
+        except DataError as error:
+            problems.append(str(error).replace(f"{path}/", "") + ".")
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            problems.append(f"{name} cannot be read ({reason(error)}); it is left out.")
+        return empty
+
     if (path / "result.json").exists():
-        summary = _read_json(path / "result.json", problems)
-        finished = bool(summary)
+        result = read("result.json", _object, {})
     else:
         problems.append("The run has no result.json: it has not finished. Its latest numbers are shown.")
-    listed = mapping(summary.get("files"))
-    sound = {name: _is_sound(path, name, listed, problems) for name in ("metrics.jsonl", WINDOWS_FILE)}
-    metrics = _read_metrics(path / "metrics.jsonl", problems) if sound["metrics.jsonl"] else []
-    evaluations = tuple(_evaluation(record) for record in _latest(metrics, "eval"))
-    train, mixture = tuple(_latest(metrics, "train")), tuple(_latest(metrics, "mixture"))
-    facts = _read_json(path / "run.json", problems)
-    recipe_text, recipe = _read_recipe(path / "recipe.yaml", problems)
-    windows: dict[str, WindowScores] = {}
-    if finished and sound[WINDOWS_FILE] and (path / WINDOWS_FILE).exists():
-        try:
-            windows = load_windows(path / WINDOWS_FILE)
-        except DataError:
-            problems.append(f"{WINDOWS_FILE} cannot be read: differences to other runs are not paired.")
-    last: Record = mixture[-1] if mixture else {}
-    latest = (*train[-1:], *mixture[-1:], *_latest(metrics, "eval")[-1:])
-    step, tokens = (
-        _first(number(summary.get(key)), max(_known(number(one.get(name)) for one in latest), default=math.nan))
-        for key, name in (("steps", "step"), ("train_tokens", "tokens"))
-    )
-    final = _evaluation({"step": step, "tokens": tokens, **summary}) if mapping(summary.get("sets")) else None
-    if finished and final is None:
+    records: list[Record] = read("metrics.jsonl", _lines, [])
+    if broken := sum(not record for record in records):
+        problems.append(f"{broken} of {len(records)} lines of metrics.jsonl cannot be read and are left out.")
+    evaluations = [_evaluation(record) for record in _by_step(records, "eval")]
+    if mapping(result.get("sets")):
+        final = _evaluation({**result, "step": result.get("steps"), "tokens": result.get("train_tokens")})
+        evaluations = [*(one for one in evaluations if not one.tokens >= final.tokens), final]
+    elif result:
         problems.append("result.json holds no evaluation; the latest of metrics.jsonl is shown.")
-    policy = summary.get("policy") or mapping(recipe.get("mixture")).get("policy")
+    recipe_text = ""
+    if (path / "recipe.yaml").is_file():
+        recipe_text = (path / "recipe.yaml").read_bytes().decode("utf-8", errors="replace")
+    kept: Mapping[str, WindowScores] = {}
+    if result and (path / WINDOWS_FILE).exists():
+        kept = read(WINDOWS_FILE, load_windows, kept)
     return Run(
         path=path,
         label="",
-        policy=policy if isinstance(policy, str) else "",
-        finished=finished,
-        final=final or (evaluations[-1] if evaluations else None),
+        result=result,
         evaluations=evaluations,
-        train=train,
-        mixture=mixture,
-        weights=_numbers(summary.get("weights")) or _numbers(last.get("weights")),
-        epochs=_numbers(summary.get("epochs")) or _numbers(last.get("epochs")),
-        seconds=_numbers(summary.get("seconds")),
-        steps=step,
-        train_tokens=tokens,
-        parameters=number(summary.get("parameters")),
-        recipe=recipe,
+        train=_by_step(records, "train"),
+        mixture=_by_step(records, "mixture"),
+        recipe=read("recipe.yaml", _recipe, {}),
         recipe_text=recipe_text,
-        facts=facts,
-        windows=windows,
-        problems=tuple(problems),
+        facts=read("run.json", _object, {}),
+        windows=kept,
+        problems=problems,
     )
 
 
-def _first(*values: float) -> float:
-    return next(iter(_known(values)), math.nan)
+def _object(path: Path) -> Record:
+    found = read_object(path, "it is left out")
+    if found is None:
+        raise DataError(f"There is no {path.name}")
+    return found
 
 
-def _known(values: Iterable[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
+def _recipe(path: Path) -> Record:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise DataError(f"{path.name} is not a valid recipe")
+    return found
 
 
-def _numbers(value: Any) -> dict[str, float]:
-    return {str(key): number(inner) for key, inner in mapping(value).items()}
-
-
-def _evaluation(record: Mapping[str, Any]) -> Evaluation:
-    sets = {str(name): Score.read(value) for name, value in mapping(record.get("sets")).items()}
-    domains = {name: score for name, score in sets.items() if name != TARGET}
-    generic = Score.read(record.get("generic"))
-    step, tokens = number(record.get("step")), number(record.get("tokens"))
-    return Evaluation(step, tokens, sets.get(TARGET, Score()), domains, generic)
-
-
-def _series(
-    records: Sequence[Record], value: Callable[[Record], Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    points = [(number(record.get("tokens")), number(value(record))) for record in records]
-    kept = [(x, y if math.isfinite(y) else math.nan) for x, y in points if math.isfinite(x)]
-    x_N = np.array([x for x, _ in kept], dtype=np.float64)
-    return x_N, np.array([y for _, y in kept], dtype=np.float64)
-
-
-def _latest(records: Sequence[Record], kind: str) -> list[Record]:
-    """One kind's records by step; of a step written twice (a run that was continued) the later counts."""
-    by_step: dict[float, Record] = {}
-    for record in records:
-        step = number(record.get("step"))
-        if record.get("kind") == kind and math.isfinite(step):
-            by_step[step] = record
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _read_metrics(path: Path, problems: list[str]) -> list[Record]:
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        problems.append("There is no metrics.jsonl: no curve can be drawn.")
-        return []
-    except OSError as error:
-        problems.append(f"metrics.jsonl cannot be read ({error.strerror}): no curve can be drawn.")
-        return []
+def _lines(path: Path) -> list[Record]:
+    """The lines of metrics.jsonl as objects; an empty one for a line that is none (the last of a running run)."""
     records: list[Record] = []
-    broken: list[int] = []
-    for position, line in enumerate(lines, 1):
+    for line in filter(bytes.strip, path.read_bytes().splitlines()):
         try:
-            record = parse_json(line)
+            records.append(mapping(parse_json(line)))
         except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif line.strip():
-            broken.append(position)
-    if broken and broken[-1] == len(lines) and not lines[-1].endswith(b"\n"):
-        broken.pop()
-        problems.append("The last line of metrics.jsonl is incomplete (the run is writing, or was cut off): left out.")
-    if broken:
-        shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
-        lines_are = "line is" if len(broken) == 1 else "lines are"
-        problems.append(f"{len(broken)} {lines_are} not readable in metrics.jsonl ({shown}): left out.")
+            records.append({})
     return records
 
 
-def _is_sound(path: Path, name: str, listed: Mapping[str, Any], problems: list[str]) -> bool:
-    """Whether a file is as `result.json` lists it; what it does not list is read as it is."""
-    if not {"bytes", "blake2b"} <= mapping(listed.get(name)).keys():
-        return True
-    try:
-        check_listed(path, {name: listed[name]}, "it is left out")
-    except DataError as error:
-        problems.append(_sentence(error, path))
-        return False
-    return True
+def _evaluation(record: Record) -> Evaluation:
+    scores = {str(name): read_score(value) for name, value in mapping(record.get("sets")).items()}
+    scores[GENERIC] = read_score(record.get("generic"))
+    return Evaluation(number(record.get("step")), number(record.get("tokens")), scores)
 
 
-def _sentence(error: DataError, folder: Path) -> str:
-    return str(error).replace(f"{folder}/", "") + "."
-
-
-def _read_json(path: Path, problems: list[str]) -> Record:
-    """A JSON object; empty, with the reason among the problems, where there is none or it was altered."""
-    try:
-        value = read_object(path, "it is left out")
-    except DataError as error:
-        problems.append(_sentence(error, path.parent))
-        return {}
-    if value is None:
-        problems.append(f"There is no {path.name}.")
-    return value or {}
-
-
-def _read_recipe(path: Path, problems: list[str]) -> tuple[str, Record]:
-    try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        problems.append("There is no recipe.yaml.")
-        return "", {}
-    except OSError as error:
-        problems.append(f"recipe.yaml cannot be read ({error.strerror}).")
-        return "", {}
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        problems.append("recipe.yaml is not a valid recipe; its text is shown as it is.")
-        return text, {}
-    return text, value
+def _by_step(records: Sequence[Record], kind: str) -> list[Record]:
+    """One kind's records by step; of a step written twice (a run that was continued) the later counts."""
+    steps = {number(record.get("step")): record for record in records if record.get("kind") == kind}
+    return [steps[step] for step in sorted(filter(math.isfinite, steps))]

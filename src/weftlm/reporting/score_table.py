@@ -1,24 +1,24 @@
-"""Several models as tables: held-out bits per byte with differences to the base, and accuracy on tasks."""
+"""Models, routers, runs or gates side by side: a table of scores, what helped, and how to serve the best."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from weftlm.evaluation.suite import TARGET
-from weftlm.reporting.differences import decimals_for, difference_cells, difference_text, lowest, verdict
-from weftlm.reporting.page import Block, Box, Cell, Command, Number, Table, Text, exact
+from weftlm.reporting.page import Block, Cell, Code, Table, Text, exact
+from weftlm.reporting.runs import mapping, number, read_score
+from weftlm.reporting.score import Score, interval_cell, pieces, score_text
 
-Role = Literal["base", "baseline", "expert", "router", "gate", "student", "bound"]
+Role = Literal["", "base", "baseline", "expert", "router", "gate", "student", "bound"]
 """What a row is: `base` is what differences are taken to; `bound` looks at what it is scored on, so it never wins."""
 ANSWER_ROWS = 6
 """Rows of the first screen's table."""
 COLUMN_SETS = 7
 """Sets with a column of their own; of more, the sets become the rows of a second table."""
-Gap = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -26,190 +26,191 @@ class ScoreRow:
     """A model.
 
     Attributes:
-        sets: bits per byte by set; None where it is not known (a tokenizer that loses text).
-        role: what it is.
-        accuracy: share of right answers by task, where any was asked.
-        gaps: difference to the base and its standard error, paired by window, by set; of None over all sets.
-        path: what `weftlm serve` takes to serve it.
+        scores: Score by column.
+        role: What it is.
+        gaps: Difference to the base by column, where it was measured window by window.
+        path: Argument of `weftlm serve`; empty where it cannot be served.
+        notes: What is shown under its name, besides its role.
+        swatch: CSS colour of the row in the charts.
     """
 
-    sets: Mapping[str, float | None]
-    role: Role
-    accuracy: Mapping[str, float] = field(default_factory=dict)
-    gaps: Mapping[str | None, Gap] = field(default_factory=dict)
+    scores: Mapping[str, Score]
+    role: Role = ""
+    gaps: Mapping[str, Score] = field(default_factory=dict)
     path: str = ""
-
-    def value(self, name: str) -> float:
-        """Bits per byte on a set; NaN where it is missing or not known."""
-        found = self.sets.get(name)
-        return math.nan if found is None else found
+    notes: Sequence[str] = ()
+    swatch: str = ""
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Rows by label.
+    """Rows by label, in columns of which the first decides.
 
     Attributes:
-        rows: the models.
-        what: a row is, in one word.
-        chance: accuracy of guessing, by task.
-        window: tokens of the windows that were scored.
+        rows: The models.
+        columns: Columns that are always shown: means, the target, the worst case.
+        sets: Further columns; many of them become the rows of a second, folded table.
+        caption: What the values are, and their unit.
+        found: What follows the best value in the headline: its unit, and what it was measured on.
+        what: A row in one word: model, router, mixture.
+        base: Label of the row that differences are taken to.
+        digits: Decimals of the values.
+        shares: Whether values are shares, shown in percent, of which the highest is best.
+        competing: Roles that the headline and `answer` compare; empty for all but bounds.
+        tasks: Shares of right answers by the same rows.
     """
 
     rows: Mapping[str, ScoreRow]
-    what: str = "router"
-    chance: Mapping[str, float] = field(default_factory=dict)
-    window: int | None = None
+    columns: Sequence[str]
+    sets: Sequence[str]
+    caption: str
+    found: str = ""
+    what: str = "model"
+    base: str | None = None
+    digits: int = 3
+    shares: bool = False
+    competing: Sequence[Role] = ()
+    tasks: ScoreTable | None = None
 
-    @property
-    def base(self) -> str | None:
-        """Label of the row that differences are taken to."""
-        return next((label for label, row in self.rows.items() if row.role == "base"), None)
+    def score(self, label: str, column: str) -> Score:
+        """A row's score in a column; NaN where it is not known."""
+        return self.rows[label].scores.get(column, Score())
 
-    @property
-    def sets(self) -> list[str]:
-        """Every set any row was scored on, in order."""
-        return list(dict.fromkeys(name for row in self.rows.values() for name in row.sets))
+    def gap(self, label: str, column: str) -> Score:
+        """A row minus the base; NaN where it is not known."""
+        if self.base is None or label == self.base:
+            return Score()
+        return self.rows[label].gaps.get(column) or self.score(label, column).minus(self.score(self.base, column))
 
-    def score(self, label: str, name: str | None) -> float:
-        """A row's value on a set; of None the mean over all sets, each counting once. NaN where one is missing."""
-        values = [self.rows[label].value(each) for each in (self.sets if name is None else [name])]
-        return math.fsum(values) / len(values) if values else math.nan
-
-    def gap(self, label: str, name: str | None) -> Gap:
-        """A row minus the base on a set, or in the mean, with its standard error; NaN where it is not known."""
-        known = self.rows[label].gaps.get(name)
-        if known is not None:
-            return known
-        if self.base in (None, label):
-            return math.nan, math.nan
-        return self.score(label, name) - self.score(str(self.base), name), math.nan
-
-    def best(self, name: str | None = None) -> str | None:
-        """The row with the lowest value on a set, or in the mean; None where nothing was measured."""
-        known = {label: self.score(label, name) for label, row in self.rows.items() if row.role != "bound"}
-        known = {label: value for label, value in known.items() if math.isfinite(value)}
+    def best(self, column: str, labels: Iterable[str] | None = None) -> str | None:
+        """The best row of a column that is no bound; None where nothing was measured."""
+        sign = -1 if self.shares else 1
+        known = {label: sign * self.score(label, column).value for label in (self.rows if labels is None else labels)}
+        known = {one: value for one, value in known.items() if math.isfinite(value) and self.rows[one].role != "bound"}
         return min(known, key=known.__getitem__) if known else None
 
+    @property
+    def compared(self) -> list[str]:
+        """The rows with a difference to the base in the first column, the best first."""
+        gaps = {label: self.gap(label, self.columns[0]).value for label, row in self.rows.items()
+                if (row.role in self.competing if self.competing else row.role != "bound")}  # fmt: skip
+        return sorted((label for label, gap in gaps.items() if math.isfinite(gap)), key=gaps.__getitem__)
 
-def score_tables(facts: ScoreTable) -> list[Block]:
-    """Bits per byte by row, mean and sets, with differences to the base; then accuracy by task, where any was asked.
 
-    The best row of a column is bold.
+def model_table(models: Mapping[str, Mapping[str, Any]], what: str, window: int | None) -> ScoreTable:
+    """Models as evaluation.json holds them: held-out bits per byte by set with the mean, and accuracy by task.
+
+    Args:
+        models: By label: `sets` with bits_per_byte and bits_per_byte_se by name, `role`, and where they are known
+            `path`, `tasks` with accuracy and chance by name, and `difference` to the base, paired by window.
+        what: A row in one word.
+        window: Tokens of the windows that were scored.
     """
-    labels = [label for label, row in facts.rows.items() if row.sets]
-
-    def cells(name: str | None) -> list[Cell]:
-        values = [facts.score(label, name) for label in labels]
-        least = lowest(v for label, v in zip(labels, values, strict=True) if facts.rows[label].role != "bound")
-        return [_score_cell(facts, label, name, least) for label in labels]
-
-    window = "" if facts.window is None else f", in windows of {facts.window} tokens"
-    caption = f"Held-out bits per byte by {facts.what}{window}; lower is better."
-    if facts.base is not None and len(labels) > 1:
-        caption += f" Under each value its difference to {facts.base}."
-    caption += " The lowest value of a column is bold"
-    bound = any(row.role == "bound" for row in facts.rows.values())
-    caption += ", the bound aside: it is chosen by the very text it is scored on." if bound else "."
-    text: list[Block] = _tables(facts, labels, facts.sets, "sets", cells, caption)
-    tasks = list(dict.fromkeys(task for row in facts.rows.values() for task in row.accuracy))
-    return text + (_accuracy_tables(facts, tasks) if tasks else [])
-
-
-def _score_cell(facts: ScoreTable, label: str, name: str | None, least: float | None) -> Cell:
-    value, (gap, error) = facts.score(label, name), facts.gap(label, name)
-    if not math.isfinite(value):
-        return Cell()
-    sub = Number(gap, difference_text(gap, error, decimals_for([error]))) if math.isfinite(gap) else None
-    best = "lowest" if value == least and facts.rows[label].role != "bound" else ""
-    return Cell(Number(value, f"{value:.3f}"), sub=sub, best=best)
+    names = list(dict.fromkeys(name for each in models.values() for name in each["sets"]))
+    mean, rows = "mean over the sets", {}
+    for label, each in models.items():
+        known = mapping(each.get("difference"))
+        gaps = {mean: known["mean"], **known["sets"]} if known else {}
+        rows[label] = ScoreRow(
+            _with_mean({name: read_score(each["sets"].get(name)) for name in names}, mean),
+            each["role"],
+            {name: read_score(gap) for name, gap in gaps.items()},
+            each.get("path", ""),
+        )
+    base = next((label for label, row in rows.items() if row.role == "base"), None)
+    length = "" if window is None else f", in windows of {window} tokens"
+    caption, found = f"Held-out bits per byte by {what}{length}", "bits per byte of held-out text"
+    tasks = _task_table(models, what)
+    if len(names) == 1:
+        return ScoreTable(rows, names, (), caption, found, what, base, tasks=tasks)
+    return ScoreTable(rows, (mean,), names, caption, f"{found}, {mean}", what, base, tasks=tasks)
 
 
-def _accuracy_tables(facts: ScoreTable, tasks: list[str]) -> list[Block]:
-    """The share of right answers by row: the mean over the tasks and, of few tasks, each; all of many folded away."""
-    shares = {label: row.accuracy for label, row in facts.rows.items() if row.accuracy}
-    shares |= {"chance": facts.chance} if facts.chance else {}
-    compared = [label for label in shares if label in facts.rows and facts.rows[label].role != "bound"]
+def _task_table(models: Mapping[str, Mapping[str, Any]], what: str) -> ScoreTable | None:
+    asked = {label: each for label, each in models.items() if each.get("tasks")}
+    names = list(dict.fromkeys(name for each in asked.values() for name in each["tasks"]))
+    if not names:
+        return None
+    mean = "mean over the tasks"
 
-    def cells(task: str | None) -> list[Cell]:
-        def share(label: str) -> float:
-            values = [shares[label].get(each, math.nan) for each in (tasks if task is None else [task])]
-            return math.fsum(values) / len(values)
+    def row(each: Mapping[str, Any], key: str, role: Role) -> ScoreRow:
+        values = {name: Score(number(mapping(each["tasks"].get(name)).get(key))) for name in names}
+        return ScoreRow(_with_mean(values, mean), role)
 
-        least = lowest(-share(label) for label in compared)
-        return [
-            Cell(exact(share(label), f"{share(label):.1%}"),
-                 best="highest" if label in compared and -share(label) == least else "")
-            for label in shares
-        ]  # fmt: skip
-
-    caption = f"Share of right answers by {facts.what}; higher is better. The highest of a column is bold."
-    return _tables(facts, list(shares), tasks, "tasks", cells, caption)
+    rows = {label: row(each, "accuracy", each["role"]) for label, each in asked.items()}
+    rows["chance"] = row(next(iter(asked.values())), "chance", "bound")
+    columns, sets = ((mean,), names) if len(names) > 1 else (names, ())
+    return ScoreTable(rows, columns, sets, f"Share of right answers by {what}", what=what, shares=True)
 
 
-def _tables(
-    facts: ScoreTable,
-    labels: Sequence[str],
-    names: Sequence[str],
-    plural: str,
-    cells: Callable[[str | None], list[Cell]],
-    caption: str,
-) -> list[Block]:
-    """One row per label; the mean over several names, and each of few; of many names a second, folded table."""
-    wide = len(names) > COLUMN_SETS
-    columns: list[str | None] = [*([None] if len(names) > 1 else []), *([] if wide else names)]
-    held = [cells(name) for name in columns]
-    rows = [[_label(facts, label), *(column[place] for column in held)] for place, label in enumerate(labels)]
-    heads = [("Mean over", plural) if name is None else name for name in columns]
-    tables: list[Block] = [Table(caption, [facts.what.capitalize(), *heads], rows, "routers")]
+def _with_mean(scores: Mapping[str, Score], name: str) -> dict[str, Score]:
+    """Scores and, first, their mean, each counting once; NaN where one is missing."""
+    count = len(scores) or math.nan
+    value = math.fsum(one.value for one in scores.values()) / count
+    return {name: Score(value, math.hypot(*(one.error for one in scores.values())) / count), **scores}
+
+
+def score_tables(table: ScoreTable) -> list[Block]:
+    """Rows by column with their differences to the base, the best of each column bold; then the tasks, if any."""
+    wide = len(table.sets) > COLUMN_SETS
+    columns = [*table.columns, *(() if wide else table.sets)]
+    caption = f"{table.caption}; {'higher' if table.shares else 'lower'} is better. The best value of a column is bold"
+    bound = any(row.role == "bound" for row in table.rows.values())
+    caption += ", bounds aside: they know the text they are scored on." if bound and not table.shares else "."
+    if table.base is not None and len(table.rows) > 1:
+        caption += f" Under each value its difference to {table.base}."
+    rows = [[_label(table, label), *(_cell(table, label, one) for one in columns)] for label in table.rows]
+    blocks: list[Block] = [Table(caption, [table.what.capitalize(), *columns], rows, "routers")]
     if wide:
-        by_name = [[Cell(name), *cells(name)] for name in names]
-        fold = f"All {len(names)} {plural}"
-        heads = [plural.capitalize().removesuffix("s"), *labels]
-        tables.append(Table("The same values, one by one.", heads, by_name, "dense routers", fold=fold))
-    return tables
+        by_set = [[Cell(name), *(_cell(table, label, name) for label in table.rows)] for name in table.sets]
+        fold = f"All {len(table.sets)} one by one"
+        blocks.append(Table("The same values by row.", ["Set", *table.rows], by_set, "dense routers", fold=fold))
+    return blocks + ([] if table.tasks is None else score_tables(table.tasks))
 
 
-def _label(facts: ScoreTable, label: str) -> Cell:
-    role = facts.rows[label].role if label in facts.rows else None
-    return Cell(label, sub=None if role in (None, label) else role)
+def _cell(table: ScoreTable, label: str, column: str) -> Cell:
+    score, gap = table.score(label, column), table.gap(label, column)
+    shown = exact(score.value, f"{score.value:.1%}") if table.shares else pieces(score, table.digits)
+    best = len(table.rows) > 1 and label == table.best(column)
+    sub = (pieces(gap, table.digits, signed=True),) if math.isfinite(gap.value) else ()
+    return Cell(shown, sub, ("highest" if table.shares else "lowest") if best else "")
 
 
-def headline(facts: ScoreTable) -> str:
-    """The row with the lowest mean over the sets, and its difference to the base."""
-    best = facts.best()
+def _label(table: ScoreTable, label: str) -> Cell:
+    row = table.rows[label]
+    return Cell(label, [one for one in (row.role, *row.notes) if one not in ("", label)], swatch=row.swatch)
+
+
+def headline(table: ScoreTable) -> str:
+    """The best row in the first column, and its difference to the base."""
+    compared = table.compared
+    best = compared[0] if compared else table.best(table.columns[0])
     if best is None:
         return "Nothing was measured on held-out text."
-    text = f"{best}: {facts.score(best, None):.3f} bits per byte of held-out text, mean over the sets"
-    gap, error = facts.gap(best, None)
-    if math.isfinite(gap):
-        text += f", {difference_text(gap, error, decimals_for([error]))} against {facts.base}: {verdict(gap, error)}"
-    return text + "."
+    text = f"{best}: {score_text(table.score(best, table.columns[0]), table.digits)} {table.found}"
+    if not compared:
+        return f"{text}."
+    gap = table.gap(best, table.columns[0])
+    return f"{text}, {score_text(gap, table.digits, signed=True)} against {table.base}: {gap.verdict}."
 
 
-def answer(facts: ScoreTable) -> list[Block]:
+def answer(table: ScoreTable) -> list[Block]:
     """What to serve, with its command, and what helped: every row's difference to the base, the best first."""
-    best, on_target = facts.best(), facts.best(TARGET)
-    if best is None:
-        return []
-    blocks = serve(facts.rows[best].path, "Serve the best model over all sets", best)
-    if on_target not in (None, best):
-        blocks += serve(facts.rows[str(on_target)].path, "For text like the target alone", str(on_target))
-    gaps = {label: facts.gap(label, None) for label, row in facts.rows.items() if row.role not in ("base", "bound")}
-    known = sorted((gap, error, label) for label, (gap, error) in gaps.items() if math.isfinite(gap))
-    if known:
-        rows = [[_label(facts, label), *difference_cells(gap, error)] for gap, error, label in known]
-        caption = (
-            f"What helped: bits per byte against {facts.base}, mean over the sets, ± one standard error of the paired "
-            "difference; negative is better."
-        )
-        heads = [facts.what.capitalize(), "Difference", "95 % interval"]
+    served = [label for label, row in table.rows.items() if row.path]
+    best, on_target = table.best(table.columns[0], served), table.best(TARGET, served)
+    blocks: list[Block] = []
+    for why, label in (("Serve the best model", best), ("For text like the target alone", on_target)):
+        if label is not None and (why.startswith("Serve") or label != best):
+            blocks += [Text(f"{why}, {label}:"), Code(f"weftlm serve {shlex.quote(table.rows[label].path)}")]
+    rows = []
+    for label in table.compared:
+        gap = table.gap(label, table.columns[0])
+        interval = interval_cell(*gap.interval, table.digits, signed=True)
+        rows.append([_label(table, label), Cell(pieces(gap, table.digits, signed=True), [gap.verdict]), interval])
+    if rows:
+        caption = f"What helped: {table.found}, against {table.base}; ± one standard error, negative is better."
+        heads = [table.what.capitalize(), "Difference", "95 % interval"]
         blocks.append(Table(caption, heads, rows[:ANSWER_ROWS], "dense"))
-        if len(rows) > ANSWER_ROWS:
-            blocks.append(Text(f"{len(rows) - ANSWER_ROWS} more under Every model.", "error"))
-    return [Box(blocks)] if blocks else []
-
-
-def serve(path: str, why: str, name: str = "") -> list[Block]:
-    """The command that serves a model; nothing where it has no path."""
-    return [Command(why, name, f"weftlm serve {shlex.quote(path)}")] if path else []
+    if len(rows) > ANSWER_ROWS:
+        blocks.append(Text(f"{len(rows) - ANSWER_ROWS} more are in the tables below.", "error"))
+    return blocks

@@ -14,10 +14,9 @@ from weftlm.corpora.examples import ExampleSource
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.examples import evaluate_examples
-from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.evaluation.result import paired_difference
 from weftlm.evaluation.suite import evaluate_suite
-from weftlm.models.hf import HFLanguageModel, sequence_losses
+from weftlm.models.hf import HFLanguageModel
 from weftlm.models.prompted import is_encoder_decoder, target_nats
 from weftlm.models.prompted_examples import PromptedExamples
 from weftlm.routing.routed_model import RoutedModel
@@ -36,19 +35,18 @@ def test_a_set_is_the_sum_of_its_targets(make: Any) -> None:
     model, source = make().train(), task()
     encoder = is_encoder_decoder(model)
     prompted = PromptedExamples(source.examples, LENGTH, encoder)
-    found = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=7, per_window=True)
+    found = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=7)
     assert model.training
     model.eval()
     with torch.no_grad():
         nats = [float(target_nats(model, [row], CPU, encoder=encoder)) for row in prompted.rows(range(30))]
-    assert found.windows is not None
     assert found.windows.nats_N.tolist() == pytest.approx(nats, rel=1e-4)
     assert found.tokens == prompted.targets_N.sum()
     assert found.nats_per_token == pytest.approx(sum(nats) / found.tokens, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / prompted.bytes_N.sum(), rel=1e-5)
     part = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=4, max_tokens=20)
     assert 0 < part.tokens <= 30
-    assert paired_difference(found, found).nats_per_token == 0.0
+    assert paired_difference(found.windows, found.windows).nats_per_token == 0.0
 
 
 def test_a_language_model_agrees_with_its_module() -> None:
@@ -64,23 +62,17 @@ def test_a_language_model_agrees_with_its_module() -> None:
 def test_neither_padding_nor_neighbours_matter_to_a_routed_model(make: Any, router: str) -> None:
     model = make()
     routed = RoutedModel(model, make_pool(model, 3), router)
-    sizes: dict[str, Any] = {"sequence_length": LENGTH, "per_window": True}
+    sizes: dict[str, Any] = {"sequence_length": LENGTH}
     together = evaluate_examples(routed, task(12).examples, batch_size=12, **sizes).windows
     alone = evaluate_examples(routed, task(12).examples, batch_size=1, **sizes).windows
-    assert together is not None
-    assert alone is not None
     assert together.nats_N.tolist() == pytest.approx(alone.nats_N.tolist(), rel=1e-4)
 
 
-def test_a_suite_scores_examples_as_examples_and_text_as_text() -> None:
+def test_a_suite_scores_examples_as_examples() -> None:
     model, source = llama(), task()
     suite = evaluate_suite(model, {"task": source}, sequence_length=LENGTH, config=EvaluationConfig(batch_size=4))
     expected = evaluate_examples(model, source.examples, sequence_length=LENGTH, batch_size=4)
     assert suite.sets["task"] == expected
-    text = evaluate_suite(model, {"task": source}, sequence_length=LENGTH, losses=sequence_losses)
-    windows = evaluate_source(model, source, sequence_length=LENGTH, batch_size=16)
-    assert text.sets["task"].nats_per_token == pytest.approx(windows.nats_per_token, rel=1e-5)
-    assert text.sets["task"].tokens == len(source) - 1
 
 
 def test_what_cannot_be_scored_is_said() -> None:

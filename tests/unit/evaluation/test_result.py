@@ -12,6 +12,7 @@ import pytest
 from weftlm.errors import DataError
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.evaluation.result import (
+    MeanResult,
     SetResult,
     WindowScores,
     load_windows,
@@ -30,16 +31,13 @@ def scored(seed: int, count: int = 40, shift: float = 0.0) -> WindowScores:
     return WindowScores("f", np.arange(count, dtype=np.int64) * 32, tokens_N, nats_N, 3.0)
 
 
-def result(scores: WindowScores | None, nats: float = 2.0, se: float = 0.1) -> SetResult:
-    return SetResult(
-        nats_per_token=nats, nats_per_token_se=se, perplexity=math.exp(nats), bits_per_byte=nats / 2,
-        bits_per_byte_se=se / 2, tokens=100, bytes=300, windows=scores,
-    )  # fmt: skip
+def result(scores: WindowScores) -> SetResult:
+    return SetResult.of(scores, 300)
 
 
 def test_a_paired_difference_is_the_mean_over_tokens_with_the_error_of_the_differences() -> None:
     first, second = scored(2, shift=1.0), scored(3)
-    difference = paired_difference(result(first), result(second))
+    difference = paired_difference(first, second)
     d = first.nats_N - second.nats_N
     total = first.tokens_N.sum()
     ratio = d.sum() / total
@@ -48,17 +46,16 @@ def test_a_paired_difference_is_the_mean_over_tokens_with_the_error_of_the_diffe
     assert difference.nats_per_token_se == pytest.approx(error, rel=1e-12)
     assert difference.bits_per_byte == pytest.approx(ratio / 3 / math.log(2), rel=1e-12)
     assert difference.bits_per_byte_se == pytest.approx(error / 3 / math.log(2), rel=1e-12)
-    assert difference.windows == 40
 
 
 def test_pairing_removes_what_both_models_find_hard() -> None:
     first, second = scored(2, shift=1.0), scored(3)
     unpaired = math.hypot(*(ratio_and_error(s.nats_N, s.tokens_N)[1] for s in (first, second)))
-    assert paired_difference(result(first), result(second)).nats_per_token_se < 0.2 * unpaired
+    assert paired_difference(first, second).nats_per_token_se < 0.2 * unpaired
 
 
 def test_a_model_compared_with_itself_differs_by_nothing_and_signs_flip() -> None:
-    first, second = result(scored(2)), result(scored(3))
+    first, second = scored(2), scored(3)
     same = paired_difference(first, first)
     assert (same.nats_per_token, same.nats_per_token_se) == (0.0, 0.0)
     there, back = paired_difference(first, second), paired_difference(second, first)
@@ -69,19 +66,17 @@ def test_a_model_compared_with_itself_differs_by_nothing_and_signs_flip() -> Non
 def test_two_infinite_losses_have_no_difference() -> None:
     scores = scored(2)
     infinite = replace(scores, nats_N=np.where(np.arange(40) == 3, math.inf, scores.nats_N))
-    difference = paired_difference(result(infinite), result(infinite))
+    difference = paired_difference(infinite, infinite)
     assert math.isnan(difference.nats_per_token)
     assert math.isnan(difference.nats_per_token_se)
 
 
 def test_what_cannot_be_paired_says_why() -> None:
     scores = scored(2)
-    with pytest.raises(DataError, match="per_window=True"):
-        paired_difference(result(scores), result(None))
     with pytest.raises(DataError, match="different sets"):
-        paired_difference(result(scores), result(replace(scores, fingerprint="g")))
+        paired_difference(scores, replace(scores, fingerprint="g"))
     with pytest.raises(DataError, match=r"different windows \(40 and 39\)"):
-        paired_difference(result(scores), result(scored(2, count=39)))
+        paired_difference(scores, scored(2, count=39))
 
 
 def test_the_error_of_a_mean_is_right_on_average() -> None:
@@ -96,7 +91,9 @@ def test_the_error_of_a_mean_is_right_on_average() -> None:
 
 
 def test_a_mean_over_sets_counts_each_once() -> None:
-    mean = mean_result({"a": result(None, 1.0, 0.3), "b": result(None, 2.0, 0.4)})
+    names = ("nats_per_token", "nats_per_token_se", "bits_per_byte", "bits_per_byte_se")
+    rows = {"a": (1.0, 0.3, 0.5, 0.15), "b": (2.0, 0.4, 1.0, 0.2)}
+    mean = mean_result({key: MeanResult(**dict(zip(names, row, strict=True))) for key, row in rows.items()})
     assert mean.nats_per_token == 1.5
     assert mean.nats_per_token_se == pytest.approx(0.25)
     assert mean.bits_per_byte == 0.75
@@ -106,13 +103,12 @@ def test_a_mean_over_sets_counts_each_once() -> None:
 
 
 def test_windows_come_back_from_their_file(tmp_path: Path, bigram: Any, source: Any) -> None:
-    first = evaluate_source(bigram, source, sequence_length=16, batch_size=4, per_window=True)
+    first = evaluate_source(bigram, source, sequence_length=16, batch_size=4)
     path = tmp_path / "windows.safetensors"
     save_windows(path, {"target": first, "odd/näme.x": first})
     loaded = load_windows(path)
     assert list(loaded) == ["target", "odd/näme.x"]
     for scores in loaded.values():
-        assert first.windows is not None
         assert scores.fingerprint == "array"
         assert scores.bytes_per_token == first.windows.bytes_per_token
         assert np.array_equal(scores.nats_N, first.windows.nats_N)
@@ -128,18 +124,17 @@ def test_a_torn_or_missing_window_file_is_a_clear_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="cannot be read"):
         load_windows(path)
-    with pytest.raises(DataError, match="'target' kept no window losses"):
-        save_windows(path, {"target": result(None)})
 
 
 def test_numbers_survive_json() -> None:
-    value = json.loads(json.dumps(result(scored(1), 2.125, math.nan).to_json(), allow_nan=False))
+    scores = WindowScores("f", np.zeros(1, np.int64), np.array([4]), np.array([8.5]), 2.0 / math.log(2))
+    value = json.loads(json.dumps(SetResult.of(scores, 300).to_json(), allow_nan=False))
     assert value == {
         "nats_per_token": 2.125,
         "nats_per_token_se": None,
         "perplexity": math.exp(2.125),
-        "bits_per_byte": 1.0625,
+        "bits_per_byte": pytest.approx(1.0625),
         "bits_per_byte_se": None,
-        "tokens": 100,
+        "tokens": 4,
         "bytes": 300,
     }

@@ -12,24 +12,15 @@ import numpy as np
 import pytest
 import yaml
 
-from weftlm.evaluation.result import SetResult, WindowScores, ratio_and_error, save_windows
+from weftlm.evaluation.result import SetResult, WindowScores, mean_result, save_windows
+from weftlm.evaluation.suite import SuiteResult
 
 NINE = (
     "python-code", "cpp-headers", "ml-prose", "mathematics", "doctests", "bytecode", "type-stubs", "json", "licences",
 )  # fmt: skip
-STEPS, UPDATE, EVALUATE, LOG = 800, 20, 50, 10
+STEPS, UPDATE, EVALUATE, LOG = 800, 40, 100, 20
 TOKENS_PER_STEP = 4096
 LOSSES = {"uniform": 1.827, "importance": 1.886, "dga": 1.784}
-
-
-def final_weights(policy: str, domains: Sequence[str], rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    if policy == "uniform":
-        return np.full(len(domains), 1 / len(domains))
-    raw = np.sort(rng.dirichlet(np.full(len(domains), 0.35)))[::-1]
-    order = np.random.default_rng(len(domains)).permutation(len(domains))
-    weights = np.empty(len(domains))
-    weights[order] = raw
-    return 0.92 * weights + 0.08 / len(domains) if policy == "dga" else weights
 
 
 def set_result(name: str, own_seed: list[int], nats: float, *, count: int = 300) -> SetResult:
@@ -38,14 +29,8 @@ def set_result(name: str, own_seed: list[int], nats: float, *, count: int = 300)
     own = np.random.default_rng([*own_seed, *name.encode()]).normal(0.0, 0.05, count)
     tokens = np.full(count, 256, dtype=np.int64)
     totals = (nats + hardness - hardness.mean() + own - own.mean()) * tokens
-    mean, error = ratio_and_error(totals, tokens)
     scores = WindowScores(f"fingerprint {name}", np.arange(count, dtype=np.int64) * 256, tokens, totals, 3.1)
-    scale = 1 / (math.log(2) * 3.1)
-    sizes = (int(tokens.sum()), round(tokens.sum() * 3.1))
-    return SetResult(
-        nats_per_token=mean, nats_per_token_se=error, perplexity=math.exp(mean), bits_per_byte=mean * scale,
-        bits_per_byte_se=error * scale, tokens=sizes[0], bytes=sizes[1], windows=scores,
-    )  # fmt: skip
+    return SetResult.of(scores, round(tokens.sum() * 3.1))
 
 
 def write_run(
@@ -61,106 +46,69 @@ def write_run(
     """Write a whole run, or one that has come as far as step `stop`."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng([seed, *policy.encode()])
-    scale = math.log(2) * 3.1
-    end = (LOSSES.get(policy, 1.9) if target_bits is None else target_bits) * scale
-    last = final_weights(policy, domains, rng)
+    end = (LOSSES.get(policy, 1.9) if target_bits is None else target_bits) * math.log(2) * 3.1
     start = np.full(len(domains), 1 / len(domains))
+    last = start if policy == "uniform" else rng.dirichlet(np.full(len(domains), 0.35)) * 0.92 + 0.08 / len(domains)
     hard = np.random.default_rng(1).uniform(1.2, 3.2, len(domains))
     lines: list[dict[str, Any]] = []
-    noise = np.zeros(len(domains))
-    epochs = np.zeros(len(domains))
-    size = np.random.default_rng(2).uniform(2e5, 2e6, len(domains))
 
-    def curve(step: int, final: float, rate: float = 0.18, lift: float = 3.0) -> float:
-        return final + lift * math.exp(-step / (rate * STEPS)) + 0.35 * math.exp(-step / (0.7 * STEPS)) - 0.084
+    def curve(step: int, final: float) -> float:
+        return final + 3 * math.exp(-step / (0.18 * STEPS)) + 0.35 * math.exp(-step / (0.7 * STEPS)) - 0.084
 
-    def sets(step: int) -> dict[str, SetResult]:
-        overfit = 0.9 * (max(0.0, step / STEPS - 0.45) ** 2 - 0.55**2) if policy == "importance" else 0.0
+    def suite(step: int) -> SuiteResult:
         own_seed = [seed, *policy.encode()]
-        results = {"target": set_result("target", own_seed, curve(step, end) + overfit)}
-        for i, name in enumerate(domains):
-            gain = 0.35 * math.log(last[i] * len(domains) + 0.3)
-            results[name] = set_result(
-                name, own_seed, curve(step, hard[i] * 1.6 - gain, 0.15 + 0.02 * (i % 4)), count=60
-            )
-        return results
-
-    def as_json(results: dict[str, SetResult]) -> dict[str, Any]:
-        values = {name: result.to_json() for name, result in results.items()}
-        domain_values = [values[name] for name in domains]
-        errors = [value["bits_per_byte_se"] for value in domain_values]
-        generic = {
-            "nats_per_token": sum(value["nats_per_token"] for value in domain_values) / len(domains),
-            "bits_per_byte": sum(value["bits_per_byte"] for value in domain_values) / len(domains),
-            "bits_per_byte_se": math.hypot(*errors) / len(domains),
+        by_domain = {
+            name: set_result(name, own_seed, curve(step, 1.6 * hard[i] - 0.35 * math.log(last[i] * 9 + 0.3)), count=60)
+            for i, name in enumerate(domains)
         }
-        return {"sets": values, "generic": generic}
+        target = set_result("target", own_seed, curve(step, end))
+        return SuiteResult({"target": target, **by_domain}, mean_result(by_domain))
 
     weights = start
     for step in range(stop + 1):
         tokens = step * TOKENS_PER_STEP
-        if step:
-            epochs += weights * TOKENS_PER_STEP / size
         if step % LOG == 0 and step:
-            lines.append(
-                {
-                    "kind": "train", "step": step, "tokens": tokens,
-                    "loss": curve(step, 3.6) + float(rng.normal(0, 0.08)), "lr": 1e-3, "grad_norm": 0.9,
-                    "tokens_per_second": 30_500 + float(rng.normal(0, 500)) - (900 if policy == "dga" else 0),
-                }
-            )  # fmt: skip
+            noise, speed = rng.normal(0, 0.08), 30_500 + rng.normal(0, 500)
+            loss = {"loss": curve(step, 3.6) + noise, "lr": 1e-3, "tokens_per_second": speed}
+            lines.append({"kind": "train", "step": step, "tokens": tokens, **loss})
         if step % UPDATE == 0:
-            noise = 0.85 * noise + rng.normal(0, 0.08, len(domains))
-            share = 0.0 if policy == "uniform" else 1.0 if policy == "importance" else 1 - math.exp(-3 * step / STEPS)
-            mixed = (1 - share) * start + share * last
-            weights = mixed * np.exp(noise if policy == "dga" else 0)
+            share = 1 - math.exp(-3 * step / STEPS)
+            weights = ((1 - share) * start + share * last) * np.exp(rng.normal(0, 0.08 * share, len(domains)))
             weights = weights / weights.sum()
-            record: dict[str, Any] = {
-                "kind": "mixture", "step": step, "tokens": tokens,
-                "weights": dict(zip(domains, weights.tolist(), strict=True)),
-                "epochs": dict(zip(domains, epochs.tolist(), strict=True)),
-                "domain_losses": dict.fromkeys(domains, 4.0 if step else None),
-                "diagnostics": {},
-            }  # fmt: skip
+            by_name = dict(zip(domains, weights.tolist(), strict=True))
+            record = {"weights": by_name, "epochs": dict.fromkeys(domains, step / STEPS)}
             if policy == "dga" and step:
-                aligned = (last * len(domains) - 0.8) * math.exp(-step / STEPS) * 0.05 + rng.normal(
-                    0, 0.03, len(domains)
-                )
-                record["alignment"] = dict(zip(domains, aligned.tolist(), strict=True))
-                record["alignment"][domains[-1]] = None
-            lines.append(record)
+                aligned = dict(zip(domains, (last - start + rng.normal(0, 0.03)).tolist(), strict=True))
+                record["alignment"] = aligned | {domains[-1]: None}
+            lines.append({"kind": "mixture", "step": step, "tokens": tokens, **record})
         if step % EVALUATE == 0:
-            lines.append({"kind": "eval", "step": step, "tokens": tokens, **as_json(sets(step))})
+            lines.append({"kind": "eval", "step": step, "tokens": tokens, **suite(step).to_json()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = {
         "run": f"runs/{policy}",
         "seed": seed,
-        "model": {"architecture": "llama", "layers": 4, "hidden_size": 128},
         "mixture": {"policy": policy, "update_every_steps": UPDATE, **({"eta": 5.0} if policy == "dga" else {})},
         "training": {"total_steps": STEPS, "batch_sequences": 16, "sequence_length": 256, "lr": 1e-3},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     facts = {
-        "weftlm": "0.1.0",
         "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "git": "0123abcd",
         "seed": seed,
         "fingerprints": {"data": "5f1e", "run": policy},
         "runtime": [{"setting": "precision", "value": "fp32", "reason": "no fast bf16 here"}],
     }
     (folder / "run.json").write_text(json.dumps(facts))
     if stop == STEPS:
-        final = sets(STEPS)
-        seconds = {"train": 107.4, "alignment": 2.9 if policy == "dga" else 0.0, "eval": 14.2, "save": 1.1}
+        final = suite(STEPS)
         result = {
-            "policy": policy, "steps": STEPS, "train_tokens": STEPS * TOKENS_PER_STEP, "seconds": seconds,
+            "policy": policy, "steps": STEPS, "train_tokens": STEPS * TOKENS_PER_STEP, "parameters": 1_245_312,
+            "seconds": {"train": 107.4, "alignment": 2.9 if policy == "dga" else 0.0, "eval": 14.2},
             "weights": dict(zip(domains, weights.tolist(), strict=True)),
-            "epochs": dict(zip(domains, epochs.tolist(), strict=True)),
-            "parameters": 1_245_312, **as_json(final),
+            "epochs": dict.fromkeys(domains, 1.5), **final.to_json(),
         }  # fmt: skip
         (folder / "result.json").write_text(json.dumps(result))
         if windows:
-            save_windows(folder / "windows.safetensors", final)
+            save_windows(folder / "windows.safetensors", final.sets)
     return folder
 
 

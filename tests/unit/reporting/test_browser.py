@@ -14,12 +14,11 @@ from support.hostile import NAMES
 
 from weftlm.gating.certificate import Certificate, DomainRow, Figure
 from weftlm.reporting.gating import GatingFacts, gate_page
-from weftlm.reporting.page import render_page
+from weftlm.reporting.page import render_page, write_page
 from weftlm.reporting.report import report_page
 from weftlm.reporting.routing import RoutingFacts
-from weftlm.reporting.runs import read_runs
-from weftlm.reporting.score_table import ScoreRow, ScoreTable
-from weftlm.reporting.traces import LabelledTrace, trace_page, write_trace_page
+from weftlm.reporting.score_table import model_table
+from weftlm.reporting.traces import LabelledTrace, trace_page
 from weftlm.routing.trace import Trace
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -111,7 +110,7 @@ def gate() -> GatingFacts:
     row = {"worst": 0.13, "worst_domain": DOMAINS[-1], "mean": 0.05, "model": "runs/a b/student",
            "domains": {name: {"value": value, "error": 0.001} for name, value in values.items()}}  # fmt: skip
     roles = {"uniform": "baseline", "robust": "gate", "student": "student"}
-    return GatingFacts(known, fit, {name: {**row, "role": role} for name, role in roles.items()})
+    return GatingFacts.of(known, fit, [{"rows": {name: {**row, "role": role} for name, role in roles.items()}}])
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +124,21 @@ def browser() -> Iterator[Browser]:
 def pages(folder: Path, make_run: Callable[..., Path]) -> dict[str, str]:
     runs = [make_run(folder / policy, policy, DOMAINS) for policy in ("uniform", "[bold]")]
     sets = ["target", *DOMAINS[:4]]
-    table = {f"model: {name}": dict.fromkeys(sets, 2.0 + place) for place, name in enumerate(DOMAINS)}
-    rows = {
-        name: ScoreRow(row, "router", gaps={None: (-0.1, 0.02)}, path=f"runs/{name}") for name, row in table.items()
+    models: dict[str, dict[str, Any]] = {
+        f"model: {name}": {
+            "role": "router",
+            "path": f"runs/{name}",
+            "sets": {key: {"bits_per_byte": 2.0 + place, "bits_per_byte_se": 0.02} for key in sets},
+        }
+        for place, name in enumerate(DOMAINS)
     }
-    models = ScoreTable({"base": ScoreRow(dict.fromkeys(sets, 9.0), "base"), **rows}, "model", window=64)
-    routing = RoutingFacts(dict(list(table.items())[:3]), relative_forward_time=1.2, traces=[traced()])
+    models["base"] = {"role": "base", "sets": {key: {"bits_per_byte": 9.0} for key in sets}}
+    table = model_table(models, "model", 64)
+    routing = RoutingFacts(table, relative_forward_time=1.2, traces=[traced()])
     prepared: dict[str, Any] = {"sets": {name: {"documents": 3, "train_tokens": 4000} for name in DOMAINS}}
     return {
         "project": render_page(
-            report_page(read_runs(runs), NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=models)
+            report_page(runs, NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=table)
         ),
         "gate": render_page(gate_page(gate(), NAMES[15])),
         "trace": render_page(trace_page([traced()], NAMES[8])),
@@ -183,7 +187,7 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., BrowserPa
     page.on("console", lambda said: wrong.append(said.text))
 
     def open_page(*given: LabelledTrace) -> BrowserPage:
-        path = write_trace_page(given, tmp_path / "trace.html", "A trace")
+        path = write_page(trace_page(given, "A trace"), tmp_path / "trace.html")
         page.goto(path.as_uri())
         return page
 

@@ -26,7 +26,7 @@ from weftlm.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from weftlm.evaluation.result import Difference, MeanResult, SetResult
+    from weftlm.evaluation.result import MeanResult
     from weftlm.pipeline.routes import RouteEvaluation
 
 COLUMNS = 3
@@ -96,7 +96,7 @@ def _print(found: RouteEvaluation, title: str) -> None:
     columns: dict[str, list[str]] = {}
     if found.base.generic is not None:
         columns["mean over domains"] = [_cell(row.generic) for row in found.rows.values()]
-        columns["minus base"] = [_cell(difference.generic) for difference in found.minus_base.values()]
+        columns["minus base"] = [_cell(difference["generic"]) for difference in found.minus_base.values()]
     for name in found.base.sets:
         columns[name] = [_cell(row.sets[name]) for row in found.rows.values()]
     names = list(columns)
@@ -125,5 +125,5 @@ def _print_tasks(found: RouteEvaluation, title: str) -> None:
         print_table(f"{title}: share of right answers", ["", *shown], table)
 
 
-def _cell(value: SetResult | MeanResult | Difference | None) -> str:
+def _cell(value: MeanResult | None) -> str:
     return "-" if value is None else with_error(value.bits_per_byte, value.bits_per_byte_se)

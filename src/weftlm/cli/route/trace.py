@@ -45,11 +45,12 @@ def run(
     if html is not None:
         refuse_project_page(html)
     from weftlm.pipeline.routes import trace_text
-    from weftlm.reporting.traces import write_trace_page
+    from weftlm.reporting.page import write_page
+    from weftlm.reporting.traces import trace_page
 
     traced = trace_text(folder, sys.stdin.read() if text == "-" else text, base=base)
     if html is not None:
-        write_trace_page([(f"{folder}", traced.trace, traced.tokens)], html, "Expert weights by token")
+        write_page(trace_page([(f"{folder}", traced.trace, traced.tokens)], "Expert weights by token"), html)
     if json:
         print_json(traced.to_json())
         return

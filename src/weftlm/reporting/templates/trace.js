@@ -1,5 +1,5 @@
 // The chart of the expert or gate weight of each token: legend, coloured text, course along the text, usage by layer.
-// Reports and `weftlm route trace --html` hold it with their data (trace.html.j2, `show` at the end); the inspector
+// Reports and `weftlm route trace --html` hold it with their data (blocks.html.j2, `show` at the end); the inspector
 // imports its parts. What a model or a person wrote is set as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -516,8 +516,6 @@ function show(root, told, classes) {
   tip.hidden = false;
   rest();
   part("usage").replaceChildren(...usage({ modules: told.modules, layers: told.layers, names, classes }));
-  for (const marked of document.querySelectorAll(`[data-trace="${root.id}"]`))
-    marked.classList.add(classes.get(names[Number(marked.dataset.expert)]) ?? NO_EXPERT);
 }
 
 /** An expert has one colour on the whole page; only where there are more experts than colours has each pool its own. */
