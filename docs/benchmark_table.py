@@ -108,7 +108,7 @@ def routing_quality(record: Mapping[str, Any]) -> Iterator[Row]:
         shown = ("base", "merged", "arrow", "retrieval by 32 tokens", "phatgoose", "blend", "oracle expert")
         measured = "; ".join(f"{name} {show(values[name], '{:.3f}')}" for name in shown)
         figure = f"bits per byte by router, {record['experts']} experts, {len(record['sets'][group])} sets: {said}"
-        yield Row(figure, measured, "phatgoose ahead of post-hoc rivals on unseen; blend ahead of all")
+        yield Row(figure, measured, "phatgoose ahead of post-hoc baselines on unseen; blend ahead of all")
 
 
 def routing_switch(record: Mapping[str, Any]) -> Iterator[Row]:

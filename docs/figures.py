@@ -76,8 +76,9 @@ def main() -> int:
     parser.add_argument("demo", type=Path, help="folder of a finished demonstration")
     parser.add_argument("--output", type=Path, default=PICTURE, help="where the picture goes")
     arguments = parser.parse_args()
-    rivals = sorted(path.parent for path in arguments.demo.glob("rivals/*/result.json") if path.parent.name != MONOLITH)
-    runs = read_runs([*([arguments.demo] if (arguments.demo / "result.json").exists() else []), *rivals])
+    found = arguments.demo.glob("baselines/*/result.json")
+    baselines = sorted(path.parent for path in found if path.parent.name != MONOLITH)
+    runs = read_runs([*([arguments.demo] if (arguments.demo / "result.json").exists() else []), *baselines])
     dga = [run for run in runs if run.policy == "dga"]
     if not dga:
         print(f"{arguments.demo} holds no finished run of the policy dga; run `make demo` first", file=sys.stderr)

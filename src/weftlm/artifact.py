@@ -55,14 +55,14 @@ class Artifact:
     """
 
     def __init__(self, record: Path, identity: Mapping[str, Any], cure: str) -> None:
-        self.record, self.identity, self._cure = record, dict(identity), cure
-        self.begun = record.with_name(f".{record.stem}.begun.json")
+        self.record, self.identity, self.cure = record, dict(identity), cure
+        self.begun = _begun(record)
 
     @property
     def id(self) -> str:
         """A digest by which other results refer to this one: of its identity as it was first written."""
         for path in (self.record, self.begun):
-            found = read_object(path, self._cure)
+            found = read_object(path, self.cure)
             if found is not None and not self._changed(found):
                 return checksum(found[_IDENTITY])
         return checksum(self.identity)
@@ -74,7 +74,7 @@ class Artifact:
             DataError: a record is torn or altered.
         """
         for path in (self.record, self.begun):
-            found = read_object(path, self._cure)
+            found = read_object(path, self.cure)
             if found is not None:
                 return self._changed(found) or None
         return None
@@ -85,10 +85,10 @@ class Artifact:
         Raises:
             DataError: the record or a file is missing, torn or altered.
         """
-        found = read_object(self.record, self._cure)
+        found = read_object(self.record, self.cure)
         if found is None or self._changed(found):
             return None
-        check_listed(self.record.parent, found.pop(_FILES, {}), self._cure)
+        check_listed(self.record.parent, found.pop(_FILES, {}), self.cure)
         return found
 
     def resume(self) -> bool:
@@ -97,13 +97,17 @@ class Artifact:
         Raises:
             DataError: its record is torn or altered.
         """
-        found = read_object(self.begun, self._cure)
+        found = read_object(self.begun, self.cure)
         return found is not None and not self._changed(found)
 
-    def begin(self) -> None:
-        """Note that the work of this identity begins; a result of another one stays until `finish`."""
+    def begin(self, **notes: Any) -> None:
+        """Note that the work of this identity begins; a result of another one stays until `finish`.
+
+        Args:
+            notes: What else to note, as JSON values, for `read_record`.
+        """
         self.begun.parent.mkdir(parents=True, exist_ok=True)
-        write_object(self.begun, {_IDENTITY: self.identity})
+        write_object(self.begun, {_IDENTITY: self.identity, **notes})
 
     def finish(self, facts: Mapping[str, Any], files: Sequence[str] = (), *, nan: bool = False) -> dict[str, Any]:
         """Write the record; from now on the result is reused.
@@ -117,13 +121,33 @@ class Artifact:
         """
         found = {_IDENTITY: self.identity, **facts}
         listed = {name: describe(self.record.parent / name) for name in files}
-        write_object(self.record, {**found, _FILES: listed}, nan=nan)
+        write_object(self.record, {**found, _FILES: listed}, sync=True, nan=nan)
         self.begun.unlink(missing_ok=True)
         plain: dict[str, Any] = parse_json(json.dumps(found))
         return plain
 
     def _changed(self, found: Mapping[str, Any]) -> str:
         return differences(found.get(_IDENTITY), self.identity)
+
+
+def read_record(record: Path, cure: str) -> tuple[bool, dict[str, Any]] | None:
+    """Whether a result is finished, and its record, whatever its identity: of work under way, or else of the result.
+
+    Args:
+        record: The JSON file of the finished result.
+        cure: What to do about a torn or altered file, for messages.
+    Raises:
+        DataError: The record is torn or altered.
+    """
+    for path in (_begun(record), record):
+        found = read_object(path, cure)
+        if found is not None:
+            return path == record, found
+    return None
+
+
+def _begun(record: Path) -> Path:
+    return record.with_name(f".{record.stem}.begun.json")
 
 
 # -- one process at a time ----------------------------------------------------------------------------------------

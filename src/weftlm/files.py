@@ -271,12 +271,12 @@ def seal(folder: Path) -> None:
     write_object(folder / SEAL, {"format": _SEAL_FORMAT, "files": _described(folder, _files(folder))})
 
 
-def check_sealed(folder: Path, cure: str) -> None:
+def check_sealed(folder: Path, cure: str, *, closed: bool = False) -> None:
     """Compare a folder with its seal; one without a seal passes, since other programs make none.
 
     Raises:
         DataError: A file is missing, cut short or altered, or weights or settings were added; the message names it and
-            ends with `cure`, which says what to do about it.
+            ends with `cure`, which says what to do about it. With `closed` no file at all may be added.
     """
     stated = read_object(folder / SEAL, cure)
     if stated is None:
@@ -286,7 +286,7 @@ def check_sealed(folder: Path, cure: str) -> None:
     if stated.get("format") != _SEAL_FORMAT or not isinstance(listed, dict):
         raise DataError(f"{folder / SEAL} is of another format than {_SEAL_FORMAT!r}; {cure}")
     found = set(_files(folder))
-    added = {name for name in found - listed.keys() if _DECIDING.fullmatch(name)}
+    added = {name for name in found - listed.keys() if closed or _DECIDING.fullmatch(name)}
     if added:
         raise DataError(f"{folder / min(added)} was added since {folder} was finished; {cure}")
     check_listed(folder, listed, cure)

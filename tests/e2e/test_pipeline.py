@@ -23,7 +23,7 @@ PARTS: dict[str, Any] = {
     "evaluation": {"every_steps": 30, "tasks": [{"path": "ask.jsonl"}]},
     "training": {**recipe_value()["training"], "steps": 40},
     "experts": {
-        "rival": "uniform",
+        "baseline": "uniform",
         "lora": {"rank": 2, "alpha": 4},
         "training": {"sequence_length": 32, "batch_sequences": 8, "steps": 8, "lr": 3e-3, "device": "cpu"},
         "validate_every_steps": 0,
@@ -97,7 +97,7 @@ def test_a_project_runs_once_and_then_only_what_changed(
     )
     models = summary["models"]
     assert list(models) == [
-        "mixture: dga", "rival: uniform", "rival: monolith", "routed: phatgoose", "gate: student",
+        "mixture: dga", "baseline: uniform", "baseline: monolith", "routed: phatgoose", "gate: student",
         "gate: student-top-1",
     ]  # fmt: skip
     for model in models.values():
@@ -106,11 +106,11 @@ def test_a_project_runs_once_and_then_only_what_changed(
         assert model["accuracy"]["ask"] in (0.0, 1.0)
         assert open_model(model["path"]).kind == model["kind"]
     library = json.loads((tmp_path / "runs/one/experts/library.json").read_text())
-    assert library["base"]["name"].endswith("runs/one/rivals/uniform/model")
+    assert library["base"]["name"].endswith("runs/one/baselines/uniform/model")
     page = (tmp_path / "runs/one/report.html").read_text()
     for heading in ("Every model", "Mixture over time", "Routing", "Robust gate"):
         assert f">{heading}<" in page
-    assert "What helped: bits per byte of held-out text, mean over the sets, against rival: uniform" in page
+    assert "What helped: bits per byte of held-out text, mean over the sets, against baseline: uniform" in page
     assert "Share of right answers by model" in page
     assert "Share of right answers by router" in page
 

@@ -14,7 +14,7 @@ from support.tiny_project import command, environment
 SAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
 
 
-def test_a_policy_and_a_router_of_another_package(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+def test_methods_and_a_stage_of_another_package(tmp_path: Path, recipe: Callable[..., Path]) -> None:
     site = tmp_path / "site"
     subprocess.run(
         [
@@ -37,12 +37,18 @@ def test_a_policy_and_a_router_of_another_package(tmp_path: Path, recipe: Callab
         "mixture": {"policy": "progress_share", "update_every_steps": 4},
         "experts": {"training": {"steps": 2}, "gate": {"steps": 0}, "statistics_examples": 0},
         "routing": {"routers": ["reading-direction", "uniform"], "build": ["reading-direction"], "timed_pairs": 0},
+        "stages": {"token-counts": {"most": 3}},
     })  # fmt: skip
     wrong = run("train", path, "--set", "mixture.flor=0.2", "--dry-run", check=2)
     assert "mixture.flor: unknown key; did you mean 'floor'" in wrong
+    wrong = run("run", path, "--set", "stages.token-counts.mots=2", "--dry-run", check=2)
+    assert "stages.token-counts.mots: unknown key; did you mean 'most'" in wrong
     run("run", path, "--set", "training.steps=8", "--set", "evaluation.every_steps=null")
     result = json.loads((tmp_path / "runs/one/result.json").read_text())
     assert result["policy"] == "progress_share"
     compared = json.loads((tmp_path / "runs/one/routing.json").read_text())
     assert "reading-direction" in json.dumps(compared)
     assert (tmp_path / "runs/one/routed/reading-direction").is_dir()
+    counts = json.loads((tmp_path / "runs/one/token-counts.json").read_text())
+    assert all(len(rows) == 3 and rows[0][1] >= rows[2][1] for name, rows in counts.items() if name != "checksum")
+    assert '"token-counts"' in run("status", tmp_path / "runs/one", "--json")

@@ -19,9 +19,9 @@ COMPLETING = "_WEFTLM_COMPLETE"
 
 def stages(incomplete: str) -> list[str]:
     """Stages of a project."""
-    from weftlm.pipeline.stages import STAGES
+    from weftlm.pipeline.stage import stages as known
 
-    return _starting(incomplete, (stage.name for stage in STAGES))
+    return _starting(incomplete, known)
 
 
 def routers(incomplete: str) -> list[str]:

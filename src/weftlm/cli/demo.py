@@ -22,7 +22,7 @@ def run(
     """Run the whole pipeline on built-in text: a mixture found while training, experts routed, a robust gate.
 
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
-    summary.json, the model, its rivals, experts, routed models, gate and students. Finished stages are reused.
+    summary.json, the model, its baselines, experts, routed models, gate and students. Finished stages are reused.
     """
     from weftlm.pipeline.demo import demo_recipe, run_demo
     from weftlm.pipeline.quick import quick as cut_down
@@ -54,7 +54,7 @@ def run(
         ["mixture", "target", "mean of domains", "epochs of the most read", "training s", "of it alignment s"],
         rows,
     )
-    under = recipe.expert_settings.rival or recipe.trained[1].policy
+    under = recipe.expert_settings.baseline or recipe.trained[1].policy
     print_table(
         f"bits per byte of {len(routing['experts'])} experts over the model of the mixture {under}, by router"
         f"{windows(routing.get('sequence_length'))}",

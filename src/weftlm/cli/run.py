@@ -60,7 +60,7 @@ def run(
 
     What is done and unchanged is skipped; an interrupted run continues. A recipe has the stages of its sections: model,
     mixture and training train a base; experts make experts over it; routing compares routers; gating fits a robust gate
-    and distils it; compare trains rivals. A costly stage whose settings changed is replaced only with --from.
+    and distils it; compare trains baselines. A costly stage whose settings changed is replaced only with --from.
     """
     from weftlm.pipeline.checks import check_recipe
     from weftlm.pipeline.quick import quick as cut_down
@@ -70,8 +70,8 @@ def run(
     project = load_recipe(recipe, set_ or [])
     if quick:
         project = cut_down(project)
-    check_recipe(project, ask=not dry_run)
     if dry_run:
+        check_recipe(project)
         _show_plan(project, from_, until, json)
         return
     found = run_project(project, from_stage=from_, until=until, processes=processes)

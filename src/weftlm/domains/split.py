@@ -51,6 +51,11 @@ class SplitConfig(Section):
             raise ValueError(f"min_documents {self.min_documents} exceeds max_documents {self.max_documents}")
         return self
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether any document can be held out."""
+        return self.max_documents > 0 and (self.fraction > 0 or self.min_documents > 0)
+
 
 def heldout_count(documents: int, config: SplitConfig) -> int:
     """How many of a domain's documents are held out; at least one is always left for training.

@@ -44,7 +44,7 @@ def open_base(recipe: Recipe, data: PreparedData) -> Base:
     name, revision = recipe.base, recipe.expert_settings.revision
     if recipe.expert_settings.base is None:
         if not Path(name).is_dir():
-            how = "weftlm train" if recipe.expert_settings.rival is None else "weftlm run --until rivals"
+            how = "weftlm train" if recipe.expert_settings.baseline is None else "weftlm run --until baselines"
             raise ConfigError(f"{recipe.base_run} has no trained model yet; finish it with {how}, or set experts.base")
         require_same_data(recipe.base_run, data)
     check_base_kind(name)

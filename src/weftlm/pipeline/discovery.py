@@ -77,7 +77,7 @@ def by_label(corpus: Spool, heldout: Spool, folder: Path) -> Discovered:
     place = {name: number for number, name in enumerate(names)}
     for spool, numbers in ((corpus, found.train), (heldout, found.heldout)):
         table = np.array([place[label] for label in spool.labels], dtype=np.int64)
-        numbers.write(table[block["label"]] for block in spool.facts())
+        numbers.write(table[block] for block in spool.label_numbers())
     return found
 
 
@@ -120,8 +120,8 @@ def _renumbered(numbers: Iterator[int], table: NDArray[np.int64]) -> Iterator[ND
 
 def _need_labels(spool: Spool) -> None:
     start = 0
-    for block in spool.facts():
-        without = np.flatnonzero(block["label"] == NO_LABEL)
+    for block in spool.label_numbers():
+        without = np.flatnonzero(block == NO_LABEL)
         if len(without):
             document = next(islice(spool, start + int(without[0]), None))
             raise DataError(

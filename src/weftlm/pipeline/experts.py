@@ -44,7 +44,7 @@ from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
-from weftlm.pipeline.stage_records import alone
+from weftlm.pipeline.run_folder import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.progress import write_line
 from weftlm.training.config import NOT_DECIDING
@@ -61,7 +61,7 @@ Status = Literal["made", "kept"]
 
 
 @dataclass(frozen=True)
-class Workshop:
+class ExpertMaking:
     """Where experts are made: base and data opened, the library beside them.
 
     Attributes:
@@ -79,20 +79,22 @@ class Workshop:
     domains: Mapping[str, Domain]
 
 
-def open_workshop(recipe: Recipe, *, progress: bool = True) -> Workshop:
+def open_for_making(recipe: Recipe, *, progress: bool = True) -> ExpertMaking:
     """Prepare the data or reuse it, load the base, and open the library or start it.
 
     Raises:
         ConfigError, DataError: as `prepare` and `open_base`, or a domain is named that is not there.
         ExpertError: the library is for another base, or two domains' experts would share a name.
     """
-    return _workshop(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
+    return _opened(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
 
 
-def _workshop(recipe: Recipe, data: PreparedData) -> Workshop:
+def _opened(recipe: Recipe, data: PreparedData) -> ExpertMaking:
     domains = expert_domains(data.domains, recipe.expert_settings.domains)
     base = open_base(recipe, data)
-    return Workshop(recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains)
+    return ExpertMaking(
+        recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains
+    )
 
 
 def check_experts(recipe: Recipe, model: ModelConfig | None = None) -> None:
@@ -168,57 +170,46 @@ def train_experts(
     Returns:
         library, base, and by expert: domain, status (made now, or kept), and its card's losses and adapter facts.
     Raises:
-        ConfigError, DataError, ExpertError, CheckpointError, NumericsError: as `open_workshop` and `train_expert`; a
+        ConfigError, DataError, ExpertError, CheckpointError, NumericsError: as `open_for_making` and `train_expert`; a
             name in `only` is not there; an expert of other settings has the name and `replace` is not set.
         ConfigError, WeftError: as `fan_out`.
     """
     check_experts(recipe)
     group = process_group(recipe)
     first = bool(group is None or group.is_main_process)
+    progress = progress and first
     with alone(recipe.run, shared=True) if first else nullcontext():
-        return _train_experts(recipe, group, only, replace, executor, progress and first)
+        with nullcontext() if group is None else group.main_process_first():
+            making = open_for_making(recipe, progress=progress)
+        names = _chosen(making, only)
+        kept = {name for name in names if _standing(making, name, replace=replace)}
+        _check_lengths(making, [name for name in names if name not in kept])
+        rank, world = (0, 1) if group is None else (group.process_index, group.num_processes)
+        todo = [name for name in names if name not in kept][rank::world]
+        # The training loop joins the group that the environment tells of; a process beside this one trains alone.
+        with ExitStack() as stack:
+            if executor is None and group is not None:
+                executor = stack.enter_context(processes(1))
+            if executor is not None and todo:
+                _make_with(executor, making, todo, replace=replace, progress=progress)
+            for number, name in enumerate(todo if executor is None else ()):
+                if progress:
+                    write_line(f"expert {number + 1} of {len(todo)}: {name}")
+                make_one(making, name, replace=replace)
+        if group is not None:
+            group.wait_for_everyone()
+        return {
+            "library": str(making.library.folder),
+            "base": making.base.reference.name,
+            "experts": {name: _summary(making, name, "kept" if name in kept else "made") for name in names},
+        }
 
 
-def _train_experts(
-    recipe: Recipe,
-    group: PartialState | None,
-    only: Sequence[str] | None,
-    replace: bool,
-    executor: Executor | None,
-    progress: bool,
-) -> dict[str, Any]:
-    """`train_experts` in a run folder that is held."""
-    with nullcontext() if group is None else group.main_process_first():
-        shop = open_workshop(recipe, progress=progress)
-    names = _chosen(shop, only)
-    kept = {name for name in names if _standing(shop, name, replace=replace)}
-    _check_lengths(shop, [name for name in names if name not in kept])
-    rank, world = (0, 1) if group is None else (group.process_index, group.num_processes)
-    todo = [name for name in names if name not in kept][rank::world]
-    # The training loop joins the group that the environment tells of; a process beside this one trains alone.
-    with ExitStack() as stack:
-        if executor is None and group is not None:
-            executor = stack.enter_context(processes(1))
-        if executor is not None and todo:
-            _make_with(executor, shop, todo, replace=replace, progress=progress)
-        for number, name in enumerate(todo if executor is None else ()):
-            if progress:
-                write_line(f"expert {number + 1} of {len(todo)}: {name}")
-            make_one(shop, name, replace=replace)
-    if group is not None:
-        group.wait_for_everyone()
-    return {
-        "library": str(shop.library.folder),
-        "base": shop.base.reference.name,
-        "experts": {name: _summary(shop, name, "kept" if name in kept else "made") for name in names},
-    }
-
-
-def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: float = 0.0) -> Status:
+def make_one(making: ExpertMaking, name: str, *, replace: bool = False, patience_s: float = 0.0) -> Status:
     """Make one expert and add it to the library, or find it there.
 
     Args:
-        shop: where it is made.
+        making: where it is made.
         name: of the expert.
         replace: discard what is there of other settings, data or seed.
         patience_s: how long to wait for another process that is making it.
@@ -227,25 +218,25 @@ def make_one(shop: Workshop, name: str, *, replace: bool = False, patience_s: fl
             set.
         WeftError: as `train_experts`.
     """
-    recipe, domain = shop.recipe, shop.domains[name]
+    recipe, domain = making.recipe, making.domains[name]
     work = recipe.training_folder(name)
     with _alone(work, name, patience_s):
-        if _standing(shop, name, replace=replace):
+        if _standing(making, name, replace=replace):
             return "kept"
-        _claim(work, name, _wanted(shop, name), replace=replace)
+        _claim(work, name, _wanted(making, name), replace=replace)
         expert = train_expert(
-            shop.base.model,
-            shop.base.reference,
+            making.base.model,
+            making.base.reference,
             domain.train,
             recipe.expert_settings.expert_training,
             name=name,
             folder=work,
             seed=recipe.seed,
             heldout=domain.heldout,
-            about=_about(shop, domain),
-            decode=shop.data.tokenizer.decode,
+            about=_about(making, domain),
+            decode=making.data.tokenizer.decode,
         )
-        shop.library.add(expert, replace=replace)
+        making.library.add(expert, replace=replace)
     return "made"
 
 
@@ -267,51 +258,47 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         ExpertError: there is no such expert, or it does not fit the base.
     """
     with alone(recipe.run, shared=True):
-        return _gate_expert(open_workshop(recipe, progress=progress), name, domain, progress)
-
-
-def _gate_expert(shop: Workshop, name: str, domain: str | None, progress: bool) -> dict[str, Any]:
-    """`gate_expert` in a run folder that is held."""
-    recipe, name = shop.recipe, shop.library.named(name)
-    expert = shop.library.load(name)
-    check_fits(expert.lora, shop.base.model, fingerprint=shop.base.reference.fingerprint)
-    found = _domain_of(shop, expert, domain)
-    config = recipe.expert_settings.expert_training
-    source = training_source(found.train, found.name, config.examples)
-    embed = embedder_named(config.embedder, shop.data.tokenizer.decode) if config.statistics_examples else None
-    choices = [config.gate.model_dump(mode="json"), training_choices(config.training)]
-    identity = fingerprint_of(
-        choices, adapter_fingerprint(expert.lora), source.fingerprint, recipe.seed, *how_read(source)
-    )
-    work = recipe.training_folder(name) / f"gate-{identity[:12]}"
-    runtime = choose_runtime(config.training, parameters=count_parameters(shop.base.model))
-    if progress:
-        write_line(f"gate of {name} on {found.name}")
-    model: nn.Module = shop.base.model
-    with _alone(work, name), unchanged(model):
-        model.to(runtime.device)
-        gate = train_gate(
-            model, expert.lora, source, config.gate,
-            folder=work, seed=recipe.seed, training=config.training, runtime=runtime,
-        )  # fmt: skip
-        statistics = expert.statistics
-        if embed is not None:
-            statistics = collect_statistics(
-                model, expert.lora, source,
-                examples=config.statistics_examples, sequence_length=config.training.sequence_length,
-                seed=recipe.seed, batch_sequences=config.training.batch_sequences,
-                embedder=config.embedder, embed=embed,
+        making = open_for_making(recipe, progress=progress)
+        name = making.library.named(name)
+        expert = making.library.load(name)
+        check_fits(expert.lora, making.base.model, fingerprint=making.base.reference.fingerprint)
+        found = _domain_of(making, expert, domain)
+        config = recipe.expert_settings.expert_training
+        source = training_source(found.train, found.name, config.examples)
+        embed = embedder_named(config.embedder, making.data.tokenizer.decode) if config.statistics_examples else None
+        choices = [config.gate.model_dump(mode="json"), training_choices(config.training)]
+        identity = fingerprint_of(
+            choices, adapter_fingerprint(expert.lora), source.fingerprint, recipe.seed, *how_read(source)
+        )
+        work = recipe.training_folder(name) / f"gate-{identity[:12]}"
+        runtime = choose_runtime(config.training, parameters=count_parameters(making.base.model))
+        if progress:
+            write_line(f"gate of {name} on {found.name}")
+        model: nn.Module = making.base.model
+        with _alone(work, name), unchanged(model):
+            model.to(runtime.device)
+            gate = train_gate(
+                model, expert.lora, source, config.gate,
+                folder=work, seed=recipe.seed, training=config.training, runtime=runtime,
             )  # fmt: skip
-        card = {**expert.card, "gate": dict(gate.facts)}
-        if embed is not None and statistics is not None:
-            card["statistics"] = dict(statistics.facts)
-        if "settings" in card:
-            now = config.model_dump(mode="json")
-            card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
-        shop.library.add(Expert(expert.lora, gate, statistics, card), replace=True)
-        remove(work)
-    facts = None if statistics is None else dict(statistics.facts)
-    return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
+            statistics = expert.statistics
+            if embed is not None:
+                statistics = collect_statistics(
+                    model, expert.lora, source,
+                    examples=config.statistics_examples, sequence_length=config.training.sequence_length,
+                    seed=recipe.seed, batch_sequences=config.training.batch_sequences,
+                    embedder=config.embedder, embed=embed,
+                )  # fmt: skip
+            card = {**expert.card, "gate": dict(gate.facts)}
+            if embed is not None and statistics is not None:
+                card["statistics"] = dict(statistics.facts)
+            if "settings" in card:
+                now = config.model_dump(mode="json")
+                card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
+            making.library.add(Expert(expert.lora, gate, statistics, card), replace=True)
+            remove(work)
+        facts = None if statistics is None else dict(statistics.facts)
+        return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
 
 
 def remove_unwanted(recipe: Recipe) -> list[str]:
@@ -337,27 +324,27 @@ def remove_unwanted(recipe: Recipe) -> list[str]:
 # -- which experts ------------------------------------------------------------------------------------------------
 
 
-def _chosen(shop: Workshop, only: Sequence[str] | None) -> list[str]:
+def _chosen(making: ExpertMaking, only: Sequence[str] | None) -> list[str]:
     if only is None:
-        return list(shop.domains)
-    by_domain = {domain.name: name for name, domain in shop.domains.items()}
-    known = {**by_domain, **{name: name for name in shop.domains}}
+        return list(making.domains)
+    by_domain = {domain.name: name for name, domain in making.domains.items()}
+    known = {**by_domain, **{name: name for name in making.domains}}
     for asked in only:
         if asked not in known:
             raise ConfigError(f"no expert {asked!r} is to be made{did_you_mean(asked, known)}")
     wanted = {known[asked] for asked in only}
-    return [name for name in shop.domains if name in wanted]
+    return [name for name in making.domains if name in wanted]
 
 
-def _check_lengths(shop: Workshop, names: Sequence[str]) -> None:
+def _check_lengths(making: ExpertMaking, names: Sequence[str]) -> None:
     """Refuse domains too small for one sequence before anything is trained."""
-    length = shop.recipe.expert_settings.training.sequence_length
-    length = max(length, shop.recipe.expert_settings.gate.sequence_length or 0)
-    asked = shop.recipe.expert_settings.examples
-    sources = {name: training_source(shop.domains[name].train, name, asked) for name in names}
+    length = making.recipe.expert_settings.training.sequence_length
+    length = max(length, making.recipe.expert_settings.gate.sequence_length or 0)
+    asked = making.recipe.expert_settings.examples
+    sources = {name: training_source(making.domains[name].train, name, asked) for name in names}
     short = [name for name, source in sources.items() if examples_of(source) is None and len(source) <= length]
     if short:
-        sizes = ", ".join(f"{name} ({len(shop.domains[name].train):,} tokens)" for name in short[:5])
+        sizes = ", ".join(f"{name} ({len(making.domains[name].train):,} tokens)" for name in short[:5])
         more = f" and {len(short) - 5} more" if len(short) > 5 else ""
         raise DataError(
             f"{sizes}{more}: too little text for a sequence of {length} tokens; leave them out with experts.domains, "
@@ -365,15 +352,15 @@ def _check_lengths(shop: Workshop, names: Sequence[str]) -> None:
         )
 
 
-def _wanted(shop: Workshop, name: str) -> dict[str, Any]:
+def _wanted(making: ExpertMaking, name: str) -> dict[str, Any]:
     """All that decides an expert."""
-    domain = shop.domains[name]
+    domain = making.domains[name]
     return {
-        "base": shop.base.reference.fingerprint,
+        "base": making.base.reference.fingerprint,
         "data": domain.train.fingerprint,
         "heldout": None if domain.heldout is None else domain.heldout.fingerprint,
-        "seed": shop.recipe.seed,
-        "settings": _choices(shop.recipe.expert_settings.expert_training),
+        "seed": making.recipe.seed,
+        "settings": _choices(making.recipe.expert_settings.expert_training),
     }
 
 
@@ -392,40 +379,40 @@ def _said(card: Mapping[str, Any]) -> dict[str, Any]:
     return {**said, "seed": card.get("seed"), "settings": settings}
 
 
-def _standing(shop: Workshop, name: str, *, replace: bool) -> bool:
+def _standing(making: ExpertMaking, name: str, *, replace: bool) -> bool:
     """Whether the very expert that is wanted is in the library.
 
     Raises:
         ExpertError: another one has its name, and `replace` is not set.
     """
     check_name(name)
-    if name not in shop.library:
+    if name not in making.library:
         return False
-    card = shop.library.card(name)
+    card = making.library.card(name)
     if "settings" not in card:
         changes, told = ["it was not made by weftlm experts train"], "it was not made by weftlm experts train"
     else:
-        changes = changed_keys(_said(card), _wanted(shop, name))
-        told = differences(_said(card), _wanted(shop, name))
+        changes = changed_keys(_said(card), _wanted(making, name))
+        told = differences(_said(card), _wanted(making, name))
     if changes and not replace:
         only_gate = all(change.startswith(_GATE_SETTINGS) for change in changes)
         raise ExpertError(
-            f"expert {name!r} in {shop.library.folder} is another one than the recipe makes "
+            f"expert {name!r} in {making.library.folder} is another one than the recipe makes "
             f"({told}); replace it (weftlm experts train --replace), or choose another library"
             + ("; gate and statistics alone are made again by weftlm experts gate" if only_gate else "")
         )
     return not changes
 
 
-def _domain_of(shop: Workshop, expert: Expert, asked: str | None) -> Domain:
+def _domain_of(making: ExpertMaking, expert: Expert, asked: str | None) -> Domain:
     """The domain an expert belongs to."""
-    known = {domain.name: domain for domain in shop.data.domains}
+    known = {domain.name: domain for domain in making.data.domains}
     name = asked
     if name is None:
         about = expert.card.get("about")
         name = about.get("domain") if isinstance(about, Mapping) else None
     if name is None:
-        name = next((domain.name for title, domain in shop.domains.items() if title == expert.name), None)
+        name = next((domain.name for title, domain in making.domains.items() if title == expert.name), None)
     if name is None or name not in known:
         raise ConfigError(
             f"expert {expert.name!r} belongs to no domain of the data"
@@ -443,22 +430,22 @@ def _domain_of(shop: Workshop, expert: Expert, asked: str | None) -> Domain:
     return domain
 
 
-def _about(shop: Workshop, domain: Domain) -> dict[str, Any]:
+def _about(making: ExpertMaking, domain: Domain) -> dict[str, Any]:
     """What an expert's card says of its text."""
-    config = shop.recipe.data
+    config = making.recipe.data
     return {
         "domain": domain.name,
         "domains_by": config.domains.by,
         "corpora": [corpus.name for corpus in config.corpora],
         "documents": domain.documents,
-        "prepared": shop.data.fingerprint,
+        "prepared": making.data.fingerprint,
     }
 
 
-def _summary(shop: Workshop, name: str, status: Status) -> dict[str, Any]:
-    card = shop.library.card(name)
+def _summary(making: ExpertMaking, name: str, status: Status) -> dict[str, Any]:
+    card = making.library.card(name)
     return {
-        "domain": shop.domains[name].name,
+        "domain": making.domains[name].name,
         "status": status,
         "losses": card.get("losses"),
         "adapter": card.get("adapter"),
@@ -511,9 +498,11 @@ def process_group(recipe: Recipe) -> PartialState | None:
     )
 
 
-def _make_with(executor: Executor, shop: Workshop, names: Sequence[str], *, replace: bool, progress: bool) -> None:
+def _make_with(
+    executor: Executor, making: ExpertMaking, names: Sequence[str], *, replace: bool, progress: bool
+) -> None:
     """Make each expert on some worker of an executor."""
-    recipe, key = shop.recipe, new_key()
+    recipe, key = making.recipe, new_key()
     recipe.run.mkdir(parents=True, exist_ok=True)
     fan_out(
         executor,
@@ -534,5 +523,5 @@ def shared_folders(recipe: Recipe) -> list[Path]:
 
 
 def _make_far(key: str, recipe: Recipe, name: str, replace: bool) -> Status:
-    shop = keep(key, lambda: _workshop(recipe, PreparedData.load(recipe.prepared_folder)))
-    return make_one(shop, name, replace=replace, patience_s=_PATIENCE_S)
+    making = keep(key, lambda: _opened(recipe, PreparedData.load(recipe.prepared_folder)))
+    return make_one(making, name, replace=replace, patience_s=_PATIENCE_S)

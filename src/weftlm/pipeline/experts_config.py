@@ -41,9 +41,9 @@ class ExpertsConfig(ExpertTraining):
     """
 
     base: str | None = Field(None, description="folder or hub name of the base; absent: `model` in the run folder")
-    rival: str | None = Field(
+    baseline: str | None = Field(
         None,
-        description="take the model of this rival (a policy of compare.mixtures) as base; `weftlm run` trains it first",
+        description="baseline (a policy of compare.mixtures) whose model is the base; `weftlm run` trains it first",
     )
     revision: str | None = Field(None, description="hub revision of the base")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype the base is held in")
@@ -59,8 +59,8 @@ class ExpertsConfig(ExpertTraining):
     def _revision_of_a_base(self) -> ExpertsConfig:
         if self.revision is not None and self.base is None:
             raise ValueError("revision goes with base; the run's own model has none")
-        if self.rival is not None and self.base is not None:
-            raise ValueError("base and rival both name the base; give one of the two")
+        if self.baseline is not None and self.base is not None:
+            raise ValueError("base and baseline both name the base; give one of the two")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from accelerate import PartialState
 
 from weftlm.artifact import Artifact
 from weftlm.config import changed_keys, settings
@@ -42,7 +41,7 @@ from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.report import write_gate_page
-from weftlm.pipeline.stage_records import alone
+from weftlm.pipeline.run_folder import alone
 from weftlm.progress import Pace, weights_text, write_line
 from weftlm.training.runtime import choose_runtime
 
@@ -80,55 +79,45 @@ def score_experts(
     config = recipe.gating_settings
     group = process_group(recipe)
     first = group is None or bool(group.is_main_process)
+    progress = progress and first
     with alone(recipe.run) if first else nullcontext():
-        return _score_experts(recipe, config, group, overwrite, executor, progress and first)
-
-
-def _score_experts(
-    recipe: Recipe,
-    config: GatingConfig,
-    group: PartialState | None,
-    overwrite: bool,
-    executor: Executor | None,
-    progress: bool,
-) -> dict[str, Any]:
-    """`score_experts` in a run folder that is held."""
-    with nullcontext() if group is None else group.main_process_first():
-        data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
-    texts = held_out_texts(data, config)
-    if executor is not None:
-        sources = pool_sources(recipe)
-        cache = score_with(
-            executor,
-            sources,
+        with nullcontext() if group is None else group.main_process_first():
+            data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
+        texts = held_out_texts(data, config)
+        if executor is not None:
+            sources = pool_sources(recipe)
+            cache = score_with(
+                executor,
+                sources,
+                texts,
+                recipe.scores_folder,
+                config.scores,
+                eos_id=data.tokenizer.eos_id,
+                dtype=recipe.expert_settings.dtype,
+                overwrite=overwrite,
+                show=progress,
+            )
+            return score_summary(cache)
+        device = choose_runtime(recipe.expert_settings.training, parameters=0).device if group is None else group.device
+        if config.pool is None:
+            base = open_base(recipe, data)
+            library = ExpertLibrary.open(recipe.library_folder)
+            # by all names, so that a broken expert is an error and not left out
+            names = library.names if config.experts is None else config.experts
+            pool = ExpertPool.from_library(library, base.model, experts=names, device=device)
+        else:
+            pool = ExpertPool.load(config.pool, dtype=recipe.expert_settings.dtype, device=device)
+            check_tokenizer(pool, data.tokenizer)
+        cache = score(
+            pool,
             texts,
             recipe.scores_folder,
             config.scores,
             eos_id=data.tokenizer.eos_id,
-            dtype=recipe.expert_settings.dtype,
             overwrite=overwrite,
             show=progress,
         )
         return score_summary(cache)
-    device = choose_runtime(recipe.expert_settings.training, parameters=0).device if group is None else group.device
-    if config.pool is None:
-        base = open_base(recipe, data)
-        library = ExpertLibrary.open(recipe.library_folder)
-        names = library.names if config.experts is None else config.experts  # a broken one is missed and not left out
-        pool = ExpertPool.from_library(library, base.model, experts=names, device=device)
-    else:
-        pool = ExpertPool.load(config.pool, dtype=recipe.expert_settings.dtype, device=device)
-        check_tokenizer(pool, data.tokenizer)
-    cache = score(
-        pool,
-        texts,
-        recipe.scores_folder,
-        config.scores,
-        eos_id=data.tokenizer.eos_id,
-        overwrite=overwrite,
-        show=progress,
-    )
-    return score_summary(cache)
 
 
 def pool_sources(recipe: Recipe) -> list[ExpertSource]:
@@ -236,45 +225,34 @@ def fit_gate(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         CheckpointError: the gate cannot be written.
     """
     with alone(recipe.run):
-        return _fit_gate(recipe, progress=progress)
-
-
-def _fit_gate(recipe: Recipe, *, progress: bool) -> dict[str, Any]:
-    """`fit_gate` in a run folder that is held."""
-    config = recipe.gating_settings
-    scores = open_scores(recipe)
-    folder, artifact = recipe.gate_folder, fit_artifact(recipe, scores.cache)
-    found = kept(artifact)
-    if found is not None:
-        return found
-    state = unfinished_state(artifact, folder / STATE, FitState.load)
-    if state is None:
+        config = recipe.gating_settings
+        scores = open_scores(recipe)
+        folder, artifact = recipe.gate_folder, fit_artifact(recipe, scores.cache)
+        found = kept(artifact)
+        if found is not None:
+            return found
+        state = unfinished_state(artifact, folder / STATE, FitState.load)
+        if state is None:
+            (folder / STATE).unlink(missing_ok=True)
+            artifact.begin()
+        result = fit_robust_gate(
+            scores.split.domains,
+            scores.split.samples or None,
+            gate=config.gate,
+            config=config.fit,
+            held_out_samples=scores.split.held_samples or None,
+            state=state,
+            on_progress=fit_reporter(scores.names, config.fit, state, folder / STATE, enabled=progress),
+            on_stop=lambda now: now.save(folder / STATE),
+            **scores.problem,
+        )
+        facts = {"problem": problem_identity(recipe, scores.cache), **fit_facts(result, scores)}
+        for name in (FIT, CERTIFICATE, PAGE):
+            (folder / name).unlink(missing_ok=True)
+        save_gate(result.gate, folder / GATE)
+        made = artifact.finish(facts, [GATE])
         (folder / STATE).unlink(missing_ok=True)
-        artifact.begin()
-    table = FitTable(scores.names, config.fit, state, enabled=progress)
-
-    def report(line: Progress, now: FitState) -> None:
-        now.save(folder / STATE)
-        table.add(line, now)
-
-    result = fit_robust_gate(
-        scores.split.domains,
-        scores.split.samples or None,
-        gate=config.gate,
-        config=config.fit,
-        held_out_samples=scores.split.held_samples or None,
-        state=state,
-        on_progress=report,
-        on_stop=lambda now: now.save(folder / STATE),
-        **scores.problem,
-    )
-    facts = {"problem": problem_identity(recipe, scores.cache), **fit_facts(result, scores)}
-    for name in (FIT, CERTIFICATE, PAGE):
-        (folder / name).unlink(missing_ok=True)
-    save_gate(result.gate, folder / GATE)
-    made = artifact.finish(facts, [GATE])
-    (folder / STATE).unlink(missing_ok=True)
-    return made
+        return made
 
 
 def fit_artifact(recipe: Recipe, cache: ScoreCache) -> Artifact:
@@ -446,36 +424,33 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     }
 
 
-class FitTable:
-    """A fit's history on stderr, a line per report.
+def fit_reporter(
+    domains: Sequence[str], config: FitConfig, state: FitState | None, save: Path, *, enabled: bool
+) -> Callable[[Progress, FitState], None]:
+    """What keeps each state of a fit and shows a line of its history on stderr.
 
     Args:
-        domains: their names.
-        config: of the fit.
-        state: the fit goes on from here; None: from its beginning.
-        enabled: False shows nothing.
+        domains: Names of the domains.
+        config: Settings of the fit.
+        state: State from which the fit resumes; None: its beginning.
+        save: File of the states.
+        enabled: Whether to show lines.
     """
+    pace = Pace(0 if state is None else state.step)
 
-    def __init__(self, domains: Sequence[str], config: FitConfig, state: FitState | None, *, enabled: bool) -> None:
-        self.domains = domains
-        self.config = config
-        self.enabled = enabled
-        self.pace = Pace(0 if state is None else state.step)
-
-    def add(self, line: Progress, now: FitState) -> None:
-        """Show a report and the state it was made in."""
-        steps, unit = self.config.steps, self.config.unit
-        mixture = weights_text(dict(zip(self.domains, line.lam, strict=True)), 3)
-        left = "stops here" if now.settled else self.pace.eta(line.step, steps)
-        gap = f"opponent's gap {line.gap:.4f}"
-        if line.duality_gap is not None:
-            gap = f"duality gap {line.duality_gap:.4f}"
-        text = (
-            f"fit {line.step}/{steps}  worst {line.worst_domain} {line.worst:.4f} nats/{unit}  {gap}  "
+    def report(line: Progress, now: FitState) -> None:
+        now.save(save)
+        if not enabled:
+            return
+        mixture = weights_text(dict(zip(domains, line.lam, strict=True)), 3)
+        left = "stops here" if now.settled else pace.eta(line.step, config.steps)
+        gap = f"adversary's gap {line.gap:.4f}" if line.duality_gap is None else f"duality gap {line.duality_gap:.4f}"
+        write_line(
+            f"fit {line.step}/{config.steps}  worst {line.worst_domain} {line.worst:.4f} nats/{config.unit}  {gap}  "
             f"Z {line.z:.4f}  {left}  lambda {mixture}"
         )
-        if self.enabled:
-            write_line(text)
+
+    return report
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
@@ -499,28 +474,23 @@ def certify_gate(recipe: Recipe) -> Certificate:
         CheckpointError: the gate's file is torn.
     """
     with alone(recipe.run):
-        return _certify_gate(recipe)
-
-
-def _certify_gate(recipe: Recipe) -> Certificate:
-    """`certify_gate` in a run folder that is held."""
-    config = recipe.gating_settings
-    scores = open_scores(recipe)
-    folder = recipe.gate_folder
-    gate, facts = open_gate(recipe, scores)
-    measured = certify(
-        gate,
-        scores.split.held_domains,
-        scores.split.held_samples or None,
-        nu=facts["nu"],
-        unit=config.fit.unit,
-        config=config.fit,
-        **scores.problem,
-    )
-    found = dataclasses.replace(measured, length=scores.cache.config.length)
-    write_object(folder / CERTIFICATE, found.to_json(), nan=False)
-    write_gate_page(recipe.run)
-    return found
+        config = recipe.gating_settings
+        scores = open_scores(recipe)
+        folder = recipe.gate_folder
+        gate, facts = open_gate(recipe, scores)
+        measured = certify(
+            gate,
+            scores.split.held_domains,
+            scores.split.held_samples or None,
+            nu=facts["nu"],
+            unit=config.fit.unit,
+            config=config.fit,
+            **scores.problem,
+        )
+        found = dataclasses.replace(measured, length=scores.cache.config.length)
+        write_object(folder / CERTIFICATE, found.to_json(), nan=False)
+        write_gate_page(recipe.run)
+        return found
 
 
 def open_gate(recipe: Recipe, scores: OpenScores) -> tuple[Gate, dict[str, Any]]:

@@ -1,19 +1,22 @@
-"""What decides a result, and how two such descriptions differ."""
+"""The record of prepared data: its configuration, the state of its inputs, and the version of these steps decide it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from weftlm.artifact import Artifact
 from weftlm.config import settings
 from weftlm.corpora.reading import corpus_fingerprint
 from weftlm.pipeline.data_config import DataConfig
 
 MANIFEST = "prepared.json"
 SETS = ("target_heldout", "target", "heldout", "corpora")
-STEPS_VERSION = 2
+STEPS_VERSION = 3
 """Raised whenever the same configuration and inputs would be prepared differently."""
+REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
 
 def input_states(config: DataConfig) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -27,6 +30,11 @@ def input_states(config: DataConfig) -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def data_identity(config: DataConfig) -> dict[str, Any]:
-    """What decides the result: configuration, state of the inputs, version of these steps."""
+    """All that decides prepared data."""
     inputs = {key: state() for key, state in input_states(config)}
-    return {"config": settings(config), "inputs": inputs, "steps": STEPS_VERSION}
+    return {"data": settings(config), "inputs": inputs, "steps": STEPS_VERSION}
+
+
+def prepared_artifact(config: DataConfig, folder: Path) -> Artifact:
+    """Prepared data in a folder, finished or under way."""
+    return Artifact(folder / MANIFEST, data_identity(config), REMEDY)

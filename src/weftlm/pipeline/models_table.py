@@ -1,4 +1,4 @@
-"""Every model of a project on the same held-out text, and the gate's rival on the sequences no gate was fitted on.
+"""Every model of a project on the same held-out text, and the gate's baseline on the sequences no gate was fitted on.
 
 <run>/evaluation.json       what was found
 """
@@ -21,12 +21,12 @@ from weftlm.experts.lora import load_trained
 from weftlm.files import read_object, write_object
 from weftlm.gating.problem import measure
 from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.baselines import baseline_folders
 from weftlm.pipeline.gating import open_scores
 from weftlm.pipeline.heldout import heldout_sets
 from weftlm.pipeline.names import EVALUATION
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import MONOLITH, Recipe
-from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
 from weftlm.progress import progress as show_progress
 from weftlm.reporting.score_table import Role
@@ -41,8 +41,8 @@ def base_of(recipe: Recipe) -> str | None:
     """What a table calls the model that the experts are over; None where a project makes none."""
     if not recipe.makes_experts:
         return None
-    rival = recipe.expert_settings.rival
-    return BASE if rival is None else f"rival: {rival}"
+    baseline = recipe.expert_settings.baseline
+    return BASE if baseline is None else f"baseline: {baseline}"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def models_of(recipe: Recipe) -> dict[str, Place]:
     if given is not None:
         experts = recipe.expert_settings
         add(BASE, recipe.base, "base", {"revision": experts.revision, "dtype": experts.dtype})
-    for name, folder in rival_folders(recipe).items():
-        add(f"rival: {name}", folder / "model", "baseline")
+    for name, folder in baseline_folders(recipe).items():
+        add(f"baseline: {name}", folder / "model", "baseline")
     if not recipe.has_experts:
         return found
     for source in recipe.gating_settings.pool or ():
@@ -189,8 +189,8 @@ def read_evaluation(recipe: Recipe) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _monolith_row(recipe: Recipe) -> dict[str, Any] | None:
-    """The rival on the sequences no gate was fitted on."""
-    folder = recipe.rivals_folder / MONOLITH
+    """The baseline on the sequences no gate was fitted on."""
+    folder = recipe.baselines_folder / MONOLITH
     if not recipe.has_experts or recipe.gating is None or not (folder / "result.json").exists():
         return None
     scores = open_scores(recipe, causal=True)

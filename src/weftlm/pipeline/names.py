@@ -6,6 +6,7 @@ GATE, STATE, FIT, CERTIFICATE, PAGE = (
     "gate.safetensors", "state.safetensors", "fit.json", "certificate.json", "report.html",
 )  # fmt: skip
 EVALUATION = "evaluation.json"
+RESULT = "result.json"
 GATE_PAGE = "gate/report.html"
 REPORT, SUMMARY = "report.html", "summary.json"
 COMPARED, TRAINING = "compared.html", "training.html"

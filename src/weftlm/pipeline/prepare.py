@@ -11,7 +11,6 @@ new data is made beside the old and takes its place only when it is complete.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import Counter
@@ -25,8 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weftlm.artifact import locked
-from weftlm.config import changed_keys
+from weftlm.artifact import Artifact, locked
 from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.reading import ReadingReport, read_documents
@@ -36,19 +34,11 @@ from weftlm.corpora.tokenise import encode_documents, tokenise_by_label
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
 from weftlm.errors import DataError
-from weftlm.files import check_sealed, read_object, remove, room, seal, sweep, write_object, write_whole
+from weftlm.files import SEAL, check_sealed, read_object, remove, room, seal, sweep, write_object
 from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
 from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
-from weftlm.pipeline.identity import MANIFEST, SETS, data_identity
-from weftlm.pipeline.prepared import (
-    FORMAT,
-    LOST_ACCEPTED,
-    TARGET_SET,
-    PreparedData,
-    assemble,
-    folder_digests,
-    read_manifest,
-)
+from weftlm.pipeline.identity import MANIFEST, SETS, prepared_artifact
+from weftlm.pipeline.prepared import LOST_ACCEPTED, TARGET_SET, PreparedData, assemble
 from weftlm.pipeline.spool import NO_LABEL, Spool, SpoolWriter
 from weftlm.progress import progress as show_progress
 
@@ -56,7 +46,6 @@ __all__ = ["BasisConfig", "DataConfig", "DomainsConfig", "PreparedData", "prepar
 
 log = logging.getLogger(__name__)
 
-STATE = "state.json"
 _BYTES_PER_TOKEN_AT_MOST = 16
 _NO_LABEL = "(no label)"
 _SHOWN_LOSS = 0.2
@@ -82,57 +71,48 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
         ConfigError: the configuration does not fit the data.
     """
     folder = Path(folder)
-    identity = data_identity(config)
+    artifact = prepared_artifact(config, folder)
     sweep(folder.parent)
-    if not _sibling(folder, "old").exists() and (found := _reuse(folder, identity, rebuild)) is not None:
+    if not _sibling(folder, "old").exists() and (found := _reuse(artifact, rebuild)) is not None:
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         _finish_swap(folder)
-        if (found := _reuse(folder, identity, rebuild)) is not None:
+        if (found := _reuse(artifact, rebuild)) is not None:
             return found
-        if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        if folder.exists() and not artifact.record.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} holds files but no prepared data; choose another folder, or empty it")
         work = _sibling(folder, "preparing")
         with room(folder):
-            _Preparation(config, work, identity, progress).run()
+            _Preparation(config, Artifact(work / MANIFEST, artifact.identity, artifact.cure), progress).run()
         _publish(work, folder)
     return PreparedData.load(folder)
 
 
-def _reuse(folder: Path, identity: dict[str, Any], rebuild: bool) -> PreparedData | None:
+def _reuse(artifact: Artifact, rebuild: bool) -> PreparedData | None:
     """The prepared data if it is there and unchanged; None if it is to be made.
 
     Raises:
         DataError: it is there but of something else, or damaged, and `rebuild` is not set.
     """
-    if not (folder / MANIFEST).exists():
+    folder = artifact.record.parent
+    if not artifact.record.exists():
         return None
     try:
-        manifest = read_manifest(folder)
-        changes = changed_keys(manifest["config"], identity["config"], "data")
-        if not changes:
-            changes = [f"{line.partition(':')[0]} changed" for line in _changed_inputs(manifest["inputs"], identity)]
-        if manifest["steps"] != identity["steps"]:
-            changes.append("this version of weftlm prepares differently")
-        if not changes:
+        changed = artifact.changed()
+        if changed is None:
             return PreparedData.load(folder)
     except DataError:
         if rebuild:
             return None
         raise
     if rebuild:
-        log.info("%s is prepared again: %s", folder, "; ".join(changes))
+        log.info("%s is prepared again: %s", folder, changed)
         return None
     raise DataError(
-        f"{folder} was prepared from something else: {'; '.join(changes)}. Prepare again with rebuild (weftlm prepare "
+        f"{folder} was prepared from something else ({changed}). Prepare again with rebuild (weftlm prepare "
         f"--rebuild), which replaces it, or choose another folder"
     )
-
-
-def _changed_inputs(old: dict[str, str], identity: dict[str, Any]) -> list[str]:
-    new = identity["inputs"]
-    return [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
 
 
 def _sibling(folder: Path, what: str) -> Path:
@@ -155,7 +135,6 @@ def _publish(work: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     work.rename(folder)
-    (folder / STATE).unlink(missing_ok=True)
     remove(old)
 
 
@@ -199,17 +178,17 @@ class _Stores:
 class _Preparation:
     """One preparation, step by step; every step leaves its result on disk and skips itself where that exists."""
 
-    def __init__(self, config: DataConfig, work: Path, identity: dict[str, Any], progress: bool) -> None:
+    def __init__(self, config: DataConfig, artifact: Artifact, progress: bool) -> None:
         self.config = config
-        self.work = work
-        self.scratch = work / "scratch"
-        self.identity = identity
+        self.artifact = artifact
+        self.work = artifact.record.parent
+        self.scratch = self.work / "scratch"
         self.progress = progress
         self.warnings: list[str] = []
 
     def run(self) -> None:
         self._start()
-        if (self.work / MANIFEST).exists():
+        if self.artifact.record.exists():
             remove(self.scratch)
             return
         facts = self._read()
@@ -238,19 +217,19 @@ class _Preparation:
 
     def _start(self) -> None:
         """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
-        state = self.work / STATE
-        wanted = json.dumps(self.identity, sort_keys=True)
-        if self.work.exists() and not (state.exists() and state.read_bytes() == wanted.encode() and self._is_sound()):
+        if self.work.exists() and not self._is_sound():
             remove(self.work)
         sweep(self.work)
         self.scratch.mkdir(parents=True, exist_ok=True)
-        if not state.exists():
-            write_whole(state, wanted, sync=True)
+        if not (self.artifact.resume() or self.artifact.record.exists()):
+            self.artifact.begin()
 
     def _is_sound(self) -> bool:
         """Whether what an interrupted preparation finished is as it was written; its stores are checked at the end."""
         again = "the preparation begins again"
         try:
+            if not (self.artifact.resume() or self.artifact.record.exists()) or self.artifact.changed() is not None:
+                return False
             for folder in (*(self.scratch / name for name in (*SETS, "domains")), self.work / "tokenizer"):
                 check_sealed(folder, again)
             read_object(self.scratch / "read.json", again)
@@ -619,10 +598,7 @@ class _Preparation:
             shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
             self.warnings.append(f"no held-out text for {len(without)} domains ({shown}): they are not evaluated")
         manifest = {
-            "format": FORMAT,
-            **self.identity,
             "tokenizer": tokenizer.fingerprint,
-            "tokenizer_files": folder_digests(self.work / "tokenizer"),
             "text_loss": {name: asdict(loss) for name, loss in losses.items()},
             "counts": facts["counts"],
             "domains": list(names),
@@ -638,7 +614,7 @@ class _Preparation:
         for line in manifest["warnings"]:
             log.warning("%s", line)
         manifest["fingerprint"] = assemble(self.work, manifest).fingerprint
-        write_object(self.work / MANIFEST, manifest, sync=True)
+        self.artifact.finish(manifest, [f"tokenizer/{SEAL}"], nan=True)
         remove(self.scratch)
 
 

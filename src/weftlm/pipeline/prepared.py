@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftlm.config import differences
+from weftlm.config import differences, settings
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.tokens import TextLoss, Tokenizer
 from weftlm.domains.domain import Domain, TokenPrefix
 from weftlm.errors import DataError
-from weftlm.files import cause, describe, read_object
+from weftlm.files import check_listed, check_sealed, checksum, read_object
 from weftlm.pipeline.data_config import TARGET_DOMAIN, DataConfig
-from weftlm.pipeline.identity import MANIFEST
+from weftlm.pipeline.identity import MANIFEST, REMEDY, STEPS_VERSION
 
-FORMAT = "weftlm prepared data 3"
 TARGET_SET = "target"
 """Name of the target's own set among those of the domains."""
 FATES = ("read", "kept", "duplicates", "in_target", "faulty")
@@ -30,7 +27,6 @@ FATES = ("read", "kept", "duplicates", "in_target", "faulty")
 _OTHER_SETS = {"target": TARGET_SET, "target_heldout": "target, held-out", "heldout": "held-out text"}
 LOST_ACCEPTED = 0.001
 """Share of bytes or tokens lost by the tokenizer up to which bits per byte holds."""
-_REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,13 @@ class PreparedData:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if expect is not None and (changed := differences(manifest["config"], expect.model_dump(mode="json"), "data")):
-            raise DataError(f"{folder} was prepared with another configuration ({changed}); {_REMEDY}")
+        prepared_as = manifest["identity"]["data"]
+        if expect is not None and (changed := differences(prepared_as, settings(expect), "data")):
+            raise DataError(f"{folder} was prepared with another configuration ({changed}); {REMEDY}")
+        check_listed(folder, manifest["files"], REMEDY)
         result = assemble(folder, manifest)
         if fingerprint(result) != manifest["fingerprint"]:
-            raise DataError(f"{folder} is not what {MANIFEST} describes: a part was replaced; {_REMEDY}")
+            raise DataError(f"{folder} is not what {MANIFEST} describes: a part was replaced; {REMEDY}")
         return result
 
     def summary(self) -> dict[str, Any]:
@@ -133,11 +131,10 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
     Raises:
         DataError: a part is missing, changed or made with another tokenizer.
     """
-    if folder_digests(folder / "tokenizer") != manifest["tokenizer_files"]:
-        raise DataError(f"a file in {folder / 'tokenizer'} has changed since it was written, or is missing; {_REMEDY}")
+    check_sealed(folder / "tokenizer", REMEDY, closed=True)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     if tokenizer.fingerprint != manifest["tokenizer"]:
-        raise DataError(f"tokenizer in {folder} has changed since it was written; {_REMEDY}")
+        raise DataError(f"tokenizer in {folder} has changed since it was written; {REMEDY}")
     train = open_stores(folder / "train", tokenizer=tokenizer.fingerprint)
     heldout, target = (
         open_stores(folder / name, tokenizer=tokenizer.fingerprint) if (folder / name).is_dir() else {}
@@ -165,18 +162,6 @@ def assemble(folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
     return result if result.fingerprint else dataclasses.replace(result, fingerprint=fingerprint(result))
 
 
-def folder_digests(folder: Path) -> dict[str, str]:
-    """BLAKE2b-128 of every file of a folder, by name.
-
-    Raises:
-        DataError: the folder, or a file, cannot be read.
-    """
-    try:
-        return {path.name: describe(path)["blake2b"] for path in sorted(folder.iterdir()) if path.is_file()}
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {cause(error)}; {_REMEDY}") from error
-
-
 def _domain(
     name: str,
     cap: int | None,
@@ -186,7 +171,7 @@ def _domain(
 ) -> Domain:
     store = target_train if name == TARGET_DOMAIN else train.get(name)
     if store is None:
-        raise DataError(f"domain {name!r} has no token store; {_REMEDY}")
+        raise DataError(f"domain {name!r} has no token store; {REMEDY}")
     source = TokenPrefix(store, cap) if cap is not None and cap < len(store) else store
     return Domain(name, source, heldout.get(name), store.documents, store.bytes)
 
@@ -199,18 +184,18 @@ def fingerprint(data: PreparedData) -> str:
         parts.append([domain.name, domain.train.fingerprint, held])
     parts += [None if store is None else store.fingerprint for store in (data.target_train, data.target_heldout)]
     parts += [None if value is None else value.tolist() for value in (data.target_histogram_D, data.basis_ND)]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return checksum(parts)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """prepared.json, checked against its own checksum.
 
     Raises:
-        DataError: it is missing, torn, changed or of another format.
+        DataError: it is missing, torn, changed or of another version.
     """
-    found = read_object(folder / MANIFEST, _REMEDY)
+    found = read_object(folder / MANIFEST, REMEDY)
     if found is None:
         raise DataError(f"{folder} holds no prepared data ({MANIFEST} is missing); run weftlm prepare")
-    if found.get("format") != FORMAT:
-        raise DataError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; {_REMEDY}")
+    if found.get("identity", {}).get("steps") != STEPS_VERSION:
+        raise DataError(f"{folder / MANIFEST} is of another version of weftlm; {REMEDY}")
     return found

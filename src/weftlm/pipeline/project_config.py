@@ -1,4 +1,4 @@
-"""The `compare` and `routing` sections of a recipe: the rivals that are trained, and what is made of the routers."""
+"""The `compare` and `routing` sections of a recipe: the baselines that are trained, and what is made of the routers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, fie
 from weftlm.config import Section
 from weftlm.mixture.config import PolicyConfig, policy_config
 
-RIVALS = "rivals"
-"""Folder in a run folder in which rivals are trained, each in a folder of its own."""
+BASELINES = "baselines"
+"""Folder in a run folder in which baselines are trained, each in a folder of its own."""
 
 
 def _policy(value: Any) -> Any:
@@ -20,7 +20,7 @@ def _policy(value: Any) -> Any:
 
 
 class CompareConfig(Section):
-    """Rivals of the model and of the gate, trained beside them on the same data for as many tokens."""
+    """Baselines of the model and of the gate, trained beside them on the same data for as many tokens."""
 
     mixtures: list[Annotated[SerializeAsAny[PolicyConfig], BeforeValidator(_policy)]] = Field(
         default_factory=list, description="other mixtures for the same model: policies by name, or their sections"

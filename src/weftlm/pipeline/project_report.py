@@ -12,14 +12,16 @@ from typing import Any
 from weftlm.errors import DataError
 from weftlm.files import write_object
 from weftlm.gating.certificate import Certificate
+from weftlm.pipeline.baselines import baseline_folders
 from weftlm.pipeline.gating import read_facts
 from weftlm.pipeline.models_table import read_evaluation
 from weftlm.pipeline.names import CERTIFICATE, REPORT, STUDENT, SUMMARY
 from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.report import report_runs
-from weftlm.pipeline.rivals import rival_folders
 from weftlm.pipeline.route_stage import read_routing, routing_facts
-from weftlm.pipeline.stage_records import alone, digests, read_record, seconds_of, write_record
+from weftlm.pipeline.run_folder import alone
+from weftlm.pipeline.runner import seconds_of
+from weftlm.pipeline.stage import read_stage, stages
 from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import GatingFacts
 from weftlm.reporting.score_table import model_table
@@ -37,17 +39,17 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
     Raises:
         DataError: a stage's result is missing or torn, or the page cannot be written.
     """
-    rivals = {name: folder for name, folder in rival_folders(recipe).items() if name != MONOLITH}
+    baselines = {name: folder for name, folder in baseline_folders(recipe).items() if name != MONOLITH}
     evaluation = read_evaluation(recipe)
     summary: dict[str, Any] = {}
     routing = gating = None
     if recipe.mixture is not None:
         results = {recipe.mixture.policy: read_result(recipe.run)}
-        summary["mixture"] = summarise_mixtures(results | {name: read_result(each) for name, each in rivals.items()})
+        summary["mixture"] = summarise_mixtures(results | {name: read_result(each) for name, each in baselines.items()})
     if recipe.has_experts and recipe.routing is not None:
         found = read_routing(recipe)
         routing = routing_facts(recipe, found)
-        summary["routing"] = {**found, "seconds": seconds_of(recipe.stages_folder, "experts")}
+        summary["routing"] = {**found, "seconds": seconds_of(recipe, "experts")}
     if recipe.has_experts and recipe.gating is not None:
         summary["robust"], gating = _robust(recipe, evaluation[MONOLITH])
     table = {
@@ -65,7 +67,7 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         | ({"accuracy": {task: found["accuracy"] for task, found in asked[name].items()}} if name in asked else {})
         for name, each in evaluation["models"].items()
     }
-    runs = [recipe.run, *rivals.values()] if recipe.trains else []
+    runs = [recipe.run, *baselines.values()] if recipe.trains else []
     report_runs(
         runs,
         output or recipe.run / REPORT,
@@ -89,10 +91,12 @@ def renew_report(recipe: Recipe, output: Path | None = None, title: str | None =
     """
     with alone(recipe.run):
         report_project(recipe, output, title)
-        record = read_record(recipe.stages_folder, "report")
-        if output is None and record is not None and record.state == "done":
-            outputs = digests([recipe.run / REPORT, recipe.run / SUMMARY])
-            write_record(recipe.stages_folder, record.model_copy(update={"outputs": outputs}))
+        stage = stages["report"]("report")
+        record = stage.record(recipe)
+        known = read_stage(recipe, stage.name)
+        if output is None and known is not None and known[0] and record.changed() is None:
+            facts = {key: value for key, value in known[1].items() if key not in ("identity", "files")}
+            record.finish(facts, stage.left(recipe))
 
 
 def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.inherited import inherit
 from weftlm.pipeline.names import REPORT
-from weftlm.pipeline.project_config import RIVALS, CompareConfig, RoutingConfig
+from weftlm.pipeline.project_config import BASELINES, CompareConfig, RoutingConfig
 from weftlm.recipe_text import read_yaml
 from weftlm.routing.config import parse_router, router_config
 from weftlm.training.config import NOT_DECIDING, AlignmentConfig, TrainingConfig
@@ -61,7 +61,12 @@ class Recipe(Section):
     experts: ExpertsConfig | None = Field(None, description="experts over a base, made by `weftlm experts train`")
     routing: RoutingConfig | None = Field(None, description="routers over the experts, compared by `weftlm run`")
     gating: GatingConfig | None = Field(None, description="a gate over the experts, made by `weftlm gate fit`")
-    compare: CompareConfig = Field(default_factory=CompareConfig, description="rivals that `weftlm run` trains beside")
+    compare: CompareConfig = Field(
+        default_factory=CompareConfig, description="baselines that `weftlm run` trains beside"
+    )
+    stages: dict[str, Any] = Field(
+        default_factory=dict, description="settings of stages of other packages, by the stage's name"
+    )
 
     @field_validator("mixture", mode="before")
     @classmethod
@@ -97,6 +102,11 @@ class Recipe(Section):
         return self.makes_experts or (self.gating is not None and self.gating.pool is not None)
 
     @property
+    def has_gate(self) -> bool:
+        """Whether a gate is fitted over experts."""
+        return self.has_experts and self.gating is not None
+
+    @property
     def trains_monolith(self) -> bool:
         """Whether a single model is trained beside the experts."""
         return self.compare.monolith and self.makes_experts
@@ -115,6 +125,10 @@ class Recipe(Section):
             return self.gating
         return validate(GatingConfig, inherit({**self.resolved(), "gating": {}})["gating"], "gating")
 
+    def gating_deciding(self, *keys: str) -> dict[str, Any]:
+        """The seed and some keys of the `gating` section, as the identity of a result."""
+        return {"seed": self.seed, "gating": settings(self.gating_settings, only=keys)}
+
     @property
     def routing_settings(self) -> RoutingConfig:
         """The `routing` section, or the defaults where there is none."""
@@ -128,9 +142,9 @@ class Recipe(Section):
         return self.prepared if self.prepared is not None else self.run / "data"
 
     @property
-    def rivals_folder(self) -> Path:
-        """Folder in which the rivals are trained, each in a folder of its own."""
-        return self.run / RIVALS
+    def baselines_folder(self) -> Path:
+        """Folder in which the baselines are trained, each in a folder of its own."""
+        return self.run / BASELINES
 
     @property
     def base(self) -> str:
@@ -141,8 +155,8 @@ class Recipe(Section):
     @property
     def base_run(self) -> Path:
         """The run whose model is the base, where the recipe trains it."""
-        rival = self.expert_settings.rival
-        return self.run if rival is None else self.rivals_folder / rival
+        baseline = self.expert_settings.baseline
+        return self.run if baseline is None else self.baselines_folder / baseline
 
     @property
     def library_folder(self) -> Path:
@@ -180,12 +194,12 @@ class Recipe(Section):
 
     # -- recipes of the models beside it --------------------------------------------------------------------------
 
-    def rival(self, policy: PolicyConfig) -> Recipe:
+    def baseline(self, policy: PolicyConfig) -> Recipe:
         """The recipe of the same model on another mixture."""
         return self._beside(policy.policy, {"mixture": policy})
 
     def monolith(self, experts: int) -> Recipe:
-        """The recipe of the gate's rival: the experts' base, trained on for as many tokens as all experts together."""
+        """The recipe of the gate's baseline: the experts' base, trained for as many tokens as all experts together."""
         _, _, training = self.trained
         given = self.expert_settings
         tokens = experts * given.training.total_tokens
@@ -200,7 +214,9 @@ class Recipe(Section):
         )
 
     def _beside(self, name: str, changed: Mapping[str, Any]) -> Recipe:
-        return self.model_copy(update={**changed, "run": self.rivals_folder / name, "prepared": self.prepared_folder})
+        return self.model_copy(
+            update={**changed, "run": self.baselines_folder / name, "prepared": self.prepared_folder}
+        )
 
     # -- as text --------------------------------------------------------------------------------------------------
 
@@ -251,7 +267,7 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
         recipe = validate(Recipe, inherit(value), "")
     except ConfigError as error:
         raise ConfigError("\n".join([*problems, str(error)])) from None
-    if problems or (problems := _contradictions(recipe)):
+    if problems or (problems := [*_contradictions(recipe), *_of_other_packages(recipe)]):
         raise ConfigError("\n".join(problems))
     return recipe
 
@@ -270,7 +286,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if recipe.gating is not None and recipe.gating.pool is None:
             problems.append("gating needs experts; add a section `experts: {}`, or name models in gating.pool")
         if recipe.compare.monolith:
-            problems.append("compare.monolith is the rival of experts, and none are made; leave it out")
+            problems.append("compare.monolith is the baseline of experts, and none are made; leave it out")
     if recipe.mixture is not None and recipe.mixture.policy in (each.policy for each in recipe.compare.mixtures):
         problems.append(
             f"compare.mixtures names {recipe.mixture.policy!r}, the recipe's own policy; mixtures are told by their "
@@ -286,17 +302,33 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _of_other_packages(recipe: Recipe) -> list[str]:
+    """Problems of the settings of other packages' stages, which are replaced by their checked values."""
+    from weftlm.pipeline.stage import stages  # noqa: PLC0415 - stages work on recipes
+
+    problems = []
+    for name, value in recipe.stages.items():
+        try:
+            section = stages[name].Config
+            if section is None:
+                raise ConfigError(f"stages.{name} is a stage of weftlm, whose settings are sections of the recipe")
+            recipe.stages[name] = validate(section, value, f"stages.{name}").model_dump(mode="json")
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _of_base(recipe: Recipe, experts: ExpertsConfig) -> list[str]:
-    if experts.rival is None:
+    if experts.baseline is None:
         return []
     if not recipe.trains:
-        return ["experts.rival names a mixture that is trained here; this recipe trains no model: give base"]
-    rivals = [each.policy for each in recipe.compare.mixtures]
-    if experts.rival in rivals:
+        return ["experts.baseline names a mixture that is trained here; this recipe trains no model: give base"]
+    baselines = [each.policy for each in recipe.compare.mixtures]
+    if experts.baseline in baselines:
         return []
     return [
-        f"experts.rival is {experts.rival!r}, which compare.mixtures does not train; it names "
-        f"{', '.join(rivals) or 'none'}"
+        f"experts.baseline is {experts.baseline!r}, which compare.mixtures does not train; it names "
+        f"{', '.join(baselines) or 'none'}"
     ]
 
 
@@ -319,7 +351,7 @@ def require_experts(recipe: Recipe) -> None:
         raise ConfigError("experts: missing; add a section `experts: {}`, whose defaults will do, to make experts")
 
 
-def check(recipe: Recipe, *, packages: bool = True) -> None:
+def check(recipe: Recipe, packages: bool = True) -> None:
     """Refuse what can be seen to be wrong before anything is read.
 
     Args:

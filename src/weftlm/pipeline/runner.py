@@ -1,8 +1,11 @@
-"""Carry a project through its stages: skip what is done, continue what was interrupted, say what is stale.
+"""Carry a project through its stages: skip what is done, resume what was interrupted, say what is stale.
 
-A stage is stale when its settings or texts have changed, when an earlier stage was made anew, or when what it left was
+A stage is stale when its settings or texts have changed, when an earlier stage was replaced, or when what it left was
 changed or removed. It is then made again; but a costly one (data, a training, experts, scores) whose settings have
-changed is replaced only when that is asked for (`from_stage`), so that no result is lost by editing a recipe.
+changed is replaced only on request (`from_stage`), so that no result is lost by editing a recipe.
+
+<run>/stages/NAME.json      record of a finished stage (`weftlm.artifact`), with the digests of what it left
+<run>/stages/.NAME.begun.json   the same of one that has begun, failed or is due
 """
 
 from __future__ import annotations
@@ -12,24 +15,17 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm import interrupt
 from weftlm.config import differences
-from weftlm.errors import ConfigError, WeftError, did_you_mean, reason
-from weftlm.files import write_whole
+from weftlm.errors import ConfigError, DataError, WeftError, did_you_mean, reason
+from weftlm.files import check_listed, write_whole
 from weftlm.pipeline.checks import check_recipe
 from weftlm.pipeline.recipe import Recipe, kept_recipe
-from weftlm.pipeline.stage_records import (
-    Record,
-    alone,
-    at_work,
-    digests,
-    now,
-    read_record,
-    write_record,
-)
-from weftlm.pipeline.stages import Call, Stage, stages_of
+from weftlm.pipeline.run_folder import alone, at_work
+from weftlm.pipeline.stage import Stage, StageOptions, digest_of, read_stage, stages_of
 from weftlm.progress import write_line
 
 if TYPE_CHECKING:
@@ -41,16 +37,16 @@ Act = Literal["skip", "run", "continue", "replace", "refuse"]
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where a stage stands.
+    """The state of a stage.
 
     Attributes:
-        stage: the stage.
+        stage: The stage.
         state: done, running, interrupted, failed, stale, or to do.
-        why: what makes it stale, or the message of a failure; empty otherwise.
-        seconds: it took, where it is done.
-        ended: when, UTC.
-        settled: whether its settings and what it reads are as they were, so that nothing of it need be discarded; False
-            too where that was asked for and is still to come.
+        why: What makes it stale, or the message of a failure; empty otherwise.
+        seconds: Time it took, where it is done.
+        ended: Time at which it ended, UTC.
+        settled: Whether its settings and what it reads are as they were, so that nothing of it need be discarded; False
+            too where that was requested and is still to come.
     """
 
     stage: Stage
@@ -69,10 +65,10 @@ class StageStatus:
 
 
 def project_status(recipe: Recipe) -> list[StageStatus]:
-    """Where every stage of a project stands; reads nothing but the run folder and the state of the inputs.
+    """The state of every stage of a project; reads nothing but the run folder and the state of the inputs.
 
     Raises:
-        DataError: a record is torn, or an input is not there.
+        DataError: A record is torn, or an input is missing.
     """
     busy = at_work(recipe.run)
     found: dict[str, StageStatus] = {}
@@ -82,37 +78,51 @@ def project_status(recipe: Recipe) -> list[StageStatus]:
 
 
 def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], busy: bool) -> StageStatus:
-    record = read_record(recipe.stages_folder, stage.name)
-    if record is None:
+    read = read_stage(recipe, stage.name)
+    if read is None:
         return StageStatus(stage, "to do")
-    if record.state == "due":
+    finished, facts = read
+    if facts.get("due"):
         return StageStatus(stage, "to do", settled=False)
-    why = differences(record.settings, stage.settings(recipe), most=3)
-    if why:
-        return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
-    for name in stage.needs:
-        before = read_record(recipe.stages_folder, name)
-        if before is not None and before.state == "done" and record.needs.get(name) != before.digest:
+    times = {"seconds": facts.get("seconds", 0.0), "ended": facts.get("ended")}
+    why = differences(facts["identity"], stage.settings(recipe), most=3)
+    for name in () if why else stage.needed(recipe):
+        before = _finished(recipe, name)
+        if before is not None and facts["needs"].get(name) != digest_of(before):
             why = f"{name} was made anew"
-            return StageStatus(stage, "stale", why, record.seconds, record.ended, settled=False)
-    if record.state == "begun":
+            break
+    if why:
+        return StageStatus(stage, "stale", why, **times, settled=False)
+    if not finished and "message" in facts:
+        return StageStatus(stage, "failed", facts["message"], **times)
+    if not finished:
         return StageStatus(stage, "running" if busy else "interrupted")
-    if record.state == "failed":
-        return StageStatus(stage, "failed", record.message, record.seconds, record.ended)
-    why = _moved(recipe, stage, record, earlier)
-    return StageStatus(stage, "stale" if why else "done", why, record.seconds, record.ended)
+    why = _moved(recipe, stage, facts, earlier)
+    return StageStatus(stage, "stale" if why else "done", why, **times)
 
 
-def _moved(recipe: Recipe, stage: Stage, record: Record, earlier: Mapping[str, StageStatus]) -> str:
-    """Why a finished stage does not stand though what decides it does; empty where it stands."""
+def _finished(recipe: Recipe, name: str) -> dict[str, Any] | None:
+    """The record of a finished stage; None where it is not finished."""
+    read = read_stage(recipe, name)
+    return read[1] if read is not None and read[0] else None
+
+
+def seconds_of(recipe: Recipe, name: str) -> float | None:
+    """Time that a finished stage took; None where it is not finished."""
+    found = _finished(recipe, name)
+    return None if found is None else float(found["seconds"])
+
+
+def _moved(recipe: Recipe, stage: Stage, facts: Mapping[str, Any], earlier: Mapping[str, StageStatus]) -> str:
+    """Why a finished stage counts no more though what decides it is as it was; empty where it counts."""
     for path in stage.outputs(recipe):
         if not path.exists():
             return f"{path} is gone"
-    # In order and not by path: a run folder may go by several names. What no record knows need only be there.
-    for (place, digest), known in zip(digests(stage.outputs(recipe)).items(), record.outputs.values(), strict=False):
-        if digest != known:
-            return f"{place} has changed since"
-    for name in stage.needs:
+    try:
+        check_listed(recipe.stages_folder, facts["files"], "it is made again")
+    except DataError as error:
+        return str(error)
+    for name in stage.needed(recipe):
         if name in earlier and earlier[name].state != "done":
             return f"{name} is {earlier[name].state}"
     return ""
@@ -124,13 +134,9 @@ def plan_stages(
     """What `run_project` would do with each stage, as far as can be said beforehand.
 
     Raises:
-        ConfigError: no such stage, `from_stage` comes after `until`, or a stage before `from_stage` is not done.
+        ConfigError: No such stage, `from_stage` comes after `until`, or a stage before `from_stage` is not done.
     """
     found = project_status(recipe)
-    if any(status.stage.name == "experts" and status.state != "done" for status in found):
-        from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
-
-        check_experts(recipe, None if not recipe.trains else recipe.model)
     names = [status.stage.name for status in found]
     for option, name in (("--from", from_stage), ("--until", until)):
         if name is not None and name not in names:
@@ -176,19 +182,19 @@ def run_project(
     Started by torchrun, the processes share the stages that can be shared; the first does the others.
 
     Args:
-        recipe: from a recipe.
-        from_stage: make this stage and all later ones anew; those before it must be done.
-        until: stop after this stage.
-        processes: experts made at once.
-        progress: a line per stage on stderr, and what the stages themselves show.
+        recipe: The recipe.
+        from_stage: First stage to replace, with all later ones; those before it must be done.
+        until: Last stage to carry out.
+        processes: Number of experts made at once.
+        progress: Whether to show a line per stage on stderr, and what the stages themselves show.
     Returns:
-        where every stage stands afterwards.
+        The state of every stage afterwards.
     Raises:
-        ConfigError: as `plan_stages`; or a costly stage is stale, and nobody asked for it to be replaced.
-        CheckpointError: another process is at work in the run folder.
-        WeftError: a stage failed; what it and those before it finished stays, and the next run continues.
+        ConfigError: As `check_recipe` and `plan_stages`; or a costly stage is stale and its replacement not requested.
+        CheckpointError: Another process is at work in the run folder.
+        WeftError: A stage failed; what it and those before it finished stays, and the next run continues.
     """
-    check_recipe(recipe, ask=True, here=False)
+    check_recipe(recipe, ask=True)
     group = _group(recipe)
     first = group is None or bool(group.is_main_process)
 
@@ -202,15 +208,14 @@ def run_project(
         for status, act in planned:
             _refuse(status, act)
             if act != "skip":
-                status.stage.settings(recipe)  # what it reads from outside is missed now, not after hours
+                status.stage.settings(recipe)  # a missing input is reported now, not after hours
         together()
         if first:
             recipe.stages_folder.mkdir(exist_ok=True)
             write_whole(kept_recipe(recipe.run), recipe.to_yaml())
             for status, act in planned if from_stage is not None else ():
                 if act == "replace":  # which goes on without --from where this run is cut short
-                    due = Record(stage=status.stage.name, state="due", settings=None, needs={}, began=now())
-                    write_record(recipe.stages_folder, due)
+                    status.stage.record(recipe).begin(due=True)
         known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
             if from_stage is None or act != "replace":
@@ -220,12 +225,13 @@ def run_project(
             if act == "replace" and first:
                 status.stage.clear(recipe)
             together()
-            place = f"stage {number + 1} of {len(planned)}, {status.stage.name}"
-            _tell(f"{place}: {'done already' if act == 'skip' else status.stage.title}", progress and first)
+            if progress and first:
+                doing = "done already" if act == "skip" else status.stage.title
+                write_line(f"stage {number + 1} of {len(planned)}, {status.stage.name}: {doing}")
             if act != "skip" and (first or status.stage.shared):
                 replace = _replaces(recipe, status.stage, act)
-                call = Call(replace=replace, processes=processes, progress=progress and first)
-                _carry_out(recipe, status.stage, call, keep=first)
+                options = StageOptions(replace=replace, processes=processes, progress=progress and first)
+                _carry_out(recipe, status.stage, options, keep=first)
             together()
             known[status.stage.name] = StageStatus(status.stage, "done")
     return project_status(recipe)
@@ -252,37 +258,40 @@ def _refuse(status: StageStatus, act: Act) -> None:
 
 
 def _replaces(recipe: Recipe, stage: Stage, act: Act) -> bool:
-    """Whether a stage discards what is there of other settings: made anew, or going on with what was to be that."""
+    """Whether a stage discards what is there of other settings, on request now or in the run that it resumes."""
     if act != "continue":
         return act == "replace"
-    record = read_record(recipe.stages_folder, stage.name)
-    return record is not None and record.replace
+    read = read_stage(recipe, stage.name)
+    return read is not None and bool(read[1].get("replace"))
 
 
-def _carry_out(recipe: Recipe, stage: Stage, call: Call, *, keep: bool) -> None:
+def _carry_out(recipe: Recipe, stage: Stage, options: StageOptions, *, keep: bool) -> None:
     """Run one stage and keep its record."""
-    folder, start, began = recipe.stages_folder, time.perf_counter(), now()
-    settings = stage.settings(recipe)
-    records = {name: read_record(folder, name) for name in stage.needs}
-    needs = {name: record.digest for name, record in records.items() if record is not None}
+    start, record = time.perf_counter(), stage.record(recipe)
+    records = {name: _finished(recipe, name) for name in stage.needed(recipe)}
+    notes: dict[str, Any] = {
+        "needs": {name: digest_of(found) for name, found in records.items() if found is not None},
+        "began": _now(),
+        "replace": options.replace,
+    }
 
-    def write(state: Literal["begun", "done", "failed"], **facts: Any) -> None:
-        if keep:
-            about = {"settings": settings, "needs": needs, "began": began, "replace": call.replace}
-            write_record(folder, Record(stage=stage.name, state=state, **about, **facts))
+    def ended() -> dict[str, Any]:
+        return {**notes, "ended": _now(), "seconds": time.perf_counter() - start}
 
-    write("begun")
-    if call.replace:
+    if keep:
+        record.begin(**notes)
+    if options.replace:
         interrupt.done_with("--from")
     try:
-        stage.work(recipe, call)
-        outputs = digests(stage.outputs(recipe)) if keep else {}
+        stage.work(recipe, options)
+        if keep:
+            record.finish(ended(), stage.left(recipe))
     except (WeftError, OSError) as error:
-        write("failed", ended=now(), seconds=time.perf_counter() - start, message=reason(error))
+        if keep:
+            record.begin(**ended(), message=reason(error))
         raise
-    write("done", ended=now(), seconds=time.perf_counter() - start, outputs=outputs)
 
 
-def _tell(text: str, shown: bool) -> None:
-    if shown:
-        write_line(text)
+def _now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,125 +1,128 @@
 """Documents kept on disk between the steps of preparation: read once, gone through as often as needed.
 
-A spool is one compressed file of texts and one flat file of facts (digest, size, label), in the same order. Both are
-written and read as streams, so memory does not depend on their length.
+A spool is one Parquet file of documents, each with its digest, size and label. It is written and read in batches, so
+that memory does not depend on its length, and a step that needs digests alone does not read the texts.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
-import zstandard
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from weftlm.corpora.source import Document
-from weftlm.errors import DataError
-from weftlm.files import whole, write_whole
+from weftlm.files import whole
 
 NO_LABEL = np.iinfo(np.uint32).max
-FACTS = np.dtype([("digest", "V16"), ("bytes", "<u8"), ("label", "<u4")])
-_FACTS_AT_A_TIME = 4096
+_FILE = "documents.parquet"
+_LABELS = "labels"
+_SCHEMA = pa.schema(
+    {
+        "digest": pa.binary(16),
+        "bytes": pa.uint64(),
+        "label": pa.uint32(),
+        "text": pa.large_string(),
+        "origin": pa.string(),
+        "prompt": pa.uint64(),
+    }
+)
+_BATCH_DOCUMENTS, _BATCH_BYTES = 4096, 1 << 23
 
 
 class SpoolWriter:
-    """Appends documents; use as a context manager. The spool counts only once `labels.json` is written, at the end.
+    """Appends documents; use as a context manager. The file appears at the end, when all is on disk.
 
     Args:
-        folder: where to put it; emptied files of an interrupted run are overwritten.
+        folder: Folder of the spool.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        (folder / "labels.json").unlink(missing_ok=True)
+        self._stack = ExitStack()
         self._labels: dict[str, int] = {}
-        self._facts: list[tuple[bytes, int, int]] = []
-        self.documents = self.bytes = 0
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
 
     def __enter__(self) -> SpoolWriter:
-        self._facts_file = (self._folder / "facts.bin").open("wb")
-        self._raw = (self._folder / "texts.zst").open("wb")
-        self._texts = io.TextIOWrapper(zstandard.ZstdCompressor(level=1).stream_writer(self._raw), encoding="utf-8")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._stack.enter_context(whole(self._folder / _FILE))
+        self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, _SCHEMA, compression="zstd"))
         return self
 
     def add(self, document: Document) -> None:
-        """Append one document.
-
-        Raises:
-            DataError: the disk is full.
-        """
+        """Append one document."""
         label = NO_LABEL if document.label is None else self._labels.setdefault(document.label, len(self._labels))
         size = len(document.text.encode("utf-8"))
-        self._facts.append((document.digest(), size, label))
-        self.documents += 1
-        self.bytes += size
-        try:
-            prompt = [] if document.prompt is None else [document.prompt]
-            self._texts.write(json.dumps([document.text, document.origin, document.label, *prompt]) + "\n")
-            if len(self._facts) == _FACTS_AT_A_TIME:
-                self._flush()
-        except OSError as error:
-            raise DataError(f"cannot write {self._folder}: {error.strerror}; free some space and run again") from error
+        self._rows.append(
+            {
+                "digest": document.digest(),
+                "bytes": size,
+                "label": label,
+                "text": document.text,
+                "origin": document.origin,
+                "prompt": document.prompt,
+            }
+        )
+        self._bytes += size
+        if len(self._rows) == _BATCH_DOCUMENTS or self._bytes > _BATCH_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
-        self._facts_file.write(np.array(self._facts, dtype=FACTS).tobytes())
-        self._facts = []
+        self._writer.write_table(pa.Table.from_pylist(self._rows, _SCHEMA))
+        self._rows, self._bytes = [], 0
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._flush()
-            self._texts.close()
-        except OSError as problem:
-            raise DataError(
-                f"cannot write {self._folder}: {problem.strerror}; free some space and run again"
-            ) from problem
-        finally:
-            self._raw.close()
-            self._facts_file.close()
         if kind is None:
-            write_whole(self._folder / "labels.json", json.dumps(list(self._labels)))
+            with self._stack:
+                self._flush()
+                self._writer.add_key_value_metadata({_LABELS: json.dumps(list(self._labels))})
+        else:
+            self._stack.__exit__(kind, error, at)
 
 
 class Spool:
     """A finished spool.
 
     Attributes:
-        labels: label names, by number.
+        labels: Names of the labels, by number.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.labels: list[str] = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-
-    @staticmethod
-    def is_finished(folder: Path) -> bool:
-        """Whether a writer finished there."""
-        return (folder / "labels.json").exists()
+        self._path = folder / _FILE
+        facts = pq.read_metadata(self._path)
+        self._documents: int = facts.num_rows
+        self.labels: list[str] = json.loads(facts.metadata[_LABELS.encode()])
 
     def __len__(self) -> int:
-        return (self._folder / "facts.bin").stat().st_size // FACTS.itemsize
+        return self._documents
 
     def __iter__(self) -> Iterator[Document]:
-        with (self._folder / "texts.zst").open("rb") as raw:
-            stream = zstandard.ZstdDecompressor().stream_reader(raw)
-            for line in io.TextIOWrapper(stream, encoding="utf-8"):
-                yield Document(*json.loads(line))
+        for batch in self._batches("text", "origin", "label", "prompt"):
+            for text, origin, label, prompt in zip(*(column.to_pylist() for column in batch), strict=True):
+                yield Document(text, origin, None if label == NO_LABEL else self.labels[label], prompt)
 
-    def facts(self) -> Iterator[NDArray[np.void]]:
-        """Records of digest, bytes and label number (`NO_LABEL` where there is none), some thousands at a time."""
-        with (self._folder / "facts.bin").open("rb") as file:
-            while block := file.read(FACTS.itemsize * _FACTS_AT_A_TIME):
-                yield np.frombuffer(block, dtype=FACTS)
+    def label_numbers(self) -> Iterator[NDArray[np.uint32]]:
+        """Number of the label of every document (`NO_LABEL` where there is none), some thousands at a time."""
+        for (labels,) in self._batches("label"):
+            yield labels.to_numpy()
 
     def digests(self) -> Iterator[tuple[bytes, int]]:
         """Digest and UTF-8 bytes of every document."""
-        for block in self.facts():
-            yield from zip((digest.tobytes() for digest in block["digest"]), block["bytes"].tolist(), strict=True)
+        for digests, sizes in self._batches("digest", "bytes"):
+            yield from zip(digests.to_pylist(), sizes.to_pylist(), strict=True)
+
+    def _batches(self, *columns: str) -> Iterator[list[Any]]:
+        with pq.ParquetFile(self._path) as file:
+            for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=list(columns)):
+                yield [batch.column(name) for name in columns]
 
 
 class Numbers:
@@ -128,7 +131,7 @@ class Numbers:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write(self, batches: Iterable[NDArray[np.int64]]) -> None:
+    def write(self, batches: Iterable[NDArray[Any]]) -> None:
         """Write batch after batch; the file appears when all is on disk."""
         with whole(self._path) as temporary, temporary.open("wb") as file:
             for batch in batches:
@@ -140,5 +143,5 @@ class Numbers:
 
     def __iter__(self) -> Iterator[int]:
         with self._path.open("rb") as file:
-            while block := file.read(4 * _FACTS_AT_A_TIME):
+            while block := file.read(4 * _BATCH_DOCUMENTS):
                 yield from np.frombuffer(block, dtype="<u4").tolist()

@@ -37,7 +37,7 @@ from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.prefix_gate import PrefixGate, with_top
-from weftlm.gating.primal_dual import FitState, Progress, fit_robust_gate
+from weftlm.gating.primal_dual import FitState, fit_robust_gate
 from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, measure
 from weftlm.gating.scores import ScoredText
 from weftlm.gating.sequences import ScoredSequences
@@ -45,10 +45,10 @@ from weftlm.models.hf import token_losses
 from weftlm.models.open import check_written, probe_logits
 from weftlm.pipeline.gate_recipe import DenseStudentConfig, GatingConfig
 from weftlm.pipeline.gating import (
-    FitTable,
     FoundState,
     OpenScores,
     fit_artifact,
+    fit_reporter,
     kept,
     open_gate,
     open_scores,
@@ -61,13 +61,13 @@ from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.report import write_gate_page
-from weftlm.pipeline.stage_records import alone
+from weftlm.pipeline.run_folder import alone
 from weftlm.progress import Pace, write_line
 from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
 
-RIVALS: Mapping[str, Mapping[str, Any]] = {
+BASELINES: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"gate": "causal_uniform"},
     "bayes": {"gate": "bayes"},
     "fixed share": {"gate": "fixed_share"},
@@ -102,64 +102,59 @@ def distil_gate(recipe: Recipe, *, direct: bool = False, progress: bool = True) 
         CheckpointError: a file cannot be written.
     """
     with alone(recipe.run):
-        return _distil_gate(recipe, direct, progress)
-
-
-def _distil_gate(recipe: Recipe, direct: bool, progress: bool) -> dict[str, Any]:
-    """`distil_gate` in a run folder that is held."""
-    config, kind = recipe.gating_settings, DIRECT if direct else STUDENT
-    scores = open_scores(recipe, causal=True)
-    fitted = None if direct else open_gate(recipe, scores)
-    check_teaching_samples(config, scored=bool(scores.cache.samples), direct=direct)
-    folder, artifact = recipe.students_folder, _artifact(recipe, scores, kind)
-    if (known := _kept_students(artifact)) is not None:
-        return known
-    pool, tokenizer = _open_pool(recipe, scores)
-    work = _Work(folder / f".making-{kind}", artifact, progress)
-    if direct:
-        teacher: Gate = _direct(scores, config, work)
-        students: dict[str, CausalGate] = {DIRECT: _causal(teacher)}
-    else:
-        assert fitted is not None
-        teacher = fitted[0]
-        lam = [fitted[1]["domains"][name]["lam"] for name in scores.names]
-        students = {STUDENT: _distilled(teacher, scores, config, lam, work)}
-    students |= _sparse(teacher, students[kind], kind, scores, config, work)
-    rows = _rows(teacher, students, scores, config, robust=not direct)
-    models: dict[str, PreTrainedModel] = {}
-    for name, gate in students.items():
-        top = gate.config.top if isinstance(gate, PrefixGate) else None
-        models[name] = ModularLM(pool, gate, top_m=top, refresh_every=config.students.refresh_every)
-    if config.students.dense is not None:
-        name = DENSE if kind == STUDENT else f"{kind}-{DENSE}"
-        served = ModularLM(pool, students[kind])
-        dense = _Dense(teacher, served, scores, config, recipe.seed)
-        models[name] = dense.train(tokenizer, work.folder / DENSE, work.tell)
-        rows[name] = {**dense.row(models[name]), "role": "student"}
-    (folder / f"{kind}.json").unlink(missing_ok=True)
-    for old in (kind, *(each.name for each in folder.glob(f"{kind}-*")), *([DENSE] if kind == STUDENT else [])):
-        remove(folder / old)
-    for name, model in models.items():
-        with whole_folder(folder / name, "student") as making:
-            model.save_pretrained(making)
-            tokenizer.save(making)
-            if not isinstance(model, ModularLM):  # of those a gate is written, which is digested like every file
-                check_written(making, probe_logits(model))
-        rows[name]["model"] = str(folder / name)
-    facts = {
-        "scores": scores.cache.fingerprint,
-        "fit": None if fitted is None else fitted[1]["identity"],
-        "problem": problem_identity(recipe, scores.cache),
-        "experts": list(scores.cache.experts),
-        "unit": config.fit.unit,
-        "length": scores.cache.config.length,
-        "offsets": scores.problem["offsets"],
-        "rows": rows,
-    }
-    found = artifact.finish(facts)
-    work.done()
-    write_gate_page(recipe.run)
-    return found
+        config, kind = recipe.gating_settings, DIRECT if direct else STUDENT
+        scores = open_scores(recipe, causal=True)
+        fitted = None if direct else open_gate(recipe, scores)
+        check_teaching_samples(config, scored=bool(scores.cache.samples), direct=direct)
+        folder, artifact = recipe.students_folder, _artifact(recipe, scores, kind)
+        if (known := _kept_students(artifact)) is not None:
+            return known
+        pool, tokenizer = _open_pool(recipe, scores)
+        work = _Work(folder / f".making-{kind}", artifact, progress)
+        if direct:
+            teacher: Gate = _direct(scores, config, work)
+            students: dict[str, CausalGate] = {DIRECT: _causal(teacher)}
+        else:
+            assert fitted is not None
+            teacher = fitted[0]
+            lam = [fitted[1]["domains"][name]["lam"] for name in scores.names]
+            students = {STUDENT: _distilled(teacher, scores, config, lam, work)}
+        students |= _sparse(teacher, students[kind], kind, scores, config, work)
+        rows = _rows(teacher, students, scores, config, robust=not direct)
+        models: dict[str, PreTrainedModel] = {}
+        for name, gate in students.items():
+            top = gate.config.top if isinstance(gate, PrefixGate) else None
+            models[name] = ModularLM(pool, gate, top_m=top, refresh_every=config.students.refresh_every)
+        if config.students.dense is not None:
+            name = DENSE if kind == STUDENT else f"{kind}-{DENSE}"
+            served = ModularLM(pool, students[kind])
+            dense = _Dense(teacher, served, scores, config, recipe.seed)
+            models[name] = dense.train(tokenizer, work.folder / DENSE, work.tell)
+            rows[name] = {**dense.row(models[name]), "role": "student"}
+        (folder / f"{kind}.json").unlink(missing_ok=True)
+        for old in (kind, *(each.name for each in folder.glob(f"{kind}-*")), *([DENSE] if kind == STUDENT else [])):
+            remove(folder / old)
+        for name, model in models.items():
+            with whole_folder(folder / name, "student") as making:
+                model.save_pretrained(making)
+                tokenizer.save(making)
+                if not isinstance(model, ModularLM):  # of those a gate is written, which is digested like every file
+                    check_written(making, probe_logits(model))
+            rows[name]["model"] = str(folder / name)
+        facts = {
+            "scores": scores.cache.fingerprint,
+            "fit": None if fitted is None else fitted[1]["identity"],
+            "problem": problem_identity(recipe, scores.cache),
+            "experts": list(scores.cache.experts),
+            "unit": config.fit.unit,
+            "length": scores.cache.config.length,
+            "offsets": scores.problem["offsets"],
+            "rows": rows,
+        }
+        found = artifact.finish(facts)
+        work.done()
+        write_gate_page(recipe.run)
+        return found
 
 
 def _kept_students(artifact: Artifact) -> dict[str, Any] | None:
@@ -281,19 +276,13 @@ def _direct(scores: OpenScores, config: GatingConfig, work: _Work) -> Gate:
 
     def make() -> Gate:
         state = work.unfinished(DIRECT, FitState.load)
-        table = FitTable(scores.names, fit, state, enabled=work.progress)
-
-        def report(line: Progress, now: FitState) -> None:
-            now.save(work.state(DIRECT))
-            table.add(line, now)
-
         found = fit_robust_gate(
             scores.split.domains,
             None,
             gate=section.gate,
             config=fit,
             state=state,
-            on_progress=report,
+            on_progress=fit_reporter(scores.names, fit, state, work.state(DIRECT), enabled=work.progress),
             on_stop=lambda now: now.save(work.state(DIRECT)),
             **scores.problem,
         )
@@ -509,15 +498,17 @@ def log_likelihoods(model: nn.Module, text: ScoredText, rows_N: Tensor) -> Tenso
 def _rows(
     teacher: Gate, students: Mapping[str, CausalGate], scores: OpenScores, config: GatingConfig, *, robust: bool
 ) -> dict[str, dict[str, Any]]:
-    """Rivals, the teacher and its students on held-out sequences, each student as it is and as it is served."""
+    """Baselines, the teacher and its students on held-out sequences, each student as it is and as it is served."""
     problem, held = held_out_problem(scores, config), scores.split.held_samples
     features = problem.domains[0].features
-    gates: dict[str, Gate] = {name: init_gate(section, problem.experts, features) for name, section in RIVALS.items()}
+    gates: dict[str, Gate] = {
+        name: init_gate(section, problem.experts, features) for name, section in BASELINES.items()
+    }
     if robust:
         gates["robust"] = teacher
     rows: dict[str, dict[str, Any]] = {}
     for name, gate in {**gates, **students}.items():
-        role = "baseline" if name in RIVALS else "student" if name in students else "gate"
+        role = "baseline" if name in BASELINES else "student" if name in students else "gate"
         rows[name] = {**table_row(evaluate(gate, problem), problem), "role": role}
         if isinstance(gate, CausalGate) and held:
             rows[name] |= _kl_of(student_kl(teacher, gate, held))

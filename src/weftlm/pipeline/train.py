@@ -25,10 +25,11 @@ from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.device import choose_device
 from weftlm.models.factory import build_model, check_adapter, count_parameters
+from weftlm.pipeline.names import RESULT
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe, check
-from weftlm.pipeline.stage_records import alone
+from weftlm.pipeline.run_folder import alone
 from weftlm.training.loop import Task, Trainer, TrainingResult
 from weftlm.training.metrics import MetricsSink, TrackerSink
 from weftlm.training.runtime import Runtime, choose_runtime, environment
@@ -36,7 +37,6 @@ from weftlm.training.runtime import Runtime, choose_runtime, environment
 log = logging.getLogger(__name__)
 
 HOURS_TO_WAIT_FOR_PREPARATION = 24
-RESULT = "result.json"
 _CURE = "restore it from a copy, or delete it and run the same command again, which takes up the last checkpoint"
 
 

@@ -22,7 +22,7 @@ from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.identity import MANIFEST
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe, check
-from weftlm.pipeline.stages import stages_of
+from weftlm.pipeline.stage import stages_of
 from weftlm.planning.counts import TARGET_SHARE, Counted
 from weftlm.planning.hardware import Hardware
 from weftlm.planning.machine import DISK, DOES_NOT_FIT, Machine, Stage, Time
@@ -226,7 +226,7 @@ class _Planner:
             counted = self._counted(recipe)
             found += self._training(recipe, counted)
             for policy in recipe.compare.mixtures:
-                found.append(_together(f"rival {policy.policy}", self._training(recipe.rival(policy), counted)))
+                found.append(_together(f"baseline {policy.policy}", self._training(recipe.baseline(policy), counted)))
         if recipe.makes_experts:
             found += self._experts(names)
         elif "score" in names:
@@ -303,8 +303,8 @@ class _Planner:
         )
         stages = []
         if recipe.trains_monolith:
-            rival = recipe.monolith(trained)
-            stages.append(_together("rival monolith", self._training(rival, self._counted(rival, base))))
+            baseline = recipe.monolith(trained)
+            stages.append(_together("baseline monolith", self._training(baseline, self._counted(baseline, base))))
         machine = self.machine.training(config.training)
         counted = Counted(base, config.dtype, machine.precision == "bf16", checkpointing, config.lora)
         heldout = sum(self.facts.heldout) / len(self.facts.heldout) if self.facts.heldout else None

@@ -29,13 +29,13 @@ def test_tables_name_the_base_and_an_untimed_pass_is_left_out(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("weftlm.pipeline.demo.run_demo", lambda project: SUMMARY)
-    demo.run(set_=["experts.rival=importance"])
+    demo.run(set_=["experts.baseline=importance"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 experts over the model of the mixture importance, by router" in printed
     assert "2.5000 ± 0.1000" in printed
     assert "forward pass" not in printed
     SUMMARY["routing"]["relative_forward_time"] = 1.25
-    demo.run(set_=["experts.rival=null"])
+    demo.run(set_=["experts.baseline=null"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "over the model of the mixture dga" in printed
     assert "takes 1.25 times the base's" in printed

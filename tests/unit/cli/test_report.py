@@ -10,7 +10,7 @@ from weftlm.cli.main import main
 from weftlm.files import write_object
 from weftlm.pipeline.project_report import report_project
 from weftlm.pipeline.recipe import make_recipe
-from weftlm.pipeline.stage_records import Record, digests, read_record, write_record
+from weftlm.pipeline.stage import stages
 
 WHOLE = "the whole project"
 
@@ -40,10 +40,8 @@ def project(tmp_path):
         run / "evaluation.json", {"sequence_length": 8, "base": "base", "models": {"base": model}, "monolith": None}
     )
     report_project(made)
-    outputs = digests([run / "report.html", run / "summary.json"])
-    write_record(
-        made.stages_folder, Record(stage="report", state="done", settings=[], needs={}, began="", outputs=outputs)
-    )
+    stage = stages["report"]("report")
+    stage.record(made).finish({"needs": {}, "seconds": 0.0}, stage.left(made))
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "metrics.jsonl").touch()
     return made
@@ -54,8 +52,7 @@ def test_the_page_of_a_project_is_renewed_whole_and_its_record_with_it(project, 
     page.unlink()
     assert call("report", project.run, "--title", "Ours") == str(page)
     assert all(each in page.read_text() for each in ("Every model", "Ours"))
-    known = read_record(project.stages_folder, "report").outputs
-    assert known == digests([page, project.run / "summary.json"])
+    assert stages["report"]("report").record(project).reuse() is not None  # its files are those that it lists
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def laws_over(suite: ModuleType, argument: str, is_mine: Callable[[Any], bool]) 
                     yield function
 
 
-@pytest.mark.parametrize("page", ["own-policy", "own-router"])
+@pytest.mark.parametrize("page", ["own-policy", "own-router", "own-stage"])
 def test_the_sample_package_holds_the_code_of_the_pages(page_code, root, page):
     code, path = page_code(page)
     assert (root / "examples/plugin" / path).read_text(encoding="utf-8") == code

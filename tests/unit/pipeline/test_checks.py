@@ -24,7 +24,7 @@ def data(**changes: Any) -> dict[str, Any]:
 
 MISTAKES: dict[str, Mistake] = {
     "target policy without target": ("train", data(target=[]), "mixture policy 'dga' follows a target"),
-    "rival without target": (
+    "baseline without target": (
         "train",
         {**data(target=[]), "mixture": {"policy": "uniform"}, "compare": {"mixtures": ["dga"]}},
         "mixture policy 'dga' follows a target",

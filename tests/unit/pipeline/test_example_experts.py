@@ -16,7 +16,7 @@ from weftlm.corpora.examples import examples_of
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.experts import gate_expert, open_workshop, train_experts
+from weftlm.pipeline.experts import gate_expert, open_for_making, train_experts
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, make_recipe
@@ -136,15 +136,15 @@ def test_what_an_encoder_decoder_cannot_learn_from_is_said(bases: dict[str, str]
     with pytest.raises(
         ConfigError, match="documents of algebra, cooking, sailing have none; give their corpora a prompt_field"
     ):
-        open_workshop(recipe(tmp_path, bases["t5"], prompts=False), progress=False)
+        open_for_making(recipe(tmp_path, bases["t5"], prompts=False), progress=False)
     half = recipe(tmp_path, bases["t5"]).resolved()
     plain = [{"path": str(tmp_path / f"{name}.jsonl"), "label": name, "text_field": "in"} for name in NAMES[:1]]
     half["run"], half["data"]["heldout"] = str(tmp_path / "half"), plain
     with pytest.raises(ConfigError, match=r"documents of cooking have none; .* the held-out ones too"):
-        open_workshop(make_recipe(half), progress=False)
+        open_for_making(make_recipe(half), progress=False)
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match=r"learns from examples; leave out experts\.examples: false"):
-        open_workshop(recipe(tmp_path / "other", bases["t5"], examples=False), progress=False)
+        open_for_making(recipe(tmp_path / "other", bases["t5"], examples=False), progress=False)
     with pytest.raises(ConfigError, match="encoder-decoder"):
         open_model(bases["t5"])
     assert open_model(bases["t5"], encoder_decoder=True).kind == "plain"

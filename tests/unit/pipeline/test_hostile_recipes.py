@@ -138,8 +138,8 @@ SETTINGS: dict[str, str] = {
     "steps into text": "run.x.y=1",
     "gate of no kind": "gating={gate: 3}",
     "gate unknown": "gating={gate: nothing}",
-    "rival unknown": "compare.mixtures=[nothing]",
-    "rival number": "compare.mixtures=[3]",
+    "baseline unknown": "compare.mixtures=[nothing]",
+    "baseline number": "compare.mixtures=[3]",
 }
 
 

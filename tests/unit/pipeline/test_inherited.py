@@ -9,7 +9,7 @@ import pytest
 from weftlm.errors import ConfigError
 from weftlm.pipeline.inherited import INHERITED, names_of
 from weftlm.pipeline.recipe import make_recipe
-from weftlm.pipeline.stages import stages_of
+from weftlm.pipeline.stage import stages_of
 
 CORPORA = {"corpora": [{"path": "a.jsonl", "label": "a"}]}
 WHOLE = {

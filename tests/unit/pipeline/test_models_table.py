@@ -13,10 +13,10 @@ from weftlm.pipeline.recipe import Recipe, make_recipe
 
 
 def finished(folder: Path, experts: dict[str, Any] | None) -> Recipe:
-    """A recipe with a rival, both trained."""
+    """A recipe with a baseline, both trained."""
     value = {**recipe_value(), "run": str(folder), "compare": {"mixtures": ["uniform"]}}
     project = make_recipe(value if experts is None else {**value, "experts": experts})
-    for run in (project.run, project.rivals_folder / "uniform"):
+    for run in (project.run, project.baselines_folder / "uniform"):
         run.mkdir(parents=True, exist_ok=True)
         (run / "result.json").write_text("{}")
     return project
@@ -25,12 +25,12 @@ def finished(folder: Path, experts: dict[str, Any] | None) -> Recipe:
 @pytest.mark.parametrize(
     ("experts", "names", "base"),
     [
-        (None, ["base", "rival: uniform"], None),
-        ({}, ["base", "rival: uniform"], "base"),
-        ({"rival": "uniform"}, ["mixture: dga", "rival: uniform"], "rival: uniform"),
-        ({"base": "some/base"}, ["mixture: dga", "base", "rival: uniform"], "base"),
+        (None, ["base", "baseline: uniform"], None),
+        ({}, ["base", "baseline: uniform"], "base"),
+        ({"baseline": "uniform"}, ["mixture: dga", "baseline: uniform"], "baseline: uniform"),
+        ({"base": "some/base"}, ["mixture: dga", "base", "baseline: uniform"], "base"),
     ],
-    ids=["no experts", "over it", "over a rival", "over a given model"],
+    ids=["no experts", "over it", "over a baseline", "over a given model"],
 )
 def test_the_recipes_own_model_is_the_base_only_where_its_experts_are_over_it(
     experts: dict[str, Any] | None, names: list[str], base: str | None, tmp_path: Path

@@ -66,7 +66,7 @@ def test_every_problem_of_a_recipe_is_named() -> None:
     [
         ({"routing": {}}, "routing compares routers over experts, and none are made"),
         ({"gating": {}}, "gating needs experts; .* or name models in gating.pool"),
-        ({"compare": {"monolith": True}}, "compare.monolith is the rival of experts, and none are made"),
+        ({"compare": {"monolith": True}}, "compare.monolith is the baseline of experts, and none are made"),
         ({"compare": {"mixtures": ["dga"]}}, "compare.mixtures names 'dga', the recipe's own policy"),
         ({"experts": {}, "routing": {"build": ["phatgose"]}}, "routing.build: .*did you mean 'phatgoose'"),
         ({"experts": {}, "routing": {"routers": ["arrow:q=1"]}}, "routing.routers: .*q: unknown key"),

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from support.faults import held_by_another
-from support.tiny_project import recipe_value
+from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.errors import CheckpointError
 from weftlm.pipeline.experts import gate_expert, train_experts
 from weftlm.pipeline.gating import certify_gate, fit_gate, score_experts
 from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.pipeline.run_folder import LOCK
 from weftlm.pipeline.runner import run_project
-from weftlm.pipeline.stage_records import LOCK
 from weftlm.pipeline.students import distil_gate
 from weftlm.pipeline.train import run_training
 
@@ -33,7 +33,11 @@ WRITERS: dict[str, Callable[[Recipe], Any]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_writer_names_the_process_that_holds_the_run(writer: str, tmp_path: Path) -> None:
+def test_every_writer_names_the_process_that_holds_the_run(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path / "corpora")
     training = {**recipe_value()["training"], "steps": 4}
     value = {**recipe_value(), "run": str(tmp_path / "run"), "experts": {"training": training}, "gating": {}}
     project = make_recipe(value)

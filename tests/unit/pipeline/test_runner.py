@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,63 +13,85 @@ from support.tiny_project import recipe_value, write_corpora
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.pipeline import runner
 from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.pipeline.run_folder import LOCK, at_work
 from weftlm.pipeline.runner import plan_stages, project_status, run_project
-from weftlm.pipeline.stage_records import LOCK, at_work, read_record
-from weftlm.pipeline.stages import STAGES, Stage, stages_of
+from weftlm.pipeline.stage import Stage, StageOptions, every_stage, read_stage, stages_of
 
-OVER = {"rival": "uniform"}
+OVER = {"baseline": "uniform"}
 
 
 @dataclass
-class Workshop:
-    """Four stages that write what they read: text -> (costly) model -> gate -> page."""
+class Script:
+    """What the stages below do: text -> (costly) model -> gate -> page, each writing what it reads."""
 
     settings: dict[str, Any] = field(default_factory=lambda: {"text": 1, "model": 1, "gate": 1, "page": 1})
     worked: list[tuple[str, bool]] = field(default_factory=list)
     fails: str | None = None
+    killed: str | None = None
 
     def stages(self, project: Recipe) -> tuple[Stage, ...]:
-        needs = {"text": (), "model": ("text",), "gate": ("model",), "page": ("gate",)}
-        return tuple(
-            Stage(
-                name, f"make {name}", needs[name], lambda project: True, self._settings(name), self._outputs(name),
-                self._work(name), self._outputs(name), costly=name in ("text", "model"),
-            )
-            for name in needs
-        )  # fmt: skip
-
-    def _settings(self, name: str) -> Callable[[Recipe], Any]:
-        return lambda project: {"value": self.settings[name], "path": "x"}
-
-    def _outputs(self, name: str) -> Callable[[Recipe], list[Path]]:
-        return lambda project: [project.run / f"{name}.txt"]
-
-    def _work(self, name: str) -> Callable[[Recipe, runner.Call], None]:
-        def work(project: Recipe, call: runner.Call) -> None:
-            self.worked.append((name, call.replace))
-            if self.fails == name:
-                raise DataError(f"{name} is torn")
-            path = project.run / f"{name}.txt"
-            if path.exists() and name == "model" and path.read_text() != f"{self.settings[name]}":
-                raise CheckpointError("holds another model")
-            path.write_text(f"{self.settings[name]}")
-
-        return work
+        return (
+            Writes(self, "text"),
+            Writes(self, "model", "text"),
+            Writes(self, "gate", "model"),
+            Writes(self, "page", "gate"),
+        )
 
     def take(self) -> list[tuple[str, bool]]:
         taken, self.worked = self.worked, []
         return taken
 
 
+class Killed(BaseException):
+    pass
+
+
+class Writes(Stage):
+    """A stage that writes its setting into a file."""
+
+    title = "writes a file"
+
+    def __init__(self, script: Script, name: str, *needs: str) -> None:
+        super().__init__(name)
+        self.script, self.needs = script, needs  # type: ignore[misc]
+        self.costly = name in ("text", "model")  # type: ignore[misc]
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return True
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {"value": self.script.settings[self.name], "path": "x"}
+
+    def outputs(self, recipe: Recipe) -> list[Path]:
+        return [recipe.run / f"{self.name}.txt"]
+
+    def discarded(self, recipe: Recipe) -> list[Path]:
+        return self.outputs(recipe)
+
+    def work(self, recipe: Recipe, options: StageOptions) -> None:
+        script, name = self.script, self.name
+        script.worked.append((name, options.replace))
+        if script.fails == name:
+            raise DataError(f"{name} is torn")
+        if script.killed == name:
+            raise Killed
+        path = recipe.run / f"{name}.txt"
+        if path.exists() and name == "model" and path.read_text() != f"{script.settings[name]}":
+            raise CheckpointError("holds another model")
+        path.write_text(f"{script.settings[name]}")
+
+
 @pytest.fixture
-def shop(monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    found = Workshop()
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    found = Script()
     monkeypatch.setattr(runner, "stages_of", found.stages)
     return found
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Recipe:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path / "corpora")
     return make_recipe({**recipe_value(), "run": str(tmp_path / "run")})
 
 
@@ -78,18 +99,18 @@ def states(project: Recipe) -> dict[str, str]:
     return {status.stage.name: status.state for status in project_status(project)}
 
 
-def test_a_second_run_does_nothing(shop: Workshop, project: Recipe) -> None:
+def test_a_second_run_does_nothing(script: Script, project: Recipe) -> None:
     assert set(states(project).values()) == {"to do"}
     assert {status.state for status in run_project(project, progress=False)} == {"done"}
-    assert shop.take() == [("text", False), ("model", False), ("gate", False), ("page", False)]
+    assert script.take() == [("text", False), ("model", False), ("gate", False), ("page", False)]
     run_project(project, progress=False)
-    assert shop.take() == []
+    assert script.take() == []
 
 
-def test_a_change_reaches_what_depends_on_it(shop: Workshop, project: Recipe) -> None:
+def test_a_change_reaches_what_depends_on_it(script: Script, project: Recipe) -> None:
     run_project(project, progress=False)
-    shop.take()
-    shop.settings["gate"] = 2
+    script.take()
+    script.settings["gate"] = 2
     found = {status.stage.name: status for status in project_status(project)}
     assert {name: status.state for name, status in found.items()} == {
         "text": "done", "model": "done", "gate": "stale", "page": "stale",
@@ -97,26 +118,26 @@ def test_a_change_reaches_what_depends_on_it(shop: Workshop, project: Recipe) ->
     assert found["gate"].why == "value: 1 before, 2 now"
     assert found["page"].why == "gate is stale"
     run_project(project, progress=False)
-    assert shop.take() == [("gate", True), ("page", True)]
+    assert script.take() == [("gate", True), ("page", True)]
 
 
-def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(shop: Workshop, project: Recipe) -> None:
+def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(script: Script, project: Recipe) -> None:
     run_project(project, progress=False)
-    shop.take()
-    shop.settings["model"] = 2
+    script.take()
+    script.settings["model"] = 2
     assert [act for _, act in plan_stages(project)] == ["skip", "refuse", "replace", "replace"]
     with pytest.raises(ConfigError, match=r"stage model was made of something else \(value: 1 before, 2 now\).*--from"):
         run_project(project, progress=False)
-    assert shop.take() == []
+    assert script.take() == []
     assert (project.run / "model.txt").read_text() == "1"
     run_project(project, from_stage="model", progress=False)
-    assert shop.take() == [("model", True), ("gate", True), ("page", True)]
+    assert script.take() == [("model", True), ("gate", True), ("page", True)]
     assert (project.run / "model.txt").read_text() == "2"
 
 
-def test_a_costly_stage_over_a_new_one_is_not_replaced_either(shop: Workshop, project: Recipe) -> None:
+def test_a_costly_stage_over_a_new_one_is_not_replaced_either(script: Script, project: Recipe) -> None:
     run_project(project, progress=False)
-    shop.settings["text"] = 2
+    script.settings["text"] = 2
     run_project(project, from_stage="text", until="text", progress=False)
     found = {status.stage.name: status for status in project_status(project)}
     assert found["model"].why == "text was made anew"
@@ -124,82 +145,71 @@ def test_a_costly_stage_over_a_new_one_is_not_replaced_either(shop: Workshop, pr
         run_project(project, progress=False)
 
 
-def test_from_makes_anew_even_what_is_unchanged(shop: Workshop, project: Recipe) -> None:
+def test_from_makes_anew_even_what_is_unchanged(script: Script, project: Recipe) -> None:
     run_project(project, progress=False)
-    shop.take()
+    script.take()
     run_project(project, from_stage="gate", progress=False)
-    assert shop.take() == [("gate", True), ("page", True)]
+    assert script.take() == [("gate", True), ("page", True)]
 
 
-def test_until_stops_and_the_next_run_goes_on(shop: Workshop, project: Recipe) -> None:
+def test_until_stops_and_the_next_run_goes_on(script: Script, project: Recipe) -> None:
     run_project(project, until="model", progress=False)
     assert states(project) == {"text": "done", "model": "done", "gate": "to do", "page": "to do"}
-    shop.take()
+    script.take()
     run_project(project, progress=False)
-    assert shop.take() == [("gate", False), ("page", False)]
+    assert script.take() == [("gate", False), ("page", False)]
 
 
-def test_a_failure_is_kept_and_continued(shop: Workshop, project: Recipe) -> None:
-    shop.fails = "gate"
+def test_a_failure_is_kept_and_continued(script: Script, project: Recipe) -> None:
+    script.fails = "gate"
     with pytest.raises(DataError, match="gate is torn"):
         run_project(project, progress=False)
     failed = project_status(project)[2]
     assert (failed.state, failed.why) == ("failed", "gate is torn")
-    shop.fails = None
-    shop.take()
+    script.fails = None
+    script.take()
     run_project(project, progress=False)
-    assert shop.take() == [("gate", False), ("page", False)]
+    assert script.take() == [("gate", False), ("page", False)]
 
 
-def test_an_interrupted_stage_is_continued_without_discarding(shop: Workshop, project: Recipe) -> None:
-    class Killed(BaseException):
-        pass
-
-    stages = shop.stages(project)
-    model = stages[1]
-
-    def killed(project: Recipe, call: runner.Call) -> None:
-        (project.run / "half").write_text("half")
-        raise Killed
-
-    broken = Stage(**{**model.__dict__, "work": killed})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "stages_of", lambda project: (stages[0], broken, *stages[2:]))
-        with pytest.raises(Killed):
-            run_project(project, progress=False)
+def test_an_interrupted_stage_is_continued_without_discarding(script: Script, project: Recipe) -> None:
+    script.killed = "model"
+    with pytest.raises(Killed):
+        run_project(project, progress=False)
+    script.killed = None
     assert states(project)["model"] == "interrupted"
-    shop.take()
+    script.take()
     run_project(project, progress=False)
-    assert shop.take()[0] == ("model", False)
+    assert script.take()[0] == ("model", False)
 
 
-def test_going_on_with_a_replacement_still_replaces(shop: Workshop, project: Recipe) -> None:
+def test_going_on_with_a_replacement_still_replaces(script: Script, project: Recipe) -> None:
     """A stage that keeps its own results apart, as data and experts are, must be told again what it may discard."""
     run_project(project, progress=False)
-    shop.settings["model"], shop.fails = 2, "model"
+    script.settings["model"], script.fails = 2, "model"
     with pytest.raises(DataError):
         run_project(project, from_stage="model", progress=False)
-    shop.take()
-    shop.fails = None
+    script.take()
+    script.fails = None
     run_project(project, until="model", progress=False)
-    assert shop.take() == [("model", True)]
-    record = read_record(project.stages_folder, "model")
-    assert record is not None
-    assert record.replace
+    assert script.take() == [("model", True)]
+    read = read_stage(project, "model")
+    assert read is not None
+    assert read[1]["replace"]
 
 
-def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(shop: Workshop, project: Recipe) -> None:
+def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(script: Script, project: Recipe) -> None:
     run_project(project, progress=False)
-    shop.settings["text"], shop.fails = 2, "text"
+    script.settings["text"], script.fails = 2, "text"
     with pytest.raises(DataError):
         run_project(project, from_stage="text", progress=False)
-    shop.take()
-    shop.fails = None
+    script.take()
+    script.fails = None
     assert states(project) == {"text": "failed", "model": "to do", "gate": "to do", "page": "to do"}
     run_project(project, progress=False)
-    assert shop.take() == [("text", True), ("model", True), ("gate", True), ("page", True)]
+    assert script.take() == [("text", True), ("model", True), ("gate", True), ("page", True)]
     run_project(project, progress=False)
-    assert shop.take() == []
+    assert script.take() == []
 
 
 def test_what_is_discarded_is_first_no_longer_done(project: Recipe, tmp_path: Path) -> None:
@@ -214,22 +224,26 @@ def test_what_is_discarded_is_first_no_longer_done(project: Recipe, tmp_path: Pa
             seen.append(result.exists())
             return bool(super().is_dir(**how))
 
-    stage = Stage(
-        "model", "make model", (), lambda project: True, lambda project: None, lambda project: [result],
-        lambda project, call: None, lambda project: [Watched(weights), result],
-    )  # fmt: skip
+    class Two(Writes):
+        def outputs(self, recipe: Recipe) -> list[Path]:
+            return [result]
+
+        def discarded(self, recipe: Recipe) -> list[Path]:
+            return [Watched(weights), result]
+
+    stage = Two(Script(), "model")
     stage.clear(project)
     assert seen
     assert not any(seen)
     assert not weights.exists()
 
 
-def test_interrupted_work_over_something_new_is_stale(shop: Workshop, project: Recipe) -> None:
-    shop.fails = "model"
+def test_interrupted_work_over_something_new_is_stale(script: Script, project: Recipe) -> None:
+    script.fails = "model"
     with pytest.raises(DataError):
         run_project(project, progress=False)
-    shop.fails = None
-    shop.settings["text"] = 2
+    script.fails = None
+    script.settings["text"] = 2
     run_project(project, from_stage="text", until="text", progress=False)
     model = project_status(project)[1]
     assert (model.state, model.why, model.settled) == ("stale", "text was made anew", False)
@@ -239,35 +253,35 @@ def test_interrupted_work_over_something_new_is_stale(shop: Workshop, project: R
     assert set(states(project).values()) == {"done"}
 
 
-def test_what_was_removed_or_changed_is_made_again(shop: Workshop, project: Recipe) -> None:
+def test_what_was_removed_or_changed_is_made_again(script: Script, project: Recipe) -> None:
     run_project(project, progress=False)
-    shop.take()
+    script.take()
     (project.run / "gate.txt").unlink()
     assert "gate.txt is gone" in project_status(project)[2].why
     run_project(project, progress=False)
-    assert shop.take() == [("gate", True)]
+    assert script.take() == [("gate", True)]
     (project.run / "gate.txt").write_text("by hand")
-    assert "gate.txt has changed since" in project_status(project)[2].why
+    assert "gate.txt has 7 bytes, 1 when it was written" in project_status(project)[2].why
     run_project(project, progress=False)
-    assert shop.take() == [("gate", True)]
+    assert script.take() == [("gate", True)]
     (project.run / "model.txt").unlink()
     run_project(project, progress=False)
-    assert shop.take() == [("model", False)], "a costly stage goes on from what is left"
+    assert script.take() == [("model", False)], "a costly stage goes on from what is left"
 
 
-def test_a_run_folder_may_go_by_another_name(shop: Workshop, project: Recipe, tmp_path: Path) -> None:
+def test_a_run_folder_may_go_by_another_name(script: Script, project: Recipe, tmp_path: Path) -> None:
     run_project(project, progress=False)
-    shop.take()
+    script.take()
     project.run.rename(tmp_path / "moved")
     moved = make_recipe({**recipe_value(), "run": str(tmp_path / "moved")})
     assert set(states(moved).values()) == {"done"}
     run_project(moved, progress=False)
-    assert shop.take() == []
+    assert script.take() == []
     (moved.run / "gate.txt").write_text("by hand")
     assert states(moved)["gate"] == "stale"
 
 
-def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Recipe) -> None:
+def test_unknown_and_impossible_ranges_are_refused(script: Script, project: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"--from gat: this project has no such stage; did you mean 'gate'"):
         plan_stages(project, from_stage="gat")
     with pytest.raises(ConfigError, match=r"--until x: this project has no such stage"):
@@ -278,7 +292,7 @@ def test_unknown_and_impossible_ranges_are_refused(shop: Workshop, project: Reci
         plan_stages(project, from_stage="gate")
 
 
-def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Recipe) -> None:
+def test_two_pipelines_do_not_share_a_folder(script: Script, project: Recipe) -> None:
     run_project(project, until="text", progress=False)
     assert not at_work(project.run)
     with held_by_another(project.run / LOCK) as process:
@@ -289,49 +303,36 @@ def test_two_pipelines_do_not_share_a_folder(shop: Workshop, project: Recipe) ->
 
 def test_what_a_late_stage_reads_is_missed_before_the_first_begins(project: Recipe, tmp_path: Path) -> None:
     asking = {**recipe_value(), "run": str(tmp_path / "run"), "evaluation": {"tasks": [{"path": "nowhere/*.jsonl"}]}}
-    write_corpora(tmp_path / "corpora")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        with pytest.raises(DataError, match=r"evaluation\.tasks: .*'nowhere/\*\.jsonl' matches no file"):
-            run_project(make_recipe(asking), progress=False)
+    with pytest.raises(DataError, match=r"evaluation\.tasks: .*'nowhere/\*\.jsonl' matches no file"):
+        run_project(make_recipe(asking), progress=False)
     assert set(states(project).values()) == {"to do"}
 
 
-def test_a_torn_record_is_named(shop: Workshop, project: Recipe) -> None:
+def test_a_torn_record_is_named(script: Script, project: Recipe) -> None:
     run_project(project, until="text", progress=False)
     (project.stages_folder / "text.json").write_text("{")
     with pytest.raises(DataError, match=r"text\.json cannot be read"):
         project_status(project)
 
 
-def test_records_say_what_was_left(shop: Workshop, project: Recipe) -> None:
-    run_project(project, progress=False)
-    record = read_record(project.stages_folder, "gate")
-    model = read_record(project.stages_folder, "model")
-    assert record is not None
-    assert model is not None
-    assert list(record.outputs) == [str(project.run / "gate.txt")]
-    assert record.needs == {"model": model.digest}
-
-
-def test_every_stage_needs_only_earlier_ones() -> None:
-    names = [stage.name for stage in STAGES]
-    assert len(set(names)) == len(names)
-    for place, stage in enumerate(STAGES):
-        assert set(stage.needs) <= set(names[:place]), stage.name
+def test_every_stage_comes_after_those_that_it_needs() -> None:
+    assert [stage.name for stage in every_stage()] == [
+        "prepare", "train", "baselines", "experts", "route", "score", "gate", "distil", "evaluate", "report",
+    ]  # fmt: skip
 
 
 def test_a_project_has_the_stages_of_its_sections(tmp_path: Path) -> None:
     value = {**recipe_value(), "run": str(tmp_path)}
     assert [stage.name for stage in stages_of(make_recipe(value))] == ["prepare", "train", "evaluate", "report"]
     experts = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
-    assert [stage.name for stage in stages_of(make_recipe({**value, **experts}))] == [stage.name for stage in STAGES]
-    plain = {stage.name: stage.needs for stage in stages_of(make_recipe({**value, **experts}))}
-    over = {stage.name: stage.needs for stage in stages_of(make_recipe({**value, **experts, "experts": OVER}))}
-    assert "rivals" not in plain["experts"]
-    assert "rivals" in over["experts"]
-    with pytest.raises(ConfigError, match=r"experts\.rival is 'doge', which .* does not train; it names uniform"):
-        make_recipe({**value, **experts, "experts": {"rival": "doge"}})
+    whole = stages_of(make_recipe({**value, **experts}))
+    assert [stage.name for stage in whole] == [stage.name for stage in every_stage()]
+    both = [make_recipe({**value, **experts, "experts": section}) for section in ({}, OVER)]
+    plain, over = ({stage.name: stage.needed(each) for stage in stages_of(each)} for each in both)
+    assert "baselines" not in plain["experts"]
+    assert "baselines" in over["experts"]
+    with pytest.raises(ConfigError, match=r"experts\.baseline is 'doge', which .* does not train; it names uniform"):
+        make_recipe({**value, **experts, "experts": {"baseline": "doge"}})
     small = {"run": str(tmp_path), "data": value["data"], "experts": {"base": "some/base"}}
     assert [stage.name for stage in stages_of(make_recipe(small))] == ["prepare", "experts", "evaluate", "report"]
 

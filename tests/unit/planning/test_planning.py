@@ -435,7 +435,7 @@ def test_imported_adapters_are_not_trained() -> None:
     assert mixed.flops == pytest.approx(trained.flops / 3 + found.flops)
 
 
-def test_rivals_are_planned_as_the_trainings_they_are() -> None:
+def test_baselines_are_planned_as_the_trainings_they_are() -> None:
     experts = {"lora": {"rank": 4}, "training": {"steps": 10, "batch_sequences": 4, "sequence_length": 32}}
     compare = {"mixtures": ["uniform", "doremi"], "monolith": True}
     found = plan_of(experts=experts, compare=compare, assumed=Assumed(experts=6))
@@ -445,24 +445,24 @@ def test_rivals_are_planned_as_the_trainings_they_are() -> None:
         "training",
         "alignment",
         "evaluation",
-        "rival uniform",
-        "rival doremi",
-        "rival monolith",
+        "baseline uniform",
+        "baseline doremi",
+        "baseline monolith",
     ]
     plain = plan_of(mixture={"policy": "uniform"})
-    uniform, training = found.stage("rival uniform"), plain.stage("training")
+    uniform, training = found.stage("baseline uniform"), plain.stage("training")
     assert uniform.flops == pytest.approx(training.flops + plain.stage("evaluation").flops)
     assert uniform.facts["seconds_of_training"] == pytest.approx(training.time.seconds if training.time else 0.0)
     assert uniform.disk == training.disk
     assert uniform.time is not None
     assert uniform.time.seconds == pytest.approx(sum(s.time.seconds for s in plain.stages if s.time is not None))
-    assert found.stage("rival doremi").flops > 2 * training.flops
-    assert found.stage("rival monolith").facts["tokens"] == 6 * 10 * 4 * 32
+    assert found.stage("baseline doremi").flops > 2 * training.flops
+    assert found.stage("baseline monolith").facts["tokens"] == 6 * 10 * 4 * 32
     imports = {**experts, "imports": [{"source": "somewhere"}], "domains": ["algebra", "cooking"]}
     fewer = plan_of(experts=imports, compare={"monolith": True})
     assert fewer.stage("experts").facts["experts"] == 3
-    assert fewer.stage("rival monolith").facts["tokens"] == 2 * 10 * 4 * 32, "imports are trained on nothing"
-    assert found.stage("rival monolith").facts["parameters"] == found.stage("training").facts["parameters"]
+    assert fewer.stage("baseline monolith").facts["tokens"] == 2 * 10 * 4 * 32, "imports are trained on nothing"
+    assert found.stage("baseline monolith").facts["parameters"] == found.stage("training").facts["parameters"]
 
 
 def pool_value(tmp_path: Path, *, vocabulary: int = 96) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""One process at a time in a run folder: <run>/.lock is held by whatever writes there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from weftlm.artifact import is_locked, locked
+from weftlm.errors import CheckpointError
+from weftlm.files import sweep
+
+LOCK = ".lock"
+
+
+@contextmanager
+def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a run folder against other processes that write into it, and sweep the folders in it.
+
+    Args:
+        run: The folder.
+        shared: Hold it beside others that hold it shared, as makers of experts do, whose experts have own locks.
+    Raises:
+        CheckpointError: Another process works there; the message names it.
+    """
+
+    def refusal(who: str) -> CheckpointError:
+        return CheckpointError(
+            f"{who} is at work in {run}; wait for it (weftlm status {run}), or choose another run folder"
+        )
+
+    with locked(run / LOCK, refusal, shared=shared, again=True):
+        for folder in run.iterdir():
+            sweep(folder)
+        yield
+
+
+def at_work(run: Path) -> bool:
+    """Whether another process is at work in a run folder."""
+    return is_locked(run / LOCK)

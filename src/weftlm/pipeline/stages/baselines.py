@@ -1,0 +1,53 @@
+"""The stage `baselines`: the same model on other mixtures, and one model on all that the experts see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from weftlm.config import settings
+from weftlm.files import SEAL
+from weftlm.pipeline.checks import Known
+from weftlm.pipeline.names import RESULT
+from weftlm.pipeline.recipe import MONOLITH, Recipe, check
+from weftlm.pipeline.stage import Stage, StageOptions, stages
+
+
+@stages.register("baselines", does="other mixtures and the monolith", costs="as train, for each")
+class Baselines(Stage):
+    """The models that the mixture and the gate are compared with."""
+
+    needs = ("prepare", "train")
+    costly = True
+    shared = True
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return bool(recipe.compare.mixtures) or recipe.trains_monolith
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        found = {policy.policy: recipe.baseline(policy).deciding() for policy in recipe.compare.mixtures}
+        if recipe.trains_monolith:
+            experts = recipe.expert_settings
+            found[MONOLITH] = {
+                "tokens": experts.training.total_tokens,
+                **settings(experts, only=("base", "baseline", "revision", "domains")),
+            }
+        return found
+
+    def outputs(self, recipe: Recipe) -> list[Path]:
+        folders = [recipe.baselines_folder / name for name in self.settings(recipe)]
+        return [folder / each for each in (RESULT, f"model/{SEAL}") for folder in folders]
+
+    def discarded(self, recipe: Recipe) -> list[Path]:
+        return [recipe.baselines_folder]
+
+    def check_recipe(self, recipe: Recipe, known: Known) -> None:
+        for policy in recipe.compare.mixtures:
+            known.attempt(check, recipe.baseline(policy), known.here)
+
+    def work(self, recipe: Recipe, options: StageOptions) -> None:
+        from weftlm.pipeline.baselines import train_baselines, train_monolith  # noqa: PLC0415 - torch
+
+        train_baselines(recipe)
+        if recipe.trains_monolith:
+            train_monolith(recipe, progress=options.progress)

@@ -1,0 +1,34 @@
+"""The stage `report`: one page and one summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from weftlm.pipeline.names import REPORT, SUMMARY
+from weftlm.pipeline.recipe import Recipe
+from weftlm.pipeline.stage import Stage, StageOptions, stages, stages_of
+
+
+@stages.register("report", does="one page and one summary", costs="seconds")
+class Report(Stage):
+    """The page about everything, and its figures as one JSON file."""
+
+    needs = ("train", "baselines", "route", "gate", "distil", "evaluate")
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return True
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {"stages": [stage.name for stage in stages_of(recipe)]}
+
+    def outputs(self, recipe: Recipe) -> list[Path]:
+        return [recipe.run / REPORT, recipe.run / SUMMARY]
+
+    def discarded(self, recipe: Recipe) -> list[Path]:
+        return self.outputs(recipe)
+
+    def work(self, recipe: Recipe, options: StageOptions) -> None:
+        from weftlm.pipeline.project_report import report_project  # noqa: PLC0415 - torch
+
+        report_project(recipe)

@@ -1,0 +1,73 @@
+"""The stage `route`: routers compared, routed models written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from weftlm.config import settings
+from weftlm.errors import ConfigError
+from weftlm.files import SEAL
+from weftlm.pipeline.checks import Known
+from weftlm.pipeline.names import ROUTING
+from weftlm.pipeline.recipe import Recipe
+from weftlm.pipeline.stage import Stage, StageOptions, stages
+from weftlm.pipeline.stages.evaluate import evaluation_settings
+from weftlm.routing.config import MANIFEST, parse_router, router_config, routers
+
+
+@stages.register("route", does="routers compared, routed models written", costs="held-out text once for each router")
+class Route(Stage):
+    """Every router of the recipe on held-out text, and the routed models that it asks for."""
+
+    needs = ("prepare", "experts")
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.makes_experts and recipe.routing is not None
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {"routing": settings(recipe.routing_settings), **evaluation_settings(recipe)}
+
+    def outputs(self, recipe: Recipe) -> list[Path]:
+        folders = [recipe.routed_folder(each) for each in recipe.routing_settings.build]
+        return [recipe.run / ROUTING, *(folder / name for name in (MANIFEST, SEAL) for folder in folders)]
+
+    def discarded(self, recipe: Recipe) -> list[Path]:
+        return [recipe.run / ROUTING, recipe.run / "routed"]
+
+    def check_files(self, recipe: Recipe, known: Known) -> None:
+        """Refuse routers that need what no expert of the recipe gets, and routed models of one name."""
+        routing = recipe.routing_settings
+        places: dict[str, str] = {}
+        for router in routing.build:
+            folder = router.replace(":", ",")
+            if folder in places:
+                raise ConfigError(
+                    f"routing.build: {places[folder]!r} and {router!r} would be one folder; leave one of them"
+                )
+            places[folder] = router
+        for key, asked in (("routers", routing.routers or ()), ("build", routing.build)):
+            for router in asked:
+                self._check(recipe, known, f"routing.{key}", router_config(parse_router(router)).router)
+
+    def _check(self, recipe: Recipe, known: Known, key: str, name: str) -> None:
+        kind, experts = routers[name], recipe.expert_settings
+        if "statistics" in kind.needs and not experts.statistics_examples:
+            raise ConfigError(
+                f"{key}: {name} needs statistics of the experts, and experts.statistics_examples is 0; raise it, or "
+                "leave the router out"
+            )
+        without = [each.title for each in experts.imports if each.domain is None]
+        if kind.needs and without:
+            raise ConfigError(
+                f"{key}: {name} needs a {' and '.join(sorted(kind.needs))} of every expert, and the imported "
+                f"{', '.join(without)} gets none; say which domain it belongs to (experts.imports: domain), or leave "
+                "the router out"
+            )
+        if known.base is not None and known.base.is_encoder_decoder and not kind.supports_encoder_decoder:
+            raise ConfigError(f"router {name!r} follows a text from left to right and serves decoder-only models")
+
+    def work(self, recipe: Recipe, options: StageOptions) -> None:
+        from weftlm.pipeline.route_stage import route_experts  # noqa: PLC0415 - torch
+
+        route_experts(recipe, progress=options.progress)
