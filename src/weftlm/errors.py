@@ -1,4 +1,4 @@
-"""The errors weftlm raises for causes a user can mend.
+"""The errors weftlm raises for causes a user can repair.
 
 A message says what came, what is allowed and what to do. `assert` is for weftlm's own bugs. Only the command line turns
 these into exit codes.
@@ -17,7 +17,7 @@ _NUMBERED = re.compile(r"\[(Errno|WinError) -?\d+\] ")
 
 
 class WeftError(Exception):
-    """Base of every error whose cause lies outside weftlm; its text is without the numbers of system errors."""
+    """Base of every error whose cause is outside weftlm; its text is without the numbers of system errors."""
 
     def __str__(self) -> str:
         return _NUMBERED.sub("", super().__str__())
@@ -80,8 +80,8 @@ def reason(error: BaseException) -> str:
 def install_hint(extra: str) -> str:
     """The command that installs an optional dependency group of weftlm, for an error message.
 
-    weftlm is not on a package index, so the command installs from a checkout: a bare name could bring somebody else's
-    code.
+    weftlm is not on a package index, so the command installs from a checkout: a bare name could bring
+    another project's code.
     """
     return f"run `pip install '.[{extra}]'` in your checkout of weftlm"
 

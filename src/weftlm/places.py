@@ -1,4 +1,4 @@
-"""Names that stand for a folder on this disk or for a repository on the Hugging Face hub: decided before any network.
+"""Names of a folder on this disk or of a repository on the Hugging Face hub: decided before any network.
 
 The disk comes first. A name whose first part is here, or nearly, is a mistyped path and no hub name; what cannot be the
 name of a repository is no hub name either. Anything else is asked of the hub once, with a bound on the wait.
@@ -32,18 +32,18 @@ _MARKS: dict[Repository, tuple[str, ...]] = {
 def locate(
     name: str | Path, key: str, *, revision: str | None = None, repository: Repository = "model", ask: bool = True
 ) -> str:
-    """Decide what a name stands for.
+    """Decide what a name refers to.
 
     Args:
-        name: a path, or a hub name (`owner/name`, or `name` alone).
-        key: what named it, for messages: `experts.base`, `--tokenizer`.
-        revision: of a hub name.
-        repository: what kind of it.
-        ask: the hub; False passes every name that may be of a repository.
+        name: Path, or hub name (`owner/name`, or `name` alone).
+        key: Key or option that gave it, for messages: `experts.base`, `--tokenizer`.
+        revision: Revision of a hub name.
+        repository: Kind of repository.
+        ask: Whether to ask the hub; otherwise every name that may be of a repository passes.
     Returns:
-        the name itself, with `~` expanded: something is there, in the hub's cache, or on the hub.
+        The name itself, with `~` expanded: something is there, in the hub's cache, or on the hub.
     Raises:
-        ConfigError: nothing is there, with what is near; or the hub has no such repository, or cannot be reached.
+        ConfigError: Nothing is there, with what is near; or the hub has no such repository, or cannot be reached.
     """
     text = os.path.expanduser(os.fspath(name))
     if not text or "\0" in text or len(os.fsencode(text)) > 4000:

@@ -7,6 +7,7 @@ themselves, aliases that unfold to more than a recipe can hold.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -185,20 +186,15 @@ class _Values:
             return text.lower() in ("yes", "true", "on")
         if tag not in ("int", "float") or _NUMBERS_ELSEWHERE.fullmatch(text):
             return text
-        whole = tag == "int"
         plain = text.replace("_", "").lower()
         try:
-            if whole:
-                value: int | float = int(plain, 0) if len(plain) < 100 else MAX_NUMBER + 1
-            else:
-                value = float(plain.replace(".inf", "inf").replace(".nan", "nan"))
+            number = int(plain, 0) if tag == "int" else float(plain.replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
             return text
-        if not whole and value - value != 0:
-            raise _refusal(self.what, node, f"{text:.60} is no number a recipe can hold; give a finite one")
-        if abs(value) > MAX_NUMBER and whole:
-            raise _refusal(self.what, node, f"{text:.40} is too large; whole numbers go to 2^63 - 1")
-        return value
+        if (tag == "int" and abs(number) > MAX_NUMBER) or not math.isfinite(number):
+            problem = f"{text:.40} is too large or no number; whole numbers go to 2^63 - 1, others must be finite"
+            raise _refusal(self.what, node, problem)
+        return number
 
 
 def parse_override(text: str, what: str) -> Any:
@@ -209,8 +205,7 @@ def parse_override(text: str, what: str) -> Any:
     """
     value = parse_yaml(text, what)
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        number = float(value)
-        if number - number != 0:
+        if not math.isfinite(number := float(value)):
             raise ConfigError(f"{what}: {value} is too large")
         return number
     return value

@@ -159,13 +159,3 @@ def test_a_failed_job_does_not_say_it_is_done() -> None:
     with pytest.raises(RuntimeError, match="broken"), progress("read", 3, stream=stream):
         raise RuntimeError("broken")
     assert stream.getvalue() == ""
-
-
-def test_progress_on_a_terminal_draws_a_bar(terminal: Terminal) -> None:
-    with progress("tokenise [x]", 10, stream=terminal) as counter:
-        counter.advance(10)
-    with progress("read", stream=terminal) as counter:
-        counter.advance(3)
-    assert "tokenise [x]" in terminal.getvalue()
-    assert "10/10 items" in terminal.getvalue()
-    assert "3 items" in terminal.getvalue()

@@ -15,29 +15,29 @@ class CorpusConfig(Section):
     """One input: exactly one of `path`, `dataset` and `builtin`.
 
     Attributes:
-        path: a file, a glob (`**` allowed) or a folder, which is searched with its subfolders. Hidden entries are left;
-            links that leave the folder (of a glob: its part before the first wildcard) are left and counted.
-        dataset: a Hugging Face dataset: a name on the hub, a local folder, or a folder saved by `save_to_disk`.
+        path: File, glob (`**` allowed) or folder, which is searched with its subfolders. Hidden entries are left out;
+            links that leave the folder (of a glob: its part before the first wildcard) are left out and counted.
+        dataset: Hugging Face dataset: a name on the hub, a local folder, or a folder saved by `save_to_disk`.
         builtin: `all`, or names of built-in corpora; each document is labelled with its corpus.
-        config: configuration of a `dataset`.
-        split: split of a `dataset`.
-        revision: branch, tag or commit of a `dataset` on the hub.
-        streaming: read a `dataset` as a stream rather than download it first.
-        format: of the files: `jsonl` (JSON Lines; a file that ends in `.json` may hold one array of objects instead),
-            `csv` (with a header; `.tsv`: tab-separated), `text`, `code` (a file per document), `parquet`, or `auto`: by
-            suffix. Any but Parquet may end in `.gz`, `.zst`, `.xz` or `.bz2`. A document may hold 256 MiB.
-        split_documents: what a document of a text file is: the whole `file`, or what stands between `blank_lines`.
-        suffixes: of the files of a folder to read, such as `[".py"]` (`""`: files without one);
-            default those of the format.
-        text_field: where the text is in a JSON object, Parquet row or dataset row; may be dotted (`data.text`).
-        prompt_field: where the prompt is whose answer the text is, likewise; each document is then an example, a prompt
-            and a target, and its text is the two one after the other, with nothing put between them.
-        label: the domain of every document.
-        label_field: where the domain is in a record; may be dotted. A whole number is taken as its decimal form.
-        label_from: the domain is the name of the `file` without suffixes, or of the `folder` it lies in.
-        max_documents: stop after so many documents (of each, for `builtin`).
-        max_bytes: stop before exceeding so many UTF-8 bytes of text (of each, for `builtin`).
-        on_error: what to do about a faulty record: `stop` with an error that names file and line, or `skip` and count.
+        config: Configuration of a `dataset`.
+        split: Split of a `dataset`.
+        revision: Branch, tag or commit of a `dataset` on the hub.
+        streaming: Whether to read a `dataset` as a stream rather than download it first.
+        format: Format of the files: `jsonl` (JSON Lines; a file that ends in `.json` may hold one array of objects
+            instead), `csv` (with a header; `.tsv`: tab-separated), `text`, `code` (a file per document), `parquet`, or
+            `auto`: by suffix. Any but Parquet may end in `.gz`, `.zst`, `.xz` or `.bz2`. A document may hold 256 MiB.
+        split_documents: Document of a text file: the whole `file`, or each run of lines between `blank_lines`.
+        suffixes: Suffixes of the files of a folder to read, such as `[".py"]` (`""`: files without one); default those
+            of the format.
+        text_field: Field of the text in a JSON object, Parquet row or dataset row; may be dotted (`data.text`).
+        prompt_field: Field of the prompt to which the text is the answer; may be dotted. Each document is then an
+            example, a prompt and a target, and its text is the two one after the other, with nothing put between them.
+        label: Domain of every document.
+        label_field: Field of the domain in a record; may be dotted. A whole number is taken as its decimal form.
+        label_from: Source of the domain: the name of the `file` without suffixes, or of its `folder`.
+        max_documents: Largest number of documents (of each, for `builtin`).
+        max_bytes: Largest number of UTF-8 bytes of text (of each, for `builtin`).
+        on_error: What to do about a faulty record: `stop` with an error that names file and line, or `skip` and count.
     """
 
     path: str | None = None
@@ -103,8 +103,8 @@ class TrainConfig(Section):
     """How a byte-level BPE is trained.
 
     Attributes:
-        vocab_size: tokens in all: 256 bytes, the end-of-document token and the merges. Fewer if the text is too small.
-        min_frequency: how often a pair must occur to be merged.
+        vocab_size: Tokens in all: 256 bytes, the end-of-document token and the merges. Fewer if the text is too small.
+        min_frequency: Least number of occurrences of a pair to be merged.
         sample_bytes: UTF-8 bytes of text to learn from, taken from the front of what the trainer is given.
     """
 
@@ -117,9 +117,9 @@ class TokenizerConfig(Section):
     """The tokenizer of a recipe: `train` one (the default) or name a `pretrained` one, never both.
 
     Attributes:
-        train: settings of a byte-level BPE learnt from the training text.
-        pretrained: a Hugging Face tokenizer: a local folder or a name on the hub. Code from the hub is never run.
-        revision: branch, tag or commit of a `pretrained` hub name.
+        train: Settings of a byte-level BPE learnt from the training text.
+        pretrained: Hugging Face tokenizer: a local folder or a name on the hub. Code from the hub is never run.
+        revision: Branch, tag or commit of a `pretrained` hub name.
     """
 
     train: TrainConfig | None = None

@@ -1,7 +1,7 @@
-"""Examples: documents that are a prompt and the target to be said after it, over the tokens of a source.
+"""Examples: documents that are a prompt and its target, over the tokens of a source.
 
-The tokens lie in the source one document after the other, prompt, target, end-of-document token; here is where each of
-them begins and ends. Whoever has no use for prompts reads the source as text.
+The source holds the documents one after the other, each as prompt, target, end-of-document token; `Examples` holds
+where each of them begins and ends. Without it, the source reads as text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from weftlm.errors import DataError
 
 
 class Example(NamedTuple):
-    """One example in token ids, int64, without special tokens.
-
-    Attributes:
-        prompt_P: the prompt's.
-        target_C: the target's.
-    """
+    """One example in token ids, int64, without special tokens."""
 
     prompt_P: NDArray[np.int64]
     target_C: NDArray[np.int64]
@@ -35,13 +30,13 @@ class Examples:
     """The examples of a source of tokens.
 
     Attributes:
-        source: the tokens.
-        starts_N: position of each example's first token, int64.
-        prompts_N: tokens of its prompt, int64.
-        targets_N: tokens of its target, the end-of-document token not counted, int64.
-        target_bytes_N: UTF-8 bytes of its target, int64.
-        eos_id: the end-of-document token.
-        fingerprint: of the source, which says where prompts end.
+        source: Source of the tokens.
+        starts_N: Position of each example's first token, int64.
+        prompts_N: Tokens of each prompt, int64.
+        targets_N: Tokens of each target, the end-of-document token not counted, int64.
+        target_bytes_N: UTF-8 bytes of each target, int64.
+        eos_id: End-of-document token.
+        fingerprint: Fingerprint of the source, which covers where prompts end.
     """
 
     source: Source = field(repr=False)
@@ -56,15 +51,7 @@ class Examples:
     def of(
         cls, source: Source, spans_N2: NDArray[np.int64], prompts: ArrayLike, target_bytes: ArrayLike, eos_id: int
     ) -> Examples:
-        """The examples of a source whose documents each end with the end-of-document token.
-
-        Args:
-            source: the tokens.
-            spans_N2: start and end of each document, its end-of-document token included.
-            prompts: tokens of each document's prompt.
-            target_bytes: UTF-8 bytes of each document's target.
-            eos_id: the end-of-document token.
-        """
+        """From each document's span (its end-of-document token included), prompt in tokens and target in bytes."""
         prompts_N = np.asarray(prompts).astype(np.int64)
         targets_N = spans_N2[:, 1] - spans_N2[:, 0] - 1 - prompts_N
         sizes_N = np.asarray(target_bytes).astype(np.int64)
@@ -89,7 +76,7 @@ class Examples:
         return found
 
     def until(self, tokens: int, fingerprint: str) -> Examples:
-        """Those that lie whole within the first tokens of the source, under the fingerprint of that part."""
+        """The examples that are whole within the first tokens of the source, under the fingerprint of that part."""
         count = int(np.searchsorted(self.starts_N + self.prompts_N + self.targets_N + 1, tokens, side="right"))
         kept = {name: getattr(self, name)[:count] for name in ("starts_N", "prompts_N", "targets_N", "target_bytes_N")}
         return replace(self, **kept, fingerprint=fingerprint)
@@ -99,11 +86,11 @@ class ExampleSource(ArraySource):
     """Examples held in memory as a `Source`: for tests, and for loops that bring their own tokens.
 
     Args:
-        examples: prompt and target of each, in token ids without special tokens.
-        eos_id: put after every example.
+        examples: Prompt and target of each, in token ids without special tokens.
+        eos_id: Token put after every example.
         target_bytes: UTF-8 bytes of each target; needed for bits per byte only.
     Raises:
-        DataError: there is no example, or one without target.
+        DataError: There is no example, or one without target.
     """
 
     def __init__(

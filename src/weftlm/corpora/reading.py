@@ -40,7 +40,7 @@ def read_documents(config: CorpusConfig, report: ReadingReport) -> Iterator[Docu
     Raises:
         DataError: At once, a path that matches nothing; while iterating, a fault under `on_error: stop`, naming file
             and line, or a dataset that cannot be opened.
-        ConfigError: At once, an unknown built-in corpus, or a file whose format cannot be told.
+        ConfigError: At once, an unknown built-in corpus, or a file of unknown format.
     """
     if config.builtin is not None:
         more = () if config.max_bytes is None else (config.max_bytes,)
@@ -218,7 +218,7 @@ def _files(config: CorpusConfig, report: ReadingReport) -> list[tuple[Path, Form
 
     Raises:
         DataError: Nothing matches.
-        ConfigError: The format of a file that was asked for cannot be told from its suffix.
+        ConfigError: The suffix of a file that was asked for is not known.
     """
     assert config.path is not None
     found, searched = corpus_files(config.path, report.ignore)

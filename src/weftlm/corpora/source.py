@@ -61,26 +61,22 @@ class ArraySource:
     """Tokens held in memory as a `Source`: for tests, benchmarks and loops that bring their own tokens.
 
     Args:
-        tokens: token ids, one-dimensional.
-        text_bytes: UTF-8 bytes of the text they stand for; needed for bits per byte only.
+        tokens: Token ids, one-dimensional.
+        text_bytes: UTF-8 bytes of their text; needed for bits per byte only.
     Raises:
-        DataError: the tokens are not one row of whole numbers, none of them negative.
+        DataError: The tokens are not one row of whole numbers, none of them negative.
     """
 
     def __init__(self, tokens: ArrayLike, *, text_bytes: int = 0) -> None:
+        came = f"tokens are a {type(tokens).__name__}"
         try:
             array = np.asarray(tokens)
         except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths, tensors that are elsewhere
-            raise DataError(
-                f"tokens are a {type(tokens).__name__} of no one shape or not in memory; give one row of integers"
-            ) from error
+            raise DataError(f"{came} of no one shape or not in memory; give one row of integers") from error
         if array.shape == (0,):
             array = array.astype(np.int64)
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise DataError(
-                f"tokens are a {type(tokens).__name__} of shape {array.shape} and dtype {array.dtype}; give one row of "
-                "integers"
-            )
+            raise DataError(f"{came} of shape {array.shape} and dtype {array.dtype}; give one row of integers")
         if len(array) and (array.min() < 0 or array.max() >= 2**63):
             raise DataError(f"tokens go from {array.min()} to {array.max()}; token ids are 0 or more, below 2^63")
         self._tokens = np.ascontiguousarray(array, dtype=np.int64)

@@ -45,7 +45,6 @@ class StoreWriter:
         buffer_bytes: Memory for tokens not yet on disk, over all stores; the fullest buffers are written first.
     Attributes:
         documents: Documents appended so far over all stores, those of an interrupted run included.
-        tokens: Tokens, counted the same way; end-of-document tokens included.
         bytes: UTF-8 bytes of text, counted the same way.
         mark: What the last `commit` was given, to recognise the stream by.
     Raises:
@@ -56,9 +55,8 @@ class StoreWriter:
         self.path = Path(path)
         self._vocabulary = vocabulary
         self._buffer_bytes = buffer_bytes
-        self._waiting_bytes = 0
         self._stores: dict[str, _GrowingStore] = {}
-        self.documents = self.tokens = self.bytes = 0
+        self.documents = self.bytes = self._waiting_bytes = 0
         self.mark = ""
         if self.path.exists():
             raise DataError(f"{self.path} already exists; delete it or choose another path")
@@ -84,11 +82,10 @@ class StoreWriter:
             DataError: An id is outside the vocabulary, or some documents of a store are examples and some not.
         """
         store = self._stores.get(label) or self._open(label)
-        waiting, length = store.waiting_bytes, store.tokens
+        self._waiting_bytes -= store.waiting_bytes
         store.append(tokens, text_bytes, origin, prompt)
-        self._waiting_bytes += store.waiting_bytes - waiting
+        self._waiting_bytes += store.waiting_bytes
         self.documents += 1
-        self.tokens += store.tokens - length
         self.bytes += text_bytes
         if self._waiting_bytes >= self._buffer_bytes:  # few, long writes
             for store in sorted(self._stores.values(), key=lambda store: -store.waiting_bytes):
@@ -149,10 +146,8 @@ class StoreWriter:
             sweep(child)
             if child.is_dir() and child.name not in known:  # begun after the last commit
                 remove(child)
-        stores = self._stores.values()
-        self.documents = sum(store.documents for store in stores)
-        self.tokens = sum(store.tokens for store in stores)
-        self.bytes = sum(store.bytes for store in stores)
+        self.documents = sum(store.documents for store in self._stores.values())
+        self.bytes = sum(store.bytes for store in self._stores.values())
         self.mark = str(journal["mark"])
         return True
 

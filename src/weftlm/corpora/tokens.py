@@ -54,9 +54,9 @@ class TextLoss:
 
     Attributes:
         bytes: UTF-8 bytes of the text measured.
-        given_back: bytes that decode(encode(text)) gives back.
-        tokens: tokens of it.
-        unknown: how many of them are the unknown token.
+        given_back: Bytes that decode(encode(text)) gives back.
+        tokens: Tokens of the text.
+        unknown: Number of them that are the unknown token.
     """
 
     bytes: int
@@ -94,20 +94,17 @@ class Tokenizer:
     library; a process forked after that encodes in one thread, without the library's warning.
 
     Attributes:
-        hf: the Hugging Face tokenizer, for `save_pretrained` beside a model.
-        eos_id: id of the end-of-document token.
-        vocab_size: highest id + 1.
-        fingerprint: hash of the contents of tokenizer.json that decide the ids, and of the end-of-document token.
-        vocabulary_fingerprint: the same without the end-of-document token. Tokenizers that share it give a text the
+        hf: Hugging Face tokenizer, for `save_pretrained` beside a model.
+        eos_id: Id of the end-of-document token.
+        vocab_size: Highest id + 1.
+        fingerprint: Hash of the contents of tokenizer.json that decide the ids, and of the end-of-document token.
+        vocabulary_fingerprint: The same without the end-of-document token. Tokenizers that share it give a text the
             same ids, though models of theirs may end a text differently (a base and its chat model often do).
+    Raises:
+        ConfigError: The tokenizer has no end-of-sequence token.
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase, name: str = "tokenizer") -> None:
-        """Wrap a Hugging Face tokenizer.
-
-        Raises:
-            ConfigError: it has no end-of-sequence token.
-        """
         eos_id = hf.eos_token_id
         if not isinstance(eos_id, int):
             raise NoEndOfTextError(
@@ -119,7 +116,7 @@ class Tokenizer:
         self.eos_id: int = eos_id
         self.vocab_size: int = max([*hf.get_vocab().values(), eos_id]) + 1
         self._backend: tokenizers.Tokenizer | None = None
-        contents: dict[str, Any]
+        contents: dict[str, Any] = {"class": type(hf).__name__, "vocab": hf.get_vocab()}
         if isinstance(hf, PreTrainedTokenizerFast):
             self._backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
             self._backend.no_truncation()
@@ -127,8 +124,6 @@ class Tokenizer:
             self._backend.encode_special_tokens = True
             contents = parse_json(self._backend.to_str())
             del contents["post_processor"]  # only adds special tokens, which are never asked for
-        else:
-            contents = {"class": type(hf).__name__, "vocab": hf.get_vocab()}
         self._unknown_ids = _unknown_ids(hf, contents.get("model", {}))
         self._in_pieces = _cuts_are_exact(contents.get("pre_tokenizer"), contents.get("normalizer"))
         self.fingerprint: str = _fingerprint([contents, eos_id])
@@ -147,11 +142,6 @@ class Tokenizer:
 
         Very long texts are encoded in pieces of about a million characters, cut at ends of lines where the cut cannot
         change the ids, so that memory stays a small multiple of the text.
-
-        Args:
-            texts: N texts.
-        Returns:
-            N arrays of shape (tokens,).
         """
         if self._backend is None:
             plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -206,7 +196,7 @@ class Tokenizer:
             raise DataError(f"tokenizer folder {folder} does not exist")
         try:
             hf = _open(str(folder), None)
-        except _UnreadableError as error:
+        except DataError as error:
             raise DataError(f"tokenizer folder {folder} cannot be read: {error}; copy or download it again") from error
         return cls(hf, str(folder))
 
@@ -252,7 +242,7 @@ def load_pretrained(name: str, revision: str | None = None) -> Tokenizer:
     name = locate(name, "tokenizer.pretrained", revision=revision)
     try:
         hf = _open(name, revision)
-    except _UnreadableError as error:
+    except DataError as error:
         raise ConfigError(
             f"tokenizer.pretrained {name!r} cannot be loaded: {error}; give a local folder or the name of a tokenizer "
             f"on the hub that needs no code of its own"
@@ -283,12 +273,12 @@ def find_tokenizer(place: str, revision: str | None = None) -> Tokenizer | None:
         raise
 
 
-class _UnreadableError(Exception):
-    """Why a tokenizer cannot be opened."""
-
-
 def _open(place: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Open a Hugging Face tokenizer, which has a vocabulary; transformers makes an empty one of a folder without."""
+    """Open a Hugging Face tokenizer, which has a vocabulary; transformers makes an empty one of a folder without.
+
+    Raises:
+        DataError: It cannot be opened; the message is the reason alone.
+    """
     folder = Path(place)
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if _TOKENIZER_FILE.search(file.name):
@@ -299,9 +289,9 @@ def _open(place: str, revision: str | None) -> PreTrainedTokenizerBase:
         )
         own = hf.get_vocab().keys() - hf.get_added_vocab().keys() - set(hf.all_special_tokens)
     except Exception as error:
-        raise _UnreadableError(reason(error)) from error
+        raise DataError(reason(error)) from error
     if len(own) < 2:
-        raise _UnreadableError("it has no vocabulary: tokenizer.json (or vocab.json, tokenizer.model, ...) is missing")
+        raise DataError("it has no vocabulary: tokenizer.json (or vocab.json, tokenizer.model, ...) is missing")
     return hf
 
 
@@ -313,7 +303,7 @@ def _check_file(file: Path) -> None:
     except (OSError, ValueError):
         sound = False
     if not sound:
-        raise _UnreadableError(f"{file.name} is empty, torn, a broken link or no JSON object")
+        raise DataError(f"{file.name} is empty, torn, a broken link or no JSON object")
 
 
 def _unknown_ids(hf: PreTrainedTokenizerBase, model: Any) -> list[int]:

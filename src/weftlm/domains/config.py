@@ -13,10 +13,10 @@ class ClusterConfig(Section):
     """How documents are clustered.
 
     Attributes:
-        n: clusters asked for; those that stay empty are dropped.
-        flat_limit: up to so many clusters in one level; above, about sqrt(n) groups are clustered further.
-        sample_documents: documents that the centroids are fitted on.
-        min_bytes: clusters with less text are dissolved, their documents go to the nearest other.
+        n: Clusters asked for; those that stay empty are dropped.
+        flat_limit: Most clusters in one level; above, about sqrt(n) groups are clustered further.
+        sample_documents: Documents that the centroids are fitted on.
+        min_bytes: Least text of a cluster; smaller ones are dissolved, their documents go to the nearest other.
     """
 
     n: int = Field(ge=1)
@@ -29,14 +29,14 @@ class EmbedderConfig(Section):
     """How documents become vectors.
 
     Attributes:
-        kind: `tfidf` needs nothing; `sentence_transformers` needs the package of that name and a model.
-        model: folder or hub name of a sentence-transformers model.
-        analyzer: what `tfidf` counts: words and punctuation marks, runs of 3 characters, or both.
-        dimensions: of the truncated SVD; fewer where the sample has a lower rank.
-        vocabulary: at most so many of the most frequent features.
-        max_chars: only the first so many characters of a document are embedded.
-        sample_documents: documents that vocabulary and SVD are fitted on.
-        batch_documents: documents embedded at a time.
+        kind: Embedder: `tfidf` needs nothing; `sentence_transformers` needs the package of that name and a model.
+        model: Folder or hub name of a sentence-transformers model.
+        analyzer: Features that `tfidf` counts: words and punctuation marks, runs of 3 characters, or both.
+        dimensions: Dimensions of the truncated SVD; fewer where the sample has a lower rank.
+        vocabulary: Largest number of features, the most frequent ones.
+        max_chars: Characters of a document that are embedded, from its beginning.
+        sample_documents: Documents that vocabulary and SVD are fitted on.
+        batch_documents: Documents embedded at a time.
     """
 
     kind: Literal["tfidf", "sentence_transformers"] = "tfidf"

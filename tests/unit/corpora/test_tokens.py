@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -36,43 +36,25 @@ TEXTS = [f"def f_{i}(x):\n    return x + {i}  # éß {i * 7919}\n\n\nthe cat sat
 SMALL = TrainConfig(vocab_size=400)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXTS, SMALL)
-
-
 TOKENIZER = train_tokenizer(TEXTS, SMALL)
 
 
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return TOKENIZER
+
+
 @given(st.text())
+@example(f"a{END_OF_DOCUMENT}b")
 def test_text_comes_back_unchanged(text: str) -> None:
     (ids,) = TOKENIZER.encode_batch([text])
     assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.eos_id not in ids
 
 
-def test_every_byte_is_in_the_vocabulary_and_the_size_is_as_asked(tokenizer: Tokenizer) -> None:
-    assert tokenizer.vocab_size == 400
-    text = "".join(map(chr, range(0x800))) + "\U0010ffff\U0001f9f5"
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
-
-
-def test_a_spelt_out_special_token_is_ordinary_text(tokenizer: Tokenizer) -> None:
-    text = f"a{END_OF_DOCUMENT}b"
-    (ids,) = tokenizer.encode_batch([text])
-    assert tokenizer.eos_id not in ids
-    assert tokenizer.decode(ids) == text
-
-
-def test_training_is_deterministic_across_processes(tokenizer: Tokenizer) -> None:
-    script = (
-        "import json, sys\n"
-        "from weftlm.corpora.tokens import TrainConfig, train_tokenizer\n"
-        "print(train_tokenizer(json.load(sys.stdin), TrainConfig(vocab_size=400)).fingerprint)"
-    )
-    out = subprocess.run([sys.executable, "-c", script], input=json.dumps(TEXTS), capture_output=True, text=True)
-    assert out.stdout.strip() == tokenizer.fingerprint, out.stderr
+def test_training_is_deterministic(tokenizer: Tokenizer) -> None:
     assert train_tokenizer(iter(TEXTS), SMALL).fingerprint == tokenizer.fingerprint
+    assert train_tokenizer(TEXTS, TrainConfig(vocab_size=401)).fingerprint != tokenizer.fingerprint
 
 
 def test_the_sample_is_the_front_of_the_text() -> None:
@@ -110,13 +92,6 @@ def test_a_saved_folder_loads_everywhere_without_a_word(
     assert loaded.fingerprint == tokenizer.fingerprint
     assert ForkingPickler.loads(ForkingPickler.dumps(loaded)).fingerprint == tokenizer.fingerprint
     assert load_pretrained(str(tmp_path / "t")).fingerprint == tokenizer.fingerprint
-
-
-def test_the_fingerprint_follows_the_contents(tokenizer: Tokenizer) -> None:
-    assert train_tokenizer(TEXTS, TrainConfig(vocab_size=401)).fingerprint != tokenizer.fingerprint
-    hf = copy.deepcopy(tokenizer.hf)
-    hf.eos_token = "a"
-    assert Tokenizer(hf).fingerprint != tokenizer.fingerprint
 
 
 def test_tokenizers_of_other_ends_share_a_vocabulary(tokenizer: Tokenizer) -> None:
@@ -162,16 +137,6 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path / "t"))
 
 
-def test_missing_and_broken_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        Tokenizer.load(tmp_path / "none")
-    (tmp_path / "t").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
-        Tokenizer.load(tmp_path / "t")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_pretrained(str(tmp_path / "t"))
-
-
 def test_the_configuration_is_one_of_two() -> None:
     assert TokenizerConfig().train == TrainConfig()
     assert validate(TokenizerConfig, {"pretrained": "x", "revision": "y"}, "tokenizer").train is None
@@ -209,16 +174,6 @@ def test_cutting_long_texts_does_not_change_the_ids(parts: list[str]) -> None:
     np.testing.assert_array_equal(cut[2], TOKENIZER.encode_batch(["end"])[0])
 
 
-def test_natural_cuts_leave_the_ids_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "".join(TEXTS)
-    (whole,) = TOKENIZER.encode_batch([text])
-    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 100)
-    pieces = list(split_long(text))
-    assert len(pieces) > 50
-    assert all(piece[-1] == "\n" and not piece[-2].isspace() for piece in pieces)
-    np.testing.assert_array_equal(TOKENIZER.encode_batch([text])[0], whole)
-
-
 def test_a_fork_after_encoding_is_quiet_and_can_encode() -> None:
     script = (
         "import os, sys\n"
@@ -238,7 +193,7 @@ def test_a_fork_after_encoding_is_quiet_and_can_encode() -> None:
     assert (out.returncode, out.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("run", ["a" * 400_000, " " * 400_000, "ab1" * 100_000, "0" * 400_000, "é" * 400_000])
+@pytest.mark.parametrize("run", ["a" * 400_000, " " * 400_000, "é" * 400_000])
 def test_learning_from_one_long_run_takes_no_time(run: str) -> None:
     begin = time.process_time()
     learnt = train_tokenizer([run, *TEXTS[:20]], SMALL)
@@ -260,21 +215,6 @@ def _uncased() -> tokenizers.Tokenizer:
     return _trained(found)
 
 
-def _without_blanks() -> tokenizers.Tokenizer:
-    found = tokenizers.Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
-    found.decoder = decoders.ByteLevel()
-    return _trained(found)
-
-
-def _one_line() -> tokenizers.Tokenizer:
-    found = tokenizers.Tokenizer(models.BPE())
-    found.normalizer = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-    found.pre_tokenizer = pre_tokenizers.Metaspace()
-    found.decoder = decoders.Metaspace()
-    return _trained(found)
-
-
 def _trained(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet(), *"".join(TEXTS)})
     trainer = trainers.BpeTrainer(
@@ -284,8 +224,7 @@ def _trained(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return backend
 
 
-LOSSY = {"word level": (_words, 0.3, 0.5), "uncased": (_uncased, 0.001, 0.0), "no blanks": (_without_blanks, 0.1, 0.0),
-         "one line": (_one_line, 0.05, 0.0)}  # fmt: skip
+LOSSY = {"word level": (_words, 0.3, 0.5), "uncased": (_uncased, 0.001, 0.0)}
 
 
 @pytest.mark.parametrize("kind", LOSSY)
@@ -304,7 +243,7 @@ def test_a_byte_level_tokenizer_loses_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.loss([]).lost == 0.0
 
 
-@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "Qwen2Tokenizer"])
 def test_the_class_named_beside_a_byte_level_tokenizer_does_not_change_it(
     tokenizer: Tokenizer, tmp_path: Path, name: str
 ) -> None:
@@ -317,16 +256,14 @@ def test_the_class_named_beside_a_byte_level_tokenizer_does_not_change_it(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("damage", ["torn", "empty", "odd", "noise", "deep"])
+@pytest.mark.parametrize("damage", ["torn", "empty", "odd", "deep"])
 def test_a_torn_tokenizer_is_an_error_and_never_none(
     tokenizer: Tokenizer, tmp_path: Path, name: str, damage: str
 ) -> None:
     tokenizer.save(tmp_path)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(
-        {"torn": data[: len(data) // 2], "empty": b"", "odd": b"[]", "noise": b"\xff\xfe" * 99, "deep": b"[" * 99_999}[
-            damage
-        ]
+        {"torn": data[: len(data) // 2], "empty": b"", "odd": b"[]", "deep": b"[" * 99_999}[damage]
     )
     for door, kind in ((Tokenizer.load, DataError), (load_pretrained, ConfigError), (find_tokenizer, ConfigError)):
         with pytest.raises(kind, match=name) as caught:
@@ -334,3 +271,6 @@ def test_a_torn_tokenizer_is_an_error_and_never_none(
         assert "Errno" not in str(caught.value)
     (tmp_path / "empty").mkdir()
     assert find_tokenizer(str(tmp_path / "empty")) is None
+    for place, says in (("empty", "cannot be read"), ("none", "does not exist")):
+        with pytest.raises(DataError, match=says):
+            Tokenizer.load(tmp_path / place)
