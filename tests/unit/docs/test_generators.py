@@ -88,7 +88,9 @@ def spread(median: float) -> dict[str, float]:
 
 COMPARISON = {
     "parameters": 450_000,
-    "settings": {"64 clusters": {"uniform": {"margin": spread(0.3)}, "importance": {"margin": spread(-0.2)}}},
+    "settings": {
+        "64 clusters, 5 target documents": {"uniform": {"margin": spread(0.3)}, "importance": {"margin": spread(-0.2)}}
+    },
 }
 
 
@@ -104,16 +106,19 @@ def test_headline_figures_become_rows_and_pages_follow(tables, tmp_path):
     assert tables.main() == 0
     readme = (tmp_path / "README.md").read_text()
     margins = "uniform +0.300 (+0.200 .. +0.400); importance -0.200 (-0.300 .. -0.100)"
-    links = "[script](benchmarks/dga_few_examples.py), [page](benchmarks/results/dga_few_examples.md)"
-    assert f"64 clusters, 0.5M parameters | {margins} | all above 0 | {links} |" in readme
-    links = "[script](benchmarks/novel_thing.py), [page](benchmarks/results/novel_thing.md)"
+    links = "[script](benchmarks/dga_few_examples.py), [page](docs/benchmarks/dga_few_examples.md)"
+    assert f"5 target documents, 0.5M parameters | {margins} | all above 0 | {links} |" in readme
+    links = "[script](benchmarks/novel_thing.py), [page](docs/benchmarks/novel_thing.md)"
     assert f"| novel thing | see its page |  | {links} |" in readme
     assert ".dev" not in readme
-    page = (tmp_path / "docs/benchmarks.md").read_text()
-    assert "## novel_thing\n" in page
-    assert "### Details\n\ntext" in page
-    assert page.startswith("before\n")
-    assert page.endswith("after\n")
+    index = (tmp_path / "docs/benchmarks.md").read_text()
+    assert "| [novel_thing](benchmarks/novel_thing.md) |" in index
+    assert index.startswith("before\n")
+    assert index.endswith("after\n")
+    page = (tmp_path / "docs/benchmarks/dga_few_examples.md").read_text()
+    assert page.startswith("# Title\n")
+    assert page.endswith("## Details\n\ntext\n")
+    assert margins in page
 
 
 def test_the_readme_has_the_chosen_rows_and_the_page_all_of_them(tables, tmp_path):
@@ -124,17 +129,24 @@ def test_the_readme_has_the_chosen_rows_and_the_page_all_of_them(tables, tmp_pat
     }
     record(tmp_path, "alignment_cost", {"sizes": sizes})
     assert tables.main() == 0
-    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
-    small, large = "T_r = 1, 0.4M parameters", "T_r = 1, 1.3M parameters"
-    assert [small in readme, large in readme, small in page, large in page] == [False, True, True, True]
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "docs/benchmarks/alignment_cost.md"))
+    rows = [f"T_r = {every}, {size}M parameters" for every in (1, 100) for size in (0.4, 1.3)]
+    assert [row in readme for row in rows] == [False, False, False, True]
+    assert all(row in page for row in rows)
+
+
+def test_a_page_without_a_record_goes(tables, tmp_path):
+    (tmp_path / "docs/benchmarks").mkdir()
+    (tmp_path / "docs/benchmarks/old.md").write_text("# Old\n")
+    assert tables.main() == 0
+    assert not (tmp_path / "docs/benchmarks/old.md").exists()
 
 
 def test_every_recorded_benchmark_has_the_figures_its_rows_name(load_script):
     module = load_script("docs/benchmark_table.py")
-    for theme, value in module.records().items():
-        rows = module.headlines(theme, value)
-        assert all(row.figure and row.measured for row in rows)
-        assert theme.endswith(".dev") or any(row.chosen for row in rows)
+    rows = [row for theme, value in module.records().items() for row in module.headlines(theme, value)]
+    assert all(row.figure and row.measured for row in rows)
+    assert 8 <= sum(row.chosen for row in rows) <= 12
 
 
 def test_a_changed_record_makes_the_table_stale_and_writing_mends_it(tables, tmp_path, monkeypatch, capsys):
