@@ -73,7 +73,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "dga": {"policy": "dga", "eta": 15.0, "precondition": "adam"},
 }
 """Mixtures the monoliths train on. DGA's target: equal parts of the gate text; DoReMi's reference: `uniform`."""
-PROBE = {"estimator": "finite_difference", "probe": "extra", "sequences_per_group": 6, "target_sequences": 48}
+PROBE = {"estimator": "shadow", "probe": "extra", "sequences_per_group": 6, "target_sequences": 48}
 
 
 @dataclass(frozen=True)

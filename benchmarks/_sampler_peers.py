@@ -80,28 +80,25 @@ def write(task: Task) -> None:
 class Weftlm:
     """`MixtureLoader` over memory-mapped uint16 token stores."""
 
-    def __init__(self, task: Task, prefetch_steps: int = 0) -> None:
+    def __init__(self, task: Task) -> None:
         sources: list[Source] = [TokenStore(task.folder / f"store-{domain}/d") for domain in range(task.domains)]
         counts = sequence_counts(sources, task.length)
         # The rows are those of the peers: one more token at the end of a store makes no further row.
         sampler = MixtureSampler(counts, task.batch, task.seed, weights_D=task.weights)
-        self._loader = MixtureLoader(sources, sampler, task.length, prefetch_steps=prefetch_steps)
+        self._loader = MixtureLoader(sources, sampler, task.length)
 
     def next(self) -> tuple[Tensor, list[int]]:
         batch = self._loader.next()
         return batch.tokens_BT1, batch.domains_B.tolist()
 
     def set_weights(self, weights: list[float]) -> None:
-        self._loader.set_weights(self._loader.sampler.step, weights)
+        self._loader.sampler.set_weights(self._loader.sampler.step, weights)
 
     def state(self) -> Any:
-        return json.loads(json.dumps(self._loader.state_dict()))
+        return json.loads(json.dumps(self._loader.sampler.state_dict()))
 
     def load(self, state: Any) -> None:
-        self._loader.load_state_dict(state)
-
-    def close(self) -> None:
-        self._loader.close()
+        self._loader.sampler.load_state_dict(state)
 
 
 class Interleave:
@@ -210,7 +207,7 @@ class TorchData:
         return copy.deepcopy(self._loader.state_dict())
 
     def load(self, state: Any) -> None:
-        self._loader.load_state_dict(state)
+        self._loader.sampler.load_state_dict(state)
 
 
 class _Rows(torch.utils.data.Dataset[tuple[NDArray[np.uint16], int]]):
@@ -239,7 +236,6 @@ class _Shuffled(torch.utils.data.Sampler[int]):
 
 IN_PROCESS: dict[str, Callable[[Task], Any]] = {
     "weftlm": Weftlm,
-    "weftlm, reading 4 steps ahead": lambda task: Weftlm(task, prefetch_steps=4),
     "datasets.interleave_datasets": Interleave,
     "datasets.interleave_datasets, Arrow unpacked by hand": lambda task: Interleave(task, "arrow"),
     "torchdata MultiNodeWeightedSampler": TorchData,

@@ -24,29 +24,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import _common
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.mixture.config import policies
 from weftlm.mixture.policy import MixtureSetting, Report
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    CumulativeDots,
+    Probe,
     ShadowProbe,
-    finite_difference,
+    estimators,
     gradient_direction,
     group_alignment,
-    probe_alignment,
-    separate_alignment,
-    shadow_dots,
-    with_batch_norm,
 )
-from weftlm.training.config import AlignmentConfig
 
 BATCH, MICRO = 64, 8
 SIZES = {
@@ -56,16 +52,20 @@ SIZES = {
 MEMORY_SIZE = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}  # 13.8M
 WAYS = (
     "shadow on the batch",
-    "cumulative on the batch",
     "separate, extra",
     "shadow, extra",
-    "finite_difference, extra",
 )
 
 
 def build(size: Mapping[str, int], seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True))
+
+
+def each(name: str, model: nn.Module, losses: Any, tokens_BT1: Tensor, v: Any, micro_batch: int | None = None) -> Any:
+    """What an estimator measures where every sequence is a group of its own."""
+    groups_B = torch.arange(len(tokens_BT1))
+    return estimators[name]().measure(Probe(model, losses, tokens_BT1, groups_B, len(groups_B), v, micro_batch))
 
 
 class Text:
@@ -87,10 +87,8 @@ class Training:
 
     def __init__(self, size: Mapping[str, int], length: int, seed: int) -> None:
         self.model = build(size, seed)
-        self.parameters = dict(self.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
         self.text = Text(size["vocab_size"], length, seed)
-        self.config = AlignmentConfig()
         self.norm = float("nan")
 
     def step(self, tokens: Tensor, pieces: Sequence[Tensor] | None = None) -> None:
@@ -127,19 +125,9 @@ class Training:
                     dots.append(probe.dots(torch.full((len(piece),), 1 / BATCH)))
             self.finish()
             return group_alignment(torch.cat(dots), groups_B, groups, v)
-        if way == "cumulative on the batch":
-            meter, dots, order = CumulativeDots(self.parameters, v), [], []
-            for group in range(groups):
-                for piece in torch.nonzero(groups_B == group).flatten().split(MICRO):
-                    (sequence_losses(self.model, tokens[piece]).sum() / BATCH).backward()
-                    dots.append(meter.dots(torch.full((len(piece),), 1 / BATCH)))
-                    order.append(piece)
-            self.finish()
-            return group_alignment(torch.cat(dots), groups_B[torch.cat(order)], groups, v)
         estimator = way.removesuffix(", extra")
-        return probe_alignment(
-            estimator, self.model, sequence_losses, tokens, groups_B, groups, v, self.config, micro_batch=MICRO
-        )
+        probe = Probe(self.model, sequence_losses, tokens, groups_B, groups, v, MICRO)
+        return estimators[estimator]().measure(probe)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -188,7 +176,7 @@ def end_to_end(training: Training, clock: Callable[[], float], groups: int, ever
         v = training.direction(32)
         found = training.measure("shadow on the batch", groups_B, tokens, v, groups)
         report = Report(
-            step=1, tokens_D=torch.ones(groups, dtype=torch.float64), alignment=with_batch_norm(found, training.norm)
+            step=1, tokens_D=torch.ones(groups, dtype=torch.float64), alignment=replace(found, batch_norm=training.norm)
         )
         policy.weights(policy.update(state, report))
 
@@ -206,22 +194,15 @@ def errors(training: Training, rows: int) -> dict[str, float]:
     model, ones = training.model, torch.full((rows,), 1 / rows)
     tokens = training.text.draw(torch.arange(rows))
     v = training.direction(8)
-    exact = separate_alignment(model, sequence_losses, [(b, tokens[b : b + 1]) for b in range(rows)], v, rows)
+    exact = each("separate", model, sequence_losses, tokens, v)
     assert exact.norms_G is not None
     scale = exact.norms_G * exact.direction_norm
-    found = {"shadow, extra": shadow_dots(model, sequence_losses, tokens, v, micro_batch=MICRO)}
+    found = {"shadow, extra": each("shadow", model, sequence_losses, tokens, v, MICRO).dots_G}
     with ShadowProbe(model, v) as probe:
         probe.begin(rows)
         sequence_losses(model, tokens).mul(ones).sum().backward()
         found["shadow on the batch"] = probe.dots(ones)
     model.zero_grad(set_to_none=True)
-    meter, dots = CumulativeDots(training.parameters, v), []
-    for row in range(rows):
-        sequence_losses(model, tokens[row : row + 1]).mul(1 / rows).sum().backward()
-        dots.append(meter.dots(ones[:1]))
-    model.zero_grad(set_to_none=True)
-    found["cumulative on the batch"] = torch.cat(dots)
-    found["finite_difference, extra"] = finite_difference(model, sequence_losses, tokens, v, micro_batch=MICRO)
     return {way: float(((dots.double() - exact.dots_G).abs() / scale).max()) for way, dots in found.items()}
 
 

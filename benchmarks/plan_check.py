@@ -76,7 +76,6 @@ DOMAINS, EXPERTS, RANK, MICRO = 4, 3, 8, 4
 ESTIMATORS = {
     "shadow on the batch": "shadow",
     "separate, extra": "separate",
-    "finite_difference, extra": "finite_difference",
 }
 PROMPT, NEW, REQUESTS = 32, 48, 8
 GOAL = 0.25
@@ -265,8 +264,8 @@ class Work:
     def steps(self, trainer: Trainer) -> float:
         """Mean over steps after a first one; means, since a plan is about sums."""
         trainer.module.train()
-        trainer._train_step()
-        return statistics.mean(self.spent(trainer._train_step) for _ in range(STEPS - 1))
+        trainer.train_step()
+        return statistics.mean(self.spent(trainer.train_step) for _ in range(STEPS - 1))
 
     def train(self, folder: Path) -> dict[str, float]:
         libraries = resident("VmRSS")
@@ -275,7 +274,7 @@ class Work:
         peak = resident("VmHWM")
         trainer.save()
         trainer.save_model(folder / "model")
-        trainer.close()
+        trainer.metrics.close()
         return {
             "training step": seconds,
             "memory": peak,
@@ -290,7 +289,7 @@ class Work:
             recipe = recipe_of(self.size, self.seed, estimator)
             trainer = self.trainer(folder / estimator, recipe.mixture.model_dump(), recipe)
             found[f"with {name}"] = self.steps(trainer)
-            trainer.close()
+            trainer.metrics.close()
         return found
 
     def expert(self, folder: Path) -> dict[str, float]:
@@ -501,7 +500,7 @@ def quick(size: str, seed: int) -> dict[str, tuple[float, float]]:
         measured = work.train(Path(folder) / "plain")
         trainer = work.trainer(Path(folder) / "aligned", work.recipe.mixture.model_dump(), work.recipe)
         measured[f"with {shadow}"] = work.steps(trainer)
-        trainer.close()
+        trainer.metrics.close()
         measured |= work.generation(Path(folder))
     return {name: (value, measured[name]) for name, value in planned.items()}
 

@@ -105,8 +105,6 @@ def measure(task: Task, rounds: int, python: Path | None, target_seconds: float)
     for _ in range(rounds):
         for name, timer in timers.items():
             taken[name].append(timer(batches[name]) / batches[name])
-    for name in ("weftlm", "weftlm, reading 4 steps ahead"):
-        contestants[name].close()
     result: dict[str, Any] = {"seconds_per_batch": taken, "first_batch_seconds": started}
     if mosaic:
         result["mosaic"] = {"versions": mosaic.versions}

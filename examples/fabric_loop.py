@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ from weftlm.mixture.loader import MixtureLoader, sequence_counts
 from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 from weftlm.mixture.sampler import MixtureSampler
 from weftlm.models.hf import sequence_losses
-from weftlm.training.alignment import gradient_direction, probe_alignment, with_batch_norm
-from weftlm.training.config import AlignmentConfig
+from weftlm.training.alignment import Probe, estimators, gradient_direction
 
 LENGTH, BATCH = 64, 16
 fabric = Fabric(accelerator="cpu", devices=1)
@@ -58,12 +58,10 @@ for step in range(1, 61):
         drawn = targets.sampler.probe(step, None, 16)
         direction = gradient_direction(net, sequence_losses, share(targets.probe_tokens(drawn)))
         drawn = sampler.probe(step, None, 8)
-        alignment = probe_alignment(
-            "shadow", net, sequence_losses, share(loader.probe_tokens(drawn)),
-            share(torch.from_numpy(drawn.groups_N)), len(texts), direction, AlignmentConfig(),
-        )  # fmt: skip
-    state = policy.update(state, Report(step, trained_D, alignment=with_batch_norm(alignment, norm)))
-    loader.set_weights(step, policy.weights(state).numpy())
+        tokens, groups = share(loader.probe_tokens(drawn)), share(torch.from_numpy(drawn.groups_N))
+        alignment = estimators["shadow"]().measure(Probe(net, sequence_losses, tokens, groups, len(texts), direction))
+    state = policy.update(state, Report(step, trained_D, alignment=replace(alignment, batch_norm=norm)))
+    sampler.set_weights(step, policy.weights(state).numpy())
     trained_D = torch.zeros_like(trained_D)
     if step % 20 == 0:
         mixture = {name: round(weight, 2) for name, weight in zip(texts, policy.weights(state).tolist(), strict=True)}

@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from weftlm.corpora.source import ArraySource
 from weftlm.mixture.loader import MixtureLoader, sequence_counts
 from weftlm.mixture.policy import MixtureSetting, Report, build_policy
 from weftlm.mixture.sampler import MixtureSampler
-from weftlm.training.alignment import ShadowProbe, gradient_direction, group_alignment, with_batch_norm
+from weftlm.training.alignment import ShadowProbe, gradient_direction, group_alignment
 
 LENGTH, BATCH, WIDTH, HEADS, STEPS = 64, 16, 48, 4, 120
 
@@ -68,7 +69,7 @@ model = GPT()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 read = list(sources.values())
 sampler = MixtureSampler(sequence_counts(read, LENGTH), BATCH, seed=0, names=list(sources))
-loader = MixtureLoader(read, sampler, LENGTH, prefetch_steps=2)
+loader = MixtureLoader(read, sampler, LENGTH)
 policy = build_policy({"policy": "dga", "update_every_steps": 10})
 state = policy.init(MixtureSetting(tuple(sources), torch.tensor([len(source) for source in read]).double()))
 trained_D = torch.zeros(len(sources), dtype=torch.float64)
@@ -91,8 +92,8 @@ for step in range(1, STEPS + 1):
     optimizer.step()
     optimizer.zero_grad()
     if updating:
-        state = policy.update(state, Report(step, trained_D, alignment=with_batch_norm(alignment, norm)))
-        loader.set_weights(step, policy.weights(state).numpy())  # in force from the very next batch
+        state = policy.update(state, Report(step, trained_D, alignment=replace(alignment, batch_norm=norm)))
+        sampler.set_weights(step, policy.weights(state).numpy())  # in force from the very next batch
         trained_D = torch.zeros_like(trained_D)
     if step % 40 == 0:
         with torch.no_grad():
@@ -100,4 +101,3 @@ for step in range(1, STEPS + 1):
         mixture = {name: round(weight, 2) for name, weight in zip(sources, policy.weights(state).tolist(), strict=True)}
         dots = {name: round(dot, 3) for name, dot in zip(sources, alignment.dots_G.tolist(), strict=True)}
         print(f"step {step}: {loss:.3f} nats per byte of the target, mixture {mixture}, because of alignments {dots}")
-loader.close()

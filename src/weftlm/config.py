@@ -278,7 +278,6 @@ save_every_steps: save_steps save_every save_interval checkpoint_every
 keep_checkpoints: save_total_limit max_checkpoints
 every_steps: eval_steps eval_every eval_interval evaluation_steps
 max_tokens_per_set: eval_tokens max_eval_tokens max_tokens
-prefetch_steps: num_workers dataloader_num_workers
 trackers: report_to logger loggers tracking
 batch_size: batch_sequences per_device_eval_batch_size eval_batch_size
 eta: lr learning_rate step_size

@@ -1,18 +1,14 @@
-"""Two gloo ranks measure what one process measures: under DDP with every estimator, under FSDP2 with those that can."""
+"""Two gloo ranks measure what one process measures: under DDP with every estimator, under FSDP2 with `separate`."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.ranks import Ranks
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,15 +17,13 @@ from weftlm.errors import ConfigError
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    CumulativeDots,
+    Probe,
     ShadowProbe,
-    average_gradients,
     choose_estimator,
+    estimators,
     facts_of,
-    finite_difference,
     gradient_direction,
     group_alignment,
-    probe_alignment,
 )
 from weftlm.training.config import AlignmentConfig
 
@@ -67,7 +61,7 @@ def gradients_of(model: nn.Module) -> list[float]:
     return (torch.randn(32, len(flat), generator=torch.Generator().manual_seed(3)) @ flat).tolist()
 
 
-def measure(rank: int, world: int) -> dict[str, Any]:
+def measure(rank: int, world: int, folder: Path | None = None) -> dict[str, Any]:
     """Everything, on this rank's share of the rows; with one rank, the reference."""
     module = llama()
     model = DistributedDataParallel(module) if world > 1 else module
@@ -75,11 +69,9 @@ def measure(rank: int, world: int) -> dict[str, Any]:
     coefficients = WEIGHTS[rank::world] / (ROWS // world)  # DDP averages over ranks
     v = gradient_direction(model, sequence_losses, draw(TARGET_ROWS, 2)[rank::world], micro_batch=2)
     found: dict[str, Any] = {}
-    for estimator in ("separate", "shadow", "finite_difference"):
-        alignment = probe_alignment(
-            estimator, model, sequence_losses, tokens, groups, GROUPS, v, AlignmentConfig(), micro_batch=3
-        )
-        found[f"{estimator} on extra sequences"] = as_json(alignment)
+    for estimator in ("separate", "shadow"):
+        probe = Probe(model, sequence_losses, tokens, groups, GROUPS, v, micro_batch=3)
+        found[f"{estimator} on extra sequences"] = as_json(estimators[estimator]().measure(probe))
     assert all(p.grad is None for p in module.parameters())
 
     (coefficients * sequence_losses(model, tokens)).sum().backward()
@@ -92,42 +84,19 @@ def measure(rank: int, world: int) -> dict[str, Any]:
     assert all(torch.equal(p.grad, before) for p, before in zip(module.parameters(), plain, strict=True))
     found["shadow on the batch"] = as_json(group_alignment(dots, groups, GROUPS, v))
     found["gradient"] = gradients_of(module)
-    module.zero_grad()
-
-    parameters = dict(module.named_parameters())
-    meter, dots_of_pieces, order = CumulativeDots(parameters, v), [], []
-    for group in groups.unique().tolist():
-        piece = torch.nonzero(groups == group).flatten()
-        equal = coefficients[piece].mean().expand(len(piece))
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else torch.enable_grad():
-            (equal * sequence_losses(model, tokens[piece])).sum().backward()
-        dots_of_pieces.append(meter.dots(equal))
-        order.append(piece)
-    found["cumulative"] = as_json(group_alignment(torch.cat(dots_of_pieces), groups[torch.cat(order)], GROUPS, v))
-    local = [p.grad.clone() for p in module.parameters()]
-    average_gradients(parameters)
-    if world > 1:
-        for parameter, own in zip(module.parameters(), local, strict=True):
-            total = own.clone()
-            dist.all_reduce(total)
-            assert torch.allclose(parameter.grad, total / world)
     return found
 
 
-def measure_lone_rank(rank: int, world: int) -> dict[str, Any]:
+def measure_lone_rank(rank: int, world: int, folder: Path | None = None) -> dict[str, Any]:
     """Only rank 0 has target and probe sequences; the others still take part and learn the same."""
     model = llama()
     tokens, groups = (draw(ROWS, 1), GROUP_OF_ROW) if rank == 0 else (draw(0, 1), GROUP_OF_ROW[:0])
     v = gradient_direction(model, sequence_losses, draw(TARGET_ROWS if rank == 0 else 0, 2))
-    return {
-        estimator: as_json(
-            probe_alignment(estimator, model, sequence_losses, tokens, groups, GROUPS, v, AlignmentConfig())
-        )
-        for estimator in ("separate", "shadow", "finite_difference")
-    }
+    probe = Probe(model, sequence_losses, tokens, groups, GROUPS, v)
+    return {estimator: as_json(estimators[estimator]().measure(probe)) for estimator in ("separate", "shadow")}
 
 
-def measure_sharded(rank: int, world: int) -> dict[str, Any]:
+def measure_sharded(rank: int, world: int, folder: Path | None = None) -> dict[str, Any]:
     model = llama()
     if world > 1:
         for layer in model.model.layers:
@@ -138,39 +107,18 @@ def measure_sharded(rank: int, world: int) -> dict[str, Any]:
     before = [local(p.grad).clone() for p in model.parameters()]
     weights = [local(p.detach()).clone() for p in model.parameters()]
     v = gradient_direction(model, sequence_losses, draw(6, 2)[rank::world], micro_batch=2)
-    dots = finite_difference(model, sequence_losses, tokens, v, micro_batch=2)
-    found = {"finite_difference": as_json(group_alignment(dots, groups, GROUPS, v))}
-    for estimator in ("separate", "finite_difference"):
-        # Rank 0 has one sequence less than rank 1, so the ranks differ in passes, in all and within groups.
-        first = 1 if rank == 0 else 0
-        found[f"{estimator} on unequal shares"] = as_json(
-            probe_alignment(
-                estimator,
-                model,
-                sequence_losses,
-                tokens[first:],
-                groups[first:],
-                GROUPS,
-                v,
-                AlignmentConfig(),
-                micro_batch=2,
-            )
-        )
+    # Rank 0 has one sequence less than rank 1, so the ranks differ in passes, in all and within groups.
+    first = 1 if rank == 0 else 0
+    probe = Probe(model, sequence_losses, tokens[first:], groups[first:], GROUPS, v, micro_batch=2)
+    found: dict[str, Any] = {"separate": as_json(estimators["separate"]().measure(probe))}
     for parameter, gradient, weight in zip(model.parameters(), before, weights, strict=True):
         assert torch.equal(local(parameter.grad), gradient)
         assert torch.equal(local(parameter.detach()), weight)
-    facts = facts_of(model, accumulation_steps=8, groups=GROUPS, batch_size=ROWS)
+    facts = facts_of(model, groups=GROUPS, batch_size=ROWS)
     found["choice"] = choose_estimator(AlignmentConfig(), facts).estimator
-    found["refused"] = []
     if world > 1:
-        for attempt in (
-            lambda: ShadowProbe(model, v),
-            lambda: CumulativeDots(dict(model.named_parameters()), v),
-        ):
-            try:
-                attempt()
-            except ConfigError as error:
-                found["refused"].append(str(error))
+        with pytest.raises(ConfigError, match="use separate"):
+            ShadowProbe(model, v)
     return found
 
 
@@ -188,57 +136,35 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], dot_bound: flo
         assert found["norms"][:3] == pytest.approx(expected["norms"][:3], rel=1e-5)
 
 
-def test_ddp_equals_one_process(run_ranks: Callable[..., list[Any]]) -> None:
+def test_ddp_equals_one_process(ranks: Ranks, tmp_path: Path) -> None:
     one = measure(0, 1)
-    ranks = run_ranks(__file__, "measure")
+    found = ranks(__file__, "measure", tmp_path)
     exact = one["separate on extra sequences"]
     scale = max(exact["norms"][:3]) * exact["direction_norm"]
-    for rank in ranks:
+    for rank in found:
         assert rank["gradient"] == pytest.approx(one["gradient"], rel=1e-4, abs=1e-5)
         for key in one.keys() - {"gradient"}:
-            bound = 2e-3 if "finite" in key else 1e-5
-            assert_close(rank[key], one[key], bound * scale)
-            assert_close(rank[key], {**exact, "norms": None}, (1e-2 if "finite" in key else 1e-5) * scale)
-    assert ranks[0] == ranks[1]
+            assert_close(rank[key], one[key], 1e-5 * scale)
+            assert_close(rank[key], {**exact, "norms": None}, 1e-5 * scale)
+    assert found[0] == found[1]
 
 
-def test_a_rank_without_sequences_takes_part(run_ranks: Callable[..., list[Any]]) -> None:
+def test_a_rank_without_sequences_takes_part(ranks: Ranks, tmp_path: Path) -> None:
     one = measure_lone_rank(0, 1)
-    ranks = run_ranks(__file__, "measure_lone_rank")
+    found = ranks(__file__, "measure_lone_rank", tmp_path)
     scale = max(one["separate"]["norms"][:3]) * one["separate"]["direction_norm"]
-    for rank in ranks:
+    for rank in found:
         for estimator, expected in one.items():
-            assert_close(rank[estimator], expected, (2e-3 if "finite" in estimator else 1e-5) * scale)
+            assert_close(rank[estimator], expected, 1e-5 * scale)
 
 
-def test_fsdp2_measures_with_what_sharded_gradients_allow_and_refuses_the_rest(
-    run_ranks: Callable[..., list[Any]],
-) -> None:
+def test_fsdp2_measures_with_what_sharded_gradients_allow_and_refuses_the_rest(ranks: Ranks, tmp_path: Path) -> None:
     one = measure_sharded(0, 1)
-    ranks = run_ranks(__file__, "measure_sharded")
-    exact, coarse = (one[f"{estimator} on unequal shares"] for estimator in ("separate", "finite_difference"))
+    found = ranks(__file__, "measure_sharded", tmp_path)
+    exact = one["separate"]
     scale = max(exact["norms"][:3]) * exact["direction_norm"]
-    for rank in ranks:
-        assert_close(rank["finite_difference"], one["finite_difference"], 2e-3 * scale)
-        assert_close(rank["finite_difference on unequal shares"], coarse, 2e-3 * scale, first=2)
-        assert_close(rank["separate on unequal shares"], exact, 1e-5 * scale, first=2)
+    for rank in found:
+        assert_close(rank["separate"], exact, 1e-5 * scale, first=2)
         assert rank["choice"] == "separate"
-        assert len(rank["refused"]) == 2
-        assert all("use separate or finite_difference" in message for message in rank["refused"])
-    assert ranks[0] == ranks[1]
-    assert one["choice"] == "cumulative"
-
-
-def rank_main(cases: dict[str, Callable[[int, int], Any]]) -> None:
-    """Run the case named on the command line as one rank and leave its answer as JSON."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['WEFTLM_TEST_STORE']}", rank=rank, world_size=world
-    )
-    answer = cases[sys.argv[1]](rank, world)
-    Path(os.environ["WEFTLM_TEST_ANSWER"]).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main({case.__name__: case for case in (measure, measure_lone_rank, measure_sharded)})
+    assert found[0] == found[1]
+    assert one["choice"] == "shadow"

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import distributed as dist
+from support.ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.evaluation.perplexity import evaluate_source
@@ -77,54 +72,18 @@ def tiny_model() -> LlamaForCausalLM:
     )
 
 
-def worker(output: Path) -> None:
+def measure(rank: int, world: int, folder: Path) -> list[dict[str, Any]]:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(tiny_model())
-    results = evaluate_cases(model, accelerator.device, distributed=True)
-    (output / f"rank{accelerator.process_index}.json").write_text(json.dumps(numbers(results)))
-    dist.barrier()
-    dist.destroy_process_group()
+    return numbers(evaluate_cases(model, accelerator.device, distributed=True))
 
 
 @pytest.mark.distributed
-def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(tmp_path)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+def test_two_ranks_find_what_one_finds(tmp_path: Path, ranks: Ranks) -> None:
+    first, second = ranks(__file__, "measure", tmp_path)
     assert first == second
     alone = numbers(evaluate_cases(tiny_model(), "cpu", distributed=True))  # no process group: one rank
     for together, single in zip(first, alone, strict=True):
         assert together.keys() == single.keys()
         for name in single:
             assert together[name] == pytest.approx(single[name], rel=1e-6), name
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

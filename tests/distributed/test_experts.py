@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import Call
 from support.tiny_expert import llama
 from support.tiny_project import WORDS, command, environment, recipe_value, write_corpora
 
@@ -17,16 +18,6 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.experts import train_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, load_recipe
-
-
-def run(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    weftlm = command(*arguments)
-    finished = subprocess.run(
-        [weftlm[0], *launcher, *weftlm[1:]],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return finished.stdout
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -68,23 +59,25 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_many_processes_make_what_one_makes(tmp_path: Path, recipe: str) -> None:
+def test_many_processes_make_what_one_makes(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train_experts(load_recipe(recipe), progress=False)
     torch.set_num_threads(threads)
-    result = json.loads(run(tmp_path, "experts", "train", recipe, "--set", "run=two", "--processes", "2", "--json"))
+    result = Call(capsys)("experts", "train", recipe, "--set", "run=two", "--processes", "2", "--json")
     assert {facts["status"] for facts in result["experts"].values()} == {"made"}
     assert_same(tmp_path / "one/experts", tmp_path / "two/experts")
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = (
-        "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--master-addr", "127.0.0.1", "--master-port", str(port),
-    )  # fmt: skip
+    python, *weftlm = command("experts", "train", recipe, "--set", "run=three", "--json")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}")
     # Three sequences cannot be shared by two ranks: each expert is made by one process alone.
-    printed = run(tmp_path, "experts", "train", recipe, "--set", "run=three", "--json", launcher=launcher)
-    assert set(json.loads(printed)["experts"]) == set(WORDS), "the first rank alone prints"
+    finished = subprocess.run(
+        [python, *launcher, *weftlm],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert set(json.loads(finished.stdout)["experts"]) == set(WORDS), "the first rank alone prints"
     assert_same(tmp_path / "one/experts", tmp_path / "three/experts")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.ranks import Ranks
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -47,7 +46,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "cosine": {"mixture": {"policy": "dga", "normalize": "cosine"}, "estimator": "auto"},
     # In float64: Adam divides by moments near 0, which turns float32 rounding of other processors into differences.
     "adam": {"mixture": {"policy": "dga", "precondition": "adam"}, "estimator": "separate", "double": True},
-    "difference": {"mixture": {"policy": "dga"}, "estimator": "finite_difference", "double": True},
     "doge": {"mixture": {"policy": "doge"}, "estimator": "separate"},
     "doremi": {"mixture": {"policy": "doremi"}},
     "odm": {"mixture": {"policy": "odm"}},
@@ -123,10 +121,9 @@ def stop_in_the_middle(run: Trainer) -> None:
     run._log_mixture(None)
     run._evaluate()
     while run.step < MIDDLE:
-        run._train_step()
+        run.train_step()
     run._evaluate()
     run.save()
-    run.close()
 
 
 def lora(base: Path) -> nn.Module:
@@ -138,7 +135,7 @@ def lora(base: Path) -> nn.Module:
 # -- what the two ranks do --------------------------------------------------------------------------------------------
 
 
-def train_everything(rank: int, folder: Path) -> dict[str, Any]:
+def train_everything(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Every run of two processes that a test below looks at; what one process left in `folder/one` is continued."""
     found: dict[str, Any] = {}
     here = folder / "two"
@@ -168,7 +165,6 @@ def train_everything(rank: int, folder: Path) -> dict[str, Any]:
 
     for name, attempt in {
         "shadow": lambda: trainer(here / "refused", estimator="shadow"),
-        "cumulative": lambda: trainer(here / "refused", estimator="cumulative"),
         "unasked": lambda: trainer(here / "refused", may_shard=False),
         "scalar": lambda: trainer(here / "refused", net=with_scalar()),
     }.items():
@@ -189,7 +185,8 @@ def with_scalar() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def folder(shared_folder: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shared_folder = tmp_path_factory.mktemp("shared")
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     model().save_pretrained(shared_folder / "base")
@@ -201,8 +198,8 @@ def folder(shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, run_shared_ranks: Callable[..., list[Any]]) -> list[Any]:
-    return run_shared_ranks(__file__, "train_everything")
+def found(folder: Path, ranks: Ranks) -> list[Any]:
+    return ranks(__file__, "train_everything", folder)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -231,26 +228,26 @@ def numbers(value: Any, path: str = "") -> list[tuple[str, float]]:
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process(folder: Path, ranks: list[Any]) -> None:
+def test_two_ranks_equal_one_process(folder: Path, found: list[Any]) -> None:
     assert_same_run(folder / "one/whole", folder / "two/whole")
     kinds = [line["kind"] for line in lines(folder / "two/whole")]
     assert [kinds.count(kind) for kind in ("train", "mixture", "eval")] == [6, 4, 3]
-    assert ranks[0]["mixture"] == ranks[1]["mixture"]
-    assert ranks[0]["sum"] == ranks[1]["sum"]
+    assert found[0]["mixture"] == found[1]["mixture"]
+    assert found[0]["sum"] == found[1]["sum"]
 
 
 @pytest.mark.slow
-def test_each_rank_holds_its_part_alone(folder: Path, ranks: list[Any]) -> None:
+def test_each_rank_holds_its_part_alone(folder: Path, found: list[Any]) -> None:
     parameters = sum(p.numel() for p in model().parameters())
-    for rank in ranks:
+    for rank in found:
         assert all(rank["split"].values())
         assert rank["elements"] == rank["moments"]
         assert rank["elements"] < 0.55 * parameters
-    assert sum(rank["elements"] for rank in ranks) == parameters
+    assert sum(rank["elements"] for rank in found) == parameters
 
 
 @pytest.mark.slow
-def test_the_model_is_a_plain_folder(folder: Path, ranks: list[Any]) -> None:
+def test_the_model_is_a_plain_folder(folder: Path, found: list[Any]) -> None:
     folders = [folder / run / "whole/model" for run in ("one", "two")]
     files = [sorted(file.name for file in each.iterdir()) for each in folders]
     assert files[0] == files[1]
@@ -264,7 +261,7 @@ def test_the_model_is_a_plain_folder(folder: Path, ranks: list[Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
-def test_one_process_continues_what_two_began(folder: Path, ranks: list[Any], layout: str) -> None:
+def test_one_process_continues_what_two_began(folder: Path, found: list[Any], layout: str) -> None:
     run = folder / f"two/{layout} to one"
     finish(trainer(run), run)
     assert_same_run(folder / "one/whole", run)
@@ -272,19 +269,19 @@ def test_one_process_continues_what_two_began(folder: Path, ranks: list[Any], la
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp2", "ddp"])
-def test_two_ranks_continue_what_one_process_began(folder: Path, ranks: list[Any], layout: str) -> None:
+def test_two_ranks_continue_what_one_process_began(folder: Path, found: list[Any], layout: str) -> None:
     assert_same_run(folder / "one/whole", folder / f"one/to {layout}")
 
 
 @pytest.mark.slow
-def test_two_ranks_continue_what_two_began(folder: Path, ranks: list[Any]) -> None:
+def test_two_ranks_continue_what_two_began(folder: Path, found: list[Any]) -> None:
     assert_same_run(folder / "two/whole", folder / "two/fsdp2 to fsdp2", bound=0.0)
     assert_same_run(folder / "one/whole", folder / "two/fsdp2 to ddp")
     assert_same_run(folder / "one/whole", folder / "two/ddp to fsdp2")
 
 
 @pytest.mark.slow
-def test_a_checkpoint_does_not_know_its_layout(folder: Path, ranks: list[Any]) -> None:
+def test_a_checkpoint_does_not_know_its_layout(folder: Path, found: list[Any]) -> None:
     one, two = (latest_checkpoint(folder / run / "whole/checkpoints") for run in ("one", "two"))
     assert one is not None
     assert two is not None
@@ -297,14 +294,14 @@ def test_a_checkpoint_does_not_know_its_layout(folder: Path, ranks: list[Any]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_every_signal_is_that_of_one_process(folder: Path, ranks: list[Any], name: str) -> None:
+def test_every_signal_is_that_of_one_process(folder: Path, found: list[Any], name: str) -> None:
     run = folder / "one" / name
     finish(trainer(run, **POLICIES[name], steps=4), run)
     assert_same_run(run, folder / "two" / name)
 
 
 @pytest.mark.slow
-def test_an_adapter_is_trained_and_saved_alone(folder: Path, ranks: list[Any]) -> None:
+def test_an_adapter_is_trained_and_saved_alone(folder: Path, found: list[Any]) -> None:
     run = folder / "one/lora"
     finish(trainer(run, net=lora(folder / "base"), steps=4), run)
     assert_same_run(run, folder / "two/lora")
@@ -315,7 +312,7 @@ def test_an_adapter_is_trained_and_saved_alone(folder: Path, ranks: list[Any]) -
 
 
 @pytest.mark.slow
-def test_bf16_stays_near_fp32(folder: Path, ranks: list[Any]) -> None:
+def test_bf16_stays_near_fp32(folder: Path, found: list[Any]) -> None:
     run = folder / "one/fp32"
     finish(trainer(run, steps=4), run)
     plain, coarse = (
@@ -328,25 +325,9 @@ def test_bf16_stays_near_fp32(folder: Path, ranks: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_split_is_refused_by_name(folder: Path, ranks: list[Any]) -> None:
-    for rank in ranks:
-        for estimator in ("shadow", "cumulative"):
-            assert "parameters are sharded" in rank[f"refused {estimator}"]
-            assert "usable here: separate on extra, finite_difference on extra" in rank[f"refused {estimator}"]
+def test_what_cannot_be_split_is_refused_by_name(folder: Path, found: list[Any]) -> None:
+    for rank in found:
+        assert "parameters are sharded" in rank["refused shadow"]
+        assert "usable here: separate on extra" in rank["refused shadow"]
         assert "use parallel: ddp" in rank["refused unasked"]
         assert "use parallel: ddp" in rank["refused scalar"]
-
-
-def rank_main(cases: dict[str, Callable[[int, Path], Any]]) -> None:
-    """Run the case named on the command line as one rank and leave its answer as JSON."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['WEFTLM_TEST_STORE']}", rank=rank, world_size=world
-    )
-    answer = Path(os.environ["WEFTLM_TEST_ANSWER"])
-    answer.write_text(json.dumps(cases[sys.argv[1]](rank, answer.parent)))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main({case.__name__: case for case in (train_everything,)})

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a rank runs without pytest, which would have done so
 from safetensors.torch import load_file
 from support.mixtures import BATCH, light_collections, online, quiet, updates_of
 from support.mixtures import model as tiny_model
+from support.ranks import Ranks
 from transformers import Trainer
 
 from weftlm.integrations.hf_trainer import MixtureCallback
@@ -30,9 +25,9 @@ def train(folder: Path, policy: str, ranks: int, resume: Path | None = None) -> 
     return updates_of(trainer)
 
 
-def both(folder: Path, ranks: int) -> dict[str, Any]:
+def both(rank: int, world: int, folder: Path) -> dict[str, Any]:
     with light_collections():
-        return {policy: train(folder / policy, policy, ranks) for policy in POLICIES}
+        return {policy: train(folder / policy, policy, world) for policy in POLICIES}
 
 
 def assert_close(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
@@ -46,29 +41,13 @@ def assert_same_model(first: Path, second: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one_and_a_run_moves_from_two_to_one(run_ranks: Any, tmp_path: Path) -> None:
-    first, second = run_ranks(__file__, "both")
+def test_two_processes_equal_one_and_a_run_moves_from_two_to_one(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(__file__, "both", tmp_path)
     assert first == second
-    alone = both(tmp_path / "one", 1)
+    alone = both(0, 1, tmp_path / "one")
     for policy in POLICIES:
         assert_close(first[policy], alone[policy])
         assert_same_model(tmp_path / policy, tmp_path / "one" / policy)
         moved = train(tmp_path / "moved", policy, 1, resume=tmp_path / policy / "checkpoint-6")
         assert_close(moved, alone[policy])
         assert_same_model(tmp_path / "moved", tmp_path / "one" / policy)
-
-
-def rank_main() -> None:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['WEFTLM_TEST_STORE']}", rank=rank, world_size=world
-    )
-    answer = Path(os.environ["WEFTLM_TEST_ANSWER"])
-    answer.write_text(json.dumps(both(answer.parent, world)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
-from torch import distributed as dist
+from support.ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.corpora.config import TrainConfig
@@ -63,35 +61,21 @@ def measure(folder: Path) -> dict[str, float] | None:
     return {name: found["results"][name][metric] for name, metric in metrics.items()}
 
 
-def together(store: Path) -> Any:
-    return measure(store.parent)
+def together(rank: int, world: int, folder: Path) -> Any:
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    evaluator.add_env_info = lambda results: None
+    return measure(folder)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_does(
-    tmp_path: Path, run_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_measure_what_one_does(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_DATASETS_CACHE", str(tmp_path / "cache"))):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     write(tmp_path)
     alone = measure(tmp_path)
-    first, second = run_ranks(__file__, "together")
+    first, second = ranks(__file__, "together", tmp_path)
     assert second is None
     assert first == pytest.approx(alone, rel=1e-6)
-
-
-def rank_main(cases: dict[str, Callable[[Path], Any]]) -> None:
-    torch.set_num_threads(1)
-    store = Path(os.environ["WEFTLM_TEST_STORE"])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    answer = cases[sys.argv[1]](store)
-    Path(os.environ["WEFTLM_TEST_ANSWER"]).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main({"together": together})

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.ranks import Ranks
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,15 +28,12 @@ from weftlm.training.config import AlignmentConfig, TrainingConfig, estimators
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
 
-RunRanks = Callable[..., list[Any]]
 SIZES = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }  # fmt: skip
 NAMES = ("a", "b", "c")
 PROBES = ("auto", "batch", "extra")
-MICRO_BATCHES = (1, 12)
-"""Sequences of a micro-batch: every group can have one of its own, or none."""
 
 
 def model() -> nn.Module:
@@ -46,19 +41,19 @@ def model() -> nn.Module:
     return build_model(section, vocab_size=32, sequence_length=8, eos_id=0, seed=0)
 
 
-def cases(layout: str) -> list[tuple[str, str, str, int, str]]:
+def cases(layout: str) -> list[tuple[str, str, str, str]]:
     names = ("auto", *estimators)
     asked = [
-        *itertools.product(names, PROBES, MICRO_BATCHES, ("raw",)),
-        *itertools.product(names, ("auto",), (1,), ("cosine",)),
+        *itertools.product(names, PROBES, ("raw",)),
+        *itertools.product(names, ("auto",), ("cosine",)),
     ]
     return [(layout, *case) for case in asked]
 
 
-def settings(layout: str, estimator: str, probe: str, micro: int, normalize: str) -> tuple[Any, ...]:
+def settings(layout: str, estimator: str, probe: str, normalize: str) -> tuple[Any, ...]:
     """The sections of training and alignment, and the policy."""
     training = TrainingConfig(
-        sequence_length=8, batch_sequences=24, micro_batch_sequences=micro, steps=1, warmup_steps=0, device="cpu",
+        sequence_length=8, batch_sequences=24, micro_batch_sequences=12, steps=1, warmup_steps=0, device="cpu",
         threads=1, parallel="fsdp2" if layout == "fsdp2" else "ddp",
     )  # fmt: skip
     alignment = AlignmentConfig.model_validate({"estimator": estimator, "probe": probe})
@@ -86,7 +81,6 @@ def trained(case: tuple[Any, ...]) -> list[str]:
         run = Trainer(
             model(), task, training, alignment=alignment, runtime=runtime, folder=None, seed=0, may_shard=True
         )
-        run.close()
         return run.mixture.choice
 
     return chosen(choose)
@@ -102,13 +96,13 @@ def planned(case: tuple[Any, ...], devices: int) -> list[str]:
     return chosen(lambda: estimator_of(run, alignment, policy, len(NAMES)))
 
 
-def choose_everywhere(rank: int, folder: Path) -> list[list[str]]:
+def choose_everywhere(rank: int, world: int, folder: Path) -> list[list[str]]:
     return [trained(case) for layout in ("ddp", "fsdp2") for case in cases(layout)]
 
 
 @pytest.mark.distributed
-def test_a_plan_chooses_as_two_processes_do(run_ranks: RunRanks) -> None:
-    found = run_ranks(__file__, "choose")[0]
+def test_a_plan_chooses_as_two_processes_do(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(__file__, "choose_everywhere", tmp_path)[0]
     asked = cases("ddp") + cases("fsdp2")
     assert dict(zip(asked, found, strict=True)) == {case: planned(case, 2) for case in asked}
     split = found[len(found) // 2 :]
@@ -119,17 +113,4 @@ def test_a_plan_chooses_as_two_processes_do(run_ranks: RunRanks) -> None:
 def test_a_plan_chooses_as_one_process_does() -> None:
     found = {case: trained(case) for case in cases("single")}
     assert found == {case: planned(case, 1) for case in cases("single")}
-    assert {name for name, *_ in found.values()} >= {"cumulative", "shadow", "separate", "refused"}
-
-
-def rank_main(functions: dict[str, Callable[[int, Path], Any]]) -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = torch.distributed.FileStore(os.environ["WEFTLM_TEST_STORE"], ranks)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    answer = Path(os.environ["WEFTLM_TEST_ANSWER"])
-    answer.write_text(json.dumps(functions[sys.argv[1]](rank, answer.parent)))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main({"choose": choose_everywhere})
+    assert {name for name, *_ in found.values()} >= {"shadow", "separate", "refused"}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed as dist
+from support.ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.corpora.source import ArraySource
@@ -43,13 +38,13 @@ def run(folder: Path, seed: int = 0) -> dict[str, str]:
     return {path.name: path.read_bytes().hex() for path in [*folder.glob("*.npy"), folder / "index.json"]}
 
 
-def both(store: Path) -> dict[str, str]:
-    return run(store.with_name("cache"))
+def both(rank: int, world: int, folder: Path) -> dict[str, str]:
+    return run(folder / "cache")
 
 
-def stale(store: Path) -> dict[str, str]:
+def stale(rank: int, world: int, folder: Path) -> dict[str, str]:
     try:
-        run(store.with_name("cache"), seed=7)
+        run(folder / "cache", seed=7)
     except DataError as error:
         return {"error": str(error)}
     return {}
@@ -57,23 +52,9 @@ def stale(store: Path) -> dict[str, str]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_two_ranks_write_the_same_bytes(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+def test_two_ranks_write_the_same_bytes(tmp_path: Path, ranks: Ranks) -> None:
     alone = run(tmp_path / "alone")
     assert len(alone) == 4 * 4 + 1
-    assert run_ranks(__file__, "both") == [alone, alone]
-    for answer in run_ranks(__file__, "stale"):  # every rank refuses, and none waits for another
+    assert ranks(__file__, "both", tmp_path) == [alone, alone]
+    for answer in ranks(__file__, "stale", tmp_path):  # every rank refuses, and none waits for another
         assert "stale" in answer["error"]
-
-
-def rank_main(cases: dict[str, Callable[[Path], Any]]) -> None:
-    torch.set_num_threads(1)
-    store = Path(os.environ["WEFTLM_TEST_STORE"])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    answer = cases[sys.argv[1]](store)
-    Path(os.environ["WEFTLM_TEST_ANSWER"]).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    rank_main({"both": both, "stale": stale})

@@ -8,7 +8,7 @@ import torch
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model
 from weftlm.models.hf import sequence_losses
-from weftlm.training.alignment import gradient_direction, separate_alignment, shadow_dots
+from weftlm.training.alignment import Probe, estimators, gradient_direction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,9 +25,8 @@ def test_shadow_equals_separate_on_cuda(bf16: bool, tolerance: float) -> None:
     target = torch.randint(0, 256, (4, 33), generator=generator).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
         direction = gradient_direction(model, sequence_losses, target)
-        batches = [(row, tokens[row : row + 1]) for row in range(6)]
-        exact = separate_alignment(model, sequence_losses, batches, direction, 6)
-        dots = shadow_dots(model, sequence_losses, tokens, direction).double().cpu()
+        probe = Probe(model, sequence_losses, tokens, torch.arange(6), 6, direction)
+        exact, dots = (estimators[name]().measure(probe) for name in ("separate", "shadow"))
     assert exact.norms_G is not None
     scale = exact.norms_G * exact.direction_norm
-    assert ((dots - exact.dots_G).abs() / scale).max().item() < tolerance
+    assert ((dots.dots_G - exact.dots_G).abs() / scale).max().item() < tolerance

@@ -54,7 +54,7 @@ READERS = {
     "modular.json": ModularLM.from_pretrained,
     "prepared.json": read_manifest,
     "stores.json": open_stores,
-    "manifest.json": load_checkpoint,
+    "digests.json": load_checkpoint,
     "config.json": lambda folder: load_base(str(folder)),
     "result.json": lambda folder: read_object(folder / "result.json", "make it again"),
 }

@@ -28,13 +28,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from weftlm.errors import CheckpointError, ConfigError
-from weftlm.integrations.mixture_dataset import Feed, Promise, SlotDataset, owners
-from weftlm.integrations.online_mixture import OnlineMixture, OnlineRun, gradient_norm
-from weftlm.training.mixture_run import Share, Update
+from weftlm.integrations.mixture_dataset import Coming, Feed, feeds
+from weftlm.integrations.online_mixture import OnlineMixture, OnlineRun
+from weftlm.mixture.policy import Report
+from weftlm.training.mixture_run import Share
+from weftlm.training.parallel import whole
 
 __all__ = ["MixtureCallback", "OnlineMixture"]
 
 log = logging.getLogger(__name__)
+
+_OFF = {
+    "auto_find_batch_size": "the mixture draws whole batches of one size",
+    "restore_callback_states_from_checkpoint": "resume_from_checkpoint restores the mixture",
+    "group_by_length": "the mixture decides the order",
+    "packing": "a mixture's sequences are full already",
+    "padding_free": "it hides which row is of which domain",
+    "deepspeed": "it keeps gradients where no callback can measure them (DDP and FSDP2 do not)",
+}
+"""Arguments that must be off, with the reason."""
 
 
 class MixtureCallback(TrainerCallback, ExportableState):
@@ -50,15 +62,14 @@ class MixtureCallback(TrainerCallback, ExportableState):
     `callbacks=[MixtureCallback(mixture), TensorBoardCallback()]`.
 
     Args:
-        mixture: what is mixed; None takes the one the training dataset belongs to, once training begins.
+        mixture: what is mixed.
         logged_domains: domains named in the logs, those of largest weight first.
     """
 
-    def __init__(self, mixture: OnlineMixture | None = None, *, logged_domains: int = 64) -> None:
+    def __init__(self, mixture: OnlineMixture, *, logged_domains: int = 64) -> None:
         self.mixture = mixture
         self.logged_domains = logged_domains
         self.run: OnlineRun | None = None
-        self.saved: dict[str, Any] | None = None
         self._feed: Feed | None = None
         self._hook: RemovableHandle | None = None
         self._clip: float | None = None
@@ -68,8 +79,6 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Refuse what cannot work with a mixture and make an epoch a whole number of batches."""
-        if self.mixture is None:
-            raise ConfigError("MixtureCallback was given no mixture; write MixtureCallback(mixture)")
         _check_arguments(args)
         if getattr(args, "train_sampling_strategy", None) == "random":
             args.train_sampling_strategy = "sequential"
@@ -86,11 +95,15 @@ class MixtureCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Start the run of the mixture, where the trainer starts, and let its data loader promise batches."""
         self.on_train_end(args, state, control)
-        mixture = self._find_mixture(train_dataloader.dataset)
+        mixture, dataset = self.mixture, train_dataloader.dataset
+        if getattr(dataset, "key", None) != mixture.dataset.key:
+            raise ConfigError(
+                f"the trainer has a train_dataset of type {type(dataset).__name__} that is not the callback's; "
+                "MixtureCallback needs train_dataset=mixture.dataset, of the same mixture"
+            )
         share = _share(args, train_dataloader)
         _check_model(model, mixture)
-        saved = self._saved_state(state)
-        run = mixture.start(model, share, bf16=bool(args.bf16), saved=saved)
+        run = OnlineRun(mixture, model, share, bf16=bool(args.bf16), saved=self._saved_state(state))
         if run.step != state.global_step:
             raise CheckpointError(
                 f"the trainer goes on from step {state.global_step}, the mixture's state is of step {run.step}; use an "
@@ -101,26 +114,13 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if (warning := run.never_updates(state.max_steps)) is not None:
             log.warning(warning)
         loader = train_dataloader.base_dataloader
-        self._feed = Feed(mixture.dataset.key, run.take, loader.collate_fn)
-        loader.collate_fn = Promise(mixture.dataset.key)
-        train_dataloader.dataset.fed = True
-        self.mixture, self.run = mixture, run
+        self._feed = feeds[dataset.key] = Feed(run.take, loader.collate_fn)
+        loader.collate_fn = partial(Coming, dataset.key)
+        dataset.fed = True
+        self.run = run
         if run.metering:
             hook = partial(_observe, run)
             self._hook = model.register_forward_hook(torch.compiler.disable(hook) if args.torch_compile else hook)
-
-    def _find_mixture(self, dataset: Any) -> OnlineMixture:
-        if not isinstance(dataset, SlotDataset):
-            raise ConfigError(
-                f"the trainer has a train_dataset of type {type(dataset).__name__}; MixtureCallback needs "
-                "train_dataset=mixture.dataset"
-            )
-        mixture = self.mixture if self.mixture is not None else owners.get(dataset.key)
-        if mixture is None or mixture.dataset.key != dataset.key:
-            raise ConfigError(
-                "the train_dataset belongs to another mixture than the callback; give both of the same one"
-            )
-        return mixture
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any] | None:
         if state.global_step == 0:
@@ -130,7 +130,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         if saved is None:
             raise CheckpointError(
                 f"the checkpoint of step {state.global_step} holds no state of a mixture: it was written without "
-                "MixtureCallback, or with several; start a training anew from its model"
+                "MixtureCallback, or with several; begin a new training from its model"
             )
         return dict(saved)
 
@@ -146,7 +146,8 @@ class MixtureCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Measure the norm of the whole gradient, and clip if that was taken over."""
         if self._running.norm_needed_at(state.global_step + 1):
-            self._norm = gradient_norm(model.parameters(), self._clip)
+            limit = math.inf if self._clip is None else self._clip
+            self._norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), limit)))
             self._give_back_clipping(args)
 
     def on_step_end(
@@ -173,13 +174,11 @@ class MixtureCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(self._weights())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """End background reading and take the hook off the model."""
+        """Take the hook off the model."""
         self._give_back_clipping(args)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if self.run is not None:
-            self.run.close()
 
     def state(self) -> dict[str, Any]:
         """The callback for `trainer_state.json`."""
@@ -202,19 +201,14 @@ class MixtureCallback(TrainerCallback, ExportableState):
         return {f"mixture/{name}": weights[name] for name in weights if name in set(heaviest)}
 
 
-def _measured(update: Update, run: OnlineRun, most: int) -> dict[str, float]:
+def _measured(update: Report, run: OnlineRun, most: int) -> dict[str, float]:
     """What an update rests on, by group."""
     found: dict[str, float] = {}
-    if update.alignment is not None:
-        found |= _named("alignment", run.groups(), update.alignment.dots_G, most)
-    if update.losses_D is not None:
-        found |= _named("loss", run.task.domains, update.losses_D, most)
+    dots_G = None if update.alignment is None else update.alignment.dots_G
+    for what, names, values in (("alignment", run.groups(), dots_G), ("loss", run.task.domains, update.losses_D)):
+        pairs = [] if values is None else list(zip(names, values.tolist(), strict=True))[:most]
+        found |= {f"mixture/{what}/{name}": value for name, value in pairs if math.isfinite(value)}
     return found
-
-
-def _named(what: str, names: tuple[str, ...], values_G: Tensor, most: int) -> dict[str, float]:
-    pairs = list(zip(names, values_G.tolist(), strict=True))[:most]
-    return {f"mixture/{what}/{name}": value for name, value in pairs if math.isfinite(value)}
 
 
 def _observe(run: OnlineRun, module: nn.Module, _: Any, output: Any) -> None:
@@ -248,24 +242,15 @@ def _check_arguments(args: TrainingArguments) -> None:
     Raises:
         ConfigError: with the argument and what to set.
     """
+    found = [f"{name} is on: {why}; switch it off" for name, why in _OFF.items() if getattr(args, name, None)]
     strategy = getattr(args, "train_sampling_strategy", "random")
-    problems = {
-        f"n_gpu is {args.n_gpu}: one process drives several GPUs; start the script with torchrun or accelerate launch, "
-        "or set CUDA_VISIBLE_DEVICES to one": args.n_gpu > 1,
-        "auto_find_batch_size is on; the mixture draws whole batches of one size: switch it off": (
-            args.auto_find_batch_size
-        ),
-        f"train_sampling_strategy is {strategy!r}; the mixture decides the order: leave it at 'random'": (
-            strategy not in ("random", "sequential")
-        ),
-        "group_by_length is on; the mixture decides the order: switch it off": getattr(args, "group_by_length", False),
-        "packing is on; a mixture's sequences are full already: switch it off": getattr(args, "packing", False),
-        "padding_free is on; it hides which row is of which domain: switch it off": (
-            getattr(args, "padding_free", False)
-        ),
-        "deepspeed is on; it keeps gradients where no callback can measure them: use DDP or FSDP2": args.deepspeed,
-    }
-    found = [problem for problem, present in problems.items() if present]
+    if strategy not in ("random", "sequential"):
+        found.append(f"train_sampling_strategy is {strategy!r}; the mixture decides the order: leave it at 'random'")
+    if args.n_gpu > 1:
+        found.append(
+            f"n_gpu is {args.n_gpu}: one process drives several GPUs; start the script with torchrun or accelerate "
+            "launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
     if found:
         raise ConfigError("; ".join(found))
 
@@ -305,9 +290,10 @@ def _check_model(model: Any, mixture: OnlineMixture) -> None:
         ConfigError: with what to change.
     """
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(longest, int) and longest <= mixture.sequence_length:
+    length = mixture.options.sequence_length
+    if isinstance(longest, int) and longest <= length:
         raise ConfigError(
-            f"sequence_length is {mixture.sequence_length}, so examples have {mixture.sequence_length + 1} tokens, and "
+            f"sequence_length is {length}, so examples have {length + 1} tokens, and "
             f"the model has {longest} positions; set sequence_length to {longest - 1} or less"
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import datasets
@@ -26,67 +27,51 @@ Collate = Callable[[list[dict[str, NDArray[np.int64]]]], Any]
 """A data collator: examples of `input_ids` and `labels` in, the keyword arguments of a model out."""
 
 
+@dataclass(eq=False)
 class Feed:
-    """Draws rows of tokens and hands them to the trainer's own data collator.
+    """What draws the rows of a dataset, and the trainer's own data collator.
 
-    Args:
-        key: of the dataset it fills.
+    Attributes:
         take: gives this process's next micro-batch, int64 of shape (B, T + 1).
-        collate: the trainer's data collator.
+        collate: the data collator.
     """
 
-    def __init__(self, key: str, take: Callable[[], Tensor], collate: Collate) -> None:
-        self.take = take
-        self.collate = collate
-        _feeds[key] = self
+    take: Callable[[], Tensor]
+    collate: Collate
 
-    def batch(self, tokens_BT1: Tensor) -> Any:
-        """What the model is called with.
+
+feeds: weakref.WeakValueDictionary[str, Feed] = weakref.WeakValueDictionary()
+"""Feeds by the key of their dataset, so that a promise made in a worker process holds nothing but the key."""
+
+
+class Coming:
+    """A micro-batch to come, drawn when it is moved to a device.
+
+    With its first argument bound, the collator of a data loader over a `SlotDataset`: whatever the slots are.
+    """
+
+    def __init__(self, key: str, slots: Sequence[int]) -> None:
+        self.key = key
+        self._tokens_BT1: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
+        """Draw the rows, collate them and move them.
 
         Raises:
             ConfigError: the collator does not keep one row per sequence.
         """
-        rows = tokens_BT1.numpy()
-        batch = self.collate([{"input_ids": row, "labels": row.copy()} for row in rows])
+        feed = feeds[self.key]
+        if self._tokens_BT1 is None:  # a second attempt must not draw again
+            self._tokens_BT1 = feed.take()
+        rows = self._tokens_BT1.numpy()
+        batch = feed.collate([{"input_ids": row, "labels": row.copy()} for row in rows])
         shape = tuple(batch["input_ids"].shape)
         if shape[:1] != (len(rows),):
             raise ConfigError(
                 f"the data collator made input_ids of shape {shape} from {len(rows)} sequences; the domains of a batch "
                 "are known by row: use a collator that keeps one row per sequence (no packing, no padding_free)"
             )
-        return batch
-
-
-_feeds: weakref.WeakValueDictionary[str, Feed] = weakref.WeakValueDictionary()
-"""Feeds by key, so that a promise made in a worker process holds nothing but the key."""
-
-owners: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-"""The mixture of each dataset by key, for copies of the dataset."""
-
-
-class Coming:
-    """A micro-batch to come, drawn when it is moved to a device."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self._tokens_BT1: Tensor | None = None
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
-        """Draw the rows, collate them and move them."""
-        feed = _feeds[self.key]
-        if self._tokens_BT1 is None:  # a second attempt must not draw again
-            self._tokens_BT1 = feed.take()
-        return send_to_device(feed.batch(self._tokens_BT1), device, non_blocking=non_blocking)
-
-
-class Promise:
-    """The collator of a data loader over a `SlotDataset`: promises a batch, whatever the slots are."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __call__(self, slots: Sequence[int]) -> Coming:
-        return Coming(self.key)
+        return send_to_device(batch, device, non_blocking=non_blocking)
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
@@ -104,26 +89,20 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 class SlotDataset(datasets.Dataset):  # type: ignore[misc]
     """As many slots as an epoch has, each to be filled by the mixture; a `datasets.Dataset`, as TRL insists on.
 
-    It holds one example, the first sequence of the first domain, for those who look at a dataset before training.
+    It holds one example, the first sequence of the first domain, for code that looks at a dataset before training.
 
     Args:
-        key: of the feed that fills it.
+        key: key of the feed that fills it.
         example: token ids.
         slots: an epoch's length in sequences, before `fit`.
-        owner: the mixture; kept alive by the dataset, left behind when it is copied or sent to a worker.
     """
 
-    def __init__(self, key: str, example: NDArray[np.int64], slots: int, owner: Any) -> None:
+    def __init__(self, key: str, example: NDArray[np.int64], slots: int) -> None:
         row = [example.tolist()]
         super().__init__(pa.table({"input_ids": row, "labels": row}), fingerprint=key)
         self.key = key
         self.slots = self.sequences = slots
         self.fed = False
-        self.owner = owner
-        owners[key] = owner
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "owner": None}
 
     def fit(self, batch: int) -> None:
         """Make an epoch a whole number of batches."""

@@ -1,6 +1,6 @@
 """An online mixture for other training loops: what to train on next, and how training moves the mixture.
 
-`OnlineMixture` names what is mixed; `start` gives an `OnlineRun`, the mixture run of weftlm's own loop
+`OnlineMixture` names what is mixed; an `OnlineRun` is the mixture run of weftlm's own loop
 (`weftlm.training.mixture_run`) handed out in micro-batches. It measures on extra sequences only, and otherwise draws
 and updates number for number as under weftlm's loop, so runs can be compared.
 """
@@ -8,9 +8,6 @@ and updates number for number as under weftlm's loop, so runs can be compared.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -21,20 +18,18 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
-from weftlm.config import Section, Seed, differences, validate
+from weftlm.config import differences, validate
 from weftlm.corpora.source import ArraySource, Source
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.mixture_dataset import SlotDataset
 from weftlm.mixture.loader import sequence_counts
-from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.mixture.sampler import Exhaustion, SamplerExhausted
+from weftlm.mixture.policy import MixtureSetting, Report, build_policy
+from weftlm.mixture.sampler import SamplerExhausted
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.train import training_task
-from weftlm.training.config import AlignmentConfig
-from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task, Update
+from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task
 
 Tokens: TypeAlias = Source | datasets.Dataset | ArrayLike
 """Token ids of a domain: a source, one row of integers, or a `datasets.Dataset` with a column `input_ids`."""
@@ -45,42 +40,29 @@ class OnlineMixture:
 
     Args:
         task: domains, sources, policy, target and reference model.
-        sequence_length: T, tokens predicted per sequence; an example holds T + 1 tokens, input and labels in one.
-        seed: of the draw and the probes.
-        alignment: how alignments are measured; always on sequences of their own (`probe: extra`).
-        exhaustion: what happens when a domain has been read `max_epochs` times: `repeat`, `drop` or `stop`.
-        max_epochs: repetition cap per domain, with `drop` or `stop`.
-        prefetch_steps: batches read ahead by a thread; changes nothing but the time.
+        options: as in `MixtureOptions`; an example holds `sequence_length` + 1 tokens, input and labels in one, and
+            alignments are always measured on sequences of their own (`probe: extra`).
     Raises:
         ConfigError: the policy needs what the task lacks, or alignments are to be measured on the training batch.
         DataError: a source is too short for one sequence.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        *,
-        sequence_length: int,
-        seed: int = 0,
-        alignment: AlignmentConfig | Mapping[str, Any] | None = None,
-        exhaustion: Exhaustion = "repeat",
-        max_epochs: float | None = None,
-        prefetch_steps: int = 0,
-    ) -> None:
-        options: dict[str, Any] = {
-            "sequence_length": sequence_length, "seed": seed, "exhaustion": exhaustion, "max_epochs": max_epochs,
-            "prefetch_steps": prefetch_steps,
-        }  # fmt: skip
-        validate(_Options, options, "")
-        self.task, self.sequence_length = task, sequence_length
-        self.options = MixtureOptions(**options, alignment=_extra_probes(alignment))
+    def __init__(self, task: Task, **options: Any) -> None:
+        checked = validate(MixtureOptions, options, "")
+        how = checked.alignment
+        if how.probe == "batch":
+            raise ConfigError(
+                "alignment.probe is batch; measuring on the training batch needs weftlm's own loop: leave it out"
+            )
+        self.task = task
+        self.options = checked.model_copy(update={"alignment": how.model_copy(update={"probe": "extra"})})
         if task.reference is not None and not isinstance(task.reference, nn.Module):
             raise ConfigError(f"reference is a {type(task.reference).__name__}; give a model (torch.nn.Module)")
         task.check_needs(target="target=", reference="reference=")
-        self.sequences_D = sequence_counts(task.sources, sequence_length, task.domains)
+        self.sequences_D = sequence_counts(task.sources, self.options.sequence_length, task.domains)
         task.policy.init(task.setting)
-        example = task.sources[0].read(0, sequence_length + 1)
-        self.dataset = SlotDataset(uuid.uuid4().hex, example, sum(self.sequences_D), self)
+        example = task.sources[0].read(0, self.options.sequence_length + 1)
+        self.dataset = SlotDataset(uuid.uuid4().hex, example, sum(self.sequences_D))
 
     @classmethod
     def of(
@@ -89,14 +71,9 @@ class OnlineMixture:
         policy: str | Mapping[str, Any] = "dga",
         *,
         target: Tokens | None = None,
-        sequence_length: int,
-        seed: int = 0,
-        update_every_steps: int | None = None,
         reference: nn.Module | None = None,
-        alignment: AlignmentConfig | Mapping[str, Any] | None = None,
-        exhaustion: Exhaustion = "repeat",
-        max_epochs: float | None = None,
-        prefetch_steps: int = 0,
+        update_every_steps: int | None = None,
+        **options: Any,
     ) -> OnlineMixture:
         """A mixture of token sources, or of the domains of a folder that `weftlm prepare` wrote.
 
@@ -104,14 +81,9 @@ class OnlineMixture:
             sources: tokens by domain name, or prepared data or its folder.
             policy: its name, or `{"policy": name, ...}` as in a recipe's `mixture` section.
             target: tokens the mixture is steered towards; absent, those of the prepared data.
-            sequence_length: T, tokens predicted per sequence.
-            seed: of the draw and the probes.
-            update_every_steps: T_r, optimizer steps between two updates; absent, what the policy's section says.
             reference: a frozen model for policies that compare losses with it.
-            alignment: a recipe's `alignment` section.
-            exhaustion: see `OnlineMixture`.
-            max_epochs: see `OnlineMixture`.
-            prefetch_steps: see `OnlineMixture`.
+            update_every_steps: T_r, optimizer steps between two updates; absent, what the policy's section says.
+            options: `sequence_length` and the others of `MixtureOptions`.
         Raises:
             ConfigError: no domain, an unknown policy or option, or a policy that needs what is not given.
             DataError: tokens that cannot be read, or too few.
@@ -141,43 +113,19 @@ class OnlineMixture:
             data = sources if isinstance(sources, PreparedData) else PreparedData.load(sources)
             task = training_task(data, built, reference)
             task = task if goal is None else dataclasses.replace(task, target=goal)
-        return cls(
-            task, sequence_length=sequence_length, seed=seed, alignment=alignment,
-            exhaustion=exhaustion, max_epochs=max_epochs, prefetch_steps=prefetch_steps,
-        )  # fmt: skip
-
-    @property
-    def identity(self) -> str:
-        """Hash of what decides the draws and the updates; a state of another identity is refused."""
-        return hashlib.blake2b(json.dumps(self.settings).encode(), digest_size=16).hexdigest()
+        return cls(task, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `identity` is of."""
-        task = self.task
+        """What decides the draws and the updates; a state of other settings is refused."""
+        task, options = self.task, self.options.model_dump(mode="json")
         sources = zip(task.domains, task.sources, strict=True)
         return {
             "policy": task.policy.config.model_dump(mode="json"),
             "domains": [[name, source.fingerprint] for name, source in sources],
             "target": None if task.target is None else task.target.fingerprint,
-            "sequence_length": self.sequence_length,
-            "seed": self.options.seed,
-            "alignment": self.options.alignment.model_dump(mode="json"),
+            **{name: options[name] for name in ("sequence_length", "seed", "alignment")},
         }
-
-    def start(
-        self, model: nn.Module, share: Share, *, bf16: bool = False, saved: Mapping[str, Any] | None = None
-    ) -> OnlineRun:
-        """Begin training, or go on from a state that `OnlineRun.saved_state` gave.
-
-        Raises:
-            ConfigError: batch, processes, model and policy do not fit each other.
-            CheckpointError: the state is of another mixture, or torn.
-        """
-        run = OnlineRun(self, model, share, bf16=bf16)
-        if saved is not None:
-            run.resume(saved)
-        return run
 
 
 class OnlineRun(MixtureRun):
@@ -193,17 +141,36 @@ class OnlineRun(MixtureRun):
         update = run.end_step(optimizer, norm)
 
     Args:
-        mixture: what is mixed; a saved state of a mixture with another identity is refused.
+        mixture: what is mixed.
         model: the model in training.
         share: batch size, and this process's part.
         bf16: whether training runs under bfloat16 autocast.
+        saved: what `saved_state` gave, to continue from; None begins.
+    Raises:
+        ConfigError: batch, processes, model and policy do not fit each other.
+        CheckpointError: the state is of another mixture, or torn.
     """
 
-    def __init__(self, mixture: OnlineMixture, model: nn.Module, share: Share, *, bf16: bool) -> None:
+    def __init__(
+        self,
+        mixture: OnlineMixture,
+        model: nn.Module,
+        share: Share,
+        *,
+        bf16: bool = False,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(mixture.task, model, share, mixture.options, bf16=bf16)
         self.mixture = mixture
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # micro-batches of this step not yet taken
         self._unobserved: deque[tuple[Tensor, Tensor]] = deque()  # micro-batches taken whose losses are to come
+        if saved is not None:
+            if changed := differences(saved.get("settings"), mixture.settings):
+                raise CheckpointError(
+                    f"the checkpoint is of another mixture ({changed}); resume with the same, or begin a new training "
+                    "from the checkpoint's model"
+                )
+            self.load_state_dict(saved)
         self._metered = self._read_meter()
 
     def norm_needed_at(self, step: int) -> bool:
@@ -257,7 +224,7 @@ class OnlineRun(MixtureRun):
             losses_BT = losses_of(tokens_BT1)
         self.meter(domains_B, tokens_BT1, losses_BT)
 
-    def end_step(self, optimizer: Any, gradient_norm: float | None = None) -> Update | None:
+    def end_step(self, optimizer: Any, gradient_norm: float | None = None) -> Report | None:
         """`finish_step`, after a check that every micro-batch was trained on.
 
         Raises:
@@ -279,73 +246,23 @@ class OnlineRun(MixtureRun):
         return self.meter_state() if self.share.num_processes > 1 else None
 
     def saved_state(self) -> dict[str, Any]:
-        """`state_dict` on any one process, and the mixture it belongs to."""
+        """`state_dict` on any one process, and the settings of the mixture it belongs to."""
         meter = self._metered if self.share.num_processes > 1 else self.meter_state()
-        return {"identity": self.mixture.identity, "settings": self.mixture.settings, **self.state_dict(meter)}
-
-    def resume(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `saved_state` gave.
-
-        Raises:
-            CheckpointError: the state is of another mixture, or torn.
-        """
-        if saved.get("identity") != self.mixture.identity:
-            changed = differences(saved.get("settings"), self.mixture.settings)
-            raise CheckpointError(
-                f"the checkpoint is of another mixture ({changed}); resume with the same, or start a training anew "
-                "from the checkpoint's model"
-            )
-        self.load_state_dict(saved)
-        self._metered = self._read_meter()
-
-
-def gradient_norm(parameters: Any, clip: float | None = None) -> float:
-    """Clip gradients to a global norm, or only measure it; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return float(whole)
-
-
-def _extra_probes(alignment: AlignmentConfig | Mapping[str, Any] | None) -> AlignmentConfig:
-    config = alignment
-    if not isinstance(config, AlignmentConfig):
-        config = validate(AlignmentConfig, {} if config is None else config, "alignment")
-    if config.probe == "batch" or config.estimator == "cumulative":
-        raise ConfigError(
-            f"alignment asks for estimator {config.estimator} with probe {config.probe}; measuring on the training "
-            "batch needs weftlm's own loop: leave both out, or choose separate, shadow or finite_difference with extra"
-        )
-    return config.model_copy(update={"probe": "extra"})
+        return {"settings": self.mixture.settings, **self.state_dict(meter)}
 
 
 def _source(tokens: Tokens, what: str) -> Source:
-    if isinstance(tokens, datasets.Dataset):
-        if "input_ids" not in tokens.column_names:
-            raise DataError(
-                f"{what} is a dataset with the columns {', '.join(tokens.column_names)}; it must have input_ids, so "
-                "tokenise it first"
-            )
-        rows = tokens["input_ids"]
-        for number, row in enumerate(rows):
-            if not isinstance(row, list | np.ndarray | torch.Tensor):
-                raise DataError(f"{what}: input_ids of row {number} is {row!r:.60}; it must be a list of token ids")
-        try:
-            return ArraySource(np.concatenate([ArraySource(row).read(0, len(row)) for row in rows]) if rows else [])
-        except DataError as error:
-            raise DataError(f"{what}, column input_ids: {error}") from error
     if isinstance(tokens, Source):
         return tokens
     try:
-        return ArraySource(cast(ArrayLike, tokens))
+        if not isinstance(tokens, datasets.Dataset):
+            return ArraySource(cast(ArrayLike, tokens))
+        if "input_ids" not in tokens.column_names:
+            raise DataError(f"its columns are {', '.join(tokens.column_names)}; it must have input_ids: tokenise it")
+        rows = tokens["input_ids"]
+        for number, row in enumerate(rows):
+            if not isinstance(row, list | np.ndarray | torch.Tensor):
+                raise DataError(f"input_ids of row {number} is {row!r:.60}; it must be a list of token ids")
+        return ArraySource(np.concatenate([ArraySource(row).read(0, len(row)) for row in rows]) if rows else [])
     except DataError as error:
         raise DataError(f"{what}: {error}") from error
-
-
-class _Options(Section):
-    """What `OnlineMixture` takes beside a task: as in a recipe."""
-
-    sequence_length: int = Field(ge=1, strict=True)
-    seed: Seed
-    exhaustion: Exhaustion
-    max_epochs: PositiveFloat | None
-    prefetch_steps: NonNegativeInt

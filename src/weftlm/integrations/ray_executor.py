@@ -36,12 +36,12 @@ class RayExecutor(Executor):
         self._ray, self._retries = ray, retries
         # A worker goes on to the next task with what it has loaded: Ray ends it after each on a GPU by default.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_calls": 0, "max_retries": retries}
-        self._run = ray.remote(**options, retry_exceptions=False)(_run_without_gpu if gpus == 0 else _run)
+        self._run, self._hides_gpus = ray.remote(**options, retry_exceptions=False)(_run), gpus == 0
         self._futures: set[Future[Any]] = set()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """See `concurrent.futures.Executor.submit`; a future that is cancelled ends its task on the worker."""
-        reference = self._run.remote(fn, args, kwargs)
+        reference = self._run.remote(fn, args, kwargs, self._hides_gpus)
         future: Future[Any] = Future()
         self._futures.add(future)
         future.add_done_callback(lambda future: self._ray.cancel(reference, force=True) if future.cancelled() else None)
@@ -71,12 +71,9 @@ class RayExecutor(Executor):
         self._futures.clear()
 
 
-def _run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return fn(*args, **kwargs)
-
-
-def _run_without_gpu(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def _run(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], hides_gpus: bool) -> Any:
+    if hides_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return fn(*args, **kwargs)
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from weftlm.config import differences
 from weftlm.errors import CheckpointError, ConfigError, WeftError, reason
 
 Exhaustion: TypeAlias = Literal["repeat", "drop", "stop"]
@@ -34,8 +35,6 @@ Floats: TypeAlias = NDArray[np.float64]
 Words: TypeAlias = NDArray[np.uint64]
 
 STATE_FORMAT = 1
-LOOK_AHEAD_SLOTS = 8192
-"""Slots planned in one vectorised pass when nothing is about to change."""
 
 _UNLIMITED = np.iinfo(np.int64).max
 _ROUNDS, _SMALL_ROUNDS, _SMALL = 10, 20, 256  # fewer than 16 leave permutations of 5 or 6 things measurably uneven
@@ -78,14 +77,7 @@ class Draw:
         Raises:
             ConfigError: the batch does not divide into `world` equal slices, or there is no such rank.
         """
-        _check_rank(rank, world)
-        if len(self) % world:
-            raise ConfigError(
-                f"a batch of {len(self)} sequences cannot be cut into {world} equal shards; choose a batch size "
-                "that is a multiple of the number of processes"
-            )
-        if world == 1:
-            return self
+        check_share(len(self), rank, world)
         size = len(self) // world
         here = slice(rank * size, (rank + 1) * size)
         return replace(
@@ -97,24 +89,34 @@ class Draw:
         )
 
 
+def check_share(batch: int, rank: int, world: int) -> None:
+    """Refuse ranks that cannot share a batch equally.
+
+    Raises:
+        ConfigError: the batch does not divide into `world` equal slices, or there is no such rank.
+    """
+    if world < 1 or not 0 <= rank < world:
+        raise ConfigError(f"there is no rank {rank} of {world}; ranks are 0 .. world - 1")
+    if batch % world:
+        raise ConfigError(
+            f"a batch of {batch} sequences cannot be cut into {world} equal shards; choose a batch size that is a "
+            "multiple of the number of processes"
+        )
+
+
 @dataclass(frozen=True)
 class ProbeDraw:
     """Sequences for measuring, grouped: N = groups * sequences per group, groups contiguous and in order.
 
     Attributes:
-        step: the step the probe was drawn for.
         groups_N: the group each sequence stands for, int64.
         domains_N: index of its domain, int64.
         sequences_N: index of the sequence within its domain, int64.
     """
 
-    step: int
     groups_N: Ints
     domains_N: Ints
     sequences_N: Ints
-
-    def __len__(self) -> int:
-        return len(self.groups_N)
 
 
 class MixtureSampler:
@@ -144,7 +146,7 @@ class MixtureSampler:
         *,
         names: Sequence[str] | None = None,
         exhaustion: Exhaustion = "repeat",
-        max_epochs: float | Sequence[float] | None = None,
+        max_epochs: float | Sequence[float] | Floats | None = None,
         weights_D: ArrayLike | None = None,
     ) -> None:
         sizes_D = np.array(sequences_D, dtype=np.int64)
@@ -172,20 +174,17 @@ class MixtureSampler:
         self.batch_size = int(batch_size)
         self.seed = int(seed)
         self.exhaustion: Exhaustion = exhaustion
-        self.max_sequences_D: Ints = self._caps(exhaustion, max_epochs)
-        self._capped = bool((self.max_sequences_D < _UNLIMITED).any())
+        self.max_sequences_D: Ints = self._caps(max_epochs)
         uniform_D = np.full(len(sizes_D), 1.0 / len(sizes_D))
         self._weights_D = uniform_D if weights_D is None else self._checked(weights_D)
         self._scheduled: dict[int, Floats] = {}
         self._step = 0
         self._cursors_D: Ints = np.zeros(len(sizes_D), dtype=np.int64)
         self._key = int(_mix(np.array([seed], dtype=np.uint64) + _GOLDEN)[0])
-        self._changes = 0
-        self._forget()
 
-    def _caps(self, exhaustion: Exhaustion, max_epochs: float | Sequence[float] | None) -> Ints:
+    def _caps(self, max_epochs: float | Sequence[float] | Floats | None) -> Ints:
         """The most sequences that may be drawn from each domain."""
-        if exhaustion == "repeat":
+        if self.exhaustion == "repeat":
             if max_epochs is not None:
                 raise ConfigError(
                     f"max_epochs is {max_epochs} but exhaustion is 'repeat', which knows no cap; choose 'drop' "
@@ -193,7 +192,7 @@ class MixtureSampler:
                 )
             return np.full(len(self.sequences_D), _UNLIMITED)
         given = np.asarray(1.0 if max_epochs is None else max_epochs, dtype=np.float64)
-        if given.ndim > 1 or (given.ndim == 1 and len(given) != len(self.sequences_D)):
+        if given.shape not in ((), self.sequences_D.shape):
             raise ConfigError(
                 f"max_epochs has shape {given.shape} for {len(self.sequences_D)} domains; "
                 "give one number or one per domain"
@@ -219,11 +218,6 @@ class MixtureSampler:
         return self._step
 
     @property
-    def changes(self) -> int:
-        """Counts `set_weights` and `load_state_dict`: whoever draws ahead looks here whether its draws still hold."""
-        return self._changes
-
-    @property
     def weights_D(self) -> Floats:
         """The weights alpha of the next step as it was set, float64."""
         return self._weights_D.copy()
@@ -231,8 +225,7 @@ class MixtureSampler:
     @property
     def effective_weights_D(self) -> Floats:
         """The weights of the next step less the exhausted domains, renormalised; all 0 when nothing is left to draw."""
-        weights_D = self._effective()[0]
-        return weights_D.copy()
+        return self._effective()[0].copy()
 
     def epochs_D(self) -> Floats:
         """How often each domain has been read so far, float64: sequences drawn / sequences there."""
@@ -255,15 +248,11 @@ class MixtureSampler:
                 f"weights cannot change at step {step}: the batches before step {self._step} are drawn; "
                 f"the earliest step that can change is {self._step}"
             )
-        weights_D = self._checked(weights_D)
-        self._changes += 1
+        checked_D = self._checked(weights_D)
         if step > self._step:
-            self._scheduled[step] = weights_D
-            if self._planned_end > step:
-                self._forget()
+            self._scheduled[step] = checked_D
         else:
-            self._weights_D = weights_D
-            self._forget()
+            self._weights_D = checked_D
 
     def _checked(self, weights_D: ArrayLike) -> Floats:
         weights = np.array(weights_D, dtype=np.float64)
@@ -303,64 +292,29 @@ class MixtureSampler:
         if min_per_domain < 0:
             raise ConfigError(f"min_per_domain is {min_per_domain}; it must be 0 (not stratified) or more")
         draw = self._stratified(min_per_domain) if min_per_domain else self._ordinary()
-        self._advance(draw)
-        return draw
-
-    def advance(self, draw: Draw) -> None:
-        """Record a whole batch that a copy of this sampler drew, as if it had been drawn here.
-
-        Raises:
-            ConfigError: the draw is of another step or is a shard.
-        """
-        if draw.step != self._step or len(draw) != self.batch_size:
-            raise ConfigError(
-                f"a draw of step {draw.step} with {len(draw)} sequences cannot be recorded at step {self._step} with "
-                f"batch size {self.batch_size}; record whole batches in order"
-            )
-        self._unplan(self._step)
-        self._advance(draw)
-
-    def _advance(self, draw: Draw) -> None:
-        if len(self._cursors_D) <= 4 * self.batch_size:
-            self._cursors_D += np.bincount(draw.domains_B, minlength=len(self._cursors_D))
-        else:
-            np.add.at(self._cursors_D, draw.domains_B, 1)
+        self._cursors_D += np.bincount(draw.domains_B, minlength=len(self._cursors_D))
         self._step += 1
-        if self._capped and (self._cursors_D[draw.domains_B] >= self.max_sequences_D[draw.domains_B]).any():
-            self._forget()
-        if self._step in self._scheduled:
-            self._weights_D = self._scheduled.pop(self._step)
-            self._forget()
+        self._weights_D = self._scheduled.pop(self._step, self._weights_D)
+        return draw
 
     def copy(self) -> MixtureSampler:
         """An independent sampler in the same state."""
         twin = copy.copy(self)
         twin._cursors_D = self._cursors_D.copy()
         twin._scheduled = dict(self._scheduled)
-        twin._forget()
         return twin
 
-    def _forget(self) -> None:
-        """Drop everything derived from the weights, the caps and the cursors."""
-        self._mixture: tuple[Floats, Floats] | None = None
-        self._look_ahead = 1
-        self._unplan(self._step)
-
-    def _unplan(self, end: int) -> None:
-        self._planned: list[Draw] = []
-        self._planned_end = end
-
     def _effective(self) -> tuple[Floats, Floats]:
-        """The weights of the next step less the exhausted domains, and their running sum (not normalised)."""
-        if self._mixture is None:
-            weights_D = self._weights_D
-            if self.exhaustion == "drop":
-                weights_D = np.where(self._cursors_D >= self.max_sequences_D, 0.0, weights_D)
-            sums_D = np.cumsum(weights_D)
-            if weights_D is not self._weights_D and sums_D[-1] > 0:
-                weights_D = weights_D / sums_D[-1]
-            self._mixture = weights_D, sums_D
-        return self._mixture
+        """The weights of the next step less the exhausted domains, and their running sum (not normalised).
+
+        Raises nothing where all are exhausted: the weights are all 0 then.
+        """
+        weights_D = self._weights_D
+        if self.exhaustion != "drop":
+            return weights_D, np.cumsum(weights_D)
+        weights_D = np.where(self._cursors_D >= self.max_sequences_D, 0.0, weights_D)
+        sums_D = np.cumsum(weights_D)
+        return (weights_D / sums_D[-1] if sums_D[-1] > 0 else weights_D), sums_D
 
     def _uniforms(self, stream: int, first: int, count: int, *, step: int = 0, attempt: int = 0) -> Floats:
         """Uniform numbers in [0, 1) numbered first .. first + count of a stream; any of them can be had alone."""
@@ -371,35 +325,23 @@ class MixtureSampler:
         return uniforms
 
     def _ordinary(self) -> Draw:
-        if not self._planned:
-            self._plan()
-        return self._planned.pop()
-
-    def _plan(self) -> None:
-        """Draw one or more coming steps in one pass. How many is a matter of speed only, never of the outcome."""
-        steps = min(self._look_ahead, max(1, LOOK_AHEAD_SLOTS // self.batch_size))
-        if self._scheduled:
-            steps = min(steps, min(self._scheduled) - self._step)
         weights_D, sums_D = self._effective()
         self._check_left(sums_D)
-        uniforms_N = self._uniforms(_TRAIN, self._step * self.batch_size, steps * self.batch_size)
-        domains_N = _inverse_cdf(sums_D, uniforms_N)
-        cursors_N = self._cursors_D[domains_N] + _ranks(domains_N)
-        if self._capped and (cursors_N + 1 >= self.max_sequences_D[domains_N]).any():
-            # A domain runs out within these steps: take this step alone, slot by slot.
-            steps = 1
-            domains_N, cursors_N = self._within_caps(domains_N[: self.batch_size])
-        sequences_N, epochs_N = self._sequences(domains_N, cursors_N)
-        ones_N, mixture_D = np.ones(len(domains_N)), weights_D.copy()
-        self._planned = [
-            Draw(self._step + index, domains_N[here], sequences_N[here], epochs_N[here], ones_N[here], mixture_D)
-            for index in range(steps)
-            for here in [slice(index * self.batch_size, (index + 1) * self.batch_size)]
-        ][::-1]
-        self._planned_end = self._step + steps
-        self._look_ahead = 2 * steps
+        uniforms_B = self._uniforms(_TRAIN, self._step * self.batch_size, self.batch_size)
+        domains_B = _inverse_cdf(sums_D, uniforms_B)
+        counts_D = np.bincount(domains_B, minlength=len(self._cursors_D))
+        if (counts_D > self.max_sequences_D - self._cursors_D).any():
+            domains_B = self._within_caps(domains_B)
+        return self._filled(domains_B, np.ones(self.batch_size), weights_D.copy())
 
-    def _within_caps(self, domains_B: Ints) -> tuple[Ints, Ints]:
+    def _filled(self, domains_B: Ints, loss_weights_B: Floats, weights_D: Floats) -> Draw:
+        """The draw of the next step with the next sequences of these domains."""
+        sizes_B = self.sequences_D[domains_B]
+        epochs_B, positions_B = np.divmod(self._cursors_D[domains_B] + _ranks(domains_B), sizes_B)
+        sequences_B = keyed_permutation(positions_B, sizes_B, self._keys(_TRAIN, domains_B, epochs_B))
+        return Draw(self._step, domains_B, sequences_B, epochs_B, loss_weights_B, weights_D)
+
+    def _within_caps(self, domains_B: Ints) -> Ints:
         """Fill the slots of one batch one after the other, giving those that overflow a cap to the remaining domains.
 
         A slot whose domain is exhausted draws again, from its own further random numbers, among the domains not yet
@@ -408,11 +350,11 @@ class MixtureSampler:
         domains = domains_B.tolist()
         left_D, sums_D = self._effective()
         left_D = left_D.copy()
-        drawn: dict[int, int] = {}
+        free_D = self.max_sequences_D - self._cursors_D
         uniforms_AB: list[Floats] = []
         for slot, domain in enumerate(domains):
             attempt = 0
-            while self._cursors_D[domain] + drawn.get(domain, 0) >= self.max_sequences_D[domain]:
+            while free_D[domain] <= 0:
                 if self.exhaustion == "stop":
                     raise SamplerExhausted(
                         f"domain {self.names[domain]!r} reached its cap of {self.max_sequences_D[domain]} sequences "
@@ -426,10 +368,9 @@ class MixtureSampler:
                     uniforms_AB.append(self._uniforms(_TRAIN, first, self.batch_size, attempt=attempt + 1))
                 domain = int(_inverse_cdf(sums_D, uniforms_AB[attempt][slot : slot + 1])[0])
                 attempt += 1
-            drawn[domain] = drawn.get(domain, 0) + 1
+            free_D[domain] -= 1
             domains[slot] = domain
-        filled_B = np.array(domains, dtype=np.int64)
-        return filled_B, self._cursors_D[filled_B] + _ranks(filled_B)
+        return np.array(domains, dtype=np.int64)
 
     def _check_left(self, sums_D: Floats) -> None:
         if not sums_D[-1] > 0:
@@ -437,13 +378,6 @@ class MixtureSampler:
                 f"every domain of positive weight reached its cap by step {self._step}; raise max_epochs, use "
                 "exhaustion: repeat, or give weight to a domain that is not exhausted"
             )
-
-    def _sequences(self, domains_N: Ints, cursors_N: Ints) -> tuple[Ints, Ints]:
-        """Cursor positions -> (sequence indices, epochs)."""
-        sizes_N = self.sequences_D[domains_N]
-        epochs_N, positions_N = np.divmod(cursors_N, sizes_N)
-        keys_N = self._keys(_TRAIN, domains_N, epochs_N)
-        return keyed_permutation(positions_N, sizes_N, keys_N), epochs_N
 
     def _keys(self, stream: int, domains_N: Ints, rounds_N: Ints, step: int = 0) -> Words:
         """A key per permutation: one for each stream, domain and round through it (and step, for probes)."""
@@ -480,16 +414,11 @@ class MixtureSampler:
         # Spread the domains over the batch, so that every rank's shard holds a mixture.
         zeros_B = np.zeros(size, dtype=np.int64)
         keys_B = self._keys(_STRATIFY, zeros_B, zeros_B, self._step)
-        places_B = keyed_permutation(np.arange(size), np.full(size, size), keys_B)
-        index_B = index_B[places_B]
-        domains_B = present_K[index_B]
-        cursors_B = self._cursors_D[domains_B] + _ranks(domains_B)
-        sequences_B, epochs_B = self._sequences(domains_B, cursors_B)
+        index_B = index_B[keyed_permutation(np.arange(size), np.full(size, size), keys_B)]
         mixture_D = weights_D.copy()
         if shares_K is not asked_K:
             mixture_D[present_K] = shares_K / size
-        self._unplan(self._step + 1)
-        return Draw(self._step, domains_B, sequences_B, epochs_B, (shares_K / counts_K)[index_B], mixture_D)
+        return self._filled(present_K[index_B], (shares_K / counts_K)[index_B], mixture_D)
 
     def _within_supply(self, shares_K: Floats, left_K: Ints) -> Floats:
         """Cut each share down to what is left of its domain and hand the rest to the others in proportion."""
@@ -514,7 +443,7 @@ class MixtureSampler:
         """Draw sequences for measuring, apart from training: nothing advances and no cap is charged.
 
         Group g gets `sequences_per_group` sequences, each from a domain drawn from row g. Within one probe the
-        sequences of a domain are drawn uniformly without replacement (until it is used up, then anew). They are
+        sequences of a domain are drawn uniformly without replacement (until it is used up, then again). They are
         training sequences: measuring on them needs no reserved tokens, and leaks nothing into training as long as the
         probe's gradients stay out of the optimizer. The same arguments always give the same probe.
 
@@ -538,16 +467,12 @@ class MixtureSampler:
             rows_GD = np.atleast_2d(np.asarray(distributions_GD, dtype=np.float64))
             groups = len(rows_GD)
             uniforms_GS = self._uniforms(_PROBE, 0, groups * each, step=step).reshape(groups, each)
-            domains_N = np.concatenate(
-                [
-                    _inverse_cdf(np.cumsum(self._checked(row_D)), u_S)
-                    for row_D, u_S in zip(rows_GD, uniforms_GS, strict=True)
-                ]
-            )
+            pairs = zip(rows_GD, uniforms_GS, strict=True)
+            domains_N = np.concatenate([_inverse_cdf(np.cumsum(self._checked(row_D)), u_S) for row_D, u_S in pairs])
         sizes_N = self.sequences_D[domains_N]
         rounds_N, positions_N = np.divmod(_ranks(domains_N), sizes_N)
         sequences_N = keyed_permutation(positions_N, sizes_N, self._keys(_PROBE, domains_N, rounds_N, step + 1))
-        return ProbeDraw(step, np.repeat(np.arange(groups), each), domains_N, sequences_N)
+        return ProbeDraw(np.repeat(np.arange(groups), each), domains_N, sequences_N)
 
     # State
 
@@ -576,16 +501,10 @@ class MixtureSampler:
                 stays as it was.
         """
         try:
-            if state["format"] != STATE_FORMAT:
-                raise CheckpointError(
-                    f"sampler state has format {state['format']}; this version reads format {STATE_FORMAT}"
-                )
-            for what, here in (("seed", self.seed), ("batch_size", self.batch_size)):
-                if state[what] != here:
-                    raise CheckpointError(
-                        f"sampler state has {what} {state[what]}, this run has {here}; resume with the same recipe"
-                    )
-            self._check_same_domains(np.array(state["sequences"], dtype=np.int64))
+            fixed = ("format", "seed", "batch_size", "sequences")
+            here = self.state_dict()
+            if changed := differences({key: state[key] for key in fixed}, {key: here[key] for key in fixed}):
+                raise CheckpointError(f"sampler state is of another draw ({changed}); resume with the same recipe")
             step = int(state["step"])
             cursors_D = np.array(state["cursors"], dtype=np.int64)
             weights_D = self._checked(state["weights"])
@@ -598,21 +517,6 @@ class MixtureSampler:
         if not consistent or int(cursors_D.sum()) != step * self.batch_size or any(at <= step for at in scheduled):
             raise CheckpointError(f"sampler state contradicts itself at step {step}; use an earlier checkpoint")
         self._step, self._cursors_D, self._weights_D, self._scheduled = step, cursors_D, weights_D, scheduled
-        self._changes += 1
-        self._forget()
-
-    def _check_same_domains(self, sizes_D: Ints) -> None:
-        if sizes_D.shape != self.sequences_D.shape:
-            raise CheckpointError(
-                f"sampler state has {sizes_D.size} domains, this run has {len(self.sequences_D)}; "
-                "resume with the same data"
-            )
-        if (sizes_D != self.sequences_D).any():
-            worst = int(np.flatnonzero(sizes_D != self.sequences_D)[0])
-            raise CheckpointError(
-                f"sampler state has {sizes_D[worst]} sequences in domain {self.names[worst]!r}, this run has "
-                f"{self.sequences_D[worst]}; the data or the sequence length changed"
-            )
 
 
 def keyed_permutation(positions_N: Ints, sizes_N: Ints, keys_N: Words) -> Ints:
@@ -727,8 +631,3 @@ def _whole_counts(shares_K: Floats, least_K: Ints, total: int, uniform: float) -
         edges_K[-1] = missing
         counts_K += np.diff(np.minimum(edges_K, missing), prepend=0)
     return counts_K
-
-
-def _check_rank(rank: int, world: int) -> None:
-    if world < 1 or not 0 <= rank < world:
-        raise ConfigError(f"there is no rank {rank} of {world}; ranks are 0 .. world - 1")

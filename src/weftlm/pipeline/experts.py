@@ -47,7 +47,6 @@ from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.run_folder import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.progress import write_line
-from weftlm.training.config import NOT_DECIDING
 from weftlm.training.runtime import choose_runtime
 
 _GATE_PARTS = ("gate", "statistics_examples", "embedder")
@@ -366,7 +365,7 @@ def _wanted(making: ExpertMaking, name: str) -> dict[str, Any]:
 
 def _choices(config: ExpertTraining) -> dict[str, Any]:
     found = settings(config)
-    found["training"] = settings(config.training, without=NOT_DECIDING)
+    found["training"] = config.training.deciding()
     return found
 
 

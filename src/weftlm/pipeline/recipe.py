@@ -31,7 +31,7 @@ from weftlm.pipeline.names import REPORT
 from weftlm.pipeline.project_config import BASELINES, CompareConfig, RoutingConfig
 from weftlm.recipe_text import read_yaml
 from weftlm.routing.config import parse_router, router_config
-from weftlm.training.config import NOT_DECIDING, AlignmentConfig, TrainingConfig
+from weftlm.training.config import AlignmentConfig, TrainingConfig
 
 MONOLITH = "monolith"
 _TRAINED = ("model", "mixture", "training")
@@ -238,7 +238,7 @@ class Recipe(Section):
             "model": settings(model),
             "mixture": settings(mixture),
             "alignment": settings(self.alignment),
-            "training": settings(training, without=NOT_DECIDING),
+            "training": training.deciding(),
         }
 
 

@@ -31,7 +31,7 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe, check
 from weftlm.pipeline.run_folder import alone
 from weftlm.training.loop import Task, Trainer, TrainingResult
-from weftlm.training.metrics import MetricsSink, TrackerSink
+from weftlm.training.metrics import open_tracker
 from weftlm.training.runtime import Runtime, choose_runtime, environment
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: Part
         evaluate=evaluate,
         evaluate_every_steps=recipe.evaluation.every_steps or 0,
         identity=artifact.id,
-        sinks=_sinks(recipe) if process.is_main_process else (),
+        trackers=_trackers(recipe) if process.is_main_process else (),
         may_shard=True,
     )
     trained = trainer.run()
@@ -261,5 +261,5 @@ def read_result(run: Path) -> dict[str, Any]:
     return found
 
 
-def _sinks(recipe: Recipe) -> tuple[MetricsSink, ...]:
-    return tuple(TrackerSink(tracker, recipe.run, recipe.resolved()) for tracker in recipe.trackers)
+def _trackers(recipe: Recipe) -> tuple[Any, ...]:
+    return tuple(open_tracker(tracker, recipe.run, recipe.resolved()) for tracker in recipe.trackers)

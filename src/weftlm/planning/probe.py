@@ -60,8 +60,7 @@ class Probe:
             source = _source(small, length, batch)
             trainer = domain_trainer(_real(small), "probe", source, config, runtime=runtime, folder=None, seed=0)
             trainer.module.train()
-            self._timed[key] = self._mean(trainer._train_step)
-            trainer.close()
+            self._timed[key] = self._mean(trainer.train_step)
         return self._timed[key] * share
 
     def seconds(self, counted: Counted, kind: str, batch: int, length: int) -> float:

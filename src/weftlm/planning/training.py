@@ -261,7 +261,7 @@ def estimator_of(run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], 
     with torch.device("meta"):
         model = run.counted.build()
     return choose_for_policy(
-        policy, config, model=model, groups=groups, accumulation_steps=run.passes,
+        policy, config, model=model, groups=groups,
         batch_size=run.config.batch_sequences, processes=run.devices, sharded=run.sharded,
     )  # fmt: skip
 
@@ -282,7 +282,7 @@ def alignment_stage(run: Run, config: AlignmentConfig, policy: MixturePolicy[Any
     if choice is None or steps < every:
         return None
     extra = groups * config.sequences_per_group if choice.probe == "extra" else 0
-    facts = Facts(groups, run.config.batch_sequences, run.passes, run.devices, sharded=run.sharded)
+    facts = Facts(groups, run.config.batch_sequences, run.devices, sharded=run.sharded)
     cost = estimators[choice.estimator]().cost(facts, choice.probe)
     probed = cost.forwards * (extra or run.config.batch_sequences)
     held = run.counted.sizes.trainable / (run.devices if run.sharded else 1)

@@ -30,11 +30,8 @@ class BestWeights:
 
     def __init__(self, path: Path | None, identity: Any) -> None:
         self.path, self.identity = path, parse_json(json.dumps(identity))
-        self._kept: tuple[int, dict[str, Tensor]] | None = None
-        self.loss = math.inf
-        if path is not None and path.exists():
-            facts = self._facts(path)
-            self.loss = facts["loss"] if facts["identity"] == self.identity else math.inf
+        self._kept: tuple[dict[str, Any], dict[str, Tensor]] = {}, {}
+        self.loss: float = self._read()[0].get("loss", math.inf)
 
     def offer(self, step: int, loss: float, parameters: Mapping[str, Tensor]) -> None:
         """Keep these weights if their loss is lower than every one before.
@@ -44,15 +41,15 @@ class BestWeights:
         """
         if not loss < self.loss:
             return
+        facts = {"identity": self.identity, "step": step, "loss": loss}
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in parameters.items()}
         if self.path is None:
-            self._kept = step, tensors
+            self._kept = facts, tensors
         else:
-            facts = json.dumps({"identity": self.identity, "step": step, "loss": loss})
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with whole(self.path) as temporary:
-                    save_file(tensors, temporary, {"weftlm": facts})
+                    save_file(tensors, temporary, {"weftlm": json.dumps(facts)})
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"the best weights could not be written to {self.path}: {reason(error)}"
@@ -65,28 +62,24 @@ class BestWeights:
         Raises:
             CheckpointError: there are none of this training.
         """
-        if self.path is None:
-            assert self._kept is not None
-            step, tensors = self._kept
-        else:
-            facts = self._facts(self.path) if self.path.exists() else {}
-            if facts.get("identity") != self.identity:
-                raise CheckpointError(
-                    f"{self.path} is missing or of another run; remove {self.path.parent} to train again"
-                )
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in parameters}
-            step = int(facts["step"])
+        facts, tensors = self._read()
+        if not facts:
+            raise CheckpointError(f"{self.path} is missing or of another run; remove its folder to train again")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
-        return step
+        return int(facts["step"])
 
-    @staticmethod
-    def _facts(path: Path) -> dict[str, Any]:
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is kept of this training, step and loss first; nothing where there is nothing."""
+        if self.path is None or not self.path.exists():
+            return self._kept
         try:
-            with safe_open(path, framework="pt") as file:
-                found: dict[str, Any] = parse_json(file.metadata()["weftlm"])
+            with safe_open(self.path, framework="pt") as file:
+                facts = parse_json(file.metadata()["weftlm"])
+                ours = facts["identity"] == self.identity
+                return facts if ours else {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no weights of this library: {reason(error)}; remove it") from error
-        return found
+            raise CheckpointError(
+                f"{self.path} holds no weights of this library: {reason(error)}; remove it"
+            ) from error

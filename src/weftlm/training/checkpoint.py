@@ -1,8 +1,7 @@
 """Atomic, checksummed checkpoints: a crash at any moment leaves the newest complete one usable.
 
-A checkpoint is a folder `step-00000200/` with `tensors.safetensors`, `state.json` and `manifest.json`. It is written
-under a temporary name, every file and folder is flushed to disk, and one rename publishes it. The manifest holds each
-file's length and BLAKE2b digest, so a torn or altered checkpoint is recognised and the one before it used.
+A checkpoint is a sealed folder `step-00000200/` (`weftlm.files`) with `tensors.safetensors` and `state.json`, flushed
+to disk and published by one rename. A torn or altered one is recognised and the one before it used.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from weftlm.errors import CheckpointError, reason
-from weftlm.files import describe, hidden, is_full, no_room, parse_json, remove, sweep
+from weftlm.errors import CheckpointError, DataError, reason
+from weftlm.files import SEAL, check_sealed, is_full, no_room, parse_json, remove, sweep, whole_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Checkpoint:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
@@ -56,28 +53,22 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         CheckpointError: the disk is full or not writable; nothing half-written is left and older checkpoints stay.
     """
     final = checkpoint_path(folder, checkpoint.step)
-    temporary = hidden(final, "writing")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file({name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()},
-                  temporary / TENSORS)  # fmt: skip
-        (temporary / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8")
-        files = {name: describe(temporary / name) for name in (TENSORS, STATE)}
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
-        for name in (TENSORS, STATE, MANIFEST):
-            _flush(temporary / name)
-        _flush(temporary)
-        remove(final)
-        temporary.rename(final)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors.values())
-        cause = no_room(folder, needed) if is_full(error) else f"{reason(error)}"
+        with whole_folder(final, "checkpoint", replace=True) as making:
+            save_file(tensors, making / TENSORS)
+            (making / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8")
+            for path in (making / TENSORS, making / STATE, making):
+                _flush(path)
+        for path in (final / SEAL, final, folder):
+            _flush(path)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        full = isinstance(error, CheckpointError) or is_full(error)
         raise CheckpointError(
-            f"checkpoint of step {checkpoint.step} could not be written to {folder}: {cause}; "
+            f"checkpoint of step {checkpoint.step} could not be written to {folder}: "
+            f"{no_room(folder, needed) if full else reason(error)}; "
             f"older checkpoints are untouched and the same command continues from the newest"
         ) from error
     for old in _steps(folder)[:-keep]:
@@ -93,8 +84,6 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are checkpoints and none of them is whole.
     """
-    if not folder.is_dir():
-        return None
     sweep(folder)
     steps = _steps(folder)
     problems = []
@@ -116,24 +105,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Load and verify one checkpoint folder.
 
     Raises:
-        CheckpointError: a file is missing, has another length or digest than the manifest says, or cannot be parsed.
+        CheckpointError: a file is missing, was altered since it was written, or cannot be parsed.
     """
     try:
-        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"checkpoint {path} has format {manifest['format']}; this version reads {FORMAT}")
-        for name, expected in manifest["files"].items():
-            found = describe(path / name)
-            if found != expected:
-                raise CheckpointError(
-                    f"checkpoint {path} is corrupt: {name} has {found['bytes']} bytes and digest "
-                    f"{found['blake2b'][:12]}, its manifest says {expected['bytes']} and {expected['blake2b'][:12]}"
-                )
+        if not (path / SEAL).is_file():
+            raise DataError(f"{SEAL} is missing")
+        check_sealed(path, "use another checkpoint")
         state = parse_json((path / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(path / TENSORS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return Checkpoint(step=int(state.pop("step")), tensors=load_file(path / TENSORS), state=state)
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is torn: {reason(error)}") from error
-    return Checkpoint(step=int(state.pop("step")), tensors=tensors, state=state)
 
 
 def _flush(path: Path) -> None:

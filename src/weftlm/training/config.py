@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from weftlm.config import Section
+from weftlm.config import Section, Settings, settings
 from weftlm.errors import ConfigError, did_you_mean
 from weftlm.registry import Registry
 
@@ -22,7 +22,7 @@ estimators: Registry[Estimator] = Registry(
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-NOT_DECIDING = ("log_every_steps", "save_every_steps", "keep_checkpoints", "prefetch_steps", "parallel")
+NOT_DECIDING = ("log_every_steps", "save_every_steps", "keep_checkpoints", "parallel")
 """Keys of a `training` section that do not decide what is trained."""
 
 
@@ -66,7 +66,6 @@ class TrainingConfig(Section):
     max_epochs: PositiveFloat | None = Field(
         None, description="repetition cap per domain, with exhaustion drop or stop; absent: one epoch there"
     )
-    prefetch_steps: NonNegativeInt = Field(0, description="batches read ahead in the background")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -75,6 +74,10 @@ class TrainingConfig(Section):
         if self.max_epochs is not None and self.exhaustion == "repeat":
             raise ValueError("max_epochs is a cap: set exhaustion to drop or stop with it")
         return self
+
+    def deciding(self) -> Settings:
+        """The settings that decide what is trained, by which checkpoints and results are compared."""
+        return settings(self, without=NOT_DECIDING)
 
     @property
     def total_steps(self) -> int:
@@ -125,8 +128,8 @@ class AlignmentConfig(Section):
     estimator: str = Field(
         "auto",
         description=(
-            "how derivatives along the direction are taken: separate, cumulative, shadow, finite_difference, or an "
-            "estimator of another package; auto: by what the run allows, reason logged"
+            "how derivatives along the direction are taken: separate, shadow, or an estimator of "
+            "another package; auto: by what the run allows, reason logged"
         ),
     )
     probe: Literal["auto", "batch", "extra"] = Field(
@@ -136,13 +139,6 @@ class AlignmentConfig(Section):
     sequences_per_group: PositiveInt = Field(8, description="extra probes: sequences per domain or basis distribution")
     target_sequences: PositiveInt = Field(32, description="sequences behind each direction")
     min_sequences_per_domain: PositiveInt = Field(1, description="batch probes: sequences guaranteed to every domain")
-    relative_epsilon: PositiveFloat | None = Field(
-        None,
-        description=(
-            "finite_difference: length of the step relative to that of the parameters; absent: 3e-4, and 1e-3 under "
-            "bf16 autocast, whose forward passes are coarser"
-        ),
-    )
 
     @field_validator("estimator")
     @classmethod

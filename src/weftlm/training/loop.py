@@ -12,8 +12,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,16 @@ from weftlm.config import differences
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.files import parse_json
 from weftlm.mixture.loader import Batch
+from weftlm.mixture.policy import Report
 from weftlm.mixture.sampler import SamplerExhausted
 from weftlm.progress import TrainingDisplay
 from weftlm.threads import follow_load
-from weftlm.training import alignment as align
-from weftlm.training.alignment import Direction
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from weftlm.training.config import AlignmentConfig, TrainingConfig, derive_seed, learning_rate
 from weftlm.training.estimators.direction import reshard
 from weftlm.training.losses import BatchLoss, NextTokenLoss
 from weftlm.training.metrics import METRICS, MetricsLog, check_metrics
-from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task, Update
+from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task
 from weftlm.training.parallel import shard, whole
 from weftlm.training.runtime import Runtime
 from weftlm.training.state import adamw, dump_tensors, load_tensors, save_model
@@ -85,7 +84,7 @@ class Trainer:
         evaluate: called with the model every `evaluate_every_steps`; its result is logged.
         evaluate_every_steps: 0 evaluates never.
         identity: JSON value that says what is trained; a checkpoint of another identity is refused.
-        sinks: further receivers of metric lines.
+        trackers: get the numbers of every metric line.
         may_shard: the caller can work with a model whose parameters are split over processes: it calls the trainer,
             `evaluate` and `save_model` on every rank and reads no parameter itself.
 
@@ -107,7 +106,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         evaluate_every_steps: int = 0,
         identity: Any = "",
-        sinks: tuple[Any, ...] = (),
+        trackers: tuple[Any, ...] = (),
         may_shard: bool = False,
     ) -> None:
         self.task, self.config, self.runtime = task, config, runtime
@@ -131,22 +130,27 @@ class Trainer:
         task.check_needs(target="data.target", reference="mixture.reference, a run folder")
         share = Share(config.batch_sequences, self.micro_batch, self.rank, self.world)
         options = MixtureOptions(
-            config.sequence_length, seed, alignment, config.exhaustion, config.max_epochs, config.prefetch_steps
-        )
+            sequence_length=config.sequence_length, seed=seed, alignment=alignment,
+            exhaustion=config.exhaustion, max_epochs=config.max_epochs,
+        )  # fmt: skip
         self.mixture = MixtureRun(task, self.module, share, options, bf16=runtime.bf16, metering=True)
         if self.mixture.choice is not None:
             if loss is not None:
                 raise ConfigError("alignments are of next-token losses; with another loss take a policy without them")
             choice = self.mixture.choice
             log.info("alignment estimator %s on %s: %s", choice.estimator, choice.probe, choice.reason)
+        total, warmup = config.total_steps, config.warmup_steps
+        if (warning := self.mixture.never_updates(total)) is not None:
+            log.warning(warning)
+        if warmup >= total:
+            log.warning("warm-up takes %d of %d steps: the peak learning rate is never reached", warmup, total)
         self.last_loss: float | None = None
         self.evaluated_step = -1
         self.stopping = False
         self.seconds = {"train": 0.0, "alignment": 0.0, "eval": 0.0, "save": 0.0}
-        self._warn_of_what_cannot_happen()
         self._resume()
         writes = self.accelerator.is_main_process
-        self.metrics = MetricsLog(folder and folder / METRICS, resume_step=self.step, sinks=sinks, enabled=writes)
+        self.metrics = MetricsLog(folder and folder / METRICS, resume_step=self.step, trackers=trackers, enabled=writes)
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
@@ -163,13 +167,6 @@ class Trainer:
         if self.runtime.compile:
             model.compile()
         self.model = self.accelerator.prepare_model(model)
-
-    def _warn_of_what_cannot_happen(self) -> None:
-        total, warmup = self.config.total_steps, self.config.warmup_steps
-        if (warning := self.mixture.never_updates(total)) is not None:
-            log.warning(warning)
-        if warmup >= total:
-            log.warning("warm-up takes %d of %d steps: the peak learning rate is never reached", warmup, total)
 
     @property
     def step(self) -> int:
@@ -244,7 +241,7 @@ class Trainer:
         try:
             stopped = self._run()
         finally:
-            self.close()
+            self.metrics.close()
         return TrainingResult(
             step=self.step,
             tokens=self.tokens,
@@ -253,11 +250,6 @@ class Trainer:
             seconds=dict(self.seconds),
             stopped_early=stopped,
         )
-
-    def close(self) -> None:
-        """End background reading and close metrics.jsonl."""
-        self.mixture.close()
-        self.metrics.close()
 
     def _run(self) -> str | None:
         """Train to the end; returns why it came early, if it did."""
@@ -273,7 +265,7 @@ class Trainer:
             while self.step < total:
                 follow_load()
                 try:
-                    loss, norm = self._train_step()
+                    loss, norm = self.train_step()
                 except SamplerExhausted as error:
                     log.warning("training ends at step %d of %d: %s", self.step, total, error)
                     self.save()
@@ -298,23 +290,23 @@ class Trainer:
                 window_start += time.perf_counter() - before
         return None
 
-    def _train_step(self) -> tuple[float, float]:
+    def train_step(self) -> tuple[float, float]:
         """One optimizer step and, every T_r steps, one update of the mixture; returns the loss and gradient norm."""
         start = time.perf_counter()
         torch.manual_seed(derive_seed(self.seed, f"step {self.step} rank {self.rank}"))
-        direction = self.mixture.begin_step(self.optimizer)
+        self.mixture.begin_step(self.optimizer)
         aligning = time.perf_counter() - start
         batch = self.loss.prepare(self.mixture.draw())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        loss, dots_B, domains_B = self._backward(batch, direction)
+        loss, dots_B = self._backward(batch)
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)))
         self._require_finite(loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         before = time.perf_counter()
-        update = self.mixture.finish_step(self.optimizer, norm, dots_B, domains_B)
+        update = self.mixture.finish_step(self.optimizer, norm, dots_B)
         self.last_loss = loss
         if update is not None:
             self._log_mixture(update)
@@ -324,36 +316,31 @@ class Trainer:
         self.seconds["alignment"] += aligning
         return loss, norm
 
-    def _backward(self, batch: Batch, direction: Direction | None) -> tuple[float, Tensor | None, Tensor]:
-        """Accumulate the batch's gradient; with a direction, also each sequence's derivative along it.
+    def _backward(self, batch: Batch) -> tuple[float, Tensor | None]:
+        """Accumulate the batch's gradient; where the mixture measures on it, also each sequence's derivative.
 
         Returns:
-            the loss over all ranks, the derivatives of this rank's sequences, and their domains in that order.
+            the loss over all ranks, and the derivatives of this rank's sequences.
 
         The loss of the global batch is sum_b w_b l_b / B, with w_b = 1 except on stratified probe steps.
         """
         tokens_BT1 = batch.tokens_BT1.to(self.device, non_blocking=True)
-        domains_B = torch.from_numpy(batch.domains_B)
         weights_B = torch.from_numpy(batch.loss_weights_B).to(self.device, torch.float32)
-        choice = self.mixture.choice
-        estimator = None if direction is None or choice is None else align.estimators[choice.estimator]()
-        pure = estimator is not None and estimator.pure
-        pieces = list(_pieces(domains_B, self.micro_batch, pure=pure))
+        pieces = torch.arange(len(tokens_BT1)).split(self.micro_batch)
         dots: list[Tensor] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with (
-            nullcontext()
-            if estimator is None or direction is None
-            else estimator.on_batch(self.module, self.parameters, direction) as probe
-        ):
-            for index, piece in enumerate(pieces):
-                with self._unreduced(index == len(pieces) - 1 and not pure):
+        with self.mixture.batch_probe() as probe:
+            for piece in pieces:
+                # Sharded gradients are reduced at every micro-batch: left on their rank they would be whole there.
+                reduced = piece is pieces[-1] or self.sharded
+                with nullcontext() if reduced else self.accelerator.no_sync(self.model):
                     tokens, weights = tokens_BT1[piece], weights_B[piece]
                     if probe is not None:
                         probe.begin(len(piece))
-                    with self._autocast():
+                    # A context of its own, since accelerate's is shared by all runs of the process.
+                    with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16):
                         losses_BT = self.loss(self.model, tokens)
-                        self.mixture.meter(domains_B[piece], tokens, losses_BT)
+                        self.mixture.meter(torch.from_numpy(batch.domains_B)[piece], tokens, losses_BT)
                     scaled = (weights * losses_BT.mean(dim=1)).sum() / self.local_batch
                     self.accelerator.backward(scaled)
                     total += scaled.detach()
@@ -363,14 +350,7 @@ class Trainer:
         totals = self.accelerator.reduce(totals, "mean") if self.world > 1 else totals
         loss, asked = totals.tolist()
         self.stopping = asked > 0
-        return loss, torch.cat(dots) if dots else None, domains_B[torch.cat(pieces)]
-
-    def _unreduced(self, last: bool) -> AbstractContextManager[Any]:
-        """Leave a micro-batch's gradient on its rank until the last one of the step.
-
-        Sharded gradients are reduced at every micro-batch: left on their rank they would be whole there.
-        """
-        return nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model)
+        return loss, torch.cat(dots) if dots else None
 
     def _require_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -382,11 +362,7 @@ class Trainer:
             f"Try a lower training.lr, a longer warmup_steps or precision: fp32"
         )
 
-    def _autocast(self) -> torch.autocast:
-        """bf16 autocast where the runtime chose it; a context of its own, since accelerate's is shared by all runs."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.runtime.bf16)
-
-    def _log_mixture(self, update: Update | None) -> None:
+    def _log_mixture(self, update: Report | None) -> None:
         """Write the mixture in force and what it rests on."""
         mixture, names = self.mixture, self.task.domains
         losses = [] if update is None or update.losses_D is None else zip(names, update.losses_D.tolist(), strict=True)
@@ -413,13 +389,3 @@ class Trainer:
         self.metrics.write("eval", self.step, self.tokens, **result)
         self.evaluated_step = self.step
         self.seconds["eval"] += time.perf_counter() - start
-
-
-def _pieces(domains_B: Tensor, size: int, *, pure: bool) -> Iterator[Tensor]:
-    """Row indices of each micro-batch, in order; with `pure` none of them mixes domains."""
-    rows = torch.arange(len(domains_B))
-    if not pure:
-        yield from rows.split(size)
-        return
-    for domain in domains_B.unique().tolist():
-        yield from rows[domains_B == domain].split(size)

@@ -8,9 +8,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from weftlm.errors import CheckpointError, DataError, reason
 from weftlm.files import describe, parse_json, write_whole
@@ -18,66 +18,57 @@ from weftlm.files import describe, parse_json, write_whole
 METRICS = "metrics.jsonl"
 
 
-class MetricsSink(Protocol):
-    """Where metric lines also go: TensorBoard, Weights & Biases."""
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Take one line of metrics.jsonl."""
-        ...
-
-    def close(self) -> None:
-        """Finish writing."""
-        ...
-
-
 class MetricsLog:
-    """Appends to metrics.jsonl and passes each line on to further sinks.
+    """Appends to metrics.jsonl and passes the numbers of each line on to trackers.
 
     Args:
-        path: the file; None writes to the sinks alone.
+        path: the file; None writes to the trackers alone.
         resume_step: lines of later steps, and a torn last line, are dropped: they are about to be written again.
-        sinks: further receivers of every line.
+        trackers: get the numbers of every line, under `kind/name`.
         enabled: False writes nothing (every rank but the first).
     """
 
     def __init__(
-        self, path: Path | None, *, resume_step: int = 0, sinks: tuple[MetricsSink, ...] = (), enabled: bool = True
+        self,
+        path: Path | None,
+        *,
+        resume_step: int = 0,
+        trackers: tuple[GeneralTracker, ...] = (),
+        enabled: bool = True,
     ) -> None:
-        self._sinks = sinks if enabled else ()
-        self._file = None
-        if enabled and path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _rewind(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
+        self._trackers = trackers if enabled else ()
+        self._path = path if enabled else None
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _rewind(self._path, resume_step)
 
     def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
         """Append one line; numbers that are not finite become null."""
         line = {"kind": kind, "step": step, "tokens": tokens, **_finite(values)}
-        if self._file is not None:
+        if self._path is not None:
             try:
-                self._file.write(json.dumps(line) + "\n")
-                self._file.flush()
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise CheckpointError(
                     f"metrics.jsonl cannot be written: {reason(error)}; free some space, then the same command goes on "
                     f"from the last checkpoint"
                 ) from error
-        for sink in self._sinks:
-            sink.write(line)
+        for tracker in self._trackers:
+            tracker.log(dict(flatten(line)), step=step)
 
     def flush(self) -> dict[str, Any] | None:
         """Force the lines to disk, so that a checkpoint never knows more than its log; gives their size and digest."""
-        if self._file is None:
+        if self._path is None:
             return None
-        os.fsync(self._file.fileno())
-        return describe(Path(self._file.name))
+        with self._path.open("ab") as file:
+            os.fsync(file.fileno())
+        return describe(self._path)
 
     def close(self) -> None:
-        """Close the file and the sinks."""
-        if self._file is not None:
-            self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        """Finish the trackers."""
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -123,8 +114,6 @@ def check_metrics(path: Path, stated: Mapping[str, Any] | None) -> None:
 
 
 def _rewind(path: Path, resume_step: int) -> None:
-    if not path.exists():
-        return
     kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step > 0 else []
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -139,29 +128,20 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class TrackerSink:
-    """The numbers of every metric line, under `kind/name`, in TensorBoard's format or a Weights & Biases run.
+def open_tracker(kind: str, folder: Path, recipe: Mapping[str, Any]) -> GeneralTracker:
+    """A tracker that writes TensorBoard's format or a Weights & Biases run.
 
     Args:
         kind: `tensorboard` or `wandb`; needs the package of that name, and wandb its own login.
         folder: the run folder, in which the tracker keeps its files.
         recipe: the resolved recipe, shown as the run's configuration.
     """
-
-    def __init__(self, kind: str, folder: Path, recipe: Mapping[str, Any]) -> None:
-        if kind == "tensorboard":
-            self._tracker: Any = TensorBoardTracker(kind, folder)
-        else:
-            self._tracker = WandBTracker("weftlm", name=folder.name, dir=str(folder), config=dict(recipe))
-        self._tracker.start()
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """See `MetricsSink.write`."""
-        self._tracker.log(dict(flatten(line)), step=line["step"])
-
-    def close(self) -> None:
-        """See `MetricsSink.close`."""
-        self._tracker.finish()
+    if kind == "tensorboard":
+        tracker: GeneralTracker = TensorBoardTracker(kind, folder)
+    else:
+        tracker = WandBTracker("weftlm", name=folder.name, dir=str(folder), config=dict(recipe))
+    tracker.start()
+    return tracker
 
 
 def flatten(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

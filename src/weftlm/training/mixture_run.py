@@ -3,9 +3,11 @@
 The training loop has a mixture run, and so has the callback that puts a mixture into other trainers
 (`weftlm.integrations`): draws, probes and updates are the same under both, number for number. A step:
 
-    direction = run.begin_step(optimizer)            # v, at steps whose update measures on the training batch
+    run.begin_step(optimizer)                   # v, at steps whose update measures on the training batch
     batch = run.draw()
-    ...forward, run.meter(domains, tokens, losses), backward; optimizer.step()
+    with run.batch_probe() as probe:
+        ...forward, run.meter(domains, tokens, losses), backward
+    optimizer.step()
     update = run.finish_step(optimizer, norm, ...)   # every T_r steps: measure, update, change the weights
 
 Alignments are measured on the training batch, or on sequences drawn for the purpose; those cost no training tokens, and
@@ -20,14 +22,16 @@ Its state is the sampler's, the policy's and the sums of losses since the last u
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from weftlm.config import Section
 from weftlm.corpora.source import Source
 from weftlm.errors import CheckpointError, ConfigError, reason
 from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
@@ -45,6 +49,7 @@ from weftlm.models.hf import sequence_losses, token_losses
 from weftlm.training import alignment as align
 from weftlm.training.alignment import Direction
 from weftlm.training.config import AlignmentConfig, derive_seed
+from weftlm.training.estimators.contract import BatchProbe
 from weftlm.training.meter import DomainMeter
 
 
@@ -75,11 +80,8 @@ class Task:
         return cls((name,), (source,), build_policy({"policy": "uniform"}), setting)
 
     def check_needs(self, *, target: str, reference: str) -> None:
-        """Refuse a task that lacks what its policy needs.
+        """Refuse a task that lacks what its policy needs; `target` and `reference` say where these are given.
 
-        Args:
-            target: where a target is given, for the message.
-            reference: where a reference model is given, for the message.
         Raises:
             ConfigError: the target or the reference model is missing.
         """
@@ -90,25 +92,16 @@ class Task:
             raise ConfigError(f"mixture policy {name!r} needs the losses of a reference model; give {reference}")
 
 
-@dataclass(frozen=True)
-class MixtureOptions:
-    """How a task's batches are drawn and its alignments measured.
+class MixtureOptions(Section):
+    """How a task's batches are drawn and its alignments measured."""
 
-    Attributes:
-        sequence_length: T, tokens predicted per sequence.
-        seed: random seed of the draw and the probes.
-        alignment: how alignments are measured.
-        exhaustion: what happens when a domain has been read `max_epochs` times: `repeat`, `drop` or `stop`.
-        max_epochs: repetition cap per domain, with `drop` or `stop`.
-        prefetch_steps: batches read ahead by a thread; changes nothing but the time.
-    """
-
-    sequence_length: int
-    seed: int = 0
-    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    exhaustion: Exhaustion = "repeat"
-    max_epochs: float | None = None
-    prefetch_steps: int = 0
+    sequence_length: int = Field(ge=1, strict=True, description="T, tokens predicted per sequence")
+    seed: int = Field(0, ge=0, lt=2**63, description="random seed of the draw and the probes")
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="how alignments are measured")
+    exhaustion: Exhaustion = Field(
+        "repeat", description="when a domain has been read `max_epochs` times: repeat it, drop it, or stop"
+    )
+    max_epochs: PositiveFloat | None = Field(None, description="repetition cap per domain, with drop or stop")
 
 
 @dataclass(frozen=True)
@@ -126,23 +119,6 @@ class Share:
     micro_batch: int
     rank: int = 0
     num_processes: int = 1
-
-
-@dataclass(frozen=True)
-class Update:
-    """One update of the mixture.
-
-    Attributes:
-        step: optimizer steps taken.
-        weights_D: the mixture from this step on.
-        alignment: what was measured for it; None for policies that need none.
-        losses_D: mean training loss per domain since the last update; None where losses are not metered.
-    """
-
-    step: int
-    weights_D: Tensor
-    alignment: Alignment | None
-    losses_D: Tensor | None
 
 
 class MixtureRun:
@@ -184,9 +160,8 @@ class MixtureRun:
             exhaustion=options.exhaustion, max_epochs=options.max_epochs,
         )  # fmt: skip
         self.loader = MixtureLoader(
-            task.sources, self.sampler, options.sequence_length,
-            rank=share.rank, world=share.num_processes, prefetch_steps=options.prefetch_steps,
-        )  # fmt: skip
+            task.sources, self.sampler, options.sequence_length, rank=share.rank, world=share.num_processes
+        )
         self.every = task.policy.config.update_every_steps
         needed = bool({"losses", "reference_losses"} & task.policy.needs)
         self.metering = needed if metering is None else metering
@@ -201,15 +176,15 @@ class MixtureRun:
         self.normalize = getattr(task.policy.config, "normalize", None)
         self._targets = self._target_loader()
         with self._undisturbed():
-            local = share.batch_sequences // share.num_processes
             self.choice = align.choose_for_policy(
                 task.policy, options.alignment, model=model, groups=len(self.groups_GD), losses=sequence_losses,
-                accumulation_steps=-(-local // share.micro_batch), batch_size=share.batch_sequences,
+                batch_size=share.batch_sequences,
             )  # fmt: skip
         self.state = task.policy.init(task.setting)
-        self.loader.set_weights(0, task.policy.weights(self.state).numpy())
+        self.sampler.set_weights(0, task.policy.weights(self.state).numpy())
         self.step = 0
         self._direction: Direction | None = None
+        self._domains_B = torch.zeros(0, dtype=torch.int64)
 
     def _target_loader(self) -> MixtureLoader | None:
         """Draws the target's sequences in turn; None for policies that follow no target."""
@@ -223,14 +198,9 @@ class MixtureRun:
 
     # -- what is known --------------------------------------------------------------------------------------------
 
-    @property
-    def weights_D(self) -> Tensor:
-        """The mixture in force, float64."""
-        return self.task.policy.weights(self.state)
-
     def weights(self) -> dict[str, float]:
         """The mixture in force, by domain."""
-        return dict(zip(self.task.domains, self.weights_D.tolist(), strict=True))
+        return dict(zip(self.task.domains, self.task.policy.weights(self.state).tolist(), strict=True))
 
     def epochs(self) -> dict[str, float]:
         """How often each domain has been read."""
@@ -254,16 +224,21 @@ class MixtureRun:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def begin_step(self, optimizer: Any) -> Direction | None:
-        """v, where the update after the coming step measures alignments on its batch; None at all other steps.
+    def begin_step(self, optimizer: Any) -> None:
+        """Take v, where the update after the coming step measures alignments on its batch; call it at every step.
 
         Raises:
             NumericsError: it is not finite.
         """
-        due = (self.step + 1) % self.every == 0 and self.choice is not None and self.choice.probe == "batch"
-        with self._undisturbed() if due else ExitStack():
-            self._direction = self._take_direction(optimizer) if due else None
-        return self._direction
+        if (self.step + 1) % self.every == 0 and self.choice is not None and self.choice.probe == "batch":
+            with self._undisturbed():
+                self._direction = self._take_direction(optimizer)
+
+    def batch_probe(self) -> AbstractContextManager[BatchProbe | None]:
+        """A block around the micro-batches of a step: what measures each of them, or None where nothing does."""
+        if self._direction is None or self.choice is None:
+            return nullcontext()
+        return align.estimators[self.choice.estimator]().on_batch(self.model, self._direction)
 
     def draw(self) -> Batch:
         """This process's part of the next batch; stratified where alignments are measured on it.
@@ -274,6 +249,7 @@ class MixtureRun:
         least = 0 if self._direction is None else self.options.alignment.min_sequences_per_domain
         batch = self.loader.next(min_per_domain=least)
         self._counts_D += np.bincount(batch.draw.domains_B, minlength=len(self._counts_D))
+        self._domains_B = torch.from_numpy(batch.domains_B)
         return batch
 
     def meter(self, domains_B: Tensor, tokens_BT1: Tensor, losses_BT: Tensor) -> None:
@@ -285,12 +261,8 @@ class MixtureRun:
         self._meter.add(domains_B, losses_BT.detach(), reference_BT)
 
     def finish_step(
-        self,
-        optimizer: Any,
-        gradient_norm: float | None = None,
-        dots_B: Tensor | None = None,
-        domains_B: Tensor | None = None,
-    ) -> Update | None:
+        self, optimizer: Any, gradient_norm: float | None = None, dots_B: Tensor | None = None
+    ) -> Report | None:
         """Count an optimizer step; after every T_r of them, measure what the policy needs and let it update.
 
         The gradients, the optimizer, the modules' modes and the random generators are left as they are.
@@ -298,10 +270,9 @@ class MixtureRun:
         Args:
             optimizer: the optimizer, for `precondition: adam`.
             gradient_norm: norm of the step's gradient over the whole batch, before clipping.
-            dots_B: each sequence's derivative along what `begin_step` gave.
-            domains_B: domain of each of these sequences.
+            dots_B: derivative of each sequence of the batch drawn last, from `batch_probe`.
         Returns:
-            the update, in force from the next batch on; None between updates.
+            what the update rests on, whose weights are in force from the next batch on; None between updates.
         Raises:
             NumericsError: a measured number is not finite.
         """
@@ -316,8 +287,7 @@ class MixtureRun:
                     alignment = self._measure(self.choice.estimator, self._take_direction(optimizer))
             else:
                 assert dots_B is not None
-                assert domains_B is not None
-                alignment = align.group_alignment(dots_B, domains_B, len(self.groups_GD), direction)
+                alignment = align.group_alignment(dots_B, self._domains_B, len(self.groups_GD), direction)
             # Only some estimators measure norms: eta must mean the same whichever was chosen, so they stay only where
             # the policy asked for them.
             norms_G = alignment.norms_G if self.normalize == "cosine" else None
@@ -330,13 +300,8 @@ class MixtureRun:
         )
         self.state = self.task.policy.update(self.state, report)
         self._counts_D[:] = 0
-        weights_D = self.weights_D
-        self.loader.set_weights(self.step, weights_D.numpy())
-        return Update(self.step, weights_D, alignment, report.losses_D)
-
-    def close(self) -> None:
-        """End background reading."""
-        self.loader.close()
+        self.sampler.set_weights(self.step, self.task.policy.weights(self.state).numpy())
+        return report
 
     def _take_direction(self, optimizer: Any) -> Direction:
         """v after so many steps; preconditioned where the policy asks, from the first step on."""
@@ -360,10 +325,11 @@ class MixtureRun:
         config = self.options.alignment
         drawn = self.sampler.probe(2 * self.step, self.groups_GD.numpy(), config.sequences_per_group)
         tokens, groups = self.loader.probe_tokens(drawn), torch.from_numpy(drawn.groups_N)
-        return align.probe_alignment(
-            estimator, self.model, sequence_losses, self._mine(tokens).to(self.device), self._mine(groups),
-            len(self.groups_GD), direction, config, micro_batch=self.share.micro_batch,
+        probe = align.Probe(
+            self.model, sequence_losses, self._mine(tokens).to(self.device), self._mine(groups),
+            len(self.groups_GD), direction, self.share.micro_batch,
         )  # fmt: skip
+        return align.estimators[estimator]().measure(probe)
 
     def _mine(self, rows: Tensor) -> Tensor:
         """This rank's rows of a probe; sums and counts are reduced over ranks afterwards."""
@@ -397,7 +363,7 @@ class MixtureRun:
             meter: what `meter_state` gave after the last step.
         """
         return {
-            "sampler": self.loader.state_dict(),
+            "sampler": self.sampler.state_dict(),
             "policy": state_to_json(self.state),
             "sequences": self._counts_D.tolist(),
             "meter": meter,
@@ -410,7 +376,7 @@ class MixtureRun:
             CheckpointError: the state is of another draw or policy, or torn.
         """
         try:
-            self.loader.load_state_dict(saved["sampler"])
+            self.sampler.load_state_dict(saved["sampler"])
             self.state = state_from_json(self.state, saved["policy"])
             self._counts_D[:] = saved["sequences"]
             if self.metering:

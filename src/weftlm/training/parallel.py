@@ -8,6 +8,7 @@ Parts are the contiguous pieces `torch.chunk` cuts the first axis into, so the l
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -98,21 +99,16 @@ def put(into: Tensor, value: Tensor) -> None:
         into.copy_(value)
 
 
-def whole_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """What `module.state_dict()` holds, whole, on the CPU; every process must ask, those with `keep` get it.
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Named tensors whole, on the CPU; every process must ask, those with `keep` get them.
 
-    A process that does not keep the state holds one tensor at a time. Tied weights stay tied.
+    A process that does not keep them holds one tensor at a time. Tied weights stay tied.
     """
-    names = set(module.state_dict())
-    for unit in units(module):
-        unit.reshard()
-    state: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     known: dict[int, Tensor] = {}
-    for items in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
-        for name, tensor in items:
-            if name in names:
-                if id(tensor) not in known:
-                    gathered = whole(tensor.detach())
-                    known[id(tensor)] = gathered.cpu() if keep else gathered.new_empty(0)
-                state[name] = known[id(tensor)]
-    return state if keep else {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in known:
+            full = whole(tensor.detach())
+            known[id(tensor)] = full.cpu() if keep else full.new_empty(0)
+        found[name] = known[id(tensor)]
+    return found if keep else {}

@@ -13,7 +13,6 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,29 +56,28 @@ def choose_runtime(config: TrainingConfig, *, parameters: int, processes: int = 
         processes: training processes on this machine.
     """
     device = choose_device(config.device)
-    choices = [Choice("device", device.type, "asked for" if config.device == "cpu" else "what torch finds here")]
-
-    bf16 = config.bf16(fast=device.type == "cuda" and torch.cuda.is_bf16_supported())
-    reason = "asked for"
-    if config.precision == "auto":
-        reason = "fast bf16 matrix units" if bf16 else "no fast bf16 here"
-    choices.append(Choice("precision", "bf16" if bf16 else "fp32", reason))
-
-    compiled = config.compiled(gpu=device.type == "cuda")
-    reason = "asked for"
-    if config.compile == "auto":
-        reason = "pays on GPUs" if compiled else "gains nothing for small models on a CPU and costs its start-up"
-    choices.append(Choice("compile", str(compiled).lower(), reason))
-
+    gpu = device.type == "cuda"
+    bf16, compiled = config.bf16(fast=gpu and torch.cuda.is_bf16_supported()), config.compiled(gpu=gpu)
+    asked = "asked for"
+    choices = [
+        Choice("device", device.type, asked if config.device == "cpu" else "what torch finds here"),
+        Choice(
+            "precision", "bf16" if bf16 else "fp32",
+            asked if config.precision != "auto" else "fast bf16 matrix units" if bf16 else "no fast bf16 here",
+        ),
+        Choice(
+            "compile", str(compiled).lower(),
+            asked if config.compile != "auto" else "pays on GPUs" if compiled
+            else "gains nothing for small models on a CPU and costs its start-up",
+        ),
+    ]  # fmt: skip
     if processes > 1:
-        split = config.sharded(processes)
-        reason = (
-            "asked for; each process holds its part of the model" if split else "each process holds the model whole"
-        )
-        choices.append(Choice("parallel", config.parallel, reason))
+        how = "each process holds the model whole"
+        if config.sharded(processes):
+            how = "asked for; each process holds its part of the model"
+        choices.append(Choice("parallel", config.parallel, how))
     elif config.parallel == "fsdp2":
-        choices.append(Choice("parallel", "none", "one process has nobody to split the model with"))
-
+        choices.append(Choice("parallel", "none", "there is one process"))
     if device.type == "cpu":
         choices.append(_set_threads(config.threads, processes))
         choices.append(_set_malloc(parameters))
@@ -127,14 +125,8 @@ def environment(seed: int, runtime: Runtime, fingerprints: dict[str, str]) -> di
 
 def git_commit() -> str | None:
     """The commit of the working folder's repository with `+changes` when it is dirty; None outside one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path.cwd(), timeout=10
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, check=True, cwd=Path.cwd(), timeout=10,
-        ).stdout.strip()  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"{commit}+changes" if status else commit

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weftlm.errors import CheckpointError
 from weftlm.training.config import TrainingConfig
-from weftlm.training.parallel import put, units, whole, whole_state
+from weftlm.training.parallel import gathered, put, units
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -44,21 +44,15 @@ def dump_tensors(
         module: the model.
         optimizer: of `adamw`.
         parameters: its trainable parameters. Where they are sharded every rank must call this.
-        keep: False gives nothing, and holds one whole tensor at a time while it takes part in gathering.
+        keep: False gives nothing, and only takes part in gathering.
     """
     kept = module.state_dict()
-    found: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    found: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in parameters.items()}
     found |= {f"model.{name}": buffer for name, buffer in module.named_buffers() if name in kept}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             found[f"optimizer.{key}.{name}"] = value
-    tensors = {}
-    for name, tensor in found.items():
-        gathered = whole(tensor)
-        if keep:
-            tensors[name] = gathered.cpu()
-        del gathered
-    return tensors
+    return gathered(found, keep=keep)
 
 
 def load_tensors(
@@ -103,7 +97,11 @@ def save_model(module: nn.Module, folder: Path, *, writes: bool) -> None:
         folder: where to.
         writes: whether this rank writes.
     """
-    state = whole_state(module, keep=writes) if units(module) else None
+    state = None
+    if units(module):
+        for unit in units(module):
+            unit.reshard()
+        state = gathered(module.state_dict(keep_vars=True), keep=writes)
     if writes:
         # PEFT would write the whole output head beside an adapter on it.
         options = {"save_embedding_layers": False} if hasattr(module, "peft_config") else {}

@@ -141,7 +141,6 @@ def test_a_step_is_the_mean_over_its_target_tokens_however_it_is_cut(kind: str, 
             nats = sum(float(target_nats(model, [row], CPU, encoder=is_encoder_decoder(model))) for row in rows)
         assert loss == pytest.approx(nats / sum(len(row.target_C) for row in rows), rel=1e-6)  # weights are float32
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        trainer.close()
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-8)
 
@@ -150,7 +149,7 @@ def test_a_step_is_the_mean_over_its_target_tokens_however_it_is_cut(kind: str, 
 def test_a_killed_training_continues_to_the_same_expert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    model, original, taken = t5(), Trainer._train_step, 0
+    model, original, taken = t5(), Trainer.train_step, 0
     whole = train(model, tmp_path / "whole")
 
     def killed(self: Trainer) -> tuple[float, float]:
@@ -161,7 +160,7 @@ def test_a_killed_training_continues_to_the_same_expert(
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
+        patch.setattr(Trainer, "train_step", killed)
         with pytest.raises(KeyboardInterrupt):
             train(model, tmp_path / "killed")
     resumed = train(model, tmp_path / "killed")
@@ -183,7 +182,6 @@ def test_every_example_comes_once_an_epoch(tmp_path: Path) -> None:
     numbers = torch.cat(drawn)[:, 0].tolist()
     assert sorted(numbers[:60]) == sorted(numbers[60:]) == list(range(60))
     assert numbers[:60] != numbers[60:] != list(range(60))
-    trainer.close()
     assert ExampleNumbers(task().examples, 5).read(3, 4).tolist() == [0, 0, 1, 1]
 
 

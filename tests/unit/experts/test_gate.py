@@ -280,7 +280,7 @@ def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate(
     whole = train(model, tmp_path / "whole")
     again = train(model, tmp_path / "whole")
     assert again.facts == whole.facts
-    before, original = Fingerprint(model), Trainer._train_step
+    before, original = Fingerprint(model), Trainer.train_step
 
     def killed(self: Trainer) -> tuple[float, float]:
         if self.step == 5:
@@ -288,7 +288,7 @@ def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate(
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
+        patch.setattr(Trainer, "train_step", killed)
         with pytest.raises(KeyboardInterrupt):
             train(model, tmp_path / "killed")
     before.check(model)

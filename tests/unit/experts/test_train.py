@@ -148,7 +148,7 @@ def test_without_validation_the_last_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [3, 12, 22])
 def test_a_killed_run_continues_to_the_same_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     model = llama()
-    before, original = Fingerprint(model), Trainer._train_step
+    before, original = Fingerprint(model), Trainer.train_step
     whole = train(model, tmp_path / "whole")
 
     def killed(self: Trainer) -> tuple[float, float]:
@@ -157,7 +157,7 @@ def test_a_killed_run_continues_to_the_same_expert(tmp_path: Path, monkeypatch: 
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
+        patch.setattr(Trainer, "train_step", killed)
         with pytest.raises(KeyboardInterrupt):
             train(model, tmp_path / "killed")
     before.check(model)

@@ -23,6 +23,7 @@ from weftlm.config import validate
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.hf_trainer import MixtureCallback, OnlineMixture, _token_losses
+from weftlm.integrations.online_mixture import OnlineRun
 from weftlm.pipeline.prepare import DataConfig, prepare
 from weftlm.training.mixture_run import Share
 
@@ -94,7 +95,7 @@ def test_alignments_and_weights_are_those_of_our_own_loop(tmp_path: Path, policy
 def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "plain", online({"policy": "dga"}))
     plain.train()
-    ahead = trainer(tmp_path / "ahead", online({"policy": "dga"}, prefetch_steps=3), dataloader_num_workers=1)
+    ahead = trainer(tmp_path / "ahead", online({"policy": "dga"}), dataloader_num_workers=1)
     ahead.train()
     assert updates(ahead) == updates(plain)
     assert_same_bits(ahead.model, plain.model)
@@ -142,15 +143,15 @@ def test_weights_are_logged_beside_the_loss(tmp_path: Path, capsys: pytest.Captu
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("policy", "restore"), [("dga", False), ("group_dro", True)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, policy: str, restore: bool) -> None:
+@pytest.mark.parametrize("policy", ["dga", "group_dro"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, policy: str) -> None:
     short = {name: ArraySource(SOURCES[name].read(0, 8 * LENGTH + 1)) for name in NAMES}  # an epoch has 3 steps
 
     def mixture() -> OnlineMixture:
         section = {"update_every_steps": 3, "policy": policy}
         return OnlineMixture.of(short, section, target=TARGET, sequence_length=LENGTH, alignment=PROBES)
 
-    saving = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": restore}
+    saving = {"save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path / "whole", mixture(), net=gpt2(), **saving)
     whole.train()
     for step in (4, 6):  # between two updates and within an epoch; after an update and at the end of one
@@ -201,7 +202,7 @@ def test_an_update_leaves_gradients_optimizer_modes_and_random_numbers_as_they_w
     net = gpt2()
     net.transformer.h[0].eval()
     optimizer = torch.optim.AdamW(net.parameters())
-    run = online({"policy": "dga", "update_every_steps": 1}).start(net, Share(batch_sequences=4, micro_batch=4))
+    run = OnlineRun(online({"policy": "dga", "update_every_steps": 1}), net, Share(batch_sequences=4, micro_batch=4))
     tokens_BT1 = run.take()
     net(input_ids=tokens_BT1, labels=tokens_BT1).loss.backward()
     optimizer.step()
@@ -229,8 +230,8 @@ MISUSE: list[tuple[dict[str, Any], str]] = [
     ({"data_collator": DataCollatorWithFlattening(return_flash_attn_kwargs=False)}, "one row per sequence"),
     ({"net": gpt2(positions=LENGTH)}, "set sequence_length to 15"),
     ({"callbacks": []}, "give it callbacks="),
-    ({"callbacks": [MixtureCallback()]}, "was given no mixture"),
-    ({"callbacks": [MixtureCallback(online({"policy": "uniform"}))]}, "another mixture"),
+    ({"restore_callback_states_from_checkpoint": True}, "resume_from_checkpoint restores the mixture"),
+    ({"callbacks": [MixtureCallback(online({"policy": "uniform"}))]}, "of the same mixture"),
 ]
 
 
@@ -279,15 +280,15 @@ def test_a_model_that_gives_no_loss_per_token_is_refused_by_policies_that_need_i
 
 def test_micro_batches_must_all_be_trained_on_once() -> None:
     net = model()
-    run = online({"policy": "group_dro"}).start(net, Share(batch_sequences=4, micro_batch=2))
+    run = OnlineRun(online({"policy": "group_dro"}), net, Share(batch_sequences=4, micro_batch=2))
     run.take()
     with pytest.raises(ConfigError, match="1 micro-batches short and 1 without losses"):
         run.end_step(None)
-    run = online({"policy": "uniform"}).start(net, Share(batch_sequences=4, micro_batch=4))
+    run = OnlineRun(online({"policy": "uniform"}), net, Share(batch_sequences=4, micro_batch=4))
     run.take()
     with pytest.raises(ConfigError, match="more micro-batches were asked for in step 0"):
         run.take()
-    run = online({"policy": "group_dro"}).start(net, Share(batch_sequences=4, micro_batch=4))
+    run = OnlineRun(online({"policy": "group_dro"}), net, Share(batch_sequences=4, micro_batch=4))
     with pytest.raises(ConfigError, match="more often than it was given batches"):
         run.observe(lambda tokens: tokens.float())
 
@@ -317,7 +318,7 @@ def test_prepared_data_bring_their_target_and_its_histogram(tmp_path: Path) -> N
     assert mixture.task.target is not None
     assert mixture.task.target.fingerprint == data.target_train.fingerprint
     assert OnlineMixture.of(data, target=TARGET, sequence_length=LENGTH).task.target is TARGET
-    run = mixture.start(mixtures.model(vocab_size=300), Share(batch_sequences=4, micro_batch=4))
+    run = OnlineRun(mixture, mixtures.model(vocab_size=300), Share(batch_sequences=4, micro_batch=4))
     assert max(run.weights(), key=run.weights().__getitem__) == "sailing"
 
 

@@ -31,32 +31,6 @@ def dga(**keys):
     return build_policy({"policy": "dga", **keys})
 
 
-def test_one_raw_step_without_smoothing_or_floor():
-    policy = dga(normalize="raw", eta=1.0, ema=1.0, floor=0.0)
-    state = policy.update(policy.init(SETTING), probe([math.log(2.0), 0.0, 0.0]))
-    assert policy.weights(state).tolist() == pytest.approx([0.5, 0.25, 0.25], rel=1e-14)
-
-
-def test_alignment_attracts_weight():
-    policy = dga()
-    weights = policy.weights(policy.update(policy.init(SETTING), probe([0.5, 0.0, -0.5]))).tolist()
-    assert weights[0] > weights[1] > weights[2]
-
-
-def test_ema_multiplies_the_new_weights():
-    report = probe([math.log(2.0), 0.0, 0.0])
-    policy = dga(normalize="raw", eta=1.0, ema=0.1, floor=0.0)
-    weights = policy.weights(policy.update(policy.init(SETTING), report)).tolist()
-    assert weights == pytest.approx([0.9 / 3 + 0.05, 0.9 / 3 + 0.025, 0.9 / 3 + 0.025], rel=1e-14)
-
-
-def test_without_feedback_the_mirror_step_goes_on_from_its_own_result():
-    report = probe([math.log(2.0), 0.0, 0.0])
-    policy = dga(normalize="raw", eta=1.0, ema=0.1, floor=0.0, ema_feedback=False)
-    state = policy.update(policy.update(policy.init(SETTING), report), report)
-    assert state.mirror_G.tolist() == pytest.approx([4 / 6, 1 / 6, 1 / 6], rel=1e-14)
-
-
 def test_scale_does_not_change_with_the_size_of_gradients():
     policy = dga(normalize="scale")
     small = policy.update(policy.init(SETTING), probe([1e-6, 2e-6, NAN], [1e-3, 3e-3, NAN], direction_norm=1e-3))
@@ -162,23 +136,6 @@ def test_the_floor_lets_a_lost_domain_come_back():
         ends[floor] = float(policy.weights(state)[0])
     assert ends[0.0] < 1e-100
     assert ends[0.05] > 0.9
-
-
-def test_ema_makes_weights_less_noisy():
-    generator = torch.Generator().manual_seed(0)
-    reports = [probe(torch.randn(3, generator=generator, dtype=torch.float64).tolist()) for _ in range(200)]
-
-    def movement(beta):
-        policy = dga(ema=beta)
-        state = policy.init(SETTING)
-        total = 0.0
-        for report in reports:
-            after = policy.update(state, report)
-            total += float((policy.weights(after) - policy.weights(state)).abs().sum())
-            state = after
-        return total / len(reports)
-
-    assert movement(0.1) < 0.25 * movement(1.0)
 
 
 def test_starts():

@@ -78,5 +78,5 @@ def test_the_harness_default_is_no_crash_without_cuda(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING):
-        assert lm_eval._join(handed)[2] == torch.device("cpu")
+        assert lm_eval._device(handed) == torch.device("cpu")
     assert ("running on the CPU" in caplog.text) == (handed is not None)

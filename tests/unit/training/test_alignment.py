@@ -14,21 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from weftlm.errors import ConfigError, NumericsError
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
-    CumulativeDots,
+    Probe,
     ShadowProbe,
-    average_gradients,
     choose_estimator,
+    estimators,
     facts_of,
-    finite_difference,
     gradient_direction,
     group_alignment,
     has_dropout,
     precondition,
-    probe_alignment,
-    separate_alignment,
-    shadow_dots,
     trial_on,
-    with_batch_norm,
 )
 from weftlm.training.config import AlignmentConfig
 
@@ -65,6 +60,12 @@ def losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
     )
 
 
+def each(name: str, model: nn.Module, losses: Any, tokens_BT1: Tensor, v: Any, micro_batch: int | None = None) -> Any:
+    """What an estimator measures where every sequence is a group of its own."""
+    groups_B = torch.arange(len(tokens_BT1))
+    return estimators[name]().measure(Probe(model, losses, tokens_BT1, groups_B, len(groups_B), v, micro_batch))
+
+
 def tokens(rows: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 10, (rows, 6), generator=torch.Generator().manual_seed(seed))
 
@@ -79,7 +80,7 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 
 def choice(config: AlignmentConfig | None = None, model: nn.Module | None = None, **facts: Any) -> tuple[str, str, str]:
     model = model or Bigram()
-    given: dict[str, Any] = {"accumulation_steps": 1, "groups": 4, "batch_size": 16, **facts}
+    given: dict[str, Any] = {"groups": 4, "batch_size": 16, **facts}
     losses = given.pop("losses", None)
     trial = None if losses is None else trial_on(model, losses)
     chosen = choose_estimator(config or AlignmentConfig(), facts_of(model, **given), trial)
@@ -89,18 +90,15 @@ def choice(config: AlignmentConfig | None = None, model: nn.Module | None = None
 @pytest.mark.parametrize(
     ("facts", "expected", "reason"),
     [
-        ({}, ("shadow", "batch"), "fewer than 4 groups"),
-        ({"accumulation_steps": 4}, ("cumulative", "batch"), "nearly free"),
+        ({}, ("shadow", "batch"), "the training step itself"),
         ({"groups": 17}, ("separate", "extra"), "17 sequences for 17 groups do not fit a batch of 16"),
-        ({"needs_norms": True, "accumulation_steps": 4}, ("separate", "extra"), "normalize: cosine"),
-        ({"basis": True, "accumulation_steps": 4}, ("separate", "extra"), "basis distribution"),
+        ({"needs_norms": True}, ("separate", "extra"), "normalize: cosine"),
+        ({"basis": True}, ("separate", "extra"), "basis distribution"),
         ({"model": Bigram(nn.Dropout(0.1))}, ("separate", "extra"), "dropout"),
         ({"config": AlignmentConfig(probe="extra")}, ("separate", "extra"), "exact"),
         ({"config": AlignmentConfig(estimator="shadow", probe="extra")}, ("shadow", "extra"), "one pass"),
         ({"config": AlignmentConfig(estimator="shadow"), "basis": True}, ("shadow", "extra"), "basis distribution"),
-        ({"config": AlignmentConfig(estimator="finite_difference")}, ("finite_difference", "extra"), "forward passes"),
         ({"config": AlignmentConfig(min_sequences_per_domain=5)}, ("separate", "extra"), "20 sequences for 4 groups"),
-        ({"model": Bigram().bfloat16(), "accumulation_steps": 4}, ("shadow", "batch"), "less than float32"),
     ],
 )
 def test_choice(facts: dict[str, Any], expected: tuple[str, str], reason: str) -> None:
@@ -112,11 +110,9 @@ def test_choice(facts: dict[str, Any], expected: tuple[str, str], reason: str) -
 @pytest.mark.parametrize(
     ("config", "facts", "why"),
     [
-        ({"estimator": "cumulative"}, {}, "1 micro-batches are fewer than 4 groups"),
         ({"estimator": "shadow"}, {"needs_norms": True}, "normalize: cosine"),
         ({"estimator": "shadow", "probe": "batch"}, {"groups": 20}, "do not fit a batch of 16"),
         ({"estimator": "separate", "probe": "batch"}, {}, "no such pair"),
-        ({"estimator": "finite_difference"}, {"model": Bigram().bfloat16()}, "less than float32"),
     ],
 )
 def test_choice_refuses_and_says_what_works(config: dict[str, Any], facts: dict[str, Any], why: str) -> None:
@@ -186,19 +182,19 @@ class Borrowing(nn.Module):
 @pytest.mark.parametrize(
     ("make", "usable"),
     [
-        (lambda: Bigram(nn.Linear(4, 4)), {"shadow", "separate", "finite_difference"}),
+        (lambda: Bigram(nn.Linear(4, 4)), {"shadow", "separate"}),
         (lambda: Bigram(Hashing()), {"separate"}),
         (lambda: Bigram(Steered()), {"shadow", "separate"}),
-        (lambda: Bigram(InPlace()), {"separate", "finite_difference"}),
-        (lambda: Bigram(Borrowing()), {"separate", "finite_difference"}),
-        (lambda: Bigram(nn.RNN(4, 4, batch_first=True), _First()), {"shadow", "separate", "finite_difference"}),
+        (lambda: Bigram(InPlace()), {"separate"}),
+        (lambda: Bigram(Borrowing()), {"separate"}),
+        (lambda: Bigram(nn.RNN(4, 4, batch_first=True), _First()), {"shadow", "separate"}),
     ],
 )
 def test_an_estimator_is_chosen_only_where_it_is_right(make: Callable[[], nn.Module], usable: set[str]) -> None:
     model = make()
     before = snapshot(model)
     found, refusals = set(), []
-    for estimator in ("shadow", "separate", "finite_difference"):
+    for estimator in ("shadow", "separate"):
         try:
             found.add(choice(AlignmentConfig(estimator=estimator), model=model, losses=losses)[0])
         except ConfigError as error:
@@ -229,7 +225,6 @@ def test_groups_are_means_with_nan_for_the_absent() -> None:
     assert found.dots_G.dtype == torch.float64
     assert found.direction_norm == 5.0
     assert found.norms_G is None
-    assert with_batch_norm(found, 0.5).batch_norm == 0.5
 
 
 def test_groups_refuse_what_does_not_fit() -> None:
@@ -266,18 +261,18 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert value is None or torch.equal(value, other), (kind, name)
 
 
-@pytest.mark.parametrize("estimator", ["separate", "shadow", "finite_difference"])
+@pytest.mark.parametrize("estimator", ["separate", "shadow"])
 def test_probes_leave_the_training_state_alone(estimator: str) -> None:
     model = Bigram(nn.Dropout(0.5), nn.LayerNorm(4), nn.Linear(4, 4))
     model.middle[2].eval()  # a mode of its own, as some fine-tuning sets
     losses(model, tokens(3)).mean().backward()
     before = snapshot(model)
     v = gradient_direction(model, losses, tokens(2, seed=1))
-    probe_alignment(estimator, model, losses, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, AlignmentConfig())
+    estimators[estimator]().measure(Probe(model, losses, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v))
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("estimator", ["separate", "shadow", "finite_difference"])
+@pytest.mark.parametrize("estimator", ["separate", "shadow"])
 def test_probes_leave_the_training_state_alone_when_the_loss_fails(estimator: str) -> None:
     model = Bigram(nn.Dropout(0.5))
     v = gradient_direction(model, losses, tokens(2, seed=1))
@@ -291,8 +286,8 @@ def test_probes_leave_the_training_state_alone_when_the_loss_fails(estimator: st
         return losses(model, tokens_BT1)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        probe_alignment(
-            estimator, model, failing, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, AlignmentConfig(), micro_batch=2
+        estimators[estimator]().measure(
+            Probe(model, failing, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, micro_batch=2)
         )
     assert_same(before, snapshot(model))
 
@@ -307,7 +302,7 @@ def test_evaluation_inside_a_probe_is_not_probed() -> None:
         losses(model, tokens(3)).mean().backward()
         dots = probe.dots(torch.full((3,), 1 / 3))
         losses(model, tokens(7)).mean().backward()  # no begin: a plain step
-    assert torch.allclose(dots, shadow_dots(model, losses, tokens(3), v), rtol=1e-5)
+    assert torch.allclose(dots.double(), each("shadow", model, losses, tokens(3), v).dots_G, rtol=1e-5)
 
 
 def test_frozen_parameters_stay_out() -> None:
@@ -318,26 +313,19 @@ def test_frozen_parameters_stay_out() -> None:
     assert v.keys() == {"middle.0.bias", "head.weight", "head.bias"}
     with ShadowProbe(model, v):
         assert not model.tokens._forward_hooks
-    expected = separate_alignment(model, losses, [(b, tokens(3)[b : b + 1]) for b in range(3)], v, 3).dots_G
-    assert torch.allclose(shadow_dots(model, losses, tokens(3), v).double(), expected, rtol=1e-4)
+    expected = each("separate", model, losses, tokens(3), v).dots_G
+    assert torch.allclose(each("shadow", model, losses, tokens(3), v).dots_G.double(), expected, rtol=1e-4)
 
 
 def test_no_sequences_give_no_dots() -> None:
     model = Bigram()
     v = gradient_direction(model, losses, tokens(2))
-    for estimator in ("separate", "shadow", "finite_difference"):
-        found = probe_alignment(
-            estimator, model, losses, tokens(0), torch.zeros(0, dtype=torch.int64), 2, v, AlignmentConfig()
+    for estimator in ("separate", "shadow"):
+        found = estimators[estimator]().measure(
+            Probe(model, losses, tokens(0), torch.zeros(0, dtype=torch.int64), 2, v)
         )
         assert found.counts_G.tolist() == [0, 0]
         assert found.dots_G.isnan().all()
-
-
-def test_zero_direction() -> None:
-    model = Bigram()
-    v = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    assert shadow_dots(model, losses, tokens(3), v).tolist() == [0.0] * 3
-    assert finite_difference(model, losses, tokens(3), v).tolist() == [0.0] * 3
 
 
 def test_padding_row_of_an_embedding_has_no_gradient() -> None:
@@ -353,8 +341,8 @@ def test_padding_row_of_an_embedding_has_no_gradient() -> None:
         assert (batch[:, :-1] == 3).any()
         v = gradient_direction(model, losses, tokens(3, seed=1))
         assert v["tokens.weight"][3].any()
-        expected = separate_alignment(model, losses, [(b, batch[b : b + 1]) for b in range(4)], v, 4).dots_G
-        assert torch.allclose(shadow_dots(model, losses, batch, v).double(), expected, rtol=1e-4, atol=1e-6)
+        expected = each("separate", model, losses, batch, v).dots_G
+        assert torch.allclose(each("shadow", model, losses, batch, v).dots_G.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -427,8 +415,8 @@ def test_shadow_refuses_what_it_cannot_attribute(middle: Callable[[], nn.Module]
     model = Bigram(middle())
     v = gradient_direction(model, losses, tokens(2))
     with pytest.raises(ConfigError, match=why) as raised:
-        shadow_dots(model, losses, tokens(3), v)
-    assert "finite_difference" in str(raised.value)
+        each("shadow", model, losses, tokens(3), v)
+    assert "alignment.estimator: separate" in str(raised.value)
     with pytest.raises(ConfigError, match=why):
         probed_step(model, v)
 
@@ -438,13 +426,6 @@ def probed_step(model: nn.Module, v: dict[str, Tensor]) -> Tensor:
         probe.begin(3)
         losses(model, tokens(3)).mean().backward()
         return probe.dots(torch.full((3,), 1 / 3))
-
-
-def test_one_flattened_sequence_can_be_attributed() -> None:
-    model = Bigram(Flattening())
-    v = gradient_direction(model, losses, tokens(2))
-    expected = separate_alignment(model, losses, [(b, tokens(3)[b : b + 1]) for b in range(3)], v, 3).dots_G
-    assert torch.allclose(shadow_dots(model, losses, tokens(3), v, micro_batch=1).double(), expected, rtol=1e-4)
 
 
 def test_shadow_refuses_embeddings_that_mix_sequences() -> None:
@@ -479,11 +460,7 @@ def test_direction_of_another_model_is_refused() -> None:
         with pytest.raises(ConfigError, match=r"at head\.bias"):
             ShadowProbe(model, odd)
         with pytest.raises(ConfigError, match=r"at head\.bias"):
-            CumulativeDots(dict(model.named_parameters()), odd)
-        with pytest.raises(ConfigError, match=r"at head\.bias"):
-            finite_difference(model, losses, tokens(2), odd)
-        with pytest.raises(ConfigError, match=r"at head\.bias"):
-            separate_alignment(model, losses, [], odd, 2)
+            each("separate", model, losses, tokens(0), odd)
 
 
 def test_directions_need_sequences_parameters_and_finite_losses() -> None:
@@ -499,44 +476,11 @@ def test_directions_need_sequences_parameters_and_finite_losses() -> None:
         gradient_direction(model, losses, tokens(2))
 
 
-def test_separate_wants_ascending_groups_and_finite_gradients() -> None:
+def test_separate_wants_finite_gradients() -> None:
     model = Bigram()
     v = gradient_direction(model, losses, tokens(2))
-    with pytest.raises(ConfigError, match="group 0 came out of turn"):
-        separate_alignment(model, losses, [(1, tokens(2)), (0, tokens(2))], v, 2)
-    with pytest.raises(ConfigError, match="group 2 came out of turn"):
-        separate_alignment(model, losses, [(2, tokens(2))], v, 2)
-    with pytest.raises(NumericsError, match=r"groups \[1\]"):
-        separate_alignment(model, lambda m, t: losses(m, t) * torch.inf, [(1, tokens(2))], v, 2)
-
-
-def test_narrow_parameters_are_refused_where_they_would_lie() -> None:
-    model = Bigram().bfloat16()
-    v = gradient_direction(model, losses, tokens(2))
-    assert all(part.dtype == torch.float32 for part in v.values())
-    with pytest.raises(ConfigError, match="too coarse"):
-        CumulativeDots(dict(model.named_parameters()), v)
-    with pytest.raises(ConfigError, match="vanishes"):
-        finite_difference(model, losses, tokens(2), v)
-
-
-def test_cumulative_refuses_weightless_micro_batches() -> None:
-    model = Bigram()
-    v = gradient_direction(model, losses, tokens(2))
-    meter = CumulativeDots(dict(model.named_parameters()), v)
-    with pytest.raises(ConfigError, match="sum to 0"):
-        meter.dots(torch.zeros(2))
-
-
-def test_cumulative_starts_from_what_is_there() -> None:
-    model = Bigram()
-    v = gradient_direction(model, losses, tokens(2))
-    losses(model, tokens(4, seed=3)).sum().backward()
-    meter = CumulativeDots(dict(model.named_parameters()), v)
-    losses(model, tokens(1)).sum().mul(0.5).backward()
-    expected = separate_alignment(model, losses, [(0, tokens(1))], v, 1).dots_G
-    assert torch.allclose(meter.dots(torch.tensor([0.5])), expected, rtol=1e-4)
-    average_gradients(dict(model.named_parameters()))  # one process: nothing to average
+    with pytest.raises(NumericsError, match=r"groups \[0, 1\]"):
+        each("separate", model, lambda m, t: losses(m, t) * torch.inf, tokens(2), v)
 
 
 def test_precondition_needs_moments() -> None:
@@ -546,8 +490,3 @@ def test_precondition_needs_moments() -> None:
         precondition(v, torch.optim.AdamW(model.parameters()), dict(model.named_parameters()))
     with pytest.raises(ConfigError, match="use AdamW or Adam"):
         precondition(v, torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters()))
-
-
-def test_cumulative_has_no_probe_of_its_own() -> None:
-    with pytest.raises(ConfigError, match="cannot measure extra sequences"):
-        probe_alignment("cumulative", Bigram(), losses, tokens(1), torch.zeros(1), 1, {}, AlignmentConfig())

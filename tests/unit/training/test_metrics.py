@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -74,24 +75,13 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert line["listed"] == [None, 1.0]
 
 
-def test_sinks_get_every_line_and_other_ranks_write_nothing(tmp_path: Path) -> None:
-    class Sink:
-        def __init__(self) -> None:
-            self.lines: list[object] = []
-            self.closed = False
-
-        def write(self, line: object) -> None:
-            self.lines.append(line)
-
-        def close(self) -> None:
-            self.closed = True
-
-    sink = Sink()
-    log = MetricsLog(tmp_path / "a.jsonl", sinks=(sink,))
+def test_trackers_get_every_number_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = Mock()
+    log = MetricsLog(tmp_path / "a.jsonl", trackers=(tracker,))
     log.write("train", 1, 1, loss=2.0)
     log.close()
-    assert sink.lines == [{"kind": "train", "step": 1, "tokens": 1, "loss": 2.0}]
-    assert sink.closed
+    tracker.log.assert_called_once_with({"train/tokens": 1.0, "train/loss": 2.0}, step=1)
+    tracker.finish.assert_called_once_with()
     MetricsLog(tmp_path / "b.jsonl", enabled=False).write("train", 1, 1)
     assert not (tmp_path / "b.jsonl").exists()
 

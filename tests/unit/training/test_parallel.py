@@ -9,7 +9,7 @@ from torch import nn
 
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, peft_warnings
-from weftlm.training.parallel import decoder_layers, put, units, whole, whole_state
+from weftlm.training.parallel import decoder_layers, gathered, put, units, whole
 
 
 def model(architecture: str, **config: int | bool) -> nn.Module:
@@ -51,8 +51,8 @@ def test_what_is_not_split_is_whole() -> None:
     put(weight, torch.arange(8.0))
     assert weight.tolist() == list(range(8))
 
-    state, expected = whole_state(plain, keep=True), plain.state_dict()
+    state, expected = gathered(plain.state_dict(keep_vars=True), keep=True), plain.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
-    assert whole_state(plain, keep=False) == {}
+    assert gathered(plain.state_dict(), keep=False) == {}

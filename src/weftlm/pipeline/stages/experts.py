@@ -12,7 +12,6 @@ from weftlm.pipeline.checks import Known
 from weftlm.pipeline.gate_recipe import check_domains
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
-from weftlm.training.config import NOT_DECIDING
 
 
 @stages.register("experts", does="an expert per domain, with its gate", costs="experts.training.tokens for each domain")
@@ -36,7 +35,7 @@ class Experts(Stage):
         return {
             "seed": recipe.seed,
             "experts": settings(experts, without=("library", "training")),
-            "training": settings(experts.training, without=NOT_DECIDING),
+            "training": experts.training.deciding(),
         }
 
     def outputs(self, recipe: Recipe) -> list[Path]:

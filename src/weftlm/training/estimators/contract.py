@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from weftlm.errors import ConfigError, NumericsError
 from weftlm.mixture.policy import Alignment
 from weftlm.models.hf import SequenceLosses
-from weftlm.training.config import AlignmentConfig
-from weftlm.training.estimators.groups import group_alignment
+from weftlm.training.estimators.direction import high_precision, norm, sum_over_ranks
 
-Probe = Literal["batch", "extra"]
+Place = Literal["batch", "extra"]
 """Where it is measured: on the sequences of the training step, or on sequences drawn for the purpose."""
 
 NO_NORMS = "it gives no norm per group, which normalize: cosine needs"
@@ -36,23 +36,19 @@ class Facts:
     Attributes:
         groups: domains, or basis distributions.
         batch_size: sequences per optimizer step over all processes.
-        accumulation_steps: micro-batches per optimizer step of one process.
         processes: processes that train together.
         needs_norms: whether the policy wants ||g_i|| (normalize: cosine).
         basis: whether groups are distributions over domains, to which no training sequence belongs.
         sharded: whether parameters are split over processes (FSDP2).
-        narrow: whether a trainable parameter is held in less than float32.
         dropout: whether the model trains with dropout.
     """
 
     groups: int
     batch_size: int
-    accumulation_steps: int = 1
     processes: int = 1
     needs_norms: bool = False
     basis: bool = False
     sharded: bool = False
-    narrow: bool = False
     dropout: bool = False
 
 
@@ -73,6 +69,29 @@ class Cost:
     bytes_per_parameter: float = 0.0
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Sequences drawn for measuring, and what they are measured along.
+
+    Attributes:
+        model: see `gradient_direction`.
+        losses: see `SequenceLosses`.
+        tokens_BT1: this rank's sequences; their number may differ between ranks.
+        groups_B: group of each sequence, integers in 0 .. groups - 1.
+        groups: G.
+        direction: v, the same on every rank.
+        micro_batch: sequences per pass; None takes all at once.
+    """
+
+    model: nn.Module
+    losses: SequenceLosses
+    tokens_BT1: Tensor
+    groups_B: Tensor
+    groups: int
+    direction: Mapping[str, Tensor]
+    micro_batch: int | None = None
+
+
 class BatchProbe(Protocol):
     """Measures the derivative of every sequence of a batch while it is trained on."""
 
@@ -81,11 +100,7 @@ class BatchProbe(Protocol):
         ...
 
     def dots(self, coefficients_B: Tensor) -> Tensor:
-        """<grad L_b, v> of the micro-batch, after its backward pass.
-
-        Args:
-            coefficients_B: factor of each sequence's loss before `backward`.
-        """
+        """<grad L_b, v> of the micro-batch, after a backward pass of its losses times these coefficients."""
         ...
 
 
@@ -94,59 +109,29 @@ class Estimator:
 
     Attributes:
         merits: each place it can measure in, with what speaks for it there.
-        exact: whether its only error is rounding.
-        oracle: whether it takes the backward passes that others are held against, and is right wherever they run.
-        pure: on the batch, whether every micro-batch must hold one group alone, with gradients left on their process
-            until the last one (the estimator then averages them itself).
     """
 
-    merits: ClassVar[Mapping[Probe, str]]
-    exact: ClassVar[bool] = True
-    oracle: ClassVar[bool] = False
-    pure: ClassVar[bool] = False
+    merits: ClassVar[Mapping[Place, str]]
 
     def obstacle(self, facts: Facts) -> str | None:
         """Reason it cannot measure in this run, wherever it measures; None where it can."""
         return None
 
-    def cost(self, facts: Facts, probe: Probe) -> Cost:
+    def cost(self, facts: Facts, place: Place) -> Cost:
         """What a measurement takes."""
         raise NotImplementedError
 
-    def on_batch(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], direction: Mapping[str, Tensor]
-    ) -> AbstractContextManager[BatchProbe]:
+    def on_batch(self, model: nn.Module, direction: Mapping[str, Tensor]) -> AbstractContextManager[BatchProbe]:
         """Measure the training batch: a block around all its micro-batches."""
         raise NotImplementedError
 
-    def dots(
-        self,
-        model: nn.Module,
-        losses: SequenceLosses,
-        tokens_BT1: Tensor,
-        direction: Mapping[str, Tensor],
-        config: AlignmentConfig,
-        micro_batch: int | None,
-    ) -> Tensor:
-        """<grad L_b, v> of sequences drawn for the purpose, where they are found one by one."""
-        raise NotImplementedError
+    def measure(self, probe: Probe) -> Alignment:
+        """<g_i, v> of groups of sequences drawn for the purpose.
 
-    def measure(
-        self,
-        model: nn.Module,
-        losses: SequenceLosses,
-        tokens_BT1: Tensor,
-        groups_B: Tensor,
-        groups: int,
-        direction: Mapping[str, Tensor],
-        config: AlignmentConfig,
-        *,
-        micro_batch: int | None = None,
-        process_group: ProcessGroup | None = None,
-    ) -> Alignment:
-        """Measure groups on sequences drawn for the purpose; the arguments are those of `alignment.probe_alignment`."""
-        dots_B = self.dots(model, losses, tokens_BT1, direction, config, micro_batch)
-        return group_alignment(dots_B, groups_B, groups, direction, process_group=process_group)
+        Returns:
+            an Alignment, the same on every rank; NaN and count 0 for a group no rank brought.
+        """
+        raise NotImplementedError
 
 
 def batch_obstacle(facts: Facts, least_per_group: int) -> str | None:
@@ -159,3 +144,44 @@ def batch_obstacle(facts: Facts, least_per_group: int) -> str | None:
     if wanted > facts.batch_size:
         return f"{wanted} sequences for {facts.groups} groups do not fit a batch of {facts.batch_size}"
     return None
+
+
+def group_alignment(dots_B: Tensor, groups_B: Tensor, groups: int, direction: Mapping[str, Tensor]) -> Alignment:
+    """Mean of the sequences' derivatives within each group.
+
+        a_i = (1 / n_i) sum_{b in group i} <g_b, v>          sums and n_i are reduced over ranks, then divided
+
+    Args:
+        dots_B: <g_b, v> of this rank's sequences.
+        groups_B: group of each, integers in 0 .. groups - 1.
+        groups: G.
+        direction: v, the same on every rank.
+    Returns:
+        an Alignment without norms, the same on every rank; NaN and count 0 where no rank had a sequence.
+    Raises:
+        ConfigError: lengths differ or a group is out of range.
+        NumericsError: a derivative is not finite.
+    """
+    if dots_B.shape != groups_B.shape or dots_B.ndim != 1:
+        raise ConfigError(
+            f"dots_B has shape {tuple(dots_B.shape)} and groups_B {tuple(groups_B.shape)}; both must be (B,)"
+        )
+    if len(groups_B) and not 0 <= int(groups_B.min()) <= int(groups_B.max()) < groups:
+        raise ConfigError(
+            f"groups run from {int(groups_B.min())} to {int(groups_B.max())}; allowed are 0 to {groups - 1}"
+        )
+    dots_B = high_precision(dots_B.detach())
+    groups_B = groups_B.to(dots_B.device)
+    sums_2G = torch.zeros(2, groups, dtype=torch.float64, device=dots_B.device)
+    sums_2G[0].index_add_(0, groups_B, dots_B)
+    sums_2G[1].index_add_(0, groups_B, torch.ones_like(dots_B))
+    device = next(iter(direction.values())).device  # where the process group can reduce
+    sums_G, counts_G = sum_over_ranks(sums_2G if device.type == "mps" else sums_2G.to(device)).cpu()
+    if not torch.isfinite(sums_G).all():
+        odd = torch.nonzero(~torch.isfinite(sums_G)).flatten().tolist()
+        raise NumericsError(f"the alignment of groups {odd} is not finite; their losses or gradients overflow")
+    return Alignment(
+        dots_G=torch.where(counts_G > 0, sums_G / counts_G, torch.nan),
+        counts_G=counts_G.to(torch.int64),
+        direction_norm=norm(direction.values()),
+    )

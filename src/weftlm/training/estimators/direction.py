@@ -7,12 +7,11 @@ with `torch.autograd.grad`, so neither `.grad` nor the optimizer's state ever se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,12 +25,7 @@ Direction = dict[str, Tensor]
 
 
 def gradient_direction(
-    model: nn.Module,
-    losses: SequenceLosses,
-    tokens_BT1: Tensor,
-    *,
-    micro_batch: int | None = None,
-    process_group: ProcessGroup | None = None,
+    model: nn.Module, losses: SequenceLosses, tokens_BT1: Tensor, *, micro_batch: int | None = None
 ) -> Direction:
     """The gradient of the mean loss over sequences, without dropout.
 
@@ -45,36 +39,69 @@ def gradient_direction(
         losses: see `SequenceLosses`.
         tokens_BT1: this rank's sequences.
         micro_batch: sequences per backward pass; None takes all at once.
-        process_group: ranks to average over; None is the default group where one is initialised.
     Raises:
         ConfigError: nothing is trainable, or no rank brought a sequence.
         NumericsError: the gradient is not finite.
     """
-    module = without_data_parallel(model)
-    parameters = trainable_parameters(model)
-    total = sum_over_ranks(torch.tensor(float(len(tokens_BT1)), device=tokens_BT1.device), process_group).item()
+    direction, total = mean_gradient(model, losses, chunks(tokens_BT1, micro_batch))
     if total == 0:
         raise ConfigError("the direction is the gradient over 0 sequences; give at least one target sequence")
-    direction = zeros(parameters)
-    with evaluation_mode(module):
-        if is_sharded(parameters.values()):
-            # Sharded gradients arrive averaged over ranks: scale so that their average is sum / total.
-            ranks = torch.distributed.get_world_size(process_group)
-            for chunk, counts in in_step(chunks(tokens_BT1, micro_batch), tokens_BT1.device, process_group):
-                loss = losses(module, chunk).sum() * (counts * ranks / total)
-                add(direction, gradients_by_backward(loss, parameters.values()))
-        else:
-            for chunk in chunks(tokens_BT1, micro_batch):
-                loss = losses(module, chunk).sum() / total
-                add(direction, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
-            for part in direction.values():
-                sum_over_ranks(part, process_group)
     if not math.isfinite(norm(direction.values())):
         raise NumericsError(
-            f"the gradient of the mean loss over {total:.0f} sequences is not finite; lower the learning rate or look "
+            f"the gradient of the mean loss over {total} sequences is not finite; lower the learning rate or look "
             f"for sequences whose loss is infinite"
         )
     return direction
+
+
+def mean_gradient(model: nn.Module, losses: SequenceLosses, pieces: Sequence[Tensor]) -> tuple[Direction, int]:
+    """The gradient of the mean loss over the sequences of all ranks, and their number; zero where there are none.
+
+    Args:
+        model: see `gradient_direction`.
+        losses: see `SequenceLosses`.
+        pieces: this rank's sequences, cut into passes.
+    """
+    module, parameters = unwrap(model), trainable_parameters(model)
+    device, sharded = next(iter(parameters.values())).device, is_sharded(parameters.values())
+    gradient = {name: torch.zeros_like(each, dtype=wide(each.dtype)) for name, each in parameters.items()}
+    passes, scale = [(piece, 1) for piece in pieces], 1
+    if sharded:
+        # A pass gathers parameters from all ranks: one that has run out repeats a sequence that does not count.
+        # Gradients arrive averaged over ranks: scale so that their average is the sum.
+        most = torch.tensor(len(pieces), device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        spare = pieces[0][:1] if pieces else torch.zeros(1, 2, dtype=torch.int64, device=device)
+        passes += [(spare, 0)] * (int(most) - len(pieces))
+        scale = torch.distributed.get_world_size()
+    with evaluation_mode(module):
+        for piece, counts in passes:
+            loss = losses(module, piece).sum() * (counts * scale)
+            parts = _by_backward(loss, parameters.values()) if sharded else _apart(loss, parameters.values())
+            for total, part in zip(gradient.values(), parts, strict=True):
+                if part is not None:
+                    total.add_(part)
+    count = int(sum_over_ranks(torch.tensor(float(sum(map(len, pieces))), device=device)))
+    for total in gradient.values():
+        (total if sharded else sum_over_ranks(total)).div_(max(count, 1))
+    return gradient, count
+
+
+def _apart(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Iterable[Tensor | None]:
+    return torch.autograd.grad(loss, list(parameters), allow_unused=True)
+
+
+def _by_backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Iterable[Tensor | None]:
+    """Gradients of a sharded model, which deposits them only in `.grad`: put aside what is there, and put it back."""
+    held = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        loss.backward()
+        return [parameter.grad for parameter, _ in held]
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
 
 
 def precondition(
@@ -125,13 +152,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def without_data_parallel(model: nn.Module) -> nn.Module:
-    """The model to run extra passes on: compiled if it was, but never inside DDP, which would start to synchronise."""
-    if isinstance(model, DistributedDataParallel):
-        return without_data_parallel(model.module)
-    return unwrap(model) if isinstance(getattr(model, "_orig_mod", None), DistributedDataParallel) else model
-
-
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient, by name in the unwrapped model, tied ones once; sharded ones as shards.
 
@@ -171,33 +191,24 @@ def reshard(model: nn.Module) -> None:
         unit.reshard()
 
 
-def zeros(parameters: Mapping[str, nn.Parameter]) -> Direction:
-    """A zero vector shaped like the parameters, in float32 (float64 where they are)."""
-    return {name: torch.zeros_like(parameter, dtype=wide(parameter.dtype)) for name, parameter in parameters.items()}
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, every narrower type becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def add(into: Direction, gradients: Iterable[Tensor | None]) -> None:
-    """Add gradients (in the direction's order; None is zero) to a direction in place."""
-    with torch.no_grad():
-        for part, gradient in zip(into.values(), gradients, strict=True):
-            if gradient is not None:
-                part.add_(gradient)
-
-
-def dot(left: Iterable[Tensor | None], right: Iterable[Tensor]) -> Tensor:
+def dot(left: Iterable[Tensor], right: Iterable[Tensor]) -> Tensor:
     """<left, right> over all parameters: each parameter's product in its own precision, their sum in float64.
 
     Returns:
         a scalar on the parameters' device; nothing waits for the device until it is read.
     """
-    with torch.no_grad():
-        parts = [_product(x, y) for x, y in zip(left, right, strict=True) if x is not None]
-        return high_precision(torch.stack(parts)).sum() if parts else torch.zeros((), dtype=torch.float64)
+    parts: list[Tensor] = []
+    for x, y in zip(left, right, strict=True):
+        if isinstance(y, DTensor):
+            parts.append((x.to(y.dtype) * y).sum().full_tensor())  # type: ignore[attr-defined]
+        else:
+            parts.append(torch.dot(x.reshape(-1).to(y.dtype), y.reshape(-1)))
+    return high_precision(torch.stack(parts)).sum()
 
 
 def norm(vector: Iterable[Tensor]) -> float:
@@ -222,53 +233,8 @@ def chunks(tokens_BT1: Tensor, micro_batch: int | None) -> Sequence[Tensor]:
     return tokens_BT1.split(micro_batch or len(tokens_BT1)) if len(tokens_BT1) else ()
 
 
-def in_step(
-    pieces: Iterable[Tensor], device: torch.device, process_group: ProcessGroup | None = None
-) -> Iterator[tuple[Tensor, bool]]:
-    """Pieces of sequences for the passes of a sharded model, as many on every rank, and whether each counts.
-
-    Such a pass gathers parameters from all ranks, so a rank that has run out repeats a sequence that does not count.
-
-    Args:
-        pieces: this rank's, (B, T + 1) each.
-        device: where the model is.
-        process_group: ranks that share the model; None is the default group.
-    """
-    mine = iter(pieces)
-    spare = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    while True:
-        piece = next(mine, None)
-        if not sum_over_ranks(torch.tensor(float(piece is not None), device=device), process_group).item():
-            return
-        if piece is None:
-            yield spare, False
-        else:
-            spare = piece[:1]
-            yield piece, True
-
-
-def sum_over_ranks(values: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a tensor over ranks in place and return it; without an initialised process group, leave it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values, group=process_group)
+        torch.distributed.all_reduce(values)
     return values
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    if isinstance(y, DTensor):
-        total: Tensor = (x.to(y.dtype) * y).sum().full_tensor()  # type: ignore[attr-defined]
-        return total
-    return torch.dot(x.reshape(-1).to(y.dtype), y.reshape(-1))
-
-
-def gradients_by_backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
-    """Gradients of a sharded model, which deposits them only in `.grad`: put aside what is there, and put it back."""
-    held = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in held:
-        parameter.grad = None
-    try:
-        loss.backward()
-        return [parameter.grad for parameter, _ in held]
-    finally:
-        for parameter, gradient in held:
-            parameter.grad = gradient
