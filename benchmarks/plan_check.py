@@ -47,7 +47,6 @@ from weftlm.corpora.source import ArraySource
 from weftlm.experts.config import ExpertTraining
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import module_widths
 from weftlm.experts.train import train_expert
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.config import ScoreConfig
@@ -56,7 +55,7 @@ from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.scores import score
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.factory import build_model, count_parameters
-from weftlm.models.lora_targets import lora_targets
+from weftlm.models.lora_targets import linear_widths, lora_targets
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.planning.counts import TARGET_SHARE
 from weftlm.planning.hardware import parse_hardware
@@ -362,7 +361,7 @@ class Work:
     def adapter(self, model: Any) -> LoRAExpert:
         factors = {}
         for name in lora_targets(model, "all-linear"):
-            inputs, outputs = module_widths(model.get_submodule(name))
+            inputs, outputs = linear_widths(model.get_submodule(name)) or (0, 0)
             factors[name] = LoRAFactors(0.01 * torch.randn(RANK, inputs), 0.01 * torch.randn(outputs, RANK), 1.0)
         return LoRAExpert("made-up", BaseReference("made-up"), factors, {})
 

@@ -50,9 +50,6 @@ GATED = ("phatgoose", "blend")
 ABLATIONS: dict[str, dict[str, Any]] = {
     "phatgoose, k = 1": {"router": "phatgoose", "k": 1},
     "phatgoose, k = 4": {"router": "phatgoose", "k": 4},
-    "phatgoose, raw products": {"router": "phatgoose", "standardise": False},
-    "phatgoose, one router per layer": {"router": "phatgoose", "share": "layer"},
-    "phatgoose, one router for all": {"router": "phatgoose", "share": "model"},
 }
 GATE_STEPS = (0, 20, 400)
 GATE_SEEDS = (0, 1, 2)

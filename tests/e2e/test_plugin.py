@@ -52,3 +52,9 @@ def test_methods_and_a_stage_of_another_package(tmp_path: Path, recipe: Callable
     counts = json.loads((tmp_path / "runs/one/token-counts.json").read_text())
     assert all(len(rows) == 3 and rows[0][1] >= rows[2][1] for name, rows in counts.items() if name != "checksum")
     assert '"token-counts"' in run("status", tmp_path / "runs/one", "--json")
+    laws = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", SAMPLE / "tests", "-k", "reading-direction"],
+        cwd=SAMPLE, env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert laws.returncode == 0, laws.stdout
+    assert " passed" in laws.stdout

@@ -25,7 +25,7 @@ from support.experts import (
     with_gate,
     with_texts,
 )
-from support.routing import assert_solve, call_for, generate, inputs_for, kernel_problem, logits, recorded
+from support.routing import assert_solve, call_for, generate, inputs_for, kernel_problem, logits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,7 +53,6 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "gather": kernels.gather_delta,
     "each": kernels.each_delta,
     "dense": kernels.dense_delta,
-    "loop": kernels.loop_delta,
     "grouped": kernels.grouped_delta,
     "packed": kernels.packed_delta,
 }
@@ -103,7 +102,7 @@ def dense_formula(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: T
     return torch.einsum("ne,ero,eri,ni->no", p_NE, B_ERO, A_ERI, u_NI)
 
 
-@pytest.mark.parametrize("way", ["routed", "gather", "loop", "grouped", "dense"])
+@pytest.mark.parametrize("way", ["routed", "gather", "grouped", "dense"])
 @pytest.mark.parametrize("assigned", ["even", "skewed"])
 def test_gradients_equal_autograd_of_the_dense_formula(way: str, assigned: str) -> None:
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(40, 2, 7, 8, 16, 24, assigned, torch.float32)
@@ -119,7 +118,7 @@ def test_gradients_equal_autograd_of_the_dense_formula(way: str, assigned: str) 
         assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("way", ["routed", "gather", "loop", "dense"])
+@pytest.mark.parametrize("way", ["routed", "gather", "dense"])
 def test_gradcheck_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FEW_ASSIGNMENTS", 0)
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(4, 2, 3, 4, 4, 8, "drawn", torch.float64)
@@ -250,12 +249,12 @@ def test_every_way_of_the_kernel_gives_the_model_the_same_logits(monkeypatch: py
     routed = RoutedModel(llama(), make_pool(llama(), 5))
     given = inputs_for(routed.model, batch=3, tokens=12)
     expected = logits(routed, **given)
-    for way in ("gather", "loop", "grouped", "each", "dense", "packed"):
+    for way in ("gather", "grouped", "each", "dense", "packed"):
         monkeypatch.setattr("weftlm.routing.pool.routed_delta", WAYS[way])
         torch.testing.assert_close(logits(routed, **given), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["routed", "gather", "loop", "grouped", "dense"])
+@pytest.mark.parametrize("way", ["routed", "gather", "grouped", "dense"])
 def test_gradients_pass_through_choices_and_updates(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weftlm.routing.pool.routed_delta", WAYS[way])
     model = llama()
@@ -522,23 +521,15 @@ def test_what_follows_tokens_cannot_take_them_back() -> None:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_uniform_equals_merged(name: str) -> None:
+@pytest.mark.parametrize("section", [{"router": "uniform"}, {"router": "merged", "weights": {"a": 0.7, "c": -0.2}}])
+def test_fixed_weights_folded_equal_those_computed_for_every_token(
+    name: str, section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = BASES[name]()
-    routed = RoutedModel(model, make_pool(model), "uniform")
+    routed = RoutedModel(model, make_pool(model), section)
     given = inputs_for(model)
-    uniform = logits(routed, **given)
-    routed.use_router("merged")
-    assert all(module.folded is not None for module in model.modules() if isinstance(module, RoutedLinear))
-    torch.testing.assert_close(logits(routed, **given), uniform, rtol=1e-4, atol=1e-4)
-
-
-def test_fixed_weights_that_cannot_be_folded_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
-    routed = RoutedModel(model, make_pool(model))
-    given = inputs_for(model)
-    section = {"router": "merged", "weights": {"a": 0.7, "c": -0.2}}
-    routed.use_router(section)
     folded = logits(routed, **given)
+    assert all(module.folded is not None for module in model.modules() if isinstance(module, RoutedLinear))
     monkeypatch.setattr("weftlm.routing.routed_model.folded_weight", lambda *args: None)
     routed.use_router(section)
     torch.testing.assert_close(logits(routed, **given), folded, rtol=1e-4, atol=1e-4)
@@ -593,54 +584,15 @@ def test_scores_below_the_bar_leave_the_base_alone(name: str) -> None:
     assert torch.equal(logits(routed, **given), expected)
 
 
-@pytest.mark.parametrize("share", ["module", "layer", "model"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_decisions_are_shared_within_their_scope(name: str, share: str) -> None:
-    model = BASES[name]()
-    routed = RoutedModel(model, make_pool(model, mixed=False), {"router": "phatgoose", "share": share})
-    found = recorded(routed, **inputs_for(model))
-    assert list(found) == [site.name for site in routed.sites] or name == "t5"
-
-    def scope(site: Site) -> tuple[Any, ...]:
-        number = next(place for place, part in enumerate(site.name.split(".")) if part.isdigit())
-        stack = site.name.split(".")[: number if share == "model" else number + 1]
-        return (site.name,) if share == "module" else (site.reads_encoder, *stack)
-
-    scopes: dict[tuple[Any, ...], list[Routing]] = {}
-    for site in routed.sites:
-        scopes.setdefault(scope(site), []).append(found[site.name])
-    for same in scopes.values():
-        assert all(torch.equal(each.experts_BTK, same[0].experts_BTK) for each in same)
-        assert all(torch.equal(each.weights_BTK, same[0].weights_BTK) for each in same)
-    weights = [same[0].weights_BTK for same in scopes.values()]
-    assert len({str(each.tolist()) for each in weights}) == len(scopes)
-
-
-@pytest.mark.parametrize("share", ["module", "layer", "model"])
-def test_an_encoder_run_ahead_changes_nothing(share: str) -> None:
+def test_an_encoder_run_ahead_changes_nothing() -> None:
     model = t5()
-    routed = RoutedModel(model, make_pool(model), {"router": "phatgoose", "share": share})
+    routed = RoutedModel(model, make_pool(model), "phatgoose")
     given = inputs_for(model)
     expected = logits(routed, **given)
     with torch.no_grad():
         outputs = routed.get_encoder()(input_ids=given["input_ids"])
     found = logits(routed, encoder_outputs=outputs, decoder_input_ids=given["decoder_input_ids"])
     torch.testing.assert_close(found, expected)
-
-
-def test_the_first_module_of_a_scope_is_found_by_whole_numbers() -> None:
-    model = nn.Sequential()
-    for stack in range(2):
-        block = nn.Module()
-        block.block1 = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
-        model.add_module(f"stack1_{stack}", block)
-    sites = [Site(f"stack1_0.block1.{number}", number, (0, 1), 8) for number in (0, 1)]
-    pool = [make_expert(model, letter, seed=seed) for seed, letter in enumerate("ab")]
-    router = build_router({"router": "phatgoose", "share": "layer", "k": 1, "temperature": 1e-3}, pool, sites)
-    u_BTI = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
-    call = call_for(1, 64)
-    first, second = (router.route(site, u_BTI, call).experts_BTK for site in sites)
-    assert not torch.equal(first, second)
 
 
 # -- experts nobody asks --------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ pytestmark = [
 WAYS: dict[str, Callable[..., Tensor]] = {
     "routed": kernels.routed_delta,
     "gather": kernels.gather_delta,
-    "loop": kernels.loop_delta,
     "dense": kernels.dense_delta,
     "grouped": kernels.grouped_delta,
 }
@@ -49,13 +48,13 @@ def test_kernels_equal_a_float64_loop_on_cuda(
         assert_solve(problem, **{way: kernel(*on_device) for way, kernel in ways.items()})
 
 
-@pytest.mark.parametrize(("way", "dtype"), [("loop", torch.float32), ("grouped", torch.bfloat16)])
+@pytest.mark.parametrize(("way", "dtype"), [("dense", torch.float32), ("grouped", torch.bfloat16)])
 def test_gradients_equal_those_of_the_cpu(way: str, dtype: torch.dtype) -> None:
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(40, 2, 7, 8, 16, 24, "skewed", dtype)
     found = []
     for device in ("cpu", "cuda"):
         inputs = [u_NI.to(device).requires_grad_(), weights_NK.to(device).requires_grad_()]
-        kernel = kernels.loop_delta if device == "cpu" else WAYS[way]
+        kernel = kernels.dense_delta if device == "cpu" else WAYS[way]
         delta_NO = kernel(inputs[0], experts_NK.to(device), inputs[1], A_ERI.to(device), B_ERO.to(device))
         found.append([grad.cpu().double() for grad in torch.autograd.grad(delta_NO.float().square().sum(), inputs)])
     for ours, expected in zip(found[1], found[0], strict=True):

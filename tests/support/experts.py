@@ -20,10 +20,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from weftlm.errors import ExpertError
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors, Statistics
-from weftlm.experts.lora import module_widths
 from weftlm.experts.statistics import BIGRAM_BUCKETS, embed_tokens
+from weftlm.models.lora_targets import linear_widths
 
 VOCAB = 64
 EMBEDDING = 64
@@ -82,15 +81,8 @@ BASES: dict[str, Callable[..., PreTrainedModel]] = {"llama": llama, "qwen2": qwe
 
 def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Input and output width of every linear module but the output head, by name, in the model's order."""
-    found = {}
-    for name, module in model.named_modules():
-        try:
-            widths = module_widths(module)
-        except ExpertError:
-            continue
-        if not name.endswith("lm_head"):
-            found[name] = widths
-    return found
+    found = ((name, linear_widths(module)) for name, module in model.named_modules())
+    return {name: widths for name, widths in found if widths is not None and not name.endswith("lm_head")}
 
 
 def make_expert(

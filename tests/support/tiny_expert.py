@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.corpora.source import ArraySource
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.experts.lora import module_widths
+from weftlm.models.lora_targets import linear_widths
 
 VOCAB, LENGTH = 64, 16
 Q, V, DOWN = (f"model.layers.{layer}" for layer in ("0.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.down_proj"))
@@ -34,7 +34,7 @@ def random_expert(
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, rank in (modules or {Q: 2, V: 3, DOWN: 4}).items():
-        widths = module_widths(model.get_submodule(name))
+        widths = linear_widths(model.get_submodule(name))
         assert widths is not None
         A_RI = size * torch.randn(rank, widths[0], generator=generator)
         factors[name] = LoRAFactors(A_RI, size * torch.randn(widths[1], rank, generator=generator), 1.5 / rank)

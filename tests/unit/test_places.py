@@ -15,7 +15,7 @@ from weftlm.corpora.reading import CorpusConfig, ReadingReport, read_documents
 from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
-from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.peft_import import read_peft
 from weftlm.models.factory import ModelConfig, build_model, load_base
 from weftlm.models.open import pretrained_config
 from weftlm.pipeline.any_model import open_model
@@ -78,7 +78,7 @@ DOORS: dict[str, Callable[[str], Any]] = {
     "plan": pretrained_config,
     "dataset": lambda name: list(read_documents(CorpusConfig(dataset=name, label="x"), ReadingReport())),
     "imported adapter": lambda name: import_experts(Path("library"), [name]),
-    "adapter of a base": lambda name: ExpertLibrary.create(Path("other"), BaseReference("base")).import_peft(name),
+    "adapter of a base": lambda name: read_peft(name, BaseReference("base")),
 }
 
 

@@ -14,8 +14,7 @@ from weftlm.errors import DataError
 from weftlm.evaluation.perplexity import check_sizes, scored_in_batches
 from weftlm.evaluation.result import SetResult, WindowScores
 from weftlm.models.language_model import LanguageModel
-from weftlm.models.prompted import Prompted, batches_by_length, is_encoder_decoder, target_nats
-from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.models.prompted import Prompted, PromptedExamples, batches_by_length, is_encoder_decoder, target_nats
 
 
 def evaluate_examples(

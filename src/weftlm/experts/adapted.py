@@ -1,4 +1,4 @@
-"""Switch one expert on for a while, and leave a model as it was found.
+"""Switch one expert on for a while, and leave a model as it was.
 
 `adapted` adds an expert's branches to a model by forward hooks, `unchanged` undoes whatever is done to a model inside
 it. Neither writes to a weight.
@@ -13,25 +13,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weftlm.experts.expert import Gate, LoRAExpert
+from weftlm.experts.expert import LoRAExpert
 from weftlm.experts.lora import check_fits
 from weftlm.experts.low_rank import LowRank, gate_values, placement
 
 
 @contextmanager
-def adapted(model: nn.Module, expert: LoRAExpert, gate: Gate | None = None) -> Iterator[None]:
+def adapted(model: nn.Module, expert: LoRAExpert) -> Iterator[None]:
     """Run a model with one expert switched on.
 
-        y = W u + s B A u          or, with a gate,          y = W u + s B A (sigmoid(v . u) u)
+        y = W u + s B A u
 
-    in every module the expert adapts. The gated form is the one gates are trained in (Muqeeth et al. 2024,
-    arXiv:2402.05859, section 3). Modules and weights stay as they are: the branch is added by forward hooks, and a
+    in every module the expert adapts. Modules and weights stay as they are: the branch is added by forward hooks, and a
     model compiled in place runs uncompiled meanwhile.
 
     Args:
-        model: the base model; other experts switched on around this one add up.
-        expert: the adapter.
-        gate: its gate; None runs the expert in full.
+        model: Base model; other experts switched on around this one add up.
+        expert: Adapter.
     Raises:
         ExpertError: the expert does not fit the model.
     """
@@ -41,15 +39,14 @@ def adapted(model: nn.Module, expert: LoRAExpert, gate: Gate | None = None) -> I
         for name, factors in expert.modules.items():
             module = model.get_submodule(name)
             branch = LowRank([factors], *placement(module))
-            v_I = None if gate is None else gate.vectors[name].to(branch.A_ERI.device)
-            stack.callback(module.register_forward_hook(partial(_add, branch, v_I), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(add_branch, branch, None), with_kwargs=True).remove)
         yield
 
 
-def _add(
+def add_branch(
     branch: LowRank, v_I: Tensor | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y_XO: Tensor
 ) -> Tensor:
-    """Forward hook that adds an expert's branch to a module's output."""
+    """Forward hook that adds an expert's branch to a module's output, scaled by sigmoid(v . u) where there is a v."""
     u_XI = module_input(args, kwargs)
     return branch.add(y_XO, u_XI, gate_X=None if v_I is None else gate_values(u_XI, v_I))
 

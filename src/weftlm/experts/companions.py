@@ -1,4 +1,4 @@
-"""What travels with an adapter: its gate and its statistics, checked against it and written as safetensors.
+"""What goes with an adapter: its gate and its statistics, checked against it and written as safetensors.
 
 `gate.safetensors` holds v_I under each module's name; `statistics.safetensors` holds `means.MODULE`, `embeddings`,
 `token_counts` and `bigram_counts`. The rest is JSON under the metadata key `weftlm`.
@@ -14,15 +14,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from weftlm.errors import ExpertError
-from weftlm.experts.expert import Gate, LoRAExpert, Statistics
+from weftlm.experts.expert import Gate, LoRAExpert, Statistics, plain
 from weftlm.experts.files import GATE, METADATA, STATISTICS, parse_metadata, parse_tensors, to_json
 from weftlm.files import parse_json
 
 UNIT_TOLERANCE = 1e-3
-"""How far the length of an embedding may be from 1."""
+"""Largest distance of the length of an embedding from 1."""
 MAX_VECTOR_NORM = 1e9
 """Largest length of a gate's vector or a mean input; activations in half precision stay far below, and squares of what
-is much longer overflow, so that one expert would turn everybody's scores into NaN."""
+is much longer overflow, so that one expert would turn all scores into NaN."""
 
 _MEANS = "means."
 _SHOWN = 3
@@ -68,8 +68,7 @@ def encode_gate(lora: LoRAExpert, gate: Gate) -> bytes:
         ExpertError: the gate does not fit the adapter, or its facts are not JSON.
     """
     check_gate(lora, gate)
-    metadata = to_json(lora.name, "the gate's facts", {"facts": dict(gate.facts)})
-    return save({module: _plain(vector) for module, vector in gate.vectors.items()}, {METADATA: metadata})
+    return _encode(lora.name, "the gate's facts", gate.vectors, {"facts": dict(gate.facts)})
 
 
 def decode_gate(lora: LoRAExpert, data: bytes) -> Gate:
@@ -78,7 +77,8 @@ def decode_gate(lora: LoRAExpert, data: bytes) -> Gate:
     Raises:
         ExpertError: the file is broken, or the gate does not fit the adapter.
     """
-    gate = Gate(_floats(parse_tensors(lora.name, GATE, data)), _described(lora.name, GATE, data)["facts"])
+    vectors, facts, _ = _decode(lora.name, GATE, data)
+    gate = Gate(vectors, facts)
     check_gate(lora, gate)
     return gate
 
@@ -90,12 +90,12 @@ def encode_statistics(lora: LoRAExpert, statistics: Statistics) -> bytes:
         ExpertError: they do not fit the adapter, or their facts are not JSON.
     """
     check_statistics(lora, statistics)
-    tensors = {f"{_MEANS}{module}": _plain(mean) for module, mean in statistics.means.items()}
-    tensors["embeddings"] = _plain(statistics.embeddings_NF)
-    tensors["token_counts"] = _plain(statistics.token_counts_V)
-    tensors["bigram_counts"] = _plain(statistics.bigram_counts_K)
+    tensors = {f"{_MEANS}{module}": mean for module, mean in statistics.means.items()}
+    tensors["embeddings"] = statistics.embeddings_NF
+    tensors["token_counts"] = statistics.token_counts_V
+    tensors["bigram_counts"] = statistics.bigram_counts_K
     described = {"facts": dict(statistics.facts), "embedder": statistics.embedder}
-    return save(tensors, {METADATA: to_json(lora.name, "the statistics' facts", described)})
+    return _encode(lora.name, "the statistics' facts", tensors, described)
 
 
 def decode_statistics(lora: LoRAExpert, data: bytes) -> Statistics:
@@ -104,8 +104,7 @@ def decode_statistics(lora: LoRAExpert, data: bytes) -> Statistics:
     Raises:
         ExpertError: the file is broken, or the statistics do not fit the adapter.
     """
-    tensors = _floats(parse_tensors(lora.name, STATISTICS, data))
-    described = _described(lora.name, STATISTICS, data)
+    tensors, facts, described = _decode(lora.name, STATISTICS, data)
     means = {key.removeprefix(_MEANS): tensors.pop(key) for key in sorted(tensors) if key.startswith(_MEANS)}
     if set(tensors) != {"embeddings", "token_counts", "bigram_counts"}:
         raise ExpertError(
@@ -118,7 +117,7 @@ def decode_statistics(lora: LoRAExpert, data: bytes) -> Statistics:
         embedder=str(described.get("embedder", "")),
         token_counts_V=tensors["token_counts"],
         bigram_counts_K=tensors["bigram_counts"],
-        facts=described["facts"],
+        facts=facts,
     )
     check_statistics(lora, statistics)
     return statistics
@@ -126,42 +125,37 @@ def decode_statistics(lora: LoRAExpert, data: bytes) -> Statistics:
 
 def _check_vectors(lora: LoRAExpert, vectors: Mapping[str, Tensor], what: str, cure: str) -> None:
     where = f"expert {lora.name!r}: {what}"
-    lacking, extra = sorted(set(lora.modules) - set(vectors)), sorted(set(vectors) - set(lora.modules))
-    if lacking or extra:
-        listed = [f"nothing for {module}" for module in lacking] + [f"{module} is not adapted" for module in extra]
+    listed = [f"nothing for {module}" for module in sorted(lora.modules.keys() - vectors.keys())]
+    listed += [f"{module} is not adapted" for module in sorted(vectors.keys() - lora.modules.keys())]
+    if listed:
         more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
         raise ExpertError(
             f"{where}: one vector per adapted module is needed: {'; '.join(listed[:_SHOWN])}{more}; {cure}"
         )
     for module, vector in vectors.items():
-        width = int(lora.modules[module].A_RI.shape[1])
+        width, norm = int(lora.modules[module].A_RI.shape[1]), float(vector.double().norm())
+        wrong = None
         if tuple(vector.shape) != (width,):
-            raise ExpertError(
-                f"{where}: the vector of {module} is {tuple(vector.shape)}; it must be ({width},); {cure}"
-            )
-        if not torch.isfinite(vector).all():
-            raise ExpertError(f"{where}: the vector of {module} holds NaN or infinite values; {cure}")
-        norm = float(vector.double().norm())
-        if norm > MAX_VECTOR_NORM:
-            raise ExpertError(
-                f"{where}: the vector of {module} has a norm of {norm:.3g}, more than {MAX_VECTOR_NORM:g}; {cure}"
-            )
+            wrong = f"is {tuple(vector.shape)}; it must be ({width},)"
+        elif not torch.isfinite(vector).all():
+            wrong = "holds NaN or infinite values"
+        elif norm > MAX_VECTOR_NORM:
+            wrong = f"has a norm of {norm:.3g}, more than {MAX_VECTOR_NORM:g}"
+        if wrong is not None:
+            raise ExpertError(f"{where}: the vector of {module} {wrong}; {cure}")
 
 
-def _described(name: str, file: str, data: bytes) -> dict[str, Any]:
-    """The JSON of the metadata, whose `facts` are a mapping."""
+def _encode(name: str, what: str, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> bytes:
+    return save({key: plain(tensor) for key, tensor in tensors.items()}, {METADATA: to_json(name, what, described)})
+
+
+def _decode(name: str, file: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, facts, and all of the metadata's JSON."""
+    tensors = {key: plain(tensor) for key, tensor in parse_tensors(name, file, data).items()}
     try:
         described = parse_json(parse_metadata(data)[METADATA].encode())
         if isinstance(described, dict) and isinstance(described["facts"], dict):
-            return described
+            return tensors, described["facts"], described
     except (KeyError, ValueError):
         pass
     raise ExpertError(f"expert {name!r}: {file} does not say what it holds (metadata {METADATA!r}); make it again")
-
-
-def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: _plain(tensor) for key, tensor in tensors.items()}
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).contiguous()

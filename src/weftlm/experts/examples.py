@@ -1,12 +1,13 @@
-"""Experts of tasks: the training loop over whole examples of prompt and target, with a loss on targets alone.
+"""Training on whole examples of prompt and target, with a loss on targets alone.
 
-Sampling, checkpoints and resuming are the ordinary loop's. To it an example is a sequence of its own number: the rows
-it draws and shuffles only name examples, which are read, cut to length and padded here when their loss is taken.
+Sampling, checkpoints and resuming are the ordinary loop's. To it an example is a sequence of its own number: the
+rows it draws and shuffles only name examples, which are read, cut to length and padded here for
+their loss.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from weftlm.corpora.examples import Examples, examples_of
 from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError
 from weftlm.mixture.loader import Batch
-from weftlm.models.prompted import IGNORED, batches_by_length, is_encoder_decoder, prompted_inputs, target_nats
-from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.models.prompted import PromptedExamples, is_encoder_decoder, target_nats
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.estimators.direction import sum_over_ranks
 from weftlm.training.loop import Task, Trainer
@@ -32,12 +32,12 @@ def domain_trainer(
     """A trainer of one domain: on its examples where the source holds any, else on windows of its tokens.
 
     Args:
-        model: what is trained: a causal or encoder-decoder language model, with an adapter or gates.
-        name: the domain's name.
-        source: its training tokens. Examples come in an order shuffled anew in every epoch.
-        config: a `training` section.
-        runtime: device, precision and compilation.
-        options: further arguments of `Trainer`.
+        model: Causal or encoder-decoder language model, with an adapter or gates.
+        name: Name of the domain.
+        source: Its training tokens. Examples are shuffled in every epoch.
+        config: A `training` section.
+        runtime: Device, precision and compilation.
+        options: Further arguments of `Trainer`.
     Raises:
         ConfigError: as `Trainer`, or the sequences are too short for a prompt and a target.
         DataError: there is no example.
@@ -55,8 +55,8 @@ def training_source(source: Source, name: str, examples: bool | None) -> Source:
     """The source as an expert is to be trained on it.
 
     Args:
-        source: a domain's tokens.
-        name: of the domain, for messages.
+        source: Tokens of a domain.
+        name: Name of the domain, for messages.
         examples: True for whole examples, False for windows of text, None for what the source holds.
     Raises:
         ConfigError: examples are asked of plain text.
@@ -71,7 +71,7 @@ def training_source(source: Source, name: str, examples: bool | None) -> Source:
 
 
 class _AsText:
-    """A source whose prompts are not told of."""
+    """A source without its prompts."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -89,12 +89,7 @@ class _AsText:
 
 
 class ExampleNumbers:
-    """Examples to a loop that reads windows: window i holds the number i and nothing else.
-
-    Args:
-        examples: what is numbered.
-        length: T, tokens the loop takes a window for.
-    """
+    """Examples for a loop that reads windows of T tokens: window i holds the number i and nothing else."""
 
     def __init__(self, examples: Examples, length: int) -> None:
         self._count, self._length = len(examples), length
@@ -121,9 +116,6 @@ class ExampleLoss:
     processes. An example is cut by `fitted` to `sequence_length` tokens. Token counts, in metrics and results, are
     those that are read and predicted, on an average over the examples; padding does not count.
 
-    Args:
-        prompted: what to train on.
-        device: device of the model.
     """
 
     def __init__(self, prompted: PromptedExamples, device: torch.device) -> None:
@@ -163,55 +155,3 @@ def prompted_examples(model: nn.Module, examples: Examples, length: int, name: s
     if len(examples) == 0:
         raise DataError(f"{name!r} holds no whole example; give it more text, or raise data.domains.max_train_tokens")
     return PromptedExamples(examples, length, is_encoder_decoder(model))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One forward pass of those that statistics are collected from.
-
-    Attributes:
-        arguments: of the model.
-        query_BT: ids that are embedded.
-        query_mask_BT: where they are not padding; None: everywhere.
-        masks: where the model's own tokens are not padding, of different shapes for encoder and decoder.
-    """
-
-    arguments: dict[str, Tensor]
-    query_BT: Tensor
-    query_mask_BT: Tensor | None = None
-    masks: tuple[Tensor, ...] = ()
-
-
-def example_readings(
-    prompted: PromptedExamples, count: int, seed: int, batch_sequences: int
-) -> tuple[list[Reading], list[Tensor]]:
-    """Up to `count` examples, drawn by the seed, in batches of about one length.
-
-    Returns:
-        the batches, and the texts whose tokens are counted: of each example its prompt and target, for an
-        encoder-decoder apart.
-    """
-    drawn_N = np.random.default_rng(seed).choice(
-        len(prompted), size=min(count, len(prompted)), replace=False, shuffle=False
-    )
-    rows = prompted.rows(np.sort(drawn_N))
-    texts = [np.concatenate(row) for row in rows]
-    if prompted.encoder:
-        texts = [part for row in rows for part in row]
-    found = []
-    for batch_B in batches_by_length(rows, batch_sequences, encoder=prompted.encoder):
-        batch = [rows[index] for index in batch_B]
-        inputs = prompted_inputs(batch, encoder=prompted.encoder)
-        tokens_BT, mask_BT = torch.from_numpy(inputs.tokens_BT), torch.from_numpy(inputs.mask_BT)
-        arguments = {"input_ids": tokens_BT, "attention_mask": mask_BT.long()}
-        masks: tuple[Tensor, ...] = (mask_BT,)
-        if inputs.labels_BC is not None:
-            labels_BC = torch.from_numpy(inputs.labels_BC)
-            if labels_BC.shape == tokens_BT.shape:  # told apart by their shapes
-                labels_BC = torch.nn.functional.pad(labels_BC, (0, 1), value=IGNORED)
-            arguments["labels"] = labels_BC
-            masks = (mask_BT, labels_BC != IGNORED)
-        width = int(inputs.prompt_mask_BT.sum(axis=1).max())
-        query_mask_BT = torch.from_numpy(inputs.prompt_mask_BT[:, :width])
-        found.append(Reading(arguments, tokens_BT[:, :width], query_mask_BT, masks))
-    return found, [torch.from_numpy(text_T) for text_T in texts]

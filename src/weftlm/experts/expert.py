@@ -1,6 +1,6 @@
-"""What an expert is: a LoRA adapter, its gate, what it says of its own data, and a card.
+"""The types of an expert: a LoRA adapter, its gate, statistics of its data, and a card.
 
-The types every other file of the room reads and writes. All tensors are float32 on the CPU, whatever the files hold.
+All tensors are float32 on the CPU, whatever the files hold.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def plain(tensor: Tensor, *, copy: bool = False) -> Tensor:
+    """A tensor as experts hold and write it: float32, on the CPU, contiguous."""
+    import torch  # noqa: PLC0415 - listing a library needs none
+
+    return tensor.detach().to("cpu", torch.float32, copy=copy).contiguous()
 
 
 @dataclass(frozen=True)
@@ -44,22 +51,31 @@ class BaseReference:
     Attributes:
         name: local folder or hub name, as PEFT's `base_model_name_or_path`.
         revision: hub revision, or None.
-        fingerprint: of the base (`base_fingerprint`); None where it is unknown.
+        fingerprint: `base_fingerprint` of the base; None where it is unknown.
     """
 
     name: str
     revision: str | None = None
     fingerprint: str | None = None
 
+    def __str__(self) -> str:
+        return (self.name or "unnamed") + ("" if self.revision is None else f" (revision {self.revision})")
+
 
 def is_folder(name: str) -> bool:
-    """Whether a text that may be anything names a folder that is here."""
+    """Whether a text names an existing folder."""
     return "\0" not in name and bool(name) and os.path.isdir(name)
 
 
 def base_name(name: str) -> str:
-    """How a base is told: a hub name as it is, a folder by its absolute path."""
+    """Canonical reference to a base model: hub id or absolute path."""
     return str(Path(name).resolve()) if is_folder(name) else name
+
+
+def same_base(one: BaseReference, other: BaseReference) -> bool:
+    """Whether two references name one place; a revision counts where both give one."""
+    revisions = {one.revision, other.revision} - {None}
+    return base_name(one.name) == base_name(other.name) and len(revisions) < 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class LoRAExpert:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all factors."""
+        """Number of values in all factors."""
         return sum(each.A_RI.numel() + each.B_OR.numel() for each in self.modules.values())
 
 
@@ -99,12 +115,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an expert's own data looks like, for routers that need no gate; made without seeing anybody else's.
+    """Statistics of an expert's own data, for routers that need no gate; computed without any other expert's data.
 
     Attributes:
         means: mean over examples of the mean module input (base model with this expert switched on), v_I by module.
         embeddings_NF: unit-length embeddings of N training inputs, for retrieval.
-        embedder: what made them, so that a query is embedded alike ("tokens-1024", "sentence-transformers:NAME").
+        embedder: Name of their embedder ("tokens-1024", "sentence-transformers:NAME"), for queries.
         token_counts_V: how often each token id occurs in the sampled training tokens.
         bigram_counts_K: counts of hashed (previous, next) token pairs, K buckets (`bigram_bucket`).
         facts: examples, tokens, data fingerprint, seed.

@@ -1,14 +1,9 @@
-"""Bytes in and out for the experts room: whole files only, forced to disk, and parsers that trust nothing."""
+"""Names of an expert's files, and parsers that trust nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from weftlm.errors import ExpertError, reason
@@ -17,42 +12,10 @@ from weftlm.files import parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "card.json"
 GATE, STATISTICS = "gate.safetensors", "statistics.safetensors"
 METADATA = "weftlm"
 """Key of the facts in the metadata of a gate's and of statistics' file."""
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and force it to disk."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def explained_writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn a failure to write an expert or a library into an ExpertError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        cure = "free some space" if error.errno == errno.ENOSPC else "see that the folder is writable"
-        raise ExpertError(f"{what}: cannot write {folder}: {error.strerror or error}; {cure}") from error
-
-
-def describe(data: bytes) -> dict[str, Any]:
-    """Length and BLAKE2b-128 digest of a file's contents."""
-    return {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
 
 
 def to_json(name: str, what: str, value: Mapping[str, Any]) -> str:

@@ -16,21 +16,22 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from weftlm.config import settings
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
-from weftlm.errors import ExpertError
-from weftlm.experts.adapted import unchanged
+from weftlm.experts.adapted import add_branch, unchanged
 from weftlm.experts.config import GateConfig
 from weftlm.experts.examples import domain_trainer
-from weftlm.experts.expert import Gate, LoRAExpert, LoRAFactors
+from weftlm.experts.expert import Gate, LoRAExpert, plain
 from weftlm.experts.lora import check_fits
-from weftlm.experts.low_rank import LowRank, gate_values, placement
+from weftlm.experts.low_rank import LowRank, placement
 from weftlm.models.factory import count_parameters
 from weftlm.training.config import NOT_DECIDING, TrainingConfig
 from weftlm.training.metrics import read_metrics
@@ -39,110 +40,44 @@ from weftlm.training.runtime import Runtime, choose_runtime
 log = logging.getLogger(__name__)
 
 
-class GatedLinear(nn.Module):
-    """A linear module with an adapter and its gate, in the form gates are trained in.
-
-        y = W u + s B A (sigmoid(v . u) u)
-
-    Args:
-        base: the module: `nn.Linear`, transformers' `Conv1D`, or a quantised one.
-        factors: its adapter; kept frozen, in the base's compute dtype, and out of `state_dict`.
-
-    Attributes:
-        base: the module, as it was.
-        branch: the adapter.
-        v: the gate vector, width of the module's input, float32, zero at first: every token gets half the adapter.
-    """
-
-    def __init__(self, base: nn.Module, factors: LoRAFactors) -> None:
-        super().__init__()
-        self.base = base
-        self.branch = LowRank([factors], *placement(base))
-        A_ERI = self.branch.A_ERI
-        self.v = nn.Parameter(torch.zeros(A_ERI.shape[2], dtype=torch.float32, device=A_ERI.device))
-        self.train(base.training)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the base has: some models ask a linear module for its `weight.dtype` or `in_features`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-    def forward(self, u_XI: Tensor) -> Tensor:
-        """y_XO for a module input with any leading axes."""
-        return self.branch.add(self.base(u_XI), u_XI, gate_X=gate_values(u_XI, self.v))
-
-
-def attach_gates(model: nn.Module, expert: LoRAExpert) -> dict[str, GatedLinear]:
-    """Put an expert with untrained gates into a model, in place, and freeze everything but the gates.
-
-    Any transformer will do, encoder-decoders too; `gated` is the form that cleans up after itself.
-
-    Args:
-        model: the base model; its parameters stop requiring gradients.
-        expert: the adapter.
-    Returns:
-        The gated module by the name of the module it stands in for.
-    Raises:
-        ExpertError: the expert does not fit the model, or the model carries gates already.
-    """
-    if any(isinstance(module, GatedLinear) for module in model.modules()):
-        raise ExpertError("the model carries gates already; call detach_gates(model) first")
-    check_fits(expert, model)
-    model.requires_grad_(False)
-    gates = {}
-    for name, factors in expert.modules.items():
-        gates[name] = GatedLinear(model.get_submodule(name), factors)
-        model.set_submodule(name, gates[name])
-    return gates
-
-
-def detach_gates(model: nn.Module) -> None:
-    """Put the original modules back where `attach_gates` put gated ones; without gates it does nothing.
-
-    The base's parameters stay frozen: `gated` also restores what required gradients before.
-    """
-    found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, GatedLinear)]
-    for name, module in found:
-        model.set_submodule(name, module.base)
-
-
 @contextmanager
-def gated(model: nn.Module, expert: LoRAExpert) -> Iterator[dict[str, GatedLinear]]:
-    """`attach_gates` for the length of a block; the model is then as it was, to the bit and to `requires_grad`.
+def gated(model: nn.Module, expert: LoRAExpert) -> Iterator[dict[str, nn.Parameter]]:
+    """Run a model with an expert and its untrained gates: what `train_gate`, or a loop of one's own, trains.
 
-    Raises:
-        ExpertError: as `attach_gates`.
-    """
-    with unchanged(model):
-        try:
-            yield attach_gates(model, expert)
-        finally:
-            detach_gates(model)
+        y = W u + s B A (sigmoid(v . u) u)          v = 0 at first: every token gets half the adapter
 
-
-def gate_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The gate vectors of a model with gates, by module name: what a loop of one's own trains.
-
+    Everything but the gates is frozen meanwhile; afterwards the model is as it was, to the bit and to `requires_grad`.
     `train_gate` trains on next tokens or on examples. With any other loss a gate is trained so:
 
-        with gated(model, expert):
-            vectors = gate_parameters(model)
+        with gated(model, expert) as vectors:
             optimizer = torch.optim.AdamW(vectors.values(), lr=5e-3, weight_decay=0.0)
             for batch in batches:                       # the expert's own data and loss
                 model(**batch).loss.backward()
                 torch.nn.utils.clip_grad_norm_(vectors.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            gate = Gate(read_gates(model), facts={"steps": len(batches), "lr": 5e-3})
+            gate = Gate({name: plain(v_I) for name, v_I in vectors.items()}, facts={"steps": len(batches), "lr": 5e-3})
+
+    Args:
+        model: A transformer, encoder-decoders too.
+        expert: The adapter.
+    Returns:
+        The gate vectors by module name, float32 parameters of the model.
+    Raises:
+        ExpertError: the expert does not fit the model.
     """
-    return {name: module.v for name, module in model.named_modules() if isinstance(module, GatedLinear)}
-
-
-def read_gates(model: nn.Module) -> dict[str, Tensor]:
-    """The gate vectors of a model with gates as a `Gate` holds them: v_I by module name, float32 copies on the CPU."""
-    return {name: v_I.detach().to("cpu", torch.float32, copy=True) for name, v_I in gate_parameters(model).items()}
+    check_fits(expert, model)
+    with unchanged(model):
+        model.requires_grad_(False)
+        vectors = {}
+        for name, factors in expert.modules.items():
+            module = model.get_submodule(name)
+            branch = LowRank([factors], *placement(module))
+            zeros_I = torch.zeros(factors.A_RI.shape[1], dtype=torch.float32, device=branch.A_ERI.device)
+            branch.gate_v = vectors[name] = nn.Parameter(zeros_I)
+            module.add_module("gated_branch", branch)  # moves with the model
+            module.register_forward_hook(partial(add_branch, branch, vectors[name]), with_kwargs=True)
+        yield vectors
 
 
 def train_gate(
@@ -160,17 +95,17 @@ def train_gate(
 
     Windows need a causal language model, examples may have an encoder-decoder as well (`ExampleLoss`). The model is
     left exactly as it was: modules, weights, modes, devices and `requires_grad`. A killed training continues from its
-    last checkpoint, a finished one is read back. For losses of one's own see `gate_parameters`.
+    last checkpoint, a finished one is read back. For losses of one's own see `gated`.
 
     Args:
-        model: the base model, bare.
-        expert: the adapter, from here or from anywhere.
-        source: the training tokens of the expert, with its examples if there are any.
-        config: what is the gate's own.
-        folder: checkpoints and metrics.jsonl go there.
-        seed: of the draw of sequences, and of the base's dropout if it has any.
-        training: the expert's `training` section, for what `config` leaves out; absent: that section's defaults.
-        runtime: device, precision and compilation; absent: chosen for this machine.
+        model: Base model, bare.
+        expert: Adapter, trained here or imported.
+        source: Training tokens of the expert, with its examples if there are any.
+        config: Settings of the gate.
+        folder: Folder for checkpoints and metrics.jsonl.
+        seed: Random seed of the draw of sequences, and of the base's dropout if it has any.
+        training: The expert's `training` section, for what `config` leaves out; absent: that section's defaults.
+        runtime: Device, precision and compilation; absent: chosen for this machine.
     Returns:
         The gate; facts: steps, lr, batch_sequences, sequence_length, tokens, data (the source's fingerprint), seed,
         first_loss and last_loss (nats per token, of the first and last batch), seconds, stopped_early.
@@ -181,7 +116,6 @@ def train_gate(
         NumericsError: the loss or the gradient is not finite.
     """
     like = training or TrainingConfig(steps=1)
-    check_fits(expert, model)
     facts: dict[str, Any] = {
         "steps": 0,
         "lr": config.lr,
@@ -195,15 +129,17 @@ def train_gate(
         "seconds": 0.0,
         "stopped_early": None,
     }
-    if config.steps == 0:
-        log.warning("the gate of %s takes no step: its vectors are zero", expert.name)
-        zeros = {name: torch.zeros(factors.A_RI.shape[1]) for name, factors in expert.modules.items()}
-        return Gate(zeros, facts)
-    section = config.training(like)
-    identity = fingerprint_of(
-        "gate", training_choices(section), adapter_fingerprint(expert), source.fingerprint, seed, *how_read(source)
-    )
-    with gated(model, expert):
+    with gated(model, expert) as vectors:
+        if config.steps == 0:
+            log.warning("the gate of %s takes no step: its vectors are zero", expert.name)
+            return Gate({name: plain(v_I) for name, v_I in vectors.items()}, facts)
+        section = config.training(like)
+        identity = {
+            "adapter": adapter_fingerprint(expert),
+            "data": data_identity(source),
+            "seed": seed,
+            "settings": settings(section, without=NOT_DECIDING),
+        }
         _let_gradients_through_checkpointing(model)
         trainer = domain_trainer(
             model,
@@ -216,7 +152,7 @@ def train_gate(
             identity=identity,
         )
         result = trainer.run()
-        vectors = read_gates(model)
+        trained = {name: plain(v_I) for name, v_I in vectors.items()}
     losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
     facts |= {
         "steps": result.step,
@@ -226,7 +162,7 @@ def train_gate(
         "seconds": result.seconds["train"],
         "stopped_early": result.stopped_early,
     }
-    return Gate(vectors, facts)
+    return Gate(trained, facts)
 
 
 def _let_gradients_through_checkpointing(model: Any) -> None:
@@ -235,19 +171,9 @@ def _let_gradients_through_checkpointing(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def training_choices(config: TrainingConfig) -> dict[str, Any]:
-    """A `training` section as plain values, less what does not change the weights."""
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_DECIDING}
-
-
-def how_read(source: Source) -> list[str]:
-    """What a fingerprint says of a source of examples beside its contents; nothing of plain text."""
-    return [] if examples_of(source) is None else ["examples"]
-
-
-def fingerprint_of(*values: Any) -> str:
-    """Hash of JSON values: the identity a checkpoint is refused by."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+def data_identity(source: Source) -> list[str]:
+    """What identifies a source of training text: its contents, and whether whole examples are read of it."""
+    return [source.fingerprint, *([] if examples_of(source) is None else ["examples"])]
 
 
 def adapter_fingerprint(expert: LoRAExpert) -> str:
@@ -257,5 +183,5 @@ def adapter_fingerprint(expert: LoRAExpert) -> str:
         factors = expert.modules[name]
         total.update(json.dumps([name, *factors.A_RI.shape, *factors.B_OR.shape, factors.scale]).encode())
         for tensor in (factors.A_RI, factors.B_OR):
-            total.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            total.update(plain(tensor).numpy().tobytes())
     return total.hexdigest()

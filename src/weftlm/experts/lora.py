@@ -12,7 +12,7 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from operator import itemgetter
 from pathlib import Path
@@ -23,15 +23,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, ExpertError, did_you_mean, reason
-from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.experts.files import CONFIG, WEIGHTS, explained_writing, parse_tensors, write_file
+from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors, plain
+from weftlm.experts.files import CONFIG, WEIGHTS, parse_tensors
 from weftlm.files import SEAL, check_sealed, parse_json, whole_folder
 from weftlm.models.factory import load_model, peft_warnings
-from weftlm.models.lora_targets import ALL_LINEAR
+from weftlm.models.lora_targets import linear_widths
 from weftlm.models.open import load_base
 from weftlm.models.patterns import matches
 
@@ -66,7 +64,8 @@ def read_lora(folder: Path, name: str | None = None) -> LoRAExpert:
     Rank and alpha are looked up per module as PEFT does (`rank_pattern`, `alpha_pattern`).
 
     Args:
-        name: of the expert; the folder's name where None.
+        folder: Folder of the adapter.
+        name: Name of the expert; the folder's name where None.
     Raises:
         ExpertError: files are missing, pickled, truncated or inconsistent, or the adapter is not a plain LoRA on linear
             modules.
@@ -125,13 +124,13 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
 def load_adapted(
     folder: Path, *, base: str | None = None, revision: str | None = None, dtype: str = "float32"
 ) -> PeftModel:
-    """Open an adapter's folder over its base, for use; only `read_lora` reads its files.
+    """Open an adapter's folder over its base as a PEFT model, frozen; only `read_lora` reads its files.
 
     Args:
-        folder: as of `read_lora`.
-        base: another place to load the base from; None for the one the adapter names.
-        revision: of that base.
-        dtype: the base is held in; the adapter is float32.
+        folder: Folder of the adapter.
+        base: Another place to load the base from; None for the one the adapter names.
+        revision: Hub revision of that base.
+        dtype: Dtype of the base; the adapter is float32.
     Raises:
         ExpertError: as `read_lora` and `check_fits`, or the adapter names no base.
         ConfigError: the base cannot be loaded.
@@ -141,24 +140,7 @@ def load_adapted(
         base, revision = expert.base.name, expert.base.revision
     if not base:
         raise ExpertError(f"expert {expert.name!r}: {folder / CONFIG} does not name its base; name it (--base)")
-    return as_peft_model(load_base(base, revision=revision, dtype=dtype), expert)
-
-
-def load_trained(folder: Path, *, dtype: str = "float32") -> nn.Module:
-    """Open what `weftlm train` left: a whole model, or an adapter beside the name of its base.
-
-    Raises:
-        ConfigError, ExpertError: as `load_model` and `load_adapted`.
-    """
-    return load_adapted(folder, dtype=dtype) if (folder / CONFIG).exists() else load_model(folder)
-
-
-def as_peft_model(model: PreTrainedModel, expert: LoRAExpert) -> PeftModel:
-    """Put an adapter into a model as PEFT's own modules, frozen.
-
-    Raises:
-        ExpertError: the adapter does not fit (`check_fits`).
-    """
+    model = load_base(base, revision=revision, dtype=dtype)
     check_fits(expert, model)
     made = make_peft_config(expert.base, expert.modules, expert.peft_config)
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout", "fan_in_fan_out")
@@ -175,6 +157,15 @@ def as_peft_model(model: PreTrainedModel, expert: LoRAExpert) -> PeftModel:
             weight = part["default"].get_parameter("weight")
             weight.data = factor.to(weight.device, torch.float32, copy=True)
     return adapted
+
+
+def load_trained(folder: Path, *, dtype: str = "float32") -> nn.Module:
+    """Open what `weftlm train` wrote: a whole model, or an adapter with the name of its base.
+
+    Raises:
+        ConfigError, ExpertError: as `load_model` and `load_adapted`.
+    """
+    return load_adapted(folder, dtype=dtype) if (folder / CONFIG).exists() else load_model(folder)
 
 
 def write_lora(folder: Path, expert: LoRAExpert) -> None:
@@ -194,9 +185,9 @@ def write_lora(folder: Path, expert: LoRAExpert) -> None:
         if {path.name: path.is_file() and path.read_bytes() for path in paths} == files:
             return
         raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
-    with explained_writing(f"expert {expert.name!r}", folder), whole_folder(folder, "adapter") as making:
+    with whole_folder(folder, "adapter") as making:
         for file, data in files.items():
-            write_file(making / file, data)
+            (making / file).write_bytes(data)
 
 
 def lora_files(expert: LoRAExpert) -> dict[str, bytes]:
@@ -208,8 +199,8 @@ def lora_files(expert: LoRAExpert) -> dict[str, bytes]:
     check_lora(expert)
     tensors = {}
     for module, factors in expert.modules.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = _plain(factors.A_RI)
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = _plain(factors.B_OR)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = plain(factors.A_RI)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = plain(factors.B_OR)
     config = make_peft_config(expert.base, expert.modules, expert.peft_config)
     return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
@@ -222,7 +213,9 @@ def make_peft_config(
         alpha = scale * rank
 
     Args:
-        like: where to take what the factors do not say: `task_type`, `lora_dropout`, `fan_in_fan_out`.
+        base: Base of the adapter.
+        modules: The adapter's factors by module.
+        like: Settings to take `task_type`, `lora_dropout` and `fan_in_fan_out` from.
     """
     like = {} if like is None else like
     shapes = {module: (factors.rank, _alpha(factors)) for module, factors in modules.items()}
@@ -269,8 +262,8 @@ def from_peft_model(model: PeftModel, name: str, *, adapter: str = "default", ba
             raise ExpertError(_embedding(name, module))
         if adapter in layer.lora_A:
             modules[module] = LoRAFactors(
-                _plain(layer.lora_A[adapter].get_parameter("weight"), copy=True),
-                _plain(layer.lora_B[adapter].get_parameter("weight"), copy=True),
+                plain(layer.lora_A[adapter].get_parameter("weight"), copy=True),
+                plain(layer.lora_B[adapter].get_parameter("weight"), copy=True),
                 float(layer.scaling[adapter]),
             )
     expert = LoRAExpert(name, base, modules, settings)
@@ -321,27 +314,26 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
     """Check that an adapter was made for this model.
 
     Args:
-        fingerprint: of the model (`base_fingerprint`), compared where the expert knows its base's too.
+        expert: The adapter.
+        model: The base, on the meta device too.
+        fingerprint: `base_fingerprint` of the model, compared where the expert has its base's too.
     Raises:
         ExpertError: modules are missing on either side, are not linear or have other widths, or the fingerprints
             differ.
     """
     known = dict(model.named_modules())
-    lacking = _absent(expert, [name for name in known if _is_linear(known[name])])
+    linear = {name: widths for name, module in known.items() if (widths := linear_widths(module)) is not None}
+    lacking = _absent(expert, linear)
     if lacking:
         raise ExpertError(_incomplete(expert.name, lacking))
     wrong = []
     for module, factors in expert.modules.items():
+        found, wanted = linear.get(module), (int(factors.A_RI.shape[1]), int(factors.B_OR.shape[0]))
         if module not in known:
             wrong.append(f"{module} is not in the model")
-            continue
-        try:
-            found = module_widths(known[module])
-        except ExpertError as error:
-            wrong.append(f"{module}: {error}")
-            continue
-        wanted = (int(factors.A_RI.shape[1]), int(factors.B_OR.shape[0]))
-        if found != wanted:
+        elif found is None:
+            wrong.append(f"{module} is a {type(known[module]).__name__} and no linear module")
+        elif found != wanted:
             wrong.append(f"{module} maps {found[0]} to {found[1]}, the adapter {wanted[0]} to {wanted[1]}")
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -354,22 +346,6 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
             f"expert {expert.name!r} was made for another base: its base {expert.base.name or 'unnamed'} has "
             f"fingerprint {expert.base.fingerprint}, this model {fingerprint}; load the base it was trained on"
         )
-
-
-def module_widths(module: nn.Module) -> tuple[int, int]:
-    """Input and output width of a linear module.
-
-    Linear, GPT-2's Conv1D (whose weight is input x output), and anything that tells both, such as a quantised linear.
-
-    Raises:
-        ExpertError: the module is not linear.
-    """
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
-    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not (isinstance(inputs, int) and isinstance(outputs, int)):
-        raise ExpertError(f"a {type(module).__name__} is not a linear module; only linear modules can be adapted")
-    return inputs, outputs
 
 
 def _read(name: str, path: Path, limit: int | None = None) -> bytes:
@@ -409,44 +385,18 @@ def _named_base(settings: Mapping[str, Any]) -> BaseReference:
     return BaseReference(settings.get("base_model_name_or_path") or "", settings.get("revision"))
 
 
-def _absent(expert: LoRAExpert, names: Sequence[str]) -> list[str]:
-    """Linear modules of a base that an adapter's configuration means and its weights lack: PEFT would start them anew.
+def _absent(expert: LoRAExpert, names: Collection[str]) -> list[str]:
+    """Linear modules of a base that an adapter's list of target modules names and its weights lack.
 
-    Args:
-        expert: the adapter.
-        names: of the base's linear modules.
+    PEFT would start them again from zero. A module's full name means that module alone.
     """
     settings = expert.peft_config
-    targets, only = settings.get("target_modules"), settings.get("layers_to_transform")
-    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
         return []
-    meant, excluded = (_meant(expert.name, key, settings.get(key) or [], names)
-                       for key in ("target_modules", "exclude_modules"))  # fmt: skip
-    layers = None if only is None or only == [] else {only} if isinstance(only, int) else set(only)
-    found = meant - excluded - set(expert.modules)
-    return sorted(name for name in found if layers is None or _layer(name) in layers)
-
-
-def _meant(name: str, key: str, entries: str | Sequence[str], names: Sequence[str]) -> set[str]:
-    """The modules a setting means, as PEFT reads it; but a module's full name means that module alone."""
-    if isinstance(entries, str):
-        try:
-            (hits,) = matches([entries], names, key)
-        except ConfigError as error:
-            raise ExpertError(f"expert {name!r}: {error}") from error
-        return {each for each, hit in zip(names, hits, strict=True) if hit}
-    exact = set(entries) & set(names)
-    ends = set(entries) - exact
-    return exact | {each for each in names if any(each[place:] in ends for place in _after_dots(each))}
-
-
-def _after_dots(name: str) -> list[int]:
-    return [place + 1 for place, letter in enumerate(name) if letter == "."]
-
-
-def _layer(name: str) -> int | None:
-    """The number of the layer a module is in."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    ends = tuple(f".{target}" for target in targets if target not in names)
+    meant = {name for name in names if name in targets or f".{name}".endswith(ends)}
+    return sorted(meant - expert.modules.keys())
 
 
 def _incomplete(name: str, lacking: Sequence[str]) -> str:
@@ -455,14 +405,6 @@ def _incomplete(name: str, lacking: Sequence[str]) -> str:
         f"expert {name!r}: {CONFIG} names {', '.join(lacking[:_SHOWN])}{more} (target_modules), and {WEIGHTS} holds "
         f"nothing for it; the file is incomplete: export the adapter again"
     )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    try:
-        module_widths(module)
-    except ExpertError:
-        return False
-    return True
 
 
 def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:
@@ -495,7 +437,7 @@ def _pair(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any])
             raise ExpertError(_stranger(name, key, settings))
         tensor = tensors[key]
         factors.setdefault(match["module"], {})[match["factor"]] = (
-            _plain(tensor) if tensor.dtype.is_floating_point else tensor
+            plain(tensor) if tensor.dtype.is_floating_point else tensor
         )
     for module, pair in factors.items():
         if len(pair) != 2:
@@ -570,10 +512,6 @@ def _alpha(factors: LoRAFactors) -> float:
     near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     best = min(near, key=lambda value: abs(value / factors.rank - factors.scale))
     return int(best) if best.is_integer() else best
-
-
-def _plain(tensor: Tensor, *, copy: bool = False) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=copy).contiguous()
 
 
 def _jsonable(value: Any) -> Any:

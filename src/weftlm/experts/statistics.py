@@ -1,6 +1,6 @@
-"""What an expert says of its own data: mean module inputs, embeddings, and counts of tokens and token pairs.
+"""Statistics of an expert's own data: mean module inputs, embeddings, and counts of tokens and token pairs.
 
-Collected on the expert's data alone, without its labels or anybody else's text, for routers that need no gate. Token
+Collected on the expert's data alone, without its labels or any other text, for routers that need no gate. Token
 windows are embedded by hashing their ids, so that a model can embed its input without a tokenizer at hand.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weftlm.corpora.examples import examples_of
@@ -23,8 +24,9 @@ from weftlm.domains.config import EmbedderConfig
 from weftlm.domains.embed import SentenceTransformerEmbedder
 from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
 from weftlm.experts.adapted import adapted, module_input, unchanged
-from weftlm.experts.examples import Reading, example_readings, prompted_examples
+from weftlm.experts.examples import prompted_examples
 from weftlm.experts.expert import LoRAExpert, Statistics
+from weftlm.models.prompted import IGNORED, PromptedExamples, batches_by_length, model_arguments, prompted_inputs
 from weftlm.threads import follow_load
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,11 @@ _ALL_BUT_SIGN = 0x7FFFFFFFFFFFFFFF
 _UNIGRAM, _BIGRAM = 1, 2  # keys of hash functions that never meet
 
 
+_Batch = tuple[dict[str, Any], Tensor, Tensor | None, dict[tuple[int, ...], Tensor]]
+"""One forward pass: arguments of the model; ids that are embedded, and where they are not padding (None: everywhere);
+masks of the model's own tokens, by shape, which differs between encoder and decoder."""
+
+
 def collect_statistics(
     model: nn.Module,
     expert: LoRAExpert,
@@ -58,7 +65,7 @@ def collect_statistics(
     embed: Embed | None = None,
     decode: Decode | None = None,
 ) -> Statistics:
-    """Describe a source as one expert sees it.
+    """Describe a source as one expert reads it.
 
         mean_m = 1/N sum_n 1/T sum_t u_m[n, t]
 
@@ -66,20 +73,20 @@ def collect_statistics(
     into, in a model with this expert switched on, in evaluation mode. Sums are float64. Windows, embeddings and counts
     are a function of the source and the seed alone. The model is left exactly as it was.
 
-    Of a source of examples, N of them are drawn instead of windows and cut to T; padding enters nothing, an
-    encoder-decoder's modules see what is theirs, and embeddings are of the prompts alone: what a query knows too.
+    Of a source of examples, N of them are drawn instead of windows and cut to T; padding enters nothing, and embeddings
+    are of the prompts alone, which is what a query has too.
 
     Args:
-        model: a causal language model, or an encoder-decoder for examples; bare, on the device to use.
-        expert: the adapter.
-        source: its training tokens.
+        model: Causal language model, or an encoder-decoder for examples; bare, on the device to use.
+        expert: Adapter.
+        source: Its training tokens.
         examples: N, fewer where the source holds fewer windows.
         sequence_length: T.
-        seed: of the draw.
-        batch_sequences: windows per forward pass.
-        embedder: name of the embedder, kept so that queries are embedded alike; see `embedder_named`.
-        embed: an embedder of one's own under that name.
-        decode: token ids to text, for embedders that read text.
+        seed: Random seed of the draw.
+        batch_sequences: Windows per forward pass.
+        embedder: Name of the embedder, kept so that queries are embedded alike; see `embedder_named`.
+        embed: Embedding function under that name, in place of `embedder_named`.
+        decode: Function from token ids to text, for embedders that read text.
     Returns:
         Statistics. facts: examples, tokens, sequence_length, data (the source's fingerprint), seed, and unreached: the
         modules no token came to (in a mixture-of-experts layer), whose means are zero.
@@ -95,21 +102,23 @@ def collect_statistics(
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     embedding = embed if embed is not None else embedder_named(embedder, decode)
-    held, batches, texts_N = examples_of(source), list[Reading](), list[Tensor]()
+    device = next(model.parameters()).device
+    held = examples_of(source)
     if held is None:
-        tokens_NT = _windows(source, examples, sequence_length, seed)
-        texts_N = list(tokens_NT)
-        batches = [Reading({"input_ids": rows}, rows) for rows in tokens_NT.split(batch_sequences)]
+        texts_NT = _windows(source, examples, sequence_length, seed)
+        texts = list(texts_NT)
+        batches: list[_Batch] = [
+            ({"input_ids": rows_BT.to(device)}, rows_BT, None, {}) for rows_BT in texts_NT.split(batch_sequences)
+        ]
     else:
         prompted = prompted_examples(model, held, sequence_length, expert.name)
-        batches, texts_N = example_readings(prompted, examples, seed, batch_sequences)
-    vocabulary, all_N = _vocabulary_size(model), torch.cat(texts_N)
+        batches, texts = _example_batches(model, prompted, _draw(len(held), examples, seed), batch_sequences, device)
+    vocabulary, all_N = int(model.get_input_embeddings().weight.shape[0]), torch.cat(texts)  # type: ignore[operator]
     if int(all_N.max()) >= vocabulary:
         raise DataError(
             f"the source holds token id {int(all_N.max())} and the model embeds {vocabulary}; tokenise the text "
             f"with the model's own tokenizer"
         )
-    device = next(model.parameters()).device
     with unchanged(model), ExitStack() as stack:
         model.eval()
         stack.enter_context(adapted(model, expert))
@@ -118,12 +127,11 @@ def collect_statistics(
             hook = model.get_submodule(name).register_forward_pre_hook(mean, with_kwargs=True)
             stack.callback(hook.remove)
         stack.enter_context(torch.no_grad())
-        for batch in batches:
+        for arguments, query_BT, _, masks in batches:
             follow_load()
-            masks = {tuple(mask_BT.shape): mask_BT.to(device) for mask_BT in batch.masks}
             for mean in sums.values():
-                mean.examples, mean.masks = len(batch.query_BT), masks
-            model(**{name: ids_BT.to(device) for name, ids_BT in batch.arguments.items()}, use_cache=False)
+                mean.examples, mean.masks = len(query_BT), masks
+            model(**{**arguments, "use_cache": False})
     unreached = [name for name, mean in sums.items() if mean.count == 0]
     if unreached:
         log.warning("expert %s: %d modules saw no token, %s first", expert.name, len(unreached), unreached[0])
@@ -134,8 +142,8 @@ def collect_statistics(
     for name, mean_I in means.items():
         if not torch.isfinite(mean_I).all():
             raise NumericsError(f"expert {expert.name!r}: the mean input of {name} is not finite; the model overflows")
-    pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts_N]
-    embedded = [embedding(batch.query_BT, batch.query_mask_BT).cpu().float() for batch in batches]
+    pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts]
+    embedded = [embedding(query_BT, mask_BT).cpu().float() for _, query_BT, mask_BT, _ in batches]
     return Statistics(
         means=means,
         embeddings_NF=torch.cat(embedded),
@@ -143,7 +151,7 @@ def collect_statistics(
         token_counts_V=torch.bincount(all_N, minlength=vocabulary),
         bigram_counts_K=torch.bincount(torch.cat(pairs), minlength=BIGRAM_BUCKETS),
         facts={
-            "examples": sum(len(batch.query_BT) for batch in batches),
+            "examples": sum(len(query_BT) for _, query_BT, _, _ in batches),
             "tokens": len(all_N),
             "sequence_length": sequence_length,
             "data": source.fingerprint,
@@ -160,13 +168,13 @@ class _InputMean:
     batch.
 
     Attributes:
-        examples: rows of the batch.
-        masks: where a batch is not padding, by shape; empty where nothing is padded.
+        examples: Rows of the batch.
+        masks: True where a batch is not padding, by shape; empty where nothing is padded.
     """
 
     def __init__(self) -> None:
         self.examples = 0
-        self.masks: Mapping[tuple[int, ...], Tensor] = {}
+        self.masks: dict[tuple[int, ...], Tensor] = {}
         self.sum_I: Tensor | None = None
         self.count = 0
 
@@ -181,8 +189,7 @@ class _InputMean:
         else:
             kept_BTI = u_XI.double().masked_fill(~mask_BT[..., None], 0.0)
             mean_BI = kept_BTI.sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
-        weight = self.examples // rows
-        total_I = mean_BI.sum(dim=0) * weight
+        total_I = mean_BI.sum(dim=0) * (self.examples // rows)
         self.sum_I = total_I if self.sum_I is None else self.sum_I + total_I
         self.count += self.examples
 
@@ -192,18 +199,42 @@ class _InputMean:
         return (self.sum_I.cpu() / self.count).to(torch.float32)
 
 
+def _draw(held: int, wanted: int, seed: int) -> Any:
+    """Numbers of up to `wanted` of the windows or examples, drawn by the seed, increasing."""
+    generator = np.random.default_rng(seed)
+    return np.sort(generator.choice(held, size=min(wanted, held), replace=False, shuffle=False)).astype(np.int64)
+
+
 def _windows(source: Source, examples: int, length: int, seed: int) -> Tensor:
     """Up to `examples` of the windows 0 .. T, T .. 2T, ... of a source, drawn by the seed: tokens_NT, int64."""
     held = len(source) // length
     if held < 1:
         raise DataError(f"the source has {len(source)} tokens; statistics need one window of {length}")
-    drawn_N = np.random.default_rng(seed).choice(held, size=min(examples, held), replace=False, shuffle=False)
-    return torch.from_numpy(source.read_many(np.sort(drawn_N).astype(np.int64) * length, length))
+    return torch.from_numpy(source.read_many(_draw(held, examples, seed) * length, length))
 
 
-def _vocabulary_size(model: Any) -> int:
-    """V, rows of the input embedding."""
-    return int(model.get_input_embeddings().weight.shape[0])
+def _example_batches(
+    model: nn.Module, prompted: PromptedExamples, drawn_N: Any, batch_sequences: int, device: torch.device
+) -> tuple[list[_Batch], list[Tensor]]:
+    """Examples in batches of about one length, and the texts whose tokens are counted.
+
+    The text of an example is its prompt and target; for an encoder-decoder they are two texts.
+    """
+    rows = prompted.rows(drawn_N)
+    batches: list[_Batch] = []
+    for batch_B in batches_by_length(rows, batch_sequences, encoder=prompted.encoder):
+        inputs = prompted_inputs([rows[index] for index in batch_B], encoder=prompted.encoder)
+        arguments = model_arguments(model, inputs, device)
+        masks = [torch.from_numpy(inputs.mask_BT).to(device)]
+        if "labels" in arguments:
+            if arguments["labels"].shape == inputs.tokens_BT.shape:  # masks are told apart by their shapes
+                arguments["labels"] = F.pad(arguments["labels"], (0, 1), value=IGNORED)
+            masks.append(arguments["labels"] != IGNORED)
+        query_BT, query_mask_BT = torch.from_numpy(inputs.tokens_BT), torch.from_numpy(inputs.prompt_mask_BT)
+        batches.append((arguments, query_BT, query_mask_BT, {tuple(mask.shape): mask for mask in masks}))
+    if prompted.encoder:
+        return batches, [torch.from_numpy(part) for row in rows for part in row]
+    return batches, [torch.from_numpy(np.concatenate(row)) for row in rows]
 
 
 # -- embedding windows of tokens ----------------------------------------------------------------------------------

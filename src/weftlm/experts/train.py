@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from weftlm import __version__
+from weftlm.config import settings
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, ExpertError, NumericsError
@@ -29,7 +30,7 @@ from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import AdapterConfig, ExpertTraining
 from weftlm.experts.examples import domain_trainer, training_source
 from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
-from weftlm.experts.gate import fingerprint_of, how_read, train_gate, training_choices
+from weftlm.experts.gate import data_identity, train_gate
 from weftlm.experts.library import check_name
 from weftlm.experts.lora import from_peft_model
 from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
@@ -38,6 +39,7 @@ from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.lora_targets import lora_targets
 from weftlm.models.prompted import is_encoder_decoder
 from weftlm.training.best import BestWeights
+from weftlm.training.config import NOT_DECIDING
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
@@ -69,18 +71,18 @@ def train_expert(
     checkpoint; a finished one gives the same expert again without training.
 
     Args:
-        model: the base, bare: a causal language model, or an encoder-decoder where the source holds examples.
-        base: what the expert will say of its base; a missing fingerprint is computed.
-        source: the domain's training tokens; with prompts and targets, whole examples are trained on (see
+        model: Bare base: a causal language model, or an encoder-decoder where the source holds examples.
+        base: Reference to the base in the expert; a missing fingerprint is computed.
+        source: Training tokens of the domain; with prompts and targets, whole examples are trained on (see
             `ExampleLoss`), as `config.examples` says.
-        config: how.
-        name: the expert's.
-        folder: checkpoints and metrics go to `adapter/` and `gate/` in it.
-        seed: of the first values and of every draw.
-        heldout: the domain's held-out tokens; without them the last adapter is kept and the card knows no losses.
+        config: Settings of adapter, gate and statistics.
+        name: Name of the expert.
+        folder: Folder for checkpoints and metrics, in `adapter/` and `gate/`.
+        seed: Random seed of the first values and of every draw.
+        heldout: Held-out tokens of the domain; without them the last adapter is kept and the card has no losses.
         about: JSON values for the card: where the text came from, its licence, how the domain was found.
-        decode: token ids to text, where `config.embedder` reads text.
-        runtime: device, precision and compilation; absent: chosen for this machine.
+        decode: Function from token ids to text, where `config.embedder` reads text.
+        runtime: Device, precision and compilation; absent: chosen for this machine.
     Returns:
         The expert. card: name, base, data, heldout, settings, seed, adapter (steps, kept_step, tokens, epochs, seconds,
         stopped_early), losses (before and after on held-out text: nats_per_token, and bits_per_byte where the source
@@ -106,35 +108,35 @@ def train_expert(
         runtime = choose_runtime(config.training, parameters=count_parameters(model))
     with unchanged(model):
         model.to(runtime.device)
-        adapter = _train_adapter(
+        lora, facts, losses = _train_adapter(
             model, base, source, config, name=name, folder=folder, seed=seed, heldout=heldout, runtime=runtime
         )
         gate = train_gate(
-            model, adapter.lora, source, config.gate,
+            model, lora, source, config.gate,
             folder=folder / GATE, seed=seed, training=config.training, runtime=runtime,
         )  # fmt: skip
         statistics: Statistics | None = None
         if config.statistics_examples:
             statistics = collect_statistics(
-                model, adapter.lora, source,
+                model, lora, source,
                 examples=config.statistics_examples, sequence_length=config.training.sequence_length, seed=seed,
                 batch_sequences=config.training.batch_sequences, embedder=config.embedder, embed=embed,
             )  # fmt: skip
     card = {
         "name": name,
-        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
+        "base": asdict(base),
         "data": _described(source),
         "heldout": None if heldout is None else _described(heldout),
         "settings": config.model_dump(mode="json"),
         "seed": seed,
-        "adapter": adapter.facts,
-        "losses": adapter.losses,
+        "adapter": facts,
+        "losses": losses,
         "gate": dict(gate.facts),
         "statistics": None if statistics is None else dict(statistics.facts),
         "about": dict(about or {}),
         "weftlm": __version__,
     }
-    return Expert(adapter.lora, gate, statistics, card)
+    return Expert(lora, gate, statistics, card)
 
 
 def _described(source: Source) -> dict[str, Any]:
@@ -143,15 +145,6 @@ def _described(source: Source) -> dict[str, Any]:
 
 
 # -- the adapter --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """A trained adapter and what is known of its training."""
-
-    lora: LoRAExpert
-    facts: dict[str, Any]
-    losses: dict[str, Any] | None
 
 
 def _train_adapter(
@@ -165,15 +158,21 @@ def _train_adapter(
     seed: int,
     heldout: Source | None,
     runtime: Runtime,
-) -> _Adapter:
-    """Train on one domain; keeps the best step where there is held-out text and `validate_every_steps`."""
+) -> tuple[LoRAExpert, dict[str, Any], dict[str, Any] | None]:
+    """Train on one domain; keeps the best step where there is held-out text and `validate_every_steps`.
+
+    Returns:
+        The adapter, facts of its training, and losses on held-out text.
+    """
     length, selecting = config.training.sequence_length, bool(heldout is not None and config.validate_every_steps)
-    identity = fingerprint_of(
-        "adapter", config.lora.model_dump(mode="json"), training_choices(config.training), seed,
-        [base.name, base.revision, base.fingerprint], source.fingerprint,
-        [heldout.fingerprint, config.validate_every_steps, config.validation_tokens] if heldout is not None else None,
-        *how_read(source),
-    )  # fmt: skip
+    identity = {
+        "base": [base.name, base.revision, base.fingerprint],
+        "data": data_identity(source),
+        "heldout": heldout and [heldout.fingerprint, config.validate_every_steps, config.validation_tokens],
+        "lora": settings(config.lora),
+        "seed": seed,
+        "training": settings(config.training, without=NOT_DECIDING),
+    }
     with unchanged(model):
         peft_model = _with_lora(model, config.lora, base, seed)
         best = BestWeights(folder / BEST, identity)
@@ -218,7 +217,7 @@ def _train_adapter(
         "seconds": {part: result.seconds[part] for part in ("train", "eval")},
         "stopped_early": result.stopped_early,
     }
-    return _Adapter(lora, facts, losses)
+    return lora, facts, losses
 
 
 def held_out_losses(model: nn.Module, source: Source, config: ExpertTraining, device: torch.device) -> dict[str, Any]:

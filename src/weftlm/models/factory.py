@@ -11,55 +11,37 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
 
 from weftlm.errors import ConfigError, did_you_mean, reason
 from weftlm.models.config import ModelConfig
-from weftlm.models.lora_targets import check_targets, config_at_hand, lora_targets
-from weftlm.models.open import check_vocabulary, load_base, require_decoder_only
+from weftlm.models.lora_targets import check_targets, lora_targets
+from weftlm.models.open import check_vocabulary, config_at_hand, load_base, require_decoder_only
 
+_SMALL_LLAMA = {
+    "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 128,
-        "intermediate_size": 344,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-    },
-    "qwen2": {
-        "hidden_size": 128,
-        "intermediate_size": 344,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-    },
+    "llama": _SMALL_LLAMA,
+    "qwen2": _SMALL_LLAMA,
     "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4},
 }
 """Sizes used where the recipe names an architecture and leaves its sizes out; sized for a laptop."""
 
-_WRITE_AGAIN = "make the model again, or restore the file from a copy"
-
-
 _ANY_VOCABULARY = 512
-"""Stands for a vocabulary that is not known yet, where it does not matter."""
+"""A vocabulary size where the vocabulary is not known yet and does not matter."""
 
 
 def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> nn.Module:
     """Build (or load) the model a recipe asks for.
 
     Args:
-        config: the `model` section.
-        vocab_size: ids the tokenizer can give.
-        sequence_length: longest sequence it must take.
-        eos_id: end-of-document id, stored in the configuration.
-        seed: initial weights are a function of it alone.
+        config: The `model` section.
+        vocab_size: Number of ids the tokenizer can give.
+        sequence_length: Longest sequence the model must take.
+        eos_id: End-of-document id, stored in the configuration.
+        seed: Random seed of the initial weights.
     Raises:
         ConfigError: unknown architecture or key, or a model too small for the tokenizer or the sequence length.
     """

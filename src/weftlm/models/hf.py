@@ -1,4 +1,4 @@
-"""Hugging Face causal language models as weftlm sees them: losses per token, losses per sequence, log-probabilities."""
+"""Losses of Hugging Face causal language models, and what their compositions do in place of `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def token_losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
         loss[b, t] = -log p(tokens[b, t + 1] | tokens[b, :t + 1])
 
     Args:
-        model: a causal language model whose output has `.logits` of shape (B, T, V).
-        tokens_BT1: int64 token ids, T inputs and the label after each.
+        model: Causal language model whose output has `.logits` of shape (B, T, V).
+        tokens_BT1: Token ids, int64, T inputs and the label after each.
     Returns:
         losses_BT: nats, float32 or better.
     """
@@ -41,29 +41,11 @@ def sequence_losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
     return token_losses(model, tokens_BT1).mean(dim=1)
 
 
-class HFLanguageModel:
-    """A Hugging Face causal language model behind the `LanguageModel` contract.
-
-    Args:
-        model: any `transformers` causal language model, with or without a PEFT adapter.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-
-    def log_probs(self, tokens_BT: Tensor) -> Tensor:
-        """See `LanguageModel.log_probs`; runs without gradient."""
-        with torch.inference_mode():
-            logits_BTV: Tensor = self.model(input_ids=tokens_BT, use_cache=False).logits
-            return torch.log_softmax(logits_BTV.float(), dim=-1)
-
-
 def save_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of transformers' `save_pretrained` for the base models in the folder of a model made of several.
 
     Args:
-        given: those that came; None, False and a base's own defaults ask for nothing.
+        given: Arguments of a call; None, False and a base's own defaults ask for nothing.
     Returns:
         What each base's `save_pretrained` is to be given.
     Raises:

@@ -1,6 +1,6 @@
-"""Which modules of a model LoRA goes on: known from the configuration and the setting, before anything is trained.
+"""The modules of a model that LoRA adapts, known from its configuration before anything is trained.
 
-What comes back are full names of linear modules, so that an adapter trained on them is one that the expert library,
+The results are full names of linear modules, so that an adapter trained on them is one that the expert library,
 exports and the server take.
 """
 
@@ -12,7 +12,7 @@ from importlib import import_module
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, reason
@@ -40,7 +40,7 @@ def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
             experts; the message lists the names that can be given.
     """
     known = dict(model.named_modules())
-    good = [name for name, module in known.items() if _is_linear(module)]
+    good = [name for name, module in known.items() if linear_widths(module)]
     reserved = _reserved(model, {name.rpartition(".")[2] for name in good})
     good = [name for name in good if name.rpartition(".")[2] not in reserved]
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -53,7 +53,7 @@ def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     for name in chosen:
         if name in good:
             continue
-        if name.rpartition(".")[2] in reserved and _is_linear(known[name]):
+        if name.rpartition(".")[2] in reserved and linear_widths(known[name]):
             why = "carries a name that PEFT keeps for this model's fused experts"
         else:
             why = f"is of type {type(known[name]).__name__} and no linear module"
@@ -122,21 +122,15 @@ def _reserved(model: nn.Module, leaves: set[str]) -> set[str]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Also a quantised one, which tells its widths."""
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return isinstance(module, nn.Linear | Conv1D) or all(isinstance(width, int) for width in widths)
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear module; None of any other.
 
-
-def config_at_hand(name: str, revision: str | None = None) -> PretrainedConfig | None:
-    """The configuration of a model in a folder or in the hub's local cache; None where it is not there."""
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return config
+    Linear, GPT-2's Conv1D (whose weight is input x output), and anything that has both widths, as quantised linears do.
+    """
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
 def outline(config: PretrainedConfig) -> PreTrainedModel:

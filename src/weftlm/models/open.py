@@ -1,16 +1,15 @@
-"""The one door for pretrained language models: every tensor accounted for, safetensors only, no code of their own.
+"""Pretrained language models: every tensor accounted for, safetensors only, no code of their own.
 
-`load_base` opens a model, `read_config` its configuration alone, `local_fingerprint` its identity. Training, experts,
-routing, gating, distillation, evaluation, export, serving and lm-eval open their models here.
+`load_base` opens a model, `read_config` its configuration alone, `local_fingerprint` its identity. Every part of
+weftlm opens its models here.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import stat
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -35,19 +33,19 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from weftlm.errors import CheckpointError, ConfigError, reason
-from weftlm.files import check_sealed, parse_json
+from weftlm.files import check_sealed
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.places import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-_JSON_BYTES = 1 << 26
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
-_REPEATED = re.compile(r"n_layers?|num_(hidden_|decoder_)?layers|(en|de)coder_layers|(num|n)_(local_|routed_)?experts")
-"""Settings that say how many modules there are, each with tensors of its own."""
-_MANY, _LARGEST = 1000, 1 << 31
+_SIZES = {
+    r"hidden_size|num_attention_heads|vocab_size|max_position_embeddings": (1, 1 << 31),
+    r"n_layers?|num_(hidden_|decoder_)?layers|(en|de)coder_layers|(num|n)_(local_|routed_)?experts": (0, 4096),
+}
+"""Ranges of the settings that decide how large a model is; beyond them a mistake would fill the memory."""
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|attention\.(bias|masked_bias))$")
 """Tensors of older checkpoints that are computed and not learnt."""
 _TRIAL_PARAMETERS = 4_000_000_000
@@ -56,6 +54,7 @@ _CACHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _SHOWN = 3
 _PROBE = 2, 16
 _TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.1}
+_AGAIN = "copy or download the model again"
 
 
 def load_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
@@ -70,11 +69,11 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     parameters in float32, 5e8 in half precision).
 
     Args:
-        name: folder or hub name.
-        revision: hub revision.
-        dtype: the parameters are held in; `auto`: as they are stored.
+        name: Folder or hub name.
+        revision: Hub revision.
+        dtype: Dtype of the parameters; `auto`: as they are stored.
     Returns:
-        the model on the CPU, in evaluation mode.
+        The model on the CPU, in evaluation mode.
     Raises:
         ConfigError: as above, or there is no such model or it is neither kind.
         DataError: a file of the folder is missing or was altered since weftlm wrote it.
@@ -87,7 +86,7 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
         check_sealed(Path(name), "make the model again, or restore the file from a copy")
     config = read_config(name, revision=revision)
     if local:
-        _check_weights(name, Path(name), config)
+        _check_weights(name, Path(name))
     encoder_decoder = config.is_encoder_decoder is True
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.model_type not in known:
@@ -112,6 +111,51 @@ def load_base(name: str, *, revision: str | None = None, dtype: str = "float32")
     return model
 
 
+def read_config(name: str, *, revision: str | None = None, local_files_only: bool = False) -> PretrainedConfig:
+    """A model's configuration, from a folder or the hub; code that comes with it is never run.
+
+    Args:
+        name: Folder or hub name.
+        revision: Hub revision.
+        local_files_only: Whether nothing is downloaded.
+    Raises:
+        ConfigError: there is none, it is damaged, of an unknown model type, or of sizes no model has.
+    """
+    name = locate(name, "model", revision=revision, ask=not local_files_only)
+    folder = Path(name)
+    if folder.is_dir():
+        _check_files(name, folder)
+        if not (folder / _CONFIG).exists():
+            adapter = (folder / _ADAPTER).exists()
+            why = f"it holds no {_CONFIG}; name the folder that save_pretrained wrote"
+            raise _refusal(name, "it holds an adapter over another model; name that model" if adapter else why)
+    try:
+        with _quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                name, revision=revision, local_files_only=local_files_only, trust_remote_code=False
+            )
+    except Exception as error:
+        raise _refusal(name, _cause(error, local=folder.is_dir())) from error
+    for key, value in config.to_dict().items():
+        allowed = next((sizes for keys, sizes in _SIZES.items() if re.fullmatch(keys, key)), None)
+        unlimited = key == "max_position_embeddings" and value == -1  # as XLNet says it
+        if allowed is None or value is None or unlimited:
+            continue
+        if not isinstance(value, int) or not allowed[0] <= value <= allowed[1]:
+            raise _refusal(
+                name, f"{_CONFIG} gives {key} as {value!r:.40}; it must be from {allowed[0]} to {allowed[1]:,}"
+            )
+    return config
+
+
+def config_at_hand(name: str, revision: str | None = None) -> PretrainedConfig | None:
+    """The configuration of a model in a folder or in the hub's local cache; None where it is not there."""
+    try:
+        return read_config(name, revision=revision, local_files_only=True)
+    except ConfigError:
+        return None
+
+
 def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """A pretrained model's configuration from a local folder or the hub's local cache; nothing is downloaded.
 
@@ -128,37 +172,6 @@ def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfi
             f"the configuration of {name!r} is not on this machine, and a plan downloads nothing; give a local folder "
             f"that holds its config.json (with --set), weights are not needed"
         ) from error
-
-
-def read_config(name: str, *, revision: str | None = None, local_files_only: bool = False) -> PretrainedConfig:
-    """A model's configuration, from a folder or the hub; code that comes with it is never run.
-
-    Args:
-        name: folder or hub name.
-        revision: hub revision.
-        local_files_only: nothing is downloaded.
-    Raises:
-        ConfigError: there is none, it is damaged, of an unknown model type, or of sizes no model has.
-    """
-    name = locate(name, "model", revision=revision, ask=not local_files_only)
-    folder = Path(name)
-    if not name or (folder.exists() and not folder.is_dir()):
-        raise _refusal(name, "a model is a folder with config.json and safetensors, or a hub name")
-    if folder.is_dir():
-        _check_config(name, folder)
-    try:
-        with _quiet():
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                name, revision=revision, local_files_only=local_files_only, trust_remote_code=False
-            )
-    except Exception as error:
-        raise _refusal(name, _cause(error, local=folder.is_dir())) from error
-    for key in _SIZES:
-        size = getattr(config, key, None)
-        unlimited = key == "max_position_embeddings" and size == -1  # as XLNet says it
-        if size is not None and not unlimited and (not isinstance(size, int) or not 0 < size < _LARGEST):
-            raise _refusal(name, f"{_CONFIG} gives {key} as {size!r:.40}; it must be a whole number from 1 to 2^31")
-    return config
 
 
 def local_fingerprint(name: str, *, revision: str | None = None) -> str:
@@ -204,7 +217,7 @@ def require_decoder_only(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 def _rows(model: Any) -> list[int]:
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [int(head.weight.shape[0]) for head in heads if head is not None and hasattr(head, "weight")] or [_LARGEST]
+    return [int(head.weight.shape[0]) for head in heads if head is not None and hasattr(head, "weight")] or [1 << 31]
 
 
 @torch.no_grad()
@@ -276,131 +289,56 @@ def require_same_logits(found_BTV: Tensor, wanted_BTV: Tensor, what: str, dtype:
         )
 
 
-# -- files ----------------------------------------------------------------------------------------------------------
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_config(name: str, folder: Path) -> None:
-    if not (folder / _CONFIG).exists():
-        if (folder / "adapter_config.json").exists():
-            raise _refusal(name, "it holds an adapter over another model; name that model")
-        raise _refusal(name, f"it holds no {_CONFIG}; name the folder that save_pretrained wrote")
-    found = _read_json(name, folder / _CONFIG)
-    model_type = found.get("model_type")
-    if model_type in CONFIG_MAPPING:
+def _check_files(name: str, folder: Path) -> None:
+    """Refuse broken links, and pipes, which would be waited for."""
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".safetensors") and not path.is_file():
+            raise _refusal(name, f"{path.name} is a broken link or no plain file; {_AGAIN}")
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Refuse an adapter, and pickled weights, before anything is built."""
+    if (folder / _ADAPTER).exists():
+        raise _refusal(name, f"it holds an adapter beside the model; move {_ADAPTER} to a folder of its own")
+    if any(folder.glob("*.safetensors")):
         return
-    if "auto_map" in found:
-        raise _refusal(name, "it needs code of its own (auto_map), which weftlm never runs; convert it to a model type "
-                             "of transformers")  # fmt: skip
-    raise _refusal(
-        name,
-        f"{_CONFIG} gives the model type {model_type!r:.60}, which transformers {transformers.__version__} does not "
-        f"have; upgrade transformers, or check the folder",
-    )
-
-
-def _check_weights(name: str, folder: Path, config: PretrainedConfig) -> None:
-    """Check the files of a model folder before anything is built from them."""
-    if (folder / "adapter_config.json").exists():
-        raise _refusal(name, "it holds an adapter beside the model; move adapter_config.json to a folder of its own")
-    shapes = _shapes(name, folder)
-    empty = sorted(key for key, shape in shapes.items() if 0 in shape)
-    if empty:
+    if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED):
         raise _refusal(
             name,
-            f"{_listed(empty)} without values, as ZeRO-3 leaves parameters on one process; gather them before saving "
-            f"(DeepSpeed: zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save)",
+            f"its weights ({', '.join(pickled[:_SHOWN])}) are pickled, which can run code and is never loaded; "
+            f"load it with transformers where you trust it: save_pretrained writes model.safetensors",
         )
-    for key, value in config.to_dict().items():
-        if _REPEATED.fullmatch(key) and isinstance(value, int) and value > max(_MANY, len(shapes)):
-            raise _refusal(name, f"{_CONFIG} gives {key} as {value}, and the weights hold {len(shapes)} tensors")
-
-
-def _shapes(name: str, folder: Path) -> dict[str, list[int]]:
-    """Shape of every stored tensor, from the headers alone."""
-    if (folder / _WEIGHTS).is_symlink() or (folder / _WEIGHTS).exists():
-        return _header(name, folder / _WEIGHTS)
-    if not (folder / _INDEX).exists():
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
-        if pickled:
-            raise _refusal(
-                name,
-                f"its weights ({', '.join(pickled[:_SHOWN])}) are pickled, which can run code and is never loaded; "
-                f"load it with transformers where you trust it, and save_pretrained writes {_WEIGHTS}",
-            )
-        raise _refusal(name, f"it holds no weights ({_WEIGHTS}); copy or download the model again")
-    placed = _read_json(name, folder / _INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-        raise _refusal(name, f"{_INDEX} does not say which file holds which tensor; copy or download the model again")
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(set(placed.values())):
-        if Path(file).name != file:
-            raise _refusal(name, f"{_INDEX} names {file!r:.80}, which is no file of the folder itself")
-        shapes |= _header(name, folder / file)
-    absent = sorted(placed.keys() - shapes.keys())
-    if absent:
-        raise _refusal(name, f"{_listed(absent)} named by {_INDEX} and in no file; copy or download the model again")
-    return shapes
-
-
-def _header(name: str, path: Path) -> dict[str, list[int]]:
-    _require_file(name, path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise _refusal(
-            name, f"{path.name} is truncated or not safetensors; copy or download the model again"
-        ) from error
-
-
-def _read_json(name: str, path: Path) -> dict[str, Any]:
-    _require_file(name, path)
-    if path.stat().st_size > _JSON_BYTES:
-        raise _refusal(name, f"{path.name} has {path.stat().st_size} bytes; {_JSON_BYTES} are allowed")
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _refusal(name, f"{path.name} cannot be read: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise _refusal(name, f"{path.name} is torn or no JSON; copy or download the model again") from error
-    if not isinstance(found, dict):
-        raise _refusal(name, f"{path.name} holds no JSON object; copy or download the model again")
-    return found
-
-
-def _require_file(name: str, path: Path) -> None:
-    """Refuse what is not there, a broken link, a folder, and a pipe, which would be waited for."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        what = "is a broken link" if path.is_symlink() else "is missing"
-        raise _refusal(name, f"{path.name} {what}; copy or download the model again") from error
-    if not stat.S_ISREG(mode):
-        raise _refusal(name, f"{path.name} is no plain file; copy or download the model again")
-
-
-# -- what was loaded --------------------------------------------------------------------------------------------------
+    raise _refusal(name, f"it holds no weights (model.safetensors); {_AGAIN}")
 
 
 def _check_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _refusal(name, "it is an adapter over another model; name that model")
-    again = "the files are not of this configuration or not complete: copy or download the model again"
-    wrong = [
-        f"{key} is {tuple(stored)}, must be {tuple(wanted)}" for key, stored, wanted in sorted(info["mismatched_keys"])
-    ]
-    if wrong:
-        raise _refusal(name, f"{len(wrong)} {_tensors(wrong)} of another size: {_some(wrong)}; {again}")
-    if info["missing_keys"]:
-        raise _refusal(name, f"{_listed(sorted(info['missing_keys']))} missing; {again}")
+    sizes = sorted(info["mismatched_keys"])
+    if empty := [key for key, stored, _ in sizes if 0 in stored]:
+        raise _refusal(
+            name,
+            f"{_listed(empty)} without values, as ZeRO-3 leaves parameters on one process; gather them before saving "
+            f"(DeepSpeed: zero_to_fp32.py, or stage3_gather_16bit_weights_on_model_save)",
+        )
     scratch = {buffer for buffer, _ in model.named_buffers()} - set(model.state_dict())
-    unexpected = sorted(
+    unexpected = [
         key
         for key in info["unexpected_keys"]
         if not _COMPUTED.search(key) and not any(buffer.endswith(key) for buffer in scratch)
-    )
-    if unexpected:
-        raise _refusal(name, f"{_listed(unexpected)} unexpected; {again}")
+    ]
+    for keys, what in (
+        ([f"{key} is {tuple(stored)}, must be {tuple(wanted)}" for key, stored, wanted in sizes], "of another size"),
+        (sorted(info["missing_keys"]), "missing"),
+        (sorted(unexpected), "unexpected"),
+    ):
+        if keys:
+            raise _refusal(
+                name, f"{_listed(keys)} {what}; the files are not of this configuration or not complete: {_AGAIN}"
+            )
     if info.get("error_msgs"):
         raise _refusal(name, " ".join(str(info["error_msgs"][0]).split())[:200])
     damaged = [key for key, tensor in model.state_dict().items() if not _finite(tensor)]
@@ -408,7 +346,7 @@ def _check_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -
         raise _refusal(
             name,
             f"{_listed(damaged)} with NaN or infinite values in {str(model.dtype).removeprefix('torch.')}; take an "
-            f"earlier checkpoint, or copy or download the model again",
+            f"earlier checkpoint, or {_AGAIN}",
         )
 
 
@@ -445,7 +383,7 @@ def _try_out(name: str, model: PreTrainedModel) -> None:
                                  "language model")  # fmt: skip
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
+# -- messages ---------------------------------------------------------------------------------------------------------
 
 
 def _refusal(name: str, why: str) -> ConfigError:
@@ -460,6 +398,8 @@ def _cause(error: Exception, *, local: bool) -> str:
         return "there is not enough memory for it"
     if "custom code" in text or "trust_remote_code" in text:
         return "it needs code of its own, which weftlm never runs; convert it to a model type of transformers"
+    if isinstance(error, SafetensorError):
+        return f"its weights are truncated or not safetensors ({reason(error)}); {_AGAIN}"
     if "safetensors" in text and not local:
         return "it has no safetensors; weftlm loads no pickled weights, ask for a safetensors revision (--revision)"
     if not local:
@@ -467,17 +407,9 @@ def _cause(error: Exception, *, local: bool) -> str:
     return f"transformers {transformers.__version__} cannot read it ({reason(error)}); check its {_CONFIG}"
 
 
-def _tensors(keys: Collection[str]) -> str:
-    return "tensor" if len(keys) == 1 else "tensors"
-
-
-def _some(keys: list[str]) -> str:
+def _listed(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
-
-
-def _listed(keys: list[str]) -> str:
-    return f"{len(keys)} {_tensors(keys)} ({_some(keys)})"
+    return f"{len(keys)} {'tensor' if len(keys) == 1 else 'tensors'} ({', '.join(keys[:_SHOWN])}{more})"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Prompts and the targets said after them, as decoder-only and as encoder-decoder models read them.
+"""Prompts and their targets as decoder-only and as encoder-decoder models read them.
 
 A causal model reads the prompt and then the target; an encoder-decoder model reads the prompt in its encoder and the
 target as its decoder's labels. Batches are padded on the right, under an attention mask. Only the target's tokens are
@@ -16,19 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from weftlm.corpora.examples import Examples
 from weftlm.errors import ConfigError
 from weftlm.models.language_model import LanguageModel
 
 IGNORED = -100
-"""What Hugging Face losses take for "no label here"."""
+"""The label that Hugging Face losses ignore."""
 
 
 class Prompted(NamedTuple):
     """A prompt and its target, in ids as the model reads them: with start and end tokens, and short enough.
 
     Attributes:
-        prompt_P: what is read and not predicted, int64, not empty.
-        target_C: what is predicted, int64, not empty.
+        prompt_P: Ids that are read and not predicted, int64, not empty.
+        target_C: Ids that are predicted, int64, not empty.
     """
 
     prompt_P: NDArray[np.int64]
@@ -36,7 +37,7 @@ class Prompted(NamedTuple):
 
 
 def fitted(prompt_P: NDArray[Any], target_C: NDArray[Any], *, eos_id: int, length: int, encoder: bool) -> Prompted:
-    """End an example with the end-of-document token and cut it to what the model is to read.
+    """End an example with the end-of-document token and cut it to a length.
 
     For an encoder-decoder the token ends the prompt too, and prompt and target may each have `length` tokens. For a
     causal model they have `length` tokens together, and where these do not suffice neither gets more than half while
@@ -44,11 +45,11 @@ def fitted(prompt_P: NDArray[Any], target_C: NDArray[Any], *, eos_id: int, lengt
     token, after which a causal model begins.
 
     Args:
-        prompt_P: ids of the prompt.
-        target_C: ids of the target.
-        eos_id: the end-of-document token.
+        prompt_P: Ids of the prompt.
+        target_C: Ids of the target.
+        eos_id: End-of-document token.
         length: T, at least 2.
-        encoder: whether the model has an encoder for the prompt.
+        encoder: Whether the model has an encoder for the prompt.
     """
     end = np.array([eos_id], dtype=np.int64)
     whole_C = np.concatenate([target_C.astype(np.int64), end])
@@ -58,6 +59,66 @@ def fitted(prompt_P: NDArray[Any], target_C: NDArray[Any], *, eos_id: int, lengt
     whole_P = prompt_P.astype(np.int64) if len(prompt_P) else end
     target = min(len(whole_C), max(length - len(whole_P), length - length // 2))
     return Prompted(whole_P[max(0, len(whole_P) - (length - target)) :], whole_C[:target])
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedExamples:
+    """The examples of a source as a model reads them, cut by `fitted`.
+
+    Attributes:
+        examples: The whole ones.
+        length: T, the largest number of tokens.
+        encoder: Whether the model has an encoder for the prompt.
+    """
+
+    examples: Examples
+    length: int
+    encoder: bool
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def rows(self, indices_B: Sequence[int] | NDArray[Any]) -> list[Prompted]:
+        """Some examples in ids, in the order asked for."""
+        return [
+            fitted(*example, eos_id=self.examples.eos_id, length=self.length, encoder=self.encoder)
+            for example in self.examples.read(indices_B)
+        ]
+
+    @property
+    def targets_N(self) -> NDArray[np.int64]:
+        """Tokens predicted of each example: those of its target that are kept, and its end."""
+        whole_N = self.examples.targets_N + 1
+        if self.encoder:
+            return np.minimum(whole_N, self.length)
+        prompts_N = np.maximum(self.examples.prompts_N, 1)
+        kept_N: NDArray[np.int64] = np.minimum(
+            whole_N, np.maximum(self.length - prompts_N, self.length - self.length // 2)
+        )
+        return kept_N
+
+    @property
+    def prompts_N(self) -> NDArray[np.int64]:
+        """Tokens of each prompt that are read."""
+        if self.encoder:
+            return np.minimum(self.examples.prompts_N, self.length - 1) + 1
+        return np.minimum(np.maximum(self.examples.prompts_N, 1), self.length - self.targets_N)
+
+    @property
+    def bytes_N(self) -> NDArray[np.float64]:
+        """UTF-8 bytes of each target behind the tokens predicted: of a cut one, as large a part as is kept of it."""
+        share_N = self.targets_N / (self.examples.targets_N + 1)
+        bytes_N: NDArray[np.float64] = self.examples.target_bytes_N * share_N
+        return bytes_N
+
+    def evenly(self, max_tokens: int | None) -> NDArray[np.int64]:
+        """Indices of evenly spaced examples with about so many target tokens, at least one; None for all.
+
+        The same ones at every evaluation and on every machine.
+        """
+        count, tokens = len(self), int(self.targets_N.sum())
+        take = count if max_tokens is None else min(count, max(1, max_tokens * count // tokens))
+        return (2 * np.arange(take, dtype=np.int64) + 1) * count // (2 * take)
 
 
 def is_encoder_decoder(model: object) -> bool:
@@ -79,10 +140,10 @@ def batches_by_length(
     """Indices of rows of about one length, the longest first, so that what does not fit in memory fails at once.
 
     Args:
-        rows: what is to be read.
-        batch_size: rows in a batch, at most.
-        encoder: whether prompts and targets are read apart.
-        equal_lengths: no batch needs padding.
+        rows: Prompts with their targets.
+        batch_size: Maximum number of rows in a batch.
+        encoder: Whether prompts and targets are read apart.
+        equal_lengths: Whether all rows of a batch have one length, so that none is padded.
     """
 
     def length(index: int) -> tuple[int, int]:
@@ -101,14 +162,14 @@ def batches_by_length(
 
 @dataclass(frozen=True)
 class PromptedInputs:
-    """What one forward pass reads, and where its predictions of the targets' N tokens are found.
+    """The inputs of one forward pass, and the places of its predictions of the targets' N tokens.
 
     Attributes:
-        tokens_BT: ids of prompt and target (causal) or of the prompt (encoder-decoder), padded on the right.
-        mask_BT: where they are not padding.
-        prompt_mask_BT: where they are of the prompt.
-        labels_BC: an encoder-decoder's labels; None for a causal model.
-        row_N, position_N, target_N: sequence, position and id of each token predicted.
+        tokens_BT: Ids of prompt and target (causal) or of the prompt (encoder-decoder), padded on the right.
+        mask_BT: True for tokens, False for padding.
+        prompt_mask_BT: True for tokens of the prompt.
+        labels_BC: Labels of an encoder-decoder; None for a causal model.
+        row_N, position_N, target_N: Sequence, position and id of each token predicted.
     """
 
     tokens_BT: NDArray[np.int64]
@@ -174,9 +235,9 @@ def token_log_probs(model: nn.Module | LanguageModel, inputs: PromptedInputs, de
     """The log-probability of every target token.
 
     Args:
-        model: a Hugging Face model of the kind the inputs were made for, or a `LanguageModel`.
-        inputs: a batch.
-        device: where the model lives.
+        model: Hugging Face model of the kind the inputs were made for, or a `LanguageModel`.
+        inputs: A batch.
+        device: Device of the model.
     Returns:
         logp_N: nats, float32 or better, with its gradient where one is recorded.
     Raises:

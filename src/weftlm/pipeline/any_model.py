@@ -20,7 +20,6 @@ from weftlm.models.device import AUTO, choose_device
 from weftlm.models.open import DTYPES, check_vocabulary, load_base, require_decoder_only
 from weftlm.pipeline.routes import TOKENIZER
 from weftlm.routing.config import MANIFEST as ROUTED
-from weftlm.routing.retrieval import RetrievalRouter
 from weftlm.routing.routed_model import RoutedModel
 
 log = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ def open_model(
     found = _tokenizer([tokenizer] if tokenizer is not None else places, revision, str(path))
     for each in [member.model for member in model.pool.members] if kind == "gated" else [model]:
         check_vocabulary(each, found.vocab_size, str(path))
-    if kind == "routed" and isinstance(model.router, RetrievalRouter):
+    if kind == "routed" and model.router.needs_text:
         model.router.set_decode(found.decode)
     return OpenModel(str(path), kind, model, found, experts)
 

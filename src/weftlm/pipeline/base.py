@@ -16,10 +16,10 @@ from weftlm.experts.expert import BaseReference
 from weftlm.models.factory import check_positions
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.open import check_vocabulary, load_base
+from weftlm.models.prompted import is_encoder_decoder
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.train import require_same_data
-from weftlm.routing.calls import is_encoder_decoder
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from weftlm.corpora.labels import folder_name
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name, is_folder
 from weftlm.experts.files import CONFIG, GATE, METADATA, STATISTICS, WEIGHTS, parse_metadata
-from weftlm.experts.library import MANIFEST, ExpertLibrary, fetch_adapter, read_peft
+from weftlm.experts.library import MANIFEST, ExpertLibrary
+from weftlm.experts.peft_import import fetch_adapter, read_peft
 from weftlm.files import parse_json
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def import_name(source: str) -> str:
 def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]:
     """A base with its fingerprint, and its modules and shapes; None for both where it is not a folder here."""
     from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
-    from weftlm.models.lora_targets import config_at_hand, outline  # noqa: PLC0415 - torch; listing a library needs none
-    from weftlm.models.open import load_base  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.lora_targets import outline  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.open import config_at_hand, load_base  # noqa: PLC0415 - torch; listing a library needs none
 
     if not is_folder(reference.name):
         log.warning(

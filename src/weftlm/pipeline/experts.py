@@ -29,17 +29,18 @@ from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import ExpertTraining
 from weftlm.experts.examples import training_source
 from weftlm.experts.expert import Expert
-from weftlm.experts.gate import adapter_fingerprint, fingerprint_of, how_read, train_gate, training_choices
+from weftlm.experts.gate import adapter_fingerprint, data_identity, train_gate
 from weftlm.experts.library import ExpertLibrary, check_name
 from weftlm.experts.lora import check_fits
 from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key, processes
-from weftlm.files import remove
+from weftlm.files import checksum, remove
 from weftlm.models.config import ModelConfig
 from weftlm.models.device import choose_device
 from weftlm.models.factory import config_to_be, count_parameters
-from weftlm.models.lora_targets import check_targets, config_at_hand
+from weftlm.models.lora_targets import check_targets
+from weftlm.models.open import config_at_hand
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
@@ -265,10 +266,8 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         config = recipe.expert_settings.expert_training
         source = training_source(found.train, found.name, config.examples)
         embed = embedder_named(config.embedder, making.data.tokenizer.decode) if config.statistics_examples else None
-        choices = [config.gate.model_dump(mode="json"), training_choices(config.training)]
-        identity = fingerprint_of(
-            choices, adapter_fingerprint(expert.lora), source.fingerprint, recipe.seed, *how_read(source)
-        )
+        choices = [settings(config.gate), settings(config.training, without=NOT_DECIDING)]
+        identity = checksum([choices, adapter_fingerprint(expert.lora), data_identity(source), recipe.seed])
         work = recipe.training_folder(name) / f"gate-{identity[:12]}"
         runtime = choose_runtime(config.training, parameters=count_parameters(making.base.model))
         if progress:

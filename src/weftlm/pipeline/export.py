@@ -39,7 +39,6 @@ from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
 from weftlm.routing.router import build_router
-from weftlm.routing.uniform import UniformRouter
 from weftlm.text import printable
 
 log = logging.getLogger(__name__)
@@ -221,8 +220,6 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
     section = routed.router.config if spec is None else parse_router(spec)
     built = build_router(section, routed.experts, routed.sites)
     names = [each.name for each in routed.experts]
-    if isinstance(built, UniformRouter):
-        return dict.fromkeys(names, 1 / len(names))
     weights_E = built.static_weights_E
     if weights_E is None:
         raise ConfigError(

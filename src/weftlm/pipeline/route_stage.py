@@ -20,13 +20,13 @@ from weftlm.evaluation.result import finite_or_none
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.files import read_object, write_object
+from weftlm.models.prompted import is_encoder_decoder
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.routes import BASE, BEST_SINGLE, ORACLE, TracedText, build_route, evaluate_routes, trace_opened
 from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.score_table import model_table
-from weftlm.routing.calls import is_encoder_decoder
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.training.runtime import choose_runtime

@@ -32,7 +32,6 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.progress import progress as show_progress
 from weftlm.routing.config import RouterConfig, parse_router, router_config, routers
-from weftlm.routing.retrieval import RetrievalRouter
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.routing.trace import Trace
 from weftlm.training.runtime import choose_runtime
@@ -153,15 +152,9 @@ def trace_opened(model: RoutedModel, folder: Path, text: str) -> TracedText:
     longest = getattr(model.config, "max_position_embeddings", None)
     if not len(ids) or (longest is not None and len(ids) > longest):
         raise ConfigError(f"the text has {len(ids)} tokens; the model reads from 1 to {longest or 'any number of'}")
-    _give_text(model, tokenizer)
+    model.router.set_decode(tokenizer.decode)
     (trace,) = model.trace(torch.from_numpy(ids)[None].to(model.device))
     return TracedText(trace, tuple(tokenizer.decode([token]) for token in trace.tokens))
-
-
-def _give_text(model: RoutedModel, tokenizer: Tokenizer) -> None:
-    """Let a router that embeds text read the tokens."""
-    if isinstance(model.router, RetrievalRouter):
-        model.router.set_decode(tokenizer.decode)
 
 
 # -- judging ------------------------------------------------------------------------------------------------------
@@ -278,7 +271,7 @@ def evaluate_routes(
     if routes is None:
         sections, notes = _possible(bench.model)
     for label, section in sections.items():
-        if routers[section.router] is RetrievalRouter:
+        if routers[section.router].reads_ahead:
             notes.append(f"{label} chooses by text that includes the tokens it is scored on")
 
     rows: dict[tuple[str, str], RouterSection | None] = {("base", BASE): None}
@@ -352,7 +345,7 @@ class _Bench:
         """Evaluate the experts under a router; the base alone where there is none."""
         if section is not None:
             self.model.use_router(section)
-            _give_text(self.model, self.data.tokenizer)
+            self.model.router.set_decode(self.data.tokenizer.decode)
         domains, target = heldout_sets(self.data, self.recipe.expert_settings.examples)
         length = self.recipe.expert_settings.training.sequence_length
         with self.model.disabled() if section is None else nullcontext():

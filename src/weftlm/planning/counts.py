@@ -31,11 +31,10 @@ from transformers import AutoModelForSeq2SeqLM, DynamicCache, PretrainedConfig, 
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, WeftError, reason
-from weftlm.experts.lora import module_widths
 from weftlm.models.config import LoRASection
 from weftlm.models.factory import count_parameters, from_architecture, peft_warnings
 from weftlm.models.hf import token_losses
-from weftlm.models.lora_targets import lora_targets
+from weftlm.models.lora_targets import linear_widths, lora_targets
 from weftlm.models.open import DTYPES
 from weftlm.training.parallel import decoder_layers
 
@@ -140,7 +139,7 @@ class Counted:
         item = 2 if self.bf16 else DTYPES[self.dtype].itemsize
         total = count_parameters(model)
         inside = [count_parameters(layer) for layer in decoder_layers(model)]
-        adapted = tuple(module_widths(model.get_submodule(name)) for name in self.targets)
+        adapted = tuple(linear_widths(model.get_submodule(name)) or (0, 0) for name in self.targets)
         added = sum(self.adapter.rank * (i + o) for i, o in adapted) if self.adapter is not None else 0
         heads = getattr(config, "num_attention_heads", 0)
         width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)

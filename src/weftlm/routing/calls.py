@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from weftlm.errors import ConfigError
@@ -213,8 +213,3 @@ def _decisive(decisive_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
             f"routing_mask has shape {tuple(decisive_BT.shape)}; it must be that of the tokens, {tuple(mask_BT.shape)}"
         )
     return decisive_BT.to(device=mask_BT.device, dtype=torch.bool) & mask_BT
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a Hugging Face model has an encoder of its own."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

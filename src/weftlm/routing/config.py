@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -20,9 +20,20 @@ MANIFEST = "routed.json"
 
 
 class RouterConfig(Section):
-    """What every router's configuration holds."""
+    """Base of every router's configuration.
+
+    A subclass narrows `router` to `Literal["<registered name>"]` with that name as default.
+    """
 
     router: str
+
+    @classmethod
+    def example(cls, experts: Sequence[str]) -> Self:
+        """A valid configuration for these experts that differs from the defaults where a default hides something.
+
+        The conformance suite is built on it, so that a new router joins unasked.
+        """
+        return cls.model_validate({})
 
 
 routers: Registry[Router] = Registry("router", "weftlm.routing", "router", "weftlm.routers")
@@ -42,7 +53,7 @@ def router_config(section: Mapping[str, Any] | RouterConfig | str) -> RouterConf
 
 
 def parse_router(text: str) -> dict[str, Any]:
-    """A router's section in one word: `phatgoose`, or `phatgoose:k=1:temperature=2`.
+    """A router's section from one word: `phatgoose`, or `phatgoose:k=1:temperature=2`.
 
     Raises:
         ConfigError: as `apply_overrides`.
@@ -61,16 +72,12 @@ class PrototypeConfig(RouterConfig):
     abstain_below: float | None = Field(
         None, description="a token whose best score is lower gets no expert: the base model alone; absent: never"
     )
-    share: Literal["module", "layer", "model"] = Field(
-        "module", description="module: every module decides; layer, model: the first module decides for the others"
-    )
 
 
 class PhatgooseConfig(PrototypeConfig):
     """Configuration of `phatgoose`."""
 
     router: Literal["phatgoose"] = "phatgoose"
-    standardise: bool = Field(True, description="false compares raw inputs and gates, an ablation")
 
 
 class AverageActivationConfig(PrototypeConfig):
@@ -89,7 +96,7 @@ class RandomConfig(PrototypeConfig):
     """Configuration of `random`."""
 
     router: Literal["random"] = "random"
-    seed: Seed = Field(0, description="of the vectors drawn in place of gates")
+    seed: Seed = Field(0, description="random seed of the vectors drawn in place of gates")
 
 
 class MergedConfig(RouterConfig):
@@ -100,6 +107,10 @@ class MergedConfig(RouterConfig):
         None, description="weight by expert, those not named 0; absent: 1 / N for each"
     )
 
+    @classmethod
+    def example(cls, experts: Sequence[str]) -> Self:
+        return cls(weights={experts[0]: 0.75, experts[-1]: 0.25} if len(experts) > 1 else {experts[0]: 1.0})
+
 
 class PrefixConfig(RouterConfig):
     """Configuration of `prefix`."""
@@ -107,9 +118,12 @@ class PrefixConfig(RouterConfig):
     router: Literal["prefix"] = "prefix"
     k: PositiveInt = Field(2, description="experts per token")
     share: FiniteFloat = Field(
-        0.02, ge=0.0, lt=1.0, description="probability that the text changes hands between two tokens; 0: never"
+        0.02,
+        ge=0.0,
+        lt=1.0,
+        description="probability that the text's expert changes between two tokens; 0: never",
     )
-    temperature: PositiveFloat = Field(5.0, description="what a token says, in nats, is divided by it")
+    temperature: PositiveFloat = Field(5.0, description="each token's log-likelihood is divided by it")
     background_rank: PositiveInt = Field(64, description="rank to which the mean of all experts is cut")
     bigram_strength: NonNegativeFloat = Field(
         32.0, description="kappa: a pair's count is trusted over its second token's when much larger"
@@ -133,12 +147,20 @@ class RetrievalConfig(RouterConfig):
         None, description="tokens at the start of the sequence that decide; absent: all of the input"
     )
 
+    @classmethod
+    def example(cls, experts: Sequence[str]) -> Self:
+        return cls(k=2, read_tokens=3)
+
 
 class SingleConfig(RouterConfig):
     """Configuration of `single`."""
 
     router: Literal["single"] = "single"
     expert: ExpertName = Field(description="the expert's name in the library, or its domain's label")
+
+    @classmethod
+    def example(cls, experts: Sequence[str]) -> Self:
+        return cls(expert=experts[-1])
 
 
 class UniformConfig(RouterConfig):

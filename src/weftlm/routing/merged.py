@@ -1,4 +1,8 @@
-"""Merging: one average of all experts, the same for every token."""
+"""Routers whose weights never change: folded into the base's weights once, so that nothing is routed at run time.
+
+W + sum_z w_z scale_z B_z A_z in every module: outer products are averaged, since averaging A and B separately
+would be something else.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,35 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.experts.expert import Expert
-from weftlm.routing.config import MergedConfig, RouterConfig, routers
+from weftlm.routing.config import MergedConfig, RouterConfig, SingleConfig, UniformConfig, routers
 from weftlm.routing.router import Router, Site, place_of
+
+
+class FixedRouter(Router):
+    """Weights w_E that are the same for every token and module."""
+
+    def __init__(self, config: RouterConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
+        super().__init__(config, experts, sites)
+        self.register_buffer("weights_E", self.weights(len(experts)), persistent=False)
+
+    def weights(self, experts: int) -> Tensor:
+        """w_E."""
+        return torch.full((experts,), 1.0 / experts)
+
+    @property
+    def static_weights_E(self) -> Tensor:
+        return self.get_buffer("weights_E")
+
+
+@routers.register(
+    "uniform",
+    does="gives every expert the same weight; a floor to compare with",
+    costs="nothing; folded into the weights",
+)
+class UniformRouter(FixedRouter):
+    """w_z = 1 / N: y = W u + (1/N) sum_z scale_z B_z A_z u."""
+
+    Config: ClassVar[type[RouterConfig]] = UniformConfig
 
 
 @routers.register(
@@ -19,25 +50,36 @@ from weftlm.routing.router import Router, Site, place_of
     does="averages all updates, the same for every token",
     costs="nothing; folded into the weights",
 )
-class MergedRouter(Router):
-    """W + sum_z w_z scale_z B_z A_z in every module: outer products averaged, and nothing left to do at run time.
-
-    Averaging A and B separately would be something else.
-    """
+class MergedRouter(FixedRouter):
+    """Weights by name, those not named 0; 1 / N for each where none are given."""
 
     Config: ClassVar[type[RouterConfig]] = MergedConfig
+    config: MergedConfig
 
-    def __init__(self, config: MergedConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(config, experts, sites)
-        weights_E = torch.full((len(experts),), 1.0 / len(experts))
-        if config.weights is not None:
-            weights_E = torch.zeros(len(experts))
-            for name, weight in config.weights.items():
-                weights_E[place_of(name, self.names)] = weight
+    def weights(self, experts: int) -> Tensor:
+        given = self.config.weights
+        if given is None:
+            return super().weights(experts)
+        weights_E = torch.zeros(experts)
+        for name, weight in given.items():
+            weights_E[place_of(name, self.names)] = weight
         if not bool(weights_E.isfinite().all()):
-            raise ConfigError(f"router.weights {config.weights} must be finite")
-        self.register_buffer("weights_E", weights_E, persistent=False)
+            raise ConfigError(f"router.weights {given} must be finite")
+        return weights_E
 
-    @property
-    def static_weights_E(self) -> Tensor:
-        return self.get_buffer("weights_E")
+
+@routers.register(
+    "single",
+    does="takes one expert you name",
+    costs="nothing; folded into the weights",
+)
+class SingleRouter(FixedRouter):
+    """y = W u + scale_z B_z A_z u for one expert z: the best single expert, or the oracle's choice for a data set."""
+
+    Config: ClassVar[type[RouterConfig]] = SingleConfig
+    config: SingleConfig
+
+    def weights(self, experts: int) -> Tensor:
+        weights_E = torch.zeros(experts)
+        weights_E[place_of(self.config.expert, self.names)] = 1.0
+        return weights_E

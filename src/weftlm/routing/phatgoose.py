@@ -1,4 +1,4 @@
-"""PHATGOOSE: post-hoc gates trained by each contributor alone choose experts per token and per module."""
+"""PHATGOOSE: gates trained by each contributor alone choose experts per token and module; and its paper's baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weftlm.experts.expert import Expert
-from weftlm.routing.config import PhatgooseConfig, RouterConfig, routers
+from weftlm.routing.config import AverageActivationConfig, PhatgooseConfig, RandomConfig, RouterConfig, routers
 from weftlm.routing.prototypes import StandardisedRouter, standardise
 from weftlm.routing.router import Need, Site
 
@@ -30,20 +30,49 @@ class PhatgooseRouter(StandardisedRouter):
     Standardisation is to zero mean and unit biased variance over the I entries, epsilon 1e-5. The sigmoid of gate
     training is not used here, and the weights multiply what experts give, not what they read.
 
-    Paper: Muqeeth, Liu, Liu, Raffel, ICML 2024, arXiv:2402.05859. `temperature`, `abstain_below` and `share` are
-    choices of this implementation; their defaults change nothing.
+    Paper: Muqeeth, Liu, Liu, Raffel, ICML 2024, arXiv:2402.05859. `temperature` and `abstain_below` are choices of
+    this implementation; their defaults change nothing.
     """
 
     Config: ClassVar[type[RouterConfig]] = PhatgooseConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"gate"})
-    config: PhatgooseConfig
 
     def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
-        gates_EI = torch.stack([expert.gate.vectors[site.name] for expert in experts if expert.gate is not None])
-        return standardise(gates_EI) if self.config.standardise else gates_EI
+        return standardise(torch.stack([each.gate.vectors[site.name] for each in experts if each.gate is not None]))
 
-    def scores(self, best_BTK: Tensor, u_BTI: Tensor) -> Tensor:
-        if self.config.standardise:
-            return super().scores(best_BTK, u_BTI)
-        scaled_BTK: Tensor = best_BTK / u_BTI.shape[-1] ** 0.5
-        return scaled_BTK
+
+@routers.register(
+    "average-activation",
+    does="takes the k experts whose mean input is nearest, per token and module",
+    costs="as `phatgoose`; the statistics, one pass over some text of each expert",
+    paper="arXiv:2402.05859",
+)
+class AverageActivationRouter(StandardisedRouter):
+    """As PHATGOOSE, with v_z the mean input of the module over the expert's own training examples; nothing is trained.
+
+    A baseline of Muqeeth et al. 2024, arXiv:2402.05859.
+    """
+
+    Config: ClassVar[type[RouterConfig]] = AverageActivationConfig
+    needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
+
+    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
+        means = [each.statistics.means[site.name] for each in experts if each.statistics is not None]
+        return standardise(torch.stack(means))
+
+
+@routers.register(
+    "random",
+    does="takes k experts by random vectors; a floor to compare with",
+    costs="as `phatgoose`, without gates",
+)
+class RandomRouter(StandardisedRouter):
+    """As PHATGOOSE, with gates drawn from a normal distribution: the floor any trained gate must beat."""
+
+    Config: ClassVar[type[RouterConfig]] = RandomConfig
+    by_place: ClassVar[bool] = True
+    config: RandomConfig
+
+    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + site.index)
+        return standardise(torch.randn(len(experts), site.width, generator=generator))

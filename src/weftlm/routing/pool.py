@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from weftlm.errors import ExpertError
-from weftlm.experts.expert import Expert, LoRAFactors
+from weftlm.experts.expert import LoRAFactors
 from weftlm.experts.low_rank import LowRank
 from weftlm.routing.kernels import routed_delta
 from weftlm.routing.router import Routing, Site
@@ -23,13 +22,13 @@ class ModulePool(LowRank):
         delta = sum_k p_k scale_k B_k (A_k u)
 
     Args:
-        site: the module.
-        adapters: its adapters, in the order of `site.experts`.
-        experts: number of experts of the whole pool.
-        dtype, device: of the stacked factors.
+        site: The module.
+        adapters: Its adapters, in the order of `site.experts`.
+        experts: Number of experts of the whole pool.
+        dtype, device: Dtype and device of the stacked factors.
 
     Attributes:
-        place_E: place of each of the pool's experts in this module's stack; -1 for those that do not adapt it.
+        place_E: Place of each of the pool's experts in this module's stack; -1 for those that do not adapt it.
     """
 
     place_E: Tensor
@@ -55,7 +54,7 @@ class ModulePool(LowRank):
         self.background_rank = 0
 
     def delta(self, u_BTI: Tensor, routing: Routing) -> Tensor:
-        """What the chosen experts add to the module's output, BTO, in the factors' dtype.
+        """The chosen experts' update of the module's output, BTO, in the factors' dtype.
 
         An expert that does not adapt this module adds nothing, whatever its weight.
         """
@@ -100,31 +99,3 @@ class ModulePool(LowRank):
         used_E = weights_E.to(self.A_ERI.device)[torch.tensor(self.site.experts, device=self.A_ERI.device)]
         weighted_ERO = self.B_ERO.float() * used_E.float()[:, None, None]
         return weighted_ERO.flatten(0, 1).T @ self.A_ERI.float().flatten(0, 1)
-
-
-def stack_pool(
-    experts: Sequence[Expert],
-    sites: Sequence[Site],
-    placements: Mapping[str, tuple[torch.dtype, torch.device]],
-) -> dict[str, ModulePool]:
-    """Stack every site's adapters, by name.
-
-    Args:
-        experts: the pool.
-        sites: the adapted modules.
-        placements: dtype and device of each module's adapters.
-    Raises:
-        ExpertError: adapters of one module differ in width.
-    """
-    pools = {}
-    for site in sites:
-        adapters = [experts[place].lora.modules[site.name] for place in site.experts]
-        outs = {adapter.B_OR.shape[0] for adapter in adapters}
-        widths = {adapter.A_RI.shape[1] for adapter in adapters}
-        if len(outs) > 1 or widths != {site.width}:
-            raise ExpertError(
-                f"adapters of {site.name} differ in shape (inputs {sorted(widths)}, outputs {sorted(outs)}, the module "
-                f"takes {site.width}); they were made for different base models"
-            )
-        pools[site.name] = ModulePool(site, adapters, len(experts), *placements[site.name])
-    return pools

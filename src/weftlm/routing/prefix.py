@@ -47,7 +47,6 @@ class PrefixRouter(Router):
     Config: ClassVar[type[RouterConfig]] = PrefixConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
     supports_encoder_decoder: ClassVar[bool] = False
-    in_pieces: ClassVar[bool] = True
     config: PrefixConfig
 
     def __init__(self, config: PrefixConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import PrototypeConfig, RouterConfig
 from weftlm.routing.router import Call, Router, Routing, Site, buffer_name
-from weftlm.routing.trace import layer_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ class PrototypeRouter(Router):
     """
 
     Config: ClassVar[type[RouterConfig]] = PrototypeConfig
-    in_pieces: ClassVar[bool] = True
     config: PrototypeConfig
 
     def __init__(self, config: PrototypeConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
@@ -70,10 +68,6 @@ class PrototypeRouter(Router):
         return best_BTK
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
-        scope = self._scope(site)
-        if scope is not None and scope in call.decisions:
-            shared: Routing = call.decisions[scope]
-            return shared
         u_BTI = u_BTI.float()
         ranked_BTE = self.adjust(u_BTI @ self._of(site, "v").T)
         if site.name in self.penalised:
@@ -84,10 +78,7 @@ class PrototypeRouter(Router):
         if self.config.abstain_below is not None:
             weights_BTK = weights_BTK * (scores_BTK[..., :1] >= self.config.abstain_below)
         experts_BTK = place_BTK if site.name in self.complete else self._of(site, "experts")[place_BTK]
-        routing = Routing(experts_BTK, weights_BTK)
-        if scope is not None:
-            call.decisions[scope] = routing
-        return routing
+        return Routing(experts_BTK, weights_BTK)
 
     def all_scores(self, site: Site, u_BTI: Tensor) -> Tensor:
         """Scores of every expert of a module, in the order of `site.experts`; 0 for an empty vector."""
@@ -101,15 +92,6 @@ class PrototypeRouter(Router):
 
     def _of(self, site: Site, kind: str) -> Any:
         return self._buffers[f"{buffer_name(site)}:{kind}"]
-
-    def _scope(self, site: Site) -> tuple[bool, str] | None:
-        """Where a decision holds: None for this module alone, else a key for all that share it."""
-        if self.config.share == "module":
-            return None
-        if self.config.share == "layer":
-            return (site.reads_encoder, layer_of(site.name))
-        # The encoder and the cross-attention that reads it may run in different passes: each decides for itself.
-        return (site.reads_encoder, "encoder" if "encoder" in site.name.split(".") else "decoder")
 
 
 def standardise(v_EI: Tensor) -> Tensor:

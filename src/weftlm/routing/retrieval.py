@@ -35,6 +35,8 @@ class RetrievalRouter(Router):
 
     Config: ClassVar[type[RouterConfig]] = RetrievalConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
+    reads_ahead: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = True
     config: RetrievalConfig
 
     def __init__(self, config: RetrievalConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
@@ -52,7 +54,6 @@ class RetrievalRouter(Router):
         self.register_buffer("owner_N", owner_N, persistent=False)
 
     def set_decode(self, decode: Decode) -> None:
-        """Give the function that turns token ids into text, for embedders that read text."""
         self.embed = embedder_named(self.embedder, decode)
 
     def begin(self, call: Call) -> None:

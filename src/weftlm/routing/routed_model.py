@@ -20,14 +20,16 @@ from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, ExpertError, reason
 from weftlm.experts.expert import BaseReference, Expert, base_name
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import check_fits, module_widths
+from weftlm.experts.lora import check_fits
 from weftlm.experts.low_rank import placement
 from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
+from weftlm.models.lora_targets import linear_widths
 from weftlm.models.open import keeps_cache, load_base
+from weftlm.models.prompted import is_encoder_decoder
 from weftlm.models.stepping import Stepping
 from weftlm.routing.calls import (
     arguments_of,
@@ -35,11 +37,10 @@ from weftlm.routing.calls import (
     decoder_call,
     encoder_call,
     encoder_decoder_call,
-    is_encoder_decoder,
     remember,
 )
 from weftlm.routing.config import MANIFEST, RouterConfig
-from weftlm.routing.pool import stack_pool
+from weftlm.routing.pool import ModulePool
 from weftlm.routing.routed_linear import RoutedLinear, Switch
 from weftlm.routing.router import Call, Router, Routing, Site, build_router
 from weftlm.routing.trace import Trace, make_trace
@@ -54,7 +55,6 @@ _FINGERPRINTED = {"torch.float32", "torch.bfloat16", "torch.float64"}
 """Dtypes in which a base has one fingerprint."""
 _ENCODER = re.compile(r"(^|\.)encoder\.|(EncDecAttention|encoder_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$")
 
-
 _OF_BASE = frozenset(
     "activation_checkpointing_disable base_model base_model_prefix can_generate compute_transition_scores config "
     "disable_input_require_grads dummy_inputs enable_input_require_grads generation_config get_decoder get_encoder "
@@ -64,26 +64,12 @@ _OF_BASE = frozenset(
 )
 """Attributes of the base that hold for the routed model as they are."""
 
-_INSTEAD = {
-    UPLOAD: "push_to_hub save_distributed_checkpoint register_for_auto_class add_model_tags".split(),
-    "change the base and build the routed model again (base = routed.unload())": (
-        "dequantize init_weights initialize_weights post_init resize_position_embeddings resize_token_embeddings "
-        "set_decoder set_encoder set_experts_implementation set_input_embeddings set_output_embeddings set_use_kernels "
-        "tie_weights".split()
-    ),
-    "experts are its adapters: build a routed model over others, or choose among them with use_router": (
-        "active_adapters add_adapter delete_adapter disable_adapters enable_adapters enable_peft_hotswap "
-        "get_adapter_state_dict load_adapter set_adapter".split()
-    ),
-    "a routed model cannot run its layers again in the backward pass": (
-        "activation_checkpointing_enable gradient_checkpointing_enable".split()
-    ),
-    "use generate": (
-        "continuous_batching_context_manager destroy_cached_continuous_batching_manager generate_batch "
-        "init_continuous_batching".split()
-    ),
-}
-"""What to do in place of attributes of the base that are not passed on."""
+_INSTEAD = (
+    "it is the base's, which knows nothing of the experts. To save or upload the routed model, "
+    f"{UPLOAD}; to change the base, do it before the experts are routed over (base = routed.unload()); to use the base "
+    "alone, call .model."
+)
+"""What to do in place of attributes of the base that are not passed on; the attribute's name follows."""
 
 
 class NotRoutedError(ConfigError, AttributeError):
@@ -110,7 +96,7 @@ class _Manifest(Section):
 
 
 class RoutedModel(nn.Module):
-    """A frozen base model whose adapted modules ask a router, for every token, which experts work on it.
+    """A frozen base model whose adapted modules ask a router for the experts of every token.
 
         y = W u + sum_k p_k scale_k B_k A_k u
 
@@ -122,10 +108,10 @@ class RoutedModel(nn.Module):
     as on the base.
 
     Args:
-        model: the base; its adapted modules are replaced in place, and put back by `unload`.
-        experts: the pool; adapters may differ in rank, scale and the modules they adapt.
-        router: a router's name or section.
-        base: where the base can be loaded from, for `save_pretrained`.
+        model: Base model; its adapted modules are replaced in place, and put back by `unload`.
+        experts: Pool of experts, whose adapters may differ in rank, scale and the modules they adapt.
+        router: Name or section of a router.
+        base: Reference by which the base can be loaded, for `save_pretrained`.
 
     Raises:
         ConfigError: the router's section is wrong, it cannot serve an encoder-decoder model, or the base is routed
@@ -161,14 +147,15 @@ class RoutedModel(nn.Module):
         # Weights are never trained here: the pool and the router are buffers, and the base stays as it came.
         self.model = model
         router_ = self._build(router)
-        places = {site.name: model.get_submodule(site.name) for site in self.sites}
-        self._pools = stack_pool(
-            experts, self.sites, {name: placement(module, model.dtype) for name, module in places.items()}
-        )
+        self._pools = dict[str, ModulePool]()
         self.switch = Switch(router_)
         self.router = router_
         for site in self.sites:
-            model.set_submodule(site.name, RoutedLinear(places[site.name], self._pools[site.name], site, self.switch))
+            module = model.get_submodule(site.name)
+            adapters = [experts[place].lora.modules[site.name] for place in site.experts]
+            pool = ModulePool(site, adapters, len(experts), *placement(module, model.dtype))
+            self._pools[site.name] = pool
+            model.set_submodule(site.name, RoutedLinear(module, pool, site, self.switch))
         self._hooks = self._install_hooks()
         self.use_router(router_)
 
@@ -192,13 +179,13 @@ class RoutedModel(nn.Module):
         warning.
 
         Args:
-            base: a folder, a hub name or a model in memory.
-            library: the library or its folder.
-            router: a router's name or section.
-            experts: names of those to use, where one that is broken or of another base is an error; None for all, where
-                it is left out with a warning (`left_out`).
-            revision, dtype: of a base that is loaded.
-            device: where the routed model is put; None for where the base is.
+            base: Folder, hub name or model in memory.
+            library: Library or its folder.
+            router: Name or section of a router.
+            experts: Names of the experts to use, where one that is broken or of another base is an error; None for all,
+                where it is left out with a warning (`left_out`).
+            revision, dtype: Hub revision and dtype of a base that is loaded.
+            device: Device of the routed model; None for that of the base.
         Raises:
             ConfigError, ExpertError: as the class.
         """
@@ -207,8 +194,8 @@ class RoutedModel(nn.Module):
         reference = opened.base
         if not isinstance(base, PreTrainedModel):
             reference = BaseReference(base_name(str(base)), revision, opened.base.fingerprint)
-        if opened.base.fingerprint is not None and (found := base_fingerprint(model)) != opened.base.fingerprint:
-            coarse = _coarse_dtypes(model)
+        coarse, comparable = _coarse_dtypes(model), opened.base.fingerprint
+        if comparable is not None and (found := base_fingerprint(model)) != comparable:
             if not coarse:
                 raise ExpertError(
                     f"the library {opened.folder} was made for the base {opened.base.name} (fingerprint "
@@ -219,8 +206,7 @@ class RoutedModel(nn.Module):
                 "%s was made for; make sure that it is that model",
                 *(", ".join(sorted(coarse)), opened.base.name, opened.folder),
             )
-        comparable = None if opened.base.fingerprint is None or _coarse_dtypes(model) else opened.base.fingerprint
-        chosen, left_out = opened.load_fitting(model, experts, fingerprint=comparable)
+        chosen, left_out = opened.load_fitting(model, experts, fingerprint=None if coarse else comparable)
         routed = cls(model, chosen, router, base=reference)
         routed.left_out = left_out
         return routed if device is None else routed.to(choose_device(str(device)))
@@ -240,8 +226,6 @@ class RoutedModel(nn.Module):
             self._pools[site.name].set_background(built.background_rank)
             if static_E is not None:
                 routed.folded = folded_weight(routed.base, self._pools[site.name].dense_delta(static_E))
-        if static_E is not None and any(self._routed(site).folded is None for site in self.sites):
-            built = _Constant(built, self.experts, self.sites)
         self.router = self.switch.router = built
 
     def _build(self, router: Mapping[str, Any] | RouterConfig | str) -> Router:
@@ -306,7 +290,7 @@ class RoutedModel(nn.Module):
         """How the model is stepped token by token; a router that decides once per text reads the prompt whole."""
         model: Any = self.model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        in_pieces = self.keeps_cache and (self.router.in_pieces or self.router.static_weights_E is not None)
+        in_pieces = self.keeps_cache and not self.router.reads_ahead
         return Stepping((inner,), keeps_cache=self.keeps_cache, in_pieces=in_pieces, takes_prompt_mask=True)
 
     @contextmanager
@@ -321,7 +305,7 @@ class RoutedModel(nn.Module):
 
     @contextmanager
     def recording(self, record: Callable[[Site, Routing], None]) -> Iterator[Self]:
-        """Tell every decision of the passes run inside: module and routing, in the order of execution."""
+        """Call a function with module and routing of every decision of the passes run inside, in their order."""
         passing = self.switch.passing
         before, passing.record = passing.record, record
         try:
@@ -330,10 +314,9 @@ class RoutedModel(nn.Module):
             passing.record = before
 
     def trace(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> list[Trace]:
-        """Run the model once and tell, for each sequence, who worked on each token in each module.
+        """Run the model once and give, for each sequence, the experts' weights on each token in each module.
 
-        Of an encoder-decoder model the modules that read the encoder's tokens are told; the decoder need not be given
-        anything to read.
+        Of an encoder-decoder model, in the modules that read the encoder's tokens; the decoder needs no input.
 
         Raises:
             ConfigError: the router's weights are the same everywhere, so that there is nothing to trace.
@@ -342,10 +325,10 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"router {self.router.config.router!r} gives every token the same experts; there is nothing to trace"
             )
-        told: dict[str, tuple[Site, Routing]] = {}
+        found: dict[str, tuple[Site, Routing]] = {}
 
         def record(site: Site, routing: Routing) -> None:
-            told[site.name] = (site, routing)
+            found[site.name] = (site, routing)
 
         encoder = is_encoder_decoder(self.model)
         if encoder and not any(key in kwargs for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels")):
@@ -354,7 +337,7 @@ class RoutedModel(nn.Module):
             kwargs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
         with self.recording(record), torch.inference_mode():
             self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        seen = {name: value for name, value in told.items() if value[0].reads_encoder or not encoder}
+        seen = {name: value for name, value in found.items() if value[0].reads_encoder or not encoder}
         real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         names = [expert.name for expert in self.experts]
         return [
@@ -401,7 +384,7 @@ class RoutedModel(nn.Module):
     # -- as a Hugging Face model --------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """What the base answers for the routed model too (`_OF_BASE`), and nothing else of it."""
+        """The base's attributes that hold for the routed model too (`_OF_BASE`), and no others."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -409,11 +392,9 @@ class RoutedModel(nn.Module):
                 raise
         if name in _OF_BASE:
             return getattr(self.model, name)
-        what = next((do for do, names in _INSTEAD.items() if name in names), None)
-        if what is None and not hasattr(self.model, name):
+        if not hasattr(self.model, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}", name=name, obj=self)
-        what = what or f"it is the base's, which knows nothing of the experts: if that is meant, use .model.{name}"
-        raise NotRoutedError(f"{type(self).__name__} has no {name!r}: {what}")
+        raise NotRoutedError(f"{type(self).__name__} has no {name!r}: {_INSTEAD}{name}")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters of the base and of all experts' factors.
@@ -454,10 +435,10 @@ class RoutedModel(nn.Module):
         """Write the routed model: `routed.json`, the experts as a library, and on request the base.
 
         Args:
-            save_directory: new or empty folder.
-            is_main_process: whether this process writes.
-            copy_base: also write the base model's weights; without it the base is loaded again from where it came.
-            kwargs: further ones of the base's `save_pretrained`, for its weights (`max_shard_size`).
+            save_directory: New or empty folder.
+            is_main_process: Whether this process writes.
+            copy_base: Whether the base model's weights are written too; else the base is loaded from where it came.
+            kwargs: Further arguments of the base's `save_pretrained`, for its weights (`max_shard_size`).
         Raises:
             ConfigError: the folder is not empty, or an argument does not apply to a routed model.
         """
@@ -497,9 +478,9 @@ class RoutedModel(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Args:
-            folder: the routed model's folder.
-            base: another place to load the base from, or the base itself; None for where it came from.
-            device: where the model is put; None for where the base is.
+            folder: Folder of the routed model.
+            base: Another place to load the base from, or the base itself; None for where it came from.
+            device: Device of the model; None for that of the base.
         Raises:
             ConfigError: the folder holds no routed model, or its base cannot be loaded.
             DataError: a file of the folder is missing or was altered.
@@ -547,22 +528,6 @@ class RoutedModel(nn.Module):
                 self.model.set_submodule(name, module)
 
 
-class _Constant(Router):
-    """Fixed weights where they cannot be folded into a matrix: every expert of weight other than 0, on every token."""
-
-    def __init__(self, router: Router, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(router.config, experts, sites)
-        weights_E = router.static_weights_E
-        assert weights_E is not None
-        self.register_buffer("used_K", weights_E.nonzero().flatten(), persistent=False)
-        self.register_buffer("weights_K", weights_E[weights_E != 0], persistent=False)
-
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
-        used_K, weights_K = self.get_buffer("used_K"), self.get_buffer("weights_K")
-        shape = (*u_BTI.shape[:2], len(used_K))
-        return Routing(used_K.expand(shape), weights_K.expand(shape))
-
-
 def _coarse_dtypes(model: nn.Module) -> set[str]:
     """Types of a model's parameters under which it has another fingerprint than in float32."""
     return {str(parameter.dtype) for parameter in model.parameters()} - _FINGERPRINTED
@@ -575,7 +540,7 @@ def _sites(model: nn.Module, experts: Sequence[Expert]) -> tuple[Site, ...]:
     for name, module in model.named_modules():
         adapting = tuple(place for place, expert in enumerate(experts) if name in expert.lora.modules)
         if adapting:
-            widths = module_widths(module)
+            widths = linear_widths(module)
             assert widths is not None, name
             reads_encoder = encoder_decoder and _ENCODER.search(name) is not None
             found.append(Site(name, len(found), adapting, widths[0], reads_encoder))

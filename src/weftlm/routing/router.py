@@ -1,8 +1,8 @@
-"""The contract of a router, and what it is told: sites, calls, and what is remembered beside a KV cache.
+"""The contract of a router: adapted modules, forward passes, and what is kept beside a KV cache.
 
-A router is one object for a whole model. Before each forward pass of the model it is told what is read (`begin`); then
-every adapted module asks it, in the order of execution, who works on each of its tokens (`route`). Which experts exist
-and which of them adapt a module is written on the module's `Site`.
+A router is one object for a whole model. Before each forward pass of the model it gets the inputs (`begin`); then every
+adapted module asks it, in the order of execution, for the experts of each of its tokens (`route`). The experts that
+adapt a module are listed on its `Site`.
 
 A new router is one file in this folder: a config section and a class registered by name. `phatgoose.py` is a good one
 to read.
@@ -28,7 +28,7 @@ Need = Literal["gate", "statistics"]
 
 @dataclass(frozen=True)
 class Routing:
-    """Who works on each token of one module.
+    """The experts of each token of one module.
 
         y = W u + sum_k weights[..., k] scale_k B_k A_k u + background D u          k over the chosen experts
 
@@ -132,19 +132,26 @@ class Call:
 class Router(nn.Module):
     """Chooses experts. Buffers move with the model and keep their dtype; nothing is trained.
 
+    What a router can do, by which laws, serving and export go:
+
     Attributes:
-        Config: the router's section.
-        needs: what it reads of every expert beside the adapter.
-        in_pieces: whether a text read in pieces, from a cache, is routed as in one pass; False where a router decides
-            once per text.
-        config: as given.
-        names: the experts, in the pool's order.
+        Config: Section of the router.
+        needs: What it reads of every expert beside the adapter.
+        supports_encoder_decoder: Whether it serves encoder-decoder models.
+        reads_ahead: Whether it decides once per text, by all of the prompt, so that a text read in pieces is not routed
+            as in one pass.
+        needs_text: Whether it can read text; `set_decode` then gives it the tokenizer.
+        by_place: Whether its choice depends on an expert's place in the pool, and not on the expert alone.
+        config: Section as given.
+        names: Names of the experts, in the pool's order.
     """
 
     Config: ClassVar[type[RouterConfig]]
     needs: ClassVar[frozenset[Need]] = frozenset()
     supports_encoder_decoder: ClassVar[bool] = True
-    in_pieces: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = False
+    by_place: ClassVar[bool] = False
 
     def __init__(self, config: RouterConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
         super().__init__()
@@ -166,18 +173,26 @@ class Router(nn.Module):
         moved: Self = super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return moved
 
+    def set_decode(self, decode: Callable[[Sequence[int]], str]) -> None:
+        """Take the function from token ids to text; for routers that read text (`needs_text`)."""
+
     def begin(self, call: Call) -> None:
-        """Told once before a forward pass."""
+        """Read the inputs of a forward pass, once before it."""
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
-        """Who works on each token of a module.
+        """Choose the experts of each token of a module; static weights where they could not be folded.
 
         Args:
-            site: the module.
-            u_BTI: its input.
-            call: the pass.
+            site: The module.
+            u_BTI: Its input.
+            call: The forward pass.
         """
-        raise NotImplementedError
+        weights_E = self.static_weights_E
+        if weights_E is None:
+            raise NotImplementedError
+        used_K = weights_E.nonzero().flatten()
+        shape = (*u_BTI.shape[:2], len(used_K))
+        return Routing(used_K.expand(shape), weights_E[used_K].expand(shape))
 
 
 def build_router(

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError
+from weftlm.models.prompted import is_encoder_decoder
 from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.routing.calls import is_encoder_decoder
 from weftlm.serving.checking import check_request, check_timeout
 from weftlm.serving.detokenise import AnswerText
 from weftlm.serving.drawing import Draw

@@ -291,9 +291,7 @@ class Inspector:
         ]
         base = _copy(routed, [self.tokenizer, *routed.experts]).unload()
         variant = RoutedModel(base, others, routed.router.config, base=routed.base_reference).eval()
-        router: Any = variant.router
-        if hasattr(router, "set_decode"):
-            router.set_decode(self.tokenizer.decode)
+        variant.router.set_decode(self.tokenizer.decode)
         return variant
 
     def _look_gated(self, ids: list[int], without: str | None, module: str | None) -> _Looked:

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import torch
 import zstandard
+from support.language_model import HFLanguageModel
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -22,7 +23,6 @@ from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceQuestion, QuestionScores, choice_scores, read_choices, score_choices
-from weftlm.models.hf import HFLanguageModel
 
 WORDS = {word: index for index, word in enumerate("abcdefghij")}
 EOS = 10

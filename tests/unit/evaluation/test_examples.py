@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.experts import llama, make_pool, t5
+from support.language_model import HFLanguageModel
 
 from weftlm.corpora.examples import ExampleSource
 from weftlm.errors import ConfigError, DataError, NumericsError
@@ -16,9 +17,7 @@ from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.examples import evaluate_examples
 from weftlm.evaluation.result import paired_difference
 from weftlm.evaluation.suite import evaluate_suite
-from weftlm.models.hf import HFLanguageModel
-from weftlm.models.prompted import is_encoder_decoder, target_nats
-from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.models.prompted import PromptedExamples, is_encoder_decoder, target_nats
 from weftlm.routing.routed_model import RoutedModel
 
 CPU, EOS, LENGTH = torch.device("cpu"), 63, 9

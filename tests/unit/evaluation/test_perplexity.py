@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.language_model import HFLanguageModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import evaluate_source, evaluation_mode, windows_of
-from weftlm.models.hf import HFLanguageModel
 
 
 class Uniform:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.tiny_expert import DOWN, LENGTH, VOCAB, Fingerprint, Q, V, llama, random_expert
+from support.tiny_expert import DOWN, LENGTH, VOCAB, Fingerprint, V, llama, random_expert
 
 from weftlm.errors import ExpertError
 from weftlm.experts.adapted import adapted, unchanged
-from weftlm.experts.expert import Gate
 
 
 def test_an_adapted_model_is_the_model_with_the_product_added_to_its_weights() -> None:
@@ -22,21 +21,6 @@ def test_an_adapted_model_is_the_model_with_the_product_added_to_its_weights() -
     with torch.no_grad(), adapted(model, expert):
         logits = model(tokens).logits
     torch.testing.assert_close(logits, merged(tokens).logits, rtol=1e-12, atol=1e-12)
-
-
-def test_the_gate_scales_the_branch_alone() -> None:
-    model = llama().double()
-    expert = random_expert(model, {Q: 2})
-    v_I = torch.randn(32, dtype=torch.float64)
-    u = torch.randn(2, 5, 32, dtype=torch.float64)
-    module, factors = model.get_submodule(Q), expert.modules[Q]
-    with torch.no_grad():
-        plain = module(u)
-        with adapted(model, expert, Gate({Q: v_I})):
-            gated = module(u)
-    g = 1 / (1 + torch.exp(-(u * v_I).sum(-1, keepdim=True)))
-    branch = torch.einsum("or,ri,bti->bto", factors.B_OR.double(), factors.A_RI.double(), g * u) * factors.scale
-    torch.testing.assert_close(gated, plain + branch, rtol=1e-12, atol=1e-12)
 
 
 def test_it_works_in_bfloat16_and_keeps_the_output_in_it() -> None:

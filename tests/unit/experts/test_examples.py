@@ -30,8 +30,7 @@ from weftlm.experts.lora import write_lora
 from weftlm.experts.statistics import collect_statistics, embed_tokens
 from weftlm.experts.train import train_expert
 from weftlm.models.factory import peft_warnings
-from weftlm.models.prompted import is_encoder_decoder, target_nats
-from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.models.prompted import PromptedExamples, is_encoder_decoder, target_nats
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import Trainer
 from weftlm.training.runtime import choose_runtime

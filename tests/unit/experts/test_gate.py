@@ -18,26 +18,15 @@ from support.tiny_expert import (
     llama,
     random_expert,
 )
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, DataError, ExpertError
-from weftlm.experts.adapted import adapted
 from weftlm.experts.config import GateConfig
-from weftlm.experts.expert import Gate, LoRAFactors
-from weftlm.experts.gate import (
-    GatedLinear,
-    adapter_fingerprint,
-    attach_gates,
-    detach_gates,
-    gate_parameters,
-    gated,
-    read_gates,
-    train_gate,
-)
-from weftlm.experts.lora import module_widths
+from weftlm.experts.expert import BaseReference, Gate, LoRAExpert, LoRAFactors
+from weftlm.experts.gate import adapter_fingerprint, gated, train_gate
 from weftlm.models.hf import token_losses
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import Trainer
@@ -57,106 +46,69 @@ def train(model: nn.Module, folder: Path, **changes: Any) -> Gate:
     return train_gate(model, **given)
 
 
-# -- the module ---------------------------------------------------------------------------------------------------
+# -- the formula --------------------------------------------------------------------------------------------------
+
+
+def one(base: nn.Module, A_RI: Tensor, B_OR: Tensor) -> tuple[nn.Module, LoRAExpert]:
+    """A model of one linear module, and an expert of scale 0.25 over it."""
+    model = nn.Module()
+    model.m = base
+    return model, LoRAExpert("e", BaseReference("b"), {"m": LoRAFactors(A_RI, B_OR, 0.25)}, {})
 
 
 @pytest.mark.parametrize("base", [nn.Linear(6, 5), nn.Linear(6, 5, bias=False), Conv1D(5, 6)])
-def test_the_gated_module_is_the_formula(base: nn.Module) -> None:
+def test_a_gated_module_is_the_formula_and_a_zero_gate_half_the_branch(base: nn.Module) -> None:
     base = base.double()
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator)
-    module = GatedLinear(base, LoRAFactors(A, B, 0.25))
-    module.v.data.normal_(generator=generator)
+    model, expert = one(base, A, B)
     u = torch.randn(3, 4, 6, dtype=torch.float64, generator=generator)
-    y = module(u)
-    W = base.weight if isinstance(base, nn.Linear) else base.weight.T
-    bias = torch.zeros(5) if base.bias is None else base.bias
-    for b in range(3):
-        for t in range(4):
-            g = 1.0 / (1.0 + torch.exp(-(module.v.double() @ u[b, t])))
-            expected = W @ u[b, t] + bias + 0.25 * (B.double() @ (A.double() @ (g * u[b, t])))
-            torch.testing.assert_close(y[b, t], expected, rtol=1e-12, atol=1e-12)
+    plain = base(u)
+    with gated(model, expert) as vectors:
+        half = base(u)
+        vectors["m"].data.normal_(generator=generator)
+        y = base(u)
+    update = 0.25 * u @ A.double().T @ B.double().T
+    torch.testing.assert_close(half, plain + update / 2)
+    g = 1.0 / (1.0 + torch.exp(-(u @ vectors["m"].double())))
+    torch.testing.assert_close(y, plain + g[..., None] * update, rtol=1e-12, atol=1e-12)
 
 
-def test_a_zero_gate_is_half_the_branch() -> None:
-    base = nn.Linear(6, 5)
-    factors = LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 0.25)
-    module, u = GatedLinear(base, factors), torch.randn(7, 6)
-    full = base(u) + 0.25 * u @ factors.A_RI.T @ factors.B_OR.T
-    torch.testing.assert_close(module(u), (base(u) + full) / 2)
-
-
-def test_the_gate_is_computed_in_float32_around_bfloat16() -> None:
+def test_the_gate_is_computed_in_float32_around_bfloat16_and_quantised_weights() -> None:
     base = nn.Linear(512, 4).bfloat16()
-    module = GatedLinear(base, LoRAFactors(torch.randn(2, 512), torch.randn(4, 2), 1.0))
-    assert module.branch.A_ERI.dtype == torch.bfloat16
-    assert module.v.dtype == torch.float32
-    module.v.data.fill_(1e-3)
-    u = torch.randn(3, 512).bfloat16()
-    assert module(u).dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        module(u).float().sum().backward()
-    assert module.v.grad is not None
-    assert module.v.grad.dtype == torch.float32
-
-
-def test_factors_stay_float32_over_a_quantised_weight() -> None:
-    base = nn.Linear(6, 5)
-    base.weight = nn.Parameter(torch.zeros(5, 6, dtype=torch.int8), requires_grad=False)
-    module = GatedLinear(base, LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 1.0))
-    assert module.branch.A_ERI.dtype == torch.float32
-
-
-def test_the_wrapper_answers_for_its_base_and_stores_nothing_but_the_vector() -> None:
-    base = nn.Linear(6, 5)
-    module = GatedLinear(base, LoRAFactors(torch.randn(2, 6), torch.randn(5, 2), 1.0))
-    assert module.weight is base.weight
-    assert module.bias is base.bias
-    assert module_widths(module) == (6, 5)
-    assert sorted(module.state_dict()) == ["base.bias", "base.weight", "v"]
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = module.nonsense
-
-
-# -- in a model ---------------------------------------------------------------------------------------------------
-
-
-def test_only_the_vectors_get_gradients() -> None:
-    model = llama()
-    with gated(model, random_expert(model)) as gates:
-        tokens = torch.randint(VOCAB, (2, LENGTH))
-        model(tokens, labels=tokens).loss.backward()
-        assert set(gates) == {Q, V, DOWN}
-        trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert trained == {f"{name}.v" for name in gates}
-        assert all(v.grad is not None and v.grad.abs().sum() > 0 for v in gate_parameters(model).values())
+    model, expert = one(base, torch.randn(2, 512), torch.randn(4, 2))
+    with gated(model, expert) as vectors:
+        vectors["m"].data.fill_(1e-3)
+        u = torch.randn(3, 512).bfloat16()
+        assert base(u).dtype == torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            base(u).float().sum().backward()
+        assert vectors["m"].grad is not None
+        assert vectors["m"].grad.dtype == vectors["m"].dtype == torch.float32
+    base.weight = nn.Parameter(torch.zeros(4, 512, dtype=torch.int8), requires_grad=False)
+    with gated(model, expert):
+        assert base.gated_branch.A_ERI.dtype == torch.float32
 
 
 @pytest.mark.parametrize("error", [False, True])
-def test_a_gated_block_leaves_the_model_as_it_was(error: bool) -> None:
+def test_only_the_vectors_get_gradients_and_the_model_is_left_as_it_was(error: bool) -> None:
     model = llama()
     model.lm_head.weight.requires_grad_(False)
     model.model.layers[1].train()
     before = Fingerprint(model)
     try:
-        with gated(model, random_expert(model)):
+        with gated(model, random_expert(model)) as vectors:
             model.train()
+            tokens = torch.randint(VOCAB, (2, LENGTH))
+            model(tokens, labels=tokens).loss.backward()
+            assert set(vectors) == {Q, V, DOWN}
+            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+            assert {id(each) for each in trained} == {id(v_I) for v_I in vectors.values()}
             if error:
                 raise RuntimeError
     except RuntimeError:
         pass
     before.check(model)
-
-
-def test_gates_are_not_attached_twice_and_detaching_nothing_is_fine() -> None:
-    model = llama()
-    modules = dict(model.named_modules())
-    detach_gates(model)
-    attach_gates(model, random_expert(model))
-    with pytest.raises(ExpertError, match="carries gates already"):
-        attach_gates(model, random_expert(model))
-    detach_gates(model)
-    assert dict(model.named_modules()) == modules
 
 
 def test_gates_in_an_encoder_decoder_learn_in_a_loop_of_ones_own() -> None:
@@ -169,8 +121,7 @@ def test_gates_in_an_encoder_decoder_learn_in_a_loop_of_ones_own() -> None:
     expert = random_expert(model, dict.fromkeys(names, 2))
     before = Fingerprint(model)
     tokens, labels = torch.randint(1, VOCAB, (4, 9)), torch.randint(1, VOCAB, (4, 5))
-    with gated(model, expert):
-        vectors = gate_parameters(model)
+    with gated(model, expert) as vectors:
         optimizer = torch.optim.AdamW(vectors.values(), lr=0.05, weight_decay=0.0)
         losses = []
         for _ in range(6):
@@ -179,33 +130,17 @@ def test_gates_in_an_encoder_decoder_learn_in_a_loop_of_ones_own() -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        gate = Gate(read_gates(model))
-        with torch.no_grad():
-            inside = model(input_ids=tokens, labels=labels).loss
     before.check(model)
     assert losses[-1] < losses[0]
-    assert set(gate.vectors) == set(names)
-    assert all(vector.abs().sum() > 0 for vector in gate.vectors.values())
-    with adapted(model, expert, gate), torch.no_grad():
-        torch.testing.assert_close(model(input_ids=tokens, labels=labels).loss, inside)
-
-
-def test_gates_in_gpt2() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB, n_positions=32)).eval()
-    expert = random_expert(model, {"transformer.h.0.attn.c_attn": 2, "transformer.h.0.mlp.c_proj": 2})
-    tokens = torch.randint(VOCAB, (2, LENGTH))
-    with gated(model, expert) as gates, torch.no_grad():
-        for gate in gates.values():
-            gate.v.normal_()
-        inside, learnt = model(tokens).logits, Gate(read_gates(model))
-    with adapted(model, expert, learnt), torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, inside)
+    assert set(vectors) == set(names)
+    assert all(vector.abs().sum() > 0 for vector in vectors.values())
 
 
 def loss_with(model: nn.Module, gate: Gate, source: ArraySource) -> float:
     tokens = torch.from_numpy(source.read(0, 100 * LENGTH)).view(100, LENGTH)
-    with torch.no_grad(), adapted(model, random_expert(model), gate):
+    with torch.no_grad(), gated(model, random_expert(model)) as vectors:
+        for name, v_I in vectors.items():
+            v_I.copy_(gate.vectors[name])
         return token_losses(model, tokens).mean().item()
 
 
@@ -246,9 +181,8 @@ def test_it_is_adamw_on_the_formula(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NextTokenLoss, "__call__", spy)
         gate = train(model, tmp_path, config=GateConfig(steps=2, lr=0.02))
-    with gated(model, random_expert(model)):
+    with gated(model, random_expert(model)) as vectors:
         model.train()
-        vectors = gate_parameters(model)
         optimizer = torch.optim.AdamW(vectors.values(), lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
         for tokens in batches:
             logits = model(tokens[:, :-1]).logits
@@ -256,9 +190,8 @@ def test_it_is_adamw_on_the_formula(tmp_path: Path) -> None:
             nn.utils.clip_grad_norm_(vectors.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        expected = read_gates(model)
     for name, vector in gate.vectors.items():
-        torch.testing.assert_close(vector, expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(vector, vectors[name].detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.language_model import HFLanguageModel
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError
 from weftlm.experts.lora import load_trained
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters, load_model
-from weftlm.models.hf import HFLanguageModel, sequence_losses, token_losses
+from weftlm.models.hf import sequence_losses, token_losses
 from weftlm.models.language_model import LanguageModel
 
 TINY = {

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 from support import experts as bases
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from weftlm.errors import ConfigError
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.lora import check_fits, from_peft_model
 from weftlm.models.factory import peft_warnings
-from weftlm.models.lora_targets import lora_targets, outline
+from weftlm.models.lora_targets import linear_widths, lora_targets, outline
 
 _COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -103,3 +104,12 @@ def test_names_and_expressions_mean_what_they_mean_to_peft() -> None:
 def test_what_no_expert_can_hold_is_refused_with_what_can_be_named(targets: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"lora.target_modules.*({message})"):
         lora_targets(bases.llama(), targets)
+
+
+def test_widths_are_input_and_output_for_every_kind_of_linear() -> None:
+    assert linear_widths(nn.Linear(3, 5)) == (3, 5)
+    assert linear_widths(bases.gpt2().get_submodule("transformer.h.0.attn.c_attn")) == (32, 96)
+    quantised = nn.Module()
+    quantised.in_features, quantised.out_features = 7, 9
+    assert linear_widths(quantised) == (7, 9)
+    assert linear_widths(nn.LayerNorm(3)) is None

@@ -10,8 +10,7 @@ import torch
 from support.experts import llama, t5
 
 from weftlm.corpora.examples import ExampleSource
-from weftlm.models.prompted import Prompted, fitted, is_encoder_decoder, target_nats
-from weftlm.models.prompted_examples import PromptedExamples
+from weftlm.models.prompted import Prompted, PromptedExamples, fitted, is_encoder_decoder, target_nats
 
 CPU = torch.device("cpu")
 EOS = 63

@@ -127,7 +127,7 @@ def test_a_domain_that_is_not_there_is_named() -> None:
 
 def test_a_router_in_one_word() -> None:
     assert parse_router("phatgoose") == {"router": "phatgoose"}
-    assert parse_router("phatgoose:k=1:share=layer") == {"router": "phatgoose", "k": 1, "share": "layer"}
+    assert parse_router("prefix:k=1:share=0.1") == {"router": "prefix", "k": 1, "share": 0.1}
 
 
 # -- making them --------------------------------------------------------------------------------------------------

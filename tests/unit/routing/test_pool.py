@@ -9,10 +9,9 @@ import torch
 from support.routing import kernel_problem
 from torch import Tensor
 
-from weftlm.errors import ExpertError
-from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, LoRAFactors
+from weftlm.experts.expert import LoRAFactors
 from weftlm.routing import kernels
-from weftlm.routing.pool import RANK_MULTIPLE, ModulePool, stack_pool
+from weftlm.routing.pool import RANK_MULTIPLE, ModulePool
 from weftlm.routing.router import Routing, Site
 
 
@@ -67,18 +66,9 @@ def test_making_a_background_leaves_random_numbers_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_adapters_of_different_shapes_do_not_stack() -> None:
-    def expert(name: str, lora: LoRAFactors) -> Expert:
-        return Expert(LoRAExpert(name, BaseReference("b"), {"m": lora}, {}))
-
-    experts = [expert("a", factors(2)), expert("b", factors(2, out=7))]
-    with pytest.raises(ExpertError, match=r"adapters of m differ in shape .*outputs \[5, 7\]"):
-        stack_pool(experts, [Site("m", 0, (0, 1), 6)], {"m": (torch.float32, torch.device("cpu"))})
-
-
 def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
-    for name in ("gather", "each", "dense", "packed", "grouped", "loop"):
+    for name in ("gather", "each", "dense", "packed", "grouped"):
         kernel = getattr(kernels, f"{name}_delta")
 
         def spy(*args: Any, name: str = name, kernel: Any = kernel) -> Tensor:
@@ -108,24 +98,21 @@ def test_the_way_taken_depends_on_size_and_gradient(monkeypatch: pytest.MonkeyPa
         assert taken == ["grouped"]
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(16, torch.float64), (15, torch.float32), (12, torch.bfloat16)])
-def test_gradients_go_expert_by_expert_where_grouped_products_cannot(
-    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("width", "dtype", "old"),
+    [(16, torch.float64, False), (15, torch.float32, False), (12, torch.bfloat16, False), (16, torch.float32, True)],
+)
+def test_gradients_go_through_all_experts_where_grouped_products_cannot(
+    width: int, dtype: torch.dtype, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = ways_taken(monkeypatch)
+    if old:
+        monkeypatch.delattr(torch.nn.functional, "grouped_mm")
     problem = kernel_problem(60, 2, 6, 8, width, 24, "drawn", dtype)
     u_NI = problem[0].clone().requires_grad_()
     kernels.routed_delta(u_NI, *problem[1:]).sum().backward()
-    assert taken == ["loop"]
+    assert taken == ["dense"]
     assert u_NI.grad is not None
-
-
-def test_gradients_do_without_grouped_products_in_older_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = ways_taken(monkeypatch)
-    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
-    problem = kernel_problem(60, 2, 6, 8, 16, 24, "drawn", torch.float32)
-    kernels.routed_delta(problem[0].clone().requires_grad_(), *problem[1:]).sum().backward()
-    assert taken == ["loop"]
 
 
 def test_inputs_of_another_dtype_take_that_of_the_factors() -> None:

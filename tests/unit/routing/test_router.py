@@ -38,7 +38,6 @@ def test_a_section_may_be_a_name_a_mapping_or_ready() -> None:
         ({"k": 2}, "router.router is None; it must be one of: arrow, average-activation"),
         ({"router": "phatgoose", "tempreature": 2.0}, "router.tempreature: unknown key; did you mean 'temperature'"),
         ({"router": "phatgoose", "k": 0}, r"router.k: must be .*\(got 0\)"),
-        ({"router": "arrow", "share": "block"}, "router.share: .*'module', 'layer' or 'model'"),
         ({"router": "single"}, "router.expert: missing"),
         ({"router": "retrieval", "read_tokens": -1}, "router.read_tokens"),
     ],

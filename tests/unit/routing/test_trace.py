@@ -70,7 +70,7 @@ def test_one_row_of_a_batch_without_its_padding() -> None:
     assert with_mean.weights_STE.tolist() == [[[0.125, 0.0, 0.375, 0.5], [0.5, 0.0, 0.0, 0.5]]]
 
 
-@pytest.mark.parametrize("section", ["phatgoose", "arrow", "uniform", "retrieval", "prefix"])
+@pytest.mark.parametrize("section", ["phatgoose", "arrow", "retrieval", "prefix"])
 def test_a_models_trace_is_what_its_modules_decided(section: str) -> None:
     model = llama()
     routed = RoutedModel(model, make_pool(model, mixed=False), section)

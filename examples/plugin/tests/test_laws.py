@@ -1,0 +1,4 @@
+"""The laws of weftlm over the methods of this package: one import per kind, from a checkout of weftlm."""
+
+from laws.test_policies import *
+from laws.test_routers import *
