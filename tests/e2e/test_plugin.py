@@ -54,7 +54,7 @@ def test_methods_and_a_stage_of_another_package(tmp_path: Path, recipe: Callable
     assert '"token-counts"' in run("status", tmp_path / "runs/one", "--json")
     laws = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", SAMPLE / "tests", "-k", "reading-direction"],
-        cwd=SAMPLE, env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=SAMPLE, env={**environment(), "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert laws.returncode == 0, laws.stdout
     assert " passed" in laws.stdout
