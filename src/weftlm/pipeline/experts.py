@@ -48,6 +48,7 @@ from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.run_folder import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
 from weftlm.progress import write_line
+from weftlm.training.config import NOT_DECIDING
 from weftlm.training.runtime import choose_runtime
 
 _GATE_PARTS = ("gate", "statistics_examples", "embedder")
