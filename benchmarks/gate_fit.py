@@ -59,7 +59,7 @@ CHUNK = 1 << 11
 """Sequences drawn and scored at a time: little beside the data."""
 OWN, PERTURBED = 0.35, 0.15
 """How much of a chain is its domain's own, and of an expert's chain is noise."""
-GATES = ("linear", "mlp")
+GATES = ("linear",)
 MINI, FULL = "mini-batches", "full batch"
 BATCH = 1024
 """Sequences of all domains together in a mini-batch (and as many samples)."""

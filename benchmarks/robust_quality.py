@@ -40,7 +40,7 @@ from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.problem import log_model
-from weftlm.gating.scores import ScoreCache, score
+from weftlm.gating.scores import score
 from weftlm.models.hf import token_losses
 
 VERSION = 3
@@ -235,8 +235,8 @@ class Comparison:
             eos_id=self.setting.tokenizer.eos_id,
             show=False,
         )
-        domains, drawn = cache.sequences(tokens=True)
-        parts = [one.split(0.25, self.setting.seed) for one in drawn]
+        domains = cache.domains
+        parts = [cache.samples[name].split(0.25, self.setting.seed) for name in cache.experts]
         fit_samples, held_samples = [part[0] for part in parts], [part[1] for part in parts]
         capacity = sampled_capacity([one.logq_NE for one in held_samples])
         self.add_gate("bayes, capacity prior", BayesGate.of(capacity.lam_D))
@@ -249,7 +249,7 @@ class Comparison:
                 domains, fit_samples, gate="linear", config=fit, offsets=values, held_out_samples=held_samples
             )
             self.add_gate(f"robust gate, offset {offset}", found.gate, found.z)
-            student = self._students(offset, found, fit_samples, held_samples, cache)
+            student = self._students(offset, found, fit_samples, held_samples)
             fit = DIRECT.model_copy(update={"steps": 20}) if self.quick else DIRECT
             direct = fit_robust_gate(domains, None, gate=DIRECT_GATE, config=fit, offsets=values)
             self.add_gate(f"direct gate, offset {offset}", direct.gate)
@@ -283,7 +283,6 @@ class Comparison:
         found: FitResult,
         fit_samples: Sequence[ScoredSequences],
         held_samples: Sequence[ScoredSequences],
-        cache: ScoreCache,
     ) -> dict[str, float]:
         config = DISTIL.model_copy(update={"steps": 20, "evaluate_every_steps": 10}) if self.quick else DISTIL
         student = distil_structural(found.gate, fit_samples, config=config).gate
@@ -298,17 +297,12 @@ class Comparison:
             self.add_gate(f"student, top {top}, all experts run", sparse)
             kl[f"top {top}"] = student_kl(found.gate, sparse, held_samples)[0]
         if self.kind == "branched":
-            self.add_model("dense student", self._dense(found.gate, student, fit_samples, cache))
+            self.add_model("dense student", self._dense(found.gate, student, fit_samples))
         return kl
 
-    def _dense(
-        self, gate: Gate, student: CausalGate, fit_samples: Sequence[ScoredSequences], cache: ScoreCache
-    ) -> nn.Module:
+    def _dense(self, gate: Gate, student: CausalGate, fit_samples: Sequence[ScoredSequences]) -> nn.Module:
         """An expert-sized model, begun at the base, that learns the student's distributions on training text."""
-        tokens, weights = [], weigh(gate, fit_samples)
-        for name, one in zip(cache.experts, cache.samples.values(), strict=True):
-            kept = cache.samples[name].sequences().split_rows(0.25, self.setting.seed)[0]
-            tokens.append(one.tokens_NT1[kept.numpy()])
+        tokens, weights = [one.tokens_NT1 for one in fit_samples], weigh(gate, fit_samples)
         real = np.concatenate(
             [windows(self.setting.text(name)["train"], 40 if self.quick else 1500) for name in self.names]
         )

@@ -116,7 +116,7 @@ def _model(path: str) -> Any:
 
 def _scores(cache: ScoreCache) -> Any:
     texts = [*cache.domains.values(), *cache.samples.values()]
-    return [cache.fingerprint, [(text.name, text.logp_NTE, text.tokens_NT1, text.lengths_N) for text in texts]]
+    return [cache.fingerprint, [(text.name, text.features.logp_BTE.numpy(), text.tokens_NT1.numpy()) for text in texts]]
 
 
 def _known(value: Any) -> str:

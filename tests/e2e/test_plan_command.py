@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support.command_line import Call
 
 Write = Callable[..., Path]
@@ -62,6 +62,7 @@ def test_planned_disk_is_what_the_files_take(recipe: Write, call: Call) -> None:
     assert disk["checkpoints"] == pytest.approx(bytes_in(run / "checkpoints"), rel=0.05)
     assert disk["model"] == pytest.approx((run / "model" / "model.safetensors").stat().st_size, rel=0.02)
     assert stages["experts"]["disk_bytes"]["library"] == pytest.approx(bytes_in(run / "experts"), rel=0.05)
-    arrays = sum(np.load(file, mmap_mode="r").nbytes for file in (run / "scores").glob("*.npy"))
+    shards = [load_file(file) for file in (run / "scores").glob("*.safetensors")]
+    arrays = sum(array.nbytes for shard in shards for array in shard.values())
     assert stages["scores"]["disk_bytes"]["score cache"] == arrays
     assert any("prepared data" in line for line in plan["assumptions"])

@@ -23,10 +23,8 @@ from weftlm.gating import (
     save_gate,
 )
 from weftlm.gating.bayes import BayesGate, FixedShareGate
-from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.gate import CausalGate, init_gate
 from weftlm.gating.mixtures import kl_projection, player
-from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.problem import evaluate, log_model, make_problem
 
 pytest.importorskip("cvxpy")
@@ -242,35 +240,6 @@ def test_a_causal_gate_ignores_the_future_and_can_be_driven_token_by_token(name,
     for s in range(6):
         torch.testing.assert_close(gate.current(state), logw_BTE[:, s], rtol=1e-10, atol=1e-12)
         state = gate.advance(state, features.logp_BTE[:, s])
-
-
-@every_gate
-@QUICK
-@given(seeds)
-def test_what_is_prepared_once_changes_no_weight_and_follows_its_rows(name, seed):
-    features = some_features(seed)
-    first = init_gate(name, 3, features)
-    ready = first.prepare(features)
-    assert bool(ready.prepared) == (first.prepared_bytes(features) > 0)
-    gate, some = shaken(first, seed), torch.tensor([4, 1, 1])
-    assert torch.equal(gate.log_weights(ready), gate.log_weights(features))
-    torch.testing.assert_close(gate.log_weights(ready.rows(some)), gate.log_weights(features)[some])
-    both = Features.joined([ready.rows(some), ready])
-    torch.testing.assert_close(
-        gate.log_weights(both), torch.cat([gate.log_weights(features)[i] for i in (some, slice(None))])
-    )
-    assert not Features.joined([ready, features]).prepared
-
-
-def test_a_gate_with_another_prior_does_not_take_what_is_prepared_for_its_own():
-    features = some_features(3)
-    ready = init_gate("prefix", 3, features).prepare(features)
-    other = PrefixGate.of(torch.tensor([0.7, 0.2, 0.1]), PrefixGateConfig())
-    assert torch.equal(other.log_weights(ready), other.log_weights(features))
-    assert not torch.equal(other.log_weights(ready), init_gate("prefix", 3, features).log_weights(features))
-    wide = other.prepare(features)
-    narrow = other.to("cpu", torch.float32)
-    assert narrow.log_weights(wide).dtype == torch.float32
 
 
 @QUICK

@@ -1,5 +1,7 @@
 """Distilled students against brute force: all texts of small Markov chains, best routers, switching domains."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,11 @@ from weftlm.gating.constant import ConstantGate
 from weftlm.gating.exact import entropies
 from weftlm.gating.problem import evaluate, make_problem
 
-FULL = DistilConfig(steps=500, batch_sequences=None, lr=0.02)
+FULL = DistilConfig(steps=300, batch_sequences=None, lr=0.03)
 SHORT = FULL.model_copy(update={"steps": 200, "lr": 0.04})
 
 
+@functools.lru_cache
 def robust(seed, gate, length=5):
     """A language, its domains near the experts, and the robust gate of a kind."""
     language = Language(seed, length=length)
@@ -116,7 +119,7 @@ def test_permuting_the_experts_permutes_the_student():
 
 @pytest.mark.slow
 def test_one_expert_per_token_comes_near_the_best_choice_at_every_prefix():
-    language, _, teacher = robust(0, "linear")
+    language, _, teacher = robust(0, "linear", length=4)
     pi = language.model(teacher)
     pi = pi / pi.sum()
     best = kl(pi, language.routed(language.best_single(pi)))
@@ -139,13 +142,8 @@ def test_where_domains_switch_midway_the_direct_gate_beats_the_distilled_one_and
     offsets = entropies(P)
     problem = make_problem(domains, offsets=offsets)
     config = FitConfig(steps=250, lr=0.02, eta=0.1, best_response_steps=0)
-    teacher = fit_robust_gate(
-        domains,
-        language.enumerated(),
-        gate="tabular",
-        offsets=offsets,
-        config=FitConfig(steps=500, best_response_steps=0),
-    )
+    short = FitConfig(steps=250, lr=0.1, best_response_steps=0)
+    teacher = fit_robust_gate(domains, language.enumerated(), gate="tabular", offsets=offsets, config=short)
     student = distil_structural(teacher.gate, language.enumerated(), config=FULL.model_copy(update={"steps": 200}))
     section = {"gate": "prefix", "base": "fixed_share", "share": 0.1}
     direct = fit_robust_gate(domains, gate=section, offsets=offsets, config=config)

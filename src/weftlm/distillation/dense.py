@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.structural import Weighted, model_kl
 from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.gating.sequences import draw_rows
 from weftlm.mixture.loader import Batch
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
@@ -46,25 +47,23 @@ class WeightedText:
     Attributes:
         tokens_NT1: int64; T inputs and the label after each, as for any causal language model.
         weights_N: float64, sums to 1.
-        mask_NT: True where the label counts; None: everywhere.
         weighted: the scored samples they are, from which the teacher's log-probability is known; None: unknown.
     """
 
     tokens_NT1: Tensor
     weights_N: Tensor
-    mask_NT: Tensor | None = None
     weighted: Weighted | None = None
 
     def __len__(self) -> int:
         return len(self.tokens_NT1)
 
     @classmethod
-    def of(cls, tokens_NT1: Any, *, weights_N: Any = None, mask_NT: Any = None) -> WeightedText:
+    def of(cls, tokens_NT1: Any, *, weights_N: Any = None) -> WeightedText:
         """Check and convert arrays; weights are made to sum to 1, and are equal where none came.
 
         Raises:
             ConfigError: shapes do not fit.
-            DataError: there is no sequence, or one without a token to predict.
+            DataError: there is no sequence, or no token to predict.
             NumericsError: weights that are no numbers, negative, or all 0.
         """
         tokens = torch.as_tensor(np.asarray(tokens_NT1)).to(torch.int64)
@@ -72,29 +71,20 @@ class WeightedText:
             raise DataError(f"token ids have shape {tuple(tokens.shape)}; they need sequences x tokens, 1 x 2 at least")
         count = len(tokens)
         weights = torch.ones(count).double() if weights_N is None else torch.as_tensor(np.asarray(weights_N)).double()
-        mask = None if mask_NT is None else torch.as_tensor(np.asarray(mask_NT)).to(torch.bool)
-        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-            "weights_N": (weights, (count,)),
-            "mask_NT": (mask, (count, tokens.shape[1] - 1)),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; {count} sequences need {shape}")
+        if tuple(weights.shape) != (count,):
+            raise ConfigError(f"weights_N has shape {tuple(weights.shape)}; {count} sequences need {(count,)}")
         total = float(weights.sum())
         if not bool((weights >= 0).all()) or not math.isfinite(total) or total <= 0.0:
             raise NumericsError(f"weights_N sum to {total:.6g}; they must be >= 0, finite and not all 0")
-        if mask is not None and not bool(mask.any(dim=1).all()):
-            raise DataError(f"sequence {int((~mask.any(dim=1)).nonzero()[0])} has no token to predict; leave it out")
-        return cls(tokens, weights / total, mask)
+        return cls(tokens, weights / total)
 
     @classmethod
-    def sampled(cls, weighted: Weighted, tokens: Sequence[Any], masks: Sequence[Any] | None = None) -> WeightedText:
+    def sampled(cls, weighted: Weighted, tokens: Sequence[Any]) -> WeightedText:
         """The experts' samples with the weights that make them the gated model's.
 
         Args:
             weighted: `weigh` of the gate and the scored samples.
             tokens: token ids of each expert's samples, N_k x (T + 1), in the same order.
-            masks: for each, N_k x T.
         Raises:
             ConfigError: not as many sequences as were scored.
         """
@@ -102,8 +92,7 @@ class WeightedText:
         if counts[0] != counts[1]:
             raise ConfigError(f"{counts[1]} sequences of token ids came for {counts[0]} scored samples, by expert")
         joined = np.concatenate([np.asarray(each) for each in tokens])
-        mask = None if masks is None else np.concatenate([np.asarray(each) for each in masks])
-        return replace(cls.of(joined, weights_N=weighted.mass_B, mask_NT=mask), weighted=weighted)
+        return replace(cls.of(joined, weights_N=weighted.mass_B), weighted=weighted)
 
 
 @dataclass(frozen=True)
@@ -165,8 +154,7 @@ def distil_dense(
 ) -> DenseResult:
     """Train one small language model on what the gated model would say.
 
-    Sequences are drawn with replacement by their weights; a batch's loss is its summed loss over the mean number of
-    tokens of a batch, so that long sequences weigh as much as their log-probability does.
+    Sequences are drawn with replacement by their weights.
 
     Args:
         model: its configuration, or a causal language model to start from.
@@ -283,8 +271,7 @@ class _Numbers:
 class _DistillationLoss:
     """Samples and real text, drawn by their weights as a function of (seed, step): a `BatchLoss`.
 
-    A batch's loss is its summed loss over the mean number of tokens of a batch. What the loop hands around are numbers
-    of sequences, whose ids and masks are looked up when their loss is taken.
+    What the loop hands around are numbers of sequences, whose ids are looked up when their loss is taken.
     """
 
     def __init__(
@@ -296,9 +283,8 @@ class _DistillationLoss:
             raise ConfigError(f"training.batch_sequences is {batch}; with real text it must be 2 at least")
         self._parts = [(text, batch - count)] + ([] if real is None else [(real, count)])
         self._tokens_NT1 = torch.cat([one.tokens_NT1 for one, _ in self._parts])
-        self._mask_NT = torch.cat([_mask(one) for one, _ in self._parts])
         self._teacher, self._token_kl, self._seed = teacher, config.token_kl, seed
-        self.tokens_per_sequence = sum(size * _mean_tokens(one) for one, size in self._parts) / batch
+        self.tokens_per_sequence = float(text.tokens_NT1.shape[1] - 1)
 
     def prepare(self, batch: Batch) -> Batch:
         """The numbers of the step's sequences in place of what the loop drew."""
@@ -307,19 +293,17 @@ class _DistillationLoss:
         rng = np.random.default_rng([self._seed, batch.step])
         numbers, first = [], 0
         for one, size in self._parts:
-            totals_N = one.weights_N.cumsum(0)
-            places = torch.from_numpy(rng.random(size)) * totals_N[-1]
-            numbers.append(first + torch.searchsorted(totals_N, places, right=True).clamp_max(len(one) - 1))
+            numbers.append(first + draw_rows(one.weights_N, size, rng))
             first += len(one)
         weights_B = np.full(len(batch.draw), 1.0 / self.tokens_per_sequence)
         return replace(batch, tokens_BT1=torch.cat(numbers)[:, None], loss_weights_B=weights_B)
 
     def __call__(self, model: nn.Module, numbers_B1: Tensor) -> Tensor:
-        """Loss of each sequence summed over the labels that count, (B, 1)."""
-        rows_B, device = numbers_B1[:, 0].cpu(), numbers_B1.device
-        tokens_BT1, mask_BT = self._tokens_NT1[rows_B].to(device), self._mask_NT[rows_B].to(device)
+        """Loss of each sequence summed over its labels, (B, 1)."""
+        tokens_BT1 = self._tokens_NT1[numbers_B1[:, 0].cpu()].to(numbers_B1.device)
         logp_BTV = _log_probs(model, tokens_BT1)
-        loss_BT = F.nll_loss(logp_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none").view(mask_BT.shape)
+        loss_BT = F.nll_loss(logp_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none")
+        loss_BT = loss_BT.view(logp_BTV.shape[:2])
         if self._teacher is not None:
             with torch.no_grad():
                 taught_BTV = self._teacher(tokens_BT1[:, :-1])
@@ -334,7 +318,7 @@ class _DistillationLoss:
             taught_BTV = taught_BTV.to(logp_BTV)
             apart_BTV = taught_BTV.exp() * (taught_BTV.clamp_min(-1e4) - logp_BTV)
             loss_BT = (1.0 - self._token_kl) * loss_BT + self._token_kl * apart_BTV.sum(dim=-1)
-        return torch.where(mask_BT, loss_BT, torch.zeros_like(loss_BT)).sum(dim=1, keepdim=True)
+        return loss_BT.sum(dim=1, keepdim=True)
 
 
 def _log_probs(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
@@ -346,16 +330,16 @@ def _held_out(
     model: nn.Module, one: WeightedText, size: int, runtime: Runtime
 ) -> tuple[float, float | None, float | None]:
     """Cross-entropy per token, and KL from the teacher with its error where its log-probabilities are known."""
-    mask_NT, logs = _mask(one), []
+    logs = []
     with torch.no_grad():
         for rows in torch.arange(len(one)).split(size):
             tokens_BT1 = one.tokens_NT1[rows].to(runtime.device)
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.bf16):
                 logp_BTV = _log_probs(model, tokens_BT1)
             logp_BT = logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0].double().cpu()
-            logs.append(torch.where(mask_NT[rows], logp_BT, torch.zeros_like(logp_BT)).sum(dim=1))
+            logs.append(logp_BT.sum(dim=1))
     logs_N = torch.cat(logs)
-    ce = -float(one.weights_N @ logs_N) / _mean_tokens(one)
+    ce = -float(one.weights_N @ logs_N) / (one.tokens_NT1.shape[1] - 1)
     return (ce, None, None) if one.weighted is None else (ce, *model_kl(one.weighted, logs_N))
 
 
@@ -363,16 +347,6 @@ def _progress(line: Mapping[str, Any]) -> DenseProgress:
     """A measurement out of metrics.jsonl, which holds null where the error of a single sequence is infinite."""
     found = DenseProgress(**{each.name: line[each.name] for each in fields(DenseProgress)})
     return replace(found, error=math.inf) if found.kl is not None and found.error is None else found
-
-
-def _mask(one: WeightedText) -> Tensor:
-    shape = len(one), one.tokens_NT1.shape[1] - 1
-    return torch.ones(shape, dtype=torch.bool) if one.mask_NT is None else one.mask_NT
-
-
-def _mean_tokens(one: WeightedText) -> float:
-    """Labels that count in a drawn sequence."""
-    return float(one.weights_N @ _mask(one).sum(dim=1).double())
 
 
 def _identity(
@@ -390,7 +364,7 @@ def _identity(
         settings["training"].pop(name)
     data, weights = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for one in (text, real, held_out):
-        for tensor in () if one is None else (one.tokens_NT1, one.weights_N, _mask(one)):
+        for tensor in () if one is None else (one.tokens_NT1, one.weights_N):
             data.update(np.ascontiguousarray(tensor.numpy()).tobytes())
         data.update(b"/")
     for name, parameter in parameters.items():

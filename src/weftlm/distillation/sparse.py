@@ -1,58 +1,28 @@
 """Students that run m experts per token: the same causal gate, restricted to its best m and renormalised.
 
 Choosing has no gradient, and with m = 1 the weight of what was chosen is always 1: training by the restricted model
-alone would learn nothing about whom to choose. The restricted model is therefore what the student is scored by, and the
-choice learns from the unrestricted weights as well (`log_sparse`).
+alone would learn nothing about which to choose. The restricted model is therefore what the student is scored by, and
+the choice learns from the unrestricted weights as well (`log_sparse`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from weftlm.distillation.config import DistilConfig
-from weftlm.distillation.structural import (
-    DistilProgress,
-    DistilResult,
-    DistilState,
-    distil_structural,
-    log_students,
-    student_kl,
-)
+from weftlm.distillation.structural import DistilProgress, DistilResult, DistilState, distil_structural
 from weftlm.errors import ConfigError
-from weftlm.gating.config import REFRESH_EVERY
 from weftlm.gating.features import FLOOR
-from weftlm.gating.gate import CausalGate, Features, Gate
+from weftlm.gating.gate import CausalGate, Features, Gate, SparseGate
 from weftlm.gating.modular_cache import catch_up_due, check_refresh_every
-from weftlm.gating.prefix_gate import PrefixGate, among, with_top
+from weftlm.gating.prefix_gate import among
 from weftlm.gating.sequences import ScoredSequences
 
 
-@dataclass(frozen=True)
-class SparseRow:
-    """What a student with m experts per token is worth; one line of a table.
-
-    Attributes:
-        experts_per_token: m; None: all.
-        kl: KL(pi_g / Z || student) on the samples it was measured on, nats per sequence.
-        error: standard error of `kl`; 0 where enumerated.
-        ce: cross-entropy of each domain that came, nats per token where tokens are counted, else per sequence.
-        ce_served: the same as the student is served token by token (`log_served`).
-    """
-
-    experts_per_token: int | None
-    kl: float
-    error: float
-    ce: Mapping[str, float]
-    ce_served: Mapping[str, float]
-
-
-def log_sparse(student: CausalGate, features: Features) -> Tensor:
+def log_sparse(student: SparseGate, features: Features) -> Tensor:
     """log s(x), restricted, with a gradient a sparse student can learn from: three terms' sum over t.
 
         log sum_{k in top m} w_k q_k(x_t) + log sum_k gamma_k q_k(x_t) + 1[m = 1] sum_k gamma_k log q_k(x_t)
@@ -61,18 +31,13 @@ def log_sparse(student: CausalGate, features: Features) -> Tensor:
     mixture, moves those of the others too, straight through the choice, and keeps them from freezing. With m = 1 the
     first has no gradient and the best mixture need not hold the best single expert most: the third, the expected
     log-probability of an expert drawn from gamma, does. log q_k counts within 50 nats of the restricted mixture's.
-
-    Raises:
-        ConfigError: the student is no "prefix" gate.
     """
-    if not isinstance(student, PrefixGate):
-        raise ConfigError(f"gate {student.config.gate!r} has no `top`; a sparse student is a 'prefix' gate")
     logp_BTE, mask_BT = student.tokens(features)
     logits_BTE = student.logits(features)
     logp_BTE = logp_BTE.to(logits_BTE.dtype)
     tokens_BT = torch.logsumexp(student.restricted(logits_BTE) + logp_BTE.clamp_min(-1e4), dim=-1)
     through_BT = torch.logsumexp(torch.log_softmax(logits_BTE, dim=-1) + logp_BTE.clamp_min(-1e4), dim=-1)
-    if student.config.top == 1:
+    if student.top == 1:
         gain_BTE = (logp_BTE - tokens_BT.detach()[..., None]).clamp(-FLOOR, FLOOR)
         through_BT = through_BT + (torch.softmax(logits_BTE, dim=-1) * gain_BTE).sum(dim=-1)
     total_BT = tokens_BT + through_BT - through_BT.detach()
@@ -87,70 +52,32 @@ def distil_sparse(
     samples: Sequence[ScoredSequences],
     experts_per_token: int,
     *,
-    held_out: Sequence[ScoredSequences] | None = None,
-    real: Mapping[str, ScoredSequences] | Sequence[ScoredSequences] = (),
-    lam: Any = None,
     config: DistilConfig | None = None,
     state: DistilState | None = None,
-    until: int | None = None,
     on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
     on_stop: Callable[[DistilState], None] | None = None,
 ) -> DistilResult:
     """Train a student further with only its m best experts per token.
 
     Args:
-        gate: the teacher.
-        student: a "prefix" gate, as `distil_structural` gave it.
-        samples, held_out, real, lam, config, state, until, on_progress, on_stop: as in `distil_structural`.
+        gate: Teacher.
+        student: A `SparseGate` ("prefix"), as `distil_structural` gave it.
+        samples, config, state, on_progress, on_stop: As in `distil_structural`.
         experts_per_token: m. With all of them, training is that of `distil_structural`.
     Returns:
         The result; its gate carries m in its configuration (`top`) and can be saved and driven like any other.
     Raises:
-        ConfigError: the student is no "prefix" gate, or m is not between 1 and the number of experts.
+        ConfigError: the student cannot be sparse, or m is not between 1 and the number of experts.
         NumericsError: the restricted student gives a sample no probability, as can be with experts that give 0.
     """
-    if not isinstance(student, PrefixGate):
-        raise ConfigError(f"gate {student.config.gate!r} came; a sparse student is a 'prefix' gate")
+    if not isinstance(student, SparseGate):
+        raise ConfigError(f"gate {student.config.gate!r} cannot run a few experts per token; take a 'prefix' gate")
     if not 1 <= experts_per_token <= student.experts:
         raise ConfigError(f"experts_per_token is {experts_per_token}; it must be from 1 to {student.experts}")
-    start = with_top(student, experts_per_token)
     return distil_structural(
-        gate, samples, student=start, held_out=held_out, real=real, lam=lam, config=config, objective=log_sparse,
-        state=state, until=until, on_progress=on_progress, on_stop=on_stop,
+        gate, samples, student=student.with_top(experts_per_token), config=config, objective=log_sparse, state=state,
+        on_progress=on_progress, on_stop=on_stop,
     )  # fmt: skip
-
-
-def sparse_table(
-    gate: Gate,
-    students: Sequence[CausalGate],
-    samples: Sequence[ScoredSequences],
-    domains: Mapping[str, ScoredSequences] | None = None,
-    *,
-    known_tokens: int = 0,
-    refresh_every: int | None = REFRESH_EVERY,
-) -> tuple[SparseRow, ...]:
-    """KL and cross-entropies of students side by side, on data none was fitted on.
-
-    Args:
-        gate: the teacher.
-        students: causal gates; m is read from their configuration.
-        samples: held-out draws of the experts, for KL.
-        domains: real text, for cross-entropies.
-        known_tokens: tokens at the start of each text that every expert scores even in sparse serving, as a prompt.
-        refresh_every: tokens after which every expert catches up in sparse serving; None for never.
-    Raises:
-        ConfigError, NumericsError: as `student_kl`.
-    """
-    rows = []
-    for student in students:
-        kl, error = student_kl(gate, student, samples)
-        ce, served = {}, {}
-        for name, one in (domains or {}).items():
-            ce[name] = _cross_entropy(one, log_students(student, one))
-            logs = log_served(student, one.features, known_tokens=known_tokens, refresh_every=refresh_every)
-            served[name] = _cross_entropy(one, logs)
-        rows.append(SparseRow(getattr(student.config, "top", None), kl, error, ce, served))
-    return tuple(rows)
 
 
 @torch.no_grad()
@@ -159,16 +86,16 @@ def log_served(
 ) -> Tensor:
     """log s(x) as `ModularLM` serves it token by token: experts of weight 0 sleep, and the gate lacks their scores.
 
-    What a sleeping expert would have said of a token is stood in for by the mixture's own log-probability. An expert
-    that is called again reads all it missed, and every `refresh_every` tokens all experts do; from then on the gate
-    knows it. The model is normalised like any causal gate's, but it is another one than the student that sees all
-    scores; with all experts at work, or a `refresh_every` of 1, the two are the same.
+    The mixture's own log-probability of a token stands in for that of a sleeping expert. An expert that is called again
+    reads all it missed, and every `refresh_every` tokens all experts do; from then on the gate knows their scores. The
+    model is normalised like any causal gate's, but it is another one than the student that sees all scores; with all
+    experts at work, or a `refresh_every` of 1, the two are the same.
 
     Args:
-        student: any causal gate.
-        features: of B sequences, with `logp_BTE`.
-        known_tokens: tokens at the start that all experts score, as when a prompt is read.
-        refresh_every: tokens after which every expert catches up, sooner early in a text (`catch_up_due`); None for
+        student: Any causal gate.
+        features: Features of B sequences, with `logp_BTE`.
+        known_tokens: Tokens at the start that all experts score, as when a prompt is read.
+        refresh_every: Tokens after which every expert catches up, sooner early in a text (`catch_up_due`); None for
             never.
     Returns:
         log s(x), B, nats, float64.
@@ -181,7 +108,7 @@ def log_served(
     logp_BTE = logp_BTE.double()
     mask_BT = torch.ones(logp_BTE.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT
     known_BTE = torch.zeros_like(logp_BTE, dtype=torch.bool)
-    said_BTE = logp_BTE.clone()  # what the gate is told
+    told_BTE = logp_BTE.clone()  # the gate's input: true scores where they are known, else the mixture's own
     state = anchored = wide.begin(len(logp_BTE))
     anchor = 0
     total_B = torch.zeros(len(logp_BTE), dtype=torch.float64)
@@ -193,29 +120,21 @@ def log_served(
             logw_BE = wide.current(state)
             known_BTE[:, t] = True
         else:
-            state = wide.advance(state, said_BTE[:, t - 1], mask_BT[:, t - 1])
+            state = wide.advance(state, told_BTE[:, t - 1], mask_BT[:, t - 1])
             logw_BE = before_BE = wide.current(state)
             ran_BE = ~torch.isneginf(before_BE)
             late_BE = ran_BE & ~known_BTE[:, anchor:t].all(dim=1)
             if bool(late_BE.any()):
                 known_BTE[:, anchor:t] |= late_BE[:, None]
-                said_BTE[:, anchor:t] = torch.where(
-                    known_BTE[:, anchor:t], logp_BTE[:, anchor:t], said_BTE[:, anchor:t]
+                told_BTE[:, anchor:t] = torch.where(
+                    known_BTE[:, anchor:t], logp_BTE[:, anchor:t], told_BTE[:, anchor:t]
                 )
                 state = anchored
                 for place in range(anchor, t):
-                    state = wide.advance(state, said_BTE[:, place], mask_BT[:, place])
+                    state = wide.advance(state, told_BTE[:, place], mask_BT[:, place])
                 logw_BE = among(wide.current(state), ran_BE, before_BE)
             known_BTE[:, t] = ran_BE
         token_B = torch.logsumexp(logw_BE + logp_BTE[:, t], dim=-1)
-        said_BTE[:, t] = torch.where(known_BTE[:, t], logp_BTE[:, t], token_B[:, None])
+        told_BTE[:, t] = torch.where(known_BTE[:, t], logp_BTE[:, t], token_B[:, None])
         total_B = total_B + torch.where(mask_BT[:, t], token_B, torch.zeros_like(token_B))
     return total_B
-
-
-def _cross_entropy(one: ScoredSequences, logs_N: Tensor) -> float:
-    weights_N = one.probability()
-    total = -float(weights_N @ logs_N)
-    if one.tokens_N is not None:
-        total /= float(weights_N @ one.tokens_N)
-    return total if math.isfinite(total) else math.inf

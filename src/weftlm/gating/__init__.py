@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from weftlm.gating.exact import ExactResult, best_constant_gate, exact_robust_gate, mixture_regrets
     from weftlm.gating.features import sequence_features
     from weftlm.gating.gate import CausalGate, Features, Gate, load_gate, save_gate
-    from weftlm.gating.mixtures import Box, Vertices
+    from weftlm.gating.mixtures import Box
     from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
     from weftlm.gating.sequences import ScoredSequences, enumerated
 else:
@@ -25,7 +25,7 @@ else:
         "exact": ["ExactResult", "best_constant_gate", "exact_robust_gate", "mixture_regrets"],
         "features": ["sequence_features"],
         "gate": ["CausalGate", "Features", "Gate", "load_gate", "save_gate"],
-        "mixtures": ["Box", "Vertices"],
+        "mixtures": ["Box"],
         "primal_dual": ["FitResult", "FitState", "Progress", "fit_robust_gate"],
         "sequences": ["ScoredSequences", "enumerated"],
     }
@@ -39,29 +39,8 @@ else:
 
 
 __all__ = [
-    "Box",
-    "CapacityResult",
-    "CausalGate",
-    "Certificate",
-    "ExactResult",
-    "Features",
-    "FitConfig",
-    "FitResult",
-    "FitState",
-    "Gate",
-    "Progress",
-    "ScoredSequences",
-    "Vertices",
-    "best_constant_gate",
-    "certify",
-    "channel_capacity",
-    "enumerated",
-    "exact_robust_gate",
-    "fit_robust_gate",
-    "gates",
-    "load_gate",
-    "mixture_regrets",
-    "sampled_capacity",
-    "save_gate",
-    "sequence_features",
-]
+    "Box", "CapacityResult", "CausalGate", "Certificate", "ExactResult", "Features", "FitConfig", "FitResult",
+    "FitState", "Gate", "Progress", "ScoredSequences", "best_constant_gate", "certify", "channel_capacity",
+    "enumerated", "exact_robust_gate", "fit_robust_gate", "gates", "load_gate", "mixture_regrets", "sampled_capacity",
+    "save_gate", "sequence_features",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """Causal gates that need no training: Bayes, fixed share, uniform. What a learned causal gate must beat.
 
-All three answer BTE in log space and are normalised by construction: at every prefix the weights over experts sum to 1,
-so the model they make is a distribution over sequences whatever the experts are.
+All three work in log space and are normalised by construction: at every prefix the weights over experts sum to 1, so
+the model they make is a distribution over sequences whatever the experts are.
 
 A prefix that every expert gives probability 0 says nothing: from there on the gates answer with their first weights,
 and the model's probability of the sequence is 0 in any case.
@@ -21,40 +21,12 @@ from weftlm.gating.config import BayesConfig, CausalUniformConfig, FixedShareCon
 from weftlm.gating.gate import CausalGate, Features, State
 
 
-class FirstWeightsGate(CausalGate):
-    """What Bayes and fixed share have in common: first weights, softmax of `logits_E`, uniform at first, learned."""
-
-    learned: ClassVar[tuple[str, ...]] = ("logits_E",)
-
-    @classmethod
-    def init(cls, config: Any, experts: int, features: Features, seed: int) -> Self:
-        return cls(config, experts, {"logits_E": torch.zeros(experts, dtype=torch.float64)})
-
-    @classmethod
-    def _from(cls, config: GateConfig, prior_E: Any) -> Self:
-        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", len(prior_E)))
-        return cls(config, len(prior), {"logits_E": prior.log()})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"logits_E": (self.experts,)}
-
-    def first(self) -> Tensor:
-        """log of the first weights, E."""
-        return torch.log_softmax(self.tensors["logits_E"], dim=0)
-
-    def begin(self, batch: int) -> State:
-        return {"weights_BE": self.first().expand(batch, -1)}
-
-    def current(self, state: State) -> Tensor:
-        return _posterior(state["weights_BE"], self.first())
-
-
 @gates.register(
     "bayes",
     does="weighs experts by how likely they found the text so far",
     costs="every expert on every token, or the m best",
 )
-class BayesGate(FirstWeightsGate):
+class BayesGate(CausalGate):
     """The exact causal router of a constant gate.
 
         gamma_k(x_<t)  prop. to  lambda_k q_k(x_<t) = lambda_k prod_{s<t} q_k(x_s | x_<s)
@@ -64,25 +36,43 @@ class BayesGate(FirstWeightsGate):
     """
 
     Config: ClassVar[type[GateConfig]] = BayesConfig
+    learned: ClassVar[tuple[str, ...]] = ("logits_E",)
 
     @classmethod
-    def of(cls, prior_E: Any) -> Self:
+    def init(cls, config: Any, experts: int, features: Features, seed: int) -> Self:
+        return cls(config, experts, {"logits_E": torch.zeros(experts, dtype=torch.float64)})
+
+    @classmethod
+    def of(cls, prior_E: Any) -> BayesGate:
         """The gate with this prior.
 
         Raises:
             ConfigError: it is not a probability vector.
         """
-        return cls._from(BayesConfig(), prior_E)
+        return BayesGate(BayesConfig(), len(prior_E), {"logits_E": _log_prior(prior_E)})
 
-    def log_weights(self, features: Features) -> Tensor:
-        logp_BTE, mask_BT = self.tokens(features)
-        prior_E = self.first()
-        before_BTE = _exclusive_sums(_evidence(logp_BTE, mask_BT, prior_E))
-        return _posterior(prior_E + before_BTE, prior_E)
+    def with_prior(self, prior_E: Tensor) -> Self:
+        return self.replaced({"logits_E": _log_prior(prior_E)})
+
+    def begin(self, batch: int) -> State:
+        return {"weights_BE": self._first().expand(batch, -1)}
+
+    def current(self, state: State) -> Tensor:
+        joint_BE, first_E = state["weights_BE"], self._first()
+        dead_B1 = torch.isneginf(joint_BE).all(dim=-1, keepdim=True)
+        alive_BE = torch.log_softmax(torch.where(dead_B1, torch.zeros_like(joint_BE), joint_BE), dim=-1)
+        return torch.where(dead_B1, first_E.expand_as(alive_BE), alive_BE)
 
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
         joint_BE = state["weights_BE"]  # not normalised from one token to the next
-        return {"weights_BE": joint_BE + _evidence(logp_BE, mask_B, joint_BE)}
+        logp_BE = logp_BE.to(joint_BE.dtype)
+        if mask_B is not None:
+            logp_BE = torch.where(mask_B[:, None], logp_BE, torch.zeros_like(logp_BE))
+        return {"weights_BE": joint_BE + logp_BE}
+
+    def _first(self) -> Tensor:
+        """log of the first weights, E."""
+        return torch.log_softmax(self.tensors["logits_E"], dim=0)
 
 
 @gates.register(
@@ -91,7 +81,7 @@ class BayesGate(FirstWeightsGate):
     costs="as `bayes`",
     paper="Machine Learning 32 (1998), 151-178",
 )
-class FixedShareGate(FirstWeightsGate):
+class FixedShareGate(BayesGate):
     """Bayes that expects the domain to change (Herbster and Warmuth 1998, "Tracking the best expert").
 
         v_k(t)     prop. to  w_k(t) q_k(x_t | x_<t)         Bayes' update
@@ -104,7 +94,7 @@ class FixedShareGate(FirstWeightsGate):
     config: FixedShareConfig
 
     @classmethod
-    def of(cls, prior_E: Any, share: float) -> Self:
+    def of(cls, prior_E: Any, share: float = 0.01) -> FixedShareGate:
         """The gate with these first weights and this share.
 
         Raises:
@@ -112,21 +102,10 @@ class FixedShareGate(FirstWeightsGate):
         """
         if not 0.0 <= share < 1.0:
             raise ConfigError(f"share is {share}; it must be at least 0 and below 1")
-        return cls._from(FixedShareConfig(share=share), prior_E)
-
-    def log_weights(self, features: Features) -> Tensor:
-        logp_BTE, mask_BT = self.tokens(features)
-        state = self.begin(len(logp_BTE))
-        rows = []
-        for t in range(logp_BTE.shape[1]):
-            rows.append(self.current(state))
-            state = self.advance(state, logp_BTE[:, t], None if mask_BT is None else mask_BT[:, t])
-        shape = (len(logp_BTE), 0, self.experts)
-        return torch.stack(rows, dim=1) if rows else self.first().new_zeros(shape)
+        return FixedShareGate(FixedShareConfig(share=share), len(prior_E), {"logits_E": _log_prior(prior_E)})
 
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
-        before_BE = state["weights_BE"]
-        joint_BE = before_BE + _evidence(logp_BE, mask_B, before_BE)
+        before_BE, joint_BE = state["weights_BE"], super().advance(state, logp_BE, mask_B)["weights_BE"]
         dead_B1 = torch.isneginf(joint_BE).all(dim=-1, keepdim=True)
         after_BE = torch.log_softmax(torch.where(dead_B1, torch.zeros_like(joint_BE), joint_BE), dim=-1)
         share = self.config.share
@@ -153,13 +132,6 @@ class CausalUniformGate(CausalGate):
     def init(cls, config: CausalUniformConfig, experts: int, features: Features, seed: int) -> Self:
         return cls(config, experts, {})
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def log_weights(self, features: Features) -> Tensor:
-        logp_BTE, _ = self.tokens(features)
-        return torch.full_like(logp_BTE, -math.log(self.experts))
-
     def begin(self, batch: int) -> State:
         return {"weights_BE": torch.full((batch, self.experts), -math.log(self.experts), dtype=torch.float64)}
 
@@ -170,20 +142,5 @@ class CausalUniformGate(CausalGate):
         return state
 
 
-def _evidence(logp_XE: Tensor, mask_X: Tensor | None, like: Tensor) -> Tensor:
-    """Scores in the gate's float type; padding is worth 0 to every expert."""
-    logp_XE = logp_XE.to(like.dtype)
-    return logp_XE if mask_X is None else torch.where(mask_X[..., None], logp_XE, torch.zeros_like(logp_XE))
-
-
-def _exclusive_sums(logp_BTE: Tensor) -> Tensor:
-    """Sums over s < t: 0 at the first token."""
-    sums_BTE = logp_BTE.cumsum(dim=1)
-    return torch.cat([torch.zeros_like(sums_BTE[:, :1]), sums_BTE[:, :-1]], dim=1)
-
-
-def _posterior(joint_XE: Tensor, first_E: Tensor) -> Tensor:
-    """Normalised over experts; the first weights where every expert is at -inf."""
-    dead_X1 = torch.isneginf(joint_XE).all(dim=-1, keepdim=True)
-    alive_XE = torch.log_softmax(torch.where(dead_X1, torch.zeros_like(joint_XE), joint_XE), dim=-1)
-    return torch.where(dead_X1, first_E.expand_as(alive_XE), alive_XE)
+def _log_prior(prior_E: Any) -> Tensor:
+    return torch.from_numpy(simplex_vector(prior_E, "prior_E", len(prior_E))).log()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError, DataError
 from weftlm.gating.arrays import Floats, log_distributions, to_log_likelihoods, to_tensor
-from weftlm.gating.mixtures import MixtureSet, Player, player
+from weftlm.gating.mixtures import Box, Player, player
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class CapacityResult:
     """What Blahut-Arimoto found.
 
     Attributes:
-        value: lower end of the bracket, nats per sequence, or as scaled. kind "exact": every normalised model's worst
+        value: Lower end of the bracket, nats per sequence, or as scaled. kind "exact": every normalised model's worst
             KL(p_d || m) is at least this. kind "estimate": see `sampled_capacity`.
-        lam_D: the mixture that attains it.
-        iterations: steps taken.
-        gap: upper end minus `value`; the capacity lies within. 0 up to the tolerance once converged.
+        lam_D: Mixture that attains it.
+        iterations: Steps taken.
+        gap: Upper end minus `value`; the capacity is within. 0 up to the tolerance once converged.
         kind: "exact" from enumerated distributions, "estimate" from samples.
-        standard_error: of `value` as a mean over samples at this mixture, nats; None where exact.
+        standard_error: Error of `value` as a mean over samples at this mixture, nats; None where exact.
     """
 
     value: float
@@ -48,46 +48,36 @@ def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: i
 
         D_d      = KL(p_d || p_lambda)
         lambda_d <- lambda_d exp(D_d) / sum_j lambda_j exp(D_j)
-        log sum_d lambda_d exp(D_d)  <=  C  <=  max_d D_d
+        sum_d lambda_d D_d  <=  C  <=  max_d D_d
 
     It stops when the best lower and upper bounds so far are within `tolerance`, or after `max_iterations`; the bracket
     is valid either way. Where a domain barely counts the iteration is slow (1 / n), and `gap` says how far it came.
 
     Args:
-        logP_DX: one row per domain, log-probabilities (nats) or probabilities of X sequences, normalised.
-        tolerance: of the bracket, nats.
-        max_iterations: at most so many steps.
+        logP_DX: One row per domain, log-probabilities (nats) or probabilities of X sequences, normalised.
+        tolerance: Width of the bracket at which to stop, nats.
+        max_iterations: Steps at most.
     Raises:
         ConfigError: not D x X, or nonsensical limits.
         NumericsError: NaN, or a row that does not sum to 1.
     """
     _check_limits(tolerance, max_iterations)
     logp_DX = log_distributions(logP_DX, "logP_DX", "DX")
-    p_DX = logp_DX.exp()
+    p_DX, opponent = logp_DX.exp(), player(None, len(logp_DX))
 
-    def divergences(log_lam_D: Tensor) -> Tensor:
-        mix_X = torch.logsumexp(log_lam_D[:, None] + logp_DX, dim=0)
-        return (p_DX * torch.where(p_DX > 0, logp_DX - mix_X, torch.zeros_like(logp_DX))).sum(dim=1)
+    def divergences(lam_D: Floats) -> Floats:
+        mix_X = torch.logsumexp(torch.from_numpy(lam_D).log()[:, None] + logp_DX, dim=0)
+        apart_DX = p_DX * torch.where(p_DX > 0, logp_DX - mix_X, torch.zeros_like(logp_DX))
+        found: Floats = apart_DX.sum(dim=1).numpy()
+        return found
 
-    log_lam_D = _uniform(len(logp_DX))
-    best, lower, upper = log_lam_D, 0.0, math.inf
-    for taken in range(1, max_iterations + 1):  # noqa: B007
-        divergence_D = divergences(log_lam_D)
-        step_D = log_lam_D + divergence_D
-        bound = float(torch.logsumexp(step_D, dim=0))
-        upper = min(upper, float(divergence_D.max()))
-        if bound >= lower:
-            lower, best = bound, log_lam_D
-        if upper - lower <= tolerance:
-            break
-        log_lam_D = step_D - bound
-    return CapacityResult(lower, best.exp().numpy(), taken, max(upper - lower, 0.0))
+    return _climbed(divergences, opponent, 1.0, tolerance, max_iterations, stalls=False)
 
 
 def sampled_capacity(
     logp: Sequence[Any],
     *,
-    mixtures: MixtureSet | Player | Any | None = None,
+    mixtures: Box | Player | Any | None = None,
     scale_D: Any = None,
     tolerance: float = 1e-6,
     max_iterations: int = 2_000,
@@ -108,11 +98,11 @@ def sampled_capacity(
     which flatters it a little; the standard error does not count that.
 
     Args:
-        logp: for each domain d, an array N_d x D: log-likelihood of its samples under each domain's model, nats.
-        mixtures: which lambda are allowed, as in `fit_robust_gate`; None for all.
+        logp: For each domain d, an array N_d x D: log-likelihood of its samples under each domain's model, nats.
+        mixtures: Allowed lambda, as in `fit_robust_gate`; None for all.
         scale_D: s, positive: 1 / tokens for nats per token; None for 1.
-        tolerance: stop when a step changes `value` by less, nats, before it is scaled.
-        max_iterations: at most so many steps.
+        tolerance: Change of `value` in a step at which to stop, nats, before it is scaled.
+        max_iterations: Steps at most.
     Raises:
         ConfigError: shapes do not fit, or a scale is not positive.
         DataError: a domain without samples, or a sample its own domain's model gives probability 0.
@@ -135,39 +125,49 @@ def sampled_capacity(
     scales_D = np.ones(domains) if scale_D is None else to_tensor(scale_D, "scale_D", "D").double().numpy()
     if len(scales_D) != domains or not bool((scales_D > 0).all() and np.isfinite(scales_D).all()):
         raise ConfigError(f"scale_D is {scales_D}; it needs a positive number for each of the {domains} domains")
+
+    def gains(lam_D: Floats) -> list[Tensor]:
+        """log p_d(x) - log sum_k mu_k p_k(x) of each domain's samples; 0 where no allowed mixture holds the domain."""
+        log_mu_D = torch.from_numpy(lam_D * scales_D / (lam_D @ scales_D)).log()
+        found = (part_ND[:, d] - torch.logsumexp(log_mu_D + part_ND, dim=1) for d, part_ND in enumerate(sets))
+        return [gain_N if lam_D[d] > 0 else torch.zeros_like(gain_N) for d, gain_N in enumerate(found)]
+
+    def divergences(lam_D: Floats) -> Floats:
+        return scales_D * np.array([float(gain_N.mean()) for gain_N in gains(lam_D)])
+
     opponent, largest = player(mixtures, domains), float(scales_D.max())
-    counts_D = torch.tensor([len(part) for part in sets])
-    group_N = torch.repeat_interleave(torch.arange(domains), counts_D)
-    logp_ND = torch.cat(sets)
-    own_N = logp_ND.gather(1, group_N[:, None])[:, 0]
+    found = _climbed(divergences, opponent, largest, tolerance, max_iterations, stalls=True)
+    spreads = [float(((gain_N - gain_N.mean()) ** 2).mean()) / max(1, len(gain_N) - 1) for gain_N in gains(found.lam_D)]
+    error = float(np.sqrt((found.lam_D * scales_D) ** 2 @ np.array(spreads)))
+    return CapacityResult(found.value, found.lam_D, found.iterations, found.gap, "estimate", error)
 
-    def means(values_N: Tensor) -> Tensor:
-        return torch.zeros(domains, dtype=torch.float64).index_add(0, group_N, values_N) / counts_D
 
-    log_nu_M = opponent.start()
+def _climbed(
+    divergences: Any, opponent: Player, largest: float, tolerance: float, max_iterations: int, *, stalls: bool
+) -> CapacityResult:
+    """Exponentiated gradient up lambda . D(lambda), with steps of 1 / `largest`; the best value met and its bracket.
+
+    Args:
+        divergences: D, scaled, of a mixture.
+        opponent: Allowed mixtures.
+        largest: Largest scale.
+        tolerance: Width of the bracket at which to stop, before it is scaled.
+        max_iterations: Steps at most.
+        stalls: Stop too where a step changes the value by less than the tolerance.
+    """
+    log_nu_M, value, upper = opponent.start(), -math.inf, math.inf
     best_D = opponent.lam(np.exp(log_nu_M))
-    value, upper, error = -math.inf, math.inf, 0.0
     for taken in range(1, max_iterations + 1):  # noqa: B007
         lam_D = opponent.lam(np.exp(log_nu_M))
-        mu_D = torch.from_numpy(lam_D * scales_D / (lam_D @ scales_D))
-        gain_N = own_N - torch.logsumexp(mu_D.log() + logp_ND, dim=1)
-        gain_D = torch.where(mu_D > 0, means(gain_N), 0.0)  # no allowed mixture holds the others
-        payoffs_M = opponent.weights_MD @ (scales_D * gain_D.numpy())
+        payoffs_M = opponent.weights_MD @ divergences(lam_D)
         now = float(np.exp(log_nu_M) @ payoffs_M)
-        upper = min(upper, opponent.best(payoffs_M)[0])
-        change = now - value
+        upper, change = min(upper, opponent.best(payoffs_M)[0]), now - value
         if now > value:
             best_D, value = lam_D, now
-            spread_D = (means((gain_N - gain_D[group_N]) ** 2) / (counts_D - 1).clamp_min(1)).numpy()
-            error = float(np.sqrt((lam_D * scales_D)[lam_D > 0] ** 2 @ spread_D[lam_D > 0]))
-        if upper - value <= tolerance * largest or abs(change) < tolerance * largest:
+        if upper - value <= tolerance * largest or (stalls and abs(change) < tolerance * largest):
             break
         log_nu_M = opponent.step(log_nu_M, payoffs_M / largest)
-    return CapacityResult(value, best_D, taken, max(upper - value, 0.0), "estimate", error)
-
-
-def _uniform(size: int) -> Tensor:
-    return torch.full((size,), -math.log(size), dtype=torch.float64)
+    return CapacityResult(value, best_D, taken, max(upper - value, 0.0))
 
 
 def _check_limits(tolerance: float, max_iterations: int) -> None:

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+from pydantic import TypeAdapter
 
-from weftlm.errors import ConfigError, DataError, reason
+from weftlm.errors import DataError, reason
 from weftlm.files import parse_json
 from weftlm.gating.arrays import TOLERANCE, Floats, simplex_vector
-from weftlm.gating.capacity import CapacityResult, channel_capacity, sampled_capacity
+from weftlm.gating.capacity import channel_capacity, sampled_capacity
 from weftlm.gating.config import FitConfig, Unit
 from weftlm.gating.gate import Gate
-from weftlm.gating.mixtures import MixtureSet
-from weftlm.gating.primal_dual import Z_NORMAL, FitResult, against, best_response, interval
+from weftlm.gating.mixtures import Box
+from weftlm.gating.primal_dual import FitResult, against, best_response, interval
 from weftlm.gating.problem import Evaluation, Offsets, Problem, evaluate, make_problem
 
 Label = Literal["bound", "estimate", "exact"]
@@ -117,12 +118,8 @@ class Certificate:
             DataError: it is no certificate.
         """
         try:
-            fields = dict(parse_json(value) if isinstance(value, str) else value)
-            for name in ("capacity", "worst", "at_lam", "lower", "gap", "z"):
-                fields[name] = None if fields[name] is None else Figure(**fields[name])
-            fields["domains"] = tuple(DomainRow(**row) for row in fields["domains"])
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+            return TypeAdapter(cls).validate_python(parse_json(value) if isinstance(value, str) else value)
+        except ValueError as error:
             raise DataError(f"no certificate of a gate: {reason(error)}; write one again with certify") from error
 
 
@@ -133,10 +130,9 @@ def certify(
     *,
     nu: Any = None,
     offsets: Offsets | Any | None = None,
-    mixtures: MixtureSet | Any | None = None,
+    mixtures: Box | Any | None = None,
     unit: Unit = "sequence",
     own_experts: Sequence[int] | None = None,
-    capacity: CapacityResult | None = None,
     config: FitConfig | None = None,
 ) -> Certificate:
     """Measure a gate on data it was not fitted on.
@@ -148,8 +144,6 @@ def certify(
         nu: the fit's mixture, over the extreme mixtures (over the domains where all mixtures are allowed); without it
             there is no gap.
         offsets, mixtures, unit, own_experts: as in `make_problem`.
-        capacity: of the domains in nats per sequence, where it is known or was estimated. None: computed where the
-            problem is enumerated; estimated between the domains' own experts from their samples with offsets "expert".
         config: of the steps behind an estimated best response. None: the fit's, or the defaults.
     Raises:
         ConfigError, DataError, NumericsError: as `make_problem`.
@@ -170,14 +164,13 @@ def certify(
         unit=unit,
         offsets=problem.offset_kind,
         causal=gate.causal,
-        capacity=_capacity(problem, capacity),
+        capacity=_capacity(problem),
         worst=Figure(
             found.worst,
             "exact" if exact else "estimate",
             "largest value over the allowed mixtures, whose maximum is at an extreme mixture"
             + ("" if exact else "; exact on these sequences, 95 % normal interval over sequences and samples"),
-            None if exact else _finite(found.worst - Z_NORMAL * error),
-            None if exact else _finite(found.worst + Z_NORMAL * error),
+            *_ends(found.worst, error, exact=exact),
         ),
         worst_domain=problem.names[found.worst_domain],
         at_lam=at_lam,
@@ -188,8 +181,10 @@ def certify(
     )
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _ends(value: float, error: float, *, exact: bool = False) -> tuple[float | None, float | None]:
+    """95 % normal interval; None for an end that is infinite, or where the value is exact."""
+    low, high = (None if exact or not math.isfinite(end) else end for end in interval(value, error))
+    return low, high
 
 
 def _z_share(found: Evaluation, problem: Problem) -> Floats:
@@ -223,61 +218,38 @@ def _duality(
         label = "estimate"
         gap_how = "worst minus an estimated best response; may understate the gap"
     exact = problem.support is not None
-    return (
-        Figure(least, label, how),
-        Figure(
-            at_lam,
-            "exact" if exact else "estimate",
-            "value against the fit's mixture" + ("" if exact else ", exact on these sequences"),
-        ),
-        Figure(found.worst - least, label, gap_how),
-    )
+    there = Figure(at_lam, "exact" if exact else "estimate", "value against the fit's mixture")
+    return Figure(least, label, how), there, Figure(found.worst - least, label, gap_how)
 
 
-def _capacity(problem: Problem, known: CapacityResult | None) -> Figure | None:
-    """The capacity as a lower end for worst cases, in the certificate's unit."""
-    relative, per_token = "", problem.unit == "token"
-    if problem.support is not None and known is None:
+def _capacity(problem: Problem) -> Figure | None:
+    """The capacity, below which no normalised model's worst KL(p || model) is, in the certificate's unit.
+
+    Computed where the problem is enumerated; estimated between the domains' own experts from their samples with offsets
+    "expert"; None where neither applies.
+    """
+    relative = ""
+    if problem.support is not None:
         if problem.opponent.bounded:
             return None
         known = channel_capacity(problem.opponent.weights_MD @ problem.support[0])
-        lam_D = problem.opponent.lam(known.lam_D)
-        how = "Blahut-Arimoto, lower end: no normalised model's worst KL over these mixtures is below it"
-    elif known is None:
-        if not problem.own_D or not problem.samples or problem.opponent.offsets_M is not None:
+        how = "Blahut-Arimoto, lower end"
+    else:
+        if not problem.own_D or not problem.samples:
+            return None
+        if any(problem.samples[k].weights_N is not None for k in problem.own_D):
             return None
         own = torch.tensor(problem.own_D)
         scored = [problem.samples[k].logq_NE[:, own] for k in problem.own_D]
-        if any(problem.samples[k].weights_N is not None for k in problem.own_D):
-            return None
-        scale_D = problem.scale_D * problem.report if per_token else None
+        scale_D = problem.scale_D * problem.report if problem.unit == "token" else None
         known = sampled_capacity(scored, mixtures=problem.opponent, scale_D=scale_D)
-        lam_D, per_token = known.lam_D, False
         how = "Blahut-Arimoto on samples of the domains' own experts: the capacity between the experts"
         relative = ", over the mixtures that are allowed" if problem.opponent.restricted else "; all mixtures allowed"
-    else:
-        lam_D = known.lam_D
-        how = f"Blahut-Arimoto, {'enumerated' if known.kind == 'exact' else 'from samples'}, as given"
-    if len(lam_D) != len(problem.domains):
-        raise ConfigError(f"the capacity is of {len(lam_D)} domains; the certificate of {len(problem.domains)}")
     if problem.offset_kind != "entropy":
-        relative += (
-            f"; it bounds the worst KL(p || model), and values here are relative to {problem.offset_kind!r} offsets: "
-            "the two compare only as far as those offsets equal the domains' entropies"
-        )
-    # sum_d lam_d KL_d <= max_d (KL_d / T_d) sum_d lam_d T_d
-    per_unit = 1.0
-    if per_token:
-        per_unit = 1.0 / float(lam_D @ (1.0 / (problem.scale_D * problem.report)))
-    spread = None if known.standard_error is None else Z_NORMAL * known.standard_error * per_unit
-    value = known.value * per_unit
-    return Figure(
-        value,
-        "bound" if known.kind == "exact" else "estimate",
-        how + relative,
-        None if spread is None else value - spread,
-        None if spread is None else value + spread,
-    )
+        relative += f"; the two compare only as far as {problem.offset_kind!r} offsets equal the domains' entropies"
+    if known.standard_error is None:
+        return Figure(known.value, "bound", how + relative)
+    return Figure(known.value, "estimate", how + relative, *interval(known.value, known.standard_error))
 
 
 def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
@@ -297,7 +269,7 @@ def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
         )
         log.warning("Z is %.4g, 95 %% from %.4g to %.4g: %s", found.z, low, high, off)
         how = f"{how}; {off}"
-    return Figure(found.z, "estimate", how, _finite(low), _finite(high))
+    return Figure(found.z, "estimate", how, *_ends(found.z, found.z_error))
 
 
 def _table(problem: Problem, found: Evaluation, nu_M: Floats | None) -> tuple[DomainRow, ...]:
@@ -306,7 +278,8 @@ def _table(problem: Problem, found: Evaluation, nu_M: Floats | None) -> tuple[Do
     rows = []
     for d, one in enumerate(problem.domains):
         value = float(found.values_D[d]) * problem.report
-        half = Z_NORMAL * math.hypot(float(found.errors_D[d]), float(share_D[d]))
+        error = math.hypot(float(found.errors_D[d]), float(share_D[d]))
+        low, high = _ends(value, error, exact=problem.support is not None)
         rows.append(
             DomainRow(
                 name=problem.names[d],
@@ -315,8 +288,8 @@ def _table(problem: Problem, found: Evaluation, nu_M: Floats | None) -> tuple[Do
                 cross_entropy=float(found.ce_D[d]),
                 offset=float(problem.offsets_D[d]) * problem.report,
                 value=value,
-                low=None if problem.support is not None else _finite(value - half),
-                high=None if problem.support is not None else _finite(value + half),
+                low=low,
+                high=high,
                 lam=None if lam_D is None else float(lam_D[d]),
             )
         )

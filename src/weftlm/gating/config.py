@@ -19,7 +19,7 @@ MANIFEST = "modular.json"
 """The file by which a saved model of this kind is known."""
 
 REFRESH_EVERY = 32
-"""Tokens between two catch-ups unless told."""
+"""Tokens between two catch-ups by default."""
 
 
 Unit = Literal["sequence", "token"]
@@ -50,22 +50,20 @@ class ExpertSource(Section):
 
 
 class ScoreConfig(Section):
-    """What is scored, and how."""
+    """What is scored, and how.
 
-    kind: Literal["windows", "documents"] = Field(
-        "windows",
-        description="windows: runs of `length` + 1 tokens of the text, the first of which is context; samples start "
-        "from such first tokens and run on through ends of text. documents: beginnings of documents up to `length` "
-        "tokens, end of text included, with the end-of-text token as context; samples stop at the end of text",
-    )
-    length: PositiveInt = Field(256, description="Scored tokens per sequence, at most")
-    sequences: PositiveInt = Field(512, description="Sequences of each domain, at most")
-    samples: NonNegativeInt = Field(512, description="Samples drawn from each expert; 0 where every gate is causal")
-    seed: Seed = Field(0, description="Of the samples")
-    batch_size: PositiveInt = Field(16, description="Sequences per forward pass")
-    shard_sequences: PositiveInt = Field(256, description="Sequences in a shard: what an interruption can cost")
+    Sequences are windows of `length` + 1 tokens of the text, the first of which is context; samples start from such
+    first tokens and run on through ends of text.
+    """
+
+    length: PositiveInt = Field(256, description="Scored tokens per sequence.")
+    sequences: PositiveInt = Field(512, description="Sequences of each domain, at most.")
+    samples: NonNegativeInt = Field(512, description="Samples drawn from each expert; 0 where every gate is causal.")
+    seed: Seed = Field(0, description="Random seed of the samples.")
+    batch_size: PositiveInt = Field(16, description="Sequences per forward pass.")
+    shard_sequences: PositiveInt = Field(256, description="Sequences per shard: the most an interruption can cost.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Of the experts' forward pass; auto: bf16 autocast on GPUs that are fast at it"
+        "auto", description="Precision of the experts' forward pass; auto: bf16 autocast on GPUs that are fast at it."
     )
 
     def bf16(self, *, fast: bool) -> bool:
@@ -76,32 +74,31 @@ class ScoreConfig(Section):
 class FitConfig(Section):
     """How a gate is fitted."""
 
-    steps: PositiveInt = Field(8000, description="steps of theta, the mixture and mu together")
-    lr: PositiveFloat = Field(0.05, description="learning rate of Adam in the first part of the run")
-    final_lr: PositiveFloat = Field(0.005, description="learning rate of Adam in the last part")
-    final_fraction: FiniteFloat = Field(0.5, gt=0.0, le=1.0, description="the last part, which is averaged over")
-    eta: PositiveFloat = Field(0.05, description="step of the mixture's exponentiated gradient, 1 / nats per sequence")
-    rho: FiniteFloat = Field(1.0, ge=0.0, description="weight of the squared penalty on Z - 1")
+    steps: PositiveInt = Field(8000, description="Steps of theta, the mixture and mu together.")
+    lr: PositiveFloat = Field(0.05, description="Learning rate of Adam in the first part of the run.")
+    final_lr: PositiveFloat = Field(0.005, description="Learning rate of Adam in the last part.")
+    final_fraction: FiniteFloat = Field(0.5, gt=0.0, le=1.0, description="Share of the last part, which is averaged.")
+    eta: PositiveFloat = Field(0.05, description="Step of the mixture's exponentiated gradient, 1 / nats per sequence.")
+    rho: FiniteFloat = Field(1.0, ge=0.0, description="Weight of the squared penalty on Z - 1.")
     ridge: FiniteFloat = Field(
-        1.0,
-        ge=0.0,
-        description="pull of a gate's weights to 0, like a prior worth so many sequences per domain",
+        1.0, ge=0.0, description="Pull of a gate's weights to 0, like a prior worth so many sequences per domain."
     )
-    mu_lr: PositiveFloat = Field(0.05, description="step of mu's ascent")
-    batch_sequences: PositiveInt | None = Field(None, description="sequences per domain and step; absent: all of them")
+    mu_lr: PositiveFloat = Field(0.05, description="Step of mu's ascent.")
+    batch_sequences: PositiveInt | None = Field(None, description="Sequences per domain and step; absent: all of them.")
     batch_samples: PositiveInt | None = Field(
-        None, description="samples per expert and step; absent: as many as batch_sequences, else all"
+        None, description="Samples per expert and step; absent: as many as batch_sequences, else all."
     )
-    seed: Seed = Field(0, description="of the draw of mini-batches and of the gate's random parameters")
-    unit: Unit = Field("sequence", description="nats per sequence or per token: what is compared between domains")
-    report_every_steps: PositiveInt = Field(500, description="steps between two evaluations on all data")
+    seed: Seed = Field(0, description="Random seed of the mini-batches and of the gate's random parameters.")
+    unit: Unit = Field("sequence", description="Unit in which domains are compared: nats per sequence or per token.")
+    report_every_steps: PositiveInt = Field(500, description="Steps between two evaluations on all data.")
     best_response_steps: NonNegativeInt = Field(
-        300, description="steps of the gate against the final mixture for the estimate of the gap; 0: no estimate"
+        300, description="Steps of the gate against the final mixture for the estimate of the gap; 0: no estimate."
     )
     gap_tolerance: NonNegativeFloat | None = Field(
         1e-3,
-        description="duality gap, nats of `unit`, at which a fit stops before `steps`: measured at every report whose "
-        "mixture and Z are as near; null: never. None is measured where best_response_steps is 0",
+        description="Duality gap, nats of `unit`, at which a fit stops before `steps`: measured at every report whose "
+        "mixture and Z are as near. Where none is measured (best_response_steps 0), a fit stops after three reports in "
+        "a row that lower the worst case by less. Absent: never.",
     )
 
 
@@ -137,22 +134,14 @@ class TabularConfig(GateConfig):
     """Configuration of `tabular`."""
 
     gate: Literal["tabular"] = Field("tabular", description="Name of this gate.")
-    points: PositiveInt | None = Field(None, description="X, points of the support; absent: as many as the data name")
+    points: PositiveInt | None = Field(None, description="Points X of the support; absent: as many as the data name.")
 
 
 class LinearConfig(GateConfig):
     """Configuration of `linear`."""
 
     gate: Literal["linear"] = Field("linear", description="Name of this gate.")
-    features: tuple[str, ...] = Field((), description="names of the features it reads; empty: those it is fitted on")
-
-
-class MlpConfig(GateConfig):
-    """Configuration of `mlp`."""
-
-    gate: Literal["mlp"] = Field("mlp", description="Name of this gate.")
-    hidden: PositiveInt = Field(32, description="H, width of the hidden layer")
-    features: tuple[str, ...] = Field((), description="names of the features it reads; empty: those it is fitted on")
+    features: tuple[str, ...] = Field((), description="Names of the features it reads; empty: those it is fitted on.")
 
 
 class BayesConfig(GateConfig):
@@ -166,7 +155,7 @@ class FixedShareConfig(GateConfig):
 
     gate: Literal["fixed_share"] = Field("fixed_share", description="Name of this gate.")
     share: FiniteFloat = Field(
-        0.01, ge=0.0, lt=1.0, description="alpha, part of the weights spread evenly after each token; 0: Bayes"
+        0.01, ge=0.0, lt=1.0, description="Share alpha of the weights spread evenly after each token; 0: Bayes."
     )
 
 
@@ -180,13 +169,12 @@ class PrefixGateConfig(GateConfig):
     """Configuration of `prefix`."""
 
     gate: Literal["prefix"] = Field("prefix", description="Name of this gate.")
-    base: Literal["bayes", "fixed_share"] = Field("bayes", description="the gate it equals before training")
-    share: FiniteFloat = Field(0.01, gt=0.0, lt=1.0, description="alpha of fixed share")
+    base: Literal["bayes", "fixed_share"] = Field("bayes", description="Gate it equals before training.")
+    share: FiniteFloat = Field(0.01, gt=0.0, lt=1.0, description="Share alpha of fixed share.")
     half_lives_tokens: tuple[PositiveFloat, ...] = Field(
-        (1.0, 4.0, 16.0, 64.0), description="of the decayed means of log-likelihoods: short ones see changes"
+        (1.0, 4.0, 16.0, 64.0),
+        description="Half-lives of the decayed means of scores: short ones see changes.",
     )
-    horizon_tokens: PositiveFloat = Field(64.0, description="tokens after which the clock stands at one half")
-    hidden: PositiveInt = Field(16, description="H, width of both hidden layers")
-    top: PositiveInt | None = Field(
-        None, description="m, experts that work on each token, renormalised; absent: all of them"
-    )
+    horizon_tokens: PositiveFloat = Field(64.0, description="Tokens after which the clock is at one half.")
+    hidden: PositiveInt = Field(16, description="Width H of both hidden layers.")
+    top: PositiveInt | None = Field(None, description="Experts m that run per token, renormalised; absent: all.")

@@ -40,12 +40,8 @@ class ConstantGate(Gate):
         Raises:
             ConfigError: they are not a probability vector.
         """
-        size = len(weights_E)
-        weights = torch.from_numpy(simplex_vector(weights_E, "weights_E", size))
-        return cls(ConstantConfig(), size, {"logits_E": weights.log()})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"logits_E": (self.experts,)}
+        weights = torch.from_numpy(simplex_vector(weights_E, "weights_E", len(weights_E)))
+        return cls(ConstantConfig(), len(weights), {"logits_E": weights.log()})
 
     def log_weights(self, features: Features) -> Tensor:
         return torch.log_softmax(self.tensors["logits_E"], dim=0).expand(len(features), -1)

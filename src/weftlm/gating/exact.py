@@ -16,7 +16,7 @@ import torch
 from weftlm.errors import ConfigError, NumericsError, install_hint, reason
 from weftlm.gating.arrays import Floats, log_distributions, simplex_vector, to_tensor
 from weftlm.gating.features import refuse_impossible
-from weftlm.gating.mixtures import MixtureSet, Player, box_vertices, player
+from weftlm.gating.mixtures import player
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,23 +24,23 @@ class ExactResult:
     """A solved programme.
 
     Attributes:
-        value: worst case over the mixtures, nats per sequence.
+        value: Worst case over the mixtures, nats per sequence.
         gate: g, E x X; columns sum to 1.
-        lam: the worst mixture of domains, D: the programme's duals.
-        z_multiplier: dual of sum_x pi_g(x) = 1; None for a constant gate, which needs no such constraint.
-        status: the solver's word: "optimal" or "optimal_inaccurate".
-        pi: the gated model pi_g, X; sums to 1.
+        lam: Worst mixture of domains, D: the programme's duals.
+        z_multiplier: Dual of sum_x pi_g(x) = 1.
+        status: Solver's status, "optimal" or "optimal_inaccurate".
+        pi: Gated model pi_g, X; sums to 1.
     """
 
     value: float
     gate: Floats
     lam: Floats
-    z_multiplier: float | None
+    z_multiplier: float
     status: str
     pi: Floats
 
 
-def exact_robust_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: MixtureSet | Any | None = None) -> ExactResult:
+def exact_robust_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: Any = None) -> ExactResult:
     """The gate that is best against the worst mixture, over all gates on a finite support.
 
         min over g, t of t    s.t.  CE_v(pi_g) - offset_v <= t  for every extreme mixture v
@@ -53,70 +53,91 @@ def exact_robust_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: MixtureS
     experts permutes it.
 
     Args:
-        P: the domains, D x X, probabilities or their logs.
-        Q: the experts, E x X, likewise.
-        offsets: what to take off each domain's cross-entropy, D numbers in nats; mixtures then take off the mixture of
-            offsets unless they bring their own. None: the entropy of the domain, and of the mixed text of a mixture, so
+        P: The domains, D x X, probabilities or their logs.
+        Q: The experts, E x X, likewise.
+        offsets: What to take off each domain's cross-entropy, D numbers in nats; mixtures then take off the mixture of
+            offsets. None: the entropy of the domain, and of the mixed text of a mixture, so
             that the value is the worst KL(p_v || pi_g).
-        mixtures: None for all mixtures of domains, else `Vertices`, an array M x D of extreme mixtures, or a `Box`.
+        mixtures: None for all mixtures of domains, else the extreme mixtures, an array M x D.
     Raises:
-        ConfigError: shapes do not fit, or cvxpy is not installed.
+        ConfigError: shapes do not fit, mixtures are a `Box`, or cvxpy is not installed.
         DataError: a point some domain produces has probability 0 under every expert.
         NumericsError: rows that are not normalised, or no solution found.
     """
-    cp = _cvxpy()
-    p_DX, q_EX = _distributions(P, Q)
-    p_MX, offsets_M, opponent = _constraints(p_DX, offsets, mixtures)
-    high_X, low_X = q_EX.max(axis=0), q_EX.min(axis=0)
-    used_X = high_X > 0
-    ratio = cp.Variable(int(used_X.sum()))
-    worst = cp.Variable()
-    p_MU, high_U = p_MX[:, used_X], high_X[used_X]
-    fixed_M = -(p_MU @ np.log(high_U)) - offsets_M
-    each = -(p_MU @ cp.log(ratio)) + fixed_M <= worst
-    whole = high_U @ ratio == 1.0
-    problem = cp.Problem(cp.Minimize(worst), [each, whole, ratio <= 1.0, ratio >= low_X[used_X] / high_U])
-    status = _solve(cp, problem)
-    pi_X = np.zeros(len(high_X))
-    pi_X[used_X] = np.clip(np.asarray(ratio.value) * high_U, low_X[used_X], high_U)
-    nu_M = _duals(each)
-    return ExactResult(
-        value=_worst(p_MX, pi_X, offsets_M),
-        gate=entropic_gate(pi_X, q_EX),
-        lam=opponent.lam(nu_M),
-        z_multiplier=float(np.asarray(whole.dual_value)),
-        status=status,
-        pi=pi_X,
-    )
+    return _solved(P, Q, offsets, mixtures, constant=False)
 
 
-def best_constant_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: MixtureSet | Any | None = None) -> ExactResult:
+def best_constant_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: Any = None) -> ExactResult:
     """The constant gate (a mixture of the experts) that is best against the worst mixture of domains.
 
         min over w on the simplex of  max over v of  CE_v(sum_k w_k q_k) - offset_v
 
     Arguments, result and errors are those of `exact_robust_gate`; `gate` has equal columns, w.
     """
-    cp = _cvxpy()
-    p_DX, q_EX = _distributions(P, Q)
-    p_MX, offsets_M, opponent = _constraints(p_DX, offsets, mixtures)
-    high_X = q_EX.max(axis=0)
-    used_X = p_MX.sum(axis=0) > 0
-    weights = cp.Variable(len(q_EX), nonneg=True)
-    worst = cp.Variable()
+    return _solved(P, Q, offsets, mixtures, constant=True)
+
+
+def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> ExactResult:
+    """Minimise the worst case in pi / high (high: the largest q_k), of free pi or of pi = sum_k w_k q_k."""
+    try:
+        cp = importlib.import_module("cvxpy")
+    except ImportError as error:
+        raise ConfigError(
+            f"exact gates need cvxpy, which cannot be imported ({reason(error)}); {install_hint('exact')}, or use "
+            "fit_robust_gate, which needs nothing more"
+        ) from error
+    p_DX, q_EX = distributions(P, Q)
+    seen_X = (p_DX > 0).any(axis=0)
+    refuse_impossible(torch.from_numpy(q_EX[:, seen_X]).log().T, "the points the domains produce")
+    opponent = player(mixtures, len(p_DX))
+    if opponent.bounded:
+        raise ConfigError("the exact programme takes no bounds over mixtures; give the extreme ones, an array M x D")
+    p_MX = opponent.weights_MD @ p_DX
+    offsets_M = entropies(p_MX)
+    if offsets is not None:
+        offsets_D = to_tensor(offsets, "offsets", "D").double().numpy()
+        if len(offsets_D) != len(p_DX) or not np.isfinite(offsets_D).all():
+            raise ConfigError(f"offsets {offsets_D.tolist()} for {len(p_DX)} domains; one finite number each, in nats")
+        offsets_M = opponent.weights_MD @ offsets_D
+    low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
+    used_X = high_X > 0
     p_MU, high_U = p_MX[:, used_X], high_X[used_X]
-    fixed_M = -(p_MU @ np.log(high_U)) - offsets_M
-    each = -(p_MU @ cp.log((q_EX[:, used_X] / high_U).T @ weights)) + fixed_M <= worst
-    status = _solve(cp, cp.Problem(cp.Minimize(worst), [each, cp.sum(weights) == 1.0]))
-    w_E = np.maximum(np.asarray(weights.value, dtype=np.float64), 0.0)
-    w_E /= w_E.sum()
-    pi_X = w_E @ q_EX
+    worst, shares_UE = cp.Variable(), (q_EX[:, used_X] / high_U).T
+    if constant:
+        variable = cp.Variable(len(q_EX), nonneg=True)
+        ratio, whole, bounds = shares_UE @ variable, cp.sum(variable) == 1.0, []
+    else:
+        variable = ratio = cp.Variable(len(high_U))
+        whole, bounds = high_U @ ratio == 1.0, [ratio <= 1.0, ratio >= low_X[used_X] / high_U]
+    # Points no mixture produces have no part in a cross-entropy; log is concave and need not be finite there.
+    met_U = p_MU.sum(axis=0) > 0
+    each = -(p_MU[:, met_U] @ cp.log(ratio[met_U])) - p_MU @ np.log(high_U) - offsets_M <= worst
+    problem = cp.Problem(cp.Minimize(worst), [each, whole, *bounds])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            problem.solve(solver=cp.CLARABEL)
+        except cp.SolverError as error:
+            raise NumericsError(
+                f"the exact programme was not solved: {reason(error)}; are there probabilities near 0?"
+            ) from error
+    if problem.status not in ("optimal", "optimal_inaccurate"):
+        raise NumericsError(f"the exact programme ended {problem.status!r}; are there probabilities near 0?")
+    found = np.asarray(variable.value, dtype=np.float64)
+    if constant:
+        w_E = np.maximum(found, 0.0) / np.maximum(found, 0.0).sum()
+        pi_X, gate = w_E @ q_EX, np.repeat(w_E[:, None], len(high_X), axis=1)
+    else:
+        pi_X = np.zeros(len(high_X))
+        pi_X[used_X] = np.clip(found * high_U, low_X[used_X], high_U)
+        gate = entropic_gate(pi_X, q_EX)
+    duals_M = np.maximum(np.atleast_1d(np.asarray(each.dual_value, dtype=np.float64)), 0.0)
     return ExactResult(
-        value=_worst(p_MX, pi_X, offsets_M),
-        gate=np.repeat(w_E[:, None], len(pi_X), axis=1),
-        lam=opponent.lam(_duals(each)),
-        z_multiplier=None,
-        status=status,
+        value=float((cross_entropies(p_MX, pi_X) - offsets_M).max()),
+        gate=gate,
+        lam=opponent.lam(duals_M / duals_M.sum()),
+        z_multiplier=float(np.asarray(whole.dual_value)),
+        status=str(problem.status),
         pi=pi_X,
     )
 
@@ -128,9 +149,22 @@ def mixture_regrets(P: Any, Q: Any, weights_E: Any) -> Floats:
         ConfigError: shapes do not fit, or the weights are no probability vector.
         NumericsError: rows that are not normalised.
     """
-    p_DX, q_EX = _distributions(P, Q, impossible=True)
+    p_DX, q_EX = distributions(P, Q)
     pi_X = simplex_vector(weights_E, "weights_E", len(q_EX)) @ q_EX
     return cross_entropies(p_DX, pi_X) - entropies(p_DX)
+
+
+def distributions(P: Any, Q: Any) -> tuple[Floats, Floats]:
+    """P and Q as probabilities over one support.
+
+    Raises:
+        ConfigError: they are over different supports.
+        NumericsError: a row does not sum to 1.
+    """
+    p_DX, q_EX = (log_distributions(value, name, axes).exp() for value, name, axes in ((P, "P", "DX"), (Q, "Q", "EX")))
+    if p_DX.shape[1] != q_EX.shape[1]:
+        raise ConfigError(f"P has {p_DX.shape[1]} points and Q {q_EX.shape[1]}; domains and experts need one support")
+    return p_DX.numpy(), q_EX.numpy()
 
 
 def entropies(p_DX: Floats) -> Floats:
@@ -151,89 +185,25 @@ def entropic_gate(pi_X: Floats, q_EX: Floats) -> Floats:
         g(x, k) prop. to exp(s(x) q_k(x) / spread(x))       with s(x) such that  sum_k g(x, k) q_k(x) = pi(x)
 
     Args:
-        pi_X: between the experts' smallest and largest probability at every point.
-        q_EX: the experts.
+        pi_X: Model, between the experts' smallest and largest probability at every point.
+        q_EX: Experts.
     """
     low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
     spread_X = np.where(high_X > low_X, high_X - low_X, 1.0)
     place_EX = (q_EX - low_X) / spread_X
     target_X = np.clip((pi_X - low_X) / spread_X, 0.0, 1.0)
+
+    def tilted(slope_X: Floats) -> Floats:
+        exponents = slope_X * place_EX
+        weights = np.exp(exponents - exponents.max(axis=0))
+        normalised: Floats = weights / weights.sum(axis=0)
+        return normalised
+
     left, right = np.full(len(pi_X), -1e6), np.full(len(pi_X), 1e6)
     for _ in range(100):
         middle = 0.5 * (left + right)
-        above = (_tilted(middle, place_EX) * place_EX).sum(axis=0) > target_X
+        above = (tilted(middle) * place_EX).sum(axis=0) > target_X
         left, right = np.where(above, left, middle), np.where(above, middle, right)
-    gate = _tilted(0.5 * (left + right), place_EX)
-    flat = high_X <= low_X
-    gate[:, flat] = 1.0 / len(q_EX)
+    gate = tilted(0.5 * (left + right))
+    gate[:, high_X <= low_X] = 1.0 / len(q_EX)
     return gate
-
-
-def _tilted(slope_X: Floats, place_EX: Floats) -> Floats:
-    exponents = slope_X * place_EX
-    tilted = np.exp(exponents - exponents.max(axis=0))
-    weights: Floats = tilted / tilted.sum(axis=0)
-    return weights
-
-
-def _distributions(P: Any, Q: Any, *, impossible: bool = False) -> tuple[Floats, Floats]:
-    """P and Q as probabilities over one support."""
-    logp_DX, logq_EX = log_distributions(P, "P", "DX"), log_distributions(Q, "Q", "EX")
-    if logp_DX.shape[1] != logq_EX.shape[1]:
-        raise ConfigError(
-            f"P has {logp_DX.shape[1]} points and Q {logq_EX.shape[1]}; domains and experts need one support"
-        )
-    if not impossible:
-        seen_X = (logp_DX > -torch.inf).any(dim=0)
-        refuse_impossible(logq_EX[:, seen_X].T, "the points the domains produce")
-    return logp_DX.exp().numpy(), logq_EX.exp().numpy()
-
-
-def _constraints(p_DX: Floats, offsets: Any, mixtures: Any) -> tuple[Floats, Floats, Player]:
-    """The extreme mixtures as domains: their texts p_MX, their offsets, and who mixes them."""
-    opponent = player(mixtures, len(p_DX))
-    if opponent.bounded:
-        opponent = player(box_vertices(opponent), len(p_DX))
-    p_MX = opponent.weights_MD @ p_DX
-    if opponent.offsets_M is not None:
-        return p_MX, opponent.offsets_M, opponent
-    if offsets is None:
-        return p_MX, entropies(p_MX), opponent
-    offsets_D = to_tensor(offsets, "offsets", "D").double().numpy()
-    if len(offsets_D) != len(p_DX) or not np.isfinite(offsets_D).all():
-        raise ConfigError(f"offsets {offsets_D.tolist()} for {len(p_DX)} domains; one finite number each, in nats")
-    return p_MX, opponent.weights_MD @ offsets_D, opponent
-
-
-def _worst(p_MX: Floats, pi_X: Floats, offsets_M: Floats) -> float:
-    return float((cross_entropies(p_MX, pi_X) - offsets_M).max())
-
-
-def _duals(each: Any) -> Floats:
-    duals_M = np.maximum(np.atleast_1d(np.asarray(each.dual_value, dtype=np.float64)), 0.0)
-    nu_M: Floats = duals_M / duals_M.sum()
-    return nu_M
-
-
-def _solve(cp: Any, problem: Any) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            problem.solve(solver=cp.CLARABEL)
-        except cp.SolverError as error:
-            raise NumericsError(
-                f"the exact programme was not solved: {reason(error)}; are there probabilities near 0?"
-            ) from error
-    if problem.status not in ("optimal", "optimal_inaccurate"):
-        raise NumericsError(f"the exact programme ended {problem.status!r}; are there probabilities near 0?")
-    return str(problem.status)
-
-
-def _cvxpy() -> Any:
-    try:
-        return importlib.import_module("cvxpy")
-    except ImportError as error:
-        raise ConfigError(
-            f"exact gates need cvxpy, which cannot be imported ({reason(error)}); {install_hint('exact')}, or use "
-            "fit_robust_gate, which needs nothing more"
-        ) from error

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from weftlm.corpora.tokens import Tokenizer, find_tokenizer
+from weftlm.corpora.tokens import find_tokenizer
 from weftlm.errors import ConfigError, ExpertError, did_you_mean
 from weftlm.experts.adapted import module_input
 from weftlm.experts.expert import LoRAExpert
@@ -172,18 +172,19 @@ class ExpertPool(nn.Module):
         if len(set(self.names)) < len(members):
             raise ExpertError(f"experts of a pool need different names; got {', '.join(self.names)}")
         self.vocab_size = _check_vocabulary(members)
-        _check_heads(members)
+        for member in members:
+            if why := uneven_heads(member.model.config.get_text_config()):
+                raise ConfigError(f"expert {member.name!r} has {why}; build it again with other numbers")
         groups: dict[int, list[int]] = {}
         for place, member in enumerate(members):
             groups.setdefault(id(member.model), []).append(place)
-        self.backbones = nn.ModuleList(
+        made = (
             Backbone(members[places[0]].model, places, [members[place].lora for place in places], self.vocab_size)
             for places in groups.values()
         )
+        self.backbones = cast("Sequence[Backbone]", nn.ModuleList(made))
         self.requires_grad_(False)
         self.eval()
-
-    # -- making one ---------------------------------------------------------------------------------------------
 
     @classmethod
     def of(cls, models: Mapping[str, PreTrainedModel]) -> Self:
@@ -191,83 +192,46 @@ class ExpertPool(nn.Module):
         return cls([Member(name, model) for name, model in models.items()])
 
     @classmethod
-    def from_library(
-        cls,
-        library: str | Path | ExpertLibrary,
-        base: str | Path | PreTrainedModel | None = None,
-        *,
-        experts: Sequence[str] | None = None,
-        dtype: str = "float32",
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """A pool of adapters over their one base.
-
-        Args:
-            library: the library or its folder.
-            base: a folder, a hub name or the model in memory; None: what the library names.
-            experts: names of those to use; None for all but those that are broken or of another base.
-            dtype: of a base that is loaded.
-            device: where the pool is put.
-        Raises:
-            ConfigError: the base cannot be loaded.
-            ExpertError: an expert that is named is broken, unknown or of another base, or none can be used.
-        """
-        opened = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(Path(library))
-        where = None if base is None or isinstance(base, PreTrainedModel) else str(base)
-        if not isinstance(base, PreTrainedModel):
-            base = _loaded(_place(opened, where), dtype)
-        chosen, _ = opened.load_fitting(base, experts)
-        names = [expert.name for expert in chosen]
-        sources = [
-            ExpertSource(name=name, model=where, library=str(opened.folder), expert=name, revision=None)
-            for name in names
-        ]
-        return cls._load(sources, {_place(opened, where): base}, dtype).to(device)
-
-    @classmethod
     def load(
         cls,
         sources: Iterable[ExpertSource],
         *,
+        base: PreTrainedModel | None = None,
         dtype: str = "float32",
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Load experts from where they lie; those over one base share it.
+        """Load experts; those over one base share it.
 
         Args:
-            sources: one per expert, in order.
-            dtype: the parameters are held in.
-            device: where the pool is put.
+            sources: Place of each expert, in order.
+            base: Base of all of them, where it is in memory already.
+            dtype: Dtype the parameters of models that are loaded are held in.
+            device: Device the pool is put on.
         Raises:
             ConfigError, ExpertError: as the class, or a model or adapter cannot be loaded.
         """
-        return cls._load(list(sources), {}, dtype).to(device)
-
-    @classmethod
-    def _load(cls, sources: Sequence[ExpertSource], ready: Mapping[Any, PreTrainedModel], dtype: str) -> Self:
-        models: dict[Any, PreTrainedModel] = dict(ready)
-        digests: dict[Any, str] = {}
+        models: dict[tuple[str, str | None], PreTrainedModel] = {}
+        digests: dict[tuple[str, str | None], str] = {}
         members = []
         for source in sources:
             lora, key, wanted = adapter_of(source)
             if key not in models:
-                models[key] = _loaded(key, dtype)
-            if wanted is not None:
-                if key not in digests:
-                    digests[key] = base_fingerprint(models[key])
-                if digests[key] != wanted:
-                    raise ExpertError(
-                        f"expert {source.name!r} was made for a base of fingerprint {wanted}; {key[0]} has "
-                        f"{digests[key]}: load the base it was trained on"
-                    )
-            tokenizer = _tokenizer_of(source, key)
+                models[key] = load_base(key[0], revision=key[1], dtype=dtype) if base is None else base
+            if wanted is not None and key not in digests:
+                digests[key] = base_fingerprint(models[key])
+            if wanted is not None and digests[key] != wanted:
+                raise ExpertError(
+                    f"expert {source.name!r} was made for a base of fingerprint {wanted}; {key[0]} has "
+                    f"{digests[key]}: load the base it was trained on"
+                )
+            places = ((source.model, source.revision), key)
+            found = (find_tokenizer(name, revision) for name, revision in places if name is not None)
+            tokenizer = next((each for each in found if each is not None), None)
             if tokenizer is not None:
                 check_vocabulary(models[key], tokenizer.vocab_size, f"{key[0]} (expert {source.name!r})")
             vocabulary = None if tokenizer is None else tokenizer.vocabulary_fingerprint
             members.append(Member(source.name, models[key], lora, vocabulary, source))
-        return cls(members)
-
-    # -- what it is ---------------------------------------------------------------------------------------------
+        return cls(members).to(device)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -295,9 +259,9 @@ class ExpertPool(nn.Module):
 
     def fingerprints(self) -> dict[str, str]:
         """By name, a fingerprint of what decides the expert's scores: base parameters, adapter, tokenizer."""
-        bases = {backbone: base_fingerprint(backbone.model) for backbone in self._backbones()}
         found = {}
-        for backbone, base in bases.items():
+        for backbone in self.backbones:
+            base = base_fingerprint(backbone.model)
             for place in backbone.experts:
                 member = self.members[place]
                 digest = hashlib.blake2b(f"{base} {member.tokenizer}".encode(), digest_size=16)
@@ -320,7 +284,7 @@ class ExpertPool(nn.Module):
 
     def where(self, expert: int) -> tuple[Backbone, int]:
         """The backbone of an expert, and its place there."""
-        for backbone in self._backbones():
+        for backbone in self.backbones:
             if expert in backbone.experts:
                 return backbone, backbone.experts.index(expert)
         raise ExpertError(f"no expert number {expert}; the pool has {len(self)}")
@@ -331,33 +295,24 @@ class ExpertPool(nn.Module):
 
     def release(self) -> None:
         """Take the hooks off the models; the pool cannot run its adapters afterwards."""
-        for backbone in self._backbones():
+        for backbone in self.backbones:
             backbone.release()
-
-    # -- running it ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def log_probs(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """log q_e(. | tokens[:, :t + 1]) of every expert for every position t.
 
         Args:
-            tokens_BT: int64 token ids.
+            tokens_BT: Token ids, int64.
             mask_BT: True for real tokens; None: all are.
         Returns:
             logp_BTEV: nats, float32; E times the size of one expert's.
         """
         self.check_ids(tokens_BT, tokens_BT.shape[-1])
-        arguments = prefix_arguments(mask_BT)
-        logp_BTEV: Tensor | None = None
-        for backbone in self._backbones():
-            for places, logits_MBTV in self._passes(backbone, tokens_BT, arguments):
-                if logp_BTEV is None:
-                    logp_BTEV = logits_MBTV.new_empty(
-                        (*tokens_BT.shape, len(self), logits_MBTV.shape[-1]), dtype=torch.float32
-                    )
-                for place, logits_BTV in zip(places, logits_MBTV, strict=True):
-                    logp_BTEV[:, :, backbone.experts[place]] = torch.log_softmax(logits_BTV.float(), dim=-1)
-        assert logp_BTEV is not None
+        shape = (*tokens_BT.shape, len(self), self.vocab_size)
+        logp_BTEV = torch.empty(shape, dtype=torch.float32, device=tokens_BT.device)
+        for expert, logits_BTV in self._logits(tokens_BT, mask_BT):
+            logp_BTEV[:, :, expert] = torch.log_softmax(logits_BTV.float(), dim=-1)
         return logp_BTEV
 
     @torch.no_grad()
@@ -365,34 +320,36 @@ class ExpertPool(nn.Module):
         """log q_e(tokens[b, t + 1] | tokens[b, :t + 1]) of every expert, without keeping what other tokens would get.
 
         Args:
-            tokens_BT1: int64 token ids, T inputs and the label after each.
+            tokens_BT1: Token ids, int64, T inputs and the label after each.
             mask_BT1: True for real tokens; None: all are. A token is scored where it and the one before are real.
         Returns:
             logp_BTE: nats, float32, 0 where nothing is scored.
         """
         self.check_ids(tokens_BT1, tokens_BT1.shape[-1] - 1)
-        inputs_BT, labels_BT = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
-        arguments = prefix_arguments(None if mask_BT1 is None else mask_BT1[:, :-1])
+        labels_BT = tokens_BT1[:, 1:]
         logp_BTE = torch.empty((*labels_BT.shape, len(self)), dtype=torch.float32, device=tokens_BT1.device)
-        for backbone in self._backbones():
-            for places, logits_MBTV in self._passes(backbone, inputs_BT, arguments):
-                for place, logits_BTV in zip(places, logits_MBTV, strict=True):
-                    logp_BTE[:, :, backbone.experts[place]] = label_log_probs(logits_BTV, labels_BT)
-        if mask_BT1 is None:
-            return logp_BTE
-        return torch.where(scored(mask_BT1)[:, 1:, None], logp_BTE, 0.0)
+        mask_BT = None if mask_BT1 is None else mask_BT1[:, :-1]
+        for expert, logits_BTV in self._logits(tokens_BT1[:, :-1], mask_BT):
+            own_BT = logits_BTV.float().gather(-1, labels_BT[..., None])[..., 0]
+            logp_BTE[:, :, expert] = own_BT - torch.logsumexp(logits_BTV.float(), dim=-1)
+        return logp_BTE if mask_BT1 is None else torch.where(scored(mask_BT1)[:, 1:, None], logp_BTE, 0.0)
 
-    def _passes(
-        self, backbone: Backbone, ids_BT: Tensor, arguments: Mapping[str, Tensor]
-    ) -> Iterable[tuple[list[int], Tensor]]:
-        """As many of a backbone's experts at a time as gain by it: their places there, and logits_MBTV."""
+    def _logits(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """Each expert and its logits, BTV; as many of a backbone's experts run at a time as gain by it."""
+        arguments: dict[str, Tensor] = {}
+        if mask_BT is not None and not bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all()):
+            # No earlier token sees padding on the right; other padding needs a mask and positions.
+            arguments = {"attention_mask": mask_BT.long(), "position_ids": positions(mask_BT.bool())}
         together = experts_per_pass(ids_BT.numel(), self.vocab_size, ids_BT.device.type)
-        for first in range(0, len(backbone), together):
-            places = list(range(first, min(first + together, len(backbone))))
-            times = len(places)
-            rows = Rows(one=places[0]) if times == 1 else Rows(blocks=tuple(places))
-            repeated: dict[str, Any] = {name: value.repeat(times, 1) for name, value in arguments.items()}
-            yield places, backbone.run(rows, ids_BT.repeat(times, 1), **repeated).unflatten(0, (times, -1))
+        for backbone in self.backbones:
+            for first in range(0, len(backbone), together):
+                places = tuple(range(first, min(first + together, len(backbone))))
+                times = len(places)
+                rows = Rows(one=first) if times == 1 else Rows(blocks=places)
+                repeated: dict[str, Any] = {name: value.repeat(times, 1) for name, value in arguments.items()}
+                logits_MBTV = backbone.run(rows, ids_BT.repeat(times, 1), **repeated).unflatten(0, (times, -1))
+                for place, logits_BTV in zip(places, logits_MBTV, strict=True):
+                    yield backbone.experts[place], logits_BTV
 
     def check_ids(self, tokens_BT: Tensor, read: int) -> None:
         """Refuse token ids and lengths the experts do not know.
@@ -414,11 +371,6 @@ class ExpertPool(nn.Module):
         if longest is not None and read > longest:
             raise ConfigError(f"sequences of {read} tokens; the experts take {longest} positions at most")
 
-    def _backbones(self) -> Iterable[Backbone]:
-        for backbone in self.backbones:
-            assert isinstance(backbone, Backbone)
-            yield backbone
-
 
 class ExpertLanguageModel:
     """One expert of a pool behind the `LanguageModel` contract."""
@@ -436,26 +388,10 @@ class ExpertLanguageModel:
         return torch.log_softmax(self._backbone.run(self._rows, tokens_BT).float(), dim=-1)
 
 
-def label_log_probs(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """log softmax of logits at the labels, BT, float32."""
-    logits_BTV = logits_BTV.float()
-    return logits_BTV.gather(-1, labels_BT[..., None])[..., 0] - torch.logsumexp(logits_BTV, dim=-1)
-
-
 def scored(mask_BT: Tensor) -> Tensor:
     """True where a token and the one before it are real; the first token of a sequence is context and never scored."""
     real_BT = mask_BT.bool()
     return torch.cat([torch.zeros_like(real_BT[:, :1]), real_BT[:, 1:] & real_BT[:, :-1]], dim=1)
-
-
-def prefix_arguments(mask_BT: Tensor | None) -> dict[str, Tensor]:
-    """What a decoder must be told of padding: nothing where it all lies on the right, which no earlier token sees."""
-    if mask_BT is None:
-        return {}
-    real_BT = mask_BT.bool()
-    if bool((real_BT[:, 1:] <= real_BT[:, :-1]).all()):
-        return {}
-    return {"attention_mask": real_BT.long(), "position_ids": positions(real_BT)}
 
 
 def positions(real_BT: Tensor) -> Tensor:
@@ -492,27 +428,12 @@ def _check_vocabulary(members: Sequence[Member]) -> int:
     return sizes[smallest]
 
 
-def _check_heads(members: Sequence[Member]) -> None:
-    """Refuse models whose attention cannot run."""
-    for member in members:
-        if why := uneven_heads(member.model.config.get_text_config()):
-            raise ConfigError(f"expert {member.name!r} has {why}; build it anew with other numbers")
-
-
-def _loaded(place: tuple[str, str | None], dtype: str) -> PreTrainedModel:
-    return load_base(place[0], revision=place[1], dtype=dtype)
-
-
-def _place(library: ExpertLibrary, where: str | None = None) -> tuple[str, str | None]:
-    """Where a library's base is loaded from: name and revision."""
-    return (library.base.name, library.base.revision) if where is None else (where, None)
-
-
 def adapter_of(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str | None], str | None]:
     """A source's adapter, its base's name and revision, and the fingerprint that base must have."""
     if source.library is not None:
         library = ExpertLibrary.open(Path(source.library))
-        key = _place(library) if source.model is None else (source.model, source.revision)
+        own = library.base.name, library.base.revision
+        key = own if source.model is None else (source.model, source.revision)
         lora = None if source.expert is None else library.load(source.expert).lora
         return lora, key, library.base.fingerprint
     assert source.model is not None
@@ -522,11 +443,3 @@ def adapter_of(source: ExpertSource) -> tuple[LoRAExpert | None, tuple[str, str 
             raise ExpertError(f"expert {source.name!r}: {source.model} does not name its base; add it to a library")
         return lora, (lora.base.name, lora.base.revision), lora.base.fingerprint
     return None, (source.model, source.revision), None
-
-
-def _tokenizer_of(source: ExpertSource, base: tuple[str, str | None]) -> Tokenizer | None:
-    """The tokenizer that lies beside an expert, or beside its base; None where there is none."""
-    for name, revision in ((source.model, source.revision), base):
-        if name is not None and (found := find_tokenizer(name, revision)) is not None:
-            return found
-    return None

@@ -1,4 +1,4 @@
-"""Gates and fits on disk: one safetensors file each, whole or not there, and a reader that trusts nothing."""
+"""Gates, fits and scores on disk: one safetensors file each, whole or not there, and a reader that trusts nothing."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: M
         CheckpointError: the disk is full or not writable.
     """
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    said = parse_json(json.dumps({"kind": kind, "format": 1, **facts}, allow_nan=False))
-    data = save(plain, metadata={_KEY: json.dumps({**said, _DIGEST: _digest(plain, said)})})
+    described = parse_json(json.dumps({"kind": kind, "format": 1, **facts}))
+    data = save(plain, metadata={_KEY: json.dumps({**described, _DIGEST: _digest(plain, described)})})
     try:
         with room(path.parent, len(data)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,17 +58,6 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     if stated is not None and stated != _digest(tensors, facts):
         raise CheckpointError(f"{path} was altered since it was written (its digest differs)")
     return tensors, facts
-
-
-def joined(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Groups of tensors as one, named GROUP.NAME."""
-    return {f"{group}.{name}": tensor for group, each in groups.items() for name, tensor in each.items()}
-
-
-def named(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
-    """The tensors of one group of `joined`, by their own names."""
-    start = f"{group}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:

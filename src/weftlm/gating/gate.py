@@ -14,8 +14,9 @@ read.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -49,7 +50,6 @@ class Features:
         points_B: place of each sequence in an enumerated support, int64.
         logp_BTE: every expert's log-probability of every token given those before it, nats; -inf is legal.
         mask_BT: True for real tokens; None: all are. Padding is worth nothing to any gate.
-        prepared: what a gate has worked out of the other fields once for all steps (`Gate.prepare`), by name, B first.
     """
 
     count: int = -1
@@ -58,10 +58,9 @@ class Features:
     points_B: Tensor | None = None
     logp_BTE: Tensor | None = None
     mask_BT: Tensor | None = None
-    prepared: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = {name: len(tensor) for name, tensor in {**self._tensors(), **self.prepared}.items()}
+        sizes = {name: len(tensor) for name, tensor in self._tensors().items()}
         if self.count >= 0:
             sizes["count"] = self.count
         if len(set(sizes.values())) != 1:
@@ -93,14 +92,11 @@ class Features:
     def rows(self, index_B: Tensor) -> Features:
         """The features of some of the sequences."""
         chosen: dict[str, Any] = {name: tensor[index_B] for name, tensor in self._tensors().items()}
-        prepared = {name: tensor[index_B] for name, tensor in self.prepared.items()}
-        return Features(count=len(index_B), names=self.names, prepared=prepared, **chosen)
+        return Features(count=len(index_B), names=self.names, **chosen)
 
     @staticmethod
     def joined(parts: list[Features]) -> Features:
         """The features of several sets in order; all must carry the same fields, and tokens the same T.
-
-        What was prepared is kept where all of them carry it.
 
         Raises:
             ConfigError: they do not.
@@ -118,13 +114,7 @@ class Features:
             raise ConfigError(
                 f"the sets' features differ in width or length: {reason(error)}; pad and mask tokens"
             ) from error
-        common = set.intersection(*(set(part.prepared) for part in parts))
-        prepared = {name: torch.cat([part.prepared[name] for part in parts]) for name in sorted(common)}
-        return Features(count=sum(part.count for part in parts), names=parts[0].names, prepared=prepared, **joined)
-
-    def have(self, need: Need) -> bool:
-        """Whether the field a need stands for is there."""
-        return getattr(self, _FIELDS[need]) is not None
+        return Features(count=sum(part.count for part in parts), names=parts[0].names, **joined)
 
     def get(self, need: Need, gate: str) -> Tensor:
         """The tensor a gate needs.
@@ -145,6 +135,7 @@ class Gate(ABC):
     Attributes:
         Config: its configuration section.
         causal: weights at t come from tokens before t alone, and `log_weights` answers BTE.
+        sparse: the gate can be restricted to its best experts per token (`SparseGate`).
         needs: fields of `Features` it reads.
         learned: names of the tensors that fitting moves; the others are constants of the fit.
         shrunk: those of them that are pulled to 0 where data are few (`FitConfig.ridge`).
@@ -159,6 +150,7 @@ class Gate(ABC):
 
     Config: ClassVar[type[GateConfig]]
     causal: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()
     learned: ClassVar[tuple[str, ...]] = ()
     shrunk: ClassVar[tuple[str, ...]] = ()
@@ -166,10 +158,6 @@ class Gate(ABC):
     def __post_init__(self) -> None:
         if self.experts < 1:
             raise ConfigError(f"a gate over {self.experts} experts; it needs one at least")
-        wanted = self.shapes()
-        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if found != wanted:
-            raise ConfigError(f"gate {self.config.gate!r} holds tensors of shapes {found}; it needs {wanted}")
 
     @classmethod
     @abstractmethod
@@ -184,28 +172,12 @@ class Gate(ABC):
         """
 
     @abstractmethod
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor it must hold."""
-
-    @abstractmethod
     def log_weights(self, features: Features) -> Tensor:
         """log g: BE, or BTE of a causal gate; nats, logsumexp over E is 0.
 
         Raises:
             ConfigError: the features lack what the gate needs, or do not fit it.
         """
-
-    def prepared_bytes(self, features: Features) -> int:
-        """What `prepare` would add to these features; 0 where there is nothing to prepare."""
-        return 0
-
-    def prepare(self, features: Features) -> Features:
-        """The features with whatever the gate makes of them that does not hang on its learned tensors.
-
-        A fit reads the same sequences at many steps; what is prepared is worked out once. Weights are the same with it
-        and without, and a gate with other constants does not take it for its own.
-        """
-        return features
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same gate with some tensors exchanged."""
@@ -226,10 +198,7 @@ State = Mapping[str, Tensor]
 
 
 class CausalGate(Gate):
-    """A gate that can also be driven token by token, as generation does.
-
-    Reading the weights of `begin`, then of each `advance`, gives the rows of `log_weights` in order.
-    """
+    """A gate that is driven token by token, as generation does; its weights at t come from tokens before t alone."""
 
     causal: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({"tokens"})
@@ -247,10 +216,26 @@ class CausalGate(Gate):
         """The state after a token.
 
         Args:
-            state: before it.
-            logp_BE: log-probability every expert gave it, nats.
+            state: State before it.
+            logp_BE: Log-probability every expert gave it, nats.
             mask_B: False for padding, which changes nothing.
         """
+
+    def log_weights(self, features: Features) -> Tensor:
+        logp_BTE, mask_BT = self.tokens(features)
+        rows = [self.current(state) for state in self.states(logp_BTE, mask_BT)]
+        return torch.stack(rows, dim=1) if rows else logp_BTE
+
+    def states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> Iterator[State]:
+        """The state before each token."""
+        state = self.begin(len(logp_BTE)) if logp_BTE.shape[1] else {}
+        for t in range(logp_BTE.shape[1]):
+            yield state
+            state = self.advance(state, logp_BTE[:, t], None if mask_BT is None else mask_BT[:, t])
+
+    def with_prior(self, prior_E: Tensor) -> Self:
+        """The same gate with these weights before the first token; a gate without such a constant as it is."""
+        return self
 
     def tokens(self, features: Features) -> tuple[Tensor, Tensor | None]:
         """Scores and mask of the tokens, checked against the number of experts."""
@@ -260,6 +245,43 @@ class CausalGate(Gate):
                 f"token scores of {logp_BTE.shape[2]} experts came to gate {self.config.gate!r} over {self.experts}"
             )
         return logp_BTE, features.mask_BT
+
+
+class SparseGate(CausalGate):
+    """A causal gate that can be restricted to its best m experts per token; its configuration has `top`, m or None."""
+
+    sparse: ClassVar[bool] = True
+
+    @property
+    def top(self) -> int | None:
+        """Experts per token, None for all."""
+        found: int | None = getattr(self.config, "top", None)
+        return found
+
+    @abstractmethod
+    def logits(self, features: Features) -> Tensor:
+        """BTE before the softmax and before `top`."""
+
+    def restricted(self, logits_XE: Tensor) -> Tensor:
+        """Log-weights from logits: -inf but for the `top` largest, normalised over those."""
+        if self.top is None or self.top >= self.experts:
+            return torch.log_softmax(logits_XE, dim=-1)
+        chosen_XM = logits_XE.detach().topk(self.top, dim=-1).indices
+        asleep_XE = torch.ones_like(logits_XE, dtype=torch.bool).scatter(-1, chosen_XM, False)
+        return torch.log_softmax(logits_XE.masked_fill(asleep_XE, -math.inf), dim=-1)
+
+    def log_weights(self, features: Features) -> Tensor:
+        return self.restricted(self.logits(features))
+
+    def with_top(self, top: int | None) -> Self:
+        """The same gate with so many experts per token; None: all.
+
+        Raises:
+            ConfigError: it is less than 1.
+        """
+        if top is not None and top < 1:
+            raise ConfigError(f"top is {top}; it must be 1 or more experts per token, or None for all")
+        return dataclasses.replace(self, config=self.config.model_copy(update={"top": top}))
 
 
 def init_gate(value: str | Mapping[str, Any] | GateConfig, experts: int, features: Features, seed: int = 0) -> Gate:

@@ -7,9 +7,36 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from weftlm.errors import ConfigError
 from weftlm.gating.config import GateConfig, LinearConfig, gates
 from weftlm.gating.gate import Features, Gate, Need
-from weftlm.gating.standard import SEQUENCE, feature_width, standardisation, standardised
+
+SEQUENCE: frozenset[Need] = frozenset({"sequence"})
+
+
+def standardisation(features: Features, gate: str) -> dict[str, Tensor]:
+    """mean_F and scale_F of the features a gate is fitted on, float64; a constant feature keeps scale 1."""
+    values_BF = features.get("sequence", gate).to(torch.float64)
+    mean_F = values_BF.mean(dim=0)
+    scale_F = values_BF.std(dim=0, correction=0)
+    steady_F = scale_F > 1e-9 * (1.0 + mean_F.abs())
+    return {"mean_F": mean_F, "scale_F": torch.where(steady_F, scale_F, torch.ones_like(scale_F))}
+
+
+def standardised(gate: Gate, names: tuple[str, ...], features: Features) -> Tensor:
+    """(f - mean) / scale, BF, in the gate's float type.
+
+    Raises:
+        ConfigError: the features are not those the gate was fitted on.
+    """
+    values_BF = features.get("sequence", gate.config.gate)
+    mean_F, scale_F = gate.tensors["mean_F"], gate.tensors["scale_F"]
+    if values_BF.shape[1] != len(mean_F) or (names and features.names and names != features.names):
+        raise ConfigError(
+            f"gate {gate.config.gate!r} was made for {len(mean_F)} features {list(names)}; {values_BF.shape[1]} came: "
+            f"{list(features.names)}"
+        )
+    return (values_BF.to(mean_F.dtype) - mean_F) / scale_F
 
 
 @gates.register(
@@ -39,15 +66,6 @@ class LinearGate(Gate):
         bias_E = torch.zeros(experts, dtype=torch.float64)
         named = LinearConfig(features=config.features or features.names)
         return cls(named, experts, {"weight_EF": weight_EF, "bias_E": bias_E, **constants})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        width = feature_width(self, self.config.features)
-        return {
-            "weight_EF": (self.experts, width),
-            "bias_E": (self.experts,),
-            "mean_F": (width,),
-            "scale_F": (width,),
-        }
 
     def log_weights(self, features: Features) -> Tensor:
         values_BF = standardised(self, self.config.features, features)

@@ -6,34 +6,13 @@ mixtures are allowed, or bounds are given, V is the identity.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from weftlm.errors import ConfigError
 from weftlm.gating.arrays import Floats, simplex_vector, to_tensor
-
-MAX_ENUMERATED = 12
-"""Domains up to which the corners of a box are listed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Vertices:
-    """The convex hull of some mixtures; the extreme mixtures act as domains.
-
-    Attributes:
-        weights_MD: one mixture per row; rows sum to 1.
-        offsets_M: what to take off each mixture's cross-entropy, nats; None: the mixture of the domains' offsets. With
-            the entropies H(p_v) of the mixed texts the objective is KL(p_v || pi) itself; the mixture of the entropies
-            lies below H(p_v) by the mixture's Jensen-Shannon divergence.
-    """
-
-    weights_MD: Any
-    offsets_M: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +28,17 @@ class Box:
     upper_D: Any = None
 
 
-MixtureSet = Vertices | Box
-
-
 @dataclass(frozen=True, eq=False)
 class Player:
     """The opponent: nu in {lower <= nu <= upper, sum nu = 1} over M extreme mixtures, lambda_D = V^T nu.
 
     Attributes:
         weights_MD: V.
-        offsets_M: the mixtures' own offsets, or None: V offsets_D.
         lower_M: bounds; 0 where there is none.
         upper_M: bounds; 1 where there is none.
     """
 
     weights_MD: Floats
-    offsets_M: Floats | None
     lower_M: Floats
     upper_M: Floats
 
@@ -115,30 +89,24 @@ class Player:
         return float(nu_M @ payoffs_M), nu_M
 
 
-def player(mixtures: MixtureSet | Player | Any | None, domains: int) -> Player:
-    """The player for D domains; None stands for all mixtures, an array M x D for `Vertices`, a player for itself.
+def player(mixtures: Box | Player | Any | None, domains: int) -> Player:
+    """The player over all mixtures of D domains (None), those within bounds, or the convex hull of an array M x D.
 
     Raises:
         ConfigError: shapes do not fit, a row is no mixture, or no mixture lies within the bounds.
     """
     if mixtures is None:
-        return Player(np.eye(domains), None, np.zeros(domains), np.ones(domains))
+        return Player(np.eye(domains), np.zeros(domains), np.ones(domains))
     if isinstance(mixtures, Player):
         return mixtures
     if isinstance(mixtures, Box):
         lower, upper = _bounds(mixtures, domains)
-        return Player(np.eye(domains), None, lower, upper)
-    vertices = mixtures if isinstance(mixtures, Vertices) else Vertices(mixtures)
-    weights = to_tensor(vertices.weights_MD, "mixtures", "MD").numpy()
+        return Player(np.eye(domains), lower, upper)
+    weights = to_tensor(mixtures, "mixtures", "MD").numpy()
     if len(weights) == 0:
         raise ConfigError("mixtures hold no mixture; give one row per extreme mixture, or None for all mixtures")
     rows = np.stack([simplex_vector(row, f"mixtures[{m}]", domains) for m, row in enumerate(weights)])
-    offsets = None
-    if vertices.offsets_M is not None:
-        offsets = to_tensor(vertices.offsets_M, "mixtures' offsets_M", "M").double().numpy()
-        if len(offsets) != len(rows) or not np.isfinite(offsets).all():
-            raise ConfigError(f"offsets_M has {len(offsets)} entries for {len(rows)} mixtures; one finite number each")
-    return Player(rows, offsets, np.zeros(len(rows)), np.ones(len(rows)))
+    return Player(rows, np.zeros(len(rows)), np.ones(len(rows)))
 
 
 def _bounds(box: Box, domains: int) -> tuple[Floats, Floats]:
@@ -156,38 +124,6 @@ def _bounds(box: Box, domains: int) -> tuple[Floats, Floats]:
             f"{upper.tolist()} (sum {upper.sum():.6g}); need lower <= upper, and sums at most and at least 1"
         )
     return lower, upper
-
-
-def box_vertices(opponent: Player) -> Floats:
-    """The extreme mixtures of a bounded player, M x D: all coordinates but at most one at a bound.
-
-    Raises:
-        ConfigError: more than 12 domains, whose corners are too many to list.
-    """
-    lower, upper = opponent.lower_M, opponent.upper_M
-    size = len(lower)
-    if size > MAX_ENUMERATED:
-        raise ConfigError(
-            f"bounds over {size} domains have too many corners for the exact programme; at most {MAX_ENUMERATED}, or "
-            "name the extreme mixtures yourself, or use fit_robust_gate with offsets of your own"
-        )
-    found: dict[tuple[float, ...], NDArray[np.float64]] = {}
-    for free in range(size):
-        others = [d for d in range(size) if d != free]
-        for corner in _corners(others, lower, upper):
-            point = corner.copy()
-            point[free] = 1.0 - float(corner[others].sum())
-            if lower[free] - 1e-12 <= point[free] <= upper[free] + 1e-12:
-                point[free] = min(max(point[free], lower[free]), upper[free])
-                found.setdefault(tuple(np.round(point, 12).tolist()), point)
-    return np.stack(list(found.values()))
-
-
-def _corners(places: list[int], lower: Floats, upper: Floats) -> Iterable[Floats]:
-    for choice in itertools.product(*({lower[d], upper[d]} for d in places)):
-        corner = np.zeros(len(lower))
-        corner[places] = choice
-        yield corner
 
 
 def kl_projection(log_y_D: Floats, lower_D: Floats, upper_D: Floats) -> Floats:

@@ -1,10 +1,9 @@
-"""What a gated model carries from token to token: KV caches per expert, the gate's state, and who has read how far."""
+"""What a gated model carries from token to token: KV caches per expert, the gate's state, and how far each has read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class ModularCache(Cache):
         mixed_BV: log-probabilities last served.
         anchor: slot up to which every expert's score is known and has entered `anchored`.
         anchored: the gate's state there, exact.
-        state: the gate's state now; scores of experts that did not run are stood in for by the mixture's own.
+        state: the gate's state now; the mixture's own scores stand in for those of experts that did not run.
         known_BLE: scores of the tokens from `anchor` on, NaN where the expert has not run.
         served_BL: the mixture's own scores of the same tokens.
     """
@@ -95,7 +94,7 @@ class ModularCache(Cache):
         self.served_BL = torch.cat([self.served_BL, served_BK], dim=1)
 
     def scores(self, slot: int) -> tuple[Tensor, Tensor]:
-        """What the gate is told of a slot's token, and whether it counts: logp_BE and mask_B."""
+        """The gate's input for a slot's token, and whether it counts: logp_BE and mask_B."""
         place = slot - self.anchor
         if slot == 0:
             return torch.zeros_like(self.known_BLE[:, place]), torch.zeros_like(self.real_BS[:, 0])
@@ -109,25 +108,6 @@ class ModularCache(Cache):
         self.anchored = self.state = state
         self.anchor = self.length
         self.known_BLE, self.served_BL = self.known_BLE[:, :0], self.served_BL[:, :0]
-
-    def _rearrange(self, pick: Callable[[Tensor, int], Tensor], batch: int) -> None:
-        """Rearrange the sequences of everything held; `pick` does it along an axis."""
-        before = max(1, self.batch)
-        rows = torch.arange(before)
-        chosen = pick(rows, 0)
-        for store in self.stores:
-            experts = store.rows // before
-            store.select((torch.arange(experts)[:, None] * before + chosen[None].cpu()).flatten())
-        self.ids_BS, self.real_BS = pick(self.ids_BS, 0), pick(self.real_BS, 0)
-        self.done_EB = pick(self.done_EB, 1)
-        self.logq_EBV = None if self.logq_EBV is None else pick(self.logq_EBV, 1)
-        self.mixed_BV = None if self.mixed_BV is None else pick(self.mixed_BV, 0)
-        self.known_BLE, self.served_BL = pick(self.known_BLE, 0), pick(self.served_BL, 0)
-        self.anchored = {name: pick(tensor, 0) for name, tensor in self.anchored.items()}
-        self.state = {name: pick(tensor, 0) for name, tensor in self.state.items()}
-        assert self.batch == batch
-
-    # -- what `generate` asks of a cache ------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots so far."""
@@ -149,19 +129,22 @@ class ModularCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take sequences in another order, as beams do."""
-        self._rearrange(lambda tensor, axis: tensor.index_select(axis, beam_idx.to(tensor.device)), len(beam_idx))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self.reorder_cache(indices)
+        def pick(tensor: Tensor, axis: int = 0) -> Tensor:
+            return tensor.index_select(axis, beam_idx.to(tensor.device))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence several times."""
-        self._rearrange(lambda tensor, axis: tensor.repeat_interleave(repeats, dim=axis), self.batch * repeats)
+        before, chosen = self.batch, beam_idx.cpu()
+        for store in self.stores:
+            experts = store.rows // before
+            store.select((torch.arange(experts)[:, None] * before + chosen[None]).flatten())
+        self.ids_BS, self.real_BS, self.done_EB = pick(self.ids_BS), pick(self.real_BS), pick(self.done_EB, 1)
+        self.logq_EBV = None if self.logq_EBV is None else pick(self.logq_EBV, 1)
+        self.mixed_BV = None if self.mixed_BV is None else pick(self.mixed_BV)
+        self.known_BLE, self.served_BL = pick(self.known_BLE), pick(self.served_BL)
+        self.anchored = {name: pick(tensor) for name, tensor in self.anchored.items()}
+        self.state = {name: pick(tensor) for name, tensor in self.state.items()}
 
-    def crop(self, tokens_to_remove: int) -> NoReturn:
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: see `is_croppable`.
 
         Raises:
@@ -171,11 +154,3 @@ class ModularCache(Cache):
             "a gated model follows the text token by token and cannot take tokens back; assisted and speculative "
             "generation are not supported: use greedy decoding, sampling or beams"
         )
-
-    def reset(self) -> NoReturn:
-        """Refused: make a new cache.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("a gated model's cache cannot be emptied; leave past_key_values out to start anew")

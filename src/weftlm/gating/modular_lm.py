@@ -11,8 +11,8 @@ gamma, their weights made to sum to 1 again:
 - A pass over several tokens (a prompt, scoring a text) runs every expert in any case; the gate is exact at each of its
   positions and only the mixing is sparse.
 - Token by token, the m experts run and the others sleep. What a sleeping expert would have said of a token is unknown,
-  and the gate is told the mixture's own log-probability in its place, which leaves the sleeping experts' weights as
-  they stand to one another and in sum (sleeping experts: Freund, Schapire, Singer, Warmuth, STOC 1997). An expert that
+  and the gate reads the mixture's own log-probability in its place, which keeps the sleeping experts' weights in
+  proportion to one another and in sum (sleeping experts: Freund, Schapire, Singer, Warmuth, STOC 1997). An expert that
   is called again first reads, in one pass, all it missed: its keys and values are exact always, and so from then on is
   what the gate knows of it.
 - After `refresh_every` tokens every expert catches up, and the gate's state is exact again; sooner while the text is
@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -64,10 +64,10 @@ from weftlm.experts.low_rank import Rows
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.gating import experts as room
 from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
-from weftlm.gating.experts import Backbone, ExpertPool, positions, scored
-from weftlm.gating.gate import CausalGate, Features, Gate, State, load_gate, save_gate
+from weftlm.gating.experts import ExpertPool, positions, scored
+from weftlm.gating.gate import CausalGate, Features, Gate, SparseGate, State, load_gate, save_gate
 from weftlm.gating.modular_cache import ModularCache, catch_up_due, check_refresh_every
-from weftlm.gating.prefix_gate import PrefixGate, among
+from weftlm.gating.prefix_gate import among
 from weftlm.gating.slots import rows_of
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
@@ -143,8 +143,8 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             )
         if gate.experts != len(pool):
             raise ConfigError(f"a gate over {gate.experts} experts came with a pool of {len(pool)}; they must be equal")
-        if top_m is None and isinstance(gate, PrefixGate):
-            top_m = gate.config.top
+        if top_m is None and isinstance(gate, SparseGate):
+            top_m = gate.top
         if top_m is not None and not 1 <= top_m <= len(pool):
             raise ConfigError(f"top_m is {top_m}; it must be from 1 to the {len(pool)} experts of the pool, or None")
         check_refresh_every(refresh_every)
@@ -171,9 +171,9 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     def stepper(self) -> Stepping:
         """How the model is stepped token by token: by its backbones' caches, if all of them keep one."""
-        backbones = [each for each in self.pool.backbones if isinstance(each, Backbone)]
-        cached = all(backbone.keeps_keys for backbone in backbones)
-        return Stepping(tuple(backbone.model for backbone in backbones), keeps_cache=cached, in_pieces=cached)
+        cached = all(backbone.keeps_keys for backbone in self.pool.backbones)
+        models = tuple(backbone.model for backbone in self.pool.backbones)
+        return Stepping(models, keeps_cache=cached, in_pieces=cached)
 
     @property
     def device(self) -> torch.device:
@@ -224,87 +224,53 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("the experts of a gated model have embeddings of their own; pass input_ids alone")
         if asked := [name for name in _PER_EXPERT if kwargs.get(name)]:
             raise ConfigError(f"{asked[0]}: each expert has its own; run one alone (model.pool.members[0].model)")
-        output = self._answer(input_ids, attention_mask, past_key_values, use_cache, logits_to_keep)
-        if labels is None:
-            return output
-        loss = ForCausalLMLoss(output.logits, labels, self.vocab_size, kwargs.get("num_items_in_batch"))
-        return CausalLMOutputWithPast(loss=loss, **output)
-
-    def _answer(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        logits_to_keep: int,
-    ) -> CausalLMOutputWithPast:
-        """A pass without a cache or with one; see `forward`."""
         batch, count = input_ids.shape
         kept = count if logits_to_keep == 0 else min(count, int(logits_to_keep))
-        if past_key_values is None and not use_cache:
-            mask_BT = _new_mask(attention_mask, 0, input_ids)
-            return CausalLMOutputWithPast(logits=self._whole(input_ids, mask_BT)[:, count - kept :])
-        cache = self._start(batch) if past_key_values is None else past_key_values
+        cache = past_key_values
+        if cache is not None or use_cache:
+            cache = self._start(batch) if cache is None else cache
+            logits_BKV = self._read_on(cache, input_ids, attention_mask, kept)
+        else:
+            logits_BKV = self._whole(input_ids, _new_mask(attention_mask, 0, input_ids))[:, count - kept :]
+        loss = None
+        if labels is not None:
+            loss = ForCausalLMLoss(logits_BKV, labels, self.vocab_size, kwargs.get("num_items_in_batch"))
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BKV, past_key_values=cache)
+
+    def _read_on(self, cache: Cache, ids_BK: Tensor, attention_mask: Tensor | None, kept: int) -> Tensor:
+        """Log-probabilities after each of the last `kept` new tokens, BKV; the cache takes the new tokens up."""
+        batch, count = ids_BK.shape
         if not isinstance(cache, ModularCache) or cache.batch != batch:
             raise ConfigError(
                 f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
                 f"model's own forward gave for these {batch}"
             )
-        self.pool.check_ids(input_ids, cache.length + count)
-        cache.append(input_ids, _new_mask(attention_mask, cache.length, input_ids))
+        self.pool.check_ids(ids_BK, cache.length + count)
+        cache.append(ids_BK, _new_mask(attention_mask, cache.length, ids_BK))
         due = catch_up_due(self.config.refresh_every, cache.anchor, cache.length)
         if not self.sparse or count > 1 or cache.length == 1 or due:
             logits_BKV = self._run_all(cache, kept)
         else:
             logits_BKV = self._run_some(cache)
         cache.mixed_BV = logits_BKV[:, -1]
-        return CausalLMOutputWithPast(logits=logits_BKV, past_key_values=cache)
+        return logits_BKV
 
     @torch.no_grad()
     def log_probs(self, tokens_BT: Tensor) -> Tensor:
         """log pi(. | tokens[:, :t + 1]) for every position t, BTV, nats, float32: see `LanguageModel`."""
         return self._whole(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
 
-    @torch.no_grad()
-    def token_log_probs(self, tokens_BT1: Tensor, mask_BT1: Tensor | None = None) -> Tensor:
-        """log pi(tokens[b, t + 1] | tokens[b, :t + 1]), without keeping what other tokens would get.
-
-        Args:
-            tokens_BT1: int64 token ids, T inputs and the label after each.
-            mask_BT1: True for real tokens; None: all are.
-        Returns:
-            logp_BT: nats, float32, 0 where nothing is scored.
-        """
-        logp_BTE = self.pool.token_log_probs(tokens_BT1, mask_BT1)
-        mask_BT = None if mask_BT1 is None else scored(mask_BT1)[:, 1:]
-        logw_BTE = self.gate.log_weights(Features(logp_BTE=logp_BTE, mask_BT=mask_BT))
-        logp_BT = torch.logsumexp(self._kept(logw_BTE) + logp_BTE, dim=-1)
-        return logp_BT if mask_BT is None else torch.where(mask_BT, logp_BT, 0.0)
-
-    @torch.no_grad()
-    def weights(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """log gamma with which the token after each position is predicted, BTE, nats; -inf for experts left out."""
-        logp_BTE = self.pool.token_log_probs(tokens_BT, mask_BT)
-        mask = None if mask_BT is None else scored(mask_BT)[:, 1:]
-        return self._kept(self._after(logp_BTE, mask))
-
     def _whole(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Every position of a text in one pass."""
         logq_BTEV = self.pool.log_probs(ids_BT, mask_BT)
         labels_BTE1 = ids_BT[:, 1:, None, None].expand(-1, -1, len(self.pool), -1)
         logp_BTE = logq_BTEV[:, :-1].gather(-1, labels_BTE1)[..., 0]
-        mask = scored(mask_BT)[:, 1:]
-        logw_BTE = self._kept(self._after(torch.where(mask[..., None], logp_BTE, 0.0), mask))
-        return _mixed(logq_BTEV.add_(logw_BTE[..., None]))
-
-    def _after(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Gate weights after each of T + 1 tokens of which the last T are scored, B x (T + 1) x E."""
-        shape_B1E = (len(logp_BTE), 1, logp_BTE.shape[2])
-        padded = torch.cat([logp_BTE, logp_BTE.new_zeros(shape_B1E)], dim=1)
-        if mask_BT is None:
-            mask_BT = torch.ones(logp_BTE.shape[:2], dtype=torch.bool, device=logp_BTE.device)
-        mask = torch.cat([mask_BT, mask_BT.new_zeros(len(mask_BT), 1)], dim=1)
-        return self.gate.log_weights(Features(logp_BTE=padded, mask_BT=mask))
+        # The weights after each token are those before the next one; of what follows the last nothing is known.
+        logp_BTE = torch.cat([logp_BTE, logp_BTE.new_zeros(len(ids_BT), 1, len(self.pool))], dim=1)
+        mask = torch.cat([scored(mask_BT)[:, 1:], mask_BT.new_zeros(len(ids_BT), 1)], dim=1)
+        features = Features(logp_BTE=torch.where(mask[..., None], logp_BTE, 0.0), mask_BT=mask)
+        logw_BTE = self._kept(self.gate.log_weights(features))
+        return torch.logsumexp(logq_BTEV.add_(logw_BTE[..., None]), dim=2)
 
     def _kept(self, logw_XE: Tensor) -> Tensor:
         """The weights of the m preferred experts, float32; -inf for the others."""
@@ -315,13 +281,13 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         return torch.log_softmax(logw_XE.masked_fill(~chosen, -torch.inf), dim=-1).float()
 
     def _start(self, batch: int) -> ModularCache:
-        for backbone in self._backbones():
+        for backbone in self.pool.backbones:
             if not backbone.keeps_keys:
                 raise ConfigError(
                     f"a {type(backbone.model).__name__} carries a state from token to token that is no KV cache; "
                     "generate with use_cache=False"
                 )
-        cache = ModularCache(len(self.pool), [len(b) for b in self._backbones()], batch, self.device)
+        cache = ModularCache(len(self.pool), [len(b) for b in self.pool.backbones], batch, self.device)
         cache.settle({name: tensor.to(self.device) for name, tensor in self.gate.begin(batch).items()})
         return cache
 
@@ -329,7 +295,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""
         end, batch = cache.length, cache.batch
         answers: list[Tensor] = []
-        for number, backbone in enumerate(self._backbones()):
+        for number, backbone in enumerate(self.pool.backbones):
             experts = torch.tensor(backbone.experts)
             start = min(int(cache.done_EB[experts].min()), end - kept)
             places_X = torch.arange(len(backbone)).repeat_interleave(batch)
@@ -338,13 +304,13 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             tail: list[Tensor] = []
             for first in range(start, end, step):
                 last = min(end, first + step)
-                logq_XKV = self._run(cache, number, backbone, index_X, places_X, first, last)
+                logq_XKV = self._run(cache, number, index_X, places_X, first, last)
                 self._note(cache, experts[places_X], index_X % batch, first, logq_XKV)
                 if last > end - kept:
                     tail.append(logq_XKV[:, max(0, end - kept - first) :])
             answers.append(torch.cat(tail, dim=1).unflatten(0, (len(backbone), batch)))
         logq = torch.cat(answers)
-        order = torch.tensor([expert for backbone in self._backbones() for expert in backbone.experts])
+        order = torch.tensor([expert for backbone in self.pool.backbones for expert in backbone.experts])
         if not torch.equal(order, torch.arange(len(order))):
             logq = logq[order.argsort().to(logq.device)]
         cache.done_EB.fill_(end)
@@ -360,13 +326,13 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         logp_BE, mask_B = cache.scores(end - 1)
         cache.state = self.gate.advance(cache.state, logp_BE, mask_B)
         logw_BE = before_BE = self.gate.current(cache.state)
-        # In the pool's order, so that sums are the same whoever is preferred.
+        # In the pool's order, so that sums are the same whichever is preferred.
         chosen_BM = logw_BE.topk(self.config.top_m, dim=-1).indices.sort(dim=-1).values
         wanted_EB = torch.zeros(len(self.pool), batch, dtype=torch.bool)
         wanted_EB.scatter_(0, chosen_BM.T.cpu(), True)
         assert cache.logq_EBV is not None
         revised = False
-        for number, backbone in enumerate(self._backbones()):
+        for number, backbone in enumerate(self.pool.backbones):
             experts = torch.tensor(backbone.experts)
             behind_MB = end - cache.done_EB[experts]
             for late in (False, True):
@@ -376,7 +342,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                     continue
                 places_X, rows_X = index_X // batch, index_X % batch
                 first = end - int(behind_MB.flatten()[index_X].max())
-                logq_XKV = self._run(cache, number, backbone, index_X, places_X, first, end)
+                logq_XKV = self._run(cache, number, index_X, places_X, first, end)
                 self._note(cache, experts[places_X], rows_X, first, logq_XKV)
                 cache.logq_EBV[experts[places_X], rows_X] = logq_XKV[:, -1]
                 cache.done_EB[experts[places_X], rows_X] = end
@@ -394,7 +360,6 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         self,
         cache: ModularCache,
         number: int,
-        backbone: Backbone,
         index_X: Tensor,
         places_X: Tensor,
         first: int,
@@ -413,7 +378,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         store = cache.stores[number]
         whole = slice(None) if len(index_X) == store.rows else rows_of(index_X)
         window = store.window(whole if isinstance(whole, slice) else whole.to(device), first)
-        logits_XKV = backbone.run(
+        logits_XKV = self.pool.backbones[number].run(
             Rows.of(places_X.to(device)), cache.ids_BS[rows_X, first:end], cache=window, **arguments
         )
         return torch.log_softmax(logits_XKV.float(), dim=-1)
@@ -439,11 +404,6 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             if slot >= cache.length - kept:
                 rows.append(gate.current(state))
         return state, rows
-
-    def _backbones(self) -> Iterator[Backbone]:
-        for backbone in self.pool.backbones:
-            assert isinstance(backbone, Backbone)
-            yield backbone
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
@@ -499,9 +459,11 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             sources = _copy_experts(self.pool, folder, options)
         else:
             sources = [_absolute(member.source) for member in members]
+        # A pool is loaded in one float type: the one that holds all of the experts'.
+        widest = functools.reduce(torch.promote_types, (member.model.dtype for member in members))
         saved = _Saved(
             format=FORMAT,
-            dtype=str(_widest(member.model.dtype for member in members)).removeprefix("torch."),
+            dtype=str(widest).removeprefix("torch."),
             top_m=self.config.top_m,
             refresh_every=self.config.refresh_every,
             copied=copy,
@@ -561,13 +523,6 @@ def _new_mask(attention_mask: Tensor | None, before: int, ids_BK: Tensor) -> Ten
     return attention_mask[:, before:].to(device=ids_BK.device, dtype=torch.bool)
 
 
-def _mixed(logs_BTEV: Tensor) -> Tensor:
-    """logsumexp over the experts, BTV; overwrites what it is given, and takes half the time of `torch.logsumexp`."""
-    top_BT1V = logs_BTEV.amax(dim=2, keepdim=True)
-    top_BT1V = torch.where(torch.isneginf(top_BT1V), torch.zeros_like(top_BT1V), top_BT1V)
-    return logs_BTEV.sub_(top_BT1V).exp_().sum(dim=2).log_().add_(top_BT1V[:, :, 0])
-
-
 def _special_tokens(pool: ExpertPool) -> dict[str, Any]:
     """Ids of special tokens as the first expert has them, and the end of a text as any of them has it."""
     first = pool.members[0].model
@@ -589,7 +544,6 @@ def _copy_experts(pool: ExpertPool, folder: Path, options: Mapping[str, Any]) ->
     """Write every backbone once and its adapters as a library; sources relative to the folder."""
     sources: dict[int, ExpertSource] = {}
     for number, backbone in enumerate(pool.backbones):
-        assert isinstance(backbone, Backbone)
         where = f"{BASES}-{number}"
         backbone.model.save_pretrained(folder / where, **options)
         members = [(place, pool.members[place]) for place in backbone.experts]
@@ -606,13 +560,8 @@ def _copy_experts(pool: ExpertPool, folder: Path, options: Mapping[str, Any]) ->
     return [sources[place] for place in range(len(pool))]
 
 
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The float type that holds all of these; a pool is loaded in one."""
-    return functools.reduce(torch.promote_types, dtypes)
-
-
 def _inside(source: ExpertSource, folder: Path) -> ExpertSource:
-    """A copied expert's source, from where the folder lies now.
+    """A copied expert's source, with the folder where it is now.
 
     Raises:
         ConfigError: it leads out of the folder.

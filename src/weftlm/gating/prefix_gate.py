@@ -6,26 +6,19 @@ to a sequence-level gate; `fit_robust_gate` fits it to the minimax objective its
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import math
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from weftlm.errors import ConfigError
 from weftlm.gating.arrays import simplex_vector
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import BayesConfig, FixedShareConfig, GateConfig, PrefixGateConfig, gates
 from weftlm.gating.features import FLOOR
-from weftlm.gating.gate import CausalGate, Features, State
+from weftlm.gating.gate import Features, SparseGate, State
 
-CHUNK = 128
-"""Tokens whose decayed sums are taken by one product."""
-_ROWS = 256
-"""Sequences whose evidence is prepared at a time."""
 _DEAD = -1e4
 """Nats that stand for a log-posterior of -inf: weight 0 in every float type, and finite."""
 _BAYES, _SHARE = "bayes.", "share."
@@ -37,7 +30,7 @@ _BAYES, _SHARE = "bayes.", "share."
     costs="training; every expert on every token, or the m best: with one of eight per token 1.5 (hidden size "
     "768) to 2.0 (512) times one expert's time, 1.2 to 1.8 where sleeping experts never catch up",
 )
-class PrefixGate(CausalGate):
+class PrefixGate(SparseGate):
     """Bayes' and fixed share's log-posteriors plus a correction learned from the prefix.
 
         gamma_k(x_<t) = softmax_k( a log b_k + c log w_k + beta_k + u . h_k )       of the m largest, where `top` is set
@@ -56,7 +49,7 @@ class PrefixGate(CausalGate):
     e and beta are one per expert, so that relabelling the experts relabels the weights.
 
     Length gives nothing away: the gate sees the tokens so far and not how many will come, padding changes nothing,
-    means are per token, posteriors are bounded, and the clock runs towards 1 and stands there.
+    means are per token, posteriors are bounded, and the clock approaches 1.
 
     All but the learned tensors is a function of the experts' scores alone: gradients flow through the correction, a, c
     and beta only. An expert impossible under Bayes keeps weight 0 until c or a smaller a brings it back.
@@ -82,9 +75,7 @@ class PrefixGate(CausalGate):
             ConfigError: it is no probability vector.
         """
         config = config or PrefixGateConfig()
-        experts = len(prior_E)
-        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", experts))
-        hidden, width = config.hidden, _width(config)
+        experts, hidden, width = len(prior_E), config.hidden, 2 * len(config.half_lives_tokens) + 3
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
@@ -93,7 +84,6 @@ class PrefixGate(CausalGate):
         zeros = {"bias_E": (experts,), "expert_EH": (experts, hidden), "out_H": (hidden,), "mean_F": (width,)}
         tensors = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in zeros.items()}
         tensors |= {
-            "prior_E": prior.log(),
             "mix_2": torch.tensor([1.0, 0.0] if config.base == "bayes" else [0.0, 1.0], dtype=torch.float64),
             "in_HF": random(hidden, width),
             "in_H": random(hidden),
@@ -102,115 +92,42 @@ class PrefixGate(CausalGate):
             "middle_H": random(hidden),
             "scale_F": torch.ones(width, dtype=torch.float64),
         }
-        return cls(config, experts, {name: tensors[name] for name in _shapes(config, experts)})
+        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", experts))
+        return cls(config, experts, tensors | {"prior_E": prior.log()})
+
+    def with_prior(self, prior_E: Tensor) -> Self:
+        prior = torch.from_numpy(simplex_vector(prior_E, "prior_E", self.experts))
+        return self.replaced({"prior_E": prior.log()})
 
     def standardised(self, features: Features) -> Self:
         """The same gate with mean and scale of its features taken from these sequences, padding left out."""
         logp_BTE, mask_BT = self.tokens(features)
         if logp_BTE.shape[0] * logp_BTE.shape[1] == 0 or (mask_BT is not None and not bool(mask_BT.any())):
             return self
-        values_BTEF = self._evidence(logp_BTE, mask_BT)[0]
+        values_BTEF = self._evidence(self._all_states(logp_BTE, mask_BT))[0]
         values_NF = (values_BTEF if mask_BT is None else values_BTEF[mask_BT]).reshape(-1, values_BTEF.shape[-1])
         mean_F, scale_F = values_NF.mean(dim=0), values_NF.std(dim=0, correction=0)
         steady_F = scale_F > 1e-9 * (1.0 + mean_F.abs())
         return self.replaced({"mean_F": mean_F, "scale_F": torch.where(steady_F, scale_F, torch.ones_like(scale_F))})
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return _shapes(self.config, self.experts)
-
-    # -- a whole batch at once ----------------------------------------------------------------------------------
-
-    def log_weights(self, features: Features) -> Tensor:
-        return self.restricted(self.logits(features))
-
     def logits(self, features: Features) -> Tensor:
-        """BTE before the softmax and before `top`."""
-        tokens = self.tokens(features)
-        values, posteriors = self._prepared_names
-        if values in features.prepared:
-            return self._logits(features.prepared[values], features.prepared[posteriors])
-        return self._logits(*self._evidence(*tokens))
-
-    def prepared_bytes(self, features: Features) -> int:
-        logp_BTE, _ = self.tokens(features)
-        return logp_BTE.numel() * (_width(self.config) + 2) * self.tensors["prior_E"].element_size()
-
-    def prepare(self, features: Features) -> Features:
         logp_BTE, mask_BT = self.tokens(features)
-        values, posteriors = self._prepared_names
-        if values in features.prepared:
-            return features
-        parts = [
-            self._evidence(logp_BTE[rows], None if mask_BT is None else mask_BT[rows])
-            for rows in torch.arange(len(features)).split(_ROWS)
-        ]
-        found = {
-            name: torch.cat(each) for name, each in zip((values, posteriors), zip(*parts, strict=True), strict=True)
-        }
-        return dataclasses.replace(features, prepared={**features.prepared, **found})
-
-    @functools.cached_property
-    def _prepared_names(self) -> tuple[str, str]:
-        """Names that change with every constant behind `_evidence`."""
-        prior_E = self.tensors["prior_E"]
-        config = self.config.model_dump(include={"share", "half_lives_tokens", "horizon_tokens"}, mode="json")
-        behind = f"{sorted(config.items())} {prior_E.dtype} {prior_E.tolist()}"
-        digest = hashlib.blake2b(behind.encode(), digest_size=8).hexdigest()
-        return f"prefix.{digest}.values_BTEF", f"prefix.{digest}.posteriors_BTE2"
-
-    def restricted(self, logits_XE: Tensor) -> Tensor:
-        """Log-weights from logits: -inf but for the `top` largest, normalised over those."""
-        if self.config.top is None or self.config.top >= self.experts:
-            return torch.log_softmax(logits_XE, dim=-1)
-        chosen_XM = logits_XE.detach().topk(self.config.top, dim=-1).indices
-        asleep_XE = torch.ones_like(logits_XE, dtype=torch.bool).scatter(-1, chosen_XM, False)
-        return torch.log_softmax(logits_XE.masked_fill(asleep_XE, -math.inf), dim=-1)
+        if not logp_BTE.shape[1]:
+            return logp_BTE.to(self.tensors["prior_E"].dtype)
+        return self._logits(*self._evidence(self._all_states(logp_BTE, mask_BT)))
 
     @torch.no_grad()
-    def _evidence(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features BTEF and the two log-posteriors BTE2 of every prefix."""
-        logp_BTE = logp_BTE.to(self.tensors["prior_E"].dtype)
-        seen = Features(logp_BTE=logp_BTE, mask_BT=mask_BT)
+    def _all_states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> State:
+        """The states before every token, B x T before their other axes: no learned tensor has a part in them."""
+        states = list(self.states(logp_BTE, mask_BT))
+        return {name: torch.stack([state[name] for state in states], dim=1) for name in states[0]}
+
+    @torch.no_grad()
+    def _evidence(self, state: State) -> tuple[Tensor, Tensor]:
+        """Features XEF and the two log-posteriors XE2 of the prefixes behind a state."""
         bayes, share = self._untrained
-        posteriors_BTE2 = torch.stack([bayes.log_weights(seen), share.log_weights(seen)], dim=-1)
-        worth_BTE = _worth(logp_BTE)
-        count_BT = torch.arange(logp_BTE.shape[1], device=logp_BTE.device).expand(logp_BTE.shape[:2])
-        if mask_BT is not None:
-            # Real tokens to the front; a place then sees the sums of as many tokens as are real before it.
-            order_BT = mask_BT.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-            worth_BTE = worth_BTE.gather(1, order_BT[..., None].expand_as(worth_BTE))
-            count_BT = mask_BT.long().cumsum(dim=1) - mask_BT.long()
-        sums_BTLE = self._decayed(worth_BTE)
-        if mask_BT is not None:
-            sums_BTLE = sums_BTLE.gather(1, count_BT[..., None, None].expand_as(sums_BTLE))
-        return self._features(sums_BTLE, count_BT.to(logp_BTE.dtype), posteriors_BTE2), posteriors_BTE2
-
-    def _decayed(self, worth_BTE: Tensor) -> Tensor:
-        """sum_{s < t} d^(t - 1 - s) worth_s for every decay d: BTLE."""
-        batch, time, experts = worth_BTE.shape
-        decay_L = self._decays(worth_BTE)
-        place = torch.arange(min(CHUNK, time) + 1, device=worth_BTE.device, dtype=worth_BTE.dtype)
-        lag = place[:, None] - 1.0 - place[None, :-1]
-        kernel_LIJ = torch.where(lag >= 0, decay_L[:, None, None] ** lag.clamp_min(0.0), torch.zeros_like(lag))
-        carried_BLE = worth_BTE.new_zeros(batch, len(decay_L), experts)
-        parts = []
-        for first in range(0, time, CHUNK):
-            size = min(CHUNK, time - first)
-            fading_IL = decay_L ** place[: size + 1, None]
-            sums_BILE = torch.einsum(
-                "lij,bje->bile", kernel_LIJ[:, : size + 1, :size], worth_BTE[:, first : first + size]
-            )
-            sums_BILE = sums_BILE + fading_IL[:, :, None] * carried_BLE[:, None]
-            carried_BLE = sums_BILE[:, size]
-            parts.append(sums_BILE[:, :size])
-        return torch.cat(parts, dim=1) if parts else worth_BTE.new_zeros(batch, 0, len(decay_L), experts)
-
-    def _decays(self, like: Tensor) -> Tensor:
-        half_lives_L = torch.tensor(self.config.half_lives_tokens, dtype=like.dtype, device=like.device)
-        return torch.exp2(-1.0 / half_lives_L)
-
-    def _features(self, sums_XLE: Tensor, count_X: Tensor, posteriors_XE2: Tensor) -> Tensor:
-        """XEF of prefixes of `count_X` tokens."""
+        sums_XLE, count_X = state["sums_BLE"], state["count_B"]
+        posteriors_XE2 = torch.stack([bayes.current(_part(state, _BAYES)), share.current(_part(state, _SHARE))], dim=-1)
         decay_L = self._decays(sums_XLE)
         norms_XL = (1.0 - decay_L ** count_X[..., None]) / (1.0 - decay_L)
         means_XLE = sums_XLE / torch.where(norms_XL > 0, norms_XL, torch.ones_like(norms_XL))[..., None]
@@ -218,7 +135,7 @@ class PrefixGate(CausalGate):
         clock_X = count_X / (count_X + self.config.horizon_tokens)
         clock_XE1 = clock_X[..., None, None].expand(*posteriors_XE2.shape[:-1], 1)
         columns = [means_XLE.transpose(-1, -2), below_XLE.transpose(-1, -2), posteriors_XE2.clamp_min(-FLOOR)]
-        return torch.cat([*columns, clock_XE1], dim=-1)
+        return torch.cat([*columns, clock_XE1], dim=-1), posteriors_XE2
 
     def _logits(self, values_XEF: Tensor, posteriors_XE2: Tensor) -> Tensor:
         at = self.tensors
@@ -227,6 +144,10 @@ class PrefixGate(CausalGate):
         pooled_X1H = first_XEH.mean(dim=-2, keepdim=True) @ at["pool_HH"].T
         second_XEH = torch.tanh(first_XEH @ at["middle_HH"].T + pooled_X1H + at["middle_H"])
         return posteriors_XE2.clamp_min(_DEAD) @ at["mix_2"] + at["bias_E"] + second_XEH @ at["out_H"]
+
+    def _decays(self, like: Tensor) -> Tensor:
+        half_lives_L = torch.tensor(self.config.half_lives_tokens, dtype=like.dtype, device=like.device)
+        return torch.exp2(-1.0 / half_lives_L)
 
     @functools.cached_property
     def _untrained(self) -> tuple[BayesGate, FixedShareGate]:
@@ -246,10 +167,7 @@ class PrefixGate(CausalGate):
         return state
 
     def current(self, state: State) -> Tensor:
-        bayes, share = self._untrained
-        posteriors_BE2 = torch.stack([bayes.current(_part(state, _BAYES)), share.current(_part(state, _SHARE))], dim=-1)
-        values_BEF = self._features(state["sums_BLE"], state["count_B"], posteriors_BE2)
-        return self.restricted(self._logits(values_BEF, posteriors_BE2))
+        return self.restricted(self._logits(*self._evidence(state)))
 
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
         bayes, share = self._untrained
@@ -264,27 +182,15 @@ class PrefixGate(CausalGate):
         return {**after, "sums_BLE": sums_BLE, "count_B": count_B + mask_B.to(count_B.dtype)}
 
 
-def with_top(gate: PrefixGate, top: int | None) -> PrefixGate:
-    """The same gate with so many experts per token; None: all.
-
-    Raises:
-        ConfigError: it is less than 1.
-    """
-    if top is not None and top < 1:
-        raise ConfigError(f"top is {top}; one expert per token at least must work, or None for all")
-    config = gate.config.model_copy(update={"top": top})
-    return PrefixGate(config, gate.experts, gate.tensors)
-
-
 def among(logw_XE: Tensor, ran_XE: Tensor, before_XE: Tensor) -> Tensor:
     """Weights made to sum to 1 over the experts that ran, where what they read has changed the weights since.
 
     Args:
-        logw_XE: log-weights now; -inf for what the gate would not choose any more.
+        logw_XE: Log-weights now; -inf for what the gate would not choose any more.
         ran_XE: True for experts that ran.
-        before_XE: the log-weights they were chosen by; taken where the gate would choose none of them any more.
+        before_XE: Log-weights they were chosen by; taken where the gate would choose none of them any more.
     Returns:
-        log-weights, -inf for experts that did not run.
+        Log-weights, -inf for experts that did not run.
     """
     kept_XE = logw_XE.masked_fill(~ran_XE, -math.inf)
     dead_X1 = torch.isneginf(kept_XE).all(dim=-1, keepdim=True)
@@ -301,25 +207,3 @@ def _worth(logp_XE: Tensor) -> Tensor:
 
 def _part(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
-
-
-def _width(config: PrefixGateConfig) -> int:
-    return 2 * len(config.half_lives_tokens) + 3
-
-
-def _shapes(config: PrefixGateConfig, experts: int) -> dict[str, tuple[int, ...]]:
-    hidden, width = config.hidden, _width(config)
-    return {
-        "mix_2": (2,),
-        "bias_E": (experts,),
-        "in_HF": (hidden, width),
-        "in_H": (hidden,),
-        "expert_EH": (experts, hidden),
-        "middle_HH": (hidden, hidden),
-        "pool_HH": (hidden, hidden),
-        "middle_H": (hidden,),
-        "out_H": (hidden,),
-        "prior_E": (experts,),
-        "mean_F": (width,),
-        "scale_F": (width,),
-    }

@@ -3,10 +3,10 @@
     L(theta, nu, mu) = sum_m nu_m [CE_m(pi_g) - offset_m] + mu (Z_g - 1) + rho / 2 (Z_g - 1)^2
 
 theta goes down by Adam, the mixture nu goes up by exponentiated gradient, mu goes up from 1. The iterates circle the
-saddle point; what is returned is their average over the last part of the run, or, where the duality gap of the average
-before a report is within `gap_tolerance` already, that average, and the fit stops there. Cortes, Mohri and Zhong 2026,
-arXiv:2602.17554; control variates, the two-halves penalty, restricted mixtures and early stopping are choices of this
-implementation.
+saddle point; what is returned is their average over the last part of the run, or, where the fit stops at a report
+before (`FitState.finished`), over the last part of the steps since the report before that. Cortes, Mohri and Zhong
+2026, arXiv:2602.17554; control variates, the two-halves penalty, restricted mixtures and early stopping are choices of
+this implementation.
 """
 
 from __future__ import annotations
@@ -14,31 +14,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from weftlm import interrupt
-from weftlm.errors import CheckpointError, ConfigError, NumericsError, reason
-from weftlm.gating.adam import Moments, adam_step
+from weftlm.config import Section, differences
+from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
-from weftlm.gating.files import joined, named, read_tensors, write_tensors
 from weftlm.gating.gate import Features, Gate, init_gate
-from weftlm.gating.mixtures import MixtureSet
+from weftlm.gating.mixtures import Box
 from weftlm.gating.problem import Evaluation, Offsets, Problem, dual_value, evaluate, fits, log_model, make_problem
-from weftlm.gating.sequences import ScoredSequences, prepared
-from weftlm.gating.tabular import TabularGate
+from weftlm.gating.sequences import Joined
+from weftlm.gating.state import GateState, adam_step, run_steps
 from weftlm.threads import follow_load
 
 Kind = Literal["exact", "estimate"]
 
+PLATEAU = 3
+"""Reports without progress after which a fit stops whose gap is not measured."""
 _FEW = 64
 """Sequences of each domain that a causal gate is made for."""
 
@@ -51,16 +48,16 @@ class Progress:
     """One line of a fit's history; plain numbers.
 
     Attributes:
-        step: steps taken.
-        worst: worst case over the mixtures, nats.
-        worst_domain: name of the domain of largest value.
-        values: of the domains, nats.
-        lam: the mixture, one weight per domain.
+        step: Steps taken.
+        worst: Worst case over the mixtures, nats.
+        worst_domain: Name of the domain of largest value.
+        values: Value of each domain, nats.
+        lam: Mixture, one weight per domain.
         z: Z of the gate on the samples of the fit.
-        mu: its multiplier.
-        gap: worst minus the value against `lam`: the opponent's share of the duality gap, without the gate's.
-        duality_gap: worst minus the best a gate can do against `lam` (`best_response`); None where the opponent's share
-            or Z - 1 is above `gap_tolerance` already, or no fit may stop early.
+        mu: Multiplier of Z - 1.
+        gap: Worst case minus the value against `lam`: the adversary's share of the duality gap, without the gate's.
+        duality_gap: Worst case minus the best a gate can do against `lam` (`best_response`); None where the adversary's
+            share or Z - 1 is above `gap_tolerance` already, or it is not measured.
     """
 
     step: int
@@ -75,103 +72,52 @@ class Progress:
 
 
 @dataclass(frozen=True, eq=False)
-class FitState:
-    """Everything a fit needs to continue as if it had never stopped; mini-batches depend on seed and step alone.
+class FitState(GateState):
+    """A fit under way.
 
     Attributes:
-        config: of the fit.
-        step: steps taken.
-        gate: theta as it is.
-        moments: of Adam.
-        log_nu_M: the mixture over the extreme mixtures.
-        mu: multiplier of Z.
-        averaged: steps in the averages, which begin again with every report and with the last part of the run.
-        mean_tensors: average of theta.
-        mean_nu_M: average of nu.
-        mean_mu: average of mu.
-        history: so far.
+        log_nu_M: Log of the mixture over the extreme mixtures.
+        mu: Multiplier of Z - 1.
+        averaged: Steps in the averages, which begin again with every report and with the last part of the run.
+        mean: Average of theta.
+        mean_nu_M: Average of nu.
+        mean_mu: Average of mu.
     """
 
     config: FitConfig
-    step: int
-    gate: Gate
-    moments: Moments
     log_nu_M: Floats
     mu: float
     averaged: int
-    mean_tensors: Mapping[str, Tensor]
+    mean: Mapping[str, Tensor]
     mean_nu_M: Floats
     mean_mu: float
-    history: tuple[Progress, ...] = ()
+
+    kind: ClassVar[str] = "fit of a gate"
+    Config: ClassVar[type[Section]] = FitConfig
+    Line: ClassVar[type] = Progress
 
     @property
-    def settled(self) -> bool:
-        """Whether the fit stops here, its duality gap being within the tolerance."""
-        gap, tolerance = self.duality_gap, self.config.gap_tolerance
-        return gap is not None and tolerance is not None and gap <= tolerance
+    def finished(self) -> bool:
+        """Whether the fit stops at this report.
 
-    @property
-    def duality_gap(self) -> float | None:
-        """Of `answer`, where the history holds it for this step."""
-        if not self.history or self.history[-1].step != self.step:
-            return None
-        return self.history[-1].duality_gap
+        Its duality gap is within `gap_tolerance`; or, where no gap is measured (`best_response_steps` 0), the last
+        three reports did not lower the worst case by the tolerance.
+        """
+        tolerance, history = self.config.gap_tolerance, self.history
+        if tolerance is None or not history or history[-1].step != self.step:
+            return False
+        if history[-1].duality_gap is not None:
+            return bool(history[-1].duality_gap <= tolerance)
+        if self.config.best_response_steps or len(history) <= PLATEAU:
+            return False
+        before, last = (min(line.worst for line in part) for part in (history[:-PLATEAU], history[-PLATEAU:]))
+        return bool(last > before - tolerance)
 
     def answer(self) -> tuple[Gate, Floats, float]:
         """Averaged gate, nu and mu; the present ones where no average has begun."""
         if self.averaged == 0:
             return self.gate, np.exp(self.log_nu_M), self.mu
-        return self.gate.replaced(self.mean_tensors), self.mean_nu_M, self.mean_mu
-
-    def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file.
-
-        Raises:
-            CheckpointError: the disk is full or not writable.
-        """
-        moments = {"first": self.moments.first, "second": self.moments.second}
-        tensors = joined({"gate": self.gate.tensors, **moments, "mean": self.mean_tensors})
-        tensors |= {"log_nu_M": torch.from_numpy(self.log_nu_M), "mean_nu_M": torch.from_numpy(self.mean_nu_M)}
-        facts = {
-            "config": self.config.model_dump(mode="json"),
-            "gate": self.gate.config.model_dump(mode="json"),
-            "experts": self.gate.experts,
-            "step": self.step,
-            "mu": self.mu,
-            "averaged": self.averaged,
-            "mean_mu": self.mean_mu,
-            "history": [dataclasses.asdict(line) for line in self.history],
-        }
-        write_tensors(Path(path), "fit of a gate", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | Path) -> FitState:
-        """Read a state back, exact to the last bit.
-
-        Raises:
-            CheckpointError: the file is missing, torn, or of another version.
-        """
-        tensors, facts = read_tensors(Path(path), "fit of a gate")
-        try:
-            section, group = gate_config(facts["gate"]), partial(named, tensors)
-            return cls(
-                config=FitConfig.model_validate(facts["config"]),
-                step=int(facts["step"]),
-                gate=gates[section.gate](section, int(facts["experts"]), group("gate")),
-                moments=Moments(group("first"), group("second")),
-                log_nu_M=tensors["log_nu_M"].numpy(),
-                mu=float(facts["mu"]),
-                averaged=int(facts["averaged"]),
-                mean_tensors=group("mean"),
-                mean_nu_M=tensors["mean_nu_M"].numpy(),
-                mean_mu=float(facts["mean_mu"]),
-                history=tuple(
-                    Progress(**{**line, "values": tuple(line["values"]), "lam": tuple(line["lam"])})
-                    for line in facts["history"]
-                ),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no fit this version can continue: {reason(error)}") from error
+        return self.gate.replaced(self.mean), self.mean_nu_M, self.mean_mu
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,23 +127,23 @@ class FitResult:
     They are measured on the sequences of the fit, with the Z reported here; `certify` measures on others.
 
     Attributes:
-        gate: averaged over the last part of the run.
-        lam: the averaged mixture of domains, D: the worst mixture there is, up to the gap.
-        nu: the same over the extreme mixtures, M; equal to `lam` where all mixtures are allowed.
-        mu: averaged multiplier of Z - 1, in nats per sequence.
+        gate: Gate averaged over the last part of the run.
+        lam: Averaged mixture of domains, D: the worst mixture there is, up to the gap.
+        nu: The same over the extreme mixtures, M; equal to `lam` where all mixtures are allowed.
+        mu: Averaged multiplier of Z - 1, in nats per sequence.
         z: Z of the gate; exactly 1 for causal gates.
         z_ci: 95 % normal interval of Z; a point where it is exact.
-        z_source: where Z was measured: "exact", "held-out samples" or "samples of the fit" (optimistic).
-        values: per domain, D.
-        worst: worst case over the mixtures.
-        worst_domain: number of the domain of largest value.
-        gap: worst minus the best a gate can do against `lam`, both with the Z of the fit's samples; NaN where it was
-            not asked for.
+        z_source: Where Z was measured: "exact", "held-out samples" or "samples of the fit" (optimistic).
+        values: Value of each domain, D.
+        worst: Worst case over the mixtures.
+        worst_domain: Number of the domain of largest value.
+        gap: Worst case minus the best a gate can do against `lam`, both with the Z of the fit's samples; NaN where it
+            was not asked for.
         gap_kind: "exact" (closed form over all gates with Z = 1: `worst` is above their optimum by at most the gap) or
             "estimate" (steps of the same kind of gate, which may fall short of its best).
         unit: "sequence" or "token".
         history: `Progress` every so many steps.
-        state: to continue from.
+        state: State to continue from.
     """
 
     gate: Gate
@@ -229,7 +175,7 @@ def fit_robust_gate(
     gate: str | Mapping[str, Any] | GateConfig | Gate | None = None,
     config: FitConfig | None = None,
     offsets: Offsets | Any | None = None,
-    mixtures: MixtureSet | Any | None = None,
+    mixtures: Box | Any | None = None,
     own_experts: Sequence[int] | None = None,
     held_out_samples: Any = None,
     state: FitState | None = None,
@@ -247,49 +193,45 @@ def fit_robust_gate(
     learning rates serves both units.
 
     Args:
-        domains: one `ScoredSequences` per domain (or a mapping by name), or P, D x X, of an enumerated problem.
-        samples: one `ScoredSequences` of draws per expert, for Z; Q, E x X, with P. None for causal gates.
-        gate: name, section or mapping of a registered gate, or a gate to go on from. None: "tabular" where enumerated,
+        domains: One `ScoredSequences` per domain (or a mapping by name), or P, D x X, of an enumerated problem.
+        samples: One `ScoredSequences` of draws per expert, for Z; Q, E x X, with P. None for causal gates.
+        gate: Name, section or mapping of a registered gate, or a gate to go on from. None: "tabular" where enumerated,
             else "linear".
-        config: None: the defaults.
-        offsets, mixtures, own_experts: as in `make_problem`.
-        held_out_samples: further draws of each expert, on which Z is measured in the end.
-        state: continue from here; data, gate and config must be those of the interrupted fit.
-        until: stop after so many steps in all, to continue later from `result.state`.
-        on_progress: called with each line of the history and the state to continue from.
-        on_stop: called with that state where the process is asked to stop, which it then does.
+        config: Settings of the fit; None: the defaults.
+        offsets, mixtures, own_experts: As in `make_problem`.
+        held_out_samples: Further draws of each expert, on which Z is measured in the end.
+        state: State to continue from; data, gate and config must be those of the interrupted fit.
+        until: Steps in all after which to stop, to continue later from `result.state`.
+        on_progress: Called with each line of the history and the state to continue from.
+        on_stop: Called with that state where the process is asked to stop, which it then does.
     Returns:
-        The averaged gate and what it is worth.
+        The averaged gate and its figures.
     Raises:
         ConfigError, DataError, NumericsError: as `make_problem`; also where a loss stops being finite.
         CheckpointError: the state is of another fit.
     """
     config = config or FitConfig()
-    problem = make_problem(
-        domains, samples, offsets=offsets, mixtures=mixtures, unit=config.unit, own_experts=own_experts
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "offsets": offsets, "mixtures": mixtures, "unit": config.unit, "own_experts": own_experts
+    }  # fmt: skip
+    problem = make_problem(domains, samples, **given)
     held_out = None
     if held_out_samples is not None and problem.support is None:
-        held_out = make_problem(
-            domains, held_out_samples, offsets=offsets, mixtures=mixtures, unit=config.unit, own_experts=own_experts
-        )
+        held_out = make_problem(domains, held_out_samples, **given)
     state = _start(problem, gate, config) if state is None else _checked(state, problem, config)
     fits(state.gate, problem)
-    problem = dataclasses.replace(problem, domains=prepared(state.gate, problem.domains))
     draw = _Draw(problem, state.gate, config)
+
+    def report(now: FitState) -> FitState:
+        line = _progress(now, problem)
+        now = dataclasses.replace(now, history=(*now.history, line))
+        if on_progress is not None:
+            on_progress(line, now)
+        return now
+
     end = config.steps if until is None else min(until, config.steps)
-    averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
-    with interrupt.safe_points() if on_stop is not None else nullcontext():
-        while state.step < end and not state.settled:
-            follow_load()
-            state = _step(state, draw(state.step), problem, averaging_from, draw.base_D)
-            if state.step % config.report_every_steps == 0 or state.step == config.steps:
-                line = _progress(state, problem)
-                state = dataclasses.replace(state, history=(*state.history, line))
-                if on_progress is not None:
-                    on_progress(line, state)
-            if on_stop is not None:
-                interrupt.point(partial(on_stop, state))
+    every = config.report_every_steps
+    state = run_steps(state, end, every, lambda now: _step(now, draw, problem), report, on_stop)
     return _result(state, problem, held_out)
 
 
@@ -300,19 +242,7 @@ def _start(problem: Problem, gate: Any, config: FitConfig) -> FitState:
         gate = init_gate(wanted, problem.experts, seen, config.seed)
     gate = gate.to("cpu", torch.float64)
     log_nu_M = problem.opponent.start()
-    learned = {name: gate.tensors[name] for name in gate.learned}
-    return FitState(
-        config=config,
-        step=0,
-        gate=gate,
-        moments=Moments.zeros(learned),
-        log_nu_M=log_nu_M,
-        mu=1.0,
-        averaged=0,
-        mean_tensors={name: torch.zeros_like(each) for name, each in learned.items()},
-        mean_nu_M=np.zeros_like(log_nu_M),
-        mean_mu=0.0,
-    )
+    return FitState(config, 0, gate, {}, (), log_nu_M, 1.0, 0, {}, np.zeros_like(log_nu_M), 0.0)
 
 
 def _seen(problem: Problem, causal: bool) -> Features:
@@ -325,10 +255,8 @@ def _seen(problem: Problem, causal: bool) -> Features:
 
 
 def _checked(state: FitState, problem: Problem, config: FitConfig) -> FitState:
-    if state.config != config:
-        before, now = state.config.model_dump(), config.model_dump()
-        differing = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
-        raise CheckpointError(f"the state is of a fit with another config: {differing} (then, now); start afresh")
+    if found := differences(state.config.model_dump(), config.model_dump()):
+        raise CheckpointError(f"the state is of a fit with another config ({found}); start afresh")
     if len(state.log_nu_M) != len(problem.opponent.weights_MD):
         raise CheckpointError(
             f"the state mixes {len(state.log_nu_M)} domains or mixtures; the data has "
@@ -337,117 +265,46 @@ def _checked(state: FitState, problem: Problem, config: FitConfig) -> FitState:
     return state
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Sequences and samples of one step.
+class _Draw:
+    """The domains' sequences and the experts' samples of a step, a pure function of seed and step.
 
     Attributes:
-        logq_BE: of the sequences of all domains, float64.
-        features: of them.
-        domain_B: whose they are.
-        weight_B: sum to 1 in each domain.
-        control_B: max_k log q_k(x).
-        sampled: features of the experts' samples, or None.
-        expert_S: whose they are.
-        weight_S: sum to 1 for each expert.
-        second_S: True in the second half of each expert's; None: all of them at once.
+        base_D: Mean over each domain of - max_k log q_k(x), minus the offset, inside.
     """
 
-    logq_BE: Tensor
-    features: Features
-    domain_B: Tensor
-    weight_B: Tensor
-    control_B: Tensor
-    sampled: Features | None
-    expert_S: Tensor
-    weight_S: Tensor
-    second_S: Tensor | None
-
-
-class _Draw:
-    """The batch of a step, a pure function of seed and step."""
-
     def __init__(self, problem: Problem, gate: Gate, config: FitConfig) -> None:
-        self.domains = prepared(gate, problem.domains)
-        self.samples = () if gate.causal else problem.samples
-        self.config = config
-        self.sequences = config.batch_sequences
-        self.draws = config.batch_samples or config.batch_sequences
-        if self.draws == 1:
+        self._seed, self._sequences = config.seed, config.batch_sequences
+        self._draws = config.batch_samples or config.batch_sequences
+        if self._draws == 1:
             raise ConfigError("batch_samples is 1; the penalty on Z needs two halves: 2 or more")
-        self.base_D = _control_means(problem)
-        self._totals = {
-            id(one): one.weights_N.cumsum(0) for one in (*self.domains, *self.samples) if one.weights_N is not None
-        }
-        self._whole: _Batch | None = None
+        self._domains = Joined.of(problem.domains)
+        self._samples = Joined.of(problem.samples) if problem.samples and not gate.causal else None
+        means = [-float(one.probability() @ one.logq_NE.amax(dim=1).to(torch.float64)) for one in problem.domains]
+        self.base_D: Floats = problem.scale_D * np.array(means) - problem.offsets_D
 
-    def __call__(self, step: int) -> _Batch:
-        if self.sequences is None and self.draws is None:
-            if self._whole is None:
-                self._whole = self._make(None)
-            return self._whole
-        return self._make(np.random.default_rng([self.config.seed, step]))
+    def __call__(self, step: int) -> tuple[Joined, Joined | None]:
+        rng, domains, samples = np.random.default_rng([self._seed, step]), self._domains, self._samples
+        if self._sequences is not None:
+            domains = domains.drawn(self._sequences, rng)
+        if self._draws is not None and samples is not None:
+            samples = samples.drawn(self._draws, rng)
+        return domains, samples
 
-    def _make(self, rng: np.random.Generator | None) -> _Batch:
-        sequences = [self._some(one, self.sequences, rng) for one in self.domains]
-        logq_BE = torch.cat([one.logq_NE[rows].to(torch.float64) for one, rows, _ in sequences])
-        draws = [self._some(one, self.draws, rng) for one in self.samples]
-        halves = [torch.arange(len(rows)) % 2 == 1 for _, rows, _ in draws]
-        return _Batch(
-            logq_BE=logq_BE,
-            features=Features.joined([one.features.rows(rows) for one, rows, _ in sequences]),
-            domain_B=_labels(sequences),
-            weight_B=torch.cat([weights for _, _, weights in sequences]),
-            control_B=logq_BE.amax(dim=1),
-            sampled=Features.joined([one.features.rows(rows) for one, rows, _ in draws]) if draws else None,
-            expert_S=_labels(draws),
-            weight_S=torch.cat([weights for _, _, weights in draws]) if draws else torch.zeros(0),
-            second_S=torch.cat(halves) if draws and self.draws is not None else None,
-        )
-
-    def _some(
-        self, one: ScoredSequences, size: int | None, rng: np.random.Generator | None
-    ) -> tuple[ScoredSequences, Tensor, Tensor]:
-        """(sequences, rows, weights): all rows, or `size` draws with replacement by the sequences' weights."""
-        if size is None or rng is None:
-            return one, torch.arange(len(one)), one.probability()
-        if one.weights_N is None:
-            rows = torch.from_numpy(rng.integers(0, len(one), size))
-        else:
-            rows = torch.searchsorted(self._totals[id(one)], torch.from_numpy(rng.random(size)), right=True)
-            rows = rows.clamp_max(len(one) - 1)
-        return one, rows, torch.full((size,), 1.0 / size, dtype=torch.float64)
-
-
-def _labels(parts: list[tuple[ScoredSequences, Tensor, Tensor]]) -> Tensor:
-    counts = torch.tensor([len(rows) for _, rows, _ in parts], dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(parts)), counts)
-
-
-def _control_means(problem: Problem) -> Floats:
-    """Mean over each domain of - max_k log q_k(x), minus the offset, inside."""
-    means = [-float(one.probability() @ one.logq_NE.amax(dim=1).to(torch.float64)) for one in problem.domains]
-    based: Floats = problem.scale_D * np.array(means) - problem.offsets_D
-    return based
-
-
-def _losses(gate: Gate, batch: _Batch, scale_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Excess of each domain over its control, inside; Z and the product of Z - 1 over two halves."""
-    excess_B = batch.control_B - log_model(gate, batch.logq_BE, batch.features)
-    excess_D = torch.zeros(len(scale_D), dtype=torch.float64).index_add(0, batch.domain_B, batch.weight_B * excess_B)
-    if batch.sampled is None:
-        one = torch.ones((), dtype=torch.float64)
-        return scale_D * excess_D, one, torch.zeros_like(one)
-    g_S = gate.log_weights(batch.sampled).gather(1, batch.expert_S[:, None])[:, 0].exp()
-    z = (batch.weight_S * g_S).sum()
-    if batch.second_S is None:
-        return scale_D * excess_D, z, (z - 1.0) ** 2
-    halves = []
-    for half_S in (batch.second_S, ~batch.second_S):
-        weight_S = batch.weight_S * half_S
-        mass_E = torch.zeros(int(batch.expert_S[-1]) + 1, dtype=torch.float64).index_add(0, batch.expert_S, weight_S)
-        halves.append((weight_S / mass_E[batch.expert_S] * g_S).sum() - 1.0)
-    return scale_D * excess_D, z, halves[0] * halves[1]
+    def losses(self, gate: Gate, step: int, scale_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Excess of each domain over its control max_k log q_k, inside; Z and the product of Z - 1 over two halves."""
+        batch, sampled = self(step)
+        excess_B = batch.logq_NE.amax(dim=1) - log_model(gate, batch.logq_NE, batch.features)
+        excess_D = torch.zeros_like(scale_D).index_add(0, batch.set_N, batch.weights_N * excess_B)
+        if sampled is None:
+            one = torch.ones((), dtype=torch.float64)
+            return scale_D * excess_D, one, torch.zeros_like(one)
+        g_S = gate.log_weights(sampled.features).gather(1, sampled.set_N[:, None])[:, 0].exp()
+        z = (sampled.weights_N * g_S).sum()
+        if self._draws is None:
+            return scale_D * excess_D, z, (z - 1.0) ** 2
+        g_ES = g_S.view(-1, self._draws)
+        halves = [g_ES[:, part::2].mean(dim=1).sum() - 1.0 for part in (0, 1)]
+        return scale_D * excess_D, z, halves[0] * halves[1]
 
 
 def _ridge(config: FitConfig, problem: Problem) -> float:
@@ -458,13 +315,12 @@ def _ridge(config: FitConfig, problem: Problem) -> float:
 
 
 def _descend(
-    state: FitState, batch: _Batch, problem: Problem, nu_M: Floats, lr: float
-) -> tuple[dict[str, Tensor], Moments, Floats, float]:
+    state: FitState, draw: _Draw, problem: Problem, nu_M: Floats, lr: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Floats, float]:
     """One step of Adam on theta: new tensors and moments; the domains' excess and Z before it."""
     config, scale_D = state.config, torch.from_numpy(problem.scale_D)
-    names = state.gate.learned
-    theta = {name: state.gate.tensors[name].detach().requires_grad_(True) for name in names}
-    excess_D, z, squared = _losses(state.gate.replaced(theta), batch, scale_D)
+    theta = {name: state.gate.tensors[name].detach().requires_grad_(True) for name in state.gate.learned}
+    excess_D, z, squared = draw.losses(state.gate.replaced(theta), state.step, scale_D)
     loss = torch.from_numpy(problem.opponent.lam(nu_M)) @ excess_D + state.mu * (z - 1.0) + 0.5 * config.rho * squared
     loss = loss + 0.5 * _ridge(config, problem) * sum((theta[name] ** 2).sum() for name in state.gate.shrunk)
     if not math.isfinite(float(loss.detach())):
@@ -472,42 +328,34 @@ def _descend(
             f"the loss of the gate became {float(loss.detach())} at step {state.step}; lower lr (now {lr:g}), or look "
             "for broken scores"
         )
-    gradients = torch.autograd.grad(loss, list(theta.values())) if names else ()
-    moved, moments = adam_step(theta, dict(zip(names, gradients, strict=True)), state.moments, step=state.step, lr=lr)
+    gradients = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True)) if theta else {}
+    moved, moments = adam_step(state.gate, gradients, state.moments, step=state.step, lr=lr)
     return moved, moments, excess_D.detach().numpy(), float(z.detach())
 
 
-def _step(state: FitState, batch: _Batch, problem: Problem, averaging_from: int, base_D: Floats) -> FitState:
-    config = state.config
+def _step(state: FitState, draw: _Draw, problem: Problem) -> FitState:
+    config, nu_M = state.config, np.exp(state.log_nu_M)
+    averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
     final = state.step >= averaging_from
-    nu_M = np.exp(state.log_nu_M)
-    moved, moments, excess_D, z = _descend(state, batch, problem, nu_M, config.final_lr if final else config.lr)
-    log_nu_M = problem.opponent.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + base_D))
+    moved, moments, excess_D, z = _descend(state, draw, problem, nu_M, config.final_lr if final else config.lr)
+    log_nu_M = problem.opponent.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + draw.base_D))
     mu = state.mu + config.mu_lr * (z - 1.0)
     every = config.report_every_steps
     begin = averaging_from if final else state.step // every * every + every - math.ceil(config.final_fraction * every)
     averaged = max(0, state.step + 1 - begin)
-    means = state.mean_tensors, state.mean_nu_M, state.mean_mu
+    means = state.mean, state.mean_nu_M, state.mean_mu
     if averaged == 1:
         means = moved, np.exp(log_nu_M), mu
     elif averaged:
         part = 1.0 / averaged
         means = (
-            {name: mean + part * (moved[name] - mean) for name, mean in state.mean_tensors.items()},
+            {name: mean + part * (moved[name] - mean) for name, mean in state.mean.items()},
             state.mean_nu_M + part * (np.exp(log_nu_M) - state.mean_nu_M),
             state.mean_mu + part * (mu - state.mean_mu),
         )
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        gate=state.gate.replaced(moved),
-        moments=moments,
-        log_nu_M=log_nu_M,
-        mu=mu,
-        averaged=averaged,
-        mean_tensors=means[0],
-        mean_nu_M=means[1],
-        mean_mu=means[2],
+    gate, (mean, mean_nu_M, mean_mu) = state.gate.replaced(moved), means
+    return FitState(
+        config, state.step + 1, gate, moments, state.history, log_nu_M, mu, averaged, mean, mean_nu_M, mean_mu
     )
 
 
@@ -555,12 +403,11 @@ def best_response(
     if config.best_response_steps == 0 or not gate.learned:
         return start, "estimate"
     state = dataclasses.replace(_start(problem, gate, config), mu=mu)
-    draw = _Draw(problem, gate, config)
-    steps = config.best_response_steps
+    draw, steps = _Draw(problem, gate, config), config.best_response_steps
     mean: dict[str, Tensor] = {}
     for step in range(steps):
         follow_load()
-        moved, moments, _, z = _descend(state, draw(step), problem, nu_M, config.final_lr)
+        moved, moments, _, z = _descend(state, draw, problem, nu_M, config.final_lr)
         state = dataclasses.replace(
             state,
             step=step + 1,
@@ -577,7 +424,7 @@ def best_response(
 
 def _kind(gate: Gate, problem: Problem) -> Kind:
     """How `best_response` knows."""
-    return "exact" if problem.support is not None and isinstance(gate, TabularGate) else "estimate"
+    return "exact" if problem.support is not None and "points" in gate.needs else "estimate"
 
 
 def interval(z: float, error: float) -> tuple[float, float]:
@@ -587,9 +434,10 @@ def interval(z: float, error: float) -> tuple[float, float]:
 
 def _result(state: FitState, problem: Problem, held_out: Problem | None) -> FitResult:
     gate, nu_M, mu = state.answer()
-    found, gap = evaluate(gate, problem), state.duality_gap
-    if gap is None and (state.config.best_response_steps or problem.support is not None):
-        gap = found.worst - best_response(gate, problem, nu_M, state.config, mu=mu)[0]
+    found, config = evaluate(gate, problem), state.config
+    gap = state.history[-1].duality_gap if state.history and state.history[-1].step == state.step else None
+    if gap is None and (config.best_response_steps or problem.support is not None):
+        gap = found.worst - best_response(gate, problem, nu_M, config, mu=mu)[0]
     source: Literal["exact", "held-out samples", "samples of the fit"] = "samples of the fit"
     if gate.causal or problem.support is not None:
         source = "exact"

@@ -8,6 +8,7 @@ probability. With unit "token" each domain's figures are divided by its mean num
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError, DataError, NumericsError
-from weftlm.gating.arrays import Floats, log_distributions, to_tensor
+from weftlm.gating.arrays import Floats, to_tensor
 from weftlm.gating.config import Unit
-from weftlm.gating.exact import entropies
+from weftlm.gating.exact import distributions, entropies
 from weftlm.gating.features import refuse_impossible
 from weftlm.gating.gate import Features, Gate
-from weftlm.gating.mixtures import MixtureSet, Player, box_vertices, player
+from weftlm.gating.mixtures import Box, Player, player
 from weftlm.gating.sequences import ScoredSequences, enumerated
 
 Offsets = Literal["expert", "none", "entropy"]
@@ -44,8 +45,8 @@ class Problem:
         offset_kind: "expert", "none", "entropy" or "values".
         offsets_D: inside.
         scale_D: s_d, from nats per sequence to inside.
-        shift_M: what the mixtures' own offsets change, inside.
-        opponent: who mixes the domains.
+        shift_M: how the offset of an extreme mixture differs from the mixture of offsets, inside.
+        opponent: the adversary, who mixes the domains.
         unit: of the reported values.
         report: factor from inside to reported.
         support: (p_DX, q_EX) where the problem is enumerated.
@@ -106,7 +107,7 @@ def make_problem(
     samples: Any = None,
     *,
     offsets: Offsets | Any | None = None,
-    mixtures: MixtureSet | Any | None = None,
+    mixtures: Box | Any | None = None,
     unit: Unit = "sequence",
     own_experts: Sequence[int] | None = None,
 ) -> Problem:
@@ -119,7 +120,7 @@ def make_problem(
         offsets: "expert": the cross-entropy of the domain's own expert on the same sequences. "none": 0. "entropy"
             (enumerated only): that of the domain, and of the mixed text for an extreme mixture, so that values are KL
             divergences. Or D numbers in nats of `unit`. None: "entropy" where enumerated, else "expert".
-        mixtures: None for all mixtures, else `Vertices`, an array M x D, or a `Box`.
+        mixtures: None for all mixtures, else the extreme ones, an array M x D, or a `Box`.
         unit: nats per "sequence" or per "token" (each domain's total over its total of tokens).
         own_experts: the expert of each domain for offsets "expert"; None: the expert of the same number.
     Raises:
@@ -131,10 +132,7 @@ def make_problem(
     if _is_array(domains):
         if samples is None or not _is_array(samples):
             raise ConfigError("domains came as an array P (D x X); give the experts as an array Q (E x X) with it")
-        support = (
-            log_distributions(domains, "P", "DX").exp().numpy(),
-            log_distributions(samples, "Q", "EX").exp().numpy(),
-        )
+        support = distributions(domains, samples)
         domains, samples = enumerated(domains, samples)
     sets, draws = _listed(domains, "domain"), _listed(samples, "expert") if samples is not None else ()
     if not sets:
@@ -154,15 +152,15 @@ def make_problem(
     scale_D, report = _scales(sets, unit)
     kind, offsets_D, own_D = _offsets(sets, offsets, own_experts, support, scale_D, report)
     opponent = player(mixtures, len(sets))
-    own_offsets = opponent.offsets_M
+    shift_M = np.zeros(len(opponent.weights_MD))
     if kind == "entropy" and support is not None:
         if opponent.bounded:
-            opponent = player(box_vertices(opponent), len(sets))
-        if own_offsets is None and mixtures is not None:
-            own_offsets = entropies(opponent.weights_MD @ support[0]) * report
-    shift_M = np.zeros(len(opponent.weights_MD))
-    if own_offsets is not None:
-        shift_M = opponent.weights_MD @ offsets_D - own_offsets / report
+            raise ConfigError(
+                "offsets 'entropy' take no bounds over mixtures, since the entropy of a mixed text is no mixture of "
+                "entropies; give the extreme mixtures, an array M x D, or give the offsets as numbers"
+            )
+        # The entropy of a mixed text is more than the mixture of the entropies.
+        shift_M = opponent.weights_MD @ offsets_D - entropies(opponent.weights_MD @ support[0])
     return Problem(
         sets, draws, experts, own_D, kind, offsets_D, scale_D, shift_M, opponent, unit, report, support
     )  # fmt: skip
@@ -175,23 +173,15 @@ def _is_array(value: Any) -> bool:
 
 
 def _listed(value: Any, what: str) -> tuple[ScoredSequences, ...]:
+    """The sets of a mapping, named by its keys, or of a sequence."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+    for name, one in pairs:
+        if not isinstance(one, ScoredSequences):
+            kind = type(one).__name__
+            raise ConfigError(f"{what} {name} is {kind}; make it with ScoredSequences.of(log-likelihoods, ...)")
     if isinstance(value, Mapping):
-        named = []
-        for name, one in value.items():
-            _refuse_other(one, f"{what} {name}")
-            named.append(
-                ScoredSequences(one.logq_NE, one.features, one.tokens_N, one.weights_N, one.clusters_N, str(name))
-            )
-        return tuple(named)
-    found = tuple(value)
-    for number, one in enumerate(found):
-        _refuse_other(one, f"{what} {number}")
-    return found
-
-
-def _refuse_other(value: Any, what: str) -> None:
-    if not isinstance(value, ScoredSequences):
-        raise ConfigError(f"{what} is {type(value).__name__}; make it with ScoredSequences.of(log-likelihoods, ...)")
+        return tuple(dataclasses.replace(one, name=str(name)) for name, one in pairs)
+    return tuple(one for _, one in pairs)
 
 
 def _scales(sets: tuple[ScoredSequences, ...], unit: Unit) -> tuple[Floats, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,7 @@ from torch import Tensor
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.gating.arrays import TOLERANCE, log_distributions, to_log_likelihoods, to_tensor
 from weftlm.gating.features import sequence_features
-from weftlm.gating.gate import Features, Gate
-
-PREPARED_BYTES = 2**30
-"""Memory that what gates work out once may take (`prepared`)."""
+from weftlm.gating.gate import Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +28,7 @@ class ScoredSequences:
         weights_N: probability of each in an enumerated support, float64, sums to 1; None: 1 / N each.
         clusters_N: which of them belong together (windows of one document), int64: they are not independent, and
             confidence intervals take that into account. None: all are independent.
+        tokens_NT1: token ids of each, the context token first; None where there are none.
         name: of the domain or the expert, for messages and tables.
     """
 
@@ -39,6 +38,7 @@ class ScoredSequences:
     weights_N: Tensor | None = None
     clusters_N: Tensor | None = None
     name: str = ""
+    tokens_NT1: Tensor | None = None
 
     @classmethod
     def of(
@@ -110,6 +110,7 @@ class ScoredSequences:
             tokens_N=None if self.tokens_N is None else self.tokens_N[index_B],
             weights_N=weights,
             clusters_N=None if self.clusters_N is None else self.clusters_N[index_B],
+            tokens_NT1=None if self.tokens_NT1 is None else self.tokens_NT1[index_B],
         )
 
     def split_rows(self, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -140,11 +141,52 @@ class ScoredSequences:
         return self.rows(kept), self.rows(held)
 
 
-def prepared(gate: Gate, sets: tuple[ScoredSequences, ...]) -> tuple[ScoredSequences, ...]:
-    """The sets with what the gate can work out once for all steps (`Gate.prepare`), where it takes little memory."""
-    if sum(gate.prepared_bytes(one.features) for one in sets) > PREPARED_BYTES:
-        return sets
-    return tuple(dataclasses.replace(one, features=gate.prepare(one.features)) for one in sets)
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Sets of sequences one after the other, or sequences drawn from each of them.
+
+    Attributes:
+        logq_NE: Log-likelihoods under every expert, nats, float64.
+        features: Features of the sequences.
+        set_N: Number of each sequence's set, ascending.
+        weights_N: Probability of each in its set, float64.
+    """
+
+    logq_NE: Tensor
+    features: Features
+    set_N: Tensor
+    weights_N: Tensor
+
+    @classmethod
+    def of(cls, sets: Sequence[ScoredSequences]) -> Joined:
+        """All sequences of some sets.
+
+        Raises:
+            ConfigError: they carry different features, or tokens of different lengths.
+        """
+        return cls(
+            torch.cat([one.logq_NE.to(torch.float64) for one in sets]),
+            Features.joined([one.features for one in sets]),
+            torch.repeat_interleave(torch.arange(len(sets)), torch.tensor([len(one) for one in sets])),
+            torch.cat([one.probability() for one in sets]),
+        )
+
+    def drawn(self, size: int, rng: np.random.Generator) -> Joined:
+        """`size` sequences of each set, drawn with replacement by their weights, each of weight 1 / size."""
+        found, first = [], 0
+        for weights_N in self.weights_N.split(torch.bincount(self.set_N).tolist()):
+            found.append(first + draw_rows(weights_N, size, rng))
+            first += len(weights_N)
+        rows_B = torch.cat(found)
+        even_B = torch.full((len(rows_B),), 1.0 / size, dtype=torch.float64)
+        return Joined(self.logq_NE[rows_B], self.features.rows(rows_B), self.set_N[rows_B], even_B)
+
+
+def draw_rows(weights_N: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Places drawn with replacement in proportion to weights."""
+    totals_N = weights_N.cumsum(0)
+    places_B = torch.searchsorted(totals_N, torch.from_numpy(rng.random(size)) * totals_N[-1], right=True)
+    return places_B.clamp_max(len(weights_N) - 1)
 
 
 def enumerated(P: Any, Q: Any) -> tuple[tuple[ScoredSequences, ...], tuple[ScoredSequences, ...]]:

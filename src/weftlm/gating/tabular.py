@@ -34,9 +34,6 @@ class TabularGate(Gate):
         logits_XE = torch.zeros(points, experts, dtype=torch.float64)
         return cls(TabularConfig(points=points), experts, {"logits_XE": logits_XE})
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"logits_XE": (self.config.points or 0, self.experts)}
-
     def log_weights(self, features: Features) -> Tensor:
         points_B = features.get("points", self.config.gate)
         points = self.tensors["logits_XE"].shape[0]

@@ -24,7 +24,7 @@ from weftlm.gating.config import (
 from weftlm.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from weftlm.gating.mixtures import MixtureSet
+    from weftlm.gating.mixtures import Box
 
 
 class MixturesConfig(Section):
@@ -47,20 +47,20 @@ class MixturesConfig(Section):
             raise ValueError("give bounds (lower, upper) or vertices, not both")
         return self
 
-    def over(self, domains: Sequence[str]) -> MixtureSet | None:
-        """The set over these domains, in their order; None for all mixtures.
+    def over(self, domains: Sequence[str]) -> Box | list[list[float]] | None:
+        """The bounds, or the extreme mixtures, over these domains in their order; None for all mixtures.
 
         Raises:
             ConfigError: a domain is named that is not among them.
         """
-        from weftlm.gating.mixtures import Box, Vertices  # noqa: PLC0415 - numpy and torch
+        from weftlm.gating.mixtures import Box  # noqa: PLC0415 - numpy and torch
 
         for place, named in (("lower", self.lower), ("upper", self.upper)):
             check_domains(named, domains, f"gating.mixtures.{place}")
         if self.vertices is not None:
             for number, vertex in enumerate(self.vertices):
                 check_domains(vertex, domains, f"gating.mixtures.vertices[{number}]")
-            return Vertices([[vertex.get(name, 0.0) for name in domains] for vertex in self.vertices])
+            return [[vertex.get(name, 0.0) for name in domains] for vertex in self.vertices]
         if not self.lower and not self.upper:
             return None
         return Box([self.lower.get(name, 0.0) for name in domains], [self.upper.get(name, 1.0) for name in domains])

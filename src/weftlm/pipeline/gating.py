@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from weftlm.artifact import Artifact
 from weftlm.config import changed_keys, settings
 from weftlm.corpora.labels import folder_name
@@ -32,7 +30,8 @@ from weftlm.gating.config import ExpertSource, FitConfig, gates
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import Gate, load_gate, save_gate
 from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
-from weftlm.gating.scores import ScoreCache, ScoreSplit, score, score_with
+from weftlm.gating.scores import ScoreCache, ScoreSplit, score
+from weftlm.gating.sequences import ScoredSequences
 from weftlm.pipeline.base import open_base
 from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
@@ -86,13 +85,13 @@ def score_experts(
         texts = held_out_texts(data, config)
         if executor is not None:
             sources = pool_sources(recipe)
-            cache = score_with(
-                executor,
+            cache = score(
                 sources,
                 texts,
                 recipe.scores_folder,
                 config.scores,
                 eos_id=data.tokenizer.eos_id,
+                executor=executor,
                 dtype=recipe.expert_settings.dtype,
                 overwrite=overwrite,
                 show=progress,
@@ -100,11 +99,7 @@ def score_experts(
             return score_summary(cache)
         device = choose_runtime(recipe.expert_settings.training, parameters=0).device if group is None else group.device
         if config.pool is None:
-            base = open_base(recipe, data)
-            library = ExpertLibrary.open(recipe.library_folder)
-            # by all names, so that a broken expert is an error and not left out
-            names = library.names if config.experts is None else config.experts
-            pool = ExpertPool.from_library(library, base.model, experts=names, device=device)
+            pool = ExpertPool.load(pool_sources(recipe), base=open_base(recipe, data).model, device=device)
         else:
             pool = ExpertPool.load(config.pool, dtype=recipe.expert_settings.dtype, device=device)
             check_tokenizer(pool, data.tokenizer)
@@ -176,13 +171,13 @@ def score_summary(cache: ScoreCache) -> dict[str, Any]:
     """What a score cache holds, as JSON.
 
     Returns:
-        folder, fingerprint, kind, length, experts; by domain: sequences, tokens, and each expert's mean nats per token
+        folder, fingerprint, length, experts; by domain: sequences, tokens, and each expert's mean nats per token
         (None where a token is impossible under it); by expert: sequences and tokens of its samples.
     """
     domains = {}
     for name, text in cache.domains.items():
-        tokens = int(text.lengths_N.sum(dtype=np.int64))
-        means_E = -text.logq_NE.sum(axis=0) / tokens
+        tokens = token_count(text)
+        means_E = -text.logq_NE.sum(dim=0) / tokens
         domains[name] = {
             "sequences": len(text),
             "tokens": tokens,
@@ -193,15 +188,19 @@ def score_summary(cache: ScoreCache) -> dict[str, Any]:
     return {
         "folder": str(cache.folder),
         "fingerprint": cache.fingerprint,
-        "kind": cache.config.kind,
         "length": cache.config.length,
         "experts": list(cache.experts),
         "domains": domains,
         "samples": {
-            name: {"sequences": len(text), "tokens": int(text.lengths_N.sum(dtype=np.int64))}
-            for name, text in cache.samples.items()
+            name: {"sequences": len(text), "tokens": token_count(text)} for name, text in cache.samples.items()
         },
     }
+
+
+def token_count(text: ScoredSequences) -> int:
+    """Scored tokens of a set of a score cache."""
+    assert text.tokens_N is not None
+    return int(text.tokens_N.sum())
 
 
 # -- fitting ------------------------------------------------------------------------------------------------------
@@ -389,8 +388,8 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     """A fit as JSON; nats of `unit`, measured on the sequences of the fit.
 
     Returns:
-        scores (fingerprint), experts, gate (section), unit, length (of the windows), steps (taken), stopped_early (the
-        gap was within gap_tolerance before the last step), worst, worst_domain, gap (None where it was not asked for),
+        scores (fingerprint), experts, gate (section), unit, length (of the windows), steps (taken), stopped_early
+        (`FitState.finished`), worst, worst_domain, gap (None where it was not asked for),
         gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain: sequences, value, lam;
         history, a list of `Progress`.
     """
@@ -402,7 +401,7 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
         "unit": result.unit,
         "length": scores.cache.config.length,
         "steps": result.state.step,
-        "stopped_early": result.state.settled and result.state.step < result.state.config.steps,
+        "stopped_early": result.state.finished and result.state.step < result.state.config.steps,
         "worst": float(result.worst),
         "worst_domain": names[result.worst_domain],
         "gap": finite_or_none(float(result.gap)),
@@ -443,7 +442,7 @@ def fit_reporter(
         if not enabled:
             return
         mixture = weights_text(dict(zip(domains, line.lam, strict=True)), 3)
-        left = "stops here" if now.settled else pace.eta(line.step, config.steps)
+        left = "stops here" if now.finished else pace.eta(line.step, config.steps)
         gap = f"adversary's gap {line.gap:.4f}" if line.duality_gap is None else f"duality gap {line.duality_gap:.4f}"
         write_line(
             f"fit {line.step}/{config.steps}  worst {line.worst_domain} {line.worst:.4f} nats/{config.unit}  {gap}  "

@@ -197,6 +197,5 @@ def _monolith_row(recipe: Recipe) -> dict[str, Any] | None:
     problem = held_out_problem(scores, recipe.gating_settings)
     device = choose_runtime(recipe.expert_settings.training, parameters=0).device
     model = load_trained(folder / "model").to(device)
-    domains, rows = scores.cache.domains, scores.split.domain_rows
-    logs = [log_likelihoods(model, domains[name], rows[name][1]) for name in domains]
+    logs = [log_likelihoods(model, one) for one in scores.split.held_domains.values()]
     return {**table_row(measure(logs, problem), problem), "role": "baseline"}

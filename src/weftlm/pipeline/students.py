@@ -34,12 +34,10 @@ from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
 from weftlm.files import check_sealed, remove, whole_folder
 from weftlm.gating.experts import ExpertPool
-from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
+from weftlm.gating.gate import CausalGate, Gate, SparseGate, init_gate, load_gate, save_gate
 from weftlm.gating.modular_lm import ModularLM
-from weftlm.gating.prefix_gate import PrefixGate, with_top
 from weftlm.gating.primal_dual import FitState, fit_robust_gate
 from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, measure
-from weftlm.gating.scores import ScoredText
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.models.hf import token_losses
 from weftlm.models.open import check_written, probe_logits
@@ -117,14 +115,12 @@ def distil_gate(recipe: Recipe, *, direct: bool = False, progress: bool = True) 
         else:
             assert fitted is not None
             teacher = fitted[0]
-            lam = [fitted[1]["domains"][name]["lam"] for name in scores.names]
-            students = {STUDENT: _distilled(teacher, scores, config, lam, work)}
+            students = {STUDENT: _distilled(teacher, scores, config, work)}
         students |= _sparse(teacher, students[kind], kind, scores, config, work)
         rows = _rows(teacher, students, scores, config, robust=not direct)
         models: dict[str, PreTrainedModel] = {}
         for name, gate in students.items():
-            top = gate.config.top if isinstance(gate, PrefixGate) else None
-            models[name] = ModularLM(pool, gate, top_m=top, refresh_every=config.students.refresh_every)
+            models[name] = ModularLM(pool, gate, refresh_every=config.students.refresh_every)
         if config.students.dense is not None:
             name = DENSE if kind == STUDENT else f"{kind}-{DENSE}"
             served = ModularLM(pool, students[kind])
@@ -291,21 +287,16 @@ def _direct(scores: OpenScores, config: GatingConfig, work: _Work) -> Gate:
     return work.gate(DIRECT, make)
 
 
-def _distilled(
-    teacher: Gate, scores: OpenScores, config: GatingConfig, lam: Sequence[float], work: _Work
-) -> CausalGate:
+def _distilled(teacher: Gate, scores: OpenScores, config: GatingConfig, work: _Work) -> CausalGate:
     """The causal gate nearest to the fitted one."""
     section, split = config.students, scores.split
 
     def make() -> Gate:
         state, report = work.distilling(STUDENT, section.distil.steps)
-        real = split.domains if section.distil.real_fraction > 0.0 else {}
         found = distil_structural(
             teacher,
             split.samples,
-            student=teacher if isinstance(teacher, PrefixGate) else section.gate,
-            real=real,
-            lam=lam if real else None,
+            student=teacher if isinstance(teacher, SparseGate) else section.gate,
             config=section.distil,
             state=state,
             on_progress=report,
@@ -320,7 +311,7 @@ def _sparse(
     teacher: Gate, student: CausalGate, kind: str, scores: OpenScores, config: GatingConfig, work: _Work
 ) -> dict[str, CausalGate]:
     """A student for each number of experts per token; cut down and not trained further where there are no samples."""
-    assert isinstance(student, PrefixGate)
+    assert isinstance(student, SparseGate)
     section, found = config.students, {}
     for top in sorted(set(section.experts_per_token)):
         if top >= student.experts:
@@ -329,14 +320,14 @@ def _sparse(
 
         def make(name: str = name, top: int = top) -> Gate:
             if not scores.split.samples:
-                return with_top(student, top)
+                return student.with_top(top)
             state, report = work.distilling(name, section.distil.steps)
             made = distil_sparse(
                 teacher,
                 student,
                 scores.split.samples,
                 top,
-                config=section.distil.model_copy(update={"real_fraction": 0.0}),
+                config=section.distil,
                 state=state,
                 on_progress=report,
                 on_stop=lambda now: now.save(work.state(name)),
@@ -414,14 +405,10 @@ class _Dense:
 
     def row(self, model: PreTrainedModel) -> dict[str, Any]:
         """Its line, on held-out sequences."""
-        split, cache = self.scores.split, self.scores.cache
-        problem = held_out_problem(self.scores, self.config)
-        logs = [log_likelihoods(model, cache.domains[name], split.domain_rows[name][1]) for name in cache.domains]
+        split, problem = self.scores.split, held_out_problem(self.scores, self.config)
+        logs = [log_likelihoods(model, one) for one in split.held_domains.values()]
         weighted = weigh(self.teacher, split.held_samples)
-        drawn = [
-            log_likelihoods(model, cache.samples[name], rows[1])
-            for name, rows in zip(cache.experts, split.sample_rows, strict=True)
-        ]
+        drawn = [log_likelihoods(model, one) for one in split.held_samples]
         return {**table_row(measure(logs, problem), problem), **_kl_of(model_kl(weighted, torch.cat(drawn)))}
 
     def _section(self) -> DenseStudentConfig:
@@ -430,25 +417,14 @@ class _Dense:
 
     def _text(self, rows: Sequence[Tensor]) -> WeightedText:
         """Some of the samples of the fit, and their token ids."""
-        split, cache = self.scores.split, self.scores.cache
-        weighted = weigh(self.teacher, [one.rows(each) for one, each in zip(split.samples, rows, strict=True)])
-        tokens, masks = [], []
-        for name, (rows_kept, _), each in zip(cache.experts, split.sample_rows, rows, strict=True):
-            text, places = cache.samples[name], rows_kept[each].numpy()
-            tokens.append(text.tokens_NT1[places])
-            masks.append(text.mask_NT[places])
-        return WeightedText.sampled(weighted, tokens, masks)
+        chosen = [one.rows(each) for one, each in zip(self.scores.split.samples, rows, strict=True)]
+        return WeightedText.sampled(weigh(self.teacher, chosen), [one.tokens_NT1 for one in chosen])
 
     def _real(self) -> WeightedText:
         """The domains' sequences of the fit, equal parts of each."""
-        split, cache = self.scores.split, self.scores.cache
-        tokens, masks, weights = [], [], []
-        for name, text in cache.domains.items():
-            places = split.domain_rows[name][0].numpy()
-            tokens.append(torch.from_numpy(text.tokens_NT1[places]))
-            masks.append(torch.from_numpy(text.mask_NT[places]))
-            weights.append(torch.full((len(places),), 1.0 / len(places)))
-        return WeightedText.of(torch.cat(tokens), weights_N=torch.cat(weights), mask_NT=torch.cat(masks))
+        sets = self.scores.split.domains.values()
+        tokens = torch.cat([one.tokens_NT1 for one in sets if one.tokens_NT1 is not None])
+        return WeightedText.of(tokens, weights_N=torch.cat([one.probability() for one in sets]))
 
 
 # -- how good they are --------------------------------------------------------------------------------------------
@@ -484,14 +460,14 @@ def table_row(found: Evaluation, problem: Problem) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def log_likelihoods(model: nn.Module, text: ScoredText, rows_N: Tensor) -> Tensor:
-    """log p(x) of some sequences of a score cache under a causal language model, nats, float64."""
+def log_likelihoods(model: nn.Module, one: ScoredSequences) -> Tensor:
+    """log p(x) of sequences of a score cache under a causal language model, nats, float64."""
+    assert one.tokens_NT1 is not None
     device = next(model.parameters()).device
     parts = []
-    for places in rows_N.split(_BATCH):
-        tokens_BT1 = torch.from_numpy(text.tokens_NT1[places.numpy()]).to(device, torch.int64)
-        mask_BT = torch.from_numpy(text.mask_NT[places.numpy()]).to(device)
-        parts.append(-(token_losses(model, tokens_BT1).double() * mask_BT).sum(dim=1).cpu())
+    for part_BT1 in one.tokens_NT1.split(_BATCH):
+        tokens_BT1 = part_BT1.to(device, torch.int64)
+        parts.append(-token_losses(model, tokens_BT1).double().sum(dim=1).cpu())
     return torch.cat(parts)
 
 
@@ -512,12 +488,12 @@ def _rows(
         rows[name] = {**table_row(evaluate(gate, problem), problem), "role": role}
         if isinstance(gate, CausalGate) and held:
             rows[name] |= _kl_of(student_kl(teacher, gate, held))
-        if isinstance(gate, PrefixGate) and gate.config.top is not None:
+        if isinstance(gate, SparseGate) and gate.top is not None:
             every = config.students.refresh_every
             logs = [_served(gate, one, every) for one in problem.domains]
             rows[f"{name}{ALL_RUN}"] = {**rows[name], "all_experts": True}
             rows[name] = table_row(measure(logs, problem), problem)
-            rows[name] |= {"role": role, "experts_per_token": gate.config.top, "refresh_every": every}
+            rows[name] |= {"role": role, "experts_per_token": gate.top, "refresh_every": every}
     return rows
 
 

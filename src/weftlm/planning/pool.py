@@ -3,7 +3,7 @@
     adapter step      forward, and backward through activations
     pool in memory    the weights of every model once, E R sum (I + O) factors, 4 E sum I bytes of prototypes
     routing a token   2 E sum I FLOPs for the scores, 2 K R sum (I + O) for the chosen
-    score cache       N T E x 4  +  N (T + 1) x 4  +  N (4 + 8) bytes
+    score cache       N T E x 4  +  N (T + 1) x 4  +  N x 8 bytes
     KV cache          2 L (KV heads) (head width) x bytes, per token of a request; under a gate, once per expert
 
 E experts, K chosen, R rank, I and O input and output width, sums over the adapted modules; N sequences of T tokens.
@@ -258,8 +258,8 @@ def scoring_stage(sharings: Sequence[Sharing], gating: GatingConfig, machine: Ma
 
 
 def score_cache_bytes(sequences: int, length: int, experts: int) -> float:
-    """The score cache: log-probabilities, tokens, lengths and clusters."""
-    return float(sequences * (length * experts * 4 + (length + 1) * 4 + 4 + 8))
+    """The score cache: log-probabilities, tokens and clusters."""
+    return float(sequences * (length * experts * 4 + (length + 1) * 4 + 8))
 
 
 def gate_stage(gating: GatingConfig, experts: int, domains: int, texts: int) -> Stage:

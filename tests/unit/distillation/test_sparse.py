@@ -1,7 +1,5 @@
 """Sparse students: the objective's value and gradient, training, the table, serving with scores left unknown."""
 
-import math
-
 import pytest
 import torch
 from support.distillation import Language
@@ -9,7 +7,7 @@ from support.gated import tokens, whole_pool
 from support.gating import kl
 
 from weftlm.distillation.config import DistilConfig
-from weftlm.distillation.sparse import distil_sparse, log_served, log_sparse, sparse_table
+from weftlm.distillation.sparse import distil_sparse, log_served, log_sparse
 from weftlm.distillation.structural import log_student
 from weftlm.errors import ConfigError
 from weftlm.gating import Features
@@ -17,7 +15,7 @@ from weftlm.gating.bayes import BayesGate
 from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.constant import ConstantGate
 from weftlm.gating.modular_lm import ModularLM
-from weftlm.gating.prefix_gate import PrefixGate, with_top
+from weftlm.gating.prefix_gate import PrefixGate
 
 PRIOR = [0.45, 0.2, 0.35]
 
@@ -59,27 +57,11 @@ def test_training_with_the_restriction_lowers_its_cost(language, top):
     assert kl(language.model(gate), student) == pytest.approx(found.kl, rel=1e-6)
 
 
-def test_the_table_says_what_each_costs(language):
-    gate = ConstantGate.of(PRIOR)
-    students = [with_top(PrefixGate.of(PRIOR), top) for top in (1, 2, None)] + [BayesGate.of(PRIOR)]
-    domains = {"a": language.support(language.q_XE[:, 0]), "b": language.support(language.q_XE[:, 1])}
-    rows = sparse_table(gate, students, language.enumerated(), domains)
-    assert [row.experts_per_token for row in rows] == [1, 2, None, None]
-    assert rows[0].kl > rows[1].kl > rows[2].kl == pytest.approx(0.0, abs=1e-9)
-    model = language.model(gate)
-    for k, name in enumerate(domains):
-        p = language.q_XE[:, k]
-        assert rows[2].ce[name] == pytest.approx(-(p @ torch.from_numpy(model).log().numpy()) / 4)
-        assert rows[2].ce_served[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
-        assert rows[3].ce[name] == pytest.approx(rows[2].ce[name], rel=1e-9)
-        assert math.isfinite(rows[0].ce_served[name])
-
-
 def test_serving_without_the_scores_of_sleeping_experts(language):
     full = PrefixGate.of(PRIOR)
     torch.testing.assert_close(log_served(full, language.features), log_student(full, language.features))
     for top in (1, 2):
-        gate = with_top(full, top)
+        gate = full.with_top(top)
         exact = log_student(gate, language.features)
         torch.testing.assert_close(log_served(gate, language.features, known_tokens=4), exact)
         torch.testing.assert_close(log_served(gate, language.features, refresh_every=1), exact)
@@ -94,7 +76,7 @@ def test_serving_without_the_scores_of_sleeping_experts(language):
 @pytest.mark.parametrize("top", [1, 2])
 def test_what_is_said_of_serving_is_what_is_served(top: int, every: int | None) -> None:
     pool = whole_pool(4)
-    gate = with_top(PrefixGate.of([0.25] * 4, PrefixGateConfig(base="fixed_share", share=0.2)), top)
+    gate = PrefixGate.of([0.25] * 4, PrefixGateConfig(base="fixed_share", share=0.2)).with_top(top)
     ids = tokens(3, 33, seed=top)
     model = ModularLM(pool, gate, top_m=top, refresh_every=every)
     cache, total = None, torch.zeros(3, dtype=torch.float64)
@@ -112,5 +94,3 @@ def test_refusals(language):
         distil_sparse(gate, BayesGate.of(PRIOR), samples, 1)
     with pytest.raises(ConfigError, match="from 1 to 3"):
         distil_sparse(gate, PrefixGate.of(PRIOR), samples, 4)
-    with pytest.raises(ConfigError, match="no `top`"):
-        log_sparse(BayesGate.of(PRIOR), language.features)

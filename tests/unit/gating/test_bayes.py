@@ -11,6 +11,7 @@ from weftlm.gating.gate import Features, init_gate
 from weftlm.gating.problem import log_model
 
 INF = math.inf
+each_gate = pytest.mark.parametrize("gate", [BayesGate.of([0.3, 0.7]), FixedShareGate.of([0.3, 0.7], 0.1)])
 
 
 def scores(*rows):
@@ -34,7 +35,7 @@ def test_bayes_never_recovers_an_expert_it_saw_fail_and_fixed_share_does():
     assert shared[3, 0] > 0.9
 
 
-@pytest.mark.parametrize("gate", [BayesGate.of([0.3, 0.7]), FixedShareGate.of([0.3, 0.7], 0.1)])
+@each_gate
 def test_after_an_impossible_prefix_the_first_weights_return_and_the_text_keeps_probability_0(gate):
     text = scores([-1.0, -2.0], [-INF, -INF], [-1.0, -2.0], [-1.0, -2.0])
     weights = gate.log_weights(text).exp()[0]
@@ -43,7 +44,7 @@ def test_after_an_impossible_prefix_the_first_weights_return_and_the_text_keeps_
     assert float(log_model(gate, text.logp_BTE.sum(dim=1), text)) == -INF
 
 
-@pytest.mark.parametrize("gate", [BayesGate.of([0.3, 0.7]), FixedShareGate.of([0.3, 0.7], 0.1)])
+@each_gate
 def test_padding_changes_nothing(gate):
     short = scores([-1.0, -3.0], [-4.0, -2.0])
     padded = Features(

@@ -1,91 +1,128 @@
 """The contract of gates: features, registry, files."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from weftlm.errors import CheckpointError, ConfigError, NumericsError
-from weftlm.gating.config import MlpConfig, gate_config, gates
+from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.gating import ScoredSequences, enumerated
+from weftlm.gating.config import gate_config
 from weftlm.gating.constant import ConstantGate
+from weftlm.gating.features import FLOOR, sequence_features
 from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
-from weftlm.gating.linear import LinearGate
 
 
 def features(rows, names=()):
     return Features(sequence_BF=torch.tensor(rows, dtype=torch.float64), names=names)
 
 
-def test_features_count_themselves():
+def test_features_count_themselves_and_join():
     assert len(Features(3)) == 3
-    assert len(features([[1.0], [2.0]])) == 2
     assert len(features([[1.0], [2.0]]).rows(torch.tensor([1]))) == 1
-
-
-def test_features_refuse_what_does_not_fit_together():
-    with pytest.raises(ConfigError, match="how many sequences"):
-        Features(3, points_B=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="how many sequences"):
-        Features()
-    with pytest.raises(ConfigError, match="2 names"):
-        features([[1.0]], ("a", "b"))
-    with pytest.raises(NumericsError, match="clips"):
-        features([[float("-inf")]])
-    with pytest.raises(NumericsError, match="token scores"):
-        Features(logp_BTE=torch.full((1, 2, 2), torch.nan))
-    with pytest.raises(ConfigError, match="mask"):
-        Features(logp_BTE=torch.zeros(1, 2, 2), mask_BT=torch.ones(1, 3, dtype=torch.bool))
-
-
-def test_joining_needs_the_same_kind_of_features():
     joined = Features.joined([features([[1.0]]), features([[2.0], [3.0]])])
     assert joined.sequence_BF.tolist() == [[1.0], [2.0], [3.0]]
-    with pytest.raises(ConfigError, match="different features"):
-        Features.joined([features([[1.0]]), Features(2)])
-    with pytest.raises(ConfigError, match="width"):
-        Features.joined([features([[1.0]]), features([[1.0, 2.0]])])
 
 
-def test_a_gate_says_what_it_lacks():
-    with pytest.raises(ConfigError, match="sequence_features"):
-        init_gate("linear", 2, Features(3))
-    with pytest.raises(ConfigError, match="did you mean 'linear'"):
-        init_gate("liner", 2, Features(3))
-    with pytest.raises(ConfigError, match="unknown key"):
-        gate_config({"gate": "mlp", "hiden": 3})
-    with pytest.raises(ConfigError, match="must be one of"):
-        gate_config({})
+def test_features_of_sequences_hold_no_length():
+    found = sequence_features([[-4.0, -8.0], [-9.0, -3.0]], [4, 3])
+    assert found.names == ("mean.0", "mean.1", "below_best.0", "below_best.1")
+    assert found.sequence_BF.tolist() == [[-1.0, -2.0, 0.0, -1.0], [-3.0, -1.0, -2.0, 0.0]]
+    logq = np.random.default_rng(0).normal(-50, 10, size=(6, 3))
+    once, twice = sequence_features(logq, [20] * 6), sequence_features(2 * logq, [40] * 6)
+    torch.testing.assert_close(once.sequence_BF, twice.sequence_BF)
+    clipped = sequence_features([[-4.0, -np.inf]], [4])
+    assert clipped.sequence_BF.tolist() == [[-1.0, -1.0 - FLOOR, 0.0, -FLOOR]]
 
 
-def test_constant_weights_must_be_a_distribution():
-    gate = ConstantGate.of([0.25, 0.75])
-    assert gate.log_weights(Features(2)).exp().tolist() == [pytest.approx([0.25, 0.75])] * 2
-    assert ConstantGate.of([1.0, 0.0]).log_weights(Features(1)).exp().tolist() == [[1.0, 0.0]]
-    for wrong in ([0.5, 0.6], [1.5, -0.5]):
-        with pytest.raises(ConfigError, match="sum to 1"):
-            ConstantGate.of(wrong)
+READ_ONLY = np.zeros((2, 2))
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: Features(3, points_B=torch.zeros(2, dtype=torch.int64)), ConfigError, "how many sequences"),
+        (Features, ConfigError, "how many sequences"),
+        (lambda: features([[1.0]], ("a", "b")), ConfigError, "2 names"),
+        (lambda: features([[float("-inf")]]), NumericsError, "clips"),
+        (lambda: Features(logp_BTE=torch.full((1, 2, 2), torch.nan)), NumericsError, "token scores"),
+        (lambda: Features(logp_BTE=torch.zeros(1, 2, 2), mask_BT=torch.ones(1, 3)), ConfigError, "mask"),
+        (lambda: Features.joined([features([[1.0]]), Features(2)]), ConfigError, "different features"),
+        (lambda: Features.joined([features([[1.0]]), features([[1.0, 2.0]])]), ConfigError, "width"),
+        (lambda: init_gate("linear", 2, Features(3)), ConfigError, "sequence_features"),
+        (lambda: init_gate("liner", 2, Features(3)), ConfigError, "did you mean 'linear'"),
+        (lambda: gate_config({"gate": "linear", "featurs": 3}), ConfigError, "unknown key"),
+        (lambda: gate_config({}), ConfigError, "must be one of"),
+        (lambda: ConstantGate.of([0.5, 0.6]), ConfigError, "sum to 1"),
+        (lambda: ConstantGate.of([1.5, -0.5]), ConfigError, "sum to 1"),
+        (
+            lambda: sequence_features([[-1.0], [-np.inf]], [4, 4]),
+            DataError,
+            "probability 0 under every one of 1 experts",
+        ),
+        (lambda: sequence_features([[-4.0]], [0]), ConfigError, "one per sequence"),
+        (lambda: sequence_features([[-4.0]], [1, 2]), ConfigError, "one per sequence"),
+        (lambda: sequence_features([[np.inf]], [1]), NumericsError, "inf"),
+        (lambda: sequence_features(np.zeros((1, 1), np.float16), [1]), ConfigError, "loses whole nats"),
+        (lambda: ScoredSequences.of(np.zeros((0, 2)), name="law"), DataError, "law: 0 sequences"),
+        (lambda: ScoredSequences.of([[0.0, np.nan]]), NumericsError, r"first at \(0, 1\)"),
+        (lambda: ScoredSequences.of([0.0]), ConfigError, "N x E"),
+        (lambda: ScoredSequences.of([[0.0]], tokens_N=[0]), ConfigError, "tokens_N"),
+        (lambda: ScoredSequences.of([[0.0]], features=Features(2)), ConfigError, "features of 2"),
+        (lambda: ScoredSequences.of([[0.0], [0.0]], weights_N=[0.5, 0.4]), NumericsError, r"sum to 0\.9"),
+        (lambda: ScoredSequences.of([[0.0]]).split(0.5, 0), DataError, "cannot be split"),
+        (lambda: ScoredSequences.of([[0.0], [0.0]]).split(1.0, 0), ConfigError, "hold out"),
+        (lambda: enumerated([[0.5, 0.5]], [[1.0]]), ConfigError, "one support"),
+        (lambda: enumerated([[0.5, 0.4]], [[0.5, 0.5]]), NumericsError, r"row 0 of P sums to 0.9"),
+        (lambda: enumerated([[1.5, -0.5]], [[0.5, 0.5]]), NumericsError, "both signs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_arrays_keep_float32_and_may_be_read_only():
+    one = ScoredSequences.of(np.zeros((3, 2), np.float32), tokens_N=[1, 2, 3])
+    assert one.logq_NE.dtype == torch.float32
+    assert one.features.sequence_BF.shape == (3, 4)
+    assert one.probability().tolist() == [1 / 3] * 3
+    assert len(ScoredSequences.of(READ_ONLY)) == 2
+
+
+def test_a_split_is_disjoint_and_keeps_clusters_whole():
+    logq = np.arange(40.0)[:, None]
+    one = ScoredSequences.of(logq, clusters_N=np.repeat(np.arange(10), 4))
+    kept, held = one.split(0.3, seed=0)
+    assert (len(kept), len(held)) == (28, 12)
+    assert sorted([*kept.logq_NE[:, 0].tolist(), *held.logq_NE[:, 0].tolist()]) == logq[:, 0].tolist()
+    assert not set(kept.clusters_N.tolist()) & set(held.clusters_N.tolist())
+    assert torch.equal(one.split(0.3, seed=0)[1].logq_NE, held.logq_NE)
+
+
+def test_enumerated_supports_leave_out_what_cannot_happen():
+    domains, samples = enumerated([[0.5, 0.5, 0.0]], [[0.2, 0.3, 0.5], [0.0, 0.0, 1.0]])
+    assert domains[0].features.points_B.tolist() == [0, 1]
+    assert domains[0].weights_N.tolist() == [0.5, 0.5]
+    assert samples[1].features.points_B.tolist() == [2]
+    assert domains[0].logq_NE.exp()[:, 0].tolist() == pytest.approx([0.2, 0.3])
 
 
 def test_the_linear_gate_standardises_and_remembers_names():
     seen = features([[1.0, 5.0], [3.0, 5.0]], ("a", "b"))
     gate = init_gate("linear", 2, seen)
-    assert isinstance(gate, LinearGate)
     assert gate.config.features == ("a", "b")
     assert gate.tensors["mean_F"].tolist() == [2.0, 5.0]
     assert gate.tensors["scale_F"].tolist() == [1.0, 1.0]
     steep = gate.replaced({"weight_EF": torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)})
     expected = torch.log_softmax(torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), dim=1)
     torch.testing.assert_close(steep.log_weights(seen), expected)
-    with pytest.raises(ConfigError, match="was made for 2 features"):
-        gate.log_weights(features([[1.0, 5.0]], ("b", "a")))
-    with pytest.raises(ConfigError, match="was made for 2 features"):
-        gate.log_weights(features([[1.0]]))
-
-
-def test_the_mlp_depends_on_its_seed_only_where_it_is_random():
-    seen = features([[1.0, 5.0], [3.0, 4.0]])
-    one, other = (init_gate(MlpConfig(hidden=4), 3, seen, seed) for seed in (0, 1))
-    assert not torch.equal(one.tensors["in_HF"], other.tensors["in_HF"])
-    assert torch.equal(one.log_weights(seen), other.log_weights(seen))
-    assert torch.equal(init_gate(MlpConfig(hidden=4), 3, seen, 1).tensors["in_HF"], other.tensors["in_HF"])
+    assert steep.to("cpu").log_weights(seen).dtype == torch.float32
+    for other in (features([[1.0, 5.0]], ("b", "a")), features([[1.0]])):
+        with pytest.raises(ConfigError, match="was made for 2 features"):
+            gate.log_weights(other)
 
 
 def test_the_tabular_gate_knows_its_points():
@@ -95,32 +132,19 @@ def test_the_tabular_gate_knows_its_points():
         gate.log_weights(Features(points_B=torch.tensor([5])))
 
 
-def test_a_gate_in_another_float_type_answers_in_it():
-    gate = init_gate("linear", 2, features([[1.0], [3.0]])).to("cpu")
-    assert gate.log_weights(features([[1.0]])).dtype == torch.float32
-
-
-def test_wrong_tensors_are_refused():
-    with pytest.raises(ConfigError, match="holds tensors of shapes"):
-        gates["constant"](gate_config("constant"), 3, {"logits_E": torch.zeros(2)})
-    with pytest.raises(ConfigError, match="one at least"):
-        gates["constant"](gate_config("constant"), 0, {"logits_E": torch.zeros(0)})
-
-
 def test_files_are_whole_or_refused(tmp_path):
     path = tmp_path / "new" / "gate.safetensors"
-    save_gate(ConstantGate.of([0.25, 0.75]), path)
+    gate = ConstantGate.of([0.25, 0.75])
+    assert gate.log_weights(Features(2)).exp().tolist() == [pytest.approx([0.25, 0.75])] * 2
+    save_gate(gate, path)
     assert [file.name for file in path.parent.iterdir()] == ["gate.safetensors"]
-    assert load_gate(path).log_weights(Features(1)).exp()[0].tolist() == pytest.approx([0.25, 0.75])
+    assert load_gate(path).log_weights(Features(1))[0].tolist() == pytest.approx([math.log(0.25), math.log(0.75)])
     data = path.read_bytes()
-    path.write_bytes(data[:-4])
-    with pytest.raises(CheckpointError, match="torn"):
-        load_gate(path)
-    path.write_bytes(data.replace(b'experts\\": 2', b'experts\\": 3'))
-    with pytest.raises(CheckpointError, match="was altered since it was written"):
-        load_gate(path)
-    with pytest.raises(CheckpointError, match="missing"):
-        load_gate(tmp_path / "absent.safetensors")
+    altered = data.replace(b'experts\\": 2', b'experts\\": 3')
+    for damaged, match in ((data[:-4], "torn"), (altered, "was altered since it was written"), (None, "missing")):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=match):
+            load_gate(path)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(CheckpointError, match="space and permission"):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from weftlm.errors import ConfigError
-from weftlm.gating import Box, Vertices
-from weftlm.gating.mixtures import box_vertices, kl_projection, player
+from weftlm.gating import Box
+from weftlm.gating.mixtures import kl_projection, player
 
 
 def test_projection_by_hand():
@@ -24,16 +24,6 @@ def test_bounds_that_leave_one_point():
     assert nu == pytest.approx(point)
 
 
-def test_corners_of_a_box():
-    assert sorted(box_vertices(player(Box(), 3)).tolist()) == sorted(np.eye(3).tolist())
-    found = box_vertices(player(Box(0.1, 0.6), 3))
-    assert sorted(np.round(found, 9).tolist()) == sorted(
-        [[0.6, 0.3, 0.1], [0.6, 0.1, 0.3], [0.3, 0.6, 0.1], [0.1, 0.6, 0.3], [0.3, 0.1, 0.6], [0.1, 0.3, 0.6]]
-    )
-    with pytest.raises(ConfigError, match="at most 12"):
-        box_vertices(player(Box(0.0, 0.5), 13))
-
-
 def test_an_ignored_mixture_comes_back_quickly():
     opponent = player(None, 2)
     log_nu = opponent.start()
@@ -45,10 +35,7 @@ def test_an_ignored_mixture_comes_back_quickly():
 
 
 def test_vertices_mix_the_domains():
-    opponent = player(Vertices([[0.5, 0.5], [1.0, 0.0]], [0.1, 0.2]), 2)
-    assert opponent.lam(np.array([0.5, 0.5])) == pytest.approx([0.75, 0.25])
-    assert opponent.offsets_M == pytest.approx([0.1, 0.2])
-    assert player([[0.5, 0.5]], 2).offsets_M is None
+    assert player([[0.5, 0.5], [1.0, 0.0]], 2).lam(np.array([0.5, 0.5])) == pytest.approx([0.75, 0.25])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +44,6 @@ def test_vertices_mix_the_domains():
         ([[0.5, 0.6]], "sum to 1"),
         ([[1.0]], "needs 2"),
         (np.zeros((0, 2)), "hold no mixture"),
-        (Vertices([[0.5, 0.5]], [0.1, 0.2]), "offsets_M"),
         (Box(0.6), "no mixture lies within"),
         (Box(None, 0.4), "no mixture lies within"),
         (Box([0.5, 0.0], [0.4, 1.0]), "no mixture lies within"),

@@ -9,40 +9,37 @@ from weftlm.errors import ConfigError
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
-from weftlm.gating.prefix_gate import PrefixGate, among, with_top
+from weftlm.gating.prefix_gate import PrefixGate, among
 from weftlm.gating.problem import log_model
 
 PRIOR = [0.5, 0.2, 0.3]
 INF = math.inf
 
 
-def scores(seed=0, batch=4, time=7, experts=3, scale=4.0):
-    generator = torch.Generator().manual_seed(seed)
-    return -scale * torch.rand(batch, time, experts, generator=generator, dtype=torch.float64)
+def scores(batch=4, time=7, experts=3):
+    generator = torch.Generator().manual_seed(0)
+    return -4.0 * torch.rand(batch, time, experts, generator=generator, dtype=torch.float64)
 
 
-def trained(config=None, seed=0, size=0.5, prior=PRIOR):
+def trained(config=None):
     """A gate moved away from where it starts."""
-    gate = PrefixGate.of(prior, config, seed)
-    generator = torch.Generator().manual_seed(seed)
+    gate = PrefixGate.of(PRIOR, config)
+    generator = torch.Generator().manual_seed(0)
     noise = {
-        name: gate.tensors[name]
-        + size * torch.randn(gate.tensors[name].shape, generator=generator, dtype=torch.float64)
-        for name in gate.learned
+        name: torch.randn(gate.tensors[name].shape, generator=generator, dtype=torch.float64) for name in gate.learned
     }
-    return gate.replaced(noise)
+    return gate.replaced({name: gate.tensors[name] + 0.5 * each for name, each in noise.items()})
 
 
 def test_it_starts_as_bayes_or_as_fixed_share():
-    features = Features(logp_BTE=scores(time=300))
-    start = PrefixGate.of(PRIOR).standardised(features)
-    torch.testing.assert_close(
-        start.log_weights(features).exp(), BayesGate.of(PRIOR).log_weights(features).exp(), rtol=1e-12, atol=1e-15
-    )
-    shared = PrefixGate.of(PRIOR, PrefixGateConfig(base="fixed_share", share=0.03)).standardised(features)
-    torch.testing.assert_close(
-        shared.log_weights(features), FixedShareGate.of(PRIOR, 0.03).log_weights(features), rtol=1e-10, atol=1e-12
-    )
+    features = Features(logp_BTE=scores(time=60))
+    share = PrefixGateConfig(base="fixed_share", share=0.03)
+    for config, plain in ((None, BayesGate.of(PRIOR)), (share, FixedShareGate.of(PRIOR, 0.03))):
+        start = PrefixGate.of(PRIOR, config).standardised(features)
+        found, expected = start.log_weights(features).exp(), plain.log_weights(features).exp()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-15)
+    assert torch.equal(start.with_prior(torch.tensor([0.2, 0.3, 0.5])).log_weights(features)[0, 0].exp().argsort(),
+                       torch.tensor([0, 1, 2]))  # fmt: skip
 
 
 def test_a_prior_of_zero_and_impossible_tokens_keep_an_expert_out():
@@ -53,31 +50,28 @@ def test_a_prior_of_zero_and_impossible_tokens_keep_an_expert_out():
         weights = PrefixGate.of(prior).log_weights(features).exp()
         torch.testing.assert_close(weights, BayesGate.of(prior).log_weights(features).exp())
         assert weights[0, 3:, 1].tolist() == [0.0] * 4
-    moved = trained().log_weights(features)
-    assert bool(torch.isfinite(moved).all())
+    assert bool(torch.isfinite(trained().log_weights(features)).all())
 
 
-def test_a_prefix_nobody_can_write_leaves_finite_weights_and_gradients():
+def test_a_prefix_no_expert_can_write_leaves_finite_weights_and_gradients():
     logp_BTE = scores()
     logp_BTE[1, 3] = -INF
-    features = Features(logp_BTE=logp_BTE)
     gate = trained()
     theta = {name: gate.tensors[name].requires_grad_(True) for name in gate.learned}
-    logw_BTE = gate.replaced(theta).log_weights(features)
+    logw_BTE = gate.replaced(theta).log_weights(Features(logp_BTE=logp_BTE))
     torch.testing.assert_close(torch.logsumexp(logw_BTE, dim=-1), torch.zeros(4, 7, dtype=torch.float64))
     for gradient in torch.autograd.grad(logw_BTE.clamp_min(-50.0).sum(), list(theta.values())):
         assert bool(torch.isfinite(gradient).all())
 
 
 @pytest.mark.parametrize("top", [None, 1, 2])
-def test_batches_and_token_by_token_agree_over_chunks_and_padding(top):
-    gate = trained(PrefixGateConfig(top=top))
-    logp_BTE = scores(batch=3, time=290)
-    mask_BT = torch.rand(3, 290, generator=torch.Generator().manual_seed(1)) < 0.8
+def test_batches_and_token_by_token_agree_over_padding(top):
+    gate, logp_BTE = trained(PrefixGateConfig(top=top)), scores(batch=3, time=30)
+    mask_BT = torch.rand(3, 30, generator=torch.Generator().manual_seed(1)) < 0.8
     mask_BT[2] = True
     logw_BTE = gate.log_weights(Features(logp_BTE=logp_BTE, mask_BT=mask_BT))
     state = gate.begin(3)
-    for t in range(290):
+    for t in range(30):
         torch.testing.assert_close(gate.current(state), logw_BTE[:, t], rtol=1e-8, atol=1e-9)
         state = gate.advance(state, logp_BTE[:, t], mask_BT[:, t])
     order = torch.tensor([2, 0, 0])
@@ -85,59 +79,35 @@ def test_batches_and_token_by_token_agree_over_chunks_and_padding(top):
     torch.testing.assert_close(gate.current(picked), gate.current(state)[order])
 
 
-def test_padding_changes_nothing_wherever_it_stands_and_whatever_it_holds():
-    gate, short = trained(), scores(batch=1, time=4)
-    padded = torch.full((1, 7, 3), -INF, dtype=torch.float64)
-    places = [1, 2, 4, 6]
-    padded[:, places] = short
+def test_padding_changes_nothing_wherever_it_is_and_whatever_it_holds():
+    gate, short, places = trained(), scores(batch=1, time=4), [1, 2, 4, 6]
+    padded, mask = torch.full((1, 7, 3), -INF, dtype=torch.float64), torch.zeros(1, 7, dtype=torch.bool)
+    padded[:, places], mask[:, places] = short, True
     padded[0, 0] = torch.tensor([9.0, -9.0, 2.0])
-    mask = torch.zeros(1, 7, dtype=torch.bool)
-    mask[:, places] = True
-    masked = Features(logp_BTE=padded, mask_BT=mask)
-    dense = gate.log_weights(Features(logp_BTE=short))
-    torch.testing.assert_close(gate.log_weights(masked)[:, places], dense)
-    nothing = torch.zeros(1)
-    torch.testing.assert_close(
-        log_model(gate, nothing, masked), log_model(gate, nothing, Features(logp_BTE=short)), rtol=1e-12, atol=0
-    )
-
-
-def test_length_beyond_the_prefix_changes_nothing():
-    gate, long = trained(), scores(time=40)
-    torch.testing.assert_close(
-        gate.log_weights(Features(logp_BTE=long[:, :9])), gate.log_weights(Features(logp_BTE=long))[:, :9]
-    )
+    masked, plain, nothing = Features(logp_BTE=padded, mask_BT=mask), Features(logp_BTE=short), torch.zeros(1)
+    torch.testing.assert_close(gate.log_weights(masked)[:, places], gate.log_weights(plain))
+    found, expected = (log_model(gate, nothing, each) for each in (masked, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for one, other in zip(
+        gate.standardised(masked).tensors.values(), gate.standardised(plain).tensors.values(), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_relabelling_experts_relabels_the_weights():
-    gate, logp_BTE = trained(), scores()
-    order = [2, 0, 1]
+    gate, logp_BTE, order = trained(), scores(), [2, 0, 1]
     per_expert = {name: gate.tensors[name][order] for name in ("prior_E", "bias_E", "expert_EH")}
-    torch.testing.assert_close(
-        gate.replaced(per_expert).log_weights(Features(logp_BTE=logp_BTE[..., order])),
-        gate.log_weights(Features(logp_BTE=logp_BTE))[..., order],
-        rtol=1e-10,
-        atol=1e-12,
-    )
-
-
-def test_standardisation_uses_real_tokens_alone():
-    logp_BTE = scores(batch=2, time=5)
-    padded = torch.cat([logp_BTE, torch.full((2, 3, 3), -40.0, dtype=torch.float64)], dim=1)
-    mask = torch.tensor([[True] * 5 + [False] * 3] * 2)
-    one = PrefixGate.of(PRIOR).standardised(Features(logp_BTE=logp_BTE))
-    other = PrefixGate.of(PRIOR).standardised(Features(logp_BTE=padded, mask_BT=mask))
-    for name in ("mean_F", "scale_F"):
-        torch.testing.assert_close(one.tensors[name], other.tensors[name])
-    alone = init_gate("prefix", 1, Features(logp_BTE=logp_BTE[..., :1]))
-    assert alone.log_weights(Features(logp_BTE=logp_BTE[..., :1])).abs().max() == 0.0
+    found = gate.replaced(per_expert).log_weights(Features(logp_BTE=logp_BTE[..., order]))
+    expected = gate.log_weights(Features(logp_BTE=logp_BTE))[..., order]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    alone = Features(logp_BTE=logp_BTE[..., :1])
+    assert init_gate("prefix", 1, alone).log_weights(alone).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("top", [1, 2])
 def test_top_keeps_the_largest_weights_renormalised(tmp_path, top):
-    features = Features(logp_BTE=scores())
-    gate = trained()
-    full, sparse = gate.log_weights(features).exp(), with_top(gate, top)
+    features, gate = Features(logp_BTE=scores()), trained()
+    full, sparse = gate.log_weights(features).exp(), gate.with_top(top)
     found = sparse.log_weights(features).exp()
     kept = torch.where(found > 0, full, torch.zeros_like(full))
     assert bool(((found > 0).sum(dim=-1) == top).all())
@@ -145,9 +115,7 @@ def test_top_keeps_the_largest_weights_renormalised(tmp_path, top):
     torch.testing.assert_close(found, kept / kept.sum(dim=-1, keepdim=True))
     save_gate(sparse, tmp_path / "gate.safetensors")
     assert load_gate(tmp_path / "gate.safetensors").config == sparse.config
-    torch.testing.assert_close(with_top(sparse, None).log_weights(features).exp(), full)
-    with pytest.raises(ConfigError, match="top is 0"):
-        with_top(gate, 0)
+    torch.testing.assert_close(sparse.with_top(None).log_weights(features).exp(), full)
 
 
 def test_weights_among_the_experts_that_ran_are_never_nothing():
@@ -162,3 +130,5 @@ def test_wrong_numbers_of_experts_and_priors_are_refused():
         PrefixGate.of(PRIOR).log_weights(Features(logp_BTE=scores(experts=2)))
     with pytest.raises(ConfigError, match="prior_E"):
         PrefixGate.of([0.5, 0.6])
+    with pytest.raises(ConfigError, match="top is 0"):
+        PrefixGate.of(PRIOR).with_top(0)

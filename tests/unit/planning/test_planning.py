@@ -297,7 +297,7 @@ def test_what_fits_nowhere_is_told_how_to_fit() -> None:
 
 def test_a_score_cache_is_as_large_as_its_arrays() -> None:
     texts, samples, length, experts = 6, 4, 8, 3
-    arrays = (texts + samples) * (length * experts * 4 + (length + 1) * 4 + 4 + 8)
+    arrays = (texts + samples) * (length * experts * 4 + (length + 1) * 4 + 8)
     assert score_cache_bytes(texts + samples, length, experts) == arrays
 
 

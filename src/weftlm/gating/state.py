@@ -1,0 +1,174 @@
+"""Resumable work on a gate, shared by fits and distillations: a state as a value, a step of Adam, and the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from weftlm import interrupt
+from weftlm.config import Section
+from weftlm.errors import CheckpointError, WeftError, reason
+from weftlm.gating.config import gate_config, gates
+from weftlm.gating.files import read_tensors, write_tensors
+from weftlm.gating.gate import Gate
+from weftlm.threads import follow_load
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, eq=False)
+class GateState:
+    """Everything work on a gate needs to continue as if it had never stopped; draws depend on seed and step alone.
+
+    Attributes:
+        config: Settings of the work.
+        step: Steps taken.
+        gate: Gate as it is.
+        moments: State of Adam, `exp_avg.NAME` and `exp_avg_sq.NAME` of each learned tensor; empty at first.
+        history: Measurements so far.
+    """
+
+    config: Section
+    step: int
+    gate: Gate
+    moments: Mapping[str, Tensor]
+    history: tuple[Any, ...]
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[Section]]
+    Line: ClassVar[type]
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether the work ends here, before its last step."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as one safetensors file.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for name in (field.name for field in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Gate):
+                facts[name] = {"config": value.config.model_dump(mode="json"), "experts": value.experts}
+                value = value.tensors
+            if isinstance(value, Mapping):
+                tensors |= {f"{name}.{key}": tensor for key, tensor in value.items()}
+            elif isinstance(value, np.ndarray):
+                tensors[name] = torch.from_numpy(value)
+            elif isinstance(value, Section):
+                facts[name] = value.model_dump(mode="json")
+            else:
+                facts[name] = [dataclasses.asdict(line) for line in value] if name == "history" else value
+        write_tensors(Path(path), self.kind, tensors, facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a state back, exact to the last bit.
+
+        Raises:
+            CheckpointError: the file is missing, torn, or of another version.
+        """
+        tensors, facts = read_tensors(Path(path), cls.kind)
+
+        def value(name: str) -> Any:
+            group = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+            if name == "config":
+                return cls.Config.model_validate(facts[name])
+            if name == "gate":
+                section = gate_config(facts[name]["config"])
+                return gates[section.gate](section, int(facts[name]["experts"]), group)
+            if name == "history":
+                return tuple(cls.Line(**{key: _plain(each) for key, each in line.items()}) for line in facts[name])
+            if name in tensors:
+                return tensors[name].numpy()
+            return facts.get(name, group)
+
+        try:
+            return cls(**{field.name: value(field.name) for field in dataclasses.fields(cls)})
+        except (KeyError, TypeError, ValueError, WeftError) as error:
+            raise CheckpointError(
+                f"{path} holds no {cls.kind} this version can continue: {reason(error)}; start again"
+            ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A value as it was before it went through JSON."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+State = TypeVar("State", bound=GateState)
+
+
+def run_steps(
+    state: State,
+    end: int,
+    every: int,
+    step: Callable[[State], State],
+    report: Callable[[State], State],
+    on_stop: Callable[[State], None] | None,
+) -> State:
+    """Take steps up to `end` or until the state is finished, and report every so many and at the last of all.
+
+    Args:
+        state: Where to go on from.
+        end: Steps in all.
+        every: Steps between two reports.
+        step: Takes one step.
+        report: Adds a measurement to the history.
+        on_stop: Called with the state where the process is asked to stop, which it then does.
+    """
+    with interrupt.safe_points() if on_stop is not None else nullcontext():
+        while state.step < end and not state.finished:
+            follow_load()
+            state = step(state)
+            if state.step % every == 0 or state.step == getattr(state.config, "steps", None):
+                state = report(state)
+            if on_stop is not None:
+                interrupt.point(partial(on_stop, state))
+    return state
+
+
+def adam_step(
+    gate: Gate, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, step: int, lr: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One step of PyTorch's Adam with its default decay rates.
+
+    Args:
+        gate: Gate whose learned tensors move.
+        gradients: Their gradients.
+        moments: As in `GateState`.
+        step: Number of steps so far.
+        lr: Learning rate.
+    Returns:
+        The moved tensors and the new moments; what was given is not written to.
+    """
+    moved = {name: gate.tensors[name].detach().clone() for name in gate.learned}
+    after = {
+        f"{key}.{name}": moments[f"{key}.{name}"].clone() if moments else torch.zeros_like(each)
+        for key in _MOMENTS
+        for name, each in moved.items()
+    }
+    first, second = ([after[f"{key}.{name}"] for name in moved] for key in _MOMENTS)
+    steps = [torch.tensor(float(step)) for _ in moved]
+    with torch.no_grad():
+        adam(
+            list(moved.values()), [gradients[name] for name in moved], first, second, [], steps, foreach=False,
+            amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
+    return moved, after
