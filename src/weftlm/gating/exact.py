@@ -49,8 +49,7 @@ def exact_robust_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: Any = No
 
     Cortes, Mohri and Zhong 2026, arXiv:2602.17554. What a gate can make of a point is any pi(x) between the smallest
     and the largest q_k(x), so the programme is solved in pi alone, X numbers instead of E X. Of the gates that make the
-    optimal pi the one of largest entropy is returned, g(x, k) prop. to exp(s(x) q_k(x)): it is unique, and permuting
-    experts permutes it.
+    optimal pi, the one that mixes the likeliest and the least likely expert of each point is returned (`extreme_gate`).
 
     Args:
         P: The domains, D x X, probabilities or their logs.
@@ -130,7 +129,7 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
     else:
         pi_X = np.zeros(len(high_X))
         pi_X[used_X] = np.clip(found * high_U, low_X[used_X], high_U)
-        gate = entropic_gate(pi_X, q_EX)
+        gate = extreme_gate(pi_X, q_EX)
     duals_M = np.maximum(np.atleast_1d(np.asarray(each.dual_value, dtype=np.float64)), 0.0)
     return ExactResult(
         value=float((cross_entropies(p_MX, pi_X) - offsets_M).max()),
@@ -179,31 +178,18 @@ def cross_entropies(p_DX: Floats, m: Floats) -> Floats:
     return terms
 
 
-def entropic_gate(pi_X: Floats, q_EX: Floats) -> Floats:
-    """The gate of largest entropy that makes a model out of the experts, E x X.
+def extreme_gate(pi_X: Floats, q_EX: Floats) -> Floats:
+    """The gate that makes a model out of the experts of largest and smallest probability at each point, E x X.
 
-        g(x, k) prop. to exp(s(x) q_k(x) / spread(x))       with s(x) such that  sum_k g(x, k) q_k(x) = pi(x)
+        g(x, .) = a(x) at the largest q_k(x), 1 - a(x) at the smallest, shared equally among equal ones
+        a(x) = (pi(x) - min_k q_k(x)) / (max_k q_k(x) - min_k q_k(x))
 
     Args:
         pi_X: Model, between the experts' smallest and largest probability at every point.
         q_EX: Experts.
     """
     low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
-    spread_X = np.where(high_X > low_X, high_X - low_X, 1.0)
-    place_EX = (q_EX - low_X) / spread_X
-    target_X = np.clip((pi_X - low_X) / spread_X, 0.0, 1.0)
-
-    def tilted(slope_X: Floats) -> Floats:
-        exponents = slope_X * place_EX
-        weights = np.exp(exponents - exponents.max(axis=0))
-        normalised: Floats = weights / weights.sum(axis=0)
-        return normalised
-
-    left, right = np.full(len(pi_X), -1e6), np.full(len(pi_X), 1e6)
-    for _ in range(100):
-        middle = 0.5 * (left + right)
-        above = (tilted(middle) * place_EX).sum(axis=0) > target_X
-        left, right = np.where(above, left, middle), np.where(above, middle, right)
-    gate = tilted(0.5 * (left + right))
-    gate[:, high_X <= low_X] = 1.0 / len(q_EX)
+    share_X = np.clip((pi_X - low_X) / np.where(high_X > low_X, high_X - low_X, 1.0), 0.0, 1.0)
+    top_EX, bottom_EX = (np.equal(q_EX, end_X) for end_X in (high_X, low_X))
+    gate: Floats = share_X * top_EX / top_EX.sum(axis=0) + (1.0 - share_X) * bottom_EX / bottom_EX.sum(axis=0)
     return gate

@@ -131,30 +131,21 @@ def kl_projection(log_y_D: Floats, lower_D: Floats, upper_D: Floats) -> Floats:
 
         argmin KL(z || y)  over  lower <= z <= upper, sum z = 1      =      clip(c y, lower, upper)
 
-    where c makes the sum 1. The sum grows with c, piecewise linearly; its pieces end where a coordinate meets a bound,
-    so c is found exactly.
+    where c makes the sum 1, found by bisection, since the sum grows with c. The same fills a model up to given bounds
+    (`dual_value`).
 
     Args:
-        log_y_D: logs of positive numbers, not necessarily normalised.
-        lower_D: bounds, >= 0, summing to at most 1.
-        upper_D: bounds, summing to at least 1.
+        log_y_D: Logs of numbers, not necessarily normalised.
+        lower_D: Lower bounds, >= 0, summing to at most 1.
+        upper_D: Upper bounds, summing to at least 1.
     """
     log_y_D = log_y_D - log_y_D.max()
     with np.errstate(divide="ignore"):
         log_lower, log_upper = np.log(lower_D), np.log(upper_D)
-    ends = np.concatenate([log_lower, log_upper]) - np.concatenate([log_y_D, log_y_D])
-    ends = np.unique(ends[np.isfinite(ends)])
-    sums = np.exp(np.clip(ends[:, None] + log_y_D, log_lower, log_upper)).sum(axis=1)
-    after = int(np.searchsorted(sums, 1.0))
-    if after >= len(ends):
-        # 1 is reached at the last end up to rounding: every coordinate stands at its upper bound.
-        log_c = ends[-1]
-    else:
-        left = ends[after - 1] if after > 0 else -np.inf
-        free = (log_lower - log_y_D < ends[after]) & (log_upper - log_y_D > left)
-        at = np.where(log_upper - log_y_D <= left, upper_D, lower_D)
-        rest = 1.0 - float(at[~free].sum())
-        mass = float(np.exp(log_y_D[free]).sum())
-        log_c = np.log(rest / mass) if rest > 0.0 and mass > 0.0 else ends[after]
-    projected: Floats = np.clip(log_c + log_y_D, log_lower, log_upper)
+    left, right = -800.0, 800.0
+    for _ in range(100):
+        middle = 0.5 * (left + right)
+        above = np.exp(np.clip(middle + log_y_D, log_lower, log_upper)).sum() > 1.0
+        left, right = (left, middle) if above else (middle, right)
+    projected: Floats = np.clip(0.5 * (left + right) + log_y_D, log_lower, log_upper)
     return projected

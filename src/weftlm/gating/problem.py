@@ -21,10 +21,10 @@ from torch import Tensor
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.gating.arrays import Floats, to_tensor
 from weftlm.gating.config import Unit
-from weftlm.gating.exact import distributions, entropies
+from weftlm.gating.exact import cross_entropies, distributions, entropies
 from weftlm.gating.features import refuse_impossible
 from weftlm.gating.gate import Features, Gate
-from weftlm.gating.mixtures import Box, Player, player
+from weftlm.gating.mixtures import Box, Player, kl_projection, player
 from weftlm.gating.sequences import ScoredSequences, enumerated
 
 Offsets = Literal["expert", "none", "entropy"]
@@ -395,7 +395,7 @@ def dual_value(problem: Problem, nu_M: Floats) -> float:
     Water-filling:
 
         min over pi of  - sum_x p(x) log pi(x)    s.t.  min_k q_k(x) <= pi(x) <= max_k q_k(x),  sum_x pi(x) = 1
-        pi(x) = clip(c p(x), min_k q_k(x), max_k q_k(x))            p = sum_d lambda_d p_d, c by bisection
+        pi(x) = clip(c p(x), min_k q_k(x), max_k q_k(x))            p = sum_d lambda_d p_d (`kl_projection`)
 
     The worst case of every gate with Z = 1 lies above it. (That of a model pi_g / Z_g with Z_g off 1 need not: it is no
     gate's, and is bounded by the capacity alone.)
@@ -408,17 +408,8 @@ def dual_value(problem: Problem, nu_M: Floats) -> float:
     p_DX, q_EX = problem.support
     lam_D = problem.opponent.lam(nu_M)
     p_X = lam_D @ p_DX
-    low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
-    seen_X = p_X > 0
-    if float(high_X[seen_X].sum() + low_X[~seen_X].sum()) <= 1.0:
-        pi_X = high_X
-    else:
-        left, right = -800.0, 800.0
-        for _ in range(200):
-            middle = 0.5 * (left + right)
-            filled = np.clip(np.exp(middle + np.log(p_X, out=np.full_like(p_X, -np.inf), where=seen_X)), low_X, high_X)
-            left, right = (left, middle) if filled.sum() > 1.0 else (middle, right)
-        pi_X = np.clip(np.exp(0.5 * (left + right)) * p_X, low_X, high_X)
-    ce = -float(p_X[seen_X] @ np.log(pi_X[seen_X]))
+    log_p_X = np.log(p_X, out=np.full_like(p_X, -np.inf), where=p_X > 0)
+    pi_X = np.exp(kl_projection(log_p_X, q_EX.min(axis=0), q_EX.max(axis=0)))
+    ce = float(cross_entropies(p_X[None], pi_X)[0])
     constant = float(nu_M @ problem.shift_M) - float(lam_D @ problem.offsets_D)
     return (ce + constant) * problem.report

@@ -492,7 +492,7 @@ def _windows(
             "length"
         )
     whole = length * ((len(source) - 1) // length) + 1
-    starts_N = windows_of(whole, length, config.sequences * length).starts_N
+    starts_N, _ = windows_of(whole, length, config.sequences * length)
     parts = [source.read_many(starts_N[i : i + 1024], length + 1) for i in range(0, len(starts_N), 1024)]
     clusters_N = np.arange(len(starts_N), dtype=np.int64)
     if eos_id is not None:

@@ -8,7 +8,7 @@ from support.gating import kl, random_problem
 
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.gating import best_constant_gate, exact_robust_gate, mixture_regrets
-from weftlm.gating.exact import cross_entropies, entropic_gate
+from weftlm.gating.exact import cross_entropies, extreme_gate
 
 pytest.importorskip("cvxpy")
 
@@ -29,14 +29,14 @@ def test_perfect_experts_reach_the_capacity_with_a_constant():
     assert exact.z_multiplier == pytest.approx(1.0, abs=1e-3)
 
 
-def test_the_entropic_gate_makes_the_model_and_prefers_nobody_needlessly():
+def test_the_extreme_gate_makes_the_model_and_shares_equally():
     Q = np.array([[0.1, 0.3, 0.2], [0.4, 0.3, 0.2], [0.5, 0.4, 0.6]])
     pi = np.array([0.5, 0.35, Q[:, 2].mean()])
-    gate = entropic_gate(pi, Q)
+    gate = extreme_gate(pi, Q)
     assert (gate * Q).sum(axis=0) == pytest.approx(pi)
+    assert gate.sum(axis=0) == pytest.approx([1.0] * 3)
     assert gate[:, 0] == pytest.approx([0.0, 0.0, 1.0])
     assert gate[0, 1] == pytest.approx(gate[1, 1])
-    assert gate[:, 2] == pytest.approx([1 / 3] * 3)
 
 
 def test_a_point_nobody_produces_needs_no_expert():
