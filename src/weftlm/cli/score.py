@@ -71,7 +71,7 @@ def _print(result: dict[str, Any]) -> None:
         [f"samples of {name}", f"{facts['sequences']:,}", f"{facts['tokens']:,}"]
         for name, facts in result["samples"].items()
     ]
-    print_table(f"{result['folder']}: {result['kind']}", ["text", "sequences", "tokens"], sizes)
+    print_table(f"{result['folder']}: windows of {result['length']} tokens", ["text", "sequences", "tokens"], sizes)
     for first in range(0, len(experts), COLUMNS):
         shown = experts[first : first + COLUMNS]
         rows = [[name, *(number(facts["nats_per_token"][e]) for e in shown)] for name, facts in domains.items()]

@@ -102,9 +102,10 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
     used_X = high_X > 0
     p_MU, high_U = p_MX[:, used_X], high_X[used_X]
     worst, shares_UE = cp.Variable(), (q_EX[:, used_X] / high_U).T
+    bounds: list[Any] = []
     if constant:
         variable = cp.Variable(len(q_EX), nonneg=True)
-        ratio, whole, bounds = shares_UE @ variable, cp.sum(variable) == 1.0, []
+        ratio, whole = shares_UE @ variable, cp.sum(variable) == 1.0
     else:
         variable = ratio = cp.Variable(len(high_U))
         whole, bounds = high_U @ ratio == 1.0, [ratio <= 1.0, ratio >= low_X[used_X] / high_U]

@@ -228,7 +228,7 @@ class CausalGate(Gate):
 
     def states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> Iterator[State]:
         """The state before each token."""
-        state = self.begin(len(logp_BTE)) if logp_BTE.shape[1] else {}
+        state: State = self.begin(len(logp_BTE)) if logp_BTE.shape[1] else {}
         for t in range(logp_BTE.shape[1]):
             yield state
             state = self.advance(state, logp_BTE[:, t], None if mask_BT is None else mask_BT[:, t])
