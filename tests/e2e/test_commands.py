@@ -107,7 +107,7 @@ def test_a_mistake_is_one_clear_line_and_an_exit_code(
 
 def test_usage_mistakes_exit_with_2(weftlm: Weftlm, call: Call) -> None:
     finished = weftlm("trian", check=2)
-    assert "did you mean 'train'" in finished.stderr
+    assert "Did you mean 'train'" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert "No such option" in call("train", "--nope", code=2)
     assert "cannot be read" in call("train", "absent.yaml", code=2)

@@ -28,7 +28,7 @@ from weftlm.pipeline.models_table import read_evaluation
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import load_recipe
 from weftlm.pipeline.report import gate_facts
-from weftlm.pipeline.route_stage import read_routing
+from weftlm.pipeline.routes import read_routing
 from weftlm.pipeline.runner import project_status
 from weftlm.pipeline.students import read_students
 from weftlm.pipeline.train import read_result, require_same_data

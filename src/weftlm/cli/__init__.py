@@ -1,5 +1,5 @@
 """Command lines in, calls to the library out.
 
-Takes arguments; gives results on stdout, logs on stderr and an exit code. One file per command, loaded lazily.
-Read `main.py` first.
+Takes arguments; gives results on stdout, logs on stderr and an exit code. One file per group of commands.
+Read `command.py` first.
 """

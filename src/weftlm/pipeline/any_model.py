@@ -1,8 +1,8 @@
-"""Any model weftlm knows, opened from where it lies: base, adapted, routed, gated or distilled."""
+"""Any model weftlm knows, opened by its folder or hub name: base, adapted, routed, gated or distilled."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,11 @@ from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.device import AUTO, choose_device
 from weftlm.models.open import DTYPES, check_vocabulary, load_base, require_decoder_only
-from weftlm.pipeline.routes import TOKENIZER
 from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.routed_model import RoutedModel
 
-log = logging.getLogger(__name__)
-
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a routed model's folder."""
 Kind = Literal["plain", "routed", "gated"]
 """One set of weights (a base, an adapter, a dense student); experts by token and module; models by token."""
 
@@ -68,14 +67,14 @@ def open_model(
     """Open a model for use, whatever made it.
 
     Args:
-        path: a run folder of `weftlm train` (its model), a folder of `weftlm route build`, a gated model's folder
+        path: A run folder of `weftlm train` (its model), a folder of `weftlm route build`, a gated model's folder
             (`weftlm gate distil`), any folder of a Hugging Face model or PEFT adapter, or a hub name.
-        base: another place to load the base of a routed model or an adapter from.
-        revision: of a hub name.
-        tokenizer: folder or hub name; None for the one that lies beside the model or its experts.
-        dtype: a plain model's parameters are held in; routed and gated ones say themselves.
-        device: where to run (`choose_device`).
-        encoder_decoder: whether an encoder-decoder model will do.
+        base: Folder or hub name of the base of a routed model or an adapter, where it has moved.
+        revision: Revision of a hub name.
+        tokenizer: Folder or hub name of the tokenizer; None for the one beside the model or its experts.
+        dtype: Data type of a plain model's parameters; the folders of routed and gated ones name their own.
+        device: Device to run on (`choose_device`).
+        encoder_decoder: Whether encoder-decoder models are accepted.
     Raises:
         ConfigError: there is no such model, or it is an encoder-decoder model and that will not do.
         DataError: it comes without a tokenizer and none was named.
@@ -88,62 +87,46 @@ def open_model(
     folder = Path(path)
     if not (folder / "config.json").exists() and (folder / "model").is_dir() and (folder / "recipe.yaml").exists():
         folder = folder / "model"
-    kind: Kind
+    kind: Kind = "plain"
     model: Any
-    places: list[str]
+    experts: tuple[str, ...] = ()
     if (folder / ROUTED).exists():
-        routed = RoutedModel.from_pretrained(folder, base=base, device=place)
-        kind, model, experts = "routed", routed, tuple(expert.name for expert in routed.experts)
-        if not encoder_decoder:
-            require_decoder_only(routed.model, str(path))
-        places = [str(folder / TOKENIZER), *([base] if base is not None else []), routed.base_reference.name]
+        model = RoutedModel.from_pretrained(folder, base=base, device=place)
+        kind, experts = "routed", tuple(expert.name for expert in model.experts)
+        inner, places = [model.model], [str(folder / TOKENIZER), base, model.base_reference.name]
     elif (folder / ADAPTER).exists():
-        plain = load_adapted(folder, base=base, revision=revision, dtype=dtype)
-        kind, model, experts = "plain", plain.to(place), ()
-        if not encoder_decoder:
-            under: Any = plain.get_base_model()
-            require_decoder_only(under, str(path))
-        places = [str(folder), str(plain.peft_config["default"].base_model_name_or_path or base)]
+        model = load_adapted(folder, base=base, revision=revision, dtype=dtype).to(place)
+        inner = [model.get_base_model()]
+        places = [str(folder), model.peft_config["default"].base_model_name_or_path or base]
     elif base is not None:
         raise ConfigError(f"base is for routed models and adapters; {path} is none")
     elif (folder / GATED).exists():
-        gated = ModularLM.from_pretrained(folder, device=place)
-        kind, model, experts = "gated", gated, tuple(gated.pool.names)
-        places = [str(folder), *_expert_places(gated)]
+        model = ModularLM.from_pretrained(folder, device=place)
+        kind, experts, inner = "gated", tuple(model.pool.names), [member.model for member in model.pool.members]
+        sources = [member.source.model for member in model.pool.members if member.source is not None]
+        bases = [member.lora.base.name for member in model.pool.members if member.lora is not None]
+        places = [str(folder), *dict.fromkeys([*sources, *bases])]
     else:
-        kind, model, experts = "plain", _plain(folder, str(path), revision, dtype, encoder_decoder).to(place), ()
-        places = [str(folder) if folder.is_dir() else str(path)]
+        name = str(folder) if folder.is_dir() else str(path)
+        model = nn.Module.to(load_base(name, revision=revision, dtype=dtype), place)
+        inner, places = [model], [name]
     model.eval()
+    for each in () if encoder_decoder else inner:
+        require_decoder_only(each, str(path))
     found = _tokenizer([tokenizer] if tokenizer is not None else places, revision, str(path))
-    for each in [member.model for member in model.pool.members] if kind == "gated" else [model]:
+    for each in inner:
         check_vocabulary(each, found.vocab_size, str(path))
     if kind == "routed" and model.router.needs_text:
         model.router.set_decode(found.decode)
     return OpenModel(str(path), kind, model, found, experts)
 
 
-def _plain(folder: Path, name: str, revision: str | None, dtype: str, encoder_decoder: bool) -> Any:
-    model = load_base(str(folder) if folder.is_dir() else name, revision=revision, dtype=dtype)
-    return model if encoder_decoder else require_decoder_only(model, name)
-
-
-def _expert_places(model: ModularLM) -> list[str]:
-    """Folders and hub names of a gated model's experts and their bases."""
-    found: list[str] = []
-    for member in model.pool.members:
-        if member.source is not None and member.source.model is not None:
-            found.append(member.source.model)
-        if member.lora is not None:
-            found.append(member.lora.base.name)
-    return list(dict.fromkeys(found))
-
-
-def _tokenizer(places: list[str], revision: str | None, path: str) -> Tokenizer:
-    for place in places:
-        if place and (found := find_tokenizer(place, revision)) is not None:
+def _tokenizer(places: Sequence[str | None], revision: str | None, path: str) -> Tokenizer:
+    for place in filter(None, places):
+        if (found := find_tokenizer(place, revision)) is not None:
             return found
     raise DataError(
-        f"{path} comes without a tokenizer (looked in {', '.join(place for place in places if place)}); save one "
+        f"{path} comes without a tokenizer (looked in {', '.join(filter(None, places))}); save one "
         "beside it, or name one (tokenizer)"
     )
 

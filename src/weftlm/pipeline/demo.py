@@ -1,42 +1,66 @@
-"""The demonstration: the whole pipeline on built-in text."""
+"""The demonstration's recipe, and recipes with every size cut down, to be seen through in about two minutes."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import yaml
 
 from weftlm.config import apply_overrides
-from weftlm.errors import ConfigError
-from weftlm.pipeline.names import SUMMARY
 from weftlm.pipeline.recipe import Recipe, make_recipe
-from weftlm.pipeline.runner import run_project
+
+LARGEST: Mapping[str, int] = {
+    "data.domains.max_train_tokens": 10_000,
+    "mixture.update_every_steps": 5,
+    "training.steps": 15,
+    "training.warmup_steps": 3,
+    "evaluation.max_tokens_per_set": 1024,
+    "experts.training.steps": 8,
+    "experts.training.warmup_steps": 2,
+    "experts.validation_tokens": 1024,
+    "experts.gate.steps": 4,
+    "experts.statistics_examples": 16,
+    "routing.timed_pairs": 1,
+    "gating.scores.sequences": 16,
+    "gating.scores.samples": 12,
+    "gating.fit.steps": 300,
+    "gating.fit.report_every_steps": 100,
+    "gating.fit.best_response_steps": 30,
+    "gating.students.distil.steps": 20,
+    "gating.students.distil.evaluate_every_steps": 10,
+    "gating.students.direct.fit.steps": 30,
+    "gating.students.dense.training.steps": 8,
+}
+"""Largest value of each key; smaller ones stay."""
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The project with small sizes, in a run folder of its own (`RUN-quick`): nothing of the real run is touched.
+
+    Figures of such a run say that everything works and nothing else.
+    """
+    value = recipe.resolved()
+    for key, most in LARGEST.items():
+        *path, last = key.split(".")
+        section: Any = value
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            continue
+        if last == "steps" and section.get("tokens") is not None:  # one of the two gives the length
+            per_step = section["batch_sequences"] * section["sequence_length"]
+            section["tokens"] = min(section["tokens"], most * per_step)
+        else:
+            section[last] = most if section[last] is None else min(section[last], most)
+    if "evaluation" in value:
+        value["evaluation"]["every_steps"] = None
+    value["run"] = f"{value['run'].rstrip('/')}-quick"
+    return make_recipe(value)
 
 
 def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
-    """The project the demonstration carries out, `demo.yaml` beside this file."""
+    """The recipe of `weftlm demo`, `demo.yaml` beside this file."""
     text = resources.files("weftlm.pipeline").joinpath("demo.yaml").read_text(encoding="utf-8")
     return make_recipe(apply_overrides(yaml.safe_load(text), overrides))
-
-
-def run_demo(recipe: Recipe) -> dict[str, Any]:
-    """Carry the demonstration out; what is finished is reused.
-
-    Returns:
-        summary.json as a mapping.
-    Raises:
-        ConfigError: a section was overridden away.
-        WeftError: as `run_project`.
-    """
-    if not recipe.trains or not recipe.makes_experts or recipe.routing is None or recipe.gating is None:
-        raise ConfigError(
-            "the demonstration shows a mixture, experts, routers and a gate; keep the sections experts, routing and "
-            "gating, or write a recipe of your own for weftlm run"
-        )
-    run_project(recipe, processes=min(2, os.cpu_count() or 1))
-    summary: dict[str, Any] = json.loads((recipe.run / SUMMARY).read_text(encoding="utf-8"))
-    return summary

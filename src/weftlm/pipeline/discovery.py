@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from weftlm.files import parse_json, write_whole
 from weftlm.pipeline.data_config import RESERVED_NAMES, DataConfig
 from weftlm.pipeline.spool import NO_LABEL, Numbers, Spool
 
+Item = TypeVar("Item")
 _SAMPLE_PER_DOMAIN = 400
 _TYPICAL = 5
 _NEIGHBOURS = 3
@@ -58,7 +59,8 @@ def by_label(corpus: Spool, heldout: Spool, folder: Path) -> Discovered:
     """Domains as labelled, in order of name.
 
     Raises:
-        DataError: a document has no label, a label is reserved, or held-out text has a label the corpora lack.
+        DataError: a document has no label, a label is reserved, held-out text has a label the corpora lack, or two
+            domains would share a folder on some file system.
     """
     for spool in (corpus, heldout):
         _need_labels(spool)
@@ -72,50 +74,18 @@ def by_label(corpus: Spool, heldout: Spool, folder: Path) -> Discovered:
             f"held-out documents have the label {unknown[0]!r}, which no corpus has; labels of the corpora: "
             f"{', '.join(names[:20])}"
         )
-    _need_different_folders(names)
-    found = Discovered(names, Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
-    place = {name: number for number, name in enumerate(names)}
-    for spool, numbers in ((corpus, found.train), (heldout, found.heldout)):
-        table = np.array([place[label] for label in spool.labels], dtype=np.int64)
-        numbers.write(table[block] for block in spool.label_numbers())
-    return found
-
-
-def _need_different_folders(names: tuple[str, ...]) -> None:
-    """See that no two domains would share a folder on any file system.
-
-    Raises:
-        DataError: some would; all of them are named.
-    """
     by_folder: dict[str, list[str]] = {}
     for name in names:
         by_folder.setdefault(folder_name(name).casefold(), []).append(name)
     if colliding := [group for group in by_folder.values() if len(group) > 1]:
         shown = "; ".join(" and ".join(map(repr, group)) for group in colliding[:10])
         raise DataError(f"{len(colliding)} names of domains differ in the case of letters only: {shown}; rename them")
-
-
-def merged(found: Discovered, small: Mapping[str, int], into: str | None, folder: Path) -> Discovered:
-    """The same domains without the small ones, their documents left out or put `into` one domain.
-
-    Args:
-        found: the domains.
-        small: names of those that go.
-        into: name of the domain that takes their documents; None leaves them out.
-        folder: where the new numbers are kept.
-    """
-    names = tuple(sorted({name for name in found.names if name not in small} | ({into} if into else set())))
+    found = Discovered(names, Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
     place = {name: number for number, name in enumerate(names)}
-    table = np.array([place.get(name, place[into] if into else NO_LABEL) for name in found.names], dtype=np.int64)
-    result = Discovered(names, Numbers(folder / "train.merged.u4"), Numbers(folder / "heldout.merged.u4"))
-    for old, new in ((found.train, result.train), (found.heldout, result.heldout)):
-        new.write(_renumbered(iter(old), table))
-    return result
-
-
-def _renumbered(numbers: Iterator[int], table: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    while block := list(islice(numbers, 1 << 16)):
-        yield table[block]
+    for spool, numbers in ((corpus, found.train), (heldout, found.heldout)):
+        table = np.array([place[label] for label in spool.labels], dtype=np.int64)
+        numbers.write(table[block] for block in spool.label_numbers())
+    return found
 
 
 def _need_labels(spool: Spool) -> None:
@@ -129,6 +99,24 @@ def _need_labels(spool: Spool) -> None:
                 f"its corpus, or use domains.by: clusters"
             )
         start += len(block)
+
+
+def merged(found: Discovered, small: Mapping[str, int], into: str | None, folder: Path) -> Discovered:
+    """The same domains without the small ones, their documents left out or put `into` one domain.
+
+    Args:
+        found: The domains.
+        small: Names of the small ones.
+        into: Name of the domain that takes their documents; None leaves them out.
+        folder: Folder of the new numbers.
+    """
+    names = tuple(sorted({name for name in found.names if name not in small} | ({into} if into else set())))
+    place = {name: number for number, name in enumerate(names)}
+    table = np.array([place.get(name, place[into] if into else NO_LABEL) for name in found.names], dtype=np.int64)
+    result = Discovered(names, Numbers(folder / "train.merged.u4"), Numbers(folder / "heldout.merged.u4"))
+    for old, new in ((found.train, result.train), (found.heldout, result.heldout)):
+        new.write(table[block] for block in _batches(old, 1 << 16))
+    return result
 
 
 def by_clusters(
@@ -146,7 +134,8 @@ def by_clusters(
     found = Discovered((), Numbers(folder / "train.u4"), Numbers(folder / "heldout.u4"))
     if (folder / "names.json").exists():
         names = tuple(parse_json((folder / "names.json").read_text(encoding="utf-8")))
-        return dataclasses.replace(found, names=names), _saved_embedder(config, folder), Clusters.load(folder / "k.npz")
+        saved = TfidfSvd.load(folder) if embedding.kind == "tfidf" else SentenceTransformerEmbedder(embedding)
+        return dataclasses.replace(found, names=names), saved, Clusters.load(folder / "k.npz")
     lowest = Lowest(max(embedding.sample_documents, options.sample_documents))
     for digest, _ in corpus.digests():
         lowest.add(position(digest, config.seed, "clusters"))
@@ -196,26 +185,14 @@ def by_clusters(
     return dataclasses.replace(found, names=names), embedder, fewer
 
 
-def _saved_embedder(config: DataConfig, folder: Path) -> Embedder:
-    if config.domains.embedder.kind == "tfidf":
-        return TfidfSvd.load(folder)
-    return SentenceTransformerEmbedder(config.domains.embedder)
-
-
-def _batches(documents: Iterable[Document], count: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == count:
-            yield batch
-            batch = []
-    if batch:
+def _batches(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while batch := list(islice(rest, count)):
         yield batch
 
 
 def _embedded(embedder: Embedder, texts: list[str], count: int) -> Iterator[NDArray[np.float32]]:
-    for start in range(0, len(texts), count):
-        yield embedder.embed(texts[start : start + count])
+    return map(embedder.embed, _batches(texts, count))
 
 
 @dataclass(frozen=True)
@@ -248,12 +225,12 @@ def describe(
     """Centroids from a bounded sample of training documents, then histogram, basis and facts.
 
     Args:
-        names: the D domains, the target's own (if it is one) last.
-        documents: starts a new pass over training documents with their domain's number.
+        names: Names of the D domains, the target's own (if it is one) last.
+        documents: Starts a new pass over training documents with their domain's number.
         sizes_D: UTF-8 bytes of training text per domain.
-        target: starts a new pass over the target's training documents.
-        config: the data section.
-        known: embedder and clusters, where the domains were discovered; their centroids are then used.
+        target: Starts a new pass over the target's training documents.
+        config: The data section.
+        known: Embedder and clusters, where the domains were discovered; their centroids are then used.
     """
     embedding = config.domains.embedder
     domains = len(names)
@@ -295,16 +272,16 @@ def describe(
     shares_D = None if target_N is None else histogram(target_N, domains, config.domains.histogram_smoothing)
     basis_ND = None
     options = config.domains.basis
-    if options is not None and options.of == "target_shards":
-        assert target_N is not None
-        assert options.count is not None
-        basis_ND = basis_from_shards(target_N, options.count, domains, options.smoothing)
-    elif options is not None and options.of == "groups":
-        assert options.count is not None
-        basis_ND = basis_from_groups(centroids_DE, sizes_D, options.count, config.seed, options.smoothing)
-    elif options is not None:
+    if options is not None and options.of == "sets":
         sets = [place(_read(corpus, reading)) for corpus in options.sets]
         basis_ND = basis_from_sets(sets, domains, options.smoothing)
+    elif options is not None:
+        assert options.count is not None
+        if options.of == "groups":
+            basis_ND = basis_from_groups(centroids_DE, sizes_D, options.count, config.seed, options.smoothing)
+        else:
+            assert target_N is not None
+            basis_ND = basis_from_shards(target_N, options.count, domains, options.smoothing)
     facts_of_embedder = {"fingerprint": embedder.fingerprint, "dimensions": embedder.dimensions, "kind": embedding.kind}
     return Described(shares_D, basis_ND, facts, facts_of_embedder, reading)
 

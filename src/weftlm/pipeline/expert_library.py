@@ -1,34 +1,32 @@
-"""A library of experts kept by hand: import adapters, look at experts, merge some, remove some."""
+"""A library of experts kept by hand: import adapters, look at experts, merge some, remove some.
+
+Importing this file needs no torch, so that a library is listed at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
 from weftlm.corpora.labels import folder_name
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert, base_name, is_folder
-from weftlm.experts.files import CONFIG, GATE, METADATA, STATISTICS, WEIGHTS, parse_metadata
 from weftlm.experts.library import MANIFEST, ExpertLibrary
 from weftlm.experts.peft_import import fetch_adapter, read_peft
-from weftlm.files import parse_json
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from weftlm.pipeline.recipe import Recipe
+
 log = logging.getLogger(__name__)
 
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
+
+# -- importing ----------------------------------------------------------------------------------------------------
 
 
 def import_experts(
@@ -44,19 +42,18 @@ def import_experts(
 ) -> list[Expert]:
     """Add PEFT LoRA adapters to a library, which is started where there is none: all of them, or none.
 
-    The very same again changes nothing. Where the base is a folder here, it is fingerprinted
-    for a new library, and the adapters' modules and shapes are compared with its own; a base on the hub is compared
-    when it is loaded.
+    The very same again changes nothing. Where the base is a folder here, it is fingerprinted for a new library, and the
+    adapters' modules and shapes are compared with its own; a base on the hub is compared when it is loaded.
 
     Args:
-        folder: the library's.
-        sources: folders or hub ids.
-        name: of the expert; the last part of its source where None. For a single source.
-        revision: hub branch, tag or commit of the adapters.
-        base: of a new library; the base the first adapter names where None.
-        base_revision: hub revision of `base`.
-        assume_base: take adapters that name another base, or none, as made for the library's.
-        replace_known: put them in the place of experts of their names, once they are read and checked.
+        folder: Folder of the library.
+        sources: Folders or hub ids of the adapters.
+        name: Name of the expert, for a single source; the last part of its source where None.
+        revision: Hub branch, tag or commit of the adapters.
+        base: Base of a new library; the base the first adapter names where None.
+        base_revision: Hub revision of `base`.
+        assume_base: Whether adapters that name another base, or none, are taken as made for the library's.
+        replace_known: Whether they replace experts of their names, once they are read and checked.
     Raises:
         ConfigError: one name for several sources, two that would share a name, a base for a library that has another,
             or the base cannot be loaded.
@@ -93,9 +90,9 @@ def import_name(source: str) -> str:
 
 def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]:
     """A base with its fingerprint, and its modules and shapes; None for both where it is not a folder here."""
-    from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
-    from weftlm.models.lora_targets import outline  # noqa: PLC0415 - torch; listing a library needs none
-    from weftlm.models.open import config_at_hand, load_base  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch
+    from weftlm.models.lora_targets import outline  # noqa: PLC0415 - torch
+    from weftlm.models.open import config_at_hand, load_base  # noqa: PLC0415 - torch
 
     if not is_folder(reference.name):
         log.warning(
@@ -112,7 +109,7 @@ def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]
 
 def _named_base(source: str, revision: str | None) -> BaseReference:
     """The base an adapter says it is for."""
-    from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch
 
     folder = Path(source) if is_folder(source) else fetch_adapter(source, revision)
     reference = read_lora(folder).base
@@ -121,6 +118,58 @@ def _named_base(source: str, revision: str | None) -> BaseReference:
             f"{source!r} does not name its base; name it for the new library (--base), with --assume-base"
         )
     return BaseReference(base_name(reference.name), reference.revision)
+
+
+def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Bring the adapters of `experts.imports` into the library; those that are there already are kept.
+
+    Args:
+        recipe: Recipe with the imports.
+        replace: Whether experts of the same names are replaced, each once the new one is whole.
+        progress: Whether progress is shown on stderr.
+    Returns:
+        By name: source, and whether it has a gate and statistics.
+    Raises:
+        ExpertError: an adapter cannot be read, or another expert has its name and `replace` is not set.
+        ConfigError, DataError: as `import_experts` and `gate_expert`.
+    """
+    from weftlm.pipeline.experts import gate_expert  # noqa: PLC0415 - torch
+    from weftlm.pipeline.prepare import prepare  # noqa: PLC0415 - torch
+
+    folder, settings = recipe.library_folder, recipe.expert_settings
+    for each in settings.imports:
+        known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
+        if known is not None and each.title in known:
+            source = known.card(each.title).get("source")
+            if source != each.source and not replace:
+                raise ExpertError(
+                    f"expert {each.title!r} in {folder} came from {source!r}, not from {each.source!r}; replace it "
+                    "(weftlm run --from experts), or give the import another name"
+                )
+            if not replace:
+                continue
+        import_experts(
+            folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
+            base_revision=settings.revision, assume_base=each.assume_base, replace_known=replace,
+        )  # fmt: skip
+    wanted = {each.title: each.domain for each in settings.imports if each.domain is not None}
+    if wanted:
+        prepare(recipe.data, recipe.prepared_folder, progress=progress)
+    library = ExpertLibrary.open(folder)
+    for name, domain in wanted.items():
+        if not library.has_gate(name) or (settings.statistics_examples and not library.has_statistics(name)):
+            gate_expert(recipe, name, domain=domain, progress=progress)
+    return {
+        each.title: {
+            "source": each.source,
+            "gate": library.has_gate(each.title),
+            "statistics": library.has_statistics(each.title),
+        }
+        for each in settings.imports
+    }
+
+
+# -- looking, merging, removing ---------------------------------------------------------------------------------------
 
 
 def list_experts(folder: Path) -> list[dict[str, Any]]:
@@ -179,48 +228,25 @@ def show_expert(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ExpertError: there is no such expert, or it is broken.
     """
+    from weftlm.experts.lora import update_norm  # noqa: PLC0415 - torch
+
     library = ExpertLibrary.open(folder)
     name = library.named(name)
-    data = library.contents(name)
-    try:
-        config, factors = parse_json(data[CONFIG]), load(data[WEIGHTS])
-        modules = {
-            module.group(1): _described(config, module.group(1), factors)
-            for module in map(_FACTOR.fullmatch, sorted(factors))
-            if module is not None
-        }
-        facts = {
-            file: parse_json(parse_metadata(data[file])[METADATA])["facts"] if file in data else None
-            for file in (GATE, STATISTICS)
-        }
-        sound = all(math.isfinite(each["update_norm"]) for each in modules.values())
-    except (SafetensorError, ArithmeticError, LookupError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        library.load(name)  # which says what is wrong with it
-        raise ExpertError(f"expert {name!r} is no LoRA adapter that can be shown; remove it and add it again")
+    expert = library.load(name)
+    modules = expert.lora.modules
     return {
         "name": name,
         "folder": str(library.path(name)),
         "base": asdict(library.base_of(name)),
-        "parameters": sum(factor.size for factor in factors.values()),
-        "modules": modules,
-        "gate": facts[GATE],
-        "statistics": facts[STATISTICS],
+        "parameters": sum(each.A_RI.numel() + each.B_OR.numel() for each in modules.values()),
+        "modules": {
+            module: {"rank": each.rank, "scale": each.scale, "update_norm": update_norm(each)}
+            for module, each in modules.items()
+        },
+        "gate": None if expert.gate is None else expert.gate.facts,
+        "statistics": None if expert.statistics is None else expert.statistics.facts,
         "card": library.card(name),
     }
-
-
-def _described(config: dict[str, Any], module: str, factors: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
-    """Rank, scale and size of the update of a module, from what `lora_files` wrote.
-
-    scale = alpha / rank                ||scale B A||^2 = scale^2 sum over r, r' of (A A^T)_rr' (B^T B)_rr'
-    """
-    prefix = f"base_model.model.{module}.lora_"
-    A_RI, B_OR = (factors[f"{prefix}{factor}.weight"].astype(np.float64) for factor in "AB")
-    scale = config["alpha_pattern"].get(f"^{re.escape(module)}", config["lora_alpha"]) / len(A_RI)
-    squared = float(((A_RI @ A_RI.T) * (B_OR.T @ B_OR)).sum())
-    return {"rank": len(A_RI), "scale": scale, "update_norm": abs(scale) * math.sqrt(max(squared, 0.0))}
 
 
 def merge_in_library(
@@ -237,12 +263,12 @@ def merge_in_library(
         dW = sum over z of w_z scale_z B_z A_z
 
     Args:
-        folder: the library's.
-        names: the experts.
-        into: name under which the result joins the library; it has neither gate nor statistics.
-        weights: w_z; 1 / number of experts where None.
-        rank: of the result; exact, of the sum of ranks, where None.
-        to: where the result is written as a PEFT folder.
+        folder: Folder of the library.
+        names: Names of the experts.
+        into: Name of the result in the library; it has neither gate nor statistics.
+        weights: w_z by expert; 1 / number of experts where None.
+        rank: Rank of the result; the sum of ranks, which is exact, where None.
+        to: PEFT folder of the result.
     Returns:
         name, ranks, the weights by expert, share of the update's norm kept by truncation, library and folder.
     Raises:
@@ -255,8 +281,8 @@ def merge_in_library(
     names = [library.named(name) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"an expert is named twice in {', '.join(names)}; give it a larger weight instead")
-    from weftlm.experts.lora import update_norm, write_lora  # noqa: PLC0415 - torch; listing a library needs none
-    from weftlm.experts.merge import merge_experts  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.experts.lora import update_norm, write_lora  # noqa: PLC0415 - torch
+    from weftlm.experts.merge import merge_experts  # noqa: PLC0415 - torch
 
     experts = [library.load(name).lora for name in names]
     name = into if into is not None else Path(str(to)).name

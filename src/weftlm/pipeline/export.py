@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,18 +67,18 @@ def export_model(
     """Write a model in a format that needs no weftlm to load.
 
     Args:
-        path: as of `open_model`, or an expert library.
-        output: new folder; it appears whole or not at all.
+        path: Model as of `open_model`, or an expert library.
+        output: Folder of the result, new; it appears whole or not at all.
         format: `hf`, `peft` or `gguf`.
-        router: of a routed model or a library, in one word as of `weftlm route eval`: `merged`, `single:expert=a`,
-            `uniform`; its weights are folded in. None: the routed model's own router.
-        expert: export this one alone.
-        base: another place to load the base from.
-        revision: of a base or model on the hub.
-        tokenizer: folder or hub name; None for the one that comes with the model.
-        dtype: weights are written in; None: float32, or what a routed or gated model is held in.
-        converter: llama.cpp's convert_hf_to_gguf.py, or the folder it is in; None to look for it (`find_converter`).
-        outtype: of the GGUF's weights, as the converter takes it.
+        router: Router of a routed model or a library by whose weights the experts are folded in, in one word as of
+            `weftlm route eval`: `merged`, `single:expert=a`, `uniform`. None: the routed model's own router.
+        expert: Name of the one expert to export.
+        base: Folder or hub name of the base, where it has moved.
+        revision: Hub revision of the base or model.
+        tokenizer: Folder or hub name of the tokenizer; None for the one that comes with the model.
+        dtype: Data type of the written weights; None: float32, or that of a routed or gated model.
+        converter: llama.cpp's convert_hf_to_gguf.py, or its folder; None to look for it (`find_converter`).
+        outtype: Type of the GGUF's weights, as the converter takes it.
     Returns:
         source, output, format, kind, weight by expert, base, dtype, parameters and files.
     Raises:
@@ -94,18 +94,20 @@ def export_model(
         raise ConfigError("a router folds experts, and one expert alone has none; give --router or --expert, not both")
     folder, output = Path(path), Path(output)
     if format == "peft":
-        if router is not None:
-            raise ConfigError("--router folds experts into one model; --format peft writes each as it is: leave it out")
-        for option, given in (("--dtype", dtype), ("--tokenizer", tokenizer)):
+        for option, given in (("--router", router), ("--dtype", dtype), ("--tokenizer", tokenizer)):
             if given is not None:
                 raise ConfigError(f"{option} {given}: --format peft writes adapters as they are: leave it out")
         return _export_adapters(folder, output, expert, base, revision)
     script = find_converter(converter) if format == "gguf" else None
-    opened = (
-        _open_library(folder, router, expert, base, revision, tokenizer, dtype)
-        if (folder / LIBRARY).exists()
-        else open_model(path, base=base, revision=revision, tokenizer=tokenizer, dtype=dtype or "float32")
-    )
+    how: dict[str, Any] = {
+        "base": base, "revision": revision, "tokenizer": tokenizer, "dtype": dtype or "float32",
+    }  # fmt: skip
+    if (folder / LIBRARY).exists() and router is None and expert is None:
+        raise ConfigError(
+            f"{folder} is a library of experts; say how they become one model (--router merged), which one to export "
+            "(--expert NAME), or write them as PEFT adapters (--format peft)"
+        )
+    opened = _open_library(folder, expert, **how) if (folder / LIBRARY).exists() else open_model(path, **how)
     model, weights = _one_set_of_weights(opened, router, expert)
     if dtype is not None:
         nn.Module.to(model, DTYPES[dtype])
@@ -133,27 +135,14 @@ def export_model(
 
 
 def _open_library(
-    folder: Path,
-    router: str | None,
-    expert: str | None,
-    base: str | None,
-    revision: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
+    folder: Path, expert: str | None, base: str | None, revision: str | None, tokenizer: str | None, dtype: str
 ) -> OpenModel:
     """The experts of a library over their base, as if they had been routed."""
     library = ExpertLibrary.open(folder)
-    if router is None and expert is None:
-        raise ConfigError(
-            f"{folder} is a library of experts; say how they become one model (--router merged), which one to export "
-            "(--expert NAME), or write them as PEFT adapters (--format peft)"
-        )
     place = base_name(library.base.name if base is None else base)
     revision = library.base.revision if base is None else revision
     experts = None if expert is None else [expert]
-    routed = RoutedModel.from_library(
-        place, library, "merged", experts=experts, revision=revision, dtype=dtype or "float32"
-    )
+    routed = RoutedModel.from_library(place, library, "merged", experts=experts, revision=revision, dtype=dtype)
     found = find_tokenizer(place, revision) if tokenizer is None else find_tokenizer(tokenizer)
     if found is None:
         raise DataError(f"the base {tokenizer or place} comes without a tokenizer; name one (--tokenizer)")
@@ -164,41 +153,50 @@ def _one_set_of_weights(
     opened: OpenModel, router: str | None, expert: str | None
 ) -> tuple[PreTrainedModel, dict[str, float] | None]:
     """A plain model, and the weight of each expert in it; None where it has no experts."""
+    path = opened.path
     if isinstance(opened.model, RoutedModel):
-        routed = opened.model
-        weights = {expert_name(expert): 1.0} if expert is not None else _fixed_weights(opened, router)
-        known = {each.name: each.lora for each in routed.experts}
-        chosen = [_named(name, known, opened.path) for name, weight in weights.items() if weight]
-        model = routed.unload()
-        merged = merge_experts(chosen, [weight for weight in weights.values() if weight], name="folded")
-        return _folded(model, merged, opened.path), weights
+        known = {each.name: each.lora for each in opened.model.experts}
+        weights = _fixed_weights(opened, router) if expert is None else {expert_name(expert): 1.0}
+        _refuse_unknown(weights, list(known), path)
+        used = {name: weight for name, weight in weights.items() if weight}
+        merged = merge_experts([known[name] for name in used], list(used.values()), name="folded")
+        return _folded(opened.model.unload(), merged, path), weights
     if router is not None:
-        raise ConfigError(f"--router is for routed models and expert libraries; {opened.path} is {opened.kind}")
+        raise ConfigError(f"--router is for routed models and expert libraries; {path} is {opened.kind}")
     if isinstance(opened.model, ModularLM):
         pool = opened.model.pool
         if expert is None:
             raise ConfigError(
-                f"{opened.path} is a gated model: it mixes the predictions of {len(pool)} models anew for every token, "
-                "which no single checkpoint can. Export the dense student (students.dense of weftlm gate distil), or "
-                f"one of its models: --expert {'|'.join(pool.names)}"
+                f"{path} is a gated model: it mixes the predictions of {len(pool)} models anew for every token, which "
+                "no single checkpoint can. Export the dense student (students.dense of weftlm gate distil), or one of "
+                f"its models: --expert {'|'.join(pool.names)}"
             )
         member = pool.members[pool.place(expert)]
         pool.release()
-        return member.model if member.lora is None else _folded(member.model, member.lora, opened.path), {expert: 1.0}
+        return member.model if member.lora is None else _folded(member.model, member.lora, path), {expert: 1.0}
     if expert is not None:
-        raise ConfigError(f"--expert names a part of a routed or gated model; {opened.path} is one set of weights")
+        raise ConfigError(f"--expert names a part of a routed or gated model; {path} is one set of weights")
     if isinstance(opened.model, PeftModel):
         adapter = from_peft_model(opened.model, "adapter", base=BaseReference(""))
         wanted_BTV = probe_logits(opened.model)
-        return _folded(opened.model.unload(), adapter, opened.path, wanted_BTV), None
+        return _folded(opened.model.unload(), adapter, path, wanted_BTV), None
     return opened.model, None
+
+
+def _refuse_unknown(names: Iterable[str], known: Sequence[str], path: Path | str) -> None:
+    for name in names:
+        if name not in known:
+            raise ExpertError(f"{path} has no expert {name!r}; it has {', '.join(known)}")
 
 
 def _folded(model: PreTrainedModel, expert: LoRAExpert, path: str, wanted_BTV: Tensor | None = None) -> PreTrainedModel:
     """The model with an adapter in its weights, which gives the logits of the model with the adapter beside them.
 
     Args:
-        wanted_BTV: those logits; None to take them here.
+        model: Model without the adapter.
+        expert: The adapter.
+        path: Name of the model in messages.
+        wanted_BTV: The logits to give; None to take them here.
     Raises:
         CheckpointError: it does not.
     """
@@ -220,20 +218,13 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
     section = routed.router.config if spec is None else parse_router(spec)
     built = build_router(section, routed.experts, routed.sites)
     names = [each.name for each in routed.experts]
-    weights_E = built.static_weights_E
-    if weights_E is None:
+    if built.static_weights_E is None:
         raise ConfigError(
             f"router {built.config.router!r} of {opened.path} chooses experts anew for every token or text, which no "
             f"single checkpoint can. Fold them with fixed weights (--router merged, --router single:expert={names[0]}),"
             f" export one (--expert {'|'.join(names)}), or write them as PEFT adapters (--format peft)"
         )
-    return dict(zip(names, weights_E.tolist(), strict=True))
-
-
-def _named(name: str, known: Mapping[str, LoRAExpert], path: str) -> LoRAExpert:
-    if name not in known:
-        raise ExpertError(f"{path} has no expert {name!r}; it has {', '.join(known)}")
-    return known[name]
+    return dict(zip(names, built.static_weights_E.tolist(), strict=True))
 
 
 # -- adapters -----------------------------------------------------------------------------------------------------
@@ -254,21 +245,29 @@ def _export_adapters(
             f"--format peft writes the experts of a routed model or of an expert library, and {folder} is neither; "
             "use --format hf"
         )
-    expert = None if expert is None else expert_name(expert)
-    if expert is not None and expert not in names:
-        raise ExpertError(f"{folder} has no expert {expert!r}; it has {', '.join(names)}")
+    chosen = names if expert is None else [expert_name(expert)]
+    _refuse_unknown(chosen, names, folder)
     reference = library.base
     if base is not None:
         reference = BaseReference(base_name(base), revision, reference.fingerprint)
     elif (folder / BASE / "config.json").exists():
         reference = replace(reference, name=base_name(str(folder / BASE)), revision=None)
-    chosen = names if expert is None else [expert]
     with whole_folder(output, "exported adapters") as making:
-        model = _base_to_compare(reference, library.base)
+        here = reference if Path(reference.name).is_dir() else library.base
+        try:
+            model = load_base(here.name, revision=here.revision)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. Adapters are compared on their base when they are exported; name it (--base)"
+            ) from error
         for name in chosen:
             lora = library.load(name).lora
             write_lora(making / name, replace(lora, base=reference))
-            _check_adapter(making / name, lora, model)
+            with adapted(model, lora):
+                wanted_BTV = probe_logits(model)
+            with unchanged(model), peft_warnings():  # as PEFT alone loads what was written
+                found_BTV = probe_logits(PeftModel.from_pretrained(model, str(making / name), use_safetensors=True))
+            require_same_logits(found_BTV, wanted_BTV, str(making / name), model.dtype)
         (making / "README.md").write_text(_how_to_load(output, reference, chosen), encoding="utf-8")
         return {
             "source": str(folder),
@@ -279,34 +278,6 @@ def _export_adapters(
             "base": reference.name,
             "files": sorted(file.name for file in making.iterdir()),
         }
-
-
-def _base_to_compare(reference: BaseReference, own: BaseReference) -> PreTrainedModel:
-    """The base that written adapters are tried on: the one they will name where it is here, else their own.
-
-    Raises:
-        ConfigError: neither can be opened.
-    """
-    base = reference if Path(reference.name).is_dir() else own
-    try:
-        return load_base(base.name, revision=base.revision)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}. Adapters are compared on their base when they are exported; name it (--base)"
-        ) from error
-
-
-def _check_adapter(folder: Path, lora: LoRAExpert, model: PreTrainedModel) -> None:
-    """Load a written adapter with PEFT alone and compare it with the expert it came from.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    with adapted(model, lora):
-        wanted_BTV = probe_logits(model)
-    with unchanged(model), peft_warnings():
-        found_BTV = probe_logits(PeftModel.from_pretrained(model, str(folder), use_safetensors=True))
-    require_same_logits(found_BTV, wanted_BTV, str(folder), model.dtype)
 
 
 def _how_to_load(output: Path, base: BaseReference, names: Sequence[str]) -> str:
@@ -345,28 +316,28 @@ def find_converter(given: Path | None = None) -> Path:
     """llama.cpp's `convert_hf_to_gguf.py`.
 
     Args:
-        given: the script or the folder it is in; None: the folder in the environment variable LLAMA_CPP, then PATH.
+        given: The script or its folder; None: the folder in the environment variable LLAMA_CPP, then PATH.
     Raises:
         ConfigError: it is not there.
     """
-    named = given if given is not None else Path(value) if (value := os.environ.get("LLAMA_CPP")) else None
-    if named is not None:
-        places = [named, *(named / name for name in _CONVERTERS)]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            raise ConfigError(
-                f"{'--converter' if given is not None else 'LLAMA_CPP'} is {named}, where there is no {CONVERTER}; "
-                "name that script or the folder it is in"
-            )
-        return found.resolve()
-    on_path = next((place for name in _CONVERTERS if (place := shutil.which(name)) is not None), None)
-    if on_path is None:
+    named = os.environ.get("LLAMA_CPP") if given is None else str(given)
+    if named:
+        places = [Path(named), *(Path(named) / name for name in _CONVERTERS)]
+    else:
+        places = [Path(known) for name in _CONVERTERS if (known := shutil.which(name)) is not None]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
+    if named:
         raise ConfigError(
-            f"GGUF files are written by llama.cpp's own {CONVERTER}, which is not here; clone "
-            "https://github.com/ggml-org/llama.cpp, install its requirements (pip install gguf), and name the folder: "
-            "--converter FOLDER, or the environment variable LLAMA_CPP"
+            f"{'LLAMA_CPP' if given is None else '--converter'} is {named}, where there is no {CONVERTER}; name that "
+            "script or the folder it is in"
         )
-    return Path(on_path)
+    raise ConfigError(
+        f"GGUF files are written by llama.cpp's own {CONVERTER}, which is not here; clone "
+        "https://github.com/ggml-org/llama.cpp, install its requirements (pip install gguf), and name the folder: "
+        "--converter FOLDER, or the environment variable LLAMA_CPP"
+    )
 
 
 def _convert(script: Path, checkpoint: Path, file: Path, outtype: str) -> None:

@@ -1,25 +1,122 @@
-"""The held-out sets of prepared data as a recipe's experts are scored on them."""
+"""Models measured on the same held-out text and tasks, window by window, so that differences are paired."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from weftlm.corpora.source import Source
+from weftlm.corpora.tokens import Tokenizer
+from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.config import EvaluationConfig
+from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result
+from weftlm.evaluation.suite import SuiteResult, evaluate_suite, suite_difference
+from weftlm.evaluation.tasks import Questions, read_tasks, score_tasks
 from weftlm.experts.examples import training_source
+from weftlm.files import read_object
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
-def heldout_sets(data: PreparedData, examples: bool | None) -> tuple[dict[str, Source], Source | None]:
-    """Held-out text by domain, and the target's.
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """What models are compared on.
+
+    Attributes:
+        domains: Held-out text by domain.
+        target: Held-out text of the target; None without a target.
+        questions: Questions of the tasks.
+        config: Extent of the evaluation.
+        length: Tokens of a window.
+        device: Device that the models are on.
+    """
+
+    domains: Mapping[str, Source]
+    target: Source | None
+    questions: Questions
+    config: EvaluationConfig
+    length: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, data: PreparedData, config: EvaluationConfig, length: int, device: torch.device
+    ) -> HeldOut:
+        """The held-out sets of prepared data, documents with prompts as the recipe's experts read them.
+
+        Raises:
+            ConfigError: nothing is held out, or examples are asked of plain text.
+        """
+        examples = recipe.expert_settings.examples if recipe.has_experts else None
+        domains = {
+            domain.name: training_source(domain.heldout, domain.name, examples)
+            for domain in data.domains
+            if domain.heldout is not None
+        }
+        target = data.target_heldout
+        if target is None and not domains:
+            raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
+        source = None if target is None else training_source(target, "target", examples)
+        return cls(domains, source, read_tasks(config.tasks), config, length, device)
+
+    def score(self, model: Any, tokenizer: Tokenizer) -> SuiteResult:
+        """Evaluate a model on every set and task."""
+        result = evaluate_suite(
+            model, self.domains, self.target,
+            sequence_length=self.length, config=self.config, device=self.device,
+        )  # fmt: skip
+        tasks = score_tasks(
+            model, tokenizer, self.questions,
+            batch_size=self.config.batch_size, max_length=self.length, device=self.device,
+        )  # fmt: skip
+        return replace(result, tasks=tasks)
+
+
+def difference(result: SuiteResult, base: SuiteResult) -> dict[str, Any] | None:
+    """A model minus the base in bits per byte, window by window; None where the two did not read the same windows.
+
+    Returns:
+        `sets` by name, `mean` over all sets, and `generic` over the domains where there are any, each with its
+        standard error.
+    """
+    try:
+        sets = suite_difference(result, base)
+    except DataError as error:
+        log.info("no paired difference to the base: %s", error)
+        return None
+    means = {"generic": sets.pop("generic")} if result.domains else {}
+    means["mean"] = mean_result(sets)
+    return {
+        **{name: _bits(one) for name, one in means.items()},
+        "sets": {name: _bits(one) for name, one in sets.items()},
+    }
+
+
+def _bits(one: MeanResult) -> dict[str, float | None]:
+    return {key: finite_or_none(getattr(one, key)) for key in ("bits_per_byte", "bits_per_byte_se")}
+
+
+def read_measured(path: Path, stage: str, holds: str) -> dict[str, Any]:
+    """What a stage has measured.
 
     Args:
-        data: prepared.
-        examples: as `experts.examples`: False has documents with prompts scored as text.
+        path: File of the stage.
+        stage: Name of the stage.
+        holds: Key that the file must hold.
     Raises:
-        ConfigError: examples are asked of plain text.
+        DataError: the stage has not been carried out, the file is torn, or an earlier version wrote it.
     """
-    domains = {
-        domain.name: training_source(domain.heldout, domain.name, examples)
-        for domain in data.domains
-        if domain.heldout is not None
-    }
-    target = data.target_heldout
-    return domains, None if target is None else training_source(target, "target", examples)
+    cure = f"make it again: weftlm run --from {stage}"
+    found = read_object(path, cure)
+    if found is None:
+        raise DataError(f"{path} is not there; {cure}")
+    if holds not in found:
+        raise DataError(f"{path} was written by an earlier version; {cure}")
+    return found

@@ -1,13 +1,19 @@
-"""Routed models from a library: built, looked into, and judged beside the base and the single experts."""
+"""Routed models from a library: built, traced on a text, and compared with the base and the single experts.
+
+<run>/routing.json          the comparison of the stage `route`
+<run>/routed/ROUTER/        a routed model (`weftlm route build`)
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +21,26 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import ConfigError
 from weftlm.evaluation.config import EvaluationConfig
-from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result
-from weftlm.evaluation.suite import SuiteResult, evaluate_suite, suite_difference
-from weftlm.evaluation.tasks import Questions, read_tasks, score_tasks
+from weftlm.evaluation.result import mean_result
+from weftlm.evaluation.suite import SuiteResult
+from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.experts.expert import base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.fan_out import Task, fan_out, keep, new_key
-from weftlm.files import refuse_full, whole_folder
+from weftlm.files import refuse_full, whole_folder, write_object
+from weftlm.models.prompted import is_encoder_decoder
+from weftlm.pipeline.any_model import TOKENIZER, OpenModel, open_model
 from weftlm.pipeline.base import open_base
 from weftlm.pipeline.experts import shared_folders
-from weftlm.pipeline.heldout import heldout_sets
+from weftlm.pipeline.heldout import HeldOut, difference, read_measured
+from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.progress import progress as show_progress
+from weftlm.reporting.score_table import Role
 from weftlm.routing.config import RouterConfig, parse_router, router_config, routers
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.routing.trace import Trace
@@ -38,10 +48,8 @@ from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer"
-"""Folder of the tokenizer in a routed model's folder."""
 BASE, BEST_SINGLE, ORACLE = "base", "best single", "oracle"
-
+ROLES: Mapping[str, Role] = {BASE: "base", BEST_SINGLE: "expert", ORACLE: "bound"}
 RouterSection = Mapping[str, Any] | RouterConfig | str
 
 
@@ -63,15 +71,15 @@ def build_route(
     """Write a routed model: the router's section, its experts, the base's tokenizer, and on request the base.
 
     Args:
-        library: folder of the experts.
-        router: a router's name or section.
-        output: new folder.
-        base: where to load the base from; None for where the library says.
-        revision: of the base on the hub; None for the one the library says, where `base` is None.
-        experts: names of those to route among; None for all.
-        dtype: the base is held in.
-        copy_base: write the base's weights too, so that the folder stands on its own.
-        replace: what the folder holds, once the routed model is whole.
+        library: Folder of the experts.
+        router: Name or section of the router.
+        output: Folder of the routed model, new.
+        base: Folder or hub name of the base; None for the library's own.
+        revision: Hub revision of the base; None for the library's own, where `base` is None.
+        experts: Names of the experts to route among; None for all.
+        dtype: Data type of the base's parameters.
+        copy_base: Whether the base's weights are written too.
+        replace: Whether another routed model in the folder is replaced, once this one is whole.
     Returns:
         output, base, router, experts, those left out with the reason, adapted modules, and whether there is a
         tokenizer.
@@ -106,7 +114,7 @@ def build_route(
     }
 
 
-# -- looking ------------------------------------------------------------------------------------------------------
+# -- tracing ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,8 @@ class TracedText:
     """The routing of a text.
 
     Attributes:
-        trace: who worked on each token in each module.
-        tokens: the text of each token.
+        trace: Weights of the experts by token and module.
+        tokens: Text of each token.
     """
 
     trace: Trace
@@ -127,110 +135,34 @@ class TracedText:
 
 
 def trace_text(folder: Path, text: str, *, base: str | None = None, device: str = "auto") -> TracedText:
-    """Run a routed model on a text and tell who worked on each token.
+    """Run a routed model on a text and note which experts handle each token.
 
     Args:
-        folder: what `build_route` wrote.
-        text: any text.
-        base: another place to load the base from.
-        device: where to run.
+        folder: Folder of the routed model.
+        text: Text to run it on.
+        base: Folder or hub name of the base, where it has moved.
+        device: Device to run on.
     Raises:
         ConfigError: the folder holds no routed model, the text is empty or too long, or the router gives every token
             the same experts.
-        DataError: the folder holds no tokenizer.
+        DataError: neither the folder nor the base holds a tokenizer.
     """
-    transformers_logging.disable_progress_bar()
-    return trace_opened(RoutedModel.from_pretrained(folder, base=base, device=device), folder, text)
+    return trace_opened(open_model(folder, base=base, device=device, encoder_decoder=True), text)
 
 
-def trace_opened(model: RoutedModel, folder: Path, text: str) -> TracedText:
-    """As `trace_text`, of a routed model that was opened from its folder."""
-    if not (folder / TOKENIZER).is_dir():
-        raise DataError(f"{folder} holds no tokenizer; save the base's there: tokenizer.save_pretrained({TOKENIZER!r})")
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    ids = tokenizer.encode_batch([text])[0].astype("int64")
-    longest = getattr(model.config, "max_position_embeddings", None)
+def trace_opened(opened: OpenModel, text: str) -> TracedText:
+    """As `trace_text`, of a model that is open."""
+    if opened.kind != "routed":
+        raise ConfigError(f"{opened.path} is no routed model; write one with weftlm route build")
+    ids = opened.tokenizer.encode_batch([text])[0].astype("int64")
+    longest = opened.max_length
     if not len(ids) or (longest is not None and len(ids) > longest):
         raise ConfigError(f"the text has {len(ids)} tokens; the model reads from 1 to {longest or 'any number of'}")
-    model.router.set_decode(tokenizer.decode)
-    (trace,) = model.trace(torch.from_numpy(ids)[None].to(model.device))
-    return TracedText(trace, tuple(tokenizer.decode([token]) for token in trace.tokens))
+    (trace,) = opened.model.trace(torch.from_numpy(ids)[None].to(opened.model.device))
+    return TracedText(trace, tuple(opened.tokenizer.decode([token]) for token in trace.tokens))
 
 
-# -- judging ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RouteEvaluation:
-    """How well a base does with its experts routed in several ways.
-
-    Attributes:
-        base: the base alone.
-        routes: by router, as given.
-        singles: every expert alone, for all text; empty where that was not asked for.
-        best_single: the expert with the lowest mean over the domains; chosen on this very held-out text.
-        oracle: for each set the best expert; it looks at the held-out text it is scored on, so it is a bound and not a
-            method.
-        notes: what a reader must know of the numbers.
-        experts: names of the pool.
-        left_out: experts of the library that cannot be used, with the reason.
-    """
-
-    base: SuiteResult
-    routes: dict[str, SuiteResult]
-    singles: dict[str, SuiteResult]
-    best_single: str | None
-    oracle: dict[str, str]
-    notes: tuple[str, ...]
-    experts: tuple[str, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> dict[str, SuiteResult]:
-        """Base, routers, best single expert and oracle, by label."""
-        found = {BASE: self.base, **self.routes}
-        if self.best_single is not None:
-            found[BEST_SINGLE] = self.singles[self.best_single]
-            found[ORACLE] = self.oracle_result
-        return found
-
-    @property
-    def oracle_result(self) -> SuiteResult:
-        """Each set's best expert, as one evaluation."""
-        sets = {name: self.singles[expert].sets[name] for name, expert in self.oracle.items()}
-        domains = {name: sets[name] for name in self.base.domains}
-        mean = mean_result(domains) if domains else None
-        return SuiteResult(sets, mean, sequence_length=self.base.sequence_length)
-
-    @property
-    def minus_base(self) -> dict[str, dict[str, MeanResult]]:
-        """Each row minus the base, as `suite_difference`."""
-        return {label: suite_difference(row, self.base) for label, row in self.rows.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """Every row with its sets, the mean over domains, and the paired difference to the base in bits per byte."""
-        differences = self.minus_base
-        return {
-            "rows": {
-                label: {**row.to_json(), "minus_base": _difference(differences[label])}
-                for label, row in self.rows.items()
-            },
-            "singles": {name: result.to_json() for name, result in self.singles.items()},
-            "best_single": self.best_single,
-            "oracle": self.oracle,
-            "notes": list(self.notes),
-            "left_out": dict(self.left_out),
-        }
-
-
-def _difference(difference: Mapping[str, MeanResult]) -> dict[str, Any]:
-    return {
-        name: {
-            "bits_per_byte": finite_or_none(each.bits_per_byte),
-            "bits_per_byte_se": finite_or_none(each.bits_per_byte_se),
-        }
-        for name, each in difference.items()
-    }
+# -- comparing ----------------------------------------------------------------------------------------------------
 
 
 def evaluate_routes(
@@ -242,30 +174,35 @@ def evaluate_routes(
     singles: bool = True,
     executor: Executor | None = None,
     progress: bool = True,
-) -> RouteEvaluation:
+) -> dict[str, Any]:
     """Score base, routers and single experts on the recipe's held-out text, all on the same windows.
 
+    Best single expert (the lowest mean over the domains) and oracle (the best expert of each set) are chosen on the
+    text that they are scored on: they are bounds, not methods.
+
     Args:
-        recipe: of the experts.
-        routes: routers in one word each (`parse_router`); None for every router the experts have what it needs for.
-        experts: names of those to route among; None for all.
-        config: how much to score; None for the recipe's.
-        singles: score every expert alone too, for the best single one and the oracle; costs one evaluation per expert.
-        executor: where to score, one task for the base, each router and each single expert; its workers must see the
+        recipe: Recipe of the experts.
+        routes: Routers in one word each (`parse_router`); None for every router the experts have what it needs for.
+        experts: Names of the experts to route among; None for all.
+        config: Extent of the evaluation; None for the recipe's.
+        singles: Whether every expert is scored alone too, for the best single one and the oracle.
+        executor: Where to score, one task for the base, each router and each single expert; its workers must see the
             prepared data, the base and the library. None: in this process.
-        progress: show progress on stderr.
+        progress: Whether progress is shown on stderr.
+    Returns:
+        sequence_length; rows, by label: role, `SuiteResult.to_json`, difference to the base (`heldout.difference`),
+        mean_accuracy where there are tasks; singles, by expert; best_single; oracle, the expert by set; notes; experts;
+        left_out, with reasons.
     Raises:
         ConfigError: an unknown router or key, or nothing is held out.
         DataError, ExpertError: as `open_base` and `RoutedModel`.
         ConfigError, WeftError: as `fan_out`.
     """
-    data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
-    read_tasks((recipe.evaluation if config is None else config).tasks)
-    if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
-        raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
-    sections = {text: router_config(parse_router(text)) for text in routes or ()}
     config = recipe.evaluation if config is None else config
-    bench = _Bench.open(recipe, data, experts, config, device=torch.device("cpu") if executor is not None else None)
+    sections = {text: router_config(parse_router(text)) for text in routes or ()}
+    data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
+    device = _device(recipe) if executor is None else torch.device("cpu")
+    bench = _Bench.open(recipe, data, experts, config, device)
     names = [expert.name for expert in bench.model.experts]
     notes: list[str] = []
     if routes is None:
@@ -274,56 +211,72 @@ def evaluate_routes(
         if routers[section.router].reads_ahead:
             notes.append(f"{label} chooses by text that includes the tokens it is scored on")
 
-    rows: dict[tuple[str, str], RouterSection | None] = {("base", BASE): None}
-    rows |= {("router", label): section for label, section in sections.items()}
-    rows |= {("expert", name): {"router": "single", "expert": name} for name in names if singles}
+    wanted: dict[tuple[str, str], RouterSection | None] = {("base", BASE): None}
+    wanted |= {("router", label): section for label, section in sections.items()}
+    wanted |= {("expert", name): {"router": "single", "expert": name} for name in names if singles}
     found: dict[tuple[str, str], SuiteResult] = {}
     if executor is not None:
         key = new_key()
         tasks = {
             Task(f"{kind} {label!r}", (key, recipe, experts, config, router)): (kind, label)
-            for (kind, label), router in rows.items()
+            for (kind, label), router in wanted.items()
         }
         fan_out(
-            executor,
-            list(tasks),
-            _score_far,
-            lambda task, result: found.update({tasks[task]: result}),
-            shared=shared_folders(recipe),
-            description="evaluate",
-            unit="models",
-            show=progress,
-        )
+            executor, list(tasks), _score_far, lambda task, result: found.update({tasks[task]: result}),
+            shared=shared_folders(recipe), description="evaluate", unit="models", show=progress,
+        )  # fmt: skip
     else:
-        with show_progress("evaluate", total=len(rows), unit="models", enabled=progress) as counter:
-            for row, router in rows.items():
+        with show_progress("evaluate", total=len(wanted), unit="models", enabled=progress) as counter:
+            for row, router in wanted.items():
                 found[row] = bench.score(router)
                 counter.advance()
-    plain = found["base", BASE]
+    base = found["base", BASE]
+    rows = {BASE: base, **{label: found["router", label] for label in sections}}
     alone = {name: found["expert", name] for name in names if singles}
+    best, oracle = None, {}
     if alone:
         notes.append("best single and oracle are chosen on the held-out text they are scored on")
-    best = min(alone, key=lambda name: _mean(alone[name])) if alone else None
-    oracle = {}
-    for each in plain.sets if alone else ():
-        oracle[each] = min(alone, key=lambda name: alone[name].sets[each].nats_per_token)
-    found_routes = {label: found["router", label] for label in sections}
-    notes += [f"expert {name} left out: {reason}" for name, reason in bench.model.left_out.items()]
-    return RouteEvaluation(
-        plain, found_routes, alone, best, oracle, tuple(notes), tuple(names), dict(bench.model.left_out)
-    )
+        best = min(alone, key=lambda name: _mean(alone[name]))
+        oracle = {each: min(alone, key=lambda name: alone[name].sets[each].nats_per_token) for each in base.sets}
+        sets = {name: alone[expert].sets[name] for name, expert in oracle.items()}
+        domains = {name: sets[name] for name in base.domains}
+        rows[BEST_SINGLE] = alone[best]
+        rows[ORACLE] = SuiteResult(
+            sets, mean_result(domains) if domains else None, sequence_length=base.sequence_length
+        )
+    left_out = dict(bench.model.left_out)
+    return {
+        "sequence_length": base.sequence_length,
+        "rows": {label: _row(label, row, base) for label, row in rows.items()},
+        "singles": {name: result.to_json() for name, result in alone.items()},
+        "best_single": best,
+        "oracle": oracle,
+        "notes": [*notes, *(f"expert {name} left out: {reason}" for name, reason in left_out.items())],
+        "experts": sorted(names),
+        "left_out": left_out,
+    }
+
+
+def _row(label: str, row: SuiteResult, base: SuiteResult) -> dict[str, Any]:
+    found = {"role": ROLES.get(label, "router"), **row.to_json()}
+    if row is not base:
+        found["difference"] = difference(row, base)
+    if row.tasks:
+        found["mean_accuracy"] = dict(zip(("accuracy", "accuracy_se"), mean_accuracy(row.tasks), strict=True))
+    return found
+
+
+def _device(recipe: Recipe) -> torch.device:
+    return choose_runtime(recipe.expert_settings.training, parameters=0).device
 
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """A base with its experts, and the text it is scored on, whoever routes."""
+    """A base with its experts, and the text that it is scored on under any router."""
 
-    recipe: Recipe
-    config: EvaluationConfig
-    data: PreparedData
+    heldout: HeldOut
+    tokenizer: Tokenizer
     model: RoutedModel
-    questions: Questions
-    device: torch.device
 
     @classmethod
     def open(
@@ -332,40 +285,20 @@ class _Bench:
         data: PreparedData,
         experts: Sequence[str] | None,
         config: EvaluationConfig,
-        device: torch.device | None = None,
+        device: torch.device,
     ) -> _Bench:
-        library = ExpertLibrary.open(recipe.library_folder)
-        base = open_base(recipe, data)
-        if device is None:
-            device = choose_runtime(recipe.expert_settings.training, parameters=0).device
+        heldout = HeldOut.of(recipe, data, config, recipe.expert_settings.training.sequence_length, device)
+        library, base = ExpertLibrary.open(recipe.library_folder), open_base(recipe, data)
         model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=device)
-        return cls(recipe, config, data, model, read_tasks(config.tasks), device)
+        return cls(heldout, data.tokenizer, model)
 
     def score(self, section: RouterSection | None) -> SuiteResult:
         """Evaluate the experts under a router; the base alone where there is none."""
         if section is not None:
             self.model.use_router(section)
-            self.model.router.set_decode(self.data.tokenizer.decode)
-        domains, target = heldout_sets(self.data, self.recipe.expert_settings.examples)
-        length = self.recipe.expert_settings.training.sequence_length
+            self.model.router.set_decode(self.tokenizer.decode)
         with self.model.disabled() if section is None else nullcontext():
-            result = evaluate_suite(
-                self.model,
-                domains,
-                target,
-                sequence_length=length,
-                config=self.config,
-                device=self.device,
-            )
-            tasks = score_tasks(
-                self.model,
-                self.data.tokenizer,
-                self.questions,
-                batch_size=self.config.batch_size,
-                max_length=length,
-                device=self.device,
-            )
-        return replace(result, tasks=tasks)
+            return self.heldout.score(self.model, self.tokenizer)
 
 
 def _score_far(
@@ -376,7 +309,9 @@ def _score_far(
     section: RouterSection | None,
 ) -> SuiteResult:
     """One row of an evaluation, on a worker that keeps its bench for the next."""
-    bench = keep(key, lambda: _Bench.open(recipe, PreparedData.load(recipe.prepared_folder), experts, config))
+    bench = keep(
+        key, lambda: _Bench.open(recipe, PreparedData.load(recipe.prepared_folder), experts, config, _device(recipe))
+    )
     return bench.score(section)
 
 
@@ -403,3 +338,60 @@ def _mean(result: SuiteResult) -> float:
     """Mean bits per byte over the domains, or of the target without any; nats per token where bytes are unknown."""
     found = result.generic if result.generic is not None else next(iter(result.sets.values()))
     return found.nats_per_token if math.isnan(found.bits_per_byte) else found.bits_per_byte
+
+
+# -- the stage ----------------------------------------------------------------------------------------------------
+
+
+def route_experts(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Compare the routers over a library's experts and write the routed models.
+
+    Returns:
+        What routing.json holds: the comparison (`evaluate_routes`), and relative_forward_time of the last model written
+        (None where it is not timed).
+    Raises:
+        WeftError: as `evaluate_routes` and `build_route`.
+    """
+    config, experts = recipe.routing_settings, recipe.expert_settings
+    found = evaluate_routes(recipe, config.routers, progress=progress)
+    for router in config.build:
+        build_route(
+            recipe.library_folder, parse_router(router), recipe.routed_folder(router),
+            base=recipe.base, revision=experts.revision, dtype=experts.dtype, replace=True,
+        )  # fmt: skip
+    found["relative_forward_time"] = None
+    if config.timed_pairs:
+        data, last = PreparedData.load(recipe.prepared_folder), recipe.routed_folder(config.build[-1])
+        found["relative_forward_time"] = relative_forward_time(last, data, config.timed_pairs, _device(recipe))
+    write_object(recipe.run / ROUTING, found)
+    return found
+
+
+def read_routing(recipe: Recipe) -> dict[str, Any]:
+    """What `route_experts` found; errors as `read_measured`."""
+    return read_measured(recipe.run / ROUTING, "route", "rows")
+
+
+@torch.inference_mode()
+def relative_forward_time(folder: Path, data: PreparedData, pairs: int, device: torch.device | str = "cpu") -> float:
+    """Median over pairs of a routed forward pass's time over the base's, on the same held-out tokens."""
+    transformers_logging.disable_progress_bar()
+    model = RoutedModel.from_pretrained(folder, device=device)
+    heldout = next(domain.heldout for domain in data.domains if domain.heldout is not None)
+    tokens = min(512, len(heldout))
+    ids_BT = torch.from_numpy(heldout.read(0, tokens).astype("int64"))[None, : tokens // 4 * 4].view(4, -1).to(device)
+    given = {"input_ids": ids_BT} | ({"decoder_input_ids": ids_BT} if is_encoder_decoder(model) else {})
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        model(**given)
+        if ids_BT.device.type != "cpu":
+            torch.accelerator.synchronize(ids_BT.device)
+        return time.perf_counter() - start
+
+    ratios = []
+    for _ in range(pairs + 2):
+        with model.disabled():
+            base = seconds()
+        ratios.append(seconds() / base)
+    return statistics.median(ratios[2:])

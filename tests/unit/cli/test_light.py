@@ -15,8 +15,7 @@ import typer
 import yaml
 from support.tiny_project import recipe_value
 
-from weftlm.cli.complete import join_words
-from weftlm.cli.main import app
+from weftlm.cli.main import app, main
 from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, LoRAFactors
 from weftlm.experts.library import ExpertLibrary
 
@@ -138,25 +137,31 @@ def test_status_and_listings(library: Path, tmp_path: Path) -> None:
     )
     calls = [
         ["status", str(run)], ["experts", "list", str(library)], ["experts", "show", str(library)],
-        ["experts", "show", str(library), "code"],
     ]  # fmt: skip
     said = check([(words, {}) for words in calls], 0)
     assert "to do" in said[0]
     assert "prose" in said[1]
-    assert "layer" in said[3]
-    assert f"{0.5 * (6 * 4) ** 0.5 * 2**0.5:.4f}" in said[3]  # B A is 2 everywhere on 4 x 3: its norm is 2 sqrt(12)
+    assert "code" in said[2]
 
 
-def test_what_tab_offers(library: Path) -> None:
+def test_an_expert_is_shown_with_the_size_of_its_update(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["experts", "show", str(library), "code"])
+    out = capsys.readouterr().out
+    assert "layer" in out
+    assert f"{0.5 * (6 * 4) ** 0.5 * 2**0.5:.4f}" in out  # B A is 2 everywhere on 4 x 3: its norm is 2 sqrt(12)
+
+
+def test_what_tab_offers() -> None:
     wanted = {
         "run r.yaml --from ga": "gate",
         "run r.yaml --until dis": "distil",
         "train r.yaml --set mixture.policy=dg": "mixture.policy=dga",
         "train r.yaml --set training.comp": "training.compile=",
+        "train r.yaml --set gating.gate=lin": "gating.gate=linear",
         "train r.yaml --set tra": "training.",
         "route build lib --router phat": "phatgoose",
         "route eval r.yaml --routers uniform,phat": "uniform,phatgoose",
-        f"experts show {library} pr": "prose",
         "export model --format pe": "peft",
         "exp": "export",
         "nonsense ": "",
@@ -169,9 +174,3 @@ def test_what_tab_offers(library: Path) -> None:
         assert not offered[3]
         assert expected in offered[1]
         assert "weftlm:" not in offered[2]
-
-
-def test_bash_splits_words_at_the_equals_sign() -> None:
-    environment = {"COMP_WORDS": "weftlm train r.yaml --set mixture.policy = dg", "COMP_CWORD": "6"}
-    assert join_words(environment) == "mixture.policy="
-    assert environment == {"COMP_WORDS": "weftlm train r.yaml --set mixture.policy=dg", "COMP_CWORD": "4"}

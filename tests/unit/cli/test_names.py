@@ -11,7 +11,7 @@ from support.hostile import NAMES, harmless_line
 
 import weftlm
 from weftlm.cli.main import _LogFormatter, main
-from weftlm.cli.options import print_table, say, say_lines
+from weftlm.cli.output import print_table, say, say_lines
 from weftlm.progress import TrainingDisplay, progress, write_line
 from weftlm.text import printable
 
@@ -85,7 +85,7 @@ def test_logs_and_errors_show_names_as_they_are(name: str, capsys: pytest.Captur
 def test_every_output_goes_through_the_one_function() -> None:
     """Nothing else in the package prints: the functions tested above are the only ways out."""
     allowed = {
-        "cli/options.py": {"echo", "Console"},
+        "cli/output.py": {"echo", "Console"},
         "cli/main.py": {"echo"},
         "progress.py": {"Console", "stderr"},
         "interrupt.py": {"stderr"},

@@ -50,7 +50,7 @@ def project(tmp_path):
 def test_the_page_of_a_project_is_renewed_whole_and_its_record_with_it(project, call):
     page = project.run / "report.html"
     page.unlink()
-    assert call("report", project.run, "--title", "Ours") == str(page)
+    assert call("report", project.run, "--title", "Ours") == f"report: {page}"
     assert all(each in page.read_text() for each in ("Every model", "Ours"))
     assert stages["report"]("report").record(project).reuse() is not None  # its files are those that it lists
 
@@ -75,7 +75,7 @@ def test_other_pages_go_elsewhere(words, written, project, tmp_path, monkeypatch
 
 def test_a_project_that_is_not_measured_keeps_the_page_it_has(project, call):
     (project.run / "evaluation.json").unlink()
-    assert call("report", project.run) == str(project.run / "training.html")
+    assert call("report", project.run) == f"report: {project.run / 'training.html'}"
     assert WHOLE in (project.run / "report.html").read_text()
 
 

@@ -1,15 +1,14 @@
-"""Every table of losses states the length of the windows it was measured on."""
+"""Every table of losses states the length of the windows it was measured on; the demonstration shows all its parts."""
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from support.blocks import render_blocks
 
-from weftlm.cli import options, run, score
-from weftlm.cli.experts import list as experts_list
-from weftlm.cli.gate import distil, fit
+from weftlm.cli import experts, gate, output, project
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.files import write_object
 from weftlm.reporting.gating import GatingFacts, gating_blocks
@@ -27,32 +26,55 @@ FITTED = {
     "domains": {"d": {"sequences": 1, "value": 1.0, "lam": 1.0}},
     "worst": 1.0, "worst_domain": "d", "gap": 0.1, "gap_kind": "estimate", "z": 1.0, "z_ci": [1.0, 1.0],
 }  # fmt: skip
+EXPERT = {"name": "a", "origin": "d", "gate": None, "statistics": None, "losses": {"sequence_length": LENGTH}}
+SUMMARY = {
+    "mixture": {"target_bpb": {"dga": 2.5}, "target_bpb_se": {"dga": 0.1}, "generic_bpb": {"dga": 2.4}},
+    "routing": {"heldout_bpb": {"best_single": 1.5}, "unseen_bpb": {}, "sequence_length": LENGTH},
+    "robust": {
+        "worst_domain_regret": {"fixed_share": 0.125}, "worst_domain": {"fixed_share": "json"}, "mean_regret": {},
+    },
+}  # fmt: skip
 
 
-def models(tmp_path):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A project whose stages have given the results above."""
     sets = {"d": {"bits_per_byte": 1.0}}
     facts = {"path": "m", "kind": "plain", "role": "base", "sets": sets, "generic": {"bits_per_byte": 1.0}}
     write_object(tmp_path / "evaluation.json", {"sequence_length": LENGTH, "models": {"base": facts}})
-    run.show_models(SimpleNamespace(run=tmp_path))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    for name, value in (
+        ("gating.score_experts", SCORED), ("gating.fit_gate", FITTED), ("students.distil_gate", STUDENTS),
+        ("expert_library.list_experts", [EXPERT]), ("runner.run_project", []),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"weftlm.pipeline.{name}", lambda *_, value=value, **__: value)
+    monkeypatch.setenv("COLUMNS", "160")
+    return SimpleNamespace(run=tmp_path, gate_folder="gate")
 
 
 TABLES = {
-    "sets": lambda tmp_path: options.sets_table("t", SuiteResult({}, None, sequence_length=LENGTH).to_json()),
-    "models": models,
-    "scores": lambda tmp_path: score._print(SCORED),
-    "fit": lambda tmp_path: fit._print(FITTED, SimpleNamespace(gate_folder="gate")),
-    "students": lambda tmp_path: distil._print(STUDENTS, SimpleNamespace(run=tmp_path)),
-    "experts": lambda tmp_path: print(
-        experts_list._row(
-            {"name": "a", "origin": "d", "gate": None, "statistics": None, "losses": {"sequence_length": LENGTH}}
-        )
-    ),
-    "page of students": lambda tmp_path: print(render_blocks(gating_blocks(GatingFacts.of(students=[STUDENTS])))),
-    "page of a fit": lambda tmp_path: print(render_blocks(gating_blocks(GatingFacts.of(fit=FITTED)))),
+    "sets": lambda run: output.sets_table("t", SuiteResult({}, None, sequence_length=LENGTH).to_json()),
+    "models": project.show_models,
+    "scores": lambda run: list(gate.score(run)),
+    "fit": lambda run: list(gate.fit(run)),
+    "students": lambda run: list(gate.distil(run)),
+    "experts": lambda run: list(experts.list_("library")),
+    "page of students": lambda run: print(render_blocks(gating_blocks(GatingFacts.of(students=[STUDENTS])))),
+    "page of a fit": lambda run: print(render_blocks(gating_blocks(GatingFacts.of(fit=FITTED)))),
 }
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_of_losses_states_its_window(table, tmp_path, capsys):
-    TABLES[table](tmp_path)
+def test_a_table_of_losses_states_its_window(table, run, capsys):
+    TABLES[table](run)
     assert str(LENGTH) in capsys.readouterr().out
+
+
+def test_the_demonstration_prints_mixtures_routers_gates_and_the_best_model(run, capsys):
+    list(project.demo(set_=[f"run={run.run}"]))
+    said = capsys.readouterr()
+    printed = " ".join(said.out.split())
+    assert "about eight minutes" in said.err
+    for part in ("dga │ 2.5000 ± 0.1000 │ 2.4000", "best single │ 1.5000 │ -", "fixed share │ 0.1250 │ json │ -"):
+        assert part in printed
+    assert "weftlm serve m" in printed

@@ -40,7 +40,7 @@ def test_what_is_no_device_here_is_refused(asked: str, monkeypatch: pytest.Monke
         choose_device(asked)
 
 
-@pytest.mark.parametrize("door", [serve.run, open_model, trace_text])
+@pytest.mark.parametrize("door", [serve.serve, open_model, trace_text])
 def test_doors_take_auto_unless_asked(door: Callable[..., Any]) -> None:
     assert inspect.signature(door).parameters["device"].default == "auto"
 

@@ -19,8 +19,9 @@ from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.experts import gate_expert, open_for_making, train_experts
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.project_report import routing_facts
 from weftlm.pipeline.recipe import Recipe, make_recipe
-from weftlm.pipeline.route_stage import route_experts, routing_facts
+from weftlm.pipeline.routes import route_experts
 
 NAMES = list(WORDS)
 
@@ -96,14 +97,18 @@ def test_experts_of_tasks_are_made_kept_gated_and_routed(
     table = route_experts(made, progress=False)
     assert json.loads((tmp_path / "run/routed/phatgoose/routed.json").read_text())["dtype"] == "bfloat16"
     # The third domain has no expert, and is what the experts of the others are judged by.
-    assert set(table["bits_per_byte"]["phatgoose"]) == set(NAMES)
-    assert set(table["accuracy"]) >= {"base", "phatgoose", "retrieval", "merged", "best_single"}
-    assert table["accuracy"]["base"].keys() == {"ask"}
-    assert table["mean_accuracy"]["base"] == table["accuracy"]["base"]["ask"]
-    assert table["chance"] == {"ask": 0.5}
+    rows = table["rows"]
+    assert set(rows["phatgoose"]["sets"]) == set(NAMES)
+    assert set(rows) >= {"base", "phatgoose", "retrieval", "merged", "best single"}
+    assert rows["base"]["tasks"].keys() == {"ask"}
+    assert rows["base"]["mean_accuracy"]["accuracy"] == rows["base"]["tasks"]["ask"]["accuracy"]
+    assert rows["base"]["tasks"]["ask"]["chance"] == 0.5
     assert table["relative_forward_time"] > 0.0
-    assert json.loads((made.run / ROUTING).read_text())["accuracy"] == table["accuracy"]
-    ((label, _, tokens),) = routing_facts(made, table).traces
+    assert json.loads((made.run / ROUTING).read_text())["rows"] == rows
+    facts = routing_facts(made, table)
+    assert set(facts.accuracy) >= {"base", "phatgoose"}
+    assert facts.chance == {"ask": 0.5}
+    ((label, _, tokens),) = facts.traces
     assert label == "phatgoose on a text that changes domain midway"
     assert len(tokens) > 60
     still = {"routers": ["merged"], "build": ["merged"], "timed_pairs": 0}

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from support.tiny_project import recipe_value
 
-from weftlm.cli.run import show_models
+from weftlm.cli.project import show_models
 from weftlm.experts.config import ExpertTraining
-from weftlm.pipeline.demo import demo_recipe
-from weftlm.pipeline.quick import LARGEST, quick
+from weftlm.pipeline.demo import LARGEST, demo_recipe, quick
 from weftlm.pipeline.recipe import make_recipe
 
 

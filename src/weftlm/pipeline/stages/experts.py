@@ -97,7 +97,7 @@ class Experts(Stage):
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.fan_out import processes  # noqa: PLC0415 - torch
-        from weftlm.pipeline.expert_imports import import_recipe_experts  # noqa: PLC0415 - torch
+        from weftlm.pipeline.expert_library import import_recipe_experts  # noqa: PLC0415 - torch
         from weftlm.pipeline.experts import remove_unwanted, train_experts  # noqa: PLC0415 - torch
         from weftlm.pipeline.train import is_main_process  # noqa: PLC0415 - torch
 

@@ -68,6 +68,6 @@ class Route(Stage):
             raise ConfigError(f"router {name!r} follows a text from left to right and serves decoder-only models")
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
-        from weftlm.pipeline.route_stage import route_experts  # noqa: PLC0415 - torch
+        from weftlm.pipeline.routes import route_experts  # noqa: PLC0415 - torch
 
         route_experts(recipe, progress=options.progress)
