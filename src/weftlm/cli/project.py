@@ -173,7 +173,11 @@ def plan(
     say("memory: on the fullest device; sent: by one device; FLOPs and disk: in all")
     for stage in found.stages:
         say("")
-        facts = {**stage.facts, "memory_bytes": dict(stage.memory), "disk_bytes": dict(stage.disk)}
+        parts = {
+            name: {what: _size(value) for what, value in each.items()}
+            for name, each in (("memory", stage.memory), ("disk", stage.disk))
+        }
+        facts = {**stage.facts, **parts}
         say_yaml({f"{stage.name}: {stage.what}": {name: value for name, value in facts.items() if value}})
     say_yaml({"What will not work": list(found.problems), "Assumptions": list(found.assumptions)})
 
