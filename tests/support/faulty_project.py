@@ -28,7 +28,7 @@ from support.faults import killing
 from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.cli.main import main as weftlm
-from weftlm.pipeline import work as _work  # noqa: F401 - so that no child need import what the commands do
+from weftlm.pipeline import project_report as _report  # noqa: F401 - so that no child need import what the commands do
 from weftlm.serving import app, inspector, server  # noqa: F401 - likewise
 
 RUN, RECIPE, LIBRARY = "runs/one", "recipe.yaml", "runs/one/experts"
