@@ -38,8 +38,8 @@ def score(
     yield result
     domains = result["domains"]
     texts = {**domains, **{f"samples of {name}": facts for name, facts in result["samples"].items()}}
-    title, length = f"{result['folder']}: {result['kind']}", windows(result["length"])
-    print_rows(title, texts, {"sequences": "sequences", "tokens": "tokens"}, first="text")
+    title, length = str(result["folder"]), windows(result["length"])
+    print_rows(title + length, texts, {"sequences": "sequences", "tokens": "tokens"}, first="text")
     columns = {expert: ("nats_per_token", expert) for expert in result["experts"]}
     print_rows(f"nats per token, by expert{length}", domains, columns, first="domain", at_once=4)
 
