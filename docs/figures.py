@@ -24,7 +24,7 @@ MARGIN = 18.0
 
 def mixture_figure(run: Run) -> str:
     """The run's weights over training, as an SVG document."""
-    curves = tuple(Curve(name, *run.domain_series("weights", name)) for name in run.domains)
+    curves = tuple(Curve(name, *run.series("mixture", "weights", name)) for name in run.domains)
     panel = Panel(f"What {run.label} draws", curves)
     return to_svg(draw([panel], domain_lines(run.domains), stacked=True))
 

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from weftlm.corpora.formats import is_unicode, read_file
+from weftlm.corpora.formats import is_unicode, read_file, split_suffix
 from weftlm.corpora.reading_report import Reason
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import ConfigError, DataError, did_you_mean
-from weftlm.evaluation.examples import prompted_nats
-from weftlm.evaluation.perplexity import check_sizes
+from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean
+from weftlm.evaluation.config import ChoiceTask
+from weftlm.evaluation.perplexity import check_sizes, prompted_nats
 from weftlm.evaluation.result import finite_or_none, ratio_and_error
 from weftlm.models.language_model import LanguageModel
 from weftlm.models.prompted import Prompted, attribute, is_encoder_decoder
@@ -232,3 +232,49 @@ def choice_scores(
     tokens_N = np.array([len(row.target_C) for row in rows])
     ends = np.cumsum([len(question.choices) for question in questions])[:-1]
     return [QuestionScores(*one) for one in zip(np.split(-nats_N, ends), np.split(tokens_N, ends), strict=True)]
+
+
+Questions = Mapping[str, tuple[ChoiceTask, Sequence[ChoiceQuestion]]]
+"""The questions of each task, by its name."""
+
+
+def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
+    """The questions of every task, in order; of a glob in order of path.
+
+    Raises:
+        ConfigError: two tasks would have one name.
+        DataError: a path matches no file, or as `read_choices`.
+    """
+    found: dict[str, tuple[ChoiceTask, Sequence[ChoiceQuestion]]] = {}
+    for task in tasks:
+        paths = task.files()
+        single = paths == [Path(task.path).expanduser()]
+        for path in paths:
+            own = path.name.removesuffix("".join(split_suffix(path)))
+            name = own if task.name is None else task.name if single else f"{task.name}/{own}"
+            if name in found:
+                raise ConfigError(f"evaluation.tasks: two tasks would be called {name!r}; give each a name")
+            questions = read_choices(path)
+            count = len(questions)
+            most = min(count, task.max_questions or count)
+            found[name] = (task, [questions[(2 * place + 1) * count // (2 * most)] for place in range(most)])
+    return found
+
+
+def score_tasks(
+    model: nn.Module | LanguageModel, tokenizer: Tokenizer, questions: Questions, **how: Any
+) -> dict[str, ChoiceResult]:
+    """`score_choices` of each task, with its arguments but the separator; an error names the task."""
+    found = {}
+    for name, (task, asked) in questions.items():
+        try:
+            found[name] = score_choices(model, tokenizer, asked, separator=task.separator, **how)
+        except (ConfigError, DataError, NumericsError) as error:
+            raise type(error)(f"task {name!r}: {error}") from error
+    return found
+
+
+def mean_accuracy(results: Mapping[str, ChoiceResult]) -> tuple[float, float]:
+    """The plain mean of some tasks' accuracies and its standard error, tasks taken as independent of each other."""
+    mean = math.fsum(each.accuracy for each in results.values()) / len(results)
+    return mean, math.hypot(*(each.accuracy_se for each in results.values())) / len(results)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from pydantic import Field
 
 from weftlm.config import Section
+from weftlm.corpora.paths import corpus_files
+from weftlm.errors import DataError, reason
+from weftlm.files import describe
 
 
 class ChoiceTask(Section):
@@ -23,6 +29,17 @@ class ChoiceTask(Section):
     separator: str = ""
     max_questions: int | None = Field(default=None, ge=1)
 
+    def files(self) -> list[Path]:
+        """The files it names.
+
+        Raises:
+            DataError: none matches, or one cannot be read.
+        """
+        try:
+            return corpus_files(self.path, lambda entry: None)[0]
+        except DataError as error:
+            raise DataError(f"evaluation.tasks: {error}") from None
+
 
 class EvaluationConfig(Section):
     """How often and how much to evaluate.
@@ -39,3 +56,15 @@ class EvaluationConfig(Section):
     max_tokens_per_set: int | None = Field(default=65_536, ge=1)
     batch_size: int = Field(default=16, ge=1)
     tasks: tuple[ChoiceTask, ...] = ()
+
+
+def task_files(tasks: Sequence[ChoiceTask]) -> dict[str, str]:
+    """BLAKE2b-128 of every file that holds the questions of some tasks, by path.
+
+    Raises:
+        DataError: a path matches no file, or one cannot be read.
+    """
+    try:
+        return {str(path): describe(path)["blake2b"] for task in tasks for path in task.files()}
+    except OSError as error:
+        raise DataError(f"evaluation.tasks: {error.filename} cannot be read: {reason(error)}") from error

@@ -73,12 +73,7 @@ class MeanResult:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The numbers under their own names; what is not finite becomes None. Window losses are left out."""
-        return {name: finite_or_none(getattr(self, name)) for name in _NUMBERS if hasattr(self, name)}
-
-
-_NUMBERS = (
-    "nats_per_token", "nats_per_token_se", "perplexity", "bits_per_byte", "bits_per_byte_se", "tokens", "bytes",
-)  # fmt: skip
+        return {name: finite_or_none(value) for name, value in vars(self).items() if name != "windows"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,26 +84,24 @@ class SetResult(MeanResult):
     known, or the tokenizer loses text.
 
     Attributes:
+        perplexity: exp(nats_per_token).
         tokens: Scored tokens.
         bytes: UTF-8 bytes of the scored text; when only part of a set was scored, the set's bytes per token times
             `tokens`, rounded.
         windows: Loss of each window.
     """
 
+    perplexity: float
     tokens: int
     bytes: int
     windows: WindowScores = field(repr=False, compare=False)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats_per_token)."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 700.0 else math.inf
 
     @staticmethod
     def of(windows: WindowScores, total_bytes: int) -> SetResult:
         """Sum window losses up over `total_bytes` UTF-8 bytes."""
         mean, tokens = windows.mean(windows.nats_N), int(windows.tokens_N.sum())
-        return SetResult(**vars(mean), tokens=tokens, bytes=total_bytes, windows=windows)
+        perplexity = math.exp(mean.nats_per_token) if mean.nats_per_token < 700.0 else math.inf
+        return SetResult(**vars(mean), perplexity=perplexity, tokens=tokens, bytes=total_bytes, windows=windows)
 
 
 def finite_or_none(value: float) -> float | None:

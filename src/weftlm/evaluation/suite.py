@@ -14,8 +14,7 @@ from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceResult
 from weftlm.evaluation.config import EvaluationConfig
-from weftlm.evaluation.examples import evaluate_examples
-from weftlm.evaluation.perplexity import evaluate_source
+from weftlm.evaluation.perplexity import evaluate_examples, evaluate_source
 from weftlm.evaluation.result import MeanResult, SetResult, mean_result, paired_difference
 from weftlm.models.language_model import LanguageModel
 

@@ -13,10 +13,10 @@ import torch
 from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError
+from weftlm.evaluation.choices import Questions, read_tasks, score_tasks
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite, suite_difference
-from weftlm.evaluation.tasks import Questions, read_tasks, score_tasks
 from weftlm.experts.examples import training_source
 from weftlm.files import read_object
 from weftlm.pipeline.prepared import PreparedData

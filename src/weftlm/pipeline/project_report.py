@@ -27,8 +27,8 @@ from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import GatingFacts
 from weftlm.reporting.page import write_page
 from weftlm.reporting.report import report_page
-from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.score_table import model_table
+from weftlm.reporting.traces import RoutingFacts
 from weftlm.routing.routed_model import RoutedModel
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError
+from weftlm.evaluation.choices import mean_accuracy
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import mean_result
 from weftlm.evaluation.suite import SuiteResult
-from weftlm.evaluation.tasks import mean_accuracy
 from weftlm.experts.expert import base_name
 from weftlm.experts.library import ExpertLibrary
 from weftlm.fan_out import Task, fan_out, keep, new_key

@@ -53,8 +53,8 @@ def mixture_chart(view: View) -> list[Figure]:
 
 def _weights_over_time(view: View, run: Run) -> list[Curve]:
     """Weights by named domain and of all others, the last update held to the end of training."""
-    x_N, _ = run.domain_series("weights", "")
-    weights_N = {name: run.domain_series("weights", name)[1] for name in view.domains}
+    x_N, _ = run.series("mixture", "weights", "")
+    weights_N = {name: run.series("mixture", "weights", name)[1] for name in view.domains}
     if not len(x_N):
         return []
     if run.train_tokens > x_N[-1]:
@@ -70,7 +70,7 @@ def alignment_chart(view: View) -> list[Figure]:
         groups = list(dict.fromkeys(str(name) for record in run.mixture for name in mapping(record.get("alignment"))))
         if not set(groups) <= set(view.domains):
             lines = domain_lines(groups[:NAMED])
-        series = [thin(Curve(name, *run.domain_series("alignment", name)), NOISY) for name in groups]
+        series = [thin(Curve(name, *run.series("mixture", "alignment", name)), NOISY) for name in groups]
         panels += [Panel(run.label, tuple(series))] if groups else []
     if not panels:
         return []
@@ -83,36 +83,20 @@ def alignment_chart(view: View) -> list[Figure]:
     return [drawn("alignment", chart, caption)]
 
 
-def loss_charts(view: View) -> list[Figure]:
-    """Loss on the target and in the mean over domains during training, all runs in each frame."""
-    panels = [Panel(f"{name}, bits per byte", _losses(view, name)) for name in (TARGET, GENERIC)]
-    caption = (
-        "Loss on held-out text during training. The vertical scale is that of the last three quarters; what was higher "
-        "before is cut off."
-    )
-    return _compared(view, "losses", panels, caption)
-
-
 def training_charts(view: View) -> list[Figure]:
-    """Training loss and speed."""
-    panels = [
-        Panel(title, tuple(
-            thin(Curve(label, *run.series("train", key)), NOISY)
-            for label, run in view.by_contender
-        ))
-        for title, key in (("Training loss, nats per token", "loss"), ("Tokens per second", "tokens_per_second"))
-    ]  # fmt: skip
-    caption = (
-        "Means over stretches of the run; the vertical scale is that of the last three quarters. Training loss is "
-        "taken on each run's own mixture, so it does not compare runs: easier text shows a lower loss."
-    )
-    return _compared(view, "training", panels, caption)
-
-
-def _compared(view: View, key: str, panels: Sequence[Panel], caption: str) -> list[Figure]:
+    """Loss on held-out text, training loss and speed, all runs in each frame."""
+    panels = [Panel(f"{name.capitalize()}, bits per byte", _losses(view, name)) for name in (TARGET, GENERIC)]
+    for title, key in (("Training loss, nats per token", "loss"), ("Tokens per second", "tokens_per_second")):
+        curves = [thin(Curve(label, *run.series("train", key)), NOISY) for label, run in view.by_contender]
+        panels.append(Panel(title, tuple(curves)))
     if not any(curve.known for panel in panels for curve in panel.curves):
         return []
-    return [drawn(key, draw(panels, view.run_lines, zoomed=True), caption)]
+    caption = (
+        "Above, loss on held-out text; below, training loss and speed, means over stretches of the run. Training loss "
+        "is taken on each run's own mixture, so it does not compare runs: easier text shows a lower loss. The vertical "
+        "scales are those of the last three quarters; what was higher before is cut off."
+    )
+    return [drawn("training", draw(panels, view.run_lines, zoomed=True), caption)]
 
 
 def _losses(view: View, name: str) -> tuple[Curve, ...]:

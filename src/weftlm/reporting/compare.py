@@ -142,17 +142,15 @@ class View:
         return [(one.label, run) for one in self.contenders for run in one.runs]
 
 
-def run_table(view: View) -> ScoreTable:
-    """Runs, or the means of repeated runs, on the target and over the domains, with differences to the baseline."""
-    return _table(view, view.contenders, baseline_of(view.contenders) if len(view.contenders) > 1 else None)
+def run_table(view: View, *, singly: bool = False) -> ScoreTable:
+    """Runs on the target and over the domains, with differences to the baseline; of repeated runs their means.
 
-
-def single_table(view: View) -> ScoreTable:
-    """Every run by itself, where a report compares the means of repeated runs."""
-    return _table(view, [Contender(run.label, [run], repeated=False) for _, run in view.by_contender], None)
-
-
-def _table(view: View, contenders: Sequence[Contender], base: Contender | None) -> ScoreTable:
+    `singly` shows every run by itself instead, without differences.
+    """
+    contenders = (
+        [Contender(run.label, [run], repeated=False) for _, run in view.by_contender] if singly else view.contenders
+    )
+    base = None if singly or len(contenders) < 2 else baseline_of(contenders)
     lengths = {number(mapping(run.recipe.get("training")).get("sequence_length")) for run in view.runs}
     known = " and ".join(f"{one:.0f}" for one in sorted(filter(math.isfinite, lengths)))
     windows = f", in windows of {known} tokens" if known else ""
@@ -162,12 +160,12 @@ def _table(view: View, contenders: Sequence[Contender], base: Contender | None) 
     for one in contenders:
         gaps = {} if base is None or one is base else {name: one.gap(base, name) for name in (*columns, *sets)}
         served = [run for run in one.runs if run.finished and (run.path / "model").is_dir()]
-        best = min(served, key=_target, default=None)
+        best = sorted(served, key=lambda run: run.score(TARGET).value)[:1]
         rows[one.label] = ScoreRow(
             {name: one.score(name) for name in (*columns, *sets)},
             "baseline" if one is base else "",
             gaps,
-            "" if best is None else str(best.path),
+            str(best[0].path) if best else "",
             _notes(one),
             paint(view.run_lines[one.label].colour) if one.label in view.run_lines else "",
         )
@@ -176,11 +174,6 @@ def _table(view: View, contenders: Sequence[Contender], base: Contender | None) 
     label = None if base is None else base.label
     found = f"bits per byte{' on the target' if known_target else ', mean over domains'}"
     return ScoreTable(rows, columns, sets, caption, found, "run", label)
-
-
-def _target(run: Run) -> float:
-    value = run.score(TARGET).value
-    return value if math.isfinite(value) else math.inf
 
 
 def _notes(one: Contender) -> list[str]:

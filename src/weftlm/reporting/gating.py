@@ -109,18 +109,12 @@ class GatingFacts:
         """Whether the problem was enumerated, so that values have no error."""
         return self.certificate is not None and self.certificate.worst.label == "exact"
 
-    def weights(self) -> dict[str, Any]:
-        """The domain's part of the worst mixture that the fit found, by domain: of the fit, else of the certificate."""
-        fitted = {name: mapping(row).get("lam") for name, row in mapping(self.fit.get("domains")).items()}
-        return fitted or {row.name: row.lam for row in (self.certificate.domains if self.certificate else ())}
-
 
 def gate_page(facts: GatingFacts, title: str) -> Page:
     """A page of its own about a gate."""
-    count = len(facts.weights() or gate_table(facts).sets)
     return Page(
         title=title,
-        kicker=" · ".join(["Robust gate", *([f"{count} domains"] if count > 1 else []), f"values in {facts.nats}"]),
+        kicker=f"Robust gate · values in {facts.nats}",
         headline=gating_headline(facts),
         answer=_answer(facts),
         sections=_sections(facts),
@@ -270,7 +264,7 @@ def fit_charts(facts: GatingFacts) -> list[Block]:
     )
     if facts.fit.get("stopped_early"):
         caption += " The fit stopped before its last step: the duality gap was within its tolerance."
-    names = list(facts.weights())
+    names = list(mapping(facts.fit.get("domains")))
     lam_ND = np.full((len(history), len(names)), math.nan)
     for place, line in enumerate(history):
         row = [number(value) for value in line.get("lam") or ()][: len(names)]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -60,8 +60,17 @@ class Cell:
     style: str = ""
 
 
+class Block:
+    """A part of a section; the macro of its class's name writes it."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the macro."""
+        return type(self).__name__.lower()
+
+
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """A table with a caption; the first cell of a row names it.
 
     Attributes:
@@ -73,7 +82,6 @@ class Table:
         fold: Line that opens the table; empty where it is always shown.
     """
 
-    kind: ClassVar[str] = "table"
     caption: str
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -88,41 +96,36 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(Block):
     """A chart with its caption."""
 
-    kind: ClassVar[str] = "figure"
     svg: Markup
     caption: str
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Block):
     """A paragraph, a warning (`style` warning), or a heading (h3)."""
 
-    kind: ClassVar[str] = "text"
     text: Line
     style: str = ""
 
 
 @dataclass(frozen=True)
-class Terms:
+class Terms(Block):
     """What the terms of a report mean."""
-
-    kind: ClassVar[str] = "terms"
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Block):
     """Text as it was written; folded under a line where there is one."""
 
-    kind: ClassVar[str] = "code"
     text: str
     fold: str = ""
 
 
 @dataclass(frozen=True)
-class TraceBlock:
+class TraceBlock(Block):
     """The chart of the weight every token gave to every expert; `weftlm.reporting.traces.trace_block` makes it.
 
     Attributes:
@@ -132,14 +135,10 @@ class TraceBlock:
         fold: Line that opens it; empty where it is shown.
     """
 
-    kind: ClassVar[str] = "trace"
     key: str
     text: str
     data: dict[str, Any]
     fold: str = ""
-
-
-Block = Table | Figure | Text | Terms | Code | TraceBlock
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 from weftlm.errors import ConfigError
 from weftlm.progress import count_text
 from weftlm.reporting import charts, tables
-from weftlm.reporting.compare import View, caveats, run_table, single_table
+from weftlm.reporting.compare import View, caveats, run_table
 from weftlm.reporting.gating import GatingFacts, gating_blocks
 from weftlm.reporting.page import Page, Section, Terms
-from weftlm.reporting.routing import RoutingFacts, routing_blocks
 from weftlm.reporting.runs import Run, number, read_runs
 from weftlm.reporting.score_table import ScoreTable, answer, headline, score_tables
+from weftlm.reporting.traces import RoutingFacts, routing_blocks
 
 
 def report_page(
@@ -74,7 +74,7 @@ def report_page(
 
 
 def _summary(view: View, mixtures: ScoreTable) -> Section:
-    each = score_tables(single_table(view)) if view.contenders[0].repeated else []
+    each = score_tables(run_table(view, singly=True)) if view.contenders[0].repeated else []
     blocks = [*score_tables(mixtures), *each, *tables.cost_table(view), *tables.problems(view)]
     return Section("summary", "Summary", blocks)
 
@@ -84,16 +84,14 @@ def _training(view: View) -> list[Section]:
     return [
         Section("mixture", "Mixture over time", mixture),
         Section("alignment", "Gradient alignment", charts.alignment_chart(view)),
-        Section("losses", "Loss on held-out text", charts.loss_charts(view)),
+        Section("training", "Loss and speed", charts.training_charts(view)),
         Section("domains", "Loss by domain", charts.domain_charts(view)),
-        Section("training", "Training", charts.training_charts(view)),
     ]
 
 
 def _sources(view: View) -> list[Section]:
     return [
-        Section("recipe", "Recipe", tables.recipe_blocks(view)),
-        Section("environment", "Environment", tables.environment_blocks(view)),
+        Section("recipe", "Recipe and environment", tables.settings_blocks(view)),
         Section("reading", "How to read this page", [Terms()]),
     ]
 

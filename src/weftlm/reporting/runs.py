@@ -98,22 +98,21 @@ class Run:
         """Numbers by domain at the end of the run: `weights` or `epochs`."""
         return numbers(self.result.get(key)) or numbers(self.mixture[-1].get(key) if self.mixture else None)
 
-    def count(self, key: str, name: str) -> float:
-        """A number of `result.json` (`steps`, `train_tokens`), else the largest `name` of the records."""
-        last = [number(one.get(name)) for one in (*self.train[-1:], *self.mixture[-1:])]
-        known = [one for one in (*last, number(vars(self.final)[name])) if math.isfinite(one)]
-        given = number(self.result.get(key))
-        return given if math.isfinite(given) else max(known, default=math.nan)
+    def largest(self, key: str, name: str) -> float:
+        """The largest of a number of `result.json` and of the last records, where it is called `name`."""
+        last = (*self.train[-1:], *self.mixture[-1:], vars(self.final))
+        found = [number(self.result.get(key)), *(number(one.get(name)) for one in last)]
+        return max(filter(math.isfinite, found), default=math.nan)
 
     @property
     def steps(self) -> float:
         """Optimizer steps taken."""
-        return self.count("steps", "step")
+        return self.largest("steps", "step")
 
     @property
     def train_tokens(self) -> float:
         """Tokens trained on."""
-        return self.count("train_tokens", "tokens")
+        return self.largest("train_tokens", "tokens")
 
     @property
     def domains(self) -> list[str]:
@@ -128,10 +127,6 @@ class Run:
         values_N = np.array([number(value) for value in found], dtype=np.float64)
         tokens_N = np.array([number(one.get("tokens")) for one in records], dtype=np.float64)
         return tokens_N, np.where(np.isfinite(values_N), values_N, math.nan)
-
-    def domain_series(self, key: str, domain: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Training tokens and one domain's values of a by-domain field (`weights`, `alignment`, ...)."""
-        return self.series("mixture", key, domain)
 
 
 def number(value: Any) -> float:

@@ -160,11 +160,11 @@ def score_tables(table: ScoreTable) -> list[Block]:
     if table.base is not None and len(table.rows) > 1:
         caption += f" Under each value its difference to {table.base}."
     rows = [[_label(table, label), *(_cell(table, label, one) for one in columns)] for label in table.rows]
-    blocks: list[Block] = [Table(caption, [table.what.capitalize(), *columns], rows, "routers")]
+    blocks: list[Block] = [Table(caption, [table.what.capitalize(), *columns], rows, "models")]
     if wide:
         by_set = [[Cell(name), *(_cell(table, label, name) for label in table.rows)] for name in table.sets]
         fold = f"All {len(table.sets)} one by one"
-        blocks.append(Table("The same values by row.", ["Set", *table.rows], by_set, "dense routers", fold=fold))
+        blocks.append(Table("The same values by row.", ["Set", *table.rows], by_set, "dense models", fold=fold))
     return blocks + ([] if table.tasks is None else score_tables(table.tasks))
 
 
@@ -206,7 +206,13 @@ def answer(table: ScoreTable) -> list[Block]:
     for label in table.compared:
         gap = table.gap(label, table.columns[0])
         interval = interval_cell(*gap.interval, table.digits, signed=True)
-        rows.append([_label(table, label), Cell(pieces(gap, table.digits, signed=True), [gap.verdict]), interval])
+        rows.append(
+            [
+                Cell(label, _label(table, label).sub),
+                Cell(pieces(gap, table.digits, signed=True), [gap.verdict]),
+                interval,
+            ]
+        )
     if rows:
         caption = f"What helped: {table.found}, against {table.base}; ± one standard error, negative is better."
         heads = [table.what.capitalize(), "Difference", "95 % interval"]

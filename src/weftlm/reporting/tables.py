@@ -81,22 +81,13 @@ def _value(values: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def recipe_blocks(view: View) -> list[Block]:
-    """Where the recipes differ, and each in full."""
-    recipes, labels = [flatten(run.recipe) for run in view.runs], [run.label for run in view.runs]
-    blocks: list[Block] = []
-    if len(recipes) > 1 and all(recipes):
-        caption = "Where the recipes differ; all other keys are equal."
-        blocks += _facts(caption, labels, recipes, differ=True) or [Text("The recipes are equal.")]
-    return blocks + [Code(run.recipe_text, f"Recipe of {run.label}") for run in view.runs if run.recipe_text]
-
-
-def environment_blocks(view: View) -> list[Block]:
-    """Versions, seeds, fingerprints and decisions: where they differ, then what is shared."""
-    facts, labels = [flatten(run.facts) for run in view.runs], [run.label for run in view.runs]
+def settings_blocks(view: View) -> list[Block]:
+    """Recipes, versions, seeds, fingerprints and decisions: where they differ, then what is shared; and each recipe."""
+    facts, labels = [flatten({**run.recipe, **run.facts}) for run in view.runs], [run.label for run in view.runs]
     return [
-        *_facts("Where the runs' environments differ.", labels, facts, differ=True),
-        *_facts("Versions, seeds and fingerprints of every run", labels, facts, differ=False),
+        *_facts("Where the settings and environments of the runs differ.", labels, facts, differ=True),
+        *_facts("Settings, versions and fingerprints of every run", labels, facts, differ=False),
+        *(Code(run.recipe_text, f"Recipe of {run.label}") for run in view.runs if run.recipe_text),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The chart of the expert or gate weight of each token: one component of reports, trace pages and the inspector.
+"""The expert or gate weights of each token: one chart for reports, trace pages and the inspector; routing in reports.
 
 `templates/trace.js` draws it (legend, coloured text, shares along the text, usage and entropy by layer) in the colours
 and frames of `templates/trace.css`. A page of this package holds the weights as JSON: `trace_block` makes a block of a
@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weftlm.errors import ConfigError, NumericsError
-from weftlm.reporting.page import Page, Section, Text, TraceBlock
+from weftlm.reporting.page import Block, Number, Page, Section, Text, TraceBlock
+from weftlm.reporting.score_table import ScoreTable, score_tables
 from weftlm.routing.trace import Trace, layer_of
 from weftlm.text import printable
 
@@ -162,3 +164,31 @@ def trace_size(labelled: LabelledTrace) -> str:
     layers = len(trace.layers())
     inside = f" in {layers} layers" if 1 < layers < len(trace.sites) else ""
     return f"{len(trace.tokens)} tokens · {len(trace.sites)} modules{inside} · {len(trace.experts)} experts"
+
+
+@dataclass(frozen=True)
+class RoutingFacts:
+    """What a report shows of routing.
+
+    Attributes:
+        table: Held-out bits per byte and accuracies by router.
+        relative_forward_time: Time of a routed forward pass over the base's, where it was measured.
+        traces: Label, trace and token texts of routed texts; the first is shown open.
+    """
+
+    table: ScoreTable
+    relative_forward_time: float | None = None
+    traces: Sequence[LabelledTrace] = ()
+
+
+def routing_blocks(facts: RoutingFacts) -> list[Block]:
+    """The tables of routers, the time of a routed pass, and the traces."""
+    blocks, time = score_tables(facts.table), facts.relative_forward_time
+    if time is not None:
+        blocks.append(Text(("Time of a routed forward pass over the base's: ", Number(time, f"{time:.2f}"), ".")))
+    for place, labelled in enumerate(facts.traces):
+        heading = f"Expert weights by token: {labelled[0]}"
+        if place == 0:
+            blocks += [Text(heading, "h3"), Text(f"{largest_share(labelled)} · {trace_size(labelled)}", "lead")]
+        blocks.append(trace_block(labelled, f"routing-trace-{place}", heading if place else ""))
+    return blocks

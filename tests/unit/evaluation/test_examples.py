@@ -14,7 +14,7 @@ from support.language_model import HFLanguageModel
 from weftlm.corpora.examples import ExampleSource
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.config import EvaluationConfig
-from weftlm.evaluation.examples import evaluate_examples
+from weftlm.evaluation.perplexity import evaluate_examples
 from weftlm.evaluation.result import paired_difference
 from weftlm.evaluation.suite import evaluate_suite
 from weftlm.models.prompted import PromptedExamples, is_encoder_decoder, target_nats

@@ -11,11 +11,10 @@ from support.served import llama, tokenizer
 
 from weftlm.config import validate
 from weftlm.errors import ConfigError, DataError
-from weftlm.evaluation.choices import score_choices
+from weftlm.evaluation.choices import mean_accuracy, read_tasks, score_choices, score_tasks
 from weftlm.evaluation.config import ChoiceTask, EvaluationConfig
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite, suite_difference
-from weftlm.evaluation.tasks import mean_accuracy, read_tasks, score_tasks
 
 
 @pytest.fixture

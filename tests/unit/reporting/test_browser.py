@@ -16,9 +16,8 @@ from weftlm.gating.certificate import Certificate, DomainRow, Figure
 from weftlm.reporting.gating import GatingFacts, gate_page
 from weftlm.reporting.page import render_page, write_page
 from weftlm.reporting.report import report_page
-from weftlm.reporting.routing import RoutingFacts
 from weftlm.reporting.score_table import model_table
-from weftlm.reporting.traces import LabelledTrace, trace_page
+from weftlm.reporting.traces import LabelledTrace, RoutingFacts, trace_page
 from weftlm.routing.trace import Trace
 
 CHROMIUM = Path("/usr/bin/chromium")

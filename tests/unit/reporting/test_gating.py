@@ -242,7 +242,7 @@ def test_a_page_of_its_own_runs_nothing_escapes_names_and_leads_to_its_parts() -
     assert not re.search(r"https?:|@import|url\((?!#)", page)
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;" in page
-    assert "Robust gate · 2 domains" in page
+    assert "Robust gate · values in nats" in page
     links = re.findall(r'<a href="#(gating-\w+)">', page)
     assert links == ["gating-models", "gating-certificate", "gating-domains", "gating-fit"]
     assert [page.count(f'<section id="{key}"') for key in links] == [1] * 4

@@ -73,15 +73,15 @@ def test_the_tables_by_domain_hold_losses_and_weights(three_runs: list[Path], th
 
 def test_recipes_are_shown_and_compared(three: tuple[Html, str]) -> None:
     page, policies = three[0], ["uniform", "importance", "dga"]
-    rows = page.rows("Where the recipes differ")
+    rows = page.rows("Where the settings and environments of the runs differ")
     assert [text for text, _ in rows["mixture.policy"]] == policies
     assert [text for text, _ in rows["mixture.eta"]] == ["–", "–", "5.0"]
     assert "training.lr" not in rows
+    assert [text for text, _ in rows["fingerprints.run"]] == policies
     assert "batch_sequences: 16" in page.text
-    shared = page.rows("Versions, seeds and fingerprints of every run")
+    shared = page.rows("Settings, versions and fingerprints of every run")
     assert shared["packages.torch"][0][0] == "2.13.0"
     assert shared["runtime.precision"][0][0] == "fp32 no fast bf16 here"
-    assert [text for text, _ in page.rows("Where the runs' environments differ")["fingerprints.run"]] == policies
 
 
 def test_prepared_data_is_shown_when_given(three_runs: list[Path]) -> None:
@@ -113,10 +113,10 @@ def test_anchors_fit_charts_speak_and_headers_have_a_scope(three: tuple[Html, st
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = {str(attributes["href"])[1:] for tag, attributes in page.elements if tag == "a"}
-    assert len(links) == 9
+    assert len(links) == 7
     assert links | {str(a["aria-labelledby"]) for _, a in page.elements if "aria-labelledby" in a} <= set(ids)
     charts = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert len(charts) == page.count("figcaption") == 5
+    assert len(charts) == page.count("figcaption") == 4
     assert all(chart["role"] == "img" and len(str(chart["aria-label"])) > 30 for chart in charts)
     assert all(attributes.get("scope") for tag, attributes in page.elements if tag == "th")
     assert page.count("table") == page.count("caption") == len(page.tables)

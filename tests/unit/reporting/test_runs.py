@@ -32,10 +32,10 @@ def test_series_follow_the_records_and_null_is_a_gap(three_runs: list[Path]) -> 
     run = read_runs(three_runs)[2]
     records = [json.loads(line) for line in (three_runs[2] / "metrics.jsonl").read_text().splitlines()]
     mixture = [record for record in records if record["kind"] == "mixture"]
-    x_N, y_N = run.domain_series("weights", "json")
+    x_N, y_N = run.series("mixture", "weights", "json")
     assert x_N.tolist() == [record["tokens"] for record in mixture]
     assert y_N.tolist() == [record["weights"]["json"] for record in mixture]
-    assert np.isnan(run.domain_series("alignment", "licences")[1]).all()
+    assert np.isnan(run.series("mixture", "alignment", "licences")[1]).all()
     loss = next(record["loss"] for record in records if record["kind"] == "train")
     assert run.series("train", "loss")[1][0] == loss
 

@@ -12,9 +12,9 @@ from support.blocks import Html, render_blocks, table_rows
 
 from weftlm.reporting.page import render_page
 from weftlm.reporting.report import report_page
-from weftlm.reporting.routing import RoutingFacts, routing_blocks
 from weftlm.reporting.score import Score, interval_cell, score_text
 from weftlm.reporting.score_table import ScoreTable, answer, headline, model_table, score_tables
+from weftlm.reporting.traces import RoutingFacts, routing_blocks
 from weftlm.routing.trace import Trace
 
 SETS: dict[str, dict[str, float]] = {
@@ -186,7 +186,7 @@ def test_routing_shows_its_table_the_time_and_the_traces() -> None:
     assert "phatgoose &lt;1&gt;" in text
     for raw in ("phatgoose <1>", "<b>", "<i>"):
         assert raw not in text
-    without = render_blocks(routing_blocks(RoutingFacts(table(), math.nan)))
+    without = render_blocks(routing_blocks(RoutingFacts(table())))
     assert "<script" not in without
     assert "forward pass" not in without
 

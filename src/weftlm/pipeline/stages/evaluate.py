@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from weftlm.config import settings
-from weftlm.evaluation.task_files import task_files
+from weftlm.evaluation.config import task_files
 from weftlm.pipeline.checks import Known
 from weftlm.pipeline.names import EVALUATION
 from weftlm.pipeline.recipe import Recipe
@@ -48,7 +48,7 @@ class Evaluate(Stage):
 
     def check_files(self, recipe: Recipe, known: Known) -> None:
         if recipe.evaluation.tasks and known.here:
-            from weftlm.evaluation.tasks import read_tasks  # noqa: PLC0415 - torch
+            from weftlm.evaluation.choices import read_tasks  # noqa: PLC0415 - torch
 
             read_tasks(recipe.evaluation.tasks)
 
