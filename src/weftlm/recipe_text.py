@@ -41,8 +41,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, it is none that can be read, or as `parse_yaml`; or it holds no mapping.
     """
-    text = _text_of(path)
-    value = parse_yaml(text, f"recipe {path}")
+    value = parse_yaml(_text_of(path), f"recipe {path}")
     if not isinstance(value, dict):
         held = "nothing" if value is None else _kind(value)
         raise ConfigError(f"recipe {path} holds {held}; it must hold a mapping of sections, such as `run: runs/first`")

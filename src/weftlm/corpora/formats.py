@@ -88,13 +88,7 @@ csv.field_size_limit(1 << 26)
 
 @dataclass
 class Cursor:
-    """The record a reader is at, for messages: `path:line`, or `path[row]`.
-
-    Attributes:
-        path: Path of the file, or name of the data set.
-        number: Number of the record; lines are counted from 1, rows from 0.
-        rows: Whether rows are counted.
-    """
+    """The record a reader is at, for messages: `path:line`, counted from 1, or with `rows` `path[row]`, from 0."""
 
     path: Path | str
     number: int = 1
@@ -108,11 +102,6 @@ def guarded(records: Iterator[tuple[str, Record]], cursor: Cursor, fail: Fail) -
     """The records of a reader; any error it raises while it advances becomes a fault at the cursor, and ends it.
 
     Errors of weftlm's own making pass (`weftlm.files.cause`).
-
-    Args:
-        records: Records the reader yields.
-        cursor: Cursor that the reader keeps at the record it works on.
-        fail: Function that takes the fault.
     """
     try:
         yield from records

@@ -107,18 +107,17 @@ def _after(name: str, globs: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
 
 def _is_wanted(entry: os.DirEntry[str], root: Path, ignore: Ignore) -> bool:
     """Whether an entry that is no folder is a regular file within the folder searched."""
+    why = ""
     try:
-        mode = entry.stat().st_mode
+        if not stat.S_ISREG(entry.stat().st_mode):
+            why = "a pipe, socket, device or link to a folder"
+        elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+            why = "a link that leaves the folder"
     except OSError as error:
-        ignore(f"{entry.path} ({cause(error)})")
-        return False
-    if not stat.S_ISREG(mode):
-        ignore(f"{entry.path} (a pipe, socket, device or link to a folder)")
-        return False
-    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
-        ignore(f"{entry.path} (a link that leaves the folder)")
-        return False
-    return True
+        why = cause(error)
+    if why:
+        ignore(f"{entry.path} ({why})")
+    return not why
 
 
 def _root(folder: Path) -> Path:

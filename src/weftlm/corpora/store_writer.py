@@ -42,7 +42,7 @@ class StoreWriter:
     Args:
         path: Folder to write; must not exist.
         vocabulary: Size, end-of-document id and fingerprint of the tokenizer.
-        buffer_bytes: Memory for tokens not yet on disk, over all stores; the fullest buffers are written first.
+        buffer_bytes: Memory for tokens not yet on disk, over all stores.
     Attributes:
         documents: Documents appended so far over all stores, those of an interrupted run included.
         bytes: UTF-8 bytes of text, counted the same way.
@@ -82,23 +82,15 @@ class StoreWriter:
             DataError: An id is outside the vocabulary, or some documents of a store are examples and some not.
         """
         store = self._stores.get(label) or self._open(label)
-        self._waiting_bytes -= store.waiting_bytes
-        store.append(tokens, text_bytes, origin, prompt)
-        self._waiting_bytes += store.waiting_bytes
+        self._waiting_bytes += store.append(tokens, text_bytes, origin, prompt)
         self.documents += 1
         self.bytes += text_bytes
-        if self._waiting_bytes >= self._buffer_bytes:  # few, long writes
-            for store in sorted(self._stores.values(), key=lambda store: -store.waiting_bytes):
-                if self._waiting_bytes <= self._buffer_bytes // 2:
-                    break
-                self._waiting_bytes -= store.waiting_bytes
-                store.flush()
+        if self._waiting_bytes >= self._buffer_bytes:
+            self._flush()
 
     def commit(self, mark: str) -> None:
         """Put everything appended so far on record: a later writer continues from here."""
-        for store in self._stores.values():
-            store.flush()
-        self._waiting_bytes = 0
+        self._flush()
         states = {label: store.state() for label, store in self._stores.items()}
         write_object(self.partial / JOURNAL, {"made by": self._maker(), "mark": mark, "stores": states})
 
@@ -123,6 +115,11 @@ class StoreWriter:
             remove(self.partial)
         if kind is None:
             raise DataError(f"token stores {self.path} would hold no document")
+
+    def _flush(self) -> None:
+        for store in self._stores.values():
+            store.flush()
+        self._waiting_bytes = 0
 
     def _maker(self) -> list[Any]:
         return [FORMAT, self._vocabulary.fingerprint, self._vocabulary.size, self._vocabulary.eos_id]
@@ -201,7 +198,6 @@ class _GrowingStore:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.documents = self.tokens = self.bytes = 0
-        self.waiting_bytes = 0
         self._vocabulary = vocabulary
         self._files = {name: _GrowingFile(folder / name) for name in (TOKENS, DOCUMENTS, PROMPTS)}
         self._eos = np.array([vocabulary.eos_id], dtype=vocabulary.dtype)
@@ -209,7 +205,8 @@ class _GrowingStore:
         self._documents: list[tuple[int, int]] = []
         self._prompts: list[tuple[int, int]] = []
 
-    def append(self, tokens: ArrayLike, text_bytes: int, origin: str, prompt: tuple[int, int] | None) -> None:
+    def append(self, tokens: ArrayLike, text_bytes: int, origin: str, prompt: tuple[int, int] | None) -> int:
+        """Append a document; returns the bytes of memory it takes until `flush`."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
             raise DataError(f"document {origin}: tokens must be a row of integers, not {ids.dtype} {ids.shape}")
@@ -232,7 +229,7 @@ class _GrowingStore:
         self.bytes += int(text_bytes)
         self.documents += 1
         self._documents.append((self.tokens, int(text_bytes)))
-        self.waiting_bytes += (len(ids) + 1) * self._vocabulary.dtype.itemsize + _OVERHEAD
+        return (len(ids) + 1) * self._vocabulary.dtype.itemsize + _OVERHEAD
 
     def flush(self) -> None:
         """Write the buffers."""
@@ -241,7 +238,6 @@ class _GrowingStore:
             self._files[DOCUMENTS].append(np.array(self._documents, dtype=DOCUMENT).tobytes())
             self._files[PROMPTS].append(np.array(self._prompts, dtype=PROMPT).tobytes())
         self._tokens, self._documents, self._prompts = [], [], []
-        self.waiting_bytes = 0
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs; call it after `flush`."""

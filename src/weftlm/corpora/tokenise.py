@@ -21,19 +21,13 @@ EncodedDocument = tuple[NDArray[np.uint32], tuple[int, int] | None]
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[EncodedDocument]:
     """Encode documents; the prompt and the target of an example apart, so that no token spans both."""
-    texts: list[str] = []
-    for document in documents:
-        cut = document.prompt or 0
-        texts += [document.text[cut:]] if document.prompt is None else [document.text[:cut], document.text[cut:]]
-    encoded = iter(tokenizer.encode_batch(texts))
+    parts = [[d.text] if d.prompt is None else [d.text[: d.prompt], d.text[d.prompt :]] for d in documents]
+    encoded = iter(tokenizer.encode_batch([text for texts in parts for text in texts]))
     found: list[EncodedDocument] = []
-    for document in documents:
-        first_N = next(encoded)
-        if document.prompt is None:
-            found.append((first_N, None))
-        else:
-            size = len(document.text[: document.prompt].encode("utf-8"))
-            found.append((np.concatenate([first_N, next(encoded)]), (len(first_N), size)))
+    for texts in parts:
+        ids = [next(encoded) for _ in texts]
+        prompt = (len(ids[0]), len(texts[0].encode("utf-8"))) if len(texts) == 2 else None
+        found.append((np.concatenate(ids), prompt))
     return found
 
 
