@@ -14,9 +14,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -148,35 +148,25 @@ def _finish_swap(folder: Path) -> None:
     remove(old)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which training documents are used and where each goes.
+class _Preparation:
+    """One preparation, step by step; every step leaves its result on disk and skips itself where that exists.
 
     Attributes:
-        heldout: what is held out of the corpora.
-        caps: positions below which the documents of a capped domain are used.
-        target_heldout: what is held out of the target.
-        target_train: position below which the target's other documents are used.
+        spools: Documents of each set.
+        domains: Domain of each spooled document.
+        split: What is held out of the corpora.
+        target_split: What is held out of the target.
+        target_below: Position below which the target's other documents are used.
+        tokenizer: The tokenizer.
+        caps: Position, by domain, below which the documents of a capped domain are used.
     """
 
-    heldout: HeldoutPlan
-    caps: dict[int, int]
-    target_heldout: HeldoutPlan
-    target_train: int
-
-
-@dataclass(frozen=True)
-class _Stores:
-    """The token stores written."""
-
-    train: dict[str, TokenStore]
-    heldout: dict[str, TokenStore]
-    target_train: TokenStore | None
-    target_heldout: TokenStore | None
-
-
-class _Preparation:
-    """One preparation, step by step; every step leaves its result on disk and skips itself where that exists."""
+    spools: dict[str, Spool]
+    domains: Discovered
+    split: HeldoutPlan
+    target_split: HeldoutPlan
+    target_below: int
+    tokenizer: Tokenizer
 
     def __init__(self, config: DataConfig, artifact: Artifact, progress: bool) -> None:
         self.config = config
@@ -185,6 +175,7 @@ class _Preparation:
         self.scratch = self.work / "scratch"
         self.progress = progress
         self.warnings: list[str] = []
+        self.caps: dict[int, int] = {}
 
     def run(self) -> None:
         self._start()
@@ -192,28 +183,26 @@ class _Preparation:
             remove(self.scratch)
             return
         facts = self._read()
-        spools = {name: Spool(self.scratch / name) for name in SETS}
-        self._need_documents(spools)
-        discovered, known = self._discover(spools)
-        plan = self._split(spools, discovered)
-        tokenizer = self._tokenizer(spools["corpora"], discovered, plan)
-        discovered, plan = self._without_small(spools, discovered, plan, tokenizer)
-        losses = self._losses(spools, discovered, plan, tokenizer)
-        plan = self._cap(spools["corpora"], discovered, plan, tokenizer)
-        data = self._tokenise(spools, discovered, plan, tokenizer)
-        training = (document for document, _ in self._train(spools["corpora"], discovered, plan))
-        heldout = (document for document, _ in self._heldout(spools, discovered, plan))
+        self.spools = {name: Spool(self.scratch / name) for name in SETS}
+        self._need_documents()
+        self.domains, known = self._discover()
+        self._split()
+        self.tokenizer = self._make_tokenizer()
+        self._merge_small()
+        losses = self._losses()
+        self.caps = self._caps()
+        stores = self._tokenise()
         check_no_leak(
             {
-                "the target's held-out documents": self._target(spools, plan, held=True),
-                "the target": self._target(spools, plan, held=False),
-                "held-out documents": heldout,
-                "training documents": training,
+                "the target's held-out documents": self._target(held=True),
+                "the target": self._target(held=False),
+                "held-out documents": (document for document, _ in self._heldout()),
+                "training documents": (document for document, _ in self._train()),
             },
             self.scratch,
         )
         self._warn_of_documents(facts["counts"])
-        self._write_manifest(facts, spools, discovered, plan, known, data, tokenizer, losses)
+        self._finish(facts, known, stores, losses)
 
     def _start(self) -> None:
         """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
@@ -304,7 +293,7 @@ class _Preparation:
             return corpus.model_copy(update={"label": None, "label_field": None, "label_from": "file"})
         return corpus
 
-    def _need_documents(self, spools: dict[str, Spool]) -> None:
+    def _need_documents(self) -> None:
         wanted = {
             "corpora": True,
             "target": bool(self.config.target),
@@ -312,85 +301,85 @@ class _Preparation:
             "target_heldout": bool(self.config.target_heldout),
         }
         for name, needed in wanted.items():
-            if needed and len(spools[name]) == 0:
+            if needed and len(self.spools[name]) == 0:
                 raise DataError(
                     f"data.{name} holds no document that is not in another set already; check the inputs (a text that "
                     f"several sets hold stays in the first of {', '.join(SETS)})"
                 )
 
-    def _discover(self, spools: dict[str, Spool]) -> tuple[Discovered, Any]:
+    def _discover(self) -> tuple[Discovered, Any]:
         folder = self.scratch / "domains"
         folder.mkdir(exist_ok=True)
         known = None
         if self.config.domains.by != "clusters":
-            found = by_label(spools["corpora"], spools["heldout"], folder)
+            found = by_label(self.spools["corpora"], self.spools["heldout"], folder)
         else:
-            total = len(spools["corpora"])
+            total = len(self.spools["corpora"])
             with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
                 found, embedder, clusters = by_clusters(
-                    spools["corpora"], spools["heldout"], self.config, folder, counter.advance
+                    self.spools["corpora"], self.spools["heldout"], self.config, folder, counter.advance
                 )
             known = (embedder, clusters)
         seal(folder)
         return found, known
 
-    def _split(self, spools: dict[str, Spool], discovered: Discovered) -> _Plan:
+    def _split(self) -> None:
         config, seed = self.config, self.config.seed
         none = SplitConfig(fraction=0.0)
-        heldout = HeldoutPlan(none if config.heldout else config.split, seed)
-        for (digest, _), number in zip(spools["corpora"].digests(), discovered.train, strict=True):
+        self.split = HeldoutPlan(none if config.heldout else config.split, seed)
+        for (digest, _), number in zip(self.spools["corpora"].digests(), self.domains.train, strict=True):
             if number != NO_LABEL:
-                heldout.observe(discovered.names[number], digest)
-        target_heldout = HeldoutPlan(none if config.target_heldout else config.target_split, seed)
-        for digest, _ in spools["target"].digests():
-            target_heldout.observe("target", digest)
-        if len(spools["target"]) == 1 and not config.target_heldout:
+                self.split.observe(self.domains.names[number], digest)
+        self.target_split = HeldoutPlan(none if config.target_heldout else config.target_split, seed)
+        for digest, _ in self.spools["target"].digests():
+            self.target_split.observe("target", digest)
+        if len(self.spools["target"]) == 1 and not config.target_heldout:
             self.warnings.append("the target has one document: nothing of it is held out, so it cannot be evaluated")
-        threshold = ALL
+        self.target_below = ALL
         wanted = config.target_train_documents
         if wanted is not None:
             lowest = Lowest(wanted)
-            for digest, _ in spools["target"].digests():
-                if not target_heldout.is_heldout("target", digest):
+            for digest, _ in self.spools["target"].digests():
+                if not self.target_split.is_heldout("target", digest):
                     lowest.add(position(digest, seed, "target"))
             if lowest.seen < wanted:
                 self.warnings.append(
                     f"data.target_train_documents is {wanted} but only {lowest.seen} are left beside the held-out ones"
                 )
-            threshold = lowest.threshold()
-        return _Plan(heldout, {}, target_heldout, threshold)
+            self.target_below = lowest.threshold()
 
-    def _train(self, spool: Spool, discovered: Discovered, plan: _Plan) -> Iterator[tuple[Document, int]]:
-        """Training documents with their domain's number."""
-        for document, number in zip(spool, discovered.train, strict=True):
+    def _train(self, caps: Mapping[int, int] | None = None) -> Iterator[tuple[Document, int]]:
+        """Training documents with their domain's number; within `caps`, or those chosen."""
+        caps = self.caps if caps is None else caps
+        for document, number in zip(self.spools["corpora"], self.domains.train, strict=True):
             digest = document.digest()
-            if number == NO_LABEL or plan.heldout.is_heldout(discovered.names[number], digest):
+            if number == NO_LABEL or self.split.is_heldout(self.domains.names[number], digest):
                 continue
-            if number in plan.caps and position(digest, self.config.seed, "cap") >= plan.caps[number]:
+            if number in caps and position(digest, self.config.seed, "cap") >= caps[number]:
                 continue
             yield document, number
 
-    def _heldout(self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan) -> Iterator[tuple[Document, int]]:
+    def _heldout(self) -> Iterator[tuple[Document, int]]:
         if self.config.heldout:
-            pairs = zip(spools["heldout"], discovered.heldout, strict=True)
+            pairs = zip(self.spools["heldout"], self.domains.heldout, strict=True)
             yield from (pair for pair in pairs if pair[1] != NO_LABEL)
             return
-        for document, number in zip(spools["corpora"], discovered.train, strict=True):
-            if number != NO_LABEL and plan.heldout.is_heldout(discovered.names[number], document.digest()):
+        for document, number in zip(self.spools["corpora"], self.domains.train, strict=True):
+            if number != NO_LABEL and self.split.is_heldout(self.domains.names[number], document.digest()):
                 yield document, number
 
-    def _target(self, spools: dict[str, Spool], plan: _Plan, held: bool) -> Iterator[Document]:
+    def _target(self, held: bool) -> Iterator[Document]:
         if held and self.config.target_heldout:
-            yield from spools["target_heldout"]
+            yield from self.spools["target_heldout"]
             return
-        for document in spools["target"]:
+        for document in self.spools["target"]:
             digest = document.digest()
-            if plan.target_heldout.is_heldout("target", digest) != held:
+            if self.target_split.is_heldout("target", digest) != held:
                 continue
-            if held or position(digest, self.config.seed, "target") < plan.target_train:
+            if held or position(digest, self.config.seed, "target") < self.target_below:
                 yield document
 
-    def _tokenizer(self, spool: Spool, discovered: Discovered, plan: _Plan) -> Tokenizer:
+    def _make_tokenizer(self) -> Tokenizer:
         """Trained on an even sample of the training text, or loaded; saved at once."""
         folder = self.work / "tokenizer"
         if folder.is_dir():
@@ -398,12 +387,12 @@ class _Preparation:
         training = self.config.tokenizer.train
         share = 1.0
         if training is not None:
-            total = sum(size for _, size in spool.digests())
+            total = sum(size for _, size in self.spools["corpora"].digests())
             share = min(1.0, training.sample_bytes / max(total, 1))
         below = ALL if share == 1.0 else int(share * ALL)
         texts = (
             document.text
-            for document, _ in self._train(spool, discovered, plan)
+            for document, _ in self._train()
             if position(document.digest(), self.config.seed, "tokenizer") < below
         )
         with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
@@ -415,9 +404,7 @@ class _Preparation:
         temporary.rename(folder)
         return Tokenizer.load(folder)
 
-    def _without_small(
-        self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, tokenizer: Tokenizer
-    ) -> tuple[Discovered, _Plan]:
+    def _merge_small(self) -> None:
         """Domains with fewer than `min_tokens` training tokens named, dropped or merged, as the recipe says.
 
         Only domains of so little text that they may be too small are encoded.
@@ -425,20 +412,20 @@ class _Preparation:
         Raises:
             DataError: there are some and `small` is `stop`, or what is left is still too small.
         """
-        options, spool = self.config.domains, spools["corpora"]
+        options = self.config.domains
         sizes: Counter[int] = Counter()
-        for (digest, size), number in zip(spool.digests(), discovered.train, strict=True):
-            if not plan.heldout.is_heldout(discovered.names[number], digest):
+        for (digest, size), number in zip(self.spools["corpora"].digests(), self.domains.train, strict=True):
+            if not self.split.is_heldout(self.domains.names[number], digest):
                 sizes[number] += size
-        few = {n for n in range(len(discovered.names)) if sizes[n] < options.min_tokens * _BYTES_PER_TOKEN_AT_MOST}
+        few = {n for n in range(len(self.domains.names)) if sizes[n] < options.min_tokens * _BYTES_PER_TOKEN_AT_MOST}
         tokens: Counter[int] = Counter(dict.fromkeys(few, 0))
-        for batch in _batches((pair for pair in self._train(spool, discovered, plan) if pair[1] in few), 256):
-            encoded = encode_documents(tokenizer, [document for document, _ in batch])
+        for batch in _batches((pair for pair in self._train() if pair[1] in few), 256):
+            encoded = encode_documents(self.tokenizer, [document for document, _ in batch])
             for (_, number), (tokens_N, _) in zip(batch, encoded, strict=True):
                 tokens[number] += len(tokens_N) + 1
-        small = {discovered.names[n]: tokens[n] for n in sorted(few) if tokens[n] < options.min_tokens}
+        small = {self.domains.names[n]: tokens[n] for n in sorted(few) if tokens[n] < options.min_tokens}
         if not small:
-            return discovered, plan
+            return
         shown = ", ".join(f"{name} ({count})" for name, count in list(small.items())[:50])
         shown += f" and {len(small) - 50} more" if len(small) > 50 else ""
         least = f"fewer training tokens than data.domains.min_tokens, {options.min_tokens}: {shown}"
@@ -448,32 +435,30 @@ class _Preparation:
                 f"or to other, which makes one domain of them"
             )
         into = OTHER_DOMAIN if options.small == "other" else None
-        together = sum(small.values()) + (0 if into in small or into not in discovered.names else options.min_tokens)
-        nothing_left = len(small) == len(discovered.names) if into is None else together < options.min_tokens
+        together = sum(small.values()) + (0 if into in small or into not in self.domains.names else options.min_tokens)
+        nothing_left = len(small) == len(self.domains.names) if into is None else together < options.min_tokens
         if nothing_left:
             raise DataError(f"{len(small)} domains have {least}; together they are too small as well: give more text")
         what = "dropped" if into is None else f"put into the domain {into!r}"
         self.warnings.append(f"{len(small)} domains are {what}, for they have {least}")
-        discovered = merged(discovered, small, into, self.scratch / "domains")
-        return discovered, self._split(spools, discovered)
+        self.domains = merged(self.domains, small, into, self.scratch / "domains")
+        self._split()
 
-    def _losses(
-        self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, tokenizer: Tokenizer
-    ) -> dict[str, TextLoss]:
+    def _losses(self) -> dict[str, TextLoss]:
         """What the tokenizer loses of each domain's text and of the target's, on a sample of bounded size.
 
         Raises:
             DataError: it loses so much of one that training on the tokens would not be training on the text.
         """
-        names = (*discovered.names, TARGET_SET)
+        names = (*self.domains.names, TARGET_SET)
         count = max(1, min(64, _LOSS_DOCUMENTS // len(names)))
         seed = self.config.seed
 
         def documents() -> Iterator[tuple[Document, int]]:
-            yield from self._train(spools["corpora"], discovered, plan)
-            yield from self._heldout(spools, discovered, plan)
+            yield from self._train()
+            yield from self._heldout()
             for held in (False, True):
-                for document in self._target(spools, plan, held):
+                for document in self._target(held):
                     yield document, len(names) - 1
 
         lowest = [Lowest(count) for _ in names]
@@ -484,7 +469,7 @@ class _Preparation:
         for document, number in documents():
             if position(document.digest(), seed, "loss") < thresholds[number]:
                 texts[names[number]].append(document.text[:_LOSS_CHARACTERS])
-        losses = {name: tokenizer.loss(sample) for name, sample in texts.items() if sample}
+        losses = {name: self.tokenizer.loss(sample) for name, sample in texts.items() if sample}
         worst = sorted((name for name in losses if losses[name].lost > LOST_ACCEPTED), key=lambda n: -losses[n].lost)
         shown = "; ".join(
             f"{name}: {losses[name].given_back_share:.1%} of the bytes come back, "
@@ -502,38 +487,36 @@ class _Preparation:
             )
         return losses
 
-    def _cap(self, spool: Spool, discovered: Discovered, plan: _Plan, tokenizer: Tokenizer) -> _Plan:
+    def _caps(self) -> dict[int, int]:
         """Choose at random the documents that fill `max_train_tokens` of each larger domain."""
         cap = self.config.domains.max_train_tokens
         if cap is None:
-            return plan
+            return {}
         seed = self.config.seed
         rough: dict[int, Budget] = {}
-        for (digest, size), number in zip(spool.digests(), discovered.train, strict=True):
-            if number != NO_LABEL and not plan.heldout.is_heldout(discovered.names[number], digest):
+        for (digest, size), number in zip(self.spools["corpora"].digests(), self.domains.train, strict=True):
+            if number != NO_LABEL and not self.split.is_heldout(self.domains.names[number], digest):
                 budget = rough.setdefault(number, Budget(cap * _BYTES_PER_TOKEN_AT_MOST))
                 budget.add(position(digest, seed, "cap"), size + 1)
         drafted = {number: budget.threshold() for number, budget in rough.items() if budget.total > cap}
         exact = {number: Budget(cap) for number in drafted}
-        draft = _Plan(plan.heldout, drafted, plan.target_heldout, plan.target_train)
-        candidates = (pair for pair in self._train(spool, discovered, draft) if pair[1] in drafted)
+        candidates = (pair for pair in self._train(drafted) if pair[1] in drafted)
         for batch in _batches(candidates, 256):
-            encoded = encode_documents(tokenizer, [document for document, _ in batch])
+            encoded = encode_documents(self.tokenizer, [document for document, _ in batch])
             for (document, number), (tokens_N, _) in zip(batch, encoded, strict=True):
                 exact[number].add(position(document.digest(), seed, "cap"), len(tokens_N) + 1)
-        caps = {number: min(drafted[number], budget.threshold()) for number, budget in exact.items()}
-        return _Plan(plan.heldout, caps, plan.target_heldout, plan.target_train)
+        return {number: min(drafted[number], budget.threshold()) for number, budget in exact.items()}
 
-    def _tokenise(self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, tokenizer: Tokenizer) -> _Stores:
+    def _tokenise(self) -> dict[str, dict[str, TokenStore]]:
         """Write the token stores; finished ones are opened, half-written ones continued."""
 
         def labelled(pairs: Iterable[tuple[Document, int]]) -> Iterator[Document]:
             for document, number in pairs:
-                yield replace(document, label=discovered.names[number])
+                yield replace(document, label=self.domains.names[number])
 
         def target() -> Iterator[Document]:
             for held, label in ((False, "train"), (True, "heldout")):
-                for document in self._target(spools, plan, held):
+                for document in self._target(held):
                     yield replace(document, label=label)
 
         with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
@@ -548,57 +531,47 @@ class _Preparation:
                     found = open_stores(path, verify=False)
                 else:
                     found = tokenise_by_label(
-                        documents(), tokenizer, path, progress=lambda size: counter.update(finished + size)
+                        documents(), self.tokenizer, path, progress=lambda size: counter.update(finished + size)
                     )
                 finished += sum(store.bytes for store in found.values())
                 return found
 
-            train = stores("train", lambda: labelled(self._train(spools["corpora"], discovered, plan)))
-            heldout = stores("heldout", lambda: labelled(self._heldout(spools, discovered, plan)))
-            of_target = stores("target", target)
-        return _Stores(train, heldout, of_target.get("train"), of_target.get("heldout"))
+            return {
+                "train": stores("train", lambda: labelled(self._train())),
+                "heldout": stores("heldout", lambda: labelled(self._heldout())),
+                "target": stores("target", target),
+            }
 
-    def _describe(
-        self, spools: dict[str, Spool], discovered: Discovered, plan: _Plan, known: Any, data: _Stores
-    ) -> tuple[tuple[str, ...], Described]:
-        names = discovered.names
+    def _describe(self, known: Any, stores: dict[str, dict[str, TokenStore]]) -> tuple[tuple[str, ...], Described]:
+        names = self.domains.names
         include = self.config.domains.include_target
-        sizes = [float(data.train[name].bytes) for name in names]
+        sizes = [float(stores["train"][name].bytes) for name in names]
         if include:
-            assert data.target_train is not None
             names = (*names, TARGET_DOMAIN)
-            sizes.append(float(data.target_train.bytes))
+            sizes.append(float(stores["target"]["train"].bytes))
 
         def documents() -> Iterator[tuple[Document, int]]:
-            yield from self._train(spools["corpora"], discovered, plan)
+            yield from self._train()
             if include:
-                for document in self._target(spools, plan, held=False):
+                for document in self._target(held=False):
                     yield document, len(names) - 1
 
         def target() -> Iterator[Document]:
-            return self._target(spools, plan, held=False)
+            return self._target(held=False)
 
-        has_target = data.target_train is not None
+        has_target = "train" in stores["target"]
         return names, describe(names, documents, np.array(sizes), target if has_target else None, self.config, known)
 
-    def _write_manifest(
-        self,
-        facts: dict[str, Any],
-        spools: dict[str, Spool],
-        discovered: Discovered,
-        plan: _Plan,
-        known: Any,
-        data: _Stores,
-        tokenizer: Tokenizer,
-        losses: dict[str, TextLoss],
+    def _finish(
+        self, facts: dict[str, Any], known: Any, stores: dict[str, dict[str, TokenStore]], losses: dict[str, TextLoss]
     ) -> None:
-        names, described = self._describe(spools, discovered, plan, known, data)
-        without = [name for name in discovered.names if name not in data.heldout]
+        names, described = self._describe(known, stores)
+        without = [name for name in self.domains.names if name not in stores["heldout"]]
         if without:
             shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
             self.warnings.append(f"no held-out text for {len(without)} domains ({shown}): they are not evaluated")
         manifest = {
-            "tokenizer": tokenizer.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
             "text_loss": {name: asdict(loss) for name, loss in losses.items()},
             "counts": facts["counts"],
             "domains": list(names),
