@@ -63,14 +63,14 @@ Status = Literal["made", "kept"]
 
 @dataclass(frozen=True)
 class ExpertMaking:
-    """Where experts are made: base and data opened, the library beside them.
+    """What experts are made of: base and data opened, and the library that takes them.
 
     Attributes:
-        recipe: what to make.
-        data: the prepared data.
-        base: the model under the experts.
-        library: where they go.
-        domains: the domain of each expert, by the expert's name.
+        recipe: Recipe of the experts.
+        data: The prepared data.
+        base: The model under the experts.
+        library: The library to which experts are added.
+        domains: Domain of each expert, by the expert's name.
     """
 
     recipe: Recipe
@@ -104,8 +104,8 @@ def check_experts(recipe: Recipe, model: ModelConfig | None = None) -> None:
     The base's modules are known from its configuration, where that is on this machine.
 
     Args:
-        recipe: of the experts.
-        model: the `model` section, where the recipe trains the base.
+        recipe: Recipe of the experts.
+        model: Section `model`, where the recipe trains the base.
     Raises:
         ConfigError: `experts.lora.target_modules` names what no expert can hold, or what the base does not have.
     """
@@ -122,8 +122,8 @@ def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = Non
     """The domains that get an expert, by the expert's name.
 
     Args:
-        domains: of the data.
-        wanted: names of some of them; None for all.
+        domains: Domains of the data.
+        wanted: Names of some of them; None for all.
     Raises:
         ConfigError: no such domain, or two whose experts would have the same name.
     """
@@ -161,13 +161,13 @@ def train_experts(
     process alone, so that it does not depend on how many there were.
 
     Args:
-        recipe: what to make.
-        only: experts (or their domains) to make; None for all.
-        replace: discard experts, and unfinished work, of other settings, data or seed under the same names.
-        executor: where to make them, one task per expert (`fan_out.processes`, `integrations.ray_executor`). Its
+        recipe: Recipe of the experts.
+        only: Experts (or their domains) to make; None for all.
+        replace: Whether to discard experts, and unfinished work, of other settings, data or seed under the same names.
+        executor: Executor of one task per expert (`fan_out.processes`, `integrations.ray_executor`). Its
             workers must see the run folder, the prepared data, the base and the library. None: in this process, or for
             each process of torchrun in one beside it. Sums over another number of threads may differ in the last bits.
-        progress: show progress on stderr.
+        progress: Whether to show progress on stderr.
     Returns:
         library, base, and by expert: domain, status (made now, or kept), and its card's losses and adapter facts.
     Raises:
@@ -210,10 +210,10 @@ def make_one(making: ExpertMaking, name: str, *, replace: bool = False, patience
     """Make one expert and add it to the library, or find it there.
 
     Args:
-        making: where it is made.
-        name: of the expert.
-        replace: discard what is there of other settings, data or seed.
-        patience_s: how long to wait for another process that is making it.
+        making: Base, data and library.
+        name: Name of the expert.
+        replace: Whether to discard what is there of other settings, data or seed.
+        patience_s: Time to wait for another process that makes it.
     Raises:
         CheckpointError: another process is making it, or its folder holds work of other settings and `replace` is not
             set.
@@ -247,10 +247,10 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
     Works on an expert of any origin, and knows nothing of the others.
 
     Args:
-        recipe: whose `experts.gate`, `experts.training` and statistics settings count.
-        name: of the expert in the library.
-        domain: the domain it belongs to; None for the one it was made from, or the one of its name.
-        progress: show progress on stderr.
+        recipe: Recipe with the settings of gate, training and statistics.
+        name: Name of the expert in the library.
+        domain: Domain to which it belongs; None for the one it was made from, or the one of its name.
+        progress: Whether to show progress on stderr.
     Returns:
         expert, domain, and the facts of gate and statistics.
     Raises:

@@ -22,7 +22,8 @@ class ImportedExpert(Section):
         None, description="domain of the data on which its gate and statistics are made; absent: it gets neither"
     )
     assume_base: bool = Field(
-        False, description="take an adapter that names another base, or none, as made for the base of the experts"
+        False,
+        description="whether an adapter that names another base, or none, counts as made for the base of the experts",
     )
 
     @property

@@ -76,7 +76,7 @@ class DirectConfig(Section):
         default_factory=lambda: FitConfig(
             steps=600, lr=0.02, final_lr=0.002, batch_sequences=32, report_every_steps=100, best_response_steps=0
         ),
-        description="how it is fitted; its unit is that of gating.fit",
+        description="settings of its fit, in the unit of gating.fit",
     )
 
 
@@ -92,13 +92,15 @@ class StudentsConfig(Section):
     gate: PrefixGateConfig = Field(
         default_factory=PrefixGateConfig, description="the causal gate that is distilled into"
     )
-    distil: DistilConfig = Field(default_factory=DistilConfig, description="how; sparse students likewise")
+    distil: DistilConfig = Field(
+        default_factory=DistilConfig, description="settings of distillation, of sparse students too"
+    )
     experts_per_token: list[PositiveInt] = Field(
         [1, 2], description="a sparse student for each; those not below the number of experts are left out"
     )
     refresh_every: PositiveInt | None = Field(
         REFRESH_EVERY,
-        description="tokens after which a sparse student's sleeping experts catch up, sooner early in a text; null: "
+        description="tokens after which a sparse student's inactive experts are updated, fewer early in a text; null: "
         "never",
     )
     direct: DirectConfig = Field(default_factory=DirectConfig, description="the gate of weftlm gate distil --direct")
@@ -114,19 +116,19 @@ class GatingConfig(Section):
     pool: list[ExpertSource] | None = Field(
         None,
         min_length=1,
-        description="whole models, or adapters wherever they lie, that the gate is over; absent: the library's experts",
+        description="whole models, or adapters of any folder, that the gate is over; absent: the library's experts",
     )
     domains: list[str] | None = Field(
         None, min_length=1, description="domains whose held-out text is scored; absent: every domain that has some"
     )
-    scores: ScoreConfig = Field(default_factory=ScoreConfig, description="what is scored, and how")
+    scores: ScoreConfig = Field(default_factory=ScoreConfig, description="settings of scoring")
     gate: SerializeAsAny[GateConfig] = Field(
         default_factory=LinearConfig, validate_default=False, description="gate and its options"
     )
-    fit: FitConfig = Field(default_factory=FitConfig, description="how the gate is fitted")
+    fit: FitConfig = Field(default_factory=FitConfig, description="settings of the fit")
     offsets: Literal["expert", "none"] | dict[str, FiniteFloat] = Field(
         "expert",
-        description="what a domain's cross-entropy is relative to. expert: its own expert's on the same sequences; "
+        description="reference of a domain's cross-entropy. expert: its own expert's on the same sequences; "
         "none: 0; or nats per `fit.unit` by the domain's name",
     )
     mixtures: MixturesConfig = Field(
@@ -135,7 +137,7 @@ class GatingConfig(Section):
     held_out_fraction: FiniteFloat = Field(
         0.25, gt=0.0, lt=1.0, description="share of the scored sequences that certifies the gate and is not fitted on"
     )
-    students: StudentsConfig = Field(default_factory=StudentsConfig, description="what the gate is distilled into")
+    students: StudentsConfig = Field(default_factory=StudentsConfig, description="students of the gate")
 
     @model_validator(mode="after")
     def _one_pool(self) -> GatingConfig:

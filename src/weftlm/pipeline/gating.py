@@ -64,11 +64,11 @@ def score_experts(
     What an interrupted run has scored is not scored again. Started by torchrun, the ranks share the work.
 
     Args:
-        recipe: of the experts.
-        overwrite: throw away scores of other experts, text or settings.
-        executor: where to score, one task per shard; its workers must see the library and the base. None: in this
+        recipe: Recipe of the experts.
+        overwrite: Whether to discard scores of other experts, text or settings.
+        executor: Executor of one task per shard, whose workers must see the library and the base. None: in this
             process, or in those of torchrun.
-        progress: show progress on stderr.
+        progress: Whether to show progress on stderr.
     Returns:
         `score_summary` of the cache.
     Raises:
@@ -213,8 +213,8 @@ def fit_gate(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     report; one of other scores or settings is replaced once the new one is done.
 
     Args:
-        recipe: of the experts and the gate.
-        progress: show a live table on stderr.
+        recipe: Recipe of the experts and the gate.
+        progress: Whether to show the fit's history on stderr.
     Returns:
         What fit.json holds: identity, problem (`problem_identity`) and `fit_facts`.
     Raises:
@@ -300,9 +300,9 @@ class OpenScores:
     """A score cache as a recipe's gate sees it.
 
     Attributes:
-        cache: the scores.
-        split: sequences to fit on and held-out ones.
-        problem: offsets, mixtures and own experts, as `fit_robust_gate` and `certify` take them.
+        cache: The scores.
+        split: Sequences to fit on and held-out ones.
+        problem: Offsets, mixtures and own experts, as `fit_robust_gate` and `certify` take them.
     """
 
     cache: ScoreCache
@@ -319,8 +319,8 @@ def open_scores(recipe: Recipe, *, causal: bool | None = None) -> OpenScores:
     """Open a run's scores and put together what the recipe asks of a gate over them.
 
     Args:
-        recipe: of the experts and the gate.
-        causal: whether gates over them will be causal, which need scores of tokens; None: as the recipe's gate is.
+        recipe: Recipe of the experts and the gate.
+        causal: Whether gates over them will be causal, which need scores of tokens; None: as the recipe's gate is.
     Raises:
         ConfigError: a gate that sees whole sequences and no samples, a domain without an expert of its own where the
             offsets need one, or a domain that is named and was not scored.

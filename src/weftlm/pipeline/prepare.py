@@ -61,10 +61,10 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
     """Prepare data, or reuse what is prepared and unchanged.
 
     Args:
-        config: the data section of a recipe.
-        folder: where the prepared data goes.
-        rebuild: replace data of another configuration or of changed inputs, or a damaged folder.
-        progress: show progress on stderr.
+        config: Section `data` of a recipe.
+        folder: Folder of the prepared data.
+        rebuild: Whether to replace data of another configuration or of changed inputs, or a damaged folder.
+        progress: Whether to show progress on stderr.
     Raises:
         DataError: inputs are missing or faulty, a set is empty, sets share a document, or the folder holds data of
             another configuration or of changed inputs and `rebuild` is not set.

@@ -34,11 +34,11 @@ class PreparedData:
     """Everything a run needs of its data.
 
     Attributes:
-        folder: where it lies.
-        domains: the D domains, in order.
-        target_train: the target's training tokens; None without a target.
-        target_heldout: the target's held-out tokens; None where there are none.
-        tokenizer: what made the tokens.
+        folder: Its folder.
+        domains: The D domains, in order.
+        target_train: Training tokens of the target; None without a target.
+        target_heldout: Held-out tokens of the target; None where there are none.
+        tokenizer: Tokenizer of the tokens.
         target_histogram_D: share of the target's training documents nearest to each domain, float64; None without a
             target.
         basis_ND: distributions over the domains, float64; None where the recipe asks for none.
@@ -61,8 +61,8 @@ class PreparedData:
         """Open a prepared folder, checking every file against its index.
 
         Args:
-            folder: what `prepare` wrote.
-            expect: the configuration it must have been prepared with; None accepts any.
+            folder: Folder that `prepare` wrote.
+            expect: Configuration it must have been prepared with; None accepts any.
         Raises:
             DataError: the folder is missing, incomplete, changed, or of another configuration.
         """

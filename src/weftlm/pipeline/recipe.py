@@ -46,17 +46,17 @@ class Recipe(Section):
         None,
         description="folder of the prepared data, shared by runs on the same data; absent: `data` in the run folder",
     )
-    seed: Seed = Field(0, description="of initial weights, the draw, the probes and dropout")
+    seed: Seed = Field(0, description="random seed of initial weights, draws, probes and dropout")
     data: DataConfig = Field(description="corpora, target, domains and tokenizer")
     model: ModelConfig | None = Field(None, description="the model to train; absent: none is trained")
     mixture: SerializeAsAny[PolicyConfig] | None = Field(None, description="mixture policy and its options")
-    alignment: AlignmentConfig = Field(
-        default_factory=AlignmentConfig, description="how gradient alignment is measured"
-    )
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="measurement of gradient alignment")
     training: TrainingConfig | None = Field(None, description="length, optimizer, precision, checkpoints")
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, how often")
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="evaluation: sets, tasks, interval"
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="where metrics also go, beside metrics.jsonl"
+        default_factory=list, description="trackers that receive metrics beside metrics.jsonl"
     )
     experts: ExpertsConfig | None = Field(None, description="experts over a base, made by `weftlm experts train`")
     routing: RoutingConfig | None = Field(None, description="routers over the experts, compared by `weftlm run`")

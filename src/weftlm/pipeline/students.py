@@ -85,9 +85,9 @@ def distil_gate(recipe: Recipe, *, direct: bool = False, progress: bool = True) 
     report.
 
     Args:
-        recipe: of the experts, the gate and the students.
-        direct: train a causal gate on the minimax objective, and make sparse and dense students of that.
-        progress: a line per report on stderr.
+        recipe: Recipe of the experts, the gate and the students.
+        direct: Whether to train a causal gate on the minimax objective, and make sparse and dense students of that.
+        progress: Whether to show a line per report on stderr.
     Returns:
         What the kind's JSON file holds: identity, scores (fingerprint), fit (identity of the gate that was distilled),
         problem (`problem_identity`), experts, unit, length (of the windows), offsets, and rows by

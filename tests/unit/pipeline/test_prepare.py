@@ -216,7 +216,7 @@ def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("step", ["_discover", "_tokenizer", "_cap", "_tokenise", "_describe"])
+@pytest.mark.parametrize("step", ["_discover", "_make_tokenizer", "_caps", "_tokenise", "_describe"])
 def test_an_interrupted_preparation_goes_on(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
