@@ -1,8 +1,8 @@
 """What `weftlm plan` says beside what happens: time, memory and disk of real runs on this machine's CPU.
 
-For every size and seed a plan is made first, in a process of its own: three steps of the model are timed in the
-trainer, three passes without gradient, and eight generated tokens (`weftlm.planning.probe`); all else is taken in
-proportion to FLOPs. Then the work is done, each piece in a process of its own, and compared:
+For every size and seed a plan is made first, in a process of its own: steps of the trainer, a batch that is scored and
+a few generated tokens are timed for half a second each (`weftlm.planning.probe`); all else is taken in proportion to
+FLOPs. Then the work is done, training in a process of its own, whose memory is measured, and compared:
 
     training step       the training loop's step, on made-up tokens
     with alignment      a step at which every domain's alignment is measured (T_r = 1), by estimator
@@ -78,7 +78,8 @@ ESTIMATORS = {
 }
 PROMPT, NEW, REQUESTS = 32, 48, 8
 GOAL = 0.25
-STEPS = 6
+STEPS = {"0.1M": 40, "0.4M": 8, "1.3M": 6, "4.2M": 6, "12M": 6}
+"""Steps of every training; together about a second or more, since plans are of runs that outlast their beginning."""
 TIMES = (
     "training step",
     *(f"with {name}" for name in ESTIMATORS),
@@ -118,17 +119,17 @@ def recipe_of(size: str, seed: int, estimator: str = "shadow") -> Recipe:
             },
             "training": {
                 "sequence_length": wanted["T"], "batch_sequences": wanted["B"], "micro_batch_sequences": MICRO,
-                "steps": STEPS, "warmup_steps": 1, "save_every_steps": STEPS, "device": "cpu",
+                "steps": STEPS[size], "warmup_steps": 1, "save_every_steps": STEPS[size], "device": "cpu",
             },
             "experts": {
                 "lora": {"rank": RANK},
                 "training": {
-                    "sequence_length": wanted["T"], "batch_sequences": wanted["B"], "steps": STEPS, "device": "cpu",
-                    "save_every_steps": STEPS, "warmup_steps": 1,
+                    "sequence_length": wanted["T"], "batch_sequences": wanted["B"], "steps": STEPS[size],
+                    "device": "cpu", "save_every_steps": STEPS[size], "warmup_steps": 1,
                 },
                 "validate_every_steps": 0,
                 "validation_tokens": 2 * wanted["B"] * wanted["T"],
-                "gate": {"steps": STEPS},
+                "gate": {"steps": STEPS[size]},
                 "statistics_examples": 2 * wanted["B"],
             },
             "gating": {"scores": {"length": 64, "sequences": 32, "samples": 16}},
@@ -204,9 +205,7 @@ class Work:
         for source in pool:
             self.model().config.save_pretrained(source["model"])
         gating = {"pool": pool, "scores": self.recipe.gating.scores.model_dump()}
-        time = self.plan_of_parts(probe, gating=gating).stage("scores").time
-        assert time is not None
-        return time.seconds
+        return self.plan_of_parts(probe, gating=gating).stage("scores").time.seconds
 
     def planned(self) -> dict[str, Any]:
         """Every figure that is checked, as the plan has it."""
@@ -220,8 +219,6 @@ class Work:
                 found["estimators"] |= times_of(self.plan(estimator, probe, whole=False))["estimators"]
         training, experts, scores = (plan.stage(name) for name in ("training", "experts", "scores"))
         gated = plan.stage("gated serving").facts
-        assert experts.time is not None
-        assert scores.time is not None
         with tempfile.TemporaryDirectory() as folder:
             others = {
                 "expert, T5": self.seconds_of_t5(probe, Path(folder) / "t5"),
@@ -235,12 +232,12 @@ class Work:
             **{f"with {name}": found["training step"] + more for name, more in found["estimators"].items()},
             "expert": experts.facts["seconds_per_expert"],
             "scores": scores.time.seconds,
-            "memory": training.memory_bytes,
-            "memory beyond libraries": training.memory_bytes - probe.resident,
-            "checkpoint": training.disk["checkpoints"],
-            "model": training.disk["model"],
-            "expert in a library": experts.disk["library"] / EXPERTS,
-            "score cache": scores.disk["score cache"],
+            "memory": sum(training.memory_bytes.values()),
+            "memory beyond libraries": sum(training.memory_bytes.values()) - probe.resident,
+            "checkpoint": training.disk_bytes["checkpoints"],
+            "model": training.disk_bytes["model"],
+            "expert in a library": experts.disk_bytes["library"] / EXPERTS,
+            "score cache": scores.disk_bytes["score cache"],
         }
 
     # -- the runs ---------------------------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ class Work:
         """Mean over steps after a first one; means, since a plan is about sums."""
         trainer.module.train()
         trainer.train_step()
-        return statistics.mean(self.spent(trainer.train_step) for _ in range(STEPS - 1))
+        return statistics.mean(self.spent(trainer.train_step) for _ in range(STEPS[self.size] - 1))
 
     def train(self, folder: Path) -> dict[str, float]:
         libraries = resident("VmRSS")
@@ -392,11 +389,12 @@ class Work:
 
 def times_of(plan: Plan) -> dict[str, Any]:
     """Seconds of a step, of a measurement by estimator, and per generated token."""
-    training, alignment, serving = (plan.stage(name).facts for name in ("training", "alignment", "serving"))
-    estimator = next(name for name, value in ESTIMATORS.items() if value == alignment["estimator"])
+    training, serving = plan.stage("training").facts, plan.stage("serving").facts
+    chosen = training["alignment_estimator"].split()[0]
+    estimator = next(name for name, value in ESTIMATORS.items() if value == chosen)
     return {
         "training step": training["seconds_per_step"],
-        "estimators": {estimator: alignment["seconds_per_measurement"]},
+        "estimators": {estimator: training["seconds_per_alignment"]},
         "generation, 1": 1 / serving["tokens_per_second_at_1"],
         "generation, 8": REQUESTS / serving[f"tokens_per_second_at_{REQUESTS}"],
     }
@@ -423,18 +421,20 @@ def clock_of(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def do(job: str, size: str, seed: int) -> dict[str, float]:
-    """One piece of work, in this process."""
+def do(jobs: str, size: str, seed: int) -> dict[str, float]:
+    """Pieces of work by their names with commas between, in this process."""
     work = Work(size, seed, clock_of(torch.get_num_threads()))
-    if job == "plan":
+    if jobs == "plan":
         return work.planned()
-    with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, float] = getattr(work, job)(Path(folder))
+    found: dict[str, float] = {}
+    for job in jobs.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            found |= getattr(work, job)(Path(folder))
     return found
 
 
 def alone(job: str, size: str, seed: int, threads: int) -> dict[str, float]:
-    """One piece of work, in a process of its own."""
+    """Pieces of work, in a process of their own."""
     command = [sys.executable, __file__, "--job", job, size, str(seed), "--threads", str(threads)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
@@ -454,8 +454,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 planned = alone("plan", size, seed, arguments.threads)
                 measured: dict[str, float] = {}
-                for job in arguments.jobs:
-                    measured |= alone(job, size, seed, arguments.threads)
+                others = ",".join(job for job in arguments.jobs if job != "train")
+                for jobs in filter(None, ["train" if "train" in arguments.jobs else "", others]):
+                    measured |= alone(jobs, size, seed, arguments.threads)
                 pairs = {name: (planned[name], value) for name, value in measured.items()}
             for name, (plan, value) in pairs.items():
                 ratios.setdefault(name, []).append(plan / value)
@@ -493,7 +494,7 @@ def quick(size: str, seed: int) -> dict[str, tuple[float, float]]:
         "training step": found["training step"],
         f"with {shadow}": found["training step"] + found["estimators"][shadow],
         "generation, 1": found["generation, 1"],
-        "checkpoint": plan.stage("training").disk["checkpoints"],
+        "checkpoint": plan.stage("training").disk_bytes["checkpoints"],
     }
     with tempfile.TemporaryDirectory() as folder:
         measured = work.train(Path(folder) / "plain")

@@ -21,8 +21,6 @@ from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model
 from weftlm.planning.counts import Counted
 from weftlm.planning.hardware import parse_hardware
-from weftlm.planning.machine import Machine
-from weftlm.planning.probe import Probe
 from weftlm.planning.training import Run, estimator_of
 from weftlm.training.config import AlignmentConfig, TrainingConfig, estimators
 from weftlm.training.loop import Task, Trainer
@@ -91,8 +89,7 @@ def planned(case: tuple[Any, ...], devices: int) -> list[str]:
     training, alignment, policy = settings(*case)
     net = model()
     assert isinstance(net, PreTrainedModel)
-    machine = Machine(parse_hardware(f"{devices}xH100"), 0.4, Probe(), "fp32")
-    run = Run(Counted(net.config), training, machine, devices)
+    run = Run(Counted(net.config), training, parse_hardware(f"{devices}xH100"), devices)
     return chosen(lambda: estimator_of(run, alignment, policy, len(NAMES)))
 
 

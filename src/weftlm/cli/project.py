@@ -145,7 +145,7 @@ def plan(
     """Estimate time, memory and disk of a recipe on given hardware.
 
     Gives parameters, FLOPs, memory, traffic, disk and time of each stage, and what limits it. Nothing is downloaded or
-    kept. For known accelerators figures follow from their data sheets; on the CPU three steps of the recipe's own
+    kept. For known accelerators figures follow from their data sheets; on the CPU a few steps of the recipe's own
     models are timed on the spot. What was assumed is printed below the table.
     """
     from weftlm.pipeline.checks import load_checked
@@ -160,10 +160,10 @@ def plan(
     rows = [
         [
             stage.name,
-            "-" if stage.time is None else _duration(stage.time.seconds),
+            _duration(stage.time.seconds) if stage.time.seconds else "-",
             stage.limit,
             f"{stage.flops:.2e}" if stage.flops else "-",
-            *map(_size, (stage.memory_bytes, stage.sent, stage.disk_bytes)),
+            *map(_size, (sum(stage.memory_bytes.values()), stage.sent_bytes, sum(stage.disk_bytes.values()))),
         ]
         for stage in found.stages
     ]
@@ -175,11 +175,11 @@ def plan(
         say("")
         parts = {
             name: {what: _size(value) for what, value in each.items()}
-            for name, each in (("memory", stage.memory), ("disk", stage.disk))
+            for name, each in (("memory", stage.memory_bytes), ("disk", stage.disk_bytes))
         }
         facts = {**stage.facts, **parts}
         say_yaml({f"{stage.name}: {stage.what}": {name: value for name, value in facts.items() if value}})
-    say_yaml({"What will not work": list(found.problems), "Assumptions": list(found.assumptions)})
+    say_yaml({"What will not work": found.problems, "Assumptions": found.assumptions})
 
 
 def _size(count: float) -> str:

@@ -32,7 +32,8 @@ from weftlm.experts.low_rank import LowRank, Rows, placement
 from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.open import check_vocabulary, load_base
+from weftlm.models.lora_targets import outline
+from weftlm.models.open import check_vocabulary, load_base, pretrained_config
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""
@@ -206,20 +207,24 @@ class ExpertPool(nn.Module):
             sources: Place of each expert, in order.
             base: Base of all of them, where it is in memory already.
             dtype: Dtype the parameters of models that are loaded are held in.
-            device: Device the pool is put on.
+            device: Device the pool is put on. On `meta` it is made of configurations and adapters, without weights and
+                their checks, as a plan wants it.
         Raises:
             ConfigError, ExpertError: as the class, or a model or adapter cannot be loaded.
         """
+        shapes = torch.device(device).type == "meta"
         models: dict[tuple[str, str | None], PreTrainedModel] = {}
         digests: dict[tuple[str, str | None], str] = {}
         members = []
         for source in sources:
             lora, key, wanted = adapter_of(source)
-            if key not in models:
+            if key not in models and shapes:
+                models[key] = outline(pretrained_config(*key))
+            elif key not in models:
                 models[key] = load_base(key[0], revision=key[1], dtype=dtype) if base is None else base
-            if wanted is not None and key not in digests:
+            if wanted is not None and key not in digests and not shapes:
                 digests[key] = base_fingerprint(models[key])
-            if wanted is not None and digests[key] != wanted:
+            if wanted is not None and digests.get(key, wanted) != wanted:
                 raise ExpertError(
                     f"expert {source.name!r} was made for a base of fingerprint {wanted}; {key[0]} has "
                     f"{digests[key]}: load the base it was trained on"

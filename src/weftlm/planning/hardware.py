@@ -1,48 +1,42 @@
-"""What machines can do: a table of devices, and names like `2x8xH100` read into it.
+"""What machines can do, and what work costs there: a table of devices, and names like `2x8xH100` read into it.
 
     NxDEVICE          N devices in one machine
     MxNxDEVICE        M machines of N devices
-    cpu               the machine this runs on, measured on the spot
+    cpu               the machine this runs on, timed on the spot
 
-Figures are the makers' own, dense (without structured sparsity); memory is in decimal gigabytes, which leaves aside
-about what drivers keep. Links are per device and direction.
+Figures are the makers' own, dense (without structured sparsity); memory is in decimal gigabytes. Links are per device
+and direction. With u, the model-FLOPs utilisation, work takes
+
+    t = max( FLOPs / (peak u),  bytes / bandwidth,  kernels x launch,  bytes sent / links )  +  seconds timed
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from weftlm.errors import ConfigError, did_you_mean
 
-GB, TB, TFLOPS = 1e9, 1e12, 1e12
+if TYPE_CHECKING:
+    from weftlm.planning.counts import Work
+    from weftlm.planning.probe import Probe
 
+GB, TB, TFLOPS = 1e9, 1e12, 1e12
+USABLE = 0.94
+"""Part of a device's memory that can be filled; fragmentation and libraries take the rest."""
 LINK_EFFICIENCY = 0.8
 """Part of a link's rate that collectives reach; an assumption, near what NCCL's own tests show for large messages."""
-
-Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
-
-    Attributes:
-        name: as it is asked for.
-        bf16: peak FLOP/s of dense matrix products in bfloat16.
-        fp32: the same for what is held in float32: TensorFloat-32 where there is such, as `weftlm train` sets it.
-        memory: bytes.
-        bandwidth: bytes per second of its memory.
-        link: bytes per second to each other device of the machine together, one direction.
-        network: bytes per second to other machines, one direction, per device.
-        mfu: the part of the peak that model FLOPs of training take, by default.
-        launch: seconds to launch a kernel from Python, operation by operation.
-        measured: its speed is measured instead (the CPU).
-    """
+    """One device: peak FLOP/s (`fp32`: TensorFloat-32 where there is such), bytes, bytes per second, seconds."""
 
     name: str
     bf16: float
@@ -53,11 +47,6 @@ class Device:
     network: float
     mfu: float
     launch: float = 8e-6
-    measured: bool = False
-
-    def peak(self, precision: Precision) -> float:
-        """FLOP/s."""
-        return self.bf16 if precision == "bf16" else self.fp32
 
 
 DEVICES: dict[str, Device] = {
@@ -98,30 +87,29 @@ _PATTERN = re.compile(r"(?:(?P<nodes>\d+)x)?(?:(?P<devices>\d+)x)?(?P<name>[A-Za
 
 @dataclass(frozen=True)
 class Hardware:
-    """Machines and the devices in them.
-
-    Attributes:
-        nodes: machines.
-        devices_per_node: devices of each.
-        device: what they are.
-    """
+    """Machines with a number of devices each, of which matrix products reach a part of the peak (`mfu`)."""
 
     nodes: int
     devices_per_node: int
     device: Device
+    mfu: float
+    probe: Probe | None = None
 
     @property
     def devices(self) -> int:
-        """In all."""
+        """Devices of all machines."""
         return self.nodes * self.devices_per_node
 
     @property
     def name(self) -> str:
-        """As `parse_hardware` reads it."""
-        if self.device.measured:
-            return "cpu"
+        """Name that `parse_hardware` reads."""
         nodes = f"{self.nodes}x" if self.nodes > 1 else ""
-        return f"{nodes}{self.devices_per_node}x{self.device.name}"
+        return self.device.name if self.device.name == "cpu" else f"{nodes}{self.devices_per_node}x{self.device.name}"
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device that can be filled."""
+        return USABLE * self.device.memory
 
     @property
     def exchange(self) -> float:
@@ -134,9 +122,60 @@ class Hardware:
         wire = device.link if self.nodes == 1 else min(device.link, device.network * self.devices_per_node)
         return LINK_EFFICIENCY * wire
 
-    def of(self, devices: int) -> Hardware:
-        """The given number of devices of the same kind, in machines of at most the same size."""
-        return Hardware(-(-devices // self.devices_per_node), min(devices, self.devices_per_node), self.device)
+    def time(self, work: Work, *, half: bool) -> Time:
+        """Time that work takes on one device, in half precision or in float32."""
+        return Time(
+            {
+                "compute": work.flops / ((self.device.bf16 if half else self.device.fp32) * self.mfu),
+                "memory bandwidth": work.bytes / self.device.bandwidth,
+                "overhead": work.calls * self.device.launch,
+                "interconnect": work.sent / self.exchange,
+            },
+            work.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of resources that are at work at the same time, and seconds that were measured."""
+
+    resources: Mapping[str, float] = field(default_factory=dict)
+    measured: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time."""
+        return max(self.resources.values(), default=0.0) + self.measured
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the time."""
+        parts = {**self.resources, "measured": self.measured}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a plan: FLOPs over all devices, memory and traffic of one, figures, and what to do about problems."""
+
+    name: str
+    what: str
+    time: Time = field(default_factory=Time)
+    flops: float = 0.0
+    memory_bytes: Mapping[str, float] = field(default_factory=dict)
+    disk_bytes: Mapping[str, float] = field(default_factory=dict)
+    sent_bytes: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def limit(self) -> str:
+        """The resource that takes most of the time, or "does not fit"."""
+        return "does not fit" if self.problems else self.time.limit if self.time.seconds else "-"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "seconds": self.time.seconds, "limit": self.limit}
 
 
 def parse_hardware(text: str) -> Hardware:
@@ -158,21 +197,16 @@ def parse_hardware(text: str) -> Hardware:
     if name == "CPU":
         if numbers not in ([], [1]):
             raise ConfigError(f"hardware {text!r}: the CPU is planned for as one device; give cpu")
-        return Hardware(1, 1, this_cpu())
+        return Hardware(1, 1, Device("cpu", inf, inf, _memory(), inf, inf, inf, 1.0, 0.0), 1.0)
     name = _ALIASES.get(name, name)
     if name not in DEVICES:
         raise ConfigError(f"hardware {text!r} names a device that is not known{did_you_mean(name, [*DEVICES, 'cpu'])}")
     nodes, devices = [1] * (2 - len(numbers)) + numbers
-    return Hardware(nodes, devices, DEVICES[name])
+    return Hardware(nodes, devices, DEVICES[name], DEVICES[name].mfu)
 
 
-def this_cpu() -> Device:
-    """The machine this runs on; its speed is measured by `probe.py`."""
-    return Device("cpu", 0.0, 0.0, _total_memory(), 0.0, 0.0, 0.0, 1.0, 0.0, measured=True)
-
-
-def _total_memory() -> float:
-    """Bytes of memory, or what a control group allows where that is less."""
+def _memory() -> float:
+    """Bytes of this machine's memory, or what a control group allows where that is less."""
     total = float(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()

@@ -1,53 +1,40 @@
-"""The plan of a recipe: a stage of figures for each stage the recipe has, and what was assumed."""
+"""The plan of a recipe: figures for each stage that the recipe has and for serving the result, and what was assumed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from weftlm.corpora.store import DOCUMENT, Vocabulary
+from weftlm.corpora.store import Vocabulary
 from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError
 from weftlm.mixture.policy import build_policy
-from weftlm.models.config import ModelConfig
 from weftlm.models.factory import architecture_config
-from weftlm.models.open import pretrained_config
+from weftlm.models.lora_targets import outline
+from weftlm.models.open import pretrained_config, require_decoder_only
 from weftlm.pipeline.checks import known_domains
-from weftlm.pipeline.data_config import DataConfig
 from weftlm.pipeline.identity import MANIFEST
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.recipe import Recipe, check
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import stages_of
 from weftlm.planning.counts import TARGET_SHARE, Counted
-from weftlm.planning.hardware import Hardware
-from weftlm.planning.machine import DISK, DOES_NOT_FIT, Machine, Stage, Time
-from weftlm.planning.pool import Sharing, experts_stage, gate_stage, scoring_stage, serving_stage, sharings_of
+from weftlm.planning.hardware import Hardware, Stage
+from weftlm.planning.pool import experts_stage, gate_stage, models_of, scoring_stage, serving_stage
 from weftlm.planning.probe import Probe
-from weftlm.planning.training import Run, alignment_stage, settle, training_stage
+from weftlm.planning.training import Run, alignments, fitting
+from weftlm.training.config import TrainingConfig
 from weftlm.training.runtime import choose_runtime
-
-DOCUMENT_TOKENS = 1000
-"""Tokens of a document where nothing is known of the text; decides the size of the documents' index alone."""
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the recipe does not say; None leaves it to the plan.
-
-    Attributes:
-        domains: D, number of domains.
-        experts: E, number of experts.
-        data_tokens: training tokens of all domains.
-        requests: most requests served at once.
-        prompt: tokens of a prompt.
-        new: tokens generated for a request.
-        chosen: K, experts per token of a routed model.
-    """
+    """What the recipe does not say; None leaves it to the recipe, its prepared data, or a guess that is told."""
 
     domains: int | None = None
     experts: int | None = None
@@ -55,26 +42,20 @@ class Assumed:
     requests: int = 32
     prompt: int | None = None
     new: int = 256
-    chosen: int = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will cost.
-
-    Attributes:
-        recipe: where the recipe was read from.
-        hardware: name of the hardware.
-        mfu: utilisation assumed of matrix products; None where passes were timed.
-        stages: the stages in the order of work.
-        assumptions: plain sentences.
-    """
+    """What a recipe costs on some hardware, its stages one after the other; `mfu` is None where work was timed."""
 
     recipe: str
     hardware: str
     mfu: float | None
-    stages: tuple[Stage, ...]
-    assumptions: tuple[str, ...]
+    stages: list[Stage]
+    assumptions: list[str]
+    seconds: float
+    disk_bytes: float
+    problems: list[str]
 
     def stage(self, name: str) -> Stage:
         """A stage by its name.
@@ -84,33 +65,9 @@ class Plan:
         """
         return {stage.name: stage for stage in self.stages}[name]
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time of all stages, one after the other."""
-        return sum(stage.time.seconds for stage in self.stages if stage.time is not None)
-
-    @property
-    def disk_bytes(self) -> float:
-        """Bytes on disk of all stages."""
-        return sum(stage.disk_bytes for stage in self.stages)
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Problems of all stages."""
-        return tuple(problem for stage in self.stages for problem in stage.problems)
-
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "recipe": self.recipe,
-            "hardware": self.hardware,
-            "mfu": self.mfu,
-            "stages": [stage.to_json() for stage in self.stages],
-            "seconds": self.seconds,
-            "disk_bytes": self.disk_bytes,
-            "problems": list(self.problems),
-            "assumptions": list(self.assumptions),
-        }
+        return {**asdict(self), "stages": [stage.to_json() for stage in self.stages]}
 
 
 def plan_recipe(
@@ -124,8 +81,8 @@ def plan_recipe(
 ) -> Plan:
     """Time, memory, traffic and disk of a recipe on some hardware.
 
-    Of the files only the recipe, configurations of models and, where it is there, the prepared data are read. On the
-    CPU passes of the recipe's own models are timed (`Probe`), with the threads and memory settings training chooses.
+    Of the files only the recipe, configurations of models, adapters of `gating.pool` and, where it is there, the
+    prepared data are read. On the CPU work on the recipe's own models is timed (`Probe`).
 
     Args:
         recipe: a checked recipe.
@@ -139,339 +96,269 @@ def plan_recipe(
     """
     if mfu is not None and not 0.0 < mfu <= 1.0:
         raise ConfigError(f"mfu is {mfu}; it is a part of the peak, above 0 and at most 1")
-    assumed = assumed if assumed is not None else Assumed()
-    used = hardware.device.mfu if mfu is None else mfu
-    planner = _Planner(recipe, Machine(hardware, used, probe or Probe()), assumed, _facts(recipe, assumed))
-    stages = tuple(planner.stages())
-    measured = hardware.device.measured
-    return Plan(name, hardware.name, None if measured else used, stages, tuple(planner.assumptions(stages)))
-
-
-@dataclass
-class _Facts:
-    """What is known of the data, and the sentences that say where it came from."""
-
-    domains: int
-    vocab_size: int | None
-    data_tokens: int | None = None
-    documents: int | None = None
-    heldout: tuple[int, ...] | None = None
-    target_heldout: int = 0
-    sentences: list[str] = field(default_factory=list)
-
-
-def _facts(recipe: Recipe, assumed: Assumed) -> _Facts:
-    """Domains, vocabulary and size of the text: from the prepared data, else from the recipe, else assumed."""
-    folder = recipe.prepared_folder
-    if (folder / MANIFEST).exists():
-        data = PreparedData.load(folder)
-        found = _Facts(
-            len(data.domains), data.tokenizer.vocab_size,
-            sum(len(domain.train) for domain in data.domains), sum(domain.documents for domain in data.domains),
-            tuple(0 if domain.heldout is None else len(domain.heldout) for domain in data.domains),
-            0 if data.target_heldout is None else len(data.target_heldout),
-            [f"Domains, vocabulary and size of the text are those of the prepared data in {folder}."],
-        )  # fmt: skip
-    else:
-        found = _Facts(*_unprepared(recipe))
-    if assumed.domains is not None:
-        found.domains, found.heldout = assumed.domains, None
-        found.sentences = [f"{assumed.domains:,} domains, as given (--domains)."]
-    if assumed.data_tokens is not None:
-        found.data_tokens, found.documents = assumed.data_tokens, None
-    return found
-
-
-def _unprepared(recipe: Recipe) -> tuple[Any, ...]:
-    """Domains, vocabulary and sentences from the recipe alone."""
-    data, sentences = recipe.data, []
-    names = known_domains(recipe)
-    if data.domains.clusters is not None:
-        domains = int(data.domains.clusters.n) + int(data.domains.include_target)
-    elif names is not None:
-        domains = len(names)
-    else:
-        named = {*((recipe.experts and recipe.experts.domains) or ())}
-        domains = max(len(named), len(data.corpora) + int(data.domains.include_target))
-        sentences.append(
-            "The number of domains is not known before the text is read; taken as "
-            f"{domains}, {'those the recipe names' if domains == len(named) else 'one per corpus'} (set --domains)."
-        )
-    return domains, _vocabulary_of(data), None, None, None, 0, sentences
-
-
-def _vocabulary_of(data: DataConfig) -> int | None:
-    name = data.tokenizer.pretrained
-    if data.tokenizer.train is not None:
-        return int(data.tokenizer.train.vocab_size)
-    try:
-        found = load_pretrained(name, data.tokenizer.revision) if name is not None and Path(name).is_dir() else None
-    except ConfigError:
-        return None
-    return None if found is None else found.vocab_size
+    timed = (probe or Probe()) if hardware.name == "cpu" else None
+    hardware = replace(hardware, mfu=mfu or hardware.mfu, probe=timed)
+    planner = _Planner(recipe, hardware, assumed or Assumed())
+    stages = planner.stages()
+    return Plan(
+        name, hardware.name, None if timed else hardware.mfu, stages,
+        list(dict.fromkeys([*planner.told, *_assumptions(hardware, stages)])),
+        seconds=sum(stage.time.seconds for stage in stages),
+        disk_bytes=sum(sum(stage.disk_bytes.values()) for stage in stages),
+        problems=[problem for stage in stages for problem in stage.problems],
+    )  # fmt: skip
 
 
 @dataclass
 class _Planner:
+    """Plans one recipe; `told` are sentences on what was found or guessed."""
+
     recipe: Recipe
-    machine: Machine
+    hardware: Hardware
     assumed: Assumed
-    facts: _Facts
+    told: list[str] = field(default_factory=list)
+
+    # -- the text -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> PreparedData | None:
+        """The prepared data, where it is there and no other number of domains is asked for."""
+        folder = self.recipe.prepared_folder
+        if self.assumed.domains is not None or not (folder / MANIFEST).exists():
+            return None
+        self.told.append(f"Domains, vocabulary and size of the text are those of the prepared data in {folder}.")
+        return PreparedData.load(folder)
+
+    @cached_property
+    def domains(self) -> int:
+        """Number of domains: as given, else as prepared or as the recipe's labels tell."""
+        data, given = self.recipe.data, self.assumed.domains
+        if given is not None:
+            self.told.append(f"{given:,} domains, as given (--domains).")
+            return given
+        if self.data is None and data.domains.clusters is not None:
+            return int(data.domains.clusters.n) + int(data.domains.include_target)
+        known = known_domains(self.recipe)
+        if known is not None:
+            return len(known)
+        named = len((self.recipe.experts and self.recipe.experts.domains) or ())
+        guess = max(named, len(data.corpora) + int(data.domains.include_target))
+        self.told.append(
+            f"The number of domains is not known before the text is read; taken as {guess} (set --domains)."
+        )
+        return guess
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary.
+
+        Raises:
+            ConfigError: it is not known yet.
+        """
+        tokenizer = self.recipe.data.tokenizer
+        if self.data is not None:
+            return self.data.tokenizer.vocab_size
+        if tokenizer.train is not None:
+            return int(tokenizer.train.vocab_size)
+        if tokenizer.pretrained is not None and Path(tokenizer.pretrained).is_dir():
+            return load_pretrained(tokenizer.pretrained, tokenizer.revision).vocab_size
+        raise ConfigError(
+            "the size of the vocabulary is not known before the tokenizer is there; prepare the data first, or give "
+            "data.tokenizer.train.vocab_size or a local folder as data.tokenizer.pretrained"
+        )
+
+    @property
+    def heldout(self) -> list[int]:
+        """Held-out tokens of every domain; none where they are not known."""
+        held = [] if self.data is None else [domain.heldout for domain in self.data.domains]
+        return [0 if source is None else len(source) for source in held]
+
+    # -- the stages ---------------------------------------------------------------------------------------------------
 
     def stages(self) -> list[Stage]:
         """Every stage that the recipe has and that is planned."""
-        recipe, names = self.recipe, {stage.name for stage in stages_of(self.recipe)}
-        found: list[Stage] = []
+        recipe, names, found = self.recipe, {stage.name for stage in stages_of(self.recipe)}, []
+        models: list[Counted] = []
         if recipe.trains:
-            counted = self._counted(recipe)
-            found += self._training(recipe, counted)
-            for policy in recipe.compare.mixtures:
-                found.append(_together(f"baseline {policy.policy}", self._training(recipe.baseline(policy), counted)))
+            models = [self._model(recipe)]
+            others = {f"baseline {each.policy}": recipe.baseline(each) for each in recipe.compare.mixtures}
+            found = [self._training(name, each, models[0]) for name, each in {"training": recipe, **others}.items()]
         if recipe.makes_experts:
-            found += self._experts(names)
-        elif "score" in names:
-            found += self._gate(self._pool())
-        else:
-            found.append(self._serving([Sharing(counted, 1)]))
+            models = self._experts(found)
+        if not recipe.makes_experts and "score" not in names:
+            found.append(self._serving(models))
+        elif "route" in names and not models[0].config.is_encoder_decoder:
+            found.append(self._serving(models, routed=True))
+        if "score" in names:
+            self._gate(found, models)
         return [self._data(found), *found]
 
-    def _training(self, recipe: Recipe, counted: Counted) -> list[Stage]:
-        """A model trained on a mixture: training, alignment, evaluation."""
-        check(recipe)
-        _, mixture, config = recipe.trained
-        hardware = self.machine.hardware
-        devices = max(n for n in range(1, hardware.devices + 1) if config.batch_sequences % n == 0)
-        if devices < hardware.devices:
-            self.facts.sentences.append(
-                f"A batch of {config.batch_sequences} sequences cannot be shared equally by {hardware.devices} "
-                f"devices: {devices} are used; set training.batch_sequences to a multiple of {hardware.devices}."
-            )
-        policy, groups = build_policy(mixture.model_dump()), self.facts.domains
+    def _model(self, recipe: Recipe, config: PretrainedConfig | None = None) -> Counted:
+        """The model that a recipe trains; `config`: of a base that is not there yet."""
+        section, _, training = recipe.trained
+        if config is None and section.pretrained is not None:
+            config = pretrained_config(section.pretrained, section.revision)
+            require_decoder_only(outline(config), section.pretrained)
+        if config is None:
+            length = training.sequence_length
+            config = architecture_config(section, vocab_size=self.vocab_size, sequence_length=length, eos_id=0)
+        model = Counted(config, section.dtype, checkpointing=section.gradient_checkpointing, adapter=section.lora)
+        return self._as_trained(model, training)
+
+    def _as_trained(self, counted: Counted, training: TrainingConfig) -> Counted:
+        """A model in the precision, and on this machine with the threads and memory settings, that training chooses."""
+        if self.hardware.probe:
+            choose_runtime(training, parameters=counted.parameters)
+        return replace(counted, bf16=training.bf16(fast=self.hardware.probe is None))
+
+    def _training(self, name: str, recipe: Recipe, counted: Counted) -> Stage:
+        """A model trained on a mixture, with alignments, reference losses and evaluations."""
+        (_, mixture, config), evaluation, hardware = recipe.trained, recipe.evaluation, self.hardware
+        there, steps, sequences = hardware.devices, config.total_steps, config.batch_sequences
+        devices = max(n for n in range(1, there + 1) if sequences % n == 0)
+        if devices < there:
+            self.told.append(f"A batch of {sequences} sequences is shared equally by {devices} of {there} devices.")
+        policy, groups, extra = build_policy(mixture.model_dump()), self.domains, {}
         if "basis" in policy.needs and (basis := recipe.data.domains.basis) is not None:
             groups = len(basis.sets) if basis.count is None else int(basis.count)
-        extra = []
         if policy.needs & {"target_alignment", "generalist_alignment"}:
-            extra.append(("direction", 4.0 * counted.sizes.trainable))
+            extra["direction"] = 4.0 * counted.trainable
         if "reference_losses" in policy.needs:
-            extra.append(("reference model", float(counted.sizes.weight_bytes)))
-        if self.machine.measured:
-            choose_runtime(config, parameters=counted.sizes.parameters)
-        run, layout, problems = settle(Run(counted, config, self.machine.training(config), devices, tuple(extra)))
-        aligning = alignment_stage(run, recipe.alignment, policy, groups)
-        return [
-            training_stage(run, policy, self.facts.domains, layout, problems),
-            *([] if aligning is None else [aligning]),
-            self._evaluation(recipe, run),
-        ]
-
-    def _evaluation(self, recipe: Recipe, run: Run) -> Stage:
-        """Held-out text of every domain and of the target, a number of times; sets are dealt out to the devices."""
-        config, facts, most = recipe.evaluation, self.facts, recipe.evaluation.max_tokens_per_set
-        times = 1 + (math.ceil(run.config.total_steps / config.every_steps) if config.every_steps else 0)
-        sets = facts.domains + bool(recipe.data.target)
-        if facts.heldout is not None:
-            sizes = [*facts.heldout, facts.target_heldout]
-            tokens = float(sum(size if most is None else min(size, most) for size in sizes))
-        elif most is not None:
-            tokens = float(most * sets)
-        else:
-            held = recipe.data.split.fraction or 0.0
-            tokens = (facts.data_tokens or 0) * held / max(1e-9, 1.0 - held)
-            facts.sentences.append(f"Each evaluation scores all held-out text, taken as {held:.0%} of the text.")
-        size = config.batch_size, run.config.sequence_length
-        passes = times * tokens / (size[0] * size[1])
-        time = run.machine.time(run.counted, "forward", *size) * (passes / run.devices)
+            extra["reference model"] = float(counted.parameters * counted.item)
+        run, layout, problems = fitting(Run(counted, config, hardware, devices, extra))
+        work = run.step * steps
+        try:
+            aligning, aligned = alignments(run, recipe.alignment, policy, groups)
+            work = work + aligning
+        except ConfigError as error:
+            aligned, problems = {}, (*problems, str(error))
+        if "reference_losses" in policy.needs:
+            work = work + run.work("forward", sequences * steps)
+            if getattr(policy.config, "reference", None) is None:  # which is trained first
+                work = work + run.step * steps
+        times, most = 1 + (steps // evaluation.every_steps if evaluation.every_steps else 0), math.inf
+        most = evaluation.max_tokens_per_set or most
+        held = self.heldout or [most if most < math.inf else 0] * (self.domains + bool(recipe.data.target))
+        evaluating = run.work("forward", times * sum(min(most, size) for size in held) / config.sequence_length)
+        work, half = work + evaluating, counted.half
+        step = hardware.time(run.step, half=half).seconds
         return Stage(
-            "evaluation", f"{times} times {tokens:,.0f} tokens of {sets} sets", time, time.limit,
-            run.counted.forward(*size).flops * passes, facts={"times": times, "tokens_each": tokens, "sets": sets},
+            name, f"{counted.parameters / 1e6:,.1f}M parameters, {config.total_tokens:,} tokens, {mixture.policy}",
+            hardware.time(work, half=half), work.flops * devices, run.memory, run.disk, work.sent,
+            {
+                "parameters": counted.parameters,
+                "trainable_parameters": counted.trainable,
+                "steps": steps,
+                "tokens": config.total_tokens,
+                "seconds_per_step": step,
+                "tokens_per_second": sequences * config.sequence_length / step,
+                "layout": layout,
+                "evaluations": times,
+                "seconds_of_evaluation": hardware.time(evaluating, half=half).seconds,
+                **aligned,
+            },
+            problems,
         )  # fmt: skip
 
-    def _experts(self, names: set[str]) -> list[Stage]:
-        """Experts over a base, and what the recipe makes of them: a monolith, a routed model, a gate."""
+    def _experts(self, found: list[Stage]) -> list[Counted]:
+        """Experts over a base, and the monolith beside them; returns the base with all its adapters."""
         recipe, config, checkpointing = self.recipe, self.recipe.expert_settings, False
-        imports = config.imports
         if config.base is not None:
             base = pretrained_config(config.base, config.revision)
         else:
-            model, _, training = recipe.trained
-            base, checkpointing = self._config(model, training.sequence_length), model.gradient_checkpointing
-        named = self.facts.domains if config.domains is None else len(config.domains)
-        trained = (
-            (named if config.trains else 0)
-            if self.assumed.experts is None
-            else max(0, self.assumed.experts - len(imports))
-        )
-        stages = []
+            base, checkpointing = self._model(recipe).config, recipe.trained[0].gradient_checkpointing
+        imported, given = len(config.imports), self.assumed.experts
+        trained = (self.domains if config.domains is None else len(config.domains)) if config.trains else 0
+        trained = trained if given is None else max(0, given - imported)
         if recipe.trains_monolith:
-            baseline = recipe.monolith(trained)
-            stages.append(_together("baseline monolith", self._training(baseline, self._counted(baseline, base))))
-        machine = self.machine.training(config.training)
-        counted = Counted(base, config.dtype, machine.precision == "bf16", checkpointing, config.lora)
-        heldout = sum(self.facts.heldout) / len(self.facts.heldout) if self.facts.heldout else None
-        if heldout is not None and base.is_encoder_decoder:
-            heldout *= TARGET_SHARE / (1.0 + TARGET_SHARE)
-        if self.machine.measured:
-            choose_runtime(config.training, parameters=counted.sizes.parameters)
-        gated = sum(each.domain is not None for each in imports)
-        stages.append(
-            experts_stage(
-                config, counted, self.machine, trained=trained, gated=gated, imported=len(imports), heldout=heldout
-            )
-        )
+            monolith = recipe.monolith(trained)
+            found.append(self._training("baseline monolith", monolith, self._model(monolith, base)))
+        counted = Counted(base, config.dtype, checkpointing=checkpointing, adapter=config.lora)
+        counted = self._as_trained(counted, config.training)
+        scored = [config.validation_tokens, sum(self.heldout) / len(self.heldout) if self.heldout else None]
+        validation = min((size for size in scored if size is not None), default=0)
         if base.is_encoder_decoder:
-            self.facts.sentences.append(
+            self.told.append(
                 "Prompts are taken as long as experts.training.sequence_length, "
                 f"{config.training.sequence_length:,} tokens, and targets as {TARGET_SHARE:.0%} of that. Serving of "
                 "encoder-decoders is not planned."
             )
-            return stages
-        experts = trained + len(imports)
-        if "route" in names:
-            stages.append(self._serving([Sharing(counted, experts)], min(self.assumed.chosen, experts)))
-        if "score" in names:
-            gating = recipe.gating_settings
-            if gating.pool is not None:
-                return [*stages, *self._gate(self._pool())]
-            bf16 = gating.scores.bf16(fast=not self.machine.measured)
-            wanted = experts if gating.experts is None else len(gating.experts)
-            stages += self._gate([Sharing(counted.like(bf16=bf16, checkpointing=False), wanted)])
-        return stages
+        gated = sum(each.domain is not None for each in config.imports)
+        run = Run(counted, config.training, self.hardware, 1)
+        found.append(experts_stage(config, run, validation, trained=trained, imported=imported, gated=gated))
+        return [replace(counted, checkpointing=False, experts=trained + imported)]
 
-    def _pool(self) -> Sequence[Sharing]:
-        """The experts of `gating.pool`."""
-        gating = self.recipe.gating_settings
-        assert gating.pool is not None
-        bf16 = gating.scores.bf16(fast=not self.machine.measured)
-        return sharings_of(gating.pool, dtype=self.recipe.expert_settings.dtype, bf16=bf16)
-
-    def _gate(self, sharings: Sequence[Sharing]) -> list[Stage]:
+    def _gate(self, found: list[Stage], models: list[Counted]) -> None:
         """Scores, the gate and its serving."""
-        gating = self.recipe.gating_settings
-        scores, facts, experts = gating.scores, self.facts, sum(each.experts for each in sharings)
-        counts = [scores.sequences] * facts.domains
-        if facts.heldout is not None:
-            counts = [min(scores.sequences, math.ceil(max(0, size - 1) / scores.length)) for size in facts.heldout]
-        domains = len(counts) if gating.domains is None else len(gating.domains)
-        texts = round(sum(counts) * domains / max(1, len(counts)))
-        bf16 = scores.bf16(fast=not self.machine.measured)
-        machine = Machine(self.machine.hardware, self.machine.mfu, self.machine.probe, "bf16" if bf16 else "fp32")
-        return [
-            scoring_stage(sharings, gating, machine, texts),
-            gate_stage(gating, experts, domains, texts),
-            self._serving(sharings),
-        ]
+        gating, experts, held = self.recipe.gating_settings, self.recipe.expert_settings, self.heldout
+        scores, bf16 = gating.scores, gating.scores.bf16(fast=self.hardware.probe is None)
+        if gating.pool is not None:
+            models = models_of(gating.pool, dtype=experts.dtype, bf16=bf16)
+        else:
+            wanted = models[0].experts if gating.experts is None else len(gating.experts)
+            models = [replace(models[0], bf16=bf16, experts=wanted)]
+        domains = self.domains if gating.domains is None else len(gating.domains)
+        there = [min(scores.sequences, math.ceil(max(0, size - 1) / scores.length)) for size in held]
+        texts = round(sum(there) * domains / len(there)) if there else scores.sequences * domains
+        found.append(scoring_stage(models, gating, self.hardware, texts))
+        found.append(gate_stage(gating, sum(each.experts for each in models), texts))
+        found.append(self._serving(models))
 
-    def _serving(self, sharings: Sequence[Sharing], chosen: int | None = None) -> Stage:
-        prompts = []
-        for each in sharings:
-            longest = getattr(each.counted.config, "max_position_embeddings", None)
-            length = self.assumed.prompt or self._length
-            prompts.append(length if longest is None else max(1, min(length, int(longest) - self.assumed.new)))
-        return serving_stage(
-            sharings, self.machine, chosen=chosen, prompt=min(prompts), new=self.assumed.new,
-            requests=self.assumed.requests,
-        )  # fmt: skip
-
-    @property
-    def _length(self) -> int:
-        """Tokens of a training sequence, or of those that are scored."""
-        recipe = self.recipe
-        if recipe.makes_experts:
-            return recipe.expert_settings.training.sequence_length
-        return recipe.training.sequence_length if recipe.training else recipe.gating_settings.scores.length
+    def _serving(self, models: Sequence[Counted], *, routed: bool = False) -> Stage:
+        recipe, new = self.recipe, self.assumed.new
+        length = recipe.training.sequence_length if recipe.training else recipe.gating_settings.scores.length
+        length = recipe.expert_settings.training.sequence_length if recipe.makes_experts else length
+        prompt = self.assumed.prompt or length
+        positions = [getattr(each.config, "max_position_embeddings", None) or prompt + new for each in models]
+        prompt = max(1, min([prompt, *(int(most) - new for most in positions)]))
+        requests = self.assumed.requests
+        return serving_stage(models, self.hardware, routed=routed, prompt=prompt, new=new, requests=requests)
 
     def _data(self, stages: Sequence[Stage]) -> Stage:
-        """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond, and the documents' index."""
-        facts = self.facts
-        trained, scored = (
-            max((int(s.facts.get(key, 0)) for s in stages), default=0) for key in ("tokens", "text_tokens")
-        )
-        tokens = facts.data_tokens if facts.data_tokens is not None else trained or scored
-        if facts.data_tokens is None:
-            facts.sentences.append(
+        """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond."""
+        tokens = self.assumed.data_tokens
+        if tokens is None and self.data is not None:
+            tokens = sum(len(domain.train) for domain in self.data.domains)
+        if tokens is None:
+            tokens = max(int(stage.facts.get(key, 0)) for stage in stages for key in ("tokens", "text_tokens"))
+            self.told.append(
                 f"The text is not prepared and its size is not given (--data-tokens): taken as the {tokens:,} tokens "
-                f"that are {'trained on' if trained else 'scored'}, each read once."
+                "that are trained on or scored, each read once."
             )
-        item = Vocabulary(facts.vocab_size or 1 << 17, 0, "").dtype.itemsize
-        documents = facts.documents if facts.documents is not None else math.ceil(tokens / DOCUMENT_TOKENS)
+        try:
+            item = Vocabulary(self.vocab_size, 0, "").dtype.itemsize
+        except ConfigError:
+            item = 4
         return Stage(
-            "data", f"{tokens:,} tokens of {facts.domains:,} domains, prepared", limit=DISK,
-            disk={"tokens": float(tokens * item), "documents": float(documents * DOCUMENT.itemsize)},
-            facts={"tokens": tokens, "domains": facts.domains, "vocab_size": facts.vocab_size},
+            "data", f"{tokens:,} tokens of {self.domains:,} domains, prepared",
+            disk_bytes={"tokens": float(tokens * item)}, facts={"tokens": tokens, "domains": self.domains},
         )  # fmt: skip
 
-    def _config(self, section: ModelConfig, length: int) -> PretrainedConfig:
-        """The configuration of a recipe's model, without its weights."""
-        if section.pretrained is not None:
-            config = pretrained_config(section.pretrained, section.revision)
-            if config.is_encoder_decoder:
-                raise ConfigError(
-                    f"model.pretrained {section.pretrained} is an encoder-decoder model, and a mixture trains "
-                    "decoder-only language models; an encoder-decoder can be the base of experts: experts.base"
-                )
-            return config
-        if self.facts.vocab_size is None:
-            raise ConfigError(
-                "the size of the vocabulary is not known before the tokenizer is there; prepare the data first, or "
-                "give data.tokenizer.train.vocab_size or a local folder as data.tokenizer.pretrained"
-            )
-        return architecture_config(section, vocab_size=self.facts.vocab_size, sequence_length=length, eos_id=0)
 
-    def _counted(self, recipe: Recipe, config: PretrainedConfig | None = None) -> Counted:
-        """The model of a recipe that trains one."""
-        section, _, training = recipe.trained
-        bf16 = self.machine.training(training).precision == "bf16"
-        found = self._config(section, training.sequence_length) if config is None else config
-        return Counted(found, section.dtype, bf16, section.gradient_checkpointing, section.lora)
-
-    def assumptions(self, stages: Sequence[Stage]) -> list[str]:
-        """What the figures rest on."""
-        machine, names = self.machine, {stage.name for stage in stages}
-        device = machine.hardware.device
-        lines = [*self.facts.sentences]
-        if machine.measured:
-            lines += [
-                "Passes of the recipe's models, with random weights, were timed on this machine; other work on it "
-                "meanwhile slows both the timing and the run. What was not timed is taken in proportion to FLOPs.",
-                "Memory counts Python and the libraries as they are loaded now.",
-            ]
-        else:
-            lines += [
-                f"Matrix products reach {machine.mfu:.0%} of the peak of {device.name} (--mfu), recomputed ones "
-                "included; small ones are limited by memory and launches, which are counted apart.",
-                "Compiled code moves half the bytes and launches a third of the kernels; a launch takes "
-                f"{device.launch * 1e6:.0f} us.",
-                f"A device sends {machine.hardware.exchange / 1e9:.0f} GB/s to the others, all at once, 80 % of the "
-                "links' rate; in DDP the last micro-batch's backward pass hides traffic, in FSDP2 all computing does.",
-                "Devices do not wait for text: it is tokenised beforehand and read ahead.",
-            ]
-        lines.append("6 % of a device's memory is left to fragmentation and libraries.")
-        if any("fsdp2" in str(stage.facts.get("layout", "")) for stage in stages):
-            lines.append("FSDP2 gathers one layer ahead; checkpoints are whole in the first machine's memory.")
-        if "experts" in names:
-            lines.append("An adapter is trained by one process; the devices train experts in parallel.")
-        if "scores" in names:
-            lines.append("Every domain and expert has as many sequences as the recipe asks for.")
-            lines.append("The time of fitting a gate is that of one x86 core (benchmarks/results/gate_fit.md).")
-            lines.append("Under a gate models run one after the other, adapters over one model together.")
+def _assumptions(hardware: Hardware, stages: Sequence[Stage]) -> list[str]:
+    """What the figures rest on."""
+    lines = [
+        f"Matrix products reach {hardware.mfu:.0%} of the peak of {hardware.device.name} (--mfu), recomputed ones "
+        "included; memory traffic and launches are counted apart, and the slowest resource hides the others.",
+        f"A kernel takes {hardware.device.launch * 1e6:.0f} us to launch; training is compiled, generation is not.",
+        f"A device sends {hardware.exchange / 1e9:.0f} GB/s to the others, all at once, 80 % of the links' rate. FSDP2 "
+        "gathers one layer ahead; checkpoints are whole in the first machine's memory.",
+        "Devices do not wait for text: it is tokenised beforehand and read ahead.",
+    ]
+    if hardware.probe:
+        lines = [
+            "Work on the recipe's models, with random weights, was timed on this machine; other work on it meanwhile "
+            "slows both the timing and the run. What was not timed is taken in proportion to FLOPs.",
+            "Memory counts Python and the libraries as they are loaded now.",
+        ]
+    if {"experts", "scores"} & {stage.name for stage in stages}:
         lines.append(
-            "Not planned: reading and tokenising text, comparing routers, students of a gate, the last evaluation of "
-            "every model, tasks, failures of machines."
+            "An adapter is trained by one process; the devices train experts in parallel. Every domain and expert has "
+            "as many sequences as the recipe asks for. Under a gate models run one after the other, adapters together."
         )
-        return list(dict.fromkeys(lines))
-
-
-def _together(name: str, stages: Sequence[Stage]) -> Stage:
-    """Stages of one baseline as one; the fullest stage decides the memory."""
-    training, problems = stages[0], tuple(problem for stage in stages for problem in stage.problems)
-    timed = {stage.name: stage.time for stage in stages if stage.time is not None}
-    time = sum(timed.values(), Time())
-    return Stage(
-        name, training.what, time, DOES_NOT_FIT if problems else time.limit, sum(stage.flops for stage in stages),
-        max(stages, key=lambda stage: stage.memory_bytes).memory, sum(stage.sent for stage in stages), training.disk,
-        {
-            **{key: training.facts[key] for key in ("parameters", "tokens", "steps", "layout")},
-            **{f"seconds_of_{stage}": spent.seconds for stage, spent in timed.items()},
-        },
-        problems,
-    )  # fmt: skip
+    return [
+        *lines,
+        "6 % of a device's memory is left to fragmentation and libraries.",
+        "Not planned: reading and tokenising text, comparing routers, time of fitting a gate, students of it, the last "
+        "evaluation of every model, tasks, failures of machines.",
+    ]
