@@ -14,6 +14,7 @@ width of all heads, V vocabulary. A decoder under an encoder reads and predicts 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -213,7 +214,7 @@ class Counted:
         config = copy.deepcopy(self.config)
         config.dtype = DTYPES[self.dtype]
         kind: Any = AutoModelForSeq2SeqLM.from_config if config.is_encoder_decoder else from_architecture
-        with torch.device(device), peft_warnings():
+        with torch.device(device), peft_warnings(), warnings.catch_warnings(action="ignore", category=FutureWarning):
             model = kind(config)
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -189,8 +189,9 @@ def alignments(
     extra = groups * config.sequences_per_group if choice.probe == "extra" else 0
     facts = Facts(groups, training.batch_sequences, run.devices, sharded=run.sharded)
     cost = estimators[choice.estimator]().cost(facts, choice.probe)
-    once = run.work("step", config.target_sequences)
-    once = once + run.work("forward", cost.forwards * (extra or training.batch_sequences))
+    # Sequences are dealt out to the devices, so that each has one at least.
+    target, probed = (run.devices * math.ceil(n / run.devices) for n in (config.target_sequences, extra))
+    once = run.work("step", target) + run.work("forward", cost.forwards * (probed or training.batch_sequences))
     sent = once.flops / run.step.flops * run.sent if run.sharded else run.summed * (1 + cost.reductions)
     once = once + Work(0.0, 4.0 * cost.parameter_passes * run.held, sent=sent)
     seconds, step = (run.hardware.time(work, half=half).seconds for work in (once, run.step))
