@@ -13,7 +13,6 @@ and `weftlm` are comparable, and are weftlm.evaluation's on the same items.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
@@ -67,8 +66,6 @@ class WeftLM(HFLM):  # type: ignore[misc]
         ConfigError: an argument is unknown or out of range, or as `open_model`.
         DataError: the model comes without a tokenizer.
     """
-
-    batch_size_per_gpu: Any
 
     def __init__(
         self,
@@ -215,46 +212,12 @@ class WeftLM(HFLM):  # type: ignore[misc]
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each context, up to the first of its stop strings or the end-of-text token."""
-        size = self.batch_size_per_gpu
-        if not self._masks_padding:
-            self.batch_size_per_gpu = 1
-        try:
-            written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        finally:
-            self.batch_size_per_gpu = size
-        return written
-
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """Ends at the end-of-text token of the tokenizer, too."""
         end = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {self.eot_token_id, *(end if isinstance(end, list) else [] if end is None else [end])}
         made: Tensor = super()._model_generate(context, max_length, stop, eos_token_id=sorted(ends), **settings)
         return made
-
-    @functools.cached_property
-    def _masks_padding(self) -> bool:
-        """Whether padding on the left changes nothing that follows: found by trying, with a text of two tokens.
-
-        Some models read padding as text (RWKV): they write one text at a time.
-        """
-
-        def following_V(ids: list[int], mask: list[int]) -> Tensor:
-            made = self.model.generate(
-                input_ids=torch.tensor([ids], device=self.device),
-                attention_mask=torch.tensor([mask], device=self.device),
-                max_new_tokens=1,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-            return made.logits[0][0].float()  # type: ignore[no-any-return]
-
-        with torch.inference_mode():
-            alone_V = following_V([0, 1], [1, 1])
-            padded_V = following_V([self.tokenizer.pad_token_id] * 4 + [0, 1], [0, 0, 0, 0, 1, 1])
-        return float((padded_V - alone_V).abs().max()) <= 0.01 * float(alone_V.abs().max().clamp_min(1e-6))
 
 
 def _device(asked: str | None) -> torch.device:

@@ -88,11 +88,9 @@ class OnlineMixture:
             ConfigError: no domain, an unknown policy or option, or a policy that needs what is not given.
             DataError: tokens that cannot be read, or too few.
         """
-        if not isinstance(policy, str | Mapping):
-            raise ConfigError(f"policy is {policy!r:.60}; give a policy's name or its section, a mapping")
-        section: dict[str, Any] = {"policy": policy} if isinstance(policy, str) else dict(policy)
-        if update_every_steps is not None:
-            section["update_every_steps"] = update_every_steps
+        section = {"policy": policy} if isinstance(policy, str) else policy
+        if update_every_steps is not None and isinstance(section, Mapping):
+            section = {**section, "update_every_steps": update_every_steps}
         built = build_policy(section, "policy")
         goal = None if target is None else _source(target, "target")
         if isinstance(sources, Mapping):

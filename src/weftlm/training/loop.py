@@ -149,8 +149,10 @@ class Trainer:
         self.stopping = False
         self.seconds = {"train": 0.0, "alignment": 0.0, "eval": 0.0, "save": 0.0}
         self._resume()
-        writes = self.accelerator.is_main_process
-        self.metrics = MetricsLog(folder and folder / METRICS, resume_step=self.step, trackers=trackers, enabled=writes)
+        if self.accelerator.is_main_process:
+            self.metrics = MetricsLog(folder and folder / METRICS, resume_step=self.step, trackers=trackers)
+        else:
+            self.metrics = MetricsLog(None)
 
     # -- set-up -------------------------------------------------------------------------------------------------
 

@@ -25,22 +25,13 @@ class MetricsLog:
         path: the file; None writes to the trackers alone.
         resume_step: lines of later steps, and a torn last line, are dropped: they are about to be written again.
         trackers: get the numbers of every line, under `kind/name`.
-        enabled: False writes nothing (every rank but the first).
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        *,
-        resume_step: int = 0,
-        trackers: tuple[GeneralTracker, ...] = (),
-        enabled: bool = True,
-    ) -> None:
-        self._trackers = trackers if enabled else ()
-        self._path = path if enabled else None
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _rewind(self._path, resume_step)
+    def __init__(self, path: Path | None, *, resume_step: int = 0, trackers: tuple[GeneralTracker, ...] = ()) -> None:
+        self._path, self._trackers = path, trackers
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _rewind(path, resume_step)
 
     def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
         """Append one line; numbers that are not finite become null."""

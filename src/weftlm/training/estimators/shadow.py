@@ -18,7 +18,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
@@ -104,9 +103,7 @@ class ShadowProbe:
             self._exits.callback(handle.remove)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._slopes_B = None
         self._exits.close()
 
