@@ -50,9 +50,9 @@ _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _SHOWN = 3
 _TYPES = {
     "base_model_name_or_path": str, "revision": str, "target_modules": str | list, "exclude_modules": str | list,
-    "layers_to_transform": int | list, "task_type": str,
+    "layers_to_transform": int | list, "task_type": str, "rank_pattern": dict, "alpha_pattern": dict,
 }  # fmt: skip
-"""Types of settings that are read; null, too."""
+"""Types of settings that are read; null too."""
 _TASKS = frozenset(task.value for task in TaskType)
 
 
@@ -97,13 +97,20 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
     """
     settings = _parse_config(name, config)
     _refuse_variants(name, settings)
-    factors = _pair(name, parse_tensors(name, WEIGHTS, weights), settings)
-    rslora = bool(settings.get("use_rslora"))
+    pairs = _pairs(name, parse_tensors(name, WEIGHTS, weights), settings)
     modules = {}
-    sizes = _ranks_and_alphas(name, settings, sorted(factors))
-    for module in sorted(factors):
-        A_RI, B_OR = factors[module]["A"], factors[module]["B"]
-        rank, alpha = sizes[module]
+    for (module, (A_RI, B_OR)), rank, alpha in zip(
+        pairs.items(),
+        _numbers(name, settings, "rank_pattern", "r", list(pairs)),
+        _numbers(name, settings, "alpha_pattern", "lora_alpha", list(pairs)),
+        strict=True,
+    ):
+        if type(rank) is not int or rank < 1:
+            raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the rank {rank!r:.80}; it must be 1 or more")
+        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+            raise ExpertError(
+                f"expert {name!r}: {CONFIG} gives {module} the alpha {alpha!r:.80}; it must be a finite number"
+            )
         if not (A_RI.numel() and B_OR.numel()):
             raise ExpertError(
                 f"expert {name!r}: {module} has empty tensors (lora_A {tuple(A_RI.shape)}, lora_B "
@@ -115,8 +122,9 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
                 f"expert {name!r}: {module} has rank {A_RI.shape[0]}, its {CONFIG} says {rank}; the two files do not "
                 f"belong together: export the adapter again"
             )
-        modules[module] = LoRAFactors(A_RI, B_OR, alpha / (math.sqrt(rank) if rslora else rank))
-    expert = LoRAExpert(name, _named_base(settings), modules, settings)
+        modules[module] = LoRAFactors(A_RI, B_OR, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+    base = BaseReference(settings.get("base_model_name_or_path") or "", settings.get("revision"))
+    expert = LoRAExpert(name, base, modules, settings)
     check_lora(expert)
     return expert
 
@@ -323,9 +331,11 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
     """
     known = dict(model.named_modules())
     linear = {name: widths for name, module in known.items() if (widths := linear_widths(module)) is not None}
-    lacking = _absent(expert, linear)
-    if lacking:
-        raise ExpertError(_incomplete(expert.name, lacking))
+    if lacking := _absent(expert, linear):
+        raise ExpertError(
+            f"expert {expert.name!r}: {CONFIG} names {_some(lacking, ', ')} (target_modules), and {WEIGHTS} holds "
+            f"nothing for it; the file is incomplete: export the adapter again"
+        )
     wrong = []
     for module, factors in expert.modules.items():
         found, wanted = linear.get(module), (int(factors.A_RI.shape[1]), int(factors.B_OR.shape[0]))
@@ -336,10 +346,9 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
         elif found != wanted:
             wrong.append(f"{module} maps {found[0]} to {found[1]}, the adapter {wanted[0]} to {wanted[1]}")
     if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ExpertError(
             f"expert {expert.name!r} was made for another base ({expert.base.name or 'unnamed'}): "
-            f"{'; '.join(wrong[:_SHOWN])}{more}; load the base it was trained on"
+            f"{_some(wrong, '; ')}; load the base it was trained on"
         )
     if fingerprint is not None and expert.base.fingerprint not in (None, fingerprint):
         raise ExpertError(
@@ -381,10 +390,6 @@ def _parse_config(name: str, data: bytes) -> dict[str, Any]:
     return settings
 
 
-def _named_base(settings: Mapping[str, Any]) -> BaseReference:
-    return BaseReference(settings.get("base_model_name_or_path") or "", settings.get("revision"))
-
-
 def _absent(expert: LoRAExpert, names: Collection[str]) -> list[str]:
     """Linear modules of a base that an adapter's list of target modules names and its weights lack.
 
@@ -397,14 +402,6 @@ def _absent(expert: LoRAExpert, names: Collection[str]) -> list[str]:
     ends = tuple(f".{target}" for target in targets if target not in names)
     meant = {name for name in names if name in targets or f".{name}".endswith(ends)}
     return sorted(meant - expert.modules.keys())
-
-
-def _incomplete(name: str, lacking: Sequence[str]) -> str:
-    more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""
-    return (
-        f"expert {name!r}: {CONFIG} names {', '.join(lacking[:_SHOWN])}{more} (target_modules), and {WEIGHTS} holds "
-        f"nothing for it; the file is incomplete: export the adapter again"
-    )
 
 
 def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:
@@ -428,8 +425,8 @@ def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _pair(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module, then by "A" and "B"; float32."""
+def _pairs(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """lora_A and lora_B by module, sorted; float32."""
     factors: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         match = _KEY.fullmatch(key)
@@ -440,14 +437,13 @@ def _pair(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any])
             plain(tensor) if tensor.dtype.is_floating_point else tensor
         )
     for module, pair in factors.items():
-        if len(pair) != 2:
-            there = next(iter(pair))
-            lacking = "B" if there == "A" else "A"
-            raise ExpertError(
-                f"expert {name!r}: {module} has lora_{there} but no lora_{lacking}; the file is incomplete: "
-                f"export the adapter again"
-            )
-    return factors
+        for there, lacking in (("A", "B"), ("B", "A")):
+            if lacking not in pair:
+                raise ExpertError(
+                    f"expert {name!r}: {module} has lora_{there} but no lora_{lacking}; the file is incomplete: "
+                    f"export the adapter again"
+                )
+    return {module: (factors[module]["A"], factors[module]["B"]) for module in sorted(factors)}
 
 
 def _stranger(name: str, key: str, settings: Mapping[str, Any]) -> str:
@@ -474,31 +470,24 @@ def _embedding(name: str, where: str) -> str:
     return f"expert {name!r}: {where} adapts an embedding; train it on linear modules only (target_modules)"
 
 
-def _ranks_and_alphas(name: str, settings: Mapping[str, Any], modules: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each module: of the first pattern that matches the end of its name, as in PEFT."""
-    columns: list[list[Any]] = []
-    for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        patterns = settings.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise ExpertError(f"expert {name!r}: {key} is {patterns!r:.80}; it must map module names to numbers")
-        try:
-            hits = matches(list(patterns), modules, key, tail=True)
-        except ConfigError as error:
-            raise ExpertError(f"expert {name!r}: {error}") from error
-        values = [settings.get(default)] * len(modules)
-        for row, value in reversed(list(zip(hits, patterns.values(), strict=True))):
-            values = [value if hit else known for hit, known in zip(row, values, strict=True)]
-        columns.append(values)
-    found = {}
-    for module, rank, alpha in zip(modules, *columns, strict=True):
-        if type(rank) is not int or rank < 1:
-            raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the rank {rank!r:.80}; it must be 1 or more")
-        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
-            raise ExpertError(
-                f"expert {name!r}: {CONFIG} gives {module} the alpha {alpha!r:.80}; it must be a finite number"
-            )
-        found[module] = rank, float(alpha)
+def _numbers(
+    name: str, settings: Mapping[str, Any], pattern_key: str, default_key: str, modules: Sequence[str]
+) -> list[Any]:
+    """A number for each module: of the first pattern that matches the end of its name, as in PEFT."""
+    patterns = settings.get(pattern_key) or {}
+    try:
+        hits = matches(list(patterns), modules, pattern_key, tail=True)
+    except ConfigError as error:
+        raise ExpertError(f"expert {name!r}: {error}") from error
+    found = [settings.get(default_key)] * len(modules)
+    for row, value in reversed(list(zip(hits, patterns.values(), strict=True))):
+        found = [value if hit else known for hit, known in zip(row, found, strict=True)]
     return found
+
+
+def _some(texts: Sequence[str], separator: str) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return separator.join(texts[:_SHOWN]) + more
 
 
 def _exactly(module: str) -> str:

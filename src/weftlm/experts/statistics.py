@@ -62,7 +62,6 @@ def collect_statistics(
     seed: int,
     batch_sequences: int = 16,
     embedder: str = "tokens-1024",
-    embed: Embed | None = None,
     decode: Decode | None = None,
 ) -> Statistics:
     """Describe a source as one expert reads it.
@@ -85,7 +84,6 @@ def collect_statistics(
         seed: Random seed of the draw.
         batch_sequences: Windows per forward pass.
         embedder: Name of the embedder, kept so that queries are embedded alike; see `embedder_named`.
-        embed: Embedding function under that name, in place of `embedder_named`.
         decode: Function from token ids to text, for embedders that read text.
     Returns:
         Statistics. facts: examples, tokens, sequence_length, data (the source's fingerprint), seed, and unreached: the
@@ -101,7 +99,7 @@ def collect_statistics(
     ):  # fmt: skip
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
-    embedding = embed if embed is not None else embedder_named(embedder, decode)
+    embed = embedder_named(embedder, decode)
     device = next(model.parameters()).device
     held = examples_of(source)
     if held is None:
@@ -143,7 +141,7 @@ def collect_statistics(
         if not torch.isfinite(mean_I).all():
             raise NumericsError(f"expert {expert.name!r}: the mean input of {name} is not finite; the model overflows")
     pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts]
-    embedded = [embedding(query_BT, mask_BT).cpu().float() for _, query_BT, mask_BT, _ in batches]
+    embedded = [embed(query_BT, mask_BT).cpu().float() for _, query_BT, mask_BT, _ in batches]
     return Statistics(
         means=means,
         embeddings_NF=torch.cat(embedded),
@@ -225,13 +223,14 @@ def _example_batches(
     for batch_B in batches_by_length(rows, batch_sequences, encoder=prompted.encoder):
         inputs = prompted_inputs([rows[index] for index in batch_B], encoder=prompted.encoder)
         arguments = model_arguments(model, inputs, device)
-        masks = [torch.from_numpy(inputs.mask_BT).to(device)]
+        masks = [inputs.mask_BT.to(device)]
         if "labels" in arguments:
             if arguments["labels"].shape == inputs.tokens_BT.shape:  # masks are told apart by their shapes
                 arguments["labels"] = F.pad(arguments["labels"], (0, 1), value=IGNORED)
             masks.append(arguments["labels"] != IGNORED)
-        query_BT, query_mask_BT = torch.from_numpy(inputs.tokens_BT), torch.from_numpy(inputs.prompt_mask_BT)
-        batches.append((arguments, query_BT, query_mask_BT, {tuple(mask.shape): mask for mask in masks}))
+        batches.append(
+            (arguments, inputs.tokens_BT, inputs.prompt_mask_BT, {tuple(mask.shape): mask for mask in masks})
+        )
     if prompted.encoder:
         return batches, [torch.from_numpy(part) for row in rows for part in row]
     return batches, [torch.from_numpy(np.concatenate(row)) for row in rows]
@@ -249,10 +248,7 @@ def check_embedder(name: str) -> None:
     if re.fullmatch(r"tokens-[1-9][0-9]*", name):
         return
     if not name.startswith(_SENTENCES) or name == _SENTENCES:
-        raise ConfigError(
-            f"embedder is {name!r}; give tokens-WIDTH (tokens-1024) or sentence-transformers:NAME, or bring a function "
-            f"of your own as embed="
-        )
+        raise ConfigError(f"embedder is {name!r}; give tokens-WIDTH (tokens-1024) or sentence-transformers:NAME")
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError(f"embedder {name!r} needs sentence-transformers; {install_hint('embed')}, or use tokens-1024")
 

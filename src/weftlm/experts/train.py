@@ -33,7 +33,7 @@ from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
 from weftlm.experts.gate import data_identity, train_gate
 from weftlm.experts.library import check_name
 from weftlm.experts.lora import from_peft_model
-from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
+from weftlm.experts.statistics import Decode, check_embedder, collect_statistics
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.lora_targets import lora_targets
@@ -101,7 +101,8 @@ def train_expert(
         raise ConfigError(f"expert {name!r}: an encoder-decoder model learns from examples; give {PROMPTS_WANTED}")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ExpertError(f"expert {name!r}: the model carries PEFT adapters already; load the base without them")
-    embed = embedder_named(config.embedder, decode) if config.statistics_examples else None
+    if config.statistics_examples:
+        check_embedder(config.embedder)
     if base.fingerprint is None:
         base = replace(base, fingerprint=base_fingerprint(model))
     if runtime is None:
@@ -120,7 +121,7 @@ def train_expert(
             statistics = collect_statistics(
                 model, lora, source,
                 examples=config.statistics_examples, sequence_length=config.training.sequence_length, seed=seed,
-                batch_sequences=config.training.batch_sequences, embedder=config.embedder, embed=embed,
+                batch_sequences=config.training.batch_sequences, embedder=config.embedder, decode=decode,
             )  # fmt: skip
     card = {
         "name": name,
@@ -140,8 +141,7 @@ def train_expert(
 
 
 def _described(source: Source) -> dict[str, Any]:
-    size = int(getattr(source, "bytes", 0))
-    return {"fingerprint": source.fingerprint, "tokens": len(source), "bytes": size or None}
+    return {"fingerprint": source.fingerprint, "tokens": len(source), "bytes": getattr(source, "bytes", 0) or None}
 
 
 # -- the adapter --------------------------------------------------------------------------------------------------

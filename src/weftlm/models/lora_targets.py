@@ -32,7 +32,7 @@ def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     `all-linear` leaves it out.
 
     Args:
-        model: bare; on the meta device too.
+        model: Bare model, on the meta device too.
         targets: `all-linear`, names (`q_proj`, `model.layers.0.self_attn.q_proj`), or a regular expression of whole
             names.
     Raises:
@@ -49,15 +49,26 @@ def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         if not found:
             raise ConfigError("lora.target_modules: all-linear finds no linear module in this model")
         return found
-    chosen = _named(targets, [name for name in known if name], _cure(good, known, head))
-    for name in chosen:
-        if name in good:
-            continue
-        if name.rpartition(".")[2] in reserved and linear_widths(known[name]):
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in good if known[name] is not head))
+    more = f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
+    cure = f"give {ALL_LINEAR}, or names of linear modules: {', '.join(short[:_SHOWN])}{more}"
+    names = [name for name in known if name]
+    if isinstance(targets, str):
+        (hits,) = matches([targets], names, "lora.target_modules")
+        meant = {targets: {name for name, hit in zip(names, hits, strict=True) if hit}}
+    else:
+        meant = {each: {name for name in names if name == each or name.endswith(f".{each}")} for each in targets}
+    if not meant:
+        raise ConfigError(f"lora.target_modules is empty; {cure}")
+    for target, found_here in meant.items():
+        if not found_here:
+            raise ConfigError(f"lora.target_modules: {target!r:.80} matches no module of this model; {cure}")
+    chosen = [name for name in names if any(name in found_here for found_here in meant.values())]
+    if wrong := next((name for name in chosen if name not in good), None):
+        why = f"is of type {type(known[wrong]).__name__} and no linear module"
+        if linear_widths(known[wrong]):
             why = "carries a name that PEFT keeps for this model's fused experts"
-        else:
-            why = f"is of type {type(known[name]).__name__} and no linear module"
-        raise ConfigError(f"lora.target_modules: {name} {why}, which no expert can hold; {_cure(good, known, head)}")
+        raise ConfigError(f"lora.target_modules: {wrong} {why}, which no expert can hold; {cure}")
     return chosen
 
 
@@ -75,32 +86,6 @@ def check_targets(config: PretrainedConfig, targets: str | Sequence[str], where:
         lora_targets(model, targets)
     except ConfigError as error:
         raise ConfigError(str(error).replace("lora.target_modules", f"{where}.target_modules", 1)) from error
-
-
-def _named(targets: str | Sequence[str], names: Sequence[str], cure: str) -> list[str]:
-    """The modules meant, as PEFT matches names and expressions."""
-    if isinstance(targets, str):
-        (hits,) = matches([targets], names, "lora.target_modules")
-        found = [name for name, hit in zip(names, hits, strict=True) if hit]
-        if not found:
-            raise ConfigError(f"lora.target_modules: {targets!r:.80} matches no module of this model; {cure}")
-        return found
-    by_target = {
-        target: {name for name in names if name == target or name.endswith(f".{target}")} for target in targets
-    }
-    for target, there in by_target.items():
-        if not there:
-            raise ConfigError(f"lora.target_modules names {target!r:.80}, which is no module of this model; {cure}")
-    if not by_target:
-        raise ConfigError(f"lora.target_modules is empty; {cure}")
-    meant = set().union(*by_target.values())
-    return [name for name in names if name in meant]
-
-
-def _cure(good: Sequence[str], known: dict[str, nn.Module], head: nn.Module | None) -> str:
-    short = list(dict.fromkeys(name.rpartition(".")[2] for name in good if known[name] is not head))
-    more = f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
-    return f"give {ALL_LINEAR}, or names of linear modules: {', '.join(short[:_SHOWN])}{more}"
 
 
 def _reserved(model: nn.Module, leaves: set[str]) -> set[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from weftlm.corpora.examples import Examples
 from weftlm.errors import ConfigError
@@ -162,104 +163,57 @@ def batches_by_length(
 
 @dataclass(frozen=True)
 class PromptedInputs:
-    """The inputs of one forward pass, and the places of its predictions of the targets' N tokens.
+    """The inputs of one forward pass, padded on the right.
 
     Attributes:
-        tokens_BT: Ids of prompt and target (causal) or of the prompt (encoder-decoder), padded on the right.
+        tokens_BT: Ids of prompt and target (causal) or of the prompt (encoder-decoder).
         mask_BT: True for tokens, False for padding.
         prompt_mask_BT: True for tokens of the prompt.
-        labels_BC: Labels of an encoder-decoder; None for a causal model.
-        row_N, position_N, target_N: Sequence, position and id of each token predicted.
+        labels_BX: Id that is predicted at each position of the model's scores, `IGNORED` for none; X is T for a causal
+            model, and the targets' length for an encoder-decoder.
+        encoder: Whether the model has an encoder for the prompt, and takes the labels as an argument.
     """
 
-    tokens_BT: NDArray[np.int64]
-    mask_BT: NDArray[np.bool_]
-    prompt_mask_BT: NDArray[np.bool_]
-    labels_BC: NDArray[np.int64] | None
-    row_N: NDArray[np.int64]
-    position_N: NDArray[np.int64]
-    target_N: NDArray[np.int64]
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    prompt_mask_BT: Tensor
+    labels_BX: Tensor
+    encoder: bool
 
 
 def prompted_inputs(batch: Sequence[Prompted], *, encoder: bool) -> PromptedInputs:
     """Pad a batch. A causal model reads all of a row but its last token, which is predicted and never read."""
-    labels_BC: NDArray[np.int64] | None = None
     if encoder:
-        tokens_BT, mask_BT = _padded([row.prompt_P for row in batch], 0)
-        prompt_mask_BT = mask_BT
-        labels_BC = _padded([row.target_C for row in batch], IGNORED)[0]
-        positions = [np.arange(len(row.target_C)) for row in batch]
+        tokens, labels = [row.prompt_P for row in batch], [row.target_C for row in batch]
     else:
-        tokens_BT, mask_BT = _padded([np.concatenate([row.prompt_P, row.target_C[:-1]]) for row in batch], 0)
-        prompt_mask_BT = np.arange(tokens_BT.shape[1]) < np.array([len(row.prompt_P) for row in batch])[:, None]
-        positions = [len(row.prompt_P) - 1 + np.arange(len(row.target_C)) for row in batch]
+        tokens = [np.concatenate([row.prompt_P, row.target_C[:-1]]) for row in batch]
+        labels = [np.concatenate([np.full(len(row.prompt_P) - 1, IGNORED), row.target_C]) for row in batch]
     return PromptedInputs(
-        tokens_BT=tokens_BT,
-        mask_BT=mask_BT,
-        prompt_mask_BT=prompt_mask_BT,
-        labels_BC=labels_BC,
-        row_N=np.repeat(np.arange(len(batch)), [len(row.target_C) for row in batch]),
-        position_N=np.concatenate(positions),
-        target_N=np.concatenate([row.target_C for row in batch]),
+        tokens_BT=_padded(tokens, 0),
+        mask_BT=_padded([np.ones(len(each), dtype=np.bool_) for each in tokens], 0),
+        prompt_mask_BT=_padded(
+            [np.arange(len(each)) < len(row.prompt_P) for each, row in zip(tokens, batch, strict=True)], 0
+        ),
+        labels_BX=_padded(labels, IGNORED),
+        encoder=encoder,
     )
 
 
-def _padded(sequences: list[NDArray[np.int64]], padding: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Sequences as one array, padded on the right, and where it is not padding."""
-    length_B = np.array([len(sequence) for sequence in sequences])
-    mask_BT = np.arange(length_B.max()) < length_B[:, None]
-    ids_BT = np.full(mask_BT.shape, padding, dtype=np.int64)
-    ids_BT[mask_BT] = np.concatenate(sequences)
-    return ids_BT, mask_BT
+def _padded(rows: Sequence[NDArray[Any]], padding: int) -> Tensor:
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=padding)
 
 
 def model_arguments(model: object, inputs: PromptedInputs, device: torch.device) -> dict[str, Any]:
     """A Hugging Face model's arguments, on its device; with `routing_mask` for a model that accepts one."""
-    given: dict[str, Any] = {
-        "input_ids": torch.from_numpy(inputs.tokens_BT).to(device),
-        "attention_mask": torch.from_numpy(inputs.mask_BT).to(device).long(),
-        "use_cache": False,
-    }
-    if inputs.labels_BC is not None:
-        given["labels"] = torch.from_numpy(inputs.labels_BC).to(device)
-    return {**given, **_routing_mask(model, inputs, device)}
+    given = {"input_ids": inputs.tokens_BT.to(device), "attention_mask": inputs.mask_BT.to(device).long()}
+    if inputs.encoder:
+        given["labels"] = inputs.labels_BX.to(device)
+    return {**given, "use_cache": False, **_routing_mask(model, inputs, device)}
 
 
 def _routing_mask(model: object, inputs: PromptedInputs, device: torch.device) -> dict[str, Tensor]:
-    if attribute(model, "accepts_routing_mask") is not True:
-        return {}
-    return {"routing_mask": torch.from_numpy(inputs.prompt_mask_BT).to(device)}
-
-
-def token_log_probs(model: nn.Module | LanguageModel, inputs: PromptedInputs, device: torch.device) -> Tensor:
-    """The log-probability of every target token.
-
-    Args:
-        model: Hugging Face model of the kind the inputs were made for, or a `LanguageModel`.
-        inputs: A batch.
-        device: Device of the model.
-    Returns:
-        logp_N: nats, float32 or better, with its gradient where one is recorded.
-    Raises:
-        ConfigError: the model returns scores for other positions than it was given.
-    """
-    scores_BTV: Tensor
-    if isinstance(model, LanguageModel):
-        extra = _routing_mask(model, inputs, device)
-        scores_BTV = model.log_probs(torch.from_numpy(inputs.tokens_BT).to(device), **extra)
-    else:
-        scores_BTV = model(**model_arguments(model, inputs, device)).logits
-    expected = inputs.tokens_BT.shape if inputs.labels_BC is None else inputs.labels_BC.shape
-    if scores_BTV.shape[:2] != expected:
-        raise ConfigError(
-            f"the model returned scores of shape {tuple(scores_BTV.shape)} for {expected[0]} sequences of "
-            f"{expected[1]} positions; it must return one row over the vocabulary for each position it is given"
-        )
-    scores_NV = scores_BTV[torch.from_numpy(inputs.row_N).to(device), torch.from_numpy(inputs.position_N).to(device)]
-    if scores_NV.dtype in (torch.float16, torch.bfloat16):
-        scores_NV = scores_NV.float()
-    logp_NV = scores_NV if isinstance(model, LanguageModel) else torch.log_softmax(scores_NV, dim=-1)
-    return logp_NV.gather(-1, torch.from_numpy(inputs.target_N).to(device)[:, None]).squeeze(-1)
+    accepted = attribute(model, "accepts_routing_mask") is True
+    return {"routing_mask": inputs.prompt_mask_BT.to(device)} if accepted else {}
 
 
 def target_nats(
@@ -269,13 +223,35 @@ def target_nats(
 
         nats[b] = -sum_j log p(target[b, j] | prompt[b], target[b, :j])
 
+    Args:
+        model: Hugging Face model, bare or wrapped, or a `LanguageModel`.
+        batch: Prompts with their targets.
+        device: Device of the model.
+        encoder: Whether the model has an encoder for the prompt.
     Returns:
-        nats_B: float32 or better; neither padding nor the other rows change them by more than rounding.
+        nats_B: float32 or better, with its gradient where one is recorded; neither padding nor the other rows change
+            them by more than rounding.
     Raises:
-        ConfigError: as `token_log_probs`.
+        ConfigError: the model returns scores for other positions than it was given.
     """
-    logp_N = token_log_probs(model, prompted_inputs(batch, encoder=encoder), device)
-    tokens_B = torch.tensor([len(row.target_C) for row in batch], device=device)
-    there_BC = torch.arange(int(tokens_B.max()), device=device) < tokens_B[:, None]
+    inputs = prompted_inputs(batch, encoder=encoder)
+    known_BX = inputs.labels_BX.to(device) != IGNORED
+    scores_BXV: Tensor
+    if isinstance(model, LanguageModel):
+        scores_BXV = model.log_probs(inputs.tokens_BT.to(device), **_routing_mask(model, inputs, device))
+    else:
+        scores_BXV = model(**model_arguments(model, inputs, device)).logits
+    if scores_BXV.shape[:2] != known_BX.shape:
+        raise ConfigError(
+            f"the model returned scores of shape {tuple(scores_BXV.shape)} for {known_BX.shape[0]} sequences of "
+            f"{known_BX.shape[1]} positions; it must return one row over the vocabulary for each position it is given"
+        )
+    scores_NV = scores_BXV[known_BX]
+    if scores_NV.dtype in (torch.float16, torch.bfloat16):
+        scores_NV = scores_NV.float()
+    logp_NV = scores_NV if isinstance(model, LanguageModel) else torch.log_softmax(scores_NV, dim=-1)
+    logp_N = logp_NV.gather(-1, inputs.labels_BX.to(device)[known_BX][:, None]).squeeze(-1)
+    tokens_B1 = known_BX.sum(dim=1, keepdim=True)
+    there_BC = torch.arange(int(tokens_B1.max()), device=device) < tokens_B1
     logp_BC = torch.zeros(there_BC.shape, dtype=logp_N.dtype, device=device).masked_scatter(there_BC, logp_N)
     return -logp_BC.sum(dim=1)

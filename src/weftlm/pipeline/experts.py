@@ -32,7 +32,7 @@ from weftlm.experts.expert import Expert
 from weftlm.experts.gate import adapter_fingerprint, data_identity, train_gate
 from weftlm.experts.library import ExpertLibrary, check_name
 from weftlm.experts.lora import check_fits
-from weftlm.experts.statistics import collect_statistics, embedder_named
+from weftlm.experts.statistics import check_embedder, collect_statistics
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key, processes
 from weftlm.files import checksum, remove
@@ -266,7 +266,8 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         found = _domain_of(making, expert, domain)
         config = recipe.expert_settings.expert_training
         source = training_source(found.train, found.name, config.examples)
-        embed = embedder_named(config.embedder, making.data.tokenizer.decode) if config.statistics_examples else None
+        if config.statistics_examples:
+            check_embedder(config.embedder)
         choices = [settings(config.gate), settings(config.training, without=NOT_DECIDING)]
         identity = checksum([choices, adapter_fingerprint(expert.lora), data_identity(source), recipe.seed])
         work = recipe.training_folder(name) / f"gate-{identity[:12]}"
@@ -281,15 +282,15 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
                 folder=work, seed=recipe.seed, training=config.training, runtime=runtime,
             )  # fmt: skip
             statistics = expert.statistics
-            if embed is not None:
+            if config.statistics_examples:
                 statistics = collect_statistics(
                     model, expert.lora, source,
                     examples=config.statistics_examples, sequence_length=config.training.sequence_length,
                     seed=recipe.seed, batch_sequences=config.training.batch_sequences,
-                    embedder=config.embedder, embed=embed,
+                    embedder=config.embedder, decode=making.data.tokenizer.decode,
                 )  # fmt: skip
             card = {**expert.card, "gate": dict(gate.facts)}
-            if embed is not None and statistics is not None:
+            if config.statistics_examples and statistics is not None:
                 card["statistics"] = dict(statistics.facts)
             if "settings" in card:
                 now = config.model_dump(mode="json")

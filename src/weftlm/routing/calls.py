@@ -1,4 +1,4 @@
-"""From the arguments of a Hugging Face model's `forward` to the `Call` a router is told of; memory beside caches."""
+"""From the arguments of a Hugging Face model's `forward` to the `Call` a router gets; memory beside caches."""
 
 from __future__ import annotations
 
@@ -77,28 +77,15 @@ def encoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
 
 
 def encoder_decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
-    """The call of an encoder-decoder model; with ready `encoder_outputs`, what was decided for them still holds."""
+    """The call of an encoder-decoder model; what was decided for ready `encoder_outputs` still holds."""
     outputs = arguments.get("encoder_outputs")
     if outputs is None:
-        call = encoder_call(arguments, decisive_BT)
-    else:
-        hidden_BTH = outputs[0]
-        shape = hidden_BTH.shape[:2]
-        mask_BT = _mask(arguments.get("attention_mask"), shape, hidden_BTH.device)
-        memory = getattr(outputs, _MEMORY, getattr(hidden_BTH, _MEMORY, None))
-        call = Call(
-            input_ids_BT=None,
-            mask_BT=mask_BT,
-            decisive_BT=mask_BT,
-            memory=Memory() if memory is None else memory.expanded(shape[0]),
-            continues=True,
-        )
-    for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
-        if arguments.get(name) is not None:
-            shape = arguments[name].shape[:2]
-            call.decoder_mask_BT = _mask(arguments.get("decoder_attention_mask"), shape, arguments[name].device)
-            break
-    return call
+        return encoder_call(arguments, decisive_BT)
+    hidden_BTH = outputs[0]
+    mask_BT = _mask(arguments.get("attention_mask"), hidden_BTH.shape[:2], hidden_BTH.device)
+    memory = getattr(outputs, _MEMORY, getattr(hidden_BTH, _MEMORY, None))
+    memory = Memory() if memory is None else memory.expanded(len(hidden_BTH))
+    return Call(input_ids_BT=None, mask_BT=mask_BT, decisive_BT=mask_BT, memory=memory, continues=True)
 
 
 def decoder_alone_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
@@ -106,16 +93,8 @@ def decoder_alone_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None)
     hidden_BTH = arguments.get("encoder_hidden_states")
     if hidden_BTH is None:
         return encoder_call(arguments, decisive_BT)
-    names = {"input_ids": "decoder_input_ids", "inputs_embeds": "decoder_inputs_embeds"}
-    return encoder_decoder_call(
-        {
-            "encoder_outputs": (hidden_BTH,),
-            "attention_mask": arguments.get("encoder_attention_mask"),
-            "decoder_attention_mask": arguments.get("attention_mask"),
-            **{whole: arguments.get(own) for own, whole in names.items()},
-        },
-        decisive_BT,
-    )
+    given = {"encoder_outputs": (hidden_BTH,), "attention_mask": arguments.get("encoder_attention_mask")}
+    return encoder_decoder_call(given, decisive_BT)
 
 
 def remember(call: Call, output: Any) -> None:

@@ -6,16 +6,16 @@ would be something else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, did_you_mean
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import MergedConfig, RouterConfig, SingleConfig, UniformConfig, routers
-from weftlm.routing.router import Router, Site, place_of
+from weftlm.routing.router import Router, Site
 
 
 class FixedRouter(Router):
@@ -28,6 +28,19 @@ class FixedRouter(Router):
     def weights(self, experts: int) -> Tensor:
         """w_E."""
         return torch.full((experts,), 1.0 / experts)
+
+    def named(self, weights: Mapping[str, float]) -> Tensor:
+        """w_E of weights by name, 0 for all others.
+
+        Raises:
+            ConfigError: the pool has no expert of a name.
+        """
+        weights_E = torch.zeros(len(self.names))
+        for name, weight in weights.items():
+            if name not in self.names:
+                raise ConfigError(f"the pool has no expert {name!r}{did_you_mean(name, self.names)}")
+            weights_E[self.names.index(name)] = weight
+        return weights_E
 
     @property
     def static_weights_E(self) -> Tensor:
@@ -58,14 +71,7 @@ class MergedRouter(FixedRouter):
 
     def weights(self, experts: int) -> Tensor:
         given = self.config.weights
-        if given is None:
-            return super().weights(experts)
-        weights_E = torch.zeros(experts)
-        for name, weight in given.items():
-            weights_E[place_of(name, self.names)] = weight
-        if not bool(weights_E.isfinite().all()):
-            raise ConfigError(f"router.weights {given} must be finite")
-        return weights_E
+        return super().weights(experts) if given is None else self.named(given)
 
 
 @routers.register(
@@ -80,6 +86,4 @@ class SingleRouter(FixedRouter):
     config: SingleConfig
 
     def weights(self, experts: int) -> Tensor:
-        weights_E = torch.zeros(experts)
-        weights_E[place_of(self.config.expert, self.names)] = 1.0
-        return weights_E
+        return self.named({self.config.expert: 1.0})

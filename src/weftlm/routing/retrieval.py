@@ -12,7 +12,7 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.statistics import Decode, Embed, embedder_named
 from weftlm.routing.config import RetrievalConfig, RouterConfig, routers
-from weftlm.routing.router import Call, Need, Router, Routing, Site, whole_sequence
+from weftlm.routing.router import Call, Need, Router, Routing, Site
 
 
 @routers.register(
@@ -81,8 +81,9 @@ class RetrievalRouter(Router):
         return lowest_BE.scatter_reduce(1, owner_BN, cosines_BN, "amax")
 
     def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
-        memory = call.memory.tensors
-        return whole_sequence(memory["retrieval.choice"], memory["retrieval.weights"], u_BTI.shape[1])
+        choice_BK, weights_BK = (call.memory.tensors[f"retrieval.{key}"] for key in ("choice", "weights"))
+        shape = (len(choice_BK), u_BTI.shape[1], choice_BK.shape[1])
+        return Routing(choice_BK[:, None].expand(shape), weights_BK.float()[:, None].expand(shape))
 
     def _deciding(self, decisive_BT: Tensor) -> Tensor:
         if self.config.read_tokens is None:

@@ -136,10 +136,10 @@ class RoutedModel(nn.Module):
             raise ExpertError(f"experts of a pool need different names; got {[expert.name for expert in experts]}")
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise ConfigError("the base model is routed already; call unload() on that routed model, or use_router")
-        found = base_fingerprint(model) if any(expert.lora.base.fingerprint for expert in experts) else None
-        comparable = not _coarse_dtypes(model)
+        comparable = any(expert.lora.base.fingerprint for expert in experts) and not _coarse_dtypes(model)
+        found = base_fingerprint(model) if comparable else None
         for expert in experts:
-            check_fits(expert.lora, model, fingerprint=found if comparable else None)
+            check_fits(expert.lora, model, fingerprint=found)
         self.experts = tuple(experts)
         self.left_out: Mapping[str, str] = {}
         self.base_reference = base if base is not None else BaseReference(getattr(model.config, "_name_or_path", ""))
@@ -194,19 +194,15 @@ class RoutedModel(nn.Module):
         reference = opened.base
         if not isinstance(base, PreTrainedModel):
             reference = BaseReference(base_name(str(base)), revision, opened.base.fingerprint)
-        coarse, comparable = _coarse_dtypes(model), opened.base.fingerprint
-        if comparable is not None and (found := base_fingerprint(model)) != comparable:
-            if not coarse:
-                raise ExpertError(
-                    f"the library {opened.folder} was made for the base {opened.base.name} (fingerprint "
-                    f"{opened.base.fingerprint}); the model given has fingerprint {found}: load that base"
-                )
+        known, coarse = opened.base.fingerprint, _coarse_dtypes(model)
+        found = None if known is None else base_fingerprint(model)
+        if coarse and found != known:
             log.warning(
                 "the base is held in %s, which leaves nothing to compare with the fingerprint of %s that the library "
                 "%s was made for; make sure that it is that model",
                 *(", ".join(sorted(coarse)), opened.base.name, opened.folder),
             )
-        chosen, left_out = opened.load_fitting(model, experts, fingerprint=None if coarse else comparable)
+        chosen, left_out = opened.load_fitting(model, experts, fingerprint=None if coarse else found)
         routed = cls(model, chosen, router, base=reference)
         routed.left_out = left_out
         return routed if device is None else routed.to(choose_device(str(device)))

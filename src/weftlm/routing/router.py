@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor, nn
 
-from weftlm.errors import ConfigError, ExpertError, did_you_mean
+from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.companions import check_gate, check_statistics
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import RouterConfig, router_config, routers
@@ -65,13 +64,13 @@ class Site:
 
 
 class Memory:
-    """What a router keeps between the forward passes of one generation, beside the KV cache.
+    """State of a router between the forward passes of one generation, beside the KV cache.
 
     Every tensor has the batch first, so that beams can be reordered with the cache.
 
     Attributes:
-        tensors: by name.
-        follows_tokens: it sums up the tokens read so far, so that none of them can be taken back.
+        tensors: Tensors by name.
+        follows_tokens: Whether it sums up the tokens read so far, so that none of them can be taken back.
     """
 
     def __init__(self, *, follows_tokens: bool = False) -> None:
@@ -101,15 +100,14 @@ class Call:
     """One forward pass of the model.
 
     Attributes:
-        input_ids_BT: token ids of the pass (of the encoder, for encoder-decoder models); None when embeddings came.
+        input_ids_BT: Token ids of the pass (of the encoder, for encoder-decoder models); None for embeddings.
         mask_BT: True for real tokens, False for padding.
-        decisive_BT: tokens a sequence-level decision may read; a part of the mask.
-        memory: what the router keeps beside the cache.
-        continues: the pass continues a cached prefix.
-        decoder_mask_BT: the same as mask_BT for the decoder's tokens of an encoder-decoder model, else None.
-        decisions: what the router wants to find again within this pass.
-        record: called with every routing, for traces.
-        owner: the module whose forward began the pass.
+        decisive_BT: Tokens a sequence-level decision may read; a part of the mask.
+        memory: Memory of the router beside the cache.
+        continues: Whether the pass continues a cached prefix.
+        decisions: What the router keeps within this pass.
+        record: Function called with every routing, for traces.
+        owner: Module whose forward began the pass.
     """
 
     input_ids_BT: Tensor | None
@@ -117,16 +115,9 @@ class Call:
     decisive_BT: Tensor
     memory: Memory
     continues: bool = False
-    decoder_mask_BT: Tensor | None = None
     decisions: dict[Any, Any] = field(default_factory=dict)
     record: Callable[[Site, Routing], None] | None = None
     owner: nn.Module | None = None
-
-    def site_mask(self, site: Site) -> Tensor:
-        """True for the real tokens of a site."""
-        if site.reads_encoder or self.decoder_mask_BT is None:
-            return self.mask_BT
-        return self.decoder_mask_BT
 
 
 class Router(nn.Module):
@@ -228,23 +219,6 @@ def build_router(
     return cls(config, experts, sites)
 
 
-def place_of(name: str, names: Sequence[str]) -> int:
-    """Place of an expert in the pool.
-
-    Raises:
-        ConfigError: no such expert, with a suggestion.
-    """
-    if name not in names:
-        raise ConfigError(f"the pool has no expert {name!r}{did_you_mean(name, names)}")
-    return list(names).index(name)
-
-
 def buffer_name(site: Site) -> str:
     """A site's name as a buffer may be called."""
     return site.name.replace(".", "/")
-
-
-def whole_sequence(choice_BK: Tensor, weights_BK: Tensor, tokens: int) -> Routing:
-    """The same choice for every token of a sequence."""
-    shape = (choice_BK.shape[0], tokens, choice_BK.shape[1])
-    return Routing(choice_BK[:, None].expand(shape), weights_BK.to(torch.float32)[:, None].expand(shape))

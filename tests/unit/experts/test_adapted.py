@@ -23,17 +23,6 @@ def test_an_adapted_model_is_the_model_with_the_product_added_to_its_weights() -
     torch.testing.assert_close(logits, merged(tokens).logits, rtol=1e-12, atol=1e-12)
 
 
-def test_it_works_in_bfloat16_and_keeps_the_output_in_it() -> None:
-    model = llama().bfloat16()
-    tokens = torch.randint(VOCAB, (1, LENGTH))
-    with torch.no_grad():
-        plain = model(tokens).logits
-        with adapted(model, random_expert(model)):
-            on = model(tokens).logits
-    assert on.dtype == torch.bfloat16
-    assert not torch.equal(on, plain)
-
-
 @pytest.mark.parametrize("error", [False, True])
 def test_the_model_is_itself_afterwards(error: bool) -> None:
     model = llama()

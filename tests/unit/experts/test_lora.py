@@ -176,17 +176,6 @@ def test_a_pattern_we_write_reaches_no_other_module(tmp_path: Path) -> None:
     }
 
 
-def test_tensors_are_float32_whatever_the_file_holds(tmp_path: Path) -> None:
-    model = trained(llama().to(torch.bfloat16), r=2, target_modules=["q_proj"])
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "a")
-    expert = read_lora(tmp_path / "a")
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    part = expert.modules[Q]
-    assert part.A_RI.dtype == part.B_OR.dtype == torch.float32
-    assert torch.equal(part.A_RI, stored[f"base_model.model.{Q}.lora_A.weight"].float())
-
-
 def test_an_adapter_taken_from_a_model_is_a_copy_and_follows_its_scale() -> None:
     model = trained(llama(), r=4, lora_alpha=8, target_modules=["q_proj"])
     layer = model.get_base_model().get_submodule(Q)
@@ -265,7 +254,7 @@ def refused(folder: Path, message: str) -> None:
         ({"r": None}, "the rank None"),
         ({"lora_alpha": None}, "the alpha None"),
         ({"lora_alpha": float("nan")}, "the alpha nan"),
-        ({"rank_pattern": ["q"]}, "must map module names"),
+        ({"rank_pattern": ["q"]}, "as rank_pattern"),
         ({"rank_pattern": {"(": 3}}, "not a regular expression"),
         ({"rank_pattern": {}}, "has rank 4, its adapter_config.json says 3"),
         ({"alpha_pattern": {".*q_proj": "x"}}, "the alpha 'x'"),
@@ -332,16 +321,6 @@ def test_a_broken_configuration_is_refused(folder: Path, text: str) -> None:
     refused(
         folder, "adapter_config.json(: it is not (valid JSON|UTF-8 text)|: its values are nested too deep| holds list)"
     )
-
-
-def test_a_configuration_need_not_name_its_base(folder: Path) -> None:
-    configure(folder, base_model_name_or_path=None, revision=None)
-    assert read_lora(folder).base == BaseReference("")
-
-
-def test_an_untrained_adapter_is_fine(folder: Path) -> None:
-    rewrite(folder, lambda tensors: [tensors[key(name, "B")].zero_() for name in (Q, V, DOWN)])
-    assert all(update_norm(part) == 0 for part in read_lora(folder).modules.values())
 
 
 def test_the_norm_of_an_update_is_that_of_the_dense_product() -> None:

@@ -66,6 +66,8 @@ def test_truncation_works_where_the_ranks_exceed_the_widths_and_is_deterministic
     many = [expert("x" * n, {"a": 5}, 1.0) for n in range(1, 5)]
     merged, again = merge_experts(many, name="m", rank=4), merge_experts(many, name="m", rank=4)
     assert torch.equal(merged.modules["a"].A_RI, again.modules["a"].A_RI)
+    B_OR = merged.modules["a"].B_OR  # whatever signs the decomposition gives
+    assert bool((B_OR.gather(0, B_OR.abs().argmax(0, keepdim=True)) > 0).all())
     U, S, Vh = torch.linalg.svd(update(merge_experts(many, name="m"), "a"))
     torch.testing.assert_close(update(merged, "a"), U[:, :4] * S[:4] @ Vh[:4], rtol=0, atol=1e-5)
     full = merge_experts(many, name="m", rank=19)
@@ -73,21 +75,11 @@ def test_truncation_works_where_the_ranks_exceed_the_widths_and_is_deterministic
     torch.testing.assert_close(update(full, "a"), update(merge_experts(many, name="m"), "a"), rtol=0, atol=1e-5)
 
 
-def test_signs_are_fixed() -> None:
-    part = merge_experts(EXPERTS, name="m", rank=2).modules["a"]
-    largest = part.B_OR.gather(0, part.B_OR.abs().argmax(0, keepdim=True))
-    assert (largest > 0).all()
-
-
-def test_one_expert_merges_to_itself() -> None:
+def test_one_expert_merges_to_itself_and_untrained_ones_to_nothing() -> None:
     torch.testing.assert_close(update(merge_experts(EXPERTS[:1], name="m"), "b"), update(EXPERTS[0], "b"))
-
-
-def test_untrained_adapters_merge_to_nothing() -> None:
     part = EXPERTS[0].modules["a"]
     zero = LoRAExpert("z", BASE, {"a": LoRAFactors(part.A_RI, torch.zeros_like(part.B_OR), 1.0)}, {})
-    merged = merge_experts([zero, zero], name="m", rank=1)
-    assert torch.equal(update(merged, "a"), torch.zeros(9, 12, dtype=torch.float64))
+    assert not update(merge_experts([zero, zero], name="m", rank=1), "a").any()
 
 
 @pytest.mark.parametrize(

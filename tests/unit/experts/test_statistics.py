@@ -163,14 +163,6 @@ def test_windows_of_one_domain_are_nearer_than_those_of_two() -> None:
     assert (e @ e.T).min() > (e @ f.T).max() + 0.3
 
 
-def test_buckets_are_even_and_order_matters() -> None:
-    a, b = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
-    counts = torch.bincount(bigram_bucket(a, b, 100).flatten(), minlength=100)
-    assert len(counts) == 100
-    assert float(((counts - 400.0) ** 2 / 400.0).sum()) < 150  # chi-square with 99 degrees of freedom
-    assert (bigram_bucket(a, b) != bigram_bucket(b, a)).float().mean() > 0.98
-
-
 def test_embedders_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(VOCAB, (2, 8))
     assert torch.equal(embedder_named("tokens-32")(tokens, None), embed_tokens(tokens, width=32))
@@ -180,12 +172,6 @@ def test_embedders_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="decode="):
         embedder_named("sentence-transformers:some/model")
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install"):
-        embedder_named("sentence-transformers:some/model", decode=str)
 
 
 def test_text_embedders_read_the_decoded_window_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +187,3 @@ def test_text_embedders_read_the_decoded_window_without_padding(monkeypatch: pyt
     embed = embedder_named("sentence-transformers:some/model", decode=lambda ids: "x" * len(ids))
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     assert embed(torch.zeros(2, 3, dtype=torch.int64), mask).tolist() == [[3.0, 0.0], [2.0, 0.0]]
-
-
-def test_an_embedder_of_ones_own() -> None:
-    found = collect(llama(), embedder="mine", embed=lambda tokens, mask: torch.eye(3)[tokens[:, 0] % 3])
-    assert found.embedder == "mine"
-    assert found.embeddings_NF.shape == (9, 3)

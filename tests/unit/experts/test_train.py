@@ -124,46 +124,39 @@ def test_the_best_step_by_validation_is_kept(tmp_path: Path, monkeypatch: pytest
     assert again.card == expert.card
 
 
-def test_step_0_may_be_the_best_and_is_the_base(tmp_path: Path) -> None:
-    heldout = cyclic_source(300, low=40, seed=7)  # tokens the training text never has
-    expert = train(llama(), tmp_path, heldout=heldout, config={"gate": {"steps": 0}})
-    assert expert.card["adapter"]["kept_step"] == 0
-    assert expert.card["losses"]["before"] == expert.card["losses"]["after"]
-    assert not any(factors.B_OR.any() for factors in expert.lora.modules.values())
-
-
 def test_without_validation_the_last_is_kept(tmp_path: Path) -> None:
-    model = llama()
-    plain = train(model, tmp_path / "plain", heldout=None)
+    model, quick = llama(), {"gate": {"steps": 0}, "statistics_examples": 0}
+    plain = train(model, tmp_path / "plain", heldout=None, config=quick)
     assert plain.card["losses"] is None
     assert plain.card["heldout"] is None
     assert plain.card["adapter"]["kept_step"] == 24
-    measured = train(model, tmp_path / "measured", config={"validate_every_steps": 0})
+    measured = train(model, tmp_path / "measured", config={**quick, "validate_every_steps": 0})
     assert measured.card["losses"]["after"]["nats_per_token"] < measured.card["losses"]["before"]["nats_per_token"]
     assert not (tmp_path / "measured" / "best.safetensors").exists()
     for name, factors in plain.lora.modules.items():
         assert torch.equal(factors.B_OR, measured.lora.modules[name].B_OR)
 
 
-@pytest.mark.parametrize("at", [3, 12, 22])
-def test_a_killed_run_continues_to_the_same_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_a_run_killed_several_times_continues_to_the_same_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = llama()
     before, original = Fingerprint(model), Trainer.train_step
     whole = train(model, tmp_path / "whole")
+    for at in (3, 12, 22):
 
-    def killed(self: Trainer) -> tuple[float, float]:
-        if self.step == at:
-            raise KeyboardInterrupt
-        return original(self)
+        def killed(self: Trainer, at: int = at) -> tuple[float, float]:
+            if self.step == at:
+                raise KeyboardInterrupt
+            return original(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(model, tmp_path / "killed")
-    before.check(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, tmp_path / "killed")
+        before.check(model)
     resumed = train(model, tmp_path / "killed")
-    again = train(model, tmp_path / "killed")
-    for other in (resumed, again):
+    for other in (resumed, train(model, tmp_path / "killed")):
         for name, factors in whole.lora.modules.items():
             assert torch.equal(other.lora.modules[name].A_RI, factors.A_RI)
             assert torch.equal(other.lora.modules[name].B_OR, factors.B_OR)
@@ -183,17 +176,19 @@ def test_the_same_data_running_out_early_still_gives_an_expert(tmp_path: Path) -
 
 def test_another_recipe_in_the_folder_is_refused(tmp_path: Path) -> None:
     model = llama()
-    train(model, tmp_path)
+    quick = {"gate": {"steps": 0}, "statistics_examples": 0}
+    train(model, tmp_path, config=quick)
     for change in (
-        {"seed": 4}, {"source": cyclic_source(seed=5)}, {"heldout": None}, {"config": {"lora": {"rank": 2}}},
+        {"seed": 4}, {"source": cyclic_source(seed=5)}, {"heldout": None}, {"config": {**quick, "lora": {"rank": 2}}},
         {"base": BaseReference("other")},
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match="another recipe"):
-            train(model, tmp_path, **change)
-    settings = {**SETTINGS["training"], "log_every_steps": 3}
-    assert train(model, tmp_path, name="renamed", config={"training": settings}).name == "renamed"
+            train(model, tmp_path, **{"config": quick, **change})
+    other = {**quick, "training": {**SETTINGS["training"], "log_every_steps": 3}}
+    assert train(model, tmp_path, name="renamed", config=other).name == "renamed"
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_what_cannot_be_trained_is_said_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = llama()
     before = Fingerprint(model)
@@ -206,13 +201,8 @@ def test_what_cannot_be_trained_is_said_and_leaves_the_model_alone(tmp_path: Pat
     with pytest.raises(ExpertError, match="name 'a/b' is not allowed"):
         train(model, tmp_path, name="a/b")
     before.check(model)
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_a_model_with_adapters_is_refused(tmp_path: Path) -> None:
-    wrapped = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ExpertError, match="carries PEFT adapters already"):
-        train(wrapped, tmp_path)
+        train(get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear")), tmp_path)
 
 
 def test_the_sections_defaults_are_the_papers() -> None:

@@ -43,12 +43,6 @@ def test_losses_are_negative_log_probabilities_of_the_next_token() -> None:
     assert torch.allclose(sequence_losses(model, tokens), expected.mean(1), atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_initial_weights_are_a_function_of_the_seed(architecture: str) -> None:
-    first, second = build(architecture=architecture), build(architecture=architecture)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
 def test_pretrained_weights_and_adapters_go_round(tmp_path: Path) -> None:
     base = build(architecture="llama", config=TINY)
     base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
@@ -102,11 +96,6 @@ def test_a_model_too_small_for_the_tokenizer_or_the_sequence_is_refused(tmp_path
         build(pretrained=str(tmp_path / "base"), vocab_size=33)
     with pytest.raises(ConfigError, match="takes at most 1024 positions"):
         build(pretrained=str(tmp_path / "base"), sequence_length=2000)
-
-
-def test_aliases_of_an_architecture_are_respected() -> None:
-    model = build(architecture="gpt2", config={"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2})
-    assert model.config.n_positions == 64  # type: ignore[union-attr]
 
 
 def test_no_token_of_the_tokenizer_is_taken_for_padding() -> None:

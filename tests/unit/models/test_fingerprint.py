@@ -42,16 +42,6 @@ def test_a_model_keeps_its_fingerprint_through_disk_and_dtypes(
     assert base_fingerprint(model) != own
 
 
-def test_every_value_counts() -> None:
-    layer = nn.Linear(1000, 7, bias=False)
-    before = base_fingerprint(layer)
-    for place in (1, 2500, 6999):
-        with torch.no_grad():
-            layer.weight.view(-1)[place] += 1
-        assert base_fingerprint(layer) != before
-        before = base_fingerprint(layer)
-
-
 @pytest.mark.parametrize(
     ("setting", "value"), [("rms_norm_eps", 0.1), ("num_attention_heads", 2), ("hidden_act", "gelu")]
 )

@@ -91,7 +91,7 @@ def test_names_and_expressions_mean_what_they_mean_to_peft() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["qproj"], "names 'qproj', which is no module"),
+        (["qproj"], "'qproj' matches no module"),
         (["q_proj", "embed_tokens"], "embed_tokens is of type Embedding and no linear module"),
         (["mlp"], "mlp is of type LlamaMLP and no linear module"),
         ([], "is empty"),

@@ -79,35 +79,23 @@ def test_the_gradient_is_that_of_each_row_alone(make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "target", "length", "expected"),
+    ("encoder", "prompt", "target", "length", "expected"),
     [
-        ((1, 2), (3,), 8, ([1, 2], [3, EOS])),
-        ((1, 2, 3, 4, 5), (6,), 6, ([2, 3, 4, 5], [6, EOS])),  # the prompt loses its beginning
-        ((1,), (2, 3, 4, 5), 4, ([1], [2, 3, 4])),  # the target its end
-        ((1, 2, 3, 4), (5, 6, 7, 8), 5, ([3, 4], [5, 6, 7])),  # neither more than half while the other needs it
-        ((1, 2, 3, 4), (5, 6, 7, 8), 2, ([4], [5])),
-        ((), (5,), 4, ([EOS], [5, EOS])),
+        (False, (1, 2), (3,), 8, ([1, 2], [3, EOS])),
+        (False, (1, 2, 3, 4, 5), (6,), 6, ([2, 3, 4, 5], [6, EOS])),  # the prompt loses its beginning
+        (False, (1,), (2, 3, 4, 5), 4, ([1], [2, 3, 4])),  # the target its end
+        (False, (1, 2, 3, 4), (5, 6, 7, 8), 5, ([3, 4], [5, 6, 7])),  # neither more than half
+        (False, (1, 2, 3, 4), (5, 6, 7, 8), 2, ([4], [5])),
+        (False, (), (5,), 4, ([EOS], [5, EOS])),
+        (True, (1, 2), (3,), 3, ([1, 2, EOS], [3, EOS])),
+        (True, (1, 2, 3, 4), (5, 6, 7, 8), 3, ([3, 4, EOS], [5, 6, 7])),
+        (True, (), (5,), 2, ([EOS], [5, EOS])),
     ],
 )
-def test_what_a_causal_model_reads_of_a_long_example(
-    prompt: tuple[int, ...], target: tuple[int, ...], length: int, expected: tuple[list[int], list[int]]
+def test_what_a_model_reads_of_a_long_example(
+    encoder: bool, prompt: tuple[int, ...], target: tuple[int, ...], length: int, expected: tuple[list[int], list[int]]
 ) -> None:
-    found = fitted(ids(*prompt), ids(*target), eos_id=EOS, length=length, encoder=False)
-    assert (found.prompt_P.tolist(), found.target_C.tolist()) == expected
-
-
-@pytest.mark.parametrize(
-    ("prompt", "target", "length", "expected"),
-    [
-        ((1, 2), (3,), 3, ([1, 2, EOS], [3, EOS])),
-        ((1, 2, 3, 4), (5, 6, 7, 8), 3, ([3, 4, EOS], [5, 6, 7])),
-        ((), (5,), 2, ([EOS], [5, EOS])),
-    ],
-)
-def test_what_an_encoder_decoder_reads_of_a_long_example(
-    prompt: tuple[int, ...], target: tuple[int, ...], length: int, expected: tuple[list[int], list[int]]
-) -> None:
-    found = fitted(ids(*prompt), ids(*target), eos_id=EOS, length=length, encoder=True)
+    found = fitted(ids(*prompt), ids(*target), eos_id=EOS, length=length, encoder=encoder)
     assert (found.prompt_P.tolist(), found.target_C.tolist()) == expected
 
 

@@ -11,11 +11,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from weftlm.errors import ConfigError
 from weftlm.routing.calls import arguments_of, decoder_call, encoder_call, encoder_decoder_call, remember
-from weftlm.routing.router import Memory, Site
+from weftlm.routing.router import Memory
 
 IDS = torch.arange(6).view(2, 3)
-ENCODER_SITE = Site("encoder.block.0.q", 0, (0,), 4, reads_encoder=True)
-DECODER_SITE = Site("decoder.block.0.q", 1, (0,), 4)
 
 
 def test_arguments_are_found_by_place_and_by_name() -> None:
@@ -104,17 +102,6 @@ class BaseModelOutputWithCache:
         self.past_key_values = cache
 
 
-def test_an_empty_cache_begins_a_text_anew() -> None:
-    call = decoder_call({"input_ids": IDS, "past_key_values": DynamicCache()}, None)
-    assert not call.continues
-
-
-def test_nothing_to_remember_leaves_the_cache_as_it_is() -> None:
-    cache = filled_cache(2, 1)
-    remember(decoder_call({"input_ids": IDS}, None), BaseModelOutputWithCache(cache))
-    assert type(cache) is DynamicCache
-
-
 def test_what_an_encoder_decided_travels_with_its_output() -> None:
     began = encoder_call({"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, None)
     assert began.mask_BT.tolist() == [[True, True, False], [True, True, True]]
@@ -127,21 +114,9 @@ def test_what_an_encoder_decided_travels_with_its_output() -> None:
     assert call.continues
     assert call.input_ids_BT is None
     assert call.memory.tensors["choice"].tolist() == [3, 4]
-    assert call.site_mask(ENCODER_SITE).shape == (2, 3)
-    assert call.site_mask(DECODER_SITE).shape == (2, 5)
     output.last_hidden_state = torch.zeros(4, 3, 8)
     beams = encoder_decoder_call({"encoder_outputs": output}, None)
     assert beams.memory.tensors["choice"].tolist() == [3, 3, 4, 4]
-    assert beams.site_mask(DECODER_SITE) is beams.mask_BT
-
-
-def test_the_decoders_own_mask_is_told() -> None:
-    decoder_mask_BT = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    call = encoder_decoder_call(
-        {"input_ids": IDS, "labels": torch.zeros(2, 3), "decoder_attention_mask": decoder_mask_BT}, None
-    )
-    assert call.site_mask(DECODER_SITE).tolist() == decoder_mask_BT.bool().tolist()
-    assert call.site_mask(ENCODER_SITE).all()
 
 
 def test_a_memory_of_another_batch_is_refused() -> None:

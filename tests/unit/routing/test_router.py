@@ -12,9 +12,8 @@ from support.experts import llama, make_expert, make_pool, prompts, with_gate
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Gate
 from weftlm.routing.config import PhatgooseConfig, router_config, routers
-from weftlm.routing.prototypes import standardise
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Memory, Site, build_router, place_of, whole_sequence
+from weftlm.routing.router import Memory, Site, build_router
 
 MODULE = "model.layers.0.self_attn.q_proj"
 SITES = [Site(MODULE, 0, (0, 1), 32)]
@@ -119,20 +118,6 @@ def test_every_router_is_discovered_with_its_own_section() -> None:
         assert not undescribed
 
 
-def test_places_are_found_by_name() -> None:
-    assert place_of("code", ("news", "code")) == 1
-    with pytest.raises(ConfigError, match="did you mean 'news'"):
-        place_of("new", ("news", "code"))
-
-
-def test_standardised_vectors_have_mean_zero_and_variance_one() -> None:
-    v_EI = 5.0 + 3.0 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
-    found_EI = standardise(v_EI)
-    torch.testing.assert_close(found_EI.mean(1), torch.zeros(4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(found_EI.var(1, correction=0), torch.ones(4), rtol=1e-4, atol=0)
-    assert torch.equal(standardise(torch.zeros(2, 8)), torch.zeros(2, 8))
-
-
 def test_random_vectors_are_a_function_of_seed_and_site() -> None:
     pool, given = make_pool(llama()), prompts()
     with torch.no_grad():
@@ -154,10 +139,3 @@ def test_memory_follows_rows_and_repeats() -> None:
     assert memory.tensors["choice"].flatten().tolist() == [1, 2]
     with pytest.raises(ConfigError, match="decided for 2 sequences and the model is now given 3"):
         memory.expanded(3)
-
-
-def test_one_choice_serves_a_whole_sequence() -> None:
-    routing = whole_sequence(torch.tensor([[1, 0], [2, 1]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]).double(), 3)
-    assert routing.experts_BTK.tolist() == [[[1, 0]] * 3, [[2, 1]] * 3]
-    assert routing.weights_BTK.dtype == torch.float32
-    assert routing.weights_BTK[0].tolist() == [[0.75, 0.25]] * 3

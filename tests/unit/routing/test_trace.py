@@ -13,7 +13,7 @@ from support.routing import inputs_for, recorded
 from weftlm.errors import ConfigError
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.routing.router import Routing, Site
-from weftlm.routing.trace import MEAN, Trace, layer_of, make_trace
+from weftlm.routing.trace import MEAN, Trace, make_trace
 
 TWO = Trace(
     tokens=(5, 6),
@@ -41,19 +41,6 @@ def test_json_names_experts_and_leaves_out_the_idle() -> None:
     assert found["modules"][1]["entropy_nats"] == pytest.approx(math.log(2))
     assert found["token_weights"][1] == {"a": pytest.approx(0.5), "b": pytest.approx(0.5)}
     assert found["max_entropy_nats"] == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize(
-    ("site", "layer"),
-    [
-        ("model.layers.11.mlp.up_proj", "model.layers.11"),
-        ("encoder.block.1.layer.0.SelfAttention.q", "encoder.block.1"),
-        ("stack1.layers.2.w1.0", "stack1.layers.2"),
-        ("lm_head", "lm_head"),
-    ],
-)
-def test_a_layer_is_named_up_to_its_number(site: str, layer: str) -> None:
-    assert layer_of(site) == layer
 
 
 def test_one_row_of_a_batch_without_its_padding() -> None:
@@ -110,16 +97,6 @@ def test_of_encoder_decoder_models_the_encoders_tokens_are_told() -> None:
         f"decoder.block.{layer}.layer.1.EncDecAttention.{name}" for layer in (0, 1) for name in "kv"
     }
     assert trace.weights_STE.shape[1] == 6
-
-
-def test_a_decoder_need_not_be_given_anything_to_read() -> None:
-    model = t5()
-    routed = RoutedModel(model, make_pool(model))
-    given = inputs_for(model, batch=1)
-    expected = routed.trace(given["input_ids"], decoder_input_ids=given["decoder_input_ids"])[0]
-    found = routed.trace(given["input_ids"])[0]
-    assert found.sites == expected.sites
-    assert torch.equal(found.weights_STE, expected.weights_STE)
 
 
 def test_fixed_weights_leave_nothing_to_trace() -> None:
