@@ -327,9 +327,9 @@ def check_alike(ours: RoutedModel, dense: PreTrainedModel, workload: Workload) -
 def pointers(model: RoutedModel) -> dict[str, tuple[int, int]]:
     """Where the stacked factors of every module lie in memory."""
     return {
-        site.name: (buffers["A_ERI"].data_ptr(), buffers["B_ERO"].data_ptr())
-        for site in model.sites
-        for buffers in [dict(model.model.get_submodule(site.name).pool.named_buffers())]  # type: ignore[union-attr, operator]
+        target.name: (buffers["A_ERI"].data_ptr(), buffers["B_ERO"].data_ptr())
+        for target in model.targets
+        for buffers in [dict(model.model.get_submodule(target.name).pool.named_buffers())]  # type: ignore[union-attr, operator]
     }
 
 
@@ -337,7 +337,7 @@ def busiest_tenth(model: RoutedModel, workload: Workload, count: int) -> float:
     """Share of the assignments of a module that its busiest tenth of experts has; mean over modules."""
     shares: list[float] = []
 
-    def record(site: Any, routing: Any) -> None:
+    def record(target: Any, routing: Any) -> None:
         counts = torch.bincount(routing.experts_BTK.flatten(), minlength=count).sort(descending=True).values
         shares.append(float(counts[: max(1, count // 10)].sum() / counts.sum()))
 

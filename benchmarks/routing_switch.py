@@ -28,7 +28,7 @@ from torch import Tensor
 
 from weftlm.models.hf import token_losses
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "assets" / "routing_switch.svg"
 HALF = 64
@@ -75,8 +75,8 @@ def measure(model: Any, tokens_NT1: Tensor, places_N2: Tensor) -> tuple[Tensor, 
         places = places_N2[begin : begin + BATCH]
         seen: dict[str, Routing] = {}
 
-        def record(site: Site, routing: Routing, seen: dict[str, Routing] = seen) -> None:
-            seen[site.name] = routing
+        def record(target: TargetModule, routing: Routing, seen: dict[str, Routing] = seen) -> None:
+            seen[target.name] = routing
 
         if isinstance(model, RoutedModel) and model.router.static_weights_E is None:
             with model.recording(record):

@@ -83,7 +83,7 @@ def test_weights_are_shares_of_different_experts(section: dict[str, Any], mixed:
         return
     ids_BT, mask_BT = padded(ROWS, left=True)
     found = recorded(routed, input_ids=ids_BT, attention_mask=mask_BT)
-    assert list(found) == [site.name for site in routed.sites]
+    assert list(found) == [target.name for target in routed.targets]
     for routing in found.values():
         experts_BTK, weights_BTK = routing.experts_BTK, routing.weights_BTK
         assert experts_BTK.dtype == torch.int64

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from weftlm.experts.statistics import bigram_bucket
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 
 SHARE, TEMPERATURE, KAPPA = 0.07, 2.0, 3.0
 SECTION = {
@@ -52,8 +52,8 @@ def posteriors(experts, tokens):
 def routings(model, ids, **kwargs):
     found: dict[str, Routing] = {}
 
-    def record(site: Site, routing: Routing) -> None:
-        found[site.name] = routing
+    def record(target: TargetModule, routing: Routing) -> None:
+        found[target.name] = routing
 
     with model.recording(record), torch.inference_mode():
         model(input_ids=ids, **kwargs)
@@ -71,7 +71,7 @@ def test_the_posterior_is_that_of_a_loop_over_tokens(experts):
     expected_TE = posteriors(experts, tokens[0].tolist())
     best_TK, places_TK = expected_TE.topk(2, dim=-1)
     found = routings(model, tokens)
-    assert len(found) == len(model.sites)
+    assert len(found) == len(model.targets)
     for routing in found.values():
         assert torch.equal(routing.experts_BTK[0], places_TK)
         torch.testing.assert_close(routing.weights_BTK[0].double(), best_TK, atol=1e-5, rtol=1e-4)
@@ -151,20 +151,20 @@ def test_the_blend_adds_centred_gate_scores_to_the_log_posterior(experts):
     tokens = torch.randint(0, VOCAB, (1, 15), generator=torch.Generator().manual_seed(10))
     weight = 0.8
     model = RoutedModel(llama(), experts, {**SECTION, "router": "blend", "k": 4, "gate_weight": weight})
-    site = model.sites[0]
+    target = model.targets[0]
     heard = []
-    hook = model.model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: heard.append(args[0]))
-    routing = routings(model, tokens)[site.name]
+    hook = model.model.get_submodule(target.name).register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    routing = routings(model, tokens)[target.name]
     hook.remove()
     u_TI = heard[0][0].double()
 
     def standard(x):
         return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, correction=0, keepdim=True) + 1e-5)
 
-    gates_EI = torch.stack([experts[place].gate.vectors[site.name].double() for place in site.experts])
-    c_TS = standard(u_TI) @ standard(gates_EI).T / math.sqrt(site.width)
+    gates_EI = torch.stack([experts[place].gate.vectors[target.name].double() for place in target.experts])
+    c_TS = standard(u_TI) @ standard(gates_EI).T / math.sqrt(target.width)
     log_TE = posteriors(experts, tokens[0].tolist()).log()
-    log_TE[:, list(site.experts)] += weight * (c_TS - c_TS.mean(-1, keepdim=True))
+    log_TE[:, list(target.experts)] += weight * (c_TS - c_TS.mean(-1, keepdim=True))
     expected_TE = torch.softmax(log_TE, dim=-1)
     found_TE = torch.zeros(15, len(experts), dtype=torch.float64)
     found_TE.scatter_(1, routing.experts_BTK[0], routing.weights_BTK[0].double())

@@ -37,7 +37,7 @@ from weftlm.routing.arrow import first_singular_vector
 from weftlm.routing.config import RouterConfig
 from weftlm.routing.routed_linear import RoutedLinear
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Call, Router, Routing, Site, build_router
+from weftlm.routing.router import Call, Router, Routing, TargetModule, build_router
 
 peft_warnings = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RETRIEVAL = {"router": "retrieval", "k": 2, "read_tokens": 4}
@@ -154,10 +154,10 @@ def test_phatgoose_weights_are_those_of_the_paper(k: int, temperature: float) ->
     name = "model.layers.1.mlp.down_proj"
     pool = [make_expert(model, letter, seed=seed, modules=[name]) for seed, letter in enumerate("abcde")]
     pool[0] = with_gate(pool[0], lambda v_I: 3.0 * v_I + 7.0)
-    site = Site(name, 0, tuple(range(5)), 48)
-    router = build_router({"router": "phatgoose", "k": k, "temperature": temperature}, pool, [site])
+    target = TargetModule(name, 0, tuple(range(5)), 48)
+    router = build_router({"router": "phatgoose", "k": k, "temperature": temperature}, pool, [target])
     u_BTI = 2.0 * torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(0)) + 0.7
-    routing = router.route(site, u_BTI, call_for(2, 6))
+    routing = router.route(target, u_BTI, call_for(2, 6))
     gates = [expert.gate.vectors[name] for expert in pool if expert.gate is not None]
     assert routing.experts_BTK.shape == (2, 6, k)
     for b in range(2):
@@ -498,15 +498,15 @@ class Follower(Router):
         before_B = call.memory.tensors.get("count", torch.zeros(len(call.mask_BT), dtype=torch.int64))
         call.memory.tensors["count"] = before_B + call.mask_BT.sum(1)
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         shape = (*u_BTI.shape[:2], 1)
-        return Routing(torch.full(shape, site.experts[0]), torch.ones(shape))
+        return Routing(torch.full(shape, target.experts[0]), torch.ones(shape))
 
 
 def test_what_follows_tokens_cannot_take_them_back() -> None:
     model = llama()
     routed = RoutedModel(model, make_pool(model))
-    routed.use_router(Follower(RouterConfig(router="phatgoose"), routed.experts, routed.sites))
+    routed.use_router(Follower(RouterConfig(router="phatgoose"), routed.experts, routed.targets))
     ids_BT, mask_BT = padded(ROWS[:2], left=True)
     with torch.no_grad():
         cache = routed(ids_BT, attention_mask=mask_BT, use_cache=True).past_key_values
@@ -643,17 +643,17 @@ def test_routing_is_decided_in_float32_under_autocast() -> None:
     found: dict[str, Routing] = {}
     ask = routed.switch.route
 
-    def route(site: Site, u_BTI: Tensor, call: Call) -> Routing:
-        inputs[site.name], found[site.name] = u_BTI.clone(), ask(site, u_BTI, call)
-        return found[site.name]
+    def route(target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
+        inputs[target.name], found[target.name] = u_BTI.clone(), ask(target, u_BTI, call)
+        return found[target.name]
 
     routed.switch.route = route  # type: ignore[method-assign]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert bool(logits(routed, **inputs_for(model)).isfinite().all())
-    for site in routed.sites:
-        expected = routed.router.route(site, inputs[site.name], call_for(2, 6))
-        assert torch.equal(found[site.name].experts_BTK, expected.experts_BTK)
-        assert torch.equal(found[site.name].weights_BTK, expected.weights_BTK)
+    for target in routed.targets:
+        expected = routed.router.route(target, inputs[target.name], call_for(2, 6))
+        assert torch.equal(found[target.name].experts_BTK, expected.experts_BTK)
+        assert torch.equal(found[target.name].weights_BTK, expected.weights_BTK)
 
 
 def test_a_model_cast_after_building_routes_as_one_built_in_that_dtype() -> None:

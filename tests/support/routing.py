@@ -97,9 +97,9 @@ def generate(model: Any, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Ten
 
 
 def recorded(routed: RoutedModel, **given: Any) -> dict[str, Routing]:
-    """Every site's routing in one pass."""
+    """Every target's routing in one pass."""
     found: dict[str, Routing] = {}
-    with routed.recording(lambda site, routing: found.__setitem__(site.name, routing)):
+    with routed.recording(lambda target, routing: found.__setitem__(target.name, routing)):
         logits(routed, **given)
     return found
 

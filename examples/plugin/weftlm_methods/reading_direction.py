@@ -11,7 +11,7 @@ from torch import Tensor
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import PrototypeConfig, RouterConfig, routers
 from weftlm.routing.prototypes import PrototypeRouter
-from weftlm.routing.router import Site
+from weftlm.routing.router import TargetModule
 
 
 class ReadingDirectionConfig(PrototypeConfig):
@@ -33,8 +33,8 @@ class ReadingDirectionRouter(PrototypeRouter):
 
     Config: ClassVar[type[RouterConfig]] = ReadingDirectionConfig
 
-    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
-        factors = [expert.lora.modules[site.name].A_RI.float() for expert in experts]
+    def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
+        factors = [expert.lora.modules[target.name].A_RI.float() for expert in experts]
         return torch.stack([torch.linalg.svd(A_RI, full_matrices=False).Vh[0] for A_RI in factors])
 
     def adjust(self, products_BTE: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def trace(
         f"{place}": {"token": repr(token), "experts": _shares(weights_E, found.experts, top)}
         for place, (token, weights_E) in enumerate(zip(traced.tokens, found.token_weights_TE, strict=True))
     }
-    print_rows(f"{folder}: mean over {len(found.sites)} modules", rows, {"token": "token", "experts": "experts"})
+    print_rows(f"{folder}: mean over {len(found.modules)} modules", rows, {"token": "token", "experts": "experts"})
     layers = {
         layer: {
             "modules": len(modules),

@@ -216,7 +216,7 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
     """
     routed: RoutedModel = opened.model
     section = routed.router.config if spec is None else parse_router(spec)
-    built = build_router(section, routed.experts, routed.sites)
+    built = build_router(section, routed.experts, routed.targets)
     names = [each.name for each in routed.experts]
     if built.static_weights_E is None:
         raise ConfigError(

@@ -109,7 +109,7 @@ def build_route(
         "router": config.model_dump(mode="json"),
         "experts": [expert.name for expert in routed.experts],
         "left_out": dict(routed.left_out),
-        "modules": len(routed.sites),
+        "modules": len(routed.targets),
         "tokenizer": tokenizer is not None,
     }
 

@@ -69,7 +69,7 @@ def trace_block(labelled: LabelledTrace, key: str, fold: str = "") -> TraceBlock
     """
     label, trace, texts = labelled
     texts = [str(text) for text in texts]
-    modules, tokens, experts = (len(one) for one in (trace.sites, trace.tokens, trace.experts))
+    modules, tokens, experts = (len(one) for one in (trace.modules, trace.tokens, trace.experts))
     if 0 in (modules, tokens, experts) or len(texts) != tokens:
         raise ConfigError(
             f"the trace {label!r} has {modules} modules, {tokens} tokens and {experts} experts, and {len(texts)} token "
@@ -92,8 +92,12 @@ def trace_data(trace: Trace, texts: Sequence[str], weights_STE: NDArray[np.float
     layers = trace.layers()
     labels = layer_labels(list(layers))
     rows = [
-        (printable(site.removeprefix(layer_of(site)).removeprefix(".") or site), layer_of(site), quantise(weights_TE))
-        for site, weights_TE in zip(trace.sites, weights_STE, strict=True)
+        (
+            printable(target.removeprefix(layer_of(target)).removeprefix(".") or target),
+            layer_of(target),
+            quantise(weights_TE),
+        )
+        for target, weights_TE in zip(trace.modules, weights_STE, strict=True)
     ]
     kind = "modules"
     if sum(int(np.count_nonzero(weights_TE)) for _, _, weights_TE in rows) > ENTRIES:
@@ -109,10 +113,10 @@ def trace_data(trace: Trace, texts: Sequence[str], weights_STE: NDArray[np.float
         "tokens": list(texts),
         "layers": [{"name": printable(layer), "label": labels[layer]} for layer in layers],
         "modules": [
-            {"name": printable(site), "layer": printable(layer_of(site)), "entropy": entropy,
+            {"name": printable(target), "layer": printable(layer_of(target)), "entropy": entropy,
              "usage": [round(share, 5) for share in usage_E]}
-            for site, entropy, usage_E in zip(
-                trace.sites, trace.entropy_S.tolist(), trace.usage_SE.tolist(), strict=True
+            for target, entropy, usage_E in zip(
+                trace.modules, trace.entropy_S.tolist(), trace.usage_SE.tolist(), strict=True
             )
         ],
         "kind": kind,
@@ -162,8 +166,8 @@ def trace_size(labelled: LabelledTrace) -> str:
     """`120 tokens · 12 modules in 6 layers · 8 experts`."""
     trace = labelled[1]
     layers = len(trace.layers())
-    inside = f" in {layers} layers" if 1 < layers < len(trace.sites) else ""
-    return f"{len(trace.tokens)} tokens · {len(trace.sites)} modules{inside} · {len(trace.experts)} experts"
+    inside = f" in {layers} layers" if 1 < layers < len(trace.modules) else ""
+    return f"{len(trace.tokens)} tokens · {len(trace.modules)} modules{inside} · {len(trace.experts)} experts"
 
 
 @dataclass(frozen=True)

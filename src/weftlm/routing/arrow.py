@@ -11,7 +11,7 @@ from torch import Tensor
 from weftlm.experts.expert import Expert, LoRAFactors
 from weftlm.routing.config import ArrowConfig, RouterConfig, routers
 from weftlm.routing.prototypes import PrototypeRouter
-from weftlm.routing.router import Site
+from weftlm.routing.router import TargetModule
 
 
 @routers.register(
@@ -32,8 +32,8 @@ class ArrowRouter(PrototypeRouter):
 
     Config: ClassVar[type[RouterConfig]] = ArrowConfig
 
-    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
-        return torch.stack([first_singular_vector(expert.lora.modules[site.name]) for expert in experts])
+    def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
+        return torch.stack([first_singular_vector(expert.lora.modules[target.name]) for expert in experts])
 
     def adjust(self, products_BTE: Tensor) -> Tensor:
         return products_BTE.abs()

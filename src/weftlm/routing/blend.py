@@ -12,7 +12,7 @@ from weftlm.experts.expert import Expert
 from weftlm.routing.config import BlendConfig, PhatgooseConfig, RouterConfig, routers
 from weftlm.routing.phatgoose import PhatgooseRouter
 from weftlm.routing.prefix import PrefixRouter
-from weftlm.routing.router import Call, Need, Routing, Site
+from weftlm.routing.router import Call, Need, Routing, TargetModule
 
 
 @routers.register(
@@ -36,14 +36,14 @@ class BlendRouter(PrefixRouter):
     needs: ClassVar[frozenset[Need]] = frozenset({"gate", "statistics"})
     config: BlendConfig
 
-    def __init__(self, config: BlendConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(config, experts, sites)
-        self.gates = PhatgooseRouter(PhatgooseConfig(), experts, sites)
+    def __init__(self, config: BlendConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
+        super().__init__(config, experts, targets)
+        self.gates = PhatgooseRouter(PhatgooseConfig(), experts, targets)
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         posterior_BTE: Tensor = call.decisions["posterior"]
-        scores_BTS = self.gates.all_scores(site, u_BTI)
+        scores_BTS = self.gates.all_scores(target, u_BTI)
         local_BTS = scores_BTS - scores_BTS.mean(dim=-1, keepdim=True)
         log_BTE = posterior_BTE.clamp_min(torch.finfo(torch.float32).tiny).log()
-        moved_BTE = log_BTE.index_add(-1, self.gates.places(site), self.config.gate_weight * local_BTS)
+        moved_BTE = log_BTE.index_add(-1, self.gates.places(target), self.config.gate_weight * local_BTS)
         return self._choose(torch.softmax(moved_BTE, dim=-1))

@@ -15,14 +15,14 @@ from torch import Tensor
 from weftlm.errors import ConfigError, did_you_mean
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import MergedConfig, RouterConfig, SingleConfig, UniformConfig, routers
-from weftlm.routing.router import Router, Site
+from weftlm.routing.router import Router, TargetModule
 
 
 class FixedRouter(Router):
     """Weights w_E that are the same for every token and module."""
 
-    def __init__(self, config: RouterConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(config, experts, sites)
+    def __init__(self, config: RouterConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
+        super().__init__(config, experts, targets)
         self.register_buffer("weights_E", self.weights(len(experts)), persistent=False)
 
     def weights(self, experts: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import AverageActivationConfig, PhatgooseConfig, RandomConfig, RouterConfig, routers
 from weftlm.routing.prototypes import StandardisedRouter, standardise
-from weftlm.routing.router import Need, Site
+from weftlm.routing.router import Need, TargetModule
 
 
 @routers.register(
@@ -37,8 +37,8 @@ class PhatgooseRouter(StandardisedRouter):
     Config: ClassVar[type[RouterConfig]] = PhatgooseConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"gate"})
 
-    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
-        return standardise(torch.stack([each.gate.vectors[site.name] for each in experts if each.gate is not None]))
+    def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
+        return standardise(torch.stack([each.gate.vectors[target.name] for each in experts if each.gate is not None]))
 
 
 @routers.register(
@@ -56,8 +56,8 @@ class AverageActivationRouter(StandardisedRouter):
     Config: ClassVar[type[RouterConfig]] = AverageActivationConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
 
-    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
-        means = [each.statistics.means[site.name] for each in experts if each.statistics is not None]
+    def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
+        means = [each.statistics.means[target.name] for each in experts if each.statistics is not None]
         return standardise(torch.stack(means))
 
 
@@ -73,6 +73,6 @@ class RandomRouter(StandardisedRouter):
     by_place: ClassVar[bool] = True
     config: RandomConfig
 
-    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + site.index)
-        return standardise(torch.randn(len(experts), site.width, generator=generator))
+    def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + target.index)
+        return standardise(torch.randn(len(experts), target.width, generator=generator))

@@ -10,7 +10,7 @@ from torch import Tensor
 from weftlm.experts.expert import LoRAFactors
 from weftlm.experts.low_rank import LowRank
 from weftlm.routing.kernels import routed_delta
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 
 RANK_MULTIPLE = 4
 """Ranks are padded with zeros to a multiple of it, as grouped matrix products want aligned strides."""
@@ -22,8 +22,8 @@ class ModulePool(LowRank):
         delta = sum_k p_k scale_k B_k (A_k u)
 
     Args:
-        site: The module.
-        adapters: Its adapters, in the order of `site.experts`.
+        target: The module.
+        adapters: Its adapters, in the order of `target.experts`.
         experts: Number of experts of the whole pool.
         dtype, device: Dtype and device of the stacked factors.
 
@@ -37,16 +37,16 @@ class ModulePool(LowRank):
 
     def __init__(
         self,
-        site: Site,
+        target: TargetModule,
         adapters: Sequence[LoRAFactors],
         experts: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(adapters, dtype, device, multiple=RANK_MULTIPLE)
-        self.site = site
+        self.target = target
         place_E = torch.full((experts,), -1, dtype=torch.int64, device=device)
-        place_E[list(site.experts)] = torch.arange(len(adapters), device=device)
+        place_E[list(target.experts)] = torch.arange(len(adapters), device=device)
         self.register_buffer("place_E", place_E, persistent=False)
         self.register_buffer("mean_A_RI", None, persistent=False)
         self.register_buffer("mean_B_RO", None, persistent=False)
@@ -96,6 +96,6 @@ class ModulePool(LowRank):
 
     def dense_delta(self, weights_E: Tensor) -> Tensor:
         """sum_z w_z scale_z B_z A_z as one matrix, OI, float32, for weights that no token changes."""
-        used_E = weights_E.to(self.A_ERI.device)[torch.tensor(self.site.experts, device=self.A_ERI.device)]
+        used_E = weights_E.to(self.A_ERI.device)[torch.tensor(self.target.experts, device=self.A_ERI.device)]
         weighted_ERO = self.B_ERO.float() * used_E.float()[:, None, None]
         return weighted_ERO.flatten(0, 1).T @ self.A_ERI.float().flatten(0, 1)

@@ -12,7 +12,7 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.statistics import bigram_bucket
 from weftlm.routing.config import PrefixConfig, RouterConfig, routers
-from weftlm.routing.router import Call, Memory, Need, Router, Routing, Site
+from weftlm.routing.router import Call, Memory, Need, Router, Routing, TargetModule
 
 _SMALLEST = 1e-30
 _POSTERIOR, _LAST = "prefix.posterior", "prefix.last"
@@ -49,8 +49,8 @@ class PrefixRouter(Router):
     supports_encoder_decoder: ClassVar[bool] = False
     config: PrefixConfig
 
-    def __init__(self, config: PrefixConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(config, experts, sites)
+    def __init__(self, config: PrefixConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
+        super().__init__(config, experts, targets)
         statistics = [expert.statistics for expert in experts if expert.statistics is not None]
         for kind in ("token_counts_V", "bigram_counts_K"):
             sizes = {expert.name: len(getattr(each, kind)) for expert, each in zip(experts, statistics, strict=True)}
@@ -85,7 +85,7 @@ class PrefixRouter(Router):
         call.decisions["posterior"] = posterior_BTE
         call.decisions["routing"] = self._choose(posterior_BTE)
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         routing: Routing = call.decisions["routing"]
         return routing
 

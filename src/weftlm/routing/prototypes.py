@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import PrototypeConfig, RouterConfig
-from weftlm.routing.router import Call, Router, Routing, Site, buffer_name
+from weftlm.routing.router import Call, Router, Routing, TargetModule, buffer_name
 
 log = logging.getLogger(__name__)
 
@@ -33,29 +33,29 @@ class PrototypeRouter(Router):
     Config: ClassVar[type[RouterConfig]] = PrototypeConfig
     config: PrototypeConfig
 
-    def __init__(self, config: PrototypeConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(config, experts, sites)
+    def __init__(self, config: PrototypeConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
+        super().__init__(config, experts, targets)
         blank: dict[str, list[str]] = {}
-        for site in sites:
-            prototypes_EI = self.prototypes([experts[place] for place in site.experts], site)
+        for target in targets:
+            prototypes_EI = self.prototypes([experts[place] for place in target.experts], target)
             empty_E = prototypes_EI.abs().amax(dim=1) == 0
             for place in empty_E.nonzero().flatten().tolist():
-                blank.setdefault(experts[site.experts[place]].name, []).append(site.name)
+                blank.setdefault(experts[target.experts[place]].name, []).append(target.name)
             # A vector of zeros scores 0 and would beat every negative score: such an expert is never chosen, unless
             # none of the module has a vector.
             penalty_E = torch.where(empty_E & ~empty_E.all(), -torch.inf, 0.0)
-            self.register_buffer(f"{buffer_name(site)}:v", prototypes_EI.float(), persistent=False)
-            self.register_buffer(f"{buffer_name(site)}:penalty", penalty_E, persistent=False)
-            self.register_buffer(f"{buffer_name(site)}:experts", torch.tensor(site.experts), persistent=False)
-        self.penalised = {site.name for site in sites if bool(self._of(site, "penalty").isinf().any())}
-        self.complete = {site.name for site in sites if site.experts == tuple(range(len(experts)))}
+            self.register_buffer(f"{buffer_name(target)}:v", prototypes_EI.float(), persistent=False)
+            self.register_buffer(f"{buffer_name(target)}:penalty", penalty_E, persistent=False)
+            self.register_buffer(f"{buffer_name(target)}:experts", torch.tensor(target.experts), persistent=False)
+        self.penalised = {target.name for target in targets if bool(self._of(target, "penalty").isinf().any())}
+        self.complete = {target.name for target in targets if target.experts == tuple(range(len(experts)))}
         for name, modules in blank.items():
             log.warning(
                 "expert %s has an empty %s vector in %d modules (%s ...): it is not chosen there while another has one",
                 name, config.router, len(modules), modules[0],
             )  # fmt: skip
 
-    def prototypes(self, experts: Sequence[Expert], site: Site) -> Tensor:
+    def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
         """The vectors of a module's experts, EI."""
         raise NotImplementedError
 
@@ -67,31 +67,31 @@ class PrototypeRouter(Router):
         """Scores of the chosen, from their adjusted products."""
         return best_BTK
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         u_BTI = u_BTI.float()
-        ranked_BTE = self.adjust(u_BTI @ self._of(site, "v").T)
-        if site.name in self.penalised:
-            ranked_BTE = ranked_BTE + self._of(site, "penalty")
-        best_BTK, place_BTK = ranked_BTE.topk(min(self.config.k, len(site.experts)), dim=-1)
+        ranked_BTE = self.adjust(u_BTI @ self._of(target, "v").T)
+        if target.name in self.penalised:
+            ranked_BTE = ranked_BTE + self._of(target, "penalty")
+        best_BTK, place_BTK = ranked_BTE.topk(min(self.config.k, len(target.experts)), dim=-1)
         scores_BTK = self.scores(best_BTK, u_BTI)
         weights_BTK = torch.softmax(scores_BTK / self.config.temperature, dim=-1)
         if self.config.abstain_below is not None:
             weights_BTK = weights_BTK * (scores_BTK[..., :1] >= self.config.abstain_below)
-        experts_BTK = place_BTK if site.name in self.complete else self._of(site, "experts")[place_BTK]
+        experts_BTK = place_BTK if target.name in self.complete else self._of(target, "experts")[place_BTK]
         return Routing(experts_BTK, weights_BTK)
 
-    def all_scores(self, site: Site, u_BTI: Tensor) -> Tensor:
-        """Scores of every expert of a module, in the order of `site.experts`; 0 for an empty vector."""
+    def all_scores(self, target: TargetModule, u_BTI: Tensor) -> Tensor:
+        """Scores of every expert of a module, in the order of `target.experts`; 0 for an empty vector."""
         u_BTI = u_BTI.float()
-        return self.scores(self.adjust(u_BTI @ self._of(site, "v").T), u_BTI)
+        return self.scores(self.adjust(u_BTI @ self._of(target, "v").T), u_BTI)
 
-    def places(self, site: Site) -> Tensor:
+    def places(self, target: TargetModule) -> Tensor:
         """Places in the pool of a module's experts."""
-        places_E: Tensor = self._of(site, "experts")
+        places_E: Tensor = self._of(target, "experts")
         return places_E
 
-    def _of(self, site: Site, kind: str) -> Any:
-        return self._buffers[f"{buffer_name(site)}:{kind}"]
+    def _of(self, target: TargetModule, kind: str) -> Any:
+        return self._buffers[f"{buffer_name(target)}:{kind}"]
 
 
 def standardise(v_EI: Tensor) -> Tensor:

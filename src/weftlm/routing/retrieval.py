@@ -12,7 +12,7 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
 from weftlm.experts.statistics import Decode, Embed, embedder_named
 from weftlm.routing.config import RetrievalConfig, RouterConfig, routers
-from weftlm.routing.router import Call, Need, Router, Routing, Site
+from weftlm.routing.router import Call, Need, Router, Routing, TargetModule
 
 
 @routers.register(
@@ -39,8 +39,8 @@ class RetrievalRouter(Router):
     needs_text: ClassVar[bool] = True
     config: RetrievalConfig
 
-    def __init__(self, config: RetrievalConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
-        super().__init__(config, experts, sites)
+    def __init__(self, config: RetrievalConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
+        super().__init__(config, experts, targets)
         statistics = [expert.statistics for expert in experts if expert.statistics is not None]
         embedders = {expert.name: expert.statistics.embedder for expert in experts if expert.statistics is not None}
         if len(set(embedders.values())) > 1:
@@ -80,7 +80,7 @@ class RetrievalRouter(Router):
         lowest_BE = cosines_BN.new_full((len(tokens_BT), len(self.names)), -torch.inf)
         return lowest_BE.scatter_reduce(1, owner_BN, cosines_BN, "amax")
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         choice_BK, weights_BK = (call.memory.tensors[f"retrieval.{key}"] for key in ("choice", "weights"))
         shape = (len(choice_BK), u_BTI.shape[1], choice_BK.shape[1])
         return Routing(choice_BK[:, None].expand(shape), weights_BK.float()[:, None].expand(shape))

@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError
 from weftlm.routing.pool import ModulePool
-from weftlm.routing.router import Call, Router, Routing, Site
+from weftlm.routing.router import Call, Router, Routing, TargetModule
 
 
 class Pass(threading.local):
-    """The pass under way and what it was told beside the model's own arguments; each thread has its own.
+    """The pass under way and what was given beside the model's own arguments; each thread has its own.
 
     Attributes:
         call: the pass, None between passes.
@@ -30,7 +30,7 @@ class Pass(threading.local):
         self.call: Call | None = None
         self.decisive_BT: Tensor | None = None
         self.prompt_tokens: int | None = None
-        self.record: Callable[[Site, Routing], None] | None = None
+        self.record: Callable[[TargetModule, Routing], None] | None = None
 
     def __reduce__(self) -> tuple[type[Pass], tuple[()]]:
         """A copy of a model is in no pass."""
@@ -51,15 +51,15 @@ class Switch:
             self.router.begin(call)
         self.passing.call = call
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         """Ask the router, in full precision also under autocast, and tell who wants to know."""
         if torch.is_autocast_enabled(u_BTI.device.type):
             with torch.autocast(u_BTI.device.type, enabled=False):
-                routing = self.router.route(site, u_BTI, call)
+                routing = self.router.route(target, u_BTI, call)
         else:
-            routing = self.router.route(site, u_BTI, call)
+            routing = self.router.route(target, u_BTI, call)
         if call.record is not None:
-            call.record(site, routing)
+            call.record(target, routing)
         return routing
 
 
@@ -71,7 +71,7 @@ class RoutedLinear(nn.Module):
     Args:
         base: the module adapted.
         pool: its adapters.
-        site: its place in the model.
+        target: its place in the model.
         switch: shared with the model's other routed modules.
 
     Attributes:
@@ -80,11 +80,11 @@ class RoutedLinear(nn.Module):
 
     folded: Tensor | None
 
-    def __init__(self, base: nn.Module, pool: ModulePool, site: Site, switch: Switch) -> None:
+    def __init__(self, base: nn.Module, pool: ModulePool, target: TargetModule, switch: Switch) -> None:
         super().__init__()
         self.base = base
         self.pool = pool
-        self.site = site
+        self.target = target
         self.switch = switch
         self.register_buffer("folded", None, persistent=False)
 
@@ -97,7 +97,7 @@ class RoutedLinear(nn.Module):
         call = switch.passing.call
         if call is None:
             raise ConfigError(
-                f"{self.site.name} was called outside a forward pass of the routed model, where no expert can be "
+                f"{self.target.name} was called outside a forward pass of the routed model, where no expert can be "
                 "chosen for it; call the model or its decoder (get_decoder()), or use disabled() for the base alone"
             )
         if self.folded is not None:
@@ -105,7 +105,7 @@ class RoutedLinear(nn.Module):
         y_BTO: Tensor = self.base(u_BTI, *args, **kwargs)
         shape = u_BTI.shape
         u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(call.mask_BT.shape[0], -1, shape[-1])
-        delta = self.pool.delta(u_tokens, switch.route(self.site, u_tokens, call)).view(y_BTO.shape)
+        delta = self.pool.delta(u_tokens, switch.route(self.target, u_tokens, call)).view(y_BTO.shape)
         if torch.is_grad_enabled() and (y_BTO.requires_grad or delta.requires_grad):
             return y_BTO + delta.to(y_BTO.dtype)
         return y_BTO.add_(delta.to(y_BTO.dtype))
@@ -127,4 +127,4 @@ class RoutedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The number of experts."""
-        return f"experts={len(self.site.experts)}"
+        return f"experts={len(self.target.experts)}"

@@ -42,7 +42,7 @@ from weftlm.routing.calls import (
 from weftlm.routing.config import MANIFEST, RouterConfig
 from weftlm.routing.pool import ModulePool
 from weftlm.routing.routed_linear import RoutedLinear, Switch
-from weftlm.routing.router import Call, Router, Routing, Site, build_router
+from weftlm.routing.router import Call, Router, Routing, TargetModule, build_router
 from weftlm.routing.trace import Trace, make_trace
 
 log = logging.getLogger(__name__)
@@ -143,19 +143,19 @@ class RoutedModel(nn.Module):
         self.experts = tuple(experts)
         self.left_out: Mapping[str, str] = {}
         self.base_reference = base if base is not None else BaseReference(getattr(model.config, "_name_or_path", ""))
-        self.sites = _sites(model, experts)
+        self.targets = _targets(model, experts)
         # Weights are never trained here: the pool and the router are buffers, and the base stays as it came.
         self.model = model
         router_ = self._build(router)
         self._pools = dict[str, ModulePool]()
         self.switch = Switch(router_)
         self.router = router_
-        for site in self.sites:
-            module = model.get_submodule(site.name)
-            adapters = [experts[place].lora.modules[site.name] for place in site.experts]
-            pool = ModulePool(site, adapters, len(experts), *placement(module, model.dtype))
-            self._pools[site.name] = pool
-            model.set_submodule(site.name, RoutedLinear(module, pool, site, self.switch))
+        for target in self.targets:
+            module = model.get_submodule(target.name)
+            adapters = [experts[place].lora.modules[target.name] for place in target.experts]
+            pool = ModulePool(target, adapters, len(experts), *placement(module, model.dtype))
+            self._pools[target.name] = pool
+            model.set_submodule(target.name, RoutedLinear(module, pool, target, self.switch))
         self._hooks = self._install_hooks()
         self.use_router(router_)
 
@@ -216,32 +216,32 @@ class RoutedModel(nn.Module):
         built = router if isinstance(router, Router) else self._build(router)
         built.to(self.device)
         static_E = built.static_weights_E
-        for site in self.sites:
-            routed = self._routed(site)
+        for target in self.targets:
+            routed = self._routed(target)
             routed.folded = None
-            self._pools[site.name].set_background(built.background_rank)
+            self._pools[target.name].set_background(built.background_rank)
             if static_E is not None:
-                routed.folded = folded_weight(routed.base, self._pools[site.name].dense_delta(static_E))
+                routed.folded = folded_weight(routed.base, self._pools[target.name].dense_delta(static_E))
         self.router = self.switch.router = built
 
     def _build(self, router: Mapping[str, Any] | RouterConfig | str) -> Router:
-        built = build_router(router, self.experts, self.sites)
+        built = build_router(router, self.experts, self.targets)
         if is_encoder_decoder(self.model) and not built.supports_encoder_decoder:
             raise ConfigError(
                 f"router {built.config.router!r} follows a text from left to right and serves decoder-only models"
             )
         return built
 
-    def _routed(self, site: Site) -> RoutedLinear:
-        module = self.model.get_submodule(site.name)
+    def _routed(self, target: TargetModule) -> RoutedLinear:
+        module = self.model.get_submodule(target.name)
         if not isinstance(module, RoutedLinear):
             raise ConfigError("this routed model was unloaded; build another over the base and the experts")
         return module
 
     def unload(self) -> PreTrainedModel:
         """Take the experts out and give the base model back as it was; once is enough."""
-        for site in self.sites if self._hooks else ():
-            self.model.set_submodule(site.name, self._routed(site).base)
+        for target in self.targets if self._hooks else ():
+            self.model.set_submodule(target.name, self._routed(target).base)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -300,7 +300,7 @@ class RoutedModel(nn.Module):
             self.switch.enabled = before
 
     @contextmanager
-    def recording(self, record: Callable[[Site, Routing], None]) -> Iterator[Self]:
+    def recording(self, record: Callable[[TargetModule, Routing], None]) -> Iterator[Self]:
         """Call a function with module and routing of every decision of the passes run inside, in their order."""
         passing = self.switch.passing
         before, passing.record = passing.record, record
@@ -321,10 +321,10 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"router {self.router.config.router!r} gives every token the same experts; there is nothing to trace"
             )
-        found: dict[str, tuple[Site, Routing]] = {}
+        found: dict[str, tuple[TargetModule, Routing]] = {}
 
-        def record(site: Site, routing: Routing) -> None:
-            found[site.name] = (site, routing)
+        def record(target: TargetModule, routing: Routing) -> None:
+            found[target.name] = (target, routing)
 
         encoder = is_encoder_decoder(self.model)
         if encoder and not any(key in kwargs for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels")):
@@ -514,7 +514,7 @@ class RoutedModel(nn.Module):
     @contextmanager
     def _unrouted(self) -> Iterator[PreTrainedModel]:
         """The base model with its own modules for a while."""
-        routed = {site.name: self._routed(site) for site in self.sites}
+        routed = {target.name: self._routed(target) for target in self.targets}
         for name, module in routed.items():
             self.model.set_submodule(name, module.base)
         try:
@@ -529,17 +529,17 @@ def _coarse_dtypes(model: nn.Module) -> set[str]:
     return {str(parameter.dtype) for parameter in model.parameters()} - _FINGERPRINTED
 
 
-def _sites(model: nn.Module, experts: Sequence[Expert]) -> tuple[Site, ...]:
+def _targets(model: nn.Module, experts: Sequence[Expert]) -> tuple[TargetModule, ...]:
     """The modules any expert adapts, in the model's order."""
     encoder_decoder = is_encoder_decoder(model)
-    found: list[Site] = []
+    found: list[TargetModule] = []
     for name, module in model.named_modules():
         adapting = tuple(place for place, expert in enumerate(experts) if name in expert.lora.modules)
         if adapting:
             widths = linear_widths(module)
             assert widths is not None, name
             reads_encoder = encoder_decoder and _ENCODER.search(name) is not None
-            found.append(Site(name, len(found), adapting, widths[0], reads_encoder))
+            found.append(TargetModule(name, len(found), adapting, widths[0], reads_encoder))
     return tuple(found)
 
 

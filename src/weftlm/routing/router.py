@@ -2,7 +2,7 @@
 
 A router is one object for a whole model. Before each forward pass of the model it gets the inputs (`begin`); then every
 adapted module asks it, in the order of execution, for the experts of each of its tokens (`route`). The experts that
-adapt a module are listed on its `Site`.
+adapt a module are listed on its `TargetModule`.
 
 A new router is one file in this folder: a config section and a class registered by name. `phatgoose.py` is a good one
 to read.
@@ -45,12 +45,12 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetModule:
     """One adapted module of the base model.
 
     Attributes:
         name: the module's name in the base model.
-        index: place among the sites, in the model's own order.
+        index: place among the targets, in the model's own order.
         experts: places of the experts that adapt it, increasing.
         width: I, of its input.
         reads_encoder: its tokens are the encoder's: the encoder itself, and keys and values of cross-attention.
@@ -116,7 +116,7 @@ class Call:
     memory: Memory
     continues: bool = False
     decisions: dict[Any, Any] = field(default_factory=dict)
-    record: Callable[[Site, Routing], None] | None = None
+    record: Callable[[TargetModule, Routing], None] | None = None
     owner: nn.Module | None = None
 
 
@@ -144,7 +144,7 @@ class Router(nn.Module):
     needs_text: ClassVar[bool] = False
     by_place: ClassVar[bool] = False
 
-    def __init__(self, config: RouterConfig, experts: Sequence[Expert], sites: Sequence[Site]) -> None:
+    def __init__(self, config: RouterConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
         super().__init__()
         self.config = config
         self.names = tuple(expert.name for expert in experts)
@@ -170,11 +170,11 @@ class Router(nn.Module):
     def begin(self, call: Call) -> None:
         """Read the inputs of a forward pass, once before it."""
 
-    def route(self, site: Site, u_BTI: Tensor, call: Call) -> Routing:
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         """Choose the experts of each token of a module; static weights where they could not be folded.
 
         Args:
-            site: The module.
+            target: The module.
             u_BTI: Its input.
             call: The forward pass.
         """
@@ -187,7 +187,7 @@ class Router(nn.Module):
 
 
 def build_router(
-    section: Mapping[str, Any] | RouterConfig | str, experts: Sequence[Expert], sites: Sequence[Site]
+    section: Mapping[str, Any] | RouterConfig | str, experts: Sequence[Expert], targets: Sequence[TargetModule]
 ) -> Router:
     """The router a section describes, over a pool of experts.
 
@@ -216,9 +216,9 @@ def build_router(
             check_gate(expert.lora, expert.gate)
         if "statistics" in cls.needs and expert.statistics is not None:
             check_statistics(expert.lora, expert.statistics)
-    return cls(config, experts, sites)
+    return cls(config, experts, targets)
 
 
-def buffer_name(site: Site) -> str:
-    """A site's name as a buffer may be called."""
-    return site.name.replace(".", "/")
+def buffer_name(target: TargetModule) -> str:
+    """A target's name as a buffer may be called."""
+    return target.name.replace(".", "/")

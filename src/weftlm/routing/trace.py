@@ -1,4 +1,4 @@
-"""What a routed model did: who worked on each token in each module."""
+"""What a routed model did: the experts of each token in each module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 
 MEAN = "(mean of all)"
 """The name under which a trace lists the mean of all experts, where a router uses it."""
@@ -21,31 +21,31 @@ class Trace:
     """The routing of one sequence.
 
     Attributes:
-        tokens: the sequence's token ids.
-        experts: names, in the pool's order; last `(mean of all)` where the router uses it.
-        sites: adapted modules that read these tokens, in the order of execution.
-        weights_STE: weight of each expert at each module and token, float32; rows sum to 1, or to 0 where the base
-            worked alone.
+        tokens: Token ids of the sequence.
+        experts: Names of the experts, in the pool's order; last `(mean of all)` where the router uses it.
+        modules: Adapted modules that read these tokens, in the order of execution.
+        weights_STE: Weight of each expert at each module (S) and token, float32; rows sum to 1, or to 0 where the base
+            is left alone.
     """
 
     tokens: tuple[int, ...]
     experts: tuple[str, ...]
-    sites: tuple[str, ...]
+    modules: tuple[str, ...]
     weights_STE: Tensor
 
     @property
     def token_weights_TE(self) -> Tensor:
-        """Mean over the modules: who worked on each token."""
+        """Mean over the modules: the experts' weights on each token."""
         return self.weights_STE.mean(dim=0)
 
     @property
     def usage_SE(self) -> Tensor:
-        """Mean over the tokens: who works in each module."""
+        """Mean over the tokens: the experts' weights in each module."""
         return self.weights_STE.mean(dim=1)
 
     @property
     def entropy_S(self) -> Tensor:
-        """Entropy of each module's usage, nats; ln(E) when all experts work alike, 0 when one does all."""
+        """Entropy of each module's usage, nats; ln(E) when all experts are used alike, 0 when one is alone."""
         usage_SE = self.usage_SE.double()
         entropy_S: Tensor = torch.special.entr(usage_SE).sum(dim=1)
         return entropy_S
@@ -53,8 +53,8 @@ class Trace:
     def layers(self) -> dict[str, list[int]]:
         """Rows of the modules of each layer, by the layer's name, in order."""
         found: dict[str, list[int]] = {}
-        for row, site in enumerate(self.sites):
-            found.setdefault(layer_of(site), []).append(row)
+        for row, target in enumerate(self.modules):
+            found.setdefault(layer_of(target), []).append(row)
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -64,37 +64,41 @@ class Trace:
             "experts": list(self.experts),
             "modules": [
                 {
-                    "name": site,
-                    "layer": layer_of(site),
+                    "name": target,
+                    "layer": layer_of(target),
                     "entropy_nats": float(self.entropy_S[row]),
                     "usage": _named(self.usage_SE[row], self.experts),
                     "tokens": [_named(weights_E, self.experts) for weights_E in self.weights_STE[row]],
                 }
-                for row, site in enumerate(self.sites)
+                for row, target in enumerate(self.modules)
             ],
             "token_weights": [_named(weights_E, self.experts) for weights_E in self.token_weights_TE],
             "max_entropy_nats": math.log(len(self.experts)),
         }
 
 
-def layer_of(site: str) -> str:
+def layer_of(target: str) -> str:
     """A module's layer: its name up to and with the first number, `model.layers.3`; itself where it has none."""
-    parts = site.split(".")
+    parts = target.split(".")
     for place, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[: place + 1])
-    return site
+    return target
 
 
 def make_trace(
-    tokens: Sequence[int], experts: Sequence[str], seen: Mapping[str, tuple[Site, Routing]], row: int, real_T: Tensor
+    tokens: Sequence[int],
+    experts: Sequence[str],
+    seen: Mapping[str, tuple[TargetModule, Routing]],
+    row: int,
+    real_T: Tensor,
 ) -> Trace:
     """The trace of one sequence of a batch.
 
     Args:
         tokens: its ids without padding.
         experts: names, in the pool's order.
-        seen: site and routing by module, in the order of execution.
+        seen: target and routing by module, in the order of execution.
         row: its place in the batch.
         real_T: True for its tokens, False for padding.
     """

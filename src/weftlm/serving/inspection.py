@@ -27,7 +27,7 @@ from weftlm.gating.gate import Features
 from weftlm.pipeline.any_model import Kind, OpenModel
 from weftlm.reporting.traces import packed, quantise
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 from weftlm.routing.trace import MEAN, layer_of, make_trace
 from weftlm.serving.api_errors import ApiError
 
@@ -201,7 +201,7 @@ class Inspector:
         elif self.kind == "gated":
             by = self._model.gate.config.gate
             by += f", top {self._model.config.top_m}" if self._model.sparse else ""
-        layers = layers_of(self._model.sites if self.kind == "routed" else ())
+        layers = layers_of(self._model.targets if self.kind == "routed" else ())
         return ModelFacts(self.name, self.kind, by, self.experts, layers, self.max_tokens, self.max_characters)
 
     def inspect(self, text: str, *, without: str | None = None, module: str | None = None) -> Inspection:
@@ -240,9 +240,9 @@ class Inspector:
             raise ApiError(404, f"{self.name} has no expert {expert!r}{known}", param="without", code="not_found")
         if expert is not None and len(self.experts) == 1:
             raise ApiError(400, f"{expert} is the only expert of {self.name}; none would be left", param="without")
-        sites = [site.name for site in self._model.sites] if self.kind == "routed" else []
-        if module is not None and module not in sites:
-            known = did_you_mean(module, sites) if sites else "; only routed models route modules"
+        targets = [target.name for target in self._model.targets] if self.kind == "routed" else []
+        if module is not None and module not in targets:
+            known = did_you_mean(module, targets) if targets else "; only routed models route modules"
             raise ApiError(404, f"{self.name} routes no module {module!r}{known}", param="module", code="not_found")
 
     def _read(self, text: str) -> tuple[list[int], list[str]]:
@@ -273,8 +273,8 @@ class Inspector:
                 logits_TV = _logits(model, ids)
             if static_E is not None:
                 places_1TE = torch.arange(len(names)).expand(1, len(ids), -1)
-                for site in model.sites:
-                    usage(site, Routing(places_1TE, static_E.float().cpu().expand(1, len(ids), -1)))
+                for target in model.targets:
+                    usage(target, Routing(places_1TE, static_E.float().cpu().expand(1, len(ids), -1)))
         finally:
             if model is not self._model:
                 model.unload()  # its hooks refer to it: without them its weights are freed at once
@@ -369,13 +369,13 @@ class _RoutingRecord:
         self.entropy: dict[str, float] = {}
         self._real_T = torch.ones(len(ids), dtype=torch.bool)
 
-    def __call__(self, site: Site, routing: Routing) -> None:
-        trace = make_trace(self.ids, self.experts, {site.name: (site, routing)}, 0, self._real_T)
+    def __call__(self, target: TargetModule, routing: Routing) -> None:
+        trace = make_trace(self.ids, self.experts, {target.name: (target, routing)}, 0, self._real_T)
         weights_TE = trace.weights_STE[0]
         if len(trace.experts) == len(self.experts):  # no weight on the mean of all
             weights_TE = torch.nn.functional.pad(weights_TE, (0, 1))
-        self.weights[site.name] = weights_TE
-        self.entropy[site.name] = float(trace.entropy_S[0])
+        self.weights[target.name] = weights_TE
+        self.entropy[target.name] = float(trace.entropy_S[0])
 
     def summary(self) -> tuple[tuple[str, ...], tuple[View, ...], tuple[ModuleUsage, ...]]:
         """Experts, views and modules; the mean of all is an expert only where it was used."""
@@ -443,12 +443,12 @@ def tokens_of(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     return ids, ends
 
 
-def layers_of(sites: Sequence[Site]) -> tuple[Layer, ...]:
+def layers_of(targets: Sequence[TargetModule]) -> tuple[Layer, ...]:
     """Layers with their modules; `layer 3` where all names differ in their last number only."""
     groups: dict[str, list[Part]] = {}
-    for site in sites:
-        layer = layer_of(site.name)
-        groups.setdefault(layer, []).append(Part(site.name, site.name.removeprefix(f"{layer}.")))
+    for target in targets:
+        layer = layer_of(target.name)
+        groups.setdefault(layer, []).append(Part(target.name, target.name.removeprefix(f"{layer}.")))
     heads = {layer.rpartition(".")[0] for layer in groups}
     numbered = len(heads) == 1 and all(layer.rpartition(".")[2].isdigit() for layer in groups)
     return tuple(

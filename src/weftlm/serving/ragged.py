@@ -35,7 +35,7 @@ from weftlm.routing.kernels import FEW_ASSIGNMENTS, packed_delta
 from weftlm.routing.kernels import _cheapest as cheapest
 from weftlm.routing.pool import ModulePool
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Memory, Routing, Site
+from weftlm.routing.router import Memory, Routing, TargetModule
 
 ATTENTION = "weftlm_ragged"
 _MEMORY = "weftlm_memory"
@@ -308,19 +308,19 @@ def mixes_rows(model: RoutedModel, rows: int) -> str | None:
     """
     chosen: dict[str, int] = {}
 
-    def record(site: Site, routing: Routing) -> None:
-        chosen[site.name] = routing.experts_BTK.shape[-1]
+    def record(target: TargetModule, routing: Routing) -> None:
+        chosen[target.name] = routing.experts_BTK.shape[-1]
 
     with model.recording(record), torch.no_grad():
         model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=False)
-    for site in model.sites:
-        pool = model.model.get_submodule(site.name).pool
+    for target in model.targets:
+        pool = model.model.get_submodule(target.name).pool
         assert isinstance(pool, ModulePool)
-        assignments = rows * chosen.get(site.name, 0)
+        assignments = rows * chosen.get(target.name, 0)
         if assignments <= FEW_ASSIGNMENTS:
             continue
         if pool.A_ERI.device.type != "cpu":
             return f"on a {pool.A_ERI.device.type} device the tokens of a pass are sorted by expert"
         if cheapest(rows, assignments, pool.A_ERI, pool.B_ERO) is packed_delta:
-            return f"the experts of {site.name} are so many or large that the tokens of a pass are sorted by expert"
+            return f"the experts of {target.name} are so many or large that the tokens of a pass are sorted by expert"
     return None

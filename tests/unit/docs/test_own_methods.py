@@ -61,11 +61,11 @@ def test_the_router_chooses_by_the_direction_its_page_names(page_code, execute):
     execute(page_code("own-router")[0])
     pool = make_pool(llama(), 4)
     routed = RoutedModel(llama(), pool, {"router": "reading-direction", "k": 1})
-    site = next(site for site in routed.sites if len(site.experts) == 4)
-    vectors_EI = torch.stack([torch.linalg.svd(expert.lora.modules[site.name].A_RI).Vh[0] for expert in pool])
+    target = next(target for target in routed.targets if len(target.experts) == 4)
+    vectors_EI = torch.stack([torch.linalg.svd(expert.lora.modules[target.name].A_RI).Vh[0] for expert in pool])
     for place in range(4):
         along_BTI = -3.0 * vectors_EI[place].view(1, 1, -1)
-        chosen = routed.router.route(site, along_BTI, call=None)
+        chosen = routed.router.route(target, along_BTI, call=None)
         assert chosen.experts_BTK.tolist() == [[[place]]], "the one that reads this direction most, whatever its sign"
         assert chosen.weights_BTK.tolist() == [[[1.0]]]
 

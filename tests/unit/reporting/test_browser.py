@@ -82,10 +82,10 @@ FAULTS = """() => {
 def traced() -> LabelledTrace:
     experts, tokens = tuple(DOMAINS), [f"{name} " for name in NAMES * 3]
     draw = torch.Generator().manual_seed(0)
-    sites = tuple(f"model.layers.{layer}.{part}" for layer in range(3) for part in ("up", "down"))
-    weights = torch.rand(len(sites), len(tokens), len(experts), generator=draw).pow(6)
+    targets = tuple(f"model.layers.{layer}.{part}" for layer in range(3) for part in ("up", "down"))
+    weights = torch.rand(len(targets), len(tokens), len(experts), generator=draw).pow(6)
     weights = weights / weights.sum(-1, keepdim=True)
-    return NAMES[0], Trace(tuple(range(len(tokens))), experts, sites, weights), tokens
+    return NAMES[0], Trace(tuple(range(len(tokens))), experts, targets, weights), tokens
 
 
 def gate() -> GatingFacts:

@@ -35,12 +35,12 @@ def make_trace(
     k: int = 2,
     seed: int = 0,
 ) -> LabelledTrace:
-    sites = tuple(f"model.layers.{layer}.{part}" for layer in range(layers) for part in ("q_proj", "down_proj"))
+    targets = tuple(f"model.layers.{layer}.{part}" for layer in range(layers) for part in ("q_proj", "down_proj"))
     draw = torch.Generator().manual_seed(seed)
-    scores_STE = torch.randn(len(sites), len(tokens), len(experts), generator=draw)
+    scores_STE = torch.randn(len(targets), len(tokens), len(experts), generator=draw)
     top, chosen = scores_STE.topk(k, dim=-1)
     weights_STE = torch.zeros_like(scores_STE).scatter(-1, chosen, top.softmax(-1))
-    return ("a trace", Trace(tuple(range(len(tokens))), tuple(experts), sites, weights_STE), tokens)
+    return ("a trace", Trace(tuple(range(len(tokens))), tuple(experts), targets, weights_STE), tokens)
 
 
 def unpacked(text: str, held: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -96,9 +96,9 @@ def test_more_than_63_experts_are_packed_with_two_digits() -> None:
 
 
 def test_a_router_of_whole_sequences_costs_one_row_and_the_base_alone_has_a_page() -> None:
-    sites = tuple(f"layers.{i}.up" for i in range(6))
+    targets = tuple(f"layers.{i}.up" for i in range(6))
     weights_STE = torch.tensor([0.75, 0.25]).expand(6, 4, 2)
-    page = page_of([("one", Trace((0, 1, 2, 3), ("a", "b"), sites, weights_STE), list("wxyz"))])
+    page = page_of([("one", Trace((0, 1, 2, 3), ("a", "b"), targets, weights_STE), list("wxyz"))])
     (held,) = held_by(page)
     assert (len(held["parts"]), len(held["rows"])) == (6, 1)
     assert "one: a 75% of the weight" in page.text
@@ -108,8 +108,8 @@ def test_a_router_of_whole_sequences_costs_one_row_and_the_base_alone_has_a_page
 
 def test_names_and_tokens_are_text_whatever_they_hold() -> None:
     _, trace, texts = make_trace([*HOSTILE, "\x00", "\ud800", "名前 🧵"], [*HOSTILE[:4], "\udfff"])
-    sites = tuple(f"model.layers.{i}.{HOSTILE[0]}" for i in range(4))
-    page = page_of([(HOSTILE[0], Trace(trace.tokens, trace.experts, sites, trace.weights_STE), texts)], HOSTILE[2])
+    targets = tuple(f"model.layers.{i}.{HOSTILE[0]}" for i in range(4))
+    page = page_of([(HOSTILE[0], Trace(trace.tokens, trace.experts, targets, trace.weights_STE), texts)], HOSTILE[2])
     assert page.count("script") == 3
     assert not {tag for tag, _ in page.elements} & {"img", "b"}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)

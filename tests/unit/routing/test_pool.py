@@ -12,7 +12,7 @@ from torch import Tensor
 from weftlm.experts.expert import LoRAFactors
 from weftlm.routing import kernels
 from weftlm.routing.pool import RANK_MULTIPLE, ModulePool
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 
 
 def factors(rank: int, width: int = 6, out: int = 5, scale: float = 1.0, seed: int = 0) -> LoRAFactors:
@@ -28,7 +28,7 @@ def update(lora: LoRAFactors) -> Tensor:
 
 def test_ranks_are_padded_scales_folded_and_absent_experts_add_nothing() -> None:
     adapters = [factors(1, scale=0.5), factors(5, scale=-2.0, seed=1)]
-    pool = ModulePool(Site("m", 0, (1, 3), 6), adapters, 4, torch.float32)
+    pool = ModulePool(TargetModule("m", 0, (1, 3), 6), adapters, 4, torch.float32)
     assert pool.A_ERI.shape == (2, 2 * RANK_MULTIPLE, 6)
     assert pool.place_E.tolist() == [-1, 0, -1, 1]
     u_BTI = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))
@@ -42,7 +42,7 @@ def test_ranks_are_padded_scales_folded_and_absent_experts_add_nothing() -> None
 
 def test_the_background_is_the_mean_of_all_experts_cut_to_a_rank() -> None:
     adapters = [factors(2), factors(3, seed=1)]
-    pool = ModulePool(Site("m", 0, (0, 2), 6), adapters, 4, torch.float32)
+    pool = ModulePool(TargetModule("m", 0, (0, 2), 6), adapters, 4, torch.float32)
     mean_OI = (update(adapters[0]) + update(adapters[1])) / 4
     U_OR, s_R, V_RI = torch.linalg.svd(mean_OI, full_matrices=False)
     u_BTI = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(2))
@@ -58,7 +58,7 @@ def test_the_background_is_the_mean_of_all_experts_cut_to_a_rank() -> None:
 
 
 def test_making_a_background_leaves_random_numbers_alone() -> None:
-    pool = ModulePool(Site("m", 0, (0,), 6), [factors(2)], 1, torch.float32)
+    pool = ModulePool(TargetModule("m", 0, (0,), 6), [factors(2)], 1, torch.float32)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -13,10 +13,10 @@ from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Gate
 from weftlm.routing.config import PhatgooseConfig, router_config, routers
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Memory, Site, build_router
+from weftlm.routing.router import Memory, TargetModule, build_router
 
 MODULE = "model.layers.0.self_attn.q_proj"
-SITES = [Site(MODULE, 0, (0, 1), 32)]
+TARGETS = [TargetModule(MODULE, 0, (0, 1), 32)]
 
 
 def two() -> list[Any]:
@@ -43,7 +43,7 @@ def test_a_section_may_be_a_name_a_mapping_or_ready() -> None:
 )
 def test_wrong_sections_are_explained(section: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_router(section, two(), SITES)
+        build_router(section, two(), TARGETS)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def test_wrong_sections_are_explained(section: Any, message: str) -> None:
 )
 def test_unknown_experts_and_weights_are_explained(section: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_router(section, two(), SITES)
+        build_router(section, two(), TARGETS)
 
 
 def test_missing_gates_are_listed_with_a_way_out() -> None:
     bare = [replace(expert, gate=None) for expert in two()]
     with pytest.raises(ExpertError, match=r"needs a gate and news, code have none; make one with .*: arrow, average-a"):
-        build_router("phatgoose", bare, SITES)
+        build_router("phatgoose", bare, TARGETS)
     with pytest.raises(ExpertError, match="needs a gate and code has none"):
-        build_router("phatgoose", [two()[0], bare[1]], SITES)
+        build_router("phatgoose", [two()[0], bare[1]], TARGETS)
 
 
 @pytest.mark.parametrize("lacks", [("gate",), ("statistics",), ("gate", "statistics")])
@@ -72,24 +72,26 @@ def test_missing_gates_are_listed_with_a_way_out() -> None:
 def test_no_router_is_suggested_that_would_be_refused_in_its_turn(router: str, lacks: tuple[str, ...]) -> None:
     experts = [replace(expert, **dict.fromkeys(lacks)) for expert in two()]  # type: ignore[arg-type]
     if routers[router].needs.isdisjoint(lacks):
-        build_router(router, experts, SITES)
+        build_router(router, experts, TARGETS)
         return
     with pytest.raises(ExpertError) as caught:
-        build_router(router, experts, SITES)
+        build_router(router, experts, TARGETS)
     suggested = str(caught.value).rpartition(": ")[2].split(", ")
     assert suggested
     for name in suggested:
-        build_router(name, experts, SITES)
+        build_router(name, experts, TARGETS)
 
 
 def test_a_gate_or_statistics_of_other_modules_are_refused() -> None:
     news, code = two()
     for vectors in ({}, {MODULE: torch.zeros(31)}, {MODULE: torch.full((32,), torch.nan)}):
         with pytest.raises(ExpertError, match="'code'"):
-            build_router("phatgoose", [news, replace(code, gate=Gate(vectors))], SITES)
+            build_router("phatgoose", [news, replace(code, gate=Gate(vectors))], TARGETS)
     assert code.statistics is not None
     with pytest.raises(ExpertError, match="'code'"):
-        build_router("average-activation", [news, replace(code, statistics=replace(code.statistics, means={}))], SITES)
+        build_router(
+            "average-activation", [news, replace(code, statistics=replace(code.statistics, means={}))], TARGETS
+        )
 
 
 def test_statistics_of_different_embedders_do_not_mix() -> None:
@@ -97,7 +99,7 @@ def test_statistics_of_different_embedders_do_not_mix() -> None:
     assert code.statistics is not None
     other = replace(code, statistics=replace(code.statistics, embedder="tokens-32"))
     with pytest.raises(ExpertError, match=r"embedded differently .*news.*tokens-64.*code.*tokens-32"):
-        build_router("retrieval", [news, other], SITES)
+        build_router("retrieval", [news, other], TARGETS)
 
 
 def test_an_empty_gate_is_chosen_where_no_expert_has_another() -> None:

@@ -12,13 +12,13 @@ from support.routing import inputs_for, recorded
 
 from weftlm.errors import ConfigError
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Routing, Site
+from weftlm.routing.router import Routing, TargetModule
 from weftlm.routing.trace import MEAN, Trace, make_trace
 
 TWO = Trace(
     tokens=(5, 6),
     experts=("a", "b"),
-    sites=("model.layers.0.q", "model.layers.0.v", "model.layers.1.q"),
+    modules=("model.layers.0.q", "model.layers.0.v", "model.layers.1.q"),
     weights_STE=torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [1.0, 0.0]]]),
 )
 
@@ -34,7 +34,7 @@ def test_json_names_experts_and_leaves_out_the_idle() -> None:
     found = json.loads(json.dumps(TWO.to_json()))
     assert found["tokens"] == [5, 6]
     assert found["experts"] == ["a", "b"]
-    assert [module["name"] for module in found["modules"]] == list(TWO.sites)
+    assert [module["name"] for module in found["modules"]] == list(TWO.modules)
     assert [module["layer"] for module in found["modules"]] == ["model.layers.0", "model.layers.0", "model.layers.1"]
     assert found["modules"][0]["tokens"] == [{"a": 1.0}, {"b": 1.0}]
     assert found["modules"][2]["usage"] == {"a": 1.0}
@@ -44,15 +44,15 @@ def test_json_names_experts_and_leaves_out_the_idle() -> None:
 
 
 def test_one_row_of_a_batch_without_its_padding() -> None:
-    site = Site("m.0", 0, (0, 2), 4)
+    target = TargetModule("m.0", 0, (0, 2), 4)
     routing = Routing(
         torch.tensor([[[0, 2], [2, 0], [0, 2]]] * 2), torch.tensor([[[9.0, 9.0], [0.75, 0.25], [1.0, 0.0]]] * 2)
     )
-    trace = make_trace([3, 4], ["a", "b", "c"], {"m.0": (site, routing)}, 1, torch.tensor([False, True, True]))
+    trace = make_trace([3, 4], ["a", "b", "c"], {"m.0": (target, routing)}, 1, torch.tensor([False, True, True]))
     assert trace.weights_STE.tolist() == [[[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]]]
     assert trace.experts == ("a", "b", "c")
     shared = Routing(routing.experts_BTK, routing.weights_BTK / 2, torch.full((2, 3), 0.5))
-    with_mean = make_trace([3, 4], ["a", "b", "c"], {"m.0": (site, shared)}, 0, torch.tensor([False, True, True]))
+    with_mean = make_trace([3, 4], ["a", "b", "c"], {"m.0": (target, shared)}, 0, torch.tensor([False, True, True]))
     assert with_mean.experts == ("a", "b", "c", MEAN)
     assert with_mean.weights_STE.tolist() == [[[0.125, 0.0, 0.375, 0.5], [0.5, 0.0, 0.0, 0.5]]]
 
@@ -67,15 +67,15 @@ def test_a_models_trace_is_what_its_modules_decided(section: str) -> None:
     decided = recorded(routed, input_ids=ids_BT, attention_mask=mask_BT)
     assert [list(trace.tokens) for trace in traces] == [row.tolist() for row in rows]
     for trace, row, real_T in zip(traces, range(2), mask_BT.bool(), strict=True):
-        assert trace.sites == tuple(site.name for site in routed.sites)
+        assert trace.modules == tuple(target.name for target in routed.targets)
         assert trace.weights_STE.shape[:2] == (14, len(trace.tokens))
         torch.testing.assert_close(trace.weights_STE.sum(-1), torch.ones(trace.weights_STE.shape[:2]))
-        for place, site in enumerate(trace.sites):
-            chosen = trace.weights_STE[place].gather(1, decided[site].experts_BTK[row][real_T])
-            torch.testing.assert_close(chosen, decided[site].weights_BTK[row][real_T], rtol=1e-5, atol=1e-6)
+        for place, target in enumerate(trace.modules):
+            chosen = trace.weights_STE[place].gather(1, decided[target].experts_BTK[row][real_T])
+            torch.testing.assert_close(chosen, decided[target].weights_BTK[row][real_T], rtol=1e-5, atol=1e-6)
     alone = routed.trace(rows[1][None])[0]
     torch.testing.assert_close(alone.weights_STE, traces[1].weights_STE, rtol=1e-4, atol=1e-5)
-    assert json.loads(json.dumps(alone.to_json()))["modules"][0]["name"] == trace.sites[0]
+    assert json.loads(json.dumps(alone.to_json()))["modules"][0]["name"] == trace.modules[0]
 
 
 def test_tokens_left_to_the_base_have_no_weights() -> None:
@@ -91,9 +91,9 @@ def test_of_encoder_decoder_models_the_encoders_tokens_are_told() -> None:
     routed = RoutedModel(model, make_pool(model))
     given = inputs_for(model, batch=1)
     trace = routed.trace(given["input_ids"], decoder_input_ids=given["decoder_input_ids"])[0]
-    assert trace.sites[0].startswith("encoder.")
-    told = set(trace.sites)
-    assert {site for site in told if site.startswith("decoder.")} == {
+    assert trace.modules[0].startswith("encoder.")
+    told = set(trace.modules)
+    assert {target for target in told if target.startswith("decoder.")} == {
         f"decoder.block.{layer}.layer.1.EncDecAttention.{name}" for layer in (0, 1) for name in "kv"
     }
     assert trace.weights_STE.shape[1] == 6

@@ -110,13 +110,13 @@ def test_routing_weights_are_those_of_a_trace(models: dict[str, OpenModel], look
     means_TE = trace.weights_STE[rows].mean(dim=0)
     for place, row in enumerate(unpacked(told, f"layer:{layer}")):
         assert list(row.values()) == pytest.approx([w for w in means_TE[place].tolist() if w > 5e-4], abs=1e-3)
-    assert [module.name for module in told.modules] == list(trace.sites)
+    assert [module.name for module in told.modules] == list(trace.modules)
     assert [module.entropy for module in told.modules] == pytest.approx(trace.entropy_S.tolist(), abs=1e-5)
     assert told.modules[1].usage == pytest.approx(trace.usage_SE[1].tolist(), abs=1e-4)
-    site = trace.sites[2]
-    one = looking["routed"].inspect(TEXT, module=site)
-    assert [view.name for view in one.views] == [f"module:{site}"]
-    for place, row in enumerate(unpacked(one, f"module:{site}")):
+    target = trace.modules[2]
+    one = looking["routed"].inspect(TEXT, module=target)
+    assert [view.name for view in one.views] == [f"module:{target}"]
+    for place, row in enumerate(unpacked(one, f"module:{target}")):
         assert list(row.values()) == pytest.approx([w for w in trace.weights_STE[2, place].tolist() if w], abs=1e-3)
 
 
