@@ -44,15 +44,7 @@ CALLS = 3.0
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of a program; pieces add up.
-
-    Attributes:
-        flops: floating-point operations of matrix products and attention, 2 per multiply-add.
-        bytes: bytes read and written.
-        calls: number of kernel launches.
-        sent: bytes sent to other devices.
-        seconds: time that was measured.
-    """
+    """A piece of a program: FLOPs, bytes read and written, kernel launches, bytes sent, time that was measured."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -69,15 +61,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Counted:
-    """A model whose work is counted.
+    """A model whose work is counted, and the number of experts on it, each through an adapter where there is one.
 
-    Attributes:
-        config: configuration of the model.
-        dtype: type the parameters are held in.
-        bf16: whether it runs under bfloat16 autocast.
-        checkpointing: whether the backward pass recomputes activations.
-        adapter: the adapter that is trained; absent: all parameters are.
-        experts: number of experts that run on it, each through an adapter of its own where there is one.
+    Its parameters are held in `dtype`; with `bf16` it runs under autocast. All are trained where there is no adapter.
     """
 
     config: PretrainedConfig

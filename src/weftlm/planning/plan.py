@@ -353,8 +353,8 @@ def _assumptions(hardware: Hardware, stages: Sequence[Stage]) -> list[str]:
         ]
     if {"experts", "scores"} & {stage.name for stage in stages}:
         lines.append(
-            "An adapter is trained by one process; the devices train experts in parallel. Every domain and expert has "
-            "as many sequences as the recipe asks for. Under a gate models run one after the other, adapters together."
+            "An adapter is trained by one process; the devices train experts in parallel. Every domain has as many "
+            "sequences as the recipe asks for. Under a gate models run one after the other, adapters together."
         )
     return [
         *lines,
