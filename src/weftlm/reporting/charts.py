@@ -109,13 +109,3 @@ def _losses(view: View, name: str) -> tuple[Curve, ...]:
         )
         for label, run in view.by_contender
     )
-
-
-def domain_charts(view: View) -> list[Figure]:
-    """Held-out loss during training, one small frame per named domain."""
-    names = [name for name in view.named if name in view.scored_domains]
-    if not names or all(len(run.evaluations) < 2 for run in view.runs):
-        return []
-    chart = draw([Panel(name, _losses(view, name)) for name in names], view.run_lines, columns=5, zoomed=True)
-    caption = "Bits per byte on held-out text of the domains of largest weight, each on a vertical scale of its own."
-    return [drawn("domains", chart, caption)]

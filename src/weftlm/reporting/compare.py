@@ -91,9 +91,8 @@ def caveats(runs: Sequence[Run]) -> list[str]:
             f"The runs differ in training tokens ({count_text(min(tokens))} to {count_text(max(tokens))}): "
             "this is not a comparison at equal cost."
         )
-    sizes = {number(mapping(mapping(run.result.get("sets")).get(TARGET)).get("tokens")) for run in runs}
     prints = {run.windows[TARGET].fingerprint for run in runs if TARGET in run.windows}
-    if len(list(filter(math.isfinite, sizes))) > 1 or len(prints) > 1:
+    if len(prints) > 1:
         found.append("The runs were evaluated on different target text: their numbers are not comparable.")
     return found
 
@@ -132,11 +131,6 @@ class View:
         return View(runs, contenders, lines, domains, named, domain_lines([*named, *rest]))
 
     @property
-    def scored_domains(self) -> list[str]:
-        """The domains with held-out scores in any run."""
-        return list(dict.fromkeys(name for run in self.runs for name in run.scored_domains))
-
-    @property
     def by_contender(self) -> list[tuple[str, Run]]:
         """Every run with the label of its contender."""
         return [(one.label, run) for one in self.contenders for run in one.runs]
@@ -155,7 +149,8 @@ def run_table(view: View, *, singly: bool = False) -> ScoreTable:
     known = " and ".join(f"{one:.0f}" for one in sorted(filter(math.isfinite, lengths)))
     windows = f", in windows of {known} tokens" if known else ""
     known_target = any(math.isfinite(run.score(TARGET).value) for run in view.runs)
-    columns, sets = (TARGET, GENERIC) if known_target else (GENERIC,), view.scored_domains
+    columns = (TARGET, GENERIC) if known_target else (GENERIC,)
+    sets = list(dict.fromkeys(name for run in view.runs for name in run.scored_domains))
     rows = {}
     for one in contenders:
         gaps = {} if base is None or one is base else {name: one.gap(base, name) for name in (*columns, *sets)}

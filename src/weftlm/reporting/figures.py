@@ -160,13 +160,13 @@ def draw(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with _styled():
-        figure = Figure(figsize=(WIDTH, (2.8 if columns < 4 else 1.7) * rows + 0.5))
+        figure = Figure(figsize=(WIDTH, 2.8 * rows + 0.5))
         axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         for place, panel in enumerate(panels):
             axis, known = axes[place], [curve for curve in panel.curves if curve.known]
-            axis.set_title(shorten(panel.title, 22 if columns > 2 else 60))
+            axis.set_title(shorten(panel.title, 30 if columns > 2 else 60))
             axis.set_xlabel(x_label if place + columns >= len(panels) else "")
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from weftlm.errors import ConfigError
-from weftlm.progress import count_text
 from weftlm.reporting import charts, tables
 from weftlm.reporting.compare import View, caveats, run_table
 from weftlm.reporting.gating import GatingFacts, gating_blocks
 from weftlm.reporting.page import Page, Section, Terms
-from weftlm.reporting.runs import Run, number, read_runs
+from weftlm.reporting.runs import Run, read_runs
 from weftlm.reporting.score_table import ScoreTable, answer, headline, score_tables
 from weftlm.reporting.traces import RoutingFacts, routing_blocks
 
@@ -85,7 +84,6 @@ def _training(view: View) -> list[Section]:
         Section("mixture", "Mixture over time", mixture),
         Section("alignment", "Gradient alignment", charts.alignment_chart(view)),
         Section("training", "Loss and speed", charts.training_charts(view)),
-        Section("domains", "Loss by domain", charts.domain_charts(view)),
     ]
 
 
@@ -109,7 +107,5 @@ def _title(runs: Sequence[Run]) -> str:
 def _kicker(runs: Sequence[Run], domains: int) -> str:
     if not runs:
         return "No model was trained here"
-    sizes = dict.fromkeys(count_text(number(run.result.get("parameters"))) for run in runs if run.finished)
     counted = [(len(runs), "run"), (domains, "domain")]
-    facts = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counted if count]
-    return " · ".join([*facts, *([f"{' and '.join(sizes)} parameters"] if sizes else [])])
+    return " · ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counted if count)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from playwright.sync_api import Browser, sync_playwright
 from playwright.sync_api import Page as BrowserPage
+from support.gates import certificate, fit, rows
 from support.hostile import NAMES
 
-from weftlm.gating.certificate import Certificate, DomainRow, Figure
 from weftlm.reporting.gating import GatingFacts, gate_page
 from weftlm.reporting.page import render_page, write_page
 from weftlm.reporting.report import report_page
@@ -90,26 +90,9 @@ def traced() -> LabelledTrace:
 
 def gate() -> GatingFacts:
     values = {name: 0.01 * place for place, name in enumerate(DOMAINS)}
-    worst = Figure(0.13, "estimate", "on these sequences", 0.12, 0.14)
-    known = Certificate(
-        unit="token", offsets="expert", causal=False, capacity=None, worst=worst, worst_domain=DOMAINS[-1],
-        at_lam=worst, lower=Figure(0.003, "bound", "closed form, none < it"), gap=worst,
-        z=Figure(1.0, "exact", "summed over the support"),
-        domains=tuple(DomainRow(n, 1200, 127.0, 2 + v, 2.0, v, v - 0.001, v + 0.001, 0.1) for n, v in values.items()),
-    )  # fmt: skip
-    share = [1 / len(DOMAINS)] * len(DOMAINS)
-    history = [
-        {"step": 50 * k, "worst": 3 / k, "worst_domain": DOMAINS[0], "lam": share, "gap": 1 / k, "z": 1.0}
-        for k in range(1, 30)
-    ]
-    fit = {
-        "unit": "token", "worst": 0.1, "worst_domain": DOMAINS[0], "gap": None, "history": history,
-        "domains": {name: {"sequences": 30, "value": 0.01, "lam": share[0]} for name in DOMAINS},
-    }  # fmt: skip
-    row = {"worst": 0.13, "worst_domain": DOMAINS[-1], "mean": 0.05, "model": "runs/a b/student",
-           "domains": {name: {"value": value, "error": 0.001} for name, value in values.items()}}  # fmt: skip
-    roles = {"uniform": "baseline", "robust": "gate", "student": "student"}
-    return GatingFacts.of(known, fit, [{"rows": {name: {**row, "role": role} for name, role in roles.items()}}])
+    models = rows(dict.fromkeys(("uniform", "robust", "student"), values))
+    models["student"]["model"] = "runs/a b/student"
+    return GatingFacts.of(certificate(values), fit(DOMAINS, 30), [{"rows": models}])
 
 
 @pytest.fixture(scope="module")

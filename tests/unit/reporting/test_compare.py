@@ -92,9 +92,9 @@ def test_one_run_is_compared_with_nothing_and_served_where_it_left_a_model(
 
 def test_unequal_costs_and_other_text_are_said(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     folders = [make_run(tmp_path / p, p, ["a"]) for p in ("uniform", "dga")]
-    sets = json.loads((folders[1] / "result.json").read_text())["sets"]
-    sets["target"]["tokens"] = 5
-    edit(folders[1], sets=sets, train_tokens=4_000_000)
+    edit(folders[1], train_tokens=4_000_000)
+    windows = folders[1] / "windows.safetensors"
+    windows.write_bytes(windows.read_bytes().replace(b"fingerprint target", b"fingerprint tarpit"))
     details = " ".join(caveats(read_runs(folders)))
     assert "differ in training tokens (3.28M to 4.00M)" in details
     assert "different target text" in details

@@ -6,67 +6,17 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.blocks import render_blocks, table_rows
+from support.gates import ROBUST, TABLE, certificate, fit, row, rows
 
 from weftlm.errors import ConfigError, DataError
-from weftlm.gating.certificate import Certificate, DomainRow, Figure
+from weftlm.gating.certificate import Figure
 from weftlm.reporting.gating import GatingFacts, gate_page, gate_table, gating_blocks, gating_headline
 from weftlm.reporting.page import render_page
-from weftlm.reporting.report import report_page
 from weftlm.reporting.score_table import score_tables
-
-ROBUST = {"code": 0.002, "prose": 0.004}
-TABLE: dict[str, Mapping[str, float]] = {
-    "uniform": {"code": 0.5, "prose": 0.3},
-    "bayes": {"code": 0.011, "prose": 0.012},
-    "robust": ROBUST,
-    "student": {"code": 0.0061, "prose": -0.001},
-    "student-top-1": {"code": 0.03, "prose": 0.02},
-}
-ROLES = {"uniform": "baseline", "bayes": "baseline", "robust": "gate"}
-
-
-def row(values: Mapping[str, float], error: float = 0.0002, **more: Any) -> dict[str, Any]:
-    worst = max(values, key=lambda name: values[name])
-    domains = {name: {"value": value, "error": error, "cross_entropy": 2.0 + value} for name, value in values.items()}
-    mean = sum(values.values()) / len(values)
-    return {"worst": values[worst], "worst_domain": worst, "mean": mean, "domains": domains, **more}
-
-
-def rows(table: Mapping[str, Mapping[str, float]] = TABLE, error: float = 0.0002) -> dict[str, dict[str, Any]]:
-    return {name: row(values, error, role=ROLES.get(name, "student")) for name, values in table.items()}
-
-
-def certificate(values: Mapping[str, float] = ROBUST) -> Certificate:
-    worst = max(values, key=lambda name: values[name])
-    return Certificate(
-        unit="token",
-        offsets="expert",
-        causal=False,
-        capacity=None,
-        worst=Figure(values[worst], "estimate", "on these sequences", values[worst] - 0.001, values[worst] + 0.001),
-        worst_domain=worst,
-        at_lam=Figure(0.0035, "estimate", "against the mixture"),
-        lower=Figure(0.003, "bound", "closed form, none < it"),
-        gap=Figure(values[worst] - 0.003, "bound", "at most this"),
-        z=Figure(1.0, "exact", "summed over the support"),
-        domains=tuple(
-            DomainRow(name, 1200, 127.0, 2.0 + value, 2.0, value, value - 0.001, value + 0.001, 1 / len(values))
-            for name, value in values.items()
-        ),
-    )
-
-
-def fit(names: Sequence[str] = ("code", "prose"), reports: int = 5) -> dict[str, Any]:
-    share = [1 / len(names)] * len(names)
-    history = [{"step": 500 * k, "worst": 0.3 / k, "lam": share, "gap": 0.1 / k} for k in range(1, reports + 1)]
-    domains = {name: {"sequences": 3000, "value": 0.0033, "lam": share[0]} for name in names}
-    return {"unit": "token", "worst": 0.0033, "gap": None, "domains": domains, "history": history}
 
 
 def shown(facts: GatingFacts, caption: str = "") -> dict[str, list[tuple[str, list[float]]]]:
@@ -247,9 +197,3 @@ def test_a_page_of_its_own_runs_nothing_escapes_names_and_leads_to_its_parts() -
     assert links == ["gating-models", "gating-certificate", "gating-domains", "gating-fit"]
     assert [page.count(f'<section id="{key}"') for key in links] == [1] * 4
     assert "<nav" not in render_page(gate_page(GatingFacts(rows=rows()), "Rows alone"))
-
-
-def test_a_report_has_the_section_where_facts_are_given(three_runs: list[Path]) -> None:
-    given = render_page(report_page(three_runs[:1], gating=GatingFacts(certificate(), fit(), rows())))
-    assert given.count('<section id="gating"') == 1
-    assert given.index('href="#training"') < given.index('href="#gating"') < given.index('href="#recipe"')

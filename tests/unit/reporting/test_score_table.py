@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.blocks import Html, render_blocks, table_rows
+from support.blocks import render_blocks, table_rows
 
-from weftlm.reporting.page import render_page
-from weftlm.reporting.report import report_page
 from weftlm.reporting.score import Score, interval_cell, score_text
 from weftlm.reporting.score_table import ScoreTable, answer, headline, model_table, score_tables
 from weftlm.reporting.traces import RoutingFacts, routing_blocks
@@ -165,12 +163,6 @@ def test_differences_without_a_known_error_claim_nothing() -> None:
     assert headline(table({})) == "Nothing was measured on held-out text."
 
 
-def test_the_answer_stands_before_everything_else(three_runs: list[Any]) -> None:
-    page = render_page(report_page(three_runs, models=table(gaps=True)))
-    assert page.index('<p class="headline">routed: merged') < page.index('class="answer"') < page.index("<nav")
-    assert "Mixtures alone: dga: 1.7" in page, "the mixtures' finding follows"
-
-
 TRACE = (
     "phatgoose <1>",
     Trace((7, 8), ("a", "b"), ("l.0.up",), torch.tensor([[[0.75, 0.25], [0.0, 1.0]]])),
@@ -189,12 +181,3 @@ def test_routing_shows_its_table_the_time_and_the_traces() -> None:
     without = render_blocks(routing_blocks(RoutingFacts(table())))
     assert "<script" not in without
     assert "forward pass" not in without
-
-
-def test_a_report_has_the_sections_that_facts_are_given_for(three_runs: list[Any]) -> None:
-    without = Html(render_page(report_page(three_runs[:1])))
-    given = Html(render_page(report_page(three_runs[:1], routing=RoutingFacts(table(), 1.2, [TRACE]))))
-    assert "#routing" in [one.get("href") for _, one in given.elements]
-    assert "#routing" not in [one.get("href") for _, one in without.elements]
-    assert ".tokens {" in given.styles
-    assert ".tokens {" not in without.styles
