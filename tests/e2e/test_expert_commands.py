@@ -121,7 +121,7 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call
     traced = call("route", "trace", routed, "pan butter onion. mast sail wind.", "--json")
     assert "".join(traced["token_texts"]) == "pan butter onion. mast sail wind."
     assert all(sum(each.values()) == pytest.approx(1) for each in traced["token_weights"])
-    assert "model.layers.1" in call("route", "trace", routed, "pan butter onion.")
+    assert "onion" in call("route", "trace", routed, "pan butter onion.")
     assert "0 tokens" in call("route", "trace", routed, "", code=2)
     page = tmp_path / "trace.html"
     assert str(page) in call("route", "trace", routed, "pan butter onion.", "--html", page)

@@ -126,7 +126,7 @@ def test_from_experts_to_a_certified_gate(
         sequences = scored["domains"][row["name"]]["sequences"]
         assert row["sequences"] + fitted["domains"][row["name"]]["sequences"] == sequences
     printed = call("gate", "certify", project)
-    assert "Z: estimate; mean over" in printed
+    assert "z: estimate; mean over" in printed
     assert "Certificate" in (run / "gate/report.html").read_text()
     said = call("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
     assert "gating.held_out_fraction: 0.25 before, 0.5 now" in said

@@ -107,7 +107,8 @@ def certify(recipe: Recipe) -> Iterator[Any]:
     found = certify_gate(recipe).to_json()
     yield found
     length = windows(found["length"])
-    figures = {name: found[key] for name, key in _FIGURES.items() if found[key] is not None}
+    names = ("worst", "at_lam", "lower", "gap", "capacity", "z")
+    figures = {name: found[name] for name in names if found[name] is not None}
     title = f"{recipe.gate_folder / CERTIFICATE}: nats/{found['unit']}, offsets {found['offsets']}{length}"
     columns = {"value": "value", "95 % from": "low", "to": "high"}
     print_rows(title, figures, {**columns, "is": "label"}, first="figure")
@@ -122,10 +123,3 @@ def certify(recipe: Recipe) -> Iterator[Any]:
     for name, figure in figures.items():
         say(f"{name}: {figure['label']}; {figure['how']}")
     say(f"page: {recipe.run / GATE_PAGE}")
-
-
-_FIGURES = {
-    "worst case": "worst", "against lambda": "at_lam", "least against lambda": "lower", "gap": "gap",
-    "capacity": "capacity", "Z": "z",
-}  # fmt: skip
-"""Figures of a certificate by what a table calls them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,13 +70,12 @@ def trace(
     folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of the routed model.", callback=takes("routed"))],
     text: Annotated[str, Argument(metavar="TEXT", help="Text; - reads it from stdin.")],
     base: options.Base = None,
-    top: Annotated[int, Option(help="Experts named per token and layer.", min=1)] = 3,
+    top: Annotated[int, Option(help="Number of experts named per token.", min=1)] = 3,
     html: Annotated[Path | None, Option(metavar="PAGE.html", help="Path of a page with the same as a chart.")] = None,
 ) -> Iterator[Any]:
     """Show which experts handle each token of a text.
 
-    A token's weights are means over the modules. The entropy of a layer's usage is 0 where one expert does all and the
-    logarithm of their number where all are used alike.
+    A token's weights are means over the modules; the page (--html) shows every module.
     """
     from weftlm.pipeline.recipe import refuse_project_page
 
@@ -97,16 +95,6 @@ def trace(
         for place, (token, weights_E) in enumerate(zip(traced.tokens, found.token_weights_TE, strict=True))
     }
     print_rows(f"{folder}: mean over {len(found.modules)} modules", rows, {"token": "token", "experts": "experts"})
-    layers = {
-        layer: {
-            "modules": len(modules),
-            "entropy": float(found.entropy_S[modules].mean()),
-            "experts": _shares(found.usage_SE[modules].mean(dim=0), found.experts, top),
-        }
-        for layer, modules in found.layers().items()
-    }
-    title = f"usage by layer (largest entropy {math.log(len(found.experts)):.2f} nats)"
-    print_rows(title, layers, {key: key for key in ("modules", "entropy", "experts")}, first="layer")
     if html is not None:
         say(f"page: {html}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -113,22 +112,18 @@ def open_model(
     model.eval()
     for each in () if encoder_decoder else inner:
         require_decoder_only(each, str(path))
-    found = _tokenizer([tokenizer] if tokenizer is not None else places, revision, str(path))
+    tried = [tokenizer] if tokenizer is not None else [each for each in places if each]
+    found = next((one for one in (find_tokenizer(each, revision) for each in tried) if one is not None), None)
+    if found is None:
+        raise DataError(
+            f"{path} comes without a tokenizer (looked in {', '.join(tried)}); save one beside it, or name one "
+            "(tokenizer)"
+        )
     for each in inner:
         check_vocabulary(each, found.vocab_size, str(path))
     if kind == "routed" and model.router.needs_text:
         model.router.set_decode(found.decode)
     return OpenModel(str(path), kind, model, found, experts)
-
-
-def _tokenizer(places: Sequence[str | None], revision: str | None, path: str) -> Tokenizer:
-    for place in filter(None, places):
-        if (found := find_tokenizer(place, revision)) is not None:
-            return found
-    raise DataError(
-        f"{path} comes without a tokenizer (looked in {', '.join(filter(None, places))}); save one "
-        "beside it, or name one (tokenizer)"
-    )
 
 
 def _positions(model: nn.Module) -> int | None:

@@ -39,7 +39,6 @@ from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
 from weftlm.routing.router import build_router
-from weftlm.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +232,7 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
 def _export_adapters(
     folder: Path, output: Path, expert: str | None, base: str | None, revision: str | None
 ) -> dict[str, Any]:
-    """Every expert of a routed model or a library as a PEFT folder, and how to load them."""
+    """Every expert of a routed model or a library as a PEFT folder."""
     if (folder / ROUTED).exists():
         names = parse_json((folder / ROUTED).read_text(encoding="utf-8"))["experts"]
         library = ExpertLibrary.open(folder / EXPERTS)
@@ -268,7 +267,6 @@ def _export_adapters(
             with unchanged(model), peft_warnings():  # as PEFT alone loads what was written
                 found_BTV = probe_logits(PeftModel.from_pretrained(model, str(making / name), use_safetensors=True))
             require_same_logits(found_BTV, wanted_BTV, str(making / name), model.dtype)
-        (making / "README.md").write_text(_how_to_load(output, reference, chosen), encoding="utf-8")
         return {
             "source": str(folder),
             "output": str(output),
@@ -278,35 +276,6 @@ def _export_adapters(
             "base": reference.name,
             "files": sorted(file.name for file in making.iterdir()),
         }
-
-
-def _how_to_load(output: Path, base: BaseReference, names: Sequence[str]) -> str:
-    at = "" if base.revision is None else f", revision={base.revision!a}"
-    others = "".join(f"model.load_adapter(folder + {'/' + name!a}, adapter_name={name!a})\n" for name in names[1:])
-    return (
-        f"# LoRA adapters over {_code(base.name) if base.name else 'a base without a name'}\n\n"
-        "One PEFT folder per expert:\n\n" + "".join(f"- {_code(name)}\n" for name in names) + "\n"
-        "```python\n"
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"folder = {str(output.resolve())!a}\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base.name!a}{at})\n"
-        f"model = PeftModel.from_pretrained(base, folder + {'/' + names[0]!a}, adapter_name={names[0]!a})\n"
-        f"{others}"
-        f"model.set_adapter({names[-1]!a})\n"
-        "```\n\n"
-        "PEFT runs the adapter that is set, for all tokens. Choosing among them for every token takes weftlm: gates\n"
-        "and routers are not part of PEFT's format and are not here.\n"
-    )
-
-
-def _code(name: str) -> str:
-    """A name as a code span of Markdown, fenced by more backticks than it holds."""
-    fence = "`"
-    while fence in name:
-        fence += "`"
-    space = " " if "`" in name else ""
-    return f"{fence}{space}{printable(name)}{space}{fence}"
 
 
 # -- GGUF ---------------------------------------------------------------------------------------------------------

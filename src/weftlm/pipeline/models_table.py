@@ -131,7 +131,7 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 def read_evaluation(recipe: Recipe) -> dict[str, Any]:
     """What `evaluate_models` found; errors as `read_measured`."""
-    return read_measured(recipe.run / EVALUATION, "evaluate", "models")
+    return read_measured(recipe.run / EVALUATION, "evaluate")
 
 
 @torch.inference_mode()

@@ -184,8 +184,6 @@ def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, An
             name: {part: round(seconds, 2) for part, seconds in result["seconds"].items()}
             for name, result in results.items()
         },
-        "weights": {name: result["weights"] for name, result in results.items()},
-        "epochs_of_the_most_read_domain": {name: max(result["epochs"].values()) for name, result in results.items()},
     }
 
 

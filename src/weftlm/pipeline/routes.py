@@ -369,7 +369,7 @@ def route_experts(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 def read_routing(recipe: Recipe) -> dict[str, Any]:
     """What `route_experts` found; errors as `read_measured`."""
-    return read_measured(recipe.run / ROUTING, "route", "rows")
+    return read_measured(recipe.run / ROUTING, "route")
 
 
 @torch.inference_mode()
