@@ -170,7 +170,9 @@ def doors(library: Path, out: Path) -> dict[str, Callable[[Path], object]]:
         "export": lambda folder: export_model(folder, out),
         "route": lambda folder: RoutedModel.from_library(folder, library, "uniform"),
         "gate": lambda folder: ExpertPool.load([ExpertSource(name="a", model=str(folder))]),
-        "gate over a library": lambda folder: ExpertPool.from_library(library, folder),
+        "gate over a library": lambda folder: ExpertPool.load(
+            [ExpertSource(name="a", library=str(library), model=str(folder))]
+        ),
         "lm-eval": lm_eval,
     }
 

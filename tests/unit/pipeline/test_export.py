@@ -23,7 +23,7 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import read_lora
 from weftlm.experts.merge import fold
 from weftlm.gating.bayes import FixedShareGate
-from weftlm.gating.experts import ExpertPool
+from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
@@ -212,7 +212,7 @@ def test_a_gated_model_gives_one_of_its_models_and_never_itself(gated: Path, tmp
 
 
 def test_an_adapter_of_a_gated_model_is_folded_into_its_base(library: Path, tmp_path: Path) -> None:
-    pool = ExpertPool.from_library(library, ExpertLibrary.open(library).base.name)
+    pool = ExpertPool.load([ExpertSource(name=name, library=str(library), expert=name) for name in "ab"])
     ModularLM(pool, FixedShareGate.of([0.5, 0.5], 0.05)).save_pretrained(tmp_path / "gated")
     with torch.no_grad():
         expected = pool.expert("b").log_probs(IDS)
@@ -312,7 +312,7 @@ def test_an_adapter_on_a_tied_head_is_exported_exactly(door: str, tmp_path: Path
         words().save(source / "tokenizer")
     if door == "gated":
         source = tmp_path / "gated"
-        pool = ExpertPool.from_library(made, tmp_path / "base")
+        pool = ExpertPool.load([ExpertSource(name="a", library=str(made.folder), expert="a")])
         ModularLM(pool, FixedShareGate.of([1.0], 0.05)).save_pretrained(source)
     if door == "gguf":
         export_model(source, tmp_path / "out", **options, format="gguf", converter=converter)
