@@ -119,7 +119,7 @@ def test_permuting_the_experts_permutes_the_student():
 
 @pytest.mark.slow
 def test_one_expert_per_token_comes_near_the_best_choice_at_every_prefix():
-    language, _, teacher = robust(0, "linear", length=4)
+    language, _, teacher = robust(0, "linear")
     pi = language.model(teacher)
     pi = pi / pi.sum()
     best = kl(pi, language.routed(language.best_single(pi)))

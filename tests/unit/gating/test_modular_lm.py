@@ -289,11 +289,3 @@ def test_a_gate_trained_for_few_experts_is_served_with_as_many():
     assert model.config.top_m == 2
     assert ModularLM(mixed_pool(), gate, top_m=1).config.top_m == 1
     assert model.generate(tokens(2, 6), max_new_tokens=5, num_beams=2).shape == (2, 11)
-
-
-def test_experts_stay_frozen_and_in_evaluation_mode():
-    model = ModularLM(whole_pool(2), GATES["uniform"](2))
-    model.train()
-    assert not any(module.training for module in model.pool.modules())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.to(torch.float64).dtype == torch.float64

@@ -63,12 +63,6 @@ def test_a_fit_reports_on_the_way_and_is_deterministic():
     assert more.worst < one.worst + 1e-6
 
 
-def test_mini_batches_depend_on_the_seed():
-    configs = [SHORT.model_copy(update={"batch_sequences": 8, "seed": seed}) for seed in (0, 0, 1)]
-    worst = [fit_robust_gate(sets(0), sets(1), config=config).worst for config in configs]
-    assert worst[0] == worst[1] != worst[2]
-
-
 def test_the_penalty_of_mini_batches_is_the_square_on_average():
     problem = make_problem(sets(0), sets(1, count=60))
     gate = init_gate("linear", 2, Features.joined([one.features for one in problem.samples]))
