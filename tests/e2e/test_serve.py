@@ -73,14 +73,6 @@ def test_completions_are_the_same_alone_streamed_and_together(client: openai.Ope
         assert list(pool.map(text, [0.0, 1.0] * 3)) == [alone[0.0], alone[1.0]] * 3
 
 
-def test_usage_and_finish(client: openai.OpenAI, opened: OpenModel) -> None:
-    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=5, temperature=0)
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len(opened.tokenizer.encode_batch([PROMPT])[0])
-    assert answer.usage.completion_tokens == 5
-    assert answer.choices[0].finish_reason == "length"
-
-
 def test_each_choice_equals_a_request_with_its_seed(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12}
     together = client.completions.create(**settings, n=3, seed=10)
@@ -158,7 +150,7 @@ def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'huge'") as missing:
         client.completions.create(model="huge", prompt="a")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
-    with pytest.raises(openai.BadRequestError, match="penalties") as wrong:
+    with pytest.raises(openai.BadRequestError, match="presence_penalty is not offered") as wrong:
         client.completions.create(model="tiny", prompt="a", presence_penalty=1)
     assert wrong.value.param == "presence_penalty"
     with pytest.raises(openai.BadRequestError, match="reads 256 tokens"):
@@ -179,7 +171,7 @@ def test_errors_of_a_server_in_need(opened: OpenModel) -> None:
             stranger.models.list()
         with pytest.raises(openai.RateLimitError) as busy:
             client.completions.create(model="full", prompt="a")
-        assert busy.value.response.headers["retry-after"] == "3"
+        assert busy.value.response.headers["retry-after"] == "1"
         with pytest.raises(openai.APIStatusError) as slow:
             client.completions.create(model="late", prompt="a")
         assert slow.value.status_code == 408
@@ -238,14 +230,11 @@ def test_the_command_refuses(call: Call, folder: Path, monkeypatch: pytest.Monke
     assert "timeout_seconds" in call("serve", folder, "--timeout-seconds", "0", code=2)
     assert "slots" in call("serve", folder, "--slots", "0", code=2)
     assert "there is no folder" in call("serve", "./nowhere/at/all", "--port", "0", code=2)
+    two = ("serve", folder, folder, "--name", "a", "--name", "b")
+    assert "--revision is of one model and 2 came" in call(*two, "--revision", "main", code=2)
+    assert "allowed: float32" in call("serve", folder, "--port", "0", "--dtype", "half", code=2)
     monkeypatch.setenv(KEYS_VARIABLE, ",")
     assert "holds no key" in call("serve", folder, code=2)
-
-
-def test_what_goes_with_one_model_is_refused_for_two(call: Call, folder: Path) -> None:
-    said = call("serve", folder, folder, "--name", "a", "--name", "b", "--revision", "main", code=2)
-    assert "--revision is of one model and 2 came" in said
-    assert "allowed: float32" in call("serve", folder, "--port", "0", "--dtype", "half", code=2)
 
 
 def test_without_its_packages_the_command_names_the_extra() -> None:

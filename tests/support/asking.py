@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from support.served import VOCAB
 
 from weftlm.serving.engine import Engine
-from weftlm.serving.request import Finished, Sampling, Ticket, Token
+from weftlm.serving.request import Event, Finished, Sampling, Token
 
 PATIENCE_S = 60.0
+
+
+class Ticket:
+    """A request and its events, taken one by one."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[], None] | None = None,
+    ) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.on_event = on_event
+        self.request = engine.submit(prompt, sampling, self._take, timeout_s=timeout_s)
+        self.cancel = self.request.cancel
+
+    def _take(self, event: Event) -> None:
+        self.events.put(event)
+        if self.on_event is not None:
+            self.on_event()
+
+    def next(self) -> Event:
+        return self.events.get(timeout=PATIENCE_S)
 
 
 @dataclass(frozen=True)
@@ -35,33 +62,34 @@ class Answer:
 def collect(ticket: Ticket) -> Answer:
     """Everything up to the end."""
     tokens: list[Token] = []
-    while isinstance(event := ticket.next(PATIENCE_S), Token):
+    while isinstance(event := ticket.next(), Token):
         tokens.append(event)
     return Answer(tuple(tokens), event)
 
 
 def ask(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Answer:
     """One request alone."""
-    return collect(engine.submit(list(prompt), sampling))
+    return collect(Ticket(engine, prompt, sampling))
 
 
 @contextmanager
 def held(engine: Engine) -> Iterator[None]:
-    """The engine's worker does nothing meanwhile."""
-    begun, go = threading.Event(), threading.Event()
+    """The engine's worker begins no turn meanwhile, nor is it within one."""
+    begun, go, turn = threading.Event(), threading.Event(), engine._turn
 
     def wait() -> None:
         begun.set()
         go.wait(PATIENCE_S)
+        turn()
 
-    thread = threading.Thread(target=engine.call, args=(wait,))
-    thread.start()
-    assert begun.wait(PATIENCE_S)
+    engine._turn = wait  # type: ignore[method-assign]
+    while not begun.wait(0.005) and engine.running + engine.waiting:
+        pass
     try:
         yield
     finally:
+        engine._turn = turn  # type: ignore[method-assign]
         go.set()
-        thread.join(PATIENCE_S)
 
 
 def requests(

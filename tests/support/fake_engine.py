@@ -1,104 +1,96 @@
-"""A generator without a model: it says what a test scripts, at once or when told to."""
+"""An engine without a model: it answers with what a test scripts, at once or when told to."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.serving.request import Finished, Load, QueueFullError, Sampling, Token
+from weftlm.serving.detokenise import AnswerText
+from weftlm.serving.engine import Engine, RequestState
+from weftlm.serving.request import Event, Finished, QueueFullError, Sampling, Token, check_prompt
 
-Script = Callable[[list[int], Sampling], Sequence[Token | Finished]]
+Script = Callable[[Sequence[int], Sampling], Sequence[Event]]
 
 
-class FakeTicket:
+class FakeRequest(RequestState):
     """A request; `say` is the engine's side."""
 
-    def __init__(self, prompt_ids: list[int], sampling: Sampling, on_event: Callable[[], None] | None) -> None:
-        self.prompt_ids = prompt_ids
-        self.sampling = sampling
-        self.timeout_s: float | None = None
-        self.cancelled = threading.Event()
-        self.finished = False
-        self._on_event = on_event
-        self._events: queue.SimpleQueue[Token | Finished] = queue.SimpleQueue()
+    def __init__(
+        self, prompt: Sequence[int], sampling: Sampling, send: Callable[[Event], None], timeout_s: float | None
+    ) -> None:
+        super().__init__(prompt, sampling, AnswerText(lambda _: "", ()), 0.0, send)
+        self.timeout_s = timeout_s
+        self.given_up = threading.Event()
 
-    def say(self, event: Token | Finished) -> None:
-        if self.finished:
-            return
-        self.finished = isinstance(event, Finished)
-        self._events.put(event)
-        if self._on_event is not None:
-            self._on_event()
-
-    def next(self, timeout_s: float | None = None) -> Token | Finished:
-        try:
-            return self._events.get_nowait() if timeout_s == 0 else self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            raise TimeoutError from None
+    def say(self, event: Event) -> None:
+        if self.finished is None:
+            self.record(event)
 
     def cancel(self) -> None:
         self.say(Finished("cancelled"))
-        self.cancelled.set()
+        self.given_up.set()
 
 
-class FakeEngine:
-    """Answers with a script; without one it waits until the test speaks through its tickets.
+class FakeEngine(Engine):
+    """Answers with a script; without one it waits until the test speaks through its requests.
 
     Attributes:
-        tickets: of all requests, in order.
-        places: requests that are let in; None for any number.
+        requests: All requests, in order.
+        places: Number of requests that are let in; None for any number.
     """
 
     def __init__(self, opened: OpenModel, script: Script | None = None, places: int | None = None) -> None:
         self.opened = opened
         self.script = script
         self.places = places
-        self.tickets: list[FakeTicket] = []
+        self.requests: list[FakeRequest] = []
         self.asked = threading.Semaphore(0)
+        self.generated_tokens, self.prompt_tokens = 7, 5
+        self.finished = Counter(stop=3)
 
     def submit(
         self,
-        prompt_ids: list[int],
+        prompt_ids: Sequence[int],
         sampling: Sampling,
+        send: Callable[[Event], None],
         *,
         timeout_s: float | None = None,
-        on_event: Callable[[], None] | None = None,
-    ) -> FakeTicket:
-        if self.places is not None and len(self.running) >= self.places:
-            raise QueueFullError(len(self.running), 2.4)
-        ticket = FakeTicket(prompt_ids, sampling, on_event)
-        ticket.timeout_s = timeout_s
-        self.tickets.append(ticket)
+    ) -> RequestState:
+        check_prompt(prompt_ids, sampling.max_tokens, self.opened.tokenizer.vocab_size, self.opened.max_length)
+        if self.places is not None and self.running >= self.places:
+            raise QueueFullError(f"{self.running} requests wait already")
+        request = FakeRequest(prompt_ids, sampling, send, timeout_s)
+        self.requests.append(request)
         for event in self.script(prompt_ids, sampling) if self.script is not None else ():
-            ticket.say(event)
+            request.say(event)
         self.asked.release()
-        return ticket
+        return request
 
-    def wait_for_request(self) -> FakeTicket:
+    def wait_for_request(self) -> FakeRequest:
         """The newest request, once there is one more."""
         assert self.asked.acquire(timeout=10), "no request came"
-        return self.tickets[-1]
+        return self.requests[-1]
 
     @property
-    def running(self) -> list[FakeTicket]:
-        return [ticket for ticket in self.tickets if not ticket.finished]
+    def running(self) -> int:
+        return sum(request.finished is None for request in self.requests)
 
-    def load(self) -> Load:
-        return Load(len(self.running), 0, 7, 5, dict(Counter(stop=len(self.tickets) - len(self.running))))
+    @property
+    def waiting(self) -> int:
+        return 0
 
     def close(self) -> None:
-        for ticket in self.tickets:
-            ticket.say(Finished("cancelled"))
+        for request in self.requests:
+            request.say(Finished("cancelled"))
 
 
 def words(opened: OpenModel) -> Script:
     """A script: the prompt again and again, token by token, up to `max_tokens`; honours nothing but `logprobs`."""
 
-    def script(prompt_ids: list[int], sampling: Sampling) -> list[Token | Finished]:
-        said: list[Token | Finished] = []
+    def script(prompt_ids: Sequence[int], sampling: Sampling) -> list[Event]:
+        said: list[Event] = []
         for place in range(sampling.max_tokens):
             token = prompt_ids[place % len(prompt_ids)]
             text = opened.tokenizer.decode([token])

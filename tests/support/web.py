@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from weftlm.serving.app import build_app
-from weftlm.serving.request import Generator
+from weftlm.serving.engine import Engine
 from weftlm.serving.serve_config import ServeConfig
 from weftlm.serving.server import Server, address_of, listen
 
@@ -40,7 +40,7 @@ class Web:
 
 
 @contextmanager
-def serving(engines: Mapping[str, Generator], config: ServeConfig | None = None) -> Iterator[Web]:
+def serving(engines: Mapping[str, Engine], config: ServeConfig | None = None) -> Iterator[Web]:
     """Serve engines until the block ends; they are closed with the server."""
     config = config or ServeConfig()
     ready = threading.Event()

@@ -3,77 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST, Histogram, generate_latest
+from fastapi import APIRouter, Depends, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from weftlm import __version__
 from weftlm.errors import ConfigError
-from weftlm.serving.answers import GRACE_SECONDS, Answers, unless_gone
-from weftlm.serving.api_errors import ApiError, add_handlers
-from weftlm.serving.chat_template import ClosedError, RefusedError, Templates
-from weftlm.serving.forms import ChatForm, CompletionForm, Form, sse
-from weftlm.serving.limits import Guard, JsonRoute
-from weftlm.serving.metrics import Counting, Metrics
+from weftlm.serving.engine import Engine, RequestState
+from weftlm.serving.limits import ApiError, Guard, add_handlers
+from weftlm.serving.metrics import Metrics
 from weftlm.serving.prompts import Prompts
-from weftlm.serving.request import Finished, Generator, Sampling, Token
-from weftlm.serving.schemas import (
-    SEED_BITS,
-    Asked,
-    Chat,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    ErrorBody,
-    ModelCard,
-    ModelList,
-)
+from weftlm.serving.replies import EventQueue, Form, in_short_calls, sse
+from weftlm.serving.request import ContextLengthError, Event, PromptError, Sampling
+from weftlm.serving.schemas import SEED_BITS, ChatRequest, Completion, CompletionRequest, ErrorBody, GenerationRequest
 from weftlm.serving.serve_config import ServeConfig
 
 COMPLETION_TOKENS = 16
-"""Tokens generated for a completion that does not say how many."""
-LARGE_ANSWER = 4_000
-"""Answers with more tokens and alternatives than this are written in a thread, in short calls."""
+"""Tokens generated for a completion that does not ask for a number."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """A served model.
-
-    Attributes:
-        name: Name clients use.
-        engine: Generates the answers.
-        prompts: The model's tokenizer.
-        first: Histogram of the time to the first token.
-        per_token: Histogram of the mean gap between tokens.
-        created: Start of the server, seconds since 1970.
-    """
-
-    name: str
-    engine: Generator
-    prompts: Prompts
-    first: Histogram
-    per_token: Histogram
-    created: int
-
-    @property
-    def card(self) -> ModelCard:
-        """The model in `/v1/models`."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "weftlm"}
+async def _after_response() -> AsyncIterator[ExitStack]:
+    """What is to be done when a response has ended, however it ends."""
+    with ExitStack() as stack:
+        yield stack
 
 
-def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: Sequence[APIRouter] = ()) -> FastAPI:
-    """The application that serves engines by their names.
+AfterResponse = Annotated[ExitStack, Depends(_after_response)]
 
-    It starts and stops no engine. Set `app.state.stopping` before they are closed, so that late requests get 503.
+
+def build_app(engines: Mapping[str, Engine], config: ServeConfig, *, pages: Sequence[APIRouter] = ()) -> FastAPI:
+    """The application that serves engines by their names; it starts and stops none.
 
     Args:
         engines: Engines by name, at least one.
@@ -86,37 +51,18 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
         raise ConfigError("there is no model to serve; name at least one")
     for name in engines:
         if not name or "/" in name or not name.isprintable() or len(name) > 200:
-            raise ConfigError(
-                f"a model's name is {name!r}; it must be printable, without '/', of at most 200 characters"
-            )
+            message = f"a model's name is {name!r}; it must be printable, without '/', of at most 200 characters"
+            raise ConfigError(message)
     metrics = Metrics(engines)
-    templates = Templates()
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        templates.close()
-
     app = FastAPI(
         title="weftlm",
         version=__version__,
         description="Models of weftlm behind OpenAI's API. Every error has a JSON body.",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    app.state.stopping = False
-    app.state.templates = templates
     add_handlers(app)
-    served = {
-        name: Served(
-            name, engine, Prompts(engine.opened), metrics.first.labels(name), metrics.per_token.labels(name),
-            int(time.time()),
-        )
-        for name, engine in engines.items()
-    }  # fmt: skip
-    app.include_router(_openai_router(served, config, templates))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -128,236 +74,176 @@ def build_app(engines: Mapping[str, Generator], config: ServeConfig, *, pages: S
         """Figures for Prometheus."""
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    for page in pages:
-        app.include_router(page)
-    app.add_middleware(Guard, config=config, answer_seconds=config.timeout_seconds + GRACE_SECONDS + 1.0)
-    app.add_middleware(Counting, metrics=metrics)
+    for router in (_openai_router(engines, config, metrics), *pages):
+        app.include_router(router)
+    app.add_middleware(Guard, config=config, metrics=metrics)
     return app
 
 
-def _openai_router(served: Mapping[str, Served], config: ServeConfig, templates: Templates) -> APIRouter:
-    router = APIRouter(prefix="/v1", route_class=JsonRoute)
+def _openai_router(engines: Mapping[str, Engine], config: ServeConfig, metrics: Metrics) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    served = {name: Prompts(engine.opened) for name, engine in engines.items()}
+    created = int(time.time())
 
-    def find(name: str) -> Served:
-        if name not in served:
-            known = ", ".join(served)
-            raise ApiError(
-                404, f"there is no model {name!r:.200}; allowed: {known}", param="model", code="model_not_found"
-            )
-        return served[name]
+    def prompts_of(model: str) -> Prompts:
+        if model not in served:
+            message = f"there is no model {model!r:.200}; allowed: {', '.join(served)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return served[model]
 
-    async def reply(
-        request: Request, asked: Asked, model: Served, prompts: list[list[int]], sampling: Sampling, form: Form
-    ) -> Response:
-        """Queue every prompt n times and answer, whole or piece by piece."""
-        if request.app.state.stopping:
-            raise ApiError(503, "the server stops", code="stopping")
-        each = [(prompt, _seeded(sampling, number)) for prompt in prompts for number in range(asked.choices)]
-        timeout_s = config.timeout_seconds if asked.timeout is None else asked.timeout
-        answers = Answers(model.engine, each, timeout_s, model.first, model.per_token)
-        counted = sum(map(len, prompts))
-        if asked.stream:
-            return await _streamed(request, asked, answers, counted, form)
-        try:
-            await unless_gone(request.receive, _all(answers))
-        finally:
-            answers.cancel()
-        body = form.response(answers.answers, _usage(counted, answers))
-        large = answers.completion_tokens * (1 + (sampling.logprobs or 0)) > LARGE_ANSWER
-        written = await asyncio.to_thread(_in_short_calls, body) if large else json.dumps(body, separators=(",", ":"))
-        return Response(written, media_type="application/json")
+    def card(model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": created, "owned_by": "weftlm"}
 
     @router.get("/models")
-    async def models() -> ModelList:
+    async def models() -> dict[str, Any]:
         """All served models."""
-        return {"object": "list", "data": [model.card for model in served.values()]}
+        return {"object": "list", "data": list(map(card, served))}
 
     @router.get("/models/{model}")
-    async def model(model: str) -> ModelCard:
+    async def model(model: str) -> dict[str, Any]:
         """One served model."""
-        return find(model).card
+        prompts_of(model)
+        return card(model)
 
     @router.post("/completions", response_model=Completion)
-    async def completions(request: Request, asked: CompletionRequest) -> Response:
+    async def completions(request: Request, asked: CompletionRequest, after: AfterResponse) -> Response:
         """Continue texts or token ids."""
-        model = find(asked.model)
-        given = asked.prompt
-        prompts: Any = given if isinstance(given, list) and isinstance(given[0], str | list) else [given]
-        _check_answers(asked, len(prompts), config)
-        if asked.best_of not in (None, asked.choices):
-            message = f"best_of is {asked.best_of} and n {asked.choices}: ranked answers are not offered"
+        prompts, given = prompts_of(asked.model), asked.prompt
+        each: Any = given if isinstance(given, list) and isinstance(given[0], str | list) else [given]
+        _check(asked, len(each), config)
+        if asked.best_of not in (None, asked.n or 1):
+            message = f"best_of is {asked.best_of} and n {asked.n or 1}: ranked answers are not offered"
             raise ApiError(400, f"{message}; leave best_of out", param="best_of", code="unsupported_value")
-        if isinstance(prompts[0], str):
+        if isinstance(each[0], str):
             special = asked.add_special_tokens is not False
-            prompts = await asyncio.to_thread(lambda: [model.prompts.text(text, special=special) for text in prompts])
-        _check_ids(model, prompts)
-        tokens = _room(model, prompts, asked.max_tokens, COMPLETION_TOKENS, "prompt", config)
-        form = CompletionForm(model.name, model.prompts, asked.logprobs)
-        return await reply(request, asked, model, prompts, _sampling(asked, tokens, asked.logprobs), form)
+            each = await asyncio.to_thread(lambda: [prompts.text(text, special=special) for text in each])
+        form = Form(asked.model, prompts, asked.logprobs, chat=False)
+        return await reply(request, asked, each, asked.max_tokens, form, after)
 
-    @router.post("/chat/completions", response_model=Chat)
-    async def chat(request: Request, asked: ChatRequest) -> Response:
+    @router.post("/chat/completions", response_model=Completion)
+    async def chat(request: Request, asked: ChatRequest, after: AfterResponse) -> Response:
         """Answer in a conversation.
 
         The tokenizer's chat template writes the prompt. For a model without one it is a line `role: text` for each
         message and the line `assistant:`.
         """
-        model = find(asked.model)
-        _check_answers(asked, 1, config)
-        prompts = [await _chat_ids(model.prompts, [message.fields() for message in asked.messages], templates)]
-        wanted = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-        tokens = _room(model, prompts, wanted, config.max_new_tokens, "messages", config)
-        top = (asked.top_logprobs or 0) if asked.logprobs else None
-        form = ChatForm(model.name, model.prompts, top)
-        return await reply(request, asked, model, prompts, _sampling(asked, tokens, top), form)
+        prompts = prompts_of(asked.model)
+        _check(asked, 1, config)
+        try:
+            with _naming("messages"):
+                ids = await asyncio.to_thread(prompts.chat, [message.fields() for message in asked.messages])
+        except TimeoutError as error:
+            raise ApiError(500, f"{error}; the model needs another one", code="chat_template_failed") from None
+        wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        form = Form(asked.model, prompts, (asked.top_logprobs or 0) if asked.logprobs else None, chat=True)
+        return await reply(request, asked, [ids], wanted, form, after)
+
+    def max_tokens(model: str, prompts: Sequence[Sequence[int]], wanted: int | None, default: int) -> int:
+        """Tokens each answer may have: what was asked for, or the default as far as the context allows it."""
+        longest, context = max(map(len, prompts)), engines[model].opened.max_length
+        if wanted is not None and wanted > config.max_new_tokens:
+            message = f"max_tokens is {wanted:,}; at most {config.max_new_tokens:,} tokens are generated per answer"
+            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        if longest > config.max_prompt_tokens:
+            message = f"the prompt has {longest:,} tokens; at most {config.max_prompt_tokens:,} are allowed"
+            raise ContextLengthError(message)
+        left = default if context is None else max(1, context - longest)
+        return min(default, left, config.max_new_tokens) if wanted is None else wanted
+
+    async def reply(
+        request: Request,
+        asked: GenerationRequest,
+        prompts: Sequence[list[int]],
+        wanted: int | None,
+        form: Form,
+        after: ExitStack,
+    ) -> Response:
+        """Queue every prompt n times and answer, whole or piece by piece.
+
+        Nothing of a stream is sent before its first event has come, so that what fails before it is an ordinary error.
+        """
+        engine, timeout_s = engines[asked.model], asked.timeout or config.timeout_seconds
+        queue, answers = EventQueue(), list[RequestState]()
+        with _naming("messages" if form.chat else "prompt"):
+            tokens = max_tokens(asked.model, prompts, wanted, config.max_new_tokens if form.chat else COMPLETION_TOKENS)
+            for prompt, sampling in itertools.product(prompts, _samplings(asked, tokens, form.top)):
+                answers.append(engine.submit(prompt, sampling, queue.sender(len(answers)), timeout_s=timeout_s))
+                after.callback(metrics.observe, asked.model, answers[-1])
+                after.callback(answers[-1].cancel)
+
+        def usage() -> dict[str, int]:
+            read, made = sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers)
+            return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+        events = queue.until_finished(answers, request, stream=bool(asked.stream))
+        first = await anext(events)
+        if asked.stream:
+            counts = usage if asked.stream_options is not None and asked.stream_options.include_usage else None
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            lines = _lines(first, events, form, counts)
+            return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
+        async for _ in events:
+            pass
+        written = await asyncio.to_thread(in_short_calls, form.whole(answers, usage()))
+        return Response(written, media_type="application/json")
 
     return router
 
 
-# ----------------------------------------------------------------------------------------------------------- requests
-
-
-async def _chat_ids(prompts: Prompts, messages: list[dict[str, str]], templates: Templates) -> list[int]:
-    """Ids of a conversation, made in a thread; chat templates are rendered in another process."""
-    pool = templates.pool if prompts.has_template else None
+async def _lines(
+    first: tuple[int, Event],
+    events: AsyncIterator[tuple[int, Event]],
+    form: Form,
+    usage: Callable[[], dict[str, int]] | None,
+) -> AsyncIterator[bytes]:
+    """One event per piece, then the token counts if asked for, then `[DONE]`; a failure is sent as the last event."""
+    counts = {} if usage is None else {"usage": None}
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool, prompts.chat, messages, templates.render)
-    except RefusedError as error:
-        raise ApiError(400, f"messages: the model's chat template refuses them: {error}", param="messages") from None
-    except TimeoutError as error:
-        raise ApiError(500, f"{error}; the model needs another one", code="chat_template_failed") from None
-    except (ClosedError, RuntimeError) as error:  # RuntimeError: the pool is shut down
-        raise ApiError(503, "the server stops", code="stopping") from error
+        for choice in form.pieces(*first):
+            yield sse(form.chunk([choice]) | counts)
+        async for event in events:
+            for choice in form.pieces(*event):
+                yield sse(form.chunk([choice]) | counts)
+                await asyncio.sleep(0)  # others' turn; and a connection lost meanwhile is noticed
+    except ApiError as error:
+        yield sse(error.body())
+        return
+    if usage is not None:
+        yield sse(form.chunk([]) | {"usage": usage()})
+    yield b"data: [DONE]\n\n"
 
 
-def _check_answers(asked: Asked, prompts: int, config: ServeConfig) -> None:
-    if prompts * asked.choices > config.max_answers:
-        message = f"{prompts} prompts and n {asked.choices} make {prompts * asked.choices} answers"
-        raise ApiError(400, f"{message}; at most {config.max_answers}", param="n", code="invalid_value")
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Name the field at fault where a prompt is refused."""
+    try:
+        yield
+    except PromptError as error:
+        raise ApiError(400, str(error), param=param, code=error.code) from None
+
+
+def _check(asked: GenerationRequest, prompts: int, config: ServeConfig) -> None:
+    answers = prompts * (asked.n or 1)
+    if answers > config.max_answers:
+        message = f"{prompts} prompts and n {asked.n or 1} make {answers} answers; at most {config.max_answers}"
+        raise ApiError(400, message, param="n", code="invalid_value")
     if asked.timeout is not None and asked.timeout > config.timeout_seconds:
         message = f"timeout is {asked.timeout:g}; at most {config.timeout_seconds:g} seconds are allowed"
         raise ApiError(400, message, param="timeout", code="invalid_value")
 
 
-def _check_ids(model: Served, prompts: Sequence[Sequence[int]]) -> None:
-    vocabulary = model.engine.opened.tokenizer.vocab_size
-    largest = max(map(max, prompts))
-    if largest >= vocabulary:
-        message = f"prompt: the token id {largest} is not in the vocabulary; ids are below {vocabulary}"
-        raise ApiError(400, message, param="prompt", code="invalid_value")
-
-
-def _room(
-    model: Served, prompts: Sequence[Sequence[int]], wanted: int | None, default: int, param: str, config: ServeConfig
-) -> int:
-    """Tokens each answer may have: what was asked for, or the default as far as the context leaves it."""
-    context = model.engine.opened.max_length
-    most = config.max_new_tokens if context is None else max(1, min(config.max_new_tokens, context - 1))
-    if wanted is not None and wanted > most:
-        message = f"max_tokens is {wanted:,}; {model.name} generates at most {most:,} tokens per answer"
-        raise ApiError(400, message, param="max_tokens", code="invalid_value")
-    longest = max(map(len, prompts))
-    if longest > config.max_prompt_tokens:
-        message = f"the prompt has {longest:,} tokens; at most {config.max_prompt_tokens:,} are allowed"
-        raise ApiError(400, message, param=param, code="context_length_exceeded")
-    left = most if context is None else context - longest
-    if left < (wanted or 1):
-        message = (
-            f"{model.name} reads {context:,} tokens; the prompt has {longest:,} and {wanted or 1:,} more were asked "
-            "for; shorten it, or ask for fewer"
-        )
-        raise ApiError(400, message, param=param, code="context_length_exceeded")
-    return min(default, most, left) if wanted is None else wanted
-
-
-def _sampling(asked: Asked, tokens: int, top: int | None) -> Sampling:
-    """How the tokens of a request are drawn."""
-    return Sampling(
+def _samplings(asked: GenerationRequest, tokens: int, top: int | None) -> list[Sampling]:
+    """How the tokens of each answer to a prompt are drawn: the seed is the request's plus its number, modulo 2^63."""
+    first = Sampling(
         max_tokens=tokens,
         temperature=0.0 if asked.top_p == 0 else 1.0 if asked.temperature is None else asked.temperature,
         top_p=asked.top_p or 1.0,
         seed=asked.seed,
-        stop=asked.stops,
+        stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
         logprobs=top,
         ignore_eos=bool(asked.ignore_eos),
     )
-
-
-def _seeded(sampling: Sampling, number: int) -> Sampling:
-    """The sampling of one of several answers: its seed is the request's plus its number, modulo 2^63."""
-    return replace(sampling, seed=None if sampling.seed is None else (sampling.seed + number) % (1 << SEED_BITS))
-
-
-# ---------------------------------------------------------------------------------------------------------- responses
-
-
-class _Events(StreamingResponse):
-    """Server-sent events of answers that are cancelled when the response ends, however it ends."""
-
-    def __init__(self, events: AsyncIterator[bytes], answers: Answers) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self.answers = answers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answers.cancel()
-
-
-async def _streamed(request: Request, asked: Asked, answers: Answers, prompt_tokens: int, form: Form) -> Response:
-    """One event per chunk, then the counts where asked for, then `[DONE]`.
-
-    Nothing is sent before the first event has come, so that what fails before it is an ordinary error. What fails later
-    is sent as an event `{"error": ...}`, the last one.
-    """
-    with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-    events = answers.events()
-
-    async def begun() -> tuple[int, Token | Finished]:
-        return await anext(events)
-
-    try:
-        first = await unless_gone(request.receive, begun())
-    except BaseException:
-        answers.cancel()
-        raise
-
-    async def lines() -> AsyncIterator[bytes]:
-        try:
-            async for index, event in _chain(first, events):
-                for choice in form.chunks(index, event):
-                    yield form.event([choice], {"usage": None} if with_usage else {})
-                    await asyncio.sleep(0)  # others' turn; and a connection lost meanwhile is noticed
-        except ApiError as error:
-            yield sse(error.body())
-            return
-        if with_usage:
-            yield form.event([], {"usage": _usage(prompt_tokens, answers)})
-        yield b"data: [DONE]\n\n"
-
-    return _Events(lines(), answers)
-
-
-async def _chain(
-    first: tuple[int, Token | Finished], rest: AsyncIterator[tuple[int, Token | Finished]]
-) -> AsyncIterator[tuple[int, Token | Finished]]:
-    yield first
-    async for item in rest:
-        yield item
-
-
-async def _all(answers: Answers) -> None:
-    async for _ in answers.events():
-        pass
-
-
-def _usage(prompt_tokens: int, answers: Answers) -> dict[str, int]:
-    made = answers.completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
-
-
-def _in_short_calls(value: Any) -> str:
-    """JSON written by many short calls: one for all of it would keep Python's lock, and so the event loop."""
-    return "".join(json.JSONEncoder(separators=(",", ":")).iterencode(value))
+    if asked.seed is None:
+        return [first] * (asked.n or 1)
+    seeds = ((asked.seed + number) % (1 << SEED_BITS) for number in range(asked.n or 1))
+    return [first.model_copy(update={"seed": seed}) for seed in seeds]

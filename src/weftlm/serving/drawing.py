@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weftlm.errors import NumericsError
-from weftlm.serving.request import Sampling
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A token and what was asked to be known of it; fields as those of `request.Token`."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+from weftlm.serving.request import Sampling, Token
 
 
 class Draw:
@@ -27,12 +17,12 @@ class Draw:
         p(v) proportional to exp(log p_model(v) / temperature) over the smallest set of most likely tokens whose
         probability is at least top_p
 
-    One number uniform on [0, 1) is drawn per token, from a generator of the request's own, so that neither what else
-    runs nor the settings of a token before change a draw. Everything is computed on the CPU for one request at a time,
-    at the same shapes whatever else runs.
+    One number uniform on [0, 1) is drawn per token, from a generator of the request's own, so that neither other
+    requests nor earlier settings change a draw. Everything is computed on the CPU for one request at a time, at the
+    same shapes whatever else runs.
 
     Args:
-        sampling: the request's settings, checked.
+        sampling: Settings of the request.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -40,13 +30,13 @@ class Draw:
         self._generator = torch.Generator()
         self._generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
 
-    def __call__(self, logits_V: Tensor) -> Drawn:
-        """Draw a token.
+    def __call__(self, logits_V: Tensor) -> Token:
+        """Draw a token, its text not yet known.
 
         Args:
-            logits_V: of the model, up to a constant; any float type, on any device.
+            logits_V: Logits of the model, up to a constant; any float type, on any device.
         Raises:
-            NumericsError: they hold NaN, or no finite number at all.
+            NumericsError: They hold NaN, or no finite number at all.
         """
         logits_V = logits_V.to(device="cpu", dtype=torch.float32)
         best = logits_V.max()
@@ -55,12 +45,12 @@ class Draw:
         sampling = self._sampling
         greedy = sampling.temperature == 0
         if greedy and sampling.logprobs is None:
-            return Drawn(int(logits_V.argmax()))
+            return Token(int(logits_V.argmax()))
         logp_V = torch.log_softmax(logits_V, dim=-1)
         token = int(logits_V.argmax()) if greedy else self._sample(logp_V)
         if sampling.logprobs is None:
-            return Drawn(token)
-        return Drawn(token, float(logp_V[token]), most_likely(logp_V, sampling.logprobs))
+            return Token(token)
+        return Token(token, "", float(logp_V[token]), most_likely(logp_V, sampling.logprobs))
 
     def _sample(self, logp_V: Tensor) -> int:
         scaled_V = logp_V.double()

@@ -1,50 +1,131 @@
-"""What a request must pass before it is read: a host, a key, a size, a time to arrive; and how its JSON is parsed."""
+"""What a request must pass before it is read (a host, a key, a size), and errors in OpenAI's form."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import hmac
 import ipaddress
-from collections.abc import Callable, Coroutine
+import reprlib
+import time
+from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
-from fastapi import Request
-from fastapi.routing import APIRoute
-from pydantic_core import from_json
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from weftlm.serving.api_errors import ApiError
+from weftlm.errors import NumericsError, WeftError
+from weftlm.serving.metrics import Metrics
+from weftlm.serving.request import EngineClosedError, QueueFullError
 from weftlm.serving.serve_config import ServeConfig, host_name
 
-OPEN_PATHS = frozenset({"/", "/healthz"})
-"""Paths answered without a key: the health check, and the page, which holds no data and asks for the key."""
-MAX_STRINGS = 20_000
-"""Maximum number of strings in a JSON body, names of fields included: each takes much longer to read than a byte."""
+CLIENT_LEFT = 499
+"""Status of a request whose client left before it was answered; counted, and received by no client."""
+RETRY_SECONDS = 1
+OPEN_PATHS = ("/", "/healthz", "/page/")
+"""Paths answered without a key: the health check, and the page with its files, which hold no data and ask for it."""
 MAX_BRACKETS = 100_000
-"""Maximum number of opening brackets in a JSON body, texts included; each may begin a list."""
-OPEN_FOLDER = "/page/"
-"""The page's files, open as the page is."""
+"""Maximum number of opening brackets in a body: a list takes much longer to read than a byte."""
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+"""Shows what a client sent without reading all of it."""
+METHODS = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split())
+TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 503: "overloaded_error"}
+
+
+class ApiError(HTTPException):
+    """An error for the client.
+
+    Args:
+        status: HTTP status.
+        message: What came, what is allowed, what to do; it may quote any text a client sent.
+        param: Field at fault.
+        code: Name for programs; that of the status by default.
+        headers: Headers of the response.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str = "", headers: Any = None
+    ) -> None:
+        super().__init__(status, message.encode("utf-8", "backslashreplace").decode(), headers)
+        self.param = param
+        self.code = code or HTTPStatus(status).name.lower()
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The body of the response."""
+        kind = TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The response."""
+        return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error of an app in OpenAI's form."""
+
+    async def answered(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=CLIENT_LEFT)
+        return _api_error(request, error).response()
+
+    kinds = (RequestValidationError, StarletteHTTPException, QueueFullError, WeftError, ClientDisconnect, Exception)
+    for kind in kinds:
+        app.add_exception_handler(kind, answered)
+
+
+def _api_error(request: Request, error: Exception) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return _invalid(error.errors())
+        case StarletteHTTPException():
+            message = f"{request.method[:20]} {request.url.path[:200]!r}: {error.detail}; see /openapi.json"
+            return ApiError(error.status_code, message, headers=error.headers)
+        case QueueFullError():
+            message = f"{error}; try again in {RETRY_SECONDS} s"
+            return ApiError(429, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
+        case EngineClosedError():
+            return ApiError(503, "the server stops", code="stopping")
+        case NumericsError():
+            return ApiError(500, str(error), code="generation_failed")
+        case WeftError():
+            return ApiError(400, str(error), code="refused")
+    return ApiError(500, "the server failed; its log says why")
+
+
+def _invalid(problems: Sequence[Any]) -> ApiError:
+    """The first field at fault in a pydantic report, with everything reported about it."""
+    places = [[str(part) for part in problem["loc"] if part not in ("body", "path")] for problem in problems]
+    first = problems[0]
+    field = places[0][0] if places[0] else first.get("ctx", {}).get("name", "")
+    if not field:
+        return ApiError(400, f"the body must be a JSON object, sent as application/json: {first['msg']}")
+    here = [problem["msg"] for problem, place in zip(problems, places, strict=True) if place[:1] == places[0][:1]]
+    message = f"{field}: {'; or '.join(dict.fromkeys(here))} (got {SHORT.repr(first.get('input'))})"
+    return ApiError(400, message, param=field, code=first["type"])
 
 
 class Guard:
-    """ASGI middleware that refuses requests before their body is read, and bounds its size and every wait.
+    """ASGI middleware that refuses requests before their body is read, bounds its size, and counts them.
 
     - Host: a page from elsewhere can have its own name point to this machine and so pass for a page of this server (DNS
       rebinding); what its browser sends still carries that name. Addresses and localhost cannot be made to point
       elsewhere and always pass.
     - Key: `Authorization: Bearer KEY`, compared in constant time, for every path but the page and the health check.
     - Framing: a length beside chunks, which a proxy may read in another way, closes the connection.
-    - Body: `max_body_bytes`, declared or not, within `intake_seconds`.
-    - Answer: begun and sent within `answer_seconds` of the last byte of the body.
+    - Body: `max_body_bytes`, declared or not, and `MAX_BRACKETS`.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, answer_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
         self.app = app
-        self.config = config
-        self.answer_seconds = answer_seconds
+        self.metrics = metrics
+        self.most = config.max_body_bytes
         self.hosts = None if config.hosts is None else frozenset(map(host_name, config.hosts))
         self.keys = [key.get_secret_value().encode() for key in config.api_keys]
 
@@ -52,73 +133,59 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if (refused := self._refused(scope)) is not None:
-            await refused.response()(scope, receive, send)
-            return
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.config.intake_seconds
-        size, complete, begun = 0, False, False
+        size, brackets, status, start = 0, 0, CLIENT_LEFT, time.perf_counter()
 
         async def bounded() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408,
-                    f"the body did not arrive within {self.config.intake_seconds:g} s",
-                    code="slow_body",
-                    headers={"Connection": "close"},
-                ) from None
-            if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
-                if complete:
-                    limit.reschedule(clock() + self.answer_seconds)
-                if size > self.config.max_body_bytes:
-                    raise self._too_large()
+            nonlocal size, brackets
+            message = await receive()
+            piece = message.get("body", b"")
+            size += len(piece)
+            brackets += piece.count(b"[") + piece.count(b"{")
+            if size > self.most:
+                raise self._too_large()
+            if brackets > MAX_BRACKETS:
+                raise ApiError(400, f"the body holds more than {MAX_BRACKETS:,} opening brackets", code="invalid_body")
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def counted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
             await send(message)
 
         try:
-            async with asyncio.timeout(None) as limit:
-                await self.app(scope, bounded, noted)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            if not begun:  # else the client does not read its answer: the server closes what is left unfinished
-                message = f"no answer was ready within {self.answer_seconds:g} s; ask for less"
-                await ApiError(408, message, code="timeout").response()(scope, receive, send)
+            with self.metrics.open.track_inprogress():
+                refused = self._refused(scope)
+                await (self.app if refused is None else refused.response())(scope, bounded, counted)
+        except Exception:
+            status = 500
+            raise
+        finally:  # a route is counted by its template, never by what a client wrote
+            route = getattr(scope.get("route"), "path", "none")
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self.metrics.requests.labels(method, route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
     def _refused(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         name = host_name(headers.get("host", ""))
         if self.hosts is not None and name not in self.hosts and not _is_local(name):
-            return ApiError(
-                403,
+            message = (
                 f"the request is for the host {name!r:.100}, which is not one of this server's names; start it with "
-                "--allow-host for each name it is reached under",
-                code="host_not_allowed",
+                "--allow-host for each name it is reached under"
             )
-        if self.keys and not _is_open(scope) and not self._known(headers.get("authorization", "")):
-            return ApiError(
-                401,
-                "no valid API key came; send one as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            return ApiError(403, message, code="host_not_allowed")
+        # Where the application is mounted in another, its paths begin after the place of the mount.
+        path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+        inside = path.removeprefix(root) if path.startswith(f"{root}/") else path
+        is_open = inside in OPEN_PATHS or inside.startswith(OPEN_PATHS[-1])
+        if self.keys and not is_open and not self._known(headers.get("authorization", "")):
+            message = "no valid API key came; send one as 'Authorization: Bearer KEY'"
+            return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "")
         if length and "transfer-encoding" in headers:
             message = "the request has a Content-Length and a Transfer-Encoding; send one of them"
             return ApiError(400, message, code="invalid_http", headers={"Connection": "close"})
-        return self._too_large() if length.isdigit() and int(length[:20]) > self.config.max_body_bytes else None
+        return self._too_large() if length.isdigit() and int(length[:20]) > self.most else None
 
     def _known(self, given: str) -> bool:
         scheme, _, key = given.partition(" ")
@@ -126,15 +193,7 @@ class Guard:
         return scheme.lower() == "bearer" and any(fits)
 
     def _too_large(self) -> ApiError:
-        message = f"the body is larger than {self.config.max_body_bytes:,} bytes; send less"
-        return ApiError(413, message, code="body_too_large")
-
-
-def _is_open(scope: Scope) -> bool:
-    """Whether a path, below the place where the application is mounted, is answered without a key."""
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    inside = path.removeprefix(root) if path.startswith(f"{root}/") else path
-    return inside in OPEN_PATHS or inside.startswith(OPEN_FOLDER)
+        return ApiError(413, f"the body is larger than {self.most:,} bytes; send less", code="body_too_large")
 
 
 def _is_local(name: str) -> bool:
@@ -146,32 +205,3 @@ def _is_local(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-class JsonRoute(APIRoute):
-    """A route whose bodies are parsed by pydantic: fast, bounded in depth, without NaN; a small part of a second."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler of the route."""
-        handler = super().get_route_handler()
-
-        class Strict(Request):
-            async def json(self) -> Any:
-                body, collected = await self.body(), gc.isenabled()
-                strings = (body.count(b'"') - body.count(b'\\"')) // 2
-                if strings > MAX_STRINGS or body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-                    message = f"the body holds more than {MAX_STRINGS:,} strings or {MAX_BRACKETS:,} opening brackets"
-                    raise ApiError(400, f"{message}; send fewer fields, lists or texts", code="invalid_body")
-                gc.disable()  # a list of many lists would be walked again and again while it grows
-                try:
-                    return from_json(body, allow_inf_nan=False)
-                except ValueError as error:
-                    raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-                finally:
-                    if collected:
-                        gc.enable()
-
-        async def strict(request: Request) -> Response:
-            return await handler(Strict(request.scope, request.receive))
-
-        return strict

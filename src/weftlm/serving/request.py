@@ -1,37 +1,39 @@
-"""What is asked of a model, and what it answers, token by token."""
+"""What is asked of an engine, and the events that answer it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Annotated, Literal
 
-if TYPE_CHECKING:  # the processes of `workers.py` need no model
-    from weftlm.pipeline.any_model import OpenModel
+from pydantic import Field
+
+from weftlm.config import Section
+from weftlm.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
+class Sampling(Section):
+    """How tokens are drawn; a value out of range is a pydantic `ValidationError`, which is a ValueError.
 
     Attributes:
-        max_tokens: to generate at most; 1 and up.
+        max_tokens: Maximum number of tokens to generate.
         temperature: 0 takes the most likely token, the lowest id among equals.
-        top_p: smallest set of most likely tokens with at least this probability, 0 < top_p <= 1.
-        seed: of the draw; None draws one. The same seed, prompt and model give the same tokens whatever else runs.
-        stop: texts that end the answer and are not part of it.
-        logprobs: how many most likely tokens to report for each generated one; None for no log-probabilities at all.
-        ignore_eos: go on after the end-of-text token, up to max_tokens.
+        top_p: Smallest set of most likely tokens with at least this probability.
+        seed: Random seed of the draw; None draws one. The same seed, prompt and model give the same tokens whatever
+            else runs.
+        stop: Texts that end the answer and are not part of it.
+        logprobs: Number of most likely tokens reported for each generated one; None for no log-probabilities.
+        ignore_eos: Whether generation goes on after the end-of-text token, up to max_tokens.
     """
 
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    max_tokens: int = Field(16, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    logprobs: int | None = Field(None, ge=0, le=20)
     ignore_eos: bool = False
 
 
@@ -40,14 +42,14 @@ class Token:
     """A generated token.
 
     Attributes:
-        id: in the vocabulary.
-        text: what it adds to the answer; may be empty while a character or a stop text is incomplete.
-        logprob: nats, of the model's own distribution, before temperature and top_p; None where not asked for.
+        id: Token id.
+        text: Text it adds to the answer; empty while a character or a stop text is incomplete.
+        logprob: Nats, of the model's own distribution, before temperature and top_p; None where not asked for.
         top: (token id, nats) of the most likely tokens, most likely first; empty where not asked for.
     """
 
     id: int
-    text: str
+    text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -58,8 +60,8 @@ class Finished:
 
     Attributes:
         reason: `stop` (a stop text or end of text), `length`, `timeout`, `cancelled`, or `error`.
-        text: held back until now, because it might have become a stop text.
-        message: what went wrong; empty unless the reason is `error`.
+        text: Text held back until now, because it might have become a stop text.
+        message: Description of the error; empty unless the reason is `error`.
     """
 
     reason: FinishReason
@@ -67,79 +69,49 @@ class Finished:
     message: str = ""
 
 
-class Ticket(Protocol):
-    """One running request."""
-
-    def next(self, timeout_s: float | None = None) -> Token | Finished:
-        """Wait for the next event; after `Finished` nothing more comes. With `timeout_s=0` it never blocks.
-
-        Raises:
-            TimeoutError: nothing came in time, or nothing is there yet; the request goes on.
-        """
-
-    def cancel(self) -> None:
-        """Give the request up; its place is free at the next step. Never blocks; harmless when finished."""
+Event = Token | Finished
 
 
 class QueueFullError(Exception):
-    """More requests wait than may.
+    """The queue has no room for another request."""
 
-    Attributes:
-        retry_after_s: a guess at when there will be room.
+
+class EngineClosedError(ConfigError):
+    """The engine takes no more requests."""
+
+
+class PromptError(ConfigError):
+    """A prompt that the model cannot continue; `code` is a name for programs."""
+
+    code = "invalid_value"
+
+
+class ContextLengthError(PromptError):
+    """A prompt and its max_tokens exceed the model's context."""
+
+    code = "context_length_exceeded"
+
+
+def check_prompt(prompt_ids: Sequence[int], max_tokens: int, vocab_size: int, max_length: int | None) -> None:
+    """Check a prompt against a model.
+
+    Args:
+        prompt_ids: Token ids of the prompt.
+        max_tokens: Maximum number of tokens to generate.
+        vocab_size: V.
+        max_length: Number of tokens the model can read; None if unknown.
+    Raises:
+        ContextLengthError: The prompt is too long with max_tokens.
+        PromptError: The prompt is empty, or holds a number that is no token id.
     """
-
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} requests wait already")
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(frozen=True)
-class Load:
-    """What an engine is doing.
-
-    Attributes:
-        running: requests being generated.
-        waiting: requests in the queue.
-        generated_tokens: since the start.
-        prompt_tokens: since the start.
-        finished: requests ended since the start, by reason.
-    """
-
-    running: int
-    waiting: int
-    generated_tokens: int
-    prompt_tokens: int
-    finished: dict[str, int]
-
-
-class Generator(Protocol):
-    """What the HTTP side knows of an engine: one model, many requests at once."""
-
-    opened: OpenModel
-
-    def submit(
-        self,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        *,
-        timeout_s: float | None = None,
-        on_event: Callable[[], None] | None = None,
-    ) -> Ticket:
-        """Queue a request; returns at once.
-
-        Args:
-            prompt_ids: to continue; at least one.
-            sampling: how tokens are drawn.
-            timeout_s: from now, the time in the queue included; None for the generator's own limit, which may be none.
-            on_event: called after every event, `Finished` too, once `Ticket.next(0)` would return it; from any thread,
-                without a lock held. It never blocks and raises nothing.
-        Raises:
-            QueueFullError: too many wait.
-            ConfigError: the prompt is empty, too long with max_tokens for the model, or a setting is out of range.
-        """
-
-    def load(self) -> Load:
-        """Figures for /metrics."""
-
-    def close(self) -> None:
-        """End what runs (`cancelled`) and stop working."""
+    if not prompt_ids:
+        raise PromptError("the prompt is empty; give at least one token")
+    total = len(prompt_ids) + max_tokens
+    if max_length is not None and total > max_length:
+        raise ContextLengthError(
+            f"a prompt of {len(prompt_ids):,} tokens and max_tokens {max_tokens:,} make {total:,}; the model reads "
+            f"{max_length:,} tokens at most: shorten the prompt or lower max_tokens"
+        )
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        wrong = min(prompt_ids) if min(prompt_ids) < 0 else max(prompt_ids)
+        raise PromptError(f"the prompt holds {wrong}, which is no token id; ids go from 0 to {vocab_size - 1}")

@@ -1,64 +1,56 @@
-"""Request and response bodies in OpenAI's form, checked strictly.
+"""Request and response bodies in OpenAI's form; requests are checked strictly.
 
-Fields of OpenAI's API that would change the answer and are not offered pass with their neutral value only
-(`NotOffered`); fields that change nothing here (`user`, `metadata`, `store`, ...) pass.
+Fields of OpenAI's API that would change the answer and are not offered are accepted with their neutral value only
+(`NEUTRAL`); fields that change nothing here (`IGNORED`) are accepted with any value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from weftlm.errors import did_you_mean
-from weftlm.serving.request import FinishReason
 
 SEED_BITS = 63
 MAX_CHOICES, MAX_PROMPTS, MAX_MESSAGES, MAX_CHARACTERS = 16, 1_000, 1_000, 500_000
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "echo": (False,), "suffix": ("",),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "audio": (), "web_search_options": (),
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "prediction": (), "refusal": (), "annotations": ([],),
+    "tool_calls": ([],),
+}  # fmt: skip
+"""Fields that are not offered, with the values beside null that ask for nothing."""
+IGNORED = frozenset(
+    "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split()
+)  # fmt: skip
+
+
+def _documented(schema: dict[str, Any]) -> None:
+    """The fields beside those of a model, in its JSON schema."""
+    schema["properties"] |= {name: {"enum": [None, *values]} for name, values in NEUTRAL.items()}
+    schema["properties"] |= {name: {} for name in IGNORED}
+    schema["additionalProperties"] = False
 
 
 class Body(BaseModel):
-    """Base of request bodies: nothing unknown, nothing coerced.
+    """Base of request bodies: nothing unknown, nothing coerced; the first unknown field is reported."""
 
-    Unknown fields are collected and refused together: an error for each would make a body of many slow to refuse.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_documented)
 
     @model_validator(mode="after")
     def _nothing_unknown(self) -> Body:
-        for name in self.model_extra or ():
-            hint = did_you_mean(name[:100], type(self).model_fields)
-            raise PydanticCustomError("unknown_field", "unknown field {name}{hint}", {"name": name[:100], "hint": hint})
+        for name, value in (self.model_extra or {}).items():
+            context = {"name": name[:100], "hint": did_you_mean(name[:100], type(self).model_fields)}
+            if name in NEUTRAL:
+                same = any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in NEUTRAL[name])
+                if value is not None and not same:
+                    raise PydanticCustomError("unsupported_value", "{name} is not offered; leave it out", context)
+            elif name not in IGNORED:
+                raise PydanticCustomError("unknown_field", "unknown field {name}{hint}", context)
         return self
-
-
-@dataclass(frozen=True)
-class NotOffered:
-    """Annotation of a field that is accepted with null or a neutral value only.
-
-    Attributes:
-        what: what the field would ask for, plural.
-        neutral: values that ask for nothing.
-    """
-
-    what: str
-    neutral: tuple[Any, ...] = ()
-
-    def _check(self, value: Any) -> Any:
-        kind = isinstance(value, bool)
-        if value is None or any(kind == isinstance(one, bool) and value == one for one in self.neutral):
-            return value
-        raise PydanticCustomError("unsupported_value", "{what} are not offered; leave it out", {"what": self.what})
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [None, *self.neutral]}
 
 
 # Lists stop at their first fault: a body of many small ones must not be reported at length.
@@ -68,34 +60,22 @@ Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 Count = Annotated[int, Field(ge=1)]
 Top = Annotated[int, Field(ge=0, le=20)]
 StopText = Annotated[str, Field(min_length=1, max_length=1_000)]
-Label = Annotated[str, Field(max_length=1_000)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class StreamOptions(Body):
-    """How an answer is streamed.
-
-    Attributes:
-        include_usage: Whether the token counts are sent in a last chunk of their own.
-        include_obfuscation: Accepted; the chunks are not padded.
-    """
+    """Whether a stream ends with the token counts, in a chunk of their own; chunks are never padded."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Asked(Body):
+class GenerationRequest(Body):
     """What both kinds of request share.
 
     Attributes:
-        model: Name of the model, as in `/v1/models`.
         n: Answers to each prompt; each is drawn with a seed of its own, `seed` + its number.
-        temperature: 0 takes the most likely token.
-        top_p: Smallest set of most likely tokens with at least this probability; 0 takes the most likely token.
+        temperature, top_p: 0 takes the most likely token.
         seed: Random seed of the draw; the same seed gives the same answer whatever else the server does.
-        stop: Texts that end the answer and are not part of it.
-        stream: Whether the answer is sent while it is generated, as server-sent events.
-        stream_options: Options of the stream.
         timeout: Request timeout in seconds, including time in the queue; at most the server's own.
         ignore_eos: Whether generation goes on after the end-of-text token, up to the limit of tokens.
     """
@@ -108,30 +88,11 @@ class Asked(Body):
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    timeout: Seconds | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     ignore_eos: bool | None = None
-    user: Label | None = None
-    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
-    store: bool | None = None
-    service_tier: Label | None = None
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
-    presence_penalty: Annotated[Any, NotOffered("penalties", (0,))] = None
-    frequency_penalty: Annotated[Any, NotOffered("penalties", (0,))] = None
-    logit_bias: Annotated[Any, NotOffered("biased logits", ({},))] = None
-
-    @property
-    def choices(self) -> int:
-        """Answers to each prompt."""
-        return 1 if self.n is None else self.n
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     """A request to `/v1/completions`.
 
     Attributes:
@@ -147,8 +108,6 @@ class CompletionRequest(Asked):
     logprobs: Top | None = None
     best_of: Count | None = None
     add_special_tokens: bool | None = None
-    echo: Annotated[Any, NotOffered("answers with their prompt", (False,))] = None
-    suffix: Annotated[Any, NotOffered("insertions", ("",))] = None
 
 
 class TextPart(Body):
@@ -159,22 +118,11 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """A message of a chat; those of the assistant may repeat the empty fields of an answer.
-
-    Attributes:
-        role: Author of the message.
-        content: Text of the message, whole or in parts.
-        name: Name of the author, for chat templates that use it.
-    """
+    """A message of a chat; those of the assistant may repeat the empty fields of an answer."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    name: Label | None = None
-    refusal: Annotated[Any, NotOffered("refusals")] = None
-    audio: Annotated[Any, NotOffered("spoken answers")] = None
-    annotations: Annotated[Any, NotOffered("annotations", ([],))] = None
-    function_call: Annotated[Any, NotOffered("tools")] = None
-    tool_calls: Annotated[Any, NotOffered("tools", ([],))] = None
+    name: Annotated[str, Field(max_length=1_000)] | None = None
 
     def fields(self) -> dict[str, str]:
         """The fields a chat template reads."""
@@ -182,11 +130,10 @@ class Message(Body):
         return {"role": self.role, "content": text, **({"name": self.name} if self.name else {})}
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationRequest):
     """A request to `/v1/chat/completions`.
 
     Attributes:
-        messages: The conversation so far.
         max_completion_tokens: Maximum number of tokens to generate; what the model's context leaves by default.
         max_tokens: Older name of `max_completion_tokens`, which takes precedence.
         logprobs: Whether the log-probability of each token is reported.
@@ -198,143 +145,29 @@ class ChatRequest(Asked):
     max_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
-    response_format: Annotated[Any, NotOffered("constrained formats", ({"type": "text"},))] = None
-    modalities: Annotated[Any, NotOffered("answers other than text", (["text"],))] = None
-    tools: Annotated[Any, NotOffered("tools", ([],))] = None
-    functions: Annotated[Any, NotOffered("tools", ([],))] = None
-    tool_choice: Annotated[Any, NotOffered("tools", ("none", "auto"))] = None
-    function_call: Annotated[Any, NotOffered("tools", ("none", "auto"))] = None
-    audio: Annotated[Any, NotOffered("spoken answers")] = None
-    web_search_options: Annotated[Any, NotOffered("web searches")] = None
-    reasoning_effort: Annotated[Any, NotOffered("degrees of reasoning", ("none",))] = None
-    verbosity: Annotated[Any, NotOffered("degrees of verbosity", ("medium",))] = None
-    prediction: Annotated[Any, NotOffered("predicted outputs")] = None
-    parallel_tool_calls: bool | None = None
 
 
-# --------------------------------------------------------------------------------------------------------- responses
+class Completion(BaseModel):
+    r"""A response of `/v1/completions` or `/v1/chat/completions`, or one event of its stream.
 
-
-class Usage(TypedDict):
-    """Token counts of a request over all its answers; a prompt counts once, whatever `n` is."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ModelCard(TypedDict):
-    """A served model."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(TypedDict):
-    """All served models."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class CompletionLogprobs(TypedDict):
-    r"""Log-probabilities of the generated tokens, nats, under the model's own distribution.
-
-    A token that is no text by itself is written `bytes:\xe2\x96`. `text_offset` counts characters of the answer.
+    Attributes:
+        choices: Answers in OpenAI's form. `index` is the number of the prompt times `n`, plus the number of the answer.
+            `finish_reason` is `stop` for a stop text or the end of the text, `length` for the limit of tokens,
+            `timeout` for the limit of time, `cancelled` when the server stops, and null while the answer goes on.
+            Log-probabilities are nats under the model's own distribution; a token that is no text by itself is written
+            `bytes:\xe2\x96`; `text_offset` counts the characters given out before a token.
+        usage: Token counts over all answers; a prompt counts once, whatever `n` is.
     """
 
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(TypedDict):
-    """One answer, or a piece of one.
-
-    `index` is the number of the prompt times `n`, plus the number of the answer. `finish_reason` is `stop` for a stop
-    text or the end of the text, `length` for the limit of tokens, `timeout` for the limit of time, `cancelled` when the
-    server stops, and null while the answer goes on.
-    """
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class Completion(TypedDict):
-    """A response of `/v1/completions`, or one event of its stream."""
-
     id: str
-    object: Literal["text_completion"]
+    object: Literal["text_completion", "chat.completion", "chat.completion.chunk"]
     created: int
     model: str
-    choices: list[CompletionChoice]
-    usage: Usage
+    choices: list[dict[str, Any]]
+    usage: dict[str, int] | None = None
 
 
-class Alternative(TypedDict):
-    """A likely token."""
+class ErrorBody(BaseModel):
+    """The body of every error: `message` for people, `type`, `param` (the field at fault) and `code` for programs."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(Alternative):
-    """A generated token and what else was likely."""
-
-    top_logprobs: list[Alternative]
-
-
-class ChatLogprobs(TypedDict):
-    """Log-probabilities of a message's tokens, nats."""
-
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class ChatMessage(TypedDict):
-    """The assistant's message."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(TypedDict):
-    """One answer; fields as in `CompletionChoice`."""
-
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class Chat(TypedDict):
-    """A response of `/v1/chat/completions`; events of its stream have a `delta` in place of a `message`."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ErrorDetail(TypedDict):
-    """What went wrong: a message for people, its family, the field at fault and a name for programs."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(TypedDict):
-    """The body of every error."""
-
-    error: ErrorDetail
+    error: dict[str, str | None]

@@ -29,29 +29,29 @@ class ServeConfig(Section):
         api_keys: Keys, any of which opens the server; empty for a server open to all who reach it.
     """
 
-    timeout_seconds: float = Field(default=120.0, gt=0, le=86_400, allow_inf_nan=False)
-    intake_seconds: float = Field(default=20.0, gt=0, le=3_600, allow_inf_nan=False)
-    max_connections: int = Field(default=400, ge=1)
-    max_body_bytes: int = Field(default=2_000_000, ge=1)
-    max_prompt_tokens: int = Field(default=131_072, ge=1)
-    max_new_tokens: int = Field(default=16_384, ge=1)
-    max_answers: int = Field(default=64, ge=1)
+    timeout_seconds: float = Field(default=120.0, gt=0, le=86_400)
+    intake_seconds: float = Field(default=20.0, gt=0, le=3_600)
+    max_connections: PositiveInt = 400
+    max_body_bytes: PositiveInt = 2_000_000
+    max_prompt_tokens: PositiveInt = 131_072
+    max_new_tokens: PositiveInt = 16_384
+    max_answers: PositiveInt = 64
     hosts: tuple[str, ...] | None = None
     api_keys: tuple[SecretStr, ...] = ()
 
 
 class EngineConfig(Section):
-    """How an engine shares a model among requests."""
+    """How an engine shares a model among requests.
 
-    slots: PositiveInt = Field(8, description="requests generated at a time")
-    max_waiting: NonNegativeInt = Field(64, description="requests that may wait for a place; more are refused")
-    timeout_seconds: PositiveFloat | None = Field(
-        120.0, description="from asking to the last token, where a request does not say; null: no limit then"
-    )
-    prompt_piece_tokens: int = Field(
-        512, ge=2, description="tokens of a prompt read between two tokens of the requests that run"
-    )
-    batching: bool = Field(True, description="false: every request in passes of its own, in turn")
+    Attributes:
+        slots: Batch slots: requests generated at a time.
+        max_waiting: Maximum number of queued requests; more are refused.
+        timeout_seconds: Time limit of a request that names none, in seconds, waiting included; None for no limit.
+    """
+
+    slots: PositiveInt = 8
+    max_waiting: NonNegativeInt = 64
+    timeout_seconds: PositiveFloat | None = 120.0
 
 
 def is_loopback(host: str) -> bool:
@@ -64,10 +64,10 @@ def is_loopback(host: str) -> bool:
 
 
 def keys_from_environment() -> tuple[str, ...]:
-    """The API keys in `WEFTLM_API_KEYS`, with commas between; none where the variable is not set.
+    """The API keys in `WEFTLM_API_KEYS`, separated by commas; none if the variable is not set.
 
     Raises:
-        ConfigError: the variable is set and holds no key, or one that cannot stand in a header.
+        ConfigError: The variable is set and holds no key, or one that cannot be sent in a header.
     """
     given = os.environ.get(KEYS_VARIABLE)
     if given is None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import uvicorn
@@ -16,43 +13,50 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weftlm.errors import ConfigError, reason
-from weftlm.serving.request import Generator
+from weftlm.serving.engine import Engine
 from weftlm.serving.serve_config import ServeConfig
 
 BACKLOG = 128
 """Connections that wait to be accepted; also the number accepted at a time."""
 MAX_HEAD_BYTES = 32_768
+GRACE_SECONDS = 3.0
+"""Time beyond the request timeout, which engines keep, after which the connection of an unfinished answer is closed."""
 STOP_SECONDS = 5
 """Running answers are ended at once; clients have so long to take what was written."""
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, closed after `intake_seconds` to twice that without a new request or a running answer.
+    """uvicorn's connection with a time limit in every state.
 
-    uvicorn's own timer is for connections that send nothing; here no byte extends anything, whether a head never ends,
-    a body comes after its answer, or an answer is not read. Beyond `max_connections` connections are closed at once.
+    uvicorn's own timer is for connections that send nothing; here no byte extends anything. A connection is closed
+    `intake_seconds` to twice that after the last request began if that request's body is incomplete or it is answered,
+    and `answer_seconds` after it if its answer goes on or is not read. Beyond `max_connections` connections are closed
+    at once.
     """
 
     intake_seconds: float
+    answer_seconds: float
     max_connections: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             transport.abort()
-        self.loop.call_later(self.intake_seconds, self._watch, None)
+        self._watch(None, self.loop.time())
 
-    def _watch(self, last: Any) -> None:
-        """Drop the connection unless a request began since the last look, or is being answered."""
-        cycle: Any = self.cycle
-        idle = cycle is None or cycle.response_complete or self.transport.is_closing()
-        if idle and cycle is last:
+    def _watch(self, last: Any, since: float) -> None:
+        """Close the connection at its limit; `last` is the request of the look before, first seen at `since`."""
+        cycle: Any = self.cycle  # None before the first request, whatever uvicorn declares
+        now = self.loop.time()
+        since = since if cycle is last else now
+        waiting = cycle is None or cycle.more_body or cycle.response_complete
+        if self.transport.is_closing() or now - since >= (self.intake_seconds if waiting else self.answer_seconds):
             self.transport.abort()
         else:
-            self.loop.call_later(self.intake_seconds, self._watch, self.cycle)
+            self.loop.call_later(self.intake_seconds, self._watch, cycle, since)
 
     def send_400_response(self, msg: str) -> None:
-        cycle: Any = self.cycle  # None before the first request, whatever uvicorn declares
+        cycle: Any = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.close()  # in the middle of a response there is no place for another
         else:
@@ -74,17 +78,20 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: FastAPI,
-        engines: Mapping[str, Generator],
+        engines: Mapping[str, Engine],
         config: ServeConfig,
-        ready: Callable[[], None] | None = None,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        limits = {"intake_seconds": config.intake_seconds, "max_connections": 2 * config.max_connections}
+        limits = {
+            "intake_seconds": config.intake_seconds,
+            "answer_seconds": config.timeout_seconds + GRACE_SECONDS,
+            "max_connections": 2 * config.max_connections,
+        }
         super().__init__(
             uvicorn.Config(
                 app,
                 http=type("Connection", (_Connection,), limits),
                 ws="none",
-                lifespan="on",
                 log_config=None,
                 log_level="error",  # clients cannot fill the log: what they can cause is logged below this level
                 access_log=False,
@@ -97,35 +104,19 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
-        self.app = app
         self.engines = engines
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and report it."""
         await super().startup(sockets=sockets)
-        if self._ready is not None:
-            self._ready()
+        self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, end what runs, let clients take it, and stop."""
-        self.app.state.stopping = True
         closing = [asyncio.to_thread(engine.close) for engine in self.engines.values()]
-        closing.append(asyncio.to_thread(self.app.state.templates.close))
         await asyncio.gather(super().shutdown(sockets=sockets), *closing)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop on SIGINT and SIGTERM; a stop that was asked for is no failure, so they are not raised again."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self._captured_signals.clear()  # a stop that was asked for is no failure: uvicorn would raise it again
 
 
 def listen(host: str, port: int) -> socket.socket:

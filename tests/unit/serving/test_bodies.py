@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
 from support.served import write_model
@@ -14,6 +14,7 @@ from support.served import write_model
 from weftlm.pipeline.any_model import open_model
 from weftlm.serving.app import build_app
 from weftlm.serving.inspector import inspector_router
+from weftlm.serving.schemas import ChatRequest, CompletionRequest
 from weftlm.serving.serve_config import ServeConfig
 
 NUMBERS = [
@@ -90,6 +91,22 @@ def test_every_body_has_a_clean_answer(client: TestClient, route: str) -> None:
         if not clean or not said or (not said.isascii() and not said.isprintable()) or "\x1b" in said:
             wrong.append((body[:60], response.status_code, said[:200]))
     assert wrong == []
-    valid = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1})
-    response = client.post("/v1/completions", content=valid, headers={"content-type": "application/json"})
-    assert response.status_code == 200
+    assert client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (CompletionRequest, {"prompt": [{}] * 1_000}),
+        (CompletionRequest, {"prompt": [[{}] * 1_000] * 100}),
+        (CompletionRequest, {"prompt": [[]] * 100}),
+        (CompletionRequest, {"prompt": "a", **{f"a{number}": 1 for number in range(1_000)}}),
+        (ChatRequest, {"messages": [{}] * 100}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 100}] * 100}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a", **{f"a{n}": 1 for n in range(1_000)}}]}),
+    ],
+)
+def test_a_body_of_many_faults_is_reported_by_its_first(model: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({"model": "tiny", **fields})
+    assert 1 <= caught.value.error_count() <= 8

@@ -1,4 +1,4 @@
-"""Connections: a deadline in every state, limits on their number, strict framing, quiet logs."""
+"""The API over real connections: clients that leave, stall or send nonsense; deadlines, limits, the end of a server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +16,17 @@ from support.fake_engine import FakeEngine
 from support.served import write_model
 from support.web import Web, serving
 
+from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.serving import server as server_module
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.serve_config import ServeConfig
+from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, is_loopback, keys_from_environment
+from weftlm.serving.server import address_of, listen
 
 SHORT = 0.3
+LARGE = "x" * 400_000
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +34,122 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     return open_model(write_model(tmp_path_factory.mktemp("served"), "plain"))
 
 
-def post(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
-    lines = [
-        b"POST /v1/completions HTTP/1.1", b"Host: localhost", b"Content-Type: application/json",
-        b"Content-Length: %d" % (len(body) if length is None else length), *headers,
-    ]  # fmt: skip
-    return b"\r\n".join([*lines, b"", b""]) + body
+@pytest.fixture(scope="module")
+def engine(opened: OpenModel) -> FakeEngine:
+    return FakeEngine(opened)
+
+
+@pytest.fixture(scope="module")
+def web(engine: FakeEngine) -> Iterator[Web]:
+    with serving({"tiny": engine}) as web:
+        yield web
+
+
+@pytest.fixture(scope="module")
+def answering(opened: OpenModel) -> Iterator[Web]:
+    with serving({"tiny": FakeEngine(opened, lambda *_: [Token(65, "b"), Finished("length")])}) as web:
+        yield web
 
 
 def asked(**fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "prompt": "the sea", "max_tokens": 8, **fields}).encode()
 
 
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-LARGE = "x" * 400_000
+def post(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
+    size = b"Content-Length: %d" % (len(body) if length is None else length)
+    return HEAD + b"\r\n".join([size, *headers, b"", b""]) + body
+
+
+def closing(**fields: Any) -> bytes:
+    return post(asked(**fields), b"Connection: close")
+
+
+def read_all(connection: socket.socket) -> bytes:
+    received = b""
+    with contextlib.suppress(ConnectionResetError, TimeoutError):
+        while piece := connection.recv(1 << 16):
+            received += piece
+    return received
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    received = b""
+    while mark not in received:
+        piece = connection.recv(4096)
+        assert piece, f"the connection ended after {received!r}"
+        received += piece
+    return received
+
+
+def trickle(connection: socket.socket, piece: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(piece)
+
+
+def wait_until(done: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 8.0) -> None:
+    end = time.monotonic() + seconds
+    time.sleep(0.05)
+    while not done():
+        assert time.monotonic() < end, "it did not come"
+        meanwhile()
+        time.sleep(0.02)
+
+
+# -- clients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["while it waits", "before its stream", "within its stream"])
+def test_a_client_that_leaves_gives_its_places_up(web: Web, engine: FakeEngine, when: str) -> None:
+    with web.connect() as connection:
+        connection.sendall(closing(stream="stream" in when, n=2))
+        requests = [engine.wait_for_request(), engine.wait_for_request()]
+        if when == "within its stream":
+            requests[1].say(Token(65, "a"))
+            read_until(connection, b"data: ")
+        assert not requests[1].given_up.is_set()
+    assert all(request.given_up.wait(10) for request in engine.requests[-2:])
+
+
+def test_tokens_are_sent_as_they_come(web: Web, engine: FakeEngine) -> None:
+    with web.connect() as connection:
+        connection.sendall(closing(stream=True))
+        request = engine.wait_for_request()
+        for text in ("one", "two", "three"):
+            request.say(Token(65, text))
+            read_until(connection, b'"%s"' % text.encode())
+        request.say(Finished("stop"))
+        assert b"[DONE]" in read_all(connection)
+
+
+def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None:
+    before = threading.active_count()
+    connections = [web.connect() for _ in range(60)]
+    for connection in connections:
+        connection.sendall(closing())
+        engine.wait_for_request()
+    assert threading.active_count() - before < 40, "those of the pool that tokenises"
+    for request in engine.requests[-60:]:
+        request.say(Token(65, "b"))
+        request.say(Finished("length"))
+    for connection in connections:
+        assert b'"text":"b"' in read_all(connection)
+        connection.close()
+
+
+def test_nonsense_after_a_request_does_not_disturb_it(web: Web, engine: FakeEngine) -> None:
+    with web.connect() as connection:
+        connection.sendall(post(asked()))
+        request = engine.wait_for_request()
+        connection.sendall(b"\x00nonsense\r\n\r\n")
+        request.say(Token(65, "b"))
+        request.say(Finished("length"))
+        received = read_all(connection)
+        assert received.startswith(b"HTTP/1.1 200 ")
+        assert b'"text":"b"' in received
+
+
+# -- connections --------------------------------------------------------------------------------------------------
+
 STATES: dict[str, tuple[list[bytes], bytes]] = {
     # what is sent, and what is sent again and again after it
     "accepted": ([], b""),
@@ -55,9 +164,9 @@ STATES: dict[str, tuple[list[bytes], bytes]] = {
     "idle, then a byte": ([HEALTH], b"G"),
     "empty lines": ([HEALTH], b"\r\n"),
     "answer awaited": ([post(asked())], b"x"),
-    "stream not read": ([post(asked(stream=True, user="large"))], b""),
-    "answer not read": ([post(asked(user="large"))], b""),
-    "last answer not read": ([post(asked(user="large"), b"Connection: close")], b""),
+    "stream not read": ([post(asked(stream=True))], b""),
+    "answer not read": ([post(asked())], b""),
+    "last answer not read": ([closing()], b""),
     "refused": ([b"hello\r\n\r\n"], b"x"),
     "upgrade": ([HEALTH[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"], b"x"),
 }
@@ -67,14 +176,11 @@ STATES: dict[str, tuple[list[bytes], bytes]] = {
 def test_no_state_of_a_connection_lasts(
     opened: OpenModel, state: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in ("app", "answers"):
-        monkeypatch.setattr(f"weftlm.serving.{module}.GRACE_SECONDS", 0.1)
-    engine = FakeEngine(
-        opened, (lambda *_: [*[Token(65, LARGE)] * 30, Finished("length")]) if "read" in state else None
-    )
-    config = ServeConfig(intake_seconds=SHORT, timeout_seconds=SHORT)
+    monkeypatch.setattr(server_module, "GRACE_SECONDS", 0.1)
+    script = (lambda *_: [*[Token(65, LARGE)] * 30, Finished("length")]) if "read" in state else None
     sent, again = STATES[state]
-    with serving({"tiny": engine}, config) as web:
+    config = ServeConfig(intake_seconds=SHORT, timeout_seconds=SHORT)
+    with serving({"tiny": FakeEngine(opened, script)}, config) as web:
         with web.connect() as connection:
             for piece in sent:
                 connection.sendall(piece)
@@ -85,63 +191,38 @@ def test_no_state_of_a_connection_lasts(
     assert [record for record in caplog.records if record.exc_info] == [], "clients cause no tracebacks"
 
 
-def trickle(connection: socket.socket, piece: bytes) -> None:
-    with contextlib.suppress(OSError):
-        connection.sendall(piece)
-
-
-def wait_until(done: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    time.sleep(0.05)
-    while not done():
-        assert time.monotonic() < end, "it did not come"
-        meanwhile()
-        time.sleep(0.02)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    received = b""
-    try:
-        while piece := connection.recv(1 << 16):
-            received += piece
-    except ConnectionResetError:
-        pass
-    return received
-
-
 def test_connections_are_limited_and_places_come_back(opened: OpenModel) -> None:
     with serving({"tiny": FakeEngine(opened)}, ServeConfig(max_connections=3)) as web:
         connections = web.server.server_state.connections
-        held = [web.connect() for _ in range(6)]
+        open_ones = [web.connect() for _ in range(6)]
         wait_until(lambda: len(connections) == 6)
         with web.connect() as further:
             assert read_all(further) == b"", "twice as many, and the connection is closed"
-        held[0].sendall(HEALTH)
-        assert held[0].recv(4096).startswith(b"HTTP/1.1 503 ")
-        while len(held) > 2:
-            held.pop(0).close()
+        open_ones[0].sendall(HEALTH)
+        assert open_ones[0].recv(4096).startswith(b"HTTP/1.1 503 ")
+        while len(open_ones) > 2:
+            open_ones.pop(0).close()
         wait_until(lambda: len(connections) == 2)
-        held[0].sendall(HEALTH)
-        assert held[0].recv(4096).startswith(b"HTTP/1.1 200 ")
-        for connection in held:
+        open_ones[0].sendall(HEALTH)
+        assert open_ones[0].recv(4096).startswith(b"HTTP/1.1 200 ")
+        for connection in open_ones:
             connection.close()
-
-
-@pytest.fixture(scope="module")
-def web(opened: OpenModel) -> Iterator[Web]:
-    with serving({"tiny": FakeEngine(opened, lambda *_: [Token(65, "b"), Finished("length")])}) as web:
-        yield web
 
 
 BODY = asked()
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SIZE = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 AMBIGUOUS = {
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n\r\n",
+    "no HTTP": b"hello\r\n\r\n",
+    "no host at all": b"GET / HTTP/1.1\r\n\r\n",
+    "byte beyond ASCII": b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    "endless path": b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     "length and chunked": HEAD + SIZE + CHUNKED + b"\r\n" + CHUNKS,
     "chunked and length": HEAD + CHUNKED + SIZE + b"\r\n" + CHUNKS,
     "two different lengths": HEAD + SIZE + b"content-length: 3\r\n\r\n" + BODY,
+    "length in words": HEAD + b"Content-Length: many\r\n\r\n" + BODY,
     "signed length": HEAD + b"Content-Length: +%d\r\n\r\n" % len(BODY) + BODY,
     "negative length": HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
     "hexadecimal length": HEAD + b"Content-Length: 0x10\r\n\r\n" + BODY,
@@ -150,46 +231,36 @@ AMBIGUOUS = {
     "space before colon": HEAD + b"Content-Length : %d\r\n\r\n" % len(BODY) + BODY,
     "tab before colon": HEAD + SIZE + b"Transfer-Encoding\t: chunked\r\n\r\n" + BODY,
     "no colon": HEAD + SIZE + b"X-A\r\n\r\n" + BODY,
-    "empty name": HEAD + SIZE + b": a\r\n\r\n" + BODY,
     "NUL in a value": HEAD + SIZE + b"X-A: \x00\r\n\r\n" + BODY,
-    "two chunked": HEAD + CHUNKED * 2 + b"\r\n" + CHUNKS,
     "chunked, chunked": HEAD + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + CHUNKS,
     "gzip, chunked": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS,
-    "identity": HEAD + b"Transfer-Encoding: identity\r\n\r\n" + CHUNKS,
-    "xchunked": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + CHUNKS,
     "chunk size with sign": HEAD + CHUNKED + b"\r\n+5\r\nabcde\r\n0\r\n\r\n",
-    "chunk size with 0x": HEAD + CHUNKED + b"\r\n0x5\r\nabcde\r\n0\r\n\r\n",
     "chunk size too long": HEAD + CHUNKED + b"\r\n" + b"f" * 30 + b"\r\nabc",
     "chunk longer than said": HEAD + CHUNKED + b"\r\n3\r\nabcde\r\n0\r\n\r\n",
-    "chunk ended by LF": HEAD + CHUNKED + b"\r\n5\r\nabcde\n0\r\n\r\n",
+    "no chunk size": HEAD + CHUNKED + b"\r\nzz\r\n",
     "two hosts": HEAD + b"Host: other\r\n" + SIZE + b"\r\n" + BODY,
-    "no host": HEAD.replace(b"Host: localhost\r\n", b"") + SIZE + b"\r\n" + BODY,
     "many headers": HEAD + SIZE + b"X-A: a\r\n" * 20_000 + b"\r\n" + BODY,
+    "body too large, still sent": closing(prompt="x" * 3_000_000),
 }
 
 
 @pytest.mark.parametrize("shape", AMBIGUOUS)
-def test_what_two_servers_may_read_differently_is_refused(web: Web, shape: str) -> None:
-    with web.connect() as connection:
+def test_what_two_servers_may_read_differently_is_refused(answering: Web, shape: str) -> None:
+    with answering.connect() as connection:
         trickle(connection, AMBIGUOUS[shape] + HEALTH)
         received = read_all(connection)
-    assert received.count(b"HTTP/1.1 ") == 1, "what follows is no request of its own"
-    assert received.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ")), received[:300]
+    assert received.count(b"HTTP/1.1 ") <= 1, "what follows is no request of its own"
+    assert not received or received.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ")), received[:300]
+    assert received or len(AMBIGUOUS[shape]) > 100_000, "reset, when more came than was read"
 
 
 @pytest.mark.parametrize(
     ("sent", "statuses"),
     [
-        (HEAD + SIZE + b"\r\n" + BODY, [200]),
-        (HEAD + CHUNKED + b"\r\n" + CHUNKS, [200]),
         (HEAD + CHUNKED + b"\r\n" + CHUNKS.replace(b"\r\n", b";a=b\r\n", 1), [200]),
-        (HEALTH * 3, [200, 200, 200]),
         (HEALTH.replace(b"GET", b"HEAD"), [405]),
-        (HEALTH.replace(b"GET", b"OPTIONS"), [405]),
         (HEALTH.replace(b"/1.1", b"/1.0"), [200]),
         (HEALTH.replace(b"/healthz", b"http://localhost/healthz"), [404]),
-        (HEALTH.replace(b"/healthz", b"*"), [404]),
-        (HEALTH.replace(b"/healthz", b"/page/../../../etc/passwd"), [404]),
         (HEALTH.replace(b"/healthz", b"/page/%2e%2e%2f%2e%2e%2fetc%2fpasswd"), [404]),
         (HEALTH.replace(b"/healthz", b"/page/..%5cserver.py"), [404]),
         (HEALTH.replace(b"/healthz", b"/%00%0d%0a"), [404]),
@@ -198,15 +269,67 @@ def test_what_two_servers_may_read_differently_is_refused(web: Web, shape: str) 
     ],
     ids=lambda value: repr(value[:50]) if isinstance(value, bytes) else None,
 )
-def test_unusual_requests_are_answered_in_order(web: Web, sent: bytes, statuses: list[int]) -> None:
-    with web.connect() as connection:
+def test_unusual_requests_are_answered_in_order(answering: Web, sent: bytes, statuses: list[int]) -> None:
+    with answering.connect() as connection:
         connection.sendall(sent)
         connection.settimeout(1.0)
-        received = b""
-        try:
-            while piece := connection.recv(1 << 16):
-                received += piece
-        except TimeoutError:
-            pass
-    found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
-    assert [status for status in found if status != 100] == statuses, received
+        found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", read_all(connection))]
+    assert [status for status in found if status != 100] == statuses
+
+
+# -- the server ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_stops_ends_what_runs(opened: OpenModel) -> None:
+    engine = FakeEngine(opened)
+    with serving({"tiny": engine}) as web, web.connect() as begun, web.connect() as waiting, web.connect() as idle:
+        begun.sendall(closing(stream=True))
+        engine.wait_for_request().say(Token(65, "a"))
+        received = read_until(begun, b"data: ")
+        waiting.sendall(closing())
+        engine.wait_for_request()
+        idle.sendall(HEALTH)
+        read_until(idle, b'{"status":"ok"}')
+        web.stop()
+        received += read_all(begun)
+        assert b'"finish_reason":"cancelled"' in received
+        assert b"data: [DONE]" in received
+        refused = read_all(waiting)
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
+        assert read_all(idle) == b""
+    assert engine.running == 0
+
+
+def test_listening() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert address_of(listener) == f"http://127.0.0.1:{port}"
+        with pytest.raises(ConfigError, match=f"port {port} cannot be listened on"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="port 0 cannot be listened on"):
+        listen("no.such.host.invalid", 0)
+
+
+def test_which_hosts_are_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "192.0.2.1")] == [True] * 3 + [
+        False
+    ] * 2
+    names = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: names)
+    assert not is_loopback("both"), "a name that also has an address others reach"
+
+
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    assert keys_from_environment() == ()
+    monkeypatch.setenv(KEYS_VARIABLE, " one, two ,")
+    assert keys_from_environment() == ("one", "two")
+    for wrong in ("", " , "):
+        monkeypatch.setenv(KEYS_VARIABLE, wrong)
+        with pytest.raises(ConfigError, match="holds no key"):
+            keys_from_environment()
+    monkeypatch.setenv(KEYS_VARIABLE, "one,sécret")
+    with pytest.raises(ConfigError, match="key 2") as caught:
+        keys_from_environment()
+    assert "cret" not in str(caught.value)

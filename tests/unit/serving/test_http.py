@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from fastapi import FastAPI
-from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
 from support.served import POSITIONS, VOCAB, write_model
@@ -21,10 +19,8 @@ from support.served import POSITIONS, VOCAB, write_model
 from weftlm.cli.serve import hosts_of
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving import app as app_module
-from weftlm.serving.app import LARGE_ANSWER, build_app
+from weftlm.serving.app import build_app
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.schemas import Chat, Completion
 from weftlm.serving.serve_config import ServeConfig
 
 
@@ -99,7 +95,10 @@ def test_models_are_listed(client: TestClient) -> None:
     assert listed["object"] == "list"
     assert [card["id"] for card in listed["data"]] == ["tiny"]
     assert client.get("/v1/models/tiny").json() == listed["data"][0]
-    assert error_of(client.get("/v1/models/huge"), 404)["code"] == "model_not_found"
+    for missing in (client.get("/v1/models/huge"), complete(client, model="huge")):
+        error = error_of(missing, 404)
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+        assert "tiny" in error["message"]
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
@@ -110,8 +109,8 @@ def test_a_completion(client: TestClient, engine: FakeEngine, opened: OpenModel)
     assert answer["model"] == "tiny"
     assert answer["choices"] == [{"index": 0, "text": "the sea", "logprobs": None, "finish_reason": "length"}]
     assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": len(ids), "total_tokens": 2 * len(ids)}
-    ticket = engine.tickets[0]
-    assert ticket.prompt_ids == ids
+    ticket = engine.requests[0]
+    assert ticket.prompt == tuple(ids)
     assert ticket.timeout_s == 3
     sampling = ticket.sampling
     assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (0.5, 0.25, 7, ("x",))
@@ -119,29 +118,28 @@ def test_a_completion(client: TestClient, engine: FakeEngine, opened: OpenModel)
 
 
 @pytest.mark.parametrize(("prompt", "count"), [("a b", 1), (["a", "b c"], 2), ([65, 66], 1), ([[65], [66, 67]], 2)])
-def test_the_four_forms_of_a_prompt(client: TestClient, engine: FakeEngine, prompt: Any, count: int) -> None:
+def test_the_four_forms_of_a_prompt(
+    client: TestClient, engine: FakeEngine, opened: OpenModel, prompt: Any, count: int
+) -> None:
     answer = complete(client, prompt=prompt, max_tokens=2).json()
     assert [choice["index"] for choice in answer["choices"]] == list(range(count))
-    assert len(engine.tickets) == count
+    assert len(engine.requests) == count
     if prompt == [[65], [66, 67]]:
-        assert [ticket.prompt_ids for ticket in engine.tickets] == prompt
+        assert [list(ticket.prompt) for ticket in engine.requests] == prompt
         assert answer["usage"]["prompt_tokens"] == 3
-
-
-def test_the_empty_prompt_begins_a_document(client: TestClient, engine: FakeEngine, opened: OpenModel) -> None:
     assert complete(client, prompt="").status_code == 200
-    assert engine.tickets[0].prompt_ids == [opened.tokenizer.eos_id]
+    assert engine.requests[-1].prompt == (opened.tokenizer.eos_id,), "the empty prompt begins a document"
 
 
 def test_each_of_n_is_a_request_with_a_seed_of_its_own(client: TestClient, engine: FakeEngine) -> None:
     answer = complete(client, prompt=["a", "b"], n=3, seed=5).json()
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
-    assert [ticket.sampling.seed for ticket in engine.tickets] == [5, 6, 7, 5, 6, 7]
+    assert [ticket.sampling.seed for ticket in engine.requests] == [5, 6, 7, 5, 6, 7]
     assert answer["usage"]["prompt_tokens"] == 2
     complete(client, n=2, seed=2**63 - 1)
-    assert [ticket.sampling.seed for ticket in engine.tickets[-2:]] == [2**63 - 1, 0]
+    assert [ticket.sampling.seed for ticket in engine.requests[-2:]] == [2**63 - 1, 0]
     complete(client, n=2)
-    assert [ticket.sampling.seed for ticket in engine.tickets[-2:]] == [None, None]
+    assert [ticket.sampling.seed for ticket in engine.requests[-2:]] == [None, None]
 
 
 def test_logprobs_of_a_completion(client: TestClient, opened: OpenModel) -> None:
@@ -162,14 +160,6 @@ def test_logprobs_of_a_completion(client: TestClient, opened: OpenModel) -> None
     assert set(plain["token_logprobs"]) == {-0.25}
 
 
-def test_offsets_count_what_is_held_back(opened: OpenModel) -> None:
-    first, second = (opened.tokenizer.encode_batch([text])[0].tolist()[0] for text in ("a", "b"))
-    held = FakeEngine(opened, lambda *_: [Token(first, "", -1.0), Token(second, "ab", -1.0), Finished("stop")])
-    answer = complete(client_of(held), logprobs=0).json()["choices"][0]
-    assert answer["text"] == "ab"
-    assert answer["logprobs"]["text_offset"] == [0, 1]
-
-
 def test_logprobs_that_json_cannot_hold(opened: OpenModel) -> None:
     engine = FakeEngine(opened, lambda *_: [Token(65, "b", float("-inf"), ((66, 1e-9),)), Finished("stop")])
     found = complete(client_of(engine), logprobs=1).json()["choices"][0]["logprobs"]
@@ -187,13 +177,11 @@ def test_a_chat(client: TestClient, engine: FakeEngine, opened: OpenModel) -> No
     message = answer["choices"][0]["message"]
     assert (message["role"], message["refusal"]) == ("assistant", None)
     assert answer["usage"]["completion_tokens"] == 4
-    assert opened.tokenizer.decode(engine.tickets[0].prompt_ids) == "system: be brief\nuser: hello\nassistant:"
-
-
-def test_a_chat_goes_on_to_the_end_of_the_context_unless_told(client: TestClient, engine: FakeEngine) -> None:
-    assert chat(client).status_code == 200
-    ticket = engine.tickets[0]
-    assert ticket.sampling.max_tokens == POSITIONS - len(ticket.prompt_ids)
+    assert opened.tokenizer.decode(engine.requests[0].prompt) == "system: be brief\nuser: hello\nassistant:"
+    history = [*messages, message, {"role": "user", "content": "more"}]
+    assert chat(client, messages=history).status_code == 200, "an answer may be sent back as it came"
+    last = engine.requests[-1]
+    assert last.sampling.max_tokens == POSITIONS - len(last.prompt), "to the end of the context unless told"
 
 
 def test_logprobs_of_a_chat(client: TestClient) -> None:
@@ -218,17 +206,11 @@ def test_the_tokenizers_chat_template_writes_the_prompt(tmp_path: Path) -> None:
     engine = FakeEngine(model, words(model))
     client = client_of(engine)
     assert chat(client, max_tokens=1).status_code == 200
-    ids = engine.tickets[0].prompt_ids
+    ids = engine.requests[0].prompt
     assert model.tokenizer.decode(ids) == "<|endoftext|>user/hello<|endoftext|>assistant/"
     assert ids.count(model.tokenizer.eos_id) == 2, "the template's special tokens are special"
     refused = chat(client, messages=[{"role": "system", "content": "x"}])
     assert "no system here" in error_of(refused, 400)["message"]
-
-
-def test_an_answer_may_be_sent_back_as_it_came(client: TestClient) -> None:
-    said = chat(client, max_tokens=2).json()["choices"][0]["message"]
-    history = [{"role": "user", "content": "hello"}, said, {"role": "user", "content": "more"}]
-    assert chat(client, messages=history, max_tokens=2).status_code == 200
 
 
 def test_a_streamed_completion(client: TestClient, opened: OpenModel) -> None:
@@ -303,99 +285,52 @@ def test_a_failure_in_a_stream_is_its_last_event(opened: OpenModel) -> None:
     assert error_of(complete(client), 500)["code"] == "generation_failed"
 
 
-def test_an_engine_that_hangs_is_given_up(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weftlm.serving.answers.GRACE_SECONDS", 0.0)
-    engine = FakeEngine(opened)
-    assert error_of(complete(client_of(engine, timeout_seconds=0.05)), 408)["code"] == "timeout"
-    assert engine.tickets[0].cancelled.is_set()
-
-
 def test_a_full_queue_says_when_to_come_back_and_keeps_nothing(opened: OpenModel) -> None:
     engine = FakeEngine(opened, places=2)
     client = client_of(engine)
     response = complete(client, n=3)
     assert error_of(response, 429)["type"] == "rate_limit_error"
-    assert int(response.headers["retry-after"]) == 3
-    assert [ticket.cancelled.is_set() for ticket in engine.tickets] == [True, True]
-    assert engine.running == []
+    assert response.headers["retry-after"] == "1"
+    assert [ticket.given_up.is_set() for ticket in engine.requests] == [True, True]
+    assert engine.running == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"logit_bias": {"50": 1}}, "logit_bias"),
-        ({"best_of": 2}, "best_of"),
-        ({"suffix": "end"}, "suffix"),
-        ({"echo": True}, "echo"),
-        ({"top_k": 5}, "top_k"),
-        ({"temperature": 2.5}, "temperature"),
-        ({"temperature": True}, "temperature"),
-        ({"temperature": "1"}, "temperature"),
-        ({"top_p": -0.1}, "top_p"),
-        ({"best_of": 3, "n": 2}, "best_of"),
-        ({"n": 0}, "n"),
-        ({"n": 1.5}, "n"),
-        ({"n": 17}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": POSITIONS + 1}, "max_tokens"),
-        ({"max_tokens": POSITIONS - 1}, "prompt"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"seed": 2**63}, "seed"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
-        ({"stop": ""}, "stop"),
-        ({"stream_options": {"what": 1}}, "stream_options"),
-        ({"timeout": 0}, "timeout"),
-        ({"timeout": 1e9}, "timeout"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
-        ({"prompt": ["a", 1]}, "prompt"),
-        ({"prompt": [VOCAB]}, "prompt"),
-        ({"prompt": [-1]}, "prompt"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": "x " * POSITIONS}, "prompt"),
-        ({"prompt": ["a"] * 9, "n": 8}, "n"),
-        ({"model": 5}, "model"),
+WRONG: dict[str, list[Any]] = {
+    "presence_penalty": [0.5], "frequency_penalty": [-1], "logit_bias": [{"50": 1}], "suffix": ["end"], "echo": [True],
+    "best_of": [2], "top_k": [5], "temperature": [2.5, True, "1"], "top_p": [-0.1], "n": [0, 1.5, 17],
+    "max_tokens": [0, 16_385], "logprobs": [21], "seed": [2**63], "stop": [list("abcde"), ""], "timeout": [0, 1e9],
+    "stream_options": [{"what": 1}], "model": [5],
+    "prompt": [[], [[]], [True], ["a", 1], [VOCAB], [-1], None, "x " * POSITIONS],
+}  # fmt: skip
+WRONG_IN_A_CHAT: dict[str, list[Any]] = {
+    "tools": [[{"type": "function", "function": {"name": "f"}}]], "tool_choice": ["required"], "functions": [[{}]],
+    "response_format": [{"type": "json_object"}], "modalities": [["audio"]], "audio": [{"voice": "x"}],
+    "reasoning_effort": ["high"], "top_logprobs": [21],
+    "messages": [
+        [], [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        [{"role": "user", "content": "x " * POSITIONS}],
     ],
-)
-def test_what_is_wrong_is_named(refusing: TestClient, asked: list[Any], fields: dict[str, Any], param: str) -> None:
-    error = error_of(complete(refusing, **fields), 400)
-    assert error["param"] == param
-    assert error["type"] == "invalid_request_error"
-    assert asked == []
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"modalities": ["audio"]}, "modalities"),
-        ({"audio": {"voice": "x"}}, "audio"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"top_logprobs": 21}, "top_logprobs"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x " * POSITIONS}]}, "messages"),
-        ({"max_completion_tokens": POSITIONS - 1}, "messages"),
-    ],
-)
-def test_what_is_wrong_in_a_chat_is_named(
-    refusing: TestClient, asked: list[Any], fields: dict[str, Any], param: str
+@pytest.mark.parametrize(("ask", "wrong"), [(complete, WRONG), (chat, WRONG_IN_A_CHAT)])
+def test_what_is_wrong_is_named(
+    refusing: TestClient, asked: list[Any], ask: Callable[..., httpx.Response], wrong: dict[str, list[Any]]
 ) -> None:
-    assert error_of(chat(refusing, **fields), 400)["param"] == param
+    found = [(param, error_of(ask(refusing, **{param: value}), 400)) for param in wrong for value in wrong[param]]
+    assert [error["param"] for _, error in found] == [param for param, _ in found]
+    assert {error["type"] for _, error in found} == {"invalid_request_error"}
+    for fields, param in (
+        ({"max_tokens": POSITIONS - 1}, "prompt" if ask is complete else "messages"),
+        ({"prompt": ["a"] * 9, "n": 8} if ask is complete else {"n": 65}, "n"),
+    ):  # fmt: skip
+        assert error_of(ask(refusing, **fields), 400)["param"] == param
     assert asked == []
 
 
 def test_fields_not_offered_are_explained_and_unknown_ones_suggested(client: TestClient) -> None:
-    assert "penalties are not offered" in error_of(complete(client, presence_penalty=1), 400)["message"]
+    assert "presence_penalty is not offered" in error_of(complete(client, presence_penalty=1), 400)["message"]
     assert "did you mean 'temperature'" in error_of(complete(client, temprature=1), 400)["message"]
 
 
@@ -413,7 +348,7 @@ def test_neutral_and_harmless_fields_pass(client: TestClient) -> None:
 
 def test_a_top_p_of_zero_is_greedy(client: TestClient, engine: FakeEngine) -> None:
     assert complete(client, top_p=0, temperature=1.5, max_tokens=1).status_code == 200
-    assert (engine.tickets[0].sampling.temperature, engine.tickets[0].sampling.top_p) == (0.0, 1.0)
+    assert (engine.requests[0].sampling.temperature, engine.requests[0].sampling.top_p) == (0.0, 1.0)
 
 
 def test_each_model_has_its_own_limits(opened: OpenModel) -> None:
@@ -424,43 +359,12 @@ def test_each_model_has_its_own_limits(opened: OpenModel) -> None:
     client = TestClient(build_app(engines, ServeConfig()), raise_server_exceptions=False)
     for model, most in (("small", 15), ("large", POSITIONS - 1)):
         assert complete(client, model=model, prompt=[1], max_tokens=most).status_code == 200
-        assert error_of(complete(client, model=model, prompt=[1], max_tokens=most + 1), 400)["param"] == "max_tokens"
+        assert error_of(complete(client, model=model, prompt=[1], max_tokens=most + 1), 400)["param"] == "prompt"
         assert complete(client, model=model, prompt=[1] * most, max_tokens=1).status_code == 200
         assert error_of(complete(client, model=model, prompt=[1] * (most + 1), max_tokens=1), 400)["param"] == "prompt"
 
 
-def test_an_unknown_model_is_not_found(client: TestClient) -> None:
-    error = error_of(complete(client, model="huge"), 404)
-    assert (error["param"], error["code"]) == ("model", "model_not_found")
-    assert "tiny" in error["message"]
-
-
 VALID = b'{"model": "tiny", "prompt": "a"}'
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"model": "tiny", "prompt": "\xff"}',
-        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
-        b'{"model": "tiny", "prompt": "a", "metadata": {"a": Infinity}}',
-        b'{"model": "tiny", "prompt": "a", "temperature": 1e999}',
-        b'{"model": "tiny", "prompt": "a", "seed": 1' + b"0" * 400 + b"}",
-        b'{"model": "tiny", "prompt": "a", "seed": 1' + b"0" * 5000 + b"}",
-        b'{"model": "tiny", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"model": "tiny", "prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
-        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-        b'{"model": "tiny", "prompt": "\\ud800"}',
-        b'{"model": "\\udfff", "prompt": "a", "\\ud800": 1}',
-        b'{"model": "tiny", "prompt": "a", "stop": "\\ud800"}',
-        b"\xef\xbb\xbf" + VALID,
-    ],
-    ids=lambda body: repr(body[:40]),
-)  # fmt: skip
-def test_bodies_that_are_no_request(refusing: TestClient, asked: list[Any], body: bytes) -> None:
-    response = refusing.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert error_of(response, 400)["type"] == "invalid_request_error"
-    assert asked == []
 
 
 def test_content_types(client: TestClient) -> None:
@@ -501,7 +405,7 @@ def test_keys_open_all_but_the_health_check(engine: FakeEngine) -> None:
     for given in ("Bearer one", "bearer two"):
         assert client.get("/v1/models", headers={"authorization": given}).status_code == 200
     error_of(complete(client), 401)
-    assert engine.tickets == []
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize("place", ["/weftlm", "/page/weftlm", "/healthz"])
@@ -516,31 +420,24 @@ def test_keys_cover_the_same_paths_where_the_app_is_mounted_in_another(engine: F
         assert client.get(f"{place}{path}", headers={"authorization": "Bearer one"}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
+def test_hosts(engine: FakeEngine) -> None:
+    client = client_of(engine, hosts=("hub.Example:8443",))
+    for host in (
         "localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "weftlm.localhost", "192.0.2.1:80",
         "[2001:db8::1]:8000", "Hub.example:1", "hub.example.",
-    ],
-)  # fmt: skip
-def test_addresses_localhost_and_names_allowed_are_answered(engine: FakeEngine, host: str) -> None:
-    client = client_of(engine, hosts=("hub.Example:8443",))
-    assert client.get("/v1/models", headers={"host": host}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "notlocalhost", "0x7f.1"]
-)
-def test_other_names_are_refused_wherever_they_point(engine: FakeEngine, host: str) -> None:
-    client = client_of(engine, hosts=())
-    for path in ("/v1/models", "/healthz", "/metrics"):
-        error = error_of(client.get(path, headers={"host": host}), 403)
-        assert error["code"] == "host_not_allowed"
-        assert "--allow-host" in error["message"]
-    headers = {"host": host, "content-type": "application/json"}
-    error_of(client.post("/v1/completions", content=VALID, headers=headers), 403)
-    assert engine.tickets == []
-    assert client_of(engine).get("/v1/models", headers={"host": host}).status_code == 200, "any name unless told"
+    ):  # fmt: skip
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200, host
+    for host in (
+        "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "notlocalhost", "0x7f.1"
+    ):  # fmt: skip
+        for path in ("/v1/models", "/healthz", "/metrics"):
+            error = error_of(client.get(path, headers={"host": host}), 403)
+            assert error["code"] == "host_not_allowed"
+            assert "--allow-host" in error["message"]
+        headers = {"host": host, "content-type": "application/json"}
+        error_of(client.post("/v1/completions", content=VALID, headers=headers), 403)
+        assert client_of(engine).get("/v1/models", headers={"host": host}).status_code == 200, "any name unless told"
+    assert engine.requests == []
 
 
 def test_the_names_of_a_server_follow_where_it_listens() -> None:
@@ -571,18 +468,13 @@ def test_metrics(client: TestClient) -> None:
     assert 'weftlm_time_per_token_seconds_count{model="tiny"} 1.0' in text
     assert 'weftlm_running_requests{model="tiny"} 0.0' in text
     assert 'weftlm_generated_tokens_total{model="tiny"} 7.0' in text
-    assert 'weftlm_finished_requests_total{model="tiny",reason="stop"} 1.0' in text
+    assert 'weftlm_finished_requests_total{model="tiny",reason="stop"} 3.0' in text
 
 
 def test_every_app_counts_for_itself(engine: FakeEngine) -> None:
     first, second = client_of(engine), client_of(engine)
     complete(first)
     assert 'route="/v1/completions"' not in second.get("/metrics").text
-
-
-def test_a_server_that_stops_says_so(client: TestClient) -> None:
-    client.app.state.stopping = True  # type: ignore[attr-defined]
-    assert error_of(complete(client), 503)["code"] == "stopping"
 
 
 def test_a_bug_is_a_json_error_too(opened: OpenModel) -> None:
@@ -600,32 +492,3 @@ def test_names_that_cannot_be_served(engine: FakeEngine) -> None:
             build_app({name: engine}, ServeConfig())
     with pytest.raises(ConfigError, match="no model"):
         build_app({}, ServeConfig())
-
-
-@pytest.mark.parametrize("form", [complete, chat])
-@pytest.mark.parametrize("n", [1, 16])
-def test_a_large_answer_is_written_off_the_event_loop(
-    opened: OpenModel, monkeypatch: pytest.MonkeyPatch, form: Any, n: int
-) -> None:
-    written: list[int] = []
-    loops: list[int] = []
-    in_short_calls = app_module._in_short_calls
-
-    def noted(value: Any) -> str:
-        written.append(threading.get_ident())
-        return in_short_calls(value)
-
-    def script(prompt_ids: list[int], sampling: Any) -> list[Token | Finished]:
-        loops.append(threading.get_ident())
-        return words(opened)(prompt_ids, sampling)
-
-    monkeypatch.setattr(app_module, "_in_short_calls", noted)
-    with client_of(FakeEngine(opened, script), max_answers=n) as client:
-        asked = {"logprobs": 20} if form is complete else {"logprobs": True, "top_logprobs": 20}
-        answer = form(client, n=n, max_tokens=90 if n == 1 else 20, **asked)
-    assert answer.status_code == 200, answer.text
-    kind = TypeAdapter(Completion if form is complete else Chat)
-    assert kind.validate_json(answer.text, strict=True) == answer.json()
-    large = answer.json()["usage"]["completion_tokens"] * 21 > LARGE_ANSWER
-    assert large == (n == 16) == bool(written)
-    assert not set(written) & set(loops)

@@ -1,28 +1,105 @@
-"""A ragged pass gives what the model gives, and leaves the model as it was."""
+"""Requests share passes only where that changes no bit of what each gets alone, and the model stays as it was."""
 
 from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from support import experts as tiny
-from support.asking import ask, collect, held
-from support.gated import mixed_pool
-from support.in_memory import gated, plain, routed, sliding
-from torch import nn
+from support.asking import Answer, Ticket, ask, collect, held, requests
+from support.gated import mixed_pool, whole_pool
+from support.in_memory import eager, gated, long_rope, mixture_of_experts, plain, routed, sliding, without_keys
+from torch import Tensor
 
 from weftlm.gating.bayes import FixedShareGate
+from weftlm.gating.experts import ExpertPool
+from weftlm.gating.prefix_gate import PrefixGate
+from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
+from weftlm.routing.kernels import packed_delta
+from weftlm.serving import engine as engine_module
+from weftlm.serving import ragged
 from weftlm.serving.engine import Engine
-from weftlm.serving.ragged import ATTENTION, Attention, Ragged
-from weftlm.serving.ragged_gated import RaggedGated
-from weftlm.serving.request import Sampling
-from weftlm.serving.stepping import Stepper
+from weftlm.serving.ragged import ATTENTION
+from weftlm.serving.request import Sampling, Token
+from weftlm.serving.serve_config import EngineConfig
+from weftlm.serving.stepping import ModelState, OneByOne, Ragged, RaggedGated
+from weftlm.serving.trial import stepper_for, trial
 
 LENGTHS = (3, 21, 1, 12)
+TOGETHER: dict[str, Callable[[], OpenModel]] = {
+    "llama": lambda: plain(tiny.llama()),
+    "gpt2": lambda: plain(tiny.gpt2()),
+    "sliding windows": lambda: plain(sliding()),
+    "bfloat16": lambda: plain(tiny.llama().bfloat16()),
+    "phatgoose": lambda: routed("phatgoose"),
+    "blend": lambda: routed("blend"),
+    "retrieval": lambda: routed("retrieval"),
+    "gated": lambda: gated(mixed_pool(), PrefixGate.of([0.25] * 4)),
+    "sparse": lambda: gated(mixed_pool(), FixedShareGate.of([0.25] * 4, 0.2), top_m=2, refresh_every=5),
+}
 
 
-def check_steps(stepper: Stepper, opened: OpenModel, steps: int) -> None:
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 7)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_together_as_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Answers, log-probabilities and all, of requests asked one by one and asked together, at any time."""
+    asked = requests(12, seed=12, vocab=tiny.VOCAB, longest=36, most=14)
+    rng = random.Random(12)
+    engine = Engine(TOGETHER[name](), EngineConfig(slots=5))
+    try:
+        alone = [ask(engine, prompt, sampling) for prompt, sampling in asked]
+        tickets = {}
+        for place in rng.sample(range(12), 12):
+            tickets[place] = Ticket(engine, *asked[place])
+            if rng.random() < 0.3:  # the next one joins a turn or more later
+                with held(engine):
+                    pass
+        assert {place: collect(ticket) for place, ticket in tickets.items()} == dict(enumerate(alone))
+        assert [answer.end.reason for answer in alone] == ["length"] * 12
+    finally:
+        engine.close()
+    assert ("in turn" in caplog.text) == (name == "sparse")
+
+
+def test_places_that_become_free_leave_nothing_behind() -> None:
+    """Requests given up at any moment change nothing for those that stay, nor for those that take their places."""
+    engine = Engine(routed("blend"), EngineConfig(slots=3))
+    asked = requests(6, seed=1, vocab=tiny.VOCAB, longest=20)
+    alone = [ask(engine, *each) for each in asked]
+    found: list[Answer] = []
+    for prompt, sampling in asked:
+        others = [Ticket(engine, [place, 9, 2], asked[place][1]) for place in (3, 4)]
+        ticket = Ticket(engine, prompt, sampling)
+        first = ticket.next()
+        for other in others:
+            other.cancel()
+        rest = collect(ticket)
+        assert isinstance(first, Token)
+        found.append(Answer((first, *rest.tokens), rest.end))
+    engine.close()
+    assert found == alone
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda make=make: plain(make()) for make in (tiny.llama, tiny.qwen2, tiny.gpt2, sliding)),
+        *(lambda name=name: routed(name) for name in ("phatgoose", "arrow", "blend", "prefix", "merged", "uniform")),
+        TOGETHER["gated"],
+    ],
+)
+def test_a_ragged_pass_gives_what_the_model_gives(make: Callable[[], OpenModel]) -> None:
     """Requests of different lengths step together; compare with the model's pass over each whole text."""
+    opened, steps = make(), 6
+    stepper = (RaggedGated if opened.kind == "gated" else Ragged)(opened, 8)
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(tiny.VOCAB, (length + steps,), generator=generator) for length in LENGTHS]
     with torch.inference_mode():
@@ -38,45 +115,6 @@ def check_steps(stepper: Stepper, opened: OpenModel, steps: int) -> None:
         for text, logits_V in zip(texts, found, strict=True):
             own_V = opened.model(input_ids=text[None]).logits[0, -1]
             torch.testing.assert_close(logits_V.log_softmax(-1), own_V.log_softmax(-1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("make", [tiny.llama, tiny.qwen2, tiny.gpt2, sliding])
-def test_plain_models(make: type[nn.Module]) -> None:
-    opened = plain(make())  # type: ignore[arg-type]
-    check_steps(Ragged(opened, 8), opened, 6)
-
-
-@pytest.mark.parametrize("router", ["phatgoose", "arrow", "blend", "prefix", "merged", "uniform"])
-def test_routed_models(router: str) -> None:
-    opened = routed(router)
-    check_steps(Ragged(opened, 8), opened, 6)
-
-
-@pytest.mark.parametrize("top_m", [None, 1, 3])
-def test_gated_models(top_m: int | None) -> None:
-    """With every expert caught up at every token, sparse serving is what one pass gives."""
-    opened = gated(mixed_pool(), FixedShareGate.of([0.25] * 4, 0.2), top_m=top_m, refresh_every=1)
-    check_steps(RaggedGated(opened, 8), opened, 4)
-
-
-@pytest.mark.parametrize("top_m", [1, 2])
-def test_sparse_models_do_what_they_do_token_by_token(top_m: int) -> None:
-    """Gates, sleepers and refreshes as in the model's own passes of one token."""
-    opened = gated(mixed_pool(), FixedShareGate.of([0.25] * 4, 0.3), top_m=top_m, refresh_every=6)
-    ids = torch.randint(tiny.VOCAB, (30,), generator=torch.Generator().manual_seed(2)).tolist()
-    stepper = RaggedGated(opened, 8)
-    with torch.inference_mode():
-        state = stepper.begin()
-        stepper.read(state, ids[:8])
-        own = opened.model(input_ids=torch.tensor([ids[:8]]), use_cache=True).past_key_values
-        for token in ids[8:]:
-            logits_V = stepper.step([state], [token])[0]
-            output = opened.model(input_ids=torch.tensor([[token]]), past_key_values=own, use_cache=True)
-            torch.testing.assert_close(logits_V, output.logits[0, -1], rtol=1e-4, atol=1e-4)
-            assert state.cache is not None
-            assert torch.equal(state.cache.done_EB, own.done_EB)
-            assert state.cache.anchor == own.anchor
-    stepper.close()
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -96,19 +134,118 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_attention_that_is_passed_by_is_an_error_not_an_answer() -> None:
-    """Whoever exchanges the model's attention under a running engine gets no wrong tokens."""
+def test_attention_that_is_bypassed_is_an_error_not_an_answer() -> None:
     opened = plain(tiny.llama())
     engine = Engine(opened)
     sampling = Sampling(max_tokens=30, temperature=0.0, ignore_eos=True)
     expected = ask(engine, [3, 4], sampling)
     with held(engine):
-        ticket = engine.submit([3, 4], sampling)
+        ticket = Ticket(engine, [3, 4], sampling)
         opened.model.config._attn_implementation = "sdpa"
     end = collect(ticket).end
     assert end.reason == "error"
-    assert "passes `ragged_attention` by" in end.message
-    again = Attention([opened.model])
+    assert "bypasses `ragged_attention`" in end.message
+    opened.model.config._attn_implementation = ATTENTION
     assert ask(engine, [3, 4], sampling) == expected
-    again.restore()
     engine.close()
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+UNSHARED: dict[str, tuple[Callable[[], OpenModel], str]] = {
+    "experts": (lambda: plain(mixture_of_experts()), "sorts the tokens of a pass by expert"),
+    "eager": (lambda: plain(eager()), r"attention \(eager\) cannot be exchanged"),
+    "rotary": (lambda: plain(long_rope()), r"positions \(dynamic\) depend on the longest text"),
+    "state": (lambda: plain(without_keys()), "does not take past_key_values and position_ids"),
+    "gated": (
+        lambda: gated(ExpertPool.of({"a": eager(), "b": eager()}), FixedShareGate.of([0.5, 0.5], 0.1)),
+        "cannot be exchanged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSHARED)
+def test_models_that_cannot_share_passes_are_served_in_turn(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, reason = UNSHARED[name]
+    opened = make()
+    engine = Engine(opened)
+    prompt = [5, 9, 33, 2]
+    answer = ask(engine, prompt, Sampling(max_tokens=6, temperature=0.0, ignore_eos=True))
+    engine.close()
+    assert type(engine._stepper) is OneByOne
+    assert re.search(f"passes of its own, in turn: .*{reason}", caplog.text)
+    ids_1T = torch.tensor([prompt])
+    found = opened.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, max_new_tokens=6)
+    assert answer.ids == found[0, 4:].tolist()
+
+
+def test_products_sorted_by_expert_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = routed("phatgoose")
+    stepper = stepper_for(opened, 8)
+    assert isinstance(stepper, Ragged)
+    stepper.close()
+    monkeypatch.setattr(ragged, "cheapest", lambda *_: packed_delta)
+    assert type(stepper_for(opened, 8)) is type(stepper_for(opened, 1)) is OneByOne
+
+
+class Faulty(Ragged):
+    """Shared passes with a fault."""
+
+    fault: Callable[[list[Tensor]], None]
+
+    def step(self, states: Sequence[ModelState], tokens: Sequence[int]) -> list[Tensor]:
+        logits = [row.clone() for row in super().step(states, tokens)]
+        type(self).fault(logits)
+        return logits
+
+
+def by_place(logits: list[Tensor]) -> None:
+    if len(logits) > 4:
+        logits[4][7] = logits[4][7].nextafter(torch.tensor(9.0))
+
+
+def by_neighbours(logits: list[Tensor]) -> None:
+    for row in logits[1:]:
+        row[3] += 1e-6 * logits[0][3]
+
+
+def by_a_lot(logits: list[Tensor]) -> None:
+    for row in logits:
+        row.neg_()
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (lambda logits: None, ""),
+        (by_place, "depend on its place in a pass or on the requests beside it"),
+        (by_neighbours, "depend on its place in a pass or on the requests beside it"),
+        (by_a_lot, "do not give what the model gives"),
+    ],
+)
+def test_faults_are_found(fault: Callable[[list[Tensor]], None], found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Faulty, "fault", fault, raising=False)
+    opened = plain(tiny.llama())
+    faulty = Faulty(opened, 8)
+    with torch.inference_mode():
+        result = trial(faulty, OneByOne(opened), 5, tiny.VOCAB, 64)
+    faulty.close()
+    assert found in result
+    assert bool(result) == bool(found)
+
+
+def test_odd_widths_get_the_rows_they_need() -> None:
+    """With a width of 37, elementwise functions leave some numbers over at 8 rows on most CPUs, and none at 64."""
+    opened = plain(sliding(intermediate_size=37))
+    stepper = stepper_for(opened, 8)
+    assert isinstance(stepper, Ragged)
+    with torch.inference_mode():
+        assert trial(stepper, OneByOne(opened), 8, tiny.VOCAB, 64) == ""
+    stepper.close()
+
+
+def test_prompts_are_read_in_pieces_where_that_changes_nothing() -> None:
+    whole = [routed("retrieval"), plain(without_keys())]
+    pieces = [routed("blend"), routed("merged"), routed("uniform"), plain(tiny.gpt2())]
+    pieces.append(gated(whole_pool(2), FixedShareGate.of([0.5, 0.5], 0.1)))
+    assert [stepping_of(opened.model).in_pieces for opened in whole + pieces] == [False] * 2 + [True] * 5

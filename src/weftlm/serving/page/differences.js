@@ -5,6 +5,16 @@ const nats = (tokens) =>
 
 const bytes = (text) => new TextEncoder().encode(text).length;
 
+/** Loss of a text: tokens scored, their bytes, and the sum of their losses. */
+export function totalsOf(tokens) {
+  const scored = tokens.filter((token) => token.logprob !== null);
+  return {
+    tokens: scored.length,
+    bytes: bytes(scored.map((token) => token.text).join("")),
+    nats: -scored.reduce((sum, token) => sum + token.logprob, 0),
+  };
+}
+
 /** Where in the text each token ends. */
 function ends(tokens) {
   let end = 0;

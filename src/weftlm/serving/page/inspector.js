@@ -6,7 +6,7 @@ import { column } from "./detail.js";
 import { byId, chance, fill, quoted, signed } from "./dom.js";
 import * as legends from "./legend.js";
 import * as address from "./state.js";
-import { compare, costOf } from "./differences.js";
+import { compare, costOf, totalsOf } from "./differences.js";
 import { coloured, course, make, NO_EXPERT, palette, Pane, shares, unpack, usage, weightLegend } from "./trace.js";
 
 const EXAMPLE = `def area(radius):
@@ -19,7 +19,7 @@ const SURPRISE = "surprise", CHANGE = "change", WORK = "work";
 
 const models = new Map();
 let state = address.read();
-/** What the server told: {base, shown, views} of one model, or {pair}; null before the first look. */
+/** Answers of the server: {base, shown, views} of one model, or {pair}; null before the first look. */
 let found = null;
 /** How it is drawn: panes, charts, and what belongs to a place of the text. */
 let drawn = null;
@@ -109,7 +109,7 @@ function offer(beside = el.beside.value) {
   fits();
   const parts = {
     plain: ["one set of weights, no experts"],
-    routed: [`${facts.experts.length} experts routed by ${facts.by}`, `${facts.layers.reduce((sum, layer) => sum + layer.modules.length, 0)} modules in ${facts.layers.length} layers`],
+    routed: [`${facts.experts.length} experts routed by ${facts.by}`],
     gated: [`${facts.experts.length} experts under the gate ${facts.by}`],
   }[facts.kind];
   el.about.textContent = [...parts, `up to ${facts.max_tokens} tokens`].join(" · ");
@@ -163,9 +163,7 @@ async function inspect(signal) {
     const known = found?.base && found.base.model === model && found.text === text ? found.base : null;
     const base = known ?? await ask("api/inspect", { model, text }, signal);
     const shown = without ? await ask("api/inspect", { model, text, without }, signal) : base;
-    found = { base, shown, text, views: new Map(shown.views.map((view) => [view.name, view])) };
-    const [kind, name] = split(state.view);
-    if (kind === "module" && !found.views.has(state.view)) await fetchModule(name, signal);
+    found = { base, shown, text, views: viewsOf(shown) };
     if (!known) el.costs.replaceChildren();
   }
   only = null;
@@ -176,15 +174,25 @@ async function inspect(signal) {
   return `${count} tokens in ${seconds.toFixed(2)} s`;
 }
 
-async function fetchModule(name, signal) {
-  const { model, text, without } = state;
-  const told = await ask("api/inspect", { model, text, module: name, ...(without ? { without } : {}) }, signal);
-  for (const view of told.views) found.views.set(view.name, view);
+/** The weights of each view, unpacked when drawn: `all` or `gate`, `layer:NAME`, and `module:NAME` if held one by one. */
+function viewsOf({ kind, tokens, trace }) {
+  const views = new Map();
+  if (!trace) return views;
+  const row = (text) => unpack(text, tokens.length, trace.experts.length);
+  views.set(kind === "gated" ? "gate" : "all", () => row(trace.mean));
+  if (kind === "routed") trace.layers.forEach((layer, place) => {
+    const inside = trace.parts.filter((part) => part.layer === place);
+    if (inside.length) views.set(`layer:${layer.name}`, () => averaged(inside.map((part) => row(trace.rows[part.row]))));
+    if (trace.kind === "modules")
+      for (const part of inside) views.set(`module:${layer.name}.${part.name}`, () => row(trace.rows[part.row]));
+  });
+  return views;
 }
 
-function split(view) {
-  const colon = view.indexOf(":");
-  return colon < 0 ? [view, ""] : [view.slice(0, colon), view.slice(colon + 1)];
+function averaged(rows) {
+  const [first, ...others] = rows, weights = first.weights.map((value) => value / rows.length);
+  for (const other of others) other.weights.forEach((value, place) => { weights[place] += value / rows.length; });
+  return { ...first, weights };
 }
 
 // ------------------------------------------------------------------------------------------------------------ drawing
@@ -203,8 +211,14 @@ function draw() {
 const choose = () => el.detail.classList.add("chosen");
 
 function weights(inspection, view) {
-  const held = unpack(view.weights, inspection.tokens.length, inspection.experts.length);
-  return { held, names: inspection.experts, share: shares(held) };
+  const held = view();
+  return { held, names: inspection.trace.experts, share: shares(held) };
+}
+
+/** The weights over the whole model; null for a plain one. */
+function wholeWeights(inspection) {
+  const [first] = viewsOf(inspection).values();
+  return first ? weights(inspection, first) : null;
 }
 
 const surprise = (tokens) => tokens.map((token) => (token.logprob === null ? null : -token.logprob));
@@ -225,24 +239,25 @@ function drawOne() {
   const { base, shown, views } = found, facts = models.get(base.model);
   const off = shown.without;
   el.totals.replaceChildren(legends.losses(
-    [[off ? "With all experts" : base.model, base.totals], ...(off ? [[`Without ${off}`, shown.totals]] : [])], [1, 0]));
+    [[off ? "With all experts" : base.model, totalsOf(base.tokens)], ...(off ? [[`Without ${off}`, totalsOf(shown.tokens)]] : [])], [1, 0]));
 
+  const { layers, parts, kind } = shown.trace ?? {};
   const work = base.kind === "routed"
     ? [["all", "experts, all modules"],
-      ["Layers", facts.layers.map((layer) => [`layer:${layer.name}`, layer.label])],
-      ...facts.layers.map((layer) => [`Modules of ${layer.label}`,
-        layer.modules.map((module) => [`module:${module.name}`, `${layer.label} ${module.label}`])])]
+      ["Layers", layers.map((layer) => [`layer:${layer.name}`, layer.label])],
+      ...(kind === "modules" ? layers : []).map((layer, place) => [`Modules of ${layer.label}`,
+        parts.filter((part) => part.layer === place).map((part) => [`module:${layer.name}.${part.name}`, `${layer.label} ${part.name}`])])]
     : base.kind === "gated" ? [["gate", "experts, weighed by the gate"]] : [];
   fill(el.view, [...(off ? [[CHANGE, `what changes without ${off}`]] : []), ...work, [SURPRISE, "surprise"]]);
   const offered = [...el.view.options].map((option) => option.value);
   if (!offered.includes(state.view)) state.view = offered[0];
   el.view.value = state.view;
-  byId("without-field").hidden = base.experts.length < 2;
+  byId("without-field").hidden = facts.experts.length < 2;
   fill(el.without, [["", "no expert"], ...facts.experts.map((name) => [name, name])]);
   el.without.value = off ?? "";
 
   const tokens = shown.tokens;
-  const classes = palette([{ names: facts.experts, share: colourShares() }, { names: shown.experts, share: [] }]);
+  const classes = palette([{ names: facts.experts, share: wholeWeights(base)?.share ?? [] }, { names: shown.trace?.experts ?? [], share: [] }]);
   const chosen = views.get(state.view) ?? views.get("all") ?? views.get("gate");
   const told = chosen ? weights(shown, chosen) : null;
   const change = off ? tokens.map((token, place) =>
@@ -281,9 +296,9 @@ function drawOne() {
   charts.push(change ? columns({ values: change, label: `Change without ${off}`, unit: "nats", go })
     : columns({ values: loss, label: "Surprise", unit: "nats", go }));
   el.course.replaceChildren(...charts);
-  byId("usage-section").hidden = !shown.modules.length;
-  el.usage.replaceChildren(...(shown.modules.length ? usage({ modules: shown.modules, layers: facts.layers, names: shown.experts, classes }) : []));
-  byId("costs-section").hidden = base.experts.length < 2;
+  byId("usage-section").hidden = base.kind !== "routed";
+  el.usage.replaceChildren(...(base.kind === "routed" ? usage({ modules: shown.trace.modules, layers, names: shown.trace.experts, classes }) : []));
+  byId("costs-section").hidden = facts.experts.length < 2;
 
   drawn = {
     places: tokens.length, classes,
@@ -312,13 +327,6 @@ function drawOne() {
   }
 }
 
-/** Shares that decide who has a colour: those of the whole model, so that colours stay when the view changes. */
-function colourShares() {
-  const { base } = found, view = base.views[0];
-  if (!view) return [];
-  return weights(base, view).share;
-}
-
 function nextOf(inspection) {
   return make("p", { class: "muted" }, "After the text, most likely: ",
     ...inspection.next.flatMap((guess, place) => [place ? ", " : "", make("code", {}, quoted(guess.text, 24)),
@@ -334,11 +342,11 @@ function drawPair() {
   const { a, b, segments, totals_a: totalsA, totals_b: totalsB } = found.pair, both = [a, b];
   el.totals.replaceChildren(legends.losses([[a.model, totalsA], [b.model, totalsB]], [0, 1]));
   fill(el.view, [[WORK, "experts at work"], [SURPRISE, "surprise"]]);
-  if (![WORK, SURPRISE].includes(state.view)) state.view = both.some((one) => one.views.length) ? WORK : SURPRISE;
+  if (![WORK, SURPRISE].includes(state.view)) state.view = both.some((one) => one.trace) ? WORK : SURPRISE;
   el.view.value = state.view;
   for (const id of ["without-field", "usage-section", "costs-section"]) byId(id).hidden = true;
 
-  const told = both.map((one) => (one.views.length ? weights(one, one.views[0]) : null));
+  const told = both.map(wholeWeights);
   const classes = palette(told.filter(Boolean));
   const differences = segments.map((one) => (one.nats_a === null ? null : one.nats_a - one.nats_b));
   const most = legends.scaleOf(differences, 0.05), loudest = legends.scaleOf(both.flatMap((one) => surprise(one.tokens)), 1);
@@ -456,13 +464,8 @@ for (const select of [el.model, el.beside]) select.addEventListener("change", ()
 });
 el.view.addEventListener("change", () => {
   state.view = el.view.value;
-  const [kind, name] = split(state.view);
   only = null;
-  if (kind !== "module" || found.views.has(state.view)) draw();
-  else run("Looking …", async (signal) => {
-    await fetchModule(name, signal);
-    draw();
-  });
+  draw();
 });
 el.without.addEventListener("change", () => switchOff(el.without.value));
 
@@ -473,7 +476,7 @@ function switchOff(name, at = state.at) {
 }
 
 el.leave.addEventListener("click", () => run("Leaving each expert out …", async (signal) => {
-  const told = { totals: found.base.totals, costs: [] };
+  const told = { totals: totalsOf(found.base.tokens), costs: [] };
   for (const name of models.get(found.base.model).experts) {
     el.status.textContent = `Leaving ${name} out …`;
     const rest = await ask("api/inspect", { model: found.base.model, text: found.text, without: name }, signal);
