@@ -239,7 +239,9 @@ class Inspector:
             if static_E is None:
                 return logits_TV, model.trace(torch.tensor([ids], device=model.device))[0]
             names, targets = (tuple(each.name for each in some) for some in (model.experts, model.targets))
-            return logits_TV, Trace(tuple(ids), names, targets, static_E.float().cpu().expand(len(targets), len(ids), -1))
+            return logits_TV, Trace(
+                tuple(ids), names, targets, static_E.float().cpu().expand(len(targets), len(ids), -1)
+            )
         finally:
             if model is not self._model:
                 model.unload()  # its hooks refer to it: without them its weights are freed at once
