@@ -143,8 +143,8 @@ class Counted:
 
     def per_token(self, length: int, number: Callable[[int, int], float]) -> float:
         """Sum of a number of each matrix's widths over the tokens that it reads of a sequence."""
-        read = {name: length if name.startswith("encoder.") else self.predicted(length) for name in self.matrices}
-        return sum(number(*widths) * read[name] for name, widths in self.matrices.items())
+        read = {True: length, False: self.predicted(length)}
+        return sum(number(*widths) * read["encoder" in name.split(".")] for name, widths in self.matrices.items())
 
     def forward(self, batch: int, length: int, context: int | None = None) -> Work:
         """Losses of a batch without gradients, or a token of every sequence behind `context` others."""

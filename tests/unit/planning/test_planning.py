@@ -119,6 +119,15 @@ def test_parameters_and_flops_are_those_of_the_built_model(kind: str, tmp_path: 
     assert planned.step(3, 16).flops == pytest.approx(step, rel=0.1)
 
 
+def test_an_encoder_reads_the_prompt_and_a_decoder_the_target() -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 4}
+    other = {"decoder_layers": 1, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    for config in (t5(1), AutoConfig.for_model("bart", vocab_size=96, **sizes, **other)):
+        attention, ffn, head = 4 * 32 * 32, 2 * 32 * 64, 32 * 96
+        found = Counted(config).per_token(16, lambda i, o: float(i * o))
+        assert found == 16 * (attention + ffn) + 4 * (2 * attention + ffn + head)
+
+
 def test_a_mixture_of_experts_runs_those_it_chooses() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"vocab_size": 96, "num_key_value_heads": 2, "num_local_experts": 8}
