@@ -349,7 +349,7 @@ def _step(state: DistilState, samples: Joined, ridge: float, objective: LogModel
     theta = {name: gate.tensors[name].detach().requires_grad_(True) for name in gate.learned}
     logs_B = objective(gate.replaced(theta), samples.features)
     loss = -(samples.weights_N.to(logs_B.dtype) * logs_B).sum()
-    found = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+    found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
     gradients = {
         name: (ridge * theta[name].detach() if name in gate.shrunk else torch.zeros_like(theta[name]))
         + (0.0 if gradient is None else gradient)

@@ -133,7 +133,8 @@ def sampled_capacity(
         return [gain_N if lam_D[d] > 0 else torch.zeros_like(gain_N) for d, gain_N in enumerate(found)]
 
     def divergences(lam_D: Floats) -> Floats:
-        return scales_D * np.array([float(gain_N.mean()) for gain_N in gains(lam_D)])
+        scaled: Floats = scales_D * np.array([float(gain_N.mean()) for gain_N in gains(lam_D)])
+        return scaled
 
     opponent, largest = player(mixtures, domains), float(scales_D.max())
     found = _climbed(divergences, opponent, largest, tolerance, max_iterations, stalls=True)
