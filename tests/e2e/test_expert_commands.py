@@ -121,7 +121,8 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call
     traced = call("route", "trace", routed, "pan butter onion. mast sail wind.", "--json")
     assert "".join(traced["token_texts"]) == "pan butter onion. mast sail wind."
     assert all(sum(each.values()) == pytest.approx(1) for each in traced["token_weights"])
-    assert "onion" in call("route", "trace", routed, "pan butter onion.")
+    printed = call("route", "trace", routed, "pan butter onion.", "--top", "3")
+    assert all(f"{name} 0." in printed for name in WORDS)
     assert "0 tokens" in call("route", "trace", routed, "", code=2)
     page = tmp_path / "trace.html"
     assert str(page) in call("route", "trace", routed, "pan butter onion.", "--html", page)
