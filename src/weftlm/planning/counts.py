@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -133,7 +132,7 @@ class Counted:
     @property
     def kv_bytes(self) -> float:
         """Bytes of the keys and values of one token in all layers."""
-        return 2.0 * self.config.num_hidden_layers * self.heads[1] * self.item
+        return 2.0 * int(self.config.num_hidden_layers) * self.heads[1] * self.item
 
     # -- work -------------------------------------------------------------------------------------------------------
 
@@ -195,7 +194,7 @@ class Counted:
                 setattr(config, key, layers)
         return replace(self, config=config)
 
-    def build(self, device: str = "cpu") -> nn.Module:
+    def build(self, device: str = "cpu") -> Any:
         """The model with random weights, its adapter put in."""
         config = copy.deepcopy(self.config)
         config.dtype = DTYPES[self.dtype]
@@ -206,7 +205,7 @@ class Counted:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 model.enable_input_require_grads()
             if self.adapter is None:
-                return model  # type: ignore[no-any-return]
+                return model
             section = LoraConfig(
                 r=self.adapter.rank, lora_alpha=self.adapter.alpha, lora_dropout=self.adapter.dropout,
                 target_modules=list(self.targets),

@@ -238,7 +238,9 @@ class _Planner:
                 work = work + run.step * steps
         times, most = 1 + (steps // evaluation.every_steps if evaluation.every_steps else 0), math.inf
         most = evaluation.max_tokens_per_set or most
-        held = self.heldout or [most if most < math.inf else 0] * (self.domains + bool(recipe.data.target))
+        held: list[float] = [*self.heldout] or [most if most < math.inf else 0] * (
+            self.domains + bool(recipe.data.target)
+        )
         evaluating = run.work("forward", times * sum(min(most, size) for size in held) / config.sequence_length)
         work, half = work + evaluating, counted.half
         step = hardware.time(run.step, half=half).seconds
