@@ -15,8 +15,9 @@ from weftlm.cli.main import app
 
 SOURCES = Path(weftlm.__file__).parent
 ELSEWHERE = {
-    "--outfile", "--outtype", "--porcelain", "--untracked-files", "--model", "--tasks", "--model_args", "--apply",
-    "--head", "--is-inside-work-tree", "--show-toplevel", "--apply_chat_template",
+    "--outfile", "--outtype", "--model", "--tasks", "--model_args", "--apply", "--apply_chat_template",
+    "--head", "--always", "--abbrev", "--exclude", "--dirty", "--porcelain", "--untracked-files",
+    "--is-inside-work-tree", "--show-toplevel",
 }  # fmt: skip
 """Options of other programs: llama.cpp's converter, git, lm-eval."""
 
