@@ -21,6 +21,7 @@ from weftlm.experts.examples import training_source
 from weftlm.files import read_object
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
+from weftlm.pipeline.report import check_roles
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +108,11 @@ def read_measured(path: Path, stage: str) -> dict[str, Any]:
     """What a stage has measured.
 
     Raises:
-        DataError: the stage has not been carried out, or the file is torn.
+        DataError: The stage has not been carried out, or the file is torn or of an earlier version.
     """
     cure = f"make it again: weftlm run --from {stage}"
     found = read_object(path, cure)
     if found is None:
         raise DataError(f"{path} is not there; {cure}")
+    check_roles(found.get("rows", found.get("models")), path, cure)
     return found

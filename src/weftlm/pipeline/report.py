@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weftlm.errors import DataError
 from weftlm.files import read_object
 from weftlm.pipeline.names import GATE_PAGE
 from weftlm.reporting.gating import GatingFacts, gate_page
@@ -49,9 +50,20 @@ def gate_facts(run: Path, **more: Mapping[str, Any]) -> GatingFacts:
         if found.get("problem") != problem or of_another:
             log.warning("%s is of another gate or problem and left out; run weftlm gate distil again", run / name)
             continue
+        check_roles(found.get("rows"), run / name, "make it again: weftlm gate distil, after deleting it")
         students.append({**found, "rows": {**more, **found["rows"]}})
     return GatingFacts.of(_read(run / CERTIFICATE), fit, students)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     return read_object(path, "delete it and make it again")
+
+
+def check_roles(rows: Any, path: Path, cure: str) -> None:
+    """Refuse rows without a role, which earlier versions wrote.
+
+    Raises:
+        DataError: There are such.
+    """
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) and "role" in row for row in rows.values()):
+        raise DataError(f"{path} was written by another version of weftlm (rows without a role); {cure}")

@@ -85,10 +85,10 @@ def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], bu
     if facts.get("due"):
         return StageStatus(stage, "to do", settled=False)
     times = {"seconds": facts.get("seconds", 0.0), "ended": facts.get("ended")}
-    why = differences(facts["identity"], stage.settings(recipe), most=3)
+    why = differences(facts.get("identity", {}), stage.settings(recipe), most=3)
     for name in () if why else stage.needed(recipe):
         before = _finished(recipe, name)
-        if before is not None and facts["needs"].get(name) != digest_of(before):
+        if before is not None and facts.get("needs", {}).get(name) != digest_of(before):
             why = f"{name} was made anew"
             break
     if why:

@@ -137,7 +137,7 @@ def read_stage(recipe: Recipe, name: str) -> tuple[bool, dict[str, Any]] | None:
 
 def digest_of(record: dict[str, Any]) -> str:
     """A digest of all that a finished stage left, from its record."""
-    return checksum(record["files"])
+    return checksum(record.get("files", {}))
 
 
 def every_stage() -> tuple[Stage, ...]:

@@ -79,6 +79,15 @@ def test_a_project_that_is_not_measured_keeps_the_page_it_has(project, call):
     assert WHOLE in (project.run / "report.html").read_text()
 
 
+def test_figures_of_an_earlier_version_are_named_with_the_command_that_makes_them_again(project, call):
+    found = json.loads((project.run / "evaluation.json").read_text())
+    del found["checksum"], found["models"]["base"]["role"]
+    write_object(project.run / "evaluation.json", found)
+    said = call("report", project.run, code=1)
+    assert "evaluation.json was written by another version of weftlm" in said
+    assert "weftlm run --from evaluate" in said
+
+
 def test_no_page_is_written_over_a_projects_when_it_is_named(project, tmp_path, call):
     page = project.run / "report.html"
     for words in ([tmp_path / "plain", "-o", page], [project.run, tmp_path / "plain", "-o", page]):

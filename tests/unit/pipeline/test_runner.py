@@ -11,6 +11,7 @@ from support.faults import held_by_another
 from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.files import write_object
 from weftlm.pipeline import runner
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.run_folder import LOCK, at_work
@@ -313,6 +314,15 @@ def test_a_torn_record_is_named(script: Script, project: Recipe) -> None:
     (project.stages_folder / "text.json").write_text("{")
     with pytest.raises(DataError, match=r"text\.json cannot be read"):
         project_status(project)
+
+
+def test_records_of_an_earlier_version_are_stale(script: Script, project: Recipe) -> None:
+    run_project(project, progress=False)
+    old = {"stage": "text", "state": "done", "settings": {"value": 1}, "needs": {}, "outputs": {}}
+    write_object(project.stages_folder / "text.json", old)
+    found = project_status(project)
+    assert (found[0].state, found[0].settled) == ("stale", False)
+    assert "value: absent before" in found[0].why
 
 
 def test_every_stage_comes_after_those_that_it_needs() -> None:
