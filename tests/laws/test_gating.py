@@ -296,13 +296,13 @@ def test_the_projection_satisfies_its_optimality_conditions(case):
 @given(bounds())
 def test_the_best_mixture_in_bounds_is_feasible_and_best(case):
     payoffs, lower, upper = case
-    opponent = player(Box(lower, upper), len(lower))
-    value, nu = opponent.best(payoffs)
+    adversary = player(Box(lower, upper), len(lower))
+    value, nu = adversary.best(payoffs)
     assert nu.sum() == pytest.approx(1.0)
     assert (nu >= lower - 1e-12).all()
     assert (nu <= upper + 1e-12).all()
     assert value == pytest.approx(float(nu @ payoffs))
-    moved = np.exp(opponent.step(opponent.start(), 5.0 * payoffs))
+    moved = np.exp(adversary.step(adversary.start(), 5.0 * payoffs))
     assert moved.sum() == pytest.approx(1.0)
     assert moved @ payoffs <= value + 1e-9
 

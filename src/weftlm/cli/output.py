@@ -80,7 +80,7 @@ def print_rows(
 
 
 def _cell(row: Any, path: Sequence[str]) -> str:
-    """A value with its standard error, where that lies beside it; `-` where there is none."""
+    """A value with its standard error, where there is one; `-` where there is none."""
     *outer, last = path
     for key in outer:
         row = row.get(key) or {}

@@ -199,7 +199,7 @@ def export(
 ) -> Iterator[Any]:
     """Export a model: Hugging Face checkpoint, PEFT adapters, GGUF.
 
-    Adapters are merged into their base and experts with fixed weights folded in. A router or gate that chooses anew for
+    Adapters are merged into their base and experts with fixed weights folded in. A router or gate that chooses for
     every token is no checkpoint; the message says what can be exported instead.
     """
     from weftlm.pipeline.export import export_model

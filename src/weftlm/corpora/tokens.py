@@ -338,7 +338,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 def split_long(text: str) -> Iterator[str]:
     """Pieces of about `PIECE_CHARACTERS` that join to the text.
 
-    A piece ends after a line end that stands between two non-blank characters, where the byte-level pre-tokenizer
+    A piece ends after a line end between two non-blank characters, where the byte-level pre-tokenizer
     splits in any case, so the ids do not depend on the cut; a text without such a place is cut anywhere.
     """
     start = 0

@@ -86,7 +86,7 @@ def log_served(
 ) -> Tensor:
     """log s(x) as `ModularLM` serves it token by token: experts of weight 0 sleep, and the gate lacks their scores.
 
-    The mixture's own log-probability of a token stands in for that of a sleeping expert. An expert that is called again
+    The mixture's own log-probability of a token is taken for that of an inactive expert. An expert that is called again
     reads all it missed, and every `refresh_every` tokens all experts do; from then on the gate knows their scores. The
     model is normalised like any causal gate's, but it is another one than the student that sees all scores; with all
     experts at work, or a `refresh_every` of 1, the two are the same.

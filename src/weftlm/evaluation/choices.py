@@ -193,7 +193,7 @@ def choice_scores(
     Returns:
         one entry per question, in their order.
     Raises:
-        ConfigError: `batch_size` or `max_length` is below 1, an id lies outside the model's vocabulary, or the model
+        ConfigError: `batch_size` or `max_length` is below 1, an id is outside the model's vocabulary, or the model
             returns logits for other positions than it was given.
         DataError: there is no question, a prompt or choice has no tokens, or a choice leaves no room for the prompt.
         NumericsError: a log-probability is not a number.

@@ -63,7 +63,7 @@ def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: i
     """
     _check_limits(tolerance, max_iterations)
     logp_DX = log_distributions(logP_DX, "logP_DX", "DX")
-    p_DX, opponent = logp_DX.exp(), player(None, len(logp_DX))
+    p_DX, adversary = logp_DX.exp(), player(None, len(logp_DX))
 
     def divergences(lam_D: Floats) -> Floats:
         mix_X = torch.logsumexp(torch.from_numpy(lam_D).log()[:, None] + logp_DX, dim=0)
@@ -71,7 +71,7 @@ def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: i
         found: Floats = apart_DX.sum(dim=1).numpy()
         return found
 
-    return _climbed(divergences, opponent, 1.0, tolerance, max_iterations, stalls=False)
+    return _climbed(divergences, adversary, 1.0, tolerance, max_iterations, stalls=False)
 
 
 def sampled_capacity(
@@ -136,38 +136,38 @@ def sampled_capacity(
         scaled: Floats = scales_D * np.array([float(gain_N.mean()) for gain_N in gains(lam_D)])
         return scaled
 
-    opponent, largest = player(mixtures, domains), float(scales_D.max())
-    found = _climbed(divergences, opponent, largest, tolerance, max_iterations, stalls=True)
+    adversary, largest = player(mixtures, domains), float(scales_D.max())
+    found = _climbed(divergences, adversary, largest, tolerance, max_iterations, stalls=True)
     spreads = [float(((gain_N - gain_N.mean()) ** 2).mean()) / max(1, len(gain_N) - 1) for gain_N in gains(found.lam_D)]
     error = float(np.sqrt((found.lam_D * scales_D) ** 2 @ np.array(spreads)))
     return CapacityResult(found.value, found.lam_D, found.iterations, found.gap, "estimate", error)
 
 
 def _climbed(
-    divergences: Any, opponent: Player, largest: float, tolerance: float, max_iterations: int, *, stalls: bool
+    divergences: Any, adversary: Player, largest: float, tolerance: float, max_iterations: int, *, stalls: bool
 ) -> CapacityResult:
     """Exponentiated gradient up lambda . D(lambda), with steps of 1 / `largest`; the best value met and its bracket.
 
     Args:
         divergences: D, scaled, of a mixture.
-        opponent: Allowed mixtures.
+        adversary: Allowed mixtures.
         largest: Largest scale.
         tolerance: Width of the bracket at which to stop, before it is scaled.
         max_iterations: Steps at most.
         stalls: Stop too where a step changes the value by less than the tolerance.
     """
-    log_nu_M, value, upper = opponent.start(), -math.inf, math.inf
-    best_D = opponent.lam(np.exp(log_nu_M))
+    log_nu_M, value, upper = adversary.start(), -math.inf, math.inf
+    best_D = adversary.lam(np.exp(log_nu_M))
     for taken in range(1, max_iterations + 1):  # noqa: B007
-        lam_D = opponent.lam(np.exp(log_nu_M))
-        payoffs_M = opponent.weights_MD @ divergences(lam_D)
+        lam_D = adversary.lam(np.exp(log_nu_M))
+        payoffs_M = adversary.weights_MD @ divergences(lam_D)
         now = float(np.exp(log_nu_M) @ payoffs_M)
-        upper, change = min(upper, opponent.best(payoffs_M)[0]), now - value
+        upper, change = min(upper, adversary.best(payoffs_M)[0]), now - value
         if now > value:
             best_D, value = lam_D, now
         if upper - value <= tolerance * largest or (stalls and abs(change) < tolerance * largest):
             break
-        log_nu_M = opponent.step(log_nu_M, payoffs_M / largest)
+        log_nu_M = adversary.step(log_nu_M, payoffs_M / largest)
     return CapacityResult(value, best_D, taken, max(upper - value, 0.0))
 
 

@@ -33,7 +33,7 @@ class Figure:
 
     Attributes:
         value: the number; None where it is infinite.
-        label: "bound": the truth lies on the stated side, always. "exact": the truth, for the enumerated problem, or
+        label: "bound": the truth is on the stated side, always. "exact": the truth, for the enumerated problem, or
             on the data where `how` says so. "estimate": from samples, or from an optimiser that may stop short.
         how: how it was found, in a sentence.
         low: lower end of a 95 % interval, None where there is none.
@@ -85,7 +85,7 @@ class Certificate:
         capacity: below which no single normalised model's worst KL can be; None where nothing is known of it.
         worst: the gate's worst case over the mixtures.
         worst_domain: name of the domain of largest value.
-        at_lam: the gate's value against the fit's mixture; the opponent's best response is `worst`.
+        at_lam: the gate's value against the fit's mixture; the adversary's best response is `worst`.
         lower: the least a gate can have against the fit's mixture.
         gap: worst minus lower.
         z: Z_g.
@@ -156,7 +156,7 @@ def certify(
         mu, gate = gate.mu, gate.gate
     config = config or FitConfig()
     found = evaluate(gate, problem)
-    nu_M = None if nu is None else simplex_vector(nu, "nu", len(problem.opponent.weights_MD))
+    nu_M = None if nu is None else simplex_vector(nu, "nu", len(problem.adversary.weights_MD))
     lower, at_lam, gap = (None, None, None) if nu_M is None else _duality(gate, problem, found, nu_M, config, mu)
     exact = problem.support is not None
     error = _worst_error(found, problem)
@@ -195,7 +195,7 @@ def _z_share(found: Evaluation, problem: Problem) -> Floats:
 
 def _worst_error(found: Evaluation, problem: Problem) -> float:
     """Standard error of the worst mixture's value: domains are independent of each other, Z is common to all."""
-    lam_D = problem.opponent.lam(found.nu_M)
+    lam_D = problem.adversary.lam(found.nu_M)
     used = lam_D > 0
     own = float((lam_D[used] ** 2 * found.errors_D[used] ** 2).sum())
     return math.sqrt(own + float(lam_D @ _z_share(found, problem)) ** 2)
@@ -230,9 +230,9 @@ def _capacity(problem: Problem) -> Figure | None:
     """
     relative = ""
     if problem.support is not None:
-        if problem.opponent.bounded:
+        if problem.adversary.bounded:
             return None
-        known = channel_capacity(problem.opponent.weights_MD @ problem.support[0])
+        known = channel_capacity(problem.adversary.weights_MD @ problem.support[0])
         how = "Blahut-Arimoto, lower end"
     else:
         if not problem.own_D or not problem.samples:
@@ -242,9 +242,9 @@ def _capacity(problem: Problem) -> Figure | None:
         own = torch.tensor(problem.own_D)
         scored = [problem.samples[k].logq_NE[:, own] for k in problem.own_D]
         scale_D = problem.scale_D * problem.report if problem.unit == "token" else None
-        known = sampled_capacity(scored, mixtures=problem.opponent, scale_D=scale_D)
+        known = sampled_capacity(scored, mixtures=problem.adversary, scale_D=scale_D)
         how = "Blahut-Arimoto on samples of the domains' own experts: the capacity between the experts"
-        relative = ", over the mixtures that are allowed" if problem.opponent.restricted else "; all mixtures allowed"
+        relative = ", over the mixtures that are allowed" if problem.adversary.restricted else "; all mixtures allowed"
     if problem.offset_kind != "entropy":
         relative += f"; the two compare only as far as {problem.offset_kind!r} offsets equal the domains' entropies"
     if known.standard_error is None:
@@ -273,7 +273,7 @@ def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
 
 
 def _table(problem: Problem, found: Evaluation, nu_M: Floats | None) -> tuple[DomainRow, ...]:
-    lam_D = None if nu_M is None else problem.opponent.lam(nu_M)
+    lam_D = None if nu_M is None else problem.adversary.lam(nu_M)
     share_D = _z_share(found, problem)
     rows = []
     for d, one in enumerate(problem.domains):

@@ -112,7 +112,7 @@ gates: Registry[Gate] = Registry("gate", "weftlm.gating", "gate", "weftlm.gates"
 
 
 def gate_config(value: str | Mapping[str, Any] | GateConfig, where: str = "gate") -> GateConfig:
-    """The configuration a name, a mapping `{"gate": name, ...}` or a ready section stands for.
+    """The configuration a name, a mapping `{"gate": name, ...}` or a ready section gives.
 
     Raises:
         ConfigError: no or unknown name, unknown key or wrong value, each with what is allowed.

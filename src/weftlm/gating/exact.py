@@ -88,16 +88,16 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
     p_DX, q_EX = distributions(P, Q)
     seen_X = (p_DX > 0).any(axis=0)
     refuse_impossible(torch.from_numpy(q_EX[:, seen_X]).log().T, "the points the domains produce")
-    opponent = player(mixtures, len(p_DX))
-    if opponent.bounded:
+    adversary = player(mixtures, len(p_DX))
+    if adversary.bounded:
         raise ConfigError("the exact programme takes no bounds over mixtures; give the extreme ones, an array M x D")
-    p_MX = opponent.weights_MD @ p_DX
+    p_MX = adversary.weights_MD @ p_DX
     offsets_M = entropies(p_MX)
     if offsets is not None:
         offsets_D = to_tensor(offsets, "offsets", "D").double().numpy()
         if len(offsets_D) != len(p_DX) or not np.isfinite(offsets_D).all():
             raise ConfigError(f"offsets {offsets_D.tolist()} for {len(p_DX)} domains; one finite number each, in nats")
-        offsets_M = opponent.weights_MD @ offsets_D
+        offsets_M = adversary.weights_MD @ offsets_D
     low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
     used_X = high_X > 0
     p_MU, high_U = p_MX[:, used_X], high_X[used_X]
@@ -135,7 +135,7 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
     return ExactResult(
         value=float((cross_entropies(p_MX, pi_X) - offsets_M).max()),
         gate=gate,
-        lam=opponent.lam(duals_M / duals_M.sum()),
+        lam=adversary.lam(duals_M / duals_M.sum()),
         z_multiplier=float(np.asarray(whole.dual_value)),
         status=str(problem.status),
         pi=pi_X,

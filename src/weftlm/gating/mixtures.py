@@ -30,7 +30,7 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Player:
-    """The opponent: nu in {lower <= nu <= upper, sum nu = 1} over M extreme mixtures, lambda_D = V^T nu.
+    """The adversary: nu in {lower <= nu <= upper, sum nu = 1} over M extreme mixtures, lambda_D = V^T nu.
 
     Attributes:
         weights_MD: V.
@@ -93,7 +93,7 @@ def player(mixtures: Box | Player | Any | None, domains: int) -> Player:
     """The player over all mixtures of D domains (None), those within bounds, or the convex hull of an array M x D.
 
     Raises:
-        ConfigError: shapes do not fit, a row is no mixture, or no mixture lies within the bounds.
+        ConfigError: shapes do not fit, a row is no mixture, or no mixture is within the bounds.
     """
     if mixtures is None:
         return Player(np.eye(domains), np.zeros(domains), np.ones(domains))
@@ -120,7 +120,7 @@ def _bounds(box: Box, domains: int) -> tuple[Floats, Floats]:
     lower, upper = sides
     if bool((lower > upper).any()) or float(lower.sum()) > 1.0 + 1e-9 or float(upper.sum()) < 1.0 - 1e-9:
         raise ConfigError(
-            f"no mixture lies within the bounds: lower {lower.tolist()} (sum {lower.sum():.6g}), upper "
+            f"no mixture is within the bounds: lower {lower.tolist()} (sum {lower.sum():.6g}), upper "
             f"{upper.tolist()} (sum {upper.sum():.6g}); need lower <= upper, and sums at most and at least 1"
         )
     return lower, upper

@@ -241,7 +241,7 @@ def _start(problem: Problem, gate: Any, config: FitConfig) -> FitState:
         seen = _seen(problem, gates[wanted.gate].causal)
         gate = init_gate(wanted, problem.experts, seen, config.seed)
     gate = gate.to("cpu", torch.float64)
-    log_nu_M = problem.opponent.start()
+    log_nu_M = problem.adversary.start()
     return FitState(config, 0, gate, {}, (), log_nu_M, 1.0, 0, {}, np.zeros_like(log_nu_M), 0.0)
 
 
@@ -257,10 +257,10 @@ def _seen(problem: Problem, causal: bool) -> Features:
 def _checked(state: FitState, problem: Problem, config: FitConfig) -> FitState:
     if found := differences(state.config.model_dump(), config.model_dump()):
         raise CheckpointError(f"the state is of a fit with another config ({found}); start afresh")
-    if len(state.log_nu_M) != len(problem.opponent.weights_MD):
+    if len(state.log_nu_M) != len(problem.adversary.weights_MD):
         raise CheckpointError(
             f"the state mixes {len(state.log_nu_M)} domains or mixtures; the data has "
-            f"{len(problem.opponent.weights_MD)}; start afresh"
+            f"{len(problem.adversary.weights_MD)}; start afresh"
         )
     return state
 
@@ -321,7 +321,7 @@ def _descend(
     config, scale_D = state.config, torch.from_numpy(problem.scale_D)
     theta = {name: state.gate.tensors[name].detach().requires_grad_(True) for name in state.gate.learned}
     excess_D, z, squared = draw.losses(state.gate.replaced(theta), state.step, scale_D)
-    loss = torch.from_numpy(problem.opponent.lam(nu_M)) @ excess_D + state.mu * (z - 1.0) + 0.5 * config.rho * squared
+    loss = torch.from_numpy(problem.adversary.lam(nu_M)) @ excess_D + state.mu * (z - 1.0) + 0.5 * config.rho * squared
     loss = loss + 0.5 * _ridge(config, problem) * sum((theta[name] ** 2).sum() for name in state.gate.shrunk)
     if not math.isfinite(float(loss.detach())):
         raise NumericsError(
@@ -338,7 +338,7 @@ def _step(state: FitState, draw: _Draw, problem: Problem) -> FitState:
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
     final = state.step >= averaging_from
     moved, moments, excess_D, z = _descend(state, draw, problem, nu_M, config.final_lr if final else config.lr)
-    log_nu_M = problem.opponent.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + draw.base_D))
+    log_nu_M = problem.adversary.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + draw.base_D))
     mu = state.mu + config.mu_lr * (z - 1.0)
     every = config.report_every_steps
     begin = averaging_from if final else state.step // every * every + every - math.ceil(config.final_fraction * every)
@@ -371,7 +371,7 @@ def _progress(state: FitState, problem: Problem) -> Progress:
         worst=found.worst,
         worst_domain=problem.names[found.worst_domain],
         values=tuple((found.values_D * problem.report).tolist()),
-        lam=tuple(problem.opponent.lam(nu_M).tolist()),
+        lam=tuple(problem.adversary.lam(nu_M).tolist()),
         z=found.z,
         mu=mu,
         gap=gap,
@@ -446,7 +446,7 @@ def _result(state: FitState, problem: Problem, held_out: Problem | None) -> FitR
         found = evaluate(gate, held_out)
     return FitResult(
         gate=gate,
-        lam=problem.opponent.lam(nu_M),
+        lam=problem.adversary.lam(nu_M),
         nu=nu_M,
         mu=mu,
         z=found.z,

@@ -1,4 +1,4 @@
-"""The robust problem as fitting and certifying see it: data, offsets, units, the opponent, and what a gate is worth.
+"""The robust problem as fitting and certifying see it: data, offsets, units, the adversary, and what a gate is worth.
 
     value_d(g) = s_d (CE_d(pi_g) + log Z_g) - offset_d        worst(g) = max over nu of  nu . (V value + shift)
 
@@ -46,7 +46,7 @@ class Problem:
         offsets_D: inside.
         scale_D: s_d, from nats per sequence to inside.
         shift_M: how the offset of an extreme mixture differs from the mixture of offsets, inside.
-        opponent: the adversary, who mixes the domains.
+        adversary: the adversary, who mixes the domains.
         unit: of the reported values.
         report: factor from inside to reported.
         support: (p_DX, q_EX) where the problem is enumerated.
@@ -60,7 +60,7 @@ class Problem:
     offsets_D: Floats
     scale_D: Floats
     shift_M: Floats
-    opponent: Player
+    adversary: Player
     unit: Unit
     report: float
     support: tuple[Floats, Floats] | None
@@ -72,7 +72,7 @@ class Problem:
 
     def payoffs(self, values_D: Floats) -> Floats:
         """Value of each extreme mixture, inside."""
-        payoffs: Floats = self.opponent.weights_MD @ values_D + self.shift_M
+        payoffs: Floats = self.adversary.weights_MD @ values_D + self.shift_M
         return payoffs
 
 
@@ -88,7 +88,7 @@ class Evaluation:
         z: Z_g; exactly 1 for a causal gate.
         z_error: its standard error over samples (over clusters where there are).
         worst: worst case over the mixtures, reported nats.
-        nu_M: the opponent's best response, a vertex.
+        nu_M: the adversary's best response, a vertex.
         worst_domain: the domain of largest value.
     """
 
@@ -151,18 +151,18 @@ def make_problem(
         refuse_impossible(one.logq_NE, one.name or f"domain {number}")
     scale_D, report = _scales(sets, unit)
     kind, offsets_D, own_D = _offsets(sets, offsets, own_experts, support, scale_D, report)
-    opponent = player(mixtures, len(sets))
-    shift_M = np.zeros(len(opponent.weights_MD))
+    adversary = player(mixtures, len(sets))
+    shift_M = np.zeros(len(adversary.weights_MD))
     if kind == "entropy" and support is not None:
-        if opponent.bounded:
+        if adversary.bounded:
             raise ConfigError(
                 "offsets 'entropy' take no bounds over mixtures, since the entropy of a mixed text is no mixture of "
                 "entropies; give the extreme mixtures, an array M x D, or give the offsets as numbers"
             )
         # The entropy of a mixed text is more than the mixture of the entropies.
-        shift_M = opponent.weights_MD @ offsets_D - entropies(opponent.weights_MD @ support[0])
+        shift_M = adversary.weights_MD @ offsets_D - entropies(adversary.weights_MD @ support[0])
     return Problem(
-        sets, draws, experts, own_D, kind, offsets_D, scale_D, shift_M, opponent, unit, report, support
+        sets, draws, experts, own_D, kind, offsets_D, scale_D, shift_M, adversary, unit, report, support
     )  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def measure(logs: Sequence[Tensor], problem: Problem, *, z: float = 1.0, z_error
             errors_D[d] = _domain_error(ce_N, weights_N, one, problem.unit) * problem.scale_D[d]
     ce_D = problem.scale_D * (nats_D + math.log(z))
     values_D = ce_D - problem.offsets_D
-    payoff, nu_M = problem.opponent.best(problem.payoffs(values_D))
+    payoff, nu_M = problem.adversary.best(problem.payoffs(values_D))
     return Evaluation(
         ce_D=ce_D * problem.report,
         values_D=values_D,
@@ -397,7 +397,7 @@ def dual_value(problem: Problem, nu_M: Floats) -> float:
         min over pi of  - sum_x p(x) log pi(x)    s.t.  min_k q_k(x) <= pi(x) <= max_k q_k(x),  sum_x pi(x) = 1
         pi(x) = clip(c p(x), min_k q_k(x), max_k q_k(x))            p = sum_d lambda_d p_d (`kl_projection`)
 
-    The worst case of every gate with Z = 1 lies above it. (That of a model pi_g / Z_g with Z_g off 1 need not: it is no
+    The worst case of every gate with Z = 1 is above it. (That of a model pi_g / Z_g with Z_g off 1 need not: it is no
     gate's, and is bounded by the capacity alone.)
 
     Raises:
@@ -406,7 +406,7 @@ def dual_value(problem: Problem, nu_M: Floats) -> float:
     if problem.support is None:
         raise ConfigError("the closed form of the best response needs an enumerated problem, P and Q")
     p_DX, q_EX = problem.support
-    lam_D = problem.opponent.lam(nu_M)
+    lam_D = problem.adversary.lam(nu_M)
     p_X = lam_D @ p_DX
     log_p_X = np.log(p_X, out=np.full_like(p_X, -np.inf), where=p_X > 0)
     pi_X = np.exp(kl_projection(log_p_X, q_EX.min(axis=0), q_EX.max(axis=0)))

@@ -47,7 +47,7 @@ class PolicyConfig(Section):
 class AlignmentPolicyConfig(PolicyConfig):
     """Base of the configuration of policies driven by gradient alignment.
 
-    `precondition` is carried for whoever measures the alignment: it decides the direction v, not the rule.
+    `precondition` is kept for the estimator of the alignment: it decides the direction v, not the rule.
     """
 
     normalize: Literal["raw", "scale", "cosine"] = Field(

@@ -144,7 +144,7 @@ def build_policy(value: Mapping[str, Any] | PolicyConfig, where: str = "mixture"
 def missing_signal(policy: str, signal: Signal) -> ConfigError:
     """The error for a setting or a report without something the policy declared in `needs`."""
     return ConfigError(
-        f"mixture policy {policy!r} needs the signal {signal!r}, and none came; whoever drives it must measure or "
+        f"mixture policy {policy!r} needs the signal {signal!r}, and none came; the training loop must measure or "
         "prepare every name in `policy.needs`"
     )
 

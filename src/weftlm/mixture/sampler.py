@@ -109,7 +109,7 @@ class ProbeDraw:
     """Sequences for measuring, grouped: N = groups * sequences per group, groups contiguous and in order.
 
     Attributes:
-        groups_N: the group each sequence stands for, int64.
+        groups_N: Group of each sequence, int64.
         domains_N: index of its domain, int64.
         sequences_N: index of the sequence within its domain, int64.
     """

@@ -21,7 +21,7 @@ TOLERANCE = 1e-6
     costs="nothing",
 )
 class StaticPolicy(ConstantPolicy):
-    """Draw by weights somebody chose.
+    """Draw by weights given in the recipe.
 
         alpha_i = weights[i]
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Base:
-    """A base model in memory, on the CPU, and how it is told."""
+    """A base model in memory, on the CPU, and its reference."""
 
     model: PreTrainedModel
     reference: BaseReference

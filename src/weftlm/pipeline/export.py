@@ -2,7 +2,7 @@
 
 What is written is opened afresh and compared with the model it came from; where logits differ nothing is left behind.
 One checkpoint is one set of weights. An adapter is merged into its base, a pool of experts with fixed weights is folded
-in, W + sum_z w_z scale_z B_z A_z, and what chooses anew for every token is refused, with what can be exported instead.
+in, W + sum_z w_z scale_z B_z A_z, and what chooses for every token is refused, with what can be exported instead.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _one_set_of_weights(
         pool = opened.model.pool
         if expert is None:
             raise ConfigError(
-                f"{path} is a gated model: it mixes the predictions of {len(pool)} models anew for every token, which "
+                f"{path} is a gated model: it mixes the predictions of {len(pool)} models again for every token, which "
                 "no single checkpoint can. Export the dense student (students.dense of weftlm gate distil), or one of "
                 f"its models: --expert {'|'.join(pool.names)}"
             )
@@ -211,7 +211,7 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
     """Weight of each expert under a router that gives every token the same.
 
     Raises:
-        ConfigError: the router chooses anew for every token or sequence.
+        ConfigError: the router chooses for every token or sequence.
     """
     routed: RoutedModel = opened.model
     section = routed.router.config if spec is None else parse_router(spec)
@@ -219,7 +219,7 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
     names = [each.name for each in routed.experts]
     if built.static_weights_E is None:
         raise ConfigError(
-            f"router {built.config.router!r} of {opened.path} chooses experts anew for every token or text, which no "
+            f"router {built.config.router!r} of {opened.path} chooses experts for every token or text, which no "
             f"single checkpoint can. Fold them with fixed weights (--router merged, --router single:expert={names[0]}),"
             f" export one (--expert {'|'.join(names)}), or write them as PEFT adapters (--format peft)"
         )

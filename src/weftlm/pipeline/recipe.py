@@ -289,7 +289,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append("compare.monolith is the baseline of experts, and none are made; leave it out")
     if recipe.mixture is not None and recipe.mixture.policy in (each.policy for each in recipe.compare.mixtures):
         problems.append(
-            f"compare.mixtures names {recipe.mixture.policy!r}, the recipe's own policy; mixtures are told by their "
+            f"compare.mixtures names {recipe.mixture.policy!r}, the recipe's own policy; mixtures are named by their "
             "policy: compare it under other options in a run of its own"
         )
     if recipe.routing is not None:

@@ -32,7 +32,7 @@ def training_plan(recipe: Recipe) -> dict[str, Any]:
 
 def count_from_config(model: ModelConfig, vocab_size: int, sequence_length: int) -> int:
     """Parameters of a model from scratch, counted on the meta device: no memory is taken."""
-    import torch  # noqa: PLC0415 - a wrong recipe is told without it
+    import torch  # noqa: PLC0415 - a wrong recipe is refused without it
 
     from weftlm.models.factory import architecture_config, from_architecture  # noqa: PLC0415 - torch
 

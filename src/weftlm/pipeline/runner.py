@@ -89,7 +89,7 @@ def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], bu
     for name in () if why else stage.needed(recipe):
         before = _finished(recipe, name)
         if before is not None and facts.get("needs", {}).get(name) != digest_of(before):
-            why = f"{name} was made anew"
+            why = f"{name} was replaced"
             break
     if why:
         return StageStatus(stage, "stale", why, **times, settled=False)
@@ -151,13 +151,13 @@ def plan_stages(
                 f"--from {from_stage}: the stage {status.stage.name} before it is not done "
                 f"({': '.join(filter(None, (status.state, status.why)))}); start there, or leave --from out"
             )
-    return [(status, _act(status, anew=place >= first)) for place, status in enumerate(found[:last])]
+    return [(status, _act(status, again=place >= first)) for place, status in enumerate(found[:last])]
 
 
-def _act(status: StageStatus, *, anew: bool) -> Act:
+def _act(status: StageStatus, *, again: bool) -> Act:
     if status.state == "to do":
         return "run" if status.settled else "replace"
-    if anew:
+    if again:
         return "replace"
     if status.state == "stale" and status.stage.costly:
         return "run" if status.settled else "refuse"
@@ -220,7 +220,7 @@ def run_project(
         for number, (status, act) in enumerate(planned):
             if from_stage is None or act != "replace":
                 status = _status(recipe, status.stage, known, busy=False)
-                act = _act(status, anew=False)
+                act = _act(status, again=False)
                 _refuse(status, act)
             if act == "replace" and first:
                 status.stage.clear(recipe)
@@ -252,7 +252,7 @@ def _refuse(status: StageStatus, act: Act) -> None:
     name = status.stage.name
     if act == "refuse" and status.state == "stale":
         raise ConfigError(
-            f"the stage {name} was made of something else ({status.why}); make it and what follows anew with weftlm "
+            f"the stage {name} was made of something else ({status.why}); replace it and what follows with weftlm "
             f"run --from {name}, which discards what is there, or choose another run folder"
         )
 

@@ -225,7 +225,7 @@ class _Work:
         remove(self.folder)
 
     def state(self, name: str) -> Path:
-        """Where an interrupted part's state lies."""
+        """File of an interrupted part's state."""
         return self.folder / f"{name}.state.safetensors"
 
     def gate(self, name: str, make: Callable[[], Gate]) -> Gate:

@@ -34,7 +34,7 @@ from weftlm.training.runtime import choose_runtime
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the recipe does not say; None leaves it to the recipe, its prepared data, or a guess that is told."""
+    """What the recipe does not say; None leaves it to the recipe, its prepared data, or a guess that the plan names."""
 
     domains: int | None = None
     experts: int | None = None

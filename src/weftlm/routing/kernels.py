@@ -128,7 +128,7 @@ def packed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     counts = counts_E.tolist()
     capacity = _capacity(counts, rank, width, out, A_ERI.element_size())
     packed = experts * capacity
-    # The r-th token of expert e lies in row e C + r while r < C, and otherwise among the rows beyond.
+    # The r-th token of expert e is in row e C + r while r < C, and otherwise among the rows beyond.
     rank_M = torch.arange(len(flat_M), device=flat_M.device) - (counts_E.cumsum(0) - counts_E)[sorted_M]
     beyond_E = (counts_E - capacity).clamp_min_(0)
     first_beyond_E = beyond_E.cumsum(0) - beyond_E + (packed - capacity)

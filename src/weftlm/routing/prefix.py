@@ -119,7 +119,7 @@ class PrefixRouter(Router):
 
         Args:
             ids_BT: token ids; one outside the range the experts counted says nothing: 1 under every expert.
-            mask_BT: True for real tokens. After padding, or at the start, a token stands alone.
+            mask_BT: True for real tokens. After padding, or at the start, a token has no predecessor.
             last_B: the token before the first, -1 for none.
         """
         unigram_VE, count_VE = self.get_buffer("unigram_VE"), self.get_buffer("count_VE")

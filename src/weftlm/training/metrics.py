@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, rewound on resume to the step a checkpoint stands for."""
+"""metrics.jsonl: one JSON object per line, rewound on resume to the step of the checkpoint."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ def test_bounds_that_leave_one_point():
 
 
 def test_an_ignored_mixture_comes_back_quickly():
-    opponent = player(None, 2)
-    log_nu = opponent.start()
+    adversary = player(None, 2)
+    log_nu = adversary.start()
     for _ in range(1000):
-        log_nu = opponent.step(log_nu, np.array([1.0, 0.0]))
+        log_nu = adversary.step(log_nu, np.array([1.0, 0.0]))
     for _ in range(31):
-        log_nu = opponent.step(log_nu, np.array([0.0, 1.0]))
+        log_nu = adversary.step(log_nu, np.array([0.0, 1.0]))
     assert np.exp(log_nu)[1] > 0.5
 
 
@@ -44,9 +44,9 @@ def test_vertices_mix_the_domains():
         ([[0.5, 0.6]], "sum to 1"),
         ([[1.0]], "needs 2"),
         (np.zeros((0, 2)), "hold no mixture"),
-        (Box(0.6), "no mixture lies within"),
-        (Box(None, 0.4), "no mixture lies within"),
-        (Box([0.5, 0.0], [0.4, 1.0]), "no mixture lies within"),
+        (Box(0.6), "no mixture is within"),
+        (Box(None, 0.4), "no mixture is within"),
+        (Box([0.5, 0.0], [0.4, 1.0]), "no mixture is within"),
         (Box([0.1, 0.1, 0.1]), "needs 2 numbers"),
         (Box(-0.1), "from 0 to 1"),
     ],

@@ -141,8 +141,8 @@ def test_a_costly_stage_over_a_new_one_is_not_replaced_either(script: Script, pr
     script.settings["text"] = 2
     run_project(project, from_stage="text", until="text", progress=False)
     found = {status.stage.name: status for status in project_status(project)}
-    assert found["model"].why == "text was made anew"
-    with pytest.raises(ConfigError, match="text was made anew"):
+    assert found["model"].why == "text was replaced"
+    with pytest.raises(ConfigError, match="text was replaced"):
         run_project(project, progress=False)
 
 
@@ -247,8 +247,8 @@ def test_interrupted_work_over_something_new_is_stale(script: Script, project: R
     script.settings["text"] = 2
     run_project(project, from_stage="text", until="text", progress=False)
     model = project_status(project)[1]
-    assert (model.state, model.why, model.settled) == ("stale", "text was made anew", False)
-    with pytest.raises(ConfigError, match=r"text was made anew.*--from model"):
+    assert (model.state, model.why, model.settled) == ("stale", "text was replaced", False)
+    with pytest.raises(ConfigError, match=r"text was replaced.*--from model"):
         run_project(project, progress=False)
     run_project(project, from_stage="model", progress=False)
     assert set(states(project).values()) == {"done"}

@@ -312,7 +312,7 @@ export class Pane {
     return this.number.get(event.target.closest(".t"));
   }
 
-  /** Colour every token: [class, strength from 0 to 1, what a screen reader is told]. */
+  /** Colour every token: [class, strength from 0 to 1, text for screen readers]. */
   paint(colours) {
     this.spans.forEach((span, token) => {
       const [group, strength] = colours[token];

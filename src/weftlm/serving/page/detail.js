@@ -1,4 +1,4 @@
-// What is known of one token: who worked on it, how likely it was, what else might have stood there.
+// What is known of one token: its experts, its probability, and the alternatives.
 
 import { chance, quoted, signed } from "./dom.js";
 import { bar, make, workers } from "./trace.js";

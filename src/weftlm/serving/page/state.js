@@ -1,4 +1,4 @@
-// What is looked at, kept in the address after the #, so that a view can be sent to somebody.
+// What is looked at, kept in the address after the #, so that a view can be shared as a link.
 
 const FIRST = { model: "", beside: "", text: "", view: "", without: "", at: 0 };
 

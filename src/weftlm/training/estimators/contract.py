@@ -3,7 +3,7 @@
     a_i = < grad L_i(theta), v >
 
 An estimator is one file in this folder with a class under `@estimators.register("name")`. The choice, the plan and the
-training loop ask the class what stands in its way, what a measurement costs and how it measures; none of them knows a
+training loop ask the class what prevents it, what a measurement costs and how it measures; none of them knows a
 name.
 """
 
