@@ -55,6 +55,8 @@ DOCUMENT_BYTES = 1 << 28
 GROWTH = 250
 GROWTH_FROM = 1 << 26
 _WINDOW_BYTES = 1 << 31
+_SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*|(?=\]))")
+"""Text before the first value of a JSON array, and after each."""
 _BLOCK = 1 << 20
 _EXPORT = "write its text as JSON Lines or Parquet first"
 _ENCODING = "{0} text; convert it to UTF-8 (iconv -f {0} -t UTF-8)"
@@ -182,19 +184,28 @@ def _json_array(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, R
     text = _whole(path, cursor, fail)
     if text is None:
         return
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        fail("broken_json", str(path), reason(error).removeprefix("it is "))
-        return
+    decoder = json.JSONDecoder()
     cursor.rows = True
-    for cursor.number, value in enumerate(values):
-        if isinstance(value, dict):
-            yield str(cursor), value
-        else:
-            fail(
-                "not_an_object", str(cursor), f"holds a JSON {_JSON_KINDS[type(value)]}; a list must hold JSON objects"
-            )
+    try:
+        start = _SPACE.match(text, text.index("[") + 1)
+        at = start.end() if start else 0
+        while text[at : at + 1] != "]":
+            value, at = decoder.raw_decode(text, at)
+            if isinstance(value, dict):
+                yield str(cursor), value
+            else:
+                kind = _JSON_KINDS[type(value)]
+                fail("not_an_object", str(cursor), f"holds a JSON {kind}; a list must hold JSON objects")
+            cursor.number += 1
+            between = _BETWEEN.match(text, at)
+            if between is None:
+                raise ValueError("a comma or the end of the array is missing")
+            at = between.end()
+        if text[at + 1 :].strip():
+            raise ValueError("more follows the end of the array")
+    except (ValueError, RecursionError) as error:
+        rest = "the rest of the array is left out"
+        fail("broken_json", str(cursor), f"{reason(error).removeprefix('it is ')}; {rest}")
 
 
 def _csv(path: Path, cursor: Cursor, fail: Fail, fields: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
@@ -287,8 +298,10 @@ def _parquet(path: Path, cursor: Cursor, fail: Fail, fields: tuple[str, ...]) ->
         if _is_named_twice(names, tuple(columns), str(path), fail):
             return
         for group in map(file.metadata.row_group, range(file.num_row_groups)):
-            compressed = sum(group.column(number).total_compressed_size for number in range(group.num_columns))
-            _check_growth(group.total_byte_size, compressed)
+            chunks = [group.column(number) for number in range(group.num_columns)]
+            wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+            size = sum(chunk.total_uncompressed_size for chunk in wanted)
+            _check_growth(size, sum(chunk.total_compressed_size for chunk in wanted))
         for batch in file.iter_batches(batch_size=64, columns=columns):
             for offset in range(batch.num_rows):
                 place = str(cursor)

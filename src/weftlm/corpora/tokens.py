@@ -298,7 +298,7 @@ def _open(place: str, revision: str | None) -> PreTrainedTokenizerBase:
 def _check_file(file: Path) -> None:
     """Refuse a tokenizer's file that cannot be read, is empty, or is JSON by name and torn."""
     try:
-        data = file.read_bytes()
+        data = file.read_bytes() if file.is_file() else b""  # a pipe or a device would be read for ever
         sound = bool(data.strip()) and (file.suffix != ".json" or isinstance(parse_json(data), dict))
     except (OSError, ValueError):
         sound = False

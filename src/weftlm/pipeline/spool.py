@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from weftlm.corpora.source import Document
-from weftlm.files import whole
+from weftlm.files import sweep, whole
 
 NO_LABEL = np.iinfo(np.uint32).max
 _FILE = "documents.parquet"
@@ -30,7 +30,7 @@ _SCHEMA = pa.schema(
         "bytes": pa.uint64(),
         "label": pa.uint32(),
         "text": pa.large_string(),
-        "origin": pa.string(),
+        "origin": pa.binary(),
         "prompt": pa.uint64(),
     }
 )
@@ -53,8 +53,12 @@ class SpoolWriter:
 
     def __enter__(self) -> SpoolWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder)
         temporary = self._stack.enter_context(whole(self._folder / _FILE))
-        self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, _SCHEMA, compression="zstd"))
+        file = self._stack.enter_context(temporary.open("wb"))
+        self._writer = self._stack.enter_context(
+            pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_statistics=False)
+        )
         return self
 
     def add(self, document: Document) -> None:
@@ -67,7 +71,7 @@ class SpoolWriter:
                 "bytes": size,
                 "label": label,
                 "text": document.text,
-                "origin": document.origin,
+                "origin": document.origin.encode("utf-8", "surrogatepass"),
                 "prompt": document.prompt,
             }
         )
@@ -97,7 +101,8 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE
-        facts = pq.read_metadata(self._path)
+        with self._path.open("rb") as file:
+            facts = pq.read_metadata(file)
         self._documents: int = facts.num_rows
         self.labels: list[str] = json.loads(facts.metadata[_LABELS.encode()])
 
@@ -107,7 +112,8 @@ class Spool:
     def __iter__(self) -> Iterator[Document]:
         for batch in self._batches("text", "origin", "label", "prompt"):
             for text, origin, label, prompt in zip(*(column.to_pylist() for column in batch), strict=True):
-                yield Document(text, origin, None if label == NO_LABEL else self.labels[label], prompt)
+                name = None if label == NO_LABEL else self.labels[label]
+                yield Document(text, origin.decode("utf-8", "surrogatepass"), name, prompt)
 
     def label_numbers(self) -> Iterator[NDArray[np.uint32]]:
         """Number of the label of every document (`NO_LABEL` where there is none), some thousands at a time."""
@@ -120,9 +126,10 @@ class Spool:
             yield from zip(digests.to_pylist(), sizes.to_pylist(), strict=True)
 
     def _batches(self, *columns: str) -> Iterator[list[Any]]:
-        with pq.ParquetFile(self._path) as file:
-            for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=list(columns)):
-                yield [batch.column(name) for name in columns]
+        with self._path.open("rb") as raw, pq.ParquetFile(raw) as file:
+            for group in range(file.num_row_groups):  # of a few MB each: a batch may span several
+                for batch in file.iter_batches(_BATCH_DOCUMENTS, row_groups=[group], columns=list(columns)):
+                    yield [batch.column(name) for name in columns]
 
 
 class Numbers:

@@ -116,8 +116,14 @@ class Stage(ABC):
         return Artifact(recipe.stages_folder / f"{self.name}.json", self.settings(recipe), _CURE)
 
     def left(self, recipe: Recipe) -> list[str]:
-        """Its outputs by their paths from the folder of the records."""
-        return [os.path.relpath(path, recipe.stages_folder) for path in self.outputs(recipe)]
+        """Its outputs: those in the run folder by their paths from the folder of the records, others by absolute ones.
+
+        A run folder may be moved; a path out of it would be another one behind a link.
+        """
+        return [
+            os.path.relpath(path, recipe.stages_folder) if path.is_relative_to(recipe.run) else os.path.abspath(path)
+            for path in self.outputs(recipe)
+        ]
 
     def clear(self, recipe: Recipe) -> None:
         """Remove what an earlier making left: first that by which it is known to be done."""

@@ -282,6 +282,29 @@ def test_a_run_folder_may_go_by_another_name(script: Script, project: Recipe, tm
     assert states(moved)["gate"] == "stale"
 
 
+def test_outputs_outside_a_run_folder_behind_a_link_are_found(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Outside(Writes):
+        def outputs(self, recipe: Recipe) -> list[Path]:
+            return [Path("shared.txt")]
+
+        def work(self, recipe: Recipe, options: StageOptions) -> None:
+            self.script.worked.append((self.name, options.replace))
+            Path("shared.txt").write_text("1")
+
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path / "corpora")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "deep" / "er")
+    monkeypatch.setattr(runner, "stages_of", lambda project: (Outside(script, "text"),))
+    project = make_recipe({**recipe_value(), "run": "runs/one"})
+    run_project(project, progress=False)
+    Path("deep/er/one").rename("moved")
+    run_project(make_recipe({**recipe_value(), "run": "moved"}), progress=False)
+    assert script.take() == [("text", False)]
+
+
 def test_unknown_and_impossible_ranges_are_refused(script: Script, project: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"--from gat: this project has no such stage; did you mean 'gate'"):
         plan_stages(project, from_stage="gat")
