@@ -145,6 +145,6 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, recipe: Write, weftlm:
     state = newest / "tensors.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     finished = weftlm("train", path, "--set", "training.steps=20")
-    assert "is corrupt" in finished.stderr
+    assert "trying the checkpoint before it" in finished.stderr
     assert newest.name in finished.stderr
     assert (run / "model/model.safetensors").read_bytes() == expected

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import yaml
 from support.faults import killing
 from support.tiny_project import recipe_value, write_corpora
@@ -262,6 +263,8 @@ class Project:
         os.dup2(opened[1], 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.chdir(self.place)
+        # The parent's native thread pool is gone after a fork; two threads that make it at once trip over each other.
+        torch.set_num_threads(torch.get_num_threads())
         sys.argv = ["weftlm", *words]
         code = 1
         if limit is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -239,6 +238,7 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
     Nothing is downloaded: the domains are assembled from the Python installation. Results go to runs/demo: report.html,
     summary.json, the model, baselines, experts, routed models, gate and students. Finished stages are reused.
     """
+    from weftlm.files import read_object
     from weftlm.pipeline.demo import demo_recipe
     from weftlm.pipeline.demo import quick as cut_down
     from weftlm.pipeline.names import SUMMARY
@@ -252,7 +252,7 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
         return
     say(f"about {'two' if quick else 'eight'} minutes on two cores; results in {project.run}", err=True)
     run_project(project, processes=min(2, os.cpu_count() or 1))
-    summary = json.loads((project.run / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_object(project.run / SUMMARY, "run the demonstration again") or {}
     yield summary
     for section, (title, keys) in _DEMO_TABLES.items():
         if section in summary:

@@ -199,10 +199,10 @@ def _json_array(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, R
             cursor.number += 1
             between = _BETWEEN.match(text, at)
             if between is None:
-                raise ValueError("a comma or the end of the array is missing")
+                raise ValueError("not valid JSON: a comma or the end of the array is missing")
             at = between.end()
         if text[at + 1 :].strip():
-            raise ValueError("more follows the end of the array")
+            raise ValueError("not valid JSON: more follows the end of the array")
     except (ValueError, RecursionError) as error:
         rest = "the rest of the array is left out"
         fail("broken_json", str(cursor), f"{reason(error).removeprefix('it is ')}; {rest}")

@@ -596,7 +596,8 @@ class _Work:
 
     def write(self, shard: Unscored, scored: Shard) -> None:
         """Write a shard, whole or not at all."""
-        tensors = {name: torch.from_numpy(array) for name, array in zip(_PARTS, scored, strict=True)}
+        arrays = zip(_PARTS, scored, strict=True)  # read-only where another process made them
+        tensors = {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in arrays}
         write_tensors(self.folder / shard.file, "scores", tensors, {})
 
     def _has(self, shard: Unscored) -> bool:
