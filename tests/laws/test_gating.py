@@ -1,5 +1,7 @@
 """Laws of the gating room over random problems: order of values, equivariance, normalisation, causality, resumption."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -229,17 +231,20 @@ def test_a_new_gate_is_uniform(name):
 @QUICK
 @given(seeds, st.integers(0, 5))
 def test_a_causal_gate_ignores_the_future_and_can_be_driven_token_by_token(name, seed, t):
-    features = some_features(seed)
+    mask_BT = torch.rand(5, 6, generator=torch.Generator().manual_seed(seed)) < 0.8
+    features = replace(some_features(seed), mask_BT=mask_BT)
     gate = shaken(init_gate(name, 3, features), seed)
     logw_BTE = gate.log_weights(features)
     changed_BTE = features.logp_BTE.clone()
     changed_BTE[:, t:] = torch.randn(5, 6 - t, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    assert torch.equal(gate.log_weights(Features(logp_BTE=changed_BTE))[:, : t + 1], logw_BTE[:, : t + 1])
+    assert torch.equal(gate.log_weights(replace(features, logp_BTE=changed_BTE))[:, : t + 1], logw_BTE[:, : t + 1])
     assert isinstance(gate, CausalGate)
     state = gate.begin(5)
     for s in range(6):
         torch.testing.assert_close(gate.current(state), logw_BTE[:, s], rtol=1e-10, atol=1e-12)
-        state = gate.advance(state, features.logp_BTE[:, s])
+        state = gate.advance(state, features.logp_BTE[:, s], mask_BT[:, s])
+    elsewhere = next(gate.to("meta").states(changed_BTE.to("meta"), None))
+    assert {each.device.type for each in elsewhere.values()} == {"meta"}
 
 
 @QUICK

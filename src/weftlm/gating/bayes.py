@@ -70,6 +70,17 @@ class BayesGate(CausalGate):
             logp_BE = torch.where(mask_B[:, None], logp_BE, torch.zeros_like(logp_BE))
         return {"weights_BE": joint_BE + logp_BE}
 
+    def log_weights(self, features: Features) -> Tensor:
+        logp_BTE, mask_BT = self.tokens(features)
+        return self.current(self.all_states(logp_BTE, mask_BT)) if logp_BTE.shape[1] else logp_BTE
+
+    def all_states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> State:
+        first_B1E = self._first().expand(len(logp_BTE), 1, -1)
+        logp_BTE = logp_BTE.to(first_B1E.dtype)
+        if mask_BT is not None:
+            logp_BTE = torch.where(mask_BT[..., None], logp_BTE, torch.zeros_like(logp_BTE))
+        return {"weights_BE": torch.cat([first_B1E, logp_BTE[:, :-1]], dim=1).cumsum(dim=1)}
+
     def _first(self) -> Tensor:
         """log of the first weights, E."""
         return torch.log_softmax(self.tensors["logits_E"], dim=0)
@@ -116,6 +127,9 @@ class FixedShareGate(BayesGate):
         if mask_B is not None:
             after_BE = torch.where(mask_B[:, None], after_BE, before_BE)
         return {"weights_BE": after_BE}
+
+    def all_states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> State:
+        return CausalGate.all_states(self, logp_BTE, mask_BT)
 
 
 @gates.register(

@@ -167,7 +167,8 @@ class Gate(ABC):
         Args:
             config: a `Config` of the class.
             experts: E.
-            features: of all sequences it will be fitted on, for sizes and standardisation.
+            features: of all sequences it will be fitted on, for standardisation and two sizes: axis F is as long as
+                `sequence_BF` is wide, axis X as there are points. All others follow from config and experts.
             seed: of whatever is random in it.
         """
 
@@ -228,10 +229,15 @@ class CausalGate(Gate):
 
     def states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> Iterator[State]:
         """The state before each token."""
-        state: State = self.begin(len(logp_BTE)) if logp_BTE.shape[1] else {}
+        state: State = {name: tensor.to(logp_BTE.device) for name, tensor in self.begin(len(logp_BTE)).items()}
         for t in range(logp_BTE.shape[1]):
             yield state
             state = self.advance(state, logp_BTE[:, t], None if mask_BT is None else mask_BT[:, t])
+
+    def all_states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> State:
+        """The states before all tokens (one at least), B x T before their other axes."""
+        states = list(self.states(logp_BTE, mask_BT))
+        return {name: torch.stack([state[name] for state in states], dim=1) for name in states[0]}
 
     def with_prior(self, prior_E: Tensor) -> Self:
         """The same gate with these weights before the first token; a gate without such a constant as it is."""
@@ -315,7 +321,32 @@ def load_gate(path: str | Path) -> Gate:
     """
     tensors, facts = read_tensors(Path(path), "gate")
     try:
-        config = gate_config(facts["config"])
-        return gates[config.gate](config, int(facts["experts"]), tensors)
+        return restored_gate(facts, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no gate this version can use: {reason(error)}") from error
+
+
+def restored_gate(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Gate:
+    """The gate of a file's facts (config, experts) and tensors.
+
+    Raises:
+        ConfigError: names or shapes of the tensors are not those of a new gate of that configuration.
+    """
+    config, experts = gate_config(facts["config"]), int(facts["experts"])
+    axes = {
+        axis: size
+        for name, tensor in tensors.items()
+        for axis, size in zip(name.rpartition("_")[2], tensor.shape, strict=False)
+    }
+    seen = Features(
+        sequence_BF=torch.zeros(1, axes.get("F", 1)),
+        points_B=torch.tensor([axes.get("X", 1) - 1]),
+        logp_BTE=torch.zeros(1, 1, experts),
+    )
+    new = gates[config.gate].init(config, experts, seen, 0)
+    expected, found = ({name: tuple(each.shape) for name, each in of.items()} for of in (new.tensors, tensors))
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        told = "; ".join(f"{name}: {found.get(name, 'none')} for {expected.get(name, 'none')}" for name in wrong)
+        raise ConfigError(f"the tensors do not fit the configuration of gate {config.gate!r} ({told})")
+    return gates[config.gate](config, experts, tensors)

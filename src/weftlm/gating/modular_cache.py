@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -50,8 +51,16 @@ class ModularCache(Cache):
         served_BL: the mixture's own scores of the same tokens.
     """
 
-    def __init__(self, experts: int, backbones: list[int], batch: int, device: torch.device) -> None:
+    def __init__(
+        self, experts: int, backbones: list[int], batch: int, device: torch.device, begin: Callable[[int], State]
+    ) -> None:
         super().__init__(layers=[])
+        self._facts = experts, backbones, device, begin
+        self._clear(batch)
+
+    def _clear(self, batch: int) -> None:
+        """Hold no slots of so many sequences."""
+        experts, backbones, device, begin = self._facts
         self.stores = [SlotStore(size * batch) for size in backbones]
         self.ids_BS = torch.empty((batch, 0), dtype=torch.int64, device=device)
         self.real_BS = torch.empty((batch, 0), dtype=torch.bool, device=device)
@@ -59,11 +68,9 @@ class ModularCache(Cache):
         self.all_real = True
         self.logq_EBV: Tensor | None = None
         self.mixed_BV: Tensor | None = None
-        self.anchor = 0
-        self.anchored: State = {}
-        self.state: State = {}
         self.known_BLE = torch.empty((batch, 0, experts), device=device)
         self.served_BL = torch.empty((batch, 0), device=device)
+        self.settle({name: tensor.to(device) for name, tensor in begin(batch).items()})
 
     @property
     def batch(self) -> int:
@@ -105,7 +112,8 @@ class ModularCache(Cache):
 
     def settle(self, state: State) -> None:
         """Every score up to now is known and in the state."""
-        self.anchored = self.state = state
+        self.anchored: State = state
+        self.state: State = state
         self.anchor = self.length
         self.known_BLE, self.served_BL = self.known_BLE[:, :0], self.served_BL[:, :0]
 
@@ -143,6 +151,18 @@ class ModularCache(Cache):
         self.known_BLE, self.served_BL = pick(self.known_BLE), pick(self.served_BL)
         self.anchored = {name: pick(tensor) for name, tensor in self.anchored.items()}
         self.state = {name: pick(tensor) for name, tensor in self.state.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences, by number or by a mask."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Take every sequence so many times in a row."""
+        self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._clear(self.batch)
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: see `is_croppable`.

@@ -287,9 +287,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                     f"a {type(backbone.model).__name__} carries a state from token to token that is no KV cache; "
                     "generate with use_cache=False"
                 )
-        cache = ModularCache(len(self.pool), [len(b) for b in self.pool.backbones], batch, self.device)
-        cache.settle({name: tensor.to(self.device) for name, tensor in self.gate.begin(batch).items()})
-        return cache
+        return ModularCache(len(self.pool), [len(b) for b in self.pool.backbones], batch, self.device, self.gate.begin)
 
     def _run_all(self, cache: ModularCache, kept: int) -> Tensor:
         """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""

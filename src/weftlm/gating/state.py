@@ -19,9 +19,8 @@ from torch.optim.adam import adam
 from weftlm import interrupt
 from weftlm.config import Section
 from weftlm.errors import CheckpointError, WeftError, reason
-from weftlm.gating.config import gate_config, gates
 from weftlm.gating.files import read_tensors, write_tensors
-from weftlm.gating.gate import Gate
+from weftlm.gating.gate import Gate, restored_gate
 from weftlm.threads import follow_load
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,8 +90,7 @@ class GateState:
             if name == "config":
                 return cls.Config.model_validate(facts[name])
             if name == "gate":
-                section = gate_config(facts[name]["config"])
-                return gates[section.gate](section, int(facts[name]["experts"]), group)
+                return restored_gate(facts[name], group)
             if name == "history":
                 return tuple(cls.Line(**{key: _plain(each) for key, each in line.items()}) for line in facts[name])
             if name in tensors:

@@ -1,6 +1,8 @@
 """The contract of gates: features, registry, files."""
 
+import dataclasses
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating import ScoredSequences, enumerated
-from weftlm.gating.config import gate_config
+from weftlm.gating.config import FitConfig, PrefixGateConfig, gate_config
 from weftlm.gating.constant import ConstantGate
 from weftlm.gating.features import FLOOR, sequence_features
 from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
+from weftlm.gating.prefix_gate import PrefixGate
+from weftlm.gating.primal_dual import FitState
 
 
 def features(rows, names=()):
@@ -149,3 +153,16 @@ def test_files_are_whole_or_refused(tmp_path):
     blocked.write_text("")
     with pytest.raises(CheckpointError, match="space and permission"):
         save_gate(ConstantGate.of([1.0]), blocked / "gate.safetensors")
+
+
+@pytest.mark.parametrize("load", [load_gate, FitState.load])
+def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path, load):
+    gate, path = PrefixGate.of([0.5, 0.5]), tmp_path / "gate.safetensors"
+    fewer = {name: tensor for name, tensor in gate.tensors.items() if name != "middle_HH"}
+    other = PrefixGate.of([0.5, 0.5], PrefixGateConfig(hidden=3)).tensors
+    for tensors, match in ((fewer, "middle_HH: none for"), (other, r"in_H: \(3,\) for"), (gate.tensors, None)):
+        one = dataclasses.replace(gate, tensors=tensors)
+        state = FitState(FitConfig(), 1, one, {}, (), np.zeros(2), 0.0, 0, {}, np.zeros(2), 0.0)
+        save_gate(one, path) if load is load_gate else state.save(path)
+        with pytest.raises(CheckpointError, match=match) if match else nullcontext():
+            load(path)

@@ -98,24 +98,36 @@ def test_sparse_generation_does_not_depend_on_the_batch(top_m):
         assert torch.equal(single[0, own.shape[1] :], together[row, 6:])
 
 
-@pytest.mark.parametrize("steps", [0, 2, 4])
-def test_beams_reorder_caches_and_the_gate(steps):
+CHANGES = {
+    "beams": (lambda cache: cache.reorder_cache(torch.tensor([1, 2, 0])), [1, 2, 0]),
+    "numbers": (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+    "mask": (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    "repeats": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize(("steps", "change"), [(0, "beams"), (2, "beams"), *((4, change) for change in CHANGES)])
+def test_a_cache_takes_its_sequences_in_another_order_and_number(steps, change):
     """Also between two refreshes, when every expert has read another part of every sequence."""
+    apply, order = CHANGES[change]
     model = ModularLM(mixed_pool(), FixedShareGate.of([0.25] * 4, 0.3), top_m=2, refresh_every=9)
     ids, mask = padded()
-    order = torch.tensor([1, 2, 0])
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     other = model(ids[order], attention_mask=mask[order], use_cache=True).past_key_values
     for t in range(9):
         if t == steps:
             assert not steps or len(set(map(tuple, cache.done_EB.T.tolist()))) == 3
-            cache.reorder_cache(order)
+            apply(cache)
         step, mask = tokens(3, 1, seed=t), torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], dim=1)
         own = slice(None) if t < steps else order
         first = model(step[own], attention_mask=mask[own], past_key_values=cache).logits
         second = model(step[order], attention_mask=mask[order], past_key_values=other).logits
         if t >= steps:
             torch.testing.assert_close(first, second, **NEAR)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    again = model(ids[order], attention_mask=mask[order, : ids.shape[1]], past_key_values=cache).logits
+    torch.testing.assert_close(again, model(ids[order], attention_mask=mask[order, : ids.shape[1]]).logits, **NEAR)
 
 
 def test_only_the_preferred_experts_run(monkeypatch):
