@@ -63,8 +63,10 @@ def whole(path: Path, *, sync: bool = False) -> Iterator[Path]:
 def sync_file(path: Path) -> None:
     """Force a file or a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, text: str, *, sync: bool = False) -> None:

@@ -34,7 +34,7 @@ from weftlm.corpora.labels import MAX_NAME, expert_name, folder_name, is_name
 from weftlm.errors import ConfigError, DataError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import BaseReference, Expert, same_base
 from weftlm.experts.files import CARD, CONFIG, GATE, STATISTICS, WEIGHTS, to_json
-from weftlm.files import check_listed, checksum, hidden, parse_json, read_object, remove, room, write_object
+from weftlm.files import check_listed, checksum, hidden, parse_json, read_object, remove, room, sync_file, write_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -335,9 +335,10 @@ class ExpertLibrary:
                     "files": {file: _described(data) for file, data in sorted(files.items())},
                     "base": asdict(expert.lora.base),
                 }
+                found = entries.get(name)
+                if isinstance(found, dict) and entry.items() <= found.items():
+                    continue
                 if name in entries and not replace:
-                    if entry.items() <= entries[name].items():
-                        continue
                     raise ExpertError(
                         f"expert {name!r} is already in {self.folder}; choose another name, or remove that one first "
                         f"(weftlm experts remove {self.folder} {name})"
@@ -384,6 +385,8 @@ class ExpertLibrary:
         (making / _UNLISTED).touch()
         for file, data in files.items():
             (making / file).write_bytes(data)
+        for path in (*making.iterdir(), making):
+            sync_file(path)
         making.rename(self.folder / folder)
         return folder
 
@@ -399,6 +402,7 @@ class ExpertLibrary:
         """Replace the manifest: the moment at which a change happens."""
         manifest = {"format": FORMAT, "base": asdict(self.base), "experts": dict(sorted(entries.items()))}
         write_object(self.folder / MANIFEST, manifest, sync=True)
+        sync_file(self.folder)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlm.errors import CheckpointError, DataError, reason
-from weftlm.files import SEAL, check_sealed, is_full, no_room, parse_json, remove, sweep, whole_folder
+from weftlm.files import SEAL, check_sealed, is_full, no_room, parse_json, remove, sweep, sync_file, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +59,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
             save_file(tensors, making / TENSORS)
             (making / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8")
             for path in (making / TENSORS, making / STATE, making):
-                _flush(path)
+                sync_file(path)
         for path in (final / SEAL, final, folder):
-            _flush(path)
+            sync_file(path)
     except (OSError, SafetensorError, CheckpointError) as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         full = isinstance(error, CheckpointError) or is_full(error)
@@ -115,15 +114,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(step=int(state.pop("step")), tensors=load_file(path / TENSORS), state=state)
     except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is torn: {reason(error)}") from error
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _steps(folder: Path) -> list[int]:

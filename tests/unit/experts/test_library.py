@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from support.faults import Killed, killing
 
-from weftlm import places
+from weftlm import files, places
 from weftlm.errors import CheckpointError, ConfigError, ExpertError
 from weftlm.experts import library as module
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors, Statistics
@@ -129,6 +129,7 @@ def test_adding_and_removing_touch_no_other_expert_and_the_very_same_changes_not
     everything = contents(library.folder)
     before = {name: contents(library.folder / name) for name in ("code", "medicine")}
     library.add(library.load("law"), library.load("code"))
+    library.add(library.load("law"), replace=True)
     assert contents(library.folder) == everything
     library.add(full("music", 9))
     library.remove("law")
@@ -403,6 +404,22 @@ def test_a_crash_at_any_moment_leaves_all_or_nothing_and_the_next_write_cleans_u
     assert outcomes == sorted(outcomes, key=["old", "new", "done"].index)
     assert len({library.fingerprint(), before}) == 2
     assert outcomes.count("old") >= 2
+
+
+def test_an_expert_is_on_disk_before_the_manifest_and_the_manifest_before_the_old_one_goes(
+    library: ExpertLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, sync, publish, drop = [], files.sync_file, os.rename, files.remove
+    monkeypatch.setattr(module, "sync_file", lambda path: (done.append(f"sync {path.name}"), sync(path)))
+    monkeypatch.setattr(files, "sync_file", lambda path: (done.append("sync manifest"), sync(path)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append(f"rename {Path(new).name}"), publish(old, new)))
+    monkeypatch.setattr(module, "remove", lambda path: (done.append(f"remove {path.name}"), drop(path)))
+    library.add(full("law", 6), replace=True)
+    names = ["adapter_config.json", "adapter_model.safetensors", "card.json", "gate.safetensors"]
+    placed = done.index("rename law~2")
+    assert {f"sync {name}" for name in names} < set(done[: placed - 1])
+    assert done[placed - 1].endswith(".writing")
+    assert done[placed + 1 : placed + 4] == ["sync manifest", "sync library", "remove law"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
