@@ -12,8 +12,9 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors, plain
 from weftlm.experts.files import CONFIG, WEIGHTS, parse_tensors
 from weftlm.files import SEAL, check_sealed, parse_json, whole_folder
 from weftlm.models.factory import load_model, peft_warnings
-from weftlm.models.lora_targets import linear_widths
+from weftlm.models.lora_targets import ALL_LINEAR, linear_widths
 from weftlm.models.open import load_base
 from weftlm.models.patterns import matches
 
@@ -50,7 +51,8 @@ _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _SHOWN = 3
 _TYPES = {
     "base_model_name_or_path": str, "revision": str, "target_modules": str | list, "exclude_modules": str | list,
-    "layers_to_transform": int | list, "task_type": str, "rank_pattern": dict, "alpha_pattern": dict,
+    "layers_to_transform": int | list, "layers_pattern": str | list, "task_type": str,
+    "rank_pattern": dict, "alpha_pattern": dict,
 }  # fmt: skip
 """Types of settings that are read; null too."""
 _TASKS = frozenset(task.value for task in TaskType)
@@ -188,14 +190,19 @@ def write_lora(folder: Path, expert: LoRAExpert) -> None:
     """
     folder = Path(folder)
     files = lora_files(expert)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        paths = [path for path in folder.iterdir() if path.name != SEAL] if folder.is_dir() else []
-        if {path.name: path.is_file() and path.read_bytes() for path in paths} == files:
-            return
-        raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
-    with whole_folder(folder, "adapter") as making:
-        for file, data in files.items():
-            (making / file).write_bytes(data)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            paths = [path for path in folder.iterdir() if path.name != SEAL] if folder.is_dir() else []
+            if {path.name: path.is_file() and path.read_bytes() for path in paths} == files:
+                return
+            raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
+        with whole_folder(folder, "adapter") as making:
+            for file, data in files.items():
+                (making / file).write_bytes(data)
+    except OSError as error:
+        raise ExpertError(
+            f"expert {expert.name!r}: {folder} cannot be written: {reason(error)}; see that the folder is writable"
+        ) from error
 
 
 def lora_files(expert: LoRAExpert) -> dict[str, bytes]:
@@ -331,7 +338,7 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
     """
     known = dict(model.named_modules())
     linear = {name: widths for name, module in known.items() if (widths := linear_widths(module)) is not None}
-    if lacking := _absent(expert, linear):
+    if lacking := _absent(expert, list(linear)):
         raise ExpertError(
             f"expert {expert.name!r}: {CONFIG} names {_some(lacking, ', ')} (target_modules), and {WEIGHTS} holds "
             f"nothing for it; the file is incomplete: export the adapter again"
@@ -390,18 +397,44 @@ def _parse_config(name: str, data: bytes) -> dict[str, Any]:
     return settings
 
 
-def _absent(expert: LoRAExpert, names: Collection[str]) -> list[str]:
-    """Linear modules of a base that an adapter's list of target modules names and its weights lack.
+def _absent(expert: LoRAExpert, names: Sequence[str]) -> list[str]:
+    """Linear modules of a base that an adapter's configuration means, as PEFT reads it, and its weights lack.
 
-    PEFT would start them again from zero. A module's full name means that module alone.
+    PEFT would start them again from zero. `layers_to_transform` limits entries that end names, and nothing else.
     """
     settings = expert.peft_config
-    targets = settings.get("target_modules")
-    if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
+    targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return []
-    ends = tuple(f".{target}" for target in targets if target not in names)
-    meant = {name for name in names if name in targets or f".{name}".endswith(ends)}
-    return sorted(meant - expert.modules.keys())
+    meant = _meant(expert.name, "target_modules", targets, names)
+    if isinstance(targets, list) and layers is not None and layers != []:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        meant = {name for name in meant if name in targets or _layer(name, settings.get("layers_pattern")) in wanted}
+    excluded = _meant(expert.name, "exclude_modules", settings.get("exclude_modules") or [], names)
+    return sorted(meant - excluded - expert.modules.keys())
+
+
+def _meant(name: str, key: str, entries: str | Sequence[str], names: Sequence[str]) -> set[str]:
+    """The modules a setting means: a regular expression of whole names, or ends of names; a full name means itself."""
+    if isinstance(entries, str):
+        try:
+            (hits,) = matches([entries], names, key)
+        except ConfigError as error:
+            raise ExpertError(f"expert {name!r}: {error}") from error
+        return {each for each, hit in zip(names, hits, strict=True) if hit}
+    exact = set(entries) & set(names)
+    ends = tuple(f".{entry}" for entry in set(entries) - exact)
+    return exact | {each for each in names if f".{each}".endswith(ends)}
+
+
+def _layer(name: str, pattern: str | Sequence[str] | None) -> int | None:
+    """The number of the layer a module is in: the first in its name, after one of the pattern's names if there is one.
+
+    _layer("model.layers.1.mlp.experts.0.up_proj", None)  ->  1
+    """
+    allowed = [pattern] if isinstance(pattern, str) and pattern else pattern
+    parts = pairwise(name.split("."))
+    return next((int(part) for before, part in parts if part.isdecimal() and (not allowed or before in allowed)), None)
 
 
 def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:

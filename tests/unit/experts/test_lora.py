@@ -360,6 +360,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_written_is_an_error_of_the_expert(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExpertError, match=r"mixed.*file/e cannot be written: .*see that the folder is writable"):
+        write_lora(tmp_path / "file" / "e", mixed())
+
+
 def test_unsound_experts_are_not_written(tmp_path: Path) -> None:
     expert = mixed()
     broken = replace(expert, modules={Q: replace(expert.modules[Q], scale=float("nan"))})

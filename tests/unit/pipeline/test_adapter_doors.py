@@ -129,6 +129,28 @@ def test_a_damaged_adapter_is_refused_at_every_door(
     assert not (adapter.parent / "library").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [
+        ({"target_modules": r".*\.(q|v)_proj"}, "layers.1"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"], "exclude_modules": r".*k_proj"}, "layers.1"),
+        ({"layers_to_transform": [0, 1]}, "layers.1"),
+        ({"layers_to_transform": 0}, "layers.0.self_attn.q_proj"),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, "layers.0.self_attn.q_proj"),
+    ],
+)
+def test_layers_are_compared_with_what_the_settings_mean(
+    adapter: Path, base: Path, settings: dict[str, Any], lacking: str
+) -> None:
+    configured(**settings)(adapter)
+    if settings.get("layers_to_transform") == 0:
+        without("layers.1")(adapter)
+    through_open_model(adapter, base)
+    without(lacking)(adapter)
+    with pytest.raises(WeftError, match=rf"names .*{lacking}.*holds nothing for it"):
+        through_open_model(adapter, base)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_keys_nobody_knows_are_no_matter(adapter: Path, base: Path, door: Callable[[Path, Path], None]) -> None:
     configured(of_a_later_peft={"a": [1]}, runtime_config=None)(adapter)
