@@ -26,7 +26,7 @@ from torch import nn
 from weftlm.config import settings
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
-from weftlm.experts.adapted import add_branch, unchanged
+from weftlm.experts.adapted import add_branch, eager, unchanged
 from weftlm.experts.config import GateConfig
 from weftlm.experts.examples import domain_trainer
 from weftlm.experts.expert import Gate, LoRAExpert, plain
@@ -46,8 +46,9 @@ def gated(model: nn.Module, expert: LoRAExpert) -> Iterator[dict[str, nn.Paramet
 
         y = W u + s B A (sigmoid(v . u) u)          v = 0 at first: every token gets half the adapter
 
-    Everything but the gates is frozen meanwhile; afterwards the model is as it was, to the bit and to `requires_grad`.
-    `train_gate` trains on next tokens or on examples. With any other loss a gate is trained so:
+    Everything but the gates is frozen meanwhile, and a model compiled in place runs uncompiled; afterwards the model is
+    as it was, to the bit and to `requires_grad`. `train_gate` trains on next tokens or on examples. With any
+    other loss a gate is trained so:
 
         with gated(model, expert) as vectors:
             optimizer = torch.optim.AdamW(vectors.values(), lr=5e-3, weight_decay=0.0)
@@ -67,7 +68,7 @@ def gated(model: nn.Module, expert: LoRAExpert) -> Iterator[dict[str, nn.Paramet
         ExpertError: the expert does not fit the model.
     """
     check_fits(expert, model)
-    with unchanged(model):
+    with unchanged(model), eager(model):
         model.requires_grad_(False)
         vectors = {}
         for name, factors in expert.modules.items():
@@ -141,12 +142,15 @@ def train_gate(
             "settings": settings(section, without=NOT_DECIDING),
         }
         _let_gradients_through_checkpointing(model)
+        runtime = runtime or choose_runtime(section, parameters=count_parameters(model))
+        if runtime.compile:
+            torch.compiler.reset()  # code compiled before is taken for modules that have a hook now
         trainer = domain_trainer(
             model,
             expert.name,
             source,
             section,
-            runtime=runtime or choose_runtime(section, parameters=count_parameters(model)),
+            runtime=runtime,
             folder=folder,
             seed=seed,
             identity=identity,

@@ -33,7 +33,7 @@ from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, Statistics
 from weftlm.experts.gate import data_identity, train_gate
 from weftlm.experts.library import check_name
 from weftlm.experts.lora import from_peft_model
-from weftlm.experts.statistics import Decode, check_embedder, collect_statistics
+from weftlm.experts.statistics import Decode, collect_statistics, embedder_named
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.lora_targets import lora_targets
@@ -102,7 +102,7 @@ def train_expert(
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ExpertError(f"expert {name!r}: the model carries PEFT adapters already; load the base without them")
     if config.statistics_examples:
-        check_embedder(config.embedder)
+        embedder_named(config.embedder, decode)
     if base.fingerprint is None:
         base = replace(base, fingerprint=base_fingerprint(model))
     if runtime is None:
@@ -168,7 +168,9 @@ def _train_adapter(
     identity = {
         "base": [base.name, base.revision, base.fingerprint],
         "data": data_identity(source),
-        "heldout": heldout and [heldout.fingerprint, config.validate_every_steps, config.validation_tokens],
+        "heldout": None
+        if heldout is None
+        else [heldout.fingerprint, config.validate_every_steps, config.validation_tokens],
         "lora": settings(config.lora),
         "seed": seed,
         "training": settings(config.training, without=NOT_DECIDING),

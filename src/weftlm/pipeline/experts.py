@@ -32,7 +32,7 @@ from weftlm.experts.expert import Expert
 from weftlm.experts.gate import adapter_fingerprint, data_identity, train_gate
 from weftlm.experts.library import ExpertLibrary, check_name
 from weftlm.experts.lora import check_fits
-from weftlm.experts.statistics import check_embedder, collect_statistics
+from weftlm.experts.statistics import collect_statistics, embedder_named
 from weftlm.experts.train import train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key, processes
 from weftlm.files import checksum, remove
@@ -256,7 +256,7 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
     Raises:
         ConfigError: the domain is not there, or not to be guessed.
         DataError: the expert was made from other text of that domain; naming the domain says that this is meant.
-        ExpertError: there is no such expert, or it does not fit the base.
+        ExpertError: there is no such expert, it does not fit the base, or it was replaced or removed meanwhile.
     """
     with alone(recipe.run, shared=True):
         making = open_for_making(recipe, progress=progress)
@@ -267,9 +267,10 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         config = recipe.expert_settings.expert_training
         source = training_source(found.train, found.name, config.examples)
         if config.statistics_examples:
-            check_embedder(config.embedder)
+            embedder_named(config.embedder, making.data.tokenizer.decode)
         choices = [settings(config.gate), settings(config.training, without=NOT_DECIDING)]
-        identity = checksum([choices, adapter_fingerprint(expert.lora), data_identity(source), recipe.seed])
+        adapter = adapter_fingerprint(expert.lora)
+        identity = checksum([choices, adapter, data_identity(source), recipe.seed])
         work = recipe.training_folder(name) / f"gate-{identity[:12]}"
         runtime = choose_runtime(config.training, parameters=count_parameters(making.base.model))
         if progress:
@@ -295,6 +296,11 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
             if "settings" in card:
                 now = config.model_dump(mode="json")
                 card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
+            if name not in making.library or adapter_fingerprint(making.library.load(name).lora) != adapter:
+                raise ExpertError(
+                    f"expert {name!r} was replaced or removed while its gate was trained; nothing is written: "
+                    f"run the command again for the adapter that is there now"
+                )
             making.library.add(Expert(expert.lora, gate, statistics, card), replace=True)
             remove(work)
         facts = None if statistics is None else dict(statistics.facts)

@@ -144,6 +144,37 @@ def loss_with(model: nn.Module, gate: Gate, source: ArraySource) -> float:
         return token_losses(model, tokens).mean().item()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses parts of torch it deprecates
+def test_compiled_training_runs_the_branches_of_every_expert_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+    model = llama()
+    for number, targets in enumerate(([Q], [V], [Q, DOWN])):
+        expert = random_expert(model, dict.fromkeys(targets, 2))
+        plain, fast = (
+            train(
+                model, tmp_path / f"{number}-{compile}", expert=expert, config=GateConfig(steps=2, lr=0.05),
+                training=TRAINING.model_copy(update={"compile": compile}),
+            )
+            for compile in (False, True)
+        )  # fmt: skip
+        for name, v_I in plain.vectors.items():
+            torch.testing.assert_close(fast.vectors[name], v_I)
+    torch.compiler.reset()
+
+
+def test_a_model_compiled_by_its_owner_runs_its_gates() -> None:
+    model, tokens = llama(), torch.randint(VOCAB, (1, LENGTH))
+    with torch.no_grad():
+        before = model(tokens).logits
+        model._compiled_call_impl = lambda *_, **__: None
+        with gated(model, random_expert(model)):
+            assert not torch.equal(model(tokens).logits, before)
+        assert model(tokens) is None
+
+
 # -- training -----------------------------------------------------------------------------------------------------
 
 

@@ -196,6 +196,9 @@ def test_what_cannot_be_trained_is_said_and_leaves_the_model_alone(tmp_path: Pat
         train(model, tmp_path, config={"lora": {"target_modules": "nowhere"}})
     with pytest.raises(ConfigError, match="embedder is 'bert'"):
         train(model, tmp_path, config={"embedder": "bert"})
+    with pytest.raises(ConfigError, match=r"sentence-transformers|decode"):
+        train(model, tmp_path, config={"embedder": "sentence-transformers:x"})
+    assert not list(tmp_path.iterdir()), "an embedder is asked for before anything is trained"
     with pytest.raises(DataError, match="one training sequence"):
         train(model, tmp_path, source=cyclic_source(LENGTH))
     with pytest.raises(ExpertError, match="name 'a/b' is not allowed"):

@@ -13,11 +13,12 @@ import torch
 import yaml
 from support.tiny_expert import cyclic_source, llama
 from support.tiny_project import recipe_value, write_corpora
+from torch import nn
 
 from weftlm.corpora.tokens import find_tokenizer
 from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
-from weftlm.experts.expert import Expert
+from weftlm.experts.expert import Expert, Gate, LoRAExpert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
@@ -242,6 +243,29 @@ def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path)
     assert not list((recipe.run / "training/algebra").glob("gate-*")), "the work of the second gate is put away"
     with pytest.raises(DataError, match="made from other text"):
         gate_expert(_with_other_text(recipe, corpora, tmp_path), "algebra", progress=False)
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_a_gate_is_not_kept_for_an_adapter_that_went_meanwhile(
+    tmp_path: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    recipe = recipe_in(tmp_path, corpora, domains=["algebra"], training={**EXPERTS["training"], "steps": 1})
+    train_experts(recipe, progress=False)
+    library = ExpertLibrary.open(recipe.library_folder)
+
+    def meanwhile(model: nn.Module, lora: LoRAExpert, *_: object, **__: object) -> Gate:
+        if change == "replaced":
+            halved = {name: replace(part, scale=part.scale / 2) for name, part in lora.modules.items()}
+            library.add(Expert(replace(lora, modules=halved)), replace=True)
+        else:
+            library.remove("algebra")
+        return Gate({name: torch.zeros(part.A_RI.shape[1]) for name, part in lora.modules.items()}, {})
+
+    monkeypatch.setattr("weftlm.pipeline.experts.train_gate", meanwhile)
+    with pytest.raises(ExpertError, match="was replaced or removed while its gate was trained"):
+        gate_expert(recipe, "algebra", progress=False)
+    assert library.names == (["algebra"] if change == "replaced" else [])
+    assert not any(map(library.has_gate, library.names))
 
 
 def _with_other_text(recipe: Recipe, corpora: Path, folder: Path) -> Recipe:
