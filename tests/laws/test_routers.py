@@ -274,7 +274,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @QUICK
 @given(problem=problems())
 def test_every_way_to_the_routed_product_agrees(problem: Problem) -> None:
-    ways = ["routed", "gather", "each", "dense", "packed"]
+    ways = ["routed", "gather", "each", "dense", "packed", "loop"]
     if kernels._can_group(problem[3], problem[4]):
         ways.append("grouped")
     assert_solve(problem, **{way: getattr(kernels, f"{way}_delta")(*problem) for way in ways})

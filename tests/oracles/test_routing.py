@@ -55,6 +55,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "dense": kernels.dense_delta,
     "grouped": kernels.grouped_delta,
     "packed": kernels.packed_delta,
+    "loop": kernels.loop_delta,
 }
 
 
@@ -80,6 +81,16 @@ def test_nothing_to_do_gives_zeros(chosen: int) -> None:
         assert torch.equal(delta_NO, torch.zeros(tokens, 16))
 
 
+def test_a_large_pool_is_looped_over_where_products_cannot_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for way in ("dense", "loop"):
+        monkeypatch.setattr(kernels, f"{way}_delta", lambda *_, way=way: taken.append(way))
+    for tokens, experts in ((40, 2), (500, 100)):
+        u_NI, *rest = kernel_problem(tokens, 2, experts, 8, 64, 64, "drawn", torch.float64)
+        kernels.routed_delta(u_NI.requires_grad_(), *rest)
+    assert taken == ["dense", "loop"]
+
+
 def test_packing_serves_inference_mode_and_its_outside_in_turn() -> None:
     problem = kernel_problem(40, 2, 5, 8, 16, 24, "drawn", torch.float32)
     kernels._SCRATCH.buffers.clear()
@@ -102,7 +113,7 @@ def dense_formula(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: T
     return torch.einsum("ne,ero,eri,ni->no", p_NE, B_ERO, A_ERI, u_NI)
 
 
-@pytest.mark.parametrize("way", ["routed", "gather", "grouped", "dense"])
+@pytest.mark.parametrize("way", ["routed", "gather", "grouped", "dense", "loop"])
 @pytest.mark.parametrize("assigned", ["even", "skewed"])
 def test_gradients_equal_autograd_of_the_dense_formula(way: str, assigned: str) -> None:
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(40, 2, 7, 8, 16, 24, assigned, torch.float32)

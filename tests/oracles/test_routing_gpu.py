@@ -23,6 +23,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "gather": kernels.gather_delta,
     "dense": kernels.dense_delta,
     "grouped": kernels.grouped_delta,
+    "loop": kernels.loop_delta,
 }
 
 
@@ -48,7 +49,9 @@ def test_kernels_equal_a_float64_loop_on_cuda(
         assert_solve(problem, **{way: kernel(*on_device) for way, kernel in ways.items()})
 
 
-@pytest.mark.parametrize(("way", "dtype"), [("dense", torch.float32), ("grouped", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("way", "dtype"), [("dense", torch.float32), ("loop", torch.float32), ("grouped", torch.bfloat16)]
+)
 def test_gradients_equal_those_of_the_cpu(way: str, dtype: torch.dtype) -> None:
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(40, 2, 7, 8, 16, 24, "skewed", dtype)
     found = []

@@ -2,17 +2,18 @@
 
     delta[n] = sum_k w[n, k] B[e[n, k]] (A[e[n, k]] u[n])
 
-Five ways to the same numbers, chosen by size and device; the cost grows with the tokens and the chosen K, and with the
-pool only as far as its factors must be read.
+Six ways to the same numbers, chosen by size and device; the cost grows with the tokens and the chosen K, and with the
+pool only as far as its factors must be read, or as all experts cost less than the calls that choosing would take.
 
 | way     | used                            | how                                                               |
 |---------|---------------------------------|-------------------------------------------------------------------|
 | gather  | a handful of tokens             | each assignment's own factors are copied, two batched products    |
 | each    | CPU, few tokens: decoding       | a product per assignment with A, then rows of B summed in place   |
-| dense   | few experts, or no grouped one  | all experts on every token, those not chosen with weight 0        |
+| dense   | few experts                     | all experts on every token, those not chosen with weight 0        |
 | packed  | CPU, without gradient           | assignments sorted by expert into rows of equal number, batched   |
 |         |                                 | products over the pool; what exceeds the rows, expert by expert   |
 | grouped | accelerators, and with gradient | assignments sorted by expert, two grouped products                |
+| loop    | where grouped products are not  | the same sorted order, one expert after the other                 |
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SECONDS_PER_FLOP = 1.6e-11
 LARGE_PRODUCT = 0.7
 """What an operation costs in a large matrix product, as a part of what it costs in a small one."""
 FEW_ASSIGNMENTS = 8
+ACCELERATOR_CALL_FLOPS = 1e8
+"""Operations in the time of one kernel launch, about 5 us at 2e13 a second: an estimate for float32 on a GPU."""
 KEPT_BYTES = 1 << 28
 """Scratch buffers larger than this are not kept between calls."""
 
@@ -62,7 +65,9 @@ def routed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
         return _cheapest(u_NI.shape[0], assignments, A_ERI, B_ERO)(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if _can_group(A_ERI, B_ERO):
         return grouped_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
-    return dense_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
+    if _dense_pays(u_NI.shape[0], assignments, A_ERI, B_ERO):
+        return dense_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
+    return loop_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
 
 
 def gather_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -91,6 +96,17 @@ def each_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tens
     row_NKR = experts_NK[:, :, None] * rank + torch.arange(rank, device=experts_NK.device)
     table_XO = B_ERO.reshape(experts * rank, out)
     return F.embedding_bag(row_NKR.flatten(1), table_XO, per_sample_weights=h_NKR.flatten(1), mode="sum")
+
+
+def loop_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
+    """By one pair of products per expert that has tokens; see `routed_delta`."""
+    tokens_M, weights_M, counts_E = _sorted(experts_NK, weights_NK, A_ERI.shape[0])
+    pieces = []
+    for expert, rows in enumerate(tokens_M.split(counts_E.tolist())):
+        if len(rows):
+            pieces.append(u_NI.index_select(0, rows) @ A_ERI[expert].T @ B_ERO[expert])
+    update_MO = torch.cat(pieces) * weights_M.to(u_NI.dtype)[:, None]
+    return u_NI.new_zeros(u_NI.shape[0], B_ERO.shape[2]).index_add(0, tokens_M, update_MO)
 
 
 def grouped_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -203,6 +219,14 @@ def _cheapest(tokens: int, assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> Wa
         packed_delta: 30 * CALL_SECONDS + 2 * pool + assignments * (flop + copied / 16) * 1.5,
     }
     return min(costs, key=costs.__getitem__)
+
+
+def _dense_pays(tokens: int, assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> bool:
+    """Whether all experts on every token cost less than three calls for each expert that has tokens."""
+    experts = A_ERI.shape[0]
+    needless = (tokens * experts - assignments) * 2 * (A_ERI[0].numel() + B_ERO[0].numel())
+    call = CALL_SECONDS / SECONDS_PER_FLOP if A_ERI.device.type == "cpu" else ACCELERATOR_CALL_FLOPS
+    return needless <= 3 * min(experts, assignments) * call
 
 
 def _can_group(A_ERI: Tensor, B_ERO: Tensor) -> bool:
