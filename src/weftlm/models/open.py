@@ -46,6 +46,8 @@ _SIZES = {
     r"n_layers?|num_(hidden_|decoder_)?layers|(en|de)coder_layers|(num|n)_(local_|routed_)?experts": (0, 4096),
 }
 """Ranges of the settings that decide how large a model is; beyond them a mistake would fill the memory."""
+_READ = re.compile(r"((adapter_|generation_)?config|.*\.index)\.json|.*\.safetensors")
+"""Files of a model's folder that are read, beside its tokenizer's."""
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|attention\.(bias|masked_bias))$")
 """Tensors of older checkpoints that are computed and not learnt."""
 _TRIAL_PARAMETERS = 4_000_000_000
@@ -295,7 +297,7 @@ def require_same_logits(found_BTV: Tensor, wanted_BTV: Tensor, what: str, dtype:
 def _check_files(name: str, folder: Path) -> None:
     """Refuse broken links, and pipes, which would be waited for."""
     for path in folder.iterdir():
-        if path.suffix in (".json", ".safetensors") and not path.is_file():
+        if _READ.fullmatch(path.name) and not path.is_file():
             raise _refusal(name, f"{path.name} is a broken link or no plain file; {_AGAIN}")
 
 

@@ -263,6 +263,12 @@ def test_what_older_checkpoints_keep_beside_their_weights_is_no_fault(tmp_path: 
     assert load_base(str(tmp_path)).config.model_type == "gpt2"
 
 
+def test_a_broken_link_that_is_not_read_is_no_fault(tmp_path: Path) -> None:
+    tiny.gpt2().save_pretrained(tmp_path)
+    (tmp_path / "eval_results.json").symlink_to("nowhere")
+    assert load_base(str(tmp_path)).config.model_type == "gpt2"
+
+
 def test_an_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
