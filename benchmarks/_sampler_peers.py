@@ -207,7 +207,7 @@ class TorchData:
         return copy.deepcopy(self._loader.state_dict())
 
     def load(self, state: Any) -> None:
-        self._loader.sampler.load_state_dict(state)
+        self._loader.load_state_dict(state)
 
 
 class _Rows(torch.utils.data.Dataset[tuple[NDArray[np.uint16], int]]):

@@ -68,18 +68,18 @@ def train(steps: int, warm_up: int) -> None:
     times: list[float] = []
 
     class Clock:
-        def write(self, line: Mapping[str, Any]) -> None:
-            if line.get("kind") == "train":
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            if "train/loss" in values:
                 times.append(time.perf_counter())
 
-        def close(self) -> None:
+        def finish(self) -> None:
             pass
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model, Task(names, sources, build_policy({"policy": "uniform"}), MixtureSetting(names, tokens_D)),
             config, alignment=AlignmentConfig(), runtime=choose_runtime(config, parameters=parameters),
-            folder=Path(folder), seed=0, sinks=(Clock(),),
+            folder=Path(folder), seed=0, trackers=(Clock(),),
         )  # fmt: skip
         trainer.run()
     measured = times[warm_up:]

@@ -76,13 +76,14 @@ def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, what: str, *, replace: bool = False) -> Iterator[Path]:
+def whole_folder(folder: Path, what: str, *, replace: bool = False, sync: bool = False) -> Iterator[Path]:
     """Give a new folder to fill; when the block ends it is sealed and becomes `folder`; a failure drops it.
 
     Args:
         folder: Folder to make; new, or there and empty.
         what: Name of what goes into it, for the message.
         replace: Whether to replace what is there, once the new one is whole.
+        sync: Whether to force it to disk before it gets its name, and its name before what it replaces is removed.
     Raises:
         ConfigError: The folder is not empty, or a file.
         CheckpointError: The disk is full.
@@ -97,10 +98,14 @@ def whole_folder(folder: Path, what: str, *, replace: bool = False) -> Iterator[
         try:
             yield making
             seal(making)
+            for path in (*making.rglob("*"), making) if sync else ():
+                sync_file(path)
             leaving = hidden(folder, "removing")
             if folder.exists():
                 folder.rename(leaving)
             making.rename(folder)
+            if sync:
+                sync_file(folder.parent)
             _erase(leaving)
         except BaseException:
             _erase(making)

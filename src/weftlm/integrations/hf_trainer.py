@@ -64,9 +64,13 @@ class MixtureCallback(TrainerCallback, ExportableState):
     Args:
         mixture: what is mixed.
         logged_domains: domains named in the logs, those of largest weight first.
+    Raises:
+        ConfigError: no mixture was given, as where the class itself is among a trainer's callbacks.
     """
 
-    def __init__(self, mixture: OnlineMixture, *, logged_domains: int = 64) -> None:
+    def __init__(self, mixture: OnlineMixture | None = None, *, logged_domains: int = 64) -> None:
+        if mixture is None:  # a trainer calls a class that is given to it
+            raise ConfigError("MixtureCallback has no mixture; give the trainer callbacks=[MixtureCallback(mixture)]")
         self.mixture = mixture
         self.logged_domains = logged_domains
         self.run: OnlineRun | None = None

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from weftlm.errors import ConfigError, DataError, did_you_mean, install_hint, reason
+from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean, install_hint, reason
 from weftlm.models.device import AUTO, choose_device
 from weftlm.pipeline.any_model import open_model
 
@@ -57,7 +57,8 @@ class WeftLM(HFLM):  # type: ignore[misc]
     Args:
         path: as of `open_model`; `base`, `revision`, `tokenizer` and `dtype` too.
         device: where to run; None for CUDA where there is one.
-        batch_size: texts per pass; `auto`: as many as fit in memory, `max_batch_size` at most.
+        batch_size: texts per pass; `auto`: as many as fit in memory, `max_batch_size` at most; `auto:N`: N times anew
+            as texts get shorter, in one process.
         max_length: tokens read at most; None for what the model says. Contexts lose their beginning beyond it.
         max_gen_toks: tokens generated where a task does not say.
         add_bos_token: begin texts with the tokenizer's beginning-of-text token; None: as the tokenizer does.
@@ -65,6 +66,7 @@ class WeftLM(HFLM):  # type: ignore[misc]
     Raises:
         ConfigError: an argument is unknown or out of range, or as `open_model`.
         DataError: the model comes without a tokenizer.
+        NumericsError: in scoring, the weights hold NaN.
     """
 
     def __init__(
@@ -92,9 +94,17 @@ class WeftLM(HFLM):  # type: ignore[misc]
             raise ConfigError(f"--model_args {name}: unknown argument of {NAME}{meant}")
         if path is None:
             raise ConfigError("--model_args has no path; name the model: path=runs/x, or path=owner/name on the hub")
-        place = _device(device)
+        place, several = _device(device), int(os.environ.get("WORLD_SIZE", "1")) > 1
+        size, _, times = str(batch_size).partition(":")
+        for name, value in {
+            "max_length": max_length, "max_gen_toks": max_gen_toks, "max_batch_size": max_batch_size,
+            "batch_size": times or None if size == "auto" else batch_size,
+        }.items():  # fmt: skip
+            _check_whole(name, value)
+        if times and several:
+            raise ConfigError(f"batch_size is {batch_size}; several processes need batch_size=auto, or a number")
         accelerator = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if several:
             accelerator = Accelerator(cpu=place.type == "cpu")
             place = accelerator.device
         opened = open_model(
@@ -200,6 +210,13 @@ class WeftLM(HFLM):  # type: ignore[misc]
         self._decided_by = None
         return [found[number] for number in range(len(requests))]
 
+    def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
+        """Log-probabilities of the tokens that are judged."""
+        found_CV: Tensor = super()._select_cont_toks(logits, contlen, inplen)
+        if found_CV[:, 0].isnan().any():  # before the harness's cache gets it
+            raise NumericsError(f"a log-likelihood is not a number; the weights of {self.opened.path} hold NaN")
+        return found_CV
+
     @torch.inference_mode()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits of ids padded on the right, which a causal model does not see from the left."""
@@ -218,6 +235,12 @@ class WeftLM(HFLM):  # type: ignore[misc]
         ends = {self.eot_token_id, *(end if isinstance(end, list) else [] if end is None else [end])}
         made: Tensor = super()._model_generate(context, max_length, stop, eos_token_id=sorted(ends), **settings)
         return made
+
+
+def _check_whole(name: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 1; None stands for a default."""
+    if value is not None and not (str(value).isdecimal() and int(value) >= 1):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def _device(asked: str | None) -> torch.device:

@@ -106,6 +106,7 @@ class MixtureLoader:
 
         Raises:
             SamplerExhausted: the caps let no further batch be filled; the sampler's state is as before the call.
+            Exception: a source cannot be read; the sampler has advanced.
         """
         draw = self.sampler.draw(min_per_domain)
         here = draw.shard(self.rank, self.world)

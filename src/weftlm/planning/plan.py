@@ -27,7 +27,7 @@ from weftlm.planning.counts import TARGET_SHARE, Counted
 from weftlm.planning.hardware import Hardware, Stage
 from weftlm.planning.pool import experts_stage, gate_stage, models_of, scoring_stage, serving_stage
 from weftlm.planning.probe import Probe
-from weftlm.planning.training import Run, alignments, fitting
+from weftlm.planning.training import Run, aligning_memory, alignments, fitting
 from weftlm.training.config import TrainingConfig
 from weftlm.training.runtime import choose_runtime
 
@@ -221,11 +221,12 @@ class _Planner:
         policy, groups, extra = build_policy(mixture.model_dump()), self.domains, {}
         if "basis" in policy.needs and (basis := recipe.data.domains.basis) is not None:
             groups = len(basis.sets) if basis.count is None else int(basis.count)
-        if policy.needs & {"target_alignment", "generalist_alignment"}:
-            extra["direction"] = 4.0 * counted.trainable
         if "reference_losses" in policy.needs:
             extra["reference model"] = float(counted.parameters * counted.item)
-        run, layout, problems = fitting(Run(counted, config, hardware, devices, extra))
+        asked = run = Run(counted, config, hardware, devices)
+        for _ in range(2):  # the layout decides which estimator there is, and its memory which layout fits
+            more = aligning_memory(run, recipe.alignment, policy, groups)
+            run, layout, problems = fitting(replace(asked, extra={**more, **extra}))
         work = run.step * steps
         try:
             aligning, aligned = alignments(run, recipe.alignment, policy, groups)
@@ -345,7 +346,7 @@ def _assumptions(hardware: Hardware, stages: Sequence[Stage]) -> list[str]:
         f"A kernel takes {hardware.device.launch * 1e6:.0f} us to launch; training is compiled, generation is not.",
         f"A device sends {hardware.exchange / 1e9:.0f} GB/s to the others, all at once, 80 % of the links' rate. FSDP2 "
         "gathers one layer ahead; checkpoints are whole in the first machine's memory.",
-        "Devices do not wait for text: it is tokenised beforehand and read ahead.",
+        "Text is tokenised beforehand; the time to read a batch, between two steps, is not counted.",
     ]
     if hardware.probe:
         lines = [

@@ -59,7 +59,8 @@ class Probe:
         micro = min(training.micro_batch(1), rows)
         rows -= rows % micro
         sizes = {"batch_sequences": rows, "micro_batch_sequences": micro, "steps": 1000, "tokens": None}
-        config = training.model_copy(update={**sizes, "device": "cpu"})
+        endless = {"exhaustion": "repeat", "max_epochs": None}
+        config = training.model_copy(update={**sizes, **endless, "device": "cpu"})
 
         def prepared() -> Callable[[], Any]:
             source: Any = ArraySource(_tokens(small, 4 * rows * length))

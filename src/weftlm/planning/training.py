@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from weftlm.errors import ConfigError
 from weftlm.mixture.policy import MixturePolicy
 from weftlm.planning.counts import Counted, Work
 from weftlm.planning.hardware import Hardware
-from weftlm.training.alignment import Choice, Facts, choose_for_policy
+from weftlm.training.alignment import Choice, Cost, Facts, choose_for_policy
 from weftlm.training.config import AlignmentConfig, TrainingConfig, estimators
 
 PREFETCHED_UNITS = 2
@@ -169,6 +170,24 @@ def estimator_of(run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], 
     )  # fmt: skip
 
 
+def cost_of(run: Run, choice: Choice, groups: int) -> Cost:
+    """What a measurement by the chosen estimator takes."""
+    facts = Facts(groups, run.config.batch_sequences, run.devices, sharded=run.sharded)
+    return estimators[choice.estimator]().cost(facts, choice.probe)
+
+
+def aligning_memory(run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], groups: int) -> dict[str, float]:
+    """Bytes of the direction and of what the estimator holds beside it; `alignments` says where there is none."""
+    try:
+        choice = estimator_of(run, config, policy, groups)
+    except ConfigError:
+        return {}
+    if choice is None:
+        return {}
+    each = {"direction": 4.0, "estimator": cost_of(run, choice, groups).bytes_per_parameter}
+    return {name: size * run.counted.trainable for name, size in each.items() if size}
+
+
 def alignments(
     run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], groups: int
 ) -> tuple[Work, dict[str, Any]]:
@@ -187,8 +206,7 @@ def alignments(
     if choice is None or not updates:
         return Work(), {}
     extra = groups * config.sequences_per_group if choice.probe == "extra" else 0
-    facts = Facts(groups, training.batch_sequences, run.devices, sharded=run.sharded)
-    cost = estimators[choice.estimator]().cost(facts, choice.probe)
+    cost = cost_of(run, choice, groups)
     # Sequences are dealt out to the devices, so that each has one at least.
     target, probed = (run.devices * math.ceil(n / run.devices) for n in (config.target_sequences, extra))
     once = run.work("step", target) + run.work("forward", cost.forwards * (probed or training.batch_sequences))

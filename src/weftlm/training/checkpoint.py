@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlm.errors import CheckpointError, DataError, reason
-from weftlm.files import SEAL, check_sealed, is_full, no_room, parse_json, remove, sweep, sync_file, whole_folder
+from weftlm.files import SEAL, check_sealed, is_full, no_room, parse_json, remove, sweep, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_folder(final, "checkpoint", replace=True) as making:
+        with whole_folder(final, "checkpoint", replace=True, sync=True) as making:
             save_file(tensors, making / TENSORS)
             (making / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8")
-            for path in (making / TENSORS, making / STATE, making):
-                sync_file(path)
-        for path in (final / SEAL, final, folder):
-            sync_file(path)
     except (OSError, SafetensorError, CheckpointError) as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         full = isinstance(error, CheckpointError) or is_full(error)

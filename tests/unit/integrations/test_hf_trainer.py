@@ -230,6 +230,7 @@ MISUSE: list[tuple[dict[str, Any], str]] = [
     ({"data_collator": DataCollatorWithFlattening(return_flash_attn_kwargs=False)}, "one row per sequence"),
     ({"net": gpt2(positions=LENGTH)}, "set sequence_length to 15"),
     ({"callbacks": []}, "give it callbacks="),
+    ({"callbacks": [MixtureCallback]}, r"give the trainer callbacks=\[MixtureCallback\(mixture\)\]"),
     ({"restore_callback_states_from_checkpoint": True}, "resume_from_checkpoint restores the mixture"),
     ({"callbacks": [MixtureCallback(online({"policy": "uniform"}))]}, "of the same mixture"),
 ]

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from weftlm.corpora.source import ArraySource
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceQuestion, choice_scores
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.integrations.lm_eval import WeftLM, main
@@ -285,7 +285,9 @@ def test_batches_that_fit_in_memory_are_found(lm: WeftLM, monkeypatch: pytest.Mo
     assert max(sizes[sizes.index(2) :]) == 2
 
 
-def test_arguments_are_checked_and_the_model_is_described(places: dict[str, Path]) -> None:
+def test_arguments_are_checked_and_the_model_is_described(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = str(places["routed"])
     lm = get_model("weftlm").create_from_arg_string(
         f"path={path},max_length=100", {"batch_size": "auto", "device": None}
@@ -299,9 +301,30 @@ def test_arguments_are_checked_and_the_model_is_described(places: dict[str, Path
         ({}, "has no path"),
         ({"path": path, "bass": "x"}, "unknown argument of weftlm; did you mean 'base'"),
         ({"path": path, "max_length": 10_000}, "reads 256 tokens at most"),
+        ({"path": path, "max_length": "abc"}, "max_length is 'abc'; it must be a whole number"),
+        ({"path": path, "max_gen_toks": "abc"}, "max_gen_toks is 'abc'"),
+        ({"path": path, "batch_size": 0}, "batch_size is 0"),
+        ({"path": path, "batch_size": "auto:x"}, "batch_size is 'x'"),
     ):
         with pytest.raises(ConfigError, match=message):
             WeftLM(**arguments)
+    assert WeftLM(path=path, batch_size="auto:4").batch_schedule == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several processes need batch_size=auto, or a number"):
+        WeftLM(path=path, batch_size="auto:4")
+
+
+@every_kind
+def test_log_likelihoods_that_are_not_numbers_are_refused_and_not_cached(
+    lm: WeftLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cached, whole = CachingLM(lm, str(tmp_path / "cache.db")), lm._model_call
+    monkeypatch.setattr(lm, "_model_call", lambda *args, **kwargs: whole(*args, **kwargs) * torch.nan)
+    for kind, arguments in {"loglikelihood": ("mast", " sail"), "loglikelihood_rolling": ("mast",)}.items():
+        with pytest.raises(NumericsError, match="the weights of .* hold NaN"):
+            getattr(cached, kind)(asked(kind, arguments))
+    assert len(cached.dbdict) == 0
+    cached.dbdict.close()
 
 
 def test_the_harness_s_own_command_knows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,6 +263,16 @@ def test_alignment_costs_by_groups_not_by_domains() -> None:
     assert by_domain["alignment_overhead"] > 3 * by_basis["alignment_overhead"]
 
 
+@pytest.mark.parametrize(("parallel", "devices"), [("ddp", 1), ("fsdp2", 8)])
+def test_the_memory_of_alignments_is_that_of_the_estimator_of_the_layout(parallel: str, devices: int) -> None:
+    training = {**recipe_value()["training"], "parallel": parallel}
+    found = plan_of(training=training).stage("training")
+    held = 4.0 * found.facts["trainable_parameters"] / devices
+    assert found.facts["alignment_estimator"].startswith("separate" if parallel == "fsdp2" else "shadow")
+    assert found.memory_bytes.get("estimator") == (held if parallel == "fsdp2" else None)
+    assert found.memory_bytes["direction"] == held
+
+
 def test_the_reference_of_doremi_is_trained_too() -> None:
     plans = [plan_of("3xH100", mixture={"policy": name}, evaluation={"max_tokens_per_set": 1}) for name in
              ("uniform", "doremi")]  # fmt: skip
@@ -398,6 +408,7 @@ def test_this_machine_is_timed_by_what_does_the_work() -> None:
     ticks = iter(range(1_000_000))
     probe = Probe(clock=lambda: float(next(ticks)))
     value = {**recipe_value(), "experts": EXPERTS, "routing": {}, "gating": {"scores": {"samples": 4}}}
+    value["training"] |= {"exhaustion": "stop", "max_epochs": 1.0}  # a probe has little text and reads it often
     found = plan_value(value, "cpu", probe=probe, assumed=Assumed(experts=3, requests=2, new=8))
     # The clock is read after every run.
     assert found.stage("training").facts["seconds_per_step"] == 1.0

@@ -212,6 +212,29 @@ def test_dropout_is_found_in_settings_too() -> None:
     assert not has_dropout(Bigram(nn.Dropout(0.0)))
 
 
+class OnePlus(nn.Module):
+    """A gain around 1, as Gemma's norms have it: affine in its weight, with a constant part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.weight)
+
+
+def test_a_small_direction_is_not_lost_beside_a_constant_part() -> None:
+    model, tokens = Bigram(OnePlus()), torch.arange(12).reshape(2, 6) % 10
+    v = gradient_direction(model, losses, tokens)
+    plain, small = (
+        estimators["shadow"]().measure(
+            Probe(model, losses, tokens, torch.arange(2), 2, {name: size * part for name, part in v.items()})
+        ).dots_G / size
+        for size in (1.0, 2.0**-30)
+    )  # fmt: skip
+    assert torch.allclose(small, plain, rtol=1e-5)
+
+
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.faults import dead_process, host
 
+from weftlm import files
 from weftlm.errors import CheckpointError
 from weftlm.training import checkpoint as module
 from weftlm.training.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -104,3 +105,21 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make(1))
     save_checkpoint(tmp_path, Checkpoint(1, {"model.w": torch.zeros(1)}, {"policy": {}}))
     assert torch.equal(load_checkpoint(checkpoint_path(tmp_path, 1)).tensors["model.w"], torch.zeros(1))
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_before_the_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, make(1))
+    flushed: dict[str, set[str]] = {}
+    sync = files.sync_file
+
+    def watched(path: Path) -> None:
+        flushed[path.name] = {each.suffix for each in tmp_path.iterdir()}
+        sync(path)
+
+    monkeypatch.setattr(files, "sync_file", watched)
+    save_checkpoint(tmp_path, make(1))
+    unnamed, named = {"", ".writing"}, {"", ".removing"}
+    expected = {"tensors.safetensors": unnamed, "state.json": unnamed, "digests.json": unnamed, tmp_path.name: named}
+    assert flushed.items() >= expected.items()

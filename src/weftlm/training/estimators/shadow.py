@@ -3,7 +3,7 @@
 Give sequence b a scalar s_b = 0 and let every module m that owns parameters theta_m answer, for that sequence, as if it
 were at theta_m + s_b v_m. To first order its output gains s_b times a shadow term J_m(x_b) v_m,
 
-    linear   x_b V^T + v_bias, in the backward pass    affine in theta   m(x_b; V) - m(x_b; 0)    else   forward mode
+    linear   x_b V^T + v_bias, in the backward pass    affine in theta   (m(x_b; t V) - m(x_b; 0)) / t    else   forward mode
 
 and backpropagation leaves dL_b / ds_b = <grad L_b, v> in the gradient of s. As s is 0, nothing is added in the forward
 pass: the shadow exists only in the backward pass of the functions at the foot of this file, which hand y and its
@@ -259,7 +259,10 @@ class _Tap:
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
         body = _Body(self.module)
         primals = {f"module.{key}": getattr(self.module, key).detach() for key in self.v}
-        tangents = {f"module.{key}": v.to(primals[f"module.{key}"].dtype) for key, v in self.v.items()}
+        # V is brought to the size of 1, by a power of 2, so that it is not lost beside a constant part of the module.
+        peak = torch.stack([v.abs().max() for v in self.v.values()]).max()
+        scale = torch.exp2(-torch.frexp(peak).exponent.clamp(min=-120).to(peak.dtype))
+        tangents = {f"module.{key}": (v * scale).to(primals[f"module.{key}"].dtype) for key, v in self.v.items()}
         padding = getattr(self.module, "padding_idx", None)
         if isinstance(padding, int) and "module.weight" in tangents:  # that row of an embedding has no gradient
             rows = torch.arange(len(tangents["module.weight"]), device=tangents["module.weight"].device)
@@ -287,12 +290,12 @@ class _Tap:
             for state in before[1:]:
                 torch.cuda.set_rng_state(state)
             raise ConfigError(self.refuse("it draws random numbers in its forward pass"))
-        return shadows
+        return [shadow / scale if isinstance(shadow, Tensor) else shadow for shadow in shadows]
 
 
 _affine: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a module is affine in its own parameters, as norms and embeddings are: J v is f(v) - f(0) then, which is
-several times as fast as forward mode."""
+"""Whether a module is affine in its own parameters, as norms and embeddings are: J v is (f(t v) - f(0)) / t then,
+which is several times as fast as forward mode."""
 
 
 def _is_affine(forward: Callable[[dict[str, Tensor]], Any], parameters: dict[str, Tensor]) -> bool:
