@@ -321,7 +321,7 @@ def test_log_likelihoods_that_are_not_numbers_are_refused_and_not_cached(
     cached, whole = CachingLM(lm, str(tmp_path / "cache.db")), lm._model_call
     monkeypatch.setattr(lm, "_model_call", lambda *args, **kwargs: whole(*args, **kwargs) * torch.nan)
     for kind, arguments in {"loglikelihood": ("mast", " sail"), "loglikelihood_rolling": ("mast",)}.items():
-        with pytest.raises(NumericsError, match="the weights of .* hold NaN"):
+        with pytest.raises(NumericsError, match=r"the weights of .* hold NaN"):
             getattr(cached, kind)(asked(kind, arguments))
     assert len(cached.dbdict) == 0
     cached.dbdict.close()

@@ -3,7 +3,9 @@
 Give sequence b a scalar s_b = 0 and let every module m that owns parameters theta_m answer, for that sequence, as if it
 were at theta_m + s_b v_m. To first order its output gains s_b times a shadow term J_m(x_b) v_m,
 
-    linear   x_b V^T + v_bias, in the backward pass    affine in theta   (m(x_b; t V) - m(x_b; 0)) / t    else   forward mode
+    linear            x_b V^T + v_bias, in the backward pass
+    affine in theta   (m(x_b; t V) - m(x_b; 0)) / t, t so that the largest entry of t V is about 1
+    else              forward mode
 
 and backpropagation leaves dL_b / ds_b = <grad L_b, v> in the gradient of s. As s is 0, nothing is added in the forward
 pass: the shadow exists only in the backward pass of the functions at the foot of this file, which hand y and its
