@@ -131,9 +131,10 @@ def _openai_router(engines: Mapping[str, Engine], config: ServeConfig, metrics: 
         _check(asked, 1, config)
         try:
             with _naming("messages"):
-                ids = await asyncio.to_thread(prompts.chat, [message.fields() for message in asked.messages])
-        except TimeoutError as error:
-            raise ApiError(500, f"{error}; the model needs another one", code="chat_template_failed") from None
+                async with prompts.lock:
+                    ids = await asyncio.to_thread(prompts.chat, [message.fields() for message in asked.messages])
+        except (TimeoutError, RuntimeError) as error:
+            raise ApiError(500, f"{error}; the model needs another template", code="chat_template_failed") from None
         wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         form = Form(asked.model, prompts, (asked.top_logprobs or 0) if asked.logprobs else None, chat=True)
         return await reply(request, asked, [ids], wanted, form, after)

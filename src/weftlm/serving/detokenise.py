@@ -8,15 +8,17 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or not yet one."""
 CONTEXT = 4
 """Tokens of the prompt that an answer is decoded after."""
+LONG = 16
+"""Tokens held while their text ends in no whole character; most of a longer run is given out."""
 
 
 class AnswerText:
     """The text each token adds to an answer, up to its first stop text.
 
-    A token that ends within a character adds nothing until the character is whole; text that may be the beginning of a
-    stop text is held back. All pieces, with that of `finish`, join to the decoder's text of all tokens, up to the stop
-    text that is complete first. Only the last few tokens are decoded again: decoders may treat a token at the start of
-    a text differently.
+    A token that ends within a character adds nothing until the character is whole, or the run of such tokens is long;
+    text that may be the beginning of a stop text is held back. All pieces, with that of `finish`, join to the decoder's
+    text of all tokens, up to the stop text that is complete first. Only the last few tokens are decoded again: decoders
+    may treat a token at the start of a text differently.
 
     Attributes:
         stopped: Whether a stop text came; nothing more is given out.
@@ -41,7 +43,9 @@ class AnswerText:
         """The text to give out with a token."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        return "" if text.endswith(BROKEN) else self._release(self._take(text))
+        if not text.endswith(BROKEN):
+            return self._release(self._take(text))
+        return self._release(self._cut(text)) if len(self._ids) - self._given > LONG else ""
 
     def finish(self) -> str:
         """The text left at the end, broken characters included; a stop text may be found in it."""
@@ -55,6 +59,16 @@ class AnswerText:
         self._ids = self._ids[self._given :]
         self._given = len(self._ids)
         return new
+
+    def _cut(self, text: str) -> str:
+        """The front of a long run of broken characters, up to a place from which the rest reads as it did."""
+        for cut in range(len(self._ids) - LONG // 2, len(self._ids) - LONG // 4):
+            front, last = self._decode(self._ids[:cut]), self._decode(self._ids[cut - 1 : cut])
+            if front + self._decode(self._ids[cut - 1 :])[len(last) :] == text:
+                new = front[len(self._decode(self._ids[: self._given])) :]
+                self._ids, self._given = self._ids[cut - 1 :], 1
+                return new
+        return ""
 
     def _release(self, text: str) -> str:
         """What of the text held back and the new one can be given out."""

@@ -190,11 +190,15 @@ class Engine:
         return request
 
     def close(self) -> None:
-        """End what runs (`cancelled`) after the turn under way, and stop. Closing twice is closing once."""
+        """End what runs (`cancelled`) after the turn under way, and stop. Closing twice is closing once.
+
+        It returns when the worker has ended; called by a `send`, on the worker's own thread, at once.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._worker.join()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
 
     # -- the worker's thread ------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from weftlm.serving.schemas import Body
 
 MAX_CHARACTERS = 8192
 MAX_LOGITS = 1 << 29
-"""Maximum tokens times vocabulary of one text; 2 GiB as float32."""
+"""Maximum tokens times vocabulary, and times experts of a gated model, of one text; 2 GiB as float32."""
 ALTERNATIVES = 5
 ROWS = 256
 """Positions whose probabilities are taken at a time."""

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from types import FrameType
-from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.pipeline.any_model import OpenModel
+from weftlm.serving.chat_template import RefusedError, Renderer
 from weftlm.serving.request import PromptError
 
 MARK = "\ufdd0"
 """A noncharacter, which has no meaning in any text; left out of messages that hold it."""
 BREAKS = 4
-TEMPLATE_SECONDS = 2.0
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -32,10 +29,14 @@ class Prompts:
     Attributes:
         opened: The model.
         has_template: Whether its tokenizer brings a chat template, and is of the `tokenizers` library.
+        renderer: Renderer of its chat template.
+        lock: To be held during `chat`.
     """
 
     def __init__(self, opened: OpenModel) -> None:
         self.opened = opened
+        self.renderer = Renderer()
+        self.lock = asyncio.Lock()
         hf = self._hf = opened.tokenizer.hf
         self.has_template = isinstance(hf, PreTrainedTokenizerFast) and bool(hf.chat_template)
         if isinstance(hf, PreTrainedTokenizerFast):
@@ -71,6 +72,7 @@ class Prompts:
         Raises:
             PromptError: The template refuses the messages, or they cannot be quoted.
             TimeoutError: The template does not end.
+            RuntimeError: It ends the process that renders it.
         """
         if not self.has_template:
             lines = [f"{message['role']}: {message['content']}" for message in messages]
@@ -82,25 +84,11 @@ class Prompts:
         return self._written(self._rendered(quoted))
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        """What the chat template writes, in transformers' sandbox and limited in time."""
-        deadline = time.monotonic() + TEMPLATE_SECONDS
-
-        def watch(frame: FrameType, event: str, argument: Any) -> Any:  # called at every line the template executes
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the model's chat template did not end within {TEMPLATE_SECONDS:g} s")
-            return watch
-
-        before = sys.gettrace()
-        sys.settrace(watch)
+        """What the chat template writes."""
         try:
-            return str(self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TimeoutError:
-            raise
-        except Exception as error:  # noqa: BLE001 (a template may do anything)
-            shown = str(error)[:500] or type(error).__name__
-            raise PromptError(f"messages: the model's chat template refuses them: {shown}") from None
-        finally:
-            sys.settrace(before)
+            return self.renderer.render(self._hf.get_chat_template(), messages, self._hf.special_tokens_map)
+        except (RefusedError, ValueError) as error:
+            raise PromptError(f"messages: the model's chat template refuses them: {error}") from None
 
     def _written(self, text: str) -> list[int]:
         """Ids of what a template wrote: its own control tokens, and everything else as text."""

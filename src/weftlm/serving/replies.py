@@ -55,14 +55,18 @@ class EventQueue(asyncio.Queue[tuple[int, Event]]):
                 stops (503).
             ClientDisconnect: The client left.
         """
-        left, begun = len(requests), False
+        left, begun, clock = len(requests), False, asyncio.get_running_loop().time
+        look = clock() + POLL_SECONDS
         while left:
-            try:
-                async with asyncio.timeout(POLL_SECONDS):
+            event: Event | None = None
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(look):
                     index, event = await self.get()
-            except TimeoutError:
+            if clock() >= look:  # also while events come quickly
                 if not (stream and begun) and await http.is_disconnected():
-                    raise ClientDisconnect from None
+                    raise ClientDisconnect
+                look = clock() + POLL_SECONDS
+            if event is None:
                 continue
             if isinstance(event, Finished):
                 left -= 1

@@ -28,10 +28,10 @@ STOP_SECONDS = 5
 class _Connection(H11Protocol):
     """uvicorn's connection with a time limit in every state.
 
-    uvicorn's own timer is for connections that send nothing; here no byte extends anything. A connection is closed
-    `intake_seconds` to twice that after the last request began if that request's body is incomplete or it is answered,
-    and `answer_seconds` after it if its answer goes on or is not read. Beyond `max_connections` connections are closed
-    at once.
+    uvicorn's own timer is for connections that send nothing; here no byte extends anything. A connection is aborted
+    when it was for `intake_seconds` to twice that without a request, within the body of one, with one that is answered,
+    or closing, and when an answer is not finished or not read for `answer_seconds`. Beyond `max_connections`
+    connections are aborted at once.
     """
 
     intake_seconds: float
@@ -45,15 +45,16 @@ class _Connection(H11Protocol):
         self._watch(None, self.loop.time())
 
     def _watch(self, last: Any, since: float) -> None:
-        """Close the connection at its limit; `last` is the request of the look before, first seen at `since`."""
+        """Abort the connection at its limit; `last` is its state at the look before, first seen at `since`."""
         cycle: Any = self.cycle  # None before the first request, whatever uvicorn declares
-        now = self.loop.time()
-        since = since if cycle is last else now
-        waiting = cycle is None or cycle.more_body or cycle.response_complete
-        if self.transport.is_closing() or now - since >= (self.intake_seconds if waiting else self.answer_seconds):
+        closing = self.transport.is_closing()
+        waiting = cycle is None or cycle.more_body or cycle.response_complete or closing
+        state, now = (cycle, waiting, closing), self.loop.time()
+        since = since if state == last else now
+        if now - since >= (self.intake_seconds if waiting else self.answer_seconds):
             self.transport.abort()
         else:
-            self.loop.call_later(self.intake_seconds, self._watch, cycle, since)
+            self.loop.call_later(self.intake_seconds, self._watch, state, since)
 
     def send_400_response(self, msg: str) -> None:
         cycle: Any = self.cycle

@@ -47,6 +47,30 @@ def test_pieces_of_any_bytes_make_the_text_of_all(data: bytes) -> None:
     assert "".join(streamed(data)) == decode_bytes(data)
 
 
+@given(st.binary(max_size=12), st.integers(0x80, 0xBF), st.integers(17, 60), st.binary(max_size=12))
+def test_long_runs_of_broken_bytes_are_not_held_for_ever(before: bytes, byte: int, count: int, after: bytes) -> None:
+    data = before + bytes([byte] * count) + after
+    pieces = streamed(data)
+    assert "".join(pieces) == decode_bytes(data)
+    assert "".join(pieces[: len(before) + count])
+
+
+def decode_broken_words(ids: Sequence[int]) -> str:
+    return " ".join([BROKEN] * len(ids))
+
+
+@pytest.mark.parametrize("decode", [decode_bytes, decode_broken_words])
+def test_a_long_run_is_not_decoded_again_and_again(decode: Callable[[Sequence[int]], str]) -> None:
+    decoded: list[int] = []
+
+    def counting(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return decode(ids)
+
+    assert "".join(streamed([0x80] * 500, counting)) == decode([0x80] * 500)
+    assert max(decoded) < 40
+
+
 @given(st.lists(st.integers(0, 9), max_size=9), st.lists(st.integers(0, 9), max_size=9))
 def test_an_answer_goes_on_from_its_prompt(prompt: list[int], ids: list[int]) -> None:
     answer = "".join(streamed(ids, decode_words, before=prompt))

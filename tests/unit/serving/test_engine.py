@@ -280,6 +280,13 @@ def test_closing_ends_everything(plain: OpenModel) -> None:
         Ticket(engine, PROMPT, GREEDY)
 
 
+def test_a_receiver_may_close_the_engine(plain: OpenModel, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(plain, EngineConfig(slots=1))
+    assert collect(Ticket(engine, PROMPT, LONG, on_event=engine.close)).end.reason == "cancelled"
+    engine.close()
+    assert not caplog.records
+
+
 def test_no_request_waits_for_an_engine_whose_worker_was_stopped(plain: OpenModel) -> None:
     engine = Engine(plain, EngineConfig(slots=1))
     with held(engine):

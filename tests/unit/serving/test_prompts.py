@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving import prompts as prompts_module
+from weftlm.serving import chat_template
+from weftlm.serving.chat_template import Renderer
 from weftlm.serving.prompts import Prompts
 from weftlm.serving.request import PromptError
 
@@ -100,20 +101,41 @@ def test_no_body_keeps_others_waiting(web: Web, body: str) -> None:
     assert post(web, b'{"model":"tiny","prompt":"a","max_tokens":1}')[0] == 200
 
 
+RENDERER = Renderer()
+"""One process for all tests, which some of them kill."""
+
+
 def prompts_of(opened: OpenModel, template: str) -> Prompts:
     """With a chat template, over a tokenizer of its own."""
     words = Tokenizer(copy.deepcopy(opened.tokenizer.hf))
     words.hf.chat_template = template
-    return Prompts(OpenModel("x", "plain", opened.model, words, ()))
+    made = Prompts(OpenModel("x", "plain", opened.model, words, ()))
+    made.renderer = RENDERER
+    return made
 
 
 LOOP = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+POWER = "{{ 9 ** (9 ** 9) }}"
+"""One operation without an end, which holds the interpreter's lock."""
 
 
-def test_templates_that_do_not_end_are_ended(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts_module, "TEMPLATE_SECONDS", 0.2)
+@pytest.mark.parametrize("template", [LOOP, POWER])
+def test_templates_that_do_not_end_are_ended(opened: OpenModel, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.2)
     with pytest.raises(TimeoutError, match=r"did not end within 0\.2 s"):
-        prompts_of(opened, LOOP).chat([{"role": "user", "content": "a"}])
+        prompts_of(opened, template).chat([{"role": "user", "content": "a"}])
+    monkeypatch.undo()
+    assert prompts_of(opened, "a").chat([{"role": "user", "content": "a"}]), "the next template is rendered"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [("{{ 'a' * 10**10 }}", "MemoryError"), ("{{ 'a' * 9000000 }}", "more than 8,000,000")]
+)
+def test_templates_that_need_or_write_too_much_refuse_the_messages(
+    opened: OpenModel, template: str, message: str
+) -> None:
+    with pytest.raises(PromptError, match=f"chat template refuses them: .*{message}"):
+        prompts_of(opened, template).chat([{"role": "user", "content": "a"}])
 
 
 @pytest.mark.parametrize(
@@ -153,15 +175,18 @@ def test_no_message_forges_a_control_token(opened: OpenModel, text: str, field: 
     assert words.decode(ids) == f"<|endoftext|>{said}<|endoftext|>assistant/"
 
 
-def test_a_server_stops_while_a_template_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", [LOOP, POWER])
+def test_a_server_answers_others_and_stops_while_a_template_runs(tmp_path: Path, template: str) -> None:
     model = open_model(write_model(tmp_path, "plain"))
-    model.tokenizer.hf.chat_template = LOOP
+    model.tokenizer.hf.chat_template = template
     with serving({"tiny": FakeEngine(model, words(model))}) as web:
         found: list[tuple[int, Any]] = []
         body = b'{"model":"tiny","messages":[{"role":"user","content":"a"}]}'
         asking = threading.Thread(target=lambda: found.append(post(web, body, "chat/completions")))
         asking.start()
         time.sleep(0.5)
+        assert post(web, b'{"model":"tiny","prompt":"a","max_tokens":1}')[0] == 200
+        assert asking.is_alive()
         start = time.monotonic()
         web.stop()
         assert time.monotonic() - start < 8
