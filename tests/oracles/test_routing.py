@@ -86,7 +86,7 @@ def test_a_large_pool_is_looped_over_where_products_cannot_be_grouped(monkeypatc
     for way in ("dense", "loop"):
         monkeypatch.setattr(kernels, f"{way}_delta", lambda *_, way=way: taken.append(way))
     for tokens, experts in ((40, 2), (500, 100)):
-        u_NI, *rest = kernel_problem(tokens, 2, experts, 8, 64, 64, "drawn", torch.float64)
+        u_NI, *rest = kernel_problem(tokens, 2, experts, 8, 256, 256, "drawn", torch.float64)
         kernels.routed_delta(u_NI.requires_grad_(), *rest)
     assert taken == ["dense", "loop"]
 
