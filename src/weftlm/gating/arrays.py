@@ -48,7 +48,7 @@ def to_tensor(value: Any, name: str, axes: str) -> Tensor:
         tensor = tensor.to(torch.float64)
     if tensor.ndim != len(axes):
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; it needs {len(axes)} axes: {' x '.join(axes)}")
-    if bool(torch.isnan(tensor).any()):
+    if tensor.numel() and bool(tensor.max().isnan()):  # a maximum needs no second array, and is NaN where an entry is
         where = tuple(int(i) for i in torch.isnan(tensor).nonzero()[0])
         raise NumericsError(f"{name} holds NaN (first at {where}); score those sequences again or leave them out")
     return tensor
@@ -61,7 +61,7 @@ def to_log_likelihoods(value: Any, name: str, axes: str) -> Tensor:
         ConfigError, NumericsError: as `to_tensor`; also for +inf.
     """
     tensor = to_tensor(value, name, axes)
-    if bool(torch.isposinf(tensor).any()):
+    if tensor.numel() and bool(tensor.max().isposinf()):
         where = tuple(int(i) for i in torch.isposinf(tensor).nonzero()[0])
         raise NumericsError(f"{name} holds +inf (first at {where}); a log-likelihood is finite or -inf")
     return tensor

@@ -77,7 +77,7 @@ class Features:
         if self.logp_BTE is not None:
             if self.logp_BTE.ndim != 3:
                 raise ConfigError(f"token scores have shape {tuple(self.logp_BTE.shape)}; they need B x T x E")
-            if bool(torch.isnan(self.logp_BTE).any()) or bool(torch.isposinf(self.logp_BTE).any()):
+            if self.logp_BTE.numel() and not bool(self.logp_BTE.max() < math.inf):  # NaN where an entry is
                 raise NumericsError("token scores hold NaN or +inf; a log-probability is finite or -inf")
         if self.mask_BT is not None and (self.logp_BTE is None or self.mask_BT.shape != self.logp_BTE.shape[:2]):
             raise ConfigError(f"the mask has shape {tuple(self.mask_BT.shape)}; it must be that of the tokens, B x T")

@@ -9,7 +9,8 @@ computes its own shards) and several machines (an executor) write the same bytes
     domain-000-000000-256.safetensors           256 sequences of the first domain, from its first one on
     sample-000-000000-256.safetensors           the same of the samples drawn from the first expert
 
-Each shard is written whole with a digest. An interrupted run finds those it has finished and computes the others.
+Each shard is written whole, with a digest, its name and the fingerprint of its cache. An interrupted run finds those it
+has finished and computes the others.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from weftlm.gating.slots import SlotStore
 from weftlm.progress import progress
 from weftlm.threads import follow_load
 
-FORMAT = "weftlm score cache 3"
+FORMAT = "weftlm score cache 4"
 INDEX = "index.json"
 
 _BLOCK = 1 << 20
@@ -102,11 +103,12 @@ class ScoreCache:
     expert_fingerprints: dict[str, str]
 
     @classmethod
-    def open(cls, folder: str | Path) -> ScoreCache:
+    def open(cls, folder: str | Path, *, tokens: bool = True) -> ScoreCache:
         """Read a finished cache into memory, every file compared with its digest.
 
         Args:
             folder: Folder of the cache.
+            tokens: Keep the scores of single tokens, which causal gates need, and not their sums alone.
         Raises:
             DataError: there is none, it is not finished, or a file is missing or altered.
         """
@@ -120,31 +122,45 @@ class ScoreCache:
         identity = index.get("identity", {})
         if identity.get("format") != FORMAT:
             raise DataError(f"{folder / INDEX} is of another format than {FORMAT!r}; {_REMEDY}")
+        fingerprint = checksum(identity)
         sets: dict[Role, dict[str, ScoredSequences]] = {"domain": {}, "sample": {}}
         for entry in index["sets"]:
-            try:
-                shards = [read_tensors(folder / name, "scores")[0] for name in entry["shards"]]
-            except CheckpointError as error:
-                raise DataError(f"{error}; {_REMEDY}") from error
-            logp_NTE, tokens_NT1, clusters_N = (torch.cat([shard[name] for shard in shards]) for name in _PARTS)
-            logq_NE, lengths_N = (
-                logp_NTE.sum(dim=1, dtype=torch.float64),
-                torch.full(logp_NTE.shape[:1], logp_NTE.shape[1]),
-            )
-            features = sequence_features(logq_NE, lengths_N, logp_NTE=logp_NTE)
+            shards = []
+            for name in entry["shards"]:
+                try:
+                    shard = _read_shard(folder / name, fingerprint)
+                except CheckpointError as error:
+                    raise DataError(f"{error}; {_REMEDY}") from error
+                shard["logq_NE"] = shard["logp_NTE"].sum(dim=1, dtype=torch.float64)
+                if not tokens:
+                    del shard["logp_NTE"]
+                shards.append(shard)
+            joined = {name: torch.cat([shard.pop(name) for shard in shards]) for name in tuple(shards[0])}
+            lengths_N = torch.full((len(joined["tokens_NT1"]),), joined["tokens_NT1"].shape[1] - 1)
             one = ScoredSequences.of(
-                logq_NE, features=features, tokens_N=lengths_N, clusters_N=clusters_N, name=entry["name"]
+                joined["logq_NE"],
+                features=sequence_features(joined["logq_NE"], lengths_N, logp_NTE=joined.get("logp_NTE")),
+                tokens_N=lengths_N,
+                clusters_N=joined["clusters_N"],
+                name=entry["name"],
             )
-            sets[entry["role"]][entry["name"]] = dataclasses.replace(one, tokens_NT1=tokens_NT1)
+            sets[entry["role"]][entry["name"]] = dataclasses.replace(one, tokens_NT1=joined["tokens_NT1"])
         return cls(
             folder,
             tuple(identity["experts"]),
             sets["domain"],
             sets["sample"],
             ScoreConfig(**index["config"]),
-            checksum(identity),
+            fingerprint,
             dict(identity["experts"]),
         )
+
+    def without_tokens(self) -> ScoreCache:
+        """The same cache without the scores of single tokens."""
+        domains, samples = (
+            {name: _without_tokens(one) for name, one in sets.items()} for sets in (self.domains, self.samples)
+        )
+        return dataclasses.replace(self, domains=domains, samples=samples)
 
     def split(self, fraction: float = 0.25, *, seed: int = 0, tokens: bool = True) -> ScoreSplit:
         """Two disjoint parts; the same ones for the same cache, fraction and seed.
@@ -162,8 +178,7 @@ class ScoreCache:
         def halves(one: ScoredSequences) -> tuple[ScoredSequences, ScoredSequences]:
             single = one.clusters_N is not None and bool((one.clusters_N == one.clusters_N[0]).all())
             one = dataclasses.replace(one, clusters_N=None) if single else one
-            plain = one.features if tokens else dataclasses.replace(one.features, logp_BTE=None)
-            return dataclasses.replace(one, features=plain).split(fraction, seed)
+            return (one if tokens else _without_tokens(one)).split(fraction, seed)
 
         domains = {name: halves(one) for name, one in self.domains.items()}
         samples = [halves(self.samples[name]) for name in self.experts if self.samples]
@@ -173,6 +188,10 @@ class ScoreCache:
             {name: held for name, (_, held) in domains.items()},
             tuple(held for _, held in samples),
         )
+
+
+def _without_tokens(one: ScoredSequences) -> ScoredSequences:
+    return dataclasses.replace(one, features=dataclasses.replace(one.features, logp_BTE=None))
 
 
 def score(
@@ -185,6 +204,7 @@ def score(
     executor: Executor | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
+    tokens: bool = True,
     show: bool = True,
 ) -> ScoreCache:
     """Score text and samples under every expert; what an interrupted run has done is not done again.
@@ -201,6 +221,7 @@ def score(
         executor: Executor whose workers score, on their GPU where they have one; None: this process.
         dtype: Dtype in which an executor's workers hold the experts' parameters.
         overwrite: Discard what the folder holds of a cache.
+        tokens: As in `ScoreCache.open`; ranks above 0 read no scores of single tokens in any case.
         show: Progress on stderr (rank 0).
     Returns:
         The finished cache, at once where it is there already.
@@ -215,7 +236,7 @@ def score(
     if executor is not None:
         assert not isinstance(experts, ExpertPool)
         _score_far(executor, experts, domains, folder, config, eos_id, dtype, overwrite, show)
-        return ScoreCache.open(folder)
+        return ScoreCache.open(folder, tokens=tokens)
     assert isinstance(experts, ExpertPool)
     facts = PoolFacts.of(experts, config)
     work = _Work(folder, facts, domains, config, eos_id, ranks=True)
@@ -227,7 +248,7 @@ def score(
                 for text in left:
                     work.write(text, score_shard(experts, text, config.batch_size, facts.bf16, counter.advance))
                     interrupt.point()
-    return ScoreCache.open(folder)
+    return ScoreCache.open(folder, tokens=tokens and work.rank == 0)
 
 
 def _score_far(
@@ -519,6 +540,18 @@ def _contexts(place: int, texts: Sequence[Unscored], config: ScoreConfig, eos_id
     return tokens_NT1
 
 
+def _read_shard(path: Path, fingerprint: str) -> dict[str, Tensor]:
+    """The tensors of a shard (`_PARTS`).
+
+    Raises:
+        CheckpointError: it is missing, torn or altered, or belongs to another cache or place.
+    """
+    tensors, facts = read_tensors(path, "scores")
+    if (facts.get("cache"), facts.get("shard")) != (fingerprint, path.name):
+        raise CheckpointError(f"{path} holds scores of another cache or of other sequences")
+    return tensors
+
+
 # -- the folder ---------------------------------------------------------------------------------------------------
 
 
@@ -561,6 +594,7 @@ class _Work:
             "order": [list(facts.fingerprints), list(sets_by_title)],
         }
         self._artifact = Artifact(folder / INDEX, identity, _REMEDY)
+        self._fingerprint = checksum(identity)
 
     @contextmanager
     def held(self, overwrite: bool) -> Iterator[list[Unscored]]:
@@ -598,14 +632,15 @@ class _Work:
         """Write a shard, whole or not at all."""
         arrays = zip(_PARTS, scored, strict=True)  # read-only where another process made them
         tensors = {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in arrays}
-        write_tensors(self.folder / shard.file, "scores", tensors, {})
+        facts = {"cache": self._fingerprint, "shard": shard.file}
+        write_tensors(self.folder / shard.file, "scores", tensors, facts)
 
     def _has(self, shard: Unscored) -> bool:
         """Whether a shard is there and whole."""
         if not (self.folder / shard.file).exists():
             return False
         try:
-            read_tensors(self.folder / shard.file, "scores")
+            _read_shard(self.folder / shard.file, self._fingerprint)
         except CheckpointError as error:
             _log.warning("%s; it is scored again", error)
             return False

@@ -94,6 +94,7 @@ def score_experts(
                 executor=executor,
                 dtype=recipe.expert_settings.dtype,
                 overwrite=overwrite,
+                tokens=False,
                 show=progress,
             )
             return score_summary(cache)
@@ -110,6 +111,7 @@ def score_experts(
             config.scores,
             eos_id=data.tokenizer.eos_id,
             overwrite=overwrite,
+            tokens=False,
             show=progress,
         )
         return score_summary(cache)
@@ -300,7 +302,7 @@ class OpenScores:
     """A score cache as a recipe's gate sees it.
 
     Attributes:
-        cache: The scores.
+        cache: The scores, without those of single tokens.
         split: Sequences to fit on and held-out ones.
         problem: Offsets, mixtures and own experts, as `fit_robust_gate` and `certify` take them.
     """
@@ -327,7 +329,8 @@ def open_scores(recipe: Recipe, *, causal: bool | None = None) -> OpenScores:
         DataError: nothing is scored yet, or with other settings than the recipe's.
     """
     config = recipe.gating_settings
-    cache = ScoreCache.open(recipe.scores_folder)
+    causal = gates[config.gate.gate].causal if causal is None else causal
+    cache = ScoreCache.open(recipe.scores_folder, tokens=causal)
     asked = config.scores.model_dump(mode="json")
     changed = changed_keys(cache.config.model_dump(mode="json"), asked, "gating.scores")
     wanted = config.experts if config.pool is None else [source.name for source in config.pool]
@@ -342,7 +345,6 @@ def open_scores(recipe: Recipe, *, causal: bool | None = None) -> OpenScores:
             "score --overwrite)"
         )
     names = list(cache.domains)
-    causal = gates[config.gate.gate].causal if causal is None else causal
     if not causal:
         check_samples(config, scored=bool(cache.samples))
     problem: dict[str, Any] = {
@@ -352,7 +354,8 @@ def open_scores(recipe: Recipe, *, causal: bool | None = None) -> OpenScores:
     }
     if config.offsets == "expert":
         problem["own_experts"] = own_experts(names, cache.experts)
-    return OpenScores(cache, cache.split(config.held_out_fraction, seed=recipe.seed, tokens=causal), problem)
+    split = cache.split(config.held_out_fraction, seed=recipe.seed)
+    return OpenScores(cache.without_tokens(), split, problem)
 
 
 def check_samples(config: GatingConfig, *, scored: bool) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from weftlm.experts.statistics import BIGRAM_BUCKETS
-from weftlm.gating.config import ExpertSource
+from weftlm.gating.config import ExpertSource, gates
 from weftlm.gating.experts import ExpertPool, experts_per_pass
 from weftlm.models.config import LoRASection
 from weftlm.pipeline.experts_config import ExpertsConfig
@@ -32,6 +32,10 @@ CHOSEN = 2
 """K, experts per token of a routed model."""
 FIT_MEMORY = 8.0
 """Peak memory of a fit over the bytes of its data, from benchmarks/results/gate_fit.md."""
+
+TOKEN_COPIES = {"batches": 3.0, "whole": 12.0}
+"""Peak memory of a fit of a causal gate over the bytes of all scores of tokens, measured with gate `bayes`: 2.9 with
+mini-batches (cache, its two parts, what is joined for the steps), 12 with all sequences in every step."""
 
 
 def models_of(sources: Sequence[ExpertSource], *, dtype: str, bf16: bool) -> list[Counted]:
@@ -145,13 +149,20 @@ def scoring_stage(models: Sequence[Counted], gating: GatingConfig, hardware: Har
 
 
 def gate_stage(gating: GatingConfig, experts: int, texts: int) -> Stage:
-    """One gate fitted on the scores on the CPU: 12 bytes of data per expert and sequence, 8 for the length."""
-    sequences = int((texts + experts * gating.scores.samples) * (1.0 - gating.held_out_fraction))
+    """One gate fitted on the scores on the CPU: 12 bytes of data per expert and sequence, 8 for the length.
+
+    The token ids of all sequences are in memory with them, and for a causal gate the scores of all tokens.
+    """
+    every, length = texts + experts * gating.scores.samples, gating.scores.length
+    sequences = int(every * (1.0 - gating.held_out_fraction))
     data = sequences * (12.0 * experts + 8.0)
+    memory = {"data": data, "fit": (FIT_MEMORY - 1.0) * data, "token ids": 4.0 * every * (length + 1)}
+    if gates[gating.gate.gate].causal:
+        copies = TOKEN_COPIES["whole" if gating.fit.batch_sequences is None else "batches"]
+        memory["scores of tokens"] = copies * 4.0 * every * length * experts
     return Stage(
         "gate", f"{gating.gate.gate} over {experts:,} experts, {gating.fit.steps} steps at most, time not planned",
-        memory_bytes={"data": data, "fit": (FIT_MEMORY - 1.0) * data},
-        disk_bytes={"gate": 8.0 * experts * (2 * experts + 1)}, facts={"sequences": sequences},
+        memory_bytes=memory, disk_bytes={"gate": 8.0 * experts * (2 * experts + 1)}, facts={"sequences": sequences},
     )  # fmt: skip
 
 

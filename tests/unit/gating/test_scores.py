@@ -1,5 +1,6 @@
 """The score cache: right numbers, the same bytes however it was made, and nothing stale, torn or impossible inside."""
 
+import shutil
 import sys
 
 import numpy as np
@@ -61,6 +62,11 @@ def test_scores_are_the_experts_own(tmp_path):
         logp_NTE = text.features.logp_BTE
         torch.testing.assert_close(logp_NTE, pool.token_log_probs(text.tokens_NT1.long()), atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(text.logq_NE, logp_NTE.double().sum(1))
+    sums = ScoreCache.open(tmp_path, tokens=False)
+    for text, summed in zip(cache.domains.values(), sums.domains.values(), strict=True):
+        assert summed.features.logp_BTE is None
+        assert torch.equal(summed.logq_NE, text.logq_NE)
+        assert torch.equal(summed.features.sequence_BF, text.features.sequence_BF)
     low = cache.domains["low"]
     assert low.tokens_NT1.shape == (11, 9)
     assert low.tokens_N.tolist() == [8] * 11
@@ -120,14 +126,18 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(whole, tmp_path, mo
     with pytest.raises(DataError, match=r"not finished \(4 shards"):
         ScoreCache.open(tmp_path)
     names = list(calls)
+    other = tmp_path / "other"
+    make(other, whole_pool(2))
+    (tmp_path / names[3]).write_bytes((other / names[3]).read_bytes())
+    shutil.rmtree(other)
     torn, altered = tmp_path / names[1], tmp_path / names[2]
     torn.write_bytes(torn.read_bytes()[:-3])
     altered.write_bytes(altered.read_bytes()[:-1] + b"\x01")
     calls[:] = [None] * 5
     monkeypatch.setattr(scores, "score_shard", recording)
     cache = make(tmp_path)
-    assert calls[5:7] == names[1:3]
-    assert not {names[0], names[3]} & set(calls)
+    assert calls[5:8] == names[1:4]
+    assert names[0] not in calls
     assert "scored again" in caplog.text
     assert contents(whole) == contents(tmp_path)
     monkeypatch.setattr(scores, "score_shard", None)
@@ -243,6 +253,9 @@ def test_altered_files_are_noticed(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=rf"{path.name}.*{match}"):
             ScoreCache.open(tmp_path)
+    path.write_bytes((tmp_path / "domain-001-000000-5.safetensors").read_bytes())
+    with pytest.raises(DataError, match=rf"{path.name} holds scores of another cache or of other sequences"):
+        ScoreCache.open(tmp_path)
     path.write_bytes(data)
     index = tmp_path / "index.json"
     index.write_text(index.read_text().replace('"w1"', '"w9"'))

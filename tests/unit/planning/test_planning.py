@@ -291,6 +291,12 @@ def test_experts_pools_scores_and_gates_are_planned() -> None:
     sequences, length, experts = 50 * 80 + 20 * 80, 32, 20
     arrays = sequences * (length * experts * 4 + (length + 1) * 4 + 8)
     assert found.stage("scores").disk_bytes["score cache"] == arrays
+    held = found.stage("gate").memory_bytes
+    assert held["token ids"] == 4 * sequences * (length + 1)
+    gating = {"gate": {"gate": "bayes"}, "fit": {"batch_sequences": 16}}
+    causal = plan_of(experts=EXPERTS, routing={}, gating=gating, assumed=Assumed(domains=50, experts=20))
+    scores = {"scores of tokens": 3 * 4 * sequences * length * experts}
+    assert causal.stage("gate").memory_bytes == {**held, **scores}
     assert any("50 domains" in line for line in found.assumptions)
 
 
