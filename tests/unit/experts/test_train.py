@@ -201,6 +201,8 @@ def test_what_cannot_be_trained_is_said_and_leaves_the_model_alone(tmp_path: Pat
     assert not list(tmp_path.iterdir()), "an embedder is asked for before anything is trained"
     with pytest.raises(DataError, match="one training sequence"):
         train(model, tmp_path, source=cyclic_source(LENGTH))
+    with pytest.raises(DataError, match="0 tokens"):
+        train(model, tmp_path / "unheld", heldout=cyclic_source(0))
     with pytest.raises(ExpertError, match="name 'a/b' is not allowed"):
         train(model, tmp_path, name="a/b")
     before.check(model)
