@@ -263,7 +263,7 @@ class _Tap:
         primals = {f"module.{key}": getattr(self.module, key).detach() for key in self.v}
         # V is brought to the size of 1, by a power of 2, so that it is not lost beside a constant part of the module.
         peak = torch.stack([v.abs().max() for v in self.v.values()]).max()
-        scale = torch.exp2(-torch.frexp(peak).exponent.clamp(min=-120).to(peak.dtype))
+        scale = torch.exp2(-peak.log2().floor().clamp(min=-120))
         tangents = {f"module.{key}": (v * scale).to(primals[f"module.{key}"].dtype) for key, v in self.v.items()}
         padding = getattr(self.module, "padding_idx", None)
         if isinstance(padding, int) and "module.weight" in tangents:  # that row of an embedding has no gradient
