@@ -218,5 +218,5 @@ def answer(table: ScoreTable) -> list[Block]:
         heads = [table.what.capitalize(), "Difference", "95 % interval"]
         blocks.append(Table(caption, heads, rows[:ANSWER_ROWS], "dense"))
     if len(rows) > ANSWER_ROWS:
-        blocks.append(Text(f"{len(rows) - ANSWER_ROWS} more are in the tables below.", "error"))
+        blocks.append(Text(f"{len(rows) - ANSWER_ROWS} more in the tables below.", "error"))
     return blocks
