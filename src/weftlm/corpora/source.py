@@ -20,8 +20,8 @@ class Document:
         text: the text itself, valid Unicode.
         origin: where it came from, for people: `path:line`, `module.function` or `dataset[row]`.
         label: the domain the corpus gave it, or None when domains are to be discovered.
-        prompt: of an example, how many characters of the text are its prompt; the rest, never empty, is its target.
-            None: plain text.
+        prompt: Number of characters of the text that are the prompt of an example; the rest, never empty, is its
+            target. None for plain text.
     """
 
     text: str

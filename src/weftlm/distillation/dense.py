@@ -101,7 +101,7 @@ class DenseProgress:
 
     Attributes:
         step: steps taken.
-        loss: of the last batch, nats per token.
+        loss: Loss of the last batch, nats per token.
         ce: cross-entropy on held-out sequences, nats per token; None without any.
         kl: KL(pi_g / Z || student) on them, nats per sequence; None where the teacher's log-probabilities are unknown.
         error: standard error of `kl` (`student_kl`); 0 where the sequences are enumerated.
@@ -168,7 +168,7 @@ def distil_dense(
         held_out: weighted samples not among `text`, to choose the best weights and to report.
         folder: checkpoints, metrics.jsonl and the best weights go there, and a run found there is continued. None: none
             are written.
-        seed: of the first weights, the draws and dropout.
+        seed: Random seed of the first weights, the draws and dropout.
         runtime: device and precision; None: chosen for this machine.
         on_progress: called with each measurement.
     Raises:

@@ -141,7 +141,7 @@ class Expert:
     Attributes:
         lora: the adapter.
         gate: its gate, or None: then only routers that need none can use it.
-        statistics: of its data, or None.
+        statistics: Statistics of its data, or None.
         card: base and revision, data fingerprint, training settings, metrics; JSON values.
     """
 

@@ -27,7 +27,7 @@ def merge_experts(
 
     Args:
         weights: w_z, one per expert; 1 / number of experts where None. They need not sum to 1.
-        name: of the result.
+        name: Name of the result.
         rank: where less than the sum of ranks, the nearest update of this rank in the Frobenius norm (Eckart and
             Young), by the SVD of a small matrix between the QR factors of the two sides. None: exact, of the sum of
             ranks.

@@ -52,10 +52,10 @@ class DomainRow:
     """A domain's line in the table; nats of the certificate's unit.
 
     Attributes:
-        name: of the domain.
+        name: Name of the domain.
         sequences: evaluated.
         tokens: mean scored tokens per sequence, None where unknown.
-        cross_entropy: of the normalised model pi_g / Z.
+        cross_entropy: Cross-entropy of the normalised model pi_g / Z.
         offset: taken off.
         value: cross-entropy minus offset.
         low: lower end of its 95 % interval, None where exact.
@@ -144,7 +144,7 @@ def certify(
         nu: the fit's mixture, over the extreme mixtures (over the domains where all mixtures are allowed); without it
             there is no gap.
         offsets, mixtures, unit, own_experts: as in `make_problem`.
-        config: of the steps behind an estimated best response. None: the fit's, or the defaults.
+        config: Settings of the steps behind an estimated best response; None for the fit's, or the defaults.
     Raises:
         ConfigError, DataError, NumericsError: as `make_problem`.
     """

@@ -167,9 +167,9 @@ class Gate(ABC):
         Args:
             config: a `Config` of the class.
             experts: E.
-            features: of all sequences it will be fitted on, for standardisation and two sizes: axis F is as long as
+            features: Features of all sequences of its fit, for standardisation and two sizes: axis F is as long as
                 `sequence_BF` is wide, axis X as there are points. All others follow from config and experts.
-            seed: of whatever is random in it.
+            seed: Random seed of its parameters.
         """
 
     @abstractmethod

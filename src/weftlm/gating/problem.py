@@ -47,7 +47,7 @@ class Problem:
         scale_D: s_d, from nats per sequence to inside.
         shift_M: how the offset of an extreme mixture differs from the mixture of offsets, inside.
         adversary: the adversary, who mixes the domains.
-        unit: of the reported values.
+        unit: Unit of the reported values.
         report: factor from inside to reported.
         support: (p_DX, q_EX) where the problem is enumerated.
     """
@@ -250,7 +250,7 @@ def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
     Args:
         gate: any.
         logq_BE: the experts' log-likelihoods of the sequences.
-        features: of the sequences.
+        features: Features of the sequences.
     Raises:
         NumericsError: the gate answers something that is not normalised over the experts.
     """

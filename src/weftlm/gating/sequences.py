@@ -29,7 +29,7 @@ class ScoredSequences:
         clusters_N: which of them belong together (windows of one document), int64: they are not independent, and
             confidence intervals take that into account. None: all are independent.
         tokens_NT1: token ids of each, the context token first; None where there are none.
-        name: of the domain or the expert, for messages and tables.
+        name: Name of the domain or the expert, for messages and tables.
     """
 
     logq_NE: Tensor

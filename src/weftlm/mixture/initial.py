@@ -42,7 +42,7 @@ def nearest_mixture(target_D: Tensor, basis_ND: Tensor, *, steps: int = 1000) ->
     Args:
         target_D: h, sums to 1. Domains that no basis distribution reaches are left out.
         basis_ND: p, rows sum to 1.
-        steps: of expectation maximisation.
+        steps: Number of steps of expectation maximisation.
     Returns:
         w over N, float64, sums to 1; uniform where no basis distribution reaches any domain of h.
     """

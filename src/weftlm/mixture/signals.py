@@ -24,7 +24,7 @@ def read_alignment(
 
     Args:
         report: with `alignment`.
-        config: of the policy that asks.
+        config: Configuration of the policy that asks.
         signal: the signal it asked for, for messages.
         groups: the G names, for messages.
 

@@ -194,7 +194,7 @@ def check_vocabulary(model: nn.Module, vocab_size: int, name: str) -> None:
     Args:
         model: the model.
         vocab_size: highest id of the tokenizer + 1.
-        name: of the model, for the message.
+        name: Name of the model, for the message.
     Raises:
         ConfigError: it does.
     """

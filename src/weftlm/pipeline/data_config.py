@@ -92,7 +92,7 @@ class DataConfig(Section):
             always contained in more.
         tokenizer: train one on the training text, or take one.
         domains: what a domain is.
-        seed: of every random choice in preparation.
+        seed: random seed of every choice in preparation.
     """
 
     corpora: tuple[CorpusConfig, ...] = Field(min_length=1)

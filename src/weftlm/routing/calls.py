@@ -40,7 +40,7 @@ def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
     """The call of a decoder-only model.
 
     Args:
-        arguments: of its forward, by name.
+        arguments: Arguments of its forward, by name.
         decisive_BT: tokens a sequence-level decision may read; None for all real ones.
     Raises:
         ConfigError: neither ids nor embeddings were given, masks of another shape, or a memory that is no cache of

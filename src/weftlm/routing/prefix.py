@@ -95,7 +95,7 @@ class PrefixRouter(Router):
         Args:
             ids_BT: token ids.
             mask_BT: True for real tokens.
-            memory: of the passes before, for a text that continues.
+            memory: Memory of the passes before, for a text that continues.
         """
         likelihood_BTE = self.likelihoods(ids_BT, mask_BT, memory.tensors.get(_LAST)).log() / self.config.temperature
         # Only ratios count; taking the best out of each token keeps products from vanishing.

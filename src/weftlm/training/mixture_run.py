@@ -97,7 +97,7 @@ class MixtureOptions(Section):
 
     sequence_length: int = Field(ge=1, strict=True, description="T, tokens predicted per sequence")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed of the draw and the probes")
-    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="how alignments are measured")
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig, description="measurement of alignments")
     exhaustion: Exhaustion = Field(
         "repeat", description="when a domain has been read `max_epochs` times: repeat it, drop it, or stop"
     )

@@ -42,7 +42,7 @@ def dump_tensors(
 
     Args:
         module: the model.
-        optimizer: of `adamw`.
+        optimizer: Optimizer made by `adamw`.
         parameters: its trainable parameters. Where they are sharded every rank must call this.
         keep: False gives nothing, and only takes part in gathering.
     """
