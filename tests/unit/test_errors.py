@@ -19,7 +19,8 @@ OWN = {name for name, kind in vars(errors).items() if isinstance(kind, type) and
 OWN |= {"ApiError", "QueueFullError", "RefusedError", "SamplerExhausted"}
 AS_IT_IS = {
     "serving/engine.py", "serving/trial.py",  # to the log, with the exception's name
-    "serving/app.py", "serving/limits.py", "serving/chat_template.py",  # to the client whose body or template is wrong
+    # to the client whose body or template is wrong
+    "serving/app.py", "serving/limits.py", "serving/chat_template.py", "serving/prompts.py",
     "corpora/formats.py",  # csv's own words are about the text
 }  # fmt: skip
 """Files that show what an exception says in another way, and to whom."""
