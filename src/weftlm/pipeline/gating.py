@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import PartialState
+
 from weftlm.artifact import Artifact
 from weftlm.config import changed_keys, settings
 from weftlm.corpora.labels import folder_name
@@ -83,38 +85,32 @@ def score_experts(
         with nullcontext() if group is None else group.main_process_first():
             data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
         texts = held_out_texts(data, config)
-        if executor is not None:
-            sources = pool_sources(recipe)
-            cache = score(
-                sources,
-                texts,
-                recipe.scores_folder,
-                config.scores,
-                eos_id=data.tokenizer.eos_id,
-                executor=executor,
-                dtype=recipe.expert_settings.dtype,
-                overwrite=overwrite,
-                tokens=False,
-                show=progress,
-            )
-            return score_summary(cache)
-        device = choose_runtime(recipe.expert_settings.training, parameters=0).device if group is None else group.device
-        if config.pool is None:
-            pool = ExpertPool.load(pool_sources(recipe), base=open_base(recipe, data).model, device=device)
-        else:
-            pool = ExpertPool.load(config.pool, dtype=recipe.expert_settings.dtype, device=device)
-            check_tokenizer(pool, data.tokenizer)
+        experts = pool_sources(recipe) if executor is not None else _open_pool(recipe, data, group)
         cache = score(
-            pool,
+            experts,
             texts,
             recipe.scores_folder,
             config.scores,
             eos_id=data.tokenizer.eos_id,
+            executor=executor,
+            dtype=recipe.expert_settings.dtype,
             overwrite=overwrite,
             tokens=False,
             show=progress,
         )
         return score_summary(cache)
+
+
+def _open_pool(recipe: Recipe, data: PreparedData, group: PartialState | None) -> ExpertPool:
+    """The experts of a recipe's gate, on the device of this process."""
+    section = recipe.expert_settings
+    device = choose_runtime(section.training, parameters=0).device if group is None else group.device
+    pool = recipe.gating_settings.pool
+    if pool is None:
+        return ExpertPool.load(pool_sources(recipe), base=open_base(recipe, data).model, device=device)
+    opened = ExpertPool.load(pool, dtype=section.dtype, device=device)
+    check_tokenizer(opened, data.tokenizer)
+    return opened
 
 
 def pool_sources(recipe: Recipe) -> list[ExpertSource]:
