@@ -226,10 +226,14 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             "",
             f"`weftlm serve` of a random two-layer model; {record['senders']} clients send one kind of request for "
             f"{record['seconds']:.0f} s while another asks `/healthz` {1000 * PAUSE_S:.0f} ms after each answer. "
-            f"Clients and server share the machine, whose own pauses are not counted. Goal: the longest answer stays within {record['goal_ms']:.0f} ms. "
+            f"Clients and server share the machine, whose own pauses are not counted. Goal: "
+            f"the longest answer stays within {record['goal_ms']:.0f} ms. "
             "Median (lowest .. highest) over rounds, milliseconds.",
             "",
-            table(["beside", "median answer", "longest answer", "longest pause of the machine", "what the senders got"], rows),
+            table(
+                ["beside", "median answer", "longest answer", "longest pause of the machine", "what the senders got"],
+                rows,
+            ),
             "",
             environment_lines(record),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json as json_
 import socket
 from collections.abc import Iterator
@@ -128,6 +129,8 @@ def serve(
             if json:
                 say(json_.dumps({"address": address, "models": names}))
 
+        gc.collect()
+        gc.freeze()  # a search of all that was imported and loaded takes half a second, in which nobody is answered
         Server(built, engines, config, ready).run(sockets=[listener])
 
 

@@ -28,7 +28,7 @@ CLIENT_LEFT = 499
 RETRY_SECONDS = 1
 OPEN_PATHS = ("/", "/healthz", "/page/")
 """Paths answered without a key: the health check, and the page with its files, which hold no data and ask for it."""
-MAX_BRACKETS = 100_000
+MAX_BRACKETS = 10_000
 """Maximum number of opening brackets in a body: a list takes much longer to read than a byte."""
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
