@@ -23,8 +23,8 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 SOURCES = Path(weftlm.__file__).parent
 OWN = {
     "files.py", "models/fingerprint.py", "serving/chat_template.py",
-    "pipeline/spool.py", "corpora/formats.py", "cli/complete.py", "pipeline/runner.py",
-    "pipeline/demo.py", "gating/scores.py",
+    "corpora/formats.py",
+    "cli/complete.py", "pipeline/demo.py", "gating/scores.py",
 }  # fmt: skip
 """Files that read JSON this process wrote, or that have a guard of their own."""
 

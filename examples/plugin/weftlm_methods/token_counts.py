@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -27,14 +27,8 @@ class TokenCounts(Stage):
     needs: ClassVar[tuple[str, ...]] = ("prepare",)
     Config = TokenCountsConfig
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
-        return dict(recipe.stages[self.name])
-
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.run / "token-counts.json"]
-
-    def discarded(self, recipe: Recipe) -> list[Path]:
-        return self.outputs(recipe)
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.prepared import PreparedData  # noqa: PLC0415 - torch, when the stage runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +20,8 @@ else:
 
 __all__ = ["Recipe", "command", "recipe_command"]
 Work = Callable[..., Iterator[Any]]
-Topic = Literal["data", "training", "experts", "gate", "students"]
-"""The part of a recipe that a command works on: what the recipe must have, and what `--dry-run` describes."""
+Topic = Literal["data", "training", "experts"]
+"""The part of a recipe that a command works on, which the recipe must have."""
 
 _RECIPE = Parameter("recipe", Parameter.KEYWORD_ONLY, annotation=options.RecipePath)
 _SET, _DRY_RUN, _JSON = (
@@ -77,7 +77,7 @@ def recipe_command(
 
             needs = {"training": require_training, "data": lambda recipe: None}.get(topic, require_experts)
             resolved = load_checked(recipe, set_ or [], needs=needs, ask=not dry_run)
-            yield from _described(resolved, topic, given) if dry_run else work(resolved, **given)
+            yield from _described(resolved, topic) if dry_run else work(resolved, **given)
 
         follow.__name__, follow.__doc__ = work.__name__, work.__doc__
         _sign(follow, [_RECIPE, *_parameters(work)[1:], _SET, _DRY_RUN])
@@ -87,20 +87,13 @@ def recipe_command(
     return register
 
 
-def _described(recipe: Recipe, topic: Topic, given: Mapping[str, Any]) -> Iterator[Any]:
-    """What `--dry-run` shows: every key of the recipe with its value, and what following it would do."""
-    from weftlm.pipeline.recipe_plan import expert_plan, gate_plan, student_plan, training_plan
+def _described(recipe: Recipe, topic: Topic) -> Iterator[Any]:
+    """What `--dry-run` shows: every key of the recipe with its value, and the size of a training."""
+    from weftlm.pipeline.stages.train import training_plan
 
-    if topic == "students":
-        plan = student_plan(recipe, direct=given["direct"])
-    elif topic == "gate":
-        plan = gate_plan(recipe)
-    elif topic == "experts" or not recipe.trains:
-        plan = expert_plan(recipe)
-    else:
-        plan = training_plan(recipe)
-    yield {"recipe": recipe.resolved(), "plan": plan}
-    say_yaml({**recipe.resolved(), "plan": plan})
+    plan = {"plan": training_plan(recipe)} if topic in ("data", "training") and recipe.trains else {}
+    yield {"recipe": recipe.resolved(), **plan}
+    say_yaml({**recipe.resolved(), **plan})
 
 
 def _parameters(work: Work) -> list[Parameter]:

@@ -16,7 +16,7 @@ scores = Typer()
 app = Typer(help="Fit, certify and distil one robust gate over the experts.", no_args_is_help=True)
 
 
-@recipe_command(scores, "gate")
+@recipe_command(scores, "experts")
 def score(
     recipe: Recipe,
     overwrite: Annotated[
@@ -44,7 +44,7 @@ def score(
     print_rows(f"nats per token, by expert{length}", domains, columns, first="domain", at_once=4)
 
 
-@recipe_command(app, "gate")
+@recipe_command(app, "experts")
 def fit(recipe: Recipe) -> Iterator[Any]:
     """Fit the gate that is best against the worst mixture of domains.
 
@@ -67,7 +67,7 @@ def fit(recipe: Recipe) -> Iterator[Any]:
     say("measured on the sequences of the fit; weftlm gate certify measures on held-out ones")
 
 
-@recipe_command(app, "students")
+@recipe_command(app, "experts")
 def distil(
     recipe: Recipe,
     direct: Annotated[
@@ -94,7 +94,7 @@ def distil(
     say(f"page: {recipe.run / GATE_PAGE}")
 
 
-@recipe_command(app, "gate")
+@recipe_command(app, "experts")
 def certify(recipe: Recipe) -> Iterator[Any]:
     """Certify the fitted gate on held-out sequences.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from weftlm.domains.config import ClusterConfig
-from weftlm.errors import ConfigError, DataError, reason
+from weftlm.errors import ConfigError, DataError
 
 _BLOCK_FLOATS = 1 << 24
 
@@ -63,24 +62,6 @@ class Clusters:
             raise DataError("no cluster is left; lower clusters.min_bytes or ask for fewer clusters")
         groups, group_C = np.unique(self.group_C[kept_C], return_inverse=True)
         return Clusters(self.centroids_CE[kept_C], self.groups_GE[groups], group_C.astype(np.int64))
-
-    def save(self, path: str | Path) -> None:
-        """Write plain arrays to an .npz file."""
-        with Path(path).open("wb") as file:
-            np.savez(file, centroids_CE=self.centroids_CE, groups_GE=self.groups_GE, group_C=self.group_C)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Clusters:
-        """Open saved clusters.
-
-        Raises:
-            DataError: the file is missing or broken.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(arrays["centroids_CE"], arrays["groups_GE"], arrays["group_C"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"clusters {path} cannot be read: {reason(error)}; prepare the data again") from error
 
 
 def nearest(rows_NE: NDArray[np.float32], centroids_CE: NDArray[np.float32]) -> NDArray[np.int64]:

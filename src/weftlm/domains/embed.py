@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +18,9 @@ from sklearn.utils.extmath import randomized_svd
 
 from weftlm.domains.config import EmbedderConfig
 from weftlm.errors import ConfigError, DataError, install_hint, reason
-from weftlm.files import parse_json
 from weftlm.places import locate
 
 _WORDS = r"(?u)\w+|[^\w\s]"
-_STATE = "tfidf_svd.npz"
 
 
 class Embedder(Protocol):
@@ -58,7 +55,7 @@ class TfidfSvd:
     only are left out unless the sample is tiny.
 
     Args:
-        config: analyzer and max_chars are kept; the state comes from `fit` or `load`.
+        config: analyzer and max_chars are kept; the state comes from `fit`.
         vocabularies: one list of features per analyzer.
         idf_V: float64.
         components_EV: float32.
@@ -123,32 +120,6 @@ class TfidfSvd:
             return np.zeros((0, self.dimensions), np.float32)
         dense = self._weighted([text[: self.config.max_chars] for text in texts]) @ self.components_EV.T
         return unit_rows(np.asarray(dense))
-
-    def save(self, folder: str | Path) -> None:
-        """Write the state as plain arrays."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {"config": self.config.model_dump(), "vocabularies": self.vocabularies, "fingerprint": self.fingerprint}
-        np.savez(folder / _STATE, facts=json.dumps(facts), idf_V=self.idf_V, components_EV=self.components_EV)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> TfidfSvd:
-        """Open a saved state.
-
-        Raises:
-            DataError: Something is missing, broken or changed.
-        """
-        try:
-            with np.load(Path(folder) / _STATE, allow_pickle=False) as arrays:
-                facts = parse_json(str(arrays["facts"]))
-                loaded = cls(
-                    EmbedderConfig(**facts["config"]), facts["vocabularies"], arrays["idf_V"], arrays["components_EV"]
-                )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"embedder in {folder} cannot be read: {reason(error)}; prepare the data again") from error
-        if loaded.fingerprint != facts["fingerprint"]:
-            raise DataError(f"embedder in {folder} has changed since it was written; prepare the data again")
-        return loaded
 
 
 def _vocabulary(counter: CountVectorizer, texts: Sequence[str], config: EmbedderConfig) -> list[str]:

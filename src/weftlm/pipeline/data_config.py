@@ -1,21 +1,32 @@
-"""The `data` section of a recipe: what is read, how it becomes domains, what is held out."""
+"""The `data` section of a recipe: what is read, how it becomes domains, what is held out; and what prepared data is."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from weftlm.config import Section, Seed
+from weftlm.artifact import Artifact
+from weftlm.config import Section, Seed, settings
 from weftlm.corpora.config import CorpusConfig, TokenizerConfig
+from weftlm.corpora.reading import corpus_fingerprint
 from weftlm.domains.config import ClusterConfig, EmbedderConfig
 from weftlm.domains.split import SplitConfig
+from weftlm.errors import DataError
 
 TARGET_DOMAIN = "target_examples"
 """Name of the domain made of the target's own training documents, where a recipe asks for it."""
 OTHER_DOMAIN = "other"
 """Name of the domain that takes the documents of domains too small for their own."""
 RESERVED_NAMES = frozenset({"target", TARGET_DOMAIN})
+SETS = ("target_heldout", "target", "heldout", "corpora")
+"""Sets of documents; a text that several of them hold stays in the first."""
+MANIFEST = "prepared.json"
+STEPS_VERSION = 3
+"""Raised whenever the same configuration and inputs would be prepared differently."""
+REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
 
 class BasisConfig(Section):
@@ -123,3 +134,47 @@ class DataConfig(Section):
         if self.domains.by == "file" and any(corpus.path is None for corpus in (*self.corpora, *self.heldout)):
             raise ValueError("domains.by: file needs corpora that are files (path); use by: label or by: clusters")
         return self
+
+    def inputs(self) -> dict[str, CorpusConfig]:
+        """Every input, by the key under which its state is part of the identity of prepared data."""
+        sets = {name: getattr(self, name) for name in SETS}
+        if self.domains.basis is not None:
+            sets["domains.basis.sets"] = self.domains.basis.sets
+        return {
+            f"{name}.{number} ({corpus.name})": corpus
+            for name, corpora in sets.items()
+            for number, corpus in enumerate(corpora)
+        }
+
+    def labelled(self, name: str) -> list[CorpusConfig]:
+        """The inputs of a set, with the labels of which domains are made."""
+        by_file = self.domains.by == "file" and name in ("corpora", "heldout")
+        changed = {"label": None, "label_field": None, "label_from": "file"} if by_file else {}
+        return [corpus.model_copy(update=changed) for corpus in getattr(self, name)]
+
+
+def data_identity(config: DataConfig) -> dict[str, Any]:
+    """All that decides prepared data: the configuration, the state of the inputs, and the version of the steps.
+
+    Raises:
+        DataError: An input is missing.
+    """
+    inputs = {key: corpus_fingerprint(corpus) for key, corpus in config.inputs().items()}
+    return {"data": settings(config), "inputs": inputs, "steps": STEPS_VERSION}
+
+
+def prepared_artifact(config: DataConfig, folder: Path) -> Artifact:
+    """Prepared data in a folder, finished or under way."""
+    return Artifact(folder / MANIFEST, data_identity(config), REMEDY)
+
+
+def refuse_reserved(names: Iterable[str]) -> None:
+    """Refuse names of domains that mean something else.
+
+    Raises:
+        DataError: The first of them.
+    """
+    if reserved := sorted(RESERVED_NAMES.intersection(names)):
+        raise DataError(
+            f"a domain may not be called {reserved[0]!r}, which names the target's own set; rename the label"
+        )

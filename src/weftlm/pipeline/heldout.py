@@ -12,7 +12,7 @@ import torch
 
 from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
-from weftlm.errors import ConfigError, DataError
+from weftlm.errors import DataError
 from weftlm.evaluation.choices import Questions, read_tasks, score_tasks
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result
@@ -56,16 +56,9 @@ class HeldOut:
             ConfigError: nothing is held out, or examples are asked of plain text.
         """
         examples = recipe.expert_settings.examples if recipe.has_experts else None
-        domains = {
-            domain.name: training_source(domain.heldout, domain.name, examples)
-            for domain in data.domains
-            if domain.heldout is not None
-        }
-        target = data.target_heldout
-        if target is None and not domains:
-            raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
-        source = None if target is None else training_source(target, "target", examples)
-        return cls(domains, source, read_tasks(config.tasks), config, length, device)
+        domains = {name: training_source(store, name, examples) for name, store in data.heldout().items()}
+        target = None if data.target_heldout is None else training_source(data.target_heldout, "target", examples)
+        return cls(domains, target, read_tasks(config.tasks), config, length, device)
 
     def score(self, model: Any, tokenizer: Tokenizer) -> SuiteResult:
         """Evaluate a model on every set and task."""

@@ -9,11 +9,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from weftlm.config import Section
 from weftlm.distillation.config import DistilConfig
-from weftlm.errors import ConfigError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.config import AdapterTraining
 from weftlm.gating.config import FitConfig, ScoreConfig
@@ -42,7 +39,7 @@ default.
 
 
 def inherit(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe, as a user wrote it, with every setting filled in that a section takes from another.
+    """A recipe, as a user wrote it and without mistakes, with every setting that a section takes from another.
 
     Beside `INHERITED`: adapters of the experts that follow `model.lora` are trained with the learning rate of
     `training` too; and where `experts.training.steps` is given, `gating.scores.sequences` and `samples`,
@@ -53,48 +50,29 @@ def inherit(recipe: Mapping[str, Any]) -> dict[str, Any]:
     lines = list(INHERITED)
     if isinstance(_at(made, "model.lora"), dict):
         lines.append(("training", TrainingConfig, "experts.training", ("lr",)))
-    given = {(line[2], own) for line in lines for own in _keys(made, line[2])}
+    given = {(line[2], own) for line in lines for own in _at(made, line[2]) or ()}
     for source, section, target, keys in lines:
         written = _at(made, source)
-        if not isinstance(written, dict):
-            continue
-        try:
-            values = section.model_validate(written)
-        except (ValidationError, ConfigError):
-            continue  # which is reported where it was written, and there alone
-        for key in keys:
-            name, own = names_of(key)
-            here = _made(made, target)
-            if here is not None and (target, own) not in given:
-                here[own] = getattr(values, name)
-    _limit_sizes(made)
+        here = None if written is None else _made(made, target)
+        for name, own in map(names_of, keys) if here is not None else ():
+            if (target, own) not in given:
+                here[own] = written.get(name, section.model_fields[name].default)
+    if (steps := _at(made, "experts.training.steps")) is not None:
+        for target, key, section, most in (
+            ("gating.scores", "sequences", ScoreConfig, max(32, 8 * steps)),
+            ("gating.scores", "samples", ScoreConfig, max(32, 8 * steps)),
+            ("gating.fit", "steps", FitConfig, 100 * steps),
+            ("gating.students.distil", "steps", DistilConfig, 20 * steps),
+        ):
+            if (here := _made(made, target)) is not None:
+                here.setdefault(key, min(most, section.model_fields[key].default))
     return made
-
-
-def _limit_sizes(made: dict[str, Any]) -> None:
-    steps = _at(made, "experts.training.steps")
-    if type(steps) is not int or steps < 1:
-        return
-    for target, key, section, most in (
-        ("gating.scores", "sequences", ScoreConfig, max(32, 8 * steps)),
-        ("gating.scores", "samples", ScoreConfig, max(32, 8 * steps)),
-        ("gating.fit", "steps", FitConfig, 100 * steps),
-        ("gating.students.distil", "steps", DistilConfig, 20 * steps),
-    ):
-        here = _made(made, target)
-        if here is not None:
-            here.setdefault(key, min(most, section.model_fields[key].default))
 
 
 def names_of(key: str) -> tuple[str, str]:
     """A key's name where it comes from, and where it goes to."""
     name, _, own = key.partition(" -> ")
     return name, own or name
-
-
-def _keys(value: Any, place: str) -> set[str]:
-    found = _at(value, place)
-    return set(found) if isinstance(found, dict) else set()
 
 
 def _at(value: Any, place: str) -> Any:
@@ -109,12 +87,11 @@ def _made(value: dict[str, Any], place: str) -> dict[str, Any] | None:
 
     A section is made only in one that has it by default: not a stage (`experts`, `gating`), nor `dense`.
     """
-    here: Any = value
+    here = value
     for part in place.split("."):
-        if part in ("experts", "gating", "dense") and part not in here:
-            return None
-        here = here.setdefault(part, {})
-        if not isinstance(here, dict):
-            return None  # which validation reports
-    found: dict[str, Any] = here
-    return found
+        if here.get(part) is None:
+            if part in ("experts", "gating", "dense"):
+                return None
+            here[part] = {}
+        here = here[part]
+    return here

@@ -1,12 +1,11 @@
 """Text in, prepared data out: read, de-duplicate, find domains, split, tokenise, check for leaks.
 
-Preparation works in a hidden sibling of the folder (`.data.preparing` beside `data`) and renames it when everything is
-on disk and checked, so a prepared folder is always whole. An interrupted preparation is taken up where it was: what has
-been read is not read again, finished token stores stay, half-written ones continue.
+A folder holds prepared data once it has `prepared.json`, which is written last. An interrupted preparation is taken up
+where it was: what has been read is not read again, finished token stores stay, half-written ones continue.
 
 A folder that is prepared already and whose configuration and inputs are unchanged is reused. If either changed, nothing
-is touched: `prepare` raises and says what changed, because other runs may train on the folder. With `rebuild=True` the
-new data is made beside the old and takes its place only when it is complete.
+is touched: `prepare` raises and says what changed, because other runs may train on the folder. With `rebuild=True` it
+is removed and prepared again.
 """
 
 from __future__ import annotations
@@ -14,35 +13,29 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from weftlm.artifact import Artifact, locked
-from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.tokenise import encode_documents, tokenise_by_label
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
-from weftlm.domains.split import ALL, Budget, HeldoutPlan, Lowest, SplitConfig, position
+from weftlm.domains.split import SplitConfig, first_within, heldout_count
 from weftlm.errors import DataError
-from weftlm.files import SEAL, check_sealed, read_object, remove, room, seal, sweep, write_object
-from weftlm.pipeline.data_config import OTHER_DOMAIN, TARGET_DOMAIN, BasisConfig, DataConfig, DomainsConfig
-from weftlm.pipeline.discovery import Described, Discovered, by_clusters, by_label, describe, merged
-from weftlm.pipeline.identity import MANIFEST, SETS, prepared_artifact
-from weftlm.pipeline.prepared import LOST_ACCEPTED, TARGET_SET, PreparedData, assemble
-from weftlm.pipeline.spool import NO_LABEL, Spool, SpoolWriter
+from weftlm.files import SEAL, check_sealed, read_object, remove, room, sweep, whole_folder, write_object
+from weftlm.pipeline.data_config import OTHER_DOMAIN, REMEDY, SETS, TARGET_DOMAIN, DataConfig, prepared_artifact
+from weftlm.pipeline.discovery import SAMPLE_PER_DOMAIN, Discovered, batches, by_clusters, by_label, describe
+from weftlm.pipeline.documents import Documents, write_documents
+from weftlm.pipeline.prepared import FATES, LOST_ACCEPTED, TARGET_SET, PreparedData
 from weftlm.progress import progress as show_progress
-
-__all__ = ["BasisConfig", "DataConfig", "DomainsConfig", "PreparedData", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +48,8 @@ LOST_REFUSED = 0.2
 _LOSS_DOCUMENTS, _LOSS_CHARACTERS = 1024, 1 << 14
 """The tokenizer's loss is measured on so many documents over all domains (64 per domain at most, 1 at least), each cut
 to so many characters: at most about 16 MB of text and, measured, 16 s on one core."""
+
+Chosen = NDArray[np.bool_]
 
 
 def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, progress: bool = True) -> PreparedData:
@@ -72,20 +67,16 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
     """
     folder = Path(folder)
     artifact = prepared_artifact(config, folder)
-    sweep(folder.parent)
-    if not _sibling(folder, "old").exists() and (found := _reuse(artifact, rebuild)) is not None:
+    if (found := _reuse(artifact, rebuild)) is not None:
         return found
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        _finish_swap(folder)
+
+    def wait(holder: str) -> None:
+        log.warning("%s is preparing %s; waiting for it", holder, folder)
+
+    with locked(folder.with_name(f".{folder.name}.lock"), DataError, patience_s=math.inf, waiting=wait), room(folder):
         if (found := _reuse(artifact, rebuild)) is not None:
             return found
-        if folder.exists() and not artifact.record.exists() and any(folder.iterdir()):
-            raise DataError(f"{folder} holds files but no prepared data; choose another folder, or empty it")
-        work = _sibling(folder, "preparing")
-        with room(folder):
-            _Preparation(config, Artifact(work / MANIFEST, artifact.identity, artifact.cure), progress).run()
-        _publish(work, folder)
+        _Preparation(config, artifact, progress).run()
     return PreparedData.load(folder)
 
 
@@ -99,309 +90,235 @@ def _reuse(artifact: Artifact, rebuild: bool) -> PreparedData | None:
     if not artifact.record.exists():
         return None
     try:
-        changed = artifact.changed()
-        if changed is None:
+        if (changed := artifact.changed()) is None:
             return PreparedData.load(folder)
-    except DataError:
-        if rebuild:
-            return None
-        raise
-    if rebuild:
-        log.info("%s is prepared again: %s", folder, changed)
+        raise DataError(f"{folder} was prepared from something else ({changed}); {REMEDY}, or choose another folder")
+    except DataError as error:
+        if not rebuild:
+            raise
+        log.info("%s", error)
         return None
-    raise DataError(
-        f"{folder} was prepared from something else ({changed}). Prepare again with rebuild (weftlm prepare "
-        f"--rebuild), which replaces it, or choose another folder"
-    )
-
-
-def _sibling(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second process from preparing the same folder; it waits, then finds the work done."""
-    told = "%s is preparing %s; waiting for it"
-    with locked(
-        _sibling(folder, "lock"), DataError, patience_s=math.inf, waiting=lambda who: log.warning(told, who, folder)
-    ):
-        yield
-
-
-def _publish(work: Path, folder: Path) -> None:
-    """Put the finished folder in place; an interruption in between is mended by `_finish_swap`."""
-    old = _sibling(folder, "old")
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    remove(old)
-
-
-def _finish_swap(folder: Path) -> None:
-    """After an interrupted replacement: the new folder goes in if it is whole, else the old one comes back."""
-    old, work = _sibling(folder, "old"), _sibling(folder, "preparing")
-    if not old.exists():
-        return
-    if not folder.exists():
-        (work if (work / MANIFEST).exists() else old).rename(folder)
-    remove(old)
 
 
 class _Preparation:
-    """One preparation, step by step; every step leaves its result on disk and skips itself where that exists.
+    """One preparation, step by step; reading, the tokenizer and the stores are not made again where they are there.
 
     Attributes:
-        spools: Documents of each set.
-        domains: Domain of each spooled document.
-        split: What is held out of the corpora.
-        target_split: What is held out of the target.
-        target_below: Position below which the target's other documents are used.
+        documents: All documents.
+        found: The domains, and the domain of each document.
+        train_N: Which documents are trained on.
+        heldout_N: Which are held out of the domains.
+        target_N: Which are the target's training documents.
+        target_heldout_N: Which are held out of the target.
         tokenizer: The tokenizer.
-        caps: Position, by domain, below which the documents of a capped domain are used.
     """
 
-    spools: dict[str, Spool]
-    domains: Discovered
-    split: HeldoutPlan
-    target_split: HeldoutPlan
-    target_below: int
+    documents: Documents
+    found: Discovered
+    train_N: Chosen
+    heldout_N: Chosen
+    target_N: Chosen
+    target_heldout_N: Chosen
     tokenizer: Tokenizer
 
     def __init__(self, config: DataConfig, artifact: Artifact, progress: bool) -> None:
-        self.config = config
-        self.artifact = artifact
-        self.work = artifact.record.parent
-        self.scratch = self.work / "scratch"
-        self.progress = progress
+        self.config, self.artifact, self.progress = config, artifact, progress
+        self.folder = artifact.record.parent
+        self.scratch = self.folder / "scratch"
         self.warnings: list[str] = []
-        self.caps: dict[int, int] = {}
 
     def run(self) -> None:
         self._start()
-        if self.artifact.record.exists():
-            remove(self.scratch)
-            return
         facts = self._read()
-        self.spools = {name: Spool(self.scratch / name) for name in SETS}
+        self.documents = Documents(self.scratch / "documents" / "documents.parquet")
         self._need_documents()
-        self.domains, known = self._discover()
+        self.found = self._discover()
         self._split()
         self.tokenizer = self._make_tokenizer()
         self._merge_small()
         losses = self._losses()
-        self.caps = self._caps()
+        self._cap()
+        self._refuse_leaks()
         stores = self._tokenise()
-        check_no_leak(
-            {
-                "the target's held-out documents": self._target(held=True),
-                "the target": self._target(held=False),
-                "held-out documents": (document for document, _ in self._heldout()),
-                "training documents": (document for document, _ in self._train()),
-            },
-            self.scratch,
-        )
         self._warn_of_documents(facts["counts"])
-        self._finish(facts, known, stores, losses)
+        self._finish(facts, stores, losses)
 
     def _start(self) -> None:
         """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
-        if self.work.exists() and not self._is_sound():
-            remove(self.work)
-        sweep(self.work)
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        if not (self.artifact.resume() or self.artifact.record.exists()):
+        begun, done = self.artifact.begun.exists(), self.artifact.record.exists()
+        if not (begun or done) and self.folder.exists() and any(self.folder.iterdir()):
+            raise DataError(f"{self.folder} holds files but no prepared data; choose another folder, or empty it")
+        if not self._is_sound():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                remove(self.folder)
             self.artifact.begin()
+        self.scratch.mkdir(exist_ok=True)
+        sweep(self.folder)
 
     def _is_sound(self) -> bool:
         """Whether what an interrupted preparation finished is as it was written; its stores are checked at the end."""
-        again = "the preparation begins again"
         try:
-            if not (self.artifact.resume() or self.artifact.record.exists()) or self.artifact.changed() is not None:
+            if self.artifact.record.exists() or not self.artifact.resume():
                 return False
-            for folder in (*(self.scratch / name for name in (*SETS, "domains")), self.work / "tokenizer"):
-                check_sealed(folder, again)
-            read_object(self.scratch / "read.json", again)
+            for folder in (self.scratch / "documents", self.folder / "tokenizer"):
+                check_sealed(folder, "the preparation begins again")
         except DataError as error:
             log.warning("%s", error)
             return False
         return True
 
     def _read(self) -> dict[str, Any]:
-        """Read every input once into spools, each text kept only in the first set that has it."""
-        path = self.scratch / "read.json"
-        facts = read_object(path, f"delete {self.work}")
+        """Read every input once, each text kept only in the first set that has it."""
+        place = self.scratch / "documents"
+        facts = read_object(place / "read.json", f"delete {self.folder}")
         if facts is not None:
-            log.info("continuing the interrupted preparation in %s", self.work)
+            log.info("continuing the interrupted preparation in %s", self.folder)
             return facts
-        reading = []
+        reading: list[dict[str, Any]] = []
         counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
         with (
             SeenDocuments(self.scratch) as seen,
             show_progress("read", unit="documents", enabled=self.progress) as counter,
+            whole_folder(place, "documents") as making,
         ):
-            for name in SETS:
-                with SpoolWriter(self.scratch / name) as writer:
-                    for corpus in getattr(self.config, name):
+
+            def row(name: str, label: str | None) -> Counter[str]:
+                """The row of the table of documents that one is counted in."""
+                shown = "all corpora" if self.config.domains.by == "clusters" else label or _NO_LABEL
+                return counts[name].setdefault(shown, Counter())
+
+            def kept() -> Iterator[tuple[str, Document]]:
+                for name in SETS:
+                    for corpus in self.config.labelled(name):
                         report = ReadingReport()
-                        for document in read_documents(self._as_domains(corpus, name), report):
+                        for document in read_documents(corpus, report):
                             owner = seen.add(document, name)
-                            fate = "kept" if owner is None else "in_target" if "target" in owner else "duplicates"
-                            tally = counts[name].setdefault(self._row(document.label), Counter())
-                            tally["read"] += 1
-                            tally["duplicates" if owner == name else fate] += 1
+                            fate = "kept"
+                            if owner is not None:
+                                fate = "in_target" if owner != name and "target" in owner else "duplicates"
+                            row(name, document.label).update(("read", fate))
                             if owner is None:
-                                writer.add(document)
+                                yield name, document
                             counter.advance()
                         for label, faults in report.faults_by_label.items():
-                            tally = counts[name].setdefault(self._row(label), Counter())
-                            tally.update(read=faults, faulty=faults)
+                            row(name, label).update(read=faults, faulty=faults)
                         reading.append({"set": name, "input": corpus.name, **report.to_json()})
-            facts = {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
-        for name in SETS:
-            seal(self.scratch / name)
-        write_object(path, facts, sync=True)
-        return facts
 
-    def _row(self, label: str | None) -> str:
-        """The row of the table of documents that one is counted in."""
-        if self.config.domains.by == "clusters":
-            return "all corpora"
-        return label or _NO_LABEL
+            write_documents(making / "documents.parquet", kept())
+            facts = {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
+            write_object(making / "read.json", facts)
+        return facts
 
     def _warn_of_documents(self, counts: dict[str, dict[str, dict[str, int]]]) -> None:
         """Warn of every domain that loses more than a fifth of its documents, or all of them."""
+        words = {"in_target": "in the target too", "duplicates": "duplicates or held-out text", "faulty": "faulty"}
         for name, tally in sorted(counts["corpora"].items()):
             total, kept = tally["read"], tally.get("kept", 0)
             if total - kept <= _SHOWN_LOSS * total:
                 continue
-            why = ", ".join(
-                f"{tally[key]} {words}"
-                for key, words in (
-                    ("in_target", "in the target too"),
-                    ("duplicates", "duplicates or held-out text"),
-                    ("faulty", "faulty"),
-                )
-                if tally.get(key)
-            )
+            why = ", ".join(f"{tally[fate]} {words[fate]}" for fate in FATES if fate in words and tally.get(fate))
             what = "disappears" if kept == 0 else f"loses {(total - kept) / total:.0%} of its documents"
             of = "text without a label" if name == _NO_LABEL else f"domain {name!r}"
             self.warnings.append(f"{of} {what}: {total} read, {why}, {kept} kept")
 
-    def _as_domains(self, corpus: CorpusConfig, name: str) -> CorpusConfig:
-        if self.config.domains.by == "file" and name in ("corpora", "heldout"):
-            return corpus.model_copy(update={"label": None, "label_field": None, "label_from": "file"})
-        return corpus
-
     def _need_documents(self) -> None:
-        wanted = {
-            "corpora": True,
-            "target": bool(self.config.target),
-            "heldout": bool(self.config.heldout),
-            "target_heldout": bool(self.config.target_heldout),
-        }
-        for name, needed in wanted.items():
-            if needed and len(self.spools[name]) == 0:
+        for name in SETS:
+            if getattr(self.config, name) and not self.documents.of(name).any():
                 raise DataError(
                     f"data.{name} holds no document that is not in another set already; check the inputs (a text that "
                     f"several sets hold stays in the first of {', '.join(SETS)})"
                 )
 
-    def _discover(self) -> tuple[Discovered, Any]:
-        folder = self.scratch / "domains"
-        folder.mkdir(exist_ok=True)
-        known = None
+    def _discover(self) -> Discovered:
         if self.config.domains.by != "clusters":
-            found = by_label(self.spools["corpora"], self.spools["heldout"], folder)
-        else:
-            total = len(self.spools["corpora"])
-            with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
-                found, embedder, clusters = by_clusters(
-                    self.spools["corpora"], self.spools["heldout"], self.config, folder, counter.advance
-                )
-            known = (embedder, clusters)
-        seal(folder)
-        return found, known
+            return by_label(self.documents)
+        total = int(self.documents.of("corpora").sum())
+        with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
+            return by_clusters(self.documents, self.config, counter.advance)
+
+    # -- which documents are used for what ------------------------------------------------------------------------
+
+    def _first(
+        self,
+        among_N: Chosen,
+        purpose: str,
+        limit_G: ArrayLike,
+        *,
+        groups_N: NDArray[np.int64] | None = None,
+        size_N: NDArray[np.int64] | None = None,
+    ) -> Chosen:
+        """The first of some documents in the order of one choice, of each domain up to a limit; see `first_within`."""
+        numbers = np.flatnonzero(among_N)
+        groups_N = self.found.domain_N if groups_N is None else groups_N
+        chosen_N = np.zeros(len(among_N), bool)
+        chosen_N[numbers] = first_within(
+            self.documents.positions(self.config.seed, purpose)[numbers],
+            groups_N[numbers],
+            limit_G,
+            None if size_N is None else size_N[numbers],
+        )
+        return chosen_N
+
+    def _held_out(self, among_N: Chosen, split: SplitConfig, groups_N: NDArray[np.int64]) -> Chosen:
+        counts = [heldout_count(int(count), split) for count in np.bincount(groups_N[among_N])]
+        return self._first(among_N, "heldout", counts, groups_N=groups_N)
 
     def _split(self) -> None:
-        config, seed = self.config, self.config.seed
-        none = SplitConfig(fraction=0.0)
-        self.split = HeldoutPlan(none if config.heldout else config.split, seed)
-        for (digest, _), number in zip(self.spools["corpora"].digests(), self.domains.train, strict=True):
-            if number != NO_LABEL:
-                self.split.observe(self.domains.names[number], digest)
-        self.target_split = HeldoutPlan(none if config.target_heldout else config.target_split, seed)
-        for digest, _ in self.spools["target"].digests():
-            self.target_split.observe("target", digest)
-        if len(self.spools["target"]) == 1 and not config.target_heldout:
-            self.warnings.append("the target has one document: nothing of it is held out, so it cannot be evaluated")
-        self.target_below = ALL
-        wanted = config.target_train_documents
-        if wanted is not None:
-            lowest = Lowest(wanted)
-            for digest, _ in self.spools["target"].digests():
-                if not self.target_split.is_heldout("target", digest):
-                    lowest.add(position(digest, seed, "target"))
-            if lowest.seen < wanted:
+        config, documents = self.config, self.documents
+        one_N = np.zeros(len(documents), np.int64)
+        of_domains_N = self.found.domain_N >= 0
+        corpora_N, target_N = documents.of("corpora") & of_domains_N, documents.of("target")
+        if config.heldout:
+            self.heldout_N = documents.of("heldout") & of_domains_N
+        else:
+            self.heldout_N = self._held_out(corpora_N, config.split, self.found.domain_N)
+        self.train_N = corpora_N & ~self.heldout_N
+        if config.target_heldout:
+            self.target_heldout_N = documents.of("target_heldout")
+        else:
+            self.target_heldout_N = self._held_out(target_N, config.target_split, one_N)
+            if target_N.sum() == 1:
                 self.warnings.append(
-                    f"data.target_train_documents is {wanted} but only {lowest.seen} are left beside the held-out ones"
+                    "the target has one document: nothing of it is held out, so it cannot be evaluated"
                 )
-            self.target_below = lowest.threshold()
+        self.target_N = target_N & ~self.target_heldout_N
+        if (wanted := config.target_train_documents) is not None:
+            if self.target_N.sum() < wanted:
+                self.warnings.append(
+                    f"data.target_train_documents is {wanted} but only {self.target_N.sum()} are left beside the "
+                    "held-out ones"
+                )
+            self.target_N = self._first(self.target_N, "target", wanted, groups_N=one_N)
 
-    def _train(self, caps: Mapping[int, int] | None = None) -> Iterator[tuple[Document, int]]:
-        """Training documents with their domain's number; within `caps`, or those chosen."""
-        caps = self.caps if caps is None else caps
-        for document, number in zip(self.spools["corpora"], self.domains.train, strict=True):
-            digest = document.digest()
-            if number == NO_LABEL or self.split.is_heldout(self.domains.names[number], digest):
-                continue
-            if number in caps and position(digest, self.config.seed, "cap") >= caps[number]:
-                continue
-            yield document, number
-
-    def _heldout(self) -> Iterator[tuple[Document, int]]:
-        if self.config.heldout:
-            pairs = zip(self.spools["heldout"], self.domains.heldout, strict=True)
-            yield from (pair for pair in pairs if pair[1] != NO_LABEL)
-            return
-        for document, number in zip(self.spools["corpora"], self.domains.train, strict=True):
-            if number != NO_LABEL and self.split.is_heldout(self.domains.names[number], document.digest()):
-                yield document, number
-
-    def _target(self, held: bool) -> Iterator[Document]:
-        if held and self.config.target_heldout:
-            yield from self.spools["target_heldout"]
-            return
-        for document in self.spools["target"]:
-            digest = document.digest()
-            if self.target_split.is_heldout("target", digest) != held:
-                continue
-            if held or position(digest, self.config.seed, "target") < self.target_below:
-                yield document
+    def _count_tokens(self, chosen_N: Chosen) -> NDArray[np.int64]:
+        """Tokens of some documents, with the one that closes each; 0 for the others."""
+        counts_N = np.zeros(len(chosen_N), np.int64)
+        for batch in batches(self.documents.stream(chosen_N), 256):
+            encoded = encode_documents(self.tokenizer, [document for _, document in batch])
+            for (number, _), (tokens, _) in zip(batch, encoded, strict=True):
+                counts_N[number] = len(tokens) + 1
+        return counts_N
 
     def _make_tokenizer(self) -> Tokenizer:
         """Trained on an even sample of the training text, or loaded; saved at once."""
-        folder = self.work / "tokenizer"
-        if folder.is_dir():
-            return Tokenizer.load(folder)
-        training = self.config.tokenizer.train
-        share = 1.0
-        if training is not None:
-            total = sum(size for _, size in self.spools["corpora"].digests())
-            share = min(1.0, training.sample_bytes / max(total, 1))
-        below = ALL if share == 1.0 else int(share * ALL)
-        texts = (
-            document.text
-            for document, _ in self._train()
-            if position(document.digest(), self.config.seed, "tokenizer") < below
-        )
-        with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
-            tokenizer = make_tokenizer(self.config.tokenizer, _counted(texts, counter.advance))
-        temporary = self.work / ".tokenizer"
-        remove(temporary)
-        tokenizer.save(temporary)
-        seal(temporary)
-        temporary.rename(folder)
+        folder = self.folder / "tokenizer"
+        if not folder.is_dir():
+            sample_N = self.train_N
+            if (training := self.config.tokenizer.train) is not None:
+                share = training.sample_bytes / max(1, int(self.documents.bytes_N[self.documents.of("corpora")].sum()))
+                if share < 1:
+                    positions_N = self.documents.positions(self.config.seed, "tokenizer")
+                    sample_N = sample_N & (positions_N < np.uint64(int(share * 2**64)))
+            with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
+
+                def texts() -> Iterator[str]:
+                    for _, document in self.documents.stream(sample_N):
+                        counter.advance()
+                        yield document.text
+
+                tokenizer = make_tokenizer(self.config.tokenizer, texts())
+            with whole_folder(folder, "tokenizer") as making:
+                tokenizer.save(making)
         return Tokenizer.load(folder)
 
     def _merge_small(self) -> None:
@@ -412,18 +329,12 @@ class _Preparation:
         Raises:
             DataError: there are some and `small` is `stop`, or what is left is still too small.
         """
-        options = self.config.domains
-        sizes: Counter[int] = Counter()
-        for (digest, size), number in zip(self.spools["corpora"].digests(), self.domains.train, strict=True):
-            if not self.split.is_heldout(self.domains.names[number], digest):
-                sizes[number] += size
-        few = {n for n in range(len(self.domains.names)) if sizes[n] < options.min_tokens * _BYTES_PER_TOKEN_AT_MOST}
-        tokens: Counter[int] = Counter(dict.fromkeys(few, 0))
-        for batch in _batches((pair for pair in self._train() if pair[1] in few), 256):
-            encoded = encode_documents(self.tokenizer, [document for document, _ in batch])
-            for (_, number), (tokens_N, _) in zip(batch, encoded, strict=True):
-                tokens[number] += len(tokens_N) + 1
-        small = {self.domains.names[n]: tokens[n] for n in sorted(few) if tokens[n] < options.min_tokens}
+        options, names, domain_N = self.config.domains, self.found.names, self.found.domain_N
+        sizes_D = np.bincount(domain_N[self.train_N], self.documents.bytes_N[self.train_N], len(names))
+        few_D = sizes_D < options.min_tokens * _BYTES_PER_TOKEN_AT_MOST
+        tokens_N = self._count_tokens(self.train_N & few_D[domain_N])
+        tokens_D = np.bincount(domain_N[self.train_N], tokens_N[self.train_N], len(names))
+        small = {names[n]: int(tokens_D[n]) for n in np.flatnonzero(few_D & (tokens_D < options.min_tokens))}
         if not small:
             return
         shown = ", ".join(f"{name} ({count})" for name, count in list(small.items())[:50])
@@ -435,13 +346,12 @@ class _Preparation:
                 f"or to other, which makes one domain of them"
             )
         into = OTHER_DOMAIN if options.small == "other" else None
-        together = sum(small.values()) + (0 if into in small or into not in self.domains.names else options.min_tokens)
-        nothing_left = len(small) == len(self.domains.names) if into is None else together < options.min_tokens
-        if nothing_left:
+        together = sum(small.values()) + (0 if into in small or into not in names else options.min_tokens)
+        if len(small) == len(names) if into is None else together < options.min_tokens:
             raise DataError(f"{len(small)} domains have {least}; together they are too small as well: give more text")
         what = "dropped" if into is None else f"put into the domain {into!r}"
         self.warnings.append(f"{len(small)} domains are {what}, for they have {least}")
-        self.domains = merged(self.domains, small, into, self.scratch / "domains")
+        self.found = self.found.merged(small, into)
         self._split()
 
     def _losses(self) -> dict[str, TextLoss]:
@@ -450,157 +360,133 @@ class _Preparation:
         Raises:
             DataError: it loses so much of one that training on the tokens would not be training on the text.
         """
-        names = (*self.domains.names, TARGET_SET)
-        count = max(1, min(64, _LOSS_DOCUMENTS // len(names)))
-        seed = self.config.seed
-
-        def documents() -> Iterator[tuple[Document, int]]:
-            yield from self._train()
-            yield from self._heldout()
-            for held in (False, True):
-                for document in self._target(held):
-                    yield document, len(names) - 1
-
-        lowest = [Lowest(count) for _ in names]
-        for document, number in documents():
-            lowest[number].add(position(document.digest(), seed, "loss"))
-        thresholds = [kept.threshold() for kept in lowest]
-        texts: dict[str, list[str]] = {name: [] for name in names}
-        for document, number in documents():
-            if position(document.digest(), seed, "loss") < thresholds[number]:
-                texts[names[number]].append(document.text[:_LOSS_CHARACTERS])
-        losses = {name: self.tokenizer.loss(sample) for name, sample in texts.items() if sample}
+        names = (*self.found.names, TARGET_SET)
+        groups_N = np.where(self.found.domain_N < 0, len(names) - 1, self.found.domain_N)
+        used_N = self.train_N | self.heldout_N | self.target_N | self.target_heldout_N
+        sample_N = self._first(used_N, "loss", max(1, min(64, _LOSS_DOCUMENTS // len(names))), groups_N=groups_N)
+        texts: dict[str, list[str]] = {}
+        for number, document in self.documents.stream(sample_N):
+            texts.setdefault(names[groups_N[number]], []).append(document.text[:_LOSS_CHARACTERS])
+        losses = {name: self.tokenizer.loss(texts[name]) for name in names if name in texts}
         worst = sorted((name for name in losses if losses[name].lost > LOST_ACCEPTED), key=lambda n: -losses[n].lost)
+        if not worst:
+            return losses
         shown = "; ".join(
             f"{name}: {losses[name].given_back_share:.1%} of the bytes come back, "
             f"{losses[name].unknown_share:.1%} of the tokens are unknown"
             for name in worst[:5]
         ) + (f"; and {len(worst) - 5} more" if len(worst) > 5 else "")
-        if worst and losses[worst[0]].lost > LOST_REFUSED:
+        said = f"the tokenizer loses text of {len(worst)} sets ({shown})"
+        if losses[worst[0]].lost > LOST_REFUSED:
             raise DataError(
-                f"the tokenizer loses text of {len(worst)} sets ({shown}), and over {LOST_REFUSED:.0%} is refused; use "
-                f"one that keeps the text: data.tokenizer: {{train: {{}}}}, or a byte-level one"
+                f"{said}, and over {LOST_REFUSED:.0%} is refused; use one that keeps the text: data.tokenizer: "
+                "{train: {}}, or a byte-level one"
             )
-        if worst:
-            self.warnings.append(
-                f"the tokenizer loses text of {len(worst)} sets ({shown}): bits per byte is not given for them"
-            )
+        self.warnings.append(f"{said}: bits per byte is not given for them")
         return losses
 
-    def _caps(self) -> dict[int, int]:
+    def _cap(self) -> None:
         """Choose at random the documents that fill `max_train_tokens` of each larger domain."""
-        cap = self.config.domains.max_train_tokens
+        cap, domain_N = self.config.domains.max_train_tokens, self.found.domain_N
         if cap is None:
-            return {}
-        seed = self.config.seed
-        rough: dict[int, Budget] = {}
-        for (digest, size), number in zip(self.spools["corpora"].digests(), self.domains.train, strict=True):
-            if number != NO_LABEL and not self.split.is_heldout(self.domains.names[number], digest):
-                budget = rough.setdefault(number, Budget(cap * _BYTES_PER_TOKEN_AT_MOST))
-                budget.add(position(digest, seed, "cap"), size + 1)
-        drafted = {number: budget.threshold() for number, budget in rough.items() if budget.total > cap}
-        exact = {number: Budget(cap) for number in drafted}
-        candidates = (pair for pair in self._train(drafted) if pair[1] in drafted)
-        for batch in _batches(candidates, 256):
-            encoded = encode_documents(self.tokenizer, [document for document, _ in batch])
-            for (document, number), (tokens_N, _) in zip(batch, encoded, strict=True):
-                exact[number].add(position(document.digest(), seed, "cap"), len(tokens_N) + 1)
-        return {number: min(drafted[number], budget.threshold()) for number, budget in exact.items()}
+            return
+        size_N = self.documents.bytes_N + 1
+        rough_N = self._first(self.train_N, "cap", cap * _BYTES_PER_TOKEN_AT_MOST, size_N=size_N)
+        larger_D = np.bincount(domain_N[rough_N], size_N[rough_N], len(self.found.names)) > cap
+        larger_N = self.train_N & larger_D[domain_N]
+        tokens_N = self._count_tokens(rough_N & larger_N)
+        exact_N = self._first(rough_N & larger_N, "cap", cap, size_N=tokens_N)
+        self.train_N = np.where(larger_N, exact_N, self.train_N)
+
+    def _refuse_leaks(self) -> None:
+        """Refuse sets that must be apart and share a text."""
+        check_no_leak(
+            {
+                name: (document for _, document in self.documents.stream(chosen_N))
+                for name, chosen_N in (
+                    ("the target's held-out documents", self.target_heldout_N),
+                    ("the target", self.target_N),
+                    ("held-out documents", self.heldout_N),
+                    ("training documents", self.train_N),
+                )
+            },
+            self.scratch,
+        )
+
+    # -- what is kept ---------------------------------------------------------------------------------------------
 
     def _tokenise(self) -> dict[str, dict[str, TokenStore]]:
         """Write the token stores; finished ones are opened, half-written ones continued."""
+        names, domain_N = self.found.names, self.found.domain_N
 
-        def labelled(pairs: Iterable[tuple[Document, int]]) -> Iterator[Document]:
-            for document, number in pairs:
-                yield replace(document, label=self.domains.names[number])
+        def by_domain(chosen_N: Chosen) -> Iterator[Document]:
+            for number, document in self.documents.stream(chosen_N):
+                yield replace(document, label=names[domain_N[number]])
 
         def target() -> Iterator[Document]:
-            for held, label in ((False, "train"), (True, "heldout")):
-                for document in self._target(held):
+            for label, chosen_N in (("train", self.target_N), ("heldout", self.target_heldout_N)):
+                for _, document in self.documents.stream(chosen_N):
                     yield replace(document, label=label)
 
+        wanted = {
+            "train": (self.train_N, by_domain(self.train_N)),
+            "heldout": (self.heldout_N, by_domain(self.heldout_N)),
+            "target": (self.target_N | self.target_heldout_N, target()),
+        }
+        found: dict[str, dict[str, TokenStore]] = {name: {} for name in wanted}
         with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
-            finished = 0
-
-            def stores(name: str, documents: Callable[[], Iterator[Document]]) -> dict[str, TokenStore]:
-                nonlocal finished
-                path = self.work / name
-                if not path.exists() and next(documents(), None) is None:
-                    return {}
+            done = 0
+            for name, (chosen_N, documents) in wanted.items():
+                path = self.folder / name
                 if path.exists():
-                    found = open_stores(path, verify=False)
-                else:
-                    found = tokenise_by_label(
-                        documents(), self.tokenizer, path, progress=lambda size: counter.update(finished + size)
+                    found[name] = open_stores(path, verify=False)
+                elif chosen_N.any():
+                    found[name] = tokenise_by_label(
+                        documents, self.tokenizer, path, progress=lambda size, before=done: counter.update(before + size)
                     )
-                finished += sum(store.bytes for store in found.values())
-                return found
+                done += sum(store.bytes for store in found[name].values())
+        return found
 
-            return {
-                "train": stores("train", lambda: labelled(self._train())),
-                "heldout": stores("heldout", lambda: labelled(self._heldout())),
-                "target": stores("target", target),
-            }
-
-    def _describe(self, known: Any, stores: dict[str, dict[str, TokenStore]]) -> tuple[tuple[str, ...], Described]:
-        names = self.domains.names
-        include = self.config.domains.include_target
+    def _described(self, stores: dict[str, dict[str, TokenStore]]) -> dict[str, Any]:
+        """The domains' names, and what embedding tells of them."""
+        names, groups_N, used_N = self.found.names, self.found.domain_N, self.train_N
         sizes = [float(stores["train"][name].bytes) for name in names]
-        if include:
+        if self.config.domains.include_target:
+            groups_N, used_N = np.where(self.target_N, len(names), groups_N), used_N | self.target_N
             names = (*names, TARGET_DOMAIN)
             sizes.append(float(stores["target"]["train"].bytes))
-
-        def documents() -> Iterator[tuple[Document, int]]:
-            yield from self._train()
-            if include:
-                for document in self._target(held=False):
-                    yield document, len(names) - 1
-
-        def target() -> Iterator[Document]:
-            return self._target(held=False)
-
-        has_target = "train" in stores["target"]
-        return names, describe(names, documents, np.array(sizes), target if has_target else None, self.config, known)
+        embedding = self.config.domains.embedder
+        count = int(np.clip(embedding.sample_documents // len(names), 4, SAMPLE_PER_DOMAIN))
+        chosen_N = self._first(used_N, "centroids", count, groups_N=groups_N)
+        sample = [
+            (int(groups_N[number]), replace(document, text=document.text[: embedding.max_chars]))
+            for part_N in (self.train_N, self.target_N)
+            for number, document in self.documents.stream(chosen_N & part_N)
+        ]
+        target = (document for _, document in self.documents.stream(self.target_N))
+        has_target = bool(self.target_N.any())
+        described = describe(self.found, names, sample, np.array(sizes), target if has_target else None, self.config)
+        return {"domains": list(names), **described}
 
     def _finish(
-        self, facts: dict[str, Any], known: Any, stores: dict[str, dict[str, TokenStore]], losses: dict[str, TextLoss]
+        self, facts: dict[str, Any], stores: dict[str, dict[str, TokenStore]], losses: dict[str, TextLoss]
     ) -> None:
-        names, described = self._describe(known, stores)
-        without = [name for name in self.domains.names if name not in stores["heldout"]]
+        described = self._described(stores)
+        without = [name for name in self.found.names if name not in stores["heldout"]]
         if without:
             shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
             self.warnings.append(f"no held-out text for {len(without)} domains ({shown}): they are not evaluated")
         manifest = {
-            "tokenizer": self.tokenizer.fingerprint,
+            **described,
             "text_loss": {name: asdict(loss) for name, loss in losses.items()},
             "counts": facts["counts"],
-            "domains": list(names),
             "max_train_tokens": self.config.domains.max_train_tokens,
-            "target_histogram_D": _plain(described.target_histogram_D),
-            "basis_ND": _plain(described.basis_ND),
-            "embedder": described.embedder,
-            "facts": described.facts,
-            "reading": facts["reading"] + described.reading,
+            "reading": facts["reading"] + described["reading"],
             "duplicates": facts["duplicates"],
             "warnings": list(dict.fromkeys(self.warnings)),
         }
         for line in manifest["warnings"]:
             log.warning("%s", line)
-        manifest["fingerprint"] = assemble(self.work, manifest).fingerprint
-        self.artifact.finish(manifest, [f"tokenizer/{SEAL}"], nan=True)
+        manifest["fingerprint"] = PreparedData.of(self.folder, manifest).fingerprint
         remove(self.scratch)
-
-
-def _counted(texts: Iterator[str], advance: Callable[[], None]) -> Iterator[str]:
-    for text in texts:
-        advance()
-        yield text
-
-
-def _batches(pairs: Iterator[tuple[Document, int]], count: int) -> Iterator[list[tuple[Document, int]]]:
-    while batch := list(islice(pairs, count)):
-        yield batch
-
-
-def _plain(values: NDArray[np.float64] | None) -> Any:
-    return None if values is None else values.tolist()
+        self.artifact.finish(manifest, [f"tokenizer/{SEAL}"], nan=True)

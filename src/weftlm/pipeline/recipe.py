@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, SerializeAsAny, field_validator
 
 from weftlm.config import Folder, Section, Seed, apply_overrides, settings, validate
 from weftlm.corpora.labels import folder_name
-from weftlm.errors import ConfigError, install_hint
+from weftlm.errors import ConfigError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.experts.expert import base_name
 from weftlm.mixture.config import PolicyConfig, policy_config
@@ -36,6 +36,7 @@ from weftlm.training.config import AlignmentConfig, TrainingConfig
 MONOLITH = "monolith"
 _TRAINED = ("model", "mixture", "training")
 _OF_A_TRAINING = (*_TRAINED, "alignment", "trackers", "compare")
+S = TypeVar("S", bound=Section)
 
 
 class Recipe(Section):
@@ -111,19 +112,18 @@ class Recipe(Section):
         """Whether a single model is trained beside the experts."""
         return self.compare.monolith and self.makes_experts
 
-    @property
+    @cached_property
     def expert_settings(self) -> ExpertsConfig:
         """The `experts` section; where there is none, the defaults, which follow the other sections."""
-        if self.experts is not None:
-            return self.experts
-        return validate(ExpertsConfig, inherit({**self.resolved(), "experts": {}})["experts"], "experts")
+        return self.experts or self._defaults("experts", ExpertsConfig)
 
-    @property
+    @cached_property
     def gating_settings(self) -> GatingConfig:
         """The `gating` section; where there is none, the defaults, which follow the other sections."""
-        if self.gating is not None:
-            return self.gating
-        return validate(GatingConfig, inherit({**self.resolved(), "gating": {}})["gating"], "gating")
+        return self.gating or self._defaults("gating", GatingConfig)
+
+    def _defaults(self, name: str, section: type[S]) -> S:
+        return validate(section, inherit({**self.resolved(), name: {}})[name], name)
 
     def gating_deciding(self, *keys: str) -> dict[str, Any]:
         """The seed and some keys of the `gating` section, as the identity of a result."""
@@ -264,6 +264,7 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
     if isinstance(mixture, Mapping):
         policy_config(mixture)  # reports an unknown policy or key by its own name
     try:
+        validate(Recipe, value, "")  # what is wrong is said where it was written, and there alone
         recipe = validate(Recipe, inherit(value), "")
     except ConfigError as error:
         raise ConfigError("\n".join([*problems, str(error)])) from None
@@ -274,31 +275,39 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     """Sections that nothing would be made of, or that would fail hours later."""
-    problems = [] if recipe.experts is None else _of_base(recipe, recipe.experts)
-    if not recipe.trains and not recipe.has_experts and not problems:
+    problems = []
+    mixtures = [each.policy for each in recipe.compare.mixtures]
+    baseline = None if recipe.experts is None else recipe.experts.baseline
+    if baseline is not None and not recipe.trains:
+        problems.append("experts.baseline names a mixture that is trained here; this recipe trains no model: give base")
+    elif baseline not in (None, *mixtures):
+        problems.append(
+            f"experts.baseline is {baseline!r}, which compare.mixtures does not train; it names "
+            f"{', '.join(mixtures) or 'none'}"
+        )
+    elif not recipe.trains and not recipe.has_experts:
         problems.append(
             "experts.base: missing; name the base model (a folder or hub name), or add the sections that train one: "
             "model, mixture and training"
         )
-    if not recipe.makes_experts and not problems:
+    elif not recipe.makes_experts:
         if recipe.routing is not None:
             problems.append("routing compares routers over experts, and none are made; add a section `experts: {}`")
         if recipe.gating is not None and recipe.gating.pool is None:
             problems.append("gating needs experts; add a section `experts: {}`, or name models in gating.pool")
         if recipe.compare.monolith:
             problems.append("compare.monolith is the baseline of experts, and none are made; leave it out")
-    if recipe.mixture is not None and recipe.mixture.policy in (each.policy for each in recipe.compare.mixtures):
+    if recipe.mixture is not None and recipe.mixture.policy in mixtures:
         problems.append(
             f"compare.mixtures names {recipe.mixture.policy!r}, the recipe's own policy; mixtures are named by their "
             "policy: compare it under other options in a run of its own"
         )
-    if recipe.routing is not None:
-        for key, routers in (("routers", recipe.routing.routers or ()), ("build", recipe.routing.build)):
-            for router in routers:
-                try:
-                    router_config(parse_router(router))
-                except ConfigError as error:
-                    problems.append(f"routing.{key}: {error}")
+    routing = recipe.routing_settings
+    for key, router in [*(("routers", each) for each in routing.routers or ()), *(("build", r) for r in routing.build)]:
+        try:
+            router_config(parse_router(router))
+        except ConfigError as error:
+            problems.append(f"routing.{key}: {error}")
     return problems
 
 
@@ -318,20 +327,6 @@ def _of_other_packages(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _of_base(recipe: Recipe, experts: ExpertsConfig) -> list[str]:
-    if experts.baseline is None:
-        return []
-    if not recipe.trains:
-        return ["experts.baseline names a mixture that is trained here; this recipe trains no model: give base"]
-    baselines = [each.policy for each in recipe.compare.mixtures]
-    if experts.baseline in baselines:
-        return []
-    return [
-        f"experts.baseline is {experts.baseline!r}, which compare.mixtures does not train; it names "
-        f"{', '.join(baselines) or 'none'}"
-    ]
-
-
 def require_training(recipe: Recipe) -> None:
     """Refuse a recipe that trains no model.
 
@@ -349,26 +344,6 @@ def require_experts(recipe: Recipe) -> None:
     """
     if not recipe.has_experts:
         raise ConfigError("experts: missing; add a section `experts: {}`, whose defaults will do, to make experts")
-
-
-def check(recipe: Recipe, packages: bool = True) -> None:
-    """Refuse what can be seen to be wrong before anything is read.
-
-    Args:
-        recipe: Recipe that trains a model.
-        packages: Whether those of its trackers must be installed.
-    Raises:
-        ConfigError: the policy follows a target and there is none, or a tracker is not installed.
-    """
-    _, mixture, _ = recipe.trained
-    needs, name = mixture.needs, mixture.policy
-    if needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
-        raise ConfigError(f"mixture policy {name!r} follows a target and the data has none; give data.target")
-    if "basis" in needs and recipe.data.domains.basis is None:
-        raise ConfigError(f"mixture policy {name!r} reweights distributions; say which in data.domains.basis")
-    for tracker in recipe.trackers if packages else ():
-        if find_spec(tracker) is None:
-            raise ConfigError(f"trackers names {tracker}, which is not installed; {install_hint(tracker)}")
 
 
 # -- the recipe of a run folder ---------------------------------------------------------------------------------------

@@ -14,18 +14,18 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm import interrupt
 from weftlm.config import differences
 from weftlm.errors import ConfigError, DataError, WeftError, did_you_mean, reason
-from weftlm.files import check_listed, write_whole
+from weftlm.files import check_listed, checksum, write_whole
 from weftlm.pipeline.checks import check_recipe
 from weftlm.pipeline.recipe import Recipe, kept_recipe
 from weftlm.pipeline.run_folder import alone, at_work
-from weftlm.pipeline.stage import Stage, StageOptions, digest_of, read_stage, stages_of
+from weftlm.pipeline.stage import Stage, StageOptions, read_stage, stages_of
 from weftlm.progress import write_line
 
 if TYPE_CHECKING:
@@ -43,24 +43,37 @@ class StageStatus:
         stage: The stage.
         state: done, running, interrupted, failed, stale, or to do.
         why: What makes it stale, or the message of a failure; empty otherwise.
-        seconds: Time it took, where it is done.
-        ended: Time at which it ended, UTC.
         settled: Whether its settings and what it reads are as they were, so that nothing of it need be discarded; False
             too where that was requested and is still to come.
+        facts: Its record; empty where it never began.
     """
 
     stage: Stage
     state: State
     why: str = ""
-    seconds: float | None = None
-    ended: str | None = None
     settled: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def digest(self) -> str | None:
+        """A digest of all that it left; None where it is not finished."""
+        return checksum(self.facts["files"]) if "files" in self.facts else None
+
+    def act(self, *, again: bool = False) -> Act:
+        """What a run does with the stage; `again` where it is to be replaced on request."""
+        if self.state == "to do":
+            return "run" if self.settled else "replace"
+        if again:
+            return "replace"
+        if self.state == "stale":
+            return "replace" if not self.stage.costly else "run" if self.settled else "refuse"
+        return {"done": "skip", "running": "refuse"}.get(self.state, "continue")  # type: ignore[return-value]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values, with the seconds it took and the time at which it ended, UTC."""
         return {
             "stage": self.stage.name, "title": self.stage.title, "state": self.state, "why": self.why,
-            "seconds": self.seconds, "ended": self.ended,
+            "seconds": self.facts.get("seconds"), "ended": self.facts.get("ended"),
         }  # fmt: skip
 
 
@@ -78,54 +91,38 @@ def project_status(recipe: Recipe) -> list[StageStatus]:
 
 
 def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], busy: bool) -> StageStatus:
+    """The state of a stage, given those of the stages before it."""
     read = read_stage(recipe, stage.name)
     if read is None:
         return StageStatus(stage, "to do")
     finished, facts = read
     if facts.get("due"):
         return StageStatus(stage, "to do", settled=False)
-    times = {"seconds": facts.get("seconds", 0.0), "ended": facts.get("ended")}
+    before = [earlier[name] for name in stage.needed(recipe) if name in earlier]
     why = differences(facts.get("identity", {}), stage.settings(recipe), most=3)
-    for name in () if why else stage.needed(recipe):
-        before = _finished(recipe, name)
-        if before is not None and facts.get("needs", {}).get(name) != digest_of(before):
-            why = f"{name} was replaced"
+    for each in () if why else before:
+        if each.digest not in (None, facts.get("needs", {}).get(each.stage.name)):
+            why = f"{each.stage.name} was replaced"
             break
     if why:
-        return StageStatus(stage, "stale", why, **times, settled=False)
-    if not finished and "message" in facts:
-        return StageStatus(stage, "failed", facts["message"], **times)
+        return StageStatus(stage, "stale", why, settled=False, facts=facts)
     if not finished:
-        return StageStatus(stage, "running" if busy else "interrupted")
-    why = _moved(recipe, stage, facts, earlier)
-    return StageStatus(stage, "stale" if why else "done", why, **times)
-
-
-def _finished(recipe: Recipe, name: str) -> dict[str, Any] | None:
-    """The record of a finished stage; None where it is not finished."""
-    read = read_stage(recipe, name)
-    return read[1] if read is not None and read[0] else None
+        state: State = "failed" if "message" in facts else "running" if busy else "interrupted"
+        return StageStatus(stage, state, facts.get("message", ""), facts=facts)
+    why = next((f"{path} is gone" for path in stage.outputs(recipe) if not path.exists()), "")
+    try:
+        if not why:
+            check_listed(recipe.stages_folder, facts["files"], "it is made again")
+    except DataError as error:
+        why = str(error)
+    why = why or next((f"{each.stage.name} is {each.state}" for each in before if each.state != "done"), "")
+    return StageStatus(stage, "stale" if why else "done", why, facts=facts)
 
 
 def seconds_of(recipe: Recipe, name: str) -> float | None:
     """Time that a finished stage took; None where it is not finished."""
-    found = _finished(recipe, name)
-    return None if found is None else float(found["seconds"])
-
-
-def _moved(recipe: Recipe, stage: Stage, facts: Mapping[str, Any], earlier: Mapping[str, StageStatus]) -> str:
-    """Why a finished stage counts no more though what decides it is as it was; empty where it counts."""
-    for path in stage.outputs(recipe):
-        if not path.exists():
-            return f"{path} is gone"
-    try:
-        check_listed(recipe.stages_folder, facts["files"], "it is made again")
-    except DataError as error:
-        return str(error)
-    for name in stage.needed(recipe):
-        if name in earlier and earlier[name].state != "done":
-            return f"{name} is {earlier[name].state}"
-    return ""
+    read = read_stage(recipe, name)
+    return float(read[1]["seconds"]) if read is not None and read[0] else None
 
 
 def plan_stages(
@@ -151,22 +148,7 @@ def plan_stages(
                 f"--from {from_stage}: the stage {status.stage.name} before it is not done "
                 f"({': '.join(filter(None, (status.state, status.why)))}); start there, or leave --from out"
             )
-    return [(status, _act(status, again=place >= first)) for place, status in enumerate(found[:last])]
-
-
-def _act(status: StageStatus, *, again: bool) -> Act:
-    if status.state == "to do":
-        return "run" if status.settled else "replace"
-    if again:
-        return "replace"
-    if status.state == "stale" and status.stage.costly:
-        return "run" if status.settled else "refuse"
-    if status.state == "stale":
-        return "replace"
-    return _ACTS[status.state]
-
-
-_ACTS: dict[State, Act] = {"done": "skip", "running": "refuse", "interrupted": "continue", "failed": "continue"}
+    return [(status, status.act(again=place >= first)) for place, status in enumerate(found[:last])]
 
 
 def run_project(
@@ -218,22 +200,23 @@ def run_project(
                     status.stage.record(recipe).begin(due=True)
         known: dict[str, StageStatus] = {}
         for number, (status, act) in enumerate(planned):
+            stage = status.stage
             if from_stage is None or act != "replace":
-                status = _status(recipe, status.stage, known, busy=False)
-                act = _act(status, again=False)
+                status = _status(recipe, stage, known, busy=False)
+                act = status.act()
                 _refuse(status, act)
             if act == "replace" and first:
-                status.stage.clear(recipe)
+                stage.clear(recipe)
             together()
             if progress and first:
-                doing = "done already" if act == "skip" else status.stage.title
-                write_line(f"stage {number + 1} of {len(planned)}, {status.stage.name}: {doing}")
-            if act != "skip" and (first or status.stage.shared):
-                replace = _replaces(recipe, status.stage, act)
-                options = StageOptions(replace=replace, processes=processes, progress=progress and first)
-                _carry_out(recipe, status.stage, options, keep=first)
+                doing = "done already" if act == "skip" else stage.title
+                write_line(f"stage {number + 1} of {len(planned)}, {stage.name}: {doing}")
+            if act != "skip" and (first or stage.shared):
+                replace = act == "replace" or (act == "continue" and bool(status.facts.get("replace")))
+                options = StageOptions(replace, processes, progress and first)
+                _carry_out(recipe, stage, options, known, keep=first)
             together()
-            known[status.stage.name] = StageStatus(status.stage, "done")
+            known[stage.name] = StageStatus(stage, "done", facts=(read_stage(recipe, stage.name) or (True, {}))[1])
     return project_status(recipe)
 
 
@@ -249,31 +232,20 @@ def _group(recipe: Recipe) -> PartialState | None:
 
 
 def _refuse(status: StageStatus, act: Act) -> None:
-    name = status.stage.name
     if act == "refuse" and status.state == "stale":
         raise ConfigError(
-            f"the stage {name} was made of something else ({status.why}); replace it and what follows with weftlm "
-            f"run --from {name}, which discards what is there, or choose another run folder"
+            f"the stage {status.stage.name} was made of something else ({status.why}); replace it and what follows "
+            f"with weftlm run --from {status.stage.name}, which discards what is there, or choose another run folder"
         )
 
 
-def _replaces(recipe: Recipe, stage: Stage, act: Act) -> bool:
-    """Whether a stage discards what is there of other settings, on request now or in the run that it resumes."""
-    if act != "continue":
-        return act == "replace"
-    read = read_stage(recipe, stage.name)
-    return read is not None and bool(read[1].get("replace"))
-
-
-def _carry_out(recipe: Recipe, stage: Stage, options: StageOptions, *, keep: bool) -> None:
-    """Run one stage and keep its record."""
+def _carry_out(
+    recipe: Recipe, stage: Stage, options: StageOptions, earlier: Mapping[str, StageStatus], *, keep: bool
+) -> None:
+    """Run one stage and, with `keep`, write its record."""
     start, record = time.perf_counter(), stage.record(recipe)
-    records = {name: _finished(recipe, name) for name in stage.needed(recipe)}
-    notes: dict[str, Any] = {
-        "needs": {name: digest_of(found) for name, found in records.items() if found is not None},
-        "began": _now(),
-        "replace": options.replace,
-    }
+    needs = {name: earlier[name].digest for name in stage.needed(recipe) if name in earlier}
+    notes: dict[str, Any] = {"needs": needs, "began": _now(), "replace": options.replace}
 
     def ended() -> dict[str, Any]:
         return {**notes, "ended": _now(), "seconds": time.perf_counter() - start}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from weftlm.artifact import Artifact, read_record
 from weftlm.config import Section
-from weftlm.files import checksum, remove
+from weftlm.files import remove
 from weftlm.registry import Registry
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class Stage(ABC):
         """Whether a project has it."""
         return self.name in recipe.stages
 
-    @abstractmethod
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """All in the recipe that decides its result, as JSON values."""
+        """All in the recipe that decides its result, as JSON values; those of another package: its `Config`."""
+        return dict(recipe.stages[self.name])
 
     @abstractmethod
     def outputs(self, recipe: Recipe) -> Sequence[Path]:
@@ -87,18 +87,10 @@ class Stage(ABC):
 
     def discarded(self, recipe: Recipe) -> Sequence[Path]:
         """Files and folders to remove before it is made again; none where the work itself replaces what is there."""
-        return ()
+        return self.outputs(recipe)
 
-    def check_recipe(self, recipe: Recipe, known: Known) -> None:
-        """Refuse what the recipe alone shows would fail.
-
-        Raises:
-            ConfigError: One line for every problem.
-        """
-        return
-
-    def check_files(self, recipe: Recipe, known: Known) -> None:
-        """Refuse what files, models and other libraries show would fail; nothing is trained, downloaded or written.
+    def check(self, recipe: Recipe, known: Known) -> None:
+        """Refuse what would make it fail; nothing is trained, downloaded or written.
 
         Raises:
             ConfigError, DataError: One line for every problem.
@@ -128,7 +120,7 @@ class Stage(ABC):
     def clear(self, recipe: Recipe) -> None:
         """Remove what an earlier making left: first that by which it is known to be done."""
         discarded = self.discarded(recipe)
-        for path in [*(self.outputs(recipe) if discarded else ()), *discarded]:
+        for path in dict.fromkeys([*(self.outputs(recipe) if discarded else ()), *discarded]):
             remove(path)
 
 
@@ -141,20 +133,12 @@ def read_stage(recipe: Recipe, name: str) -> tuple[bool, dict[str, Any]] | None:
     return read_record(recipe.stages_folder / f"{name}.json", _CURE)
 
 
-def digest_of(record: dict[str, Any]) -> str:
-    """A digest of all that a finished stage left, from its record."""
-    return checksum(record.get("files", {}))
-
-
 def every_stage() -> tuple[Stage, ...]:
     """All registered stages, in the order in which they are carried out: each after those that it needs."""
     found = {name: stages[name](name) for name in stages}
-    depths: dict[str, int] = {}
 
     def depth(name: str) -> int:
-        if name not in depths:
-            depths[name] = 1 + max((depth(each) for each in found[name].needs if each in found), default=0)
-        return depths[name]
+        return 1 + max((depth(each) for each in found[name].needs if each in found), default=0)
 
     return tuple(sorted(found.values(), key=lambda stage: (depth(stage.name), stage.name)))
 

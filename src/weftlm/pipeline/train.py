@@ -24,13 +24,14 @@ from weftlm.files import check_listed, read_object, whole_folder, write_object, 
 from weftlm.mixture.config import policy_config
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.device import choose_device
-from weftlm.models.factory import build_model, check_adapter, count_parameters
+from weftlm.models.factory import build_model, count_parameters
 from weftlm.pipeline.names import RESULT
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.recipe import Recipe, check
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.run_folder import alone
-from weftlm.training.loop import Task, Trainer, TrainingResult
+from weftlm.pipeline.stages.train import check_mixture
+from weftlm.training.loop import Task, Trainer
 from weftlm.training.metrics import open_tracker
 from weftlm.training.runtime import Runtime, choose_runtime, environment
 
@@ -49,18 +50,16 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         WeftError: for every cause a user can mend; what was complete before stays.
     """
     transformers_logging.disable_progress_bar()
-    model, _, training = recipe.trained
+    check_mixture(recipe)
     process = PartialState(
         timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
-        cpu=choose_device(training.device).type == "cpu",
+        cpu=choose_device(recipe.trained[2].device).type == "cpu",
     )
-    check(recipe)
-    check_adapter(model)
     recipe.run.mkdir(parents=True, exist_ok=True)
     with alone(recipe.run) if process.is_main_process else nullcontext():
         with process.main_process_first():
             data = prepare(recipe.data, recipe.prepared_folder, progress=process.is_main_process)
-        artifact = training_artifact(recipe, data.fingerprint)
+        artifact = Artifact(recipe.run / RESULT, {"data": data.fingerprint, **recipe.deciding()}, _CURE)
         if artifact.record.exists() or any((recipe.run / "checkpoints").glob("step-*")):
             refuse_other(artifact, "a run", "choose another run folder or remove it")
         finished = artifact.reuse() if (recipe.run / "model").is_dir() else None
@@ -68,21 +67,22 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         if finished is not None:
             log.info("%s is finished; this is its result", recipe.run)
             return finished
-        if data.target_heldout is None and all(domain.heldout is None for domain in data.domains):
-            raise ConfigError("nothing is held out to evaluate on; raise data.split.fraction, or give data.heldout")
+        data.heldout()
         return _train(recipe, data, artifact, process)
 
 
 def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: PartialState) -> dict[str, Any]:
     section, mixture, training = recipe.trained
     policy = build_policy(mixture.model_dump())
-    reference = _reference(recipe, policy.config, data) if "reference_losses" in policy.needs else None
+    reference_run = None if "reference_losses" not in policy.needs else _reference_run(recipe, policy.config)
+    reference = None if reference_run is None else _load(reference_run, recipe, data)
     model = build_model(
         section, vocab_size=data.tokenizer.vocab_size, sequence_length=training.sequence_length,
         eos_id=data.tokenizer.eos_id, seed=recipe.seed,
     )  # fmt: skip
+    writes = process.is_main_process
     runtime = choose_runtime(training, parameters=count_parameters(model), processes=process.num_processes)
-    if process.is_main_process:
+    if writes:
         write_whole(recipe.run / "recipe.yaml", recipe.to_yaml())
         artifact.begin()
         described = environment(recipe.seed, runtime, {"data": data.fingerprint, "run": artifact.id})
@@ -104,11 +104,11 @@ def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: Part
         evaluate=evaluate,
         evaluate_every_steps=recipe.evaluation.every_steps or 0,
         identity=artifact.id,
-        trackers=_trackers(recipe) if process.is_main_process else (),
+        trackers=tuple(open_tracker(each, recipe.run, recipe.resolved()) for each in recipe.trackers if writes),
         may_shard=True,
     )
     trained = trainer.run()
-    place, writes = recipe.run / "model", process.is_main_process
+    place = recipe.run / "model"
     with whole_folder(place, "model", replace=True) if writes else nullcontext(place) as making:
         trainer.save_model(making)
         if writes:
@@ -117,10 +117,26 @@ def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: Part
         start = time.perf_counter()
         evaluate(trainer.module)
         trained.seconds["eval"] += time.perf_counter() - start
-    if reference is not None:
-        trained.seconds["reference"] = _reference_seconds(recipe, policy.config)
-    result = _result(recipe, trained, latest[0], trainer.module, trainer.mixture.choice)
-    if process.is_main_process:
+    if reference_run is not None:  # a cost of the policy that needs it
+        spent = read_result(reference_run)["seconds"]
+        trained.seconds["reference"] = float(spent["train"] + spent["alignment"])
+    choice = trainer.mixture.choice
+    result = {
+        "policy": mixture.policy,
+        "steps": trained.step,
+        "train_tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "parameters": count_parameters(trainer.module),
+        "trainable_parameters": count_parameters(trainer.module, trainable=True),
+        "weights": trained.weights,
+        "epochs": trained.epochs,
+        "stopped_early": trained.stopped_early,
+        "estimator": None
+        if choice is None
+        else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
+        **latest[0].to_json(),
+    }
+    if writes:
         save_windows(recipe.run / "windows.safetensors", latest[0].sets)
         result = artifact.finish(result, ["windows.safetensors", "metrics.jsonl"], nan=True)
     process.wait_for_everyone()
@@ -134,15 +150,14 @@ def is_main_process() -> bool:
 
 def training_task(data: PreparedData, policy: Any, reference: nn.Module | None = None) -> Task:
     """Prepared data and a policy as the training loop takes them."""
+    names = tuple(domain.name for domain in data.domains)
+    tokens_D = torch.tensor([len(domain.train) for domain in data.domains], dtype=torch.float64)
     return Task(
-        domains=tuple(domain.name for domain in data.domains),
+        domains=names,
         sources=tuple(domain.train for domain in data.domains),
         policy=policy,
         setting=MixtureSetting(
-            domains=tuple(domain.name for domain in data.domains),
-            tokens_D=torch.tensor([len(domain.train) for domain in data.domains], dtype=torch.float64),
-            target_histogram_D=data.target_histogram_D,
-            basis_ND=data.basis_ND,
+            names, tokens_D=tokens_D, target_histogram_D=data.target_histogram_D, basis_ND=data.basis_ND
         ),
         target=data.target_train,
         reference=reference,
@@ -155,57 +170,44 @@ def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteRe
     Raises:
         ConfigError: the run has no model yet.
     """
-    if not (run / "model").is_dir():
-        raise ConfigError(f"{run} has no trained model yet; finish it with weftlm train")
     data = PreparedData.load(recipe.prepared_folder)
-    section, _, training = recipe.trained
-    runtime = choose_runtime(training, parameters=0)
-    require_same_data(run, data)
-    model = load_trained(run / "model", dtype=section.dtype).to(runtime.device)
-    return _evaluate(model, data, recipe, runtime, config)
+    runtime = choose_runtime(recipe.trained[2], parameters=0)
+    return _evaluate(_load(run, recipe, data).to(runtime.device), data, recipe, runtime, config)
 
 
 def _evaluate(
     model: nn.Module, data: PreparedData, recipe: Recipe, runtime: Runtime, config: EvaluationConfig
 ) -> SuiteResult:
-    _, _, training = recipe.trained
     return evaluate_suite(
         model,
-        {domain.name: domain.heldout for domain in data.domains if domain.heldout is not None},
+        data.heldout(),
         data.target_heldout,
-        sequence_length=training.sequence_length,
+        sequence_length=recipe.trained[2].sequence_length,
         config=config,
         device=runtime.device,
         distributed=PartialState().num_processes > 1,
     )
 
 
-def _reference(recipe: Recipe, policy: Any, data: PreparedData) -> nn.Module:
-    """DoReMi's reference: the model of the run it names, or one trained first on a plain mixture."""
-    folder = _reference_folder(recipe, policy)
-    if policy.reference is None:
-        plain = recipe.model_copy(
-            update={
-                "run": folder,
-                "prepared": recipe.prepared_folder,
-                "mixture": policy_config({"policy": policy.reference_policy}),
-            }
-        )
-        run_training(plain)
-    if not (folder / "model").is_dir():
-        raise ConfigError(f"mixture.reference {folder} holds no trained model; give a finished run folder, or null")
-    require_same_data(folder, data)
-    return load_trained(folder / "model", dtype=recipe.trained[0].dtype)
+def _reference_run(recipe: Recipe, policy: Any) -> Path:
+    """The run of DoReMi's reference: the one it names, or one trained first on a plain mixture."""
+    if policy.reference is not None:
+        return Path(policy.reference)
+    plain = {
+        "run": recipe.run / "reference",
+        "prepared": recipe.prepared_folder,
+        "mixture": policy_config({"policy": policy.reference_policy}),
+    }
+    run_training(recipe.model_copy(update=plain))
+    return recipe.run / "reference"
 
 
-def _reference_folder(recipe: Recipe, policy: Any) -> Path:
-    return Path(policy.reference) if policy.reference is not None else recipe.run / "reference"
-
-
-def _reference_seconds(recipe: Recipe, policy: Any) -> float:
-    """What training the reference took, a cost of the policy that needs it."""
-    spent = read_result(_reference_folder(recipe, policy))["seconds"]
-    return float(spent["train"] + spent["alignment"])
+def _load(run: Path, recipe: Recipe, data: PreparedData) -> nn.Module:
+    """The model of a finished run on the same data."""
+    if not (run / "model").is_dir():
+        raise ConfigError(f"{run} has no trained model yet; finish it with weftlm train")
+    require_same_data(run, data)
+    return load_trained(run / "model", dtype=recipe.trained[0].dtype)
 
 
 def require_same_data(run: Path, data: PreparedData) -> None:
@@ -223,31 +225,6 @@ def require_same_data(run: Path, data: PreparedData) -> None:
         )
 
 
-def _result(
-    recipe: Recipe, trained: TrainingResult, final: SuiteResult, model: nn.Module, choice: Any
-) -> dict[str, Any]:
-    return {
-        "policy": recipe.trained[1].policy,
-        "steps": trained.step,
-        "train_tokens": trained.tokens,
-        "seconds": trained.seconds,
-        "parameters": count_parameters(model),
-        "trainable_parameters": count_parameters(model, trainable=True),
-        "weights": trained.weights,
-        "epochs": trained.epochs,
-        "stopped_early": trained.stopped_early,
-        "estimator": None
-        if choice is None
-        else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
-        **final.to_json(),
-    }
-
-
-def training_artifact(recipe: Recipe, data_fingerprint: str) -> Artifact:
-    """A run's result, decided by its data and the recipe's sections of a training."""
-    return Artifact(recipe.run / RESULT, {"data": data_fingerprint, **recipe.deciding()}, _CURE)
-
-
 def read_result(run: Path) -> dict[str, Any]:
     """result.json of a finished run, compared with its checksum and with the files it lists.
 
@@ -259,7 +236,3 @@ def read_result(run: Path) -> dict[str, Any]:
         raise DataError(f"{run} has no {RESULT}: it has not finished; finish it with weftlm train")
     check_listed(run, found.pop("files", {}), _CURE)
     return found
-
-
-def _trackers(recipe: Recipe) -> tuple[Any, ...]:
-    return tuple(open_tracker(tracker, recipe.run, recipe.resolved()) for tracker in recipe.trackers)

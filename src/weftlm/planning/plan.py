@@ -19,7 +19,7 @@ from weftlm.models.factory import architecture_config
 from weftlm.models.lora_targets import outline
 from weftlm.models.open import pretrained_config, require_decoder_only
 from weftlm.pipeline.checks import known_domains
-from weftlm.pipeline.identity import MANIFEST
+from weftlm.pipeline.data_config import MANIFEST
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import stages_of

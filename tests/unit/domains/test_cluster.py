@@ -1,13 +1,12 @@
-"""Clusters: planted ones are found, on one level and on two, and a saved clustering assigns alike."""
+"""Clusters: planted ones are found, on one level and on two."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from weftlm.domains.cluster import Clusters, fit_clusters, nearest
+from weftlm.domains.cluster import fit_clusters, nearest
 from weftlm.domains.config import ClusterConfig
 from weftlm.domains.embed import unit_rows
 from weftlm.errors import ConfigError, DataError
@@ -63,17 +62,6 @@ def test_one_cluster_is_the_mean_and_more_than_documents_are_refused() -> None:
     assert len(fit_clusters(rows, ClusterConfig(n=6, flat_limit=2), 0)) <= 6
     with pytest.raises(ConfigError, match="n is 7 but there are only 6 documents"):
         fit_clusters(rows, ClusterConfig(n=7), 0)
-
-
-def test_saved_clusters_assign_alike(tmp_path: Path) -> None:
-    rows, _ = planted(9, 20)
-    clusters = fit_clusters(rows, ClusterConfig(n=12, flat_limit=4), seed=0)
-    clusters.save(tmp_path / "clusters.npz")
-    again = Clusters.load(tmp_path / "clusters.npz")
-    assert np.array_equal(again.assign(rows), clusters.assign(rows))
-    (tmp_path / "clusters.npz").write_bytes(b"torn")
-    with pytest.raises(DataError, match="cannot be read"):
-        Clusters.load(tmp_path / "clusters.npz")
 
 
 def test_dissolved_clusters_give_their_documents_to_the_nearest_other() -> None:

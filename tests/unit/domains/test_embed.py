@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,26 +56,6 @@ def test_only_the_first_characters_count_and_the_vocabulary_is_bounded() -> None
     embedder = TfidfSvd.fit(texts, EmbedderConfig(dimensions=6, max_chars=40, vocabulary=20), seed=0)
     assert sum(map(len, embedder.vocabularies)) == 20
     assert np.array_equal(embedder.embed([texts[0][:40]]), embedder.embed([texts[0][:40] + " ship" * 9]))
-
-
-@pytest.mark.parametrize("analyzer", ["word", "both"])
-def test_a_saved_embedder_is_the_same(tmp_path: Path, analyzer: Any) -> None:
-    texts, _ = planted()
-    embedder = TfidfSvd.fit(texts, EmbedderConfig(dimensions=6, analyzer=analyzer), seed=1)
-    embedder.save(tmp_path)
-    again = TfidfSvd.load(tmp_path)
-    assert again.fingerprint == embedder.fingerprint
-    assert np.array_equal(again.embed(texts), embedder.embed(texts))
-    with pytest.raises(DataError, match="cannot be read"):
-        TfidfSvd.load(tmp_path / "none")
-    state = tmp_path / "tfidf_svd.npz"
-    with np.load(state) as arrays:
-        np.savez(state, **{**arrays, "idf_V": arrays["idf_V"] + 1})
-    with pytest.raises(DataError, match="has changed"):
-        TfidfSvd.load(tmp_path)
-    state.write_bytes(b"torn")
-    with pytest.raises(DataError, match="cannot be read"):
-        TfidfSvd.load(tmp_path)
 
 
 def test_the_fit_does_not_depend_on_the_process() -> None:

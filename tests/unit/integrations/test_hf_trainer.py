@@ -24,7 +24,8 @@ from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.integrations.hf_trainer import MixtureCallback, OnlineMixture, _token_losses
 from weftlm.integrations.online_mixture import OnlineRun
-from weftlm.pipeline.prepare import DataConfig, prepare
+from weftlm.pipeline.data_config import DataConfig
+from weftlm.pipeline.prepare import prepare
 from weftlm.training.mixture_run import Share
 
 POLICIES: list[dict[str, Any]] = [

@@ -190,16 +190,11 @@ def test_every_command_refuses_before_anything_is_written(
 def test_all_problems_are_said_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = Call(capsys)
     wrong = {"experts": {"domains": ["coking"], "embedder": "words"}, "gating": {}}
-    write_recipe(project, wrong)
-    message = call("run", "recipe.yaml", code=2)
-    assert "coking" in message
-    assert "embedder is 'words'" in message
     (project / "file").write_text("")
     write_recipe(project, {**wrong, **data(target=[]), "run": "file/run"})
     message = call("run", "recipe.yaml", code=2)
-    assert "follows a target" in message
-    assert "file is a file" in message
-    assert "coking" not in message, "needs other libraries: asked of a recipe that is right by itself"
+    for said in ("coking", "embedder is 'words'", "follows a target", "file is a file"):
+        assert said in message
 
 
 def test_a_sound_recipe_passes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, load_recipe, make_recipe, require_experts
-from weftlm.pipeline.recipe_plan import expert_plan
 from weftlm.pipeline.routes import build_route
 from weftlm.pipeline.runner import run_project
 from weftlm.routing.config import parse_router
@@ -59,7 +58,8 @@ def test_a_whole_recipe_makes_experts_of_its_own_model_beside_it() -> None:
     recipe = make_recipe({**recipe_value(), "experts": {}})
     assert recipe.base == "runs/one/model"
     assert recipe.library_folder == Path("runs/one/experts")
-    assert expert_plan(recipe)["steps_per_expert"] == 1000
+    assert recipe.experts is not None
+    assert recipe.experts.training.total_steps == 1000
 
 
 def test_the_section_does_not_change_which_run_it_is() -> None:

@@ -1,7 +1,8 @@
 """Preparation: whole, deterministic, without leaks, reused when nothing changed and never replaced unasked."""
 
+from __future__ import annotations
+
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from support.faults import dead_process, host
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.config import validate
@@ -26,18 +26,22 @@ from weftlm.corpora.store import TokenStore
 from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.pipeline import prepare as module
-from weftlm.pipeline.prepare import DataConfig, PreparedData, prepare
+from weftlm.pipeline.data_config import DataConfig
+from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.prepared import PreparedData
 
 WORDS = {
     "sea": "ship sails over deep water past the harbour and grey wave breaks on a hull while gulls cry".split(),
     "code": "def return for in range ( ) : total += index print import self None while yield lambda".split(),
     "law": "licensee shall not be liable damages arising out of agreement herein notwithstanding clause".split(),
 }
+EMBEDDER = {"embedder": {"dimensions": 8}}
+CLUSTERS = {"by": "clusters", "clusters": {"n": 3, "min_bytes": 100}, **EMBEDDER}
 
 
-def texts(kind: str, count: int, seed: int = 0, words: int = 40) -> list[str]:
+def texts(kind: str, count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng([seed, *kind.encode()])
-    return [f"{kind} {seed} {i}: " + " ".join(rng.choice(WORDS[kind], words)) for i in range(count)]
+    return [f"{kind} {seed} {i}: " + " ".join(rng.choice(WORDS[kind], 40)) for i in range(count)]
 
 
 def write(path: Path, documents: list[str], label: str | None = None) -> None:
@@ -62,7 +66,7 @@ def make(tmp_path: Path) -> Make:
             "target": [{"path": str(tmp_path / "in" / "target.jsonl")}],
             "tokenizer": {"train": {"vocab_size": 320}},
             "split": {"fraction": 0.1},
-            "domains": {"embedder": {"dimensions": 8}},
+            "domains": EMBEDDER,
         }
         return validate(DataConfig, {**value, **changes}, "data")
 
@@ -86,11 +90,13 @@ def decoded(data: PreparedData, source: Any) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "verified.json"
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> None:
@@ -99,8 +105,7 @@ def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> 
     everything: list[str] = []
     for domain in data.domains:
         train, held = decoded(data, domain.train), decoded(data, domain.heldout)
-        assert (len(train), len(held)) == (27, 3)
-        assert domain.documents == 27
+        assert (len(train), len(held), domain.documents) == (27, 3, 27)
         assert domain.bytes == sum(len(text.encode()) for text in train)
         everything += train + held
     assert sorted(everything) == sorted(text for kind in WORDS for text in texts(kind, 30))
@@ -111,85 +116,60 @@ def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> 
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
         "heldout", "prepared.json", "target", "tokenizer", "train",
     ]  # fmt: skip
-
-
-def test_the_histogram_finds_the_planted_target(make: Make, tmp_path: Path) -> None:
-    data = run(make(), tmp_path / "data")
     assert data.target_histogram_D is not None
     assert data.target_histogram_D.dtype == torch.float64
     assert data.target_histogram_D.tolist() == [0.0, 0.0, 1.0]
-    facts = {item["name"]: item for item in data.domain_facts()}
-    assert facts["sea"]["documents"] == 27
-    assert all(item["excerpt"].startswith("sea") for item in facts["sea"]["typical"])
-    assert {item["name"] for item in facts["sea"]["neighbours"]} == {"code", "law"}
-    assert "sea.jsonl" in facts["sea"]["typical"][0]["origin"]
+    sea = data.domain_facts()[2]
+    assert (sea["name"], sea["documents"]) == ("sea", 27)
+    assert all(item["excerpt"].startswith("sea") for item in sea["typical"])
+    assert {item["name"] for item in sea["neighbours"]} == {"code", "law"}
+    assert "sea.jsonl" in sea["typical"][0]["origin"]
 
 
-def test_twice_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
-    first, second = run(make(), tmp_path / "a"), run(make(), tmp_path / "b")
-    assert first.fingerprint == second.fingerprint
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-
-
-def test_the_process_does_not_matter(make: Make, tmp_path: Path) -> None:
-    config = make(domains={"by": "clusters", "clusters": {"n": 3, "min_bytes": 1}, "embedder": {"dimensions": 8}})
+def test_the_bits_do_not_depend_on_time_or_process_but_on_the_seed(make: Make, tmp_path: Path) -> None:
+    config = make(domains=CLUSTERS)
     here = run(config, tmp_path / "a")
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
-        "import sys, json\n"
-        "from weftlm.pipeline.prepare import DataConfig, prepare\n"
-        "config = DataConfig.model_validate_json(open(sys.argv[1]).read())\n"
-        "print(prepare(config, sys.argv[2], progress=False).fingerprint)\n"
+        "import sys\n"
+        "from weftlm.pipeline.data_config import DataConfig\n"
+        "from weftlm.pipeline.prepare import prepare\n"
+        "prepare(DataConfig.model_validate_json(open(sys.argv[1]).read()), sys.argv[2], progress=False)\n"
     )
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    there = subprocess.run(
+    subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "config.json"), str(tmp_path / "b")],
-        env={**os.environ, "PYTHONHASHSEED": seed},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert there.stdout.strip() == here.fingerprint
+        env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+    )  # fmt: skip
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    other = run(make(domains=CLUSTERS, seed=1), tmp_path / "c")
+    assert decoded(here, here.domains[0].heldout) != decoded(other, other.domains[0].heldout)
 
 
-def test_seeds_choose_other_documents(make: Make, tmp_path: Path) -> None:
-    first, second = run(make(), tmp_path / "a"), run(make(seed=1), tmp_path / "b")
-    assert decoded(first, first.domains[0].heldout) != decoded(second, second.domains[0].heldout)
-
-
-def test_what_is_prepared_and_unchanged_is_reused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(make(), tmp_path / "data")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()}
-    monkeypatch.setattr(module, "read_documents", lambda *_: pytest.fail("read again"))
-    for rebuild in (False, True):
-        again = run(make(), tmp_path / "data", rebuild=rebuild)
-        assert again.fingerprint == first.fingerprint
+def test_what_is_prepared_is_reused_unchanged_and_replaced_on_request_alone(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    first = run(make(), folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "read_documents", lambda *_: pytest.fail("read again"))
+        for rebuild in (False, True):
+            assert run(make(), folder, rebuild=rebuild).fingerprint == first.fingerprint
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert PreparedData.load(tmp_path / "data", expect=make()).fingerprint == first.fingerprint
-
-
-def test_a_changed_configuration_is_named_and_replaces_nothing(make: Make, tmp_path: Path) -> None:
-    run(make(), tmp_path / "data")
-    before = files(tmp_path / "data")
     changed = make(split={"fraction": 0.2})
     with pytest.raises(DataError, match=r"data\.split\.fraction: 0\.1 before, 0\.2 now.*--rebuild"):
-        run(changed, tmp_path / "data")
-    with pytest.raises(DataError, match=r"another configuration \(data\.split\.fraction"):
-        PreparedData.load(tmp_path / "data", expect=changed)
-    assert files(tmp_path / "data") == before
-    data = run(changed, tmp_path / "data", rebuild=True)
-    assert store(data.domains[0].heldout).documents == 6
-    assert not (tmp_path / ".data.old").exists()
-    assert not (tmp_path / ".data.preparing").exists()
-
-
-def test_a_changed_input_is_named_and_replaces_nothing(make: Make, tmp_path: Path) -> None:
-    first = run(make(), tmp_path / "data")
+        run(changed, folder)
     write(tmp_path / "in" / "law.jsonl", texts("law", 31), "law")
     with pytest.raises(DataError, match=r"inputs\.corpora\.2 .*law\.jsonl\): .* before, .* now"):
-        run(make(), tmp_path / "data")
-    assert PreparedData.load(tmp_path / "data").fingerprint == first.fingerprint
-    assert run(make(), tmp_path / "data", rebuild=True).fingerprint != first.fingerprint
+        run(make(), folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert store(run(changed, folder, rebuild=True).domains[0].heldout).documents == 6
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match="holds files but no prepared data"):
+        run(make(), tmp_path / "thesis", rebuild=True)
+    assert files(tmp_path / "thesis") == {"thesis.tex": b"mine"}
 
 
 def test_texts_of_the_target_are_removed_from_training(make: Make, tmp_path: Path) -> None:
@@ -203,8 +183,7 @@ def test_texts_of_the_target_are_removed_from_training(make: Make, tmp_path: Pat
 
 
 def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = texts("sea", 20, seed=9)
-    write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + target[:1], "sea")
+    write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + texts("sea", 1, seed=9), "sea")
 
     class Blind(SeenDocuments):
         def add(self, document: Document, set_name: str) -> None:
@@ -213,86 +192,53 @@ def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "SeenDocuments", Blind)
     with pytest.raises(DataError, match="sets that must be apart share documents"):
         run(make(), tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+    with pytest.raises(DataError, match="holds no prepared data"):
+        PreparedData.load(tmp_path / "data")
 
 
-@pytest.mark.parametrize("step", ["_discover", "_make_tokenizer", "_caps", "_tokenise", "_describe"])
+def stop(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", ["_discover", "_make_tokenizer", "_tokenise", "_described"])
 def test_an_interrupted_preparation_goes_on(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    config = make(domains={"max_train_tokens": 500, "embedder": {"dimensions": 8}})
+    config = make(domains={"max_train_tokens": 500, **EMBEDDER})
     whole = run(config, tmp_path / "whole")
-
-    def stop(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr(module._Preparation, step, stop)
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+    with pytest.raises(DataError, match="holds no prepared data"):
+        PreparedData.load(tmp_path / "data")
     with monkeypatch.context() as patched:
         patched.setattr(module, "read_documents", lambda *_: pytest.fail("read again"))
         assert run(config, tmp_path / "data").fingerprint == whole.fingerprint
     assert files(tmp_path / "data") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damaged", ["documents.parquet", "read.json", "tokenizer.json"])
-def test_an_interrupted_preparation_does_not_go_on_from_damaged_files(
+@pytest.mark.parametrize("damaged", ["documents.parquet", "read.json", "tokenizer.json", "an input"])
+def test_an_interrupted_preparation_does_not_go_on_from_other_or_damaged_files(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
 ) -> None:
-    whole = run(make(), tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(module._Preparation, "_tokenise", lambda *_: pytest.fail("stop here"))
-        with pytest.raises(pytest.fail.Exception):
+        patched.setattr(module._Preparation, "_tokenise", stop)
+        with pytest.raises(KeyboardInterrupt):
             run(make(), tmp_path / "data")
-    path = sorted((tmp_path / ".data.preparing").rglob(damaged))[0]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert run(make(), tmp_path / "data").fingerprint == whole.fingerprint
+    if damaged == "an input":
+        write(tmp_path / "in" / "law.jsonl", texts("law", 12, seed=3), "law")
+    else:
+        flip(next((tmp_path / "data").rglob(damaged)))
+    run(make(), tmp_path / "data")
+    run(make(), tmp_path / "whole")
     assert files(tmp_path / "data") == files(tmp_path / "whole")
-
-
-def test_an_interrupted_preparation_of_something_else_is_discarded(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "make_tokenizer", lambda *_: pytest.fail("stop here"))
-        with pytest.raises(pytest.fail.Exception):
-            run(make(), tmp_path / "data")
-    write(tmp_path / "in" / "law.jsonl", texts("law", 12, seed=3), "law")
-    data = run(make(), tmp_path / "data")
-    assert data.domains[1].documents + store(data.domains[1].heldout).documents == 12
-
-
-def test_an_interrupted_replacement_is_finished_or_undone(make: Make, tmp_path: Path) -> None:
-    folder, old, work = tmp_path / "data", tmp_path / ".data.old", tmp_path / ".data.preparing"
-    first = run(make(), folder)
-    folder.rename(old)
-    assert run(make(), folder).fingerprint == first.fingerprint
-    assert not old.exists()
-    changed = make(seed=5)
-    second = run(changed, tmp_path / "second")
-    folder.rename(old)
-    (tmp_path / "second").rename(work)
-    assert run(changed, folder).fingerprint == second.fingerprint
-    assert not old.exists()
-    old.mkdir()
-    leaving = tmp_path / f"..data.old.{dead_process()}@{host()}.removing"
-    leaving.mkdir()
-    assert run(changed, folder).fingerprint == second.fingerprint
-    assert not old.exists()
-    assert not leaving.exists()
 
 
 def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     first = run(make(), folder)
-    tokens = folder / "train" / "sea" / "tokens.bin"
-    content = bytearray(tokens.read_bytes())
-    content[10] ^= 1
-    tokens.write_bytes(content)
+    flip(folder / "train" / "sea" / "tokens.bin")
     with pytest.raises(DataError, match="was altered since it was written"):
         run(make(), folder)
     assert run(make(), folder, rebuild=True).fingerprint == first.fingerprint
@@ -300,33 +246,43 @@ def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Pa
     with pytest.raises(DataError, match="a part was replaced"):
         PreparedData.load(folder)
     manifest = folder / "prepared.json"
-    manifest.write_text(manifest.read_text().replace('"code"', '"c0de"'))
-    with pytest.raises(DataError, match="was altered since it was written"):
-        PreparedData.load(folder)
-    manifest.write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
-        PreparedData.load(folder)
-    with pytest.raises(DataError, match="holds no prepared data"):
-        PreparedData.load(tmp_path / "nowhere")
+    for text, said in (
+        (manifest.read_text().replace('"code"', '"c0de"'), "was altered since it was written"),
+        ("{", "cannot be read"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(DataError, match=said):
+            PreparedData.load(folder)
 
 
-def test_a_folder_of_something_else_is_left_alone(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "thesis.tex").write_text("mine")
-    with pytest.raises(DataError, match="holds files but no prepared data"):
-        run(make(), tmp_path / "data", rebuild=True)
-    assert (tmp_path / "data" / "thesis.tex").read_text() == "mine"
+def test_a_tokenizer_that_is_not_as_it_was_prepared_is_refused(make: Make, tmp_path: Path) -> None:
+    run(make(), tmp_path / "data")
+    path = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    whole = path.read_bytes()
+
+    def refused() -> None:
+        with pytest.raises(DataError, match=r"(altered|missing|added) since|has 999 bytes.*; prepare again"):
+            PreparedData.load(tmp_path / "data")
+        path.write_bytes(whole)
+
+    flip(path)
+    refused()
+    path.write_bytes(whole[:999])
+    refused()
+    path.unlink()
+    refused()
+    path.with_name("added_tokens.json").write_text("{}")
+    refused()
 
 
 def test_domains_by_file(make: Make, tmp_path: Path) -> None:
-    config = make(corpora=[{"path": str(tmp_path / "in")}], domains={"by": "file", "embedder": {"dimensions": 8}})
+    config = make(corpora=[{"path": str(tmp_path / "in")}], domains={"by": "file", **EMBEDDER})
     data = run(config, tmp_path / "data")
     assert [domain.name for domain in data.domains] == ["code", "law", "sea"]  # the target's file is all target
 
 
 def test_clusters_find_the_planted_kinds(make: Make, tmp_path: Path) -> None:
-    clusters = {"by": "clusters", "clusters": {"n": 3, "min_bytes": 100}, "embedder": {"dimensions": 8}}
-    data = run(make(domains=clusters), tmp_path / "data")
+    data = run(make(domains=CLUSTERS), tmp_path / "data")
     assert [domain.name for domain in data.domains] == ["cluster_0", "cluster_1", "cluster_2"]
     kinds = [{text.split()[0] for text in decoded(data, domain.train)} for domain in data.domains]
     assert sorted(map(sorted, kinds)) == [["code"], ["law"], ["sea"]]
@@ -336,18 +292,16 @@ def test_clusters_find_the_planted_kinds(make: Make, tmp_path: Path) -> None:
 
 def test_small_clusters_are_dissolved(make: Make, tmp_path: Path) -> None:
     size = len(texts("sea", 1)[0]) * 8
-    clusters = {"by": "clusters", "clusters": {"n": 20, "min_bytes": size}, "embedder": {"dimensions": 8}}
-    data = run(make(domains=clusters), tmp_path / "data")
+    data = run(make(domains={**CLUSTERS, "clusters": {"n": 20, "min_bytes": size}}), tmp_path / "data")
     sizes = [domain.bytes + store(domain.heldout).bytes for domain in data.domains]
     assert 3 <= len(sizes) < 20
     assert min(sizes) >= size
-    documents = sum(domain.documents + store(domain.heldout).documents for domain in data.domains)
-    assert documents == 90
+    assert sum(domain.documents + store(domain.heldout).documents for domain in data.domains) == 90
 
 
 def test_token_caps_are_exact_and_random(make: Make, tmp_path: Path) -> None:
     full = run(make(), tmp_path / "full")
-    data = run(make(domains={"max_train_tokens": 700, "embedder": {"dimensions": 8}}), tmp_path / "data")
+    data = run(make(domains={"max_train_tokens": 700, **EMBEDDER}), tmp_path / "data")
     assert [len(domain.train) for domain in data.domains] == [700, 700, 700]
     assert all(domain.documents < 27 for domain in data.domains)
     assert data.tokenizer.fingerprint == full.tokenizer.fingerprint
@@ -356,7 +310,7 @@ def test_token_caps_are_exact_and_random(make: Make, tmp_path: Path) -> None:
     everything = decoded(full, full.domains[0].train)
     assert set(mine) < set(everything)
     assert mine != everything[: len(mine)]
-    loose = run(make(domains={"max_train_tokens": 10**6, "embedder": {"dimensions": 8}}), tmp_path / "loose")
+    loose = run(make(domains={"max_train_tokens": 10**6, **EMBEDDER}), tmp_path / "loose")
     assert [len(domain.train) for domain in loose.domains] == [len(domain.train) for domain in full.domains]
 
 
@@ -375,27 +329,17 @@ def test_separate_heldout_sets(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "in" / "held.jsonl", sea[:2] + texts("sea", 3, seed=4), "sea")
     write(tmp_path / "in" / "target_held.jsonl", texts("sea", 6, seed=7))
     held = [{"path": str(tmp_path / "in" / "held.jsonl"), "label_field": "label"}]
-    target_held = [{"path": str(tmp_path / "in" / "target_held.jsonl")}]
-    data = run(make(heldout=held, target_heldout=target_held), tmp_path / "data")
+    data = run(
+        make(heldout=held, target_heldout=[{"path": str(tmp_path / "in" / "target_held.jsonl")}]), tmp_path / "data"
+    )
     assert [domain.heldout is None for domain in data.domains] == [True, True, False]
     assert decoded(data, data.domains[2].heldout) == sea[:2] + texts("sea", 3, seed=4)
     assert data.domains[2].documents == 28
-    assert store(data.target_heldout).documents == 6
-    assert store(data.target_train).documents == 20
+    assert (store(data.target_heldout).documents, store(data.target_train).documents) == (6, 20)
     assert "no held-out text for 2 domains (code, law)" in data.summary()["warnings"][0]
     write(tmp_path / "in" / "held.jsonl", texts("sea", 3, seed=4), "ocean")
     with pytest.raises(DataError, match="label 'ocean', which no corpus has"):
         run(make(heldout=held), tmp_path / "other")
-
-
-def test_the_target_as_a_domain(make: Make, tmp_path: Path) -> None:
-    config = make(domains={"include_target": True, "embedder": {"dimensions": 8}})
-    data = run(config, tmp_path / "data")
-    assert [domain.name for domain in data.domains] == ["code", "law", "sea", "target_examples"]
-    assert data.domains[3].heldout is None
-    assert data.domains[3].train.fingerprint == store(data.target_train).fingerprint
-    assert data.target_histogram_D is not None
-    assert data.target_histogram_D.shape == (4,)
 
 
 @pytest.mark.parametrize("of", ["target_shards", "groups", "sets"])
@@ -403,10 +347,9 @@ def test_a_basis_holds_distributions(make: Make, tmp_path: Path, of: str) -> Non
     basis: dict[str, Any] = {"of": of, "count": 2}
     if of == "sets":
         basis = {"of": of, "sets": [{"path": str(tmp_path / "in" / f"{kind}.jsonl")} for kind in ("law", "code")]}
-    data = run(make(domains={"basis": basis, "embedder": {"dimensions": 8}}), tmp_path / "data")
+    data = run(make(domains={"basis": basis, **EMBEDDER}), tmp_path / "data")
     assert data.basis_ND is not None
-    assert data.basis_ND.dtype == torch.float64
-    assert data.basis_ND.shape == (2, 3)
+    assert (data.basis_ND.dtype, data.basis_ND.shape) == (torch.float64, (2, 3))
     assert torch.allclose(data.basis_ND.sum(1), torch.ones(2, dtype=torch.float64))
     if of == "target_shards":
         assert data.basis_ND.tolist() == [[0, 0, 1], [0, 0, 1]]
@@ -417,62 +360,49 @@ def test_a_basis_holds_distributions(make: Make, tmp_path: Path, of: str) -> Non
         assert [item["set"] for item in data.summary()["reading"]].count("basis") == 2
 
 
-def test_without_a_target(make: Make, tmp_path: Path) -> None:
-    data = run(make(target=[]), tmp_path / "data")
+def test_the_target_may_be_a_domain_or_absent(make: Make, tmp_path: Path) -> None:
+    data = run(make(domains={"include_target": True, **EMBEDDER}), tmp_path / "with")
+    assert [domain.name for domain in data.domains] == ["code", "law", "sea", "target_examples"]
+    assert data.domains[3].heldout is None
+    assert data.domains[3].train.fingerprint == store(data.target_train).fingerprint
+    assert data.target_histogram_D is not None
+    assert data.target_histogram_D.shape == (4,)
+    data = run(make(target=[]), tmp_path / "without")
     assert (data.target_train, data.target_heldout, data.target_histogram_D) == (None, None, None)
     assert set(data.summary()["sets"]) == set(WORDS)
-    for wrong in ({"target_train_documents": 3}, {"domains": {"include_target": True}}):
-        with pytest.raises(ConfigError, match="needs a target"):
-            make(target=[], **wrong)
 
 
-def test_one_domain_and_a_target_of_one_document(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_single_documents_stay_in_training(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "in" / "target.jsonl", texts("sea", 1, seed=9))
-    config = make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl"), "label": "only"}])
-    with caplog.at_level(logging.WARNING):
-        data = run(config, tmp_path / "data")
-    assert [domain.name for domain in data.domains] == ["only"]
-    assert data.target_histogram_D is not None
-    assert data.target_histogram_D.tolist() == [1.0]
-    assert data.target_heldout is None
-    assert "the target has one document" in caplog.text
-
-
-def test_a_domain_of_one_document_keeps_it_for_training(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "in" / "law.jsonl", texts("law", 1), "law")
     data = run(make(), tmp_path / "data")
-    assert data.domains[1].documents == 1
-    assert data.domains[1].heldout is None
-    assert data.summary()["warnings"] == ["no held-out text for 1 domains (law): they are not evaluated"]
+    assert (data.domains[1].documents, data.domains[1].heldout, data.target_heldout) == (1, None, None)
+    first, second = data.summary()["warnings"]
+    assert first == "the target has one document: nothing of it is held out, so it cannot be evaluated"
+    assert second == "no held-out text for 1 domains (law): they are not evaluated"
+    one = run(make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl"), "label": "only"}]), tmp_path / "one")
+    assert one.target_histogram_D is not None
+    assert one.target_histogram_D.tolist() == [1.0]
 
 
-def test_a_missing_label_names_the_document(make: Make, tmp_path: Path) -> None:
-    labelled = {"path": str(tmp_path / "in" / "law.jsonl"), "label_field": "label"}
-    config = make(corpora=[labelled, {"path": str(tmp_path / "in" / "sea.jsonl")}])
-    with pytest.raises(DataError, match=r"sea\.jsonl:1 has no label.*by: clusters"):
-        run(config, tmp_path / "data")
-
-
-def test_reserved_names_are_refused(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="may not be called 'target'"):
-        run(make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl"), "label": "target"}]), tmp_path / "data")
-
-
-def test_more_clusters_than_documents(make: Make, tmp_path: Path) -> None:
-    config = make(domains={"by": "clusters", "clusters": {"n": 91}, "embedder": {"dimensions": 8}})
-    with pytest.raises(ConfigError, match="n is 91 but there are only 90 documents"):
-        run(config, tmp_path / "data")
-
-
-def test_a_corpus_that_is_all_target_leaves_nothing(make: Make, tmp_path: Path) -> None:
-    config = make(corpora=[{"path": str(tmp_path / "in" / "target.jsonl"), "label": "sea"}])
-    with pytest.raises(DataError, match=r"data\.corpora holds no document that is not in another set"):
-        run(config, tmp_path / "data")
-
-
-def test_more_shards_than_target_documents(make: Make, tmp_path: Path) -> None:
-    config = make(domains={"basis": {"of": "target_shards", "count": 17}, "embedder": {"dimensions": 8}})
-    with pytest.raises(ConfigError, match="count is 17 but the target has 16 training documents"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpora": [{"path": "law.jsonl", "label": "a"}, {"path": "sea.jsonl"}]}, r"sea\.jsonl:1 has no label.*by: c"),
+        ({"corpora": [{"path": "sea.jsonl", "label": "target"}]}, "may not be called 'target'"),
+        ({"domains": {**CLUSTERS, "clusters": {"n": 91}}}, "n is 91 but there are only 90 documents"),
+        ({"corpora": [{"path": "target.jsonl", "label": "sea"}]}, r"data\.corpora holds no document that is not in an"),
+        ({"domains": {"basis": {"of": "target_shards", "count": 17}}}, "17 but the target has 16 training documents"),
+        ({"corpora": [{"path": f"{kind}.jsonl", "label": label} for kind, label in zip(WORDS, ("Law", "LAW", "law"),
+         strict=True)]}, "'LAW' and 'Law' and 'law'; rename them"),
+    ],
+)  # fmt: skip
+def test_data_that_makes_no_domains_is_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    config = make(**changes)
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises((ConfigError, DataError), match=message):
         run(config, tmp_path / "data")
 
 
@@ -483,22 +413,16 @@ def test_senseless_sections_are_refused(make: Make) -> None:
         ({"domains": {"by": "file"}, "corpora": [{"builtin": "all"}]}, "by: file needs corpora that are files"),
         ({"corpora": []}, "at least 1 item"),
         ({"domain": {}}, "did you mean 'domains'"),
+        ({"target": [], "target_train_documents": 3}, "needs a target"),
+        ({"target": [], "domains": {"include_target": True}}, "needs a target"),
     ):
         with pytest.raises(ConfigError, match=message):
             make(**wrong)
 
 
-def test_builtin_corpora_are_domains(tmp_path: Path) -> None:
-    config = validate(
-        DataConfig,
-        {
-            "corpora": [{"builtin": ["licences", "json"], "max_bytes": 30_000}],
-            "tokenizer": {"train": {"vocab_size": 400}},
-            "domains": {"embedder": {"dimensions": 8}},
-        },
-        "data",
-    )
-    data = run(config, tmp_path / "data")
+def test_builtin_corpora_are_domains(make: Make, tmp_path: Path) -> None:
+    corpora = [{"builtin": ["licences", "json"], "max_bytes": 30_000}]
+    data = run(make(corpora=corpora, target=[]), tmp_path / "data")
     assert [domain.name for domain in data.domains] == ["json", "licences"]
     assert data.summary()["sets"]["json"]["bytes"] > 15_000
 
@@ -507,39 +431,20 @@ def test_who_comes_second_waits_and_finds_the_work_done(make: Make, tmp_path: Pa
     config = make()
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(run, config, tmp_path / "data") for _ in range(2)]
-        prints = {future.result().fingerprint for future in both}
-    assert len(prints) == 1
-    assert not (tmp_path / ".data.preparing").exists()
+        assert len({future.result().fingerprint for future in both}) == 1
 
 
-def words_tokenizer(folder: Path, *, known: int) -> Path:
+# -- tokenizers that lose text ----------------------------------------------------------------------------------------
+
+
+def words_tokenizer(folder: Path, *, known: int) -> dict[str, str]:
     """A word-level tokenizer that knows some of the words of the corpora."""
-    words = sorted({word for text in (*WORDS["sea"], *WORDS["law"], *WORDS["code"]) for word in text.split()})[:known]
+    words = sorted({word for kind in WORDS.values() for word in kind})[:known]
     ids = {word: number for number, word in enumerate(["[UNK]", "</s>", *words])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(folder)
-    return folder
-
-
-def test_a_tokenizer_that_loses_most_of_the_text_is_refused(make: Make, tmp_path: Path) -> None:
-    config = make(tokenizer={"pretrained": str(words_tokenizer(tmp_path / "tok", known=9))})
-    with pytest.raises(DataError, match=r"the tokenizer loses text of 4 sets .*over 20% is refused"):
-        run(config, tmp_path / "data")
-
-
-def test_where_some_text_is_lost_there_are_no_bits_per_byte(make: Make, tmp_path: Path) -> None:
-    config = make(tokenizer={"pretrained": str(words_tokenizer(tmp_path / "tok", known=999))})
-    data = run(config, tmp_path / "data")
-    assert any("bits per byte is not given for them" in line for line in data.summary()["warnings"])
-    sets = data.summary()["sets"]
-    assert all(0.8 < sets[name]["given_back"] < 1 and 0 < sets[name]["unknown"] < 0.2 for name in ("sea", "target"))
-    held = store(data.domains[0].heldout)
-    assert held.bytes == 0
-    result = evaluate_source(ConstantModel(data.tokenizer.vocab_size), held, sequence_length=16, batch_size=4)
-    assert result.to_json()["bits_per_byte"] is None
-    assert result.nats_per_token > 0
-    assert store(run(make(), tmp_path / "whole").domains[0].heldout).bytes > 0
+    return {"pretrained": str(folder)}
 
 
 class ConstantModel(torch.nn.Module):
@@ -553,15 +458,29 @@ class ConstantModel(torch.nn.Module):
         return SimpleNamespace(logits=self.logits_V.expand(*input_ids.shape, -1))
 
 
-def test_texts_that_only_the_tokenizer_takes_for_equal_are_no_leak(make: Make, tmp_path: Path) -> None:
-    write(tmp_path / "in" / "sea.jsonl", [text.replace(" ", "  ") for text in texts("sea", 20, seed=9)], "sea")
-    config = make(tokenizer={"pretrained": str(words_tokenizer(tmp_path / "tok", known=999))})
-    assert run(config, tmp_path / "data").summary()["duplicates"]["dropped"] == []
+def test_where_text_is_lost_there_are_no_bits_per_byte_and_most_of_it_is_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the tokenizer loses text of 4 sets .*over 20% is refused"):
+        run(make(tokenizer=words_tokenizer(tmp_path / "few", known=9)), tmp_path / "refused")
+    # texts that only the tokenizer takes for equal are no leak either
+    write(tmp_path / "in" / "law.jsonl", [text.replace(" ", "  ") for text in texts("sea", 20, seed=9)], "law")
+    data = run(make(tokenizer=words_tokenizer(tmp_path / "most", known=999)), tmp_path / "data")
+    assert data.summary()["duplicates"]["dropped"] == []
+    assert any("bits per byte is not given for them" in line for line in data.summary()["warnings"])
+    sets = data.summary()["sets"]
+    assert all(0.8 < sets[name]["given_back"] < 1 and 0 < sets[name]["unknown"] < 0.2 for name in ("sea", "target"))
+    held = store(data.domains[0].heldout)
+    assert held.bytes == 0
+    result = evaluate_source(ConstantModel(data.tokenizer.vocab_size), held, sequence_length=16, batch_size=4)
+    assert result.to_json()["bits_per_byte"] is None
+    assert result.nats_per_token > 0
+    assert store(run(make(), tmp_path / "whole").domains[0].heldout).bytes > 0
+
+
+# -- what becomes of documents ----------------------------------------------------------------------------------------
 
 
 def test_what_became_of_every_document_is_counted_and_warned_of(make: Make, tmp_path: Path) -> None:
     sea, law = texts("sea", 30), texts("law", 30)
-    write(tmp_path / "in" / "sea.jsonl", sea, "sea")
     write(tmp_path / "in" / "target.jsonl", sea)
     lines = [json.dumps({"text": text, "label": "law"}) for text in [*law, *law[:5]]]
     lines += [json.dumps({"label": "law"})] * 4 + ["broken", json.dumps({"text": "x", "label": None})]
@@ -586,47 +505,25 @@ def test_what_became_of_every_document_is_counted_and_warned_of(make: Make, tmp_
     assert "'code'" not in warnings
 
 
-@pytest.mark.parametrize("small", ["stop", "drop", "other"])
-def test_all_domains_that_are_too_small_are_named_at_once(make: Make, tmp_path: Path, small: str) -> None:
-    kinds = {"sea": 30, "code": 5, "law": 4}
-    for kind, count in kinds.items():
+def test_all_domains_that_are_too_small_are_named_dropped_or_merged(make: Make, tmp_path: Path) -> None:
+    for kind, count in {"sea": 30, "code": 5, "law": 4}.items():
         write(tmp_path / "in" / f"{kind}.jsonl", texts(kind, count), kind)
+    held = [{"path": str(tmp_path / "in" / "held.jsonl"), "label_field": "label"}]
     write(tmp_path / "in" / "held.jsonl", texts("law", 3, seed=5), "law")
-    config = make(domains={"embedder": {"dimensions": 4}, "min_tokens": 900, "small": small})
-    if small == "stop":
-        with pytest.raises(
-            DataError, match=r"2 domains have fewer .* 900: code \(\d+\), law \(\d+\); .*data.domains.small"
-        ):
-            run(config, tmp_path / "data")
-        return
-    data = run(config, tmp_path / "data")
-    assert [domain.name for domain in data.domains] == ({"drop": ["sea"], "other": ["other", "sea"]}[small])
-    assert any("2 domains are " in line for line in data.summary()["warnings"])
-    if small == "other":
-        held = decoded(data, data.domains[0].heldout)
-        assert sorted(decoded(data, data.domains[0].train) + held) == sorted([*texts("code", 5), *texts("law", 4)])
-    with pytest.raises(DataError, match="too small"):
-        run(make(domains={"min_tokens": 10**7, "small": small}), tmp_path / "none")
 
+    def prepared(small: str, least: int = 900, **changes: Any) -> PreparedData:
+        domains = {"embedder": {"dimensions": 4}, "min_tokens": least, "small": small}
+        return run(make(domains=domains, **changes), tmp_path / f"{small}-{least}")
 
-def test_domains_that_differ_in_case_only_are_all_named(make: Make, tmp_path: Path) -> None:
-    for kind, label in {"sea": "Law", "code": "LAW", "law": "law"}.items():
-        write(tmp_path / "in" / f"{kind}.jsonl", texts(kind, 30), label)
-    with pytest.raises(DataError, match="'LAW' and 'Law' and 'law'; rename them"):
-        run(make(), tmp_path / "data")
-
-
-@pytest.mark.parametrize("damage", ["changed", "torn", "missing", "added"])
-def test_a_tokenizer_that_is_not_as_it_was_prepared_is_refused(make: Make, tmp_path: Path, damage: str) -> None:
-    run(make(), tmp_path / "data")
-    path = tmp_path / "data" / "tokenizer" / "tokenizer.json"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    if damage == "missing":
-        path.unlink()
-    elif damage == "added":
-        path.with_name("added_tokens.json").write_text("{}")
-    else:
-        path.write_bytes(data if damage == "changed" else data[:999])
-    with pytest.raises(DataError, match=r"(altered|missing|added) since|has 999 bytes.*; prepare again"):
-        PreparedData.load(tmp_path / "data")
+    with pytest.raises(DataError, match=r"2 domains have fewer .* 900: code \(\d+\), law \(\d+\); .*data.domains.small"):
+        prepared("stop")
+    dropped, merged = prepared("drop", heldout=held), prepared("other")
+    assert [domain.name for domain in dropped.domains] == ["sea"]
+    assert dropped.domains[0].heldout is None
+    assert any("2 domains are " in line for line in dropped.summary()["warnings"])
+    assert [domain.name for domain in merged.domains] == ["other", "sea"]
+    both = decoded(merged, merged.domains[0].train) + decoded(merged, merged.domains[0].heldout)
+    assert sorted(both) == sorted([*texts("code", 5), *texts("law", 4)])
+    for small in ("drop", "other"):
+        with pytest.raises(DataError, match="too small"):
+            prepared(small, 10**7)

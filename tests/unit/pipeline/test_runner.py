@@ -1,4 +1,4 @@
-"""Stages are skipped, continued, made anew or refused by what they were made of."""
+"""Stages are skipped, continued, made again or refused by what they were made of."""
 
 from __future__ import annotations
 
@@ -15,32 +15,27 @@ from weftlm.files import write_object
 from weftlm.pipeline import runner
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.run_folder import LOCK, at_work
-from weftlm.pipeline.runner import plan_stages, project_status, run_project
-from weftlm.pipeline.stage import Stage, StageOptions, every_stage, read_stage, stages_of
-
-OVER = {"baseline": "uniform"}
+from weftlm.pipeline.runner import StageStatus, plan_stages, project_status, run_project
+from weftlm.pipeline.stage import Stage, StageOptions, stages_of
 
 
 @dataclass
 class Script:
-    """What the stages below do: text -> (costly) model -> gate -> page, each writing what it reads."""
+    """What the stages below do: text -> (costly) model -> gate -> page, each writing its setting into a file."""
 
     settings: dict[str, Any] = field(default_factory=lambda: {"text": 1, "model": 1, "gate": 1, "page": 1})
     worked: list[tuple[str, bool]] = field(default_factory=list)
-    fails: str | None = None
-    killed: str | None = None
+    fails: tuple[str, BaseException] | None = None
 
     def stages(self, project: Recipe) -> tuple[Stage, ...]:
-        return (
-            Writes(self, "text"),
-            Writes(self, "model", "text"),
-            Writes(self, "gate", "model"),
-            Writes(self, "page", "gate"),
-        )
+        names = list(self.settings)
+        return tuple(Writes(self, name, *names[max(0, place - 1) : place]) for place, name in enumerate(names))
 
-    def take(self) -> list[tuple[str, bool]]:
-        taken, self.worked = self.worked, []
-        return taken
+    def run(self, project: Recipe, **options: Any) -> list[tuple[str, bool]]:
+        """Carry the project through; the stages that worked, and whether they were to replace what was there."""
+        self.worked = []
+        run_project(project, progress=False, **options)
+        return self.worked
 
 
 class Killed(BaseException):
@@ -48,8 +43,6 @@ class Killed(BaseException):
 
 
 class Writes(Stage):
-    """A stage that writes its setting into a file."""
-
     title = "writes a file"
 
     def __init__(self, script: Script, name: str, *needs: str) -> None:
@@ -66,20 +59,14 @@ class Writes(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.run / f"{self.name}.txt"]
 
-    def discarded(self, recipe: Recipe) -> list[Path]:
-        return self.outputs(recipe)
-
     def work(self, recipe: Recipe, options: StageOptions) -> None:
-        script, name = self.script, self.name
-        script.worked.append((name, options.replace))
-        if script.fails == name:
-            raise DataError(f"{name} is torn")
-        if script.killed == name:
-            raise Killed
-        path = recipe.run / f"{name}.txt"
-        if path.exists() and name == "model" and path.read_text() != f"{script.settings[name]}":
+        self.script.worked.append((self.name, options.replace))
+        if self.script.fails is not None and self.script.fails[0] == self.name:
+            raise self.script.fails[1]
+        (path,) = self.outputs(recipe)
+        if self.name == "model" and path.exists() and path.read_text() != f"{self.script.settings['model']}":
             raise CheckpointError("holds another model")
-        path.write_text(f"{script.settings[name]}")
+        path.write_text(f"{self.script.settings[self.name]}")
 
 
 @pytest.fixture
@@ -96,121 +83,76 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return make_recipe({**recipe_value(), "run": str(tmp_path / "run")})
 
 
+@pytest.fixture
+def done(script: Script, project: Recipe) -> Recipe:
+    script.run(project)
+    return project
+
+
 def states(project: Recipe) -> dict[str, str]:
     return {status.stage.name: status.state for status in project_status(project)}
 
 
+def status(project: Recipe, name: str) -> StageStatus:
+    return next(each for each in project_status(project) if each.stage.name == name)
+
+
 def test_a_second_run_does_nothing(script: Script, project: Recipe) -> None:
     assert set(states(project).values()) == {"to do"}
-    assert {status.state for status in run_project(project, progress=False)} == {"done"}
-    assert script.take() == [("text", False), ("model", False), ("gate", False), ("page", False)]
-    run_project(project, progress=False)
-    assert script.take() == []
+    assert script.run(project) == [("text", False), ("model", False), ("gate", False), ("page", False)]
+    assert set(states(project).values()) == {"done"}
+    assert script.run(project) == []
 
 
-def test_a_change_reaches_what_depends_on_it(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    script.take()
+def test_a_change_reaches_what_depends_on_it(script: Script, done: Recipe) -> None:
     script.settings["gate"] = 2
-    found = {status.stage.name: status for status in project_status(project)}
-    assert {name: status.state for name, status in found.items()} == {
-        "text": "done", "model": "done", "gate": "stale", "page": "stale",
-    }  # fmt: skip
-    assert found["gate"].why == "value: 1 before, 2 now"
-    assert found["page"].why == "gate is stale"
-    run_project(project, progress=False)
-    assert script.take() == [("gate", True), ("page", True)]
+    assert states(done) == {"text": "done", "model": "done", "gate": "stale", "page": "stale"}
+    assert status(done, "gate").why == "value: 1 before, 2 now"
+    assert status(done, "page").why == "gate is stale"
+    assert script.run(done) == [("gate", True), ("page", True)]
 
 
-def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    script.take()
+def test_a_costly_stage_is_replaced_only_when_that_is_asked_for(script: Script, done: Recipe) -> None:
     script.settings["model"] = 2
-    assert [act for _, act in plan_stages(project)] == ["skip", "refuse", "replace", "replace"]
+    assert [act for _, act in plan_stages(done)] == ["skip", "refuse", "replace", "replace"]
     with pytest.raises(ConfigError, match=r"stage model was made of something else \(value: 1 before, 2 now\).*--from"):
-        run_project(project, progress=False)
-    assert script.take() == []
-    assert (project.run / "model.txt").read_text() == "1"
-    run_project(project, from_stage="model", progress=False)
-    assert script.take() == [("model", True), ("gate", True), ("page", True)]
-    assert (project.run / "model.txt").read_text() == "2"
+        script.run(done)
+    assert script.worked == []
+    assert (done.run / "model.txt").read_text() == "1"
+    assert script.run(done, from_stage="model") == [("model", True), ("gate", True), ("page", True)]
+    assert (done.run / "model.txt").read_text() == "2"
 
 
-def test_a_costly_stage_over_a_new_one_is_not_replaced_either(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    script.settings["text"] = 2
-    run_project(project, from_stage="text", until="text", progress=False)
-    found = {status.stage.name: status for status in project_status(project)}
-    assert found["model"].why == "text was replaced"
-    with pytest.raises(ConfigError, match="text was replaced"):
-        run_project(project, progress=False)
-
-
-def test_from_makes_anew_even_what_is_unchanged(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    script.take()
-    run_project(project, from_stage="gate", progress=False)
-    assert script.take() == [("gate", True), ("page", True)]
-
-
-def test_until_stops_and_the_next_run_goes_on(script: Script, project: Recipe) -> None:
-    run_project(project, until="model", progress=False)
+def test_a_run_may_stop_after_a_stage_and_begin_again_at_one(script: Script, project: Recipe) -> None:
+    assert script.run(project, until="model") == [("text", False), ("model", False)]
     assert states(project) == {"text": "done", "model": "done", "gate": "to do", "page": "to do"}
-    script.take()
-    run_project(project, progress=False)
-    assert script.take() == [("gate", False), ("page", False)]
+    assert script.run(project) == [("gate", False), ("page", False)]
+    assert script.run(project, from_stage="gate") == [("gate", True), ("page", True)]
 
 
-def test_a_failure_is_kept_and_continued(script: Script, project: Recipe) -> None:
-    script.fails = "gate"
-    with pytest.raises(DataError, match="gate is torn"):
-        run_project(project, progress=False)
-    failed = project_status(project)[2]
-    assert (failed.state, failed.why) == ("failed", "gate is torn")
+@pytest.mark.parametrize(
+    ("how", "state", "why"), [(DataError("model is torn"), "failed", "model is torn"), (Killed(), "interrupted", "")]
+)
+def test_work_cut_short_is_continued_without_discarding(
+    script: Script, project: Recipe, how: BaseException, state: str, why: str
+) -> None:
+    script.fails = ("model", how)
+    with pytest.raises(type(how)):
+        script.run(project)
     script.fails = None
-    script.take()
-    run_project(project, progress=False)
-    assert script.take() == [("gate", False), ("page", False)]
+    assert (status(project, "model").state, status(project, "model").why) == (state, why)
+    assert script.run(project) == [("model", False), ("gate", False), ("page", False)]
 
 
-def test_an_interrupted_stage_is_continued_without_discarding(script: Script, project: Recipe) -> None:
-    script.killed = "model"
-    with pytest.raises(Killed):
-        run_project(project, progress=False)
-    script.killed = None
-    assert states(project)["model"] == "interrupted"
-    script.take()
-    run_project(project, progress=False)
-    assert script.take()[0] == ("model", False)
-
-
-def test_going_on_with_a_replacement_still_replaces(script: Script, project: Recipe) -> None:
-    """A stage that keeps its own results apart, as data and experts are, must be told again what it may discard."""
-    run_project(project, progress=False)
-    script.settings["model"], script.fails = 2, "model"
+def test_going_on_with_a_replacement_replaces_it_and_the_stages_after_it(script: Script, done: Recipe) -> None:
+    """A stage that keeps its own results apart, as data and experts are, must know again what it may discard."""
+    script.settings["text"], script.fails = 2, ("text", DataError("text is torn"))
     with pytest.raises(DataError):
-        run_project(project, from_stage="model", progress=False)
-    script.take()
+        script.run(done, from_stage="text")
     script.fails = None
-    run_project(project, until="model", progress=False)
-    assert script.take() == [("model", True)]
-    read = read_stage(project, "model")
-    assert read is not None
-    assert read[1]["replace"]
-
-
-def test_going_on_with_a_replacement_replaces_the_costly_stages_after_it_too(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    script.settings["text"], script.fails = 2, "text"
-    with pytest.raises(DataError):
-        run_project(project, from_stage="text", progress=False)
-    script.take()
-    script.fails = None
-    assert states(project) == {"text": "failed", "model": "to do", "gate": "to do", "page": "to do"}
-    run_project(project, progress=False)
-    assert script.take() == [("text", True), ("model", True), ("gate", True), ("page", True)]
-    run_project(project, progress=False)
-    assert script.take() == []
+    assert states(done) == {"text": "failed", "model": "to do", "gate": "to do", "page": "to do"}
+    assert script.run(done) == [("text", True), ("model", True), ("gate", True), ("page", True)]
+    assert script.run(done) == []
 
 
 def test_what_is_discarded_is_first_no_longer_done(project: Recipe, tmp_path: Path) -> None:
@@ -240,132 +182,101 @@ def test_what_is_discarded_is_first_no_longer_done(project: Recipe, tmp_path: Pa
 
 
 def test_interrupted_work_over_something_new_is_stale(script: Script, project: Recipe) -> None:
-    script.fails = "model"
+    script.fails = ("model", DataError("model is torn"))
     with pytest.raises(DataError):
-        run_project(project, progress=False)
+        script.run(project)
     script.fails = None
     script.settings["text"] = 2
-    run_project(project, from_stage="text", until="text", progress=False)
-    model = project_status(project)[1]
+    script.run(project, from_stage="text", until="text")
+    model = status(project, "model")
     assert (model.state, model.why, model.settled) == ("stale", "text was replaced", False)
     with pytest.raises(ConfigError, match=r"text was replaced.*--from model"):
-        run_project(project, progress=False)
-    run_project(project, from_stage="model", progress=False)
+        script.run(project)
+    script.run(project, from_stage="model")
     assert set(states(project).values()) == {"done"}
 
 
-def test_what_was_removed_or_changed_is_made_again(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    script.take()
-    (project.run / "gate.txt").unlink()
-    assert "gate.txt is gone" in project_status(project)[2].why
-    run_project(project, progress=False)
-    assert script.take() == [("gate", True)]
-    (project.run / "gate.txt").write_text("by hand")
-    assert "gate.txt has 7 bytes, 1 when it was written" in project_status(project)[2].why
-    run_project(project, progress=False)
-    assert script.take() == [("gate", True)]
-    (project.run / "model.txt").unlink()
-    run_project(project, progress=False)
-    assert script.take() == [("model", False)], "a costly stage goes on from what is left"
+def test_what_was_removed_or_changed_is_made_again(script: Script, done: Recipe) -> None:
+    (done.run / "gate.txt").unlink()
+    assert "gate.txt is gone" in status(done, "gate").why
+    assert script.run(done) == [("gate", True)]
+    (done.run / "gate.txt").write_text("by hand")
+    assert "gate.txt has 7 bytes, 1 when it was written" in status(done, "gate").why
+    assert script.run(done) == [("gate", True)]
+    (done.run / "model.txt").unlink()
+    assert script.run(done) == [("model", False)], "a costly stage goes on from what is left"
 
 
-def test_a_run_folder_may_go_by_another_name(script: Script, project: Recipe, tmp_path: Path) -> None:
-    run_project(project, progress=False)
-    script.take()
-    project.run.rename(tmp_path / "moved")
+def test_a_run_folder_may_go_by_another_name(script: Script, done: Recipe, tmp_path: Path) -> None:
+    done.run.rename(tmp_path / "moved")
     moved = make_recipe({**recipe_value(), "run": str(tmp_path / "moved")})
-    assert set(states(moved).values()) == {"done"}
-    run_project(moved, progress=False)
-    assert script.take() == []
+    assert script.run(moved) == []
     (moved.run / "gate.txt").write_text("by hand")
     assert states(moved)["gate"] == "stale"
 
 
 def test_outputs_outside_a_run_folder_behind_a_link_are_found(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, project: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Outside(Writes):
         def outputs(self, recipe: Recipe) -> list[Path]:
             return [Path("shared.txt")]
 
-        def work(self, recipe: Recipe, options: StageOptions) -> None:
-            self.script.worked.append((self.name, options.replace))
-            Path("shared.txt").write_text("1")
-
-    monkeypatch.chdir(tmp_path)
-    write_corpora(tmp_path / "corpora")
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "runs").symlink_to(tmp_path / "deep" / "er")
+    Path("deep/er").mkdir(parents=True)
+    Path("runs").symlink_to(Path("deep/er").absolute())
     monkeypatch.setattr(runner, "stages_of", lambda project: (Outside(script, "text"),))
-    project = make_recipe({**recipe_value(), "run": "runs/one"})
-    run_project(project, progress=False)
+    assert script.run(make_recipe({**recipe_value(), "run": "runs/one"})) == [("text", False)]
     Path("deep/er/one").rename("moved")
-    run_project(make_recipe({**recipe_value(), "run": "moved"}), progress=False)
-    assert script.take() == [("text", False)]
+    assert script.run(make_recipe({**recipe_value(), "run": "moved"})) == []
 
 
-def test_unknown_and_impossible_ranges_are_refused(script: Script, project: Recipe) -> None:
-    with pytest.raises(ConfigError, match=r"--from gat: this project has no such stage; did you mean 'gate'"):
-        plan_stages(project, from_stage="gat")
-    with pytest.raises(ConfigError, match=r"--until x: this project has no such stage"):
-        plan_stages(project, until="x")
-    with pytest.raises(ConfigError, match="comes after --until text"):
-        plan_stages(project, from_stage="gate", until="text")
-    with pytest.raises(ConfigError, match=r"the stage text before it is not done \(to do\)"):
-        plan_stages(project, from_stage="gate")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"from_stage": "gat"}, r"--from gat: this project has no such stage; did you mean 'gate'"),
+        ({"until": "x"}, r"--until x: this project has no such stage"),
+        ({"from_stage": "gate", "until": "text"}, "comes after --until text"),
+        ({"from_stage": "gate"}, r"the stage text before it is not done \(to do\)"),
+    ],
+)
+def test_unknown_and_impossible_ranges_are_refused(
+    script: Script, project: Recipe, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_stages(project, **options)
 
 
-def test_two_pipelines_do_not_share_a_folder(script: Script, project: Recipe) -> None:
-    run_project(project, until="text", progress=False)
-    assert not at_work(project.run)
-    with held_by_another(project.run / LOCK) as process:
-        assert at_work(project.run)
+def test_two_pipelines_do_not_share_a_folder(script: Script, done: Recipe) -> None:
+    assert not at_work(done.run)
+    with held_by_another(done.run / LOCK) as process:
+        assert at_work(done.run)
         with pytest.raises(CheckpointError, match=rf"another process \({process} .*is at work in"):
-            run_project(project, progress=False)
+            script.run(done)
 
 
-def test_what_a_late_stage_reads_is_missed_before_the_first_begins(project: Recipe, tmp_path: Path) -> None:
-    asking = {**recipe_value(), "run": str(tmp_path / "run"), "evaluation": {"tasks": [{"path": "nowhere/*.jsonl"}]}}
-    with pytest.raises(DataError, match=r"evaluation\.tasks: .*'nowhere/\*\.jsonl' matches no file"):
-        run_project(make_recipe(asking), progress=False)
-    assert set(states(project).values()) == {"to do"}
-
-
-def test_a_torn_record_is_named(script: Script, project: Recipe) -> None:
-    run_project(project, until="text", progress=False)
-    (project.stages_folder / "text.json").write_text("{")
+def test_records_that_are_torn_are_named_and_those_of_an_earlier_version_stale(script: Script, done: Recipe) -> None:
+    record = done.stages_folder / "text.json"
+    write_object(record, {"stage": "text", "state": "done", "settings": {"value": 1}, "needs": {}, "outputs": {}})
+    text = status(done, "text")
+    assert (text.state, text.settled) == ("stale", False)
+    assert "value: absent before" in text.why
+    record.write_text("{")
     with pytest.raises(DataError, match=r"text\.json cannot be read"):
-        project_status(project)
-
-
-def test_records_of_an_earlier_version_are_stale(script: Script, project: Recipe) -> None:
-    run_project(project, progress=False)
-    old = {"stage": "text", "state": "done", "settings": {"value": 1}, "needs": {}, "outputs": {}}
-    write_object(project.stages_folder / "text.json", old)
-    found = project_status(project)
-    assert (found[0].state, found[0].settled) == ("stale", False)
-    assert "value: absent before" in found[0].why
-
-
-def test_every_stage_comes_after_those_that_it_needs() -> None:
-    assert [stage.name for stage in every_stage()] == [
-        "prepare", "train", "baselines", "experts", "route", "score", "gate", "distil", "evaluate", "report",
-    ]  # fmt: skip
+        project_status(done)
 
 
 def test_a_project_has_the_stages_of_its_sections(tmp_path: Path) -> None:
     value = {**recipe_value(), "run": str(tmp_path)}
     assert [stage.name for stage in stages_of(make_recipe(value))] == ["prepare", "train", "evaluate", "report"]
-    experts = {"experts": {}, "routing": {}, "gating": {}, "compare": {"mixtures": ["uniform"]}}
-    whole = stages_of(make_recipe({**value, **experts}))
-    assert [stage.name for stage in whole] == [stage.name for stage in every_stage()]
-    both = [make_recipe({**value, **experts, "experts": section}) for section in ({}, OVER)]
-    plain, over = ({stage.name: stage.needed(each) for stage in stages_of(each)} for each in both)
-    assert "baselines" not in plain["experts"]
-    assert "baselines" in over["experts"]
+    whole = stages_of(make_recipe({**value, **WHOLE}))
+    assert [stage.name for stage in whole] == [
+        "prepare", "train", "baselines", "experts", "route", "score", "gate", "distil", "evaluate", "report",
+    ]  # fmt: skip
+    for section, waits in (({}, False), ({"baseline": "uniform"}, True)):
+        recipe = make_recipe({**value, **WHOLE, "experts": section})
+        assert ("baselines" in whole[3].needed(recipe)) == waits
     with pytest.raises(ConfigError, match=r"experts\.baseline is 'doge', which .* does not train; it names uniform"):
-        make_recipe({**value, **experts, "experts": {"baseline": "doge"}})
+        make_recipe({**value, **WHOLE, "experts": {"baseline": "doge"}})
     small = {"run": str(tmp_path), "data": value["data"], "experts": {"base": "some/base"}}
     assert [stage.name for stage in stages_of(make_recipe(small))] == ["prepare", "experts", "evaluate", "report"]
 

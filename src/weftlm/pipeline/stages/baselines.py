@@ -9,8 +9,9 @@ from weftlm.config import settings
 from weftlm.files import SEAL
 from weftlm.pipeline.checks import Known
 from weftlm.pipeline.names import RESULT
-from weftlm.pipeline.recipe import MONOLITH, Recipe, check
+from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
+from weftlm.pipeline.stages.train import check_mixture
 
 
 @stages.register("baselines", does="other mixtures and the monolith", costs="as train, for each")
@@ -41,9 +42,9 @@ class Baselines(Stage):
     def discarded(self, recipe: Recipe) -> list[Path]:
         return [recipe.baselines_folder]
 
-    def check_recipe(self, recipe: Recipe, known: Known) -> None:
+    def check(self, recipe: Recipe, known: Known) -> None:
         for policy in recipe.compare.mixtures:
-            known.attempt(check, recipe.baseline(policy), known.here)
+            known.attempt(check_mixture, recipe.baseline(policy))
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.baselines import train_baselines, train_monolith  # noqa: PLC0415 - torch

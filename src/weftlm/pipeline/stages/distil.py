@@ -32,7 +32,7 @@ class Distil(Stage):
     def discarded(self, recipe: Recipe) -> list[Path]:
         return [recipe.students_folder]
 
-    def check_files(self, recipe: Recipe, known: Known) -> None:
+    def check(self, recipe: Recipe, known: Known) -> None:
         from weftlm.pipeline.students import check_teaching_samples  # noqa: PLC0415 - torch
 
         config = recipe.gating_settings

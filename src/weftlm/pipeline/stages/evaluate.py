@@ -43,10 +43,7 @@ class Evaluate(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.run / EVALUATION]
 
-    def discarded(self, recipe: Recipe) -> list[Path]:
-        return self.outputs(recipe)
-
-    def check_files(self, recipe: Recipe, known: Known) -> None:
+    def check(self, recipe: Recipe, known: Known) -> None:
         if recipe.evaluation.tasks and known.here:
             from weftlm.evaluation.choices import read_tasks  # noqa: PLC0415 - torch
 

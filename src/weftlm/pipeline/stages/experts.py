@@ -41,7 +41,11 @@ class Experts(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.library_folder / "library.json"]
 
-    def check_files(self, recipe: Recipe, known: Known) -> None:
+    def discarded(self, recipe: Recipe) -> tuple[Path, ...]:
+        return ()
+
+    def check(self, recipe: Recipe, known: Known) -> None:
+        from weftlm.experts.statistics import check_embedder  # noqa: PLC0415 - torch
         from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
 
         experts = recipe.expert_settings
@@ -49,14 +53,9 @@ class Experts(Stage):
         for each in experts.imports:
             known.locate(each.source, "experts.imports: source", each.revision)
         known.attempt(check_experts, recipe, recipe.model)
-        known.attempt(self._check_embedder, recipe, known)
+        if known.here and experts.statistics_examples:
+            known.attempt(check_embedder, experts.embedder)
         known.attempt(self._check_base, recipe, known)
-
-    def _check_embedder(self, recipe: Recipe, known: Known) -> None:
-        from weftlm.experts.statistics import check_embedder  # noqa: PLC0415 - torch
-
-        if known.here and recipe.expert_settings.statistics_examples:
-            check_embedder(recipe.expert_settings.embedder)
 
     def _check_base(self, recipe: Recipe, known: Known) -> None:
         from weftlm.pipeline.base import check_base_kind, check_lengths  # noqa: PLC0415 - torch
@@ -68,32 +67,31 @@ class Experts(Stage):
         if recipe.expert_settings.base is not None:
             check_base_kind(recipe.base)
         corpora = [*recipe.data.corpora, *recipe.data.heldout]
-        plain = sorted({corpus.name for corpus in corpora if corpus.prompt_field is None})
+        plain = ", ".join(sorted({corpus.name for corpus in corpora if corpus.prompt_field is None})[:5])
         if recipe.expert_settings.examples and plain:
             raise ConfigError(
-                f"experts.examples is true and the documents of {', '.join(plain[:5])} have no prompts; give them a "
-                "prompt_field (data.corpora), or leave experts.examples out"
+                f"experts.examples is true and the documents of {plain} have no prompts; give them a prompt_field "
+                "(data.corpora), or leave experts.examples out"
             )
         if known.base is None:
             return
         check_lengths(recipe, known.base)
         if not known.base.is_encoder_decoder:
             return
-        if plain:
-            raise ConfigError(
-                f"the base {recipe.base} is an encoder-decoder model, which learns from prompts and targets, and "
-                f"documents of {', '.join(plain[:5])} have none; give their corpora a prompt_field, the held-out ones "
-                "too"
-            )
-        if recipe.trains_monolith:
-            raise ConfigError(
-                f"compare.monolith trains the experts' base on windows of text, and {recipe.base} is an "
-                "encoder-decoder model; leave compare.monolith out"
-            )
-        if recipe.gating is not None:
-            raise ConfigError(
-                f"gating scores texts token by token, and {recipe.base} is an encoder-decoder model; leave gating out"
-            )
+        for wrong, why in (
+            (
+                plain,
+                f"which learns from prompts and targets, and documents of {plain} have none; give their corpora a "
+                "prompt_field, the held-out ones too",
+            ),
+            (
+                recipe.trains_monolith,
+                "and compare.monolith trains the experts' base on windows of text; leave compare.monolith out",
+            ),
+            (recipe.gating is not None, "and gating scores texts token by token; leave gating out"),
+        ):
+            if wrong:
+                raise ConfigError(f"the base {recipe.base} is an encoder-decoder model, {why}")
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.fan_out import processes  # noqa: PLC0415 - torch

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from weftlm.errors import ConfigError, did_you_mean
-from weftlm.pipeline.checks import Known, configuration
+from weftlm.pipeline.checks import Known
 from weftlm.pipeline.gate_recipe import check_domains
 from weftlm.pipeline.names import CERTIFICATE, FIT, GATE
 from weftlm.pipeline.recipe import Recipe
@@ -31,8 +31,9 @@ class GateStage(Stage):
     def discarded(self, recipe: Recipe) -> list[Path]:
         return [recipe.gate_folder]
 
-    def check_files(self, recipe: Recipe, known: Known) -> None:
+    def check(self, recipe: Recipe, known: Known) -> None:
         from weftlm.models.factory import check_positions  # noqa: PLC0415 - transformers
+        from weftlm.models.open import config_at_hand  # noqa: PLC0415 - transformers
         from weftlm.pipeline.gating import check_samples, own_experts  # noqa: PLC0415 - torch
 
         config = recipe.gating_settings
@@ -40,7 +41,7 @@ class GateStage(Stage):
         if config.pool is None:
             configurations, experts = [known.base], known.experts
         else:
-            configurations = [configuration(each.model, each.revision) for each in config.pool if each.model]
+            configurations = [config_at_hand(each.model, each.revision) for each in config.pool if each.model]
             experts = [source.name for source in config.pool]
         for found in configurations:
             check_positions(found, config.scores.length, "gating.scores.length", "an expert")

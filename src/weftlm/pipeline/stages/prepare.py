@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from weftlm.corpora.reading import corpus_fingerprint
 from weftlm.errors import ConfigError
 from weftlm.pipeline.checks import Known
-from weftlm.pipeline.identity import MANIFEST, data_identity, input_states
+from weftlm.pipeline.data_config import MANIFEST, data_identity
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
 
@@ -28,22 +29,20 @@ class Prepare(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.prepared_folder / MANIFEST]
 
-    def check_recipe(self, recipe: Recipe, known: Known) -> None:
-        data = recipe.data
-        none = not data.heldout and not data.split.holds_out
+    def discarded(self, recipe: Recipe) -> tuple[Path, ...]:
+        return ()
+
+    def check(self, recipe: Recipe, known: Known) -> None:
+        data, tokenizer = recipe.data, recipe.data.tokenizer
+        if not (recipe.prepared_folder / MANIFEST).exists():
+            known.locate(tokenizer.pretrained, "data.tokenizer.pretrained", tokenizer.revision)
+            for corpus in data.inputs().values() if known.here else ():
+                known.attempt(corpus_fingerprint, corpus)
         target = bool(data.target_heldout) or (bool(data.target) and data.target_split.holds_out)
         gated = recipe.gating is not None
-        if none and (gated or not target):
+        if not (data.heldout or data.split.holds_out) and (gated or not target):
             what = "score" if gated else "evaluate on"
             raise ConfigError(f"nothing is held out to {what}; raise data.split.fraction, or give data.heldout")
-
-    def check_files(self, recipe: Recipe, known: Known) -> None:
-        if known.prepared:
-            return
-        tokenizer = recipe.data.tokenizer
-        known.locate(tokenizer.pretrained, "data.tokenizer.pretrained", tokenizer.revision)
-        for _, state in input_states(recipe.data) if known.here else ():
-            known.attempt(state)
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.prepare import prepare  # noqa: PLC0415 - torch

@@ -25,9 +25,6 @@ class Report(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.run / REPORT, recipe.run / SUMMARY]
 
-    def discarded(self, recipe: Recipe) -> list[Path]:
-        return self.outputs(recipe)
-
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.project_report import report_project  # noqa: PLC0415 - torch
 

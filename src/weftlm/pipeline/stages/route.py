@@ -35,8 +35,7 @@ class Route(Stage):
     def discarded(self, recipe: Recipe) -> list[Path]:
         return [recipe.run / ROUTING, recipe.run / "routed"]
 
-    def check_files(self, recipe: Recipe, known: Known) -> None:
-        """Refuse routers that need what no expert of the recipe gets, and routed models of one name."""
+    def check(self, recipe: Recipe, known: Known) -> None:
         routing = recipe.routing_settings
         places: dict[str, str] = {}
         for router in routing.build:

@@ -28,11 +28,14 @@ class Score(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.scores_folder / "index.json"]
 
-    def check_files(self, recipe: Recipe, known: Known) -> None:
+    def discarded(self, recipe: Recipe) -> tuple[Path, ...]:
+        return ()
+
+    def check(self, recipe: Recipe, known: Known) -> None:
         for source in recipe.gating_settings.pool or ():
             key = f"gating.pool: {source.name}"
             known.locate(source.model, key, source.revision)
-            known.locate(source.library, key, None)
+            known.locate(source.library, key)
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.gating import score_experts  # noqa: PLC0415 - torch

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from weftlm.errors import ConfigError, install_hint
 from weftlm.files import SEAL
-from weftlm.pipeline.checks import PLACEHOLDER_VOCABULARY, Known, configuration
+from weftlm.pipeline.checks import Known
 from weftlm.pipeline.names import RESULT
-from weftlm.pipeline.recipe import Recipe, check
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
 
 _LEFT = (
@@ -37,26 +39,61 @@ class Train(Stage):
     def discarded(self, recipe: Recipe) -> list[Path]:
         return [recipe.run / name for name in _LEFT]
 
-    def check_recipe(self, recipe: Recipe, known: Known) -> None:
-        check(recipe, packages=known.here)
+    def check(self, recipe: Recipe, known: Known) -> None:
+        from weftlm.models.factory import check_adapter, check_positions, config_to_be  # noqa: PLC0415 - transformers
 
-    def check_files(self, recipe: Recipe, known: Known) -> None:
-        """Refuse sizes that do not fit each other, and sequences longer than the model's positions."""
-        from weftlm.models.factory import architecture_config, check_positions  # noqa: PLC0415 - transformers
-
+        known.attempt(check_mixture, recipe)
+        known.attempt(check_adapter, recipe.trained[0])
+        for tracker in recipe.trackers if known.here else ():
+            if find_spec(tracker) is None:
+                raise ConfigError(f"trackers names {tracker}, which is not installed; {install_hint(tracker)}")
         model, _, training = recipe.trained
         if not (recipe.run / RESULT).exists():
             known.locate(model.pretrained, "model.pretrained", model.revision)
-        if model.architecture is not None:
-            trained = recipe.data.tokenizer.train
-            vocabulary = PLACEHOLDER_VOCABULARY if trained is None else trained.vocab_size
-            length = training.sequence_length
-            config: Any = architecture_config(model, vocab_size=vocabulary, sequence_length=length, eos_id=0)
-        else:
-            config = configuration(str(model.pretrained), model.revision)
+        config = config_to_be(model, sequence_length=training.sequence_length)
         check_positions(config, training.sequence_length, "training.sequence_length", "the model")
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.train import run_training  # noqa: PLC0415 - torch
 
         run_training(recipe)
+
+
+def check_mixture(recipe: Recipe) -> None:
+    """Refuse a mixture policy that needs what the data section does not give.
+
+    Raises:
+        ConfigError: The policy follows a target and there is none, or it reweights distributions and none are given.
+    """
+    _, mixture, _ = recipe.trained
+    if mixture.needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
+        raise ConfigError(
+            f"mixture policy {mixture.policy!r} follows a target and the data has none; give data.target"
+        )
+    if "basis" in mixture.needs and recipe.data.domains.basis is None:
+        raise ConfigError(
+            f"mixture policy {mixture.policy!r} reweights distributions; say which in data.domains.basis"
+        )
+
+
+def training_plan(recipe: Recipe) -> dict[str, Any]:
+    """What training will do: steps, tokens, and the parameters of a model from scratch, for which no memory is taken."""
+    import torch  # noqa: PLC0415 - a wrong recipe is refused without it
+
+    from weftlm.models.factory import architecture_config, from_architecture  # noqa: PLC0415 - torch
+
+    model, mixture, training = recipe.trained
+    described: dict[str, Any] = {
+        "steps": training.total_steps,
+        "tokens": training.total_tokens,
+        "policy_updates": training.total_steps // mixture.update_every_steps,
+    }
+    trained = recipe.data.tokenizer.train
+    if model.architecture is not None and trained is not None:
+        config = architecture_config(
+            model, vocab_size=trained.vocab_size, sequence_length=training.sequence_length, eos_id=0
+        )
+        with torch.device("meta"):
+            built = from_architecture(config)
+        described["parameters"] = sum(parameter.numel() for parameter in built.parameters())
+    return described
