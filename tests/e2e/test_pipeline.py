@@ -21,7 +21,7 @@ from weftlm.serving.server import Server
 
 PARTS: dict[str, Any] = {
     "evaluation": {"every_steps": 30, "tasks": [{"path": "ask.jsonl"}]},
-    "training": {**recipe_value()["training"], "steps": 40},
+    "training": {**recipe_value()["training"], "steps": 20},
     "experts": {
         "baseline": "uniform",
         "lora": {"rank": 2, "alpha": 4},

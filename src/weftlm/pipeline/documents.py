@@ -70,7 +70,8 @@ class Documents:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        table = pq.read_table(path, columns=["set", "digest", "bytes", "label"]).combine_chunks()
+        with path.open("rb") as raw, pq.ParquetFile(raw) as file:  # a path with a colon would be read as a URI
+            table = file.read(["set", "digest", "bytes", "label"])
         self._digests: pa.ChunkedArray = table["digest"]
         self.set_N: NDArray[np.uint8] = table["set"].to_numpy()
         self.bytes_N: NDArray[np.int64] = table["bytes"].to_numpy()

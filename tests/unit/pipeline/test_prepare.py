@@ -172,16 +172,6 @@ def test_what_is_prepared_is_reused_unchanged_and_replaced_on_request_alone(
     assert files(tmp_path / "thesis") == {"thesis.tex": b"mine"}
 
 
-def test_texts_of_the_target_are_removed_from_training(make: Make, tmp_path: Path) -> None:
-    target = texts("sea", 20, seed=9)
-    write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + target[:7] + texts("sea", 2), "sea")
-    data = run(make(), tmp_path / "data")
-    sea = data.domains[2]
-    assert not set(decoded(data, sea.train) + decoded(data, sea.heldout)) & set(target)
-    dropped = {(item["set"], item["already_in"]): item["documents"] for item in data.summary()["duplicates"]["dropped"]}
-    assert dropped == {("corpora", "target"): 7, ("corpora", "corpora"): 2}
-
-
 def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "in" / "sea.jsonl", texts("sea", 30) + texts("sea", 1, seed=9), "sea")
 
@@ -420,13 +410,6 @@ def test_senseless_sections_are_refused(make: Make) -> None:
             make(**wrong)
 
 
-def test_builtin_corpora_are_domains(make: Make, tmp_path: Path) -> None:
-    corpora = [{"builtin": ["licences", "json"], "max_bytes": 30_000}]
-    data = run(make(corpora=corpora, target=[]), tmp_path / "data")
-    assert [domain.name for domain in data.domains] == ["json", "licences"]
-    assert data.summary()["sets"]["json"]["bytes"] > 15_000
-
-
 def test_who_comes_second_waits_and_finds_the_work_done(make: Make, tmp_path: Path) -> None:
     config = make()
     with ThreadPoolExecutor(2) as pool:
@@ -503,6 +486,8 @@ def test_what_became_of_every_document_is_counted_and_warned_of(make: Make, tmp_
         "domain 'law' loses 23% of its documents: 39 read, 5 duplicates or held-out text, 4 faulty, 30 kept" in warnings
     )
     assert "'code'" not in warnings
+    dropped = {(item["set"], item["already_in"]): item["documents"] for item in data.summary()["duplicates"]["dropped"]}
+    assert dropped == {("corpora", "target"): 30, ("corpora", "corpora"): 5}
 
 
 def test_all_domains_that_are_too_small_are_named_dropped_or_merged(make: Make, tmp_path: Path) -> None:
