@@ -74,6 +74,19 @@ class Recipe(Section):
     def _by_policy(cls, value: Any) -> Any:
         return policy_config(value) if isinstance(value, Mapping) else value
 
+    @field_validator("stages")
+    @classmethod
+    def _of_other_packages(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from weftlm.pipeline.stage import stages  # noqa: PLC0415 - stages work on recipes
+
+        found = {}
+        for name, given in value.items():
+            section = stages[name].Config
+            if section is None:
+                raise ConfigError(f"stages.{name} is a stage of weftlm, whose settings are sections of the recipe")
+            found[name] = validate(section, given, f"stages.{name}").model_dump(mode="json")
+        return found
+
     # -- what it asks for -----------------------------------------------------------------------------------------
 
     @property
@@ -268,7 +281,7 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
         recipe = validate(Recipe, inherit(value), "")
     except ConfigError as error:
         raise ConfigError("\n".join([*problems, str(error)])) from None
-    if problems or (problems := [*_contradictions(recipe), *_of_other_packages(recipe)]):
+    if problems or (problems := _contradictions(recipe)):
         raise ConfigError("\n".join(problems))
     return recipe
 
@@ -308,22 +321,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
             router_config(parse_router(router))
         except ConfigError as error:
             problems.append(f"routing.{key}: {error}")
-    return problems
-
-
-def _of_other_packages(recipe: Recipe) -> list[str]:
-    """Problems of the settings of other packages' stages, which are replaced by their checked values."""
-    from weftlm.pipeline.stage import stages  # noqa: PLC0415 - stages work on recipes
-
-    problems = []
-    for name, value in recipe.stages.items():
-        try:
-            section = stages[name].Config
-            if section is None:
-                raise ConfigError(f"stages.{name} is a stage of weftlm, whose settings are sections of the recipe")
-            recipe.stages[name] = validate(section, value, f"stages.{name}").model_dump(mode="json")
-        except ConfigError as error:
-            problems.append(str(error))
     return problems
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weftlm.artifact import is_locked, locked
+from weftlm.artifact import locked
 from weftlm.errors import CheckpointError
 from weftlm.files import sweep
 
@@ -33,8 +33,3 @@ def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
         for folder in run.iterdir():
             sweep(folder)
         yield
-
-
-def at_work(run: Path) -> bool:
-    """Whether another process is at work in a run folder."""
-    return is_locked(run / LOCK)

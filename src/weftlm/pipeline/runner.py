@@ -19,12 +19,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from weftlm import interrupt
+from weftlm.artifact import is_locked
 from weftlm.config import differences
 from weftlm.errors import ConfigError, DataError, WeftError, did_you_mean, reason
 from weftlm.files import check_listed, checksum, write_whole
 from weftlm.pipeline.checks import check_recipe
 from weftlm.pipeline.recipe import Recipe, kept_recipe
-from weftlm.pipeline.run_folder import alone, at_work
+from weftlm.pipeline.run_folder import LOCK, alone
 from weftlm.pipeline.stage import Stage, StageOptions, read_stage, stages_of
 from weftlm.progress import write_line
 
@@ -83,7 +84,7 @@ def project_status(recipe: Recipe) -> list[StageStatus]:
     Raises:
         DataError: A record is torn, or an input is missing.
     """
-    busy = at_work(recipe.run)
+    busy = is_locked(recipe.run / LOCK)
     found: dict[str, StageStatus] = {}
     for stage in stages_of(recipe):
         found[stage.name] = _status(recipe, stage, found, busy)

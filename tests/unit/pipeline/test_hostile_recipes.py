@@ -7,13 +7,14 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel
 from support.tiny_project import recipe_value
 
+from weftlm.config import sections_in
 from weftlm.errors import ConfigError
 from weftlm.pipeline.recipe import Recipe, load_recipe, make_recipe
 from weftlm.recipe_text import read_yaml
@@ -191,17 +192,9 @@ def fields(section: type[BaseModel], place: tuple[str, ...] = ()) -> list[tuple[
     found = []
     for name, field in section.model_fields.items():
         found.append((*place, name))
-        for inner in sections(field.annotation):
+        for inner in sections_in(field.annotation):
             found += fields(inner, (*place, name))
     return found
-
-
-def sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return (
-        [] if get_args(annotation)[1:2] == (Ellipsis,) else [s for each in get_args(annotation) for s in sections(each)]
-    )
 
 
 ODD: list[Any] = [None, True, -1, 1.5, float("nan"), "text", [], [[1]], {"a": 1}, 2**70]
