@@ -57,7 +57,7 @@ def inherit(recipe: Mapping[str, Any]) -> dict[str, Any]:
         for name, own in map(names_of, keys) if here is not None else ():
             if (target, own) not in given:
                 here[own] = written.get(name, section.model_fields[name].default)
-    if (steps := _at(made, "experts.training.steps")) is not None:
+    if type(steps := _at(made, "experts.training.steps")) is int:
         for target, key, section, most in (
             ("gating.scores", "sequences", ScoreConfig, max(32, 8 * steps)),
             ("gating.scores", "samples", ScoreConfig, max(32, 8 * steps)),
