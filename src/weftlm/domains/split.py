@@ -32,7 +32,10 @@ def positions(digests: Sequence[bytes], seed: int, purpose: str) -> NDArray[np.u
 
 
 def first_within(
-    position_N: NDArray[np.uint64], group_N: NDArray[np.int64], limit_G: ArrayLike, size_N: NDArray[np.int64] | None = None
+    position_N: NDArray[np.uint64],
+    group_N: NDArray[np.int64],
+    limit_G: ArrayLike,
+    size_N: NDArray[np.int64] | None = None,
 ) -> NDArray[np.bool_]:
     """Which documents of each group fill its limit, in order of position.
 

@@ -442,7 +442,10 @@ class _Preparation:
                     found[name] = open_stores(path, verify=False)
                 elif chosen_N.any():
                     found[name] = tokenise_by_label(
-                        documents, self.tokenizer, path, progress=lambda size, before=done: counter.update(before + size)
+                        documents,
+                        self.tokenizer,
+                        path,
+                        progress=lambda size, before=done: counter.update(before + size),
                     )
                 done += sum(store.bytes for store in found[name].values())
         return found

@@ -378,7 +378,7 @@ def test_single_documents_stay_in_training(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corpora": [{"path": "law.jsonl", "label": "a"}, {"path": "sea.jsonl"}]}, r"sea\.jsonl:1 has no label.*by: c"),
+        ({"corpora": [{"path": "law.jsonl", "label": "a"}, {"path": "sea.jsonl"}]}, r"sea\.jsonl:1 has no label"),
         ({"corpora": [{"path": "sea.jsonl", "label": "target"}]}, "may not be called 'target'"),
         ({"domains": {**CLUSTERS, "clusters": {"n": 91}}}, "n is 91 but there are only 90 documents"),
         ({"corpora": [{"path": "target.jsonl", "label": "sea"}]}, r"data\.corpora holds no document that is not in an"),
@@ -500,7 +500,9 @@ def test_all_domains_that_are_too_small_are_named_dropped_or_merged(make: Make, 
         domains = {"embedder": {"dimensions": 4}, "min_tokens": least, "small": small}
         return run(make(domains=domains, **changes), tmp_path / f"{small}-{least}")
 
-    with pytest.raises(DataError, match=r"2 domains have fewer .* 900: code \(\d+\), law \(\d+\); .*data.domains.small"):
+    with pytest.raises(
+        DataError, match=r"2 domains have fewer .* 900: code \(\d+\), law \(\d+\); .*data.domains.small"
+    ):
         prepared("stop")
     dropped, merged = prepared("drop", heldout=held), prepared("other")
     assert [domain.name for domain in dropped.domains] == ["sea"]

@@ -247,9 +247,11 @@ def test_unknown_and_impossible_ranges_are_refused(
 
 
 def test_two_pipelines_do_not_share_a_folder(script: Script, done: Recipe) -> None:
-    with held_by_another(done.run / LOCK) as process:
-        with pytest.raises(CheckpointError, match=rf"another process \({process} .*is at work in"):
-            script.run(done)
+    with (
+        held_by_another(done.run / LOCK) as process,
+        pytest.raises(CheckpointError, match=rf"another process \({process} .*is at work in"),
+    ):
+        script.run(done)
 
 
 def test_records_that_are_torn_are_named_and_those_of_an_earlier_version_stale(script: Script, done: Recipe) -> None:

@@ -67,17 +67,13 @@ def check_mixture(recipe: Recipe) -> None:
     """
     _, mixture, _ = recipe.trained
     if mixture.needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
-        raise ConfigError(
-            f"mixture policy {mixture.policy!r} follows a target and the data has none; give data.target"
-        )
+        raise ConfigError(f"mixture policy {mixture.policy!r} follows a target and the data has none; give data.target")
     if "basis" in mixture.needs and recipe.data.domains.basis is None:
-        raise ConfigError(
-            f"mixture policy {mixture.policy!r} reweights distributions; say which in data.domains.basis"
-        )
+        raise ConfigError(f"mixture policy {mixture.policy!r} reweights distributions; say which in data.domains.basis")
 
 
 def training_plan(recipe: Recipe) -> dict[str, Any]:
-    """What training will do: steps, tokens, and the parameters of a model from scratch, for which no memory is taken."""
+    """Steps and tokens of a training, and the parameters of a model from scratch, for which no memory is taken."""
     import torch  # noqa: PLC0415 - a wrong recipe is refused without it
 
     from weftlm.models.factory import architecture_config, from_architecture  # noqa: PLC0415 - torch
