@@ -54,7 +54,9 @@ def inherit(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for source, section, target, keys in lines:
         written = _at(made, source)
         here = None if written is None else _made(made, target)
-        for name, own in map(names_of, keys) if here is not None else ():
+        if here is None:
+            continue
+        for name, own in map(names_of, keys):
             if (target, own) not in given:
                 here[own] = written.get(name, section.model_fields[name].default)
     if type(steps := _at(made, "experts.training.steps")) is int:

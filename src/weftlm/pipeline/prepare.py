@@ -436,17 +436,16 @@ class _Preparation:
         found: dict[str, dict[str, TokenStore]] = {name: {} for name in wanted}
         with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
             done = 0
+
+            def stored(size: int) -> None:
+                counter.update(done + size)
+
             for name, (chosen_N, documents) in wanted.items():
                 path = self.folder / name
                 if path.exists():
                     found[name] = open_stores(path, verify=False)
                 elif chosen_N.any():
-                    found[name] = tokenise_by_label(
-                        documents,
-                        self.tokenizer,
-                        path,
-                        progress=lambda size, before=done: counter.update(before + size),
-                    )
+                    found[name] = tokenise_by_label(documents, self.tokenizer, path, progress=stored)
                 done += sum(store.bytes for store in found[name].values())
         return found
 
