@@ -1,11 +1,10 @@
 """Text in, prepared data out: read, de-duplicate, find domains, split, tokenise, check for leaks.
 
-A folder holds prepared data once it has `prepared.json`, which is written last. An interrupted preparation is taken up
-where it was: what has been read is not read again, finished token stores stay, half-written ones continue.
+The folder appears when everything is on disk and checked; an interrupted preparation begins again.
 
 A folder that is prepared already and whose configuration and inputs are unchanged is reused. If either changed, nothing
-is touched: `prepare` raises and says what changed, because other runs may train on the folder. With `rebuild=True` it
-is removed and prepared again.
+is touched: `prepare` raises and says what changed, because other runs may train on the folder. With `rebuild=True` the
+new data takes its place once it is complete.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from weftlm.artifact import Artifact, locked
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
-from weftlm.corpora.store import TokenStore, open_stores
+from weftlm.corpora.store import TokenStore
 from weftlm.corpora.tokenise import encode_documents, tokenise_by_label
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.split import SplitConfig, first_within, heldout_count
 from weftlm.errors import DataError
-from weftlm.files import SEAL, check_sealed, read_object, remove, room, sweep, whole_folder, write_object
+from weftlm.files import SEAL, seal, whole_folder
 from weftlm.pipeline.data_config import OTHER_DOMAIN, REMEDY, SETS, TARGET_DOMAIN, DataConfig, prepared_artifact
 from weftlm.pipeline.discovery import SAMPLE_PER_DOMAIN, Discovered, batches, by_clusters, by_label, describe
 from weftlm.pipeline.documents import Documents, write_documents
@@ -73,10 +72,15 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
     def wait(holder: str) -> None:
         log.warning("%s is preparing %s; waiting for it", holder, folder)
 
-    with locked(folder.with_name(f".{folder.name}.lock"), DataError, patience_s=math.inf, waiting=wait), room(folder):
+    with locked(folder.with_name(f".{folder.name}.lock"), DataError, patience_s=math.inf, waiting=wait):
         if (found := _reuse(artifact, rebuild)) is not None:
             return found
-        _Preparation(config, artifact, progress).run()
+        if not artifact.record.exists() and folder.exists() and any(folder.iterdir()):
+            raise DataError(f"{folder} holds files but no prepared data; choose another folder, or empty it")
+        with whole_folder(folder, "data", replace=True) as making:
+            manifest = _Preparation(config, making, progress).run()
+            made = Artifact(making / artifact.record.name, artifact.identity, artifact.cure)
+            made.finish(manifest, [f"tokenizer/{SEAL}"], nan=True)
     return PreparedData.load(folder)
 
 
@@ -101,7 +105,7 @@ def _reuse(artifact: Artifact, rebuild: bool) -> PreparedData | None:
 
 
 class _Preparation:
-    """One preparation, step by step; reading, the tokenizer and the stores are not made again where they are there.
+    """One preparation, step by step.
 
     Attributes:
         documents: All documents.
@@ -121,16 +125,15 @@ class _Preparation:
     target_heldout_N: Chosen
     tokenizer: Tokenizer
 
-    def __init__(self, config: DataConfig, artifact: Artifact, progress: bool) -> None:
-        self.config, self.artifact, self.progress = config, artifact, progress
-        self.folder = artifact.record.parent
-        self.scratch = self.folder / "scratch"
+    def __init__(self, config: DataConfig, folder: Path, progress: bool) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
         self.warnings: list[str] = []
 
-    def run(self) -> None:
-        self._start()
-        facts = self._read()
-        self.documents = Documents(self.scratch / "documents" / "documents.parquet")
+    def run(self) -> dict[str, Any]:
+        """Prepare into the folder; returns the manifest."""
+        path = self.folder / "documents.parquet"
+        facts = self._read(path)
+        self.documents = Documents(path)
         self._need_documents()
         self.found = self._discover()
         self._split()
@@ -141,45 +144,17 @@ class _Preparation:
         self._refuse_leaks()
         stores = self._tokenise()
         self._warn_of_documents(facts["counts"])
-        self._finish(facts, stores, losses)
+        manifest = self._manifest(facts, stores, losses)
+        path.unlink()
+        return manifest
 
-    def _start(self) -> None:
-        """Take up an interrupted preparation of the very same thing, or begin with an empty folder."""
-        begun, done = self.artifact.begun.exists(), self.artifact.record.exists()
-        if not (begun or done) and self.folder.exists() and any(self.folder.iterdir()):
-            raise DataError(f"{self.folder} holds files but no prepared data; choose another folder, or empty it")
-        if not self._is_sound():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                remove(self.folder)
-            self.artifact.begin()
-        self.scratch.mkdir(exist_ok=True)
-        sweep(self.folder)
-
-    def _is_sound(self) -> bool:
-        """Whether what an interrupted preparation finished is as it was written; its stores are checked at the end."""
-        try:
-            if self.artifact.record.exists() or not self.artifact.resume():
-                return False
-            for folder in (self.scratch / "documents", self.folder / "tokenizer"):
-                check_sealed(folder, "the preparation begins again")
-        except DataError as error:
-            log.warning("%s", error)
-            return False
-        return True
-
-    def _read(self) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, Any]:
         """Read every input once, each text kept only in the first set that has it."""
-        place = self.scratch / "documents"
-        facts = read_object(place / "read.json", f"delete {self.folder}")
-        if facts is not None:
-            log.info("continuing the interrupted preparation in %s", self.folder)
-            return facts
         reading: list[dict[str, Any]] = []
         counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
         with (
-            SeenDocuments(self.scratch) as seen,
+            SeenDocuments(self.folder) as seen,
             show_progress("read", unit="documents", enabled=self.progress) as counter,
-            whole_folder(place, "documents") as making,
         ):
 
             def row(name: str, label: str | None) -> Counter[str]:
@@ -204,10 +179,8 @@ class _Preparation:
                             row(name, label).update(read=faults, faulty=faults)
                         reading.append({"set": name, "input": corpus.name, **report.to_json()})
 
-            write_documents(making / "documents.parquet", kept())
-            facts = {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
-            write_object(making / "read.json", facts)
-        return facts
+            write_documents(path, kept())
+        return {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
 
     def _warn_of_documents(self, counts: dict[str, dict[str, dict[str, int]]]) -> None:
         """Warn of every domain that loses more than a fifth of its documents, or all of them."""
@@ -301,24 +274,23 @@ class _Preparation:
 
     def _make_tokenizer(self) -> Tokenizer:
         """Trained on an even sample of the training text, or loaded; saved at once."""
+        sample_N = self.train_N
+        if (training := self.config.tokenizer.train) is not None:
+            share = training.sample_bytes / max(1, int(self.documents.bytes_N[self.documents.of("corpora")].sum()))
+            if share < 1:
+                positions_N = self.documents.positions(self.config.seed, "tokenizer")
+                sample_N = sample_N & (positions_N < np.uint64(int(share * 2**64)))
+        with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
+
+            def texts() -> Iterator[str]:
+                for _, document in self.documents.stream(sample_N):
+                    counter.advance()
+                    yield document.text
+
+            tokenizer = make_tokenizer(self.config.tokenizer, texts())
         folder = self.folder / "tokenizer"
-        if not folder.is_dir():
-            sample_N = self.train_N
-            if (training := self.config.tokenizer.train) is not None:
-                share = training.sample_bytes / max(1, int(self.documents.bytes_N[self.documents.of("corpora")].sum()))
-                if share < 1:
-                    positions_N = self.documents.positions(self.config.seed, "tokenizer")
-                    sample_N = sample_N & (positions_N < np.uint64(int(share * 2**64)))
-            with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
-
-                def texts() -> Iterator[str]:
-                    for _, document in self.documents.stream(sample_N):
-                        counter.advance()
-                        yield document.text
-
-                tokenizer = make_tokenizer(self.config.tokenizer, texts())
-            with whole_folder(folder, "tokenizer") as making:
-                tokenizer.save(making)
+        tokenizer.save(folder)
+        seal(folder)
         return Tokenizer.load(folder)
 
     def _merge_small(self) -> None:
@@ -410,13 +382,13 @@ class _Preparation:
                     ("training documents", self.train_N),
                 )
             },
-            self.scratch,
+            self.folder,
         )
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 
     def _tokenise(self) -> dict[str, dict[str, TokenStore]]:
-        """Write the token stores; finished ones are opened, half-written ones continued."""
+        """Write the token stores."""
         names, domain_N = self.found.names, self.found.domain_N
 
         def by_domain(chosen_N: Chosen) -> Iterator[Document]:
@@ -428,25 +400,21 @@ class _Preparation:
                 for _, document in self.documents.stream(chosen_N):
                     yield replace(document, label=label)
 
-        wanted = {
-            "train": (self.train_N, by_domain(self.train_N)),
-            "heldout": (self.heldout_N, by_domain(self.heldout_N)),
-            "target": (self.target_N | self.target_heldout_N, target()),
-        }
-        found: dict[str, dict[str, TokenStore]] = {name: {} for name in wanted}
+        found: dict[str, dict[str, TokenStore]] = {}
         with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
-            done = 0
 
             def stored(size: int) -> None:
-                counter.update(done + size)
+                counter.update(size + sum(store.bytes for stores in found.values() for store in stores.values()))
 
-            for name, (chosen_N, documents) in wanted.items():
-                path = self.folder / name
-                if path.exists():
-                    found[name] = open_stores(path, verify=False)
-                elif chosen_N.any():
-                    found[name] = tokenise_by_label(documents, self.tokenizer, path, progress=stored)
-                done += sum(store.bytes for store in found[name].values())
+            for name, chosen_N, documents in (
+                ("train", self.train_N, by_domain(self.train_N)),
+                ("heldout", self.heldout_N, by_domain(self.heldout_N)),
+                ("target", self.target_N | self.target_heldout_N, target()),
+            ):
+                some = bool(chosen_N.any())
+                found[name] = (
+                    tokenise_by_label(documents, self.tokenizer, self.folder / name, progress=stored) if some else {}
+                )
         return found
 
     def _described(self, stores: dict[str, dict[str, TokenStore]]) -> dict[str, Any]:
@@ -470,9 +438,10 @@ class _Preparation:
         described = describe(self.found, names, sample, np.array(sizes), target if has_target else None, self.config)
         return {"domains": list(names), **described}
 
-    def _finish(
+    def _manifest(
         self, facts: dict[str, Any], stores: dict[str, dict[str, TokenStore]], losses: dict[str, TextLoss]
-    ) -> None:
+    ) -> dict[str, Any]:
+        """What prepared.json says."""
         described = self._described(stores)
         without = [name for name in self.found.names if name not in stores["heldout"]]
         if without:
@@ -490,5 +459,4 @@ class _Preparation:
         for line in manifest["warnings"]:
             log.warning("%s", line)
         manifest["fingerprint"] = PreparedData.of(self.folder, manifest).fingerprint
-        remove(self.scratch)
-        self.artifact.finish(manifest, [f"tokenizer/{SEAL}"], nan=True)
+        return manifest

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from support.faults import dead_process, host
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.config import validate
@@ -114,7 +115,7 @@ def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> 
     assert sorted(target[0] + target[1]) == sorted(texts("sea", 20, seed=9))
     assert data.basis_ND is None
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
-        "heldout", "prepared.json", "target", "tokenizer", "train",
+        "digests.json", "heldout", "prepared.json", "target", "tokenizer", "train",
     ]  # fmt: skip
     assert data.target_histogram_D is not None
     assert data.target_histogram_D.dtype == torch.float64
@@ -186,43 +187,29 @@ def test_a_leak_is_an_error(make: Make, tmp_path: Path, monkeypatch: pytest.Monk
         PreparedData.load(tmp_path / "data")
 
 
-def stop(*_: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("step", ["_discover", "_make_tokenizer", "_tokenise", "_described"])
-def test_an_interrupted_preparation_goes_on(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+def test_an_interrupted_preparation_leaves_what_was_there(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make(domains={"max_train_tokens": 500, **EMBEDDER})
-    whole = run(config, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        patched.setattr(module._Preparation, step, stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, tmp_path / "data")
-    with pytest.raises(DataError, match="holds no prepared data"):
-        PreparedData.load(tmp_path / "data")
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "read_documents", lambda *_: pytest.fail("read again"))
-        assert run(config, tmp_path / "data").fingerprint == whole.fingerprint
-    assert files(tmp_path / "data") == files(tmp_path / "whole")
+    folder = tmp_path / "data"
 
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize("damaged", ["documents.parquet", "read.json", "tokenizer.json", "an input"])
-def test_an_interrupted_preparation_does_not_go_on_from_other_or_damaged_files(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
-) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module._Preparation, "_tokenise", stop)
+        patched.setattr(module._Preparation, "_described", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(make(), tmp_path / "data")
-    if damaged == "an input":
-        write(tmp_path / "in" / "law.jsonl", texts("law", 12, seed=3), "law")
-    else:
-        flip(next((tmp_path / "data").rglob(damaged)))
-    run(make(), tmp_path / "data")
-    run(make(), tmp_path / "whole")
-    assert files(tmp_path / "data") == files(tmp_path / "whole")
+            run(make(), folder)
+        assert not folder.exists()
+        patched.undo()
+        before = run(make(), folder).fingerprint
+        patched.setattr(module._Preparation, "_described", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(make(seed=1), folder, rebuild=True)
+    assert PreparedData.load(folder).fingerprint == before
+    leaving = tmp_path / f".data.{dead_process()}@{host()}.writing"
+    leaving.mkdir()
+    assert run(make(seed=1), folder, rebuild=True).fingerprint != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".data.lock", "data", "in"]
 
 
 def test_a_damaged_folder_is_refused_and_can_be_rebuilt(make: Make, tmp_path: Path) -> None:
