@@ -33,7 +33,7 @@ from torchdata.nodes import (
 
 from weftlm.corpora.source import Source
 from weftlm.corpora.store import TokenStore, Vocabulary
-from weftlm.corpora.store_writer import StoreWriter
+from weftlm.corpora.store_writer import write_stores
 from weftlm.mixture.loader import MixtureLoader, sequence_counts
 from weftlm.mixture.sampler import MixtureSampler
 
@@ -68,7 +68,7 @@ def write(task: Task) -> None:
     rng = np.random.default_rng(task.seed)
     for domain in range(task.domains):
         tokens = rng.integers(1, 32_000, size=task.rows_per_domain * task.length + 1, dtype=np.uint16)
-        with StoreWriter(task.folder / f"store-{domain}", Vocabulary(32_000, 0, "random")) as writer:
+        with write_stores(task.folder / f"store-{domain}", Vocabulary(32_000, 0, "random")) as writer:
             writer.append(tokens, len(tokens), "d")
         rows = np.lib.stride_tricks.sliding_window_view(tokens, task.length + 1)[:: task.length]
         np.save(task.folder / f"rows-{domain}.npy", rows, allow_pickle=False)

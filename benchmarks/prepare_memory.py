@@ -56,7 +56,8 @@ def prepare(corpus: str, tokenizer: str, folder: str) -> dict[str, float]:
     report = ReadingReport()
     start = time.perf_counter()
     with SeenDocuments(folder) as seen:
-        stream = seen.unique(read_documents(CorpusConfig(path=corpus, label="d"), report), "train")
+        documents = read_documents(CorpusConfig(path=corpus, label="d"), report)
+        stream = (document for document in documents if seen.add(document, "train") is None)
         store = tokenise_by_label(stream, loaded, Path(folder) / "store")["d"]
     seconds = time.perf_counter() - start
     return {

@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ from weftlm.files import (
 )
 
 _IDENTITY, _FILES = "identity", "files"
-_POLL_S = 0.05
 
 
 class Artifact:
@@ -146,113 +144,6 @@ def read_record(record: Path, cure: str) -> tuple[bool, dict[str, Any]] | None:
     return None
 
 
-def _begun(record: Path) -> Path:
-    return record.with_name(f".{record.stem}.begun.json")
-
-
-# -- one process at a time ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(
-    lock: Path,
-    refusal: Callable[[str], WeftError],
-    *,
-    shared: bool = False,
-    again: bool = False,
-    patience_s: float = 0.0,
-    waiting: Callable[[str], None] | None = None,
-) -> Iterator[None]:
-    """Hold a lock against other processes, and sweep its folder; free again however this process ends.
-
-    The file names its holder, for messages. Those who share a lock hold a file each (`.lock.PID`), and the lock itself
-    only while they make it.
-
-    Args:
-        lock: The file; its folder is made.
-        refusal: Makes the error, given a description of the process that holds the lock.
-        shared: Hold it beside others that hold it shared.
-        again: Pass where this thread holds it already.
-        patience_s: Seconds to wait for it.
-        waiting: Called once, with the same description, where it is not free at once.
-    Raises:
-        WeftError: `refusal`'s.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    if again and _instance(lock).is_locked:
-        yield
-        return
-    deadline = time.monotonic() + patience_s
-    with ExitStack() as held:
-        while True:
-            with ExitStack() as attempt:
-                holder = _try_all(attempt, lock, shared=shared)
-                if holder is None:
-                    held.push(attempt.pop_all())
-                    break
-            if time.monotonic() >= deadline:
-                raise refusal(holder)
-            if waiting is not None:
-                waiting(holder)
-                waiting = None
-            time.sleep(_POLL_S)
-        sweep(lock.parent)
-        yield
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether another process holds a lock, alone or shared."""
-    if not lock.exists() or _instance(lock).is_locked:
-        return False
-    with ExitStack() as attempt:
-        return _try_all(attempt, lock, shared=False) is not None
-
-
-def _try_all(attempt: ExitStack, lock: Path, *, shared: bool) -> str | None:
-    """Take a lock without waiting; None where that worked, else who holds it."""
-    first = _try(attempt, lock)
-    if first is not None:
-        return first
-    own = lock.with_name(f"{lock.name}.{os.getpid()}")
-    if shared:
-        with attempt.pop_all():  # the lock itself only while the own file is made
-            attempt.callback(own.unlink, missing_ok=True)
-            return _try(attempt, own)
-    others = [path for path in sorted(lock.parent.glob(f"{lock.name}.*")) if path != own]
-    for path in others:
-        if (holder := _try(attempt, path)) is not None:
-            return holder
-    for path in others:  # of processes that are gone
-        path.unlink(missing_ok=True)
-    return None
-
-
-def _try(attempt: ExitStack, lock: Path) -> str | None:
-    instance = _instance(lock)
-    if instance.is_locked:  # by this thread, which could take it again
-        return _holder(lock)
-    try:
-        instance.acquire(timeout=0)
-    except Timeout:
-        return _holder(lock)
-    attempt.callback(instance.release)
-    with suppress(OSError):  # a full disk
-        lock.write_text(f"{os.getpid()} on {this_host()}: {command_line()}\n", encoding="utf-8")
-    return None
-
-
-def _instance(lock: Path) -> FileLock:
-    return FileLock(lock.resolve(), is_singleton=True)
-
-
-def _holder(lock: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):
-        said = lock.read_text(encoding="utf-8").strip()
-        if said:
-            return f"another process ({said.partition(chr(10))[0][:300]})"
-    return "another process"
-
-
 def refuse_other(artifact: Artifact, what: str, cure: str) -> None:
     """Refuse a place that holds a result, finished or begun, of another identity.
 
@@ -265,3 +156,79 @@ def refuse_other(artifact: Artifact, what: str, cure: str) -> None:
     """
     if (changed := artifact.changed()) is not None:
         raise CheckpointError(f"{artifact.record.parent} holds {what} of something else ({changed}); {cure}")
+
+
+def _begun(record: Path) -> Path:
+    return record.with_name(f".{record.stem}.begun.json")
+
+
+# -- one process at a time ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(
+    lock: Path,
+    refusal: Callable[[str], WeftError],
+    *,
+    again: bool = False,
+    patience_s: float = 0.0,
+    waiting: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Hold a lock against other processes, and sweep its folder; free again however this process ends.
+
+    Args:
+        lock: The file, which names its holder for messages; its folder is made.
+        refusal: Makes the error, given a description of the process that holds the lock.
+        again: Pass where this thread holds it already.
+        patience_s: Seconds to wait for it.
+        waiting: Called once, with the same description, where it is not free at once.
+    Raises:
+        WeftError: `refusal`'s.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    instance = _instance(lock)
+    if instance.is_locked:
+        if not again:
+            raise refusal(_holder(lock))
+        yield
+        return
+    try:
+        instance.acquire(timeout=0)
+    except Timeout:
+        if waiting is not None:
+            waiting(_holder(lock))
+        try:
+            instance.acquire(timeout=patience_s)
+        except Timeout:
+            raise refusal(_holder(lock)) from None
+    try:
+        with suppress(OSError):  # a full disk
+            lock.write_text(f"{os.getpid()} on {this_host()}: {command_line()}\n", encoding="utf-8")
+        sweep(lock.parent)
+        yield
+    finally:
+        instance.release()
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether another process holds a lock."""
+    instance = _instance(lock)
+    if not lock.exists() or instance.is_locked:
+        return False
+    try:
+        with instance.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _instance(lock: Path) -> FileLock:
+    return FileLock(lock.resolve(), is_singleton=True)
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        said = lock.read_text(encoding="utf-8").strip()
+        if said:
+            return f"another process ({said.partition(chr(10))[0][:300]})"
+    return "another process"

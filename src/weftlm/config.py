@@ -11,14 +11,13 @@ import difflib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from weftlm.errors import ConfigError, did_you_mean
-from weftlm.recipe_text import MAX_DEPTH, parse_override
+from weftlm.recipe_text import MAX_DEPTH, parse_yaml
 
 
 class Section(BaseModel):
@@ -62,7 +61,7 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
         parts = key.strip().split(".")
         if not equals or not all(parts) or len(parts) > MAX_DEPTH:
             raise ConfigError(f"--set {override!r:.80} is not of the form section.key=value")
-        value = parse_override(raw, f"--set {override!r:.80}: the value")
+        value = parse_yaml(raw, f"--set {override!r:.80}: the value")
         here: Any = result
         for depth, part in enumerate(parts):
             last = depth == len(parts) - 1
@@ -241,89 +240,57 @@ def _said(problem: Any) -> str:
 
 # -- keys people type -----------------------------------------------------------------------------------------------
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "n_layer", "n_embd", "n_head")
 _CALLED_ELSEWHERE = """
-lr: learning_rate max_lr peak_lr learningrate
-batch_sequences: batch_size per_device_train_batch_size train_batch_size global_batch_size bs
-micro_batch_sequences: micro_batch_size gradient_accumulation_steps grad_accum accumulation_steps microbatch_size
-steps: max_steps num_steps train_steps total_steps iterations max_iters n_steps
-tokens: max_tokens train_tokens num_tokens total_tokens
-sequence_length: seq_len seq_length max_seq_length max_length block_size context_length cutoff_len model_max_length
+lr: learning_rate max_lr peak_lr
+batch_sequences: batch_size per_device_train_batch_size train_batch_size global_batch_size
+micro_batch_sequences: micro_batch_size gradient_accumulation_steps grad_accum
+steps: max_steps num_steps train_steps total_steps max_iters epochs num_train_epochs num_epochs
+tokens: max_tokens train_tokens num_tokens
+sequence_length: seq_len seq_length max_seq_length max_length block_size context_length
 rank: r lora_r lora_rank
 alpha: lora_alpha
 dropout: lora_dropout
-target_modules: lora_target_modules lora_target modules
-lora: peft peft_config lora_config adapter
-pretrained: model_name_or_path model_name model_id base_model pretrained_model_name_or_path
-architecture: model_type arch
-corpora: dataset datasets train_data train_file train_files corpus sources
-dataset: dataset_name path_or_name hub hf_dataset
-text_field: text_column dataset_text_field text_key content_field
-tokenizer: tokenizer_name tokenizer_name_or_path tokenizer_path
-run: output_dir output out_dir save_dir run_dir run_name
-policy: method strategy
-warmup_steps: warmup_ratio warmup num_warmup_steps warmup_iters
-schedule: lr_scheduler_type lr_scheduler scheduler lr_schedule
-final_lr_fraction: min_lr min_lr_ratio final_lr
-clip_norm: max_grad_norm grad_clip gradient_clip gradient_clip_val clip_grad_norm
-weight_decay: wd decay
-betas: adam_beta1 adam_beta2 adam_betas beta1 beta2
-eps: adam_epsilon adam_eps epsilon
-precision: bf16 fp16 mixed_precision amp fp32
-dtype: torch_dtype
-compile: torch_compile
-threads: num_threads cpu_threads
-log_every_steps: logging_steps log_every log_interval
-save_every_steps: save_steps save_every save_interval checkpoint_every
-keep_checkpoints: save_total_limit max_checkpoints
-every_steps: eval_steps eval_every eval_interval evaluation_steps
-max_tokens_per_set: eval_tokens max_eval_tokens max_tokens
-trackers: report_to logger loggers tracking
-batch_size: batch_sequences per_device_eval_batch_size eval_batch_size
-eta: lr learning_rate step_size
-seed: random_seed random_state
-vocab_size: vocabulary_size n_vocab
-config: model_config model_args
-fraction: val_fraction validation_fraction test_size heldout_fraction
-tasks: benchmarks eval_tasks
+target_modules: lora_target_modules modules
+lora: peft peft_config lora_config
+pretrained: model_name_or_path model_name model_id base_model
+architecture: model_type
+config: model_config hidden_size intermediate_size num_hidden_layers num_attention_heads n_layer n_embd n_head
+corpora: dataset datasets train_data train_file
+dataset: dataset_name path_or_name hf_dataset
+text_field: text_column dataset_text_field text_key
+run: output_dir out_dir save_dir run_dir
+schedule: lr_scheduler_type lr_scheduler scheduler
+clip_norm: max_grad_norm grad_clip gradient_clip_val
+precision: bf16 fp16 mixed_precision
+log_every_steps: logging_steps log_every
+save_every_steps: save_steps save_every
+keep_checkpoints: save_total_limit
+every_steps: eval_steps eval_every
+trackers: report_to logger
+batch_size: batch_sequences per_device_eval_batch_size
 """
 """Key of a recipe: its names in other programs."""
-_MEANT = {
-    key: names.split() for key, _, names in (line.partition(":") for line in _CALLED_ELSEWHERE.strip().split("\n"))
-}
-_MEANT["config"] += _SIZES
-_NO_EPOCHS = ("epochs", "num_train_epochs", "num_epochs", "n_epochs", "max_epoch")
+_MEANT = {key: names.split() for key, _, names in (line.partition(":") for line in _CALLED_ELSEWHERE.split("\n"))}
 
 
 def _hint(section: type[BaseModel], loc: Sequence[int | str], where: str) -> str:
     """What was meant by an unknown key: a key of its section, or of another where people look for it here."""
     name, here = str(loc[-1]), _keys_at(section, loc[:-1])
-    if name.lower() in _NO_EPOCHS and "max_epochs" not in here:
-        return "; training is counted in steps or tokens: give training.steps or training.tokens"
-    if name.lower() in _NO_EPOCHS:
-        return "; training is counted in steps or tokens: give steps or tokens"
-    meant = [key for key, others in _MEANT.items() if name.lower().replace("-", "_") in others]
-    for key in meant:
-        if key in here:
-            return f"; did you mean {f'config.{name}' if key == 'config' and name in _SIZES else key!r}?"
+    meant = [key for key, others in _MEANT.items() if name.lower() in others]
     near = difflib.get_close_matches(name, here, n=1, cutoff=0.75)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    if elsewhere := _elsewhere(section, (*meant, name), loc[:-1], where):
-        return f"; did you mean {elsewhere}?"
+    for key in (*meant, *near):
+        if key in here:
+            return f"; did you mean {key!r}?"
+    own = [str(part) for part in loc[:-1] if not isinstance(part, int)]
+    names = [*meant, name]
+    elsewhere = min(
+        (path for path in _paths(section, ()) if path[-1] in names),
+        key=lambda path: (-len(os.path.commonprefix([own, list(path[:-1])])), len(path), names.index(path[-1])),  # noqa: RUF071
+        default=(),
+    )
+    if elsewhere:
+        return f"; did you mean {'.'.join(filter(None, (where, *elsewhere)))}?"
     return did_you_mean(name, here) if here else ""
-
-
-def _elsewhere(section: type[BaseModel], names: Sequence[str], place: Sequence[int | str], where: str) -> str | None:
-    """The place that has one of some keys: nearest to where it was looked for, then nearest to the top."""
-    own = [str(part) for part in place if not isinstance(part, int)]
-    found: list[tuple[int, int, int, str]] = []
-    for path in _paths(section, ()):
-        if path[-1] not in names:
-            continue
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, path[:-1], strict=False)))
-        found.append((-shared, len(path), names.index(path[-1]), ".".join(path if not where else (where, *path))))
-    return min(found, key=lambda each: each[:3])[-1] if found else None
 
 
 def _paths(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

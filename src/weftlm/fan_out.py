@@ -10,9 +10,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Any, TypeVar
 
 from weftlm import __version__, interrupt
 from weftlm.errors import ConfigError, WeftError, reason
-from weftlm.progress import progress
+from weftlm.progress import ProgressBar
 
-_MARK = ".weftlm-shared-"
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 Answer = TypeVar("Answer")
@@ -69,14 +67,14 @@ def fan_out(
         already: Amount done before.
         show: Whether to show progress on stderr.
     Raises:
-        ConfigError: A worker sees other folders, or has another version of weftlm.
+        ConfigError: A worker lacks one of the folders, or has another version of weftlm.
         WeftError: A task's error, which ends all of them; or a worker died and its task was given up.
     """
     total = already + sum(task.size for task in tasks)
-    with _marked((Path.cwd(), *shared)) as marks, progress(description, total, unit=unit, enabled=show) as counter:
-        counter.advance(already)
+    place, folders = Path.cwd(), [path.resolve() for path in shared]
+    with ProgressBar(description, total, unit=unit, done=already, enabled=show) as bar:
         futures = {
-            executor.submit(_on_worker, __version__, Path.cwd(), marks, work, task.arguments): task for task in tasks
+            executor.submit(_on_worker, __version__, place, folders, work, task.arguments): task for task in tasks
         }
         try:
             for future in as_completed(futures):
@@ -89,7 +87,7 @@ def fan_out(
                         "same time. What is finished is kept: run again"
                     ) from error
                 done(task, answer)
-                counter.advance(task.size)
+                bar.advance(task.size)
         except interrupt.Stopped:
             interrupt.end_children()
             raise
@@ -139,33 +137,19 @@ def new_key() -> str:
     return secrets.token_hex(8)
 
 
-@contextmanager
-def _marked(folders: Sequence[Path]) -> Iterator[list[Path]]:
-    """Put a file into every folder that can be written to, for workers to look for; gone at the end."""
-    marks = [path / f"{_MARK}{new_key()}" for path in {path.resolve() for path in folders}]
-    with ExitStack() as stack:
-        for mark in marks:
-            with suppress(OSError):
-                mark.touch()
-                stack.callback(mark.unlink, missing_ok=True)
-        yield [mark if mark.exists() else mark.parent for mark in marks]
-
-
 def _on_worker(
-    version: str, place: Path, marks: Sequence[Path], work: Callable[..., Answer], arguments: tuple[Any, ...]
+    version: str, place: Path, shared: Sequence[Path], work: Callable[..., Answer], arguments: tuple[Any, ...]
 ) -> Answer:
-    """Do a task, if this worker has the same weftlm and sees the same folders."""
+    """Do a task, if this worker has the same weftlm and sees the folders."""
     here = socket.gethostname()
     if version != __version__:
         raise ConfigError(
             f"{here} has weftlm {__version__} and the command weftlm {version}; install the same version everywhere"
         )
-    for mark in marks:
-        if not mark.exists():
-            folder = mark.parent if mark.name.startswith(_MARK) else mark
-            what = "is another folder than the command sees" if folder.is_dir() else "is not there"
+    for folder in (place, *shared):
+        if not folder.exists():
             raise ConfigError(
-                f"on {here} {folder} {what}; put the working folder, the run folder, the data, the base and the "
+                f"{folder} is not there on {here}; put the working folder, the run folder, the data, the base and the "
                 "experts on a disk that all machines share, under one path"
             )
     os.chdir(place)

@@ -55,22 +55,18 @@ def locate(
             raise ConfigError(f"{key}: {text} is a link to something that is not there")
     except OSError:
         pass
+    looked = "" if text.startswith("/") else f" (looked from {Path.cwd()})"
     if why := _no_hub_name(text):
-        raise ConfigError(f"{key}: there is no folder {text:.300}{_from(text)}{near(text)}; {why}")
+        raise ConfigError(f"{key}: there is no folder {text:.300}{looked}{near(text)}; {why}")
     if _cached(text, revision, repository):
         return text
     if likely := near(text, here_alone=True):
         raise ConfigError(
-            f"{key}: there is no folder {text}{_from(text)}{likely}; the hub was not asked, since a path "
-            "seems to be meant"
+            f"{key}: there is no folder {text}{looked}{likely}; the hub was not asked, since a path seems to be meant"
         )
     if ask and (problem := _asked(text, revision, repository)):
         raise ConfigError(f"{key}: {text!r} is no folder here{near(text)}, and {problem}")
     return text
-
-
-def _from(text: str) -> str:
-    return "" if text.startswith("/") else f" (looked from {Path.cwd()})"
 
 
 def _no_hub_name(text: str) -> str | None:
@@ -124,12 +120,13 @@ def _asked(text: str, revision: str | None, repository: Repository) -> str | Non
         return "the hub is not asked (HF_HUB_OFFLINE is set) and its cache here does not hold it"
     try:
         HfApi().repo_info(text, revision=revision, repo_type=repository, timeout=SECONDS_TO_WAIT)
-    except errors.GatedRepoError:
-        return "the hub gives it only to those it has granted access: ask for it on its page, then run `hf auth login`"
     except errors.RevisionNotFoundError:
         return f"the hub's repository of that name has no revision {revision!r}"
-    except errors.RepositoryNotFoundError:
-        return f"the hub has no {repository} of that name, or a private one: check the spelling, or run `hf auth login`"
+    except errors.RepositoryNotFoundError:  # or one with a gate
+        return (
+            f"the hub has no {repository} of that name for you: check the spelling, ask for access on its page, or run "
+            "`hf auth login`"
+        )
     except Exception as error:  # noqa: BLE001  (whatever its HTTP client raises without a connection)
         return f"the hub cannot be reached ({type(error).__name__}): is this machine offline, or the hub down?"
     return None

@@ -1,6 +1,6 @@
-"""What a long job shows on stderr: rich's live bar on a terminal, a plain line now and then anywhere else.
+"""What a long job shows on stderr: rich's bar on a terminal, a plain line now and then anywhere else.
 
-A root module, because preparing, training and evaluating all report progress. Nothing is ever written to stdout.
+Nothing is written to stdout.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from weftlm.text import printable, printable_lines
+from weftlm.text import printable
 
-_SHOWN_WEIGHTS = 4
+_LINE_SECONDS = 10.0
+"""Pause between plain lines."""
 
 
 def count_text(count: float) -> str:
@@ -78,143 +78,75 @@ class Pace:
         return f"ETA {duration_text(left)}"
 
 
-class Display:
-    """A long job on stderr: a bar on a terminal, elsewhere a plain line now and then. A context manager.
+class ProgressBar:
+    """Progress of a job on stderr, a context manager; its last plain line always comes, unless the job failed.
 
     Args:
-        description: Name of the job; the bar's label.
+        description: Name of the job ("tokenise code").
+        total: Units altogether; None when it is not known.
+        unit: Unit counted, plural.
+        done: Units that were done before, by another process.
         enabled: Whether to show anything (not on ranks other than the first).
-        log_every_seconds: Pause between plain lines.
-        first_line: Whether the first one comes at once.
         stream: Stream to write to; stderr when None.
         clock: Clock in seconds, monotonic.
+
+    Example:
+        >>> with ProgressBar("tokenise code", total=3, unit="documents") as bar:
+        ...     for _ in range(3):
+        ...         bar.advance()
     """
 
     def __init__(
         self,
-        description: str = "train",
+        description: str,
+        total: float | None = None,
         *,
+        unit: str = "items",
+        done: float = 0.0,
         enabled: bool = True,
-        log_every_seconds: float = 10.0,
-        first_line: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._description = printable(description)
-        self._enabled = enabled
-        self._every_seconds = log_every_seconds
-        self._clock = clock
-        self._pace = Pace(None if first_line else 0.0, clock)
-        self._next_line = -math.inf if first_line else clock() + log_every_seconds
+        self._description, self._total, self._unit = printable(description), total, unit
+        self._enabled, self._clock, self._pace = enabled, clock, Pace(done, clock)
+        self._start, self._next_line = (clock(), done), clock() + _LINE_SECONDS
+        self.done = done
+        self._note = ""
         self._bar: Progress | None = None
         if enabled and self._stream.isatty() and not (console := Console(file=self._stream)).is_dumb_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}", markup=False),
-            )
+            columns = (TextColumn("{task.description}", markup=False), BarColumn())
+            status = TextColumn("{task.fields[status]}", markup=False)
             # Redirected, printed results would move onto stderr.
-            self._bar = Progress(*columns, console=console, expand=True, refresh_per_second=4, redirect_stdout=False)
-            self._task = self._bar.add_task(self._description, total=None, status="")
+            self._bar = Progress(*columns, status, console=console, refresh_per_second=4, redirect_stdout=False)
+            self._task = self._bar.add_task(self._description, total=total, status="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-    def show(self, status: str, done: float, total: float | None, *, last: bool = False) -> None:
-        """Show how far the job is.
-
-        Args:
-            status: State in words; a second line of it goes below the bar's first.
-            done: Units done.
-            total: Units altogether; None when it is not known.
-            last: Whether to write the plain line at once.
-        """
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, status=printable_lines(status))
-        elif self._enabled and (last or self._clock() >= self._next_line):
-            self._next_line = self._clock() + self._every_seconds
-            write_line(f"{self._description} {status}".replace("\n", "  "), self._stream)
-
-
-class TrainingDisplay(Display):
-    """A training: steps, loss, tokens/s, time left and the largest mixture weights."""
-
-    def update(
-        self,
-        step: int,
-        total_steps: int,
-        tokens: float,
-        loss: float | None,
-        tokens_per_second: float | None,
-        weights: Mapping[str, float],
-    ) -> None:
-        """Show the state after a step.
-
-        Args:
-            step: Optimizer steps taken.
-            total_steps: Steps the run will take.
-            tokens: Training tokens seen.
-            loss: Recent training loss, nats per token.
-            tokens_per_second: Recent speed.
-            weights: Mixture weights by domain.
-        """
-        parts = [f"{step}/{total_steps}", f"{count_text(tokens)} tokens"]
-        if loss is not None:
-            parts.append(f"loss {loss:.3f}")
-        if tokens_per_second is not None:
-            parts.append(f"{count_text(tokens_per_second)} tok/s")
-        parts.append(self._pace.eta(step, total_steps))
-        status = "  ".join(parts) + f"\nmixture {weights_text(weights, _SHOWN_WEIGHTS)}" * bool(weights)
-        self.show(status, step, total_steps, last=step >= total_steps)
-
-
-class ProgressCounter(Display):
-    """A countable job: units done of all, speed and time left."""
-
-    def __init__(self, description: str, total: float | None, unit: str, **how: Any) -> None:
-        super().__init__(description, first_line=False, **how)
-        self._total, self._unit = total, unit
-        self._begun = self._clock()
-        self.done = 0.0
+        elif kind is None:
+            self._next_line = -math.inf
+            self.update(self.done, self._note)
 
     def advance(self, count: float = 1.0) -> None:
         """`count` more units are done."""
         self.update(self.done + count)
 
-    def update(self, done: float, *, last: bool = False) -> None:
-        """`done` units are done altogether; `last` writes the plain line at once."""
-        self.done = done
-        seconds = self._clock() - self._begun
-        speed = f"  {count_text(done / seconds)} {self._unit}/s" if seconds > 0 and done > 0 else ""
-        of = "" if self._total is None else f"/{count_text(self._total)}"
+    def update(self, done: float, note: str = "") -> None:
+        """`done` units are done altogether; `note` is shown behind speed and time left."""
+        self.done, self._note = done, note
+        seconds, units = self._clock() - self._start[0], done - self._start[1]
+        count = count_text(done) if self._total is None else f"{count_text(done)}/{count_text(self._total)}"
+        speed = f"{count_text(units / seconds)} {self._unit}/s" if seconds > 0 and units > 0 else ""
         left = duration_text(seconds) if self._total is None else self._pace.eta(done, self._total)
-        self.show(f"{count_text(done)}{of} {self._unit}{speed}  {left}", done, self._total, last=last)
-
-
-@contextmanager
-def progress(
-    description: str, total: float | None = None, *, unit: str = "items", **how: Any
-) -> Iterator[ProgressCounter]:
-    """Progress of any countable job on stderr; its last plain line always comes, unless the job failed.
-
-    Args:
-        description: Name of the job ("tokenise code").
-        total: Units altogether; None when it is not known.
-        unit: What is counted, plural.
-        how: Further arguments of `Display`.
-
-    Example:
-        >>> with progress("tokenise code", total=3, unit="documents") as counter:
-        ...     for _ in range(3):
-        ...         counter.advance()
-    """
-    with ProgressCounter(description, total, unit, **how) as counter:
-        yield counter
-        counter.update(counter.done, last=True)
+        status = "  ".join(filter(None, (f"{count} {self._unit}", speed, left, printable(note))))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, status=status)
+        elif self._enabled and self._clock() >= self._next_line:
+            self._next_line = self._clock() + _LINE_SECONDS
+            write_line(f"{self._description} {status}", self._stream)

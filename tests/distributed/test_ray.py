@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from weftlm.errors import ConfigError, DataError, WeftError
 from weftlm.experts.library import ExpertLibrary
 from weftlm.fan_out import Task, _on_worker, fan_out
 from weftlm.gating import scores
-from weftlm.gating.scores import ScoreCache
 from weftlm.integrations.ray_executor import RayExecutor, ray_executor
 from weftlm.pipeline import experts
 from weftlm.pipeline.experts import train_experts
@@ -39,12 +38,10 @@ from weftlm.pipeline.routes import evaluate_routes
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.slow,
-]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RECIPE = "recipe.yaml"
+TWO = [Task(name, (name,)) for name in ("first", "second")]
 
 
 @pytest.fixture(scope="module")
@@ -76,54 +73,41 @@ def cluster() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Iterator[dict[str, Any]]:
-    """A project carried out by this process, in whose folder the tests are: its experts, scores and evaluation."""
-    folder = tmp_path_factory.mktemp("project")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_corpora(folder / "corpora")
-        training = {
-            "sequence_length": 16, "batch_sequences": 3, "steps": 6, "save_every_steps": 2, "log_every_steps": 1,
-            "device": "cpu",
-        }  # fmt: skip
-        value: dict[str, Any] = {
-            "run": "one",
-            "prepared": "prepared",
-            "data": recipe_value()["data"],
-            "experts": {
-                "base": "base",
-                "lora": {"rank": 2},
-                "training": training,
-                "gate": {"steps": 2},
-                "statistics_examples": 4,
-                "embedder": "tokens-64",
-            },
-            "evaluation": {"max_tokens_per_set": 320},
-            "gating": {"scores": {"length": 8, "sequences": 12, "samples": 6, "batch_size": 4, "shard_sequences": 5}},
-        }
-        (folder / RECIPE).write_text(json.dumps(value))
-        data = prepare(Recipe.model_validate(value).data, folder / "prepared", progress=False)
-        llama(vocab_size=data.tokenizer.vocab_size).save_pretrained(folder / "base")
-        data.tokenizer.save(folder / "base")
-        recipe = load_recipe(RECIPE)
-        yield {
-            "recipe": recipe,
-            "experts": train_experts(recipe, progress=False),
-            "scores": score_experts(recipe, progress=False),
-            "evaluation": evaluate_routes(recipe, progress=False),
-        }
-    torch.set_num_threads(threads)
+@pytest.fixture
+def alone(tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A project carried out by this process, in the test's folder: its experts, scores and evaluation."""
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path / "corpora")
+    training = {
+        "sequence_length": 16, "batch_sequences": 3, "steps": 4, "save_every_steps": 2, "log_every_steps": 1,
+        "device": "cpu", "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    value: dict[str, Any] = {
+        "run": "one",
+        "prepared": "prepared",
+        "data": recipe_value()["data"],
+        "experts": {
+            "base": "base", "lora": {"rank": 2}, "training": training, "gate": {"steps": 2}, "statistics_examples": 4,
+            "embedder": "tokens-64",
+        },
+        "evaluation": {"max_tokens_per_set": 160},
+        "gating": {"scores": {"length": 8, "sequences": 6, "samples": 4, "batch_size": 4, "shard_sequences": 3}},
+    }  # fmt: skip
+    Path(RECIPE).write_text(json.dumps(value))
+    data = prepare(Recipe.model_validate(value).data, "prepared", progress=False)
+    llama(vocab_size=data.tokenizer.vocab_size).save_pretrained("base")
+    data.tokenizer.save("base")
+    recipe = load_recipe(RECIPE)
+    return {
+        "experts": train_experts(recipe, progress=False),
+        "scores": score_experts(recipe, progress=False),
+        "evaluation": evaluate_routes(recipe, progress=False),
+    }
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return Call(capsys)
-
-
-# -- units that are done midway when their worker dies --------------------------------------------------------------
 
 
 def die_once(marker: Path) -> None:
@@ -136,10 +120,10 @@ def die_once(marker: Path) -> None:
 
 
 def dying_after(work: Callable[..., Any], marker: Path) -> Callable[..., Any]:
-    """`work`, whose worker dies once when all is done and nobody knows."""
+    """`work`, whose worker dies once when all is done and the answer is not on its way yet."""
 
-    def run(*arguments: Any) -> Any:
-        answer = work(*arguments)
+    def run(*arguments: Any, **options: Any) -> Any:
+        answer = work(*arguments, **options)
         die_once(marker)
         return answer
 
@@ -152,23 +136,11 @@ def dying_in_training(work: Callable[..., Any], marker: Path) -> Callable[..., A
     def run(*arguments: Any) -> Any:
         from weftlm.training import loop
 
-        save = loop.save_checkpoint
-
-        def save_and_die(*arguments: Any, **options: Any) -> Path:
-            path = save(*arguments, **options)
-            die_once(marker)
-            return path
-
-        loop.save_checkpoint = save_and_die
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "save_checkpoint", dying_after(loop.save_checkpoint, marker))
             return work(*arguments)
-        finally:
-            loop.save_checkpoint = save
 
     return run
-
-
-# -- the same as one process gives ----------------------------------------------------------------------------------
 
 
 def metrics(run: Path, name: str) -> list[dict[str, Any]]:
@@ -177,79 +149,34 @@ def metrics(run: Path, name: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
 
-def test_experts_are_the_same_and_a_killed_worker_is_replaced(
+def test_the_results_are_those_of_one_process_and_killed_workers_are_replaced(
     alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    marker = tmp_path / "killed"
-    monkeypatch.setattr(experts, "_make_far", dying_in_training(experts._make_far, marker))
+    monkeypatch.setattr(experts, "_make_far", dying_in_training(experts._make_far, tmp_path / "killed"))
+    monkeypatch.setattr(scores, "_far_shard", dying_after(scores._far_shard, tmp_path / "killed too"))
+
     made = call("experts", "train", RECIPE, "--set", "run=two", "--ray", "--json")
-    assert marker.exists()
+    assert (tmp_path / "killed").exists()
     assert "train 3/3 experts" in call.err
     assert {name: facts["status"] for name, facts in made["experts"].items()} == dict.fromkeys(WORDS, "made")
-
     one, two = ExpertLibrary.open(Path("one/experts")), ExpertLibrary.open(Path("two/experts"))
-    assert sorted(path.name for path in two.folder.iterdir()) == sorted(path.name for path in one.folder.iterdir())
     for name in WORDS:
         for file in ("adapter_model.safetensors", "adapter_config.json", "statistics.safetensors"):
             assert (two.path(name) / file).read_bytes() == (one.path(name) / file).read_bytes(), (name, file)
         expected, found = one.load(name).gate, two.load(name).gate
-        assert expected is not None
-        assert found is not None
-        assert {**found.facts, "seconds": 0} == {**expected.facts, "seconds": 0}
         assert all(torch.equal(found.vectors[module], vector) for module, vector in expected.vectors.items())
-        logged = metrics(Path("two"), name)
-        assert logged == metrics(Path("one"), name)
-        steps = [line["step"] for line in logged if line["kind"] == "train"]
-        assert steps == sorted(set(steps))
-        assert len(steps) == 6
+        assert metrics(Path("two"), name) == metrics(Path("one"), name)
+        assert [line["step"] for line in metrics(Path("two"), name) if line["kind"] == "train"] == [1, 2, 3, 4]
     assert made["experts"]["cooking"]["losses"] == alone["experts"]["experts"]["cooking"]["losses"]
 
-    again = call("experts", "train", RECIPE, "--set", "run=two", "--ray", "--json")
-    assert {facts["status"] for facts in again["experts"].values()} == {"kept"}
-    assert "give --ray" in call("experts", "train", RECIPE, "--gpus", "1", code=2)
-    assert "one of the two" in call("experts", "train", RECIPE, "--ray", "--processes", "2", code=2)
-
-
-def test_scores_are_the_same_and_nothing_is_counted_twice(
-    alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    marker = tmp_path / "killed"
-    monkeypatch.setattr(scores, "_far_shard", dying_after(scores._far_shard, marker))
-    elsewhere = ["--set", "run=three", "--set", "experts.library=one/experts", "--ray", "--json"]
-    found = call("score", RECIPE, *elsewhere)
-    assert marker.exists()
-    assert "score 54/54 sequences" in call.err
+    found = call("score", RECIPE, "--set", "run=three", "--set", "experts.library=one/experts", "--ray", "--json")
+    assert (tmp_path / "killed too").exists()
+    assert "score 30/30 sequences" in call.err
     assert found == {**alone["scores"], "folder": "three/scores"}
-    one, three = Path("one/scores"), Path("three/scores")
-    assert [path.name for path in sorted(three.iterdir())] == [path.name for path in sorted(one.iterdir())]
-    for path in one.iterdir():
-        assert (three / path.name).read_bytes() == path.read_bytes(), path.name
-    cache = ScoreCache.open(three)
-    assert sum(map(len, (*cache.domains.values(), *cache.samples.values()))) == 54
-    assert call("score", RECIPE, *elsewhere) == found, "finished: only the experts' fingerprints are asked for"
-    assert "score " not in call.err
+    for path in Path("one/scores").iterdir():
+        assert (Path("three/scores") / path.name).read_bytes() == path.read_bytes(), path.name
 
-
-def test_evaluation_is_the_same(alone: dict[str, Any], call: Call) -> None:
-    found = call("route", "eval", RECIPE, "--ray", "--json")
-    expected = alone["evaluation"]
-    assert {"base", "random", "phatgoose", "oracle"} <= set(expected["rows"])
-    assert found == expected
-    assert not list(Path.cwd().rglob(".weftlm-shared-*"))
-
-
-# -- units that cannot be done --------------------------------------------------------------------------------------
-
-
-def two_units(
-    work: Callable[..., Any], *arguments: Any, shared: Sequence[Path] = (), **options: Any
-) -> list[tuple[Task, Any]]:
-    """What comes of a good unit and one called 'second'."""
-    found: list[tuple[Task, Any]] = []
-    tasks = [Task(name, (name, *arguments)) for name in ("first", "second")]
-    with ray_executor(**options) as executor:
-        fan_out(executor, tasks, work, lambda task, answer: found.append((task, answer)), shared=shared, show=False)
-    return found
+    assert call("route", "eval", RECIPE, "--ray", "--json") == alone["evaluation"]
 
 
 def fail(name: str, folder: Path) -> str:
@@ -260,20 +187,8 @@ def fail(name: str, folder: Path) -> str:
     return name
 
 
-def test_an_error_a_user_can_mend_is_final(alone: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^there is no text$"):
-        two_units(fail, tmp_path)
-    assert (tmp_path / "second").read_text() == "tried\n"
-
-
 def die(name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_unit_that_kills_every_worker_is_given_up(alone: dict[str, Any]) -> None:
-    executor = RayExecutor(retries=0)
-    with pytest.raises(WeftError, match=r"(first|second): its worker died \(WorkerCrashedError"):
-        fan_out(executor, [Task(name, (name,)) for name in ("first", "second")], die, print, show=False)
 
 
 def hang(name: str, folder: Path) -> str:
@@ -286,11 +201,25 @@ def hang(name: str, folder: Path) -> str:
     return name
 
 
-def test_an_interruption_ends_what_is_under_way(alone: dict[str, Any], tmp_path: Path) -> None:
+def say(name: str) -> str:
+    return f"{name} {os.environ['CUDA_VISIBLE_DEVICES']}in {os.getcwd()}"
+
+
+def test_tasks_that_fail_die_or_are_interrupted_end_all_of_them(cluster: None, tmp_path: Path) -> None:
+    tasks = [Task(name, (name, tmp_path)) for name in ("first", "second")]
+    answers: list[str] = []
+    with ray_executor() as executor:
+        fan_out(executor, TWO, say, lambda task, answer: answers.append(answer), shared=[tmp_path], show=False)
+    assert sorted(answers) == [f"first in {Path.cwd()}", f"second in {Path.cwd()}"]
+    with pytest.raises(DataError, match=r"^there is no text$"), ray_executor() as executor:
+        fan_out(executor, tasks, fail, print, show=False)
+    assert (tmp_path / "second").read_text() == "tried\n"
+    with pytest.raises(WeftError, match=r"(first|second): its worker died \(WorkerCrashedError"):
+        fan_out(RayExecutor(retries=0), TWO, die, print, show=False)
+
     def interrupt(task: Task, answer: str) -> None:
         raise KeyboardInterrupt
 
-    tasks = [Task(name, (name, tmp_path)) for name in ("first", "second")]
     with pytest.raises(KeyboardInterrupt), ray_executor() as executor:
         fan_out(executor, tasks, hang, interrupt, show=False)
     try:
@@ -303,36 +232,14 @@ def test_an_interruption_ends_what_is_under_way(alone: dict[str, Any], tmp_path:
         assert ended.poll(30_000), "the worker of the second unit still works"
 
 
-def say(name: str) -> str:
-    return f"{name} {os.environ['CUDA_VISIBLE_DEVICES']}in {os.getcwd()}"
-
-
-def test_workers_see_what_this_process_sees(alone: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    (shared / "file").write_text("text")
-    here = str(Path.cwd())
-    assert sorted(answer for _, answer in two_units(say, shared=[shared])) == [f"first in {here}", f"second in {here}"]
-    assert [path.name for path in shared.iterdir()] == ["file"]
-
-    def read_only(path: Path) -> None:
-        raise PermissionError(f"cannot write {path}")
-
-    with monkeypatch.context() as patch:  # then the folder must be there
-        patch.setattr(Path, "touch", read_only)
-        assert len(two_units(say, shared=[shared])) == 2
-
-
-@pytest.mark.parametrize(("place", "what"), [("", "is another folder than the command sees"), ("far", "is not there")])
-def test_a_worker_that_sees_another_folder_is_refused(tmp_path: Path, place: str, what: str) -> None:
-    token = tmp_path / place / ".weftlm-shared-1"
-    with pytest.raises(ConfigError, match=f"{what}; put the working folder, the run folder"):
-        _on_worker(__version__, Path.cwd(), [token], say, ("first",))
+def test_a_worker_of_another_version_or_without_the_folders_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"far is not there on .*; put the working folder, the run folder"):
+        _on_worker(__version__, Path.cwd(), [tmp_path / "far"], say, ("first",))
     with pytest.raises(ConfigError, match=r"has weftlm .* and the command weftlm 0"):
         _on_worker("0", Path.cwd(), [], say, ("first",))
 
 
-def test_a_cluster_that_cannot_be_used_is_said(alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_cannot_be_used_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
     def init(address: str, **options: Any) -> None:
@@ -340,15 +247,20 @@ def test_a_cluster_that_cannot_be_used_is_said(alone: dict[str, Any], monkeypatc
         if address == "auto":
             raise ConnectionError("no cluster")
 
+    def connect(**options: Any) -> None:
+        with ray_executor(**options):
+            pass
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(ray, "shutdown", lambda: started.append("shut down"))
-    with pytest.raises(ConfigError, match="asks for 1 GPUs and this machine has 0"):
-        two_units(say, gpus=1)
+    with pytest.raises(ConfigError, match="each task asks for 1 GPUs, which this machine does not have"):
+        connect(gpus=1)
     assert started == ["auto", "local", "shut down"]
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"no Ray cluster lets this process in at RAY_ADDRESS '127\.0\.0\.1:1'"):
-        two_units(say)
+        connect()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="from a single process"):
-        two_units(say)
+        connect()

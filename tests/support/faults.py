@@ -64,12 +64,12 @@ def host() -> str:
 
 
 @contextmanager
-def held_by_another(lock: Path, *, shared: bool = False) -> Iterator[int]:
+def held_by_another(lock: Path) -> Iterator[int]:
     """Let another process hold a lock; gives its number."""
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(lock, CheckpointError, shared=shared):
+        with locked(lock, CheckpointError):
             os.write(ready[1], b"x")
             os.read(go[0], 1)
             os._exit(0)

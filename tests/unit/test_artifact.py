@@ -140,26 +140,3 @@ def test_a_lock_names_its_holder_and_is_free_after_its_death(tmp_path: Path) -> 
         assert not is_locked(tmp_path / "run" / "other")
         assert not is_locked(lock)
     assert not is_locked(lock)
-
-
-def test_shared_holders_exclude_whole_ones_alone(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    with held_by_another(lock, shared=True) as process:
-        with locked(lock, CheckpointError, shared=True):
-            assert is_locked(lock)
-        with pytest.raises(CheckpointError, match=rf"another process \({process} on "), locked(lock, CheckpointError):
-            pass
-    with locked(lock, CheckpointError):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_whole_holders_exclude_shared_ones(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    with (
-        held_by_another(lock),
-        pytest.raises(CheckpointError, match="another process"),
-        locked(lock, CheckpointError, shared=True),
-    ):
-        pass
-    assert not lock.with_name(f".lock.{os.getpid()}").exists()

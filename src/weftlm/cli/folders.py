@@ -44,11 +44,6 @@ TAKEN: dict[Wanted, tuple[str, tuple[str, ...]]] = {
 """The name of each kind of argument, and the kinds of folders it takes."""
 
 
-def kinds_of(folder: Path) -> list[str]:
-    """What a folder is, the most specific kind first; empty where it is nothing of weftlm's."""
-    return [kind for kind, (_, mark, _) in KINDS.items() if next(folder.glob(mark), None) is not None]
-
-
 def takes(wanted: Wanted) -> Callable[[Context, Any], Any]:
     """A callback of a command's argument that refuses a folder of another kind, and names a command that takes it."""
 
@@ -77,27 +72,11 @@ def _refuse_another(path: Path, wanted: Wanted, command: str) -> None:
         if wanted in ("library", "run", "project", "routed"):
             raise ConfigError(f"there is no folder {path}; {command} takes {said}")
         return  # a hub name, a recipe that is not there, or a library that is to be
-    kinds = kinds_of(path)
+    kinds = [kind for kind, (_, mark, _) in KINDS.items() if next(path.glob(mark), None) is not None]
     if any(kind in taken for kind in kinds) or (wanted == "new library" and not kinds):
         return
     if not kinds:
         held = "a folder of none of the kinds weftlm knows" if any(path.iterdir()) else "an empty folder"
         raise ConfigError(f"{path} is {held}; {command} takes {said}")
-    raise ConfigError(f"{path} is {KINDS[kinds[0]][0]}; {command} takes {said}. Try: {_hint(path, wanted)}")
-
-
-def _hint(path: Path, wanted: Wanted) -> str:
-    """A command that takes a folder, or what was wanted in it."""
-    kind, above = kinds_of(path)[0], path.resolve().parent
-    if kind in ("data", "scores", "gate") and kinds_of(above):
-        return _hint(above, wanted)
-    inside: dict[Wanted, list[tuple[str, str]]] = {
-        "recipe": [("weftlm run", "stages/recipe.yaml"), ("weftlm train", "recipe.yaml")],
-        "library": [("weftlm experts show", "experts")],
-        "model": [("weftlm serve", part) for part in ("students/*", "routed/*", "model")],
-    }
-    for command, part in inside.get(wanted, []):
-        for place in sorted(path.glob(part)):
-            if place.is_file() or any(each in TAKEN[wanted][1] for each in kinds_of(place)):
-                return f"{command} {shlex.quote(str(place))}"
-    return KINDS[kind][2].format(shlex.quote(str(path)))
+    name, _, hint = KINDS[kinds[0]]
+    raise ConfigError(f"{path} is {name}; {command} takes {said}. Try: {hint.format(shlex.quote(str(path)))}")

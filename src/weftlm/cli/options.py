@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from weftlm.cli import complete
 from weftlm.cli.folders import takes
 from weftlm.errors import ConfigError
 
@@ -22,13 +21,7 @@ if TYPE_CHECKING:
 RecipePath = Annotated[Path, Argument(metavar="RECIPE.yaml", help="Path of the recipe.", callback=takes("recipe"))]
 Library = Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the expert library.", callback=takes("library"))]
 Set = Annotated[
-    list[str] | None,
-    Option(
-        "--set",
-        metavar="a.b=value",
-        help="Key of the recipe with another value; repeatable.",
-        autocompletion=complete.settings,
-    ),
+    list[str] | None, Option("--set", metavar="a.b=value", help="Key of the recipe with another value; repeatable.")
 ]
 DryRun = Annotated[bool, Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
@@ -44,8 +37,6 @@ Experts = Annotated[
 MaxTokens = Annotated[
     int | None, Option("--max-tokens", help="Tokens scored per set; 0 scores everything. Default: the recipe's.")
 ]
-
-
 Base = Annotated[str | None, Option("--base", help="Folder or hub name of the base. Default: the one that is named.")]
 Revision = Annotated[str | None, Option("--revision", help="Hub revision: branch, tag or commit.")]
 Tokenizer = Annotated[
@@ -63,9 +54,7 @@ def executor_for(recipe: Recipe, ray: bool, gpus: float, processes: int = 1) -> 
     if gpus and not ray:
         raise ConfigError(f"--gpus {gpus:g} is per Ray task; give --ray with it, or leave it out")
     if ray and processes > 1:
-        raise ConfigError(
-            f"--processes {processes} and --ray, which starts its own, exclude each other; give one of the two"
-        )
+        raise ConfigError(f"--processes {processes} and --ray, which starts its own, exclude each other; give one")
     if ray:
         from weftlm.integrations.ray_executor import ray_executor
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from weftlm.cli import complete, options
+from weftlm.cli import options
 from weftlm.cli.command import Recipe, command
 from weftlm.cli.folders import takes
-from weftlm.cli.output import print_rows, print_table, say, say_yaml, windows
+from weftlm.cli.output import print_rows, say, say_yaml, windows
 from weftlm.planning.hardware import DEVICES
 
 app = Typer()
@@ -24,17 +24,9 @@ def run(
     recipe: options.RecipePath,
     set_: options.Set = None,
     from_: Annotated[
-        str | None,
-        Option(
-            "--from",
-            metavar="STAGE",
-            autocompletion=complete.stages,
-            help="First stage to redo, with everything after it.",
-        ),
+        str | None, Option("--from", metavar="STAGE", help="First stage to redo, with everything after it.")
     ] = None,
-    until: Annotated[
-        str | None, Option("--until", metavar="STAGE", autocompletion=complete.stages, help="Last stage to run.")
-    ] = None,
+    until: Annotated[str | None, Option("--until", metavar="STAGE", help="Last stage to run.")] = None,
     processes: options.Processes = 1,
     quick: options.Quick = False,
     dry_run: options.DryRun = False,
@@ -147,8 +139,11 @@ def plan(
     kept. For known accelerators figures follow from their data sheets; on the CPU a few steps of the recipe's own
     models are timed on the spot. What was assumed is printed below the table.
     """
+    from rich.filesize import decimal
+
     from weftlm.pipeline.checks import load_checked
     from weftlm.planning.hardware import parse_hardware
+    from weftlm.progress import duration_text
 
     machine, checked = parse_hardware(hardware), load_checked(recipe, set_ or [], here=False)
     from weftlm.planning.plan import Assumed, plan_recipe
@@ -156,42 +151,27 @@ def plan(
     assumed = Assumed(domains, experts, data_tokens, requests, prompt, new_tokens)
     found = plan_recipe(checked, machine, name=str(recipe), mfu=mfu, assumed=assumed)
     yield found.to_json()
-    rows = [
-        [
-            stage.name,
-            _duration(stage.time.seconds) if stage.time.seconds else "-",
-            stage.limit,
-            f"{stage.flops:.2e}" if stage.flops else "-",
-            *map(_size, (sum(stage.memory_bytes.values()), stage.sent_bytes, sum(stage.disk_bytes.values()))),
-        ]
+    rows = {
+        stage.name: {
+            "time": duration_text(stage.time.seconds) if stage.time.seconds else "-",
+            "limit": stage.limit,
+            "FLOPs": f"{stage.flops:.2e}" if stage.flops else "-",
+            "memory": decimal(int(sum(stage.memory_bytes.values()))),
+            "sent": decimal(int(stage.sent_bytes)),
+            "disk": decimal(int(sum(stage.disk_bytes.values()))),
+        }
         for stage in found.stages
-    ]
-    rows.append(["all", _duration(found.seconds), "", "", "", "", _size(found.disk_bytes)])
-    columns = ["stage", "time", "limit", "FLOPs", "memory", "sent", "disk"]
-    print_table(f"{found.recipe} on {found.hardware}", columns, rows)
+    }
+    rows["all"] = {"time": duration_text(found.seconds), "disk": decimal(int(found.disk_bytes))}
+    columns = {name: name for name in ("time", "limit", "FLOPs", "memory", "sent", "disk")}
+    print_rows(f"{found.recipe} on {found.hardware}", rows, columns, first="stage")
     say("memory: on the fullest device; sent: by one device; FLOPs and disk: in all")
     for stage in found.stages:
-        say("")
-        parts = {
-            name: {what: _size(value) for what, value in each.items()}
-            for name, each in (("memory", stage.memory_bytes), ("disk", stage.disk_bytes))
-        }
-        facts = {**stage.facts, **parts}
-        say_yaml({f"{stage.name}: {stage.what}": {name: value for name, value in facts.items() if value}})
+        sizes = {"memory": stage.memory_bytes, "disk": stage.disk_bytes}
+        parts = {name: {what: decimal(int(size)) for what, size in each.items()} for name, each in sizes.items()}
+        facts = {name: value for name, value in {**stage.facts, **parts}.items() if value}
+        say_yaml({f"{stage.name}: {stage.what}": facts})
     say_yaml({"What will not work": found.problems, "Assumptions": found.assumptions})
-
-
-def _size(count: float) -> str:
-    from rich.filesize import decimal
-
-    return decimal(int(count)) if count > 0 else "-"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
 
 
 @command(app, plain=True)
@@ -255,8 +235,7 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
     summary = read_object(project.run / SUMMARY, "run the demonstration again") or {}
     yield summary
     for section, (title, keys) in _DEMO_TABLES.items():
-        if section in summary:
-            found = summary[section]
+        if found := summary.get(section):
             by_name = {key: values for key, values in found.items() if isinstance(values, dict)}
             rows = {
                 name.replace("_", " "): {key: values.get(name) for key, values in by_name.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,41 +18,34 @@ from weftlm.corpora.source import Document
 from weftlm.errors import DataError, reason
 
 _KEPT_EXAMPLES = 5
+_CACHE_KIB = 32 << 10
 
 
 class SeenDocuments:
-    """Which documents have been seen, and by which set first.
+    """Which documents have been seen, and by which set first; a context manager over a scratch index.
 
     Fill the sets in order of priority: what the target has is then missing from the held-out sets, and what either has
-    is missing from training. Use as a context manager; the index is scratch and disappears on closing.
+    is missing from training.
 
         with SeenDocuments(folder) as seen:
-            target = list(seen.unique(target_documents, "target"))
-            for document in seen.unique(train_documents, "train"): ...
+            train = [document for document in documents if seen.add(document, "train") is None]
 
     Args:
         folder: Folder of the index while it is used; default the system's temporary folder.
-        cache_bytes: Memory for the index.
     Attributes:
         kept: Documents kept, by set.
         dropped: Documents dropped, by (set they came for, set that has them already).
         examples: Origins of the first dropped documents, by the same pairs.
     """
 
-    def __init__(self, folder: str | Path | None = None, cache_bytes: int = 32 << 20) -> None:
+    def __init__(self, folder: str | Path | None = None) -> None:
         self.kept: Counter[str] = Counter()
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], list[str]] = {}
         self._sets: list[str] = []
         self._folder = tempfile.TemporaryDirectory(prefix="weftlm-seen-", dir=folder)
         self._db = sqlite3.connect(Path(self._folder.name) / "seen.sqlite", isolation_level=None)
-        for pragma in (
-            "journal_mode=off",
-            "synchronous=off",
-            "locking_mode=exclusive",
-            "temp_store=memory",
-            f"cache_size=-{max(cache_bytes >> 10, 64)}",
-        ):
+        for pragma in ("journal_mode=off", "synchronous=off", "locking_mode=exclusive", f"cache_size=-{_CACHE_KIB}"):
             self._db.execute(f"pragma {pragma}")
         self._db.execute("create table seen (digest blob primary key, owner integer not null) without rowid")
         self._db.execute("begin")
@@ -83,10 +76,6 @@ class SeenDocuments:
         if len(examples) < _KEPT_EXAMPLES:
             examples.append(document.origin)
         return owner
-
-    def unique(self, documents: Iterable[Document], set_name: str) -> Iterator[Document]:
-        """The documents whose text no set has yet, in order."""
-        return (document for document in documents if self.add(document, set_name) is None)
 
     def to_json(self) -> dict[str, Any]:
         """Counts and examples as JSON."""

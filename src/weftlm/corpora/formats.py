@@ -55,34 +55,10 @@ DOCUMENT_BYTES = 1 << 28
 GROWTH = 250
 GROWTH_FROM = 1 << 26
 _WINDOW_BYTES = 1 << 31
-_SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*|(?=\]))")
-"""Text before the first value of a JSON array, and after each."""
 _BLOCK = 1 << 20
-_EXPORT = "write its text as JSON Lines or Parquet first"
-_ENCODING = "{0} text; convert it to UTF-8 (iconv -f {0} -t UTF-8)"
-_SIGNATURES: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
-    (re.compile(pattern, re.DOTALL), what)
-    for pattern, what in (
-        (rb"\x1f\x8b", "gzip data; let its name end in .gz"),
-        (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd data; let its name end in .zst"),
-        (rb"\xfd7zXZ\x00", "xz data; let its name end in .xz"),
-        (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2 data; let its name end in .bz2"),
-        (rb"PAR1", "Parquet; let its name end in .parquet"),
-        (rb"ARROW1", f"an Arrow file; {_EXPORT}"),
-        (rb"\x93NUMPY", f"a saved numpy array; {_EXPORT}"),
-        (rb"PK\x03\x04", f"a zip archive, as torch and numpy save objects; unpack it, or {_EXPORT}"),
-        (rb"\x80[\x02-\x05]", f"a pickle, which is never opened because it can run code; {_EXPORT}"),
-        (rb"\x89HDF", f"an HDF5 file; {_EXPORT}"),
-        (rb"%PDF-", f"a PDF file; {_EXPORT}"),
-        (rb"SQLite format 3\x00", f"an SQLite database; {_EXPORT}"),
-        (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", _ENCODING.format("UTF-32")),
-        (rb"\xff\xfe|\xfe\xff|([^\x00]\x00){8}|(\x00[^\x00]){8}", _ENCODING.format("UTF-16")),
-    )
-)
-"""How files begin that are no UTF-8 text, and what they are."""
-_COMPRESSED = dict(zip(COMPRESSIONS, (pattern for pattern, _ in _SIGNATURES), strict=False))
-"""How a compressed file begins, by suffix."""
-_JSON_KINDS = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")
+"""What the first bytes of a text do not hold: control characters and the marks of UTF-16. They tell archives, arrays,
+databases, pickles and text of wide characters from UTF-8."""
 
 log = logging.getLogger(__name__)
 csv.field_size_limit(1 << 26)
@@ -156,15 +132,14 @@ def read_file(
 
 
 def _jsonl(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
-    hint = "; every line must be a JSON object"
-    if split_suffix(path)[0] == ".json":
-        with open_binary(path) as file:
-            head = file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
-        if head[:1] == b"[":
-            yield from _json_array(path, cursor, fail)
-            return
-    else:
-        hint += ", and a file that holds one JSON array must end in .json"
+    if split_suffix(path)[0] == ".json" and _is_array(path):
+        text = _whole(path, cursor, fail)
+        records = [] if text is None else json.loads(text)
+        cursor.number, cursor.rows = 0, True
+        for record in records:
+            yield from _object(record, cursor, fail)
+            cursor.number += 1
+        return
     for line in _lines(path, cursor, fail):
         text = _decode(line, str(cursor), fail)
         if text is None or not text.strip():
@@ -172,40 +147,22 @@ def _jsonl(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            fail("broken_json", str(cursor), reason(error).removeprefix("it is ") + hint * (cursor.number == 1))
+            fail("broken_json", str(cursor), f"{reason(error)}; every line must be a JSON object")
             continue
-        if isinstance(record, dict):
-            yield str(cursor), record
-        else:
-            fail("not_an_object", str(cursor), f"holds a JSON {_JSON_KINDS[type(record)]}{hint}")
+        yield from _object(record, cursor, fail)
 
 
-def _json_array(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
-    text = _whole(path, cursor, fail)
-    if text is None:
+def _is_array(path: Path) -> bool:
+    with open_binary(path) as file:
+        return file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _object(record: Any, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
+    if isinstance(record, dict):
+        yield str(cursor), record
         return
-    decoder = json.JSONDecoder()
-    cursor.rows = True
-    try:
-        start = _SPACE.match(text, text.index("[") + 1)
-        at = start.end() if start else 0
-        while text[at : at + 1] != "]":
-            value, at = decoder.raw_decode(text, at)
-            if isinstance(value, dict):
-                yield str(cursor), value
-            else:
-                kind = _JSON_KINDS[type(value)]
-                fail("not_an_object", str(cursor), f"holds a JSON {kind}; a list must hold JSON objects")
-            cursor.number += 1
-            between = _BETWEEN.match(text, at)
-            if between is None:
-                raise ValueError("not valid JSON: a comma or the end of the array is missing")
-            at = between.end()
-        if text[at + 1 :].strip():
-            raise ValueError("not valid JSON: more follows the end of the array")
-    except (ValueError, RecursionError) as error:
-        rest = "the rest of the array is left out"
-        fail("broken_json", str(cursor), f"{reason(error).removeprefix('it is ')}; {rest}")
+    hint = "" if cursor.rows else " on every line (a file that holds one array of them must end in .json)"
+    fail("not_an_object", str(cursor), f"holds a JSON {type(record).__name__}; give JSON objects{hint}")
 
 
 def _csv(path: Path, cursor: Cursor, fail: Fail, fields: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
@@ -228,12 +185,7 @@ def _csv(path: Path, cursor: Cursor, fail: Fail, fields: tuple[str, ...]) -> Ite
         elif row and len(row) != len(names):
             fail("broken_csv", place, f"the row has {len(row)} cells and the header {len(names)}")
         elif row:
-            record = dict(zip(names, row, strict=True))
-            faulty = next((name for name in fields if not is_unicode(record.get(name, ""))), None)
-            if faulty is None:
-                yield place, record
-            else:
-                fail("undecodable", place, f"column {faulty!r} holds bytes that are not UTF-8")
+            yield place, dict(zip(names, row, strict=True))
 
 
 def _is_named_twice(names: list[str], wanted: tuple[str, ...], place: str, fail: Fail) -> bool:
@@ -320,25 +272,22 @@ def open_binary(path: Path) -> io.BufferedReader:
     """Open a plain or compressed file of text for reading bytes; one that ends too early raises EOFError.
 
     Raises:
-        ValueError: It begins as something else than text, or than its suffix says.
+        ValueError: It begins with what is no UTF-8 text.
     """
     compression = split_suffix(path)[1]
-    raw: io.BufferedReader = io.BufferedReader(io.FileIO(path), _BLOCK)
-    file = raw
+    raw = io.BufferedReader(io.FileIO(path), _BLOCK)
     try:
-        if compression:
-            head = raw.peek(16)
-            if head and not _COMPRESSED[compression].match(head):
-                raise ValueError(f"it is not compressed as its name ({compression}) says")
-            file = io.BufferedReader(_Decompressed(raw, compression), _BLOCK)
-        head = file.peek(16)
-        for pattern, what in _SIGNATURES:
-            if pattern.match(head):
-                raise ValueError(f"it holds {what}")
+        file: Any = io.BufferedReader(_Decompressed(raw, compression), _BLOCK) if compression else raw
+        if _BINARY.search(file.peek(64)[:64]):
+            raise ValueError(
+                "it holds binary data, or UTF-16 or UTF-32 text: convert that to UTF-8, or name a compressed file "
+                ".gz, .zst, .xz or .bz2; pickles, arrays and archives are never opened"
+            )
     except BaseException:
         raw.close()
         raise
-    return file
+    found: io.BufferedReader = file
+    return found
 
 
 def _check_growth(size: int, compressed: int) -> None:
@@ -353,25 +302,24 @@ class _Decompressed(io.RawIOBase):
     """A compressed file read as a stream, which ends with an error where it grows too much."""
 
     def __init__(self, raw: io.BufferedReader, compression: str) -> None:
-        self._raw = raw
-        self._size = 0
         kinds: dict[str, Callable[[Any], Any]] = {
             ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
             ".zst": _ZstdFile,
             ".xz": lzma.LZMAFile,
             ".bz2": bz2.BZ2File,
         }
-        self._stream = kinds[compression](raw)
+        self._raw, self._stream, self._size = raw, kinds[compression](raw), 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         # One read at a time: a longer one would lose what precedes the end of a truncated file.
-        count: int = self._stream.readinto1(memoryview(buffer)[:_BLOCK])
-        self._size += count
+        data = self._stream.read1(min(len(buffer), _BLOCK))
+        self._size += len(data)
         _check_growth(self._size, self._raw.tell())
-        return count
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         if not self.closed:
@@ -384,29 +332,23 @@ class _ZstdFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = b""
-        self._output = memoryview(b"")
+        self._input = self._output = b""
 
-    def readinto1(self, buffer: Any) -> int:
+    def read1(self, size: int) -> bytes:
         while not self._output:
             data = self._input or self._file.read(1 << 10)  # little, for it may hold 30 000 times its size
-            self._input = b""
+            if not data and self._frame is not None:
+                raise EOFError("the zstd stream ends inside a frame")
             if not data:
-                if self._frame is not None:
-                    raise EOFError("the zstd stream ends inside a frame")
-                return 0
+                return b""
             if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(data))
+                self._frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
+            self._input, self._output = b"", self._frame.decompress(data)
             if self._frame.eof:
-                self._input = self._frame.unused_data
-                self._frame = None
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
+                self._input, self._frame = self._frame.unused_data, None
+        found, self._output = self._output[:size], self._output[size:]
+        return found
 
 
 def _lines(path: Path, cursor: Cursor, fail: Fail) -> Iterator[bytes]:

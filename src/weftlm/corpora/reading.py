@@ -46,8 +46,7 @@ def read_documents(config: CorpusConfig, report: ReadingReport) -> Iterator[Docu
         more = () if config.max_bytes is None else (config.max_bytes,)
         return _builtin(config, [builtin_documents(name, *more) for name in _builtin_selection(config)], report)
     if config.dataset is not None:
-        fail = partial(report.fail, stop=config.on_error == "stop", label=config.label)
-        rows = _dataset_rows(config, fail)
+        rows = _dataset_rows(config, _fault(config, report, config.label))
         return _limited(config, _documents(config, rows, report, config.label), report)
     return _limited(config, _file_documents(config, _files(config, report), report), report)
 
@@ -93,6 +92,10 @@ def _state_of(path: Path) -> list[Any]:
     return [str(path), found.st_size, found.st_mtime_ns]
 
 
+def _fault(config: CorpusConfig, report: ReadingReport, label: str | None) -> Fail:
+    return partial(report.fail, stop=config.on_error == "stop", label=label)
+
+
 def _limited(config: CorpusConfig, documents: Iterator[Document], report: ReadingReport) -> Iterator[Document]:
     """Count what passes and stop at the limits."""
     count = size = 0
@@ -128,7 +131,6 @@ def _documents(
     """Documents out of records: the label found, the text checked."""
     for place, record in records:
         label_here = label
-        fail: Fail = partial(report.fail, stop=config.on_error == "stop", label=label)
         if config.label_field is not None:
             assert not isinstance(record, str)
             value = _at(record, config.label_field)
@@ -137,13 +139,12 @@ def _documents(
             if not isinstance(value, str) or not value or not is_unicode(value):
                 shown = "nothing" if value is None else f"{value!r:.60}"
                 detail = f"field {config.label_field!r} holds {shown}; a label must be text or a whole number"
-                fail("missing_label", place, detail)
+                _fault(config, report, label)("missing_label", place, detail)
                 continue
             label_here = value
-            fail = partial(report.fail, stop=config.on_error == "stop", label=label_here)
         texts: list[str] = []
         for field in filter(None, (config.prompt_field, config.text_field)):
-            text = _text(record, field, place, fail)
+            text = _text(record, field, place, _fault(config, report, label_here))
             if text is None:
                 break
             texts.append(text)
@@ -155,11 +156,7 @@ def _text(record: Record, field: str, place: str, fail: Fail) -> str | None:
     """The text in a field of a record, or the record itself if it is text; None where a fault was reported."""
     text = record if isinstance(record, str) else _at(record, field)
     if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            fail("undecodable", place, f"byte {error.start} of {field} is not UTF-8")
-            return None
+        text = text.decode("utf-8", errors="surrogateescape")
     if text is None:
         assert not isinstance(record, str)
         known = ", ".join(map(str, list(record)[:10])) or "none"
@@ -169,7 +166,7 @@ def _text(record: Record, field: str, place: str, fail: Fail) -> str | None:
     elif not text or text.isspace():
         fail("empty", place, "the document is empty")
     elif not is_unicode(text):
-        fail("undecodable", place, "the text holds half a surrogate pair, which UTF-8 cannot hold")
+        fail("undecodable", place, f"field {field!r} holds bytes that are not UTF-8, or half a surrogate pair")
     elif len(text) > DOCUMENT_BYTES:
         fail("too_large", place, f"a document may hold {DOCUMENT_BYTES >> 20} MiB; split it")
     else:
@@ -201,9 +198,9 @@ def _file_documents(
             )
         report.files += 1
         label = config.label if config.label is not None else _label_of(path, config)
-        fail = partial(report.fail, stop=config.on_error == "stop", label=label)
         paragraphs = kind == "text" and config.split_documents == "blank_lines"
-        yield from _documents(config, read_file(path, kind, fail, fields, paragraphs=paragraphs), report, label)
+        records = read_file(path, kind, _fault(config, report, label), fields, paragraphs=paragraphs)
+        yield from _documents(config, records, report, label)
 
 
 def _label_of(path: Path, config: CorpusConfig) -> str | None:
@@ -226,16 +223,15 @@ def _files(config: CorpusConfig, report: ReadingReport) -> list[tuple[Path, Form
         raise DataError(f"{config.path} is a data set written by save_to_disk; give it as dataset, not path")
     result: list[tuple[Path, Format]] = []
     for path in found:
-        kind = _format(path, config)
+        kind = _format(path, config, searched=searched)
         if kind is not None:
             result.append((path, kind))
         elif searched:
             report.ignore(str(path))
-        elif config.suffixes is not None:
-            raise ConfigError(f"{path} does not have one of the suffixes {' '.join(config.suffixes)}")
         else:
+            wanted = "" if config.suffixes is None else f" is none of {' '.join(config.suffixes)}; it"
             raise ConfigError(
-                f"the format of {path} cannot be told from its suffix; set format: jsonl, csv, text, code or parquet "
+                f"the suffix of {path}{wanted} does not tell its format; set format: jsonl, csv, text, code or parquet "
                 f"(weights, pickles and arrays are not read: write their text as JSON Lines first)"
             )
     if not result:
@@ -247,7 +243,7 @@ def _files(config: CorpusConfig, report: ReadingReport) -> list[tuple[Path, Form
     return result
 
 
-def _format(path: Path, config: CorpusConfig) -> Format | None:
+def _format(path: Path, config: CorpusConfig, *, searched: bool) -> Format | None:
     """How a file is to be read; None where its suffix is not one of those wanted."""
     suffix, compression = split_suffix(path)
     if config.suffixes is not None and not {suffix, suffix + compression} & set(config.suffixes):
@@ -257,7 +253,7 @@ def _format(path: Path, config: CorpusConfig) -> Format | None:
         by_suffix = None
     if config.format == "auto":
         return by_suffix if by_suffix is not None or config.suffixes is None else "text"
-    if config.suffixes is not None or not Path(str(config.path)).expanduser().is_dir():
+    if config.suffixes is not None or not searched:
         return config.format
     return config.format if by_suffix == config.format else None
 
@@ -272,32 +268,26 @@ def _dataset_rows(config: CorpusConfig, fail: Fail) -> Iterator[tuple[str, Recor
     """Rows of a Hugging Face dataset; class labels are given by name.
 
     Raises:
-        DataError: It cannot be opened, or the label field holds several labels.
+        DataError: It cannot be opened.
     """
     import datasets  # noqa: PLC0415  (half a second, and most inputs are files)
 
-    name, field = str(config.dataset), config.label_field
-    cursor = Cursor(name, 0, rows=True)
+    cursor = Cursor(str(config.dataset), 0, rows=True)
     loaded = _open_dataset(config)
     features = loaded.features or {}
-    feature = None if field is None else _at(features, field)
-    if isinstance(feature, list | datasets.Sequence | datasets.List | datasets.LargeList):
-        raise DataError(
-            f"dataset {name!r}: label_field {field!r} holds a list of labels per document; a document has one domain: "
-            f"write the one wanted into a field of its own"
-        )
+    feature = None if config.label_field is None else _at(features, config.label_field)
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    asked = filter(None, (config.text_field, config.prompt_field, field))
+    asked = filter(None, (config.text_field, config.prompt_field, config.label_field))
     wanted = {part for whole in asked for part in (whole, whole.split(".")[0])}
     if wanted & set(features):
         loaded = loaded.select_columns([each for each in features if each in wanted])
 
     def rows() -> Iterator[tuple[str, Record]]:
         for record in loaded:
-            if names is not None and field is not None:
-                number = _at(record, field)
+            if names is not None:
+                number = _at(record, str(config.label_field))
                 known = isinstance(number, int) and 0 <= number < len(names)
-                record = {**record, field: names[number] if known else None}
+                record = {**record, str(config.label_field): names[number] if known else None}
             yield str(cursor), record
             cursor.number += 1
 
@@ -307,9 +297,7 @@ def _dataset_rows(config: CorpusConfig, fail: Fail) -> Iterator[tuple[str, Recor
 def _open_dataset(config: CorpusConfig) -> Any:
     import datasets  # noqa: PLC0415
 
-    name = str(config.dataset)
-    asked = f"dataset {name!r} (config {config.config}, split {config.split})"
-    name = locate(name, "data.corpora: dataset", revision=config.revision, repository="dataset")
+    name = locate(str(config.dataset), "data.corpora: dataset", revision=config.revision, repository="dataset")
     if Path(name).is_dir():
         dataset_files(Path(name))
     try:
@@ -318,10 +306,7 @@ def _open_dataset(config: CorpusConfig) -> Any:
                 name, config.config, split=config.split, streaming=config.streaming, revision=config.revision
             )
         loaded = datasets.load_from_disk(name)
+        return loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     except Exception as error:
+        asked = f"dataset {str(config.dataset)!r} (config {config.config}, split {config.split})"
         raise DataError(f"{asked} cannot be opened: {cause(error)}") from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    if config.split not in loaded:
-        raise DataError(f"{asked} cannot be opened: it has the splits {', '.join(map(str, loaded)) or '(none)'}")
-    return loaded[config.split]

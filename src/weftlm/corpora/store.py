@@ -1,21 +1,21 @@
 """Token stores: a domain's tokens in memory-mapped files, checked when they are opened.
 
-A store is a folder:
+A folder holds a store per label, each a folder of its own, the list of the labels (`stores.json`), and the digests of
+all files (`weftlm.files.seal`):
 
-    index.json       what is in it, with size and digest of every file
+    index.json       what is in the store
     tokens.bin       the tokens, little-endian uint16 or uint32
     documents.bin    two little-endian uint64 per document: its end in tokens, and the UTF-8 bytes of its text
     prompts.bin      in a store of examples alone: two little-endian uint64 per document, the tokens of its prompt (the
                      first of its tokens) and the UTF-8 bytes of its prompt
 
-Tokens of the documents follow each other, each document closed by the end-of-document token. `store_writer.py` writes
-stores, one per label, into a folder with the file `stores.json`, which lists the labels.
+Tokens of the documents follow each other, each document closed by the end-of-document token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from weftlm.corpora.examples import Examples
 from weftlm.corpora.labels import folder_name
 from weftlm.errors import DataError
-from weftlm.files import check_listed, read_object
+from weftlm.files import SEAL, check_sealed, read_object
 
-FORMAT = "weftlm token store 2"
+FORMAT = "weftlm token store 3"
 INDEX = "index.json"
 STORES = "stores.json"
 TOKENS, DOCUMENTS, PROMPTS = "tokens.bin", "documents.bin", "prompts.bin"
@@ -35,8 +35,6 @@ DOCUMENT = np.dtype([("end", "<u8"), ("text_bytes", "<u8")])
 PROMPT = np.dtype([("tokens", "<u8"), ("text_bytes", "<u8")])
 
 _CURE = "restore it, or delete the folder and prepare the data again"
-_compared: set[tuple[Path, str, tuple[tuple[int, int], ...]]] = set()
-"""Stores whose contents this process has compared with their index: path, fingerprint, times and sizes of the files."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +62,18 @@ class TokenStore:
 
     Args:
         path: Folder of the store.
-        verify: Whether to compare the contents of every file with the index, at the first opening in this process
-            (measured: 1 to 2 s per gigabyte, which is half a billion tokens).
         tokenizer: Fingerprint the tokens must have been made with; None accepts any.
     Attributes:
         bytes: UTF-8 bytes of the text; 0 after `forget_bytes`.
     Raises:
-        DataError: A file is missing, cut off or altered, or another tokenizer made the tokens; the message names it.
+        DataError: It is no store of this version of weftlm, or another tokenizer made the tokens.
     """
 
-    def __init__(self, path: str | Path, verify: bool = True, tokenizer: str | None = None) -> None:
+    def __init__(self, path: str | Path, tokenizer: str | None = None) -> None:
         self.path = Path(path)
         index = read_object(self.path / INDEX, _CURE)
-        if index is None:
-            raise DataError(f"{path} is not a token store: it has no {INDEX}; prepare the data first")
-        if index.get("format") != FORMAT:
-            raise DataError(
-                f"{self.path / INDEX} is not of the format {FORMAT!r}; prepare the data again with this version of "
-                f"weftlm"
-            )
+        if index is None or index.get("format") != FORMAT:
+            raise DataError(f"{path} is no token store of this version of weftlm; prepare the data again")
         self.tokenizer: str = index["tokenizer"]
         if tokenizer is not None and tokenizer != self.tokenizer:
             raise DataError(
@@ -95,11 +86,8 @@ class TokenStore:
         self.vocab_size: int = index["vocab_size"]
         self.eos_id: int = index["eos_id"]
         self._length: int = index["tokens"]
-        self._files: dict[str, dict[str, Any]] = index["files"]
         self._windows: dict[int, NDArray[Any]] = {}
         self._bytes_known = True
-        if verify:
-            self._compare()
 
     def __len__(self) -> int:
         return self._length
@@ -152,7 +140,7 @@ class TokenStore:
     @property
     def examples(self) -> Examples | None:
         """The documents as prompts and targets; None where they are plain text."""
-        if PROMPTS not in self._files:
+        if not (self.path / PROMPTS).exists():
             return None
         prompts = self._map(PROMPTS, PROMPT)
         targets_N = (self.document_bytes - prompts["text_bytes"]) * np.uint64(self._bytes_known)
@@ -169,32 +157,38 @@ class TokenStore:
         if start < 0 or count < 0 or end > self._length:
             raise IndexError(f"tokens {start} .. {end} of a store of {self._length} ({self.path})")
 
-    def _compare(self) -> None:
-        """Compare the files with the index, unless this process has done so since they were last written."""
-        try:
-            stats = [(self.path / name).stat() for name in self._files]
-        except OSError:
-            stats = []  # the comparison names the file
-        stamp = (self.path.resolve(), self.fingerprint, tuple((each.st_mtime_ns, each.st_size) for each in stats))
-        if stamp not in _compared:
-            check_listed(self.path, self._files, _CURE)
-            _compared.add(stamp)
-
 
 def open_stores(root: str | Path, verify: bool = True, tokenizer: str | None = None) -> dict[str, TokenStore]:
-    """The stores in a folder that `StoreWriter` wrote, by label in order of name; see `TokenStore`.
+    """The stores in a folder that `write_stores` wrote, by label in order of name.
 
+    Args:
+        root: Folder of the stores.
+        verify: Whether to compare every file with its digest, at the first opening in this process (measured: 1 to 2 s
+            per gigabyte, which is half a billion tokens).
+        tokenizer: As in `TokenStore`.
     Raises:
-        DataError: The folder or one of its stores cannot be opened.
+        DataError: A file is missing, cut off or altered, or as `TokenStore`; the message names it.
     """
-    found = read_object(Path(root) / STORES, _CURE)
+    root = Path(root)
+    found = read_object(root / STORES, _CURE)
     if found is None or not isinstance(labels := found.get("labels"), list):
-        raise DataError(f"{Path(root) / STORES} is missing, or of another version of weftlm; prepare the data again")
-    return {label: TokenStore(Path(root) / folder_name(label), verify, tokenizer) for label in labels}
+        raise DataError(f"{root / STORES} is missing, or of another version of weftlm; prepare the data again")
+    if verify:
+        if not (root / SEAL).is_file():
+            raise DataError(f"{root / SEAL} is missing; {_CURE}")
+        files = ((path, path.stat()) for path in sorted(root.rglob("*")) if path.is_file())
+        _compare(root.resolve(), tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files))
+    return {label: TokenStore(root / folder_name(label), tokenizer) for label in labels}
+
+
+@lru_cache(maxsize=64)
+def _compare(root: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+    """Compare files with their digests once per process, as long as their times and sizes stay."""
+    check_sealed(root, _CURE, closed=True)
 
 
 def _reopen(path: str, fingerprint: str, bytes_known: bool) -> TokenStore:
-    store = TokenStore(path, verify=False)
+    store = TokenStore(path)
     if not bytes_known:
         store.forget_bytes()
     if store.fingerprint != fingerprint:

@@ -6,17 +6,14 @@ document. Its fingerprint names everything that decides the ids, so a store can 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,6 @@ END_OF_DOCUMENT = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 20
 
 _TOKENIZER_FILE = re.compile(r"^(.*token.*\.json|vocab.*|merges\.txt|.*(token|spiece|spm).*\.model)$")
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 RUN_CHARACTERS = 1 << 10
 _RUN = re.compile(rf"(?<!\S)\S{{{RUN_CHARACTERS + 1},}}|(?<!\s)\s{{{RUN_CHARACTERS + 1},}}")
 
@@ -90,8 +86,7 @@ class Tokenizer:
     Ids never hold special tokens: text that spells one (`<|endoftext|>` in a document about tokenizers) is encoded as
     ordinary text, so the end-of-document id marks the ends of documents and nothing else.
 
-    A tokenizer may be pickled and sent to other processes. `encode_batch` works in the threads of the `tokenizers`
-    library; a process forked after that encodes in one thread, without the library's warning.
+    A tokenizer may be pickled and sent to other processes.
 
     Attributes:
         hf: Hugging Face tokenizer, for `save_pretrained` beside a model.
@@ -125,7 +120,6 @@ class Tokenizer:
             contents = parse_json(self._backend.to_str())
             del contents["post_processor"]  # only adds special tokens, which are never asked for
         self._unknown_ids = _unknown_ids(hf, contents.get("model", {}))
-        self._in_pieces = _cuts_are_exact(contents.get("pre_tokenizer"), contents.get("normalizer"))
         self.fingerprint: str = _fingerprint([contents, eos_id])
         self.vocabulary_fingerprint: str = _fingerprint(contents)
 
@@ -138,22 +132,20 @@ class Tokenizer:
         return Vocabulary(self.vocab_size, self.eos_id, self.fingerprint)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Token ids of each text, without special tokens.
+        """Token ids of each text, without special tokens; in the threads of the `tokenizers` library.
 
-        Very long texts are encoded in pieces of about a million characters, cut at ends of lines where the cut cannot
-        change the ids, so that memory stays a small multiple of the text.
+        Texts of more than a million characters are encoded in pieces, so that memory stays a small multiple of the
+        text; no token spans two pieces.
         """
         if self._backend is None:
             plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
             return [np.asarray(self.hf(text, **plain)["input_ids"], dtype=np.uint32) for text in texts]
-        _silence_fork_warning()
-        result: list[NDArray[np.uint32]] = []
-        for is_long, group in groupby(texts, key=lambda text: self._in_pieces and len(text) > PIECE_CHARACTERS):
-            if is_long:
-                result += [np.concatenate([self._encode([piece])[0] for piece in split_long(text)]) for text in group]
-            else:
-                result += self._encode(list(group))
-        return result
+        short = iter(self._encode([text for text in texts if len(text) <= PIECE_CHARACTERS]))
+        return [next(short) if len(text) <= PIECE_CHARACTERS else self._encode_long(text) for text in texts]
+
+    def _encode_long(self, text: str) -> NDArray[np.uint32]:
+        starts = range(0, len(text), PIECE_CHARACTERS)
+        return np.concatenate([self._encode([text[start : start + PIECE_CHARACTERS]])[0] for start in starts])
 
     def _encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         assert self._backend is not None
@@ -227,7 +219,6 @@ def train_tokenizer(texts: Iterable[str], config: TrainConfig) -> Tokenizer:
     first = next(sample, None)
     if first is None:
         raise DataError("a tokenizer cannot be trained: the training text is empty")
-    _silence_fork_warning()
     backend.train_from_iterator(chain((first,), sample), trainer=trainer)
     hf: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_DOCUMENT)
     return Tokenizer(hf, "trained on text")
@@ -335,45 +326,16 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     return train_tokenizer(texts, config.train)
 
 
-def split_long(text: str) -> Iterator[str]:
-    """Pieces of about `PIECE_CHARACTERS` that join to the text.
-
-    A piece ends after a line end between two non-blank characters, where the byte-level pre-tokenizer
-    splits in any case, so the ids do not depend on the cut; a text without such a place is cut anywhere.
-    """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = _CUT.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
-        if cut is None and len(text) - start <= 2 * PIECE_CHARACTERS:
-            break
-        end = cut.end() if cut is not None else start + PIECE_CHARACTERS
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
 def _fingerprint(value: Any) -> str:
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(canonical.encode("ascii"), digest_size=16).hexdigest()
 
 
-def _cuts_are_exact(pre_tokenizer: Any, normalizer: Any) -> bool:
-    """Whether the tokenizer is a plain byte-level one, for which `split_long` keeps the ids."""
-    return (
-        normalizer is None
-        and isinstance(pre_tokenizer, dict)
-        and pre_tokenizer.get("type") == "ByteLevel"
-        and not pre_tokenizer.get("add_prefix_space")
-        and bool(pre_tokenizer.get("use_regex"))
-    )
-
-
 def _front(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The texts up to `limit` UTF-8 bytes, the last one cut, in pieces that keep the trainer's memory small."""
+    """The texts up to `limit` UTF-8 bytes, the last one cut, without runs that are long."""
     left = limit
     for text in texts:
-        for piece in chain.from_iterable(map(_short_runs, split_long(text))):
+        for piece in _short_runs(text):
             size = len(piece.encode("utf-8"))
             if size > left:
                 piece = piece.encode("utf-8")[:left].decode("utf-8", errors="ignore")
@@ -396,21 +358,3 @@ def _short_runs(text: str) -> Iterator[str]:
             yield text[start:end]
             start = end
     yield text[start:]
-
-
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
-
-
-@functools.cache
-def _silence_fork_warning() -> None:
-    """Make forks after threaded encoding safe and quiet.
-
-    The `tokenizers` library warns, and turns its threads off, in every process forked after they were used (each
-    DataLoader worker, for one). Turning them off just before a fork, in the child only, is what it asks for. A value
-    the user has set is left alone.
-    """
-    if hasattr(os, "register_at_fork") and _PARALLELISM not in os.environ:
-        os.register_at_fork(
-            before=partial(os.environ.setdefault, _PARALLELISM, "false"),
-            after_in_parent=partial(os.environ.pop, _PARALLELISM, None),
-        )

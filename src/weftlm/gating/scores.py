@@ -47,7 +47,7 @@ from weftlm.gating.features import sequence_features
 from weftlm.gating.files import read_tensors, write_tensors
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.gating.slots import SlotStore
-from weftlm.progress import progress
+from weftlm.progress import ProgressBar
 from weftlm.threads import follow_load
 
 FORMAT = "weftlm score cache 4"
@@ -242,7 +242,7 @@ def score(
     work = _Work(folder, facts, domains, config, eos_id, ranks=True)
     with work.held(overwrite) as left:
         own = sum(len(text) for text in work.own)
-        with progress("score", own, unit="sequences", enabled=show and bool(left) and work.rank == 0) as counter:
+        with ProgressBar("score", own, unit="sequences", enabled=show and bool(left) and work.rank == 0) as counter:
             counter.advance(own - sum(len(text) for text in left))
             with interrupt.safe_points():
                 for text in left:

@@ -38,6 +38,8 @@ __all__ = ["MixtureCallback", "OnlineMixture"]
 
 log = logging.getLogger(__name__)
 
+_LOGGED = 64
+"""Most domains named in the logs, those of largest weight first."""
 _OFF = {
     "auto_find_batch_size": "the mixture draws whole batches of one size",
     "restore_callback_states_from_checkpoint": "resume_from_checkpoint restores the mixture",
@@ -63,16 +65,14 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     Args:
         mixture: what is mixed.
-        logged_domains: domains named in the logs, those of largest weight first.
     Raises:
         ConfigError: no mixture was given, as where the class itself is among a trainer's callbacks.
     """
 
-    def __init__(self, mixture: OnlineMixture | None = None, *, logged_domains: int = 64) -> None:
+    def __init__(self, mixture: OnlineMixture | None = None) -> None:
         if mixture is None:  # a trainer calls a class that is given to it
             raise ConfigError("MixtureCallback has no mixture; give the trainer callbacks=[MixtureCallback(mixture)]")
         self.mixture = mixture
-        self.logged_domains = logged_domains
         self.run: OnlineRun | None = None
         self._feed: Feed | None = None
         self._hook: RemovableHandle | None = None
@@ -162,7 +162,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
         update = run.end_step(optimizer, self._norm)
         self._norm = None
         if update is not None:
-            entry = self._weights() | _measured(update, run, self.logged_domains)
+            entry = self._weights() | _measured(update, run)
             state.log_history.append(entry | {"epoch": state.epoch, "step": state.global_step})
         if state.global_step < state.max_steps and run.exhausted():
             log.warning("training ends at step %d: the domains are read as often as they may", state.global_step)
@@ -187,7 +187,7 @@ class MixtureCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The callback for `trainer_state.json`."""
         saved = None if self.run is None else self.run.saved_state()
-        return {"args": {"logged_domains": self.logged_domains}, "attributes": {"saved": saved}}
+        return {"args": {}, "attributes": {"saved": saved}}
 
     @property
     def _running(self) -> OnlineRun:
@@ -201,16 +201,16 @@ class MixtureCallback(TrainerCallback, ExportableState):
 
     def _weights(self) -> dict[str, float]:
         weights = self._running.weights()
-        heaviest = sorted(weights, key=weights.__getitem__, reverse=True)[: self.logged_domains]
+        heaviest = sorted(weights, key=weights.__getitem__, reverse=True)[:_LOGGED]
         return {f"mixture/{name}": weights[name] for name in weights if name in set(heaviest)}
 
 
-def _measured(update: Report, run: OnlineRun, most: int) -> dict[str, float]:
+def _measured(update: Report, run: OnlineRun) -> dict[str, float]:
     """What an update rests on, by group."""
     found: dict[str, float] = {}
     dots_G = None if update.alignment is None else update.alignment.dots_G
     for what, names, values in (("alignment", run.groups(), dots_G), ("loss", run.task.domains, update.losses_D)):
-        pairs = [] if values is None else list(zip(names, values.tolist(), strict=True))[:most]
+        pairs = [] if values is None else list(zip(names, values.tolist(), strict=True))[:_LOGGED]
         found |= {f"mixture/{what}/{name}": value for name, value in pairs if math.isfinite(value)}
     return found
 

@@ -19,24 +19,21 @@ from weftlm.errors import ConfigError, WeftError, install_hint, reason
 RETRIES = 3
 """How often Ray gives a task to another worker after its own died."""
 
-_log = logging.getLogger(__name__)
-
 
 class RayExecutor(Executor):
     """Tasks on a connected Ray cluster.
 
     Args:
-        cpus: cores of each task; its OMP_NUM_THREADS unless that is set.
+        cpus: Cores of each task; its OMP_NUM_THREADS unless that is set.
         gpus: GPUs of each task; 0 hides them from it.
-        retries: how often a task is given to another worker after its own died.
+        retries: Number of times a task is given to another worker after its own died.
     """
 
     def __init__(self, cpus: int = 1, gpus: float = 0.0, retries: int = RETRIES) -> None:
-        ray = importlib.import_module("ray")
-        self._ray, self._retries = ray, retries
+        self._ray, self._retries = importlib.import_module("ray"), retries
         # A worker goes on to the next task with what it has loaded: Ray ends it after each on a GPU by default.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_calls": 0, "max_retries": retries}
-        self._run, self._hides_gpus = ray.remote(**options, retry_exceptions=False)(_run), gpus == 0
+        self._run, self._hides_gpus = self._ray.remote(**options, retry_exceptions=False)(_run), gpus == 0
         self._futures: set[Future[Any]] = set()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -53,10 +50,10 @@ class RayExecutor(Executor):
         if not future.set_running_or_notify_cancel():
             return
         error = found.exception()
-        cause = getattr(error, "cause", None)
         if error is None:
             future.set_result(found.result())
         elif isinstance(error, self._ray.exceptions.RayTaskError):
+            cause = getattr(error, "cause", None)
             future.set_exception(cause if isinstance(cause, WeftError | OSError) else error)
         else:
             future.set_exception(BrokenExecutor(f"{type(error).__name__} after {self._retries} retries"))
@@ -85,7 +82,7 @@ def ray_executor(cpus: int = 1, gpus: float = 0.0) -> Iterator[RayExecutor]:
     alone. A connection made here ends here. What Ray prints goes to stderr meanwhile: stdout is for results.
 
     Args:
-        cpus: cores of each task.
+        cpus: Cores of each task.
         gpus: GPUs of each task; 0 hides them from it.
     Raises:
         ConfigError: Ray is not installed, RAY_ADDRESS does not answer, this machine alone has not what a task asks for,
@@ -102,19 +99,17 @@ def ray_executor(cpus: int = 1, gpus: float = 0.0) -> Iterator[RayExecutor]:
         ) from error
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
-        alone = False
         if not ray.is_initialized():
             stack.callback(ray.shutdown)
             alone = _connect(ray)
-        for kind, asked in (("CPU", cpus), ("GPU", gpus)):
-            most = max((node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-            if asked > most and alone:
+            has = ray.cluster_resources() if alone else {}
+            lacking = {kind: asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked > has.get(kind, 0)}
+            if alone and lacking:
+                asked = " and ".join(f"{count:g} {kind}s" for kind, count in lacking.items())
                 raise ConfigError(
-                    f"each task asks for {asked:g} {kind}s and this machine has {most:g}; ask for less, or connect to "
-                    "a cluster that has them (RAY_ADDRESS)"
+                    f"each task asks for {asked}, which this machine does not have; ask for less, or connect to a "
+                    "cluster that has them (RAY_ADDRESS)"
                 )
-            if asked > most:
-                _log.warning("tasks ask for %g %ss, machines have %g at most: waiting for another", asked, kind, most)
         executor = RayExecutor(cpus, gpus)
         stack.callback(executor.shutdown, cancel_futures=True)
         yield executor

@@ -179,7 +179,7 @@ def train_experts(
     group = process_group(recipe)
     first = bool(group is None or group.is_main_process)
     progress = progress and first
-    with alone(recipe.run, shared=True) if first else nullcontext():
+    with alone(recipe.run) if first else nullcontext():
         with nullcontext() if group is None else group.main_process_first():
             making = open_for_making(recipe, progress=progress)
         names = _chosen(making, only)
@@ -258,7 +258,7 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         DataError: the expert was made from other text of that domain; naming the domain says that this is meant.
         ExpertError: there is no such expert, it does not fit the base, or it was replaced or removed meanwhile.
     """
-    with alone(recipe.run, shared=True):
+    with alone(recipe.run):
         making = open_for_making(recipe, progress=progress)
         name = making.library.named(name)
         expert = making.library.load(name)

@@ -24,7 +24,7 @@ from weftlm.pipeline.names import EVALUATION
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import MONOLITH, Recipe
 from weftlm.pipeline.students import held_out_problem, log_likelihoods, read_students, table_row
-from weftlm.progress import progress as show_progress
+from weftlm.progress import ProgressBar
 from weftlm.reporting.score_table import Role
 from weftlm.training.runtime import choose_runtime
 
@@ -109,7 +109,7 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     models = models_of(recipe)
     found: dict[str, Any] = {}
     results: dict[str, SuiteResult] = {}
-    with show_progress("evaluate", total=len(models), unit="models", enabled=progress) as counter:
+    with ProgressBar("evaluate", total=len(models), unit="models", enabled=progress) as counter:
         for name, place in models.items():
             opened = open_model(place.path, device=str(device), encoder_decoder=True, **place.settings)
             results[name] = heldout.score(opened.model, opened.tokenizer)

@@ -34,7 +34,7 @@ from weftlm.pipeline.data_config import OTHER_DOMAIN, REMEDY, SETS, TARGET_DOMAI
 from weftlm.pipeline.discovery import SAMPLE_PER_DOMAIN, Discovered, batches, by_clusters, by_label, describe
 from weftlm.pipeline.documents import Documents, write_documents
 from weftlm.pipeline.prepared import FATES, LOST_ACCEPTED, TARGET_SET, PreparedData
-from weftlm.progress import progress as show_progress
+from weftlm.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Preparation:
         counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
         with (
             SeenDocuments(self.folder) as seen,
-            show_progress("read", unit="documents", enabled=self.progress) as counter,
+            ProgressBar("read", unit="documents", enabled=self.progress) as counter,
         ):
 
             def row(name: str, label: str | None) -> Counter[str]:
@@ -206,7 +206,7 @@ class _Preparation:
         if self.config.domains.by != "clusters":
             return by_label(self.documents)
         total = int(self.documents.of("corpora").sum())
-        with show_progress("cluster", total=total, unit="documents", enabled=self.progress) as counter:
+        with ProgressBar("cluster", total=total, unit="documents", enabled=self.progress) as counter:
             return by_clusters(self.documents, self.config, counter.advance)
 
     # -- which documents are used for what ------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class _Preparation:
             if share < 1:
                 positions_N = self.documents.positions(self.config.seed, "tokenizer")
                 sample_N = sample_N & (positions_N < np.uint64(int(share * 2**64)))
-        with show_progress("tokenizer", unit="documents", enabled=self.progress) as counter:
+        with ProgressBar("tokenizer", unit="documents", enabled=self.progress) as counter:
 
             def texts() -> Iterator[str]:
                 for _, document in self.documents.stream(sample_N):
@@ -401,7 +401,7 @@ class _Preparation:
                     yield replace(document, label=label)
 
         found: dict[str, dict[str, TokenStore]] = {}
-        with show_progress("tokenise", unit="bytes", enabled=self.progress) as counter:
+        with ProgressBar("tokenise", unit="bytes", enabled=self.progress) as counter:
 
             def stored(size: int) -> None:
                 counter.update(size + sum(store.bytes for stores in found.values() for store in stores.values()))

@@ -39,7 +39,7 @@ from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
-from weftlm.progress import progress as show_progress
+from weftlm.progress import ProgressBar
 from weftlm.reporting.score_table import Role
 from weftlm.routing.config import RouterConfig, parse_router, router_config, routers
 from weftlm.routing.routed_model import RoutedModel
@@ -226,7 +226,7 @@ def evaluate_routes(
             shared=shared_folders(recipe), description="evaluate", unit="models", show=progress,
         )  # fmt: skip
     else:
-        with show_progress("evaluate", total=len(wanted), unit="models", enabled=progress) as counter:
+        with ProgressBar("evaluate", total=len(wanted), unit="models", enabled=progress) as counter:
             for row, router in wanted.items():
                 found[row] = bench.score(router)
                 counter.advance()

@@ -14,12 +14,11 @@ LOCK = ".lock"
 
 
 @contextmanager
-def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
+def alone(run: Path) -> Iterator[None]:
     """Hold a run folder against other processes that write into it, and sweep the folders in it.
 
     Args:
         run: The folder.
-        shared: Hold it beside others that hold it shared, as makers of experts do, whose experts have own locks.
     Raises:
         CheckpointError: Another process works there; the message names it.
     """
@@ -29,7 +28,7 @@ def alone(run: Path, *, shared: bool = False) -> Iterator[None]:
             f"{who} is at work in {run}; wait for it (weftlm status {run}), or choose another run folder"
         )
 
-    with locked(run / LOCK, refusal, shared=shared, again=True):
+    with locked(run / LOCK, refusal, again=True):
         for folder in run.iterdir():
             sweep(folder)
         yield

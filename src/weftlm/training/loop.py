@@ -29,7 +29,7 @@ from weftlm.files import parse_json
 from weftlm.mixture.loader import Batch
 from weftlm.mixture.policy import Report
 from weftlm.mixture.sampler import SamplerExhausted
-from weftlm.progress import TrainingDisplay
+from weftlm.progress import ProgressBar, count_text, weights_text
 from weftlm.threads import follow_load
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from weftlm.training.config import AlignmentConfig, TrainingConfig, derive_seed, learning_rate
@@ -263,7 +263,8 @@ class Trainer:
         for choice in self.runtime.choices:
             log.info("%s: %s (%s)", choice.setting, choice.value, choice.reason)
         window_start, window_step = time.perf_counter(), self.step
-        with TrainingDisplay(enabled=self.accelerator.is_main_process) as display, interrupt.safe_points():
+        first = self.accelerator.is_main_process
+        with ProgressBar("train", total, unit="steps", done=self.step, enabled=first) as bar, interrupt.safe_points():
             while self.step < total:
                 follow_load()
                 try:
@@ -280,7 +281,8 @@ class Trainer:
                     self.metrics.write(
                         "train", self.step, self.tokens, loss=loss, lr=rate, grad_norm=norm, tokens_per_second=speed
                     )
-                    display.update(self.step, total, self.tokens, loss, speed, self.mixture.weights())
+                    mixture = weights_text(self.mixture.weights(), 4)
+                    bar.update(self.step, f"loss {loss:.3f}  {count_text(speed)} tokens/s  mixture {mixture}")
                     window_start, window_step = time.perf_counter(), self.step
                 before = time.perf_counter()
                 if self.evaluate_every_steps and (self.step % self.evaluate_every_steps == 0 or last):

@@ -1,4 +1,4 @@
-"""Help, completion, wrong calls and wrong recipes, status and listings: no heavy library, and little processor time."""
+"""Help, wrong calls and wrong recipes, status and listings: no heavy library, and little processor time."""
 
 from __future__ import annotations
 
@@ -150,27 +150,3 @@ def test_an_expert_is_shown_with_the_size_of_its_update(library: Path, capsys: p
     out = capsys.readouterr().out
     assert "layer" in out
     assert f"{0.5 * (6 * 4) ** 0.5 * 2**0.5:.4f}" in out  # B A is 2 everywhere on 4 x 3: its norm is 2 sqrt(12)
-
-
-def test_what_tab_offers() -> None:
-    wanted = {
-        "run r.yaml --from ga": "gate",
-        "run r.yaml --until dis": "distil",
-        "train r.yaml --set mixture.policy=dg": "mixture.policy=dga",
-        "train r.yaml --set training.comp": "training.compile=",
-        "train r.yaml --set gating.gate=lin": "gating.gate=linear",
-        "train r.yaml --set tra": "training.",
-        "route build lib --router phat": "phatgoose",
-        "route eval r.yaml --routers uniform,phat": "uniform,phatgoose",
-        "export model --format pe": "peft",
-        "exp": "export",
-        "nonsense ": "",
-    }
-    calls = []
-    for line in wanted:
-        shown = {"_WEFTLM_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": f"weftlm {line}"}
-        calls.append(([], shown))
-    for offered, expected in zip(answers(calls), wanted.values(), strict=True):
-        assert not offered[3]
-        assert expected in offered[1]
-        assert "weftlm:" not in offered[2]

@@ -12,7 +12,7 @@ from support.hostile import NAMES, harmless_line
 import weftlm
 from weftlm.cli.main import _LogFormatter, main
 from weftlm.cli.output import print_table, say, say_lines
-from weftlm.progress import TrainingDisplay, progress, write_line
+from weftlm.progress import ProgressBar, write_line
 from weftlm.text import printable
 
 SOURCE = Path(weftlm.__file__).parent
@@ -23,19 +23,13 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _training(stream: io.StringIO) -> None:
+def _bar(stream: io.StringIO) -> None:
     for name in NAMES:
-        with TrainingDisplay(name, stream=stream) as display:
-            display.update(1, 2, 10.0, 1.0, 5.0, {name: 1.0})
+        with ProgressBar(f"tokenise {name}", total=2, unit="steps", stream=stream) as bar:
+            bar.update(2, name)
 
 
-def _counting(stream: io.StringIO) -> None:
-    for name in NAMES:
-        with progress(f"tokenise {name}", total=2, stream=stream) as counter:
-            counter.advance(2)
-
-
-@pytest.mark.parametrize("show", [_training, _counting, lambda stream: [write_line(name, stream) for name in NAMES]])
+@pytest.mark.parametrize("show", [_bar, lambda stream: [write_line(name, stream) for name in NAMES]])
 @pytest.mark.parametrize("kind", [io.StringIO, _Terminal])
 def test_progress_shows_names_as_they_are(
     show: Callable[[io.StringIO], None], kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch

@@ -24,17 +24,14 @@ from weftlm.corpora import formats
 from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.formats import COMPRESSIONS
 from weftlm.corpora.reading import ReadingReport, corpus_fingerprint, read_documents
-from weftlm.errors import DataError, WeftError
+from weftlm.errors import DataError
 
 RAW = re.compile(r"Errno|Traceback|NoneType|object at 0x|codec can't|set_int_max_str_digits|recursion depth")
 PICKLE = b"\x80\x04\x95\x06\x00\x00\x00\x00\x00\x00\x00]\x94\x8c\x01a\x94a."
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": lambda data: gzip.compress(data, 9, mtime=0),
-    ".zst": zstandard.compress,
-    ".xz": lzma.compress,
+    "": bytes, ".gz": lambda data: gzip.compress(data, 9, mtime=0), ".zst": zstandard.compress, ".xz": lzma.compress,
     ".bz2": bz2.compress,
-}
+}  # fmt: skip
 
 
 def read(report: ReadingReport | None = None, **config: object) -> list[str]:
@@ -42,37 +39,30 @@ def read(report: ReadingReport | None = None, **config: object) -> list[str]:
     return [document.text for document in documents]
 
 
-def refused(kind: type[WeftError] = DataError, **config: object) -> str:
+def refused(**config: object) -> str:
     """The message of a refusal, which must be plain and come within two seconds."""
     begin = time.process_time()
-    with pytest.raises(kind) as caught:
+    with pytest.raises(DataError) as caught:
         read(**config)
     assert time.process_time() - begin < 2
     assert not RAW.search(str(caught.value)), caught.value
     return str(caught.value)
 
 
-def lines(count: int = 400) -> bytes:
-    return b"".join(json.dumps({"text": f"{i * 2654435761 % 2**32:x} text"}).encode() + b"\n" for i in range(count))
+ROWS = [{"text": f"{i * 2654435761 % 2**32:x} text"} for i in range(400)]
+LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 
-def array(count: int = 400) -> bytes:
-    return json.dumps([json.loads(line) for line in lines(count).splitlines()], indent=1).encode()
-
-
-def table(count: int = 400) -> bytes:
+def table(rows: list[Any] = ROWS) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in lines(count).splitlines()]), sink)
+    pq.write_table(pa.Table.from_pylist(rows), sink)
     return sink.getvalue().to_pybytes()
 
 
-def cells(count: int = 400) -> bytes:
-    return b"text\n" + b"".join(b'"%x, text"\n' % (i * 2654435761 % 2**32) for i in range(count))
-
-
-WHOLE: dict[str, Callable[[], bytes]] = {
-    ".jsonl": lines, ".json": array, ".csv": cells, ".tsv": cells, ".txt": lines, ".md": lines, ".py": lines,
-    ".parquet": table,
+CELLS = b"text\n" + b"".join(f'"{row["text"]},"\n'.encode() for row in ROWS)
+WHOLE = {
+    ".jsonl": LINES, ".json": json.dumps(ROWS, indent=1).encode(), ".csv": CELLS, ".tsv": CELLS, ".txt": LINES,
+    ".py": LINES, ".parquet": table(),
 }  # fmt: skip
 NAMES = [
     suffix + compression
@@ -81,15 +71,9 @@ NAMES = [
 ]
 
 
-def whole(name: str) -> bytes:
-    suffix, compression = formats.split_suffix(Path("a" + name))
-    return COMPRESS[compression](WHOLE[suffix]())
-
-
-def flip(data: bytes, seed: int) -> bytes:
+def flip(data: bytes) -> bytes:
     """Sixteen bytes changed, the first of them near the beginning."""
-    found = bytearray(data)
-    rng = np.random.default_rng(seed)
+    found, rng = bytearray(data), np.random.default_rng(0)
     for place in [int(rng.integers(min(64, len(data)))), *map(int, rng.integers(len(data), size=15))]:
         found[place] ^= int(rng.integers(1, 256))
     return bytes(found)
@@ -103,23 +87,22 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "nothing": lambda data: b"",
     "zeros": lambda data: bytes(len(data)),
     "noise": lambda data: np.random.default_rng(3).bytes(len(data)),
-    "bytes changed": lambda data: flip(data, 0),
-    "other bytes changed": lambda data: flip(data, 1),
+    "bytes changed": flip,
     "twice": lambda data: data + data,
     "UTF-16": lambda data: "text of another kind\n".encode("utf-16"),
     "UTF-16 without a mark": lambda data: "text of another kind\n".encode("utf-16-le"),
     "a pickle": lambda data: PICKLE,
     "a zip archive": lambda data: b"PK\x03\x04" + data,
     "gzip": gzip.compress,
-    "Parquet": lambda data: table(3),
+    "Parquet": lambda data: table(ROWS[:3]),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_no_damage_is_a_crash_and_none_is_silent(tmp_path: Path, damage: str) -> None:
     for name in NAMES:
-        data = whole(name)
-        damaged = DAMAGE[damage](data)
+        suffix, compression = formats.split_suffix(Path("a" + name))
+        damaged = DAMAGE[damage](COMPRESS[compression](WHOLE[suffix]))
         path = tmp_path / f"a{name}"
         path.write_bytes(damaged)
         report = ReadingReport()
@@ -135,30 +118,34 @@ def test_no_damage_is_a_crash_and_none_is_silent(tmp_path: Path, damage: str) ->
             assert report.problems.total() == 1, name
 
 
+BINARY = "binary data, or UTF-16 or UTF-32 text"
+
+
 @pytest.mark.parametrize(
     ("suffix", "data", "says"),
     [
-        (".txt", "ä".encode("utf-16"), "UTF-16 text; convert it"),
-        (".jsonl", '{"text": "ä"}'.encode("utf-16-be"), "UTF-16 text; convert it"),
-        (".csv", "text\nä".encode("utf-32"), "UTF-32 text; convert it"),
-        (".jsonl", gzip.compress(b"{}", mtime=0), "gzip data; let its name end in .gz"),
-        (".txt", lzma.compress(b"{}"), "xz data; let its name end in .xz"),
-        (".json", table(2), "Parquet; let its name end in .parquet"),
+        (".txt", "ä".encode("utf-16"), BINARY),
+        (".jsonl", '{"text": "ä"}'.encode("utf-16-be"), BINARY),
+        (".csv", "text\nä".encode("utf-32"), BINARY),
+        (".jsonl", gzip.compress(b"{}", mtime=0), BINARY),
+        (".txt", lzma.compress(b"{}"), BINARY),
+        (".json", table(ROWS[:2]), BINARY),
+        (".txt", PICKLE, "pickles, arrays and archives are never opened"),
         (".parquet", b'{"text": "a"}\n', "cannot be read"),
-        (".txt.gz", b"plain text that is long enough", "not compressed as its name"),
-        (".txt.bz2", gzip.compress(b"text", mtime=0), "not compressed as its name"),
-        (".txt", PICKLE, "a pickle, which is never opened"),
+        (".parquet", table([{"body": "a"}]), "has no column for text; it has body"),
+        (".txt.gz", b"plain text that is long enough", "cannot be read"),
+        (".txt.bz2", gzip.compress(b"text", mtime=0), "cannot be read"),
         (".jsonl", b'[{"text": "a"}]\n', "must end in .json"),
         (".json", b'[{"text": "a"}, {"text": "b"', "not valid JSON"),
         (".json", b'[{"text": "a"} {"text": "b"}]', "not valid JSON"),
-        (".json", b'["a"]', "holds a JSON string"),
+        (".json", b'["a"]', "holds a JSON str"),
         (".json", b'[{"text": ' + b"[" * 100_000, "nested too deep"),
         (".jsonl", b'{"text": ' + b"[" * 100_000, "nested too deep"),
         (".jsonl", b'{"text": "a", "n": ' + b"9" * 50_000 + b"}", "too many digits"),
         (".csv", b"text,text\na,b\n", "2 columns are named 'text'"),
         (".csv", b"text,n\na\n", "has 1 cells and the header 2"),
         (".csv", b'text\n"a', "not valid CSV"),
-        (".csv", b"text\n\xff\n", "bytes that are not UTF-8"),
+        (".csv", b"text\n\xff\n", "holds bytes that are not UTF-8"),
         (".csv", b"body\na\n", "field 'text' is missing; fields: body"),
     ],
 )  # fmt: skip
@@ -172,22 +159,22 @@ def test_the_message_says_what_came_and_what_to_do(tmp_path: Path, suffix: str, 
 
 @pytest.mark.parametrize("compression", ["", ".xz"])
 def test_arrays_and_tables_read_as_lines_do(tmp_path: Path, compression: str) -> None:
-    wanted = [json.loads(line)["text"] for line in lines().splitlines()]
+    wanted = [row["text"] for row in ROWS]
     wanted[1] = 'quotes " , ] } \\ and\nlines \N{SPOOL OF THREAD}' + "x" * 1_200_000
+    quoted = [text.replace('"', '""') for text in wanted]
     bodies = {
         ".jsonl": "\n".join(json.dumps({"text": text}) for text in wanted),
         ".json": "\ufeff" + json.dumps([{"text": text, "n": [1, {"a": 2}]} for text in wanted], indent=2),
-        ".csv": "\ufefftext,n\r\n" + "".join(f'"{text.replace(chr(34), chr(34) * 2)}",1\r\n' for text in wanted),
-        ".tsv": "n\ttext\n" + "".join(f'1\t"{text.replace(chr(34), chr(34) * 2)}"\n' for text in wanted),
+        ".csv": "\ufefftext,n\r\n" + "".join(f'"{text}",1\r\n' for text in quoted),
+        ".tsv": "n\ttext\n" + "".join(f'1\t"{text}"\n' for text in quoted),
     }
     for suffix, body in bodies.items():
         path = tmp_path / f"a{suffix}{compression}"
         path.write_bytes(COMPRESS[compression](body.encode()))
         assert read(path=str(path)) == wanted
-    assert read(path=str(tmp_path / "*.t*"), label="x") == wanted
 
 
-def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
+def test_values_that_python_cannot_hold_and_doubled_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     days = pa.array([0, 2**31 - 1, 5], pa.int32()).cast(pa.date32())
     pq.write_table(pa.table({"text": ["a", "b", "c"], "day": days}), path)
@@ -196,9 +183,7 @@ def test_values_that_python_cannot_hold(tmp_path: Path) -> None:
     assert read(report, path=str(path), label_field="day", on_error="skip") == []
     assert report.problems == {"unreadable": 1, "missing_label": 2}
     assert f"{path}[1]: cannot be read" in report.examples["unreadable"][0]
-    assert "a label must be text" in refused(path=str(path), label_field="day")
-    doubled = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
-    pq.write_table(doubled, path)
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"]), path)
     assert "2 columns are named 'text'; keep one" in refused(path=str(path))
     assert read(path=str(path), text_field="body") == ["c"]
 
@@ -213,14 +198,13 @@ def test_windows_of_zstd_above_128_mib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize(("suffix", "start"), [(".txt", b""), (".jsonl", b'{"text": "')])
 def test_bombs_end_before_they_fill_memory(
-    tmp_path: Path, suffix: str, compression: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, suffix: str, start: bytes, compression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "GROWTH_FROM", 1 << 22)
     path = tmp_path / f"a{suffix}{compression}"
-    begin = {".txt": b"", ".jsonl": b'{"text": "'}[suffix]
-    path.write_bytes(BOMBS[compression](begin))
+    path.write_bytes(COMPRESS[compression](start) + COMPRESS[compression](b"x" * (1 << 20)) * 9)
     assert path.stat().st_size < 1 << 15
     tracemalloc.start()
     message = refused(path=str(path))
@@ -228,19 +212,6 @@ def test_bombs_end_before_they_fill_memory(
     tracemalloc.stop()
     assert "over 250 times as many" in message
     assert peak < 8 << 22
-
-
-def _repeated(start: bytes, compressor: Any, blocks: int = 9) -> bytes:
-    block = b"x" * (1 << 20)
-    return compressor.compress(start) + b"".join(compressor.compress(block) for _ in range(blocks)) + compressor.flush()
-
-
-BOMBS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": lambda start: gzip.compress(start, mtime=0) + gzip.compress(b"x" * (1 << 20)) * 9,
-    ".zst": lambda start: _repeated(start, zstandard.ZstdCompressor().compressobj()),
-    ".xz": lambda start: lzma.compress(start) + lzma.compress(b"x" * (1 << 20)) * 9,
-    ".bz2": lambda start: bz2.compress(start) + bz2.compress(b"x" * (1 << 20)) * 9,
-}
 
 
 def test_a_bomb_of_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,13 +226,10 @@ def test_one_document_is_bounded(tmp_path: Path, suffix: str, monkeypatch: pytes
     for module in ("formats", "reading"):
         monkeypatch.setattr(f"weftlm.corpora.{module}.DOCUMENT_BYTES", 1 << 21)
     text = "word " * (1 << 19)
+    record = json.dumps({"text": text})
+    body = {".txt": text, ".jsonl": record, ".json": f"[{record}]", ".csv": f"text\n{text}\n"}
     path = tmp_path / f"a{suffix}"
-    if suffix == ".parquet":
-        pq.write_table(pa.table({"text": [text]}), path)
-    else:
-        record = json.dumps({"text": text})
-        body = {".txt": text, ".jsonl": record, ".json": f"[{record}]", ".csv": f"text\n{text}\n"}[suffix]
-        path.write_text(body)
+    path.write_bytes(table([{"text": text}]) if suffix == ".parquet" else body[suffix].encode())
     assert "a document may hold 2 MiB" in refused(path=str(path))
 
 
@@ -269,16 +237,10 @@ def special(folder: Path, kind: str) -> Path:
     path = folder / f"{kind}.jsonl"
     if kind == "pipe":
         os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "gone":
-        path.symlink_to(folder / "nowhere")
-    else:
-        secret = folder.parent / "secret.jsonl"
-        secret.write_bytes(lines(1))
-        path.symlink_to(secret)
+        return path
+    secret = folder.parent / "secret.jsonl"
+    secret.write_bytes(LINES)
+    path.symlink_to({"device": "/dev/zero", "loop": path, "gone": folder / "nowhere", "link out": secret}[kind])
     return path
 
 
@@ -286,7 +248,7 @@ def special(folder: Path, kind: str) -> Path:
 def test_what_is_no_file_of_the_folder_is_left_out_and_counted(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "corpus"
     (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a.jsonl").write_bytes(lines(2))
+    (folder / "sub" / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}\n')
     (folder / "inner.jsonl").symlink_to(folder / "sub" / "a.jsonl")
     (folder / "sub" / "up").symlink_to(folder)
     (folder / "sub" / "up again").symlink_to(folder)
@@ -305,38 +267,14 @@ def test_the_snapshot_of_a_hub_cache_is_one_folder(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "1234"
     for folder in (blobs, snapshot):
         folder.mkdir(parents=True)
-    (blobs / "abcd").write_bytes(lines(2))
+    (blobs / "abcd").write_bytes(LINES)
     (snapshot / "a.jsonl").symlink_to("../../blobs/abcd")
-    assert len(read(path=str(snapshot))) == 2
+    assert len(read(path=str(snapshot))) == len(ROWS)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "~nobody-of-that-name/a.jsonl", "", "/proc/self/mem/x"])
 def test_paths_that_no_system_takes(path: str) -> None:
     refused(path=path)
-
-
-SAVED: dict[str, tuple[Any, list[Any], str]] = {
-    "missing": (datasets.ClassLabel(names=["sea", "sky"]), [0, None], "holds nothing"),
-    "a list of texts": (datasets.List(datasets.Value("string")), [["sea"], []], "holds a list of labels"),
-    "numbers": (datasets.Value("float32"), [1.0, 2.0], "must be text or a whole number"),
-}
-
-
-@pytest.mark.parametrize("kind", SAVED)
-def test_labels_of_datasets(tmp_path: Path, kind: str) -> None:
-    feature, values, says = SAVED[kind]
-    features = datasets.Features({"text": datasets.Value("string"), "topic": feature})
-    datasets.Dataset.from_dict({"text": ["a", "b"], "topic": values}, features=features).save_to_disk(tmp_path / "d")
-    assert says in refused(dataset=str(tmp_path / "d"), label_field="topic")
-
-
-def test_class_labels_within_a_field_have_their_names(tmp_path: Path) -> None:
-    topic = {"topic": datasets.ClassLabel(names=["sea", "sky"])}
-    features = datasets.Features({"text": datasets.Value("string"), "meta": topic})
-    rows = {"text": ["a", "b"], "meta": [{"topic": 1}, {"topic": 0}]}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "d")
-    config = validate(CorpusConfig, {"dataset": str(tmp_path / "d"), "label_field": "meta.topic"}, "corpus")
-    assert [document.label for document in read_documents(config, ReadingReport())] == ["sky", "sea"]
 
 
 @pytest.mark.parametrize("damage", ["state.json torn", "state.json odd", "no data", "data torn", "given as a path"])
@@ -356,11 +294,27 @@ def test_damaged_folders_of_save_to_disk(tmp_path: Path, damage: str) -> None:
     assert str(folder) in refused(dataset=str(folder))
 
 
-@pytest.mark.parametrize("label", [None, [], ["sea"], {"a": 1}, 1.5, True, "", "\ud800"])
+LABELS: dict[str, tuple[Any, list[Any]]] = {
+    "missing class": (datasets.ClassLabel(names=["sea", "sky"]), [None, 0]),
+    "list": (datasets.List(datasets.Value("string")), [["sea"], []]),
+    "fraction": (datasets.Value("float32"), [1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("label", [None, [], ["sea"], {"a": 1}, 1.5, True, "", "\ud800", *LABELS], ids=repr)
 def test_labels_of_other_kinds_are_named(tmp_path: Path, label: Any) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "a", "label": label}) + "\n")
-    assert "field 'label' holds" in refused(path=str(path), label_field="label")
+    if isinstance(label, str) and label in LABELS:
+        feature, values = LABELS[label]
+        features = datasets.Features({"text": datasets.Value("string"), "label": feature})
+        datasets.Dataset.from_dict({"text": ["a", "b"], "label": values}, features=features).save_to_disk(
+            tmp_path / "d"
+        )
+        said = refused(dataset=str(tmp_path / "d"), label_field="label")
+    else:
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps({"text": "a", "label": label}) + "\n")
+        said = refused(path=str(path), label_field="label")
+    assert "field 'label' holds" in said
 
 
 def test_faults_are_counted_by_label(tmp_path: Path) -> None:
@@ -373,7 +327,7 @@ def test_faults_are_counted_by_label(tmp_path: Path) -> None:
 
 def test_our_own_mistakes_are_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(lines(1))
+    path.write_bytes(LINES)
     monkeypatch.setattr(formats, "json", object())
     with pytest.raises(AttributeError):
         read(path=str(path), on_error="skip")

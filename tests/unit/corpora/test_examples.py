@@ -15,8 +15,8 @@ from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.examples import ExampleSource, examples_of
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import ArraySource, Document
-from weftlm.corpora.store import TokenStore
-from weftlm.corpora.store_writer import StoreWriter
+from weftlm.corpora.store import TokenStore, open_stores
+from weftlm.corpora.store_writer import write_stores
 from weftlm.corpora.tokenise import tokenise_by_label
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.domains.domain import TokenPrefix
@@ -90,9 +90,9 @@ def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -
 
 def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def made(name: str, cut: int | None) -> TokenStore:
-        with StoreWriter(tmp_path / name, tokenizer.vocabulary) as writer:
+        with write_stores(tmp_path / name, tokenizer.vocabulary) as writer:
             writer.append([1, 2, 3, 4], 9, "d", prompt=None if cut is None else (cut, 2 * cut))
-        return TokenStore(tmp_path / name / "d")
+        return open_stores(tmp_path / name)["d"]
 
     stores = [made("plain", None), made("one", 1), made("two", 2), made("again", 2)]
     prints = [store.fingerprint for store in stores]
@@ -103,7 +103,7 @@ def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tokenizer: To
     path = tmp_path / "two/d/prompts.bin"
     path.write_bytes(b"\x01" + path.read_bytes()[1:])
     with pytest.raises(DataError, match=r"prompts\.bin was altered"):
-        TokenStore(tmp_path / "two/d")
+        open_stores(tmp_path / "two")
 
 
 def test_a_domain_is_of_one_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -115,28 +115,6 @@ def test_a_domain_is_of_one_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
     two = [*documents(), Document("plain", "p", "text")]
     stores = tokenise_by_label(two, tokenizer, tmp_path / "c")
     assert [examples_of(stores[label]) is None for label in ("task", "text")] == [False, True]
-
-
-def test_an_interrupted_store_of_examples_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    many = documents([(f"count {i}: ", f"{i * 31} and no more") for i in range(60)])
-
-    def stopping() -> Any:
-        yield from many[:40]
-        raise KeyboardInterrupt
-
-    sizes = {"batch_bytes": 200, "commit_bytes": 300}
-    whole = tokenise_by_label(many, tokenizer, tmp_path / "whole", **sizes)
-    with pytest.raises(KeyboardInterrupt):
-        tokenise_by_label(stopping(), tokenizer, tmp_path / "cut", **sizes)
-    assert (tmp_path / ".cut.partial/task/prompts.bin").exists()
-    resumed = tokenise_by_label(many, tokenizer, tmp_path / "cut", **sizes)
-    assert resumed["task"].fingerprint == whole["task"].fingerprint
-    assert (tmp_path / "cut/task/prompts.bin").read_bytes() == (tmp_path / "whole/task/prompts.bin").read_bytes()
-    other = [Document(d.text, d.origin, d.label, d.prompt + 1 if d.prompt else None) for d in many]
-    with pytest.raises(KeyboardInterrupt):
-        tokenise_by_label(stopping(), tokenizer, tmp_path / "moved", **sizes)
-    with pytest.raises(DataError, match="not those of the interrupted run"):
-        tokenise_by_label(other, tokenizer, tmp_path / "moved", **sizes)
 
 
 def test_a_cap_keeps_whole_examples() -> None:

@@ -61,7 +61,7 @@ def test_text_whole_and_in_paragraphs(tmp_path: Path) -> None:
 
 def test_zstd_of_several_frames_and_large_blocks(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.zst"
-    data = bytes(range(256)) * 9 + b"\0" * 3_000_000
+    data = b"words " * 90 + b"." * 3_000_000
     path.write_bytes(compress(data, ".zst") + compress(b"", ".zst") + compress(b"tail", ".zst"))
     with open_binary(path) as file:
         assert file.read() == data + b"tail"
@@ -107,7 +107,7 @@ FAULTS = {
     "undecodable ": (b'{"text": "\\ud800"}', "half a surrogate pair"),
     "undecodable": (b'{"text": "\xff"}', r"byte 0xff at column 11"),
     "broken_json": (b'{"text": ', "not valid JSON"),
-    "not_an_object": (b'["text"]', "JSON array"),
+    "not_an_object": (b'["text"]', "JSON list"),
     "missing_field": (b'{"txt": "a"}', "field 'text' is missing; fields: txt"),
     "not_text": (b'{"text": 3}', "type int, not text"),
     "empty": (b'{"text": " \\n"}', "empty"),
@@ -130,6 +130,12 @@ def test_a_faulty_line_is_counted_or_stops_and_always_named(tmp_path: Path, reas
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:2: .*{re.escape(message)}.*on_error: skip"):
         read(report, **config)
     assert report.documents == 1
+    path.write_bytes((line + b"\n") * 50)
+    report = ReadingReport()
+    read(report, **config, on_error="skip")
+    value = json.loads(json.dumps(report.to_json()))
+    assert value["problems"] == {reason.strip(): 50}
+    assert len(value["examples"][reason.strip()]) == 5
 
 
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
@@ -146,16 +152,6 @@ def test_a_truncated_file_is_never_taken_for_a_short_one(tmp_path: Path, suffix:
     place = f"{path}:{len(taken) + 1}"
     assert report.examples["truncated"][0].startswith(place)
     with pytest.raises(DataError, match=re.escape(place) + ".*ends too early"):
-        read(path=str(path))
-
-
-def test_a_truncated_parquet_and_a_missing_column(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.Table.from_pylist([{"body": "x"}] * 3), path)
-    with pytest.raises(DataError, match=r"a\.parquet: has no column for text; it has body"):
-        read(path=str(path))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"a\.parquet\[0\]: cannot be read"):
         read(path=str(path))
 
 
@@ -181,18 +177,6 @@ def test_undecodable_text_names_the_line(tmp_path: Path) -> None:
     assert report.problems["undecodable"] == 1
 
 
-def test_the_report_keeps_only_some_examples_and_becomes_json(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"{}\n" * 50)
-    report = ReadingReport()
-    read(report, path=str(path), on_error="skip")
-    value = json.loads(json.dumps(report.to_json()))
-    assert value["problems"] == {"missing_field": 50}
-    assert value["examples"]["missing_field"] == [
-        f"{path}:{i}: field 'text' is missing; fields: none" for i in range(1, 6)
-    ]
-
-
 def test_limits(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl([{"text": "ééé"}] * 10))
@@ -210,7 +194,7 @@ def test_nothing_found_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no file of format code"):
         read(path=str(tmp_path), format="code")
     (tmp_path / "odd").write_text("x")
-    with pytest.raises(ConfigError, match="cannot be told from its suffix; set format"):
+    with pytest.raises(ConfigError, match="does not tell its format; set format"):
         read(path=str(tmp_path / "odd"))
     assert read(path=str(tmp_path / "odd"), format="text")[0][0] == "x"
     with pytest.raises(ConfigError, match="has no field 'd'"):
@@ -252,11 +236,13 @@ def test_datasets_from_a_folder(tmp_path: Path, streaming: bool, monkeypatch: py
 
 
 def test_datasets_saved_to_disk_with_class_labels(tmp_path: Path) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "topic": datasets.ClassLabel(names=["sea", "sky"])})
-    saved = datasets.Dataset.from_dict({"text": ["a", "b", None], "topic": [1, 0, 1]}, features=features)
+    topic = {"topic": datasets.ClassLabel(names=["sea", "sky"])}
+    features = datasets.Features({"text": datasets.Value("string"), "meta": topic})
+    data = {"text": ["a", "b", None], "meta": [{"topic": 1}, {"topic": 0}, {"topic": 1}]}
+    saved = datasets.Dataset.from_dict(data, features=features)
     datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "d")
     report = ReadingReport()
-    rows = read(report, dataset=str(tmp_path / "d"), label_field="topic", on_error="skip")
+    rows = read(report, dataset=str(tmp_path / "d"), label_field="meta.topic", on_error="skip")
     assert [(text, label) for text, _, label in rows] == [("a", "sky"), ("b", "sea")]
     assert report.examples["missing_field"][0].startswith(f"{tmp_path / 'd'}[2]: ")
     with pytest.raises(DataError, match="split missing"):
@@ -275,10 +261,9 @@ def test_the_fingerprint_of_an_input_changes_with_it(tmp_path: Path) -> None:
     assert corpus_fingerprint(config) != first
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
-def test_memory_does_not_grow_with_the_file(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / f"a.jsonl{compression}"
-    path.write_bytes(compress(jsonl([{"text": f"{i} " + "word " * 400} for i in range(10_000)]), compression))
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compress(jsonl([{"text": f"{i} " + "word " * 400} for i in range(10_000)]), ".zst"))
     config = CorpusConfig(path=str(path))
     tracemalloc.start()
     total = sum(len(document.text) for document in read_documents(config, ReadingReport()))

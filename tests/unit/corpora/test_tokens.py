@@ -2,18 +2,14 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -27,7 +23,6 @@ from weftlm.corpora.tokens import (
     find_tokenizer,
     load_pretrained,
     make_tokenizer,
-    split_long,
     train_tokenizer,
 )
 from weftlm.errors import ConfigError, DataError
@@ -149,48 +144,19 @@ def test_the_configuration_is_one_of_two() -> None:
 
 def test_make_tokenizer_reads_text_only_to_train(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-
-    def untouched() -> object:
-        pytest.fail("the text was read")
-        yield ""
-
-    assert make_tokenizer(TokenizerConfig(pretrained=str(tmp_path)), untouched()).fingerprint == tokenizer.fingerprint
+    untouched = (pytest.fail("the text was read") for _ in range(1))
+    assert make_tokenizer(TokenizerConfig(pretrained=str(tmp_path)), untouched).fingerprint == tokenizer.fingerprint
     assert make_tokenizer(TokenizerConfig(train=SMALL), iter(TEXTS)).fingerprint == tokenizer.fingerprint
 
 
-@settings(max_examples=50)
-@given(st.lists(st.sampled_from(["a", "bc ", "\n", "\n\n", " ", "é", "x\ny", "\r\n", "'s"]), max_size=60))
-def test_cutting_long_texts_does_not_change_the_ids(parts: list[str]) -> None:
-    text = "".join(parts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "PIECE_CHARACTERS", 8)
-        assert "".join(split_long(text)) == text
-        pieces = list(split_long(text))
-        cut = TOKENIZER.encode_batch(["short", text, "end"])
-    assert TOKENIZER.decode(cut[1]) == text
-    natural = all(len(piece) > 1 and piece[-1] == "\n" and not piece[-2].isspace() for piece in pieces[:-1])
-    if natural and all(not piece[0].isspace() for piece in pieces[1:]):
-        np.testing.assert_array_equal(cut[1], TOKENIZER.encode_batch([text])[0])
-    np.testing.assert_array_equal(cut[2], TOKENIZER.encode_batch(["end"])[0])
-
-
-def test_a_fork_after_encoding_is_quiet_and_can_encode() -> None:
-    script = (
-        "import os, sys\n"
-        "from weftlm.corpora.tokens import TrainConfig, train_tokenizer\n"
-        "t = train_tokenizer(['some text here'] * 9, TrainConfig(vocab_size=270))\n"
-        "t.encode_batch(['some text'] * 64)\n"
-        "pid = os.fork()\n"
-        "if pid == 0:\n"
-        "    t.encode_batch(['some text'] * 64)\n"
-        "    os._exit(0)\n"
-        "status = os.waitpid(pid, 0)[1]\n"
-        "assert 'TOKENIZERS_PARALLELISM' not in os.environ\n"
-        "sys.exit(os.waitstatus_to_exitcode(status))\n"
-    )
-    env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=env)
-    assert (out.returncode, out.stderr) == (0, "")
+@pytest.mark.parametrize("length", [7, 8, 9, 16, 1000])
+def test_long_texts_are_encoded_in_pieces(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("\n".join(TEXTS))[:length]
+    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 8)
+    ids = TOKENIZER.encode_batch(["short", text, "end"])
+    assert [TOKENIZER.decode(each) for each in ids] == ["short", text, "end"]
+    pieces = [text[at : at + 8] for at in range(0, length, 8)]
+    assert ids[1].tolist() == [token for each in TOKENIZER.encode_batch(pieces) for token in each]
 
 
 @pytest.mark.parametrize("run", ["a" * 400_000, " " * 400_000, "é" * 400_000])

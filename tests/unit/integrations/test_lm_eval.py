@@ -15,19 +15,12 @@ from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from support import served
 from support.tiny_project import WORDS, sentence
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MambaConfig,
-    OpenAIGPTConfig,
-    PreTrainedConfig,
-)
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceQuestion, choice_scores
 from weftlm.evaluation.perplexity import evaluate_source
-from weftlm.integrations.lm_eval import WeftLM, main
+from weftlm.integrations.lm_eval import WeftLM
 
 KINDS = served.KINDS
 SUMS = 1e-6
@@ -205,68 +198,6 @@ def test_text_is_generated_up_to_a_stop_string_as_generate_does(lm: WeftLM) -> N
     assert any(len(found) > place for found, place in zip(free, cut, strict=True))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MambaConfig(vocab_size=served.VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4),
-        OpenAIGPTConfig(vocab_size=served.VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64),
-        LlamaConfig(
-            vocab_size=served.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        ),
-    ],
-    ids=lambda value: getattr(value, "model_type", None),
-)  # fmt: skip
-def test_company_changes_no_text_of_a_model_with_another_memory_or_positions(
-    tmp_path: Path, config: PreTrainedConfig
-) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    model.save_pretrained(tmp_path)
-    served.tokenizer().save(tmp_path)
-    lm = WeftLM(path=str(tmp_path), batch_size=8, device="cpu")
-    requests = asked("generate_until", *((text, {"max_gen_toks": 4}) for text in ("mast", *texts(3))))
-    together = lm.generate_until(requests, disable_tqdm=True)
-    assert together == [lm.generate_until([request], disable_tqdm=True)[0] for request in requests]
-    assert len(set(together)) > 1
-
-
-@plain
-def test_sampling_is_passed_on_and_long_contexts_leave_room(lm: WeftLM) -> None:
-    settings = {"do_sample": True, "temperature": 5.0, "top_k": 0, "max_gen_toks": 6}
-    requests = asked("generate_until", ("mast sail", settings))
-    torch.manual_seed(0)
-    first = lm.generate_until(requests, disable_tqdm=True)
-    assert lm.generate_until(requests, disable_tqdm=True) != first
-    torch.manual_seed(0)
-    assert lm.generate_until(requests, disable_tqdm=True) == first
-    lm._max_length = 10
-    long = " ".join(texts(4))
-    cut = lm.opened.tokenizer.decode(lm.tok_encode(long)[-4:])
-    found = lm.generate_until(asked("generate_until", (long, {"max_gen_toks": 6}), (cut, {"max_gen_toks": 6})), True)
-    assert found[0] == found[1]
-    with pytest.raises(AssertionError, match="max tokens to generate \\(10\\) must be less"):
-        lm.generate_until(asked("generate_until", (long, {"max_gen_toks": 10})), True)
-
-
-@plain
-def test_answers_go_to_the_harness_s_cache(lm: WeftLM, tmp_path: Path) -> None:
-    cached = CachingLM(lm, str(tmp_path / "cache.db"))
-    requests = asked("loglikelihood", *pairs())
-    first = cached.loglikelihood(requests)
-    lm._loglikelihood_tokens = None  # a second answer that is computed would fail
-    assert [tuple(each) for each in cached.loglikelihood(requests)] == first
-    del lm._loglikelihood_tokens
-    written = asked("generate_until", ("mast", {"max_gen_toks": 3}))
-    rolled = asked("loglikelihood_rolling", ("mast sail",))
-    assert cached.generate_until(written) == cached.generate_until(written)
-    assert cached.loglikelihood_rolling(rolled) == cached.loglikelihood_rolling(rolled)
-    assert len(cached.dbdict) == len({*pairs()}) + 2
-    cached.dbdict.close()
-
-
 @every_kind
 def test_batches_that_fit_in_memory_are_found(lm: WeftLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = lm.loglikelihood(asked("loglikelihood", *pairs()), disable_tqdm=True)
@@ -325,9 +256,3 @@ def test_log_likelihoods_that_are_not_numbers_are_refused_and_not_cached(
             getattr(cached, kind)(asked(kind, arguments))
     assert len(cached.dbdict) == 0
     cached.dbdict.close()
-
-
-def test_the_harness_s_own_command_knows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weftlm.integrations.lm_eval.cli_evaluate", lambda: get_model("weftlm"))
-    assert main() is None
-    assert get_model("weftlm") is WeftLM

@@ -45,13 +45,3 @@ def test_every_writer_names_the_process_that_holds_the_run(
         with pytest.raises(CheckpointError, match=rf"another process \({process} on .* is at work in {project.run}"):
             WRITERS[writer](project)
         assert {path.name for path in project.run.iterdir()} == {LOCK}
-
-
-def test_makers_of_experts_share_a_run_and_keep_others_out(tmp_path: Path) -> None:
-    value = {**recipe_value(), "run": str(tmp_path / "run"), "gating": {}}
-    project = make_recipe(value | {"experts": {"training": recipe_value()["training"]}})
-    with held_by_another(project.run / LOCK, shared=True):
-        with pytest.raises(CheckpointError, match="is at work in"):
-            fit_gate(project, progress=False)
-        with pytest.raises(Exception, match=r"^(?!.*is at work in)"):
-            train_experts(project, progress=False)
