@@ -28,7 +28,7 @@ from weftlm.corpora.tokenise import tokenise_by_label
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 
 SIZES_MB = (10, 40, 160)
-QUICK_SIZES_MB = (2, 4, 8)
+QUICK_SIZES_MB = (1, 3)
 WORDS = 20_000
 
 

@@ -100,7 +100,7 @@ def cell(setting: Mapping[str, str], steps: int, warm_up: int) -> dict[str, floa
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {name: SETTINGS[name] for name in arguments.settings}
-    speeds: dict[str, dict[str, list[float]]] = {where: {name: [] for name in settings} for where in GOALS}
+    speeds: dict[str, dict[str, list[float]]] = {where: {name: [] for name in settings} for where in arguments.places}
     parameters = 0.0
     for round_ in range(arguments.seeds):
         for where, by_setting in speeds.items():
@@ -173,12 +173,13 @@ def main() -> None:
     flags.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is compared")
     flags.add_argument("--train", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = flags.parse_args()
+    arguments.places = list(GOALS)
     if arguments.train:
         train(*arguments.train)
         return
     if arguments.quick:
         arguments.seeds, arguments.steps, arguments.warm_up = 1, 4, 1
-        arguments.settings = ["weftlm", "one thread"]
+        arguments.settings, arguments.places = ["weftlm", "one thread"], [BESIDE]
     _common.finish("shared_machine", arguments, run(arguments), to_markdown)
 
 

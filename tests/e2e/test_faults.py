@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.faulty_project import LIBRARY, RECIPE, RUN, TRY, Project
+from support.faulty_project import COMMANDS, LIBRARY, RECIPE, RUN, Project, full, kill
 
 from weftlm.errors import DataError, WeftError
 from weftlm.experts.library import ExpertLibrary
@@ -51,12 +51,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     ],
 )  # fmt: skip
 def test_a_killed_command_goes_on_to_what_it_would_have_made(project: Project, command: str, point: int) -> None:
-    assert TRY["kill"](project, {"command": command, "point": point, "of": 6}) == ""
+    assert kill(project, COMMANDS[command], point, of=6) == ""
 
 
 @pytest.mark.parametrize("command", ["score", "experts merge"])
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(project: Project, command: str) -> None:
-    assert TRY["full"](project, {"command": command, "limit": 1000}) == ""
+    assert full(project, COMMANDS[command], limit=1000) == ""
 
 
 # -- what is read is checked ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from weftlm.mixture.config import policies
 from weftlm.mixture.policy import Alignment, MixtureSetting, Report, state_from_json, state_to_json
 
 BASIS = 3
+VECTORS = ("tokens_D", "losses_D", "reference_losses_D", "excess_losses_D")
 QUICK = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -51,6 +52,7 @@ def variants():
 
 
 cases = pytest.mark.parametrize(("name", "changes"), list(variants()))
+each_policy = pytest.mark.parametrize("name", list(policies))
 
 
 def build(name, changes, domains):
@@ -75,18 +77,15 @@ def runs(draw, min_reports=1, max_domains=5, min_domains=1):
     histogram_D = vector(st.one_of(st.just(0.0), positive), count)
     histogram_D = histogram_D / histogram_D.sum() if histogram_D.sum() > 0 else torch.full_like(histogram_D, 1 / count)
     basis_ND = vector(positive, BASIS * count).reshape(BASIS, count)
-    setting = MixtureSetting(
-        domains=names(count),
-        tokens_D=vector(st.integers(1, 10**9).map(float), count),
-        target_histogram_D=histogram_D,
-        basis_ND=basis_ND / basis_ND.sum(dim=1, keepdim=True),
-    )
+    tokens_D = vector(st.integers(1, 10**9).map(float), count)
+    setting = MixtureSetting(names(count), tokens_D, histogram_D, basis_ND / basis_ND.sum(dim=1, keepdim=True))
     scale = draw(st.sampled_from([1e-6, 1.0, 100.0]))
     reports = []
     for i in range(draw(st.integers(min_reports, 6))):
         drawn_D = vector(st.booleans(), count).bool()
-        losses_D = torch.where(drawn_D, vector(st.floats(0.0, 20.0), count), torch.nan)
-        reference_D = torch.where(drawn_D, vector(st.floats(0.0, 20.0), count), torch.nan)
+        losses_D, reference_D = (torch.where(drawn_D, vector(st.floats(0.0, 20.0), count), torch.nan) for _ in range(2))
+        excess_D = (losses_D - reference_D).clamp_min(0.0)
+        report = Report(100 * (i + 1), drawn_D.to(torch.float64) * 512, losses_D, reference_D, excess_D)
         alignments = {}
         for groups in {count, BASIS}:
             present_G = vector(st.booleans(), groups).bool()
@@ -99,15 +98,26 @@ def runs(draw, min_reports=1, max_domains=5, min_domains=1):
                 norms_G=torch.where(present_G, norms_G, torch.nan),
                 batch_norm=scale,
             )
-        report = Report(
-            step=100 * (i + 1),
-            tokens_D=drawn_D.to(torch.float64) * 512,
-            losses_D=losses_D,
-            reference_losses_D=reference_D,
-            excess_losses_D=(losses_D - reference_D).clamp_min(0.0),
-        )
         reports.append((report, alignments))
     return setting, reports
+
+
+def extreme(size):
+    """A run of three equal reports with measurements of a size."""
+    tokens_D, histogram_D = tensor([1.0, 1e12, 5.0, 7.0]), tensor([1.0, 0.0, 0.0, 0.0])
+    setting = MixtureSetting(names(4), tokens_D, histogram_D, torch.eye(4, dtype=torch.float64)[:BASIS])
+    losses_D = tensor([abs(size), 0.0, 1.0, 2.0])
+    alignments = {
+        groups: Alignment(
+            dots_G=tensor([size, -size, 0.0, 1.0][:groups]),
+            counts_G=torch.ones(groups, dtype=torch.int64),
+            direction_norm=1e-8,
+            norms_G=tensor([1.0, 1e-8, 1.0, 1.0][:groups]),
+            batch_norm=1.0,
+        )
+        for groups in (4, BASIS)
+    }
+    return setting, [(Report(100, tensor([1.0] * 4), losses_D, torch.zeros_like(losses_D), losses_D), alignments)] * 3
 
 
 def needed_setting(policy, setting):
@@ -145,6 +155,19 @@ def follow(policy, state, reports):
     return state
 
 
+def mapped(report, change, *, groups):
+    """A report with its vectors over domains changed; with `groups` those of its alignment too."""
+
+    def vectors(value, keys):
+        found = {key: getattr(value, key) for key in keys}
+        return {key: None if vector is None else change(vector) for key, vector in found.items()}
+
+    alignment = report.alignment
+    if alignment is not None and groups:
+        alignment = replace(alignment, **vectors(alignment, ("dots_G", "norms_G", "counts_G")))
+    return replace(report, alignment=alignment, **vectors(report, VECTORS))
+
+
 def text(state):
     """A state as JSON text: equal texts are equal bits, NaN included."""
     return json.dumps(state_to_json(state))
@@ -161,51 +184,36 @@ def assert_distribution(weights_D, count):
 @cases
 @QUICK
 @given(run=runs())
-def test_weights_stay_on_the_simplex(name, changes, run):
+def test_weights_stay_on_the_simplex_and_diagnostics_are_numbers(name, changes, run):
     policy, state, reports = play(name, changes, run)
-    assert_distribution(policy.weights(state), len(run[0].domains))
-    for report in reports:
-        state = policy.update(state, report)
+    for report in (None, *reports):
+        state = state if report is None else policy.update(state, report)
         assert_distribution(policy.weights(state), len(run[0].domains))
+        for value in policy.diagnostics(state).values():
+            assert all(isinstance(number, float) for number in (value if isinstance(value, list) else [value]))
 
 
 @cases
 @QUICK
 @given(run=runs(min_domains=2), data=st.data())
 def test_relabelling_domains_permutes_weights(name, changes, run, data):
-    setting, _ = run
-    count = len(setting.domains)
-    order = torch.tensor(data.draw(st.permutations(range(count))))
     policy, state, reports = play(name, changes, run)
-
-    def permuted(values):
-        return None if values is None else values[order]
-
-    def permuted_alignment(alignment):
-        if alignment is None or "basis" in policy.needs:
-            return alignment
-        return replace(
-            alignment,
-            dots_G=permuted(alignment.dots_G),
-            counts_G=permuted(alignment.counts_G),
-            norms_G=permuted(alignment.norms_G),
-        )
-
-    setting = needed_setting(policy, setting)
+    setting = needed_setting(policy, run[0])
+    order = torch.tensor(data.draw(st.permutations(range(len(setting.domains)))))
+    histogram_D, basis_ND = setting.target_histogram_D, setting.basis_ND
     other = policy.init(
         MixtureSetting(
             domains=tuple(setting.domains[i] for i in order.tolist()),
-            tokens_D=permuted(setting.tokens_D),
-            target_histogram_D=permuted(setting.target_histogram_D),
-            basis_ND=None if setting.basis_ND is None else setting.basis_ND[:, order],
+            tokens_D=setting.tokens_D[order],
+            target_histogram_D=None if histogram_D is None else histogram_D[order],
+            basis_ND=None if basis_ND is None else basis_ND[:, order],
         )
     )
     torch.testing.assert_close(policy.weights(other), policy.weights(state)[order], rtol=1e-9, atol=1e-12)
     for report in reports:
         state = policy.update(state, report)
-        vectors = ("tokens_D", "losses_D", "reference_losses_D", "excess_losses_D")
-        moved = {key: permuted(getattr(report, key)) for key in vectors}
-        other = policy.update(other, replace(report, alignment=permuted_alignment(report.alignment), **moved))
+        moved = mapped(report, lambda vector: vector[order], groups="basis" not in policy.needs)
+        other = policy.update(other, moved)
         torch.testing.assert_close(policy.weights(other), policy.weights(state)[order], rtol=1e-9, atol=1e-12)
 
 
@@ -229,14 +237,12 @@ def test_updates_are_pure(name, changes, run):
 @QUICK
 @given(run=runs(min_reports=2), data=st.data())
 def test_resuming_from_json_equals_going_on(name, changes, run, data):
-    setting, _ = run
     policy, state, reports = play(name, changes, run)
     cut = data.draw(st.integers(0, len(reports)))
     uninterrupted = follow(policy, state, reports)
     saved = text(follow(policy, state, reports[:cut]))
 
-    again = build(name, changes, setting.domains)
-    template = again.init(needed_setting(again, setting))
+    again, template, _ = play(name, changes, run)
     restored = state_from_json(template, json.loads(saved))
     assert text(restored) == saved
     for field in fields(restored):
@@ -252,130 +258,49 @@ def test_resuming_from_json_equals_going_on(name, changes, run, data):
 def test_a_report_in_which_nothing_was_drawn_changes_no_weight(name, changes, run):
     policy, state, reports = play(name, changes, run)
     state = follow(policy, state, reports)
-    last = reports[-1]
 
-    def absent(values):
-        return None if values is None else torch.full_like(values, torch.nan)
+    def absent(vector):
+        return torch.full_like(vector, torch.nan) if vector.is_floating_point() else torch.zeros_like(vector)
 
-    alignment = last.alignment
-    if alignment is not None:
-        alignment = replace(
-            alignment,
-            dots_G=absent(alignment.dots_G),
-            norms_G=absent(alignment.norms_G),
-            counts_G=torch.zeros_like(alignment.counts_G),
-        )
-    empty = replace(
-        last,
-        tokens_D=torch.zeros_like(last.tokens_D),
-        losses_D=absent(last.losses_D),
-        reference_losses_D=absent(last.reference_losses_D),
-        excess_losses_D=absent(last.excess_losses_D),
-        alignment=alignment,
-    )
+    empty = mapped(reports[-1], absent, groups=True)
+    empty = replace(empty, tokens_D=torch.zeros_like(reports[-1].tokens_D))
     assert torch.equal(policy.weights(policy.update(state, empty)), policy.weights(state))
 
 
 @cases
 @pytest.mark.parametrize("size", [1e8, -1e8, 1e300])
 def test_extreme_measurements_give_weights_or_a_clear_error(name, changes, size):
-    domains = names(4)
-    policy = build(name, changes, domains)
-    groups = BASIS if "basis" in policy.needs else len(domains)
-    state = policy.init(
-        needed_setting(
-            policy,
-            MixtureSetting(
-                domains=domains,
-                tokens_D=tensor([1.0, 1e12, 5.0, 7.0]),
-                target_histogram_D=tensor([1.0, 0.0, 0.0, 0.0]),
-                basis_ND=torch.eye(4, dtype=torch.float64)[:BASIS],
-            ),
-        )
-    )
-    losses_D = tensor([abs(size), 0.0, 1.0, 2.0])
-    alignment = Alignment(
-        dots_G=tensor([size, -size, 0.0, 1.0][:groups]),
-        counts_G=torch.ones(groups, dtype=torch.int64),
-        direction_norm=1e-8,
-        norms_G=tensor([1.0, 1e-8, 1.0, 1.0][:groups]),
-        batch_norm=1.0,
-    )
-    report = Report(
-        step=100,
-        tokens_D=tensor([1.0, 1.0, 1.0, 1.0]),
-        losses_D=losses_D,
-        reference_losses_D=torch.zeros(4, dtype=torch.float64),
-        excess_losses_D=losses_D,
-    )
-    report = needed_report(policy, report, {groups: alignment})
-    for _ in range(3):
+    policy, state, reports = play(name, changes, extreme(size))
+    for report in reports:
         try:
             state = policy.update(state, report)
         except WeftError as error:
             assert str(error)  # noqa: PT017
             return
-        assert_distribution(policy.weights(state), len(domains))
+        assert_distribution(policy.weights(state), 4)
 
 
 @cases
 def test_a_missing_signal_is_an_error_that_names_it(name, changes):
-    domains = names(3)
-    policy = build(name, changes, domains)
-    setting = MixtureSetting(
-        domains=domains,
-        tokens_D=torch.ones(3, dtype=torch.float64),
-        target_histogram_D=torch.full((3,), 1 / 3, dtype=torch.float64),
-        basis_ND=torch.eye(3, dtype=torch.float64),
-    )
-    for signal in sorted(policy.needs):
-        if signal in ("target_histogram", "basis"):
-            key = "target_histogram_D" if signal == "target_histogram" else "basis_ND"
+    setting, _ = extreme(1.0)
+    policy, state, _ = play(name, changes, (setting, []))
+    for signal, key in (("target_histogram", "target_histogram_D"), ("basis", "basis_ND")):
+        if signal in policy.needs:
             with pytest.raises(ConfigError, match=signal):
                 policy.init(replace(setting, **{key: None}))
     measured = policy.needs - {"target_histogram", "basis"}
     if measured:
-        bare = Report(step=100, tokens_D=torch.ones(3, dtype=torch.float64))
         with pytest.raises(ConfigError, match="|".join(sorted(measured))):
-            policy.update(policy.init(setting), bare)
+            policy.update(state, Report(step=100, tokens_D=torch.ones(4, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("name", list(policies))
-def test_the_configuration_section_is_in_order(name):
-    config = policies[name].Config
-    assert config.model_fields["policy"].default == name
-    assert config.example(names(2)).policy == name
-    undescribed = [key for key, field in config.model_fields.items() if not field.description]
-    assert undescribed == []
-
-
-@pytest.mark.parametrize("name", list(policies))
-def test_an_unknown_key_is_an_error_with_a_suggestion(name):
-    config = policies[name].Config
+@each_policy
+def test_configuration_and_docstring_are_in_order(name):
+    entry, config = policies.entry(name), policies[name].Config
+    assert config.model_fields["policy"].default == config.example(names(2)).policy == name
+    assert [key for key, field in config.model_fields.items() if not field.description] == []
+    assert " = " in entry.cls.__doc__, "the rule"
+    assert entry.paper is None or f"arXiv {entry.paper.removeprefix('arXiv:')}" in entry.cls.__doc__
     value = {**config.example(names(2)).model_dump(), "update_every_step": 5}
     with pytest.raises(ConfigError, match="unknown key; did you mean 'update_every_steps'"):
         validate(config, value, "mixture")
-
-
-@pytest.mark.parametrize("name", list(policies))
-def test_the_docstring_states_rule_and_paper(name):
-    entry = policies.entry(name)
-    docstring = entry.cls.__doc__
-    assert " = " in docstring
-    if entry.paper is not None:
-        assert f"arXiv {entry.paper.removeprefix('arXiv:')}" in docstring
-
-
-@cases
-def test_diagnostics_are_numbers(name, changes):
-    domains = names(3)
-    policy = build(name, changes, domains)
-    setting = MixtureSetting(
-        domains=domains,
-        tokens_D=torch.ones(3, dtype=torch.float64),
-        target_histogram_D=torch.full((3,), 1 / 3, dtype=torch.float64),
-        basis_ND=torch.eye(3, dtype=torch.float64),
-    )
-    for value in policy.diagnostics(policy.init(setting)).values():
-        for number in value if isinstance(value, list) else [value]:
-            assert isinstance(number, float)

@@ -24,33 +24,21 @@ from transformers import (
 )
 
 from weftlm.models.hf import sequence_losses
-from weftlm.training.alignment import (
-    Probe,
-    ShadowProbe,
-    estimators,
-    gradient_direction,
-    precondition,
-)
+from weftlm.training.alignment import Probe, ShadowProbe, estimators, gradient_direction, precondition
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # from peft
 
 VOCABULARY, LENGTH = 48, 11
 SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 SILENT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
 
 
 class OwnGPT(nn.Module):
-    """A model in somebody's own style: positions as a flat index, a bare gain parameter, one block used twice."""
+    """A model in a style of its own: positions as a flat index, a bare gain parameter, one block used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,11 +70,8 @@ class Gain(nn.Module):
 def losses_of(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
     if not isinstance(model, OwnGPT):
         return sequence_losses(model, tokens_BT1)
-    logits = model(tokens_BT1[:, :-1])
-    labels = tokens_BT1[:, 1:]
-    return (
-        nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-    )
+    logits, labels = model(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
+    return nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
 
 
 def each(name: str, model: nn.Module, losses: Any, tokens_BT1: Tensor, v: Any, micro_batch: int | None = None) -> Any:
@@ -232,17 +217,6 @@ def test_probed_step_is_the_plain_step_bit_for_bit(name: str) -> None:
         assert torch.equal(trainable(model)[key].grad, part), key
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_derivatives_sum_to_that_of_the_batch(name: str) -> None:
-    model, tokens, weights = model_of(name, torch.float32), draw(5, 21), torch.tensor([0.2, 0.9, 1.4, 1.0, 1.5])
-    v = gradient_direction(model, losses_of, draw(3, 22))
-    dots = shadow_step(model, tokens, v, weights, micro=5)
-    batch = {key: p.grad for key, p in trainable(model).items() if p.grad is not None}
-    total = inner(batch, v)
-    scale = (inner(batch, batch) * inner(v, v)) ** 0.5
-    assert float((weights * dots).double().sum() / 5) == pytest.approx(total, abs=1e-5 * scale)
-
-
 @settings(max_examples=15, deadline=None)
 @given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=8), seed=st.integers(0, 2**20))
 def test_groups_of_any_composition(groups: list[int], seed: int) -> None:
@@ -327,13 +301,6 @@ def test_activation_checkpointing() -> None:
     enable()
     dots = shadow_step(model, tokens, v, torch.ones(4), micro=2)
     assert ((dots.double() - expected).abs() / scale).max() <= 1e-5
-
-
-def test_lora_directions_hold_adapters_only() -> None:
-    model = model_of("lora", torch.float32)
-    v = gradient_direction(model, losses_of, draw(3, 71))
-    assert v
-    assert all("lora_" in key for key in v)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

@@ -69,38 +69,24 @@ def normalised(mode, dots, norms, v, batch_norm, with_norms):
     return [a / (v * size) for a in dots]
 
 
-def smoothed(old, new, decay):
-    result = []
-    for s, a in zip(old, new, strict=True):
-        if math.isnan(a):
-            result.append(s)
-        else:
-            result.append(a if math.isnan(s) else decay * s + (1 - decay) * a)
-    return result
+def kept(old, new):
+    """The last known value of each."""
+    return [o if math.isnan(n) else n for o, n in zip(old, new, strict=True)]
 
 
 @SEEDS
 @pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize(("mode", "with_norms"), [("raw", False), ("scale", True), ("scale", False), ("cosine", True)])
 def test_dga(seed, feedback, mode, with_norms):
-    eta, beta, c, decay = 1.7, 0.3, 0.02, 0.4
-    policy = build_policy(
-        {
-            "policy": "dga",
-            "eta": eta,
-            "ema": beta,
-            "floor": c,
-            "alignment_decay": decay,
-            "normalize": mode,
-            "ema_feedback": feedback,
-        }
-    )
+    eta, beta, c = 1.7, 0.3, 0.02
+    settings = {"eta": eta, "ema": beta, "floor": c, "normalize": mode, "ema_feedback": feedback}
+    policy = build_policy({"policy": "dga", **settings})
     state = policy.init(setting())
     alpha = mirror = [1 / D] * D
     seen = [NAN] * D
     for i, (dots, norms, v, batch_norm) in enumerate(probes(seed, D)):
         state = policy.update(state, aligned(i, dots, norms if with_norms else None, v, batch_norm))
-        seen = smoothed(seen, normalised(mode, dots, norms, v, batch_norm, with_norms), decay)
+        seen = kept(seen, normalised(mode, dots, norms, v, batch_norm, with_norms))
         mirror = floored(step_of(alpha if feedback else mirror, [eta * a for a in seen]), c)
         alpha = [(1 - beta) * a + beta * m for a, m in zip(alpha, mirror, strict=True)]
         close(policy.weights(state), alpha)
@@ -120,7 +106,7 @@ def test_dga_over_basis_distributions(seed):
     seen = [NAN] * n
     for i, (dots, norms, v, batch_norm) in enumerate(probes(seed, n)):
         state = policy.update(state, aligned(i, dots, norms, v, batch_norm))
-        seen = smoothed(seen, normalised("scale", dots, norms, v, batch_norm, True), 0.0)
+        seen = kept(seen, normalised("scale", dots, norms, v, batch_norm, True))
         mirror = floored(step_of(w, [2.0 * a for a in seen]), 0.03)
         w = [0.5 * a + 0.5 * m for a, m in zip(w, mirror, strict=True)]
         close(policy.weights(state), [sum(w[k] * basis[k][d] for k in range(n)) for d in range(D)])
@@ -136,7 +122,7 @@ def test_doge(seed, target, sample):
     seen, history = [NAN] * D, []
     for i, (dots, norms, v, batch_norm) in enumerate(probes(seed, D)):
         state = policy.update(state, aligned(i, dots, norms, v, batch_norm))
-        seen = smoothed(seen, dots, 0.0)
+        seen = kept(seen, dots)
         alpha = step_of(alpha, [0.8 * a for a in seen])
         history.append(alpha)
         mean = [sum(past[d] for past in history) / len(history) for d in range(D)]
@@ -154,10 +140,6 @@ def losses(seed, count=10, absent=0.3):
         yield values, [0.0 if math.isnan(x) else 256.0 for x in values]
 
 
-def kept(old, new):
-    return [o if math.isnan(n) else n for o, n in zip(old, new, strict=True)]
-
-
 @SEEDS
 @pytest.mark.parametrize("sample", ["current", "average"])
 def test_doremi(seed, sample):
@@ -166,14 +148,7 @@ def test_doremi(seed, sample):
     alpha = [1 / D] * D
     seen, history = [NAN] * D, []
     for i, (excess, tokens) in enumerate(losses(seed)):
-        report = Report(
-            i,
-            tensor(tokens),
-            losses_D=tensor(excess),
-            reference_losses_D=tensor(excess),
-            excess_losses_D=tensor(excess),
-        )
-        state = policy.update(state, report)
+        state = policy.update(state, Report(i, tensor(tokens), *[tensor(excess)] * 3))
         seen = kept(seen, excess)
         alpha = floored(step_of(alpha, [1.0 * x for x in seen]), 1e-3)
         history.append(alpha)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,56 +25,52 @@ from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAF
 from weftlm.experts.statistics import BIGRAM_BUCKETS, embed_tokens
 from weftlm.models.lora_targets import linear_widths
 
-VOCAB = 64
-EMBEDDING = 64
+VOCAB = EMBEDDING = 64
 BASE = BaseReference("tiny-base")
 
 # No end-of-text token: generation always runs to its full length. Weights are large enough for the layers to matter.
-_COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+_TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, **_TOKENS,
+}  # fmt: skip
+"""Two layers, four heads over two key-value heads."""
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
-    """Two layers, four heads over two key-value heads."""
+def seeded(kind: type[PreTrainedModel], config: Any, seed: int = 0) -> Any:
+    """A model in evaluation mode whose biases are not zero, which would hide a bias used twice or never."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, initializer_range=0.15, **_COMMON,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = kind(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    """The model of `SIZES`, with some of its settings changed."""
+    return seeded(LlamaForCausalLM, LlamaConfig(**{**SIZES, **config}), seed)
 
 
 def qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     """As `llama`, with biases on queries, keys and values."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, initializer_range=0.15, **_COMMON,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    _fill_biases(model)
-    return model.eval()
+    return seeded(Qwen2ForCausalLM, Qwen2Config(**SIZES), seed)
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     """Two layers of Conv1D modules, whose weights are input x output."""
-    torch.manual_seed(seed)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.15, **_COMMON)
-    model = GPT2LMHeadModel(config)
-    _fill_biases(model)
-    return model.eval()
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.15, **_TOKENS)
+    return seeded(GPT2LMHeadModel, config, seed)
 
 
-def t5(seed: int = 0) -> T5ForConditionalGeneration:
+def t5(seed: int = 0, **config: Any) -> T5ForConditionalGeneration:
     """Two layers of encoder and of decoder, gated feed-forward as in T5 v1.1."""
-    torch.manual_seed(seed + 2)
-    config = T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, decoder_start_token_id=0, initializer_factor=1.0, **_COMMON,
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "initializer_factor": 1.0}
+    style = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    model = seeded(T5ForConditionalGeneration, T5Config(**{**sizes, **style, **_TOKENS, **config}), seed + 2)
     # A head of its own, or the model would repeat its last token for ever.
-    model.lm_head.weight = nn.Parameter(0.2 * torch.randn(VOCAB, 32))
-    return model.eval()
+    model.lm_head.weight = nn.Parameter(0.2 * torch.randn(model.config.vocab_size, 32))
+    return model
 
 
 BASES: dict[str, Callable[..., PreTrainedModel]] = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "t5": t5}
@@ -101,10 +98,10 @@ def make_expert(
     """An expert with random factors, gate and statistics.
 
     Args:
-        modules: it adapts; None for all linear ones.
-        rank, scale: of every module; None for ranks from 1 to 6 and scales from 0.25 to 2, drawn per module.
-        size: standard deviation of the factors.
-        gate, statistics: whether it has them.
+        modules: Modules it adapts; None for all linear ones.
+        rank, scale: Rank and scale of every module; None for ranks from 1 to 6 and scales from 0.25 to 2, drawn.
+        size: Standard deviation of the factors.
+        gate, statistics: Whether it has them.
     """
     generator = torch.Generator().manual_seed(1000 + seed)
 
@@ -136,11 +133,10 @@ def make_expert(
 def make_pool(
     model: nn.Module, count: int = 4, *, seed: int = 0, mixed: bool = True, **options: object
 ) -> list[Expert]:
-    """Experts "a", "b", ...
+    """Experts "a", "b", ...; `options` are those of `make_expert`.
 
     Args:
-        mixed: the first adapts every linear module, the others about two thirds of them each, drawn at random.
-        options: of `make_expert`.
+        mixed: Whether only the first adapts every linear module, the others about two thirds of them, drawn at random.
     """
     names = list(linear_modules(model))
     pool = []
@@ -162,9 +158,8 @@ def with_gate(expert: Expert, change: Callable[[Tensor], Tensor]) -> Expert:
 def with_texts(expert: Expert, tokens_NT: Tensor) -> Expert:
     """An expert whose training inputs were these, for retrieval."""
     assert expert.statistics is not None
-    return replace(
-        expert, statistics=replace(expert.statistics, embeddings_NF=embed_tokens(tokens_NT, width=EMBEDDING))
-    )
+    embeddings_NF = embed_tokens(tokens_NT, width=EMBEDDING)
+    return replace(expert, statistics=replace(expert.statistics, embeddings_NF=embeddings_NF))
 
 
 def renamed(expert: Expert, name: str) -> Expert:
@@ -179,18 +174,7 @@ def prompts(count: int = 3, length: int = 7, *, seed: int = 0) -> Tensor:
 
 def padded(rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
     """Sequences of different lengths as one batch with the padding on one side: ids_BT and attention_mask_BT."""
-    longest = max(len(row) for row in rows)
-    ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT)
-    for place, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids_BT[place, where] = row
-        mask_BT[place, where] = 1
-    return ids_BT, mask_BT
-
-
-def _fill_biases(model: nn.Module) -> None:
-    """Biases start at zero, which would hide a bias used twice or never."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
+    side = "left" if left else "right"
+    batch = nn.utils.rnn.pad_sequence
+    ones = [torch.ones_like(row) for row in rows]
+    return batch(rows, batch_first=True, padding_side=side), batch(ones, batch_first=True, padding_side=side)

@@ -1,7 +1,7 @@
 """Faults on disk, one at a time, on copies of a finished project; every command runs in a process of its own.
 
 A fault is survived where the command that meets it says so and names the file, or ends as it would have without it;
-and where a command that was cut short, run again, ends as if it had not been.
+and where a command that was cut short, run again, ends as if it had not been. `benchmarks/faults.py` tries more.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -40,9 +39,9 @@ class Command(NamedTuple):
     """A command that changes the project.
 
     Attributes:
-        words: of the command.
-        again: the command that goes on; None for the same one.
-        gone: what is removed before it, so that there is something to do.
+        words: Its words.
+        again: Command that goes on; None for the same one.
+        gone: What is removed before it, so that there is something to do.
     """
 
     words: Words
@@ -50,84 +49,18 @@ class Command(NamedTuple):
     gone: tuple[str, ...] = ()
 
 
-COMMANDS: Mapping[str, Command] = {
-    "prepare --rebuild": Command(("prepare", RECIPE, "--rebuild", "--set", "data.tokenizer.train.vocab_size=310")),
-    **{
-        f"run --from {stage}": Command(
-            ("run", RECIPE, "--from", stage, "--until", stage), ("run", RECIPE, "--until", stage)
-        )
-        for stage in ("train", "experts", "route", "score", "gate", "distil", "evaluate", "report")
-    },
-    "experts train --replace": Command(
-        ("experts", "train", RECIPE, "--replace", "--set", "experts.gate.steps=3", "--set", "experts.lora.rank=1")
-    ),
-    "experts gate": Command(("experts", "gate", RECIPE, "cooking", "--set", "experts.gate.steps=3")),
+COMMANDS: dict[str, Command] = {
     "experts import": Command(("experts", "import", "library", "adapters/algebra", "adapters/cooking")),
     "experts merge": Command(("experts", "merge", LIBRARY, "cooking", "algebra", "--as", "both", "--to", "merged")),
     "experts remove": Command(("experts", "remove", LIBRARY, "cooking", "algebra")),
-    "score --overwrite": Command(("score", RECIPE, "--overwrite", "--set", "gating.scores.samples=12")),
     "score": Command(("score", RECIPE), gone=(f"{RUN}/scores",)),
     "gate fit": Command(("gate", "fit", RECIPE, "--set", "gating.fit.steps=30")),
-    "gate certify": Command(("gate", "certify", RECIPE), gone=(f"{RUN}/gate/certificate.json",)),
-    "gate distil": Command(("gate", "distil", RECIPE, "--set", "gating.students.distil.steps=6")),
     "export": Command(("export", f"{RUN}/model", "--output", "out")),
-    "export --format peft": Command(("export", LIBRARY, "--format", "peft", "--output", "out")),
-    "report": Command(("report", RUN), gone=(f"{RUN}/report.html",)),
 }
 """What may be cut short."""
-WHOLE = Command(("run", RECIPE, "--from", "train"), ("run", RECIPE))
-"""Cut short, it goes on through all stages without the option; slow."""
-
-_EXPORT, _REPORT = ("export", f"{RUN}/model", "--output", "out"), ("report", RUN)
-_SCORE, _STUDENT = ("score", RECIPE, "--overwrite"), f"{RUN}/students/student"
-READERS: Sequence[tuple[str, Sequence[Words]]] = [
-    (f"{RUN}/prepared/", [("prepare", RECIPE), ("eval", RECIPE), _SCORE, ("domains", RECIPE)]),
-    (f"{RUN}/model/", [_EXPORT, ("eval", RECIPE), ("experts", "gate", RECIPE, "cooking"), ("serve", f"{RUN}/model")]),
-    (
-        f"{LIBRARY}/",
-        [
-            ("experts", "show", LIBRARY, "cooking"),
-            ("experts", "list", LIBRARY),
-            ("export", LIBRARY, "--format", "peft", "--output", "out"),
-            _SCORE,
-            ("experts", "merge", LIBRARY, "cooking", "algebra", "--to", "merged"),
-        ],
-    ),
-    (f"{RUN}/scores/", [("gate", "fit", RECIPE, "--set", "gating.fit.steps=30"), ("gate", "certify", RECIPE)]),
-    (f"{RUN}/gate/gate", [("gate", "certify", RECIPE), ("gate", "fit", RECIPE)]),
-    (f"{RUN}/gate/fit", [("gate", "certify", RECIPE), ("gate", "fit", RECIPE), _REPORT]),
-    (f"{RUN}/gate/certificate", [("run", RECIPE, "--from", "report"), ("gate", "certify", RECIPE), _REPORT]),
-    (
-        f"{_STUDENT}/",
-        [("serve", _STUDENT), ("export", _STUDENT, "--output", "out", "--expert", "cooking")],
-    ),
-    (f"{RUN}/students/student.json", [("gate", "distil", RECIPE), ("run", RECIPE, "--from", "evaluate"), _REPORT]),
-    (f"{RUN}/routed/", [("export", f"{RUN}/routed/merged", "--output", "out"), ("serve", f"{RUN}/routed/merged")]),
-    (f"{RUN}/stages/", [("status", RUN), ("run", RECIPE)]),
-    (f"{RUN}/result.json", [("train", RECIPE), ("run", RECIPE, "--from", "report"), ("run", RECIPE), _REPORT]),
-    (f"{RUN}/windows.safetensors", [("train", RECIPE), ("run", RECIPE, "--from", "report"), _REPORT]),
-    (f"{RUN}/metrics.jsonl", [("train", RECIPE), ("run", RECIPE, "--from", "report"), _REPORT]),
-    (f"{RUN}/run.json", [("eval", RECIPE), _REPORT]),
-    (f"{RUN}/routing.json", [("run", RECIPE, "--from", "report"), ("run", RECIPE)]),
-    (f"{RUN}/evaluation.json", [("run", RECIPE, "--from", "report"), ("run", RECIPE)]),
-    (f"{RUN}/checkpoints/", [("train", RECIPE)]),
-    ("adapters/algebra/", [("experts", "import", "library", "adapters/algebra")]),
-]  # fmt: skip
-"""Beginning of a path -> the commands that read such a file."""
-
-_BINARY = (".safetensors", ".npy", ".bin")
-_JSON = (
-    "evaluation.json",
-    "certificate.json",
-    "fit.json",
-    "student.json",
-    "routing.json",
-    "card.json",
-    "tokenizer.json",
-)
 _PASSING = re.compile(r"seconds|per_second|time|added|began|ended|checksum|files|load|peak")
 """Keys whose values differ from run to run."""
-_PASSED_OVER = ("checkpoints", "training")
+_SAME = ("evaluation", "certificate", "fit", "student", "routing", "card", "tokenizer")
 _LEFT = re.compile(r"\.writing(-|$)|\.removing$|^\..+\.(old|preparing|partial)$")
 
 
@@ -136,10 +69,10 @@ class Done:
     """How a command ended.
 
     Attributes:
-        code: exit code; 137 where it was killed.
+        code: Exit code; 137 where it was killed.
         out: stdout.
         said: stdout and stderr.
-        changes: of the disk, begun.
+        changes: Number of changes of the disk it began.
     """
 
     code: int
@@ -158,7 +91,7 @@ class Project:
     """A finished project in one place, restored from a copy before every case.
 
     Args:
-        work: folder for it; what was made there is used again.
+        work: Folder for it; what was made there is used again.
     """
 
     def __init__(self, work: Path) -> None:
@@ -210,10 +143,6 @@ class Project:
         every = sorted(path for path in self.copy.rglob("*") if path.is_file() and path.stat().st_size)
         return [str(path.relative_to(self.copy)) for path in every if path.name[0] != "."]
 
-    def files(self) -> list[str]:
-        """Those of them that some command reads."""
-        return [name for name in self.whole_files() if readers(name)]
-
     def undisturbed(self, words: Words, gone: Sequence[str] = ()) -> tuple[Done, dict[str, str]]:
         """How a command ends that meets no fault, and what it leaves; found once."""
         key = " ".join(words)
@@ -239,13 +168,21 @@ class Project:
                 found[re.sub("~[0-9]+/", "/", str(name))] = _digest(path)  # an expert that replaced another
         return found
 
+    def differences(self, wanted: Mapping[str, str], but: str = "") -> list[str]:
+        """What is other than an undisturbed command leaves it."""
+        found = self.left()
+        names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+        return [
+            f"{name} is {found.get(name, 'gone')}, not {wanted.get(name, 'there')}" for name in names if name != but
+        ]
+
     def call(self, words: Words, *, step: int | None = None, limit: int | None = None) -> Done:
         """Run a command in a process of its own.
 
         Args:
-            words: of the command.
-            step: the change of the disk at which it dies; None for none.
-            limit: bytes no file may exceed; None for any.
+            words: Its words.
+            step: Change of the disk at which it dies; None for none.
+            limit: Bytes no file may exceed; None for any.
         """
         places = [self._work / name for name in ("out.txt", "err.txt", "changes.txt")]
         opened = [os.open(place, os.O_CREAT | os.O_TRUNC | os.O_WRONLY) for place in places]
@@ -288,18 +225,18 @@ class Project:
 
 
 def _digest(path: Path) -> str:
-    if path.suffix in _BINARY:
-        data = path.read_bytes()
-        if path.name in ("gate.safetensors", "statistics.safetensors"):  # their facts tell the seconds it took
-            data = data[8 + int.from_bytes(data[:8], "little") :]
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
-    if path.name in _JSON:
+    """Digest of what must be the same in every run; that it is there, for what need not."""
+    data = path.read_bytes()
+    if path.name in ("gate.safetensors", "statistics.safetensors"):  # their facts tell the seconds it took
+        data = data[8 + int.from_bytes(data[:8], "little") :]
+    elif path.stem in _SAME and path.suffix == ".json":
         try:
-            value = json.loads(path.read_bytes())
+            data = json.dumps(_lasting(json.loads(data)), sort_keys=True).encode()
         except ValueError:
             return "no JSON"
-        return hashlib.blake2b(json.dumps(_lasting(value), sort_keys=True).encode(), digest_size=16).hexdigest()
-    return "there"
+    elif path.suffix not in (".safetensors", ".npy", ".bin"):
+        return "there"
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _lasting(value: Any) -> Any:
@@ -308,114 +245,52 @@ def _lasting(value: Any) -> Any:
     return [_lasting(each) for each in value] if isinstance(value, list) else value
 
 
-def readers(name: str) -> Sequence[Words]:
-    """The commands that read a file."""
-    found = next((commands for start, commands in READERS if name.startswith(start)), ())
-    expert = name.removeprefix(f"{LIBRARY}/").partition("/")[0]
-    if name.startswith(f"{LIBRARY}/") and "." not in expert:
-        return [(*words[:-1], expert) if words[:2] == ("experts", "show") else words for words in found]
-    return found
+def killed(project: Project, command: Command, point: int, of: int) -> tuple[Done, dict[str, str]]:
+    """A command dies at one of its changes of the disk; gives how, and what it would have left.
 
-
-# -- cases --------------------------------------------------------------------------------------------------------
-
-
-def kill(project: Project, case: Mapping[str, Any]) -> str:
-    """A command dies at one change of the disk and is gone on with; `damage` is of a file it wrote, in between."""
-    command = WHOLE if case["command"] == "run --from train, all" else COMMANDS[case["command"]]
+    Args:
+        point: Place of the death, 0 .. of - 1, evenly over the changes.
+        of: Number of places.
+    """
     done, wanted = project.undisturbed(command.words, command.gone)
     project.restore(command.gone)
-    before = _times(project.place)
-    step = (2 * case["point"] + 1) * done.changes // (2 * case["of"])
-    killed = project.call(command.words, step=step)
-    if killed.broke:
-        return f"the killed command broke: {killed.broke}"
-    damaged = _between(project, before, case["damage"]) if case.get("damage") else ""
+    return project.call(command.words, step=(2 * point + 1) * done.changes // (2 * of)), wanted
+
+
+def kill(project: Project, command: Command, point: int, of: int) -> str:
+    """What goes wrong where a command dies and is gone on with; empty where nothing does."""
+    died, wanted = killed(project, command, point, of)
+    if died.broke:
+        return f"the killed command broke: {died.broke}"
+    return went_on(project, command, wanted)
+
+
+def went_on(
+    project: Project, command: Command, wanted: Mapping[str, str], but: str = "", named: Callable[[str], bool] = bool
+) -> str:
+    """What goes wrong where a command that was cut short is gone on with.
+
+    Args:
+        wanted: What it would have left.
+        but: A file that was damaged in between.
+        named: Whether a message names that file.
+    """
     after = project.call(command.again or command.words)
     if after.broke:
-        return f"afterwards, {damaged}: {after.broke}"
-    if after.code and damaged and _named(damaged, after.said):
+        return f"afterwards, {but}: {after.broke}"
+    if after.code and but and named(after.said):
         return ""
-    differences = _differences(project, wanted, but=damaged)
+    differences = project.differences(wanted, but=but)
     if after.code and not [each for each in differences if "left over" not in each]:
         return ""  # it had done all of it
-    if after.code:
-        return f"exit {after.code} afterwards, {damaged}: {after.said[-1500:]}"
-    return "; ".join(differences[:5])
+    return f"exit {after.code} afterwards, {but}: {after.said[-1500:]}" if after.code else "; ".join(differences[:5])
 
 
-def _times(place: Path) -> dict[str, tuple[int, int]]:
-    return {
-        str(path.relative_to(place)): (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in sorted(place.rglob("*"))
-        if path.is_file() and not path.name.endswith(".lock")
-    }
-
-
-def _between(project: Project, before: Mapping[str, tuple[int, int]], damage: str) -> str:
-    """Damage one of the files written since; gives its path, empty where nothing was written."""
-    kind, _, seed = damage.partition(" ")
-    written = [name for name, facts in _times(project.place).items() if before.get(name) != facts]
-    written = [name for name in written if (project.place / name).stat().st_size]
-    if not written:
-        return ""
-    name = random.Random(seed).choice(written)
-    _damage(project.place / name, kind, int(seed))
-    return name
-
-
-def _damage(path: Path, kind: str, seed: int) -> None:
-    data = bytearray(path.read_bytes())
-    if kind == "bit" and data:
-        place = random.Random(seed).randrange(8 * len(data))
-        data[place // 8] ^= 1 << place % 8
-        path.write_bytes(data)
-    elif kind == "torn":
-        path.write_bytes(data[: len(data) // 2])
-    elif kind == "folder":
-        path.unlink()
-        path.mkdir()
-
-
-def damaged(project: Project, case: Mapping[str, Any]) -> str:
-    """A file changed, cut or replaced by a folder, and read."""
-    name = case["file"]
-    words = tuple(case["reader"])
-    gone = (f"{RUN}/result.json",) if "/checkpoints/" in name else ()
-    done, wanted = project.undisturbed(words, gone)
-    project.restore(gone)
-    _damage(project.place / name, case["kind"], case.get("seed", 0))
-    met = project.call(words)
-    if met.broke:
-        return met.broke
-    page = project.place / RUN / "report.html"
-    told = met.said + (page.read_text() if page.exists() and "report" in words else "")
-    if met.code:
-        return "" if _named(name, met.said) else f"does not name the file: {met.said[-800:]}"
-    differences = _differences(project, wanted, but=name)
-    if _named(name, told):  # it was made again, and what was of the old one is removed
-        differences = [each for each in differences if " is gone, " not in each]
-    if differences:
-        return f"not noticed: {'; '.join(differences[:5])}"
-    same = met.out == done.out or words[0] == "run"  # which tells seconds
-    return "" if same or _named(name, told) else f"prints something else: {met.out[-800:]}"
-
-
-def _named(name: str, said: str) -> bool:
-    """Whether a message names a file, its folder or its kind of content, however it breaks lines."""
-    path = Path(name)
-    flat = re.sub(r"\s+", "", said)
-    return any(
-        part in flat for part in (path.name, path.parent.name + "/", f"expert'{path.parent.name}'", str(path.parent))
-    )
-
-
-def full(project: Project, case: Mapping[str, Any]) -> str:
-    """A command on a full disk, and again with room."""
-    command = COMMANDS[case["command"]]
+def full(project: Project, command: Command, limit: int) -> str:
+    """What goes wrong where a command meets a full disk, and again with room; empty where nothing does."""
     _, wanted = project.undisturbed(command.words, command.gone)
     project.restore(command.gone)
-    met = project.call(command.words, limit=case["limit"])
+    met = project.call(command.words, limit=limit)
     if met.broke:
         return met.broke
     if met.code and not re.search("full|space|too large|limit", met.said):
@@ -423,17 +298,4 @@ def full(project: Project, case: Mapping[str, Any]) -> str:
     after = project.call(command.again or command.words) if met.code else met
     if after.broke or after.code:
         return f"exit {after.code} with room: {after.said[-1500:]}"
-    return "; ".join(_differences(project, wanted)[:5])
-
-
-def _differences(project: Project, wanted: Mapping[str, str], but: str = "") -> list[str]:
-    """What is other than an undisturbed command leaves it."""
-    found = project.left()
-    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-    return [f"{name} is {found.get(name, 'gone')}, not {wanted.get(name, 'there')}" for name in names if name != but]
-
-
-TRY: Mapping[str, Callable[[Project, Mapping[str, Any]], str]] = {
-    "kill": kill, "between": kill, "bit": damaged, "torn": damaged, "folder": damaged, "full": full,
-}  # fmt: skip
-"""Kind of fault -> what tries a case of it and gives what went wrong; empty where nothing did."""
+    return "; ".join(project.differences(wanted)[:5])

@@ -1,4 +1,4 @@
-"""Opened models that lie nowhere: any tiny model in memory as the serving side takes it."""
+"""Opened models without a folder: any tiny model in memory as the serving side takes it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ from weftlm.gating.modular_lm import ModularLM
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.routed_model import RoutedModel
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+_SIZES: dict[str, Any] = {**tiny.SIZES, "pad_token_id": None}
 
 
 @functools.cache
@@ -62,34 +58,28 @@ def gated(pool: ExpertPool, gate: Gate, **settings: Any) -> OpenModel:
 
 def sliding(**changed: Any) -> PreTrainedModel:
     """Two layers that see eight tokens."""
-    torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(**{**_SIZES, "sliding_window": 8, **changed})).eval()
+    return tiny.seeded(MistralForCausalLM, MistralConfig(**{**_SIZES, "sliding_window": 8, **changed}))
 
 
 def mixture_of_experts() -> PreTrainedModel:
     """A model with experts of its own."""
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4)).eval()
+    return tiny.seeded(MixtralForCausalLM, MixtralConfig(**_SIZES, num_local_experts=4))
 
 
 def eager() -> PreTrainedModel:
     """A model whose attention is written out."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, attn_implementation="eager")).eval()
+    return tiny.seeded(LlamaForCausalLM, LlamaConfig(**_SIZES, attn_implementation="eager"))
 
 
 def long_rope() -> PreTrainedModel:
     """A model whose positions depend on the text's length."""
-    torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, rope_parameters=rope)).eval()
+    return tiny.seeded(LlamaForCausalLM, LlamaConfig(**_SIZES, rope_parameters=rope))
 
 
 def without_keys() -> PreTrainedModel:
     """A model whose memory is no cache of keys and values."""
     torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=tiny.VOCAB, hidden_size=16, state_size=4, num_hidden_layers=1, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None,
-    )  # fmt: skip
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=16, state_size=4, num_hidden_layers=1, **tokens)
     return MambaForCausalLM(config).eval()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from support.tiny_expert import cyclic_source
 from transformers import TrainingArguments
 
-from weftlm.corpora.source import ArraySource
 from weftlm.integrations.hf_trainer import OnlineMixture
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import ModelConfig
@@ -36,24 +35,84 @@ def light_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-def source(low: int, seed: int, tokens: int = 4000) -> ArraySource:
-    """A noisy cycle through 20 tokens of its own."""
-    rng = np.random.default_rng(seed)
-    cycle = low + (np.arange(tokens) * 3) % 20
-    return ArraySource(np.where(rng.random(tokens) < 0.8, cycle, rng.integers(low, low + 20, tokens)))
+SOURCES = {name: cyclic_source(4000, low=20 * index, seed=index) for index, name in enumerate(NAMES)}
+TARGET = cyclic_source(600, low=20, seed=9)
 
 
-SOURCES = {name: source(20 * index, seed=index) for index, name in enumerate(NAMES)}
-TARGET = source(20, seed=9, tokens=600)
-
-
-def model(*, seed: int = 0, vocab_size: int = VOCAB) -> Any:
+def model(*, seed: int = 0, vocab_size: int = VOCAB, **config: Any) -> Any:
     sizes = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, **config,
     }  # fmt: skip
     section = ModelConfig(architecture="llama", config=sizes)
     return build_model(section, vocab_size=vocab_size, sequence_length=LENGTH + 1, eos_id=0, seed=seed)
+
+
+def trainer(
+    folder: Path,
+    mixture: Mapping[str, Any],
+    *,
+    alignment: Mapping[str, Any] | None = None,
+    net: torch.nn.Module | None = None,
+    reference: Callable[[], torch.nn.Module] = lambda: model(seed=1),
+    length: int = LENGTH,
+    options: Mapping[str, Any] | None = None,
+    **training: Any,
+) -> Trainer:
+    """Our own trainer on the three domains.
+
+    Args:
+        alignment: keys of the `alignment` section beside `PROBES`.
+        net: model to train.
+        reference: makes the reference model, where the policy asks for one.
+        length: T.
+        options: further arguments of `Trainer`.
+        training: keys of the `training` section.
+    """
+    values = {"sequence_length": length, "lr": 1e-2, "device": "cpu", "threads": 1, **training}
+    config = TrainingConfig.model_validate(values)
+    policy = build_policy({"update_every_steps": 4, **mixture})
+    setting = MixtureSetting(
+        NAMES,
+        tokens_D=torch.tensor([4000.0] * 3, dtype=torch.float64),
+        target_histogram_D=torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        basis_ND=torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]], dtype=torch.float64),
+    )
+    given = reference() if "reference_losses" in policy.needs else None
+    return Trainer(
+        model() if net is None else net,
+        Task(NAMES, tuple(SOURCES.values()), policy, setting, TARGET, given),
+        config,
+        alignment=AlignmentConfig.model_validate({**PROBES, **(alignment or {})}),
+        runtime=choose_runtime(config, parameters=1000),
+        folder=folder,
+        seed=SEED,
+        **(options or {}),
+    )
+
+
+def lines_of(folder: Path, kind: str = "") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, or those of one kind."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in ("", line["kind"])]
+
+
+def train_with_weftlm(folder: Path, policy: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """The trained model and the updates of its mixture, from weftlm's own loop."""
+    own = trainer(
+        folder, policy, alignment={"probe": "extra"}, batch_sequences=BATCH, micro_batch_sequences=4, steps=STEPS,
+        warmup_steps=0, schedule="constant", clip_norm=0.5,
+    )  # fmt: skip
+    own.run()
+    return own.module, [
+        {
+            "step": line["step"],
+            **{f"mixture/{name}": weight for name, weight in line["weights"].items()},
+            **{f"mixture/alignment/{name}": dot for name, dot in line.get("alignment", {}).items()},
+        }
+        for line in lines_of(folder, "mixture")
+        if line["step"]
+    ]
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -75,39 +134,6 @@ def online(policy: Mapping[str, Any], **changes: Any) -> OnlineMixture:
     reference = model(seed=1) if policy["policy"] == "doremi" else None
     options = {"target": TARGET, "sequence_length": LENGTH, "seed": SEED, "alignment": PROBES, "reference": reference}
     return OnlineMixture.of(SOURCES, {"update_every_steps": 4, **policy}, **{**options, **changes})
-
-
-def train_with_weftlm(folder: Path, policy: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """The trained model and the updates of its mixture, from weftlm's own loop."""
-    config = TrainingConfig.model_validate(
-        {
-            "sequence_length": LENGTH, "batch_sequences": BATCH, "micro_batch_sequences": 4, "steps": STEPS,
-            "lr": 1e-2, "warmup_steps": 0, "schedule": "constant", "clip_norm": 0.5, "device": "cpu", "threads": 1,
-        }
-    )  # fmt: skip
-    built = build_policy({"update_every_steps": 4, **policy})
-    setting = MixtureSetting(NAMES, torch.tensor([4000.0] * 3, dtype=torch.float64))
-    reference = model(seed=1) if "reference_losses" in built.needs else None
-    own = Trainer(
-        model(),
-        Task(NAMES, tuple(SOURCES.values()), built, setting, TARGET, reference),
-        config,
-        alignment=AlignmentConfig.model_validate({**PROBES, "probe": "extra"}),
-        runtime=choose_runtime(config, parameters=1000),
-        folder=folder,
-        seed=SEED,
-    )
-    own.run()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    updates = [line for line in lines if line["kind"] == "mixture" and line["step"]]
-    return own.module, [
-        {
-            "step": line["step"],
-            **{f"mixture/{name}": weight for name, weight in line["weights"].items()},
-            **{f"mixture/alignment/{name}": dot for name, dot in line.get("alignment", {}).items()},
-        }
-        for line in updates
-    ]
 
 
 def updates_of(trainer: Any) -> list[dict[str, Any]]:

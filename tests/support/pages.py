@@ -1,4 +1,4 @@
-"""Reads the pages as a person would: every block of code, in order, in a folder of its own.
+"""Follows the pages as a reader would: every block of code, in order, in a folder of its own.
 
 yaml    goes to the file the page names before it (``Save this as `pool.yaml```), else it must be valid in a recipe
 python  is executed; the blocks of a page share their names
@@ -36,7 +36,7 @@ from weftlm.serving.server import Server
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NOT_RUN = re.compile(r"<!-- not run: \S.*? -->")
+NOT_RUN = re.compile(r"^\s*<!-- not run: \S.*? -->\s*\Z", re.MULTILINE)
 ADDRESS = "127.0.0.1:8000"
 
 SMALLER: dict[str, Any] = {
@@ -63,23 +63,33 @@ UNSAID: dict[str, Any] = {
 """Sizes that recipes leave at their defaults, in those that have the first section."""
 
 
+WHOLE: dict[str, Any] = {
+    "run": "runs/x", "data": {"corpora": [{"builtin": "all"}]}, "model": {"architecture": "llama"}, "experts": {},
+    "mixture": {"policy": "uniform"}, "training": {"steps": 1},
+}  # fmt: skip
+"""What a part of a recipe is checked in."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of code.
 
     Attributes:
-        line: its first, from 1.
-        language: after the fence.
-        text: inside.
-        before: the page's words since the block before.
-        marked: it says why it is not run.
+        line: Its first line, from 1.
+        language: Word after the fence.
+        text: Lines inside.
+        before: The page's words since the block before.
     """
 
     line: int
     language: str
     text: str
     before: str
-    marked: bool
+
+    @property
+    def marked(self) -> bool:
+        """Whether the page says why it is not run."""
+        return NOT_RUN.search(self.before) is not None
 
 
 def blocks(page: str) -> Iterator[Block]:
@@ -87,26 +97,20 @@ def blocks(page: str) -> Iterator[Block]:
     lines, start, end, fence, language = page.splitlines(), None, 0, "", ""
     for number, line in enumerate(lines):
         found = re.match(r"\s*(`{3,}|~{3,})\s*(.*?)\s*$", line)
-        if found is None:
-            continue
-        if start is None:
+        if found is not None and start is None:
             start, fence, language = number, found[1], found[2]
-        elif line.strip() == fence:
-            before = [each for each in lines[end:start] if each.strip()]
-            marked = bool(before) and NOT_RUN.fullmatch(before[-1].strip()) is not None
-            yield Block(start + 1, language, "\n".join(lines[start + 1 : number]) + "\n", "\n".join(before), marked)
+        elif found is not None and line.strip() == fence:
+            inside, before = lines[start + 1 : number], "\n".join(lines[end:start])
+            yield Block(start + 1, language, "\n".join(inside) + "\n", before)
             start, end = None, number + 1
     assert start is None, f"the block that begins in line {start} never ends"
 
 
 def smaller(text: str) -> str:
     """A block with every size replaced."""
-
-    def replaced(found: re.Match[str]) -> str:
-        return f"{found[1]}{found[2]}{SMALLER[found[1].lower()]}"
-
     names = "|".join(sorted(SMALLER, key=len, reverse=True))
-    return re.sub(rf"\b({names})(: | ?= ?)[0-9][0-9_.]*\b", replaced, text, flags=re.IGNORECASE)
+    sizes = re.compile(rf"\b({names})(: | ?= ?)[0-9][0-9_.]*\b", re.IGNORECASE)
+    return sizes.sub(lambda found: f"{found[1]}{found[2]}{SMALLER[found[1].lower()]}", text)
 
 
 def smaller_recipe(text: str) -> str:
@@ -125,33 +129,28 @@ def smaller_recipe(text: str) -> str:
     return yaml.safe_dump(value, sort_keys=False)
 
 
-def check_part(text: str) -> None:
-    """Whether YAML is a recipe, or a part of one."""
-    part = yaml.safe_load(text)
-    if "run" in part:
-        make_recipe(part)
-        return
-    whole = {
-        "run": "runs/x",
-        "data": {"corpora": [{"builtin": "all"}]},
-        "model": {"architecture": "llama"},
-        "experts": {},
-    }
-    make_recipe({**whole, "mixture": {"policy": "uniform"}, "training": {"steps": 1}, **part})
+def lines_of(text: str) -> Iterator[str]:
+    """Commands of a shell block; a loop (`for x in a b; do`, lines, `done`) is written out."""
+    lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
+    for line in (each for each in lines if each and not each.startswith("#")):
+        if (loop := re.fullmatch(r"for (\w+) in (.*); do", line)) is None:
+            yield line
+            continue
+        inside = list(iter(lines.__next__, "done"))
+        yield from (each.replace(f"${loop[1]}", value) for value in loop[2].split() for each in inside)
 
 
 class Reader:
-    """Somebody who does what a page says, in the present folder.
+    """Does what a page shows, in the present folder.
 
     Args:
-        call: the command line.
-        monkeypatch: of the test.
-        names: what Python blocks know beforehand.
+        call: The command line.
+        monkeypatch: Patches that end with the test.
+        names: What Python blocks know beforehand.
     """
 
     def __init__(self, call: Call, monkeypatch: pytest.MonkeyPatch, **names: Any) -> None:
-        self.call = call
-        self.monkeypatch = monkeypatch
+        self.call, self.monkeypatch = call, monkeypatch
         self.module = ModuleType("page")
         self.module.__dict__.update(names)
         self.commands: list[str] = []
@@ -162,27 +161,28 @@ class Reader:
         monkeypatch.setitem(sys.modules, "page", self.module)
 
     def follow(self, page: str) -> None:
-        """Do all of it."""
+        """Carry out every block that is not marked."""
         try:
             for block in blocks(page):
-                if not block.marked:
-                    try:
+                try:
+                    if not block.marked:
                         self.do(block)
-                    except BaseException as error:
-                        error.add_note(f"in the block that begins in line {block.line}")
-                        raise
+                except BaseException as error:
+                    error.add_note(f"in the block that begins in line {block.line}")
+                    raise
         finally:
             self.stop()
 
     def do(self, block: Block) -> None:
         """Carry out one block."""
-        text = self.here(block.text)
+        text = block.text if self.server is None else block.text.replace(ADDRESS, f"127.0.0.1:{self.port}")
         if block.language == "yaml":
-            told = re.findall(r"[Ss]ave\s+this\s+as\s+`([\w-]+\.yaml)`", block.before)
-            if told:
-                Path(told[-1]).write_text(smaller_recipe(text))
+            saved = re.findall(r"[Ss]ave\s+this\s+as\s+`([\w-]+\.yaml)`", block.before)
+            if saved:
+                Path(saved[-1]).write_text(smaller_recipe(text))
             else:
-                check_part(text)
+                part = yaml.safe_load(text)
+                make_recipe(part if "run" in part else {**WHOLE, **part})
         elif block.language == "toml":
             tomllib.loads(text)  # tests/e2e/test_plugin.py installs what it belongs to
         elif block.language == "python":
@@ -193,14 +193,9 @@ class Reader:
         elif block.language == "text":
             if text.startswith(("$ .venv/bin/weftlm ", "$ weftlm ")):
                 command, *said = text.splitlines()
-                arguments = shlex.split(command)[2:]
-                assert self.call(*arguments, code=2).strip().splitlines()[-1] == said[-1]
+                assert self.call(*shlex.split(command)[2:], code=2).strip().splitlines()[-1] == said[-1]
         else:
             raise AssertionError(f"a block of {block.language or 'no language'} that is not marked as not run")
-
-    def here(self, text: str) -> str:
-        """A text with the port of the server that runs."""
-        return text if self.server is None else text.replace(ADDRESS, f"127.0.0.1:{self.port}")
 
     def type(self, line: str) -> None:
         """Give one command."""
@@ -216,13 +211,8 @@ class Reader:
                 else:
                     self.call(*arguments)
             elif name == "curl":
-                said = subprocess.run(
-                    [name, "-sS", "--fail-with-body", *arguments],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                    timeout=60,
-                )
+                asked = [name, "-sS", "--fail-with-body", *arguments]
+                said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
                 assert said.returncode == 0, said.stdout + said.stderr
             elif [name, *arguments[:2]] == ["python", "-m", "weftlm.integrations.lm_eval"]:
                 patch.setattr(sys, "argv", ["lm_eval", *arguments[2:]])
@@ -233,8 +223,7 @@ class Reader:
     def serve(self, arguments: list[str]) -> None:
         """`weftlm serve` in a thread, until the next one or the page's end."""
         self.stop()
-        listens = threading.Event()
-        run = Server.run
+        listens, run = threading.Event(), Server.run
 
         def running(server: Server, sockets: Any = None) -> None:
             self.server, self.port = server, sockets[0].getsockname()[1]
@@ -263,22 +252,3 @@ class Reader:
             self.thread.join(60)
             assert self.ended == [0]
         self.thread, self.server, self.ended = None, None, []
-
-
-def lines_of(text: str) -> Iterator[str]:
-    """Commands of a shell block; a loop (`for x in a b; do`, lines, `done`) is written out."""
-    loop: tuple[str, list[str], list[str]] | None = None
-    for line in (each.strip() for each in text.replace("\\\n", " ").splitlines()):
-        if not line or line.startswith("#"):
-            continue
-        if found := re.fullmatch(r"for (\w+) in (.*); do", line):
-            loop = (found[1], found[2].split(), [])
-        elif loop is not None and line == "done":
-            name, values, inside = loop
-            yield from (each.replace(f"${name}", value) for value in values for each in inside)
-            loop = None
-        elif loop is not None:
-            loop[2].append(line)
-        else:
-            yield line
-    assert loop is None, "a loop that never ends"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import torch
+from support import experts
 from support.experts import make_pool
 from support.tiny_project import WORDS, sentence
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM
 
 from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
@@ -31,29 +31,14 @@ def tokenizer(fewer: int = 0) -> Tokenizer:
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:
-    """Two random layers; weights are large enough for the layers to matter."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.15, bos_token_id=None,
-        eos_token_id=256, pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def t5(seed: int = 0) -> T5ForConditionalGeneration:
-    """A random layer of encoder and one of decoder, gated as in T5 v1.1."""
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0, eos_token_id=256,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config).eval()
+    """Two random layers that know the tokenizer's tokens."""
+    sizes = {"vocab_size": VOCAB, "max_position_embeddings": POSITIONS, "eos_token_id": 256, "pad_token_id": None}
+    return experts.llama(seed, **sizes)
 
 
 def write_encoder_decoder(folder: Path, seed: int = 0) -> Path:
     """Write a tiny T5 with the tokenizer of the others; returns its folder."""
-    t5(seed).save_pretrained(folder)
+    experts.t5(seed, vocab_size=VOCAB, eos_token_id=256, num_layers=1).save_pretrained(folder)
     tokenizer().save(folder)
     return folder
 

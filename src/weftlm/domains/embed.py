@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import hstack
-from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.utils.extmath import randomized_svd
 
 from weftlm.domains.config import EmbedderConfig
@@ -55,71 +55,46 @@ class TfidfSvd:
     only are left out unless the sample is tiny.
 
     Args:
-        config: analyzer and max_chars are kept; the state comes from `fit`.
-        vocabularies: one list of features per analyzer.
-        idf_V: float64.
-        components_EV: float32.
+        texts: A sample of documents, on which it is fitted.
+        config: How many features and dimensions, of which analyzer.
+        seed: Random seed of the decomposition.
+    Raises:
+        DataError: the sample holds no feature at all.
     """
 
-    def __init__(
-        self,
-        config: EmbedderConfig,
-        vocabularies: Sequence[Sequence[str]],
-        idf_V: NDArray[np.float64],
-        components_EV: NDArray[np.float32],
-    ) -> None:
+    def __init__(self, texts: Sequence[str], config: EmbedderConfig, seed: int) -> None:
         self.config = config
-        self.vocabularies = [list(names) for names in vocabularies]
-        self.idf_V = idf_V
-        self.components_EV = components_EV
-        self.dimensions = len(components_EV)
         self._counters = _analyzers(config.analyzer)
-        for counter, names in zip(self._counters, self.vocabularies, strict=True):
-            counter.set_params(vocabulary={name: number for number, name in enumerate(names)})
-        total = hashlib.blake2b(digest_size=16)
-        total.update(json.dumps([config.analyzer, config.max_chars, self.vocabularies]).encode())
-        total.update(np.ascontiguousarray(idf_V).tobytes() + np.ascontiguousarray(components_EV).tobytes())
-        self.fingerprint = total.hexdigest()
-
-    @classmethod
-    def fit(cls, texts: Sequence[str], config: EmbedderConfig, seed: int) -> TfidfSvd:
-        """Fit on a sample of documents.
-
-        Raises:
-            DataError: the sample holds no feature at all.
-        """
-        texts = [text[: config.max_chars] for text in texts]
-        vocabularies = [_vocabulary(counter, texts, config) for counter in _analyzers(config.analyzer)]
-        width = sum(map(len, vocabularies))
-        if width == 0:
+        self.vocabularies = [_vocabulary(each, self._cut(texts), config) for each in _analyzers(config.analyzer)]
+        if not any(self.vocabularies):
             raise DataError(
                 f"documents cannot be embedded: none of {len(texts)} sampled documents holds a word or a repeated "
                 f"character run; check the corpora, or embed with analyzer: char"
             )
-        blank = cls(config, vocabularies, np.ones(width), np.zeros((1, width), np.float32))
-        counts_NV = blank._counts(texts)
-        frequencies_V = np.bincount(counts_NV.indices, minlength=width)
-        blank.idf_V = np.log((1.0 + len(texts)) / (1.0 + frequencies_V)) + 1.0
-        weighted_NV = blank._weighted(texts)
+        for counter, names in zip(self._counters, self.vocabularies, strict=True):
+            counter.set_params(vocabulary={name: number for number, name in enumerate(names)})
+        self._tfidf = TfidfTransformer(sublinear_tf=True)
+        weighted_NV = self._tfidf.fit_transform(self._counts(texts))
         rank = max(1, min(config.dimensions, min(weighted_NV.shape) - 1))
         _, _, components_EV = randomized_svd(weighted_NV, rank, n_iter=5, random_state=seed)
-        return cls(config, vocabularies, blank.idf_V, components_EV.astype(np.float32))
+        self._components_EV = np.ascontiguousarray(components_EV, dtype=np.float32)
+        self.dimensions = rank
+        total = hashlib.blake2b(digest_size=16)
+        total.update(json.dumps([config.analyzer, config.max_chars, self.vocabularies]).encode())
+        total.update(self._tfidf.idf_.tobytes() + self._components_EV.tobytes())
+        self.fingerprint = total.hexdigest()
+
+    def _cut(self, texts: Sequence[str]) -> list[str]:
+        return [text[: self.config.max_chars] for text in texts]
 
     def _counts(self, texts: Sequence[str]) -> Any:
-        return hstack([counter.transform(texts) for counter in self._counters], format="csr")
-
-    def _weighted(self, texts: Sequence[str]) -> Any:
-        matrix = self._counts(texts).astype(np.float64)
-        matrix.data = (1.0 + np.log(matrix.data)) * self.idf_V[matrix.indices]
-        norms_N = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
-        matrix.data /= np.repeat(np.where(norms_N > 0, norms_N, 1.0), np.diff(matrix.indptr))
-        return matrix
+        counts = [counter.transform(self._cut(texts)) for counter in self._counters]
+        return hstack(counts, format="csr").astype(np.float64)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         if not texts:
             return np.zeros((0, self.dimensions), np.float32)
-        dense = self._weighted([text[: self.config.max_chars] for text in texts]) @ self.components_EV.T
-        return unit_rows(np.asarray(dense))
+        return unit_rows(np.asarray(self._tfidf.transform(self._counts(texts)) @ self._components_EV.T))
 
 
 def _vocabulary(counter: CountVectorizer, texts: Sequence[str], config: EmbedderConfig) -> list[str]:
@@ -190,5 +165,5 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
 def make_embedder(config: EmbedderConfig, sample: Sequence[str], seed: int) -> Embedder:
     """The embedder a configuration asks for; only `tfidf` looks at the sample."""
     if config.kind == "tfidf":
-        return TfidfSvd.fit(sample, config, seed)
+        return TfidfSvd(sample, config, seed)
     return SentenceTransformerEmbedder(config)

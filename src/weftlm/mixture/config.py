@@ -61,15 +61,6 @@ class AlignmentPolicyConfig(PolicyConfig):
         default="none",
         description="Direction v = g, or v = g / (sqrt(vhat) + eps) with Adam's second moment of the run.",
     )
-    alignment_decay: FiniteFloat = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description=(
-            "Moving average over each group's last alignments (0: the newest alone). A group absent from a probe keeps "
-            "its last value either way."
-        ),
-    )
 
 
 policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weftlm.mixture", "policy", "weftlm.policies")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from weftlm.mixture.config import Signal
-from weftlm.mixture.policy import Report, entropy
+from weftlm.mixture.policy import C, Policy, Report, entropy
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,8 @@ class ConstantState:
     weights_D: Tensor
 
 
-class ConstantPolicy:
+class ConstantPolicy(Policy[C]):
     """Base of the policies whose weights are decided in `init`."""
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset()
 
     def weights(self, state: ConstantState) -> Tensor:
         return state.weights_D

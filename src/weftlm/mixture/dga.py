@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.config import DgaConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.config import DgaConfig, PolicyConfig, policies
 from weftlm.mixture.initial import initial_weights, nearest_mixture
 from weftlm.mixture.policy import (
     CONSTANT,
     MixtureSetting,
+    Policy,
     Report,
     entropy,
     exponentiated_gradient,
     missing_signal,
     with_floor,
 )
-from weftlm.mixture.signals import max_abs, read_alignment, smooth_alignment
+from weftlm.mixture.signals import keep_last, max_abs, read_alignment
 from weftlm.mixture.uniform import uniform_weights
 
 
@@ -33,7 +34,7 @@ class DgaState:
     Attributes:
         weights_G: smoothed weights, the ones sampled; over domains, or over basis distributions (w).
         mirror_G: result of the last mirror step, before smoothing.
-        alignment_G: each group's last (or averaged) scaled alignment; NaN until the group was first seen.
+        alignment_G: each group's last scaled alignment; NaN until the group was first seen.
         max_exponent: max_i |eta a_i| of the last update.
         updates: reports that moved the weights.
         skipped: reports that told nothing (no group present, or a direction of norm 0) and changed nothing.
@@ -59,7 +60,7 @@ class DgaState:
     costs="0.6 to 0.8 % of training at T_r = 100, 6 to 8 % at 10, 23 to 42 % at 1",
     paper="arXiv:2410.02498",
 )
-class DgaPolicy:
+class DgaPolicy(Policy[DgaConfig]):
     """Online mixture by gradient alignment with a target.
 
     One gradient step on the mixture changes the target's loss by about -rho sum_i alpha_i <g_i, g_spe>. Every T_r steps
@@ -82,17 +83,10 @@ class DgaPolicy:
     nothing changes nothing and is counted in the diagnostic `skipped`.
 
     Paper: Fan, Grangier, Ablin, arXiv 2410.02498; distribution reweighting is its section on many domains. `scale`,
-    `ema_feedback`, `floor`, `anchor` and `alignment_decay` are choices of this implementation.
+    `ema_feedback`, `floor` and `anchor` are choices of this implementation.
     """
 
     Config: ClassVar[type[PolicyConfig]] = DgaConfig
-
-    def __init__(self, config: DgaConfig) -> None:
-        self.config = config
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> DgaState:
         config = self.config
@@ -130,7 +124,7 @@ class DgaPolicy:
         new_G = read_alignment(report, config, "target_alignment", state.groups)
         if new_G is None:
             return dataclasses.replace(state, skipped=state.skipped + 1)
-        alignment_G = smooth_alignment(state.alignment_G, new_G, config.alignment_decay)
+        alignment_G = keep_last(state.alignment_G, new_G)
         exponents_G = config.eta * alignment_G
         start_G = state.weights_G if config.ema_feedback else state.mirror_G
         pull_G = config.anchor * torch.where(start_G > 0, state.initial_G / start_G, 1.0).log()

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weftlm.mixture.config import DogeConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.config import DogeConfig, PolicyConfig, policies
 from weftlm.mixture.initial import initial_weights
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy, exponentiated_gradient, with_floor
-from weftlm.mixture.signals import max_abs, read_alignment, running_mean, smooth_alignment
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy, exponentiated_gradient, with_floor
+from weftlm.mixture.signals import keep_last, max_abs, read_alignment, running_mean
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DogeState:
     Attributes:
         current_D: weights after the last mirror step.
         average_D: mean of the weights after each update so far; the initial weights before the first.
-        alignment_D: each domain's last (or averaged) scaled alignment; NaN until it was first seen.
+        alignment_D: each domain's last scaled alignment; NaN until it was first seen.
         max_exponent: max_i |eta W_i| of the last update.
         updates: reports that moved the weights.
         skipped: reports that told nothing and changed nothing.
@@ -45,7 +45,7 @@ class DogeState:
     costs="as `dga`",
     paper="arXiv:2310.15393",
 )
-class DogePolicy:
+class DogePolicy(Policy[DogeConfig]):
     """Domain reweighting with generalization estimation, run online.
 
         W_i     = < grad L_i, v >, scaled as `normalize` says
@@ -65,13 +65,6 @@ class DogePolicy:
     """
 
     Config: ClassVar[type[PolicyConfig]] = DogeConfig
-
-    def __init__(self, config: DogeConfig) -> None:
-        self.config = config
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> DogeState:
         config = self.config
@@ -94,7 +87,7 @@ class DogePolicy:
         new_D = read_alignment(report, config, self.config.direction, state.domains)
         if new_D is None:
             return dataclasses.replace(state, skipped=state.skipped + 1)
-        alignment_D = smooth_alignment(state.alignment_D, new_D, config.alignment_decay)
+        alignment_D = keep_last(state.alignment_D, new_D)
         exponents_D = config.eta * alignment_D
         current_D = with_floor(exponentiated_gradient(state.current_D, exponents_D), config.floor)
         return dataclasses.replace(

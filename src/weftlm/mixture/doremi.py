@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weftlm.mixture.config import DoremiConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.config import DoremiConfig, PolicyConfig, policies
 from weftlm.mixture.initial import initial_weights
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy, exponentiated_gradient, with_floor
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy, exponentiated_gradient, with_floor
 from weftlm.mixture.signals import keep_last, max_abs, read_losses, running_mean
 
 
@@ -43,7 +43,7 @@ class DoremiState:
     costs="the training of the reference, and its forward pass on every batch",
     paper="arXiv:2305.10429",
 )
-class DoremiPolicy:
+class DoremiPolicy(Policy[DoremiConfig]):
     """Minimax mixture over the excess loss, run online.
 
         lambda_i = mean over the tokens x of domain i of max(l(x) - l_ref(x), 0)
@@ -63,13 +63,6 @@ class DoremiPolicy:
     """
 
     Config: ClassVar[type[PolicyConfig]] = DoremiConfig
-
-    def __init__(self, config: DoremiConfig) -> None:
-        self.config = config
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> DoremiState:
         config = self.config

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.config import GroupDroConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.config import GroupDroConfig, PolicyConfig, policies
 from weftlm.mixture.initial import initial_weights
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy, exponentiated_gradient, with_floor
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy, exponentiated_gradient, with_floor
 from weftlm.mixture.signals import keep_last, max_abs, read_losses
 
 
@@ -44,7 +44,7 @@ class GroupDroState:
     costs="nothing",
     paper="arXiv:1911.08731",
 )
-class GroupDroPolicy:
+class GroupDroPolicy(Policy[GroupDroConfig]):
     """Distributionally robust optimisation over domains.
 
         q_i = q_i exp(eta (L_i + C / sqrt(n_i))) / sum_j q_j exp(eta (L_j + C / sqrt(n_j)))
@@ -60,13 +60,6 @@ class GroupDroPolicy:
     """
 
     Config: ClassVar[type[PolicyConfig]] = GroupDroConfig
-
-    def __init__(self, config: GroupDroConfig) -> None:
-        self.config = config
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> GroupDroState:
         config = self.config

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.config import ImportanceConfig, PolicyConfig, Signal, policies
+from weftlm.mixture.config import ImportanceConfig, PolicyConfig, policies
 from weftlm.mixture.constant import ConstantPolicy, ConstantState
 from weftlm.mixture.policy import MixtureSetting, missing_signal, with_floor
 
@@ -42,7 +42,7 @@ def importance_weights(setting: MixtureSetting, policy: str = "importance") -> T
     costs="one embedding of the documents",
     paper="arXiv:2410.03735",
 )
-class ImportancePolicy(ConstantPolicy):
+class ImportancePolicy(ConstantPolicy[ImportanceConfig]):
     """Draw each domain as often as the target's documents lie nearest to it.
 
         h_i     = | { x in D_spe : the nearest centroid of x is i } | / |D_spe|
@@ -55,13 +55,6 @@ class ImportancePolicy(ConstantPolicy):
     """
 
     Config: ClassVar[type[PolicyConfig]] = ImportanceConfig
-
-    def __init__(self, config: ImportanceConfig) -> None:
-        self.config = config
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> ConstantState:
         return ConstantState(with_floor(importance_weights(setting), self.config.smoothing))

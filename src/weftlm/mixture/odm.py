@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from weftlm.mixture.config import OdmConfig, PolicyConfig, Signal, policies
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, entropy
+from weftlm.mixture.config import OdmConfig, PolicyConfig, policies
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy
 from weftlm.mixture.signals import max_abs, read_losses
 from weftlm.mixture.uniform import uniform_weights
 
@@ -49,7 +49,7 @@ def exploration(domains: int, turn: int) -> float:
     costs="nothing",
     paper="arXiv:2312.02406",
 )
-class OdmPolicy:
+class OdmPolicy(Policy[OdmConfig]):
     """Online data mixing by an adversarial bandit: a domain is an arm, its training loss the reward.
 
         R_i <- decay R_i + (1 - decay) L_i / pi_i                        for the domains drawn; the others keep theirs
@@ -67,13 +67,6 @@ class OdmPolicy:
     """
 
     Config: ClassVar[type[PolicyConfig]] = OdmConfig
-
-    def __init__(self, config: OdmConfig) -> None:
-        self.config = config
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> OdmState:
         start_D = uniform_weights(len(setting.domains))

@@ -4,8 +4,8 @@ A policy never touches the model or the data. The loop measures what the policy 
 and samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come
 free (`state_to_json`, `state_from_json`).
 
-A new policy is one file in this folder: a config section, a frozen state, and a class registered by name. `doge.py` is
-a good one to read.
+A new policy is one file in this folder: a config section, a frozen state, and a class (a `Policy`) registered by name.
+`doge.py` is a good one to read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -131,6 +131,20 @@ class MixturePolicy(Protocol[S]):
         ...
 
 
+C = TypeVar("C", bound=PolicyConfig)
+
+
+class Policy(Generic[C]):
+    """Base of the policies of this folder: keeps the configuration, which knows the signals it needs."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.config.needs
+
+
 def build_policy(value: Mapping[str, Any] | PolicyConfig, where: str = "mixture") -> MixturePolicy[Any]:
     """The policy a recipe asks for.
 
@@ -201,7 +215,8 @@ def state_to_json(state: Any) -> dict[str, Any]:
 
     `CONSTANT` fields are left out. NaN is kept, as Python's json module writes it.
     """
-    return {field.name: _to_json(getattr(state, field.name)) for field in _variable_fields(state)}
+    values = {field.name: getattr(state, field.name) for field in _variable_fields(state)}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def state_from_json(template: S, value: Mapping[str, Any]) -> S:
@@ -228,14 +243,6 @@ def _variable_fields(state: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(state) if not field.metadata.get("constant")]
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
-    return value
-
-
 def _from_json(template: Any, value: Any, name: str) -> Any:
     if isinstance(template, Tensor):
         tensor = torch.tensor(value, dtype=template.dtype)
@@ -245,6 +252,4 @@ def _from_json(template: Any, value: Any, name: str) -> Any:
                 "did the number of domains change?"
             )
         return tensor
-    if isinstance(template, tuple):
-        return tuple(value)
     return value

@@ -35,7 +35,7 @@ def proportional_weights(setting: MixtureSetting, temperature: float = 1.0) -> T
     costs="nothing",
     paper="arXiv:1901.07291",
 )
-class ProportionalPolicy(ConstantPolicy):
+class ProportionalPolicy(ConstantPolicy[ProportionalConfig]):
     """Draw domains in proportion to a power of their training tokens.
 
         alpha_i = n_i^temperature / sum_j n_j^temperature
@@ -48,9 +48,6 @@ class ProportionalPolicy(ConstantPolicy):
     """
 
     Config: ClassVar[type[PolicyConfig]] = ProportionalConfig
-
-    def __init__(self, config: ProportionalConfig) -> None:
-        self.config = config
 
     def init(self, setting: MixtureSetting) -> ConstantState:
         return ConstantState(proportional_weights(setting, self.config.temperature))

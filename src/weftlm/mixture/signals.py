@@ -107,12 +107,6 @@ def read_losses(
     return values_D if bool(present_D.any()) else None
 
 
-def smooth_alignment(old_G: Tensor, new_G: Tensor, decay: float) -> Tensor:
-    """s'_i = decay s_i + (1 - decay) a_i; the first value of a group as it is, and s_i where a_i is NaN."""
-    mixed_G = torch.where(torch.isnan(old_G), new_G, decay * old_G + (1.0 - decay) * new_G)
-    return torch.where(torch.isnan(new_G), old_G, mixed_G)
-
-
 def keep_last(old_D: Tensor, new_D: Tensor) -> Tensor:
     """The new values, and the old one wherever the new is NaN."""
     return torch.where(torch.isnan(new_D), old_D, new_D)

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
     does="keeps the weights you write",
     costs="nothing",
 )
-class StaticPolicy(ConstantPolicy):
+class StaticPolicy(ConstantPolicy[StaticConfig]):
     """Draw by weights given in the recipe.
 
         alpha_i = weights[i]
@@ -32,9 +32,6 @@ class StaticPolicy(ConstantPolicy):
     """
 
     Config: ClassVar[type[PolicyConfig]] = StaticConfig
-
-    def __init__(self, config: StaticConfig) -> None:
-        self.config = config
 
     def init(self, setting: MixtureSetting) -> ConstantState:
         """Check the weights against the domains.

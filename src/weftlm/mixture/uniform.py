@@ -22,7 +22,7 @@ def uniform_weights(groups: int) -> Tensor:
     does="gives every domain the same weight",
     costs="nothing",
 )
-class UniformPolicy(ConstantPolicy):
+class UniformPolicy(ConstantPolicy[UniformConfig]):
     """Draw every domain equally often, whatever its size.
 
         alpha_i = 1 / D
@@ -31,9 +31,6 @@ class UniformPolicy(ConstantPolicy):
     """
 
     Config: ClassVar[type[PolicyConfig]] = UniformConfig
-
-    def __init__(self, config: UniformConfig) -> None:
-        self.config = config
 
     def init(self, setting: MixtureSetting) -> ConstantState:
         return ConstantState(uniform_weights(len(setting.domains)))

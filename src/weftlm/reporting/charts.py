@@ -87,7 +87,7 @@ def training_charts(view: View) -> list[Figure]:
     """Loss on held-out text, training loss and speed, all runs in each frame."""
     panels = [Panel(f"{name.capitalize()}, bits per byte", _losses(view, name)) for name in (TARGET, GENERIC)]
     for title, key in (("Training loss, nats per token", "loss"), ("Tokens per second", "tokens_per_second")):
-        curves = [thin(Curve(label, *run.series("train", key)), NOISY) for label, run in view.by_contender]
+        curves = [thin(Curve(run.label, *run.series("train", key)), NOISY) for run in view.runs]
         panels.append(Panel(title, tuple(curves)))
     if not any(curve.known for panel in panels for curve in panel.curves):
         return []
@@ -103,9 +103,9 @@ def _losses(view: View, name: str) -> tuple[Curve, ...]:
     """A score of every evaluation, by run."""
     return tuple(
         Curve(
-            label,
+            run.label,
             np.array([one.tokens for one in run.evaluations if name in one.scores]),
             np.array([one.scores[name].value for one in run.evaluations if name in one.scores]),
         )
-        for label, run in view.by_contender
+        for run in view.runs
     )

@@ -15,8 +15,8 @@ import numpy as np
 
 from weftlm.errors import ConfigError
 from weftlm.gating.certificate import Certificate
-from weftlm.reporting.charts import drawn, left_out
-from weftlm.reporting.figures import NAMED, OTHER, Curve, Panel, domain_lines, draw, run_lines, shares
+from weftlm.reporting.charts import drawn
+from weftlm.reporting.figures import Curve, Panel, draw, run_lines
 from weftlm.reporting.page import Block, Cell, Page, Section, Table, Text, exact
 from weftlm.reporting.runs import mapping, number
 from weftlm.reporting.score import Score, interval_cell, pieces, score_text
@@ -246,7 +246,7 @@ def domains_table(facts: GatingFacts) -> list[Block]:
 
 
 def fit_charts(facts: GatingFacts) -> list[Block]:
-    """Worst case, adversary's gap and mixture over the steps of the fit; nothing where no history was kept."""
+    """Worst case and adversary's gap over the steps of the fit; nothing where no history was kept."""
     history = [mapping(line) for line in facts.fit.get("history") or ()]
     history = [line for line in history if math.isfinite(number(line.get("step")))]
     if not history:
@@ -264,18 +264,4 @@ def fit_charts(facts: GatingFacts) -> list[Block]:
     )
     if facts.fit.get("stopped_early"):
         caption += " The fit stopped before its last step: the duality gap was within its tolerance."
-    names = list(mapping(facts.fit.get("domains")))
-    lam_ND = np.full((len(history), len(names)), math.nan)
-    for place, line in enumerate(history):
-        row = [number(value) for value in line.get("lam") or ()][: len(names)]
-        lam_ND[place, : len(row)] = row
-    blocks: list[Block] = [drawn("gating-worst", chart, caption)]
-    if not np.isfinite(lam_ND).any():
-        return blocks
-    heavy = np.argsort(-np.nan_to_num(lam_ND[-1]), kind="stable")[:NAMED].tolist()
-    named = [name for place, name in enumerate(names) if place in heavy]
-    curves = shares(dict(zip(names, lam_ND.T, strict=True)), steps_N, named)
-    lines = domain_lines([*named, *([OTHER] if len(named) < len(names) else [])])
-    chart = draw([Panel("Mixture λ by domain", tuple(curves))], lines, x_label="steps of the fit", stacked=True)
-    caption = "The mixture the adversary plays; a gate is fitted against the mixture of its step."
-    return [*blocks, drawn("gating-lambda", chart, caption + left_out(named, names))]
+    return [drawn("gating-worst", chart, caption)]

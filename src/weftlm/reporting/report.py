@@ -73,8 +73,7 @@ def report_page(
 
 
 def _summary(view: View, mixtures: ScoreTable) -> Section:
-    each = score_tables(run_table(view, singly=True)) if view.contenders[0].repeated else []
-    blocks = [*score_tables(mixtures), *each, *tables.cost_table(view), *tables.problems(view)]
+    blocks = [*score_tables(mixtures), *tables.cost_table(view), *tables.problems(view)]
     return Section("summary", "Summary", blocks)
 
 

@@ -16,28 +16,28 @@ from weftlm.reporting.runs import mapping, number, numbers
 
 def mixture_table(view: View) -> list[Block]:
     """Final weight of every domain, and passes over its training text: beyond one it repeats."""
-    shown = [one for one in view.contenders if any(run.latest("weights") for run in one.runs)]
+    shown = [run for run in view.runs if run.latest("weights")]
     rows = []
     for name in view.domains if shown else ():
         row = [Cell(name)]
-        for one in shown:
-            weight, passes = one.latest("weights", name), one.latest("epochs", name)
+        for run in shown:
+            weight, passes = (run.latest(key).get(name, math.nan) for key in ("weights", "epochs"))
             sub = [(exact(passes, f"{passes:.3g}"), " passes")] if math.isfinite(passes) else []
             row.append(Cell(exact(weight, f"{weight:.1%}"), sub))
         rows.append(row)
     caption = "Final mixture weight by domain, and passes over the domain's training text: beyond one it repeats."
-    heads = ["Domain", *(one.label for one in shown)]
+    heads = ["Domain", *(run.label for run in shown)]
     fold = f"Weights of all {len(rows)} domains"
     return [Table(caption, heads, rows, "dense", fold=fold)] if rows else []
 
 
 def cost_table(view: View) -> list[Block]:
     """Training tokens, steps, and wall time by activity of every run."""
-    seconds = [numbers(run.result.get("seconds")) for _, run in view.by_contender]
+    seconds = [numbers(run.result.get("seconds")) for run in view.runs]
     parts = list(dict.fromkeys(name for one in seconds for name in one))
     rows = []
-    for (label, run), times in zip(view.by_contender, seconds, strict=True):
-        swatch = paint(view.run_lines[label].colour)
+    for run, times in zip(view.runs, seconds, strict=True):
+        swatch = paint(view.run_lines[run.label].colour)
         counts = [exact(one, count_text(one)) for one in (run.train_tokens, run.steps)]
         spent = [times.get(part, math.nan) for part in parts]
         cells = [*counts, *(exact(one, duration_text(one)) for one in spent)]

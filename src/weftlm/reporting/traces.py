@@ -2,14 +2,13 @@
 
 `templates/trace.js` draws it (legend, coloured text, shares along the text, usage and entropy by layer) in the colours
 and frames of `templates/trace.css`. A page of this package holds the weights as JSON: `trace_block` makes a block of a
-`Trace`, which `render_page` writes together with the script. The inspector asks its server for the same packed weights
-(`packed(quantise(weights_TE))`), serves trace.js and trace.css beside its own files (`page.page_file`), and imports
+`Trace`, which `render_page` writes together with the script. The inspector asks its server for the same data
+(`trace_data`), serves trace.js and trace.css beside its own files (`page.page_file`), and imports
 `unpack`, `palette`, `coloured`, `weightLegend`, `course`, `usage`, `workers` and `Pane` from the script.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from weftlm.text import printable
 
 SCALE = 1000
 """Weights are packed as integers of 1 / SCALE."""
-ENTRIES = 1_600_000
-"""Weights a page holds per trace, about 3 bytes each; beyond, modules are added up to layers."""
-DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
+ENTRIES = 600_000
+"""Weights a page holds per trace, about 8 bytes each; beyond, modules are added up to layers."""
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 """Control characters but tab and line feed, lone surrogates, and marks that reorder text."""
 
@@ -103,7 +101,7 @@ def trace_data(trace: Trace, texts: Sequence[str], weights_STE: NDArray[np.float
     if sum(int(np.count_nonzero(weights_TE)) for _, _, weights_TE in rows) > ENTRIES:
         kind = "layers"
         rows = [(labels[layer], layer, quantise(weights_STE[inside].mean(axis=0))) for layer, inside in layers.items()]
-    held: dict[str, int] = {}
+    held: dict[tuple[int, ...], int] = {}
     parts = [
         {"name": name, "layer": list(layers).index(layer), "row": held.setdefault(packed(row), len(held))}
         for name, layer, row in rows
@@ -138,19 +136,16 @@ def quantise(weights: NDArray[Any]) -> NDArray[np.int64]:
     return np.clip(np.rint(np.asarray(weights, dtype=np.float64) * SCALE), 0, SCALE).astype(np.int64)
 
 
-def packed(weights_TE: NDArray[np.int64]) -> str:
-    """Quantised weights of each token as text: the number of experts with a weight, then expert and weight of each.
+def packed(weights_TE: NDArray[np.int64]) -> tuple[int, ...]:
+    """Quantised weights of each token in a row: the number of experts with a weight, then expert and weight of each.
 
-    Numbers are written in base 64 with the digits 0-9 A-Z a-z - _: one digit for a count or an expert (two where there
-    are more than 63 experts), two for a weight. `1D8C` is one expert, number 13, with 8 * 64 + 12 = 524 / SCALE.
+    Two tokens, of which the second has no weight on any expert: (2, 0, 750, 13, 250, 0).
     """
-    pairs = [first + second for first in DIGITS for second in DIGITS]
-    small: Sequence[str] = DIGITS if weights_TE.shape[1] < 64 else pairs
-    tokens_N, experts_N = np.nonzero(weights_TE)
-    found = zip(experts_N.tolist(), weights_TE[tokens_N, experts_N].tolist(), strict=True)
-    entries = [small[expert] + pairs[weight] for expert, weight in found]
-    ends_T = np.cumsum(np.count_nonzero(weights_TE, axis=1)).tolist()
-    return "".join(small[end - start] + "".join(entries[start:end]) for start, end in itertools.pairwise([0, *ends_T]))
+    entries: list[int] = []
+    for row_E in weights_TE:
+        experts = np.flatnonzero(row_E)
+        entries += [len(experts), *np.stack([experts, row_E[experts]], axis=1).ravel().tolist()]
+    return tuple(entries)
 
 
 def largest_share(labelled: LabelledTrace) -> str:

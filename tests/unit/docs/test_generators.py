@@ -50,7 +50,7 @@ def tables(load_script, tmp_path, monkeypatch):
     return module
 
 
-def test_a_section_becomes_a_table_of_its_keys(reference):
+def test_sections_become_tables_of_their_keys_and_a_key_without_description_is_an_error(reference):
     assert reference.section_body(Outer, "outer") == [
         "What is outside.",
         "",
@@ -61,18 +61,11 @@ def test_a_section_becomes_a_table_of_its_keys(reference):
         "| `many` | list of section | required | several |",
     ]
 
-
-def test_descriptions_come_from_the_docstring_where_the_field_has_none(reference):
     assert reference.section_body(Inner, "inner", introduce=False)[-1] == (
         "| `depth` | integer > 0 | `3` | how deep, told over two lines |"
     )
-
-
-def test_sections_below_are_found_with_their_places(reference):
     assert [place for place, _ in reference.sections(Outer, "")] == ["", "inner", "many[]"]
 
-
-def test_a_key_without_description_is_an_error(reference):
     class Silent(Section):
         """Says nothing of its key."""
 
@@ -135,13 +128,6 @@ def test_the_readme_has_the_chosen_rows_and_the_page_all_of_them(tables, tmp_pat
     assert all(row in page for row in rows)
 
 
-def test_a_page_without_a_record_goes(tables, tmp_path):
-    (tmp_path / "docs/benchmarks").mkdir()
-    (tmp_path / "docs/benchmarks/old.md").write_text("# Old\n")
-    assert tables.main() == 0
-    assert not (tmp_path / "docs/benchmarks/old.md").exists()
-
-
 def test_every_recorded_benchmark_has_the_figures_its_rows_name(load_script):
     module = load_script("docs/benchmark_table.py")
     rows = [row for theme, value in module.records().items() for row in module.headlines(theme, value)]
@@ -160,12 +146,6 @@ def test_a_changed_record_makes_the_table_stale_and_writing_mends_it(tables, tmp
     assert tables.main() == 0
     monkeypatch.setattr("sys.argv", ["benchmark_table.py", "--check"])
     assert tables.main() == 0
-
-
-def test_a_page_without_markers_is_refused(tables, tmp_path):
-    (tmp_path / "README.md").write_text("no place for a table\n")
-    with pytest.raises(ValueError, match=r"README\.md must hold the markers"):
-        tables.main()
 
 
 @pytest.fixture

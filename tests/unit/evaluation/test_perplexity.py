@@ -12,6 +12,7 @@ from support.language_model import HFLanguageModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weftlm.corpora.source import ArraySource
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import evaluate_source, evaluation_mode, windows_of
 
@@ -31,33 +32,20 @@ class Constant:
         return logp_BTV
 
 
-@pytest.fixture(scope="module")
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, attention_dropout=0.5, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-@given(tokens=st.integers(2, 5000), length=st.integers(1, 700))
-def test_windows_score_every_token_but_the_first_once(tokens: int, length: int) -> None:
+@given(tokens=st.integers(2, 5000), length=st.integers(1, 700), limit=st.integers(1, 6000))
+def test_windows_score_every_token_but_the_first_once_and_a_cap_takes_some_evenly(
+    tokens: int, length: int, limit: int
+) -> None:
     starts_N, tokens_N = windows_of(tokens, length)
     scored = np.concatenate([np.arange(s + 1, s + n + 1) for s, n in zip(starts_N, tokens_N, strict=True)])
     assert np.array_equal(scored, np.arange(1, tokens))
     assert (tokens_N[:-1] == length).all()
-    assert 1 <= tokens_N[-1] <= length
-
-
-@given(tokens=st.integers(2, 5000), length=st.integers(1, 700), limit=st.integers(1, 6000))
-def test_capped_windows_are_some_of_all_windows_evenly_spaced(tokens: int, length: int, limit: int) -> None:
-    (everything, _), (some, scored_N) = windows_of(tokens, length), windows_of(tokens, length, limit)
-    assert set(some.tolist()) <= set(everything.tolist())
-    assert (np.diff(some) > 0).all()
+    some, scored_N = windows_of(tokens, length, limit)
+    assert set(some.tolist()) <= set(starts_N.tolist())
     assert scored_N.sum() <= max(limit, length)
-    assert len(some) == min(len(everything), max(1, limit // length))
+    assert len(some) == min(len(starts_N), max(1, limit // length))
     gaps = np.diff(some // length)
+    assert (gaps > 0).all()
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
@@ -71,10 +59,10 @@ def test_a_uniform_model_costs_the_logarithm_of_the_vocabulary(source: Any) -> N
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(1, 64), (7, 3), (101, 1), (202, 3), (500, 64)])
-def test_a_bigram_model_costs_what_a_plain_loop_says_whatever_the_windows(
-    bigram: Any, table_VV: Any, source: Any, nats_by_hand: Any, length: int, batch_size: int
+def test_a_bigram_model_costs_what_its_table_says_whatever_the_windows(
+    bigram: Any, source: Any, length: int, batch_size: int
 ) -> None:
-    nats = nats_by_hand(table_VV, source.tokens_N)
+    nats = bigram.nats(source)
     result = evaluate_source(bigram, source, sequence_length=length, batch_size=batch_size)
     assert result.tokens == 202
     assert result.nats_per_token == pytest.approx(nats.mean(), rel=1e-6)
@@ -82,10 +70,10 @@ def test_a_bigram_model_costs_what_a_plain_loop_says_whatever_the_windows(
     assert math.isnan(result.nats_per_token_se) == (length >= 202), "one window has no error"
 
 
-def test_the_standard_error_is_that_of_a_ratio_over_windows(
-    bigram: Any, table_VV: Any, source: Any, nats_by_hand: Any
+def test_the_standard_error_is_that_of_a_ratio_over_windows_and_a_cap_scales_the_bytes(
+    bigram: Any, source: Any
 ) -> None:
-    nats = nats_by_hand(table_VV, source.tokens_N)
+    nats = bigram.nats(source)
     result = evaluate_source(bigram, source, sequence_length=16, batch_size=8)
     assert bigram.batches == [(8, 16), (4, 16), (1, 10)], "only the tail has its own batch"
     parts = [nats[start : start + 16] for start in range(0, 202, 16)]
@@ -93,39 +81,30 @@ def test_the_standard_error_is_that_of_a_ratio_over_windows(
     expected = math.sqrt(len(parts) / (len(parts) - 1) * (residuals**2).sum()) / 202
     assert result.nats_per_token_se == pytest.approx(expected, rel=1e-5)
     assert result.bits_per_byte_se == pytest.approx(expected * 202 / 640 / math.log(2), rel=1e-5)
-
-
-def test_a_cap_scores_the_windows_it_names_and_scales_the_bytes(
-    bigram: Any, table_VV: Any, source: Any, nats_by_hand: Any
-) -> None:
-    nats = nats_by_hand(table_VV, source.tokens_N)
-    result = evaluate_source(bigram, source, sequence_length=16, batch_size=2, max_tokens=70)
-    starts = result.windows.starts_N
-    assert starts.tolist() == [16, 64, 128, 176]  # the middles of four stretches of 13 windows
-    chosen = np.concatenate([nats[start : start + 16] for start in starts])
-    assert result.tokens == 64
-    assert result.nats_per_token == pytest.approx(chosen.mean(), rel=1e-6)
-    assert result.bytes == round(640 / 203 * 64)
-    assert result.bits_per_byte == pytest.approx(chosen.mean() / math.log(2) * 203 / 640, rel=1e-6)
-    assert result.windows.nats_N == pytest.approx([nats[s : s + 16].sum() for s in starts], rel=1e-6)
-    assert evaluate_source(bigram, source, sequence_length=16, batch_size=4, max_tokens=70) == result
+    capped = evaluate_source(bigram, source, sequence_length=16, batch_size=2, max_tokens=70)
+    assert capped.windows.starts_N.tolist() == [16, 64, 128, 176]  # the middles of four stretches of 13 windows
+    chosen = np.concatenate([nats[start : start + 16] for start in capped.windows.starts_N])
+    assert capped.nats_per_token == pytest.approx(chosen.mean(), rel=1e-6)
+    assert capped.bits_per_byte == pytest.approx(chosen.mean() / math.log(2) * 203 / 640, rel=1e-6)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, HFLanguageModel])
-def test_a_hugging_face_model_costs_what_a_loop_says_without_dropout(
-    llama: LlamaForCausalLM, source: Any, wrap: Any
-) -> None:
-    llama.train()
+def test_a_hugging_face_model_costs_what_a_loop_says_without_dropout(source: Any, wrap: Any) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attention_dropout=0.5, max_position_embeddings=64,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).train()
     llama.model.layers[0].eval()  # a frozen layer
     before = {name: module.training for name, module in llama.named_modules()}
     result = evaluate_source(wrap(llama), source, sequence_length=32, batch_size=4)
     assert {name: module.training for name, module in llama.named_modules()} == before
-    assert len(set(before.values())) == 2
     assert all(parameter.grad is None for parameter in llama.parameters())
     llama.eval()
-    total = 0.0
+    total, tokens = 0.0, torch.tensor(source.read(0, 203))
     for start in range(0, 202, 32):
-        window = torch.tensor(source.tokens_N[start : start + 33])[None]
+        window = tokens[None, start : start + 33]
         with torch.no_grad():
             logp = torch.log_softmax(llama(input_ids=window[:, :-1]).logits.double(), -1)[0]
         total -= float(logp[torch.arange(window.shape[1] - 1), window[0, 1:]].sum())
@@ -140,31 +119,29 @@ def test_the_mode_is_restored_after_an_error() -> None:
 
 
 def test_bfloat16_logits_are_scored_in_float32(source: Any) -> None:
+    logits_V = torch.linspace(-3, 3, 11).bfloat16()
+
     class Half(nn.Module):
         def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
-            logits = torch.linspace(-3, 3, 11).bfloat16().expand(*input_ids.shape, 11)
-            return type("Output", (), {"logits": logits})
+            return type("Output", (), {"logits": logits_V.expand(*input_ids.shape, 11)})
 
-    log_p = torch.log_softmax(torch.linspace(-3, 3, 11).bfloat16().double(), 0)
+    expected = -torch.log_softmax(logits_V.double(), 0)[source.read(1, 202)].mean()
     result = evaluate_source(Half(), source, sequence_length=32, batch_size=4)
-    assert result.nats_per_token == pytest.approx(-float(log_p[source.tokens_N[1:]].mean()), rel=1e-6)
+    assert result.nats_per_token == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_what_cannot_be_scored_is_said(bigram: Any, source: Any, array_source: Any) -> None:
+def test_what_cannot_be_scored_is_said(bigram: Any, source: Any) -> None:
     how = {"sequence_length": 8, "batch_size": 2}
     for name in ("sequence_length", "batch_size", "max_tokens"):
         with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
             evaluate_source(bigram, source, **{**how, name: 0})
     with pytest.raises(DataError, match="1 tokens cannot be scored; it needs at least 2"):
-        evaluate_source(bigram, array_source(np.array([3]), 4), **how)
+        evaluate_source(bigram, ArraySource([3]), **how)
     with pytest.raises(NumericsError, match="not a number on 26 of 26 held-out windows"):
         evaluate_source(Constant(math.nan), source, **how)
-
-
-def test_unknown_bytes_and_a_token_of_probability_zero_are_said_in_the_result(bigram: Any, array_source: Any) -> None:
-    found = evaluate_source(bigram, array_source(np.array([3, 4]), 0), sequence_length=8, batch_size=2)
-    assert math.isfinite(found.nats_per_token)
-    assert math.isnan(found.bits_per_byte)
-    infinite = evaluate_source(Constant(-math.inf), array_source(np.arange(9), 9), sequence_length=4, batch_size=2)
+    unknown = evaluate_source(bigram, ArraySource([3, 4]), **how)
+    assert math.isfinite(unknown.nats_per_token)
+    assert math.isnan(unknown.bits_per_byte), "no bytes are known"
+    infinite = evaluate_source(Constant(-math.inf), ArraySource(np.arange(9), text_bytes=9), **how)
     assert infinite.nats_per_token == infinite.perplexity == math.inf
     assert infinite.to_json()["bits_per_byte"] is None

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from weftlm.corpora.source import ArraySource
-from weftlm.errors import CheckpointError, ConfigError, DataError
+from weftlm.errors import ConfigError, DataError
 from weftlm.mixture.loader import Batch, MixtureLoader, sequence_counts
 from weftlm.mixture.sampler import MixtureSampler, SamplerExhausted
 
@@ -46,40 +44,26 @@ def test_rows_are_the_sequences_drawn_and_those_of_a_probe() -> None:
     batches = loader()
     for step in range(10):
         batch = batches.next(min_per_domain=step % 2)
-        assert batch.step == step
-        assert batch.tokens_BT1.dtype == torch.int64
-        assert batch.tokens_BT1.shape == (6, T + 1)
+        assert (batch.step, batch.tokens_BT1.dtype) == (step, torch.int64)
         first_B = 1000 * batch.draw.domains_B + T * batch.draw.sequences_B
         assert rows(batch) == (first_B[:, None] + np.arange(T + 1)).tolist()
         assert batch.domains_B.tolist() == batch.draw.domains_B.tolist()
     probe = batches.sampler.probe(0, None, 3)
     first_N = 1000 * probe.domains_N + T * probe.sequences_N
     assert batches.probe_tokens(probe).tolist() == (first_N[:, None] + np.arange(T + 1)).tolist()
-    assert batches.sampler.step == 10
 
 
-def test_ranks_share_a_batch() -> None:
+def test_ranks_share_a_batch_and_state_is_the_samplers() -> None:
     whole, ranks = loader(), [loader(world=3, rank=rank) for rank in range(3)]
     for _ in range(5):
         parts = [part.next() for part in ranks]
         assert [row for part in parts for row in rows(part)] == rows(whole.next())
         assert [len(part.domains_B) for part in parts] == [2, 2, 2]
-        assert [len(part.draw) for part in parts] == [6, 6, 6]
-
-
-def test_weights_and_state_are_the_samplers() -> None:
-    batches = loader()
-    batches.sampler.set_weights(2, [0.0, 0.0, 1.0])
-    batches.next()
-    assert set(batches.next().domains_B.tolist()) != {2}
-    state = json.loads(json.dumps(batches.sampler.state_dict()))
-    expected = [rows(batches.next()) for _ in range(6)]
+    state = json.loads(json.dumps(whole.sampler.state_dict()))
+    expected = [rows(whole.next()) for _ in range(6)]
     other = loader()
     other.sampler.load_state_dict(state)
     assert [rows(other.next()) for _ in range(6)] == expected
-    with pytest.raises(CheckpointError):
-        other.sampler.load_state_dict({**state, "seed": 6})
-    assert other.next().step == 8
 
 
 @pytest.mark.parametrize("exhaustion", ["drop", "stop"])
@@ -88,7 +72,6 @@ def test_iteration_ends_when_the_caps_say_so(exhaustion: str) -> None:
     steps = [batch.step for batch in batches]
     assert steps == list(range(len(steps)))
     assert 0 < len(steps) <= 28 // 6
-    assert list(batches) == []
     with pytest.raises(SamplerExhausted):
         batches.next()
     assert batches.sampler.step == len(steps)
@@ -108,8 +91,3 @@ def test_arguments_are_checked(options: dict[str, object], message: str) -> None
     given = {"sources": sources(), "sampler": sampler, "sequence_length": T, **options}
     with pytest.raises(ConfigError, match=message):
         MixtureLoader(**given)  # type: ignore[arg-type]
-
-
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(Path(__file__).parents[3] / "examples" / "sampler.py"), run_name="__main__")
-    assert "resumes exactly: True" in capsys.readouterr().out

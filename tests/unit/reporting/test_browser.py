@@ -105,54 +105,41 @@ def browser() -> Iterator[Browser]:
 
 def pages(folder: Path, make_run: Callable[..., Path]) -> dict[str, str]:
     runs = [make_run(folder / policy, policy, DOMAINS) for policy in ("uniform", "[bold]")]
-    sets = ["target", *DOMAINS[:4]]
+    names = ["target", *DOMAINS[:4]]
+    sets = {key: {"bits_per_byte": 2.0 + place, "bits_per_byte_se": 0.02} for place, key in enumerate(names)}
     models: dict[str, dict[str, Any]] = {
-        f"model: {name}": {
-            "role": "router",
-            "path": f"runs/{name}",
-            "sets": {key: {"bits_per_byte": 2.0 + place, "bits_per_byte_se": 0.02} for key in sets},
-        }
-        for place, name in enumerate(DOMAINS)
+        f"model: {name}": {"role": "router", "path": f"runs/{name}", "sets": sets} for name in DOMAINS
     }
-    models["base"] = {"role": "base", "sets": {key: {"bits_per_byte": 9.0} for key in sets}}
+    models["base"] = {"role": "base", "sets": sets}
     table = model_table(models, "model", 64)
     routing = RoutingFacts(table, relative_forward_time=1.2, traces=[traced()])
     prepared: dict[str, Any] = {"sets": {name: {"documents": 3, "train_tokens": 4000} for name in DOMAINS}}
-    return {
-        "project": render_page(
-            report_page(runs, NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=table)
-        ),
-        "gate": render_page(gate_page(gate(), NAMES[15])),
-        "trace": render_page(trace_page([traced()], NAMES[8])),
-    }
+    project = report_page(runs, NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=table)
+    pages = {"project": project, "gate": gate_page(gate(), NAMES[15]), "trace": trace_page([traced()], NAMES[8])}
+    return {name: render_page(page) for name, page in pages.items()}
 
 
 def test_no_page_is_cut_covered_unreadable_or_wider_than_the_screen(
     browser: Browser, tmp_path: Path, make_run: Callable[..., Path]
 ) -> None:
-    found: dict[str, list[str]] = {}
+    found: list[str] = []
+    page = browser.new_page(color_scheme="light")
+    page.on("pageerror", lambda error: found.append(f"error: {error}"))
+    page.on("console", lambda said: found.append(f"{said.type}: {said.text}"))
+    page.on("dialog", lambda dialog: found.append(f"dialog: {dialog.message}"))
     for name, text in pages(tmp_path, make_run).items():
         path = tmp_path / f"{name}.html"
         path.write_text(text, encoding="utf-8")
-        for scheme in ("light", "dark"):
-            context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
-            page = context.new_page()
-            wrong: list[str] = []
-            page.on("pageerror", lambda error, wrong=wrong: wrong.append(f"error: {error}"))
-            page.on("console", lambda said, wrong=wrong: wrong.append(f"{said.type}: {said.text}"))
-            page.on("dialog", lambda dialog, wrong=wrong: wrong.append(f"dialog: {dialog.message}"))
-            page.goto(path.as_uri())
-            page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-            for width in (390, 800, 1280):
-                page.set_viewport_size({"width": width, "height": 900})
-                if page.locator(".tokens .t").count():
-                    page.locator(".tokens .t").nth(3).hover()
-                wrong += page.evaluate(FAULTS)
-                if wrong:
-                    found[f"{name} {scheme} {width}"] = list(wrong)
-                    wrong.clear()
-            context.close()
-    assert found == {}
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        for width, scheme in ((390, "light"), (800, "dark"), (1280, "light")):
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            if page.locator(".tokens .t").count():
+                page.locator(".tokens .t").nth(3).hover()
+            found += [f"{name} {scheme} {width}: {fault}" for fault in page.evaluate(FAULTS)]
+    page.close()
+    assert found == []
 
 
 def trace_of(weights_TE: list[list[float]], experts: list[str]) -> LabelledTrace:

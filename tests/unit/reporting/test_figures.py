@@ -25,18 +25,14 @@ X = np.linspace(0, 1e6, 50)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def curve(label: str, level: float = 1.0) -> Curve:
-    return Curve(label, X, level + np.exp(-X / 2e5))
-
-
 def chart(kind: str) -> Any:
     runs, domains = ["uniform", "織物 \U0001f9f5"], ["a", "$b_1$", OTHER]
-    weights = tuple(Curve(name, X, np.full(50, 1 / 3)) for name in domains)
-    panels = [Panel(name, tuple(curve(run) for run in runs)) for name in domains]
     if kind == "stacked":
+        weights = tuple(Curve(name, X, np.full(50, 1 / 3)) for name in domains)
         return draw([Panel(run, weights) for run in runs], domain_lines(domains), columns=3, stacked=True)
+    curves = tuple(Curve(run, X, 1 + np.exp(-X / 2e5)) for run in runs)
     options: dict[str, Any] = {"zoomed": True} if kind == "curves" else {"columns": 5, "zero": True}
-    return draw(panels, run_lines(runs, "uniform"), **options)
+    return draw([Panel(name, curves) for name in domains], run_lines(runs, "uniform"), **options)
 
 
 @pytest.mark.parametrize("kind", ["stacked", "curves", "multiples"])
@@ -58,10 +54,8 @@ def test_inline_svg_keeps_its_ids_to_itself_and_names_no_address() -> None:
     references = set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', first))
     assert references
     assert {a or b for a, b in references} <= ids[0]
-    assert "http" not in first
-    assert "<?xml" not in first
+    assert ["http" in first, "<?xml" in first] == [False, False]
     assert 'aria-label="what &#34;it&#34; &lt;shows&gt;"' in first
-    assert not re.search(r"<svg[^>]*\swidth=", first)
 
 
 def test_empty_panels_say_so_and_one_point_is_a_mark() -> None:
@@ -85,24 +79,16 @@ def test_a_mixture_is_drawn_as_steps_of_what_was_recorded() -> None:
     assert gathered[1].y_N.tolist() == (0.75 * weights).tolist()
 
 
-def test_runs_keep_their_colours_and_the_baseline_is_apart() -> None:
+def test_runs_keep_their_colours_and_thinning_keeps_means_and_gaps() -> None:
     labels = [f"run {i}" for i in range(20)]
     lines = run_lines(labels, "run 3")
-    assert list(lines) == labels
-    assert len(set(lines.values())) == 20
+    assert (list(lines), len(set(lines.values()))) == (labels, 20)
     assert run_lines(labels[:5], "run 3")["run 1"] == lines["run 1"]
-
-
-def test_thinning_keeps_means_and_gaps() -> None:
     y = np.arange(1000.0)
     y[500:600] = np.nan
     thinned = thin(Curve("a", np.arange(1000.0), y), 100)
-    assert len(thinned.x_N) == 100
-    assert thinned.y_N[0] == pytest.approx(4.5)
-    assert np.isnan(thinned.y_N[50:60]).all()
-    assert np.isfinite(np.delete(thinned.y_N, np.arange(50, 60))).all()
-    short = Curve("a", X, X)
-    assert thin(short, 50) is short
+    assert (len(thinned.x_N), thinned.y_N[0]) == (100, pytest.approx(4.5))
+    assert np.isnan(thinned.y_N).tolist() == [50 <= place < 60 for place in range(100)]
 
 
 def test_the_end_of_a_steep_curve_decides_the_scale_of_a_zoomed_frame() -> None:
@@ -111,4 +97,3 @@ def test_the_end_of_a_steep_curve_decides_the_scale_of_a_zoomed_frame() -> None:
     low, high = draw([Panel("Target", (steep,))], run_lines(["dga"]), zoomed=True).axes[0].get_ylim()
     assert low < late.min()
     assert late.max() < high < 2 * late.max()
-    assert draw([Panel("Target", (steep,))], run_lines(["dga"])).axes[0].get_ylim()[1] > 51

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any
 
 import pytest
 from support.blocks import render_blocks, table_rows
@@ -35,9 +34,7 @@ def test_facts_come_from_the_files_of_a_run() -> None:
     assert facts.certificate == certificate()
     assert list(facts.rows) == [*TABLE, "direct"]
     assert gate_table(facts).score("bayes", "worst case").value == 0.012, "of a row in both files, the first counts"
-    assert (facts.nats, facts.offsets, facts.length) == ("nats per token", "expert", 64)
     assert "nats per token, in windows of 64 tokens" in section(facts)
-    assert GatingFacts.of(students=[{**student, "offsets": [1.0, 2.0]}]).offsets == "values"
     with pytest.raises(DataError, match="no certificate"):
         GatingFacts.of({"worst": 1.0})
     with pytest.raises(ConfigError, match="nothing is known of this gate"):
@@ -53,36 +50,24 @@ def test_a_gate_that_wins_is_better_by_its_difference_and_error() -> None:
     found = shown(facts, "What helped")
     assert list(found) == ["robust", "student", "student-top-1"]
     assert found["student"][0][1] == pytest.approx([0.0061 - 0.012, error])
-    assert "better" in found["student"][0][0]
-    assert found["student"][1][0] == f"−{0.0059 + 1.96 * error:.4f} to −{0.0059 - 1.96 * error:.4f}"
-    assert "worse" in found["student-top-1"][0][0]
+    assert ["better" in found["student"][0][0], "worse" in found["student-top-1"][0][0]] == [True, True]
+    close = {"bayes": {"code": 0.0120}, "student": {"code": 0.0115}}
+    headline = gating_headline(GatingFacts(rows=rows(close, error=0.0004), unit="token"))
+    assert headline.endswith("bayes: not significant.")
 
 
-@pytest.mark.parametrize(
-    ("student", "error", "verdict"),
-    [(0.0115, 0.0004, "not significant"), (0.0115, 0.0001, "better"), (0.02, 0.0002, "worse")],
-)
-def test_a_verdict_is_the_95_percent_intervals(student: float, error: float, verdict: str) -> None:
-    close = {"bayes": {"code": 0.0120}, "student": {"code": student}}
-    assert gating_headline(GatingFacts(rows=rows(close, error=error), unit="token")).endswith(f"bayes: {verdict}.")
-
-
-def test_a_worst_mixture_is_not_called_a_worst_domain() -> None:
-    given = {name: {**one, "worst": 0.9 * one["worst"]} for name, one in rows().items()}
-    facts = GatingFacts(rows=given, unit="sequence", offsets="none")
-    assert "0.0036 nats per sequence, worst case" in gating_headline(facts)
-    assert gating_headline(facts).endswith("no error known.")
-    assert "worst: a mixture of domains" in section(facts)
-    assert "worst: prose" in section(GatingFacts(rows=rows()))
-
-
-def test_without_baselines_or_rows_less_is_said() -> None:
+def test_without_baselines_rows_or_errors_less_is_said() -> None:
     alone = gating_headline(GatingFacts(rows=rows({"student": ROBUST}), unit="token"))
     assert alone == "student: 0.0040 ± 0.0002 nats per token, worst case."
     assert gating_headline(GatingFacts(certificate(), unit="token")) == (
         "Worst case 0.0040 nats per token on held-out sequences, on prose."
     )
     assert "on the sequences of the fit; not certified" in gating_headline(GatingFacts(fit=fit()))
+    mixed = {name: {**one, "worst": 0.9 * one["worst"]} for name, one in rows().items()}
+    facts = GatingFacts(rows=mixed, unit="sequence", offsets="none")
+    assert gating_headline(facts).endswith("no error known.")
+    assert "worst: a mixture of domains" in section(facts), "a worst mixture is not called a worst domain"
+    assert "worst: prose" in section(GatingFacts(rows=rows()))
 
 
 def test_only_a_causal_model_is_offered_to_be_served() -> None:
@@ -106,29 +91,16 @@ def test_the_models_table_holds_the_numbers_the_roles_and_the_lowest_in_bold() -
         assert [cell[1][0] for cell in cells[3:]] == list(given.values())
     best = [[name for name, cells in found.items() if "(lowest)" in cells[column][0]] for column in (0, 1, 3, 4)]
     assert best == [["robust"], ["student"], ["robust"], ["student"]]
-    assert found["student"][4][0].startswith("−0.0010")
-    assert found["student-top-1"][2][1] == [0.71, 0.02]
-    assert found["bayes"][2][0] == "–"
+    assert (found["student-top-1"][2][1], found["bayes"][2][0]) == ([0.71, 0.02], "–")
     text = render_blocks(blocks)
     assert text.count('<span class="sub">baseline</span>') == 2
     assert '<span class="sub">1 expert per token</span>' in text
-    assert "KL" not in section(GatingFacts(rows=rows()))
-
-
-def test_many_domains_become_rows() -> None:
-    names = [f"domain {i}" for i in range(9)]
-    table = {m: {name: i + shift for i, name in enumerate(names)} for m, shift in (("bayes", 0.1), ("student", 0.0))}
-    found = shown(GatingFacts(rows=rows(table)), "The same values")["domain 3"]
-    assert [cell[1][0] for cell in found] == [3.1, 3.0]
-    assert "(lowest)" in found[1][0]
 
 
 def test_missing_and_infinite_numbers_are_dashes() -> None:
     broken = row({"code": math.nan, "prose": 0.1}) | {"worst": math.inf, "mean": None}
     facts = GatingFacts(rows={"bayes": row({"code": 0.2}), "student": broken})
-    found = shown(facts, "Value")
-    assert [cell[0] for cell in found["student"][:3]] == ["–"] * 3
-    assert found["bayes"][3][0] == "–"
+    assert [cell[0] for cell in shown(facts, "Value")["student"][:3]] == ["–"] * 3
     assert "nan" not in section(facts).lower()
     assert "No model" in gating_headline(GatingFacts(rows={"student": {}}))
 
@@ -141,7 +113,6 @@ def test_the_certificate_says_what_each_figure_is() -> None:
     assert [cell[0] for cell in found["Capacity"]] == ["–"] * 4
     assert found["Lower end"][0][1] == [0.003]
     assert found["Lower end"][2:] == [("bound", []), ("Closed form, none < it", [])]
-    assert '<span class="label bound">bound</span>' in section(facts)
     assert found["Z"][1][0].endswith("to +∞")
     assert shown(GatingFacts(certificate()), "Nats per token")["Worst case"][1][1] == pytest.approx([0.003, 0.005])
 
@@ -155,28 +126,11 @@ def test_the_gate_by_domain_is_the_certificates_else_the_fits() -> None:
     assert [cell[1] for cell in fitted] == [[3000.0], [], [], [], [0.0033], [], [0.5]]
 
 
-def test_the_fit_is_drawn_with_a_description() -> None:
-    facts = GatingFacts(certificate(), fit())
-    text = section(facts)
-    assert text.count("<svg") == text.count('role="img"') == 2
-    ids = re.findall(r'\sid="([^"]*)"', text)
-    assert len(ids) == len(set(ids))
-    assert section(facts) == text
-
-
-@pytest.mark.parametrize("history", [[], [{"step": 10, "lam": [0.5, 0.5], "worst": None, "gap": math.nan}], None])
-def test_a_short_or_broken_history_is_no_mistake(history: list[dict[str, Any]] | None) -> None:
-    assert section(GatingFacts(fit={**fit(), "history": history})).count("<svg") == (2 if history else 0)
-
-
-def test_of_many_domains_the_heaviest_are_named() -> None:
-    facts = fit([f"d{i}" for i in range(12)])
-    for line in facts["history"]:
-        line["lam"] = [(i + 1) / 78 for i in range(12)]
-    text = section(GatingFacts(fit=facts))
-    legend = re.findall(r">(d\d+|\(all others\))</text>", text)
-    assert sorted(legend, key=len) == ["d3", "d4", "d5", "d6", "d7", "d8", "d9", "d10", "d11", "(all others)"]
-    assert "the other 3 are added up" in text
+def test_the_fit_is_drawn_whatever_its_history() -> None:
+    broken = [{"step": 10, "lam": [0.5, 0.5], "worst": None, "gap": math.nan}]
+    for history, charts in ((fit()["history"], 1), ([], 0), (broken, 1), (None, 0)):
+        text = section(GatingFacts(fit={**fit(), "history": history}))
+        assert text.count("<svg") == text.count('role="img"') == charts
 
 
 def test_a_page_of_its_own_runs_nothing_escapes_names_and_leads_to_its_parts() -> None:
@@ -185,15 +139,9 @@ def test_a_page_of_its_own_runs_nothing_escapes_names_and_leads_to_its_parts() -
         certificate({bad: 0.1, "c": 0.2}), fit([bad, "c"]), rows({"bayes": {bad: 0.1}, bad: {bad: 0.2}})
     )
     page = render_page(gate_page(facts, bad))
-    assert page.startswith("<!DOCTYPE html>")
-    assert page.endswith("</html>\n")
-    assert "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-" in page
     assert page.count("<script") == 1, "the theme's alone"
     assert not re.search(r"https?:|@import|url\((?!#)", page)
-    assert "<b>" not in page
-    assert "&lt;b&gt;&amp;" in page
-    assert "Robust gate · values in nats" in page
+    assert ["<b>" in page, "&lt;b&gt;&amp;" in page] == [False, True]
     links = re.findall(r'<a href="#(gating-\w+)">', page)
     assert links == ["gating-models", "gating-certificate", "gating-domains", "gating-fit"]
     assert [page.count(f'<section id="{key}"') for key in links] == [1] * 4
-    assert "<nav" not in render_page(gate_page(GatingFacts(rows=rows()), "Rows alone"))

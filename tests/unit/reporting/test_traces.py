@@ -21,7 +21,7 @@ from support.blocks import Html
 from weftlm.errors import ConfigError, NumericsError
 from weftlm.reporting import traces
 from weftlm.reporting.page import render_page
-from weftlm.reporting.traces import DIGITS, LabelledTrace, layer_labels, quantise, trace_data, trace_page
+from weftlm.reporting.traces import LabelledTrace, quantise, trace_data, trace_page
 from weftlm.routing.trace import Trace
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</script><b>", "a & b", "${title} $script"]
@@ -29,38 +29,24 @@ WORDS = ["The", " old", " wall", "\n", "def", " f", "(", "x", "):", "\n", "    "
 
 
 def make_trace(
-    tokens: Sequence[str],
-    experts: Sequence[str] = ("prose", "code", "maths"),
-    layers: int = 2,
-    k: int = 2,
-    seed: int = 0,
+    tokens: Sequence[str], experts: Sequence[str] = ("prose", "code", "maths"), layers: int = 2, k: int = 2
 ) -> LabelledTrace:
     targets = tuple(f"model.layers.{layer}.{part}" for layer in range(layers) for part in ("q_proj", "down_proj"))
-    draw = torch.Generator().manual_seed(seed)
-    scores_STE = torch.randn(len(targets), len(tokens), len(experts), generator=draw)
+    scores_STE = torch.randn(len(targets), len(tokens), len(experts), generator=torch.Generator().manual_seed(0))
     top, chosen = scores_STE.topk(k, dim=-1)
     weights_STE = torch.zeros_like(scores_STE).scatter(-1, chosen, top.softmax(-1))
     return ("a trace", Trace(tuple(range(len(tokens))), tuple(experts), targets, weights_STE), tokens)
 
 
-def unpacked(text: str, held: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def unpacked(packed: list[int], held: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """What the page's script makes of packed weights."""
     weights_TE = np.zeros((len(held["tokens"]), len(held["experts"])))
-    place = 0
-
-    def take(digits: int) -> int:
-        nonlocal place
-        value = 0
-        for _ in range(digits):
-            value, place = 64 * value + DIGITS.index(text[place]), place + 1
-        return value
-
+    entries = iter(packed)
     for row_E in weights_TE:
-        digits = 1 if len(held["experts"]) < 64 else 2
-        for _ in range(take(digits)):
-            expert = take(digits)
-            row_E[expert] = take(2) / 1000
-    assert place == len(text)
+        for _ in range(next(entries)):
+            expert = next(entries)
+            row_E[expert] = next(entries) / 1000
+    assert next(entries, None) is None
     return weights_TE
 
 
@@ -74,33 +60,28 @@ def held_by(page: Html) -> list[dict[str, Any]]:
 
 
 def test_the_scripts_text_and_weights_are_the_traces() -> None:
-    label, trace, texts = make_trace(WORDS, k=3)
+    label, trace, texts = make_trace(WORDS)
     page = page_of([(label, trace, texts)])
     (held,) = held_by(page)
     assert page.traced == "".join(WORDS)
     assert held["tokens"] == WORDS
     assert [layer["label"] for layer in held["layers"]] == ["layer 0", "layer 1"]
     assert [module["entropy"] for module in held["modules"]] == pytest.approx(trace.entropy_S.tolist())
-    assert [(part["name"], part["layer"]) for part in held["parts"]] == [
-        ("q_proj", 0), ("down_proj", 0), ("q_proj", 1), ("down_proj", 1),
-    ]  # fmt: skip
+    parts = [(part["name"], part["layer"]) for part in held["parts"]]
+    assert parts == [("q_proj", 0), ("down_proj", 0), ("q_proj", 1), ("down_proj", 1)]
     for part, weights_TE in zip(held["parts"], trace.weights_STE.numpy(), strict=True):
         np.testing.assert_allclose(unpacked(held["rows"][part["row"]], held), weights_TE, atol=0.00051)
     np.testing.assert_allclose(unpacked(held["mean"], held), trace.token_weights_TE.numpy(), atol=0.00051)
 
 
-def test_more_than_63_experts_are_packed_with_two_digits() -> None:
-    given = make_trace(["a", "b", "c"], [f"e{i}" for i in range(70)], k=66)
-    (held,) = held_by(page_of([given]))
-    np.testing.assert_allclose(unpacked(held["rows"][0], held), given[1].weights_STE[0].numpy(), atol=0.00051)
-
-
 def test_a_router_of_whole_sequences_costs_one_row_and_the_base_alone_has_a_page() -> None:
-    targets = tuple(f"layers.{i}.up" for i in range(6))
-    weights_STE = torch.tensor([0.75, 0.25]).expand(6, 4, 2)
-    page = page_of([("one", Trace((0, 1, 2, 3), ("a", "b"), targets, weights_STE), list("wxyz"))])
+    layers = ("encoder.layer.0", "decoder.layer.0", "head")
+    targets = ("encoder.layer.0.up", "decoder.layer.0.up", "head")
+    weights_STE = torch.tensor([0.75, 0.25]).expand(3, 4, 2)
+    page = page_of([("one", Trace((0, 1, 2, 3), ("a", "b"), targets, weights_STE), "wxyz")])
     (held,) = held_by(page)
-    assert (len(held["parts"]), len(held["rows"])) == (6, 1)
+    assert (len(held["parts"]), len(held["rows"])) == (3, 1)
+    assert [layer["label"] for layer in held["layers"]] == list(layers), "layers of two stacks keep their names"
     assert "one: a 75% of the weight" in page.text
     alone = Trace((0,), ("a", "b"), ("m",), torch.zeros(1, 1, 2))
     assert "the base alone" in page_of([("one", alone, ["x"])]).text
@@ -115,12 +96,10 @@ def test_names_and_tokens_are_text_whatever_they_hold() -> None:
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert page.traced == "".join([*HOSTILE, "\ufffd", "\ufffd", "名前 🧵"])
     assert held_by(page)[0]["tokens"][:5] == HOSTILE
-    assert HOSTILE[0] in page.text
 
 
-def test_the_page_needs_nothing_from_elsewhere() -> None:
+def test_the_page_needs_nothing_from_elsewhere_and_several_traces_have_ids_of_their_own() -> None:
     text = render_page(trace_page([make_trace(WORDS)], "T"))
-    assert text == render_page(trace_page([make_trace(WORDS)], "T"))
     page = Html(text)
     assert set(re.findall(r"https?:[^\s\"']*", text)) == {"http://www.w3.org/2000/svg"}, "the name of the format alone"
     assert not re.search(r"@import|url\(|\bfetch\(|XMLHttpRequest|innerHTML|eval\(", text)
@@ -130,10 +109,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     own = (page.scripts[0], page.scripts[-1])
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in own)
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}"
-
-
-def test_several_traces_have_links_and_ids_of_their_own() -> None:
-    page = page_of([make_trace(WORDS), make_trace(["x", "y"], seed=1)])
+    page = page_of([make_trace(WORDS), make_trace(["x", "y"])])
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [str(attributes["href"]) for tag, attributes in page.elements if tag == "a"]
@@ -153,19 +129,12 @@ def test_a_long_trace_stays_small_and_beyond_the_budget_modules_become_layers(mo
     np.testing.assert_allclose(unpacked(held["rows"][1], held), weights_STE[2:].mean(axis=0), atol=0.00051)
 
 
-def test_layers_of_two_stacks_keep_their_names() -> None:
-    layers = ("encoder.layer.0", "decoder.layer.0", "head")
-    assert layer_labels(layers) == {name: name for name in layers}
-
-
 def test_mistakes_are_said() -> None:
     label, trace, texts = make_trace(["a", "b"])
     with pytest.raises(ConfigError, match="at least one trace"):
         trace_page([], "T")
     with pytest.raises(ConfigError, match="2 tokens and 3 experts, and 1 token texts came"):
         trace_page([(label, trace, texts[:1])], "T")
-    with pytest.raises(ConfigError, match="0 tokens"):
-        trace_page([(label, Trace((), ("a",), ("m",), torch.zeros(1, 0, 1)), [])], "T")
     for wrong in (math.nan, -0.5, 2.0):
         with pytest.raises(NumericsError, match="outside"):
             trace_page([(label, Trace((0,), ("e",), ("m",), torch.tensor([[[wrong]]])), ["a"])], "T")

@@ -28,15 +28,10 @@ from weftlm.training.alignment import (
 from weftlm.training.config import AlignmentConfig
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+    "vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+BOTH = pytest.mark.parametrize("estimator", ["separate", "shadow"])
 
 
 class Bigram(nn.Module):
@@ -55,9 +50,7 @@ class Bigram(nn.Module):
 
 def losses(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
     logits, labels = model(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
-    return (
-        nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-    )
+    return nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
 
 
 def each(name: str, model: nn.Module, losses: Any, tokens_BT1: Tensor, v: Any, micro_batch: int | None = None) -> Any:
@@ -75,6 +68,17 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
 
 
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """What no probe may change, as values that compare."""
+    return {
+        "weights": {name: p.tolist() for name, p in model.named_parameters()},
+        "gradients": {name: None if p.grad is None else p.grad.tolist() for name, p in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 
@@ -88,66 +92,47 @@ def choice(config: AlignmentConfig | None = None, model: nn.Module | None = None
 
 
 @pytest.mark.parametrize(
-    ("facts", "expected", "reason"),
+    ("config", "facts", "expected", "reason"),
     [
-        ({}, ("shadow", "batch"), "the training step itself"),
-        ({"groups": 17}, ("separate", "extra"), "17 sequences for 17 groups do not fit a batch of 16"),
-        ({"needs_norms": True}, ("separate", "extra"), "normalize: cosine"),
-        ({"basis": True}, ("separate", "extra"), "basis distribution"),
-        ({"model": Bigram(nn.Dropout(0.1))}, ("separate", "extra"), "dropout"),
-        ({"config": AlignmentConfig(probe="extra")}, ("separate", "extra"), "exact"),
-        ({"config": AlignmentConfig(estimator="shadow", probe="extra")}, ("shadow", "extra"), "one pass"),
-        ({"config": AlignmentConfig(estimator="shadow"), "basis": True}, ("shadow", "extra"), "basis distribution"),
-        ({"config": AlignmentConfig(min_sequences_per_domain=5)}, ("separate", "extra"), "20 sequences for 4 groups"),
+        ({}, {}, ("shadow", "batch"), "the training step itself"),
+        ({}, {"groups": 17}, ("separate", "extra"), "17 sequences for 17 groups do not fit a batch of 16"),
+        ({}, {"needs_norms": True}, ("separate", "extra"), "normalize: cosine"),
+        ({}, {"basis": True}, ("separate", "extra"), "basis distribution"),
+        ({}, {"model": Bigram(nn.Dropout(0.1))}, ("separate", "extra"), "dropout"),
+        ({"probe": "extra"}, {}, ("separate", "extra"), "exact"),
+        ({"estimator": "shadow", "probe": "extra"}, {}, ("shadow", "extra"), "one pass"),
+        ({"estimator": "shadow"}, {"basis": True}, ("shadow", "extra"), "basis distribution"),
+        ({"min_sequences_per_domain": 5}, {}, ("separate", "extra"), "20 sequences for 4 groups"),
+        ({"estimator": "shadow"}, {"needs_norms": True}, None, "normalize: cosine"),
+        ({"estimator": "shadow", "probe": "batch"}, {"groups": 20}, None, "do not fit a batch of 16"),
+        ({"estimator": "separate", "probe": "batch"}, {}, None, "no such pair"),
     ],
 )
-def test_choice(facts: dict[str, Any], expected: tuple[str, str], reason: str) -> None:
-    estimator, probe, why = choice(**facts)
-    assert (estimator, probe) == expected
+def test_choice(config: dict[str, Any], facts: dict[str, Any], expected: tuple[str, str] | None, reason: str) -> None:
+    if expected is None:
+        with pytest.raises(ConfigError, match=reason) as raised:
+            choice(AlignmentConfig(**config), **facts)
+        assert "usable here: " in str(raised.value)
+        assert "separate on extra" in str(raised.value)
+        return
+    *found, why = choice(AlignmentConfig(**config), **facts)
+    assert tuple(found) == expected
     assert reason in why
 
 
-@pytest.mark.parametrize(
-    ("config", "facts", "why"),
-    [
-        ({"estimator": "shadow"}, {"needs_norms": True}, "normalize: cosine"),
-        ({"estimator": "shadow", "probe": "batch"}, {"groups": 20}, "do not fit a batch of 16"),
-        ({"estimator": "separate", "probe": "batch"}, {}, "no such pair"),
-    ],
-)
-def test_choice_refuses_and_says_what_works(config: dict[str, Any], facts: dict[str, Any], why: str) -> None:
-    with pytest.raises(ConfigError, match=why) as raised:
-        choice(AlignmentConfig(**config), **facts)
-    assert "usable here: " in str(raised.value)
-    assert "separate on extra" in str(raised.value)
+def test_dropout_is_found_in_settings_too() -> None:
+    models = [llama(), llama(attention_dropout=0.1), Bigram(nn.Dropout(0.1)), Bigram(nn.Dropout(0.0))]
+    assert [has_dropout(model) for model in models] == [False, True, True, False]
 
 
-def test_choice_tries_the_shadow_on_the_model() -> None:
-    torch.manual_seed(0)
-    experts = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
-    assert choice(model=llama(), losses=sequence_losses)[:2] == ("shadow", "batch")
-    estimator, probe, why = choice(model=experts, losses=sequence_losses)
-    assert (estimator, probe) == ("separate", "extra")
-    assert "does not run over the 2 sequences" in why
-    assert all(p.grad is None for p in experts.parameters())
+# -- models an estimator can or cannot measure ------------------------------------------------------------------------
 
 
-class _First(nn.Module):
+class First(nn.Module):
     """The first of what a recurrent layer returns."""
 
     def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
         return x[0]
-
-
-class Hashing(nn.Module):
-    """Draws random numbers in evaluation mode too, as attention by hashing does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + torch.rand(4)
 
 
 class Steered(nn.Module):
@@ -157,59 +142,122 @@ class Steered(nn.Module):
         return 10.0 * x - (9.0 * x).detach()
 
 
-class InPlace(nn.Module):
-    """Changes the output of its layer in place, which the shadow term does not survive."""
+class WithLayer(nn.Module):
+    """Owns a layer, which a subclass uses in a way of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
+
+
+class InPlace(WithLayer):
+    """Changes the output of its layer in place, which the shadow term does not survive."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).add_(1.0)
 
 
-class Borrowing(nn.Module):
+class Borrowing(WithLayer):
     """Uses a layer's weight without calling the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.layer.weight
 
 
+class Flattening(WithLayer):
+    """Sees all tokens of the batch in one row, as a mixture of experts does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1)).view(x.shape)
+
+
+class WithScale(nn.Module):
+    """Owns a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+class Noisy(WithScale):
+    """Draws random numbers in evaluation mode too, as attention by hashing does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + torch.rand(4)
+
+
+class Undifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum((0, 1))
+
+
+class BackwardOnly(WithScale):
+    """Owns a parameter used by a function without a forward-mode rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Undifferentiable.apply(x, self.scale)
+
+
+def probed_step(model: nn.Module, v: dict[str, Tensor]) -> Tensor:
+    with ShadowProbe(model, v) as probe:
+        probe.begin(3)
+        losses(model, tokens(3)).mean().backward()
+        return probe.dots(torch.full((3,), 1 / 3))
+
+
 @pytest.mark.parametrize(
-    ("make", "usable"),
+    ("middle", "why"),
     [
-        (lambda: Bigram(nn.Linear(4, 4)), {"shadow", "separate"}),
-        (lambda: Bigram(Hashing()), {"separate"}),
-        (lambda: Bigram(Steered()), {"shadow", "separate"}),
-        (lambda: Bigram(InPlace()), {"separate"}),
-        (lambda: Bigram(Borrowing()), {"separate"}),
-        (lambda: Bigram(nn.RNN(4, 4, batch_first=True), _First()), {"shadow", "separate"}),
+        (lambda: [nn.Linear(4, 4)], None),
+        (lambda: [Steered()], None),
+        (lambda: [nn.RNN(4, 4, batch_first=True), First()], None),
+        (lambda: [InPlace()], ""),
+        (lambda: [Noisy()], "random numbers"),
+        (lambda: [Borrowing()], "not called"),
+        (
+            lambda: [Flattening()],
+            r"middle.0.layer \(Linear\): .* of shape \(15, 4\), does not run over the 3 sequences",
+        ),
+        (lambda: [BackwardOnly()], "forward-mode"),
     ],
 )
-def test_an_estimator_is_chosen_only_where_it_is_right(make: Callable[[], nn.Module], usable: set[str]) -> None:
-    model = make()
-    before = snapshot(model)
-    found, refusals = set(), []
+def test_an_estimator_is_chosen_only_where_it_is_right(middle: Callable[[], list[nn.Module]], why: str | None) -> None:
+    """`why` is what the shadow estimator says where it cannot measure; PyTorch says it where that is empty."""
+    model = Bigram(*middle())
+    before, found, refusals = snapshot(model), set(), []
     for estimator in ("shadow", "separate"):
         try:
             found.add(choice(AlignmentConfig(estimator=estimator), model=model, losses=losses)[0])
         except ConfigError as error:
             refusals.append(str(error))
-    assert found == usable
     assert all("cannot be used" in each and "\n" not in each for each in refusals)
-    assert choice(model=model, losses=losses)[0] in usable
-    assert_same(before, snapshot(model))
+    assert found == ({"separate"} if why is not None else {"shadow", "separate"})
+    assert choice(model=model, losses=losses)[0] == ("shadow" if why is None else "separate")
+    assert snapshot(model) == before
+    if why:
+        v = gradient_direction(model, losses, tokens(2))
+        with pytest.raises(ConfigError, match=why) as raised:
+            each("shadow", model, losses, tokens(3), v)
+        assert "alignment.estimator: separate" in str(raised.value)
+        with pytest.raises(ConfigError, match=why):
+            probed_step(model, v)
 
 
-def test_dropout_is_found_in_settings_too() -> None:
-    assert not has_dropout(llama())
-    assert has_dropout(llama(attention_dropout=0.1))
-    assert has_dropout(Bigram(nn.Dropout(0.1)))
-    assert not has_dropout(Bigram(nn.Dropout(0.0)))
+def test_choice_tries_the_shadow_on_models_of_transformers() -> None:
+    torch.manual_seed(0)
+    experts = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    assert choice(model=llama(), losses=sequence_losses)[:2] == ("shadow", "batch")
+    estimator, probe, why = choice(model=experts, losses=sequence_losses)
+    assert (estimator, probe) == ("separate", "extra")
+    assert "does not run over the 2 sequences" in why
+
+
+# -- values at the edges ----------------------------------------------------------------------------------------------
 
 
 class OnePlus(nn.Module):
@@ -224,34 +272,51 @@ class OnePlus(nn.Module):
 
 
 def test_a_small_direction_is_not_lost_beside_a_constant_part() -> None:
-    model, tokens = Bigram(OnePlus()), torch.arange(12).reshape(2, 6) % 10
-    v = gradient_direction(model, losses, tokens)
+    model = Bigram(OnePlus())
+    v = gradient_direction(model, losses, tokens(2))
     plain, small = (
-        estimators["shadow"]().measure(
-            Probe(model, losses, tokens, torch.arange(2), 2, {name: size * part for name, part in v.items()})
-        ).dots_G / size
+        each("shadow", model, losses, tokens(2), {name: size * part for name, part in v.items()}).dots_G / size
         for size in (1.0, 2.0**-30)
-    )  # fmt: skip
+    )
     assert torch.allclose(small, plain, rtol=1e-5)
 
 
-# -- groups -----------------------------------------------------------------------------------------------------------
+class Scaled(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3.0 * super().forward(input)
 
 
-def test_groups_are_means_with_nan_for_the_absent() -> None:
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+def test_padding_row_of_an_embedding_has_no_gradient(kind: Any) -> None:
+    model, batch = Bigram(), tokens(4)
+    model.tokens = kind(10, 4, padding_idx=3)
+    model.head.weight = model.tokens.weight
+    assert (batch[:, :-1] == 3).any()
+    v = gradient_direction(model, losses, tokens(3, seed=1))
+    assert v["tokens.weight"][3].any()
+    expected = each("separate", model, losses, batch, v).dots_G
+    assert torch.allclose(each("shadow", model, losses, batch, v).dots_G.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parameters_stay_out() -> None:
+    model = Bigram(nn.Linear(4, 4))
+    model.tokens.requires_grad_(False)
+    model.middle[0].weight.requires_grad_(False)
+    v = gradient_direction(model, losses, tokens(2))
+    assert v.keys() == {"middle.0.bias", "head.weight", "head.bias"}
+    with ShadowProbe(model, v):
+        assert not model.tokens._forward_hooks
+    expected = each("separate", model, losses, tokens(3), v).dots_G
+    assert torch.allclose(each("shadow", model, losses, tokens(3), v).dots_G.double(), expected, rtol=1e-4)
+
+
+def test_groups_are_means_with_nan_for_the_absent_and_refuse_what_does_not_fit() -> None:
     direction = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
     found = group_alignment(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 0, 2]), 4, direction)
-    assert found.dots_G.tolist()[0] == 2.0
+    assert found.dots_G[[0, 2]].tolist() == [2.0, 3.5]
     assert math.isnan(found.dots_G[1])
-    assert found.dots_G[2] == 3.5
-    assert found.counts_G.tolist() == [1, 0, 2, 0]
-    assert found.dots_G.dtype == torch.float64
-    assert found.direction_norm == 5.0
-    assert found.norms_G is None
-
-
-def test_groups_refuse_what_does_not_fit() -> None:
-    direction = {"a": torch.ones(1)}
+    assert (found.counts_G.tolist(), found.dots_G.dtype) == ([1, 0, 2, 0], torch.float64)
+    assert (found.direction_norm, found.norms_G) == (5.0, None)
     with pytest.raises(ConfigError, match=r"both must be \(B,\)"):
         group_alignment(torch.ones(3), torch.zeros(2, dtype=torch.int64), 2, direction)
     with pytest.raises(ConfigError, match="allowed are 0 to 1"):
@@ -260,59 +325,31 @@ def test_groups_refuse_what_does_not_fit() -> None:
         group_alignment(torch.tensor([1.0, torch.inf]), torch.tensor([0, 1]), 2, direction)
 
 
-# -- what must be left as it was --------------------------------------------------------------------------------------
+# -- what must be left as it was, and what is refused -----------------------------------------------------------------
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    return {
-        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
-        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
-        "modes": [module.training for module in model.modules()],
-        "hooks": [len(module._forward_hooks) for module in model.modules()],
-        "random": torch.get_rng_state(),
-    }
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    assert before["modes"] == after["modes"]
-    assert before["hooks"] == after["hooks"]
-    assert torch.equal(before["random"], after["random"])
-    for kind in ("weights", "gradients"):
-        for name, value in before[kind].items():
-            other = after[kind][name]
-            assert (value is None) == (other is None)
-            assert value is None or torch.equal(value, other), (kind, name)
-
-
-@pytest.mark.parametrize("estimator", ["separate", "shadow"])
-def test_probes_leave_the_training_state_alone(estimator: str) -> None:
+@BOTH
+@pytest.mark.parametrize("fails", [False, True])
+def test_probes_leave_the_training_state_alone_also_when_the_loss_fails(estimator: str, fails: bool) -> None:
     model = Bigram(nn.Dropout(0.5), nn.LayerNorm(4), nn.Linear(4, 4))
     model.middle[2].eval()  # a mode of its own, as some fine-tuning sets
     losses(model, tokens(3)).mean().backward()
-    before = snapshot(model)
+    before, calls = snapshot(model), []
     v = gradient_direction(model, losses, tokens(2, seed=1))
-    estimators[estimator]().measure(Probe(model, losses, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v))
-    assert_same(before, snapshot(model))
-
-
-@pytest.mark.parametrize("estimator", ["separate", "shadow"])
-def test_probes_leave_the_training_state_alone_when_the_loss_fails(estimator: str) -> None:
-    model = Bigram(nn.Dropout(0.5))
-    v = gradient_direction(model, losses, tokens(2, seed=1))
-    before = snapshot(model)
-    calls = []
 
     def failing(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
         calls.append(None)
-        if len(calls) == 2:
+        if fails and len(calls) == 2:
             raise RuntimeError("out of memory")
         return losses(model, tokens_BT1)
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        estimators[estimator]().measure(
-            Probe(model, failing, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, micro_batch=2)
-        )
-    assert_same(before, snapshot(model))
+    probe = Probe(model, failing, tokens(4), torch.tensor([0, 0, 1, 1]), 2, v, micro_batch=2)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            estimators[estimator]().measure(probe)
+    else:
+        estimators[estimator]().measure(probe)
+    assert snapshot(model) == before
 
 
 def test_evaluation_inside_a_probe_is_not_probed() -> None:
@@ -328,188 +365,54 @@ def test_evaluation_inside_a_probe_is_not_probed() -> None:
     assert torch.allclose(dots.double(), each("shadow", model, losses, tokens(3), v).dots_G, rtol=1e-5)
 
 
-def test_frozen_parameters_stay_out() -> None:
-    model = Bigram(nn.Linear(4, 4))
-    model.tokens.requires_grad_(False)
-    model.middle[0].weight.requires_grad_(False)
-    v = gradient_direction(model, losses, tokens(2))
-    assert v.keys() == {"middle.0.bias", "head.weight", "head.bias"}
-    with ShadowProbe(model, v):
-        assert not model.tokens._forward_hooks
-    expected = each("separate", model, losses, tokens(3), v).dots_G
-    assert torch.allclose(each("shadow", model, losses, tokens(3), v).dots_G.double(), expected, rtol=1e-4)
-
-
-def test_no_sequences_give_no_dots() -> None:
-    model = Bigram()
-    v = gradient_direction(model, losses, tokens(2))
-    for estimator in ("separate", "shadow"):
-        found = estimators[estimator]().measure(
-            Probe(model, losses, tokens(0), torch.zeros(0, dtype=torch.int64), 2, v)
-        )
-        assert found.counts_G.tolist() == [0, 0]
-        assert found.dots_G.isnan().all()
-
-
-def test_padding_row_of_an_embedding_has_no_gradient() -> None:
-    class Scaled(nn.Embedding):
-        def forward(self, input: Tensor) -> Tensor:
-            return 3.0 * super().forward(input)
-
-    for kind in (nn.Embedding, Scaled):
-        model = Bigram()
-        model.tokens = kind(10, 4, padding_idx=3)
-        model.head.weight = model.tokens.weight
-        batch = tokens(4)
-        assert (batch[:, :-1] == 3).any()
-        v = gradient_direction(model, losses, tokens(3, seed=1))
-        assert v["tokens.weight"][3].any()
-        expected = each("separate", model, losses, batch, v).dots_G
-        assert torch.allclose(each("shadow", model, losses, batch, v).dots_G.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-class Flattening(nn.Module):
-    """Sees all tokens of the batch in one row, as a mixture of experts does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.flatten(0, 1)).view(x.shape)
-
-
-class Bypassing(nn.Module):
-    """Uses a child's weight without calling the child."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.linear.weight.t()
-
-
-class Noisy(nn.Module):
-    """Owns a parameter and draws random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + torch.rand_like(x)
-
-
-class Undifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.sum((0, 1))
-
-
-class BackwardOnly(nn.Module):
-    """Owns a parameter used by a function without a forward-mode rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Undifferentiable.apply(x, self.scale)
-
-
-@pytest.mark.parametrize(
-    ("middle", "why"),
-    [
-        (Flattening, r"middle.0.linear \(Linear\): .* of shape \(15, 4\), does not run over the 3 sequences"),
-        (Bypassing, "not called"),
-        (Noisy, "random numbers"),
-        (BackwardOnly, "forward-mode"),
-    ],
-)
-def test_shadow_refuses_what_it_cannot_attribute(middle: Callable[[], nn.Module], why: str) -> None:
-    model = Bigram(middle())
-    v = gradient_direction(model, losses, tokens(2))
-    with pytest.raises(ConfigError, match=why) as raised:
-        each("shadow", model, losses, tokens(3), v)
-    assert "alignment.estimator: separate" in str(raised.value)
-    with pytest.raises(ConfigError, match=why):
-        probed_step(model, v)
-
-
-def probed_step(model: nn.Module, v: dict[str, Tensor]) -> Tensor:
-    with ShadowProbe(model, v) as probe:
-        probe.begin(3)
-        losses(model, tokens(3)).mean().backward()
-        return probe.dots(torch.full((3,), 1 / 3))
-
-
-def test_shadow_refuses_embeddings_that_mix_sequences() -> None:
-    model = Bigram()
-    model.tokens = nn.Embedding(10, 4, scale_grad_by_freq=True)
-    with pytest.raises(ConfigError, match="scale_grad_by_freq"):
-        ShadowProbe(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()})
-
-
-def test_shadow_asks_for_its_calls_in_order() -> None:
+def test_shadow_asks_for_its_calls_in_order_and_for_embeddings_that_keep_sequences_apart() -> None:
     model = Bigram()
     v = gradient_direction(model, losses, tokens(2))
     with ShadowProbe(model, v) as probe:
-        with pytest.raises(ConfigError, match="begin, the model, backward"):
-            probe.dots(torch.ones(3))
-        probe.begin(3)
-        with pytest.raises(ConfigError, match="begin, the model, backward"):
-            probe.dots(torch.ones(3))
+        for begun in (False, True):
+            if begun:
+                probe.begin(3)
+            with pytest.raises(ConfigError, match="begin, the model, backward"):
+                probe.dots(torch.ones(3))
         losses(model, tokens(3)).mean().backward()
         with pytest.raises(ConfigError, match="1 zeros came for 3 sequences"):
             probe.dots(torch.tensor([0.5, 0.0, 0.5]))
         with pytest.raises(ConfigError, match=r"shape \(2,\)"):
             probe.dots(torch.ones(2))
+    model.tokens = nn.Embedding(10, 4, scale_grad_by_freq=True)
+    with pytest.raises(ConfigError, match="scale_grad_by_freq"):
+        ShadowProbe(model, v)
 
 
-def test_direction_of_another_model_is_refused() -> None:
+@BOTH
+def test_directions_of_other_models_are_refused_and_no_sequences_give_no_dots(estimator: str) -> None:
     model = Bigram()
     v = gradient_direction(model, losses, tokens(2))
     short = {name: part for name, part in v.items() if name != "head.bias"}
-    wrong = {**v, "head.bias": torch.zeros(3)}
-    for odd in (short, wrong):
+    for odd in (short, {**v, "head.bias": torch.zeros(3)}):
         with pytest.raises(ConfigError, match=r"at head\.bias"):
-            ShadowProbe(model, odd)
-        with pytest.raises(ConfigError, match=r"at head\.bias"):
-            each("separate", model, losses, tokens(0), odd)
+            each(estimator, model, losses, tokens(2), odd)
+    nothing = Probe(model, losses, tokens(0), torch.zeros(0, dtype=torch.int64), 2, v)
+    found = estimators[estimator]().measure(nothing)
+    assert found.counts_G.tolist() == [0, 0]
+    assert found.dots_G.isnan().all()
 
 
-def test_directions_need_sequences_parameters_and_finite_losses() -> None:
+def test_directions_need_sequences_parameters_and_finite_losses_and_moments() -> None:
     model = Bigram()
-    with pytest.raises(ConfigError, match="0 sequences"):
-        gradient_direction(model, losses, tokens(0))
-    with pytest.raises(ConfigError, match="micro_batch is 0"):
-        gradient_direction(model, losses, tokens(2), micro_batch=0)
-    with pytest.raises(NumericsError, match="not finite"):
-        gradient_direction(model, lambda m, t: losses(m, t) * torch.inf, tokens(2))
-    model.requires_grad_(False)
-    with pytest.raises(ConfigError, match="no parameter"):
-        gradient_direction(model, losses, tokens(2))
-
-
-def test_separate_wants_finite_gradients() -> None:
-    model = Bigram()
-    v = gradient_direction(model, losses, tokens(2))
-    with pytest.raises(NumericsError, match=r"groups \[0, 1\]"):
-        each("separate", model, lambda m, t: losses(m, t) * torch.inf, tokens(2), v)
-
-
-def test_precondition_needs_moments() -> None:
-    model = Bigram()
-    v = gradient_direction(model, losses, tokens(2))
+    v, infinite = gradient_direction(model, losses, tokens(2)), lambda m, t: losses(m, t) * torch.inf
     with pytest.raises(ConfigError, match="at least one optimizer step"):
         precondition(v, torch.optim.AdamW(model.parameters()), dict(model.named_parameters()))
     with pytest.raises(ConfigError, match="use AdamW or Adam"):
         precondition(v, torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters()))
+    with pytest.raises(NumericsError, match=r"groups \[0, 1\]"):
+        each("separate", model, infinite, tokens(2), v)
+    with pytest.raises(NumericsError, match="not finite"):
+        gradient_direction(model, infinite, tokens(2))
+    with pytest.raises(ConfigError, match="0 sequences"):
+        gradient_direction(model, losses, tokens(0))
+    with pytest.raises(ConfigError, match="micro_batch is 0"):
+        gradient_direction(model, losses, tokens(2), micro_batch=0)
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter"):
+        gradient_direction(model, losses, tokens(2))

@@ -56,26 +56,19 @@ export const percent = (share) =>
   share >= 0.0995 ? `${Math.round(100 * share)}%`
     : share >= 0.0005 || share === 0 ? `${(100 * share).toFixed(1)}%` : "<0.1%";
 
-const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_";
-const VALUE = new Map([...DIGITS].map((digit, value) => [digit, value]));
 const SCALE = 1000, COLOURS = 12, MEAN = "(mean of all)";
 export const TIE = "xt", NO_EXPERT = "xb", OTHERS = "xo";
 /** Weights below it are not shown. */
 export const LEAST = 0.0005;
 
-/** Weights of T tokens by E experts: per token how many, then expert and weight of each. */
-export function unpack(text, count, experts) {
-  const weights = new Float32Array(count * experts), digits = experts < 64 ? 1 : 2;
+/** Weights of T tokens by E experts, from a list: per token how many, then expert and weight of each. */
+export function unpack(list, count, experts) {
+  const weights = new Float32Array(count * experts);
   let place = 0;
-  const take = (length) => {
-    let value = 0;
-    while (length--) value = 64 * value + VALUE.get(text[place++]);
-    return value;
-  };
   for (let token = 0; token < count; token++)
-    for (let left = take(digits); left > 0; left--) {
-      const expert = take(digits);
-      weights[token * experts + expert] = take(2) / SCALE;
+    for (let left = list[place++]; left > 0; left--) {
+      const expert = list[place++];
+      weights[token * experts + expert] = list[place++] / SCALE;
     }
   return { weights, count, experts };
 }
