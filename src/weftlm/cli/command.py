@@ -73,9 +73,9 @@ def recipe_command(
     def register(work: Work) -> Work:
         def follow(recipe: Path, set_: list[str] | None, dry_run: bool, **given: Any) -> Iterator[Any]:
             from weftlm.pipeline.checks import load_checked
-            from weftlm.pipeline.recipe import require_experts, require_training
+            from weftlm.pipeline.recipe import require_experts
 
-            needs = {"training": require_training, "data": lambda recipe: None}.get(topic, require_experts)
+            needs = {"training": lambda recipe: recipe.trained, "data": lambda recipe: None}.get(topic, require_experts)
             resolved = load_checked(recipe, set_ or [], needs=needs, ask=not dry_run)
             yield from _described(resolved, topic) if dry_run else work(resolved, **given)
 

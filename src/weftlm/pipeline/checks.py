@@ -24,7 +24,7 @@ def load_checked(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
-    needs: Callable[[Recipe], None] = lambda recipe: None,
+    needs: Callable[[Recipe], object] = lambda recipe: None,
     ask: bool = False,
     here: bool = True,
 ) -> Recipe:
@@ -33,7 +33,7 @@ def load_checked(
     Args:
         path: The recipe.
         overrides: `section.key=value` lines.
-        needs: Refuses a recipe without the sections that the command works on: `require_training`, `require_experts`.
+        needs: Refuses a recipe without the sections that the command works on.
         ask: See `check_recipe`.
         here: See `check_recipe`.
     """

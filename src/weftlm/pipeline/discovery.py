@@ -1,40 +1,25 @@
-"""From documents to domains: labels or clusters, centroids, the target's histogram, the basis."""
+"""From documents to domains: by label, or by clusters."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.labels import folder_name
-from weftlm.corpora.reading import ReadingReport, read_documents
-from weftlm.corpora.source import Document
-from weftlm.domains.cluster import Clusters, fit_clusters, nearest
+from weftlm.domains.cluster import Clusters, fit_clusters
 from weftlm.domains.embed import Embedder, make_embedder
-from weftlm.domains.histogram import (
-    basis_from_groups,
-    basis_from_sets,
-    basis_from_shards,
-    domain_means,
-    histogram,
-    neighbours,
-    typical_documents,
-)
 from weftlm.domains.split import first_within
 from weftlm.errors import DataError
 from weftlm.pipeline.data_config import DataConfig, refuse_reserved
 from weftlm.pipeline.documents import Documents
 
 Item = TypeVar("Item")
-SAMPLE_PER_DOMAIN = 400
-_TYPICAL = 5
-_NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,8 @@ def by_clusters(documents: Documents, config: DataConfig, tick: Callable[[int], 
     sampled_N = corpus_N & first_within(positions_N, np.where(corpus_N, 0, 1), count)
     sample = [document.text for _, document in documents.stream(sampled_N)]
     embedder = make_embedder(embedding, sample[: embedding.sample_documents], config.seed)
-    rows_NE = np.concatenate(list(_embedded(embedder, sample[: options.sample_documents], embedding.batch_documents)))
+    fitted_on = batches(sample[: options.sample_documents], embedding.batch_documents)
+    rows_NE = np.concatenate([embedder.embed(batch) for batch in fitted_on])
     clusters = fit_clusters(rows_NE, options, config.seed)
     del sample, rows_NE
     domain_N = np.full(len(documents), -1, np.int64)
@@ -140,86 +126,3 @@ def batches(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
     rest = iter(items)
     while batch := list(islice(rest, count)):
         yield batch
-
-
-def _embedded(embedder: Embedder, texts: Sequence[str], count: int) -> Iterator[NDArray[np.float32]]:
-    return (embedder.embed(batch) for batch in batches(texts, count))
-
-
-def describe(
-    found: Discovered,
-    names: tuple[str, ...],
-    sample: Sequence[tuple[int, Document]],
-    sizes_D: NDArray[np.float64],
-    target: Iterable[Document] | None,
-    config: DataConfig,
-) -> dict[str, Any]:
-    """What embedding tells of the domains: centroids of a sample, then histogram, basis and facts.
-
-    Args:
-        found: The domains; clusters keep their centroids.
-        names: Names of the D domains, the target's own (if it is one) last.
-        sample: Training documents, each with the number of its domain.
-        sizes_D: UTF-8 bytes of training text per domain.
-        target: The target's training documents; None without a target.
-        config: The data section.
-    Returns:
-        Parts of the manifest, as JSON values: `target_histogram_D`, None without a target; `basis_ND`, None where none
-        is asked for; `facts`, for each domain its name, typical documents and neighbours; `embedder`, its fingerprint
-        and dimensions; `reading`, reports of the auxiliary sets of a basis.
-    """
-    embedding, domains = config.domains.embedder, len(names)
-    number_N = np.array([number for number, _ in sample])
-    documents = [document for _, document in sample]
-    texts = [document.text for document in documents]
-    embedder = make_embedder(embedding, texts, config.seed) if found.embedder is None else found.embedder
-    rows_NE = np.concatenate(list(_embedded(embedder, texts, embedding.batch_documents)))
-    centroids_DE = domain_means(rows_NE, number_N, domains)
-    if found.clusters is not None:
-        centroids_DE[: len(found.clusters)] = found.clusters.centroids_CE
-    typical = typical_documents(rows_NE, number_N, centroids_DE, documents, _TYPICAL)
-    near = neighbours(centroids_DE, _NEIGHBOURS)
-
-    def place(stream: Iterable[Document]) -> NDArray[np.int64]:
-        found = [
-            nearest(embedder.embed([document.text for document in batch]), centroids_DE)
-            for batch in batches(stream, embedding.batch_documents)
-        ]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-    def read(corpus: CorpusConfig) -> Iterator[Document]:
-        report = ReadingReport()
-        yield from read_documents(corpus, report)
-        reading.append({"set": "basis", "input": corpus.name, **report.to_json()})
-
-    reading: list[dict[str, Any]] = []
-    target_N = None if target is None else place(target)
-    basis_ND = None
-    if (options := config.domains.basis) is not None:
-        if options.of == "sets":
-            sets = [place(read(corpus)) for corpus in options.sets]
-            basis_ND = basis_from_sets(sets, domains, options.smoothing)
-        elif options.of == "groups":
-            assert options.count is not None
-            basis_ND = basis_from_groups(centroids_DE, sizes_D, options.count, config.seed, options.smoothing)
-        else:
-            assert options.count is not None
-            assert target_N is not None
-            basis_ND = basis_from_shards(target_N, options.count, domains, options.smoothing)
-    shares_D = None if target_N is None else histogram(target_N, domains, config.domains.histogram_smoothing)
-    return {
-        "target_histogram_D": None if shares_D is None else shares_D.tolist(),
-        "basis_ND": None if basis_ND is None else basis_ND.tolist(),
-        "embedder": {
-            "fingerprint": embedder.fingerprint, "dimensions": embedder.dimensions, "kind": embedding.kind,
-        },
-        "facts": [
-            {
-                "name": name,
-                "typical": typical[number],
-                "neighbours": [{"name": names[other], "cosine": round(cosine, 4)} for other, cosine in near[number]],
-            }
-            for number, name in enumerate(names)
-        ],
-        "reading": reading,
-    }  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from weftlm.artifact import Artifact, locked
+from weftlm.corpora.config import CorpusConfig
 from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore
 from weftlm.corpora.tokenise import encode_documents, tokenise_by_label
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
+from weftlm.domains.cluster import nearest
+from weftlm.domains.embed import make_embedder
+from weftlm.domains.histogram import (
+    basis_from_groups,
+    basis_from_sets,
+    basis_from_shards,
+    domain_means,
+    histogram,
+    neighbours,
+    typical_documents,
+)
 from weftlm.domains.split import SplitConfig, first_within, heldout_count
 from weftlm.errors import DataError
 from weftlm.files import SEAL, seal, whole_folder
 from weftlm.pipeline.data_config import OTHER_DOMAIN, REMEDY, SETS, TARGET_DOMAIN, DataConfig, prepared_artifact
-from weftlm.pipeline.discovery import SAMPLE_PER_DOMAIN, Discovered, batches, by_clusters, by_label, describe
+from weftlm.pipeline.discovery import Discovered, batches, by_clusters, by_label
 from weftlm.pipeline.documents import Documents, write_documents
 from weftlm.pipeline.prepared import FATES, LOST_ACCEPTED, TARGET_SET, PreparedData
 from weftlm.progress import ProgressBar
@@ -47,6 +59,8 @@ LOST_REFUSED = 0.2
 _LOSS_DOCUMENTS, _LOSS_CHARACTERS = 1024, 1 << 14
 """The tokenizer's loss is measured on so many documents over all domains (64 per domain at most, 1 at least), each cut
 to so many characters: at most about 16 MB of text and, measured, 16 s on one core."""
+_SAMPLE_PER_DOMAIN, _TYPICAL, _NEIGHBOURS = 400, 5, 3
+"""Documents of each domain that are embedded for its centroid; typical documents and neighbours that are listed."""
 
 Chosen = NDArray[np.bool_]
 
@@ -418,25 +432,83 @@ class _Preparation:
         return found
 
     def _described(self, stores: dict[str, dict[str, TokenStore]]) -> dict[str, Any]:
-        """The domains' names, and what embedding tells of them."""
-        names, groups_N, used_N = self.found.names, self.found.domain_N, self.train_N
-        sizes = [float(stores["train"][name].bytes) for name in names]
-        if self.config.domains.include_target:
+        """What embedding tells of the domains: centroids of a sample, then histogram, basis and facts.
+
+        Returns:
+            Parts of the manifest: `domains`, their names; `target_histogram_D`, None without a target; `basis_ND`, None
+            where none is asked for; `facts`, for each domain its name, typical documents and neighbours; `embedder`,
+            its fingerprint and dimensions; `reading`, reports of the auxiliary sets of a basis.
+        """
+        config, embedding, found = self.config.domains, self.config.domains.embedder, self.found
+        names, groups_N, used_N = found.names, found.domain_N, self.train_N
+        sizes_D = [float(stores["train"][name].bytes) for name in names]
+        if config.include_target:
             groups_N, used_N = np.where(self.target_N, len(names), groups_N), used_N | self.target_N
             names = (*names, TARGET_DOMAIN)
-            sizes.append(float(stores["target"]["train"].bytes))
-        embedding = self.config.domains.embedder
-        count = int(np.clip(embedding.sample_documents // len(names), 4, SAMPLE_PER_DOMAIN))
+            sizes_D.append(float(stores["target"]["train"].bytes))
+        count = int(np.clip(embedding.sample_documents // len(names), 4, _SAMPLE_PER_DOMAIN))
         chosen_N = self._first(used_N, "centroids", count, groups_N=groups_N)
-        sample = [
-            (int(groups_N[number]), replace(document, text=document.text[: embedding.max_chars]))
-            for part_N in (self.train_N, self.target_N)
-            for number, document in self.documents.stream(chosen_N & part_N)
-        ]
-        target = (document for _, document in self.documents.stream(self.target_N))
-        has_target = bool(self.target_N.any())
-        described = describe(self.found, names, sample, np.array(sizes), target if has_target else None, self.config)
-        return {"domains": list(names), **described}
+        numbers: list[int] = []
+        documents: list[Document] = []
+        for part_N in (self.train_N, self.target_N):
+            for number, document in self.documents.stream(chosen_N & part_N):
+                numbers.append(int(groups_N[number]))
+                documents.append(replace(document, text=document.text[: embedding.max_chars]))
+        texts = [document.text for document in documents]
+        embedder = make_embedder(embedding, texts, self.config.seed) if found.embedder is None else found.embedder
+        rows_NE = np.concatenate([embedder.embed(batch) for batch in batches(texts, embedding.batch_documents)])
+        centroids_DE = domain_means(rows_NE, np.array(numbers), len(names))
+        if found.clusters is not None:
+            centroids_DE[: len(found.clusters)] = found.clusters.centroids_CE
+        typical = typical_documents(rows_NE, np.array(numbers), centroids_DE, documents, _TYPICAL)
+        near = neighbours(centroids_DE, _NEIGHBOURS)
+
+        def place(stream: Iterable[Document]) -> NDArray[np.int64]:
+            placed = [
+                nearest(embedder.embed([document.text for document in batch]), centroids_DE)
+                for batch in batches(stream, embedding.batch_documents)
+            ]
+            return np.concatenate(placed) if placed else np.zeros(0, np.int64)
+
+        def read(corpus: CorpusConfig) -> Iterator[Document]:
+            report = ReadingReport()
+            yield from read_documents(corpus, report)
+            reading.append({"set": "basis", "input": corpus.name, **report.to_json()})
+
+        reading: list[dict[str, Any]] = []
+        basis_ND, options = None, config.basis
+        target_N = place(document for _, document in self.documents.stream(self.target_N))
+        if options is not None and options.count is None:
+            sets = [place(read(corpus)) for corpus in options.sets]
+            basis_ND = basis_from_sets(sets, len(names), options.smoothing)
+        elif options is not None and options.of == "groups":
+            assert options.count is not None
+            basis_ND = basis_from_groups(
+                centroids_DE, np.array(sizes_D), options.count, self.config.seed, options.smoothing
+            )
+        elif options is not None:
+            assert options.count is not None
+            basis_ND = basis_from_shards(target_N, options.count, len(names), options.smoothing)
+        shares_D = histogram(target_N, len(names), config.histogram_smoothing) if len(target_N) else None
+        return {
+            "domains": list(names),
+            "target_histogram_D": None if shares_D is None else shares_D.tolist(),
+            "basis_ND": None if basis_ND is None else basis_ND.tolist(),
+            "embedder": {
+                "fingerprint": embedder.fingerprint, "dimensions": embedder.dimensions, "kind": embedding.kind,
+            },
+            "facts": [
+                {
+                    "name": name,
+                    "typical": typical[number],
+                    "neighbours": [
+                        {"name": names[other], "cosine": round(cosine, 4)} for other, cosine in near[number]
+                    ],
+                }
+                for number, name in enumerate(names)
+            ],
+            "reading": reading,
+        }  # fmt: skip
 
     def _manifest(
         self, facts: dict[str, Any], stores: dict[str, dict[str, TokenStore]], losses: dict[str, TextLoss]

@@ -324,15 +324,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return problems
 
 
-def require_training(recipe: Recipe) -> None:
-    """Refuse a recipe that trains no model.
-
-    Raises:
-        ConfigError: one line for every missing section.
-    """
-    _ = recipe.trained
-
-
 def require_experts(recipe: Recipe) -> None:
     """Refuse a recipe that has no experts.
 
