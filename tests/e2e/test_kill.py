@@ -50,18 +50,23 @@ def train(folder: Path, recipe: Path, run: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(start(folder, recipe, run), 0)[1]) == 0
 
 
+def logged_step(run: Path) -> int:
+    """The last step on record; 0 before the first."""
+    return max((line["step"] for line in lines_of(run)), default=0)
+
+
 def kill_somewhere(folder: Path, recipe: Path, run: str, rng: random.Random) -> int:
-    """Start a run and kill it at a random moment after its first step; returns the last logged step."""
-    before, child = len(lines_of(folder / run)), start(folder, recipe, run)
-    deadline = time.monotonic() + 120
+    """Start a run and kill it at a random moment after it has gone on some steps; returns the last logged step."""
+    enough, child = logged_step(folder / run) + rng.choice((5, 10, 15)), start(folder, recipe, run)
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
-        if len(lines_of(folder / run)) > before:
-            time.sleep(rng.random() * 0.6)
+        if logged_step(folder / run) >= enough:
+            time.sleep(rng.random() * 0.2)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             break
         time.sleep(0.005)
-    return max((line["step"] for line in lines_of(folder / run)), default=0)
+    return logged_step(folder / run)
 
 
 @pytest.mark.slow
