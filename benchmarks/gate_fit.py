@@ -47,11 +47,10 @@ from torch import Tensor
 from weftlm.errors import ConfigError
 from weftlm.gating.config import FitConfig
 from weftlm.gating.exact import exact_robust_gate
-from weftlm.gating.features import sequence_features
 from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
 from weftlm.gating.primal_dual import fit_robust_gate
 from weftlm.gating.problem import Problem, evaluate, log_model, make_problem, measure
-from weftlm.gating.sequences import ScoredSequences
+from weftlm.gating.sequences import ScoredSequences, sequence_features
 
 LETTERS, LENGTH, UNITS = 16, 64, 4096
 """Letters of the alphabet; letters of a sequence; transition probabilities are multiples of 1 / UNITS."""
@@ -70,6 +69,7 @@ NEAR_LINEAR = 1.1
 SUPPORTS, SUPPORT_DOMAINS = (40, 400, 4000), 4
 EFFICIENCY_EXPERTS, FRESH = 4, 20_000
 SIZES = tuple(1 << power for power in range(3, 13))
+UNTRAINED: dict[str, dict[str, Any]] = {"bayes": {"gate": "bayes"}, "uniform": {"gate": "fixed_share", "share": 1.0}}
 LARGE_BATCH = 256
 """Sequences per domain and step where there are more than so many."""
 
@@ -353,7 +353,7 @@ def efficiency(arguments: argparse.Namespace) -> dict[str, Any]:
     by_size: dict[str, list[list[float]]] = {gate: [[] for _ in arguments.sizes] for gate in ("linear", "constant")}
     optimum: dict[str, list[float]] = {gate: [] for gate in by_size}
     errors: list[float] = []
-    untrained: dict[str, list[float]] = {"bayes": [], "causal_uniform": []}
+    untrained: dict[str, list[float]] = {name: [] for name in UNTRAINED}
     for seed in range(arguments.seeds):
         language = Language.draw(EFFICIENCY_EXPERTS, 1000 + seed)
         rng = np.random.default_rng([seed, 2])
@@ -384,7 +384,8 @@ def efficiency(arguments: argparse.Namespace) -> dict[str, Any]:
             optimum[gate].append(best.worst)
             errors.append(math.hypot(float(best.errors_D[best.worst_domain]), best.z_error / best.z))
         for name, values in untrained.items():
-            causal = init_gate(name, EFFICIENCY_EXPERTS, Features(logp_BTE=torch.zeros(1, 1, EFFICIENCY_EXPERTS)))
+            seen = Features(logp_BTE=torch.zeros(1, 1, EFFICIENCY_EXPERTS))
+            causal = init_gate(UNTRAINED[name], EFFICIENCY_EXPERTS, seen)
             assert isinstance(causal, CausalGate)
             values.append(causal_worst(causal, problem, letters_DNT, language))
         _common.say(f"sample efficiency, seed {seed}: optimum { ({k: round(v[-1], 3) for k, v in optimum.items()}) }")

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.distillation.config import DenseConfig, DistilConfig
 from weftlm.distillation.dense import WeightedText, distil_dense
-from weftlm.distillation.sparse import distil_sparse, log_served
+from weftlm.distillation.sparse import log_served
 from weftlm.distillation.structural import distil_structural, student_kl, weigh
 from weftlm.gating import FitConfig, FitResult, ScoredSequences, fit_robust_gate, sampled_capacity, sequence_features
 from weftlm.gating.bayes import BayesGate
@@ -39,6 +39,7 @@ from weftlm.gating.config import REFRESH_EVERY, ScoreConfig
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import CausalGate, Gate, init_gate
 from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.problem import log_model
 from weftlm.gating.scores import score
 from weftlm.models.hf import token_losses
@@ -218,7 +219,7 @@ class Comparison:
         """Mixtures of the experts that need no training."""
         features = self.on_report[self.names[0]].features
         for row, section in (
-            ("uniform mixture", {"gate": "causal_uniform"}),
+            ("uniform mixture", {"gate": "fixed_share", "share": 1.0}),
             ("bayes", {"gate": "bayes"}),
             ("fixed share", {"gate": "fixed_share"}),
         ):
@@ -245,16 +246,14 @@ class Comparison:
             values = self._offsets(offset, domains)
             start = time.perf_counter()
             fit = FIT.model_copy(update={"steps": 200}) if self.quick else FIT
-            found = fit_robust_gate(
-                domains, fit_samples, gate="linear", config=fit, offsets=values, held_out_samples=held_samples
-            )
+            found = fit_robust_gate(domains, fit_samples, gate="linear", config=fit, offsets=values)
             self.add_gate(f"robust gate, offset {offset}", found.gate, found.z)
             student = self._students(offset, found, fit_samples, held_samples)
             fit = DIRECT.model_copy(update={"steps": 20}) if self.quick else DIRECT
             direct = fit_robust_gate(domains, None, gate=DIRECT_GATE, config=fit, offsets=values)
             self.add_gate(f"direct gate, offset {offset}", direct.gate)
             facts["fits"][offset] = {
-                "z": found.z, "z_ci": list(found.z_ci), "mu": found.mu, "lam": found.lam.tolist(),
+                "z": found.z, "mu": found.mu, "lam": found.lam.tolist(),
                 "worst_on_fit": found.worst, "student_kl": student, "seconds": time.perf_counter() - start,
             }  # fmt: skip
         return facts
@@ -290,8 +289,10 @@ class Comparison:
         kl = {"student": student_kl(found.gate, student, held_samples)[0]}
         if offset != OFFSETS[0]:
             return kl
+        assert isinstance(student, PrefixGate)
         for top in (2, 1):
-            sparse = distil_sparse(found.gate, student, fit_samples, top, config=config).gate
+            chosen = student.with_top(top)
+            sparse = distil_structural(found.gate, fit_samples, student=chosen, config=config).gate
             served = {name: _served(sparse, one) for name, one in self.on_report.items()}
             self.add(f"student, top {top}", served.__getitem__, _served(sparse, self.on_changing))
             self.add_gate(f"student, top {top}, all experts run", sparse)

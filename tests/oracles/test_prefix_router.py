@@ -49,6 +49,10 @@ def posteriors(experts, tokens):
     return torch.tensor(found, dtype=torch.float64)
 
 
+def random_tokens(count, seed, rows=1):
+    return torch.randint(1, VOCAB, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
 def routings(model, ids, **kwargs):
     found: dict[str, Routing] = {}
 
@@ -60,13 +64,17 @@ def routings(model, ids, **kwargs):
     return found
 
 
-@pytest.fixture
+def one_of(model, ids, **kwargs):
+    return next(iter(routings(model, ids, **kwargs).values()))
+
+
+@pytest.fixture(scope="module")
 def experts():
     return make_pool(llama(), 4, seed=3)
 
 
 def test_the_posterior_is_that_of_a_loop_over_tokens(experts):
-    tokens = torch.randint(0, VOCAB, (1, 50), generator=torch.Generator().manual_seed(5))
+    tokens = random_tokens(50, 5)
     model = RoutedModel(llama(), experts, SECTION)
     expected_TE = posteriors(experts, tokens[0].tolist())
     best_TK, places_TK = expected_TE.topk(2, dim=-1)
@@ -79,39 +87,23 @@ def test_the_posterior_is_that_of_a_loop_over_tokens(experts):
         torch.testing.assert_close(routing.background_BT[0].double(), 1 - best_TK.sum(dim=-1), atol=1e-5, rtol=1e-4)
 
 
-def test_a_continued_prefix_is_the_same_as_a_whole_one(experts):
-    tokens = torch.randint(0, VOCAB, (1, 64), generator=torch.Generator().manual_seed(6))
-    model = RoutedModel(llama(), experts, {**SECTION, "k": 4})
-    whole = next(iter(routings(model, tokens).values()))
-    with torch.inference_mode():
-        first = model(input_ids=tokens[:, :23], use_cache=True)
-    rest = next(iter(routings(model, tokens[:, 23:], past_key_values=first.past_key_values).values()))
-    torch.testing.assert_close(rest.background_BT, whole.background_BT[:, 23:], atol=1e-6, rtol=1e-5)
-
-
-def test_padding_says_nothing(experts):
-    tokens = torch.randint(0, VOCAB, (1, 20), generator=torch.Generator().manual_seed(7))
-    model = RoutedModel(llama(), experts, SECTION)
-    alone = next(iter(routings(model, tokens).values()))
-    padded = torch.cat([torch.zeros(1, 9, dtype=torch.int64), tokens], dim=1)
-    mask = torch.cat([torch.zeros(1, 9, dtype=torch.int64), torch.ones_like(tokens)], dim=1)
-    beside = next(iter(routings(model, padded, attention_mask=mask).values()))
-    torch.testing.assert_close(beside.weights_BTK[:, 9:], alone.weights_BTK, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("padding", [3, 5, 6])
-def test_pieces_that_end_in_padding_equal_one_pass(experts, padding):
-    tokens = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(8))
-    mask = torch.ones_like(tokens)
-    mask[:, padding] = 0
-    model = RoutedModel(llama(), experts, SECTION)
-    whole = next(iter(routings(model, tokens, attention_mask=mask).values()))
-    cache, found = DynamicCache(), []
-    for start, stop in ((0, 2), (2, 4), (4, 6), (6, 9)):
-        given = {"attention_mask": mask[:, :stop], "past_key_values": cache}
-        found.append(next(iter(routings(model, tokens[:, start:stop], **given).values())).background_BT)
+@pytest.mark.parametrize(
+    ("padding", "pieces"), [([], (23, 64)), ([3], (2, 4, 6, 9)), ([5], (2, 4, 6, 9)), (range(9), (9, 29))]
+)
+def test_a_text_in_pieces_and_with_padding_is_the_same_as_a_whole_one(experts, padding, pieces):
+    tokens, mask = random_tokens(pieces[-1], 6), torch.ones(1, pieces[-1], dtype=torch.int64)
+    mask[:, list(padding)] = 0
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(found, dim=1)[real], whole.background_BT[real], atol=1e-6, rtol=1e-5)
+    model = RoutedModel(llama(), experts, {**SECTION, "k": 4})
+    alone = one_of(model, tokens[real][None]).background_BT
+    whole = one_of(model, tokens, attention_mask=mask).background_BT[real]
+    cache, found, start = DynamicCache(), [], 0
+    for stop in pieces:
+        given = {"attention_mask": mask[:, :stop], "past_key_values": cache}
+        found.append(one_of(model, tokens[:, start:stop], **given).background_BT)
+        start = stop
+    torch.testing.assert_close(torch.cat(found, dim=1)[real], whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(whole, alone[0], atol=1e-6, rtol=1e-5)
 
 
 def test_a_text_that_changes_hands_is_followed_and_one_that_may_not_is_not(experts):
@@ -128,7 +120,7 @@ def test_a_text_that_changes_hands_is_followed_and_one_that_may_not_is_not(exper
     weight_on_second = {}
     for share in (0.0, 0.02):
         model = RoutedModel(llama(), named, {**SECTION, "share": share, "temperature": 5.0})
-        routing = next(iter(routings(model, tokens).values()))
+        routing = one_of(model, tokens)
         weights_TE = torch.zeros(28, 2).scatter(1, routing.experts_BTK[0], routing.weights_BTK[0])
         assert weights_TE[19, 0] > 0.9
         weight_on_second[share] = float(weights_TE[-1, 1])
@@ -137,7 +129,7 @@ def test_a_text_that_changes_hands_is_followed_and_one_that_may_not_is_not(exper
 
 
 def test_a_gate_weight_of_zero_is_the_prefix_alone_and_a_large_one_is_not(experts):
-    tokens = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(9))
+    tokens = random_tokens(30, 9, rows=2)
     model = RoutedModel(llama(), experts, SECTION)
     with torch.inference_mode():
         prefix = model(input_ids=tokens).logits
@@ -148,7 +140,7 @@ def test_a_gate_weight_of_zero_is_the_prefix_alone_and_a_large_one_is_not(expert
 
 
 def test_the_blend_adds_centred_gate_scores_to_the_log_posterior(experts):
-    tokens = torch.randint(0, VOCAB, (1, 15), generator=torch.Generator().manual_seed(10))
+    tokens = random_tokens(15, 10)
     weight = 0.8
     model = RoutedModel(llama(), experts, {**SECTION, "router": "blend", "k": 4, "gate_weight": weight})
     target = model.targets[0]

@@ -7,7 +7,7 @@ import torch
 from support.gating import chain_scores, markov
 
 from weftlm.gating import Features, ScoredSequences
-from weftlm.gating.features import sequence_features
+from weftlm.gating.sequences import sequence_features
 
 
 class Language:

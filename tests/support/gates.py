@@ -38,7 +38,6 @@ def certificate(values: Mapping[str, float] = ROBUST) -> Certificate:
         capacity=None,
         worst=Figure(values[worst], "estimate", "on these sequences", values[worst] - 0.001, values[worst] + 0.001),
         worst_domain=worst,
-        at_lam=Figure(0.0035, "estimate", "against the mixture"),
         lower=Figure(0.003, "bound", "closed form, none < it"),
         gap=Figure(values[worst] - 0.003, "bound", "at most this"),
         z=Figure(1.0, "exact", "summed over the support"),

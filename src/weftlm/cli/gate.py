@@ -59,11 +59,10 @@ def fit(recipe: Recipe) -> Iterator[Any]:
     title = f"{recipe.gate_folder}: {result['gate']['gate']}{windows(result.get('length'))}"
     columns = {"sequences": "sequences", f"nats/{result['unit']}": "value", "lambda": "lam"}
     print_rows(title, result["domains"], columns, first="domain")
-    low, high = map(text, result["z_ci"])
     say(f"worst case: {text(result['worst'])} nats/{result['unit']}; worst domain: {result['worst_domain']}")
     stopped = "; the fit stopped there" if result["stopped_early"] else ""
     say(f"gap after {result['steps']:,} steps: {text(result['gap'])} ({result['gap_kind']}){stopped}")
-    say(f"Z: {text(result['z'])}, 95 % from {low} to {high} ({result['z_source']})")
+    say(f"Z: {text(result['z'])}")
     say("measured on the sequences of the fit; weftlm gate certify measures on held-out ones")
 
 
@@ -107,7 +106,7 @@ def certify(recipe: Recipe) -> Iterator[Any]:
     found = certify_gate(recipe).to_json()
     yield found
     length = windows(found["length"])
-    names = ("worst", "at_lam", "lower", "gap", "capacity", "z")
+    names = ("worst", "lower", "gap", "capacity", "z")
     figures = {name: found[name] for name in names if found[name] is not None}
     title = f"{recipe.gate_folder / CERTIFICATE}: nats/{found['unit']}, offsets {found['offsets']}{length}"
     columns = {"value": "value", "95 % from": "low", "to": "high"}

@@ -7,22 +7,16 @@ the choice learns from the unrestricted weights as well (`log_sparse`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from weftlm.distillation.config import DistilConfig
-from weftlm.distillation.structural import DistilProgress, DistilResult, DistilState, distil_structural
-from weftlm.errors import ConfigError
-from weftlm.gating.features import FLOOR
-from weftlm.gating.gate import CausalGate, Features, Gate, SparseGate
-from weftlm.gating.modular_cache import catch_up_due, check_refresh_every
-from weftlm.gating.prefix_gate import among
-from weftlm.gating.sequences import ScoredSequences
+from weftlm.gating.gate import FLOOR, CausalGate, Features
+from weftlm.gating.modular_cache import ModularCache
+from weftlm.gating.modular_reader import ModularReader
+from weftlm.gating.prefix_gate import PrefixGate
 
 
-def log_sparse(student: SparseGate, features: Features) -> Tensor:
+def log_sparse(student: PrefixGate, features: Features) -> Tensor:
     """log s(x), restricted, with a gradient a sparse student can learn from: three terms' sum over t.
 
         log sum_{k in top m} w_k q_k(x_t) + log sum_k gamma_k q_k(x_t) + 1[m = 1] sum_k gamma_k log q_k(x_t)
@@ -46,54 +40,19 @@ def log_sparse(student: SparseGate, features: Features) -> Tensor:
     return total_BT.sum(dim=-1)
 
 
-def distil_sparse(
-    gate: Gate,
-    student: CausalGate,
-    samples: Sequence[ScoredSequences],
-    experts_per_token: int,
-    *,
-    config: DistilConfig | None = None,
-    state: DistilState | None = None,
-    on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
-    on_stop: Callable[[DistilState], None] | None = None,
-) -> DistilResult:
-    """Train a student further with only its m best experts per token.
-
-    Args:
-        gate: Teacher.
-        student: A `SparseGate` ("prefix"), as `distil_structural` gave it.
-        samples, config, state, on_progress, on_stop: As in `distil_structural`.
-        experts_per_token: m. With all of them, training is that of `distil_structural`.
-    Returns:
-        The result; its gate carries m in its configuration (`top`) and can be saved and driven like any other.
-    Raises:
-        ConfigError: the student cannot be sparse, or m is not between 1 and the number of experts.
-        NumericsError: the restricted student gives a sample no probability, as can be with experts that give 0.
-    """
-    if not isinstance(student, SparseGate):
-        raise ConfigError(f"gate {student.config.gate!r} cannot run a few experts per token; take a 'prefix' gate")
-    if not 1 <= experts_per_token <= student.experts:
-        raise ConfigError(f"experts_per_token is {experts_per_token}; it must be from 1 to {student.experts}")
-    return distil_structural(
-        gate, samples, student=student.with_top(experts_per_token), config=config, objective=log_sparse, state=state,
-        on_progress=on_progress, on_stop=on_stop,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def log_served(
     student: CausalGate, features: Features, *, known_tokens: int = 0, refresh_every: int | None = None
 ) -> Tensor:
-    """log s(x) as `ModularLM` serves it token by token: experts of weight 0 sleep, and the gate lacks their scores.
+    """log s(x) as `ModularLM` serves it token by token, some experts inactive and their scores unknown to the gate.
 
-    The mixture's own log-probability of a token is taken for that of an inactive expert. An expert that is called again
-    reads all it missed, and every `refresh_every` tokens all experts do; from then on the gate knows their scores. The
-    model is normalised like any causal gate's, but it is another one than the student that sees all scores; with all
-    experts at work, or a `refresh_every` of 1, the two are the same.
+    The model is normalised like any causal gate's, but it is another one than the student that sees all scores; with
+    all experts active, or a `refresh_every` of 1, the two are the same. Texts are read by `ModularReader` over a
+    vocabulary of one id: what expert e says after slot t is its score of the token in slot t + 1.
 
     Args:
         student: Any causal gate.
-        features: Features of B sequences, with `logp_BTE`.
+        features: Features of B sequences, with `logp_BTE`; padding only at their ends.
         known_tokens: Tokens at the start that all experts score, as when a prompt is read.
         refresh_every: Tokens after which every expert catches up, sooner early in a text (`catch_up_due`); None for
             never.
@@ -102,39 +61,23 @@ def log_served(
     Raises:
         ConfigError: `refresh_every` is not positive.
     """
-    check_refresh_every(refresh_every)
     wide = student.to("cpu", torch.float64)
     logp_BTE, mask_BT = wide.tokens(features)
-    logp_BTE = logp_BTE.double()
-    mask_BT = torch.ones(logp_BTE.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT
-    known_BTE = torch.zeros_like(logp_BTE, dtype=torch.bool)
-    told_BTE = logp_BTE.clone()  # the gate's input: true scores where they are known, else the mixture's own
-    state = anchored = wide.begin(len(logp_BTE))
-    anchor = 0
-    total_B = torch.zeros(len(logp_BTE), dtype=torch.float64)
-    for t in range(logp_BTE.shape[1]):
-        if t <= known_tokens or catch_up_due(refresh_every, anchor + 1, t + 1):
-            for place in range(anchor, t):
-                anchored = wide.advance(anchored, logp_BTE[:, place], mask_BT[:, place])
-            state, anchor = anchored, t
-            logw_BE = wide.current(state)
-            known_BTE[:, t] = True
-        else:
-            state = wide.advance(state, told_BTE[:, t - 1], mask_BT[:, t - 1])
-            logw_BE = before_BE = wide.current(state)
-            ran_BE = ~torch.isneginf(before_BE)
-            late_BE = ran_BE & ~known_BTE[:, anchor:t].all(dim=1)
-            if bool(late_BE.any()):
-                known_BTE[:, anchor:t] |= late_BE[:, None]
-                told_BTE[:, anchor:t] = torch.where(
-                    known_BTE[:, anchor:t], logp_BTE[:, anchor:t], told_BTE[:, anchor:t]
-                )
-                state = anchored
-                for place in range(anchor, t):
-                    state = wide.advance(state, told_BTE[:, place], mask_BT[:, place])
-                logw_BE = among(wide.current(state), ran_BE, before_BE)
-            known_BTE[:, t] = ran_BE
-        token_B = torch.logsumexp(logw_BE + logp_BTE[:, t], dim=-1)
-        told_BTE[:, t] = torch.where(known_BTE[:, t], logp_BTE[:, t], token_B[:, None])
-        total_B = total_B + torch.where(mask_BT[:, t], token_B, torch.zeros_like(token_B))
-    return total_B
+    batch, length, experts = logp_BTE.shape
+    table_EBT = logp_BTE.double().permute(2, 0, 1)
+
+    def run(cache: ModularCache, number: int, index_X: Tensor, places_X: Tensor, first: int, end: int) -> Tensor:
+        return table_EBT[places_X, index_X % batch, first:end, None]
+
+    reader = ModularReader(wide, [range(experts)], run, 1, student.top, refresh_every)
+    cache = ModularCache([experts], batch, wide.begin)
+    real_BT = torch.ones(batch, length, dtype=torch.bool) if mask_BT is None else mask_BT
+    slots_BT = torch.cat([torch.ones_like(real_BT[:, :1]), real_BT[:, :-1]], dim=1)
+    served, read = [], 0
+    while read < length:
+        count = known_tokens + 1 if read == 0 else 1
+        part_BK = slots_BT[:, read : read + count]
+        ids_BK = torch.zeros_like(part_BK, dtype=torch.int64)
+        served.append(reader.read(cache, ids_BK, part_BK, kept=part_BK.shape[1])[..., 0])
+        read += count
+    return torch.where(real_BT, torch.cat(served, dim=1), 0.0).sum(dim=1)

@@ -32,15 +32,14 @@ from torch import Tensor
 
 from weftlm.config import Section
 from weftlm.distillation.config import DistilConfig
+from weftlm.distillation.sparse import log_sparse
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating.config import GateConfig, gate_config, gates
 from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
-from weftlm.gating.problem import log_gates, log_model, log_models, squared_error
-from weftlm.gating.sequences import Joined, ScoredSequences
+from weftlm.gating.prefix_gate import PrefixGate
+from weftlm.gating.problem import log_gates, log_model, log_models
+from weftlm.gating.sequences import Joined, ScoredSequences, squared_error
 from weftlm.gating.state import GateState, adam_step, run_steps
-
-LogModel = Callable[[Any, Features], Tensor]
-"""log of a student's probability of B sequences, with a gradient: what training goes up."""
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +98,9 @@ class DistilResult:
     Attributes:
         gate: Student of the best held-out measurement.
         kl: KL(pi_g / Z || student) on the samples of the training, nats per sequence.
-        kl_error: Its standard error; 0 where enumerated.
         held_out_kl: The same on held-out samples. The student was selected on them, among few: use `student_kl` on
             others for a figure without that bias.
         held_out_error: Its standard error.
-        z: Z of the teacher on the samples of the training, by which its model was divided.
-        exact: Whether the samples were enumerated, so that figures are exact and "held out" is the whole support too.
         step: Steps the kept student had taken.
         history: Measurements.
         state: State to continue from.
@@ -112,11 +108,8 @@ class DistilResult:
 
     gate: CausalGate
     kl: float
-    kl_error: float
     held_out_kl: float
     held_out_error: float
-    z: float
-    exact: bool
     step: int
     history: tuple[DistilProgress, ...]
     state: DistilState
@@ -216,7 +209,6 @@ def distil_structural(
     student: str | Mapping[str, Any] | GateConfig | CausalGate | None = None,
     held_out: Sequence[ScoredSequences] | None = None,
     config: DistilConfig | None = None,
-    objective: LogModel | None = None,
     state: DistilState | None = None,
     until: int | None = None,
     on_progress: Callable[[DistilProgress, DistilState], None] | None = None,
@@ -232,11 +224,10 @@ def distil_structural(
         samples: Draws of each expert, in the experts' order, scored per token (`features.logp_BTE`), or an enumerated
             support.
         student: Name, section or mapping of a registered causal gate, or a causal gate to go on from. None: "prefix".
-            A new one starts with prior E_{x ~ q_k}[g(x, k)] / Z (`CausalGate.with_prior`).
+            A new one starts with prior E_{x ~ q_k}[g(x, k)] / Z (`CausalGate.with_prior`). One with `top` experts per
+            token goes up `log_sparse` in place of log s(x); measurements are of log s(x) in any case.
         held_out: Further draws to stop by. None: a part of `samples`, or all of them where they are enumerated.
         config: Settings; None: the defaults.
-        objective: What the steps go up, in place of log s(x); measurements are of log s(x) in any case. None:
-            `log_student`.
         state: State to continue from; gate, data and config must be those of the interrupted distillation.
         until: Steps in all after which to stop, to continue later from `result.state`.
         on_progress: Called with each measurement and the state to continue from.
@@ -251,7 +242,6 @@ def distil_structural(
     are not draws from the experts as scored (another temperature, a cut tail, other prompts).
     """
     config = config or DistilConfig()
-    objective = objective or log_student
     sets = tuple(samples)
     for number, one in enumerate(sets):
         one.features.get("tokens", "student")
@@ -285,13 +275,12 @@ def distil_structural(
     ridge = 0.0 if train.exact else config.ridge * len(sets) / len(train.mass_B)
 
     def step(now: DistilState) -> DistilState:
-        return _step(now, joined, ridge, objective)
+        return _step(now, joined, ridge)
 
     end = config.steps if until is None else min(until, config.steps)
     state = run_steps(state, end, config.evaluate_every_steps, step, measure, on_stop)
     best = {name: tensor.double() for name, tensor in state.best.items()}
     kept = state.gate.to("cpu", torch.float64).replaced(best)
-    kl, error = _kl(train, kept)
     held_kl, held_error = _kl(test, kept)
     if held_kl < -max(5.0 * held_error, 1e-6):
         log.warning(
@@ -301,7 +290,7 @@ def distil_structural(
             held_error,
         )
     taken = max((line.step for line in state.history if line.best), default=0)
-    return DistilResult(kept, kl, error, held_kl, held_error, train.z, train.exact, taken, state.history, state)
+    return DistilResult(kept, _kl(train, kept)[0], held_kl, held_error, taken, state.history, state)
 
 
 def log_student(student: CausalGate, features: Features) -> Tensor:
@@ -341,13 +330,17 @@ def _responsibilities(gate: Gate, train: Weighted) -> Tensor:
     return shares_E / shares_E.sum()
 
 
-def _step(state: DistilState, samples: Joined, ridge: float, objective: LogModel) -> DistilState:
+def _step(state: DistilState, samples: Joined, ridge: float) -> DistilState:
     """One step of Adam on the student, on sequences that are a function of seed and step."""
     config, gate = state.config, state.gate
     if config.batch_sequences is not None:
         samples = samples.drawn(config.batch_sequences, np.random.default_rng([config.seed, state.step]))
     theta = {name: gate.tensors[name].detach().requires_grad_(True) for name in gate.learned}
-    logs_B = objective(gate.replaced(theta), samples.features)
+    moving = gate.replaced(theta)
+    if isinstance(moving, PrefixGate) and moving.top is not None:
+        logs_B = log_sparse(moving, samples.features)
+    else:
+        logs_B = log_student(moving, samples.features)
     loss = -(samples.weights_N.to(logs_B.dtype) * logs_B).sum()
     found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
     gradients = {

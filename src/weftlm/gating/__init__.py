@@ -12,31 +12,12 @@ if TYPE_CHECKING:
     from weftlm.gating.certificate import Certificate, certify
     from weftlm.gating.config import FitConfig, gates
     from weftlm.gating.exact import ExactResult, best_constant_gate, exact_robust_gate, mixture_regrets
-    from weftlm.gating.features import sequence_features
     from weftlm.gating.gate import CausalGate, Features, Gate, load_gate, save_gate
     from weftlm.gating.mixtures import Box
     from weftlm.gating.primal_dual import FitResult, FitState, Progress, fit_robust_gate
-    from weftlm.gating.sequences import ScoredSequences, enumerated
-else:
-    _MODULES = {
-        "capacity": ["CapacityResult", "channel_capacity", "sampled_capacity"],
-        "certificate": ["Certificate", "certify"],
-        "config": ["FitConfig", "gates"],
-        "exact": ["ExactResult", "best_constant_gate", "exact_robust_gate", "mixture_regrets"],
-        "features": ["sequence_features"],
-        "gate": ["CausalGate", "Features", "Gate", "load_gate", "save_gate"],
-        "mixtures": ["Box"],
-        "primal_dual": ["FitResult", "FitState", "Progress", "fit_robust_gate"],
-        "sequences": ["ScoredSequences", "enumerated"],
-    }
+    from weftlm.gating.sequences import ScoredSequences, enumerated, sequence_features
 
-    def __getattr__(name: str) -> object:
-        """Import a name's module when it is first used, so that `weftlm.gating.config` stays light."""
-        for module, names in _MODULES.items():
-            if name in names:
-                return getattr(import_module(f"{__name__}.{module}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+_MODULES = ("config", "gate", "mixtures", "sequences", "capacity", "exact", "primal_dual", "certificate")
 
 __all__ = [
     "Box", "CapacityResult", "CausalGate", "Certificate", "ExactResult", "Features", "FitConfig", "FitResult",
@@ -44,3 +25,11 @@ __all__ = [
     "enumerated", "exact_robust_gate", "fit_robust_gate", "gates", "load_gate", "mixture_regrets", "sampled_capacity",
     "save_gate", "sequence_features",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    """Import a name's module when it is first used, so that `weftlm.gating.config` stays light."""
+    for module in _MODULES if name in __all__ else ():
+        if (found := getattr(import_module(f"{__name__}.{module}"), name, None)) is not None:
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weftlm.errors import ConfigError, NumericsError, reason
+from weftlm.errors import ConfigError, DataError, NumericsError, reason
 
 Floats = NDArray[np.float64]
 """What results hold: numpy, float64. Gates hold torch tensors."""
@@ -22,9 +22,9 @@ def to_tensor(value: Any, name: str, axes: str) -> Tensor:
     """A tensor on the CPU from an array, a nested list or a tensor; float64 unless it came as float32.
 
     Args:
-        value: what came.
-        name: what it is, for messages.
-        axes: one letter per axis, for messages: "NE".
+        value: Array, nested list or tensor.
+        name: Name for messages.
+        axes: One letter per axis, for messages: "NE".
     Raises:
         ConfigError: no numbers, half precision, or another number of axes.
         NumericsError: it holds a NaN.
@@ -42,8 +42,6 @@ def to_tensor(value: Any, name: str, axes: str) -> Tensor:
             f"{name} comes in {tensor.dtype}, which loses whole nats of a sequence's log-likelihood; sum in float32 or "
             "float64"
         )
-    if tensor.is_complex():
-        raise ConfigError(f"{name} comes in {tensor.dtype}; it must be real")
     if tensor.dtype != torch.float32:
         tensor = tensor.to(torch.float64)
     if tensor.ndim != len(axes):
@@ -97,6 +95,21 @@ def log_distributions(value: Any, name: str, axes: str) -> Tensor:
     return logs - totals[:, None]
 
 
+def log_support(P: Any, Q: Any) -> tuple[Tensor, Tensor]:
+    """Logs of domains P (D x X) and experts Q (E x X) over one support, whose points are listed.
+
+    Raises:
+        ConfigError: they are over different supports.
+        NumericsError: a row does not sum to 1.
+    """
+    logp_DX, logq_EX = log_distributions(P, "P", "DX"), log_distributions(Q, "Q", "EX")
+    if logp_DX.shape[1] != logq_EX.shape[1]:
+        raise ConfigError(
+            f"P has {logp_DX.shape[1]} points and Q {logq_EX.shape[1]}; domains and experts need one support"
+        )
+    return logp_DX, logq_EX
+
+
 def simplex_vector(value: Any, name: str, size: int) -> Floats:
     """A probability vector.
 
@@ -114,3 +127,30 @@ def simplex_vector(value: Any, name: str, size: int) -> Floats:
         )
     normalised: Floats = vector / vector.sum()
     return normalised
+
+
+def refuse_impossible(logq_NE: Tensor, where: str) -> None:
+    """Refuse sequences that every expert gives probability 0.
+
+    Raises:
+        DataError: there is one.
+    """
+    dead_N = torch.isneginf(logq_NE).all(dim=1)
+    if bool(dead_N.any()):
+        raise DataError(
+            f"{where}: {int(dead_N.sum())} of {len(dead_N)} sequences have probability 0 under every one of "
+            f"{logq_NE.shape[1]} experts (first: number {int(dead_N.nonzero()[0])}), and no gate can give them any; "
+            "leave them out or add an expert that knows them"
+        )
+
+
+def entropies(p_DX: Floats) -> Floats:
+    """H(p_d), nats."""
+    return cross_entropies(p_DX, p_DX)
+
+
+def cross_entropies(p_DX: Floats, m: Floats) -> Floats:
+    """- sum_x p_d(x) log m(x), nats; m is one distribution or one per domain."""
+    logs = np.log(m, out=np.full_like(m, -np.inf), where=m > 0)
+    terms: Floats = -np.where(p_DX > 0, p_DX * np.where(p_DX > 0, logs, 0.0), 0.0).sum(axis=1)
+    return terms

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +26,18 @@ class CapacityResult:
     """What Blahut-Arimoto found.
 
     Attributes:
-        value: Lower end of the bracket, nats per sequence, or as scaled. kind "exact": every normalised model's worst
-            KL(p_d || m) is at least this. kind "estimate": see `sampled_capacity`.
+        value: Lower end of the bracket, nats per sequence, or as scaled: of enumerated distributions every normalised
+            model's worst KL(p_d || m) is at least this; of samples see `sampled_capacity`.
         lam_D: Mixture that attains it.
         iterations: Steps taken.
         gap: Upper end minus `value`; the capacity is within. 0 up to the tolerance once converged.
-        kind: "exact" from enumerated distributions, "estimate" from samples.
-        standard_error: Error of `value` as a mean over samples at this mixture, nats; None where exact.
+        standard_error: Error of `value` as a mean over samples at this mixture, nats; None where it is exact.
     """
 
     value: float
     lam_D: Floats
     iterations: int
     gap: float
-    kind: Literal["exact", "estimate"] = "exact"
     standard_error: float | None = None
 
 
@@ -61,9 +59,8 @@ def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: i
         ConfigError: not D x X, or nonsensical limits.
         NumericsError: NaN, or a row that does not sum to 1.
     """
-    _check_limits(tolerance, max_iterations)
     logp_DX = log_distributions(logP_DX, "logP_DX", "DX")
-    p_DX, adversary = logp_DX.exp(), player(None, len(logp_DX))
+    p_DX = logp_DX.exp()
 
     def divergences(lam_D: Floats) -> Floats:
         mix_X = torch.logsumexp(torch.from_numpy(lam_D).log()[:, None] + logp_DX, dim=0)
@@ -71,7 +68,7 @@ def channel_capacity(logP_DX: Any, *, tolerance: float = 1e-9, max_iterations: i
         found: Floats = apart_DX.sum(dim=1).numpy()
         return found
 
-    return _climbed(divergences, adversary, 1.0, tolerance, max_iterations, stalls=False)
+    return _climbed(divergences, player(None, len(logp_DX)), 1.0, tolerance, max_iterations, stalls=False)
 
 
 def sampled_capacity(
@@ -108,7 +105,6 @@ def sampled_capacity(
         DataError: a domain without samples, or a sample its own domain's model gives probability 0.
         NumericsError: NaN or +inf.
     """
-    _check_limits(tolerance, max_iterations)
     if len(logp) == 0:
         raise DataError("the capacity of no domains is undefined; give the samples of one domain at least")
     domains = len(logp)
@@ -138,9 +134,9 @@ def sampled_capacity(
 
     adversary, largest = player(mixtures, domains), float(scales_D.max())
     found = _climbed(divergences, adversary, largest, tolerance, max_iterations, stalls=True)
-    spreads = [float(((gain_N - gain_N.mean()) ** 2).mean()) / max(1, len(gain_N) - 1) for gain_N in gains(found.lam_D)]
+    spreads = [float(gain_N.var(correction=0)) / max(1, len(gain_N) - 1) for gain_N in gains(found.lam_D)]
     error = float(np.sqrt((found.lam_D * scales_D) ** 2 @ np.array(spreads)))
-    return CapacityResult(found.value, found.lam_D, found.iterations, found.gap, "estimate", error)
+    return CapacityResult(found.value, found.lam_D, found.iterations, found.gap, error)
 
 
 def _climbed(
@@ -154,8 +150,10 @@ def _climbed(
         largest: Largest scale.
         tolerance: Width of the bracket at which to stop, before it is scaled.
         max_iterations: Steps at most.
-        stalls: Stop too where a step changes the value by less than the tolerance.
+        stalls: Whether to stop too where a step changes the value by less than the tolerance.
     """
+    if not (np.isfinite(tolerance) and tolerance >= 0.0) or max_iterations < 1:
+        raise ConfigError(f"tolerance {tolerance} and max_iterations {max_iterations}; need 0 or more, and 1 or more")
     log_nu_M, value, upper = adversary.start(), -math.inf, math.inf
     best_D = adversary.lam(np.exp(log_nu_M))
     for taken in range(1, max_iterations + 1):  # noqa: B007
@@ -169,8 +167,3 @@ def _climbed(
             break
         log_nu_M = adversary.step(log_nu_M, payoffs_M / largest)
     return CapacityResult(value, best_D, taken, max(upper - value, 0.0))
-
-
-def _check_limits(tolerance: float, max_iterations: int) -> None:
-    if not (np.isfinite(tolerance) and tolerance >= 0.0) or max_iterations < 1:
-        raise ConfigError(f"tolerance {tolerance} and max_iterations {max_iterations}; need 0 or more, and 1 or more")

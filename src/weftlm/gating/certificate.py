@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import TypeAdapter
 
 from weftlm.errors import DataError, reason
-from weftlm.files import parse_json
 from weftlm.gating.arrays import TOLERANCE, Floats, simplex_vector
 from weftlm.gating.capacity import channel_capacity, sampled_capacity
 from weftlm.gating.config import FitConfig, Unit
 from weftlm.gating.gate import Gate
 from weftlm.gating.mixtures import Box
-from weftlm.gating.primal_dual import FitResult, against, best_response, interval
+from weftlm.gating.primal_dual import FitResult, best_response
 from weftlm.gating.problem import Evaluation, Offsets, Problem, evaluate, make_problem
 
 Label = Literal["bound", "estimate", "exact"]
+
+Z_NORMAL = 1.959963984540054
+"""Two-sided 95 % of the normal distribution."""
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,12 @@ class Figure:
     """A number and what it is.
 
     Attributes:
-        value: the number; None where it is infinite.
+        value: Number; None where it is infinite.
         label: "bound": the truth is on the stated side, always. "exact": the truth, for the enumerated problem, or
             on the data where `how` says so. "estimate": from samples, or from an optimiser that may stop short.
-        how: how it was found, in a sentence.
-        low: lower end of a 95 % interval, None where there is none.
-        high: upper end.
+        how: How it was found, in a sentence.
+        low: Lower end of a 95 % interval, None where there is none.
+        high: Upper end.
     """
 
     value: float | None
@@ -53,14 +54,14 @@ class DomainRow:
 
     Attributes:
         name: Name of the domain.
-        sequences: evaluated.
-        tokens: mean scored tokens per sequence, None where unknown.
+        sequences: Number of sequences evaluated.
+        tokens: Mean scored tokens per sequence, None where unknown.
         cross_entropy: Cross-entropy of the normalised model pi_g / Z.
-        offset: taken off.
-        value: cross-entropy minus offset.
-        low: lower end of its 95 % interval, None where exact.
-        high: upper end.
-        lam: the domain's weight in the worst mixture found by the fit, None where no mixture was given.
+        offset: Offset taken off.
+        value: Cross-entropy minus offset.
+        low: Lower end of its 95 % interval, None where exact.
+        high: Upper end.
+        lam: Weight of the domain in the worst mixture found by the fit, None where no mixture was given.
     """
 
     name: str
@@ -79,18 +80,17 @@ class Certificate:
     """What is known of a gate's worst case.
 
     Attributes:
-        unit: "sequence" or "token": of all nats here.
-        offsets: what values are relative to: "expert", "none", "entropy" or "values".
-        causal: whether the gate is causal; then Z is 1 by construction.
-        capacity: below which no single normalised model's worst KL can be; None where nothing is known of it.
-        worst: the gate's worst case over the mixtures.
-        worst_domain: name of the domain of largest value.
-        at_lam: the gate's value against the fit's mixture; the adversary's best response is `worst`.
-        lower: the least a gate can have against the fit's mixture.
-        gap: worst minus lower.
+        unit: Unit of all nats here: "sequence" or "token".
+        offsets: Reference of the values: "expert", "none", "entropy" or "values".
+        causal: Whether the gate is causal; then Z is 1 by construction.
+        capacity: Capacity, below which no single normalised model's worst KL can be; None where it is not known.
+        worst: Worst case of the gate over the mixtures.
+        worst_domain: Name of the domain of largest value.
+        lower: The least a gate can have against the fit's mixture.
+        gap: Worst minus lower.
         z: Z_g.
-        domains: the table.
-        length: tokens of the scored windows, where they are of one length.
+        domains: The table.
+        length: Tokens of the scored windows, where they are of one length.
     """
 
     unit: Unit
@@ -99,7 +99,6 @@ class Certificate:
     capacity: Figure | None
     worst: Figure
     worst_domain: str
-    at_lam: Figure | None
     lower: Figure | None
     gap: Figure | None
     z: Figure
@@ -111,14 +110,14 @@ class Certificate:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any] | str) -> Self:
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
         """What `to_json` gave, also after a round trip through text.
 
         Raises:
             DataError: it is no certificate.
         """
         try:
-            return TypeAdapter(cls).validate_python(parse_json(value) if isinstance(value, str) else value)
+            return TypeAdapter(cls).validate_python(value)
         except ValueError as error:
             raise DataError(f"no certificate of a gate: {reason(error)}; write one again with certify") from error
 
@@ -138,12 +137,12 @@ def certify(
     """Measure a gate on data it was not fitted on.
 
     Args:
-        gate: a gate, or the result of a fit, which brings its mixture along.
-        domains: held-out `ScoredSequences` of each domain, or P of an enumerated problem.
-        samples: held-out draws of each expert, or Q. None for causal gates.
-        nu: the fit's mixture, over the extreme mixtures (over the domains where all mixtures are allowed); without it
+        gate: Gate, or the result of a fit, which brings its mixture along.
+        domains: Held-out `ScoredSequences` of each domain, or P of an enumerated problem.
+        samples: Held-out draws of each expert, or Q. None for causal gates.
+        nu: Mixture of the fit, over the extreme mixtures (over the domains where all mixtures are allowed); without it
             there is no gap.
-        offsets, mixtures, unit, own_experts: as in `make_problem`.
+        offsets, mixtures, unit, own_experts: As in `make_problem`.
         config: Settings of the steps behind an estimated best response; None for the fit's, or the defaults.
     Raises:
         ConfigError, DataError, NumericsError: as `make_problem`.
@@ -155,71 +154,55 @@ def certify(
         config = config or gate.state.config
         mu, gate = gate.mu, gate.gate
     config = config or FitConfig()
-    found = evaluate(gate, problem)
+    found, exact = evaluate(gate, problem), problem.support is not None
     nu_M = None if nu is None else simplex_vector(nu, "nu", len(problem.adversary.weights_MD))
-    lower, at_lam, gap = (None, None, None) if nu_M is None else _duality(gate, problem, found, nu_M, config, mu)
-    exact = problem.support is not None
-    error = _worst_error(found, problem)
+    # What the error of log Z adds to each domain's value. Domains are independent of each other, Z is common to all.
+    share_D: Floats = problem.scale_D * (found.z_error / found.z * problem.report)
+    lam_D = problem.adversary.lam(found.nu_M)
+    own = float((lam_D[lam_D > 0] ** 2 * found.errors_D[lam_D > 0] ** 2).sum())
+    low, high = _ends(found.worst, math.sqrt(own + float(lam_D @ share_D) ** 2), exact=exact)
+    how = "largest value over the allowed mixtures, whose maximum is at an extreme mixture"
+    if not exact:
+        how += "; exact on these sequences, 95 % normal interval over sequences and samples"
+    lower, gap = (None, None) if nu_M is None else _duality(gate, problem, found, nu_M, config, mu)
     return Certificate(
         unit=unit,
         offsets=problem.offset_kind,
         causal=gate.causal,
         capacity=_capacity(problem),
-        worst=Figure(
-            found.worst,
-            "exact" if exact else "estimate",
-            "largest value over the allowed mixtures, whose maximum is at an extreme mixture"
-            + ("" if exact else "; exact on these sequences, 95 % normal interval over sequences and samples"),
-            *_ends(found.worst, error, exact=exact),
-        ),
+        worst=Figure(found.worst, _label(exact), how, low, high),
         worst_domain=problem.names[found.worst_domain],
-        at_lam=at_lam,
         lower=lower,
         gap=gap,
         z=_normaliser(gate, problem, found),
-        domains=_table(problem, found, nu_M),
+        domains=_table(problem, found, share_D, None if nu_M is None else problem.adversary.lam(nu_M)),
     )
+
+
+def _label(exact: bool) -> Label:
+    return "exact" if exact else "estimate"
 
 
 def _ends(value: float, error: float, *, exact: bool = False) -> tuple[float | None, float | None]:
     """95 % normal interval; None for an end that is infinite, or where the value is exact."""
-    low, high = (None if exact or not math.isfinite(end) else end for end in interval(value, error))
+    ends = value - Z_NORMAL * error, value + Z_NORMAL * error
+    low, high = (None if exact or not math.isfinite(end) else end for end in ends)
     return low, high
-
-
-def _z_share(found: Evaluation, problem: Problem) -> Floats:
-    """What the error of log Z adds to each domain's value, reported nats."""
-    share: Floats = problem.scale_D * (found.z_error / found.z * problem.report)
-    return share
-
-
-def _worst_error(found: Evaluation, problem: Problem) -> float:
-    """Standard error of the worst mixture's value: domains are independent of each other, Z is common to all."""
-    lam_D = problem.adversary.lam(found.nu_M)
-    used = lam_D > 0
-    own = float((lam_D[used] ** 2 * found.errors_D[used] ** 2).sum())
-    return math.sqrt(own + float(lam_D @ _z_share(found, problem)) ** 2)
 
 
 def _duality(
     gate: Gate, problem: Problem, found: Evaluation, nu_M: Floats, config: FitConfig, mu: float
-) -> tuple[Figure, Figure, Figure]:
-    at_lam = against(found, problem, nu_M)
+) -> tuple[Figure, Figure]:
+    """The least a gate can have against the fit's mixture, and the gap."""
     least, kind = best_response(gate, problem, nu_M, config, mu=mu)
-    if kind == "exact":
-        how = "closed form (water-filling) over all sequence-level gates: with Z = 1, none has a worst case below it"
-        label: Label = "bound"
-        gap_how = "the worst case is above the optimum over gates with Z = 1 by at most this"
-    else:
-        how = (
-            f"{config.best_response_steps if gate.learned else 0} steps of a gate of this kind against the mixture, on "
-            "these sequences; its best may be lower"
-        )
-        label = "estimate"
+    how = "closed form (water-filling) over all sequence-level gates: with Z = 1, none has a worst case below it"
+    gap_how = "the worst case is above the optimum over gates with Z = 1 by at most this"
+    if kind == "estimate":
+        steps = config.best_response_steps if gate.learned else 0
+        how = f"{steps} steps of a gate of this kind against the mixture, on these sequences; its best may be lower"
         gap_how = "worst minus an estimated best response; may understate the gap"
-    exact = problem.support is not None
-    there = Figure(at_lam, "exact" if exact else "estimate", "value against the fit's mixture")
-    return Figure(least, label, how), there, Figure(found.worst - least, label, gap_how)
+    label: Label = "bound" if kind == "exact" else "estimate"
+    return Figure(least, label, how), Figure(found.worst - least, label, gap_how)
 
 
 def _capacity(problem: Problem) -> Figure | None:
@@ -239,8 +222,7 @@ def _capacity(problem: Problem) -> Figure | None:
             return None
         if any(problem.samples[k].weights_N is not None for k in problem.own_D):
             return None
-        own = torch.tensor(problem.own_D)
-        scored = [problem.samples[k].logq_NE[:, own] for k in problem.own_D]
+        scored = [problem.samples[k].logq_NE[:, list(problem.own_D)] for k in problem.own_D]
         scale_D = problem.scale_D * problem.report if problem.unit == "token" else None
         known = sampled_capacity(scored, mixtures=problem.adversary, scale_D=scale_D)
         how = "Blahut-Arimoto on samples of the domains' own experts: the capacity between the experts"
@@ -249,7 +231,7 @@ def _capacity(problem: Problem) -> Figure | None:
         relative += f"; the two compare only as far as {problem.offset_kind!r} offsets equal the domains' entropies"
     if known.standard_error is None:
         return Figure(known.value, "bound", how + relative)
-    return Figure(known.value, "estimate", how + relative, *interval(known.value, known.standard_error))
+    return Figure(known.value, "estimate", how + relative, *_ends(known.value, known.standard_error))
 
 
 def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
@@ -257,24 +239,22 @@ def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
         return Figure(1.0, "exact", "a causal gate is normalised by construction")
     if problem.support is not None:
         return Figure(found.z, "exact", "summed over the support")
-    low, high = interval(found.z, found.z_error)
+    low, high = _ends(found.z, found.z_error)
     draws = sum(len(one) for one in problem.samples)
     clustered = any(one.clusters_N is not None for one in problem.samples)
     kind = "cluster-robust normal" if clustered else "normal"
     how = f"mean over {draws} samples of {problem.experts} experts, 95 % {kind} interval"
-    if not low - TOLERANCE <= 1.0 <= high + TOLERANCE:
+    if low is not None and high is not None and not low - TOLERANCE <= 1.0 <= high + TOLERANCE:
         off = (
             f"the interval excludes 1: the gate makes {'more' if found.z > 1.0 else 'less'} than a distribution, and "
             "figures are those of pi_g divided by this estimate; fit on more samples of the experts, or with more ridge"
         )
         log.warning("Z is %.4g, 95 %% from %.4g to %.4g: %s", found.z, low, high, off)
         how = f"{how}; {off}"
-    return Figure(found.z, "estimate", how, *_ends(found.z, found.z_error))
+    return Figure(found.z, "estimate", how, low, high)
 
 
-def _table(problem: Problem, found: Evaluation, nu_M: Floats | None) -> tuple[DomainRow, ...]:
-    lam_D = None if nu_M is None else problem.adversary.lam(nu_M)
-    share_D = _z_share(found, problem)
+def _table(problem: Problem, found: Evaluation, share_D: Floats, lam_D: Floats | None) -> tuple[DomainRow, ...]:
     rows = []
     for d, one in enumerate(problem.domains):
         value = float(found.values_D[d]) * problem.report
@@ -282,7 +262,7 @@ def _table(problem: Problem, found: Evaluation, nu_M: Floats | None) -> tuple[Do
         low, high = _ends(value, error, exact=problem.support is not None)
         rows.append(
             DomainRow(
-                name=problem.names[d],
+                name=one.name,
                 sequences=len(one),
                 tokens=None if one.tokens_N is None else float(one.probability() @ one.tokens_N),
                 cross_entropy=float(found.ce_D[d]),

@@ -155,14 +155,8 @@ class FixedShareConfig(GateConfig):
 
     gate: Literal["fixed_share"] = Field("fixed_share", description="Name of this gate.")
     share: FiniteFloat = Field(
-        0.01, ge=0.0, lt=1.0, description="Share alpha of the weights spread evenly after each token; 0: Bayes."
+        0.01, ge=0.0, le=1.0, description="Share alpha of the weights spread evenly after each token; 0: Bayes."
     )
-
-
-class CausalUniformConfig(GateConfig):
-    """Configuration of `causal_uniform`."""
-
-    gate: Literal["causal_uniform"] = Field("causal_uniform", description="Name of this gate.")
 
 
 class PrefixGateConfig(GateConfig):

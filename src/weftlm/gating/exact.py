@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from weftlm.errors import ConfigError, NumericsError, install_hint, reason
-from weftlm.gating.arrays import Floats, log_distributions, simplex_vector, to_tensor
-from weftlm.gating.features import refuse_impossible
-from weftlm.gating.mixtures import player
+from weftlm.gating.arrays import Floats, cross_entropies, entropies, log_support, simplex_vector
+from weftlm.gating.problem import make_problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,6 @@ class ExactResult:
         gate: g, E x X; columns sum to 1.
         lam: Worst mixture of domains, D: the programme's duals.
         z_multiplier: Dual of sum_x pi_g(x) = 1.
-        status: Solver's status, "optimal" or "optimal_inaccurate".
         pi: Gated model pi_g, X; sums to 1.
     """
 
@@ -36,7 +33,6 @@ class ExactResult:
     gate: Floats
     lam: Floats
     z_multiplier: float
-    status: str
     pi: Floats
 
 
@@ -54,9 +50,8 @@ def exact_robust_gate(P: Any, Q: Any, *, offsets: Any = None, mixtures: Any = No
     Args:
         P: The domains, D x X, probabilities or their logs.
         Q: The experts, E x X, likewise.
-        offsets: What to take off each domain's cross-entropy, D numbers in nats; mixtures then take off the mixture of
-            offsets. None: the entropy of the domain, and of the mixed text of a mixture, so
-            that the value is the worst KL(p_v || pi_g).
+        offsets: As in `make_problem`. None: the entropy of the domain, and of the mixed text of a mixture, so that the
+            value is the worst KL(p_v || pi_g).
         mixtures: None for all mixtures of domains, else the extreme mixtures, an array M x D.
     Raises:
         ConfigError: shapes do not fit, mixtures are a `Box`, or cvxpy is not installed.
@@ -85,19 +80,13 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
             f"exact gates need cvxpy, which cannot be imported ({reason(error)}); {install_hint('exact')}, or use "
             "fit_robust_gate, which needs nothing more"
         ) from error
-    p_DX, q_EX = distributions(P, Q)
-    seen_X = (p_DX > 0).any(axis=0)
-    refuse_impossible(torch.from_numpy(q_EX[:, seen_X]).log().T, "the points the domains produce")
-    adversary = player(mixtures, len(p_DX))
+    asked = make_problem(P, Q, offsets=offsets, mixtures=mixtures)
+    adversary = asked.adversary
     if adversary.bounded:
         raise ConfigError("the exact programme takes no bounds over mixtures; give the extreme ones, an array M x D")
-    p_MX = adversary.weights_MD @ p_DX
-    offsets_M = entropies(p_MX)
-    if offsets is not None:
-        offsets_D = to_tensor(offsets, "offsets", "D").double().numpy()
-        if len(offsets_D) != len(p_DX) or not np.isfinite(offsets_D).all():
-            raise ConfigError(f"offsets {offsets_D.tolist()} for {len(p_DX)} domains; one finite number each, in nats")
-        offsets_M = adversary.weights_MD @ offsets_D
+    assert asked.support is not None
+    p_DX, q_EX = asked.support
+    p_MX, offsets_M = adversary.weights_MD @ p_DX, -asked.payoffs(-asked.offsets_D)
     low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
     used_X = high_X > 0
     p_MU, high_U = p_MX[:, used_X], high_X[used_X]
@@ -117,12 +106,11 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
         warnings.simplefilter("ignore")
         try:
             problem.solve(solver=cp.CLARABEL)
+            status = problem.status
         except cp.SolverError as error:
-            raise NumericsError(
-                f"the exact programme was not solved: {reason(error)}; are there probabilities near 0?"
-            ) from error
-    if problem.status not in ("optimal", "optimal_inaccurate"):
-        raise NumericsError(f"the exact programme ended {problem.status!r}; are there probabilities near 0?")
+            status = reason(error)
+    if status not in ("optimal", "optimal_inaccurate"):
+        raise NumericsError(f"the exact programme was not solved ({status}); are there probabilities near 0?")
     found = np.asarray(variable.value, dtype=np.float64)
     if constant:
         w_E = np.maximum(found, 0.0) / np.maximum(found, 0.0).sum()
@@ -137,7 +125,6 @@ def _solved(P: Any, Q: Any, offsets: Any, mixtures: Any, *, constant: bool) -> E
         gate=gate,
         lam=adversary.lam(duals_M / duals_M.sum()),
         z_multiplier=float(np.asarray(whole.dual_value)),
-        status=str(problem.status),
         pi=pi_X,
     )
 
@@ -149,34 +136,8 @@ def mixture_regrets(P: Any, Q: Any, weights_E: Any) -> Floats:
         ConfigError: shapes do not fit, or the weights are no probability vector.
         NumericsError: rows that are not normalised.
     """
-    p_DX, q_EX = distributions(P, Q)
-    pi_X = simplex_vector(weights_E, "weights_E", len(q_EX)) @ q_EX
-    return cross_entropies(p_DX, pi_X) - entropies(p_DX)
-
-
-def distributions(P: Any, Q: Any) -> tuple[Floats, Floats]:
-    """P and Q as probabilities over one support.
-
-    Raises:
-        ConfigError: they are over different supports.
-        NumericsError: a row does not sum to 1.
-    """
-    p_DX, q_EX = (log_distributions(value, name, axes).exp() for value, name, axes in ((P, "P", "DX"), (Q, "Q", "EX")))
-    if p_DX.shape[1] != q_EX.shape[1]:
-        raise ConfigError(f"P has {p_DX.shape[1]} points and Q {q_EX.shape[1]}; domains and experts need one support")
-    return p_DX.numpy(), q_EX.numpy()
-
-
-def entropies(p_DX: Floats) -> Floats:
-    """H(p_d), nats."""
-    return cross_entropies(p_DX, p_DX)
-
-
-def cross_entropies(p_DX: Floats, m: Floats) -> Floats:
-    """- sum_x p_d(x) log m(x), nats; m is one distribution or one per domain."""
-    logs = np.log(m, out=np.full_like(m, -np.inf), where=m > 0)
-    terms: Floats = -np.where(p_DX > 0, p_DX * np.where(p_DX > 0, logs, 0.0), 0.0).sum(axis=1)
-    return terms
+    p_DX, q_EX = (logs.exp().numpy() for logs in log_support(P, Q))
+    return cross_entropies(p_DX, simplex_vector(weights_E, "weights_E", len(q_EX)) @ q_EX) - entropies(p_DX)
 
 
 def extreme_gate(pi_X: Floats, q_EX: Floats) -> Floats:

@@ -57,11 +57,11 @@ class Member:
     """One expert of a pool.
 
     Attributes:
-        name: unique in the pool.
-        model: a decoder-only language model; members with the same object share its weights.
-        lora: the adapter through which the model runs; None: the model as it is.
-        tokenizer: fingerprint of its vocabulary (`Tokenizer.vocabulary_fingerprint`), None where nobody knows it.
-        source: where it came from, for saving by reference; None for one made in memory.
+        name: Name, unique in the pool.
+        model: Decoder-only language model; members with the same object share its weights.
+        lora: Adapter through which the model runs; None: the model as it is.
+        tokenizer: Fingerprint of its vocabulary (`Tokenizer.vocabulary_fingerprint`), None where it is not known.
+        source: Place it was loaded from, for saving by reference; None for one made in memory.
     """
 
     name: str
@@ -75,10 +75,10 @@ class Backbone(nn.Module):
     """One model in memory and the experts that run on it.
 
     Attributes:
-        model: the model; its modules stay as they are, adapters are added by hooks.
-        experts: places in the pool, in the order of this backbone's own places.
-        keeps_keys: whether all it carries from token to token is keys and values.
-        vocab_size: ids it gives logits for; embeddings beyond them are padding. None: all it has.
+        model: Model; its modules stay as they are, adapters are added by hooks.
+        experts: Places in the pool, in the order of this backbone's own places.
+        keeps_keys: Whether all it carries from token to token is keys and values.
+        vocab_size: Number of ids it gives logits for; embeddings beyond them are padding. None: all it has.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class Backbone(nn.Module):
         """Logits of a batch whose sequences run through experts of their own.
 
         Args:
-            rows: this backbone's places.
-            ids_XT: token ids.
-            cache: keys and values of what came before; None for none.
-            arguments: further ones of the model (`attention_mask`, `position_ids`).
+            rows: Places of this backbone.
+            ids_XT: Token ids.
+            cache: Keys and values of what came before; None for none.
+            arguments: Further arguments of the model (`attention_mask`, `position_ids`).
         Returns:
             logits_XTV, in the model's dtype or autocast's.
         """
@@ -157,7 +157,7 @@ class ExpertPool(nn.Module):
     they are frozen, put in evaluation mode, and run their adapters by hooks until `release`.
 
     Args:
-        members: the experts, in order.
+        members: Experts, in order.
     Raises:
         ConfigError: experts differ in vocabulary or tokenizer, are no decoder-only models, or have attention heads that
             do not share their keys and values evenly.
@@ -243,7 +243,7 @@ class ExpertPool(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the first model."""
+        """Device of the first model."""
         return next(self.parameters()).device
 
     @property
@@ -289,14 +289,7 @@ class ExpertPool(nn.Module):
 
     def where(self, expert: int) -> tuple[Backbone, int]:
         """The backbone of an expert, and its place there."""
-        for backbone in self.backbones:
-            if expert in backbone.experts:
-                return backbone, backbone.experts.index(expert)
-        raise ExpertError(f"no expert number {expert}; the pool has {len(self)}")
-
-    def expert(self, name: str) -> ExpertLanguageModel:
-        """One expert alone, for evaluation."""
-        return ExpertLanguageModel(self, self.place(name))
+        return next((each, each.experts.index(expert)) for each in self.backbones if expert in each.experts)
 
     def release(self) -> None:
         """Take the hooks off the models; the pool cannot run its adapters afterwards."""
@@ -360,8 +353,8 @@ class ExpertPool(nn.Module):
         """Refuse token ids and lengths the experts do not know.
 
         Args:
-            tokens_BT: token ids, labels among them.
-            read: positions the experts will read.
+            tokens_BT: Token ids, labels among them.
+            read: Positions the experts will read.
         Raises:
             ConfigError: ids outside the vocabulary, or more tokens than positions.
         """
@@ -375,22 +368,6 @@ class ExpertPool(nn.Module):
         longest = self.longest
         if longest is not None and read > longest:
             raise ConfigError(f"sequences of {read} tokens; the experts take {longest} positions at most")
-
-
-class ExpertLanguageModel:
-    """One expert of a pool behind the `LanguageModel` contract."""
-
-    def __init__(self, pool: ExpertPool, expert: int) -> None:
-        self.pool = pool
-        self.vocab_size = pool.vocab_size
-        self._backbone, place = pool.where(expert)
-        self._rows = Rows(one=place)
-
-    @torch.no_grad()
-    def log_probs(self, tokens_BT: Tensor) -> Tensor:
-        """See `LanguageModel.log_probs`."""
-        self.pool.check_ids(tokens_BT, tokens_BT.shape[-1])
-        return torch.log_softmax(self._backbone.run(self._rows, tokens_BT).float(), dim=-1)
 
 
 def scored(mask_BT: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ read.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -22,11 +23,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from weftlm.errors import CheckpointError, ConfigError, NumericsError, reason
+from weftlm.files import parse_json, room, whole
 from weftlm.gating.config import GateConfig, gate_config, gates
-from weftlm.gating.files import read_tensors, write_tensors
+
+FLOOR = 50.0
+"""Nats per token below the best expert at which a score is clipped: -inf becomes a number a gate can weigh."""
 
 Need = Literal["sequence", "points", "tokens"]
 """What a gate can ask of `Features`."""
@@ -45,10 +51,10 @@ class Features:
 
     Attributes:
         count: B; taken from the other fields where it is not given.
-        sequence_BF: features of whole sequences, finite. They must not give the length away (`sequence_features`).
-        names: one name per column of `sequence_BF`.
-        points_B: place of each sequence in an enumerated support, int64.
-        logp_BTE: every expert's log-probability of every token given those before it, nats; -inf is legal.
+        sequence_BF: Features of whole sequences, finite. They must not give the length away (`sequence_features`).
+        names: One name per column of `sequence_BF`.
+        points_B: Place of each sequence in an enumerated support, int64.
+        logp_BTE: Log-probability of every token under every expert given those before it, nats; -inf is legal.
         mask_BT: True for real tokens; None: all are. Padding is worth nothing to any gate.
     """
 
@@ -133,15 +139,14 @@ class Gate(ABC):
     """A gate as a value.
 
     Attributes:
-        Config: its configuration section.
-        causal: weights at t come from tokens before t alone, and `log_weights` answers BTE.
-        sparse: the gate can be restricted to its best experts per token (`SparseGate`).
-        needs: fields of `Features` it reads.
-        learned: names of the tensors that fitting moves; the others are constants of the fit.
-        shrunk: those of them that are pulled to 0 where data are few (`FitConfig.ridge`).
-        config: the section it was made with.
+        Config: Configuration section.
+        causal: Whether weights at t come from tokens before t alone, and `log_weights` answers BTE.
+        needs: Fields of `Features` it reads.
+        learned: Names of the tensors that fitting moves; the others are constants of the fit.
+        shrunk: Names of those that are pulled to 0 where data are few (`FitConfig.ridge`).
+        config: Section it was made with.
         experts: E.
-        tensors: parameters and constants by name.
+        tensors: Parameters and constants by name.
     """
 
     config: GateConfig
@@ -150,7 +155,6 @@ class Gate(ABC):
 
     Config: ClassVar[type[GateConfig]]
     causal: ClassVar[bool] = False
-    sparse: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()
     learned: ClassVar[tuple[str, ...]] = ()
     shrunk: ClassVar[tuple[str, ...]] = ()
@@ -165,7 +169,7 @@ class Gate(ABC):
         """The gate before fitting; uniform over the experts unless its class says otherwise.
 
         Args:
-            config: a `Config` of the class.
+            config: `Config` of the class.
             experts: E.
             features: Features of all sequences of its fit, for standardisation and two sizes: axis F is as long as
                 `sequence_BF` is wide, axis X as there are points. All others follow from config and experts.
@@ -239,6 +243,12 @@ class CausalGate(Gate):
         states = list(self.states(logp_BTE, mask_BT))
         return {name: torch.stack([state[name] for state in states], dim=1) for name in states[0]}
 
+    @property
+    def top(self) -> int | None:
+        """Experts per token the gate gives weight to (`prefix`); None for all."""
+        found: int | None = getattr(self.config, "top", None)
+        return found
+
     def with_prior(self, prior_E: Tensor) -> Self:
         """The same gate with these weights before the first token; a gate without such a constant as it is."""
         return self
@@ -251,43 +261,6 @@ class CausalGate(Gate):
                 f"token scores of {logp_BTE.shape[2]} experts came to gate {self.config.gate!r} over {self.experts}"
             )
         return logp_BTE, features.mask_BT
-
-
-class SparseGate(CausalGate):
-    """A causal gate that can be restricted to its best m experts per token; its configuration has `top`, m or None."""
-
-    sparse: ClassVar[bool] = True
-
-    @property
-    def top(self) -> int | None:
-        """Experts per token, None for all."""
-        found: int | None = getattr(self.config, "top", None)
-        return found
-
-    @abstractmethod
-    def logits(self, features: Features) -> Tensor:
-        """BTE before the softmax and before `top`."""
-
-    def restricted(self, logits_XE: Tensor) -> Tensor:
-        """Log-weights from logits: -inf but for the `top` largest, normalised over those."""
-        if self.top is None or self.top >= self.experts:
-            return torch.log_softmax(logits_XE, dim=-1)
-        chosen_XM = logits_XE.detach().topk(self.top, dim=-1).indices
-        asleep_XE = torch.ones_like(logits_XE, dtype=torch.bool).scatter(-1, chosen_XM, False)
-        return torch.log_softmax(logits_XE.masked_fill(asleep_XE, -math.inf), dim=-1)
-
-    def log_weights(self, features: Features) -> Tensor:
-        return self.restricted(self.logits(features))
-
-    def with_top(self, top: int | None) -> Self:
-        """The same gate with so many experts per token; None: all.
-
-        Raises:
-            ConfigError: it is less than 1.
-        """
-        if top is not None and top < 1:
-            raise ConfigError(f"top is {top}; it must be 1 or more experts per token, or None for all")
-        return dataclasses.replace(self, config=self.config.model_copy(update={"top": top}))
 
 
 def init_gate(value: str | Mapping[str, Any] | GateConfig, experts: int, features: Features, seed: int = 0) -> Gate:
@@ -303,14 +276,16 @@ def init_gate(value: str | Mapping[str, Any] | GateConfig, experts: int, feature
     return cls.init(config, experts, features, seed)
 
 
+# -- on disk ------------------------------------------------------------------------------------------------------
+
+
 def save_gate(gate: Gate, path: str | Path) -> None:
     """Write a gate as one safetensors file.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    facts = {"config": gate.config.model_dump(mode="json"), "experts": gate.experts}
-    write_tensors(Path(path), "gate", gate.tensors, facts)
+    write_tensors(Path(path), "gate", gate.tensors, gate_facts(gate))
 
 
 def load_gate(path: str | Path) -> Gate:
@@ -324,6 +299,11 @@ def load_gate(path: str | Path) -> Gate:
         return restored_gate(facts, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no gate this version can use: {reason(error)}") from error
+
+
+def gate_facts(gate: Gate) -> dict[str, Any]:
+    """What a file says of a gate beside its tensors, as JSON values; see `restored_gate`."""
+    return {"config": gate.config.model_dump(mode="json"), "experts": gate.experts}
 
 
 def restored_gate(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Gate:
@@ -350,3 +330,40 @@ def restored_gate(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ga
         told = "; ".join(f"{name}: {found.get(name, 'none')} for {expected.get(name, 'none')}" for name in wrong)
         raise ConfigError(f"the tensors do not fit the configuration of gate {config.gate!r} ({told})")
     return gates[config.gate](config, experts, tensors)
+
+
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors and JSON facts as one safetensors file; the path holds the old file or the new one, never a half.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    data = save(plain, metadata={"weftlm": json.dumps({"kind": kind, "format": 1, **facts})})
+    try:
+        with room(path.parent, len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path, sync=True) as temporary:
+                temporary.write_bytes(data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{kind} cannot be written to {path}: {reason(error)}; check space and permission"
+        ) from error
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or torn, or holds something else.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = parse_json((file.metadata() or {}).get("weftlm", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing, torn or not safetensors: {reason(error)}") from error
+    found = (facts.get("kind"), facts.get("format")) if isinstance(facts, dict) else (None, None)
+    if found != (kind, 1):
+        raise CheckpointError(f"{path} holds {found[0] or 'something else'} in format {found[1]}; expected {kind} in 1")
+    return tensors, facts

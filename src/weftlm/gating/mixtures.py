@@ -20,8 +20,8 @@ class Box:
     """All mixtures with lower_D <= lambda <= upper_D.
 
     Attributes:
-        lower_D: smallest weight of each domain, a number for all alike, or None for 0.
-        upper_D: largest weight of each domain, a number for all alike, or None for 1.
+        lower_D: Smallest weight of each domain, a number for all alike, or None for 0.
+        upper_D: Largest weight of each domain, a number for all alike, or None for 1.
     """
 
     lower_D: Any = None
@@ -34,8 +34,8 @@ class Player:
 
     Attributes:
         weights_MD: V.
-        lower_M: bounds; 0 where there is none.
-        upper_M: bounds; 1 where there is none.
+        lower_M: Lower bounds; 0 where there is none.
+        upper_M: Upper bounds; 1 where there is none.
     """
 
     weights_MD: Floats

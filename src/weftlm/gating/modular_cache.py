@@ -1,9 +1,14 @@
-"""What a gated model carries from token to token: KV caches per expert, the gate's state, and how far each has read."""
+"""What a gated model carries from token to token: keys and values per expert, the gate's state, how far each has read.
+
+A slot is a place in the timeline of a batch: the token every sequence has there, padding included. The store of a
+backbone has one row per (expert, sequence), and each row has its slots at the same places, filled as far as the expert
+has read. A pass takes some rows and the slots from `start` on; attention sees a row's own earlier slots and nothing
+else, so that a row which did not run for a while catches up in one pass, exactly.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,64 +17,114 @@ from transformers.cache_utils import Cache
 
 from weftlm.errors import ConfigError
 from weftlm.gating.gate import State
-from weftlm.gating.slots import SlotStore
+
+ROOM = 32
+"""Slots added at least when a store grows."""
 
 
-def check_refresh_every(refresh_every: int | None) -> None:
-    """Refuse a number of tokens between catch-ups that is none.
+class SlotStore:
+    """Keys and values of one backbone's rows.
 
-    Raises:
-        ConfigError: it is not positive.
+    Attributes:
+        keys: Keys by layer, rows x heads x slots x width.
+        values: Values, likewise.
     """
-    if refresh_every is not None and refresh_every < 1:
-        raise ConfigError(f"refresh_every is {refresh_every}; it must be 1 or more, or None for never")
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def select(self, rows_X: Tensor) -> None:
+        """Take rows, in any order and number."""
+        self.rows = len(rows_X)
+        for held in (self.keys, self.values):
+            held[:] = [tensor.index_select(0, rows_X.to(tensor.device)) for tensor in held]
+
+    def window(self, rows_X: Tensor | slice, start: int) -> SlotWindow:
+        """What a pass reads and writes: some rows, new slots from `start` on."""
+        return SlotWindow(self, rows_X, start)
+
+    def write(self, layer: int, rows_X: Tensor | slice, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """Store a layer's new keys and values; all of the rows' so far, rows x heads x slots x width."""
+        end = start + keys.shape[2]
+        found = []
+        for held, new in ((self.keys, keys), (self.values, values)):
+            if layer == len(held):
+                held.append(new.new_empty(self.rows, new.shape[1], end + ROOM, new.shape[3]))
+            if end > held[layer].shape[2]:
+                old = held[layer]
+                room = max(end + ROOM, old.shape[2] + old.shape[2] // 2)
+                held[layer] = old.new_empty(*old.shape[:2], room, old.shape[3])
+                held[layer][:, :, : old.shape[2]] = old
+            held[layer][rows_X, :, start:end] = new.to(held[layer].dtype)
+            found.append(held[layer][:, :, :end][rows_X])
+        return tuple(found)
 
 
-def catch_up_due(refresh_every: int | None, anchor: int, length: int) -> bool:
-    """Whether all experts read what they missed with the newest of `length` slots, `anchor` of which all have read.
+class SlotWindow(Cache):
+    """Some rows of a store as the cache of one forward pass."""
 
-    After as many slots as all have read, at most `refresh_every`: a text without a prompt is read by all at its slots
-    1, 2, 4, 8, .., when a few tokens still decide whom it belongs to.
-    """
-    return refresh_every is not None and length - anchor >= min(refresh_every, anchor)
+    def __init__(self, store: SlotStore, rows_X: Tensor | slice, start: int) -> None:
+        super().__init__(layers=[])
+        self._store, self._rows, self._start = store, rows_X, start
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new slots and give all of them."""
+        keys, values = self._store.write(layer_idx, self._rows, self._start, key_states, value_states)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots before this pass."""
+        return self._start
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Slots attention sees, from slot 0 on."""
+        count = len(query_length) if isinstance(query_length, Tensor) and query_length.ndim else int(query_length)
+        return self._start + count, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """None."""
+        return -1
 
 
 class ModularCache(Cache):
     """One KV cache per expert on one timeline of slots, and a gate's state beside them.
 
+    Args:
+        backbones: Number of experts of each backbone.
+        batch: B.
+        begin: Function that gives the gate's first state for B sequences.
+        device: Device of tokens and states.
+
     Attributes:
-        stores: keys and values, one store per backbone; row m B + b is expert m of the backbone on sequence b.
-        ids_BS: tokens so far, padding included.
+        stores: Keys and values, one store per backbone; row m B + b is expert m of the backbone on sequence b.
+        ids_BS: Tokens so far, padding included.
         real_BS: False for padding.
-        done_EB: slots each expert has read of each sequence; on the CPU.
-        logq_EBV: each expert's log-probabilities after the last slot it has read.
-        mixed_BV: log-probabilities last served.
-        anchor: slot up to which every expert's score is known and has entered `anchored`.
-        anchored: the gate's state there, exact.
-        state: the gate's state now; the mixture's own scores stand in for those of experts that did not run.
-        known_BLE: scores of the tokens from `anchor` on, NaN where the expert has not run.
-        served_BL: the mixture's own scores of the same tokens.
+        anchor: Slots that all experts have read.
+        anchored: State of the gate after them, exact.
+        logq_EBV: Log-probabilities of each expert after the last of them.
+        state: State of the gate now; the mixture's own scores stand in for those of inactive experts.
+        active_BM: Experts that run until all catch up; None where all run always.
+        logq_BMV: Log-probabilities of those after the last slot.
+        mixed_BV: Log-probabilities last served.
     """
 
     def __init__(
-        self, experts: int, backbones: list[int], batch: int, device: torch.device, begin: Callable[[int], State]
+        self, backbones: Sequence[int], batch: int, begin: Callable[[int], State], device: torch.device | str = "cpu"
     ) -> None:
         super().__init__(layers=[])
-        self._facts = experts, backbones, device, begin
-        self._clear(batch)
-
-    def _clear(self, batch: int) -> None:
-        """Hold no slots of so many sequences."""
-        experts, backbones, device, begin = self._facts
+        self._facts = tuple(backbones), begin, device
         self.stores = [SlotStore(size * batch) for size in backbones]
         self.ids_BS = torch.empty((batch, 0), dtype=torch.int64, device=device)
         self.real_BS = torch.empty((batch, 0), dtype=torch.bool, device=device)
-        self.done_EB = torch.zeros((experts, batch), dtype=torch.int64)
         self.all_real = True
         self.logq_EBV: Tensor | None = None
+        self.active_BM: Tensor | None = None
+        self.logq_BMV: Tensor | None = None
         self.mixed_BV: Tensor | None = None
-        self.known_BLE = torch.empty((batch, 0, experts), device=device)
-        self.served_BL = torch.empty((batch, 0), device=device)
         self.settle({name: tensor.to(device) for name, tensor in begin(batch).items()})
 
     @property
@@ -83,39 +138,27 @@ class ModularCache(Cache):
         return self.ids_BS.shape[1]
 
     def append(self, ids_BK: Tensor, real_BK: Tensor) -> None:
-        """New slots; the first one's scores are known from experts that have read all before it."""
-        before = self.length
-        batch, count = ids_BK.shape
-        known_BKE = self.known_BLE.new_full((batch, count, len(self.done_EB)), math.nan)
-        served_BK = self.served_BL.new_zeros((batch, count))
-        if self.logq_EBV is not None and self.mixed_BV is not None and count:
-            first_B1 = ids_BK[:, :1]
-            score_EB = self.logq_EBV.gather(2, first_B1.expand(len(self.done_EB), -1, -1))[..., 0]
-            current_EB = (self.done_EB == before).to(score_EB.device)
-            known_BKE[:, 0] = torch.where(current_EB, score_EB, math.nan).T
-            served_BK[:, 0] = self.mixed_BV.gather(1, first_B1)[:, 0]
+        """Take new slots up."""
         self.ids_BS = torch.cat([self.ids_BS, ids_BK], dim=1)
         self.real_BS = torch.cat([self.real_BS, real_BK], dim=1)
         self.all_real = self.all_real and bool(real_BK.all())
-        self.known_BLE = torch.cat([self.known_BLE, known_BKE], dim=1)
-        self.served_BL = torch.cat([self.served_BL, served_BK], dim=1)
-
-    def scores(self, slot: int) -> tuple[Tensor, Tensor]:
-        """The gate's input for a slot's token, and whether it counts: logp_BE and mask_B."""
-        place = slot - self.anchor
-        if slot == 0:
-            return torch.zeros_like(self.known_BLE[:, place]), torch.zeros_like(self.real_BS[:, 0])
-        mask_B = self.real_BS[:, slot] & self.real_BS[:, slot - 1]
-        known_BE = self.known_BLE[:, place]
-        logp_BE = torch.where(known_BE.isnan(), self.served_BL[:, place, None], known_BE)
-        return torch.where(mask_B[:, None], logp_BE, 0.0), mask_B
 
     def settle(self, state: State) -> None:
-        """Every score up to now is known and in the state."""
-        self.anchored: State = state
-        self.state: State = state
-        self.anchor = self.length
-        self.known_BLE, self.served_BL = self.known_BLE[:, :0], self.served_BL[:, :0]
+        """All experts have read all slots, and the gate their scores."""
+        self.anchored, self.state, self.anchor = state, state, self.length
+
+    def first_scores(self, experts_M: Tensor) -> Tensor:
+        """What experts said of the token in the first slot that not all have read, MB1; 0 of the very first."""
+        if self.logq_EBV is None:
+            return torch.zeros(len(experts_M), self.batch, 1, device=self.ids_BS.device)
+        token_B1 = self.ids_BS[:, self.anchor : self.anchor + 1]
+        return self.logq_EBV[experts_M].gather(2, token_B1.expand(len(experts_M), -1, -1))
+
+    def counted(self, logp_BE: Tensor, slot: int) -> tuple[Tensor, Tensor]:
+        """The gate's input for a slot's token, and whether it counts: logp_BE and mask_B; the first is context."""
+        before_B = self.real_BS[:, slot - 1] if slot else torch.zeros_like(self.real_BS[:, 0])
+        mask_B = self.real_BS[:, slot] & before_B
+        return torch.where(mask_B[:, None], logp_BE, 0.0), mask_B
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots so far."""
@@ -145,10 +188,10 @@ class ModularCache(Cache):
         for store in self.stores:
             experts = store.rows // before
             store.select((torch.arange(experts)[:, None] * before + chosen[None]).flatten())
-        self.ids_BS, self.real_BS, self.done_EB = pick(self.ids_BS), pick(self.real_BS), pick(self.done_EB, 1)
         self.logq_EBV = None if self.logq_EBV is None else pick(self.logq_EBV, 1)
-        self.mixed_BV = None if self.mixed_BV is None else pick(self.mixed_BV)
-        self.known_BLE, self.served_BL = pick(self.known_BLE), pick(self.served_BL)
+        for name in ("ids_BS", "real_BS", "active_BM", "logq_BMV", "mixed_BV"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else pick(held))
         self.anchored = {name: pick(tensor) for name, tensor in self.anchored.items()}
         self.state = {name: pick(tensor) for name, tensor in self.state.items()}
 
@@ -162,7 +205,8 @@ class ModularCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._clear(self.batch)
+        backbones, begin, device = self._facts
+        ModularCache.__init__(self, backbones, self.batch, begin, device)
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: see `is_croppable`.
@@ -174,3 +218,11 @@ class ModularCache(Cache):
             "a gated model follows the text token by token and cannot take tokens back; assisted and speculative "
             "generation are not supported: use greedy decoding, sampling or beams"
         )
+
+
+def rows_of(index_X: Tensor) -> Tensor | slice:
+    """A slice where rows follow one another, so that nothing need be copied; else the rows."""
+    first, count = int(index_X[0]), len(index_X)
+    if int(index_X[-1]) - first + 1 == count and bool((index_X == torch.arange(first, first + count)).all()):
+        return slice(first, first + count)
+    return index_X

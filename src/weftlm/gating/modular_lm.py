@@ -3,39 +3,8 @@
     log pi(v | x_<t) = logsumexp_e [ log gamma_e(x_<t) + log q_e(v | x_<t) ]        sum_e gamma_e(x_<t) = 1
 
 so pi is normalised at every prefix. The first token of a sequence is context: the gate has seen nothing when it weighs
-the experts for the second.
-
-Dense, every expert runs on every token. Sparse (`top_m` = m < E), a token is predicted by the m experts of largest
-gamma, their weights made to sum to 1 again:
-
-- A pass over several tokens (a prompt, scoring a text) runs every expert in any case; the gate is exact at each of its
-  positions and only the mixing is sparse.
-- Token by token, the m experts run and the others sleep. What a sleeping expert would have said of a token is unknown,
-  and the gate reads the mixture's own log-probability in its place, which keeps the sleeping experts' weights in
-  proportion to one another and in sum (sleeping experts: Freund, Schapire, Singer, Warmuth, STOC 1997). An expert that
-  is called again first reads, in one pass, all it missed: its keys and values are exact always, and so from then on is
-  what the gate knows of it.
-- After `refresh_every` tokens every expert catches up, and the gate's state is exact again; sooner while the text is
-  short, when every token tells most: where s tokens have been read by all, after s more. 1: the gate is exact at every
-  token, and what is served is what one pass over the text would give. None: never after the prompt.
-
-The weights at t depend on tokens before t alone in every case, so pi stays a normalised causal model; between refreshes
-it is an approximation of the dense one in its weights, never in an expert's own probabilities. With m = E the two are
-the same computation. Adapters over one base share its weights; keys and values they cannot share, since an adapter
-changes what every layer above it sees.
-
-An example: E = 3, m = 1, `refresh_every` 4, a prompt in slots 0 .. 3. A slot is read by an expert when it is new (r)
-or later (c); the number of slots an expert has read is its `done_EB`.
-
-    slot        0 1 2 3 | 4 5 6 | 7
-    expert 0    r r r r | r r c | r         preferred at slots 4 and 5
-    expert 1    r r r r | c c r | r         preferred at slot 6: reads 4, 5 and 6 in one pass
-    expert 2    r r r r | c c c | r         sleeps until all catch up
-
-After slot 3 `anchor` is 4 and `anchored` the gate's exact state. The scores of tokens 5 and 6 under expert 1 are
-unknown until it reads slots 4 and 5; the mixture's own stand in for them, and are corrected at slot 6, when the gate's
-state is replayed from `anchored` (`_run_some`). At slot 7 `catch_up_due` holds: all experts read what they missed
-(`_run_all`), the replayed state is exact, and `anchor` becomes 8.
+the experts for the second. How tokens are read on, by all experts or by few, is `modular_reader`'s. Adapters over one
+base share its weights; keys and values they cannot share, since an adapter changes what every layer above it sees.
 """
 
 from __future__ import annotations
@@ -62,19 +31,14 @@ from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.low_rank import Rows
 from weftlm.files import check_sealed, parse_json, whole_folder
-from weftlm.gating import experts as room
 from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
 from weftlm.gating.experts import ExpertPool, positions, scored
-from weftlm.gating.gate import CausalGate, Features, Gate, SparseGate, State, load_gate, save_gate
-from weftlm.gating.modular_cache import ModularCache, catch_up_due, check_refresh_every
-from weftlm.gating.prefix_gate import among
-from weftlm.gating.slots import rows_of
+from weftlm.gating.gate import CausalGate, Features, Gate, load_gate, save_gate
+from weftlm.gating.modular_cache import ModularCache, rows_of
+from weftlm.gating.modular_reader import ModularReader
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
 from weftlm.models.stepping import Stepping
-
-PIECE = 64
-"""Tokens per sequence that a long prompt is read by, at least."""
 
 _PER_EXPERT = ("output_hidden_states", "output_attentions")
 """Arguments of `forward` that ask for what each expert has of its own."""
@@ -87,8 +51,8 @@ class ModularConfig(PretrainedConfig):
     """What transformers wants to know of a gated model.
 
     Attributes:
-        top_m: experts run per token; None for all.
-        refresh_every: tokens after which every expert catches up, at the latest; None for never.
+        top_m: Experts run per token; None for all.
+        refresh_every: Tokens after which every expert catches up, at the latest; None for never.
     """
 
     model_type = "weftlm_modular"
@@ -96,9 +60,7 @@ class ModularConfig(PretrainedConfig):
     def __init__(
         self, vocab_size: int = 0, top_m: int | None = None, refresh_every: int | None = REFRESH_EVERY, **kwargs: Any
     ) -> None:
-        self.vocab_size = vocab_size
-        self.top_m = top_m
-        self.refresh_every = refresh_every
+        self.vocab_size, self.top_m, self.refresh_every = vocab_size, top_m, refresh_every
         super().__init__(**kwargs)
 
 
@@ -119,10 +81,10 @@ class ModularLM(PreTrainedModel, GenerationMixin):
     Greedy decoding, sampling, beams and left padding work; assisted generation does not.
 
     Args:
-        pool: the experts.
-        gate: a causal gate over them.
+        pool: Experts.
+        gate: Causal gate over them.
         top_m: m; None: as the gate was trained (`prefix` with `top`), else all experts.
-        refresh_every: tokens between two catch-ups of every expert, at most; matters where `top_m` is below E.
+        refresh_every: Tokens between two catch-ups of every expert, at most; matters where `top_m` is below E.
     Raises:
         ConfigError: the gate is not causal or is over another number of experts, or a setting is out of range.
     """
@@ -143,17 +105,16 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             )
         if gate.experts != len(pool):
             raise ConfigError(f"a gate over {gate.experts} experts came with a pool of {len(pool)}; they must be equal")
-        if top_m is None and isinstance(gate, SparseGate):
-            top_m = gate.top
+        top_m = gate.top if top_m is None else top_m
         if top_m is not None and not 1 <= top_m <= len(pool):
             raise ConfigError(f"top_m is {top_m}; it must be from 1 to the {len(pool)} experts of the pool, or None")
-        check_refresh_every(refresh_every)
         special = _special_tokens(pool)
         super().__init__(ModularConfig(pool.vocab_size, top_m, refresh_every, **special))
         self.generation_config = GenerationConfig(**special)
         self.pool = pool
         self.vocab_size = pool.vocab_size
         self._gate = gate
+        self._reader()  # refuses settings out of range
         self.train(False)
 
     @classmethod
@@ -177,13 +138,17 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Of the experts."""
+        """Device of the experts."""
         return self.pool.device
 
     @property
     def sparse(self) -> bool:
         """Whether fewer than all experts run per token."""
-        return self.config.top_m is not None and self.config.top_m < len(self.pool)
+        return self._reader().sparse
+
+    def _reader(self) -> ModularReader:
+        places, config = [backbone.experts for backbone in self.pool.backbones], self.config
+        return ModularReader(self.gate, places, self._run, self.vocab_size, config.top_m, config.refresh_every)
 
     # -- running it ---------------------------------------------------------------------------------------------
 
@@ -205,14 +170,14 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: BK, the tokens that are new.
-            attention_mask: over the cached tokens and the new ones, 0 for padding; None: all are real.
-            position_ids: not read: positions are counted over the real tokens, as `generate` counts them.
-            past_key_values: what an earlier pass gave.
-            inputs_embeds: refused: every expert has embeddings of its own.
+            attention_mask: Mask over the cached tokens and the new ones, 0 for padding; None: all are real.
+            position_ids: Not read: positions are counted over the real tokens, as `generate` counts them.
+            past_key_values: Cache that an earlier pass gave.
+            inputs_embeds: Refused: every expert has embeddings of its own.
             labels: BK, token ids, -100 where none is scored; shifted inside, as by transformers.
-            use_cache: give a cache; None: only where one came.
-            logits_to_keep: positions answered for, from the end; 0 for all.
-            kwargs: further ones that `generate` and transformers' models pass on; `return_dict=False` gives a tuple.
+            use_cache: Whether to give a cache; None: only where one came.
+            logits_to_keep: Positions answered for, from the end; 0 for all.
+            kwargs: Further arguments of `generate` and transformers' models; `return_dict=False` gives a tuple.
         Returns:
             `.logits`: log pi(. | x up to and with each position), BKV, nats, float32, normalised over V; `.loss`: mean
             nats per label, without gradient, where labels came.
@@ -229,31 +194,20 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is not None or use_cache:
             cache = self._start(batch) if cache is None else cache
-            logits_BKV = self._read_on(cache, input_ids, attention_mask, kept)
+            if not isinstance(cache, ModularCache) or cache.batch != batch:
+                raise ConfigError(
+                    f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
+                    f"model's own forward gave for these {batch}"
+                )
+            self.pool.check_ids(input_ids, cache.length + count)
+            mask_BK = _new_mask(attention_mask, cache.length, input_ids)
+            logits_BKV = self._reader().read(cache, input_ids, mask_BK, kept)
         else:
             logits_BKV = self._whole(input_ids, _new_mask(attention_mask, 0, input_ids))[:, count - kept :]
         loss = None
         if labels is not None:
             loss = ForCausalLMLoss(logits_BKV, labels, self.vocab_size, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(loss=loss, logits=logits_BKV, past_key_values=cache)
-
-    def _read_on(self, cache: Cache, ids_BK: Tensor, attention_mask: Tensor | None, kept: int) -> Tensor:
-        """Log-probabilities after each of the last `kept` new tokens, BKV; the cache takes the new tokens up."""
-        batch, count = ids_BK.shape
-        if not isinstance(cache, ModularCache) or cache.batch != batch:
-            raise ConfigError(
-                f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
-                f"model's own forward gave for these {batch}"
-            )
-        self.pool.check_ids(ids_BK, cache.length + count)
-        cache.append(ids_BK, _new_mask(attention_mask, cache.length, ids_BK))
-        due = catch_up_due(self.config.refresh_every, cache.anchor, cache.length)
-        if not self.sparse or count > 1 or cache.length == 1 or due:
-            logits_BKV = self._run_all(cache, kept)
-        else:
-            logits_BKV = self._run_some(cache)
-        cache.mixed_BV = logits_BKV[:, -1]
-        return logits_BKV
 
     @torch.no_grad()
     def log_probs(self, tokens_BT: Tensor) -> Tensor:
@@ -269,16 +223,8 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         logp_BTE = torch.cat([logp_BTE, logp_BTE.new_zeros(len(ids_BT), 1, len(self.pool))], dim=1)
         mask = torch.cat([scored(mask_BT)[:, 1:], mask_BT.new_zeros(len(ids_BT), 1)], dim=1)
         features = Features(logp_BTE=torch.where(mask[..., None], logp_BTE, 0.0), mask_BT=mask)
-        logw_BTE = self._kept(self.gate.log_weights(features))
+        logw_BTE = self._reader().weights(self.gate.log_weights(features)).float()
         return torch.logsumexp(logq_BTEV.add_(logw_BTE[..., None]), dim=2)
-
-    def _kept(self, logw_XE: Tensor) -> Tensor:
-        """The weights of the m preferred experts, float32; -inf for the others."""
-        if not self.sparse:
-            return logw_XE.float()
-        chosen = torch.zeros_like(logw_XE, dtype=torch.bool)
-        chosen.scatter_(-1, logw_XE.topk(self.config.top_m, dim=-1).indices, True)
-        return torch.log_softmax(logw_XE.masked_fill(~chosen, -torch.inf), dim=-1).float()
 
     def _start(self, batch: int) -> ModularCache:
         for backbone in self.pool.backbones:
@@ -287,92 +233,18 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                     f"a {type(backbone.model).__name__} carries a state from token to token that is no KV cache; "
                     "generate with use_cache=False"
                 )
-        return ModularCache(len(self.pool), [len(b) for b in self.pool.backbones], batch, self.device, self.gate.begin)
+        return ModularCache([len(each) for each in self.pool.backbones], batch, self.gate.begin, self.device)
 
-    def _run_all(self, cache: ModularCache, kept: int) -> Tensor:
-        """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""
-        end, batch = cache.length, cache.batch
-        answers: list[Tensor] = []
-        for number, backbone in enumerate(self.pool.backbones):
-            experts = torch.tensor(backbone.experts)
-            start = min(int(cache.done_EB[experts].min()), end - kept)
-            places_X = torch.arange(len(backbone)).repeat_interleave(batch)
-            index_X = torch.arange(len(places_X))
-            step = max(PIECE, room.LOGITS // (len(places_X) * self.vocab_size))
-            tail: list[Tensor] = []
-            for first in range(start, end, step):
-                last = min(end, first + step)
-                logq_XKV = self._run(cache, number, index_X, places_X, first, last)
-                self._note(cache, experts[places_X], index_X % batch, first, logq_XKV)
-                if last > end - kept:
-                    tail.append(logq_XKV[:, max(0, end - kept - first) :])
-            answers.append(torch.cat(tail, dim=1).unflatten(0, (len(backbone), batch)))
-        logq = torch.cat(answers)
-        order = torch.tensor([expert for backbone in self.pool.backbones for expert in backbone.experts])
-        if not torch.equal(order, torch.arange(len(order))):
-            logq = logq[order.argsort().to(logq.device)]
-        cache.done_EB.fill_(end)
-        cache.logq_EBV = logq[:, :, -1].contiguous()
-        state, rows = self._replay(cache, kept)
-        cache.settle(state)
-        logw_EBK = self._kept(torch.stack(rows, dim=1)).permute(2, 0, 1)
-        return torch.logsumexp(logq + logw_EBK[..., None], dim=0)
-
-    def _run_some(self, cache: ModularCache) -> Tensor:
-        """One new slot: the experts the gate prefers run, each after what it missed."""
-        end, batch = cache.length, cache.batch
-        logp_BE, mask_B = cache.scores(end - 1)
-        cache.state = self.gate.advance(cache.state, logp_BE, mask_B)
-        logw_BE = before_BE = self.gate.current(cache.state)
-        # In the pool's order, so that sums are the same whichever is preferred.
-        chosen_BM = logw_BE.topk(self.config.top_m, dim=-1).indices.sort(dim=-1).values
-        wanted_EB = torch.zeros(len(self.pool), batch, dtype=torch.bool)
-        wanted_EB.scatter_(0, chosen_BM.T.cpu(), True)
-        assert cache.logq_EBV is not None
-        revised = False
-        for number, backbone in enumerate(self.pool.backbones):
-            experts = torch.tensor(backbone.experts)
-            behind_MB = end - cache.done_EB[experts]
-            for late in (False, True):
-                run_MB = wanted_EB[experts] & ((behind_MB > 1) == late)
-                index_X = run_MB.flatten().nonzero()[:, 0]
-                if not len(index_X):
-                    continue
-                places_X, rows_X = index_X // batch, index_X % batch
-                first = end - int(behind_MB.flatten()[index_X].max())
-                logq_XKV = self._run(cache, number, index_X, places_X, first, end)
-                self._note(cache, experts[places_X], rows_X, first, logq_XKV)
-                cache.logq_EBV[experts[places_X], rows_X] = logq_XKV[:, -1]
-                cache.done_EB[experts[places_X], rows_X] = end
-                revised = revised or late
-        if revised:
-            cache.state, rows = self._replay(cache, 1)
-            logw_BE = among(rows[0], wanted_EB.T.to(before_BE.device), before_BE)
-        logq_BMV = cache.logq_EBV[chosen_BM, torch.arange(batch, device=chosen_BM.device)[:, None]]
-        if self.config.top_m == 1:
-            return logq_BMV
-        logw_BM = torch.log_softmax(logw_BE.gather(1, chosen_BM), dim=-1).float()
-        return torch.logsumexp(logq_BMV + logw_BM[..., None], dim=1)[:, None]
-
-    def _run(
-        self,
-        cache: ModularCache,
-        number: int,
-        index_X: Tensor,
-        places_X: Tensor,
-        first: int,
-        end: int,
-    ) -> Tensor:
+    def _run(self, cache: ModularCache, number: int, index_X: Tensor, places_X: Tensor, first: int, end: int) -> Tensor:
         """Slots `first` .. `end` through some rows of a backbone; log-probabilities after each, XKV, float32."""
         device = cache.ids_BS.device
         rows_X = (index_X % cache.batch).to(device)
         arguments: dict[str, Any] = {}
-        real_XS = cache.real_BS[rows_X, :end]
         if cache.all_real:
             arguments["position_ids"] = torch.arange(first, end, device=device).expand(len(rows_X), -1)
         else:
-            arguments["attention_mask"] = real_XS.long()
-            arguments["position_ids"] = positions(real_XS)[:, first:]
+            real_XS = cache.real_BS[rows_X, :end]
+            arguments = {"attention_mask": real_XS.long(), "position_ids": positions(real_XS)[:, first:]}
         store = cache.stores[number]
         whole = slice(None) if len(index_X) == store.rows else rows_of(index_X)
         window = store.window(whole if isinstance(whole, slice) else whole.to(device), first)
@@ -381,36 +253,14 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         )
         return torch.log_softmax(logits_XKV.float(), dim=-1)
 
-    def _note(self, cache: ModularCache, experts_X: Tensor, rows_X: Tensor, first: int, logq_XKV: Tensor) -> None:
-        """Keep what experts say of tokens after `first` that are here already."""
-        last = min(cache.length, first + logq_XKV.shape[1] + 1)
-        from_ = max(first + 1, cache.anchor)
-        if from_ >= last:
-            return
-        device = logq_XKV.device
-        labels_XK = cache.ids_BS[rows_X.to(device), from_:last]
-        score_XK = logq_XKV[:, from_ - 1 - first : last - 1 - first].gather(-1, labels_XK[..., None])[..., 0]
-        cache.known_BLE[rows_X.to(device), from_ - cache.anchor : last - cache.anchor, experts_X.to(device)] = score_XK
-
-    def _replay(self, cache: ModularCache, kept: int) -> tuple[State, list[Tensor]]:
-        """The gate's state after every slot since the anchor, and its weights after each of the last `kept`."""
-        gate = self.gate
-        state, rows = cache.anchored, []
-        for slot in range(cache.anchor, cache.length):
-            logp_BE, mask_B = cache.scores(slot)
-            state = gate.advance(state, logp_BE, mask_B)
-            if slot >= cache.length - kept:
-                rows.append(gate.current(state))
-        return state, rows
-
     # -- on disk ------------------------------------------------------------------------------------------------
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters of the models, their adapters and the gate.
 
         Args:
-            only_trainable: count parameters that require gradients; there are none.
-            exclude_embeddings: leave the models' embeddings out.
+            only_trainable: Whether to count only parameters that require gradients; there are none.
+            exclude_embeddings: Whether to leave the models' embeddings out.
         """
         count = super().num_parameters(only_trainable, exclude_embeddings)
         if only_trainable:
@@ -432,11 +282,11 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         """Write the gate, the settings, and the experts or where they are.
 
         Args:
-            save_directory: new or empty folder.
-            is_main_process: whether this process writes.
-            copy_experts: also write the experts' weights (a base once, its adapters as an expert library); without it
-                they are loaded again from where they came.
-            kwargs: further ones of transformers' `save_pretrained`, for the copied weights (`max_shard_size`).
+            save_directory: New or empty folder.
+            is_main_process: Whether this process writes.
+            copy_experts: Whether to write the experts' weights too (a base once, its adapters as an expert library);
+                without it they are loaded again from where they came.
+            kwargs: Further arguments of transformers' `save_pretrained`, for the copied weights (`max_shard_size`).
         Raises:
             ConfigError: the folder is not empty, an expert made in memory would not be copied, or an argument does not
                 apply to a gated model.
@@ -452,11 +302,10 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                 self._write(making, copy_experts, options)
 
     def _write(self, folder: Path, copy: bool, options: Mapping[str, Any]) -> None:
-        members = self.pool.members
+        members, here = self.pool.members, Path()
+        sources = [_placed(member.source, here) for member in members if member.source is not None]
         if copy:
             sources = _copy_experts(self.pool, folder, options)
-        else:
-            sources = [_absolute(member.source) for member in members]
         # A pool is loaded in one float type: the one that holds all of the experts'.
         widest = functools.reduce(torch.promote_types, (member.model.dtype for member in members))
         saved = _Saved(
@@ -479,9 +328,9 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         """Load what `save_pretrained` wrote.
 
         Args:
-            pretrained_model_name_or_path: the folder.
-            device: where the model is put.
-            kwargs: what `AutoModelForCausalLM` passes; nothing of it is read, the folder has its own settings.
+            pretrained_model_name_or_path: Folder of the model.
+            device: Device the model is put on.
+            kwargs: Arguments that `AutoModelForCausalLM` passes; none is read, the folder has its own settings.
         Raises:
             ConfigError: the folder holds no gated model, or an expert cannot be loaded.
             DataError: a file of the folder is missing or was altered.
@@ -499,7 +348,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             raise ConfigError(f"{folder / MANIFEST} is not of the format {FORMAT!r}; save the gated model again")
         saved = validate(_Saved, described, str(folder / MANIFEST))
-        sources = [_inside(source, folder) for source in saved.experts] if saved.copied else saved.experts
+        sources = [_placed(source, folder) if saved.copied else source for source in saved.experts]
         check_sealed(folder, "save the gated model again (weftlm gate distil)")
         pool = ExpertPool.load(sources, dtype=saved.dtype, device=device)
         model = cls(pool, load_gate(folder / GATE), top_m=saved.top_m, refresh_every=saved.refresh_every)
@@ -558,36 +407,13 @@ def _copy_experts(pool: ExpertPool, folder: Path, options: Mapping[str, Any]) ->
     return [sources[place] for place in range(len(pool))]
 
 
-def _inside(source: ExpertSource, folder: Path) -> ExpertSource:
-    """A copied expert's source, with the folder where it is now.
-
-    Raises:
-        ConfigError: it leads out of the folder.
-    """
-    places = {}
-    for key in ("model", "library"):
-        value = getattr(source, key)
-        if value is None:
-            continue
-        path = (folder / value).resolve()
-        if folder.resolve() not in path.parents:
-            raise ConfigError(f"{folder / MANIFEST} puts expert {source.name!r} in {value!r}, outside the folder")
-        places[key] = str(path)
-    return source.model_copy(update=places)
-
-
-def _absolute(source: ExpertSource | None) -> ExpertSource:
-    """A source that means the same from any folder; hub names stay."""
-    assert source is not None
+def _placed(source: ExpertSource, folder: Path) -> ExpertSource:
+    """A source with the absolute paths of its folders, which were relative to `folder`; hub names stay."""
     if source.library is not None and source.model is None:
-        base = ExpertLibrary.open(Path(source.library)).base
+        base = ExpertLibrary.open(folder / source.library).base
         source = source.model_copy(update={"model": base.name, "revision": base.revision})
-    places = {
-        key: str(Path(value).resolve())
-        for key in ("model", "library")
-        if (value := getattr(source, key)) is not None and Path(value).is_dir()
-    }
-    return source.model_copy(update=places)
+    places = {key: folder / value for key in ("model", "library") if (value := getattr(source, key)) is not None}
+    return source.model_copy(update={key: str(path.resolve()) for key, path in places.items() if path.is_dir()})
 
 
 AutoConfig.register(ModularConfig.model_type, ModularConfig)

@@ -6,6 +6,7 @@ to a sequence-level gate; `fit_robust_gate` fits it to the minimax objective its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, ClassVar, Self
@@ -13,15 +14,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from weftlm.errors import ConfigError
 from weftlm.gating.arrays import simplex_vector
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import BayesConfig, FixedShareConfig, GateConfig, PrefixGateConfig, gates
-from weftlm.gating.features import FLOOR
-from weftlm.gating.gate import Features, SparseGate, State
+from weftlm.gating.gate import FLOOR, CausalGate, Features, State
+from weftlm.gating.linear import moments
 
 _DEAD = -1e4
 """Nats that stand for a log-posterior of -inf: weight 0 in every float type, and finite."""
-_BAYES, _SHARE = "bayes.", "share."
+_WEIGHTS = "weights_BE"
 _CHUNK = 128
 """Tokens whose decayed sums are one product of matrices."""
 
@@ -30,9 +32,9 @@ _CHUNK = 128
     "prefix",
     does="Bayes and fixed share, corrected by a small network that reads the experts' scores so far",
     costs="training; every expert on every token, or the m best: with one of eight per token 1.5 (hidden size "
-    "768) to 2.0 (512) times one expert's time, 1.2 to 1.8 where sleeping experts never catch up",
+    "768) to 2.0 (512) times one expert's time, 1.2 to 1.8 where inactive experts never catch up",
 )
-class PrefixGate(SparseGate):
+class PrefixGate(CausalGate):
     """Bayes' and fixed share's log-posteriors plus a correction learned from the prefix.
 
         gamma_k(x_<t) = softmax_k( a log b_k + c log w_k + beta_k + u . h_k )       of the m largest, where `top` is set
@@ -107,12 +109,36 @@ class PrefixGate(SparseGate):
         if logp_BTE.shape[0] * logp_BTE.shape[1] == 0 or (mask_BT is not None and not bool(mask_BT.any())):
             return self
         values_BTEF = self._evidence(self.all_states(logp_BTE, mask_BT))[0]
-        values_NF = (values_BTEF if mask_BT is None else values_BTEF[mask_BT]).reshape(-1, values_BTEF.shape[-1])
-        mean_F, scale_F = values_NF.mean(dim=0), values_NF.std(dim=0, correction=0)
-        steady_F = scale_F > 1e-9 * (1.0 + mean_F.abs())
-        return self.replaced({"mean_F": mean_F, "scale_F": torch.where(steady_F, scale_F, torch.ones_like(scale_F))})
+        values_NEF = values_BTEF if mask_BT is None else values_BTEF[mask_BT]
+        return self.replaced(moments(values_NEF.reshape(-1, values_BTEF.shape[-1])))
+
+    # -- the best experts alone ---------------------------------------------------------------------------------
+
+    def with_top(self, top: int | None) -> Self:
+        """The same gate with so many experts per token; None: all.
+
+        Raises:
+            ConfigError: it is not from 1 to the number of experts.
+        """
+        if top is not None and not 1 <= top <= self.experts:
+            raise ConfigError(f"top is {top}; it must be from 1 to {self.experts} experts per token, or None for all")
+        return dataclasses.replace(self, config=self.config.model_copy(update={"top": top}))
+
+    def restricted(self, logits_XE: Tensor) -> Tensor:
+        """Log-weights from logits: -inf but for the `top` largest, normalised over those."""
+        if self.top is None or self.top >= self.experts:
+            return torch.log_softmax(logits_XE, dim=-1)
+        chosen_XM = logits_XE.detach().topk(self.top, dim=-1).indices
+        left_XE = torch.ones_like(logits_XE, dtype=torch.bool).scatter(-1, chosen_XM, False)
+        return torch.log_softmax(logits_XE.masked_fill(left_XE, -math.inf), dim=-1)
+
+    # -- all tokens at a time -----------------------------------------------------------------------------------
+
+    def log_weights(self, features: Features) -> Tensor:
+        return self.restricted(self.logits(features))
 
     def logits(self, features: Features) -> Tensor:
+        """BTE before the softmax and before `top`."""
         logp_BTE, mask_BT = self.tokens(features)
         if not logp_BTE.shape[1]:
             return logp_BTE.to(self.tensors["prior_E"].dtype)
@@ -127,12 +153,13 @@ class PrefixGate(SparseGate):
             count_BT = mask_BT.cumsum(dim=1) - mask_BT.to(torch.int64)
             states = self.all_states(logp_BTE[rows_B1, order_BT], None)
             return {name: each[rows_B1, count_BT] for name, each in states.items()}
-        bayes, share = self._untrained
         logp_BTE = logp_BTE.to(self.tensors["prior_E"].dtype)
-        state = {_BAYES + name: each for name, each in bayes.all_states(logp_BTE, None).items()}
-        state |= {_SHARE + name: each for name, each in share.all_states(logp_BTE, None).items()}
         count_T = torch.arange(logp_BTE.shape[1], dtype=logp_BTE.dtype, device=logp_BTE.device)
-        return {**state, "sums_BLE": self._decayed_sums(logp_BTE), "count_B": count_T.expand(logp_BTE.shape[:2])}
+        return {
+            **{name: gate.all_states(logp_BTE, None)[_WEIGHTS] for name, gate in self._untrained.items()},
+            "sums_BLE": self._decayed_sums(logp_BTE),
+            "count_B": count_T.expand(logp_BTE.shape[:2]),
+        }
 
     def _decayed_sums(self, logp_BTE: Tensor) -> Tensor:
         """sum_{s < t} decay_l^(t - 1 - s) worth_s before all tokens, BTLE; `advance` adds them up token by token."""
@@ -149,9 +176,10 @@ class PrefixGate(SparseGate):
     @torch.no_grad()
     def _evidence(self, state: State) -> tuple[Tensor, Tensor]:
         """Features XEF and the two log-posteriors XE2 of the prefixes behind a state."""
-        bayes, share = self._untrained
         sums_XLE, count_X = state["sums_BLE"], state["count_B"]
-        posteriors_XE2 = torch.stack([bayes.current(_part(state, _BAYES)), share.current(_part(state, _SHARE))], dim=-1)
+        posteriors_XE2 = torch.stack(
+            [gate.current({_WEIGHTS: state[name]}) for name, gate in self._untrained.items()], dim=-1
+        )
         decay_L = self._decays(sums_XLE)
         norms_XL = (1.0 - decay_L ** count_X[..., None]) / (1.0 - decay_L)
         means_XLE = sums_XLE / torch.where(norms_XL > 0, norms_XL, torch.ones_like(norms_XL))[..., None]
@@ -174,51 +202,39 @@ class PrefixGate(SparseGate):
         return torch.exp2(-1.0 / half_lives_L)
 
     @functools.cached_property
-    def _untrained(self) -> tuple[BayesGate, FixedShareGate]:
-        prior = {"logits_E": self.tensors["prior_E"]}
-        share = FixedShareConfig(share=self.config.share)
-        return BayesGate(BayesConfig(), self.experts, prior), FixedShareGate(share, self.experts, prior)
+    def _untrained(self) -> dict[str, FixedShareGate]:
+        """The gates b and w, by the name of their weights in a state."""
+        prior, share = {"logits_E": self.tensors["prior_E"]}, FixedShareConfig(share=self.config.share)
+        return {
+            "bayes_BE": BayesGate(BayesConfig(), self.experts, prior),
+            "share_BE": FixedShareGate(share, self.experts, prior),
+        }
 
     # -- token by token -----------------------------------------------------------------------------------------
 
     def begin(self, batch: int) -> State:
-        bayes, share = self._untrained
         prior_E = self.tensors["prior_E"]
-        state = {_BAYES + name: each for name, each in bayes.begin(batch).items()}
-        state |= {_SHARE + name: each for name, each in share.begin(batch).items()}
-        state["sums_BLE"] = prior_E.new_zeros(batch, len(self.config.half_lives_tokens), self.experts)
-        state["count_B"] = prior_E.new_zeros(batch)
-        return state
+        return {
+            **{name: gate.begin(batch)[_WEIGHTS] for name, gate in self._untrained.items()},
+            "sums_BLE": prior_E.new_zeros(batch, len(self.config.half_lives_tokens), self.experts),
+            "count_B": prior_E.new_zeros(batch),
+        }
 
     def current(self, state: State) -> Tensor:
         return self.restricted(self._logits(*self._evidence(state)))
 
     def advance(self, state: State, logp_BE: Tensor, mask_B: Tensor | None = None) -> State:
-        bayes, share = self._untrained
         before_BLE, count_B = state["sums_BLE"], state["count_B"]
         logp_BE = logp_BE.to(before_BLE.dtype)
-        after = {_BAYES + n: each for n, each in bayes.advance(_part(state, _BAYES), logp_BE, mask_B).items()}
-        after |= {_SHARE + n: each for n, each in share.advance(_part(state, _SHARE), logp_BE, mask_B).items()}
+        after = {
+            name: gate.advance({_WEIGHTS: state[name]}, logp_BE, mask_B)[_WEIGHTS]
+            for name, gate in self._untrained.items()
+        }
         sums_BLE = self._decays(before_BLE)[:, None] * before_BLE + _worth(logp_BE)[:, None]
         if mask_B is None:
             return {**after, "sums_BLE": sums_BLE, "count_B": count_B + 1.0}
         sums_BLE = torch.where(mask_B[:, None, None], sums_BLE, before_BLE)
         return {**after, "sums_BLE": sums_BLE, "count_B": count_B + mask_B.to(count_B.dtype)}
-
-
-def among(logw_XE: Tensor, ran_XE: Tensor, before_XE: Tensor) -> Tensor:
-    """Weights made to sum to 1 over the experts that ran, where what they read has changed the weights since.
-
-    Args:
-        logw_XE: Log-weights now; -inf for what the gate would not choose any more.
-        ran_XE: True for experts that ran.
-        before_XE: Log-weights they were chosen by; taken where the gate would choose none of them any more.
-    Returns:
-        Log-weights, -inf for experts that did not run.
-    """
-    kept_XE = logw_XE.masked_fill(~ran_XE, -math.inf)
-    dead_X1 = torch.isneginf(kept_XE).all(dim=-1, keepdim=True)
-    return torch.log_softmax(torch.where(dead_X1, before_XE.masked_fill(~ran_XE, -math.inf), kept_XE), dim=-1)
 
 
 def _worth(logp_XE: Tensor) -> Tensor:
@@ -227,7 +243,3 @@ def _worth(logp_XE: Tensor) -> Tensor:
     best_X1 = torch.where(torch.isneginf(best_X1), torch.zeros_like(best_X1), best_X1)
     clipped_XE = best_X1 + (logp_XE - best_X1).clamp_min(-FLOOR)
     return torch.where(torch.isneginf(logp_XE).all(dim=-1, keepdim=True), torch.zeros_like(clipped_XE), clipped_XE)
-
-
-def _part(state: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}

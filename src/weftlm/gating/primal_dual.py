@@ -27,7 +27,7 @@ from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
 from weftlm.gating.gate import Features, Gate, init_gate
 from weftlm.gating.mixtures import Box
-from weftlm.gating.problem import Evaluation, Offsets, Problem, dual_value, evaluate, fits, log_model, make_problem
+from weftlm.gating.problem import Offsets, Problem, dual_value, evaluate, fits, log_model, make_problem
 from weftlm.gating.sequences import Joined
 from weftlm.gating.state import GateState, adam_step, run_steps
 from weftlm.threads import follow_load
@@ -39,9 +39,6 @@ PLATEAU = 3
 _FEW = 64
 """Sequences of each domain that a causal gate is made for."""
 
-Z_NORMAL = 1.959963984540054
-"""Two-sided 95 % of the normal distribution."""
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -51,10 +48,8 @@ class Progress:
         step: Steps taken.
         worst: Worst case over the mixtures, nats.
         worst_domain: Name of the domain of largest value.
-        values: Value of each domain, nats.
         lam: Mixture, one weight per domain.
         z: Z of the gate on the samples of the fit.
-        mu: Multiplier of Z - 1.
         gap: Worst case minus the value against `lam`: the adversary's share of the duality gap, without the gate's.
         duality_gap: Worst case minus the best a gate can do against `lam` (`best_response`); None where the adversary's
             share or Z - 1 is above `gap_tolerance` already, or it is not measured.
@@ -63,10 +58,8 @@ class Progress:
     step: int
     worst: float
     worst_domain: str
-    values: tuple[float, ...]
     lam: tuple[float, ...]
     z: float
-    mu: float
     gap: float
     duality_gap: float | None = None
 
@@ -76,21 +69,15 @@ class FitState(GateState):
     """A fit under way.
 
     Attributes:
-        log_nu_M: Log of the mixture over the extreme mixtures.
-        mu: Multiplier of Z - 1.
+        play: `log_nu_M`, log of the mixture over the extreme mixtures, and `mu`, multiplier of Z - 1.
         averaged: Steps in the averages, which begin again with every report and with the last part of the run.
-        mean: Average of theta.
-        mean_nu_M: Average of nu.
-        mean_mu: Average of mu.
+        mean: Averages of theta by name, of `nu_M` and of `mu`.
     """
 
     config: FitConfig
-    log_nu_M: Floats
-    mu: float
+    play: Mapping[str, Tensor]
     averaged: int
     mean: Mapping[str, Tensor]
-    mean_nu_M: Floats
-    mean_mu: float
 
     kind: ClassVar[str] = "fit of a gate"
     Config: ClassVar[type[Section]] = FitConfig
@@ -115,16 +102,22 @@ class FitState(GateState):
 
     def answer(self) -> tuple[Gate, Floats, float]:
         """Averaged gate, nu and mu; the present ones where no average has begun."""
-        if self.averaged == 0:
-            return self.gate, np.exp(self.log_nu_M), self.mu
-        return self.gate.replaced(self.mean), self.mean_nu_M, self.mean_mu
+        mean = self.mean if self.averaged else _theta(self.gate, self.play)
+        gate = self.gate.replaced({name: mean[name] for name in self.gate.learned})
+        return gate, mean["nu_M"].numpy(), float(mean["mu"])
+
+
+def _theta(gate: Gate, play: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is averaged, as it is now."""
+    theta = {name: gate.tensors[name] for name in gate.learned}
+    return {**theta, "nu_M": play["log_nu_M"].exp(), "mu": play["mu"]}
 
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
     """A fitted gate. Values are nats of `unit`, of the normalised model pi_g / Z, offsets taken off.
 
-    They are measured on the sequences of the fit, with the Z reported here; `certify` measures on others.
+    They are measured on the sequences and samples of the fit, which flatter the gate; `certify` measures on others.
 
     Attributes:
         gate: Gate averaged over the last part of the run.
@@ -132,17 +125,13 @@ class FitResult:
         nu: The same over the extreme mixtures, M; equal to `lam` where all mixtures are allowed.
         mu: Averaged multiplier of Z - 1, in nats per sequence.
         z: Z of the gate; exactly 1 for causal gates.
-        z_ci: 95 % normal interval of Z; a point where it is exact.
-        z_source: Where Z was measured: "exact", "held-out samples" or "samples of the fit" (optimistic).
         values: Value of each domain, D.
         worst: Worst case over the mixtures.
         worst_domain: Number of the domain of largest value.
-        gap: Worst case minus the best a gate can do against `lam`, both with the Z of the fit's samples; NaN where it
-            was not asked for.
+        gap: Worst case minus the best a gate can do against `lam`; NaN where it was not asked for.
         gap_kind: "exact" (closed form over all gates with Z = 1: `worst` is above their optimum by at most the gap) or
             "estimate" (steps of the same kind of gate, which may fall short of its best).
         unit: "sequence" or "token".
-        history: `Progress` every so many steps.
         state: State to continue from.
     """
 
@@ -151,21 +140,23 @@ class FitResult:
     nu: Floats
     mu: float
     z: float
-    z_ci: tuple[float, float]
-    z_source: Literal["exact", "held-out samples", "samples of the fit"]
     values: Floats
     worst: float
     worst_domain: int
     gap: float
     gap_kind: Kind
     unit: Unit
-    history: tuple[Progress, ...]
     state: FitState
 
     @property
     def value(self) -> float:
         """`worst`, under the name the exact programme uses."""
         return self.worst
+
+    @property
+    def history(self) -> tuple[Progress, ...]:
+        """`Progress` every so many steps."""
+        return self.state.history
 
 
 def fit_robust_gate(
@@ -177,7 +168,6 @@ def fit_robust_gate(
     offsets: Offsets | Any | None = None,
     mixtures: Box | Any | None = None,
     own_experts: Sequence[int] | None = None,
-    held_out_samples: Any = None,
     state: FitState | None = None,
     until: int | None = None,
     on_progress: Callable[[Progress, FitState], None] | None = None,
@@ -199,7 +189,6 @@ def fit_robust_gate(
             else "linear".
         config: Settings of the fit; None: the defaults.
         offsets, mixtures, own_experts: As in `make_problem`.
-        held_out_samples: Further draws of each expert, on which Z is measured in the end.
         state: State to continue from; data, gate and config must be those of the interrupted fit.
         until: Steps in all after which to stop, to continue later from `result.state`.
         on_progress: Called with each line of the history and the state to continue from.
@@ -211,13 +200,9 @@ def fit_robust_gate(
         CheckpointError: the state is of another fit.
     """
     config = config or FitConfig()
-    given: dict[str, Any] = {
-        "offsets": offsets, "mixtures": mixtures, "unit": config.unit, "own_experts": own_experts
-    }  # fmt: skip
-    problem = make_problem(domains, samples, **given)
-    held_out = None
-    if held_out_samples is not None and problem.support is None:
-        held_out = make_problem(domains, held_out_samples, **given)
+    problem = make_problem(
+        domains, samples, offsets=offsets, mixtures=mixtures, unit=config.unit, own_experts=own_experts
+    )
     state = _start(problem, gate, config) if state is None else _checked(state, problem, config)
     fits(state.gate, problem)
     draw = _Draw(problem, state.gate, config)
@@ -231,37 +216,27 @@ def fit_robust_gate(
 
     end = config.steps if until is None else min(until, config.steps)
     every = config.report_every_steps
-    state = run_steps(state, end, every, lambda now: _step(now, draw, problem), report, on_stop)
-    return _result(state, problem, held_out)
+    return _result(run_steps(state, end, every, lambda now: _step(now, draw, problem), report, on_stop), problem)
 
 
 def _start(problem: Problem, gate: Any, config: FitConfig) -> FitState:
     if not isinstance(gate, Gate):
         wanted = gate_config(gate or ("linear" if problem.support is None else "tabular"))
-        seen = _seen(problem, gates[wanted.gate].causal)
-        gate = init_gate(wanted, problem.experts, seen, config.seed)
-    gate = gate.to("cpu", torch.float64)
-    log_nu_M = problem.adversary.start()
-    return FitState(config, 0, gate, {}, (), log_nu_M, 1.0, 0, {}, np.zeros_like(log_nu_M), 0.0)
-
-
-def _seen(problem: Problem, causal: bool) -> Features:
-    """What a gate is made for: features of all sequences without their tokens; a few with tokens for a causal one."""
-    if causal:
-        few = [one.features.rows(torch.arange(min(len(one), _FEW))) for one in problem.domains]
-        return Features.joined(few)
-    sets = (*problem.domains, *problem.samples)
-    return Features.joined([dataclasses.replace(one.features, logp_BTE=None, mask_BT=None) for one in sets])
+        if gates[wanted.gate].causal:
+            sets = [one.rows(torch.arange(min(len(one), _FEW))) for one in problem.domains]
+        else:
+            sets = [one.without_tokens() for one in (*problem.domains, *problem.samples)]
+        gate = init_gate(wanted, problem.experts, Features.joined([one.features for one in sets]), config.seed)
+    play = {"log_nu_M": torch.from_numpy(problem.adversary.start()), "mu": torch.ones((), dtype=torch.float64)}
+    return FitState(config, 0, gate.to("cpu", torch.float64), {}, (), play, 0, {})
 
 
 def _checked(state: FitState, problem: Problem, config: FitConfig) -> FitState:
     if found := differences(state.config.model_dump(), config.model_dump()):
         raise CheckpointError(f"the state is of a fit with another config ({found}); start afresh")
-    if len(state.log_nu_M) != len(problem.adversary.weights_MD):
-        raise CheckpointError(
-            f"the state mixes {len(state.log_nu_M)} domains or mixtures; the data has "
-            f"{len(problem.adversary.weights_MD)}; start afresh"
-        )
+    mixed, wanted = len(state.play["log_nu_M"]), len(problem.adversary.weights_MD)
+    if mixed != wanted:
+        raise CheckpointError(f"the state mixes {mixed} domains or mixtures; the data has {wanted}; start afresh")
     return state
 
 
@@ -282,29 +257,25 @@ class _Draw:
         means = [-float(one.probability() @ one.logq_NE.amax(dim=1).to(torch.float64)) for one in problem.domains]
         self.base_D: Floats = problem.scale_D * np.array(means) - problem.offsets_D
 
-    def __call__(self, step: int) -> tuple[Joined, Joined | None]:
-        rng, domains, samples = np.random.default_rng([self._seed, step]), self._domains, self._samples
-        if self._sequences is not None:
-            domains = domains.drawn(self._sequences, rng)
-        if self._draws is not None and samples is not None:
-            samples = samples.drawn(self._draws, rng)
-        return domains, samples
-
     def losses(self, gate: Gate, step: int, scale_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Excess of each domain over its control max_k log q_k, inside; Z and the product of Z - 1 over two halves."""
-        batch, sampled = self(step)
+        rng, batch, sampled = np.random.default_rng([self._seed, step]), self._domains, self._samples
+        if self._sequences is not None:
+            batch = batch.drawn(self._sequences, rng)
+        if self._draws is not None and sampled is not None:
+            sampled = sampled.drawn(self._draws, rng)
         excess_B = batch.logq_NE.amax(dim=1) - log_model(gate, batch.logq_NE, batch.features)
-        excess_D = torch.zeros_like(scale_D).index_add(0, batch.set_N, batch.weights_N * excess_B)
+        excess_D = scale_D * torch.zeros_like(scale_D).index_add(0, batch.set_N, batch.weights_N * excess_B)
         if sampled is None:
             one = torch.ones((), dtype=torch.float64)
-            return scale_D * excess_D, one, torch.zeros_like(one)
+            return excess_D, one, torch.zeros_like(one)
         g_S = gate.log_weights(sampled.features).gather(1, sampled.set_N[:, None])[:, 0].exp()
         z = (sampled.weights_N * g_S).sum()
         if self._draws is None:
-            return scale_D * excess_D, z, (z - 1.0) ** 2
+            return excess_D, z, (z - 1.0) ** 2
         g_ES = g_S.view(-1, self._draws)
         halves = [g_ES[:, part::2].mean(dim=1).sum() - 1.0 for part in (0, 1)]
-        return scale_D * excess_D, z, halves[0] * halves[1]
+        return excess_D, z, halves[0] * halves[1]
 
 
 def _ridge(config: FitConfig, problem: Problem) -> float:
@@ -314,14 +285,12 @@ def _ridge(config: FitConfig, problem: Problem) -> float:
     return config.ridge * len(problem.domains) / sum(len(one) for one in problem.domains)
 
 
-def _descend(
-    state: FitState, draw: _Draw, problem: Problem, nu_M: Floats, lr: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Floats, float]:
-    """One step of Adam on theta: new tensors and moments; the domains' excess and Z before it."""
-    config, scale_D = state.config, torch.from_numpy(problem.scale_D)
+def _descend(state: FitState, draw: _Draw, problem: Problem, nu_M: Floats, lr: float) -> tuple[FitState, Floats]:
+    """One step of Adam on theta and of ascent on mu, the mixture held still; the domains' excess before it."""
+    config, scale_D, mu = state.config, torch.from_numpy(problem.scale_D), state.play["mu"]
     theta = {name: state.gate.tensors[name].detach().requires_grad_(True) for name in state.gate.learned}
     excess_D, z, squared = draw.losses(state.gate.replaced(theta), state.step, scale_D)
-    loss = torch.from_numpy(problem.adversary.lam(nu_M)) @ excess_D + state.mu * (z - 1.0) + 0.5 * config.rho * squared
+    loss = torch.from_numpy(problem.adversary.lam(nu_M)) @ excess_D + mu * (z - 1.0) + 0.5 * config.rho * squared
     loss = loss + 0.5 * _ridge(config, problem) * sum((theta[name] ** 2).sum() for name in state.gate.shrunk)
     if not math.isfinite(float(loss.detach())):
         raise NumericsError(
@@ -330,39 +299,37 @@ def _descend(
         )
     gradients = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True)) if theta else {}
     moved, moments = adam_step(state.gate, gradients, state.moments, step=state.step, lr=lr)
-    return moved, moments, excess_D.detach().numpy(), float(z.detach())
+    play = {**state.play, "mu": mu + config.mu_lr * (z.detach() - 1.0)}
+    gate, step = state.gate.replaced(moved), state.step + 1
+    now = dataclasses.replace(state, step=step, gate=gate, moments=moments, play=play)
+    return now, excess_D.detach().numpy()
 
 
 def _step(state: FitState, draw: _Draw, problem: Problem) -> FitState:
-    config, nu_M = state.config, np.exp(state.log_nu_M)
+    """One step of theta, nu and mu, and their averages."""
+    config, log_nu_M = state.config, state.play["log_nu_M"].numpy()
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
-    final = state.step >= averaging_from
-    moved, moments, excess_D, z = _descend(state, draw, problem, nu_M, config.final_lr if final else config.lr)
-    log_nu_M = problem.adversary.step(state.log_nu_M, config.eta * problem.payoffs(excess_D + draw.base_D))
-    mu = state.mu + config.mu_lr * (z - 1.0)
-    every = config.report_every_steps
+    final, every = state.step >= averaging_from, config.report_every_steps
     begin = averaging_from if final else state.step // every * every + every - math.ceil(config.final_fraction * every)
-    averaged = max(0, state.step + 1 - begin)
-    means = state.mean, state.mean_nu_M, state.mean_mu
-    if averaged == 1:
-        means = moved, np.exp(log_nu_M), mu
-    elif averaged:
-        part = 1.0 / averaged
-        means = (
-            {name: mean + part * (moved[name] - mean) for name, mean in state.mean.items()},
-            state.mean_nu_M + part * (np.exp(log_nu_M) - state.mean_nu_M),
-            state.mean_mu + part * (mu - state.mean_mu),
-        )
-    gate, (mean, mean_nu_M, mean_mu) = state.gate.replaced(moved), means
-    return FitState(
-        config, state.step + 1, gate, moments, state.history, log_nu_M, mu, averaged, mean, mean_nu_M, mean_mu
-    )
+    now, excess_D = _descend(state, draw, problem, np.exp(log_nu_M), config.final_lr if final else config.lr)
+    log_nu_M = problem.adversary.step(log_nu_M, config.eta * problem.payoffs(excess_D + draw.base_D))
+    play = {**now.play, "log_nu_M": torch.from_numpy(log_nu_M)}
+    averaged = max(0, now.step - begin)
+    mean = averages(state.mean, _theta(now.gate, play), averaged)
+    return dataclasses.replace(now, play=play, averaged=averaged, mean=mean)
+
+
+def averages(mean: Mapping[str, Tensor], now: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
+    """Running means with one more value, the `count`th; as they were for 0, begun again for 1."""
+    if count <= 1:
+        return now if count else mean
+    return {name: each + (now[name] - each) / count for name, each in mean.items()}
 
 
 def _progress(state: FitState, problem: Problem) -> Progress:
     gate, nu_M, mu = state.answer()
     config, found = state.config, evaluate(gate, problem)
-    gap, duality_gap = found.worst - against(found, problem, nu_M), None
+    gap, duality_gap = found.worst - problem.against(found.values_D, nu_M), None
     measured = config.best_response_steps > 0 or _kind(gate, problem) == "exact"
     if measured and config.gap_tolerance is not None and max(gap, abs(found.z - 1.0)) <= config.gap_tolerance:
         duality_gap = found.worst - best_response(gate, problem, nu_M, config, mu=mu)[0]
@@ -370,18 +337,11 @@ def _progress(state: FitState, problem: Problem) -> Progress:
         step=state.step,
         worst=found.worst,
         worst_domain=problem.names[found.worst_domain],
-        values=tuple((found.values_D * problem.report).tolist()),
         lam=tuple(problem.adversary.lam(nu_M).tolist()),
         z=found.z,
-        mu=mu,
         gap=gap,
         duality_gap=duality_gap,
     )
-
-
-def against(found: Evaluation, problem: Problem, nu_M: Floats) -> float:
-    """Value of an evaluated gate against a fixed mixture, reported nats."""
-    return float(nu_M @ problem.payoffs(found.values_D)) * problem.report
 
 
 def best_response(
@@ -399,27 +359,19 @@ def best_response(
     """
     if _kind(gate, problem) == "exact":
         return dual_value(problem, nu_M), "exact"
-    start = against(evaluate(gate, problem), problem, nu_M)
-    if config.best_response_steps == 0 or not gate.learned:
-        return start, "estimate"
-    state = dataclasses.replace(_start(problem, gate, config), mu=mu)
-    draw, steps = _Draw(problem, gate, config), config.best_response_steps
-    mean: dict[str, Tensor] = {}
+    least = problem.against(evaluate(gate, problem).values_D, nu_M)
+    steps = config.best_response_steps if gate.learned else 0
+    if steps == 0:
+        return least, "estimate"
+    state, draw = _start(problem, gate, config), _Draw(problem, gate, config)
+    state = dataclasses.replace(state, play={**state.play, "mu": torch.tensor(mu, dtype=torch.float64)})
+    mean: Mapping[str, Tensor] = {}
     for step in range(steps):
         follow_load()
-        moved, moments, _, z = _descend(state, draw, problem, nu_M, config.final_lr)
-        state = dataclasses.replace(
-            state,
-            step=step + 1,
-            gate=state.gate.replaced(moved),
-            moments=moments,
-            mu=state.mu + config.mu_lr * (z - 1.0),
-        )
-        taken = step + 1 - steps // 2
-        if taken >= 1:
-            mean = {name: mean.get(name, 0.0) + (each - mean.get(name, 0.0)) / taken for name, each in moved.items()}
-    after = against(evaluate(gate.replaced(mean), problem), problem, nu_M)
-    return min(start, after), "estimate"
+        state, _ = _descend(state, draw, problem, nu_M, config.final_lr)
+        mean = averages(mean, {name: state.gate.tensors[name] for name in gate.learned}, max(0, step + 1 - steps // 2))
+    after = problem.against(evaluate(gate.replaced(mean), problem).values_D, nu_M)
+    return min(least, after), "estimate"
 
 
 def _kind(gate: Gate, problem: Problem) -> Kind:
@@ -427,37 +379,23 @@ def _kind(gate: Gate, problem: Problem) -> Kind:
     return "exact" if problem.support is not None and "points" in gate.needs else "estimate"
 
 
-def interval(z: float, error: float) -> tuple[float, float]:
-    """95 % normal interval."""
-    return z - Z_NORMAL * error, z + Z_NORMAL * error
-
-
-def _result(state: FitState, problem: Problem, held_out: Problem | None) -> FitResult:
+def _result(state: FitState, problem: Problem) -> FitResult:
     gate, nu_M, mu = state.answer()
     found, config = evaluate(gate, problem), state.config
     gap = state.history[-1].duality_gap if state.history and state.history[-1].step == state.step else None
     if gap is None and (config.best_response_steps or problem.support is not None):
         gap = found.worst - best_response(gate, problem, nu_M, config, mu=mu)[0]
-    source: Literal["exact", "held-out samples", "samples of the fit"] = "samples of the fit"
-    if gate.causal or problem.support is not None:
-        source = "exact"
-    elif held_out is not None:
-        source = "held-out samples"
-        found = evaluate(gate, held_out)
     return FitResult(
         gate=gate,
         lam=problem.adversary.lam(nu_M),
         nu=nu_M,
         mu=mu,
         z=found.z,
-        z_ci=interval(found.z, found.z_error),
-        z_source=source,
         values=found.values_D * problem.report,
         worst=found.worst,
         worst_domain=found.worst_domain,
         gap=math.nan if gap is None else gap,
         gap_kind=_kind(gate, problem),
         unit=problem.unit,
-        history=state.history,
         state=state,
     )

@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError, DataError, NumericsError
-from weftlm.gating.arrays import Floats, to_tensor
+from weftlm.gating.arrays import Floats, cross_entropies, entropies, log_support, refuse_impossible, to_tensor
 from weftlm.gating.config import Unit
-from weftlm.gating.exact import cross_entropies, distributions, entropies
-from weftlm.gating.features import refuse_impossible
 from weftlm.gating.gate import Features, Gate
 from weftlm.gating.mixtures import Box, Player, kl_projection, player
-from weftlm.gating.sequences import ScoredSequences, enumerated
+from weftlm.gating.sequences import ScoredSequences, enumerated, squared_error
 
 Offsets = Literal["expert", "none", "entropy"]
 
-CHUNK = 1 << 22
-"""Numbers (sequences x experts, times tokens for causal gates) evaluated at a time."""
+CHUNK, TOKEN_CHUNK = 1 << 22, 1 << 18
+"""Numbers evaluated at a time: sequences x experts, and sequences x tokens x experts for causal gates, where `prefix`
+makes about a hundred of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,23 +37,21 @@ class Problem:
     """What is to be solved. Values inside are in nats of `unit` over `report`; `report` turns them into nats of `unit`.
 
     Attributes:
-        domains: sequences of each of D domains.
-        samples: draws of each of E experts, for Z; empty where only causal gates will be asked about.
-        experts: E.
-        own_D: the expert of each domain; empty where offsets do not need it.
+        domains: Sequences of each of D domains, named.
+        samples: Draws of each of E experts, for Z; empty where only causal gates will be asked about.
+        own_D: Expert of each domain; empty where offsets do not need it.
         offset_kind: "expert", "none", "entropy" or "values".
-        offsets_D: inside.
+        offsets_D: Offsets, inside.
         scale_D: s_d, from nats per sequence to inside.
-        shift_M: how the offset of an extreme mixture differs from the mixture of offsets, inside.
-        adversary: the adversary, who mixes the domains.
+        shift_M: Mixture of offsets minus the offset of each extreme mixture, inside.
+        adversary: The adversary, who mixes the domains.
         unit: Unit of the reported values.
-        report: factor from inside to reported.
+        report: Factor from inside to reported.
         support: (p_DX, q_EX) where the problem is enumerated.
     """
 
     domains: tuple[ScoredSequences, ...]
     samples: tuple[ScoredSequences, ...]
-    experts: int
     own_D: tuple[int, ...]
     offset_kind: str
     offsets_D: Floats
@@ -66,14 +63,23 @@ class Problem:
     support: tuple[Floats, Floats] | None
 
     @property
+    def experts(self) -> int:
+        """E."""
+        return self.domains[0].experts
+
+    @property
     def names(self) -> tuple[str, ...]:
         """One name per domain."""
-        return tuple(domain.name or f"domain {d}" for d, domain in enumerate(self.domains))
+        return tuple(domain.name for domain in self.domains)
 
     def payoffs(self, values_D: Floats) -> Floats:
         """Value of each extreme mixture, inside."""
         payoffs: Floats = self.adversary.weights_MD @ values_D + self.shift_M
         return payoffs
+
+    def against(self, values_D: Floats, nu_M: Floats) -> float:
+        """Value of a fixed mixture, reported nats."""
+        return float(nu_M @ self.payoffs(values_D)) * self.report
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +87,15 @@ class Evaluation:
     """What a gate is worth on a problem's data.
 
     Attributes:
-        ce_D: cross-entropy of pi_g / Z_g, reported nats.
-        values_D: cross-entropy minus offset, inside.
-        errors_D: standard error of each value over sequences (over clusters where there are), reported nats; 0 where
+        ce_D: Cross-entropy of pi_g / Z_g, reported nats.
+        values_D: Cross-entropy minus offset, inside.
+        errors_D: Standard error of each value over sequences (over clusters where there are), reported nats; 0 where
             enumerated. That of Z is not counted.
         z: Z_g; exactly 1 for a causal gate.
-        z_error: its standard error over samples (over clusters where there are).
-        worst: worst case over the mixtures, reported nats.
-        nu_M: the adversary's best response, a vertex.
-        worst_domain: the domain of largest value.
+        z_error: Its standard error over samples (over clusters where there are).
+        worst: Worst case over the mixtures, reported nats.
+        nu_M: Best response of the adversary, a vertex.
+        worst_domain: Number of the domain of largest value.
     """
 
     ce_D: Floats
@@ -114,15 +120,15 @@ def make_problem(
     """Check data and put a problem together.
 
     Args:
-        domains: sequences of each domain (a sequence or a name -> `ScoredSequences` mapping), or P, an array D x X of
+        domains: Sequences of each domain (a sequence or a name -> `ScoredSequences` mapping), or P, an array D x X of
             probabilities or their logs: then `samples` is Q and the problem enumerated.
-        samples: draws of each expert, in the experts' order, or Q. None where every gate will be causal.
+        samples: Draws of each expert, in the experts' order, or Q. None where every gate will be causal.
         offsets: "expert": the cross-entropy of the domain's own expert on the same sequences. "none": 0. "entropy"
             (enumerated only): that of the domain, and of the mixed text for an extreme mixture, so that values are KL
             divergences. Or D numbers in nats of `unit`. None: "entropy" where enumerated, else "expert".
         mixtures: None for all mixtures, else the extreme ones, an array M x D, or a `Box`.
-        unit: nats per "sequence" or per "token" (each domain's total over its total of tokens).
-        own_experts: the expert of each domain for offsets "expert"; None: the expert of the same number.
+        unit: Nats per "sequence" or per "token" (each domain's total over its total of tokens).
+        own_experts: Expert of each domain for offsets "expert"; None: the expert of the same number.
     Raises:
         ConfigError: shapes or numbers of experts differ, or an argument does not fit.
         DataError: no domain, a domain or an expert without sequences, sequences impossible under every expert.
@@ -132,23 +138,23 @@ def make_problem(
     if _is_array(domains):
         if samples is None or not _is_array(samples):
             raise ConfigError("domains came as an array P (D x X); give the experts as an array Q (E x X) with it")
-        support = distributions(domains, samples)
+        logp_DX, logq_EX = log_support(domains, samples)
+        support = logp_DX.exp().numpy(), logq_EX.exp().numpy()
         domains, samples = enumerated(domains, samples)
-    sets, draws = _listed(domains, "domain"), _listed(samples, "expert") if samples is not None else ()
+    sets, draws = _listed(domains, "domain"), _listed(() if samples is None else samples, "expert")
     if not sets:
         raise DataError("no domain came; a robust gate needs the sequences of one at least")
     experts = sets[0].experts
-    for what, each in (("domain", sets), ("samples of expert", draws)):
-        for number, one in enumerate(each):
-            if one.experts != experts:
-                raise ConfigError(
-                    f"{what} {one.name or number} is scored by {one.experts} experts and domain {sets[0].name or 0} by "
-                    f"{experts}; score every sequence with every expert"
-                )
+    for one in (*sets, *draws):
+        if one.experts != experts:
+            raise ConfigError(
+                f"{one.name} is scored by {one.experts} experts and {sets[0].name} by {experts}; score every sequence "
+                "with every expert"
+            )
     if draws and len(draws) != experts:
         raise ConfigError(f"samples of {len(draws)} experts came for {experts} experts; draw some from each")
-    for number, one in enumerate(sets):
-        refuse_impossible(one.logq_NE, one.name or f"domain {number}")
+    for one in sets:
+        refuse_impossible(one.logq_NE, one.name)
     scale_D, report = _scales(sets, unit)
     kind, offsets_D, own_D = _offsets(sets, offsets, own_experts, support, scale_D, report)
     adversary = player(mixtures, len(sets))
@@ -161,9 +167,7 @@ def make_problem(
             )
         # The entropy of a mixed text is more than the mixture of the entropies.
         shift_M = adversary.weights_MD @ offsets_D - entropies(adversary.weights_MD @ support[0])
-    return Problem(
-        sets, draws, experts, own_D, kind, offsets_D, scale_D, shift_M, adversary, unit, report, support
-    )  # fmt: skip
+    return Problem(sets, draws, own_D, kind, offsets_D, scale_D, shift_M, adversary, unit, report, support)
 
 
 def _is_array(value: Any) -> bool:
@@ -173,15 +177,15 @@ def _is_array(value: Any) -> bool:
 
 
 def _listed(value: Any, what: str) -> tuple[ScoredSequences, ...]:
-    """The sets of a mapping, named by its keys, or of a sequence."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
-    for name, one in pairs:
+    """The sets of a mapping, named by its keys, or of a sequence, with the names they have or by number."""
+    named = isinstance(value, Mapping)
+    found = []
+    for key, one in value.items() if named else enumerate(value):
         if not isinstance(one, ScoredSequences):
             kind = type(one).__name__
-            raise ConfigError(f"{what} {name} is {kind}; make it with ScoredSequences.of(log-likelihoods, ...)")
-    if isinstance(value, Mapping):
-        return tuple(dataclasses.replace(one, name=str(name)) for name, one in pairs)
-    return tuple(one for _, one in pairs)
+            raise ConfigError(f"{what} {key} is {kind}; make it with ScoredSequences.of(log-likelihoods, ...)")
+        found.append(dataclasses.replace(one, name=str(key) if named else one.name or f"{what} {key}"))
+    return tuple(found)
 
 
 def _scales(sets: tuple[ScoredSequences, ...], unit: Unit) -> tuple[Floats, float]:
@@ -191,9 +195,9 @@ def _scales(sets: tuple[ScoredSequences, ...], unit: Unit) -> tuple[Floats, floa
     if unit != "token":
         raise ConfigError(f"unit is {unit!r}; it must be 'sequence' or 'token'")
     means = []
-    for number, one in enumerate(sets):
+    for one in sets:
         if one.tokens_N is None:
-            raise ConfigError(f"unit 'token' needs tokens_N, and {one.name or f'domain {number}'} has none")
+            raise ConfigError(f"unit 'token' needs tokens_N, and {one.name} has none")
         means.append(float(one.probability() @ one.tokens_N))
     mean = sum(means) / len(means)
     return np.array([mean / each for each in means]), 1.0 / mean
@@ -234,8 +238,8 @@ def _offsets(
         own_N = one.logq_NE[:, k].to(torch.float64)
         if bool(torch.isneginf(own_N).any()):
             raise DataError(
-                f"{one.name or f'domain {d}'}: {int(torch.isneginf(own_N).sum())} sequences have probability 0 under "
-                f"the domain's own expert {k}, so its cross-entropy is infinite; use other offsets or leave them out"
+                f"{one.name}: {int(torch.isneginf(own_N).sum())} sequences have probability 0 under the domain's own "
+                f"expert {k}, so its cross-entropy is infinite; use other offsets or leave them out"
             )
         values_D[d] = -float(one.probability() @ own_N) * scale_D[d]
     return kind, values_D, own
@@ -248,11 +252,9 @@ def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
         log pi_g(x) = sum_t logsumexp_k [ log gamma_k(x_<t) + log q_k(x_t | x_<t) ]         causal; Z is 1
 
     Args:
-        gate: any.
-        logq_BE: the experts' log-likelihoods of the sequences.
+        gate: Any gate.
+        logq_BE: Log-likelihoods of the sequences under the experts.
         features: Features of the sequences.
-    Raises:
-        NumericsError: the gate answers something that is not normalised over the experts.
     """
     logw = gate.log_weights(features)
     if not gate.causal:
@@ -266,20 +268,20 @@ def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
 
 def log_models(gate: Gate, one: ScoredSequences) -> Tensor:
     """`log_model` of every sequence of a set, in its own float type."""
-    rows = chunks(gate, one)
-    return torch.cat([log_model(gate, one.logq_NE[each], one.features.rows(each)) for each in rows])
+    return torch.cat([log_model(gate, one.logq_NE[rows], one.features.rows(rows)) for rows in _chunks(gate, one)])
 
 
 def log_gates(gate: Gate, one: ScoredSequences) -> Tensor:
     """log g(x, k) of every sequence of a set, NE, of a gate that sees whole sequences."""
-    return torch.cat([gate.log_weights(one.features.rows(rows)) for rows in chunks(gate, one)])
+    return torch.cat([gate.log_weights(one.features.rows(rows)) for rows in _chunks(gate, one)])
 
 
-def chunks(gate: Gate, one: ScoredSequences) -> Iterator[Tensor]:
-    """Rows of a bounded number of sequences at a time (`CHUNK`)."""
-    logp_BTE = one.features.logp_BTE
-    width = one.experts * (logp_BTE.shape[1] if gate.causal and logp_BTE is not None else 1)
-    return iter(torch.arange(len(one)).split(max(1, CHUNK // max(width, 1))))
+def _chunks(gate: Gate, one: ScoredSequences) -> Iterator[Tensor]:
+    """Rows of a bounded number of sequences at a time."""
+    most, width, logp_BTE = CHUNK, one.experts, one.features.logp_BTE
+    if gate.causal and logp_BTE is not None:
+        most, width = TOKEN_CHUNK, width * logp_BTE.shape[1]
+    return iter(torch.arange(len(one)).split(max(1, most // max(width, 1))))
 
 
 def evaluate(gate: Gate, problem: Problem) -> Evaluation:
@@ -300,10 +302,10 @@ def measure(logs: Sequence[Tensor], problem: Problem, *, z: float = 1.0, z_error
     """What any model is worth on all data of a problem, from its log-probabilities of the domains' sequences.
 
     Args:
-        logs: for each domain, log m(x) of its sequences, N, nats.
-        problem: the domains, offsets and mixtures.
-        z: by which m is divided; 1 for a language model.
-        z_error: its standard error.
+        logs: For each domain, log m(x) of its sequences, N, nats.
+        problem: Domains, offsets and mixtures.
+        z: Number by which m is divided; 1 for a language model.
+        z_error: Standard error of z.
     Raises:
         ConfigError: another number of domains or sequences.
         NumericsError: a domain's cross-entropy is not finite.
@@ -315,20 +317,23 @@ def measure(logs: Sequence[Tensor], problem: Problem, *, z: float = 1.0, z_error
         )
     if not math.isfinite(z) or z <= 0.0:
         raise NumericsError(f"Z is {z}; it must be positive and finite")
-    count = len(problem.domains)
-    nats_D, errors_D = np.zeros(count), np.zeros(count)
+    nats_D, errors_D = np.zeros(len(logs)), np.zeros(len(logs))
     for d, (one, logs_N) in enumerate(zip(problem.domains, logs, strict=True)):
         ce_N, weights_N = -logs_N.detach().to(torch.float64), one.probability()
         nats_D[d] = float(weights_N @ ce_N)
         if not math.isfinite(nats_D[d]):
             raise NumericsError(
-                f"{problem.names[d]}: the model's cross-entropy is {nats_D[d]}; it gives "
+                f"{one.name}: the model's cross-entropy is {nats_D[d]}; it gives "
                 f"{int((~torch.isfinite(ce_N)).sum())} sequences no probability"
             )
         if problem.support is None:
             if problem.own_D:
                 ce_N = ce_N + one.logq_NE[:, problem.own_D[d]]
-            errors_D[d] = _domain_error(ce_N, weights_N, one, problem.unit) * problem.scale_D[d]
+            mean = float(weights_N @ ce_N)
+            centred_N = ce_N - mean
+            if problem.unit == "token" and one.tokens_N is not None:
+                centred_N = ce_N - one.tokens_N * (mean / float(weights_N @ one.tokens_N))
+            errors_D[d] = math.sqrt(squared_error(weights_N * centred_N, one)) * problem.scale_D[d]
     ce_D = problem.scale_D * (nats_D + math.log(z))
     values_D = ce_D - problem.offsets_D
     payoff, nu_M = problem.adversary.best(problem.payoffs(values_D))
@@ -363,30 +368,12 @@ def _normaliser(gate: Gate, problem: Problem) -> tuple[float, float]:
     """Z = sum_k E_{x ~ q_k} g(x, k), and its standard error."""
     z, variance = 0.0, 0.0
     for k, one in enumerate(problem.samples):
-        g_N = log_gates(gate, one)[:, k].exp().to(torch.float64)
-        weights_N = one.probability()
+        g_N, weights_N = log_gates(gate, one)[:, k].exp().to(torch.float64), one.probability()
         mean = float(weights_N @ g_N)
         z += mean
         if problem.support is None:
             variance += squared_error(weights_N * (g_N - mean), one)
     return z, math.sqrt(variance)
-
-
-def _domain_error(ce_N: Tensor, weights_N: Tensor, one: ScoredSequences, unit: Unit) -> float:
-    mean = float(weights_N @ ce_N)
-    centred_N = ce_N - mean
-    if unit == "token" and one.tokens_N is not None:
-        centred_N = ce_N - one.tokens_N * (mean / float(weights_N @ one.tokens_N))
-    return math.sqrt(squared_error(weights_N * centred_N, one))
-
-
-def squared_error(terms_N: Tensor, one: ScoredSequences) -> float:
-    """Variance of a weighted mean from its centred terms, summed within clusters first; inf from one cluster alone."""
-    if one.clusters_N is not None:
-        names, place_N = torch.unique(one.clusters_N, return_inverse=True)
-        terms_N = torch.zeros(len(names), dtype=terms_N.dtype).index_add(0, place_N, terms_N)
-    count = len(terms_N)
-    return float((terms_N**2).sum()) * count / (count - 1) if count > 1 else math.inf
 
 
 def dual_value(problem: Problem, nu_M: Floats) -> float:
@@ -399,17 +386,10 @@ def dual_value(problem: Problem, nu_M: Floats) -> float:
 
     The worst case of every gate with Z = 1 is above it. (That of a model pi_g / Z_g with Z_g off 1 need not: it is no
     gate's, and is bounded by the capacity alone.)
-
-    Raises:
-        ConfigError: the problem is not enumerated.
     """
-    if problem.support is None:
-        raise ConfigError("the closed form of the best response needs an enumerated problem, P and Q")
+    assert problem.support is not None
     p_DX, q_EX = problem.support
-    lam_D = problem.adversary.lam(nu_M)
-    p_X = lam_D @ p_DX
+    p_X = problem.adversary.lam(nu_M) @ p_DX
     log_p_X = np.log(p_X, out=np.full_like(p_X, -np.inf), where=p_X > 0)
     pi_X = np.exp(kl_projection(log_p_X, q_EX.min(axis=0), q_EX.max(axis=0)))
-    ce = float(cross_entropies(p_X[None], pi_X)[0])
-    constant = float(nu_M @ problem.shift_M) - float(lam_D @ problem.offsets_D)
-    return (ce + constant) * problem.report
+    return problem.against(-problem.offsets_D, nu_M) + float(cross_entropies(p_X[None], pi_X)[0]) * problem.report

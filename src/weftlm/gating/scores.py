@@ -5,26 +5,23 @@ they are scored, fitting a gate takes minutes on a CPU whatever the experts' siz
 cut into shards that do not depend on where they are computed, so that one process, several (torchrun: every rank
 computes its own shards) and several machines (an executor) write the same bytes, given equal hardware.
 
-    index.json                                  an artifact: identity, settings, and the shards of each set
+    index.json                                  an artifact: identity, settings, the shards of each set, their digests
     domain-000-000000-256.safetensors           256 sequences of the first domain, from its first one on
     sample-000-000000-256.safetensors           the same of the samples drawn from the first expert
 
-Each shard is written whole, with a digest, its name and the fingerprint of its cache. An interrupted run finds those it
-has finished and computes the others.
+Each shard is written whole. An interrupted run finds those it has finished and computes the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,17 +33,16 @@ from weftlm import interrupt
 from weftlm.artifact import Artifact, locked, refuse_other
 from weftlm.config import settings
 from weftlm.corpora.source import Source
-from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.experts.low_rank import Rows
 from weftlm.fan_out import Task, fan_out, keep, new_key
-from weftlm.files import checksum, read_object, room
+from weftlm.files import check_listed, checksum, read_object, room
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool
-from weftlm.gating.features import sequence_features
-from weftlm.gating.files import read_tensors, write_tensors
-from weftlm.gating.sequences import ScoredSequences
-from weftlm.gating.slots import SlotStore
+from weftlm.gating.gate import read_tensors, write_tensors
+from weftlm.gating.modular_cache import SlotStore
+from weftlm.gating.sequences import ScoredSequences, sequence_features
 from weftlm.progress import ProgressBar
 from weftlm.threads import follow_load
 
@@ -56,7 +52,6 @@ INDEX = "index.json"
 _BLOCK = 1 << 20
 _PARTS = ("logp_NTE", "tokens_NT1", "clusters_N")
 _REMEDY = "score again (weftlm score --overwrite; overwrite=True), or choose another folder"
-_log = logging.getLogger(__name__)
 
 Role = Literal["domain", "sample"]
 Shard = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]]
@@ -122,15 +117,12 @@ class ScoreCache:
         identity = index.get("identity", {})
         if identity.get("format") != FORMAT:
             raise DataError(f"{folder / INDEX} is of another format than {FORMAT!r}; {_REMEDY}")
-        fingerprint = checksum(identity)
+        check_listed(folder, index.get("files", {}), _REMEDY)
         sets: dict[Role, dict[str, ScoredSequences]] = {"domain": {}, "sample": {}}
         for entry in index["sets"]:
             shards = []
             for name in entry["shards"]:
-                try:
-                    shard = _read_shard(folder / name, fingerprint)
-                except CheckpointError as error:
-                    raise DataError(f"{error}; {_REMEDY}") from error
+                shard, _ = read_tensors(folder / name, "scores")
                 shard["logq_NE"] = shard["logp_NTE"].sum(dim=1, dtype=torch.float64)
                 if not tokens:
                     del shard["logp_NTE"]
@@ -145,31 +137,24 @@ class ScoreCache:
                 name=entry["name"],
             )
             sets[entry["role"]][entry["name"]] = dataclasses.replace(one, tokens_NT1=joined["tokens_NT1"])
-        return cls(
-            folder,
-            tuple(identity["experts"]),
-            sets["domain"],
-            sets["sample"],
-            ScoreConfig(**index["config"]),
-            fingerprint,
-            dict(identity["experts"]),
-        )
+        experts = identity["experts"]
+        config = ScoreConfig(**index["config"])
+        return cls(folder, tuple(experts), sets["domain"], sets["sample"], config, checksum(identity), dict(experts))
 
     def without_tokens(self) -> ScoreCache:
         """The same cache without the scores of single tokens."""
         domains, samples = (
-            {name: _without_tokens(one) for name, one in sets.items()} for sets in (self.domains, self.samples)
+            {name: one.without_tokens() for name, one in sets.items()} for sets in (self.domains, self.samples)
         )
         return dataclasses.replace(self, domains=domains, samples=samples)
 
-    def split(self, fraction: float = 0.25, *, seed: int = 0, tokens: bool = True) -> ScoreSplit:
+    def split(self, fraction: float = 0.25, *, seed: int = 0) -> ScoreSplit:
         """Two disjoint parts; the same ones for the same cache, fraction and seed.
 
         Args:
             fraction: Part of each set that is held out; windows of one document stay together, unless a domain is one
                 document: then its windows are divided, and taken for independent.
             seed: Random seed of the choice.
-            tokens: Keep the scores of single tokens, which causal gates need.
         Raises:
             ConfigError: the fraction is not between 0 and 1.
             DataError: a set cannot be split.
@@ -177,8 +162,7 @@ class ScoreCache:
 
         def halves(one: ScoredSequences) -> tuple[ScoredSequences, ScoredSequences]:
             single = one.clusters_N is not None and bool((one.clusters_N == one.clusters_N[0]).all())
-            one = dataclasses.replace(one, clusters_N=None) if single else one
-            return (one if tokens else _without_tokens(one)).split(fraction, seed)
+            return (dataclasses.replace(one, clusters_N=None) if single else one).split(fraction, seed)
 
         domains = {name: halves(one) for name, one in self.domains.items()}
         samples = [halves(self.samples[name]) for name in self.experts if self.samples]
@@ -188,10 +172,6 @@ class ScoreCache:
             {name: held for name, (_, held) in domains.items()},
             tuple(held for _, held in samples),
         )
-
-
-def _without_tokens(one: ScoredSequences) -> ScoredSequences:
-    return dataclasses.replace(one, features=dataclasses.replace(one.features, logp_BTE=None))
 
 
 def score(
@@ -232,75 +212,138 @@ def score(
         NumericsError: an expert's scores are not numbers.
         CheckpointError: the folder holds a cache of other inputs, or a shard cannot be written.
     """
-    config, folder = ScoreConfig() if config is None else config, Path(folder)
-    if executor is not None:
-        assert not isinstance(experts, ExpertPool)
-        _score_far(executor, experts, domains, folder, config, eos_id, dtype, overwrite, show)
-        return ScoreCache.open(folder, tokens=tokens)
-    assert isinstance(experts, ExpertPool)
-    facts = PoolFacts.of(experts, config)
-    work = _Work(folder, facts, domains, config, eos_id, ranks=True)
-    with work.held(overwrite) as left:
-        own = sum(len(text) for text in work.own)
-        with ProgressBar("score", own, unit="sequences", enabled=show and bool(left) and work.rank == 0) as counter:
-            counter.advance(own - sum(len(text) for text in left))
-            with interrupt.safe_points():
-                for text in left:
-                    work.write(text, score_shard(experts, text, config.batch_size, facts.bf16, counter.advance))
+    config, folder, rank, world = config or ScoreConfig(), Path(folder), 0, 1
+    far: tuple[Any, ...] = (new_key(), experts, dtype)
+    shared = []
+    if isinstance(experts, ExpertPool):
+        facts = _facts(experts, config)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
+    else:
+        assert executor is not None
+        places = [Path(place) for source in experts for place in (source.library, source.model) if place is not None]
+        shared = [place for place in places if place.is_dir()]
+        found: list[PoolFacts] = []
+        asked = [Task("the experts' fingerprints", (*far, config))]
+        fan_out(executor, asked, _far_facts, lambda _, facts: found.append(facts), shared=shared, show=False)
+        facts = found[0]
+    sets, bf16 = _sets(facts, domains, config, eos_id), facts[-1]
+    shards = {each: each.shards(config.shard_sequences) for each in sets}
+    every = [shard for parts in shards.values() for shard in parts]
+    artifact = Artifact(folder / INDEX, _identity(sets, facts, config, eos_id), _REMEDY)
+
+    def write(shard: Unscored, scored: Shard) -> None:
+        arrays = zip(_PARTS, scored, strict=True)  # read-only where another process made them
+        tensors = {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in arrays}
+        write_tensors(folder / shard.file, "scores", tensors, {})
+
+    with _alone(artifact, rank, overwrite) as finished:
+        left = [shard for shard in every[rank::world] if not (finished or (folder / shard.file).exists())]
+        shown, size = show and bool(left) and rank == 0, sum(map(len, every[rank::world]))
+        already = size - sum(map(len, left))
+        if isinstance(experts, ExpertPool):
+            with ProgressBar("score", size, unit="sequences", enabled=shown) as counter, interrupt.safe_points():
+                counter.advance(already)
+                for shard in left:
+                    write(shard, score_shard(experts, shard, config.batch_size, bf16, counter.advance))
                     interrupt.point()
-    return ScoreCache.open(folder, tokens=tokens and work.rank == 0)
+        elif executor is not None:
+            arguments = config.batch_size, bf16
+            named = [(f"shard of {each.title(0)} and on", each) for each in left]
+            tasks = {Task(title, (*far, each, *arguments), len(each)): each for title, each in named}
+            fan_out(
+                executor, list(tasks), _far_shard, lambda task, scored: write(tasks[task], scored), shared=shared,
+                description="score", unit="sequences", already=already, show=shown,
+            )  # fmt: skip
+        _barrier()
+        if rank == 0 and not finished:
+            entries = [
+                {"role": each.role, "name": each.name, "shards": [shard.file for shard in parts]}
+                for each, parts in shards.items()
+            ]
+            names = [shard.file for shard in every]
+            artifact.finish({"config": config.model_dump(mode="json"), "sets": entries}, names)
+            _remove_others(folder, names)
+        _barrier()
+    return ScoreCache.open(folder, tokens=tokens and rank == 0)
 
 
-def _score_far(
-    executor: Executor,
-    experts: Sequence[ExpertSource],
-    domains: Mapping[str, Source],
-    folder: Path,
-    config: ScoreConfig,
-    eos_id: int | None,
-    dtype: str,
-    overwrite: bool,
-    show: bool,
-) -> None:
-    """`score` over the workers of an executor."""
-    places = [Path(place) for source in experts for place in (source.library, source.model) if place is not None]
-    shared = [place for place in places if place.is_dir()]
-    far = (new_key(), json.dumps([source.model_dump() for source in experts]), dtype)
-    found: list[PoolFacts] = []
-    asked = [Task("the experts' fingerprints", (*far, config))]
-    fan_out(executor, asked, _far_facts, lambda _, facts: found.append(facts), shared=shared, show=False)
-    work = _Work(folder, found[0], domains, config, eos_id)
-    with work.held(overwrite) as left:
-        arguments = config.batch_size, found[0].bf16
-        tasks = {Task(f"shard of {text.title(0)} and on", (*far, text, *arguments), len(text)): text for text in left}
-        fan_out(
-            executor,
-            list(tasks),
-            _far_shard,
-            lambda task, shard: work.write(tasks[task], shard),
-            shared=shared,
-            description="score",
-            unit="sequences",
-            already=sum(len(text) for text in work.own) - sum(len(text) for text in left),
-            show=show and bool(left),
-        )
-
-
-def _far_pool(key: str, sources: str, dtype: str) -> ExpertPool:
+def _far_pool(key: str, sources: Sequence[ExpertSource], dtype: str) -> ExpertPool:
     """The experts on a worker, loaded once for all its shards."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return keep(
-        key,
-        lambda: ExpertPool.load([ExpertSource(**source) for source in json.loads(sources)], dtype=dtype, device=device),
-    )
+    return keep(key, lambda: ExpertPool.load(sources, dtype=dtype, device=device))
 
 
-def _far_facts(key: str, sources: str, dtype: str, config: ScoreConfig) -> PoolFacts:
-    return PoolFacts.of(_far_pool(key, sources, dtype), config)
+def _far_facts(key: str, sources: Sequence[ExpertSource], dtype: str, config: ScoreConfig) -> PoolFacts:
+    return _facts(_far_pool(key, sources, dtype), config)
 
 
-def _far_shard(key: str, sources: str, dtype: str, text: Unscored, batch_size: int, bf16: bool) -> Shard:
+def _far_shard(
+    key: str, sources: Sequence[ExpertSource], dtype: str, text: Unscored, batch_size: int, bf16: bool
+) -> Shard:
     return score_shard(_far_pool(key, sources, dtype), text, batch_size, bf16)
+
+
+# -- the folder ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(artifact: Artifact, rank: int, overwrite: bool) -> Iterator[bool]:
+    """Keep other runs out of a cache's folder; gives whether the cache is finished, and begins it if it is not.
+
+    Raises:
+        DataError: another process is at work there.
+        CheckpointError: it holds a cache of other inputs.
+    """
+    folder = artifact.record.parent
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def refusal(holder: str) -> DataError:
+        return DataError(f"{holder} is scoring into {folder}; wait for it to end, or choose another folder")
+
+    with nullcontext() if rank else locked(folder / ".lock", refusal), room(folder):
+        if rank == 0 and overwrite:
+            for record in (artifact.record, artifact.begun):
+                record.unlink(missing_ok=True)
+        _barrier()
+        refuse_other(artifact, "scores", _REMEDY)
+        finished = artifact.record.exists()
+        if rank == 0 and not finished:
+            if not artifact.resume():
+                _remove_others(folder, ())
+                artifact.begin()
+            interrupt.done_with("--overwrite")
+        _barrier()
+        yield finished
+
+
+def _remove_others(folder: Path, names: Sequence[str]) -> None:
+    """Remove all shards but these."""
+    for pattern in ("domain-*", "sample-*"):
+        for path in folder.glob(pattern):
+            if path.name not in names:
+                path.unlink()
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _barrier() -> None:
+    """Wait for the other ranks, if there are any."""
+    if _grouped():
+        dist.barrier()
+
+
+def _identity(sets: Sequence[Unscored], facts: PoolFacts, config: ScoreConfig, eos_id: int | None) -> dict[str, Any]:
+    """What decides the scores."""
+    chosen = settings(config, only=("length", "sequences", "samples", "seed"))
+    chosen |= {"precision": "bf16" if facts[-1] else "fp32", "eos_id": eos_id}
+    tokens = {
+        f"{each.role} {each.name}": hashlib.blake2b(each.tokens_NT1.tobytes(), digest_size=16).hexdigest()
+        for each in sets
+    }
+    order = [list(facts[0]), list(tokens)]
+    return {"format": FORMAT, "settings": chosen, "experts": facts[0], "tokens": tokens, "order": order}
 
 
 # -- one shard ----------------------------------------------------------------------------------------------------
@@ -450,27 +493,14 @@ def _inverse(probs_BV: Tensor, u_B: Tensor) -> Tensor:
 # -- what there is to do ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PoolFacts:
-    """What must be known of a pool, which may be on another machine, before scoring.
+PoolFacts = tuple[dict[str, str], int, int | None, bool]
+"""Fingerprint of each expert, size of the vocabulary, positions all take, and whether they run under bfloat16."""
 
-    Attributes:
-        fingerprints: Fingerprint of each expert, in order.
-        vocab_size: Size of the vocabulary.
-        longest: Positions every expert takes, None where none states it.
-        bf16: Whether the experts run under autocast.
-    """
 
-    fingerprints: dict[str, str]
-    vocab_size: int
-    longest: int | None
-    bf16: bool
-
-    @classmethod
-    def of(cls, pool: ExpertPool, config: ScoreConfig) -> PoolFacts:
-        """Those of a pool in memory."""
-        fast = pool.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return cls(pool.fingerprints(), pool.vocab_size, pool.longest, config.bf16(fast=fast))
+def _facts(pool: ExpertPool, config: ScoreConfig) -> PoolFacts:
+    """What must be known of a pool, which may be on another machine, before scoring."""
+    fast = pool.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return pool.fingerprints(), pool.vocab_size, pool.longest, config.bf16(fast=fast)
 
 
 def _sets(facts: PoolFacts, domains: Mapping[str, Source], config: ScoreConfig, eos_id: int | None) -> list[Unscored]:
@@ -480,8 +510,9 @@ def _sets(facts: PoolFacts, domains: Mapping[str, Source], config: ScoreConfig, 
         ConfigError: no context token, sequences longer than the experts take, or nothing to score.
         DataError: a domain with too little text, or of other tokens.
     """
-    if facts.longest is not None and config.length > facts.longest:
-        raise ConfigError(f"length is {config.length}; the experts take {facts.longest} positions at most")
+    fingerprints, vocab_size, longest, _ = facts
+    if longest is not None and config.length > longest:
+        raise ConfigError(f"length is {config.length}; the experts take {longest} positions at most")
     if not domains and not config.samples:
         raise ConfigError("nothing to score: give a domain, or samples above 0")
     texts = [
@@ -490,13 +521,13 @@ def _sets(facts: PoolFacts, domains: Mapping[str, Source], config: ScoreConfig, 
     ]
     for text in texts:
         highest = int(text.tokens_NT1.max())
-        if highest >= facts.vocab_size:
+        if highest >= vocab_size:
             raise DataError(
-                f"domain {text.name!r} holds token {highest}; the experts' vocabulary is {facts.vocab_size}: prepare "
+                f"domain {text.name!r} holds token {highest}; the experts' vocabulary is {vocab_size}: prepare "
                 "the text with their tokenizer"
             )
     samples = []
-    for place, name in enumerate(facts.fingerprints if config.samples else ()):
+    for place, name in enumerate(fingerprints if config.samples else ()):
         tokens_NT1, alone_N = _contexts(place, texts, config, eos_id), np.arange(config.samples, dtype=np.int64)
         samples.append(Unscored("sample", name, place, tokens_NT1, alone_N, config.seed))
     return texts + samples
@@ -538,131 +569,3 @@ def _contexts(place: int, texts: Sequence[Unscored], config: ScoreConfig, eos_id
         of = from_N == number
         tokens_NT1[of, 0] = text.tokens_NT1[(u_N[of] * len(text)).astype(np.int64), 0]
     return tokens_NT1
-
-
-def _read_shard(path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """The tensors of a shard (`_PARTS`).
-
-    Raises:
-        CheckpointError: it is missing, torn or altered, or belongs to another cache or place.
-    """
-    tensors, facts = read_tensors(path, "scores")
-    if (facts.get("cache"), facts.get("shard")) != (fingerprint, path.name):
-        raise CheckpointError(f"{path} holds scores of another cache or of other sequences")
-    return tensors
-
-
-# -- the folder ---------------------------------------------------------------------------------------------------
-
-
-class _Work:
-    """A cache in the making.
-
-    Args:
-        folder: Folder of the cache.
-        facts: Facts of the experts.
-        domains, config, eos_id: As in `score`.
-        ranks: Share the shards with the other ranks, where there is a process group.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        facts: PoolFacts,
-        domains: Mapping[str, Source],
-        config: ScoreConfig,
-        eos_id: int | None,
-        *,
-        ranks: bool = False,
-    ) -> None:
-        self._together = ranks and dist.is_available() and dist.is_initialized()
-        self.rank, world = (dist.get_rank(), dist.get_world_size()) if self._together else (0, 1)
-        self.folder, self._config = folder, config
-        sets = _sets(facts, domains, config, eos_id)
-        self._shards = {(each.role, each.name): each.shards(config.shard_sequences) for each in sets}
-        self.own = [shard for shards in self._shards.values() for shard in shards][self.rank :: world]
-        chosen = settings(config, only=("length", "sequences", "samples", "seed"))
-        chosen |= {"precision": "bf16" if facts.bf16 else "fp32", "eos_id": eos_id}
-        sets_by_title = {f"{each.role} {each.name}": each.tokens_NT1.tobytes() for each in sets}
-        identity = {
-            "format": FORMAT,
-            "settings": chosen,
-            "experts": facts.fingerprints,
-            "tokens": {
-                title: hashlib.blake2b(tokens, digest_size=16).hexdigest() for title, tokens in sets_by_title.items()
-            },
-            "order": [list(facts.fingerprints), list(sets_by_title)],
-        }
-        self._artifact = Artifact(folder / INDEX, identity, _REMEDY)
-        self._fingerprint = checksum(identity)
-
-    @contextmanager
-    def held(self, overwrite: bool) -> Iterator[list[Unscored]]:
-        """Keep other runs out of the folder; gives the shards left to compute here, and finishes the cache.
-
-        Raises:
-            DataError: another process is at work there.
-            CheckpointError: it holds a cache of other inputs.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-        def refusal(holder: str) -> DataError:
-            return DataError(f"{holder} is scoring into {self.folder}; wait for it to end, or choose another folder")
-
-        with nullcontext() if self.rank else locked(self.folder / ".lock", refusal), room(self.folder):
-            if self.rank == 0 and overwrite:
-                for record in (self._artifact.record, self._artifact.begun):
-                    record.unlink(missing_ok=True)
-            self._barrier()
-            refuse_other(self._artifact, "scores", _REMEDY)
-            finished = self._artifact.record.exists()
-            if self.rank == 0 and not finished:
-                if not self._artifact.resume():
-                    self._keep(())
-                    self._artifact.begin()
-                interrupt.done_with("--overwrite")
-            self._barrier()
-            yield [] if finished else [shard for shard in self.own if not self._has(shard)]
-            self._barrier()
-            if self.rank == 0 and not finished:
-                self._finish()
-            self._barrier()
-
-    def write(self, shard: Unscored, scored: Shard) -> None:
-        """Write a shard, whole or not at all."""
-        arrays = zip(_PARTS, scored, strict=True)  # read-only where another process made them
-        tensors = {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in arrays}
-        facts = {"cache": self._fingerprint, "shard": shard.file}
-        write_tensors(self.folder / shard.file, "scores", tensors, facts)
-
-    def _has(self, shard: Unscored) -> bool:
-        """Whether a shard is there and whole."""
-        if not (self.folder / shard.file).exists():
-            return False
-        try:
-            _read_shard(self.folder / shard.file, self._fingerprint)
-        except CheckpointError as error:
-            _log.warning("%s; it is scored again", error)
-            return False
-        return True
-
-    def _finish(self) -> None:
-        """Write the index; remove shards of another size that an earlier run left."""
-        sets = [
-            {"role": role, "name": name, "shards": [shard.file for shard in shards]}
-            for (role, name), shards in self._shards.items()
-        ]
-        self._artifact.finish({"config": self._config.model_dump(mode="json"), "sets": sets})
-        self._keep([name for entry in sets for name in entry["shards"]])
-
-    def _keep(self, names: Sequence[str]) -> None:
-        """Remove all shards but these."""
-        for pattern in ("domain-*", "sample-*"):
-            for path in self.folder.glob(pattern):
-                if path.name not in names:
-                    path.unlink()
-
-    def _barrier(self) -> None:
-        """Wait for the other ranks."""
-        if self._together:
-            dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,48 @@ import torch
 from torch import Tensor
 
 from weftlm.errors import ConfigError, DataError, NumericsError
-from weftlm.gating.arrays import TOLERANCE, log_distributions, to_log_likelihoods, to_tensor
-from weftlm.gating.features import sequence_features
-from weftlm.gating.gate import Features
+from weftlm.gating.arrays import TOLERANCE, log_support, refuse_impossible, to_log_likelihoods, to_tensor
+from weftlm.gating.gate import FLOOR, Features
+
+
+def sequence_features(logq_NE: Any, tokens_N: Any, *, logp_NTE: Any = None, mask_NT: Any = None) -> Features:
+    """What sequence-level gates see.
+
+        m_k = log q_k(x) / T            mean log-likelihood per token, nats
+        f   = [ m_1 .. m_E, m_1 - max_j m_j .. m_E - max_j m_j ]
+
+    The number of tokens T enters by that division alone: a text said twice over has the features of the text said once,
+    so no gate on them can tell domains apart by length or padding. Features that grow with T would also explode where
+    lengths differ. Sums over tokens remain what likelihoods are.
+
+    Args:
+        logq_NE: Log-likelihood of each sequence under each expert, nats, summed over its T scored tokens.
+        tokens_N: T, scored tokens of each sequence, 1 or more.
+        logp_NTE: Scores of single tokens, carried along for causal gates.
+        mask_NT: True for real tokens of `logp_NTE`.
+    Returns:
+        Features with names mean.0 .. , below_best.0 .. ; scores more than 50 nats per token below the best expert's are
+        clipped there.
+    Raises:
+        ConfigError: shapes do not fit, or a sequence has no token.
+        DataError: a sequence is impossible under every expert.
+        NumericsError: NaN or +inf.
+    """
+    logq = to_log_likelihoods(logq_NE, "logq_NE", "NE")
+    tokens = to_tensor(tokens_N, "tokens_N", "N")
+    if len(tokens) != len(logq) or bool((tokens < 1).any()) or bool(torch.isinf(tokens).any()):
+        raise ConfigError(
+            f"tokens_N has {len(tokens)} entries from {float(tokens.min()) if len(tokens) else 0:g} up for {len(logq)} "
+            "sequences; it needs one per sequence, 1 or more"
+        )
+    refuse_impossible(logq, "features")
+    mean = logq / tokens[:, None].to(logq.dtype)
+    best = mean.amax(dim=1, keepdim=True)
+    below = (mean - best).clamp_min(-FLOOR)
+    names = tuple(f"{kind}.{k}" for kind in ("mean", "below_best") for k in range(logq.shape[1]))
+    logp = None if logp_NTE is None else to_log_likelihoods(logp_NTE, "logp_NTE", "NTE")
+    mask = None if mask_NT is None else torch.as_tensor(mask_NT).to(torch.bool)
+    return Features(len(logq), torch.cat([best + below, below], dim=1), names, logp_BTE=logp, mask_BT=mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +62,13 @@ class ScoredSequences:
     """Sequences of one domain, or samples drawn from one expert. Make one with `ScoredSequences.of`.
 
     Attributes:
-        logq_NE: log-likelihood of each sequence under each expert, nats, summed over its scored tokens; -inf is legal.
-        features: what gates see of them.
-        tokens_N: scored tokens of each; None where there is no such thing.
-        weights_N: probability of each in an enumerated support, float64, sums to 1; None: 1 / N each.
-        clusters_N: which of them belong together (windows of one document), int64: they are not independent, and
+        logq_NE: Log-likelihood of each sequence under each expert, nats, summed over its scored tokens; -inf is legal.
+        features: Features that gates see.
+        tokens_N: Scored tokens of each; None where there is no such thing.
+        weights_N: Probability of each in an enumerated support, float64, sums to 1; None: 1 / N each.
+        clusters_N: Group of each (windows of one document), int64: sequences of a group are not independent, and
             confidence intervals take that into account. None: all are independent.
-        tokens_NT1: token ids of each, the context token first; None where there are none.
+        tokens_NT1: Token ids of each, the context token first; None where there are none.
         name: Name of the domain or the expert, for messages and tables.
     """
 
@@ -54,9 +94,9 @@ class ScoredSequences:
         """Check and convert arrays.
 
         Args:
-            logq_NE: see the class; numpy or torch, float32 or float64, any number of sequences above 0.
-            features: absent: `sequence_features` where `tokens_N` is given, none otherwise.
-            tokens_N, weights_N, clusters_N, name: see the class.
+            logq_NE: As in the class; numpy or torch, float32 or float64, any number of sequences above 0.
+            features: Features; None: `sequence_features` where `tokens_N` is given, none otherwise.
+            tokens_N, weights_N, clusters_N, name: As in the class.
         Raises:
             ConfigError: shapes do not fit.
             DataError: there is no sequence.
@@ -102,16 +142,15 @@ class ScoredSequences:
 
     def rows(self, index_B: Tensor) -> ScoredSequences:
         """Some of the sequences; weights are made to sum to 1 again."""
-        weights = None if self.weights_N is None else self.weights_N[index_B] / self.weights_N[index_B].sum()
-        return dataclasses.replace(
-            self,
-            logq_NE=self.logq_NE[index_B],
-            features=self.features.rows(index_B),
-            tokens_N=None if self.tokens_N is None else self.tokens_N[index_B],
-            weights_N=weights,
-            clusters_N=None if self.clusters_N is None else self.clusters_N[index_B],
-            tokens_NT1=None if self.tokens_NT1 is None else self.tokens_NT1[index_B],
-        )
+        held = {name: getattr(self, name) for name in ("logq_NE", "tokens_N", "weights_N", "clusters_N", "tokens_NT1")}
+        found = {name: tensor[index_B] for name, tensor in held.items() if tensor is not None}
+        if self.weights_N is not None:
+            found["weights_N"] = found["weights_N"] / found["weights_N"].sum()
+        return dataclasses.replace(self, features=self.features.rows(index_B), **found)
+
+    def without_tokens(self) -> ScoredSequences:
+        """The same sequences without the scores of single tokens."""
+        return dataclasses.replace(self, features=dataclasses.replace(self.features, logp_BTE=None, mask_BT=None))
 
     def split_rows(self, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
         """Places of two disjoint parts, ascending; the second has about `fraction` of the sequences (whole clusters).
@@ -130,15 +169,22 @@ class ScoredSequences:
         held = min(max(round(fraction * len(names)), 1), len(names) - 1)
         if held < 1:
             raise DataError(f"{self.name or 'the sequences'}: {len(names)} independent sequence cannot be split in two")
-        chosen = torch.zeros(len(names), dtype=torch.bool)
-        chosen[order[:held]] = True
-        out_N = chosen[place_N]
+        out_N = torch.isin(place_N, order[:held])
         return (~out_N).nonzero()[:, 0], out_N.nonzero()[:, 0]
 
     def split(self, fraction: float, seed: int) -> tuple[ScoredSequences, ScoredSequences]:
         """Two disjoint parts, for held-out figures; see `split_rows`."""
         kept, held = self.split_rows(fraction, seed)
         return self.rows(kept), self.rows(held)
+
+
+def squared_error(terms_N: Tensor, one: ScoredSequences) -> float:
+    """Variance of a weighted mean from its centred terms, summed within clusters first; inf from one cluster alone."""
+    if one.clusters_N is not None:
+        names, place_N = torch.unique(one.clusters_N, return_inverse=True)
+        terms_N = torch.zeros(len(names), dtype=terms_N.dtype).index_add(0, place_N, terms_N)
+    count = len(terms_N)
+    return float((terms_N**2).sum()) * count / (count - 1) if count > 1 else math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,19 +239,15 @@ def enumerated(P: Any, Q: Any) -> tuple[tuple[ScoredSequences, ...], tuple[Score
     """The domains and the experts' samples of a problem whose support can be listed: every point, with its probability.
 
     Args:
-        P: the domains, D x X, probabilities or their logs.
-        Q: the experts, E x X, likewise.
+        P: The domains, D x X, probabilities or their logs.
+        Q: The experts, E x X, likewise.
     Returns:
         (domains, samples); points of probability 0 are left out of each.
     Raises:
         ConfigError: P and Q are over different supports.
         NumericsError: a row does not sum to 1.
     """
-    logp_DX, logq_EX = log_distributions(P, "P", "DX"), log_distributions(Q, "Q", "EX")
-    if logp_DX.shape[1] != logq_EX.shape[1]:
-        raise ConfigError(
-            f"P has {logp_DX.shape[1]} points and Q {logq_EX.shape[1]}; domains and experts need one support"
-        )
+    logp_DX, logq_EX = log_support(P, Q)
 
     def weighted(logs_X: Tensor, name: str) -> ScoredSequences:
         points = (~torch.isneginf(logs_X)).nonzero()[:, 0]

@@ -11,16 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.optim.adam import adam
 
 from weftlm import interrupt
 from weftlm.config import Section
 from weftlm.errors import CheckpointError, WeftError, reason
-from weftlm.gating.files import read_tensors, write_tensors
-from weftlm.gating.gate import Gate, restored_gate
+from weftlm.gating.gate import Gate, gate_facts, read_tensors, restored_gate, write_tensors
 from weftlm.threads import follow_load
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,26 +53,18 @@ class GateState:
         """Whether the work ends here, before its last step."""
 
     def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file.
+        """Write the state as one safetensors file: tensors by field (`mean.logits_E`), all else as facts.
 
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        tensors: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {}
-        for name in (field.name for field in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, Gate):
-                facts[name] = {"config": value.config.model_dump(mode="json"), "experts": value.experts}
-                value = value.tensors
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {f"gate.{name}": tensor for name, tensor in self.gate.tensors.items()}
+        for field, value in list(facts.items()):
             if isinstance(value, Mapping):
-                tensors |= {f"{name}.{key}": tensor for key, tensor in value.items()}
-            elif isinstance(value, np.ndarray):
-                tensors[name] = torch.from_numpy(value)
-            elif isinstance(value, Section):
-                facts[name] = value.model_dump(mode="json")
-            else:
-                facts[name] = [dataclasses.asdict(line) for line in value] if name == "history" else value
+                tensors |= {f"{field}.{name}": tensor for name, tensor in facts.pop(field).items()}
+        facts["gate"], facts["config"] = gate_facts(self.gate), self.config.model_dump(mode="json")
+        facts["history"] = [dataclasses.asdict(line) for line in self.history]
         write_tensors(Path(path), self.kind, tensors, facts)
 
     @classmethod
@@ -85,29 +76,19 @@ class GateState:
         """
         tensors, facts = read_tensors(Path(path), cls.kind)
 
-        def value(name: str) -> Any:
-            group = {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
-            if name == "config":
-                return cls.Config.model_validate(facts[name])
-            if name == "gate":
-                return restored_gate(facts[name], group)
-            if name == "history":
-                return tuple(cls.Line(**{key: _plain(each) for key, each in line.items()}) for line in facts[name])
-            if name in tensors:
-                return tensors[name].numpy()
-            return facts.get(name, group)
+        def group(field: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{field}."): each for key, each in tensors.items() if key.startswith(f"{field}.")}
 
         try:
-            return cls(**{field.name: value(field.name) for field in dataclasses.fields(cls)})
+            facts["config"] = cls.Config.model_validate(facts["config"])
+            facts["gate"] = restored_gate(facts["gate"], group("gate"))
+            line: TypeAdapter[Any] = TypeAdapter(cls.Line)
+            facts["history"] = tuple(line.validate_python(each) for each in facts["history"])
+            return cls(**{field.name: facts.get(field.name, group(field.name)) for field in dataclasses.fields(cls)})
         except (KeyError, TypeError, ValueError, WeftError) as error:
             raise CheckpointError(
                 f"{path} holds no {cls.kind} this version can continue: {reason(error)}; start again"
             ) from error
-
-
-def _plain(value: Any) -> Any:
-    """A value as it was before it went through JSON."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 State = TypeVar("State", bound=GateState)
@@ -124,11 +105,11 @@ def run_steps(
     """Take steps up to `end` or until the state is finished, and report every so many and at the last of all.
 
     Args:
-        state: Where to go on from.
+        state: State from which to continue.
         end: Steps in all.
         every: Steps between two reports.
-        step: Takes one step.
-        report: Adds a measurement to the history.
+        step: Function that takes one step.
+        report: Function that adds a measurement to the history.
         on_stop: Called with the state where the process is asked to stop, which it then does.
     """
     with interrupt.safe_points() if on_stop is not None else nullcontext():
@@ -149,7 +130,7 @@ def adam_step(
 
     Args:
         gate: Gate whose learned tensors move.
-        gradients: Their gradients.
+        gradients: Gradients of the learned tensors.
         moments: As in `GateState`.
         step: Number of steps so far.
         lr: Learning rate.

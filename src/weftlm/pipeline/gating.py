@@ -237,7 +237,6 @@ def fit_gate(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
             scores.split.samples or None,
             gate=config.gate,
             config=config.fit,
-            held_out_samples=scores.split.held_samples or None,
             state=state,
             on_progress=fit_reporter(scores.names, config.fit, state, folder / STATE, enabled=progress),
             on_stop=lambda now: now.save(folder / STATE),
@@ -389,7 +388,7 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
     Returns:
         scores (fingerprint), experts, gate (section), unit, length (of the windows), steps (taken), stopped_early
         (`FitState.finished`), worst, worst_domain, gap (None where it was not asked for),
-        gap_kind, z, z_ci (None for an end that is infinite), z_source, mu, nu; by domain: sequences, value, lam;
+        gap_kind, z, mu, nu; by domain: sequences, value, lam;
         history, a list of `Progress`.
     """
     names = scores.names
@@ -406,8 +405,6 @@ def fit_facts(result: FitResult, scores: OpenScores) -> dict[str, Any]:
         "gap": finite_or_none(float(result.gap)),
         "gap_kind": result.gap_kind,
         "z": float(result.z),
-        "z_ci": [finite_or_none(float(end)) for end in result.z_ci],
-        "z_source": result.z_source,
         "mu": float(result.mu),
         "nu": result.nu.tolist(),
         "domains": {

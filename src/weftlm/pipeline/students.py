@@ -21,7 +21,7 @@ from weftlm.artifact import Artifact
 from weftlm.config import settings
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.distillation.dense import DenseProgress, WeightedText, distil_dense
-from weftlm.distillation.sparse import distil_sparse, log_served
+from weftlm.distillation.sparse import log_served
 from weftlm.distillation.structural import (
     DistilProgress,
     DistilState,
@@ -34,8 +34,9 @@ from weftlm.errors import ConfigError, DataError
 from weftlm.evaluation.result import finite_or_none
 from weftlm.files import check_sealed, remove, whole_folder
 from weftlm.gating.experts import ExpertPool
-from weftlm.gating.gate import CausalGate, Gate, SparseGate, init_gate, load_gate, save_gate
+from weftlm.gating.gate import CausalGate, Gate, init_gate, load_gate, save_gate
 from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.primal_dual import FitState, fit_robust_gate
 from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, measure
 from weftlm.gating.sequences import ScoredSequences
@@ -66,7 +67,7 @@ from weftlm.training.runtime import choose_runtime
 log = logging.getLogger(__name__)
 
 BASELINES: Mapping[str, Mapping[str, Any]] = {
-    "uniform": {"gate": "causal_uniform"},
+    "uniform": {"gate": "fixed_share", "share": 1.0},
     "bayes": {"gate": "bayes"},
     "fixed share": {"gate": "fixed_share"},
 }
@@ -296,7 +297,7 @@ def _distilled(teacher: Gate, scores: OpenScores, config: GatingConfig, work: _W
         found = distil_structural(
             teacher,
             split.samples,
-            student=teacher if isinstance(teacher, SparseGate) else section.gate,
+            student=teacher if isinstance(teacher, PrefixGate) else section.gate,
             config=section.distil,
             state=state,
             on_progress=report,
@@ -311,7 +312,7 @@ def _sparse(
     teacher: Gate, student: CausalGate, kind: str, scores: OpenScores, config: GatingConfig, work: _Work
 ) -> dict[str, CausalGate]:
     """A student for each number of experts per token; cut down and not trained further where there are no samples."""
-    assert isinstance(student, SparseGate)
+    assert isinstance(student, PrefixGate)
     section, found = config.students, {}
     for top in sorted(set(section.experts_per_token)):
         if top >= student.experts:
@@ -322,11 +323,10 @@ def _sparse(
             if not scores.split.samples:
                 return student.with_top(top)
             state, report = work.distilling(name, section.distil.steps)
-            made = distil_sparse(
+            made = distil_structural(
                 teacher,
-                student,
                 scores.split.samples,
-                top,
+                student=student.with_top(top),
                 config=section.distil,
                 state=state,
                 on_progress=report,
@@ -488,7 +488,7 @@ def _rows(
         rows[name] = {**table_row(evaluate(gate, problem), problem), "role": role}
         if isinstance(gate, CausalGate) and held:
             rows[name] |= _kl_of(student_kl(teacher, gate, held))
-        if isinstance(gate, SparseGate) and gate.top is not None:
+        if isinstance(gate, CausalGate) and gate.top is not None:
             every = config.students.refresh_every
             logs = [_served(gate, one, every) for one in problem.domains]
             rows[f"{name}{ALL_RUN}"] = {**rows[name], "all_experts": True}

@@ -34,7 +34,6 @@ _MEASURES = {
 _FIGURES = {
     "worst": ("Worst case", "largest value over the allowed mixtures"),
     "capacity": ("Capacity", "no single model's worst KL is below it"),
-    "at_lam": ("At the fit's mixture", "the gate's value there"),
     "lower": ("Lower end", "the least a gate can have at that mixture"),
     "gap": ("Gap", "worst case minus lower end: what is left to gain"),
     "z": ("Z", "mass of the gated model, by which it is divided; no unit"),
@@ -210,7 +209,7 @@ def certificate_table(known: Certificate) -> list[Block]:
     for key, (name, meaning) in _FIGURES.items():
         one = getattr(known, key)
         if one is None:
-            rows += [] if key == "at_lam" else [[Cell(name, [meaning]), *[Cell()] * 4]]
+            rows.append([Cell(name, [meaning]), *[Cell()] * 4])
             continue
         value = Cell("infinite" if one.value is None else pieces(Score(number(one.value)), DIGITS))
         label, how = Cell(one.label, style=f"label {one.label}"), Cell(one.how[:1].upper() + one.how[1:])

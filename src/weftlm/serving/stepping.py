@@ -164,7 +164,6 @@ class RaggedGated(Ragged):
         for row, (cache, state) in enumerate(zip(caches, advanced, strict=True)):
             # What the model itself keeps after a token that all experts have read.
             logq_EV = torch.stack([logq_RV[row] for logq_RV in logq_ERV])
-            cache.done_EB[:] = cache.length
             cache.logq_EBV = logq_EV[:, None]
             cache.settle(state)
             logw_E = gate.current(state)[0].float()

@@ -22,9 +22,8 @@ ROW = {"worst": 1.0, "worst_domain": "d", "mean": 1.0, "domains": {"d": {"value"
 STUDENTS = {"unit": "token", "offsets": "none", "length": LENGTH, "rows": {"student": ROW}}
 FITTED = {
     "unit": "token", "steps": 9, "stopped_early": False, "length": LENGTH, "gate": {"gate": "linear"},
-    "z_source": "causal",
     "domains": {"d": {"sequences": 1, "value": 1.0, "lam": 1.0}},
-    "worst": 1.0, "worst_domain": "d", "gap": 0.1, "gap_kind": "estimate", "z": 1.0, "z_ci": [1.0, 1.0],
+    "worst": 1.0, "worst_domain": "d", "gap": 0.1, "gap_kind": "estimate", "z": 1.0,
 }  # fmt: skip
 EXPERT = {"name": "a", "origin": "d", "gate": None, "statistics": None, "losses": {"sequence_length": LENGTH}}
 SUMMARY = {

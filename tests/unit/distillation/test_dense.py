@@ -11,7 +11,7 @@ from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.dense import WeightedText, distil_dense
 from weftlm.distillation.structural import model_kl, weigh
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
-from weftlm.gating.constant import ConstantGate
+from weftlm.gating.linear import ConstantGate
 from weftlm.models.config import ModelConfig
 from weftlm.training.config import TrainingConfig
 

@@ -7,13 +7,12 @@ from support.gated import tokens, whole_pool
 from support.gating import kl
 
 from weftlm.distillation.config import DistilConfig
-from weftlm.distillation.sparse import distil_sparse, log_served, log_sparse
-from weftlm.distillation.structural import log_student
+from weftlm.distillation.sparse import log_served, log_sparse
+from weftlm.distillation.structural import distil_structural, log_student
 from weftlm.errors import ConfigError
 from weftlm.gating import Features
-from weftlm.gating.bayes import BayesGate
 from weftlm.gating.config import PrefixGateConfig
-from weftlm.gating.constant import ConstantGate
+from weftlm.gating.linear import ConstantGate
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.prefix_gate import PrefixGate
 
@@ -49,7 +48,7 @@ def test_masked_tokens_do_not_count(language):
 def test_training_with_the_restriction_lowers_its_cost(language, top):
     gate, start = ConstantGate.of(PRIOR), PrefixGate.of(PRIOR)
     config = DistilConfig(steps=150, batch_sequences=None, evaluate_every_steps=25)
-    found = distil_sparse(gate, start, language.enumerated(), top, config=config)
+    found = distil_structural(gate, language.enumerated(), student=start.with_top(top), config=config)
     assert found.kl < 0.9 * found.history[0].kl
     assert found.gate.config.top == top
     student = language.causal_model(found.gate)
@@ -86,11 +85,3 @@ def test_what_is_said_of_serving_is_what_is_served(top: int, every: int | None) 
         total += out.logits[:, -1].double().gather(1, ids[:, t + 1 : t + 2])[:, 0]
     features = Features(logp_BTE=pool.token_log_probs(ids))
     torch.testing.assert_close(log_served(gate, features, refresh_every=every), total, rtol=1e-5, atol=1e-4)
-
-
-def test_refusals(language):
-    gate, samples = ConstantGate.of(PRIOR), language.enumerated()
-    with pytest.raises(ConfigError, match="'prefix' gate"):
-        distil_sparse(gate, BayesGate.of(PRIOR), samples, 1)
-    with pytest.raises(ConfigError, match="from 1 to 3"):
-        distil_sparse(gate, PrefixGate.of(PRIOR), samples, 4)

@@ -20,16 +20,18 @@ def scores(*rows):
 
 
 def test_weights_by_hand():
-    found = BayesGate.of([0.5, 0.5]).log_weights(scores([math.log(0.2), math.log(0.6)], [0.0, 0.0])).exp()
-    assert found[0].tolist() == [pytest.approx([0.5, 0.5]), pytest.approx([0.25, 0.75])]
-    shared = FixedShareGate.of([0.5, 0.5], 0.1).log_weights(scores([math.log(0.2), math.log(0.6)], [0.0, 0.0])).exp()
-    assert shared[0, 1].tolist() == pytest.approx([0.9 * 0.25 + 0.05, 0.9 * 0.75 + 0.05])
+    text = scores([math.log(0.2), math.log(0.6)], [0.0, 0.0])
+    found = BayesGate.of([0.5, 0.5]).log_weights(text).exp()[0].tolist()
+    assert found == [pytest.approx([0.5, 0.5]), pytest.approx([0.25, 0.75])]
+    shared = FixedShareGate.of([0.5, 0.5], 0.1).log_weights(text).exp()[0, 1].tolist()
+    assert shared == pytest.approx([0.9 * 0.25 + 0.05, 0.9 * 0.75 + 0.05])
+    even = FixedShareGate.of([0.5, 0.5], 1.0).log_weights(scores([-INF, -1.0], [-INF, -INF], [0.0, -9.0])).exp()
+    torch.testing.assert_close(even, torch.full_like(even, 0.5))
 
 
 def test_bayes_never_recovers_an_expert_it_saw_fail_and_fixed_share_does():
     text = scores([-INF, -1.0], [-1.0, -9.0], [-1.0, -9.0], [0.0, 0.0])
-    bayes = BayesGate.of([0.5, 0.5]).log_weights(text).exp()[0]
-    assert bayes[1:, 0].tolist() == [0.0, 0.0, 0.0]
+    assert BayesGate.of([0.5, 0.5]).log_weights(text).exp()[0, 1:, 0].tolist() == [0.0, 0.0, 0.0]
     shared = FixedShareGate.of([0.5, 0.5], 0.01).log_weights(text).exp()[0]
     assert shared[1, 0] == pytest.approx(0.005)
     assert shared[3, 0] > 0.9
@@ -38,9 +40,7 @@ def test_bayes_never_recovers_an_expert_it_saw_fail_and_fixed_share_does():
 @each_gate
 def test_after_an_impossible_prefix_the_first_weights_return_and_the_text_keeps_probability_0(gate):
     text = scores([-1.0, -2.0], [-INF, -INF], [-1.0, -2.0], [-1.0, -2.0])
-    weights = gate.log_weights(text).exp()[0]
-    assert weights[2].tolist() == pytest.approx([0.3, 0.7])
-    assert weights[3].tolist() == pytest.approx([0.3, 0.7])
+    assert gate.log_weights(text).exp()[0, 2:].tolist() == [pytest.approx([0.3, 0.7])] * 2
     assert float(log_model(gate, text.logp_BTE.sum(dim=1), text)) == -INF
 
 
@@ -51,8 +51,7 @@ def test_padding_changes_nothing(gate):
         logp_BTE=torch.tensor([[[-1.0, -3.0], [9.0, -9.0], [-4.0, -2.0], [-INF, -INF]]], dtype=torch.float64),
         mask_BT=torch.tensor([[True, False, True, False]]),
     )
-    dense, sparse = gate.log_weights(short), gate.log_weights(padded)
-    torch.testing.assert_close(sparse[:, [0, 2]], dense)
+    torch.testing.assert_close(gate.log_weights(padded)[:, [0, 2]], gate.log_weights(short))
     totals = [log_model(gate, each.logp_BTE.sum(dim=1), each) for each in (short, padded)]
     torch.testing.assert_close(totals[1], totals[0])
 
@@ -66,18 +65,21 @@ def test_gradients_of_the_prior_survive_impossible_experts():
 
 
 def test_long_texts_do_not_underflow():
-    logp_BTE = torch.full((1, 5000, 3), -11.0)
+    logp_BTE = torch.full((1, 2000, 3), -11.0)
     logp_BTE[..., 1] = -10.9
     weights = BayesGate.of([1 / 3] * 3).log_weights(Features(logp_BTE=logp_BTE))
     assert weights.dtype == torch.float64
-    assert float(weights[0, -1, 1]) == pytest.approx(0.0, abs=1e-9)
-    assert float(weights[0, -1, 0]) == pytest.approx(-0.1 * 4999, rel=1e-3)
+    assert weights[0, -1].tolist() == pytest.approx([-0.1 * 1999, 0.0, -0.1 * 1999], rel=1e-3, abs=1e-9)
 
 
-def test_what_is_refused():
-    with pytest.raises(ConfigError, match="must be at least 0 and below 1"):
-        FixedShareGate.of([0.5, 0.5], 1.0)
-    with pytest.raises(ConfigError, match="over 3"):
-        BayesGate.of([0.3, 0.3, 0.4]).log_weights(scores([-1.0, -1.0]))
-    with pytest.raises(ConfigError, match="log-probability of every token"):
-        init_gate("bayes", 2, Features(2))
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: FixedShareGate.of([0.5, 0.5], 1.5), r"share.*1"),
+        (lambda: BayesGate.of([0.3, 0.3, 0.4]).log_weights(scores([-1.0, -1.0])), "over 3"),
+        (lambda: init_gate("bayes", 2, Features(2)), "log-probability of every token"),
+    ],
+)
+def test_what_is_refused(make, match):
+    with pytest.raises(ConfigError, match=match):
+        make()

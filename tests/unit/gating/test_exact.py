@@ -7,16 +7,16 @@ import pytest
 from support.gating import kl, random_problem
 
 from weftlm.errors import ConfigError, DataError, NumericsError
-from weftlm.gating import best_constant_gate, exact_robust_gate, mixture_regrets
-from weftlm.gating.exact import cross_entropies, extreme_gate
+from weftlm.gating import Box, best_constant_gate, exact_robust_gate, mixture_regrets
+from weftlm.gating.arrays import cross_entropies
+from weftlm.gating.exact import extreme_gate
 
 pytest.importorskip("cvxpy")
 
 
 def test_offsets_shift_the_value():
     P, Q = random_problem(0)
-    plain = exact_robust_gate(P, Q, offsets=[0.0, 0.0, 0.0])
-    lower = exact_robust_gate(P, Q, offsets=[0.5, 0.5, 0.5])
+    plain, lower = (exact_robust_gate(P, Q, offsets=[offset] * 3) for offset in (0.0, 0.5))
     assert plain.value - lower.value == pytest.approx(0.5, abs=1e-6)
     assert plain.value == pytest.approx(cross_entropies(P, plain.pi).max(), abs=1e-9)
 
@@ -52,20 +52,24 @@ def test_regrets_of_a_mixture():
     assert np.isinf(mixture_regrets([[0.5, 0.5]], [[1.0, 0.0]], [1.0])).all()
 
 
-def test_what_is_refused():
-    P, Q = random_problem(3)
-    with pytest.raises(DataError, match="probability 0 under every one of 1 experts"):
-        exact_robust_gate([[0.5, 0.5]], [[1.0, 0.0]])
-    with pytest.raises(ConfigError, match="one support"):
-        exact_robust_gate(P, Q[:, :4] / Q[:, :4].sum(axis=1, keepdims=True))
-    with pytest.raises(NumericsError, match=r"of Q sums to 1\.1"):
-        exact_robust_gate(P, 1.1 * Q)
-    with pytest.raises(NumericsError, match="holds NaN"):
-        exact_robust_gate(P * np.nan, Q)
-    with pytest.raises(ConfigError, match="D x X"):
-        exact_robust_gate(P[0], Q)
-    with pytest.raises(ConfigError, match="one finite number each"):
-        exact_robust_gate(P, Q, offsets=[0.0])
+P, Q = random_problem(3)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "options", "error", "match"),
+    [
+        ([[0.5, 0.5]], [[1.0, 0.0]], {}, DataError, "probability 0 under every one of 1 experts"),
+        (P, Q[:, :4] / Q[:, :4].sum(axis=1, keepdims=True), {}, ConfigError, "one support"),
+        (P, 1.1 * Q, {}, NumericsError, r"of Q sums to 1\.1"),
+        (P * np.nan, Q, {}, NumericsError, "holds NaN"),
+        (P[0], Q, {}, ConfigError, "D x X"),
+        (P, Q, {"offsets": [0.0]}, ConfigError, "one finite number each"),
+        (P, Q, {"offsets": [0.0] * 3, "mixtures": Box(0.2)}, ConfigError, "takes no bounds"),
+    ],
+)
+def test_what_is_refused(p, q, options, error, match):
+    with pytest.raises(error, match=match):
+        exact_robust_gate(p, q, **options)
 
 
 def test_without_cvxpy_it_says_what_to_install(monkeypatch):

@@ -21,7 +21,6 @@ from weftlm.gating import experts as room
 from weftlm.gating.config import ExpertSource
 from weftlm.gating.experts import ExpertPool, Member
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.language_model import LanguageModel
 
 NEAR = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -94,15 +93,6 @@ def test_rows_of_any_form_run_their_own_experts(places):
         torch.testing.assert_close(found[row], backbone.run(Rows(one=place), ids)[row], **NEAR)
 
 
-def test_one_expert_is_a_language_model():
-    pool, ids = mixed_pool(), tokens(2, 5)
-    one = pool.expert("second")
-    assert isinstance(one, LanguageModel)
-    torch.testing.assert_close(one.log_probs(ids), pool.log_probs(ids)[:, :, 2], **NEAR)
-    with pytest.raises(ExpertError, match="did you mean 'second'"):
-        pool.expert("secnd")
-
-
 def test_libraries_and_peft_folders_load(tmp_path):
     base = tiny.llama()
     base.save_pretrained(tmp_path / "base")
@@ -171,6 +161,7 @@ def uneven():
         (lambda: ExpertPool([Member("a", tiny.llama()), Member("a", tiny.llama())]), ExpertError, "different names"),
         (lambda: ExpertPool([Member("a", tiny.gpt2(), random_expert(tiny.llama()))]), ExpertError, "another base"),
         (lambda: whole_pool(1).log_probs(torch.tensor([[64]])), ConfigError, "vocabulary of 64"),
+        (lambda: whole_pool(2).place("w3"), ExpertError, "no expert 'w3'"),
         (lambda: whole_pool(1).log_probs(torch.ones(3, dtype=torch.int64)), ConfigError, "B x T"),
         (lambda: ExpertSource(name="a", model="x", expert="y"), ValueError, "give library"),
         (lambda: ExpertPool.of({"t5": tiny.t5()}), ConfigError, "decoder-only"),
@@ -190,8 +181,7 @@ def test_bad_pools_and_ids_are_refused(make, error, match):
 def test_one_token_more_than_there_are_positions_is_refused():
     pool = ExpertPool.of({"a": tiny.gpt2()})  # positions are learned: the model itself knows no more
     assert pool.token_log_probs(tokens(1, 65)).shape[1] == 64
-    for answer in (pool.log_probs, pool.expert("a").log_probs):
-        with pytest.raises(ConfigError, match="sequences of 65 tokens; the experts take 64 positions"):
-            answer(tokens(1, 65))
+    with pytest.raises(ConfigError, match="sequences of 65 tokens; the experts take 64 positions"):
+        pool.log_probs(tokens(1, 65))
     with pytest.raises(ConfigError, match="64 positions"):
         pool.token_log_probs(tokens(1, 66))

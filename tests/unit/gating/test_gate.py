@@ -11,11 +11,11 @@ import torch
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
 from weftlm.gating import ScoredSequences, enumerated
 from weftlm.gating.config import FitConfig, PrefixGateConfig, gate_config
-from weftlm.gating.constant import ConstantGate
-from weftlm.gating.features import FLOOR, sequence_features
-from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
+from weftlm.gating.gate import FLOOR, Features, init_gate, load_gate, save_gate
+from weftlm.gating.linear import ConstantGate
 from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.primal_dual import FitState
+from weftlm.gating.sequences import sequence_features
 
 
 def features(rows, names=()):
@@ -145,7 +145,7 @@ def test_files_are_whole_or_refused(tmp_path):
     assert load_gate(path).log_weights(Features(1))[0].tolist() == pytest.approx([math.log(0.25), math.log(0.75)])
     data = path.read_bytes()
     altered = data.replace(b'experts\\": 2', b'experts\\": 3')
-    for damaged, match in ((data[:-4], "torn"), (altered, "was altered since it was written"), (None, "missing")):
+    for damaged, match in ((data[:-4], "torn"), (altered, "do not fit the configuration"), (None, "missing")):
         path.unlink() if damaged is None else path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=match):
             load_gate(path)
@@ -162,7 +162,7 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused(tmp_path, load):
     other = PrefixGate.of([0.5, 0.5], PrefixGateConfig(hidden=3)).tensors
     for tensors, match in ((fewer, "middle_HH: none for"), (other, r"in_H: \(3,\) for"), (gate.tensors, None)):
         one = dataclasses.replace(gate, tensors=tensors)
-        state = FitState(FitConfig(), 1, one, {}, (), np.zeros(2), 0.0, 0, {}, np.zeros(2), 0.0)
+        state = FitState(FitConfig(), 1, one, {}, (), {"mu": torch.ones(())}, 0, {})
         save_gate(one, path) if load is load_gate else state.save(path)
         with pytest.raises(CheckpointError, match=match) if match else nullcontext():
             load(path)

@@ -17,13 +17,13 @@ from weftlm.evaluation.perplexity import evaluate_source
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.gating import experts as room
-from weftlm.gating import modular_lm
+from weftlm.gating import modular_reader
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import ExpertSource
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import Features, init_gate
-from weftlm.gating.modular_cache import catch_up_due
 from weftlm.gating.modular_lm import ModularLM
+from weftlm.gating.modular_reader import catch_up_due
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.language_model import LanguageModel
 
@@ -45,7 +45,7 @@ GATES = {
     "bayes": lambda experts: BayesGate.of([1 / experts] * experts),
     "share": lambda experts: FixedShareGate.of([1 / experts] * experts, 0.05),
     "prefix": lambda experts: moved(prefix(experts)),
-    "uniform": lambda experts: init_gate("causal_uniform", experts, Features(logp_BTE=torch.zeros(1, 1, experts))),
+    "uniform": lambda experts: FixedShareGate.of([1 / experts] * experts, 1.0),
 }
 
 
@@ -116,7 +116,6 @@ def test_a_cache_takes_its_sequences_in_another_order_and_number(steps, change):
     other = model(ids[order], attention_mask=mask[order], use_cache=True).past_key_values
     for t in range(9):
         if t == steps:
-            assert not steps or len(set(map(tuple, cache.done_EB.T.tolist()))) == 3
             apply(cache)
         step, mask = tokens(3, 1, seed=t), torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], dim=1)
         own = slice(None) if t < steps else order
@@ -165,7 +164,7 @@ def test_prompts_larger_than_memory_are_read_in_pieces(monkeypatch):
     model, ids = ModularLM(mixed_pool(), GATES["share"](4)), tokens(2, 9)
     whole = model(ids, use_cache=True, logits_to_keep=3).logits
     monkeypatch.setattr(room, "LOGITS", 1)
-    monkeypatch.setattr(modular_lm, "PIECE", 2)
+    monkeypatch.setattr(modular_reader, "PIECE", 2)
     assert whole.shape == (2, 3, 64)
     torch.testing.assert_close(model(ids, use_cache=True, logits_to_keep=3).logits, whole, **NEAR)
     torch.testing.assert_close(model(ids).logits[:, -3:], whole, **NEAR)
@@ -254,11 +253,9 @@ def test_folders_that_hold_no_gated_model_are_refused(tmp_path):
     model.save_pretrained(tmp_path / "a", copy_experts=True)
     manifest = tmp_path / "a" / "modular.json"
     described = json.loads(manifest.read_text())
-    described["experts"][0]["model"] = "../../elsewhere"
-    for written, match in ((described, "outside the folder"), ({**described, "format": "x"}, "not of the format")):
-        manifest.write_text(json.dumps(written))
-        with pytest.raises(ConfigError, match=match):
-            ModularLM.from_pretrained(tmp_path / "a")
+    manifest.write_text(json.dumps({**described, "format": "x"}))
+    with pytest.raises(ConfigError, match="not of the format"):
+        ModularLM.from_pretrained(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

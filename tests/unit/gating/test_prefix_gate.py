@@ -10,7 +10,7 @@ from weftlm.gating import prefix_gate
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
-from weftlm.gating.prefix_gate import PrefixGate, among
+from weftlm.gating.prefix_gate import PrefixGate
 from weftlm.gating.problem import log_model
 
 PRIOR = [0.5, 0.2, 0.3]
@@ -118,13 +118,6 @@ def test_top_keeps_the_largest_weights_renormalised(tmp_path, top):
     save_gate(sparse, tmp_path / "gate.safetensors")
     assert load_gate(tmp_path / "gate.safetensors").config == sparse.config
     torch.testing.assert_close(sparse.with_top(None).log_weights(features).exp(), full)
-
-
-def test_weights_among_the_experts_that_ran_are_never_nothing():
-    now = torch.tensor([[math.log(0.75), math.log(0.25), -INF], [math.log(0.75), math.log(0.25), -INF]])
-    before = torch.tensor([[-INF, -INF, 0.0], [-INF, -INF, 0.0]])
-    ran = torch.tensor([[False, True, True], [False, False, True]])
-    assert among(now, ran, before).exp().tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
 def test_wrong_numbers_of_experts_and_priors_are_refused():

@@ -140,7 +140,7 @@ def test_gate_weights_are_told_with_the_token_they_predict(
     assert tuple(found["trace"]["experts"]) == models["gated"].experts
     assert (rows[0], rows[1]) == ({}, dict.fromkeys(models["gated"].experts, 0.5))
     pool, ids_1T = models["gated"].model.pool, ids_of(models["gated"])
-    logq = {name: pool.expert(name).log_probs(ids_1T)[0] for name in pool.names}
+    logq = dict(zip(pool.names, pool.log_probs(ids_1T)[0].unbind(1), strict=True))
     for place, (row, token) in enumerate(zip(rows[1:], found["tokens"][1:], strict=True)):
         mixed = sum(weight * float(logq[name][place, token["id"]].exp()) for name, weight in row.items())
         assert mixed == pytest.approx(math.exp(token["logprob"]), rel=5e-3, abs=1e-6)
@@ -168,7 +168,7 @@ def test_a_gated_model_without_an_expert_shares_its_weight_among_the_others(
     models: dict[str, OpenModel], inspectors: dict[str, Inspector]
 ) -> None:
     opened = models["gated"]
-    alone = opened.model.pool.expert(opened.experts[1]).log_probs(ids_of(opened))[0]
+    alone = opened.model.pool.log_probs(ids_of(opened))[0, :, 1]
     found = inspectors["gated"].inspect(TEXT, without=opened.experts[0])
     assert found["trace"]["experts"] == list(opened.experts[1:])
     assert all(row == {opened.experts[1]: 1.0} for row in unpacked(found, found["trace"]["mean"])[1:])
