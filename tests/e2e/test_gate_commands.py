@@ -190,7 +190,7 @@ def test_students_that_can_be_served(
 
     # each loads as a Hugging Face model and says of held-out text what the table says
     cache = ScoreCache.open(run / "scores")
-    split = cache.split(0.25, seed=recipe_value()["seed"], tokens=True)
+    split = cache.split(0.25, seed=recipe_value()["seed"])
     for name in ("student", "dense"):
         model = AutoModelForCausalLM.from_pretrained(rows[name]["model"])
         for domain, held in split.held_domains.items():
