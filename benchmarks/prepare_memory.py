@@ -24,7 +24,7 @@ from _common import environment_lines, finish, parser, say, table
 from weftlm.corpora.config import CorpusConfig, TrainConfig
 from weftlm.corpora.dedup import SeenDocuments
 from weftlm.corpora.reading import ReadingReport, read_documents
-from weftlm.corpora.tokenise import tokenise_by_label
+from weftlm.corpora.store_writer import tokenise_by_label
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 
 SIZES_MB = (10, 40, 160)
@@ -55,10 +55,10 @@ def prepare(corpus: str, tokenizer: str, folder: str) -> dict[str, float]:
     before = peak_mb()
     report = ReadingReport()
     start = time.perf_counter()
-    with SeenDocuments(folder) as seen:
-        documents = read_documents(CorpusConfig(path=corpus, label="d"), report)
-        stream = (document for document in documents if seen.add(document, "train") is None)
-        store = tokenise_by_label(stream, loaded, Path(folder) / "store")["d"]
+    seen = SeenDocuments()
+    documents = read_documents(CorpusConfig(path=corpus, label="d"), report)
+    stream = (document for document in documents if seen.add(document, "train") is None)
+    store = tokenise_by_label(stream, loaded, Path(folder) / "store")["d"]
     seconds = time.perf_counter() - start
     return {
         "peak_mb": peak_mb(),

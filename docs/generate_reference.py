@@ -21,7 +21,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from weftlm.cli.main import app
+from weftlm.cli.main import commands
 from weftlm.gating.config import GateConfig, gates
 from weftlm.mixture.config import policies
 from weftlm.pipeline.inherited import INHERITED, names_of
@@ -41,7 +41,7 @@ class UndocumentedError(Exception):
 
 def commands_page() -> str:
     """Every command with its arguments and options, in the order of `weftlm --help`."""
-    group: Any = typer.main.get_command(app)
+    group: Any = commands()
     context = typer.Context(group, info_name="weftlm")
     lines = [
         "# Commands",

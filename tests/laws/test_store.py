@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore, Vocabulary, open_stores
-from weftlm.corpora.store_writer import write_stores
-from weftlm.corpora.tokenise import tokenise_by_label
+from weftlm.corpora.store_writer import tokenise_by_label, write_stores
 from weftlm.corpora.tokens import train_tokenizer
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 70_000), max_size=12), min_size=1, max_size=20)

@@ -1,35 +1,59 @@
 """The `weftlm` command: groups of commands, and how errors become exit codes.
 
 Errors a user can mend become one line on stderr and an exit code: 0 success, 1 the run failed, 2 the call or the recipe
-was wrong, 130 or 143 stopped by a signal. The files of commands are light; a command imports what it works with.
+was wrong, 130 or 143 stopped by a signal. The files of commands are light, and only the one with the command that is
+called is imported; a command imports what it works with.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import typer
 
 from weftlm import __version__, interrupt
-from weftlm.cli import experts, gate, project, route, serve, train
 from weftlm.errors import ConfigError, WeftError, reason
 from weftlm.text import printable, printable_lines
 
-app = typer.Typer(
-    name="weftlm", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-app.add_typer(project.app)
-app.add_typer(train.app)
-app.add_typer(experts.app, name="experts")
-app.add_typer(route.app, name="route")
-app.add_typer(gate.scores)
-app.add_typer(gate.app, name="gate")
-app.add_typer(serve.app)
+_FILES = {
+    "project": ("run", "status", "plan", "report", "demo"),
+    "train": ("prepare", "domains", "train", "eval"),
+    "experts": ("experts",),
+    "route": ("route",),
+    "gate": ("score", "gate"),
+    "serve": ("serve", "export"),
+}
+"""The commands, or groups of commands, of each file."""
+_GROUPS = ("experts", "route", "gate")
+
+
+@cache
+def commands(called: str | None = None) -> Any:
+    """The commands of the file that has one of them, or all commands where none is named."""
+    app = typer.Typer(
+        name="weftlm", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    app.callback()(weftlm)
+    for file, names in _FILES.items():
+        if called is None or called in names:
+            module = importlib.import_module(f"weftlm.cli.{file}")
+            if hasattr(module, "scores"):
+                app.add_typer(module.scores)
+            app.add_typer(module.app, name=file if file in _GROUPS else None)
+    return typer.main.get_command(app)
+
+
+def _called(words: Sequence[str]) -> str | None:
+    """The command that is called, or None where all are to be known: for help, and for a name that none has."""
+    first = next((word for word in words if not word.startswith("-")), None)
+    return first if any(first in names for names in _FILES.values()) else None
 
 
 def _show_version(value: bool) -> None:
@@ -38,7 +62,6 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def weftlm(
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
@@ -62,11 +85,6 @@ class _LogFormatter(logging.Formatter):
         return printable_lines(super().formatException(ei))
 
 
-@cache
-def _command() -> Any:
-    return typer.main.get_command(app)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: run a command and turn errors into exit codes."""
     for stream in (sys.stdout, sys.stderr):
@@ -74,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # no name is worth a crash at the end of a run
     try:
         with interrupt.handled():
-            _command()(args=arguments, prog_name="weftlm")
+            words = sys.argv[1:] if arguments is None else arguments
+            commands(_called(words))(args=words, prog_name="weftlm")
     except interrupt.Stopped as stopped:
         typer.echo(interrupt.how_to_go_on(stopped), err=True)
         sys.exit(stopped.code)

@@ -23,15 +23,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import zstandard
 
 from weftlm.corpora.config import Format
-from weftlm.corpora.reading_report import Reason
 from weftlm.errors import reason
 from weftlm.files import cause
 
+Reason = Literal[
+    "undecodable", "broken_json", "broken_csv", "not_an_object", "missing_field", "not_text", "empty", "missing_label",
+    "too_large", "truncated", "unreadable",
+]  # fmt: skip
+"""Kinds of faults."""
 Record = str | Mapping[str, Any]
 Fail = Callable[[Reason, str, str], None]
 """Called with reason, place and detail; returns when the record is to be skipped, raises when reading stops."""

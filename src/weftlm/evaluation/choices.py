@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from weftlm.corpora.formats import is_unicode, read_file, split_suffix
-from weftlm.corpora.reading_report import Reason
+from weftlm.corpora.formats import Reason, is_unicode, read_file, split_suffix
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean
 from weftlm.evaluation.config import ChoiceTask

@@ -26,7 +26,7 @@ from weftlm.corpora.dedup import SeenDocuments, check_no_leak
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore
-from weftlm.corpora.tokenise import encode_documents, tokenise_by_label
+from weftlm.corpora.store_writer import encode_documents, tokenise_by_label
 from weftlm.corpora.tokens import TextLoss, Tokenizer, make_tokenizer
 from weftlm.domains.cluster import nearest
 from weftlm.domains.embed import make_embedder
@@ -166,10 +166,8 @@ class _Preparation:
         """Read every input once, each text kept only in the first set that has it."""
         reading: list[dict[str, Any]] = []
         counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
-        with (
-            SeenDocuments(self.folder) as seen,
-            ProgressBar("read", unit="documents", enabled=self.progress) as counter,
-        ):
+        seen = SeenDocuments()
+        with ProgressBar("read", unit="documents", enabled=self.progress) as counter:
 
             def row(name: str, label: str | None) -> Counter[str]:
                 """The row of the table of documents that one is counted in."""
@@ -395,8 +393,7 @@ class _Preparation:
                     ("held-out documents", self.heldout_N),
                     ("training documents", self.train_N),
                 )
-            },
-            self.folder,
+            }
         )
 
     # -- what is kept ---------------------------------------------------------------------------------------------

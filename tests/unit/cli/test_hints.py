@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import weftlm
-from weftlm.cli.main import app
+from weftlm.cli.main import commands
 
 SOURCES = Path(weftlm.__file__).parent
 ELSEWHERE = {
@@ -32,7 +32,7 @@ def commands_of(group, path: str = "weftlm") -> Iterator[tuple[str, set[str]]]:
             yield from commands_of(command, f"{path} {name}")
 
 
-COMMANDS = {"weftlm": {"--version", "--verbose", "--help"}, **dict(commands_of(typer.main.get_command(app)))}
+COMMANDS = {"weftlm": {"--version", "--verbose", "--help"}, **dict(commands_of(commands()))}
 EVERY = set().union(*COMMANDS.values())
 
 

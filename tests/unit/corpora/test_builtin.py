@@ -1,6 +1,5 @@
 """Built-in corpora: distinct, deterministic, without the text of their neighbours."""
 
-import ast
 import importlib.metadata
 import logging
 import os
@@ -104,40 +103,6 @@ def test_an_absent_package_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "'math_prose' holds only 0 bytes with the packages installed here" in caplog.text
 
 
-SOURCE = '''"""Module text."""
-# a comment
-import os  # trailing
-
-@decorate  # why
-class A:
-    """Only a docstring."""
-
-class B:
-    """Text."""
-    url = "http://x/#no-comment"
-
-    async def go(self):
-        "one line"
-        return "#", """kept"""
-
-try:
-    pass
-except ValueError:
-    x = lambda: "in code"
-'''
-
-
-def test_code_keeps_its_meaning_and_loses_its_prose() -> None:
-    code = builtin._code(SOURCE)
-    tree = ast.parse(code)
-    nodes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.AsyncFunctionDef))]
-    assert [ast.get_docstring(node) for node in nodes] == [None] * 4
-    for gone in ("comment\n", "trailing", "why", "one line", "Only a"):
-        assert gone not in code
-    for kept in ("in code", 'url = "http://x/#no-comment"', '"#", """kept"""'):
-        assert kept in code
-
-
 def test_a_file_that_cannot_be_taken_apart_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text("def (:")
     (tmp_path / "b.py").write_bytes(b"\xff")
@@ -146,13 +111,3 @@ def test_a_file_that_cannot_be_taken_apart_gives_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr(builtin, "_listed", lambda package: files)
     for name in ("python_code", "ml_prose", "sessions", "bytecode"):
         assert list(builtin_documents(name)) == []
-
-
-def test_sessions_and_prose_are_complements() -> None:
-    source = (
-        'def f():\n    """What it does.\n\n    >>> f(1)\n    2\n    >>> for x in y:\n    ...     x\n\n    Then::\n\n'
-        '        code()\n\n    ```python\n    code()\n    ```\n    End.\n    """\n'
-    )
-    assert builtin._prose(source).split() == ["What", "it", "does.", "End."]
-    assert builtin._sessions(source).strip() == ">>> f(1)\n2\n>>> for x in y:\n...     x"
-    assert builtin._sessions("x = 1") == ""

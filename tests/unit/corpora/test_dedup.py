@@ -1,7 +1,5 @@
 """Duplicates: the first set wins, counts add up, order is kept, a leak between finished sets is refused."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,26 +18,24 @@ SETS = st.lists(
 def test_the_first_set_in_order_keeps_a_document(sets: list[tuple[str, list[str]]]) -> None:
     owner: dict[str, str] = {}
     dropped: dict[tuple[str, str], int] = {}
-    with SeenDocuments() as seen:
-        for name, texts in sets:
-            for text in texts:
-                assert seen.add(Document(text, "o"), name) == owner.get(text)
-                if text in owner:
-                    dropped[name, owner[text]] = dropped.get((name, owner[text]), 0) + 1
-                owner.setdefault(text, name)
+    seen = SeenDocuments()
+    for name, texts in sets:
+        for text in texts:
+            assert seen.add(Document(text, "o"), name) == owner.get(text)
+            if text in owner:
+                dropped[name, owner[text]] = dropped.get((name, owner[text]), 0) + 1
+            owner.setdefault(text, name)
     assert dict(seen.dropped) == dropped
     assert sum(seen.kept.values()) == len(owner)
 
 
-def test_drops_are_counted_by_pair_with_examples(tmp_path: Path) -> None:
-    with SeenDocuments(tmp_path) as seen:
-        assert seen.add(Document("x", "t:1"), "target") is None
-        assert [seen.add(Document("x", f"c:{i}"), "train") for i in range(9)] == ["target"] * 9
-        different = ["y", "y ", " y", "Y", "y\n", "\u00fd", "y\u0301"]
-        assert [seen.add(Document(text, "c:10"), "train") for text in different] == [None] * len(different)
-        assert seen.add(Document("y", "c:11"), "train") == "train"
-        assert list(tmp_path.iterdir())
-    assert not list(tmp_path.iterdir())
+def test_drops_are_counted_by_pair_with_examples() -> None:
+    seen = SeenDocuments()
+    assert seen.add(Document("x", "t:1"), "target") is None
+    assert [seen.add(Document("x", f"c:{i}"), "train") for i in range(9)] == ["target"] * 9
+    different = ["y", "y ", " y", "Y", "y\n", "\u00fd", "y\u0301"]
+    assert [seen.add(Document(text, "c:10"), "train") for text in different] == [None] * len(different)
+    assert seen.add(Document("y", "c:11"), "train") == "train"
     assert seen.to_json() == {
         "kept": {"target": 1, "train": 7},
         "dropped": [

@@ -16,8 +16,7 @@ from weftlm.corpora.examples import ExampleSource, examples_of
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import ArraySource, Document
 from weftlm.corpora.store import TokenStore, open_stores
-from weftlm.corpora.store_writer import write_stores
-from weftlm.corpora.tokenise import tokenise_by_label
+from weftlm.corpora.store_writer import tokenise_by_label, write_stores
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.domains.domain import TokenPrefix
 from weftlm.errors import ConfigError, DataError

@@ -17,8 +17,7 @@ from weftlm.corpora import store_writer
 from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import Document, Source
 from weftlm.corpora.store import TokenStore, Vocabulary, open_stores
-from weftlm.corpora.store_writer import write_stores
-from weftlm.corpora.tokenise import tokenise_by_label
+from weftlm.corpora.store_writer import tokenise_by_label, write_stores
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.files import SEAL

@@ -52,20 +52,6 @@ def test_training_is_deterministic(tokenizer: Tokenizer) -> None:
     assert train_tokenizer(TEXTS, TrainConfig(vocab_size=401)).fingerprint != tokenizer.fingerprint
 
 
-def test_the_sample_is_the_front_of_the_text() -> None:
-    taken = []
-
-    def stream() -> object:
-        for text in TEXTS:
-            taken.append(text)
-            yield text
-
-    limited = train_tokenizer(stream(), TrainConfig(vocab_size=300, sample_bytes=1000))
-    assert sum(len(text.encode()) for text in taken[:-1]) < 1000
-    assert len(taken) < 20
-    assert limited.fingerprint != train_tokenizer(TEXTS, TrainConfig(vocab_size=300)).fingerprint
-
-
 def test_no_text_is_an_error() -> None:
     for texts in ([], [""]):
         with pytest.raises(DataError, match="training text is empty"):
