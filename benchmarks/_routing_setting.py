@@ -24,10 +24,9 @@ from weftlm.corpora.source import ArraySource
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.evaluation.choices import ChoiceQuestion
 from weftlm.experts.config import ExpertTraining, GateConfig
-from weftlm.experts.expert import BaseReference, Expert
-from weftlm.experts.gate import train_gate
+from weftlm.experts.expert import BaseReference, Expert, Gate
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.train import train_expert
+from weftlm.experts.train import train_expert, train_gate
 from weftlm.mixture.policy import MixtureSetting, build_policy
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
@@ -265,7 +264,7 @@ class Setting:
         """Train what the library lacks: every domain's and task's expert, and `multitask`: one adapter, all their data
         and as many steps as all of them together."""
         model = self.base()
-        library = ExpertLibrary.open_or_create(self.work / "library", self.reference(model))
+        library = ExpertLibrary.open(self.work / "library", self.reference(model))
         for name in names if names is not None else (*self.names, "multitask"):
             if name in library:
                 continue
@@ -316,7 +315,10 @@ class Setting:
         for expert in pool:
             folder = self.work / "gates" / f"{expert.name}-{gate_steps}-{gate_seed}"
             source = self.parts[expert.name]["train"]
-            gate = train_gate(model, expert.lora, source, config, folder=folder, seed=gate_seed, training=training)
+            if gate_steps:
+                gate = train_gate(model, expert.lora, source, config, folder=folder, seed=gate_seed, training=training)
+            else:  # every token gets half the adapter
+                gate = Gate({name: torch.zeros(part.widths[0]) for name, part in expert.lora.modules.items()})
             found.append(replace(expert, gate=gate))
         return found
 

@@ -305,7 +305,7 @@ class Work:
             )  # fmt: skip
 
         seconds = self.spent(work)
-        ExpertLibrary.create(folder / "library", made[0].lora.base).add(made[0])
+        ExpertLibrary.open(folder / "library", made[0].lora.base).add(made[0])
         return {"expert": seconds, "expert in a library": bytes_in(folder / "library" / "one")}
 
     def encoder_decoder(self, folder: Path) -> dict[str, float]:

@@ -27,7 +27,7 @@ config = ExpertTraining.model_validate(
     }
 )
 with tempfile.TemporaryDirectory() as folder:
-    library = ExpertLibrary.create(Path(folder) / "library", BaseReference("my-base"))
+    library = ExpertLibrary.open(Path(folder) / "library", BaseReference("my-base"))
     for name, tokens in counting.items():  # each contributor trains alone, on data nobody else sees
         source = ArraySource(tokens.numpy(), text_bytes=len(tokens))
         library.add(train_expert(base, library.base, source, config, name=name, folder=Path(folder) / name, seed=0))

@@ -1,40 +1,37 @@
-"""Experts made by several processes, or dealt out to the ranks of torchrun, are those one process makes."""
+"""Experts that the ranks of a group deal out among themselves are those one process makes."""
 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.command_line import Call
+from support.ranks import Ranks
 from support.tiny_expert import llama
-from support.tiny_project import WORDS, command, environment, recipe_value, write_corpora
+from support.tiny_project import recipe_value, write_corpora
 
+from weftlm.experts.files import encode
 from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.experts import train_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, load_recipe
 
-
-def assert_same(first: Path, second: Path) -> None:
-    one, two = ExpertLibrary.open(first), ExpertLibrary.open(second)
-    assert one.names == two.names == sorted(WORDS)
-    for name in one.names:
-        expected, found = one.load(name), two.load(name)
-        assert expected.gate is not None
-        assert found.gate is not None
-        for module, factors in expected.lora.modules.items():
-            assert torch.equal(found.lora.modules[module].B_OR, factors.B_OR), (name, module)
-            assert torch.equal(found.gate.vectors[module], expected.gate.vectors[module]), (name, module)
+NAMES = ["cooking", "sailing"]
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A small recipe over a base without training behind it; data prepared."""
+def dealt(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Each rank has a worker process beside it, which trains alone."""
+    os.chdir(folder)
+    made: dict[str, Any] = train_experts(load_recipe("recipe.yaml", ["run=two"]), progress=False)["experts"]
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_many_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpora(tmp_path / "corpora")
     value: dict[str, Any] = {
@@ -43,10 +40,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "data": recipe_value()["data"],
         "experts": {
             "base": "base",
+            "domains": NAMES,
             "lora": {"rank": 2},
-            "training": {"sequence_length": 16, "batch_sequences": 3, "steps": 4, "device": "cpu"},
-            "validate_every_steps": 2,
-            "gate": {"steps": 2},
+            # Three sequences cannot be shared by two ranks: each expert is made by one process alone.
+            "training": {"sequence_length": 16, "batch_sequences": 3, "steps": 2, "device": "cpu"},
+            "validate_every_steps": 1,
+            "gate": {"steps": 1},
             "statistics_examples": 4,
         },
     }
@@ -54,30 +53,19 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     data = prepare(Recipe.model_validate(value).data, tmp_path / "prepared", progress=False)
     llama(vocab_size=data.tokenizer.vocab_size).save_pretrained(tmp_path / "base")
     data.tokenizer.save(tmp_path / "base")
-    return "recipe.yaml"
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_many_processes_make_what_one_makes(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train_experts(load_recipe(recipe), progress=False)
+    train_experts(load_recipe("recipe.yaml"), progress=False)
     torch.set_num_threads(threads)
-    result = Call(capsys)("experts", "train", recipe, "--set", "run=two", "--processes", "2", "--json")
-    assert {facts["status"] for facts in result["experts"].values()} == {"made"}
-    assert_same(tmp_path / "one/experts", tmp_path / "two/experts")
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    python, *weftlm = command("experts", "train", recipe, "--set", "run=three", "--json")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}")
-    # Three sequences cannot be shared by two ranks: each expert is made by one process alone.
-    finished = subprocess.run(
-        [python, *launcher, *weftlm],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    assert set(json.loads(finished.stdout)["experts"]) == set(WORDS), "the first rank alone prints"
-    assert_same(tmp_path / "one/experts", tmp_path / "three/experts")
+    for made in ranks(__file__, "dealt", tmp_path):
+        assert {name: facts["status"] for name, facts in made.items()} == dict.fromkeys(NAMES, "made")
+    one, two = ExpertLibrary.open(tmp_path / "one/experts"), ExpertLibrary.open(tmp_path / "two/experts")
+    assert one.names == two.names == NAMES
+    for name in NAMES:
+        expected, found = one.load(name), two.load(name)
+        for file in ("adapter_model.safetensors", "statistics.safetensors"):
+            assert encode(found)[file] == encode(expected)[file]
+        assert expected.gate is not None
+        assert found.gate is not None
+        for module, v_I in expected.gate.vectors.items():
+            assert torch.equal(found.gate.vectors[module], v_I), (name, module)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support.ranks import Ranks
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.tiny_expert import llama
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError
@@ -17,24 +16,12 @@ from weftlm.gating.experts import ExpertPool
 from weftlm.gating.scores import score
 
 
-def tiny_pool(seed: int = 0) -> ExpertPool:
-    models = {}
-    for name in ("a", "b"):
-        torch.manual_seed(seed)
-        seed += 1
-        config = LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=32,
-        )  # fmt: skip
-        models[name] = LlamaForCausalLM(config)
-    return ExpertPool.of(models)
-
-
 def run(folder: Path, seed: int = 0) -> dict[str, str]:
     rng = np.random.default_rng(0)
+    pool = ExpertPool.of({"a": llama(seed, vocab_size=32), "b": llama(seed + 1, vocab_size=32)})
     domains = {name: ArraySource(rng.integers(0, 32, 200)) for name in ("x", "y")}
     config = ScoreConfig(length=8, sequences=9, samples=7, batch_size=2, shard_sequences=3)
-    score(tiny_pool(seed), domains, folder, config, show=False)
+    score(pool, domains, folder, config, show=False)
     return {path.name: path.read_bytes().hex() for path in [*folder.glob("*.safetensors"), folder / "index.json"]}
 
 

@@ -63,7 +63,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(project: Project, c
 
 
 def _library(library: ExpertLibrary) -> Any:
-    return [library.fingerprint(), {name: library.contents(name) for name in library.names}]
+    files = {path: path.read_bytes() for name in library.names for path in library.path(name).iterdir()}
+    return [library.fingerprint(), files]
 
 
 def _page(run: Path) -> Any:

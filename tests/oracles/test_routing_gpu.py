@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from support.experts import BASES, llama, make_pool, padded, prompts
-from support.routing import assert_solve, generate, inputs_for, kernel_problem, logits
-from torch import Tensor
+from support.routing import WAYS, Problem, assert_solve, generate, inputs_for, kernel_problem, kernel_problems, logits
 
 from weftlm.routing import kernels
 from weftlm.routing.routed_model import RoutedModel
@@ -18,14 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-WAYS: dict[str, Callable[..., Tensor]] = {
-    "routed": kernels.routed_delta,
-    "gather": kernels.gather_delta,
-    "dense": kernels.dense_delta,
-    "grouped": kernels.grouped_delta,
-    "loop": kernels.loop_delta,
-}
-
 
 @pytest.fixture(autouse=True)
 def _plain_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,20 +22,13 @@ def _plain_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("assigned", ["even", "skewed", "drawn"])
-@pytest.mark.parametrize(
-    ("chosen", "experts", "rank", "width", "out"), [(1, 1, 8, 16, 24), (2, 5, 16, 32, 8), (3, 40, 8, 64, 64)]
-)
-def test_kernels_equal_a_float64_loop_on_cuda(
-    dtype: torch.dtype, assigned: str, chosen: int, experts: int, rank: int, width: int, out: int
-) -> None:
-    # On CUDA devices grouped products are used in bfloat16 alone.
-    ways = {way: kernel for way, kernel in WAYS.items() if way != "grouped" or dtype == torch.bfloat16}
-    for tokens in (1, 2, 5, 40):
-        problem = kernel_problem(tokens, chosen, experts, rank, width, out, assigned, dtype)
+@kernel_problems
+def test_kernels_equal_a_float64_loop_on_cuda(problems: list[Problem]) -> None:
+    # On CUDA devices packing and single products are not used, and grouped products in bfloat16 alone.
+    for problem in problems:
+        unused = {"packed", "each"} | ({"grouped"} if problem[0].dtype != torch.bfloat16 else set())
         on_device = [tensor.cuda() for tensor in problem]
-        assert_solve(problem, **{way: kernel(*on_device) for way, kernel in ways.items()})
+        assert_solve(problem, **{way: kernel(*on_device) for way, kernel in WAYS.items() if way not in unused})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from support.experts import prompts
 from torch import Tensor
 
+from weftlm.routing import kernels
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.routing.router import Call, Memory, Routing
 
@@ -108,3 +111,28 @@ def call_for(batch: int, tokens: int) -> Call:
     """A pass over sequences without padding, of which only the shape is known."""
     mask_BT = torch.ones(batch, tokens, dtype=torch.bool)
     return Call(None, mask_BT, mask_BT, Memory())
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "routed": kernels.routed_delta,
+    "gather": kernels.gather_delta,
+    "each": kernels.each_delta,
+    "dense": kernels.dense_delta,
+    "grouped": kernels.grouped_delta,
+    "packed": kernels.packed_delta,
+    "loop": kernels.loop_delta,
+}
+"""All ways to the routed product."""
+
+kernel_problems = pytest.mark.parametrize(
+    "problems",
+    [
+        pytest.param(
+            [kernel_problem(tokens, *sizes, assigned, dtype) for tokens in (1, 5, 40)], id=f"{label}-{assigned}-{dtype}"
+        )
+        for label, sizes in {"one": (1, 1, 8, 16, 24), "few": (2, 5, 16, 32, 8), "many": (3, 40, 8, 64, 64)}.items()
+        for assigned in ("even", "skewed", "drawn")
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
+"""One, few and many experts, each with few and many tokens."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weftlm.corpora.examples import ExampleSource
 from weftlm.corpora.source import ArraySource
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.models.lora_targets import linear_widths
@@ -47,6 +48,16 @@ def cyclic_source(tokens: int = 2000, *, low: int = 0, seed: int = 0) -> ArraySo
     cycle = low + (np.arange(tokens) * 3) % 20
     noisy = np.where(rng.random(tokens) < 0.8, cycle, rng.integers(low, low + 20, tokens))
     return ArraySource(noisy, text_bytes=3 * tokens)
+
+
+def task(count: int = 60, seed: int = 0) -> ExampleSource:
+    """Examples whose answer to some numbers is the last of them, one more and two more."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 40, rng.integers(1, 9)) for _ in range(count)]
+    targets = [[int(prompt[-1]) + more for more in range(1 + i % 3)] for i, prompt in enumerate(prompts)]
+    return ExampleSource(
+        list(zip(prompts, targets, strict=True)), eos_id=63, target_bytes=[2 * len(target) for target in targets]
+    )
 
 
 class Fingerprint:

@@ -17,7 +17,7 @@ from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.peft_import import read_peft
 from weftlm.models.factory import ModelConfig, build_model, load_base
-from weftlm.models.open import pretrained_config
+from weftlm.models.open import read_config
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.expert_library import import_experts
 from weftlm.places import locate
@@ -75,7 +75,7 @@ DOORS: dict[str, Callable[[str], Any]] = {
     ),
     "tokenizer": load_pretrained,
     "any model": open_model,
-    "plan": pretrained_config,
+    "plan": lambda name: read_config(name, local_files_only=True),
     "dataset": lambda name: list(read_documents(CorpusConfig(dataset=name, label="x"), ReadingReport())),
     "imported adapter": lambda name: import_experts(Path("library"), [name]),
     "adapter of a base": lambda name: read_peft(name, BaseReference("base")),

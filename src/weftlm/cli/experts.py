@@ -154,12 +154,11 @@ def merge(
     weights: Annotated[
         str | None, Option(metavar="W,W,...", help="Weight of each expert, in order. Default: one over their number.")
     ] = None,
-    rank: Annotated[int | None, Option(help="Rank of the result. Default: the sum of ranks, which is exact.")] = None,
     to: Annotated[Path | None, Option(metavar="FOLDER", help="PEFT folder of the result, which PEFT loads.")] = None,
 ) -> Iterator[Any]:
     """Merge experts into one adapter.
 
-    It is the weighted sum of their updates, exact unless a rank is given; it joins the library (--as), becomes a PEFT
+    It is the weighted sum of their updates, of the sum of their ranks; it joins the library (--as), becomes a PEFT
     folder (--to), or both. It has no gate.
     """
     try:
@@ -168,7 +167,7 @@ def merge(
         raise ConfigError(f"--weights is {weights!r}; give numbers with commas between: 0.5,0.5") from None
     from weftlm.pipeline.expert_library import merge_in_library
 
-    yield merge_in_library(library, names, into=into, weights=shares, rank=rank, to=to)
+    yield merge_in_library(library, names, into=into, weights=shares, to=to)
 
 
 @command(app, plain=True)

@@ -1,7 +1,7 @@
-"""Switch one expert on for a while, and leave a model as it was.
+"""Run a model with one expert for a while, as it is or with gates to train, and leave the model as it was.
 
-`adapted` adds an expert's branches to a model by forward hooks, `unchanged` undoes whatever is done to a model inside
-it. Neither writes to a weight.
+`adapted` adds an expert's branches to a model by forward hooks, `gated` puts a trainable gate on each of them, and
+`unchanged` undoes whatever is done to a model inside it. None of them writes to a weight.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weftlm.experts.expert import LoRAExpert
@@ -41,6 +42,47 @@ def adapted(model: nn.Module, expert: LoRAExpert) -> Iterator[None]:
             branch = LowRank([factors], *placement(module))
             stack.callback(module.register_forward_hook(partial(add_branch, branch, None), with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def gated(model: nn.Module, expert: LoRAExpert) -> Iterator[dict[str, nn.Parameter]]:
+    """Run a model with an expert and its untrained gates: what `train_gate`, or a loop of one's own, trains.
+
+        y = W u + s B A (sigmoid(v . u) u)          v = 0 at first: every token gets half the adapter
+
+    Everything but the gates is frozen meanwhile, and a model compiled in place runs uncompiled; afterwards the model is
+    as it was, to the bit and to `requires_grad`. `train_gate` trains on next tokens or on examples. With any
+    other loss a gate is trained so:
+
+        with gated(model, expert) as vectors:
+            optimizer = torch.optim.AdamW(vectors.values(), lr=5e-3, weight_decay=0.0)
+            for batch in batches:                       # the expert's own data and loss
+                model(**batch).loss.backward()
+                torch.nn.utils.clip_grad_norm_(vectors.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            gate = Gate({name: plain(v_I) for name, v_I in vectors.items()}, facts={"steps": len(batches), "lr": 5e-3})
+
+    Args:
+        model: A transformer, encoder-decoders too.
+        expert: The adapter.
+    Returns:
+        The gate vectors by module name, float32 parameters of the model.
+    Raises:
+        ExpertError: the expert does not fit the model.
+    """
+    check_fits(expert, model)
+    with unchanged(model), eager(model):
+        model.requires_grad_(False)
+        vectors = {}
+        for name, factors in expert.modules.items():
+            module = model.get_submodule(name)
+            branch = LowRank([factors], *placement(module))
+            zeros_I = torch.zeros(factors.A_RI.shape[1], dtype=torch.float32, device=branch.A_ERI.device)
+            branch.gate_v = vectors[name] = nn.Parameter(zeros_I)
+            module.add_module("gated_branch", branch)  # moves with the model
+            module.register_forward_hook(partial(add_branch, branch, vectors[name]), with_kwargs=True)
+        yield vectors
 
 
 def add_branch(

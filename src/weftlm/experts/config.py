@@ -29,7 +29,7 @@ class GateConfig(Section):
 
     steps: NonNegativeInt = Field(
         100,
-        description="optimizer steps; absent: 100, and no more than the expert's; 0 leaves the vectors zero",
+        description="optimizer steps; absent: 100, and no more than the expert's; 0: no gate",
     )
     lr: PositiveFloat = Field(5e-3, description="learning rate of AdamW after warm-up")
     batch_sequences: PositiveInt | None = Field(None, description="sequences per step; absent: the expert's")
@@ -133,7 +133,9 @@ class ExpertTraining(Section):
         1000, description="training windows behind the statistics; absent: 1000, no more than trained on; 0: none"
     )
     embedder: str = Field(
-        "tokens-1024", description="embeds those windows: tokens-WIDTH, or sentence-transformers:NAME"
+        "tokens-1024",
+        pattern=r"^tokens-[1-9][0-9]*$",
+        description="embeds those windows by their hashed tokens and pairs of tokens: tokens-WIDTH",
     )
 
     @model_validator(mode="before")

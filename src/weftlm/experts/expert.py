@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "card.json"
+GATE, STATISTICS = "gate.safetensors", "statistics.safetensors"
+"""Names of an expert's files."""
+
 
 def plain(tensor: Tensor, *, copy: bool = False) -> Tensor:
     """A tensor as experts hold and write it: float32, on the CPU, contiguous."""
@@ -42,6 +46,11 @@ class LoRAFactors:
     def rank(self) -> int:
         """R."""
         return int(self.A_RI.shape[0])
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """I and O."""
+        return int(self.A_RI.shape[1]), int(self.B_OR.shape[0])
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,25 @@ def same_base(one: BaseReference, other: BaseReference) -> bool:
     """Whether two references name one place; a revision counts where both give one."""
     revisions = {one.revision, other.revision} - {None}
     return base_name(one.name) == base_name(other.name) and len(revisions) < 2
+
+
+def base_problem(found: BaseReference, wanted: BaseReference) -> str | None:
+    """How a base differs from that of a library, by fingerprints where both have one, else by name and revision.
+
+    Returns:
+        The rest of a sentence about the one found; None where they are the same.
+    """
+    if found.fingerprint is not None and wanted.fingerprint is not None:
+        if found.fingerprint == wanted.fingerprint:
+            return None
+        return (
+            f"is of another base than the library: {found.name or 'unnamed'} ({found.fingerprint}), not {wanted.name} "
+            f"({wanted.fingerprint})"
+        )
+    if same_base(found, wanted):
+        return None
+    named = f"names the base {found}" if found.name else "does not name its base"
+    return f"{named}, the library is for {wanted}, and there are no fingerprints to compare"
 
 
 @dataclass(frozen=True)

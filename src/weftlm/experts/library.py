@@ -15,13 +15,12 @@ process leaves is removed by the next change.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,14 +31,11 @@ from weftlm.artifact import locked
 from weftlm.config import Section, validate
 from weftlm.corpora.labels import MAX_NAME, expert_name, folder_name, is_name
 from weftlm.errors import ConfigError, DataError, ExpertError, did_you_mean, reason
-from weftlm.experts.expert import BaseReference, Expert, same_base
-from weftlm.experts.files import CARD, CONFIG, GATE, STATISTICS, WEIGHTS, to_json
+from weftlm.experts.expert import CARD, CONFIG, GATE, STATISTICS, WEIGHTS, BaseReference, Expert, base_problem
 from weftlm.files import check_listed, checksum, hidden, parse_json, read_object, remove, room, sync_file, write_object
 
 if TYPE_CHECKING:
     from torch import nn
-
-log = logging.getLogger(__name__)
 
 FORMAT = "weftlm expert library 1"
 MANIFEST = "library.json"
@@ -56,7 +52,7 @@ class _File(Section):
 
 
 class _Entry(Section):
-    """What the manifest says of an expert."""
+    """An expert in the manifest."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -68,58 +64,41 @@ class _Entry(Section):
 class ExpertLibrary:
     """The experts in a folder.
 
-    Every call reads the manifest afresh, so an object sees what other processes add. Attributes `folder` and `base` do
-    not change.
+    Every call reads the manifest afresh, so an object sees what other processes add. A call that is given a name raises
+    ExpertError where there is no such expert, or where its entry or files are missing, altered or unsound. Attributes
+    `folder` and `base` do not change.
     """
 
     def __init__(self, folder: Path, base: BaseReference) -> None:
-        """Use `create`, `open` or `open_or_create`."""
+        """Use `open`."""
         self.folder = folder
         self.base = base
 
     @classmethod
-    def create(cls, folder: Path, base: BaseReference) -> ExpertLibrary:
-        """Start an empty library for a base model.
+    def open(cls, folder: Path, base: BaseReference | None = None) -> ExpertLibrary:
+        """Open a library; where there is none and a base is given, start one.
 
+        Args:
+            folder: Folder of the library.
+            base: Base of the experts; None for that of the library that is there.
         Raises:
-            ExpertError: the folder already holds a library, or cannot be written.
+            ExpertError: there is none, it is for another base, its manifest is broken or of another format, or the
+                folder cannot be written.
         """
-        library = cls(Path(folder), base)
-        with library._writing():
-            if (library.folder / MANIFEST).exists():
-                raise ExpertError(f"{folder} already holds an expert library; open it or choose another folder")
-            library._commit({})
-        return library
-
-    @classmethod
-    def open(cls, folder: Path) -> ExpertLibrary:
-        """Open a library.
-
-        Raises:
-            ExpertError: there is none, its manifest is broken, or it is of another format.
-        """
-        base = _read_manifest(Path(folder)).get("base")
+        folder = Path(folder)
+        if base is not None and not (folder / MANIFEST).exists():
+            library = cls(folder, base)
+            with library._writing():
+                if not (folder / MANIFEST).exists():
+                    library._commit({})
         try:
-            return cls(Path(folder), BaseReference(**base))  # type: ignore[arg-type]
+            library = cls(folder, BaseReference(**_read_manifest(folder).get("base")))  # type: ignore[arg-type]
         except TypeError as error:
             raise ExpertError(
                 f"library {folder}: {MANIFEST} does not say which base it is for; restore it from a copy"
             ) from error
-
-    @classmethod
-    def open_or_create(cls, folder: Path, base: BaseReference) -> ExpertLibrary:
-        """Open a library, or start one where there is none.
-
-        Raises:
-            ExpertError: there is one for another base, or it is broken.
-        """
-        library = cls(Path(folder), base)
-        with library._writing():
-            if not (library.folder / MANIFEST).exists():
-                library._commit({})
-                return library
-        library = cls.open(folder)
-        library._check_base(f"the base {base.name!r}", base)
+        if base is not None:
+            library._check_base(f"the base {base.name!r}", base)
         return library
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -137,21 +116,13 @@ class ExpertLibrary:
         return name in self._entries()
 
     def named(self, name: str) -> str:
-        """The name of an expert that is given by its name or by its domain's label.
-
-        Raises:
-            ExpertError: there is no such expert.
-        """
+        """The name of an expert that is given by its name or by its domain's label."""
         known = expert_name(name)
         self._entry(known)
         return known
 
     def path(self, name: str) -> Path:
-        """The folder of an expert, readable by `PeftModel.from_pretrained`.
-
-        Raises:
-            ExpertError: there is no such expert, or its entry leads out of the library.
-        """
+        """The folder of an expert, readable by `PeftModel.from_pretrained`."""
         return self.folder / self._entry(name).folder
 
     def has_gate(self, name: str) -> bool:
@@ -162,95 +133,51 @@ class ExpertLibrary:
         """Whether an expert has statistics."""
         return STATISTICS in self._entry(name).files
 
-    def base_of(self, name: str) -> BaseReference:
-        """The base that an expert was added for."""
-        return self._entry(name).base
-
     def card(self, name: str) -> dict[str, Any]:
-        """An expert's card, without loading its tensors.
-
-        Raises:
-            ExpertError: there is no such expert, or its card is missing or altered.
-        """
+        """An expert's card, without loading its tensors."""
         return _parse_card(name, self._read(name, self._entry(name), [CARD])[CARD])
 
-    def contents(self, name: str) -> dict[str, bytes]:
-        """The contents of an expert's files, of the sizes and digests that the manifest lists.
-
-        Raises:
-            ExpertError: there is no such expert, or its files are missing or altered.
-        """
-        entry = self._entry(name)
-        return self._read(name, entry, list(entry.files))
-
     def load(self, name: str) -> Expert:
-        """Load an expert, verified: sizes, digests, finiteness, and that gate and statistics fit the adapter.
+        """Load an expert, verified: sizes, digests, finiteness, and that gate and statistics fit the adapter."""
+        from weftlm.experts.files import decode  # noqa: PLC0415 - torch; listing a library needs none
 
-        Raises:
-            ExpertError: there is no such expert, or its files are missing, altered or unsound.
-        """
         while True:
             entry = self._entry(name)
             try:
-                return self._load(name, entry)
+                data = self._read(name, entry, list({CONFIG, WEIGHTS, CARD, *entry.files}))
+                return decode(name, data, entry.base, _parse_card(name, data[CARD]))
             except ExpertError:
                 if self._entry(name) == entry:  # else another process has replaced it
                     raise
 
-    def load_all(self, names: Sequence[str] | None = None) -> tuple[list[Expert], dict[str, str]]:
-        """Load experts, leaving out broken ones.
+    def load_all(
+        self, names: Sequence[str] | None = None, *, model: nn.Module | None = None, fingerprint: str | None = None
+    ) -> tuple[list[Expert], dict[str, str]]:
+        """Load experts, leaving out those that are broken or were made for another base than a model.
 
         Args:
             names: Names of the experts, in the order of the result; all where None.
+            model: Base model that the experts must fit; None for any.
+            fingerprint: Fingerprint of that model, where it can be compared.
         Returns:
-            The experts that are whole, and for each other its name and what is wrong with it.
+            The experts that can be used, and for each other its name and what is wrong with it.
         Raises:
             ExpertError: a name is not in the library.
         """
+        from weftlm.experts.lora import check_fits  # noqa: PLC0415 - torch; listing a library needs none
+
         entries = self._entries()
         experts, problems = [], dict[str, str]()
         for name in sorted(entries) if names is None else names:
             _check_known(name, entries)
             try:
-                experts.append(self.load(name))
+                expert = self.load(name)
+                if model is not None:
+                    check_fits(expert.lora, model, fingerprint=fingerprint)
+                experts.append(expert)
             except ExpertError as error:
                 problems[name] = str(error)
         return experts, problems
-
-    def load_fitting(
-        self, model: nn.Module, names: Sequence[str] | None = None, *, fingerprint: str | None = None
-    ) -> tuple[list[Expert], dict[str, str]]:
-        """Load the experts that can be used on a base.
-
-        Args:
-            model: Base model.
-            names: Names or labels of the experts, in the order of the result; None for all, and then those that are
-                broken or of another base are left out with a warning.
-            fingerprint: Fingerprint of the base, where it can be compared.
-        Returns:
-            The experts, and for each one left out its name and what is wrong with it.
-        Raises:
-            ExpertError: an expert that is named cannot be used, or none can.
-        """
-        from weftlm.experts.lora import check_fits  # noqa: PLC0415 - torch; listing a library needs none
-
-        chosen, problems = self.load_all(None if names is None else [self.named(name) for name in names])
-        fitting = []
-        for expert in chosen:
-            try:
-                check_fits(expert.lora, model, fingerprint=fingerprint)
-                fitting.append(expert)
-            except ExpertError as error:
-                problems[expert.name] = str(error)
-        if problems and (names is not None or not fitting):
-            others = f"; can be used: {', '.join(expert.name for expert in fitting)}" if fitting else ""
-            reasons = "; ".join(problems.values())
-            raise ExpertError(
-                f"{len(problems)} of {len(problems) + len(fitting)} experts cannot be used ({reasons}){others}"
-            )
-        for name, why in problems.items():
-            log.warning("expert %r is left out: %s", name, why)
-        return fitting, problems
 
     def fingerprint(self, names: Sequence[str] | None = None) -> str:
         """Fingerprint of some experts' adapters, gates and statistics, from the manifest; cards do not count.
@@ -296,37 +223,29 @@ class ExpertLibrary:
         except (DataError, OSError) as error:
             raise ExpertError(f"expert {name!r}: {reason(error)}") from error
 
-    def _load(self, name: str, entry: _Entry) -> Expert:
-        from weftlm.experts.companions import decode_gate, decode_statistics  # noqa: PLC0415 - torch; listing needs none
-        from weftlm.experts.lora import parse_lora  # noqa: PLC0415 - torch; listing a library needs none
-
-        data = self._read(name, entry, list({CONFIG, WEIGHTS, CARD, *entry.files}))
-        lora = replace(parse_lora(name, data[CONFIG], data[WEIGHTS]), base=entry.base)
-        return Expert(
-            lora,
-            decode_gate(lora, data[GATE]) if GATE in data else None,
-            decode_statistics(lora, data[STATISTICS]) if STATISTICS in data else None,
-            _parse_card(name, data[CARD]),
-        )
-
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def add(self, *experts: Expert, replace: bool = False) -> None:
+    def add(self, *experts: Expert, replace: bool = False, same_adapter: bool = False) -> None:
         """Add experts, all of them or none; no other expert's files are touched. The very same again changes nothing.
 
         Args:
             experts: Experts to add.
             replace: Whether they take the place of experts of their names.
+            same_adapter: Whether each must take the place of an expert with its very adapter, whose gate, statistics
+                and card change.
         Raises:
-            ExpertError: a name is taken (and not `replace`) or not allowed, an expert is of another base or unsound, or
-                the library cannot be written.
+            ExpertError: a name is taken (and not `replace`) or not allowed, an expert is of another base or unsound,
+                `same_adapter` and the adapter is gone or another one, or the library cannot be written.
             CheckpointError: the disk is full.
         """
+        from weftlm.experts.files import encode  # noqa: PLC0415 - torch; listing a library needs none
+        from weftlm.experts.lora import adapter_fingerprint as digest  # noqa: PLC0415
+
         contents = {}
         for expert in experts:
             check_name(expert.name)
             self._check_base(f"expert {expert.name!r}", expert.lora.base)
-            contents[expert.name] = _files_of(expert)
+            contents[expert.name] = encode(expert)
         with self._writing():
             entries, added = self._entries(), dict[str, Any]()
             for expert in experts:
@@ -343,17 +262,18 @@ class ExpertLibrary:
                         f"expert {name!r} is already in {self.folder}; choose another name, or remove that one first "
                         f"(weftlm experts remove {self.folder} {name})"
                     )
+                if same_adapter and (name not in entries or digest(self.load(name).lora) != digest(expert.lora)):
+                    raise ExpertError(
+                        f"expert {name!r} was replaced or removed while its gate was trained; nothing is written: run "
+                        f"the command again for the adapter that is there now"
+                    )
                 added[name] = {"folder": self._build(name, files), **entry}
             if added:
                 self._mark(entries[name] for name in added if name in entries)
                 self._commit({**entries, **added})
 
     def remove(self, *names: str) -> None:
-        """Take experts out and delete their files, all or none; no other expert's files are touched.
-
-        Raises:
-            ExpertError: there is no such expert, or the library cannot be written.
-        """
+        """Take experts out and delete their files, all or none; no other expert's files are touched."""
         with self._writing():
             entries = self._entries()
             for name in names:
@@ -362,19 +282,8 @@ class ExpertLibrary:
             self._commit({name: entry for name, entry in entries.items() if name not in names})
 
     def _check_base(self, what: str, base: BaseReference) -> None:
-        """Refuse another base: by fingerprints where both have one, by name and revision otherwise."""
-        own = self.base
-        if base.fingerprint is not None and own.fingerprint is not None:
-            if base.fingerprint != own.fingerprint:
-                raise ExpertError(
-                    f"{what} is of another base than library {self.folder}: {base.name or 'unnamed'} "
-                    f"({base.fingerprint}), not {own.name} ({own.fingerprint}); use a library for each base"
-                )
-        elif not same_base(base, own):
-            raise ExpertError(
-                f"{what} names the base {base}, library {self.folder} is for {own}, and there are no fingerprints to "
-                f"compare; use a library for each base"
-            )
+        if (problem := base_problem(base, self.base)) is not None:
+            raise ExpertError(f"{what} {problem} (library {self.folder}); use a library for each base")
 
     def _build(self, name: str, files: Mapping[str, bytes]) -> str:
         """Write a folder that no entry points to yet: of the expert's name, or with ~2, ~3, ... where that is taken."""
@@ -395,7 +304,7 @@ class ExpertLibrary:
         for entry in entries:
             folder = entry.get("folder") if isinstance(entry, dict) else None
             if isinstance(folder, str) and "/" not in folder and not (self.folder / folder).is_symlink():
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                with suppress(FileNotFoundError, NotADirectoryError):
                     (self.folder / folder / _UNLISTED).touch()
 
     def _commit(self, entries: Mapping[str, Any]) -> None:
@@ -404,7 +313,7 @@ class ExpertLibrary:
         write_object(self.folder / MANIFEST, manifest, sync=True)
         sync_file(self.folder)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _writing(self) -> Iterator[None]:
         """Be the only writer; remove what is left over before and after, whether the body fails or not."""
         try:
@@ -446,24 +355,6 @@ def check_name(name: str) -> None:
             f"expert name {name!r:.200} is not allowed; use up to {MAX_NAME} letters, digits, '.', '_' and '-', the "
             f"first a letter or a digit, or the encoded form {folder_name(name)!r}"
         )
-
-
-def _files_of(expert: Expert) -> dict[str, bytes]:
-    """The contents of an expert's files, each checked.
-
-    Raises:
-        ExpertError: the expert is not sound, or card or facts are not JSON.
-    """
-    from weftlm.experts.companions import encode_gate, encode_statistics  # noqa: PLC0415 - torch; listing needs none
-    from weftlm.experts.lora import lora_files  # noqa: PLC0415 - torch; listing a library needs none
-
-    files = lora_files(expert.lora)
-    files[CARD] = (to_json(expert.name, "its card", expert.card) + "\n").encode()
-    if expert.gate is not None:
-        files[GATE] = encode_gate(expert.lora, expert.gate)
-    if expert.statistics is not None:
-        files[STATISTICS] = encode_statistics(expert.lora, expert.statistics)
-    return files
 
 
 def _described(data: bytes) -> dict[str, Any]:

@@ -7,32 +7,33 @@ Reading is strict: an adapter weftlm cannot reproduce exactly is refused, never 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from enum import Enum
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import save
+from peft import PeftModel, TaskType, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from weftlm.errors import ConfigError, ExpertError, did_you_mean, reason
-from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors, plain
-from weftlm.experts.files import CONFIG, WEIGHTS, parse_tensors
+from weftlm.experts.expert import CONFIG, WEIGHTS, BaseReference, LoRAExpert, LoRAFactors, plain
 from weftlm.files import SEAL, check_sealed, parse_json, whole_folder
 from weftlm.models.factory import load_model, peft_warnings
 from weftlm.models.lora_targets import ALL_LINEAR, linear_widths
 from weftlm.models.open import load_base
-from weftlm.models.patterns import matches
+from weftlm.models.patterns import matches, named_by
 
 MAX_UPDATE_NORM = 1e4
 """Largest ||scale * B A||_F taken for a trained adapter; the weights of large models have norms of about 1e2."""
@@ -58,6 +59,15 @@ _TYPES = {
 _TASKS = frozenset(task.value for task in TaskType)
 
 
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Put an expert's name before what is wrong with it."""
+    try:
+        yield
+    except (ConfigError, ExpertError) as error:
+        raise ExpertError(f"expert {name!r}: {error}") from error
+
+
 def read_lora(folder: Path, name: str | None = None) -> LoRAExpert:
     """Read a PEFT LoRA folder: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -76,18 +86,18 @@ def read_lora(folder: Path, name: str | None = None) -> LoRAExpert:
     folder = Path(folder)
     name = folder.resolve().name if name is None else name
     check_sealed(folder, "write the adapter again")
-    config = _read(name, folder / CONFIG, MAX_CONFIG)
-    if (folder / _PICKLED).exists():
-        cure = (
-            f"remove it, if {WEIGHTS} beside it is the adapter you mean"
-            if (folder / WEIGHTS).exists()
-            else f"load it with PEFT where you trust it and save it again: save_pretrained writes {WEIGHTS}"
-        )
-        raise ExpertError(
-            f"expert {name!r}: {folder} holds pickled weights ({_PICKLED}), which can run code and are never loaded; "
-            f"{cure}"
-        )
-    weights = _read(name, folder / WEIGHTS)
+    with about(name):
+        config = _read(folder / CONFIG, MAX_CONFIG)
+        if (folder / _PICKLED).exists():
+            cure = (
+                f"remove it, if {WEIGHTS} beside it is the adapter you mean"
+                if (folder / WEIGHTS).exists()
+                else f"load it with PEFT where you trust it and save it again: save_pretrained writes {WEIGHTS}"
+            )
+            raise ExpertError(
+                f"{folder} holds pickled weights ({_PICKLED}), which can run code and are never loaded; {cure}"
+            )
+        weights = _read(folder / WEIGHTS)
     return parse_lora(name, config, weights)
 
 
@@ -97,44 +107,53 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
     Raises:
         ExpertError: as `read_lora`.
     """
-    settings = _parse_config(name, config)
-    _refuse_variants(name, settings)
-    pairs = _pairs(name, parse_tensors(name, WEIGHTS, weights), settings)
     modules = {}
-    for (module, (A_RI, B_OR)), rank, alpha in zip(
-        pairs.items(),
-        _numbers(name, settings, "rank_pattern", "r", list(pairs)),
-        _numbers(name, settings, "alpha_pattern", "lora_alpha", list(pairs)),
-        strict=True,
-    ):
-        if type(rank) is not int or rank < 1:
-            raise ExpertError(f"expert {name!r}: {CONFIG} gives {module} the rank {rank!r:.80}; it must be 1 or more")
-        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
-            raise ExpertError(
-                f"expert {name!r}: {CONFIG} gives {module} the alpha {alpha!r:.80}; it must be a finite number"
-            )
-        if not (A_RI.numel() and B_OR.numel()):
-            raise ExpertError(
-                f"expert {name!r}: {module} has empty tensors (lora_A {tuple(A_RI.shape)}, lora_B "
-                f"{tuple(B_OR.shape)}); a model whose parameters were split over processes (DeepSpeed ZeRO-3, FSDP) "
-                f"was saved without gathering them: gather, and save the adapter again"
-            )
-        if A_RI.ndim == 2 and A_RI.shape[0] != rank:
-            raise ExpertError(
-                f"expert {name!r}: {module} has rank {A_RI.shape[0]}, its {CONFIG} says {rank}; the two files do not "
-                f"belong together: export the adapter again"
-            )
-        modules[module] = LoRAFactors(A_RI, B_OR, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+    with about(name):
+        settings = _parse_config(config)
+        _refuse_variants(settings)
+        pairs = _pairs(parse_tensors(WEIGHTS, weights), settings)
+        ranks = _numbers(settings, "rank_pattern", "r", list(pairs))
+        alphas = _numbers(settings, "alpha_pattern", "lora_alpha", list(pairs))
+        for (module, (A_RI, B_OR)), rank, alpha in zip(pairs.items(), ranks, alphas, strict=True):
+            if type(rank) is not int or rank < 1:
+                raise ExpertError(f"{CONFIG} gives {module} the rank {rank!r:.80}; it must be 1 or more")
+            if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+                raise ExpertError(f"{CONFIG} gives {module} the alpha {alpha!r:.80}; it must be a finite number")
+            if not (A_RI.numel() and B_OR.numel()):
+                raise ExpertError(
+                    f"{module} has empty tensors (lora_A {tuple(A_RI.shape)}, lora_B {tuple(B_OR.shape)}); a model "
+                    f"whose parameters were split over processes (DeepSpeed ZeRO-3, FSDP) was saved without gathering "
+                    f"them: gather, and save the adapter again"
+                )
+            if A_RI.ndim == 2 and A_RI.shape[0] != rank:
+                raise ExpertError(
+                    f"{module} has rank {A_RI.shape[0]}, its {CONFIG} says {rank}; the two files do not belong "
+                    f"together: export the adapter again"
+                )
+            modules[module] = LoRAFactors(A_RI, B_OR, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
     base = BaseReference(settings.get("base_model_name_or_path") or "", settings.get("revision"))
     expert = LoRAExpert(name, base, modules, settings)
     check_lora(expert)
     return expert
 
 
+def parse_tensors(file: str, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ExpertError: it is truncated, malformed or of an unknown type.
+    """
+    try:
+        return load(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+        why = f"is truncated or not safetensors ({reason(error)})"
+        raise ExpertError(f"{file} {why}; copy or export it again") from error
+
+
 def load_adapted(
     folder: Path, *, base: str | None = None, revision: str | None = None, dtype: str = "float32"
 ) -> PeftModel:
-    """Open an adapter's folder over its base as a PEFT model, frozen; only `read_lora` reads its files.
+    """Open an adapter's folder over its base as a PEFT model, frozen; PEFT reads what `read_lora` took, written anew.
 
     Args:
         folder: Folder of the adapter.
@@ -152,20 +171,13 @@ def load_adapted(
         raise ExpertError(f"expert {expert.name!r}: {folder / CONFIG} does not name its base; name it (--base)")
     model = load_base(base, revision=revision, dtype=dtype)
     check_fits(expert, model)
-    made = make_peft_config(expert.base, expert.modules, expert.peft_config)
-    keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout", "fan_in_fan_out")
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    with peft_warnings():
-        config = LoraConfig(**{key: made[key] for key in keys}, task_type=kind, inference_mode=True)
-        adapted: PeftModel = get_peft_model(model, config)
-    config.base_model_name_or_path, config.revision = made["base_model_name_or_path"], made["revision"]
-    for name, factors in expert.modules.items():
-        layer = adapted.get_base_model().get_submodule(name)
-        if not isinstance(layer, LoraLayer) or "default" not in layer.lora_A:
-            raise ExpertError(f"expert {expert.name!r}: PEFT cannot adapt {name} of a {model.config.model_type} model")
-        for part, factor in ((layer.lora_A, factors.A_RI), (layer.lora_B, factors.B_OR)):
-            weight = part["default"].get_parameter("weight")
-            weight.data = factor.to(weight.device, torch.float32, copy=True)
+    with TemporaryDirectory() as scratch, peft_warnings():
+        checked = Path(scratch) / "adapter"
+        write_lora(checked, replace(expert, peft_config={**expert.peft_config, "task_type": kind}))
+        adapted = PeftModel.from_pretrained(model, str(checked))
+    if from_peft_model(adapted, expert.name, base=expert.base).modules.keys() != expert.modules.keys():
+        raise ExpertError(f"expert {expert.name!r}: PEFT adapts other modules of a {model.config.model_type} model")
     return adapted
 
 
@@ -237,7 +249,7 @@ def make_peft_config(
     (rank, alpha), _ = Counter(shapes[module] for module in sorted(shapes)).most_common(1)[0]
     return {
         "peft_type": "LORA",
-        "task_type": task if (task := _jsonable(like.get("task_type"))) in _TASKS else None,
+        "task_type": task if (task := like.get("task_type")) in _TASKS else None,
         "base_model_name_or_path": base.name or None,
         "revision": base.revision,
         "inference_mode": True,
@@ -263,24 +275,18 @@ def from_peft_model(model: PeftModel, name: str, *, adapter: str = "default", ba
     Raises:
         ExpertError: there is no such adapter, or it is not a plain LoRA on linear modules.
     """
-    if adapter not in model.peft_config:
-        raise ExpertError(f"expert {name!r}: no adapter {adapter!r} here{did_you_mean(adapter, model.peft_config)}")
-    settings: dict[str, Any] = _jsonable(model.peft_config[adapter].to_dict())
-    _refuse_variants(name, settings)
-    if settings.get("bias", "none") != "none":
-        raise ExpertError(f"expert {name!r}: it trains biases (bias={settings['bias']!r}); train it with bias='none'")
     modules = {}
-    for module, layer in sorted(model.get_base_model().named_modules(), key=itemgetter(0)):
-        if not isinstance(layer, LoraLayer):
-            continue
-        if adapter in layer.lora_embedding_A:
-            raise ExpertError(_embedding(name, module))
-        if adapter in layer.lora_A:
-            modules[module] = LoRAFactors(
-                plain(layer.lora_A[adapter].get_parameter("weight"), copy=True),
-                plain(layer.lora_B[adapter].get_parameter("weight"), copy=True),
-                float(layer.scaling[adapter]),
-            )
+    with about(name):
+        if adapter not in model.peft_config:
+            raise ExpertError(f"no adapter {adapter!r} here{did_you_mean(adapter, model.peft_config)}")
+        settings: dict[str, Any] = json.loads(json.dumps(model.peft_config[adapter].to_dict(), default=sorted))
+        _refuse_variants(settings)
+        if settings.get("bias", "none") != "none":
+            raise ExpertError(f"it trains biases (bias={settings['bias']!r}); train it with bias='none'")
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        for module, (A_RI, B_OR) in _pairs(state, settings).items():
+            layer: Any = model.get_base_model().get_submodule(module)
+            modules[module] = LoRAFactors(plain(A_RI, copy=True), plain(B_OR, copy=True), float(layer.scaling[adapter]))
     expert = LoRAExpert(name, base, modules, settings)
     check_lora(expert)
     return expert
@@ -295,27 +301,29 @@ def check_lora(expert: LoRAExpert) -> None:
         ExpertError: no modules, factors that do not fit each other, NaN or infinite values, or an update whose norm
             exceeds `MAX_UPDATE_NORM`.
     """
-    if not expert.modules:
-        raise ExpertError(f"expert {expert.name!r}: the adapter is empty; it must adapt at least one linear module")
-    for module, factors in expert.modules.items():
-        A_RI, B_OR = factors.A_RI, factors.B_OR
-        where = f"expert {expert.name!r}: {module}"
-        for letter, factor in (("A", A_RI), ("B", B_OR)):
-            if not factor.dtype.is_floating_point:
-                raise ExpertError(f"{where}: lora_{letter} holds {factor.dtype}; it must hold floating-point numbers")
-        if A_RI.ndim != 2 or B_OR.ndim != 2 or A_RI.shape[0] != B_OR.shape[1] or not A_RI.numel() or not B_OR.numel():
-            raise ExpertError(
-                f"{where}: lora_A is {tuple(A_RI.shape)} and lora_B {tuple(B_OR.shape)}; they must be rank x input and "
-                f"output x rank, of one rank: adapters of convolutions are not supported"
-            )
-        if not (math.isfinite(factors.scale) and torch.isfinite(A_RI).all() and torch.isfinite(B_OR).all()):
-            raise ExpertError(f"{where} holds NaN or infinite values; take an earlier checkpoint or train it again")
-        norm = update_norm(factors)
-        if norm > MAX_UPDATE_NORM:
-            raise ExpertError(
-                f"{where} changes its weight by a norm of {norm:.3g}, more than {MAX_UPDATE_NORM:g}: the adapter has "
-                f"diverged or is corrupt; train it again, with a lower learning rate"
-            )
+    with about(expert.name):
+        if not expert.modules:
+            raise ExpertError("the adapter is empty; it must adapt at least one linear module")
+        for module, factors in expert.modules.items():
+            A_RI, B_OR = factors.A_RI, factors.B_OR
+            for letter, factor in (("A", A_RI), ("B", B_OR)):
+                if not factor.dtype.is_floating_point:
+                    raise ExpertError(
+                        f"{module}: lora_{letter} holds {factor.dtype}; it must hold floating-point numbers"
+                    )
+            matrices = A_RI.ndim == 2 and B_OR.ndim == 2 and A_RI.shape[0] == B_OR.shape[1]
+            if not matrices or not A_RI.numel() or not B_OR.numel():
+                raise ExpertError(
+                    f"{module}: lora_A is {tuple(A_RI.shape)} and lora_B {tuple(B_OR.shape)}; they must be rank x "
+                    f"input and output x rank, of one rank: adapters of convolutions are not supported"
+                )
+            if not (math.isfinite(factors.scale) and torch.isfinite(A_RI).all() and torch.isfinite(B_OR).all()):
+                raise ExpertError(f"{module} holds NaN or infinite values; take an earlier checkpoint, or train again")
+            if (norm := update_norm(factors)) > MAX_UPDATE_NORM:
+                raise ExpertError(
+                    f"{module} changes its weight by a norm of {norm:.3g}, more than {MAX_UPDATE_NORM:g}: the adapter "
+                    f"has diverged or is corrupt; train it again, with a lower learning rate"
+                )
 
 
 def update_norm(factors: LoRAFactors) -> float:
@@ -323,6 +331,17 @@ def update_norm(factors: LoRAFactors) -> float:
     A_RI, B_OR = factors.A_RI.double(), factors.B_OR.double()
     squared = float(((A_RI @ A_RI.T) * (B_OR.T @ B_OR)).sum())
     return abs(factors.scale) * math.sqrt(max(squared, 0.0))
+
+
+def adapter_fingerprint(expert: LoRAExpert) -> str:
+    """Hash of an expert's factors and scales; the name does not enter."""
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(expert.modules):
+        factors = expert.modules[name]
+        total.update(json.dumps([name, *factors.A_RI.shape, *factors.B_OR.shape, factors.scale]).encode())
+        for tensor in (factors.A_RI, factors.B_OR):
+            total.update(plain(tensor).numpy().tobytes())
+    return total.hexdigest()
 
 
 def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None = None) -> None:
@@ -340,12 +359,12 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
     linear = {name: widths for name, module in known.items() if (widths := linear_widths(module)) is not None}
     if lacking := _absent(expert, list(linear)):
         raise ExpertError(
-            f"expert {expert.name!r}: {CONFIG} names {_some(lacking, ', ')} (target_modules), and {WEIGHTS} holds "
+            f"expert {expert.name!r}: {CONFIG} names {some(lacking, ', ')} (target_modules), and {WEIGHTS} holds "
             f"nothing for it; the file is incomplete: export the adapter again"
         )
     wrong = []
     for module, factors in expert.modules.items():
-        found, wanted = linear.get(module), (int(factors.A_RI.shape[1]), int(factors.B_OR.shape[0]))
+        found, wanted = linear.get(module), factors.widths
         if module not in known:
             wrong.append(f"{module} is not in the model")
         elif found is None:
@@ -355,7 +374,7 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
     if wrong:
         raise ExpertError(
             f"expert {expert.name!r} was made for another base ({expert.base.name or 'unnamed'}): "
-            f"{_some(wrong, '; ')}; load the base it was trained on"
+            f"{some(wrong, '; ')}; load the base it was trained on"
         )
     if fingerprint is not None and expert.base.fingerprint not in (None, fingerprint):
         raise ExpertError(
@@ -364,36 +383,36 @@ def check_fits(expert: LoRAExpert, model: nn.Module, *, fingerprint: str | None 
         )
 
 
-def _read(name: str, path: Path, limit: int | None = None) -> bytes:
+def _read(path: Path, limit: int | None = None) -> bytes:
     cure = "save the adapter with PeftModel.save_pretrained"
     try:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
-            raise ExpertError(f"expert {name!r}: {path} is no plain file; {cure}")
+            raise ExpertError(f"{path} is no plain file; {cure}")
         if limit is not None and facts.st_size > limit:
-            raise ExpertError(f"expert {name!r}: {path} has {facts.st_size:,} bytes, more than {limit:,}; {cure}")
+            raise ExpertError(f"{path} has {facts.st_size:,} bytes, more than {limit:,}; {cure}")
         return path.read_bytes()
     except OSError as error:
         why = "there is none" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ExpertError(f"expert {name!r}: cannot read {path}: {why}; {cure}") from error
+        raise ExpertError(f"cannot read {path}: {why}; {cure}") from error
 
 
-def _parse_config(name: str, data: bytes) -> dict[str, Any]:
+def _parse_config(data: bytes) -> dict[str, Any]:
     try:
         settings = parse_json(data)
     except ValueError as error:
-        raise ExpertError(f"expert {name!r}: {CONFIG}: {reason(error)}; export the adapter again") from error
+        raise ExpertError(f"{CONFIG}: {reason(error)}; export the adapter again") from error
     if not isinstance(settings, dict):
-        raise ExpertError(f"expert {name!r}: {CONFIG} holds {type(settings).__name__}; it must hold an object")
+        raise ExpertError(f"{CONFIG} holds {type(settings).__name__}; it must hold an object")
     for key, allowed in _TYPES.items():
         value = settings.get(key)
         if isinstance(value, bool) or not isinstance(value, allowed | None):
-            raise ExpertError(f"expert {name!r}: {CONFIG} has {value!r:.80} as {key}; export the adapter again")
+            raise ExpertError(f"{CONFIG} has {value!r:.80} as {key}; export the adapter again")
         if isinstance(value, list) and not all(isinstance(each, str | int) for each in value):
-            raise ExpertError(f"expert {name!r}: {CONFIG} lists {value!r:.80} as {key}; it must list names")
+            raise ExpertError(f"{CONFIG} lists {value!r:.80} as {key}; it must list names")
     dropout = settings.get("lora_dropout")
     if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ExpertError(f"expert {name!r}: {CONFIG} has a lora_dropout of {dropout!r:.80}; it must be from 0 to 1")
+        raise ExpertError(f"{CONFIG} has a lora_dropout of {dropout!r:.80}; it must be from 0 to 1")
     return settings
 
 
@@ -406,25 +425,13 @@ def _absent(expert: LoRAExpert, names: Sequence[str]) -> list[str]:
     targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         return []
-    meant = _meant(expert.name, "target_modules", targets, names)
+    with about(expert.name):
+        meant = set[str]().union(*named_by(targets, names, "target_modules").values())
+        excluded = named_by(settings.get("exclude_modules") or [], names, "exclude_modules").values()
     if isinstance(targets, list) and layers is not None and layers != []:
         wanted = {layers} if isinstance(layers, int) else set(layers)
         meant = {name for name in meant if name in targets or _layer(name, settings.get("layers_pattern")) in wanted}
-    excluded = _meant(expert.name, "exclude_modules", settings.get("exclude_modules") or [], names)
-    return sorted(meant - excluded - expert.modules.keys())
-
-
-def _meant(name: str, key: str, entries: str | Sequence[str], names: Sequence[str]) -> set[str]:
-    """The modules a setting means: a regular expression of whole names, or ends of names; a full name means itself."""
-    if isinstance(entries, str):
-        try:
-            (hits,) = matches([entries], names, key)
-        except ConfigError as error:
-            raise ExpertError(f"expert {name!r}: {error}") from error
-        return {each for each, hit in zip(names, hits, strict=True) if hit}
-    exact = set(entries) & set(names)
-    ends = tuple(f".{entry}" for entry in set(entries) - exact)
-    return exact | {each for each in names if f".{each}".endswith(ends)}
+    return sorted(meant.difference(expert.modules, *excluded))
 
 
 def _layer(name: str, pattern: str | Sequence[str] | None) -> int | None:
@@ -437,35 +444,33 @@ def _layer(name: str, pattern: str | Sequence[str] | None) -> int | None:
     return next((int(part) for before, part in parts if part.isdecimal() and (not allowed or before in allowed)), None)
 
 
-def _refuse_variants(name: str, settings: Mapping[str, Any]) -> None:
+def _refuse_variants(settings: Mapping[str, Any]) -> None:
     """Refuse what is not y = W u + scale B A u over an unchanged base."""
     if settings.get("auto_map"):
-        raise ExpertError(f"expert {name!r}: {CONFIG} asks for code of its own (auto_map), which is never run")
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise ExpertError(f"expert {name!r}: peft_type is {kind!r}; only LORA adapters can be used: train one")
+        raise ExpertError(f"{CONFIG} asks for code of its own (auto_map), which is never run")
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise ExpertError(f"peft_type is {kind!r}; only LORA adapters can be used: train one")
     for key in sorted(settings):
         if settings[key] and (key in _VARIANTS or (key.startswith("use_") and key != "use_rslora")):
             raise ExpertError(
-                f"expert {name!r}: {key} is set to {settings[key]!r:.80}, which is more than a plain LoRA and cannot "
-                f"be combined with others exactly; train it without {key}"
+                f"{key} is set to {settings[key]!r:.80}, which is more than a plain LoRA and cannot be combined with "
+                f"others exactly; train it without {key}"
             )
     init = str(settings.get("init_lora_weights")).lower()
     if init.startswith(_BASE_CHANGING):
         raise ExpertError(
-            f"expert {name!r}: init_lora_weights={init!r} trained the adapter against a changed base; convert it to a "
-            f"plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), or train without it"
+            f"init_lora_weights={init!r} trained the adapter against a changed base; convert it to a plain LoRA with "
+            f"PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), or train without it"
         )
 
 
-def _pairs(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """lora_A and lora_B by module, sorted; float32."""
     factors: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
-        match = _KEY.fullmatch(key)
+        match, tensor = _KEY.fullmatch(key), tensors[key]
         if match is None:
-            raise ExpertError(_stranger(name, key, settings))
-        tensor = tensors[key]
+            raise ExpertError(_stranger(key, settings))
         factors.setdefault(match["module"], {})[match["factor"]] = (
             plain(tensor) if tensor.dtype.is_floating_point else tensor
         )
@@ -473,52 +478,43 @@ def _pairs(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         for there, lacking in (("A", "B"), ("B", "A")):
             if lacking not in pair:
                 raise ExpertError(
-                    f"expert {name!r}: {module} has lora_{there} but no lora_{lacking}; the file is incomplete: "
-                    f"export the adapter again"
+                    f"{module} has lora_{there} but no lora_{lacking}; the file is incomplete: export the adapter again"
                 )
     return {module: (factors[module]["A"], factors[module]["B"]) for module in sorted(factors)}
 
 
-def _stranger(name: str, key: str, settings: Mapping[str, Any]) -> str:
+def _stranger(key: str, settings: Mapping[str, Any]) -> str:
     """Why a tensor is refused that is neither lora_A nor lora_B of a module."""
     if ".lora_embedding_" in key:
-        return _embedding(name, key)
+        return f"{key} adapts an embedding; train it on linear modules only (target_modules)"
     if key.endswith(".bias"):
         return (
-            f"expert {name!r}: {WEIGHTS} holds the bias {key} (bias={settings.get('bias', 'none')!r}), which LoRA "
-            f"factors cannot express; train it with bias='none'"
+            f"{WEIGHTS} holds the bias {key} (bias={settings.get('bias', 'none')!r}), which LoRA factors cannot "
+            f"express; train it with bias='none'"
         )
     if ".lora_" not in key:
         return (
-            f"expert {name!r}: {WEIGHTS} holds {key}, a whole copy of a base parameter, as where the vocabulary was "
-            f"resized; train it without modules_to_save and save it with save_embedding_layers=False"
+            f"{WEIGHTS} holds {key}, a whole copy of a base parameter, as where the vocabulary was resized; train it "
+            f"without modules_to_save and save it with save_embedding_layers=False"
         )
     return (
-        f"expert {name!r}: {WEIGHTS} holds {key}; keys must be {_PREFIX}MODULE.lora_A.weight and .lora_B.weight: "
-        f"save a plain LoRA with PeftModel.save_pretrained"
+        f"{WEIGHTS} holds {key}; keys must be {_PREFIX}MODULE.lora_A.weight and .lora_B.weight: save a plain LoRA with "
+        f"PeftModel.save_pretrained"
     )
 
 
-def _embedding(name: str, where: str) -> str:
-    return f"expert {name!r}: {where} adapts an embedding; train it on linear modules only (target_modules)"
-
-
-def _numbers(
-    name: str, settings: Mapping[str, Any], pattern_key: str, default_key: str, modules: Sequence[str]
-) -> list[Any]:
+def _numbers(settings: Mapping[str, Any], pattern_key: str, default_key: str, modules: Sequence[str]) -> list[Any]:
     """A number for each module: of the first pattern that matches the end of its name, as in PEFT."""
     patterns = settings.get(pattern_key) or {}
-    try:
-        hits = matches(list(patterns), modules, pattern_key, tail=True)
-    except ConfigError as error:
-        raise ExpertError(f"expert {name!r}: {error}") from error
+    hits = matches(list(patterns), modules, pattern_key, tail=True)
     found = [settings.get(default_key)] * len(modules)
     for row, value in reversed(list(zip(hits, patterns.values(), strict=True))):
         found = [value if hit else known for hit, known in zip(row, found, strict=True)]
     return found
 
 
-def _some(texts: Sequence[str], separator: str) -> str:
+def some(texts: Sequence[str], separator: str) -> str:
+    """The first few of some texts, and how many more there are."""
     more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
     return separator.join(texts[:_SHOWN]) + more
 
@@ -534,16 +530,3 @@ def _alpha(factors: LoRAFactors) -> float:
     near = (float(round(alpha)), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     best = min(near, key=lambda value: abs(value / factors.rank - factors.scale))
     return int(best) if best.is_integer() else best
-
-
-def _jsonable(value: Any) -> Any:
-    """A configuration value as JSON holds it: sets sorted into lists, enumerations as their values."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_jsonable(inner) for inner in value)
-    if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
-    return value

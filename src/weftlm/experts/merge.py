@@ -15,10 +15,8 @@ from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import check_fits, make_peft_config
 
 
-def merge_experts(
-    experts: Sequence[LoRAExpert], weights: Sequence[float] | None = None, *, name: str, rank: int | None = None
-) -> LoRAExpert:
-    """Average the updates of several adapters into one adapter.
+def merge_experts(experts: Sequence[LoRAExpert], weights: Sequence[float] | None = None, *, name: str) -> LoRAExpert:
+    """Average the updates of several adapters into one adapter, of the sum of their ranks.
 
         dW = sum over z of w_z scale_z B_z A_z = [w_1 scale_1 B_1, w_2 scale_2 B_2, ...] [A_1; A_2; ...]
 
@@ -26,13 +24,11 @@ def merge_experts(
     module an expert does not adapt contributes zero, and the weights stay as they are. The result's scale is 1.
 
     Args:
+        experts: Adapters over one base.
         weights: w_z, one per expert; 1 / number of experts where None. They need not sum to 1.
         name: Name of the result.
-        rank: where less than the sum of ranks, the nearest update of this rank in the Frobenius norm (Eckart and
-            Young), by the SVD of a small matrix between the QR factors of the two sides. None: exact, of the sum of
-            ranks.
     Raises:
-        ConfigError: no experts, another number of weights, weights that are not finite, or a rank below 1.
+        ConfigError: no experts, another number of weights, or weights that are not finite.
         ExpertError: the experts adapt different bases or disagree on a module's widths.
     """
     if not experts:
@@ -43,21 +39,15 @@ def merge_experts(
         raise ConfigError(
             f"merge weights are {list(weights)}; need one finite number for each of {len(experts)} experts"
         )
-    if rank is not None and rank < 1:
-        raise ConfigError(f"merge rank is {rank}; must be at least 1, or none for the exact average")
     base = _common_base(experts)
     modules = {}
     for module in sorted({module for expert in experts for module in expert.modules}):
         parts = [(weight, expert) for weight, expert in zip(weights, experts, strict=True) if module in expert.modules]
         _check_widths(module, [expert for _, expert in parts])
-        A_RI = torch.cat([expert.modules[module].A_RI.double() for _, expert in parts])
-        B_OR = torch.cat(
-            [weight * expert.modules[module].scale * expert.modules[module].B_OR.double() for weight, expert in parts],
-            dim=1,
-        )
-        if rank is not None and rank < A_RI.shape[0]:
-            A_RI, B_OR = _truncate(A_RI, B_OR, rank)
-        modules[module] = LoRAFactors(A_RI.float().contiguous(), B_OR.float().contiguous(), 1.0)
+        factors = [(weight, expert.modules[module]) for weight, expert in parts]
+        A_RI = torch.cat([each.A_RI.double() for _, each in factors])
+        B_OR = torch.cat([weight * each.scale * each.B_OR.double() for weight, each in factors], dim=1)
+        modules[module] = LoRAFactors(A_RI.float(), B_OR.float(), 1.0)
     return LoRAExpert(name, base, modules, make_peft_config(base, modules, experts[0].peft_config))
 
 
@@ -100,21 +90,6 @@ def folded_weight(module: nn.Module, delta_OI: Tensor) -> Tensor | None:
     return (weight.detach().float() + delta.to(weight.device, torch.float32)).to(weight.dtype)
 
 
-def _truncate(A_RI: Tensor, B_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest B A of a lower rank.
-
-        A^T = Q_a R_a,  B = Q_b R_b,  R_b R_a^T = U S V^T,  B A ~ (Q_b U_k sqrt(S_k)) (sqrt(S_k) V_k^T Q_a^T)
-
-    The largest entry of each column of Q_b U is made positive, so that the result does not depend on an SVD's signs.
-    """
-    Qa_IM, Ra_MR = torch.linalg.qr(A_RI.T)
-    Qb_ON, Rb_NR = torch.linalg.qr(B_OR)
-    U, S, Vh = torch.linalg.svd(Rb_NR @ Ra_MR.T, full_matrices=False)
-    left, right, root = Qb_ON @ U[:, :rank], Vh[:rank] @ Qa_IM.T, S[:rank].sqrt()
-    sign = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True))[0] < 0, -1.0, 1.0).to(left)
-    return (root * sign)[:, None] * right, left * (root * sign)
-
-
 def _common_base(experts: Sequence[LoRAExpert]) -> BaseReference:
     """The base all experts adapt, with its fingerprint where one of them knows it."""
     known = [expert for expert in experts if expert.base.fingerprint is not None]
@@ -128,11 +103,10 @@ def _common_base(experts: Sequence[LoRAExpert]) -> BaseReference:
 
 
 def _check_widths(module: str, experts: Sequence[LoRAExpert]) -> None:
-    first = experts[0].modules[module]
+    first = experts[0].modules[module].widths
     for expert in experts[1:]:
-        factors = expert.modules[module]
-        if factors.A_RI.shape[1] != first.A_RI.shape[1] or factors.B_OR.shape[0] != first.B_OR.shape[0]:
+        if (other := expert.modules[module].widths) != first:
             raise ExpertError(
-                f"experts {experts[0].name!r} and {expert.name!r} disagree on {module}: {first.A_RI.shape[1]} to "
-                f"{first.B_OR.shape[0]}, {factors.A_RI.shape[1]} to {factors.B_OR.shape[0]}; merge experts of one base"
+                f"experts {experts[0].name!r} and {expert.name!r} disagree on {module}: {first[0]} to {first[1]}, "
+                f"{other[0]} to {other[1]}; merge experts of one base"
             )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from weftlm.corpora.labels import folder_name
 from weftlm.errors import ExpertError, reason
-from weftlm.experts.expert import BaseReference, Expert, LoRAExpert, is_folder, same_base
-from weftlm.experts.files import CONFIG, WEIGHTS
+from weftlm.experts.expert import CONFIG, WEIGHTS, BaseReference, Expert, base_problem, is_folder, same_base
 from weftlm.experts.library import check_name
 from weftlm.places import locate
 
@@ -46,6 +45,8 @@ def read_peft(
         ExpertError: nothing is there, it is no plain LoRA, or it is of another base.
     """
     from weftlm.experts.lora import check_fits, read_lora  # noqa: PLC0415 - torch; listing a library needs none
+    from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415
+    from weftlm.models.open import load_base  # noqa: PLC0415
 
     folder = Path(source).resolve()
     card: dict[str, Any] = {"source": source}
@@ -55,42 +56,22 @@ def read_peft(
         folder = fetch_adapter(source, revision)
         card["revision"] = folder.name
     lora = read_lora(folder, name)
-    if not same_base(lora.base, base):
+    named = lora.base
+    if not same_base(named, base):
         if assume_base:
-            card["assumed_base"] = {"named": lora.base.name or None, "revision": lora.base.revision}
+            card["assumed_base"] = {"named": named.name or None, "revision": named.revision}
         else:
-            _require_same_model(lora, base)
+            if base.fingerprint is not None and is_folder(named.name):
+                named = replace(named, fingerprint=base_fingerprint(load_base(named.name, dtype="auto")))
+            if (problem := base_problem(named, base)) is not None:
+                raise ExpertError(
+                    f"expert {name!r} {problem}; use a library for each base; if it was made for this very model, say "
+                    f"so (weftlm experts import --assume-base, or assume_base: true in experts.imports)"
+                )
     lora = replace(lora, base=base)
     if model is not None:
         check_fits(lora, model)
     return Expert(lora, card=card)
-
-
-def _require_same_model(lora: LoRAExpert, base: BaseReference) -> None:
-    """Refuse an adapter over another model than a library's base.
-
-    Raises:
-        ExpertError: its base is elsewhere, and no fingerprint says that it is the same model.
-    """
-    from weftlm.models.open import local_fingerprint  # noqa: PLC0415 - torch; listing a library needs none
-
-    named = lora.base
-    cure = (
-        "use a library for each base; if it was made for this very model, say so (weftlm experts import --assume-base, "
-        "or assume_base: true in experts.imports)"
-    )
-    if base.fingerprint is not None and is_folder(named.name):
-        found = local_fingerprint(named.name)
-        if found == base.fingerprint:
-            return
-        raise ExpertError(
-            f"expert {lora.name!r} was made for another base: {named.name} has fingerprint {found}, the library's base "
-            f"{base.name} {base.fingerprint}; {cure}"
-        )
-    raise ExpertError(
-        f"expert {lora.name!r} {f'names the base {named}' if named.name else 'does not name its base'}, and the "
-        f"library is for {base}; {cure}"
-    )
 
 
 def fetch_adapter(source: str, revision: str | None) -> Path:

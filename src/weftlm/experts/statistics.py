@@ -1,17 +1,14 @@
 """Statistics of an expert's own data: mean module inputs, embeddings, and counts of tokens and token pairs.
 
-Collected on the expert's data alone, without its labels or any other text, for routers that need no gate. Token
-windows are embedded by hashing their ids, so that a model can embed its input without a tokenizer at hand.
+Collected on the expert's data alone, without its labels or any other text, for routers that need no gate. Texts are
+embedded by hashing their token ids, so that a model can embed its input without a tokenizer at hand.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import re
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +17,7 @@ from torch import Tensor, nn
 
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.source import Source
-from weftlm.domains.config import EmbedderConfig
-from weftlm.domains.embed import SentenceTransformerEmbedder
-from weftlm.errors import ConfigError, DataError, NumericsError, install_hint
+from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.experts.adapted import adapted, module_input, unchanged
 from weftlm.experts.examples import prompted_examples
 from weftlm.experts.expert import LoRAExpert, Statistics
@@ -31,15 +26,8 @@ from weftlm.threads import follow_load
 
 log = logging.getLogger(__name__)
 
-Embed = Callable[[Tensor, Tensor | None], Tensor]
-"""Token windows to vectors: (tokens_BT, mask_BT or None) -> unit rows of shape (B, F), float32."""
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, as a tokenizer's `decode`."""
-
 BIGRAM_BUCKETS = 65536
 
-_SENTENCES = "sentence-transformers:"
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -47,9 +35,20 @@ _ALL_BUT_SIGN = 0x7FFFFFFFFFFFFFFF
 _UNIGRAM, _BIGRAM = 1, 2  # keys of hash functions that never meet
 
 
-_Batch = tuple[dict[str, Any], Tensor, Tensor | None, dict[tuple[int, ...], Tensor]]
-"""One forward pass: arguments of the model; ids that are embedded, and where they are not padding (None: everywhere);
-masks of the model's own tokens, by shape, which differs between encoder and decoder."""
+class _Batch(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+        arguments: Arguments of the model.
+        query_BT: Ids that are embedded.
+        query_mask_BT: True where they are embedded; None for everywhere.
+        masks: True where a batch is not padding, by shape, which differs between encoder and decoder.
+    """
+
+    arguments: dict[str, Any]
+    query_BT: Tensor
+    query_mask_BT: Tensor | None
+    masks: dict[tuple[int, ...], Tensor]
 
 
 def collect_statistics(
@@ -62,7 +61,6 @@ def collect_statistics(
     seed: int,
     batch_sequences: int = 16,
     embedder: str = "tokens-1024",
-    decode: Decode | None = None,
 ) -> Statistics:
     """Describe a source as one expert reads it.
 
@@ -83,30 +81,30 @@ def collect_statistics(
         sequence_length: T.
         seed: Random seed of the draw.
         batch_sequences: Windows per forward pass.
-        embedder: Name of the embedder, kept so that queries are embedded alike; see `embedder_named`.
-        decode: Function from token ids to text, for embedders that read text.
+        embedder: `tokens-F`, `embed_tokens` of width F.
     Returns:
         Statistics. facts: examples, tokens, sequence_length, data (the source's fingerprint), seed, and unreached: the
         modules no token came to (in a mixture-of-experts layer), whose means are zero.
     Raises:
-        ConfigError: a size is below 1, there is no such embedder, or it lacks its package or a decode function.
+        ConfigError: a size is below 1.
         DataError: the source is shorter than one window, or holds ids the model has no embedding for.
         ExpertError: the expert does not fit the model.
         NumericsError: a module's mean input is not finite.
     """
-    for name, value in (
-        ("examples", examples), ("sequence_length", sequence_length), ("batch_sequences", batch_sequences)
-    ):  # fmt: skip
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    embed = embedder_named(embedder, decode)
+    if min(examples, sequence_length, batch_sequences) < 1:
+        raise ConfigError(
+            f"examples is {examples}, sequence_length {sequence_length}, batch_sequences {batch_sequences}; each must "
+            f"be at least 1"
+        )
+    width = int(embedder.removeprefix("tokens-"))
     device = next(model.parameters()).device
     held = examples_of(source)
     if held is None:
-        texts_NT = _windows(source, examples, sequence_length, seed)
-        texts = list(texts_NT)
-        batches: list[_Batch] = [
-            ({"input_ids": rows_BT.to(device)}, rows_BT, None, {}) for rows_BT in texts_NT.split(batch_sequences)
+        windows_NT = _windows(source, examples, sequence_length, seed)
+        texts = list(windows_NT)
+        batches = [
+            _Batch({"input_ids": rows_BT.to(device)}, rows_BT, None, {})
+            for rows_BT in windows_NT.split(batch_sequences)
         ]
     else:
         prompted = prompted_examples(model, held, sequence_length, expert.name)
@@ -117,39 +115,22 @@ def collect_statistics(
             f"the source holds token id {int(all_N.max())} and the model embeds {vocabulary}; tokenise the text "
             f"with the model's own tokenizer"
         )
-    with unchanged(model), ExitStack() as stack:
-        model.eval()
-        stack.enter_context(adapted(model, expert))
-        sums = {name: _InputMean() for name in expert.modules}
-        for name, mean in sums.items():
-            hook = model.get_submodule(name).register_forward_pre_hook(mean, with_kwargs=True)
-            stack.callback(hook.remove)
-        stack.enter_context(torch.no_grad())
-        for arguments, query_BT, _, masks in batches:
-            follow_load()
-            for mean in sums.values():
-                mean.examples, mean.masks = len(query_BT), masks
-            model(**{**arguments, "use_cache": False})
-    unreached = [name for name, mean in sums.items() if mean.count == 0]
-    if unreached:
+    means = _mean_inputs(model, expert, batches)
+    if unreached := [name for name, mean_I in means.items() if mean_I is None]:
         log.warning("expert %s: %d modules saw no token, %s first", expert.name, len(unreached), unreached[0])
-    means = {
-        name: mean.value() if mean.count else torch.zeros(expert.modules[name].A_RI.shape[1])
-        for name, mean in sums.items()
-    }
-    for name, mean_I in means.items():
-        if not torch.isfinite(mean_I).all():
-            raise NumericsError(f"expert {expert.name!r}: the mean input of {name} is not finite; the model overflows")
     pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts]
-    embedded = [embed(query_BT, mask_BT).cpu().float() for _, query_BT, mask_BT, _ in batches]
+    embedded = [embed_tokens(each.query_BT, width=width, mask_BT=each.query_mask_BT) for each in batches]
     return Statistics(
-        means=means,
+        means={
+            name: torch.zeros(expert.modules[name].widths[0]) if mean_I is None else mean_I
+            for name, mean_I in means.items()
+        },
         embeddings_NF=torch.cat(embedded),
         embedder=embedder,
         token_counts_V=torch.bincount(all_N, minlength=vocabulary),
         bigram_counts_K=torch.bincount(torch.cat(pairs), minlength=BIGRAM_BUCKETS),
         facts={
-            "examples": sum(len(query_BT) for _, query_BT, _, _ in batches),
+            "examples": sum(len(each.query_BT) for each in batches),
             "tokens": len(all_N),
             "sequence_length": sequence_length,
             "data": source.fingerprint,
@@ -159,42 +140,57 @@ def collect_statistics(
     )
 
 
+@torch.no_grad()
+def _mean_inputs(model: nn.Module, expert: LoRAExpert, batches: list[_Batch]) -> dict[str, Tensor | None]:
+    """Mean input of each adapted module, float32 on the CPU; None where no token came to it."""
+    with unchanged(model), adapted(model, expert), ExitStack() as stack:
+        model.eval()
+        sums = {name: _InputMean() for name in expert.modules}
+        for name, mean in sums.items():
+            hook = model.get_submodule(name).register_forward_pre_hook(mean, with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in batches:
+            follow_load()
+            for mean in sums.values():
+                mean.batch = batch
+            model(**{**batch.arguments, "use_cache": False})
+    found: dict[str, Tensor | None] = dict.fromkeys(sums)
+    for name, mean in sums.items():
+        if mean.sum_I is not None:
+            found[name] = mean_I = (mean.sum_I.cpu() / mean.count).float()
+            if not torch.isfinite(mean_I).all():
+                raise NumericsError(
+                    f"expert {expert.name!r}: the mean input of {name} is not finite; the model overflows"
+                )
+    return found
+
+
 class _InputMean:
     """A forward pre-hook: the mean over examples of the mean over tokens of a module's input.
 
     Where a module sees tokens without their examples (a mixture-of-experts layer), its mean is over tokens, batch by
     batch.
-
-    Attributes:
-        examples: Rows of the batch.
-        masks: True where a batch is not padding, by shape; empty where nothing is padded.
     """
 
     def __init__(self) -> None:
-        self.examples = 0
-        self.masks: dict[tuple[int, ...], Tensor] = {}
+        self.batch: _Batch
         self.sum_I: Tensor | None = None
         self.count = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        u_XI = module_input(args, kwargs)
+        u_XI, examples = module_input(args, kwargs), len(self.batch.query_BT)
         if u_XI.numel() == 0:
             return
-        rows = self.examples if u_XI.ndim > 2 and u_XI.shape[0] == self.examples else 1
-        mask_BT = self.masks.get(tuple(u_XI.shape[:-1]))
+        rows = examples if u_XI.ndim > 2 and u_XI.shape[0] == examples else 1
+        mask_BT = self.batch.masks.get(tuple(u_XI.shape[:-1]))
         if mask_BT is None:
             mean_BI = u_XI.reshape(rows, -1, u_XI.shape[-1]).mean(dim=1, dtype=torch.float64)
         else:
             kept_BTI = u_XI.double().masked_fill(~mask_BT[..., None], 0.0)
             mean_BI = kept_BTI.sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
-        total_I = mean_BI.sum(dim=0) * (self.examples // rows)
+        total_I = mean_BI.sum(dim=0) * (examples // rows)
         self.sum_I = total_I if self.sum_I is None else self.sum_I + total_I
-        self.count += self.examples
-
-    def value(self) -> Tensor:
-        """mean_I, float32, on the CPU."""
-        assert self.sum_I is not None
-        return (self.sum_I.cpu() / self.count).to(torch.float32)
+        self.count += examples
 
 
 def _draw(held: int, wanted: int, seed: int) -> Any:
@@ -228,62 +224,14 @@ def _example_batches(
             if arguments["labels"].shape == inputs.tokens_BT.shape:  # masks are told apart by their shapes
                 arguments["labels"] = F.pad(arguments["labels"], (0, 1), value=IGNORED)
             masks.append(arguments["labels"] != IGNORED)
-        batches.append(
-            (arguments, inputs.tokens_BT, inputs.prompt_mask_BT, {tuple(mask.shape): mask for mask in masks})
-        )
+        by_shape = {tuple(mask.shape): mask for mask in masks}
+        batches.append(_Batch(arguments, inputs.tokens_BT, inputs.prompt_mask_BT, by_shape))
     if prompted.encoder:
         return batches, [torch.from_numpy(part) for row in rows for part in row]
     return batches, [torch.from_numpy(np.concatenate(row)) for row in rows]
 
 
 # -- embedding windows of tokens ----------------------------------------------------------------------------------
-
-
-def check_embedder(name: str) -> None:
-    """Refuse an embedder that is not known or not installed.
-
-    Raises:
-        ConfigError: it is one of those.
-    """
-    if re.fullmatch(r"tokens-[1-9][0-9]*", name):
-        return
-    if not name.startswith(_SENTENCES) or name == _SENTENCES:
-        raise ConfigError(f"embedder is {name!r}; give tokens-WIDTH (tokens-1024) or sentence-transformers:NAME")
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ConfigError(f"embedder {name!r} needs sentence-transformers; {install_hint('embed')}, or use tokens-1024")
-
-
-def embedder_named(name: str, decode: Decode | None = None) -> Embed:
-    """The function behind an embedder's name.
-
-    `tokens-F` is `embed_tokens` with width F; `sentence-transformers:NAME` decodes the window and embeds the text with
-    that model, a local folder or a name on the hub.
-
-    Raises:
-        ConfigError: no such embedder, or its package or the decode function is missing.
-    """
-    hashed = re.fullmatch(r"tokens-([1-9][0-9]*)", name)
-    if hashed is not None:
-        width = int(hashed[1])
-
-        def embed_ids(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-            return embed_tokens(tokens_BT, width=width, mask_BT=mask_BT)
-
-        return embed_ids
-    check_embedder(name)
-    if decode is None:
-        raise ConfigError(f"embedder {name!r} reads text; give the tokenizer's decode function as decode=")
-    read = decode
-    encoder = SentenceTransformerEmbedder(
-        EmbedderConfig(kind="sentence_transformers", model=name.removeprefix(_SENTENCES))
-    )
-
-    def embed_text(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        mask = torch.ones_like(tokens_BT) if mask_BT is None else mask_BT
-        texts = [read(row[keep.bool()].tolist()) for row, keep in zip(tokens_BT.cpu(), mask.cpu(), strict=True)]
-        return torch.from_numpy(encoder.embed(texts)).to(tokens_BT.device)
-
-    return embed_text
 
 
 def embed_tokens(tokens_BT: Tensor, *, width: int = 1024, mask_BT: Tensor | None = None) -> Tensor:

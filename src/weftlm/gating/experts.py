@@ -24,8 +24,7 @@ from transformers.cache_utils import Cache
 from weftlm.corpora.tokens import find_tokenizer
 from weftlm.errors import ConfigError, ExpertError, did_you_mean
 from weftlm.experts.adapted import module_input
-from weftlm.experts.expert import LoRAExpert
-from weftlm.experts.files import CONFIG
+from weftlm.experts.expert import CONFIG, LoRAExpert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits, read_lora
 from weftlm.experts.low_rank import LowRank, Rows, placement
@@ -33,7 +32,7 @@ from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.lora_targets import outline
-from weftlm.models.open import check_vocabulary, load_base, pretrained_config
+from weftlm.models.open import check_vocabulary, load_base, read_config
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""
@@ -219,7 +218,7 @@ class ExpertPool(nn.Module):
         for source in sources:
             lora, key, wanted = adapter_of(source)
             if key not in models and shapes:
-                models[key] = outline(pretrained_config(*key))
+                models[key] = outline(read_config(key[0], revision=key[1], local_files_only=True))
             elif key not in models:
                 models[key] = load_base(key[0], revision=key[1], dtype=dtype) if base is None else base
             if wanted is not None and key not in digests and not shapes:

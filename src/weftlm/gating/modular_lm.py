@@ -397,7 +397,7 @@ def _copy_experts(pool: ExpertPool, folder: Path, options: Mapping[str, Any]) ->
         library = f"{ADAPTERS}-{number}"
         if any(member.lora is not None for _, member in members):
             base = BaseReference(where, None, base_fingerprint(backbone.model))
-            opened = ExpertLibrary.create(folder / library, base)
+            opened = ExpertLibrary.open(folder / library, base)
         for place, member in members:
             sources[place] = ExpertSource(name=member.name, model=where)
             if member.lora is not None:

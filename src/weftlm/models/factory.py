@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, did_you_mean, reason
-from weftlm.models.config import ModelConfig
+from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.lora_targets import check_targets, lora_targets
 from weftlm.models.open import check_vocabulary, config_at_hand, load_base, require_decoder_only
 
@@ -60,18 +61,31 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
-    if config.lora is not None:
-        section = LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=lora_targets(model, config.lora.target_modules),
-            task_type="CAUSAL_LM",
-        )
-        with peft_warnings():
-            model = get_peft_model(model, section, revision=config.revision)
-    built: nn.Module = model
+    built: nn.Module = model if config.lora is None else with_lora(model, config.lora, revision=config.revision)
     return built
+
+
+def with_lora(model: Any, section: LoRASection, *, revision: str | None = None) -> PeftModel:
+    """Put an untrained PEFT adapter into a model.
+
+    Args:
+        model: Bare model, decoder-only or encoder-decoder.
+        section: Rank, scale, dropout and target modules.
+        revision: Hub revision of the model, recorded in the adapter's configuration.
+    Raises:
+        ConfigError: as `lora_targets`.
+    """
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=(targets := lora_targets(model, section.target_modules)),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+    )
+    with peft_warnings():
+        adapted: PeftModel = get_peft_model(model, config, revision=revision)
+    return adapted
 
 
 def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int) -> PretrainedConfig:

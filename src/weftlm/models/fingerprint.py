@@ -91,10 +91,6 @@ def _deciding_settings(model: nn.Module) -> dict[str, Any]:
         defaults = json.loads(type(config)().to_json_string(use_diff=False))
     except Exception:  # noqa: BLE001, a class without defaults: every setting counts
         defaults = {}
-    return _differing(settings, defaults)
-
-
-def _differing(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in settings.items()

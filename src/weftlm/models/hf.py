@@ -13,6 +13,7 @@ from weftlm.errors import ConfigError
 
 UPLOAD = "write it with save_pretrained(folder) and upload that folder (huggingface_hub's upload_folder)"
 """What to do where `push_to_hub` would upload another model than the one it is called on."""
+_DEFAULTS = {"is_main_process", "safe_serialization", "save_peft_format", "save_original_format"}
 
 SequenceLosses = Callable[[nn.Module, Tensor], Tensor]
 """A loss: (model, tokens_BT1) -> losses_B, the mean nats per token of each sequence."""
@@ -51,15 +52,12 @@ def save_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: one that a folder of several models cannot follow.
     """
-    asked = {name: value for name, value in given.items() if value not in (None, False)}
+    asked = {name: value for name, value in given.items() if value not in (None, False) and name not in _DEFAULTS}
     if "push_to_hub" in asked:
         raise ConfigError(f"save_pretrained does not upload this model: {UPLOAD}")
-    passed: dict[str, Any] = {name: asked.pop(name) for name in ("max_shard_size", "token") if name in asked}
-    for name in ("is_main_process", "safe_serialization", "save_peft_format", "save_original_format"):
-        asked.pop(name, None)
-    if asked:
+    if refused := asked.keys() - {"max_shard_size", "token"}:
         raise ConfigError(
-            f"save_pretrained of this model takes no {', '.join(asked)}: the weights are those of its base models and "
-            "experts; leave it out"
+            f"save_pretrained of this model takes no {', '.join(sorted(refused))}: the weights are those of its base "
+            "models and experts; leave it out"
         )
-    return passed
+    return asked

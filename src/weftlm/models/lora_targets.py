@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pretrained
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, reason
-from weftlm.models.patterns import matches
+from weftlm.models.patterns import named_by
 
 ALL_LINEAR = "all-linear"
 _SHOWN = 6
 _CONVERSION = "peft.utils.transformers_weight_conversion"
 
 
-def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+def lora_targets(model: nn.Module, targets: str | Sequence[str], where: str = "lora") -> list[str]:
     """Full names of the modules that `lora.target_modules` means, in the model's order.
 
     `all-linear` is every linear module but the output head. Experts and routers of a mixture-of-experts model are
@@ -35,40 +35,36 @@ def lora_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         model: Bare model, on the meta device too.
         targets: `all-linear`, names (`q_proj`, `model.layers.0.self_attn.q_proj`), or a regular expression of whole
             names.
+        where: Section that gives them, for messages.
     Raises:
         ConfigError: a name matches nothing, or something that no expert can hold: an embedding, a convolution, fused
             experts; the message lists the names that can be given.
     """
-    known = dict(model.named_modules())
-    good = [name for name, module in known.items() if linear_widths(module)]
-    reserved = _reserved(model, {name.rpartition(".")[2] for name in good})
-    good = [name for name in good if name.rpartition(".")[2] not in reserved]
+    where = f"{where}.target_modules"
+    known = {name: module for name, module in model.named_modules() if name}
+    linear = [name for name, module in known.items() if linear_widths(module)]
+    reserved = _reserved(model, {name.rpartition(".")[2] for name in linear})
+    good = [name for name in linear if name.rpartition(".")[2] not in reserved]
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         found = [name for name in good if known[name] is not head and isinstance(known[name], nn.Linear | Conv1D)]
         if not found:
-            raise ConfigError("lora.target_modules: all-linear finds no linear module in this model")
+            raise ConfigError(f"{where}: all-linear finds no linear module in this model")
         return found
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in good if known[name] is not head))
     more = f" and {len(short) - _SHOWN} more" if len(short) > _SHOWN else ""
     cure = f"give {ALL_LINEAR}, or names of linear modules: {', '.join(short[:_SHOWN])}{more}"
-    names = [name for name in known if name]
-    if isinstance(targets, str):
-        (hits,) = matches([targets], names, "lora.target_modules")
-        meant = {targets: {name for name, hit in zip(names, hits, strict=True) if hit}}
-    else:
-        meant = {each: {name for name in names if name == each or name.endswith(f".{each}")} for each in targets}
+    meant = named_by(targets, list(known), where)
     if not meant:
-        raise ConfigError(f"lora.target_modules is empty; {cure}")
-    for target, found_here in meant.items():
-        if not found_here:
-            raise ConfigError(f"lora.target_modules: {target!r:.80} matches no module of this model; {cure}")
-    chosen = [name for name in names if any(name in found_here for found_here in meant.values())]
+        raise ConfigError(f"{where} is empty; {cure}")
+    if lost := next((target for target, names in meant.items() if not names), None):
+        raise ConfigError(f"{where}: {lost!r:.80} matches no module of this model; {cure}")
+    chosen = [name for name in known if any(name in names for names in meant.values())]
     if wrong := next((name for name in chosen if name not in good), None):
         why = f"is of type {type(known[wrong]).__name__} and no linear module"
-        if linear_widths(known[wrong]):
+        if wrong in linear:
             why = "carries a name that PEFT keeps for this model's fused experts"
-        raise ConfigError(f"lora.target_modules: {wrong} {why}, which no expert can hold; {cure}")
+        raise ConfigError(f"{where}: {wrong} {why}, which no expert can hold; {cure}")
     return chosen
 
 
@@ -82,10 +78,7 @@ def check_targets(config: PretrainedConfig, targets: str | Sequence[str], where:
         model = outline(config)
     except ConfigError:  # what is wrong with the model is said where it is built
         return
-    try:
-        lora_targets(model, targets)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("lora.target_modules", f"{where}.target_modules", 1)) from error
+    lora_targets(model, targets, where)
 
 
 def _reserved(model: nn.Module, leaves: set[str]) -> set[str]:

@@ -1,7 +1,6 @@
 """Pretrained language models: every tensor accounted for, safetensors only, no code of their own.
 
-`load_base` opens a model, `read_config` its configuration alone, `local_fingerprint` its identity. Every part of
-weftlm opens its models here.
+`load_base` opens a model, `read_config` its configuration alone. Every part of weftlm opens its models here.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.errors import CheckpointError, ConfigError, reason
 from weftlm.files import check_sealed
-from weftlm.models.fingerprint import base_fingerprint
 from weftlm.places import locate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,6 +135,11 @@ def read_config(name: str, *, revision: str | None = None, local_files_only: boo
                 name, revision=revision, local_files_only=local_files_only, trust_remote_code=False
             )
     except Exception as error:
+        if local_files_only and not folder.is_dir():
+            raise ConfigError(
+                f"the configuration of {name!r} is not on this machine, and nothing is downloaded here; give a local "
+                f"folder that holds its config.json (with --set), weights are not needed"
+            ) from error
         raise _refusal(name, _cause(error, local=folder.is_dir())) from error
     for key, value in config.to_dict().items():
         allowed = next((sizes for keys, sizes in _SIZES.items() if re.fullmatch(keys, key)), None)
@@ -156,36 +159,6 @@ def config_at_hand(name: str, revision: str | None = None) -> PretrainedConfig |
         return read_config(name, revision=revision, local_files_only=True)
     except ConfigError:
         return None
-
-
-def pretrained_config(name: str, revision: str | None = None) -> PretrainedConfig:
-    """A pretrained model's configuration from a local folder or the hub's local cache; nothing is downloaded.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    name = locate(name, "model", revision=revision, ask=False)
-    if Path(name).is_dir():
-        return read_config(name)
-    try:
-        return read_config(name, revision=revision, local_files_only=True)
-    except ConfigError as error:
-        raise ConfigError(
-            f"the configuration of {name!r} is not on this machine, and a plan downloads nothing; give a local folder "
-            f"that holds its config.json (with --set), weights are not needed"
-        ) from error
-
-
-def local_fingerprint(name: str, *, revision: str | None = None) -> str:
-    """`base_fingerprint` of a model in a folder or the hub's cache, as it is stored; the model is opened strictly.
-
-    Cost: that of `load_base` in the stored dtype (memory: the weights once, freed on return) and of `base_fingerprint`;
-    together about 2 s for 135M parameters, and 2 to 3 s per GB of weights on one core.
-
-    Raises:
-        ConfigError: as `load_base`.
-    """
-    return base_fingerprint(load_base(name, revision=revision, dtype="auto"))
 
 
 def check_vocabulary(model: nn.Module, vocab_size: int, name: str) -> None:

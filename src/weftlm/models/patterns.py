@@ -1,6 +1,7 @@
-"""Regular expressions from files and recipes, matched within a bound of time.
+"""What the settings of an adapter that name modules mean: full names, ends of names, regular expressions.
 
-A short pattern can take years on a short name, and `re` cannot be interrupted; `regex` can.
+Expressions come from files and recipes, and are matched within a bound of time: a short pattern can take years on a
+short name, and `re` cannot be interrupted; `regex` can.
 """
 
 from __future__ import annotations
@@ -18,6 +19,27 @@ MAX_SECONDS = 2.0
 """Largest time for all names of a setting's patterns."""
 
 
+def named_by(entries: str | Sequence[str], names: Sequence[str], what: str) -> dict[str, set[str]]:
+    """The modules that each entry of a setting means, as PEFT reads it.
+
+    A text is a regular expression of whole names; an entry of a list is a full name, or else the end of names.
+
+    Args:
+        entries: Setting.
+        names: Names of modules.
+        what: The setting's name, for messages.
+    Raises:
+        ConfigError: as `matches`.
+    """
+    if isinstance(entries, str):
+        (hits,) = matches([entries], names, what)
+        return {entries: {name for name, hit in zip(names, hits, strict=True) if hit}}
+    known = set(names)
+    return {
+        each: {each} if each in known else {name for name in names if name.endswith(f".{each}")} for each in entries
+    }
+
+
 def matches(patterns: Sequence[str], names: Sequence[str], what: str, *, tail: bool = False) -> list[list[bool]]:
     r"""Which names each pattern matches.
 
@@ -25,12 +47,12 @@ def matches(patterns: Sequence[str], names: Sequence[str], what: str, *, tail: b
         -> [[True]]
 
     Args:
-        patterns: regular expressions.
-        names: names of modules.
-        what: the setting they come from, for messages.
-        tail: match the end of a name from any dot on too, `(.*\.)?(pattern)`; else the whole name.
+        patterns: Regular expressions.
+        names: Names of modules.
+        what: The setting they come from, for messages.
+        tail: Match the end of a name from any dot on too, `(.*\.)?(pattern)`; else the whole name.
     Returns:
-        for each pattern, for each name.
+        For each pattern, for each name.
     Raises:
         ConfigError: a pattern is no regular expression or longer than `MAX_PATTERN`, or matching takes more than
             `MAX_SECONDS`.

@@ -37,29 +37,36 @@ class Prompted(NamedTuple):
     target_C: NDArray[np.int64]
 
 
-def fitted(prompt_P: NDArray[Any], target_C: NDArray[Any], *, eos_id: int, length: int, encoder: bool) -> Prompted:
-    """End an example with the end-of-document token and cut it to a length.
+def kept(prompts: Any, targets: Any, *, length: int, encoder: bool) -> tuple[Any, Any]:
+    """Tokens of prompts and of targets that a model takes, with start and end, of their numbers without.
 
-    For an encoder-decoder the token ends the prompt too, and prompt and target may each have `length` tokens. For a
-    causal model they have `length` tokens together, and where these do not suffice neither gets more than half while
-    the other needs it. A prompt loses its beginning, a target its end. An empty prompt becomes the end-of-document
-    token, after which a causal model begins.
+    For an encoder-decoder prompt and target may each have `length` tokens. For a causal model they have `length` tokens
+    together, and where these do not suffice neither gets more than half while the other needs it.
 
     Args:
-        prompt_P: Ids of the prompt.
-        target_C: Ids of the target.
-        eos_id: End-of-document token.
+        prompts: Tokens of each prompt: a number or an array.
+        targets: Tokens of each target.
         length: T, at least 2.
         encoder: Whether the model has an encoder for the prompt.
     """
-    end = np.array([eos_id], dtype=np.int64)
-    whole_C = np.concatenate([target_C.astype(np.int64), end])
+    targets = targets + 1
     if encoder:
-        kept_P = prompt_P[max(0, len(prompt_P) - (length - 1)) :].astype(np.int64)
-        return Prompted(np.concatenate([kept_P, end]), whole_C[:length])
-    whole_P = prompt_P.astype(np.int64) if len(prompt_P) else end
-    target = min(len(whole_C), max(length - len(whole_P), length - length // 2))
-    return Prompted(whole_P[max(0, len(whole_P) - (length - target)) :], whole_C[:target])
+        return np.minimum(prompts, length - 1) + 1, np.minimum(targets, length)
+    prompts = np.maximum(prompts, 1)
+    targets = np.minimum(targets, np.maximum(length - prompts, length - length // 2))
+    return np.minimum(prompts, length - targets), targets
+
+
+def fitted(prompt_P: NDArray[Any], target_C: NDArray[Any], *, eos_id: int, length: int, encoder: bool) -> Prompted:
+    """End an example with the end-of-document token `eos_id` and cut it to a length, as `kept` says.
+
+    For an encoder-decoder the token ends the prompt too. A prompt loses its beginning, a target its end. An empty
+    prompt becomes the end-of-document token, after which a causal model begins.
+    """
+    prompt, target = kept(len(prompt_P), len(target_C), length=length, encoder=encoder)
+    end = np.array([eos_id], dtype=np.int64)
+    whole_P = np.concatenate([prompt_P, end] if encoder or not len(prompt_P) else [prompt_P]).astype(np.int64)
+    return Prompted(whole_P[len(whole_P) - prompt :], np.concatenate([target_C, end]).astype(np.int64)[:target])
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,24 +93,18 @@ class PromptedExamples:
             for example in self.examples.read(indices_B)
         ]
 
+    def _kept(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return kept(self.examples.prompts_N, self.examples.targets_N, length=self.length, encoder=self.encoder)
+
     @property
     def targets_N(self) -> NDArray[np.int64]:
         """Tokens predicted of each example: those of its target that are kept, and its end."""
-        whole_N = self.examples.targets_N + 1
-        if self.encoder:
-            return np.minimum(whole_N, self.length)
-        prompts_N = np.maximum(self.examples.prompts_N, 1)
-        kept_N: NDArray[np.int64] = np.minimum(
-            whole_N, np.maximum(self.length - prompts_N, self.length - self.length // 2)
-        )
-        return kept_N
+        return self._kept()[1]
 
     @property
     def prompts_N(self) -> NDArray[np.int64]:
         """Tokens of each prompt that are read."""
-        if self.encoder:
-            return np.minimum(self.examples.prompts_N, self.length - 1) + 1
-        return np.minimum(np.maximum(self.examples.prompts_N, 1), self.length - self.targets_N)
+        return self._kept()[0]
 
     @property
     def bytes_N(self) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import Tokenizer, find_tokenizer
 from weftlm.errors import ConfigError, DataError
-from weftlm.experts.files import CONFIG as ADAPTER
+from weftlm.experts.expert import CONFIG as ADAPTER
 from weftlm.experts.lora import load_adapted
 from weftlm.gating.config import MANIFEST as GATED
 from weftlm.gating.modular_lm import ModularLM
@@ -121,8 +121,6 @@ def open_model(
         )
     for each in inner:
         check_vocabulary(each, found.vocab_size, str(path))
-    if kind == "routed" and model.router.needs_text:
-        model.router.set_decode(found.decode)
     return OpenModel(str(path), kind, model, found, experts)
 
 

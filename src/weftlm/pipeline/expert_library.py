@@ -6,7 +6,6 @@ Importing this file needs no torch, so that a library is listed at once.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,7 +77,7 @@ def import_experts(
         read_peft(source, reference, name=name, revision=revision, model=model, assume_base=assume_base)
         for source in sources
     ]
-    library = ExpertLibrary.create(folder, reference) if known is None else known
+    library = ExpertLibrary.open(folder, reference) if known is None else known
     library.add(*experts, replace=replace_known)
     return experts
 
@@ -237,15 +236,15 @@ def show_expert(folder: Path, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "folder": str(library.path(name)),
-        "base": asdict(library.base_of(name)),
-        "parameters": sum(each.A_RI.numel() + each.B_OR.numel() for each in modules.values()),
+        "base": asdict(expert.lora.base),
+        "parameters": expert.lora.num_parameters,
         "modules": {
             module: {"rank": each.rank, "scale": each.scale, "update_norm": update_norm(each)}
             for module, each in modules.items()
         },
         "gate": None if expert.gate is None else expert.gate.facts,
         "statistics": None if expert.statistics is None else expert.statistics.facts,
-        "card": library.card(name),
+        "card": expert.card,
     }
 
 
@@ -255,7 +254,6 @@ def merge_in_library(
     *,
     into: str | None = None,
     weights: Sequence[float] | None = None,
-    rank: int | None = None,
     to: Path | None = None,
 ) -> dict[str, Any]:
     """Merge experts of a library into one adapter.
@@ -267,10 +265,9 @@ def merge_in_library(
         names: Names of the experts.
         into: Name of the result in the library; it has neither gate nor statistics.
         weights: w_z by expert; 1 / number of experts where None.
-        rank: Rank of the result; the sum of ranks, which is exact, where None.
         to: PEFT folder of the result.
     Returns:
-        name, ranks, the weights by expert, share of the update's norm kept by truncation, library and folder.
+        name, rank, the weights by expert, library and folder.
     Raises:
         ConfigError: neither `into` nor `to`, an expert named twice, or as `merge_experts`.
         ExpertError: as `merge_experts`, or the result cannot be added or written.
@@ -281,27 +278,22 @@ def merge_in_library(
     names = [library.named(name) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"an expert is named twice in {', '.join(names)}; give it a larger weight instead")
-    from weftlm.experts.lora import update_norm, write_lora  # noqa: PLC0415 - torch
+    from weftlm.experts.lora import write_lora  # noqa: PLC0415 - torch
     from weftlm.experts.merge import merge_experts  # noqa: PLC0415 - torch
 
     experts = [library.load(name).lora for name in names]
     name = into if into is not None else Path(str(to)).name
-    merged = merge_experts(experts, weights, name=name, rank=rank)
-    exact = merged if rank is None else merge_experts(experts, weights, name=name)
+    merged = merge_experts(experts, weights, name=name)
     used = [1 / len(names)] * len(names) if weights is None else list(weights)
     by_name = dict(zip(names, used, strict=True))
     if into is not None:
-        library.add(Expert(merged, card={"name": into, "merged": by_name, "rank": rank}))
+        library.add(Expert(merged, card={"name": into, "merged": by_name}))
     if to is not None:
         write_lora(to, merged)
-    norms = [
-        math.hypot(*(update_norm(each) for each in expert.modules.values())) for expert in (merged, exact)
-    ]  # fmt: skip
     return {
         "name": name,
         "weights": by_name,
         "rank": max(each.rank for each in merged.modules.values()),
-        "kept_norm": norms[0] / norms[1] if norms[1] else 1.0,
         "library": str(folder) if into is not None else None,
         "folder": None if to is None else str(to),
     }

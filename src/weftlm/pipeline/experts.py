@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
-from torch import nn
 
 from weftlm.artifact import Artifact, locked
 from weftlm.config import changed_keys, differences, settings, validate
@@ -25,15 +24,12 @@ from weftlm.corpora.examples import examples_of
 from weftlm.corpora.labels import folder_name
 from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, did_you_mean
-from weftlm.experts.adapted import unchanged
 from weftlm.experts.config import ExpertTraining
 from weftlm.experts.examples import training_source
 from weftlm.experts.expert import Expert
-from weftlm.experts.gate import adapter_fingerprint, data_identity, train_gate
 from weftlm.experts.library import ExpertLibrary, check_name
-from weftlm.experts.lora import check_fits
-from weftlm.experts.statistics import collect_statistics, embedder_named
-from weftlm.experts.train import train_expert
+from weftlm.experts.lora import adapter_fingerprint, check_fits
+from weftlm.experts.train import data_identity, describe, train_expert
 from weftlm.fan_out import Task, fan_out, keep, new_key, processes
 from weftlm.files import checksum, remove
 from weftlm.models.config import ModelConfig
@@ -93,9 +89,7 @@ def open_for_making(recipe: Recipe, *, progress: bool = True) -> ExpertMaking:
 def _opened(recipe: Recipe, data: PreparedData) -> ExpertMaking:
     domains = expert_domains(data.domains, recipe.expert_settings.domains)
     base = open_base(recipe, data)
-    return ExpertMaking(
-        recipe, data, base, ExpertLibrary.open_or_create(recipe.library_folder, base.reference), domains
-    )
+    return ExpertMaking(recipe, data, base, ExpertLibrary.open(recipe.library_folder, base.reference), domains)
 
 
 def check_experts(recipe: Recipe, model: ModelConfig | None = None) -> None:
@@ -235,7 +229,6 @@ def make_one(making: ExpertMaking, name: str, *, replace: bool = False, patience
             seed=recipe.seed,
             heldout=domain.heldout,
             about=_about(making, domain),
-            decode=making.data.tokenizer.decode,
         )
         making.library.add(expert, replace=replace)
     return "made"
@@ -266,45 +259,28 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         found = _domain_of(making, expert, domain)
         config = recipe.expert_settings.expert_training
         source = training_source(found.train, found.name, config.examples)
-        if config.statistics_examples:
-            embedder_named(config.embedder, making.data.tokenizer.decode)
         choices = [settings(config.gate), settings(config.training, without=NOT_DECIDING)]
-        adapter = adapter_fingerprint(expert.lora)
-        identity = checksum([choices, adapter, data_identity(source), recipe.seed])
+        identity = checksum([choices, adapter_fingerprint(expert.lora), data_identity(source), recipe.seed])
         work = recipe.training_folder(name) / f"gate-{identity[:12]}"
         runtime = choose_runtime(config.training, parameters=count_parameters(making.base.model))
         if progress:
             write_line(f"gate of {name} on {found.name}")
-        model: nn.Module = making.base.model
-        with _alone(work, name), unchanged(model):
-            model.to(runtime.device)
-            gate = train_gate(
-                model, expert.lora, source, config.gate,
-                folder=work, seed=recipe.seed, training=config.training, runtime=runtime,
-            )  # fmt: skip
-            statistics = expert.statistics
-            if config.statistics_examples:
-                statistics = collect_statistics(
-                    model, expert.lora, source,
-                    examples=config.statistics_examples, sequence_length=config.training.sequence_length,
-                    seed=recipe.seed, batch_sequences=config.training.batch_sequences,
-                    embedder=config.embedder, decode=making.data.tokenizer.decode,
-                )  # fmt: skip
-            card = {**expert.card, "gate": dict(gate.facts)}
-            if config.statistics_examples and statistics is not None:
-                card["statistics"] = dict(statistics.facts)
+        with _alone(work, name):
+            gate, statistics = describe(
+                making.base.model, expert.lora, source, config, folder=work, seed=recipe.seed, runtime=runtime
+            )
+            gate, statistics = gate or expert.gate, statistics or expert.statistics
+            facts = {
+                "gate": None if gate is None else dict(gate.facts),
+                "statistics": None if statistics is None else dict(statistics.facts),
+            }
+            card = {**expert.card, **{key: value for key, value in facts.items() if value is not None}}
             if "settings" in card:
                 now = config.model_dump(mode="json")
                 card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
-            if name not in making.library or adapter_fingerprint(making.library.load(name).lora) != adapter:
-                raise ExpertError(
-                    f"expert {name!r} was replaced or removed while its gate was trained; nothing is written: "
-                    f"run the command again for the adapter that is there now"
-                )
-            making.library.add(Expert(expert.lora, gate, statistics, card), replace=True)
+            making.library.add(Expert(expert.lora, gate, statistics, card), replace=True, same_adapter=True)
             remove(work)
-        facts = None if statistics is None else dict(statistics.facts)
-        return {"expert": name, "domain": found.name, "gate": dict(gate.facts), "statistics": facts}
+        return {"expert": name, "domain": found.name, **facts}
 
 
 def remove_unwanted(recipe: Recipe) -> list[str]:

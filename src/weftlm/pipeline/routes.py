@@ -296,7 +296,6 @@ class _Bench:
         """Evaluate the experts under a router; the base alone where there is none."""
         if section is not None:
             self.model.use_router(section)
-            self.model.router.set_decode(self.tokenizer.decode)
         with self.model.disabled() if section is None else nullcontext():
             return self.heldout.score(self.model, self.tokenizer)
 

@@ -21,12 +21,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from weftlm.models.config import LoRASection
-from weftlm.models.factory import count_parameters, from_architecture, peft_warnings
+from weftlm.models.factory import count_parameters, from_architecture, with_lora
 from weftlm.models.lora_targets import linear_widths, lora_targets, outline
 from weftlm.models.open import DTYPES
 from weftlm.training.parallel import decoder_layers
@@ -199,17 +197,9 @@ class Counted:
         config = copy.deepcopy(self.config)
         config.dtype = DTYPES[self.dtype]
         kind: Any = AutoModelForSeq2SeqLM.from_config if config.is_encoder_decoder else from_architecture
-        with torch.device(device), peft_warnings(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with torch.device(device), warnings.catch_warnings(action="ignore", category=FutureWarning):
             model = kind(config)
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 model.enable_input_require_grads()
-            if self.adapter is None:
-                return model
-            section = LoraConfig(
-                r=self.adapter.rank, lora_alpha=self.adapter.alpha, lora_dropout=self.adapter.dropout,
-                target_modules=list(self.targets),
-                task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-            )  # fmt: skip
-            return get_peft_model(model, section)
+            return model if self.adapter is None else with_lora(model, self.adapter)

@@ -17,7 +17,7 @@ from weftlm.errors import ConfigError
 from weftlm.mixture.policy import build_policy
 from weftlm.models.factory import architecture_config
 from weftlm.models.lora_targets import outline
-from weftlm.models.open import pretrained_config, require_decoder_only
+from weftlm.models.open import read_config, require_decoder_only
 from weftlm.pipeline.checks import known_domains
 from weftlm.pipeline.data_config import MANIFEST
 from weftlm.pipeline.prepared import PreparedData
@@ -197,7 +197,7 @@ class _Planner:
         """The model that a recipe trains; `config`: of a base that is not there yet."""
         section, _, training = recipe.trained
         if config is None and section.pretrained is not None:
-            config = pretrained_config(section.pretrained, section.revision)
+            config = read_config(section.pretrained, revision=section.revision, local_files_only=True)
             require_decoder_only(outline(config), section.pretrained)
         if config is None:
             length = training.sequence_length
@@ -267,7 +267,7 @@ class _Planner:
         """Experts over a base, and the monolith beside them; returns the base with all its adapters."""
         recipe, config, checkpointing = self.recipe, self.recipe.expert_settings, False
         if config.base is not None:
-            base = pretrained_config(config.base, config.revision)
+            base = read_config(config.base, revision=config.revision, local_files_only=True)
         else:
             base, checkpointing = self._model(recipe).config, recipe.trained[0].gradient_checkpointing
         imported, given = len(config.imports), self.assumed.experts

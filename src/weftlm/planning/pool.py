@@ -89,8 +89,7 @@ def experts_stage(
         f"{weights:.0f} GB, which weights and optimizer alone take"
     )
     factors, inputs = 4.0 * counted.trainable, 4.0 * sum(i for i, _ in counted.targets.values())
-    kind, _, size = config.embedder.partition("-")
-    width = int(size) if kind == "tokens" and size.isdigit() else 384
+    width = int(config.embedder.removeprefix("tokens-"))
     statistics = inputs + 4.0 * (examples * width + int(counted.config.vocab_size) + BIGRAM_BUCKETS)
     library = CARD_BYTES + factors + (inputs if gate else 0.0) + (statistics if examples else 0.0)
     return Stage(

@@ -18,10 +18,11 @@ pool only as far as its factors must be read, or as all experts cost less than t
 
 from __future__ import annotations
 
-import bisect
+import math
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -176,26 +177,18 @@ def _capacity(counts: Sequence[int], rank: int, width: int, out: int, element_si
     """Rows per expert in the batched product that make the whole cheapest.
 
     The batched product reads every expert's factors and works on as many rows as the capacity says, wanted or not; what
-    is beyond costs two calls per expert that has more. Only the experts' own counts need be tried.
+    is beyond costs two calls per expert that has more. Only the experts' own counts need be tried, and 0: no batched
+    product at all.
     """
-    ordered = sorted(counts)
-    experts = len(ordered)
     row = 2 * rank * (width + out) * SECONDS_PER_FLOP + width * element_size * COPY_SECONDS_PER_BYTE
-    read = experts * rank * (width + out) * element_size * READ_SECONDS_PER_BYTE
-    work = sum(ordered) * row
-    best, cheapest = 0, (experts - bisect.bisect_right(ordered, 0)) * 2 * CALL_SECONDS + work
-    after = 0  # place in `ordered` of the first count above the capacity
-    below = 0  # sum of the counts up to it
-    while after < experts:
-        capacity = ordered[after]
-        until = bisect.bisect_right(ordered, capacity, lo=after)
-        below += capacity * (until - after)
-        after = until
-        wasted = after * capacity - below
-        cost = read + (experts - after) * 2 * CALL_SECONDS + work + wasted * row
-        if capacity and cost < cheapest:
-            best, cheapest = capacity, cost
-    return best
+    read = len(counts) * rank * (width + out) * element_size * READ_SECONDS_PER_BYTE
+    sorted_E = np.sort(counts)
+    capacity_C = np.unique(sorted_E[sorted_E > 0])
+    within_C = np.searchsorted(sorted_E, capacity_C, side="right")  # experts with no more than that
+    wasted_C = within_C * capacity_C - np.cumsum(sorted_E)[within_C - 1]
+    cost_C = read + (len(counts) - within_C) * 2 * CALL_SECONDS + wasted_C * row
+    best = int(cost_C.argmin())
+    return int(capacity_C[best]) if cost_C[best] < np.count_nonzero(sorted_E) * 2 * CALL_SECONDS else 0
 
 
 def _sorted(experts_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,9 +243,7 @@ _SCRATCH = _Scratch()
 
 
 def _scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    numbers = 1
-    for size in shape:
-        numbers *= size
+    numbers = math.prod(shape)
     key = (use, like.dtype)
     held = _SCRATCH.buffers.get(key)
     if held is None or held.numel() < numbers or held.device != like.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 from weftlm.errors import ConfigError, did_you_mean
 from weftlm.experts.expert import Expert
 from weftlm.routing.config import MergedConfig, RouterConfig, SingleConfig, UniformConfig, routers
-from weftlm.routing.router import Router, TargetModule
+from weftlm.routing.router import Call, Router, Routing, TargetModule
 
 
 class FixedRouter(Router):
@@ -45,6 +45,13 @@ class FixedRouter(Router):
     @property
     def static_weights_E(self) -> Tensor:
         return self.get_buffer("weights_E")
+
+    def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
+        """The same weights for every token, where they could not be folded."""
+        weights_E = self.static_weights_E
+        used_K = weights_E.nonzero().flatten()
+        shape = (*u_BTI.shape[:2], len(used_K))
+        return Routing(used_K.expand(shape), weights_E[used_K].expand(shape))
 
 
 @routers.register(

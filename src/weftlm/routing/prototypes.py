@@ -6,6 +6,7 @@ What differs from one to the next is where the vectors come from and how a produ
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -55,9 +56,9 @@ class PrototypeRouter(Router):
                 name, config.router, len(modules), modules[0],
             )  # fmt: skip
 
+    @abstractmethod
     def prototypes(self, experts: Sequence[Expert], target: TargetModule) -> Tensor:
         """The vectors of a module's experts, EI."""
-        raise NotImplementedError
 
     def adjust(self, products_BTE: Tensor) -> Tensor:
         """What is ranked: a function of the products that keeps the order of the scores."""

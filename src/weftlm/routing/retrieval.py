@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Expert
-from weftlm.experts.statistics import Decode, Embed, embedder_named
+from weftlm.experts.statistics import embed_tokens
 from weftlm.routing.config import RetrievalConfig, RouterConfig, routers
 from weftlm.routing.router import Call, Need, Router, Routing, TargetModule
 
@@ -29,32 +29,27 @@ class RetrievalRouter(Router):
     The same experts in every module and at every token. In generation the prompt decides, and the choice travels with
     the KV cache; for encoder-decoder models the encoder's input decides.
 
-    Paper: Jang et al., arXiv:2302.03202; a baseline of Muqeeth et al. 2024, arXiv:2402.05859. The embedding is the one
-    the experts' statistics were made with; with text embedders `decode` turns ids into text.
+    Paper: Jang et al., arXiv:2302.03202; a baseline of Muqeeth et al. 2024, arXiv:2402.05859. The embedding is that of
+    the experts' statistics, `embed_tokens`.
     """
 
     Config: ClassVar[type[RouterConfig]] = RetrievalConfig
     needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
     reads_ahead: ClassVar[bool] = True
-    needs_text: ClassVar[bool] = True
     config: RetrievalConfig
 
     def __init__(self, config: RetrievalConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
         super().__init__(config, experts, targets)
         statistics = [expert.statistics for expert in experts if expert.statistics is not None]
         embedders = {expert.name: expert.statistics.embedder for expert in experts if expert.statistics is not None}
-        if len(set(embedders.values())) > 1:
+        if len(set(embedders.values())) > 1 or not all(name.startswith("tokens-") for name in embedders.values()):
             raise ExpertError(
-                f"the experts' inputs were embedded differently ({embedders}); collect statistics with one embedder"
+                f"the experts' inputs were embedded differently ({embedders}); collect the statistics again with one "
+                f"experts.embedder (weftlm experts gate)"
             )
-        self.embedder = statistics[0].embedder
-        self.embed: Embed | None = None
         self.register_buffer("inputs_NF", torch.cat([each.embeddings_NF for each in statistics]), persistent=False)
         owner_N = torch.cat([torch.full((len(each.embeddings_NF),), row) for row, each in enumerate(statistics)])
         self.register_buffer("owner_N", owner_N, persistent=False)
-
-    def set_decode(self, decode: Decode) -> None:
-        self.embed = embedder_named(self.embedder, decode)
 
     def begin(self, call: Call) -> None:
         if "retrieval.choice" in call.memory.tensors:
@@ -72,10 +67,9 @@ class RetrievalRouter(Router):
 
     def sequence_scores(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """s_BE: for each sequence the highest cosine with any training input of each expert."""
-        if self.embed is None:
-            self.embed = embedder_named(self.embedder)
         inputs_NF = self.get_buffer("inputs_NF")
-        cosines_BN = self.embed(tokens_BT, mask_BT).to(inputs_NF.device, torch.float32) @ inputs_NF.T
+        e_BF = embed_tokens(tokens_BT, width=inputs_NF.shape[1], mask_BT=mask_BT)
+        cosines_BN = e_BF.to(inputs_NF.device) @ inputs_NF.T
         owner_BN = self.get_buffer("owner_N").expand_as(cosines_BN)
         lowest_BE = cosines_BN.new_full((len(tokens_BT), len(self.names)), -torch.inf)
         return lowest_BE.scatter_reduce(1, owner_BN, cosines_BN, "amax")

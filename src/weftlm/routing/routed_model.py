@@ -202,7 +202,16 @@ class RoutedModel(nn.Module):
                 "%s was made for; make sure that it is that model",
                 *(", ".join(sorted(coarse)), opened.base.name, opened.folder),
             )
-        chosen, left_out = opened.load_fitting(model, experts, fingerprint=None if coarse else found)
+        names = None if experts is None else [opened.named(name) for name in experts]
+        chosen, left_out = opened.load_all(names, model=model, fingerprint=None if coarse else found)
+        if left_out and (names is not None or not chosen):
+            others = f"; can be used: {', '.join(expert.name for expert in chosen)}" if chosen else ""
+            raise ExpertError(
+                f"{len(left_out)} of {len(left_out) + len(chosen)} experts cannot be used "
+                f"({'; '.join(left_out.values())}){others}"
+            )
+        for name, why in left_out.items():
+            log.warning("expert %r is left out: %s", name, why)
         routed = cls(model, chosen, router, base=reference)
         routed.left_out = left_out
         return routed if device is None else routed.to(choose_device(str(device)))
@@ -260,9 +269,8 @@ class RoutedModel(nn.Module):
         try:
             return self.model(*args, **kwargs)
         finally:
-            self.switch.passing.decisive_BT = self.switch.passing.call = (
-                None  # also after KeyboardInterrupt, which passes hooks by
-            )
+            # also after KeyboardInterrupt, which passes hooks by
+            self.switch.passing.decisive_BT = self.switch.passing.call = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, routed; routers that decide once per sequence read the prompt alone."""
@@ -444,19 +452,20 @@ class RoutedModel(nn.Module):
                 self._write(making, copy_base, options)
 
     def _write(self, folder: Path, copy_base: bool, options: Mapping[str, Any]) -> None:
-        library = ExpertLibrary.create(folder / EXPERTS, self.base_reference)
-        for expert in self.experts:
-            own = replace(
-                self.base_reference, fingerprint=expert.lora.base.fingerprint or self.base_reference.fingerprint
-            )
-            library.add(replace(expert, lora=replace(expert.lora, base=own)))
+        base = self.base_reference
+        adapters = [
+            replace(each.lora, base=replace(base, fingerprint=each.lora.base.fingerprint or base.fingerprint))
+            for each in self.experts
+        ]
+        experts = [replace(each, lora=lora) for each, lora in zip(self.experts, adapters, strict=True)]
+        ExpertLibrary.open(folder / EXPERTS, base).add(*experts)
         if copy_base:
             with self._unrouted() as model:
                 model.save_pretrained(folder / BASE, **options)
         described = {
             "format": FORMAT,
-            "base": {"name": self.base_reference.name, "revision": self.base_reference.revision, "copied": copy_base},
-            "fingerprint": self.base_reference.fingerprint,
+            "base": {"name": base.name, "revision": base.revision, "copied": copy_base},
+            "fingerprint": base.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "router": self.router.config.model_dump(mode="json"),
             "experts": [expert.name for expert in self.experts],

@@ -10,6 +10,7 @@ to read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -17,8 +18,8 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from weftlm.errors import ConfigError, ExpertError
-from weftlm.experts.companions import check_gate, check_statistics
 from weftlm.experts.expert import Expert
+from weftlm.experts.files import check_gate, check_statistics
 from weftlm.routing.config import RouterConfig, router_config, routers
 
 Need = Literal["gate", "statistics"]
@@ -120,7 +121,7 @@ class Call:
     owner: nn.Module | None = None
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Chooses experts. Buffers move with the model and keep their dtype; nothing is trained.
 
     What a router can do, by which laws, serving and export go:
@@ -131,7 +132,6 @@ class Router(nn.Module):
         supports_encoder_decoder: Whether it serves encoder-decoder models.
         reads_ahead: Whether it decides once per text, by all of the prompt, so that a text read in pieces is not routed
             as in one pass.
-        needs_text: Whether it can read text; `set_decode` then gives it the tokenizer.
         by_place: Whether its choice depends on an expert's place in the pool, and not on the expert alone.
         config: Section as given.
         names: Names of the experts, in the pool's order.
@@ -141,7 +141,6 @@ class Router(nn.Module):
     needs: ClassVar[frozenset[Need]] = frozenset()
     supports_encoder_decoder: ClassVar[bool] = True
     reads_ahead: ClassVar[bool] = False
-    needs_text: ClassVar[bool] = False
     by_place: ClassVar[bool] = False
 
     def __init__(self, config: RouterConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
@@ -164,26 +163,18 @@ class Router(nn.Module):
         moved: Self = super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return moved
 
-    def set_decode(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """Take the function from token ids to text; for routers that read text (`needs_text`)."""
-
     def begin(self, call: Call) -> None:
         """Read the inputs of a forward pass, once before it."""
 
+    @abstractmethod
     def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
-        """Choose the experts of each token of a module; static weights where they could not be folded.
+        """Choose the experts of each token of a module.
 
         Args:
             target: The module.
             u_BTI: Its input.
             call: The forward pass.
         """
-        weights_E = self.static_weights_E
-        if weights_E is None:
-            raise NotImplementedError
-        used_K = weights_E.nonzero().flatten()
-        shape = (*u_BTI.shape[:2], len(used_K))
-        return Routing(used_K.expand(shape), weights_E[used_K].expand(shape))
 
 
 def build_router(

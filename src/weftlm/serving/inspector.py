@@ -256,9 +256,7 @@ class Inspector:
             if other.name != expert
         ]
         base = structural_copy(routed, [self.opened.tokenizer, *routed.experts]).unload()
-        variant = RoutedModel(base, others, routed.router.config, base=routed.base_reference).eval()
-        variant.router.set_decode(self.opened.tokenizer.decode)
-        return variant
+        return RoutedModel(base, others, routed.router.config, base=routed.base_reference).eval()
 
     def _look_gated(self, ids: list[int], without: str | None) -> tuple[Tensor, Trace | None]:
         pool = self._model.pool

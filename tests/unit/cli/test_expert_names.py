@@ -25,7 +25,7 @@ def library(tmp_path, monkeypatch):
     model = llama()
     model.save_pretrained("base")
     base = BaseReference(str(tmp_path / "base"))
-    made = ExpertLibrary.create(tmp_path / "library", base)
+    made = ExpertLibrary.open(tmp_path / "library", base)
     experts = [make_expert(model, name, seed=seed) for seed, name in enumerate((NAME, "law"))]
     made.add(*(replace(expert, lora=replace(expert.lora, base=base)) for expert in experts))
     return made

@@ -78,7 +78,7 @@ def check(calls: list[tuple[list[str], dict[str, str]]], code: int) -> list[str]
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
     folder = tmp_path / "experts"
-    made = ExpertLibrary.create(folder, BaseReference("base"))
+    made = ExpertLibrary.open(folder, BaseReference("base"))
     factors = LoRAFactors(torch.ones(2, 3), torch.ones(4, 2), 0.5)
     for name in ("code", "prose"):
         made.add(Expert(LoRAExpert(name, BaseReference("base"), {"layer": factors}, {}), card={"source": "here"}))

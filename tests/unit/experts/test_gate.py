@@ -19,19 +19,16 @@ from support.tiny_expert import (
     random_expert,
 )
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
-from weftlm.corpora.source import ArraySource
 from weftlm.errors import CheckpointError, DataError, ExpertError
+from weftlm.experts.adapted import gated
 from weftlm.experts.config import GateConfig
 from weftlm.experts.expert import BaseReference, Gate, LoRAExpert, LoRAFactors
-from weftlm.experts.gate import adapter_fingerprint, gated, train_gate
-from weftlm.models.hf import token_losses
+from weftlm.experts.train import train_gate
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import Trainer
 from weftlm.training.losses import NextTokenLoss
-from weftlm.training.metrics import read_metrics
 
 TRAINING = TrainingConfig(
     steps=1, sequence_length=LENGTH, batch_sequences=8, device="cpu", threads=1, save_every_steps=100
@@ -111,39 +108,6 @@ def test_only_the_vectors_get_gradients_and_the_model_is_left_as_it_was(error: b
     before.check(model)
 
 
-def test_gates_in_an_encoder_decoder_learn_in_a_loop_of_ones_own() -> None:
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
-    model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0))
-    model.eval()
-    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.k",
-             "decoder.block.0.layer.2.DenseReluDense.wo"]  # fmt: skip
-    expert = random_expert(model, dict.fromkeys(names, 2))
-    before = Fingerprint(model)
-    tokens, labels = torch.randint(1, VOCAB, (4, 9)), torch.randint(1, VOCAB, (4, 5))
-    with gated(model, expert) as vectors:
-        optimizer = torch.optim.AdamW(vectors.values(), lr=0.05, weight_decay=0.0)
-        losses = []
-        for _ in range(6):
-            loss = model(input_ids=tokens, labels=labels).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    before.check(model)
-    assert losses[-1] < losses[0]
-    assert set(vectors) == set(names)
-    assert all(vector.abs().sum() > 0 for vector in vectors.values())
-
-
-def loss_with(model: nn.Module, gate: Gate, source: ArraySource) -> float:
-    tokens = torch.from_numpy(source.read(0, 100 * LENGTH)).view(100, LENGTH)
-    with torch.no_grad(), gated(model, random_expert(model)) as vectors:
-        for name, v_I in vectors.items():
-            v_I.copy_(gate.vectors[name])
-        return token_losses(model, tokens).mean().item()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses parts of torch it deprecates
 def test_compiled_training_runs_the_branches_of_every_expert_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,64 +129,7 @@ def test_compiled_training_runs_the_branches_of_every_expert_in_turn(
     torch.compiler.reset()
 
 
-def test_a_model_compiled_by_its_owner_runs_its_gates() -> None:
-    model, tokens = llama(), torch.randint(VOCAB, (1, LENGTH))
-    with torch.no_grad():
-        before = model(tokens).logits
-        model._compiled_call_impl = lambda *_, **__: None
-        with gated(model, random_expert(model)):
-            assert not torch.equal(model(tokens).logits, before)
-        assert model(tokens) is None
-
-
 # -- training -----------------------------------------------------------------------------------------------------
-
-
-def test_training_lowers_the_loss_fills_the_facts_and_leaves_no_trace(tmp_path: Path) -> None:
-    model = llama()
-    model.model.embed_tokens.weight.requires_grad_(False)
-    before = Fingerprint(model)
-    source = cyclic_source()
-    gate = train(model, tmp_path, source=source, config=GateConfig(steps=30, lr=0.1))
-    before.check(model)
-    assert gate.facts["steps"] == 30
-    assert gate.facts["lr"] == 0.1
-    assert gate.facts["tokens"] == 30 * 8 * LENGTH
-    assert gate.facts["data"] == source.fingerprint
-    assert gate.facts["seed"] == 3
-    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
-    assert [gate.facts["first_loss"], gate.facts["last_loss"]] == [losses[0], losses[-1]]
-    assert len(losses) == 30
-    untrained = Gate({name: torch.zeros_like(v) for name, v in gate.vectors.items()})
-    assert loss_with(model, gate, source) < loss_with(model, untrained, source) - 0.01
-    assert {name: tuple(v.shape) for name, v in gate.vectors.items()} == {Q: (32,), V: (32,), DOWN: (48,)}
-    assert all(v.dtype == torch.float32 and v.abs().sum() > 0 for v in gate.vectors.values())
-
-
-def test_it_is_adamw_on_the_formula(tmp_path: Path) -> None:
-    """Two steps by hand: no decay, warm-up, clipping, on the batches the loader draws."""
-    model = llama()
-    batches = []
-    original = NextTokenLoss.__call__
-
-    def spy(self: NextTokenLoss, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        batches.append(tokens.clone())
-        return original(self, model, tokens)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NextTokenLoss, "__call__", spy)
-        gate = train(model, tmp_path, config=GateConfig(steps=2, lr=0.02))
-    with gated(model, random_expert(model)) as vectors:
-        model.train()
-        optimizer = torch.optim.AdamW(vectors.values(), lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
-        for tokens in batches:
-            logits = model(tokens[:, :-1]).logits
-            nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-            nn.utils.clip_grad_norm_(vectors.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    for name, vector in gate.vectors.items():
-        torch.testing.assert_close(vector, vectors[name].detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -237,7 +144,57 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(saving.vectors[name], vector)
 
 
-def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate(
+def test_the_gates_section_takes_the_rest_from_the_experts() -> None:
+    like = TrainingConfig(
+        steps=500, batch_sequences=12, sequence_length=20, weight_decay=0.3, schedule="cosine", lr=1.0,
+        betas=(0.8, 0.9), clip_norm=0.5, precision="fp32",
+    )  # fmt: skip
+    section = GateConfig().training(like)
+    assert (section.steps, section.lr, section.warmup_steps, section.schedule) == (100, 5e-3, 6, "constant")
+    assert (section.weight_decay, section.clip_norm, section.betas) == (0.0, 0.5, (0.8, 0.9))
+    assert (section.batch_sequences, section.sequence_length, section.precision) == (12, 20, "fp32")
+    section = GateConfig(steps=50, batch_sequences=3, sequence_length=7).training(TrainingConfig(tokens=99))
+    assert (section.total_steps, section.batch_sequences, section.sequence_length) == (50, 3, 7)
+
+
+def test_it_is_adamw_on_the_formula_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: no decay, warm-up, clipping, on the batches the loader draws."""
+    model, source, batches = llama(), cyclic_source(), []
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before, original = Fingerprint(model), NextTokenLoss.__call__
+
+    def spy(self: NextTokenLoss, model: nn.Module, tokens: Tensor) -> Tensor:
+        batches.append(tokens.clone())
+        return original(self, model, tokens)
+
+    monkeypatch.setattr(NextTokenLoss, "__call__", spy)
+    gate = train(model, tmp_path, source=source, config=GateConfig(steps=6, lr=0.1))
+    before.check(model)
+    losses = []
+    with gated(model, random_expert(model)) as vectors:
+        model.train()
+        optimizer = torch.optim.AdamW(vectors.values(), lr=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+        for tokens in batches:
+            logits = model(tokens[:, :-1]).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            losses.append(loss.item())
+            nn.utils.clip_grad_norm_(vectors.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, vector in gate.vectors.items():
+        torch.testing.assert_close(vector, vectors[name].detach(), rtol=1e-4, atol=1e-5)
+    wanted = {"steps": 6, "lr": 0.1, "tokens": 6 * 8 * LENGTH, "data": source.fingerprint, "seed": 3}
+    assert {key: gate.facts[key] for key in wanted} == wanted
+    assert [gate.facts["first_loss"], gate.facts["last_loss"]] == pytest.approx([losses[0], losses[-1]], rel=1e-5)
+    with pytest.raises(DataError, match="one training sequence"):
+        train(model, tmp_path / "short", source=cyclic_source(LENGTH))
+    with pytest.raises(ExpertError, match="another base"):
+        train(model, tmp_path / "other", expert=random_expert(llama(hidden_size=16)))
+    before.check(model)
+
+
+def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate_and_other_recipes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama()
@@ -262,54 +219,9 @@ def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate(
         assert torch.equal(resumed.vectors[name], vector)
     for key in ("first_loss", "last_loss", "tokens"):
         assert resumed.facts[key] == whole.facts[key]
-
-
-def test_a_folder_with_another_gate_is_refused(tmp_path: Path) -> None:
-    model = llama()
-    train(model, tmp_path)
     for change in (
         {"seed": 4}, {"config": GateConfig(steps=8, lr=0.04)}, {"source": cyclic_source(seed=9)},
         {"expert": random_expert(model, seed=5)},
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match="another recipe"):
-            train(model, tmp_path, **change)
-
-
-def test_no_steps_give_zero_vectors_and_say_so(tmp_path: Path) -> None:
-    gate = train(llama(), tmp_path, config=GateConfig(steps=0))
-    assert all(not vector.any() for vector in gate.vectors.values())
-    assert gate.facts["steps"] == gate.facts["tokens"] == 0
-    assert gate.facts["first_loss"] is None
-    assert not list(tmp_path.iterdir())
-
-
-def test_errors_leave_the_model_as_it_was(tmp_path: Path) -> None:
-    model = llama()
-    before = Fingerprint(model)
-    with pytest.raises(DataError, match="one training sequence"):
-        train(model, tmp_path, source=cyclic_source(LENGTH))
-    before.check(model)
-    with pytest.raises(ExpertError, match="another base"):
-        train(model, tmp_path, expert=random_expert(llama(hidden_size=16)))
-    before.check(model)
-
-
-def test_the_gates_section_takes_the_rest_from_the_experts() -> None:
-    like = TrainingConfig(
-        steps=500, batch_sequences=12, sequence_length=20, weight_decay=0.3, schedule="cosine", lr=1.0,
-        betas=(0.8, 0.9), clip_norm=0.5, precision="fp32",
-    )  # fmt: skip
-    section = GateConfig().training(like)
-    assert (section.steps, section.lr, section.warmup_steps, section.schedule) == (100, 5e-3, 6, "constant")
-    assert (section.weight_decay, section.clip_norm, section.betas) == (0.0, 0.5, (0.8, 0.9))
-    assert (section.batch_sequences, section.sequence_length, section.precision) == (12, 20, "fp32")
-    section = GateConfig(steps=50, batch_sequences=3, sequence_length=7).training(TrainingConfig(tokens=99))
-    assert (section.total_steps, section.batch_sequences, section.sequence_length) == (50, 3, 7)
-
-
-def test_an_adapters_fingerprint_is_of_its_numbers_and_modules() -> None:
-    model = llama()
-    one = adapter_fingerprint(random_expert(model))
-    assert one == adapter_fingerprint(random_expert(model))
-    assert one != adapter_fingerprint(random_expert(model, seed=2))
-    assert one != adapter_fingerprint(random_expert(model, {Q: 2}))
+            train(model, tmp_path / "whole", **change)

@@ -97,7 +97,7 @@ def test_libraries_and_peft_folders_load(tmp_path):
     base = tiny.llama()
     base.save_pretrained(tmp_path / "base")
     reference = BaseReference(str(tmp_path / "base"), None, base_fingerprint(base))
-    library = ExpertLibrary.create(tmp_path / "library", reference)
+    library = ExpertLibrary.open(tmp_path / "library", reference)
     loras = [replace(random_expert(base, seed=i), name=f"e{i}", base=reference) for i in (1, 2)]
     for lora in loras:
         library.add(Expert(lora))

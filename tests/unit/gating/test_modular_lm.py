@@ -223,7 +223,7 @@ def test_a_library_whose_base_is_named_from_here_is_found_from_elsewhere(tmp_pat
     base = tiny.llama()
     base.save_pretrained("base")
     reference = BaseReference("base", None, base_fingerprint(base))
-    library = ExpertLibrary.create(Path("library"), reference)
+    library = ExpertLibrary.open(Path("library"), reference)
     library.add(Expert(replace(random_expert(base), name="a", base=reference)))
     model = ModularLM(ExpertPool.load([ExpertSource(name="a", library="library", expert="a")]), GATES["bayes"](1))
     model.save_pretrained("saved")

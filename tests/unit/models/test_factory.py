@@ -13,7 +13,7 @@ from weftlm.config import validate
 from weftlm.errors import ConfigError
 from weftlm.experts.lora import load_trained
 from weftlm.models.config import ModelConfig
-from weftlm.models.factory import build_model, count_parameters, load_model
+from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.hf import sequence_losses, token_losses
 from weftlm.models.language_model import LanguageModel
 
@@ -96,14 +96,3 @@ def test_a_model_too_small_for_the_tokenizer_or_the_sequence_is_refused(tmp_path
         build(pretrained=str(tmp_path / "base"), vocab_size=33)
     with pytest.raises(ConfigError, match="takes at most 1024 positions"):
         build(pretrained=str(tmp_path / "base"), sequence_length=2000)
-
-
-def test_no_token_of_the_tokenizer_is_taken_for_padding() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = build(architecture="phi3", config={**sizes, "num_key_value_heads": 2})
-    assert model.get_input_embeddings().padding_idx is None  # type: ignore[operator]
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
-        load_model(tmp_path)

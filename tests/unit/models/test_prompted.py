@@ -64,20 +64,6 @@ def test_the_loss_is_that_of_each_target_alone(make: Any, by_hand: Any) -> None:
     assert backwards_B.tolist()[::-1] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("make", [llama, t5])
-def test_the_gradient_is_that_of_each_row_alone(make: Any) -> None:
-    model = make().double()
-    encoder = is_encoder_decoder(model)
-    target_nats(model, ROWS, CPU, encoder=encoder).sum().backward()
-    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    for row in ROWS:
-        target_nats(model, [row], CPU, encoder=encoder).sum().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, together[name], rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("encoder", "prompt", "target", "length", "expected"),
     [
@@ -111,11 +97,3 @@ def test_lengths_are_known_without_reading(encoder: bool) -> None:
         assert prompted.targets_N.tolist() == [len(row.target_C) for row in rows]
         assert prompted.bytes_N.tolist() == pytest.approx([3 * len(row.target_C) for row in rows])
         assert all(len(row.prompt_P) >= 1 and len(row.target_C) >= 1 for row in rows)
-
-
-def test_evenly_spaced_examples() -> None:
-    source = ExampleSource([([1], [2, 3])] * 10, eos_id=EOS)
-    prompted = PromptedExamples(source.examples, 8, encoder=False)
-    assert prompted.evenly(None).tolist() == list(range(10))
-    assert prompted.evenly(1).tolist() == [5]
-    assert prompted.evenly(6).tolist() == [2, 7]

@@ -261,7 +261,7 @@ def test_a_gate_is_not_kept_for_an_adapter_that_went_meanwhile(
             library.remove("algebra")
         return Gate({name: torch.zeros(part.A_RI.shape[1]) for name, part in lora.modules.items()}, {})
 
-    monkeypatch.setattr("weftlm.pipeline.experts.train_gate", meanwhile)
+    monkeypatch.setattr("weftlm.experts.train.train_gate", meanwhile)
     with pytest.raises(ExpertError, match="was replaced or removed while its gate was trained"):
         gate_expert(recipe, "algebra", progress=False)
     assert library.names == (["algebra"] if change == "replaced" else [])

@@ -72,7 +72,7 @@ def library(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experts over the plain model: a, b."""
     model = served.llama()
     reference = BaseReference(str(plain), None, base_fingerprint(model))
-    made = ExpertLibrary.create(tmp_path_factory.mktemp("pool") / "library", reference)
+    made = ExpertLibrary.open(tmp_path_factory.mktemp("pool") / "library", reference)
     for expert in make_pool(model, 2, base=reference):
         made.add(expert)
     return made.folder
@@ -303,7 +303,7 @@ def test_an_adapter_on_a_tied_head_is_exported_exactly(door: str, tmp_path: Path
     assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), atol=0.5)
     source, options = tmp_path / "a", {"tokenizer": str(tmp_path / "base")}
     if door != "adapter":
-        made = ExpertLibrary.create(tmp_path / "library", BaseReference(str(tmp_path / "base")))
+        made = ExpertLibrary.open(tmp_path / "library", BaseReference(str(tmp_path / "base")))
         made.add(Expert(read_lora(tmp_path / "a", "a")))
         source, options = made.folder, {"expert": "a"}
     if door in ("routed", "gguf"):

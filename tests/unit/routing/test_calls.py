@@ -10,17 +10,9 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from weftlm.errors import ConfigError
-from weftlm.routing.calls import arguments_of, decoder_call, encoder_call, encoder_decoder_call, remember
-from weftlm.routing.router import Memory
+from weftlm.routing.calls import decoder_call, encoder_call, encoder_decoder_call, remember
 
 IDS = torch.arange(6).view(2, 3)
-
-
-def test_arguments_are_found_by_place_and_by_name() -> None:
-    def forward(input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> None: ...
-
-    assert arguments_of(forward, (1, 2), {"labels": 3}) == {"input_ids": 1, "attention_mask": 2, "labels": 3}
-    assert arguments_of(forward, (), {"input_ids": 1}) == {"input_ids": 1}
 
 
 def test_without_a_mask_every_token_is_real() -> None:
@@ -30,12 +22,9 @@ def test_without_a_mask_every_token_is_real() -> None:
     assert not call.continues
     assert not call.memory.tensors
     assert decoder_call({"input_ids": IDS, "attention_mask": torch.zeros(2, 1, 3, 3)}, None).mask_BT.all()
-
-
-def test_embeddings_come_without_ids() -> None:
-    call = decoder_call({"inputs_embeds": torch.zeros(2, 3, 8)}, None)
-    assert call.input_ids_BT is None
-    assert call.mask_BT.shape == (2, 3)
+    embedded = decoder_call({"inputs_embeds": torch.zeros(2, 3, 8)}, None)
+    assert embedded.input_ids_BT is None
+    assert embedded.mask_BT.shape == (2, 3)
     with pytest.raises(ConfigError, match="neither input_ids nor inputs_embeds"):
         decoder_call({}, None)
 
@@ -117,13 +106,3 @@ def test_what_an_encoder_decided_travels_with_its_output() -> None:
     output.last_hidden_state = torch.zeros(4, 3, 8)
     beams = encoder_decoder_call({"encoder_outputs": output}, None)
     assert beams.memory.tensors["choice"].tolist() == [3, 3, 4, 4]
-
-
-def test_a_memory_of_another_batch_is_refused() -> None:
-    cache = filled_cache(2, 4)
-    began = decoder_call({"input_ids": IDS}, None)
-    began.memory = Memory()
-    began.memory.tensors["choice"] = torch.tensor([3, 4])
-    remember(began, BaseModelOutputWithCache(cache))
-    with pytest.raises(ConfigError, match="decided for 2 sequences and the model is now given 3"):
-        decoder_call({"input_ids": torch.zeros(3, 1, dtype=torch.int64), "past_key_values": cache}, None)

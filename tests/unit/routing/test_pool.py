@@ -46,24 +46,18 @@ def test_the_background_is_the_mean_of_all_experts_cut_to_a_rank() -> None:
     mean_OI = (update(adapters[0]) + update(adapters[1])) / 4
     U_OR, s_R, V_RI = torch.linalg.svd(mean_OI, full_matrices=False)
     u_BTI = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(2))
-    nobody = torch.zeros(1, 4, 1)
+    torch.manual_seed(5)
+    nobody, drawn = torch.zeros(1, 4, 1), torch.rand(3)
     for rank in (1, 2, 64):
+        torch.manual_seed(5)
         pool.set_background(rank)
+        assert torch.equal(torch.rand(3), drawn)
         cut_OI = (U_OR[:, :rank] * s_R[:rank]) @ V_RI[:rank]
         routing = Routing(nobody.long(), nobody, torch.tensor([[1.0, 0.5, 0.0, 0.25]]))
         expected = (u_BTI.double() @ cut_OI.T) * torch.tensor([1.0, 0.5, 0.0, 0.25])[None, :, None]
         torch.testing.assert_close(pool.delta(u_BTI, routing).double(), expected, rtol=1e-4, atol=1e-4)
     pool.set_background(0)
     assert pool.mean_A_RI is None
-
-
-def test_making_a_background_leaves_random_numbers_alone() -> None:
-    pool = ModulePool(TargetModule("m", 0, (0,), 6), [factors(2)], 1, torch.float32)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    pool.set_background(2)
-    assert torch.equal(torch.rand(3), expected)
 
 
 def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -113,8 +107,3 @@ def test_gradients_go_through_all_experts_where_grouped_products_cannot(
     kernels.routed_delta(u_NI, *problem[1:]).sum().backward()
     assert taken == ["dense"]
     assert u_NI.grad is not None
-
-
-def test_inputs_of_another_dtype_take_that_of_the_factors() -> None:
-    u_NI, *rest = kernel_problem(40, 2, 6, 8, 16, 24, "drawn", torch.bfloat16)
-    assert torch.equal(kernels.routed_delta(u_NI.float(), *rest), kernels.routed_delta(u_NI, *rest))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.experts import BASE, gpt2, llama, make_expert, make_pool, padded, prompts, t5, with_texts
+from support.experts import BASE, gpt2, llama, make_expert, make_pool, prompts, t5, with_texts
 from support.routing import inputs_for, logits
 from torch import nn
 
@@ -27,21 +27,13 @@ from weftlm.routing.routed_model import RoutedModel
 
 
 def library_of(folder: Path, base: BaseReference = BASE, count: int = 3) -> ExpertLibrary:
-    library = ExpertLibrary.create(folder, base)
+    library = ExpertLibrary.open(folder, base)
     for expert in make_pool(llama(), count, base=base):
         library.add(expert)
     return library
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
-
-
-def test_a_pool_needs_experts_of_different_names() -> None:
-    with pytest.raises(ExpertError, match="at least one expert"):
-        RoutedModel(llama(), [])
-    expert = make_expert(llama())
-    with pytest.raises(ExpertError, match=r"different names; got \['a', 'a'\]"):
-        RoutedModel(llama(), [expert, expert])
 
 
 def test_experts_of_another_base_are_refused_and_the_base_stays_whole() -> None:
@@ -58,15 +50,6 @@ def test_experts_of_another_base_are_refused_and_the_base_stays_whole() -> None:
         RoutedModel(model, [make_expert(model, gate=False)])
     assert torch.equal(logits(model, **inputs_for(model)), expected)
     assert not any(isinstance(module, RoutedLinear) for module in model.modules())
-
-
-def test_a_routed_base_is_not_routed_again() -> None:
-    model = llama()
-    first = RoutedModel(model, make_pool(model))
-    with pytest.raises(ConfigError, match="routed already; call unload"):
-        RoutedModel(model, make_pool(llama()))
-    first.unload()
-    RoutedModel(model, make_pool(llama()))
 
 
 def test_an_unloaded_model_is_the_base_and_says_so(tmp_path: Path) -> None:
@@ -156,18 +139,6 @@ def test_a_routing_mask_hides_the_continuation_from_the_choice() -> None:
 # -- from a library -------------------------------------------------------------------------------------------------
 
 
-def test_a_library_gives_its_experts_in_the_order_asked_for(tmp_path: Path) -> None:
-    library = library_of(tmp_path / "experts")
-    routed = RoutedModel.from_library(llama(), tmp_path / "experts")
-    assert [expert.name for expert in routed.experts] == ["a", "b", "c"]
-    expected = logits(RoutedModel(llama(), make_pool(llama(), 3)), **inputs_for(llama()))
-    assert torch.equal(logits(routed, **inputs_for(llama())), expected)
-    some = RoutedModel.from_library(llama(), library, "arrow", experts=["c", "a"])
-    assert [expert.name for expert in some.experts] == ["c", "a"]
-    with pytest.raises(ExpertError, match="no expert 'd'"):
-        RoutedModel.from_library(llama(), library, experts=["d"])
-
-
 def test_what_cannot_be_used_is_left_out_with_the_reason_unless_it_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,15 +175,6 @@ def test_a_base_in_another_precision_is_taken_with_a_warning(tmp_path: Path, cap
     routed = RoutedModel.from_library(llama().half(), library)
     assert "the base is held in torch.float16" in caplog.text
     assert routed.dtype == torch.float16
-
-
-def test_a_base_folder_is_told_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llama().save_pretrained(tmp_path / "base")
-    library = library_of(tmp_path / "experts")
-    monkeypatch.chdir(tmp_path)
-    RoutedModel.from_library("base", library).save_pretrained("routed")
-    monkeypatch.chdir("/")
-    assert len(RoutedModel.from_pretrained(tmp_path / "routed").experts) == 3
 
 
 # -- saved ----------------------------------------------------------------------------------------------------------
@@ -292,29 +254,6 @@ def test_a_folder_without_a_manifest_or_an_expert_is_explained(tmp_path: Path) -
 
 
 # -- as a Hugging Face model ----------------------------------------------------------------------------------------
-
-
-def test_nothing_of_the_pool_is_trained_or_saved_with_the_base() -> None:
-    model = llama()
-    names = {name for name, _ in model.named_parameters()}
-    routed = RoutedModel(model, make_pool(model))
-    assert {name.replace(".base.", ".") for name, _ in model.named_parameters()} == names
-    assert {name.replace(".base.", ".").removeprefix("model.") for name in routed.state_dict()} >= names
-    assert not [name for name in routed.state_dict() if "A_ERI" in name or "folded" in name or ":v" in name]
-
-
-def test_prompts_of_different_lengths_choose_by_their_own_tokens() -> None:
-    rows = [prompts(1, 4, seed=1)[0], prompts(1, 7, seed=2)[0]]
-    pool = [
-        with_texts(make_expert(llama(), name, seed=seed), row[None])
-        for seed, (name, row) in enumerate(zip("ab", rows, strict=True))
-    ]
-    routed = RoutedModel(llama(), pool, "retrieval")
-    for left in (True, False):
-        ids_BT, mask_BT = padded(rows, left=left)
-        traces = routed.trace(ids_BT, mask_BT)
-        assert [trace.usage_SE[0].argmax().item() for trace in traces] == [0, 1]
-        assert [len(trace.tokens) for trace in traces] == [4, 7]
 
 
 def test_threads_share_a_routed_model_without_mixing_their_texts() -> None:

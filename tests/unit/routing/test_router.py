@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.experts import llama, make_expert, make_pool, prompts, with_gate
+from support.experts import llama, make_expert
 
 from weftlm.errors import ConfigError, ExpertError
 from weftlm.experts.expert import Gate
-from weftlm.routing.config import PhatgooseConfig, router_config, routers
-from weftlm.routing.routed_model import RoutedModel
+from weftlm.routing.config import routers
 from weftlm.routing.router import Memory, TargetModule, build_router
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -21,13 +20,6 @@ TARGETS = [TargetModule(MODULE, 0, (0, 1), 32)]
 
 def two() -> list[Any]:
     return [make_expert(llama(), name, seed=seed, modules=[MODULE]) for seed, name in enumerate(("news", "code"))]
-
-
-def test_a_section_may_be_a_name_a_mapping_or_ready() -> None:
-    assert router_config("phatgoose") == PhatgooseConfig()
-    config = router_config({"router": "phatgoose", "k": 3})
-    assert config == PhatgooseConfig(k=3)
-    assert router_config(config) is config
 
 
 @pytest.mark.parametrize(
@@ -100,34 +92,6 @@ def test_statistics_of_different_embedders_do_not_mix() -> None:
     other = replace(code, statistics=replace(code.statistics, embedder="tokens-32"))
     with pytest.raises(ExpertError, match=r"embedded differently .*news.*tokens-64.*code.*tokens-32"):
         build_router("retrieval", [news, other], TARGETS)
-
-
-def test_an_empty_gate_is_chosen_where_no_expert_has_another() -> None:
-    pool = [with_gate(expert, torch.zeros_like) for expert in make_pool(llama(), 2, mixed=False)]
-    routed = RoutedModel(llama(), pool, {"router": "phatgoose", "k": 1})
-    trace = routed.trace(prompts(1))[0]
-    torch.testing.assert_close(trace.weights_STE.sum(-1), torch.ones(14, 7))
-
-
-def test_every_router_is_discovered_with_its_own_section() -> None:
-    expected = {"arrow", "average-activation", "merged", "phatgoose", "random", "retrieval", "single", "uniform"}
-    assert expected <= set(routers)
-    for name in routers:
-        assert routers[name].Config.model_fields["router"].default == name
-        undescribed = [
-            key for key, field in routers[name].Config.model_fields.items() if key != "router" and not field.description
-        ]
-        assert not undescribed
-
-
-def test_random_vectors_are_a_function_of_seed_and_site() -> None:
-    pool, given = make_pool(llama()), prompts()
-    with torch.no_grad():
-        first, again, other = (
-            RoutedModel(llama(), pool, {"router": "random", "seed": seed})(given).logits for seed in (3, 3, 4)
-        )
-    assert torch.equal(first, again)
-    assert not torch.allclose(first, other, atol=1e-2)
 
 
 def test_memory_follows_rows_and_repeats() -> None:

@@ -45,7 +45,6 @@ class Experts(Stage):
         return ()
 
     def check(self, recipe: Recipe, known: Known) -> None:
-        from weftlm.experts.statistics import check_embedder  # noqa: PLC0415 - torch
         from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
 
         experts = recipe.expert_settings
@@ -53,8 +52,6 @@ class Experts(Stage):
         for each in experts.imports:
             known.locate(each.source, "experts.imports: source", each.revision)
         known.attempt(check_experts, recipe, recipe.model)
-        if known.here and experts.statistics_examples:
-            known.attempt(check_embedder, experts.embedder)
         known.attempt(self._check_base, recipe, known)
 
     def _check_base(self, recipe: Recipe, known: Known) -> None:
