@@ -1,4 +1,4 @@
-"""Experts that the ranks of a group deal out among themselves are those one process makes."""
+"""Experts made by several processes are those one process makes, and ranks deal them out among themselves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.experts.files import encode
 from weftlm.experts.library import ExpertLibrary
-from weftlm.pipeline.experts import train_experts
+from weftlm.fan_out import processes
+from weftlm.pipeline import experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, load_recipe
 
 NAMES = ["cooking", "sailing"]
 
 
-def dealt(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """Each rank has a worker process beside it, which trains alone."""
+def dealt(rank: int, world: int, folder: Path) -> list[str]:
+    """The experts that a rank leaves to the worker process beside it, which trains alone."""
     os.chdir(folder)
-    made: dict[str, Any] = train_experts(load_recipe("recipe.yaml", ["run=two"]), progress=False)["experts"]
-    return made
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "_make_with", lambda executor, making, names, **_: asked.extend(names))
+        patch.setattr(experts, "_summary", lambda *_: {})
+        experts.train_experts(load_recipe("recipe.yaml", ["run=three"]), progress=False)
+    return asked
 
 
 @pytest.mark.slow
@@ -55,10 +60,11 @@ def test_many_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.
     data.tokenizer.save(tmp_path / "base")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train_experts(load_recipe("recipe.yaml"), progress=False)
+    experts.train_experts(load_recipe("recipe.yaml"), progress=False)
     torch.set_num_threads(threads)
-    for made in ranks(__file__, "dealt", tmp_path):
-        assert {name: facts["status"] for name, facts in made.items()} == dict.fromkeys(NAMES, "made")
+    assert ranks(__file__, "dealt", tmp_path) == [[name] for name in NAMES]
+    with processes(2) as executor:
+        experts.train_experts(load_recipe("recipe.yaml", ["run=two"]), executor=executor, progress=False)
     one, two = ExpertLibrary.open(tmp_path / "one/experts"), ExpertLibrary.open(tmp_path / "two/experts")
     assert one.names == two.names == NAMES
     for name in NAMES:
