@@ -10,7 +10,6 @@ from typer import Argument, Option, Typer
 
 from weftlm.cli import options
 from weftlm.cli.command import Recipe, command, recipe_command
-from weftlm.cli.folders import takes
 from weftlm.cli.output import print_rows, say_yaml
 from weftlm.errors import ConfigError
 
@@ -73,7 +72,7 @@ def gate(
 
 @command(app, "import", plain=True)
 def import_(
-    library: Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the library.", callback=takes("new library"))],
+    library: Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the library.")],
     paths: Annotated[list[str], Argument(metavar="PATH", help="PEFT folders, or hub ids (owner/adapter).")],
     name: Annotated[
         str | None, Option(help="Name of the expert, for a single one. Default: the last part of its path.")

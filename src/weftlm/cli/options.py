@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from weftlm.cli.folders import takes
 from weftlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from weftlm.evaluation.config import EvaluationConfig
     from weftlm.pipeline.recipe import Recipe
 
-RecipePath = Annotated[Path, Argument(metavar="RECIPE.yaml", help="Path of the recipe.", callback=takes("recipe"))]
-Library = Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the expert library.", callback=takes("library"))]
+RecipePath = Annotated[Path, Argument(metavar="RECIPE.yaml", help="Path of the recipe.")]
+Library = Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the expert library.")]
 Set = Annotated[
     list[str] | None, Option("--set", metavar="a.b=value", help="Key of the recipe with another value; repeatable.")
 ]

@@ -12,7 +12,6 @@ from typer import Argument, Option, Typer
 
 from weftlm.cli import options
 from weftlm.cli.command import Recipe, command
-from weftlm.cli.folders import takes
 from weftlm.cli.output import print_rows, say, say_yaml, windows
 from weftlm.planning.hardware import DEVICES
 
@@ -74,7 +73,7 @@ def _stages(project: Recipe, stages: list[dict[str, Any]], **recipe: Any) -> Ite
 
 @command(app)
 def status(
-    folder: Annotated[Path, Argument(metavar="RUN", help="Run folder of weftlm run.", callback=takes("project"))],
+    folder: Annotated[Path, Argument(metavar="RUN", help="Run folder of weftlm run.")],
 ) -> Iterator[Any]:
     """Show which stages are done, running, stale or to do, and why.
 
@@ -176,9 +175,7 @@ def plan(
 
 @command(app, plain=True)
 def report(
-    runs: Annotated[
-        list[Path], Argument(metavar="RUN...", help="Run folders, or recipes naming them.", callback=takes("run"))
-    ],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Run folders, or recipes naming them.")],
     output: Annotated[
         Path | None,
         Option(

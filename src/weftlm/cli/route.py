@@ -11,7 +11,6 @@ from typer import Argument, Option, Typer
 
 from weftlm.cli import options
 from weftlm.cli.command import Recipe, command, recipe_command
-from weftlm.cli.folders import takes
 from weftlm.cli.output import print_rows, say, windows
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
@@ -67,7 +66,7 @@ def build(
 
 @command(app)
 def trace(
-    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of the routed model.", callback=takes("routed"))],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of the routed model.")],
     text: Annotated[str, Argument(metavar="TEXT", help="Text; - reads it from stdin.")],
     base: options.Base = None,
     top: Annotated[int, Option(help="Number of experts named per token.", min=1)] = 3,

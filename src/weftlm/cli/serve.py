@@ -14,7 +14,6 @@ from typer import Argument, Option, Typer
 
 from weftlm.cli import options
 from weftlm.cli.command import command
-from weftlm.cli.folders import takes
 from weftlm.cli.output import say
 from weftlm.config import validate
 from weftlm.errors import ConfigError, install_hint, reason
@@ -32,7 +31,7 @@ SERVE, ENGINE = ServeConfig(), EngineConfig()
 def serve(
     models: Annotated[
         list[str],
-        Argument(metavar="MODEL...", help="Run folders, models, or names on the hub.", callback=takes("model")),
+        Argument(metavar="MODEL...", help="Run folders, models, or names on the hub."),
     ],
     name: Annotated[list[str] | None, Option(help="Name of a model, in order. Default: the folder's.")] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
@@ -171,9 +170,7 @@ def names_of_models(models: list[str], given: list[str]) -> list[str]:
 def export(
     model: Annotated[
         str,
-        Argument(
-            metavar="MODEL", help="Run folder, model, expert library, or a model's hub name.", callback=takes("export")
-        ),
+        Argument(metavar="MODEL", help="Run folder, model, expert library, or a model's hub name."),
     ],
     output: Annotated[Path, Option(metavar="FOLDER", help="Folder of the result, new.")],
     format: Annotated[

@@ -305,7 +305,7 @@ def _check_growth(size: int, compressed: int) -> None:
 class _Decompressed(io.RawIOBase):
     """A compressed file read as a stream, which ends with an error where it grows too much."""
 
-    def __init__(self, raw: io.BufferedReader, compression: str) -> None:
+    def __init__(self, raw: IO[bytes], compression: str) -> None:
         kinds: dict[str, Callable[[Any], Any]] = {
             ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
             ".zst": _ZstdFile,
