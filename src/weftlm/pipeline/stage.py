@@ -74,8 +74,8 @@ class Stage(ABC):
         return self.needs
 
     def wanted(self, recipe: Recipe) -> bool:
-        """Whether a project has it."""
-        return self.name in recipe.stages
+        """Whether a project has it: by default always, or where the recipe has settings of another package's."""
+        return self.Config is None or self.name in recipe.stages
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """All in the recipe that decides its result, as JSON values; those of another package: its `Config`."""
@@ -86,8 +86,11 @@ class Stage(ABC):
         """The files that are there when it is done, in the order of reading."""
 
     def discarded(self, recipe: Recipe) -> Sequence[Path]:
-        """Files and folders to remove before it is made again; none where the work itself replaces what is there."""
-        return self.outputs(recipe)
+        """Files and folders to remove before it is made again; by default the outputs, but none of a costly stage.
+
+        Its work is to replace what it must itself (`StageOptions.replace`).
+        """
+        return () if self.costly else self.outputs(recipe)
 
     def check(self, recipe: Recipe, known: Known) -> None:
         """Refuse what would make it fail; nothing is trained, downloaded or written.

@@ -50,9 +50,6 @@ class Writes(Stage):
         self.script, self.needs = script, needs  # type: ignore[misc]
         self.costly = name in ("text", "model")  # type: ignore[misc]
 
-    def wanted(self, recipe: Recipe) -> bool:
-        return True
-
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"value": self.script.settings[self.name], "path": "x"}
 
@@ -64,7 +61,7 @@ class Writes(Stage):
         if self.script.fails is not None and self.script.fails[0] == self.name:
             raise self.script.fails[1]
         (path,) = self.outputs(recipe)
-        if self.name == "model" and path.exists() and path.read_text() != f"{self.script.settings['model']}":
+        if self.costly and path.exists() and not options.replace:
             raise CheckpointError("holds another model")
         path.write_text(f"{self.script.settings[self.name]}")
 

@@ -26,9 +26,6 @@ class Evaluate(Stage):
 
     needs = ("prepare", "train", "baselines", "experts", "route", "distil")
 
-    def wanted(self, recipe: Recipe) -> bool:
-        return True
-
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """How models are measured, and which stages make them."""
         found = {**evaluation_settings(recipe), "stages": [stage.name for stage in stages_of(recipe)]}

@@ -41,9 +41,6 @@ class Experts(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.library_folder / "library.json"]
 
-    def discarded(self, recipe: Recipe) -> tuple[Path, ...]:
-        return ()
-
     def check(self, recipe: Recipe, known: Known) -> None:
         from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
 

@@ -20,17 +20,11 @@ class Prepare(Stage):
     costly = True
     shared = True
 
-    def wanted(self, recipe: Recipe) -> bool:
-        return True
-
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return data_identity(recipe.data)
 
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.prepared_folder / MANIFEST]
-
-    def discarded(self, recipe: Recipe) -> tuple[Path, ...]:
-        return ()
 
     def check(self, recipe: Recipe, known: Known) -> None:
         data, tokenizer = recipe.data, recipe.data.tokenizer

@@ -16,9 +16,6 @@ class Report(Stage):
 
     needs = ("train", "baselines", "route", "gate", "distil", "evaluate")
 
-    def wanted(self, recipe: Recipe) -> bool:
-        return True
-
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         return {"stages": [stage.name for stage in stages_of(recipe)]}
 

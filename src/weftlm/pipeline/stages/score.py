@@ -28,9 +28,6 @@ class Score(Stage):
     def outputs(self, recipe: Recipe) -> list[Path]:
         return [recipe.scores_folder / "index.json"]
 
-    def discarded(self, recipe: Recipe) -> tuple[Path, ...]:
-        return ()
-
     def check(self, recipe: Recipe, known: Known) -> None:
         for source in recipe.gating_settings.pool or ():
             key = f"gating.pool: {source.name}"
