@@ -143,10 +143,10 @@ def _best_fixed(by_setting: Mapping[str, list[float]]) -> list[float]:
 def to_markdown(record: Mapping[str, Any]) -> str:
     rows = [
         [name, *(_show(by_setting[name], "{:,.0f}") for by_setting in record["speeds"].values())]
-        for name in record["speeds"][ALONE]
+        for name in next(iter(record["speeds"].values()))
     ]
     rows.append(["weftlm over the best fixed setting", *(_show(one, "{:.2f}") for one in record["over_best"].values())])
-    rows.append(["goal", *(f"≥ {goal:g}" for goal in record["goals"].values())])
+    rows.append(["goal", *(f"≥ {goal:g}" for goal in (record["goals"][where] for where in record["speeds"]))])
     return "\n".join(
         [
             "# Training beside other processes",

@@ -14,10 +14,11 @@ import pytest
 import tokenizers
 import torch
 import zstandard
+from support import experts as tiny
 from support.language_model import HFLanguageModel
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
@@ -39,22 +40,12 @@ def words() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, attention_dropout=0.5, max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return tiny.llama(vocab_size=11, attention_dropout=0.5, initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")
 def t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(1)
-    config = T5Config(
-        vocab_size=11, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, dropout_rate=0.5,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=EOS, initializer_factor=1.0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
+    return tiny.t5(vocab_size=11, eos_token_id=EOS, dropout_rate=0.5, num_layers=1)
 
 
 def ids(text: str) -> list[int]:
@@ -297,13 +288,13 @@ def test_an_unsound_question_is_named_by_file_and_line(tmp_path: Path, change: d
 
 def test_a_file_that_is_not_json_lines_is_named_by_line(tmp_path: Path) -> None:
     for lines, message in (
-        ((GOOD, b"{"), r"q\.jsonl:2: not valid JSON"),
-        (([GOOD],), r"q\.jsonl:1: holds a JSON array; every line must be a JSON object"),
+        ((GOOD, b"{"), r"q\.jsonl:2: .*not valid JSON"),
+        (([GOOD],), r"q\.jsonl:1: .*every line must be a JSON object"),
         ((b"",), r"q\.jsonl holds no question; give one JSON object with prompt"),
     ):
         with pytest.raises(DataError, match=message):
             read_choices(write(tmp_path / "q.jsonl", *lines))
     whole = write(tmp_path / "q.jsonl.gz", *itertools.repeat(GOOD, 50))
     whole.write_bytes(whole.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"q\.jsonl\.gz:\d+: the file ends too early"):
+    with pytest.raises(DataError, match=r"q\.jsonl\.gz:\d+: .*ends too early"):
         read_choices(whole)

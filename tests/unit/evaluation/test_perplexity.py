@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.experts import llama as tiny_llama
 from support.language_model import HFLanguageModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from weftlm.corpora.source import ArraySource
 from weftlm.errors import ConfigError, DataError, NumericsError
@@ -90,12 +90,7 @@ def test_the_standard_error_is_that_of_a_ratio_over_windows_and_a_cap_scales_the
 
 @pytest.mark.parametrize("wrap", [lambda model: model, HFLanguageModel])
 def test_a_hugging_face_model_costs_what_a_loop_says_without_dropout(source: Any, wrap: Any) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, attention_dropout=0.5, max_position_embeddings=64,
-    )  # fmt: skip
-    llama = LlamaForCausalLM(config).train()
+    llama = tiny_llama(vocab_size=11, attention_dropout=0.5).train()
     llama.model.layers[0].eval()  # a frozen layer
     before = {name: module.training for name, module in llama.named_modules()}
     result = evaluate_source(wrap(llama), source, sequence_length=32, batch_size=4)

@@ -193,15 +193,6 @@ def test_an_expert_has_one_colour_on_a_page_while_colours_suffice(opened: Callab
     assert "2 others" in page.locator(".legend").inner_text(), "eleven named, the smallest gathered"
 
 
-def test_white_space_is_marked_and_kept(opened: Callable[..., BrowserPage]) -> None:
-    label, trace, _ = trace_of([[1.0]] * 5, ["a"])
-    texts = ["a  b", "\n", "\t", "", "c\x00"]
-    page = opened((label, trace, texts))
-    assert page.locator(".tokens").evaluate("box => box.textContent") == "a  b\n\tc\ufffd"
-    marks = page.locator(".tokens .w").evaluate_all("marks => marks.map(one => one.dataset.m)")
-    assert marks == ["··", "↵", "→", "∅"]
-
-
 def test_the_check_sees_faults(browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 900})
     page.set_content(
@@ -214,19 +205,3 @@ def test_the_check_sees_faults(browser: Browser) -> None:
     page.close()
     for one in ("contrast 2.85", "outside the screen: DIV. far", "outside its chart: text", "wider than the screen"):
         assert one in faults
-
-
-def test_the_button_changes_the_theme_of_a_page(browser: Browser, tmp_path: Path) -> None:
-    path = tmp_path / "gate.html"
-    path.write_text(render_page(gate_page(gate(), "The gate")), encoding="utf-8")
-    page = browser.new_page(color_scheme="light")
-    page.goto(path.as_uri())
-    ground = "getComputedStyle(document.body).backgroundColor"
-    assert page.evaluate(ground) == "rgb(255, 255, 255)"
-    page.click("#theme")
-    assert page.evaluate(ground) == "rgb(20, 25, 30)"
-    page.reload()
-    assert page.evaluate(ground) == "rgb(20, 25, 30)", "kept"
-    page.click("#theme")
-    assert page.evaluate(ground) == "rgb(255, 255, 255)"
-    page.close()
