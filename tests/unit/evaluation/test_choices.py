@@ -289,7 +289,7 @@ def test_an_unsound_question_is_named_by_file_and_line(tmp_path: Path, change: d
 def test_a_file_that_is_not_json_lines_is_named_by_line(tmp_path: Path) -> None:
     for lines, message in (
         ((GOOD, b"{"), r"q\.jsonl:2: .*not valid JSON"),
-        (([GOOD],), r"q\.jsonl:1: .*every line must be a JSON object"),
+        (([GOOD],), r"q\.jsonl:1: .*JSON objects on every line"),
         ((b"",), r"q\.jsonl holds no question; give one JSON object with prompt"),
     ):
         with pytest.raises(DataError, match=message):
