@@ -235,9 +235,9 @@ def train_gate(
     the adapter its data wants. At inference the sigmoid is gone: routers compare the vectors.
 
     It is trained on windows of text, which need a causal language model, or on whole examples where the source holds
-    them, which an encoder-decoder may have as well (`ExampleLoss`). The model is
-    left exactly as it was: modules, weights, modes, devices and `requires_grad`. A killed training continues from its
-    last checkpoint, a finished one is read back. For losses of one's own see `gated`.
+    them, which an encoder-decoder may have as well (`ExampleLoss`). The model is left exactly as it was: modules,
+    weights, modes, devices and `requires_grad`. A killed training continues from its last checkpoint, a finished one is
+    read back. For losses of one's own see `gated`.
 
     Args:
         model: Base model, bare.

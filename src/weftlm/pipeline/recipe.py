@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -125,12 +124,12 @@ class Recipe(Section):
         """Whether a single model is trained beside the experts."""
         return self.compare.monolith and self.makes_experts
 
-    @cached_property
+    @property
     def expert_settings(self) -> ExpertsConfig:
         """The `experts` section; where there is none, the defaults, which follow the other sections."""
         return self.experts or self._defaults("experts", ExpertsConfig)
 
-    @cached_property
+    @property
     def gating_settings(self) -> GatingConfig:
         """The `gating` section; where there is none, the defaults, which follow the other sections."""
         return self.gating or self._defaults("gating", GatingConfig)

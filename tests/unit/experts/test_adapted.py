@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,39 +25,26 @@ def test_an_adapted_model_is_the_model_with_the_product_added_to_its_weights() -
     torch.testing.assert_close(logits, merged(tokens).logits, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("error", [False, True])
-def test_the_model_is_itself_afterwards(error: bool) -> None:
-    model = llama()
-    before = Fingerprint(model)
-    try:
-        with adapted(model, random_expert(model)):
-            assert len(model.get_submodule(DOWN)._forward_hooks) == 1
-            if error:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
-    before.check(model)
-
-
 def compiled_code(*args: object, **kwargs: object) -> None:
     raise AssertionError("compiled code ran")
 
 
-def test_a_model_compiled_in_place_runs_uncompiled_meanwhile() -> None:
-    model, tokens = llama(), torch.randint(VOCAB, (1, LENGTH))
+@pytest.mark.parametrize("error", [False, True])
+def test_a_model_runs_uncompiled_meanwhile_and_is_itself_afterwards(error: bool) -> None:
+    model, other, tokens = llama(), llama(hidden_size=16), torch.randint(VOCAB, (1, LENGTH))
     model._compiled_call_impl = compiled_code
-    with adapted(model, random_expert(model)):
+    before = Fingerprint(model), Fingerprint(other)
+    with suppress(KeyboardInterrupt), adapted(model, random_expert(model)):
+        assert len(model.get_submodule(DOWN)._forward_hooks) == 1
         model(tokens)
+        if error:
+            raise KeyboardInterrupt
     with pytest.raises(AssertionError, match="compiled code ran"):
         model(tokens)
-
-
-def test_an_expert_of_another_base_is_refused_before_anything_changes() -> None:
-    expert, other = random_expert(llama()), llama(hidden_size=16)
-    before = Fingerprint(other)
-    with pytest.raises(ExpertError, match="made for another base"), adapted(other, expert):
+    with pytest.raises(ExpertError, match="made for another base"), adapted(other, random_expert(model)):
         pass
-    before.check(other)
+    before[0].check(model)
+    before[1].check(other)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
