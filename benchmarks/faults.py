@@ -78,7 +78,6 @@ READERS: Sequence[tuple[str, Sequence[Words]]] = [
             ("experts", "list", LIBRARY),
             ("export", LIBRARY, "--format", "peft", "--output", "out"),
             _SCORE,
-            ("experts", "merge", LIBRARY, "cooking", "algebra", "--to", "merged"),
         ],
     ),
     (f"{RUN}/scores/", [("gate", "fit", RECIPE, "--set", "gating.fit.steps=30"), ("gate", "certify", RECIPE)]),

@@ -145,7 +145,8 @@ def dying_in_training(work: Callable[..., Any], marker: Path) -> Callable[..., A
 
 def metrics(run: Path, name: str) -> list[dict[str, Any]]:
     """What an expert's training logged, less what the clock says."""
-    lines = [json.loads(line) for line in (run / "training" / name / "adapter/metrics.jsonl").read_text().splitlines()]
+    (path,) = (run / "training" / name).glob("*/adapter/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
 

@@ -26,8 +26,8 @@ from weftlm.pipeline.expert_library import list_experts
 from weftlm.pipeline.gating import open_gate, open_scores
 from weftlm.pipeline.models_table import read_evaluation
 from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.project_report import gate_facts
 from weftlm.pipeline.recipe import load_recipe
-from weftlm.pipeline.report import gate_facts
 from weftlm.pipeline.routes import read_routing
 from weftlm.pipeline.runner import project_status
 from weftlm.pipeline.students import read_students
@@ -46,7 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 @pytest.mark.parametrize(
     ("command", "point"),
     [
-        ("experts merge", 1), ("experts merge", 5), ("experts import", 4), ("experts remove", 3), ("gate fit", 2),
+        ("experts import", 1), ("experts import", 4), ("experts import", 5), ("experts remove", 3), ("gate fit", 2),
         ("gate fit", 4), ("export", 3), ("score", 3),
     ],
 )  # fmt: skip
@@ -54,7 +54,7 @@ def test_a_killed_command_goes_on_to_what_it_would_have_made(project: Project, c
     assert kill(project, COMMANDS[command], point, of=6) == ""
 
 
-@pytest.mark.parametrize("command", ["score", "experts merge"])
+@pytest.mark.parametrize("command", ["score", "experts import"])
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(project: Project, command: str) -> None:
     assert full(project, COMMANDS[command], limit=1000) == ""
 

@@ -1,4 +1,4 @@
-"""The real command line of scores and gates, called in this process: one tiny project from experts to a certificate."""
+"""The real command line of scores and gates, called in this process: from scored experts to a certificate, to students."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from weftlm.errors import NumericsError
 from weftlm.gating.gate import load_gate
 from weftlm.gating.scores import ScoreCache
 from weftlm.pipeline import gating, students
+from weftlm.pipeline.recipe import load_recipe
+from weftlm.pipeline.runner import run_project
 
 EXPERTS = {
     "lora": {"rank": 4, "alpha": 8},
     "training": {"sequence_length": 32, "batch_sequences": 8, "steps": 12, "save_every_steps": 12, "device": "cpu"},
-    "validate_every_steps": 6,
+    "validate_every_steps": 0,
     "gate": {"steps": 1},
-    "statistics_examples": 8,
-    "embedder": "tokens-64",
+    "statistics_examples": 0,
 }
 GATING = {
     "scores": {"length": 8, "sequences": 40, "samples": 40, "batch_size": 40},
     "fit": {"steps": 60, "report_every_steps": 30, "best_response_steps": 20},
     "students": {
-        "distil": {"steps": 40, "evaluate_every_steps": 20},
+        "distil": {"steps": 20, "evaluate_every_steps": 10},
         "experts_per_token": [1, 2, 3],
-        "direct": {"fit": {"steps": 40, "lr": 0.02, "report_every_steps": 20, "best_response_steps": 0}},
+        "direct": {"fit": {"steps": 20, "lr": 0.02, "report_every_steps": 20, "best_response_steps": 0}},
         "dense": {
             "model": {"architecture": "llama", "config": {"hidden_size": 16, "num_hidden_layers": 1}},
             "training": {"sequence_length": 8, "batch_sequences": 8, "steps": 6, "device": "cpu", "warmup_steps": 1},
@@ -44,58 +45,74 @@ GATING = {
         },
     },
 }
+PROJECT = "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a base, three experts and their scores."""
+    folder = tmp_path_factory.mktemp("scored")
+    write_corpora(folder / "corpora")
+    value = {**recipe_value(), "experts": EXPERTS, "gating": GATING, "mixture": {"policy": "uniform"}}
+    value["training"] = {**value["training"], "steps": 30}
+    (folder / PROJECT).write_text(yaml.safe_dump(value))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_project(load_recipe(PROJECT), until="score", progress=False)
+    return folder
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """Corpora and a recipe with `experts` and `gating` sections."""
-    write_corpora(tmp_path / "corpora")
-    value = {**recipe_value(), "experts": EXPERTS, "gating": GATING, "mixture": {"policy": "uniform"}}
-    value["training"] = {**value["training"], "steps": 30}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(value))
-    return path
+def run(scored: Path, tmp_path: Path) -> Path:
+    """Its run folder, copied into the test's folder."""
+    shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs/one"
 
 
-def cut_short(text: str) -> None:
-    raise NumericsError(f"cut short at {text}")
+def stopping(at: str) -> Any:
+    """A report that fails, after the state was kept."""
+
+    def report(text: str) -> None:
+        if text.startswith(at):
+            raise NumericsError(f"cut short at {text}")
+
+    return report
 
 
-def test_from_experts_to_a_certified_gate(
-    project: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "runs/one"
-    call("train", project, "--json")
-    call("experts", "train", project, "--json")
-
+def test_from_scores_to_a_certified_gate(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     # -- scoring
-    planned = call("score", project, "--dry-run", "--json")
+    planned = call("score", PROJECT, "--dry-run", "--json")
     assert planned["recipe"]["gating"]["gate"]["gate"] == "linear"
-    assert not (run / "scores").exists()
-    assert "did you mean 'cooking'" in call("score", project, "--set", "gating.domains=[coking]", code=2)
-    scored = call("score", project, "--json")
-    assert scored["experts"] == sorted(WORDS)
-    assert set(scored["domains"]) == set(WORDS)
-    for name, facts in scored["domains"].items():
+    assert "did you mean 'cooking'" in call("score", PROJECT, "--set", "gating.domains=[coking]", code=2)
+    scores = call("score", PROJECT, "--json")
+    assert scores["experts"] == sorted(WORDS)
+    assert set(scores["domains"]) == set(WORDS)
+    for name, facts in scores["domains"].items():
         assert facts["tokens"] == 8 * facts["sequences"]
         assert min(facts["nats_per_token"], key=facts["nats_per_token"].get) == name
-    assert scored["samples"] == {name: {"sequences": 40, "tokens": 320} for name in sorted(WORDS)}
-    assert call("score", project, "--json") == scored
-    assert "samples of sailing" in call("score", project)
-    assert "scores of something else" in call("score", project, "--set", "gating.scores.length=4", code=1)
+    assert scores["samples"] == {name: {"sequences": 40, "tokens": 320} for name in sorted(WORDS)}
+    assert "samples of sailing" in call("score", PROJECT)
+    assert "scores of something else" in call("score", PROJECT, "--set", "gating.scores.length=4", code=1)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
-        assert "'.[ray]'" in call("score", project, "--ray", code=2)
+        assert "'.[ray]'" in call("score", PROJECT, "--ray", code=2)
 
-    # -- fitting
-    assert "fit one first" in call("gate", "certify", project, code=1)
-    planned = call("gate", "fit", project, "--dry-run", "--json")
+    # -- fitting; cut short at its first report, a fit goes on to the same gate
+    assert "fit one first" in call("gate", "certify", PROJECT, code=1)
+    planned = call("gate", "fit", PROJECT, "--dry-run", "--json")
     assert planned["recipe"]["gating"]["fit"]["steps"] == 60
-    fitted = call("gate", "fit", project, "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(gating, "write_line", stopping("fit 30/60"))
+        said = call("gate", "fit", PROJECT, code=1)
+        assert re.search(r"fit 30/60  worst .* Z \S+  lambda .*  ETA \d+s", said)
+    assert not (run / "gate/fit.json").exists()
+    fitted = call("gate", "fit", PROJECT, "--json")
+    assert "fit 30/60" not in call.err
+    assert "fit 60/60" in call.err
+    assert sorted(path.name for path in (run / "gate").iterdir()) == ["fit.json", "gate.safetensors"]
+    shutil.rmtree(run / "gate")
+    assert call("gate", "fit", PROJECT, "--json") == fitted
     assert call.err.count("lambda") == 2
-    first, last = (line for line in call.err.splitlines() if line.startswith("fit "))
-    assert re.match(r"fit 30/60  worst .* Z \S+  ETA \d+s  lambda ", first)
-    assert re.match(r"fit 60/60  worst .* ETA 0s  lambda ", last)
     assert (fitted["steps"], fitted["stopped_early"]) == (60, False)
     assert fitted["worst"] == pytest.approx(max(each["value"] for each in fitted["domains"].values()))
     assert fitted["domains"][fitted["worst_domain"]]["value"] == pytest.approx(fitted["worst"])
@@ -104,93 +121,69 @@ def test_from_experts_to_a_certified_gate(
     assert [line["step"] for line in fitted["history"]] == [30, 60]
     assert load_gate(run / "gate/gate.safetensors").experts == 3
     assert fitted.items() <= json.loads((run / "gate/fit.json").read_text()).items()
-
-    # a fit cut short at its first report goes on to the same gate
-    shutil.rmtree(run / "gate")
-    with monkeypatch.context() as patch:
-        patch.setattr(gating, "write_line", cut_short)
-        assert "cut short at fit 30/60" in call("gate", "fit", project, code=1)
-    assert not (run / "gate/fit.json").exists()
-    assert call("gate", "fit", project, "--json") == fitted
-    assert "fit 30/60" not in call.err
-    assert sorted(path.name for path in (run / "gate").iterdir()) == ["fit.json", "gate.safetensors"]
-    assert "worst domain: " in call("gate", "fit", project)
+    assert "worst domain: " in call("gate", "fit", PROJECT)
 
     # -- certifying
-    certificate = call("gate", "certify", project, "--json")
+    certificate = call("gate", "certify", PROJECT, "--json")
     assert certificate.items() <= json.loads((run / "gate/certificate.json").read_text()).items()
     assert certificate["worst"]["label"] == "estimate"
     assert certificate["gap"]["value"] == pytest.approx(certificate["worst"]["value"] - certificate["lower"]["value"])
     for row in certificate["domains"]:
-        sequences = scored["domains"][row["name"]]["sequences"]
+        sequences = scores["domains"][row["name"]]["sequences"]
         assert row["sequences"] + fitted["domains"][row["name"]]["sequences"] == sequences
-    printed = call("gate", "certify", project)
-    assert "z: estimate; mean over" in printed
-    assert "Certificate" in (run / "gate/report.html").read_text()
-    said = call("gate", "certify", project, "--set", "gating.held_out_fraction=0.5", code=1)
+    assert "z: estimate; mean over" in call("gate", "certify", PROJECT)
+    said = call("gate", "certify", PROJECT, "--set", "gating.held_out_fraction=0.5", code=1)
     assert "gating.held_out_fraction: 0.25 before, 0.5 now" in said
 
     # -- other gates, offsets and mixtures; what cannot be fitted leaves the gate as it is
-    assert "place in the enumerated support" in call("gate", "fit", project, "--set", "gating.gate=tabular", code=2)
+    assert "place in the enumerated support" in call("gate", "fit", PROJECT, "--set", "gating.gate=tabular", code=2)
     assert fitted.items() <= json.loads((run / "gate/fit.json").read_text()).items()
     causal = ["--set", "gating.gate=fixed_share", "--set", "gating.offsets=none", "--set", "gating.fit.unit=token"]
-    refitted = call("gate", "fit", project, *causal, "--set", "gating.mixtures.upper={cooking: 0.2}", "--json")
+    refitted = call("gate", "fit", PROJECT, *causal, "--set", "gating.mixtures.upper={cooking: 0.2}", "--json")
     assert (refitted["z"], refitted["unit"], refitted["gate"]["gate"]) == (1.0, "token", "fixed_share")
     assert refitted["domains"]["cooking"]["lam"] <= 0.2 + 1e-9
     assert not (run / "gate/certificate.json").exists()
-    unknown = ["--set", "gating.mixtures.upper={coking: 0.2}"]
-    assert "did you mean 'cooking'" in call("gate", "fit", project, *unknown, code=2)
-    assert "none for algebra, sailing" in call("gate", "fit", project, "--set", "gating.offsets={cooking: 1.0}", code=2)
-    assert "score again" in call("gate", "fit", project, "--set", "gating.scores.length=4", code=1)
+    for option, message, code in (
+        ("gating.mixtures.upper={coking: 0.2}", "did you mean 'cooking'", 2),
+        ("gating.offsets={cooking: 1.0}", "none for algebra, sailing", 2),
+        ("gating.scores.length=4", "score again", 1),
+    ):
+        assert message in call("gate", "fit", PROJECT, "--set", option, code=code)
 
 
-def test_students_that_can_be_served(
-    project: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "runs/one"
-    call("train", project, "--json")
-    call("experts", "train", project, "--json")
-    assert "weftlm score" in call("gate", "distil", project, code=1)
-    call("score", project, "--json")
-    assert "fit one first" in call("gate", "distil", project, code=1)
-    call("gate", "fit", project, "--json")
+def test_students_that_can_be_served(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "fit one first" in call("gate", "distil", PROJECT, code=1)
+    call("gate", "fit", PROJECT, "--json")
 
     # cut short at a report, the work goes on to what it would have been
-    def stop(work: Any, text: str) -> None:
-        if text.startswith("distil student-top-1 20/"):
-            raise NumericsError("cut short")
-
     with monkeypatch.context() as patch:
-        patch.setattr(students._Work, "tell", stop)
-        assert "cut short" in call("gate", "distil", project, code=1)
+        patch.setattr(gating, "write_line", stopping("distil student-top-1 10/"))
+        assert "cut short" in call("gate", "distil", PROJECT, code=1)
     assert not (run / "students/student.json").exists()
-    made = call("gate", "distil", project, "--json")
-    assert "distil student 20/" not in call.err
-    assert "distil student-top-1 40/40" in call.err
+    made = call("gate", "distil", PROJECT, "--json")
+    assert "distil student 10/" not in call.err
+    assert "distil student-top-1 20/20" in call.err
     assert not list((run / "students").glob(".making-*"))
     shutil.rmtree(run / "students")
-    assert call("gate", "distil", project, "--json") == made
-    assert "distil student 20/40" in call.err
-    assert call("gate", "distil", project, "--json") == made
+    assert call("gate", "distil", PROJECT, "--json") == made
+    assert "distil student 10/20" in call.err
+    assert call("gate", "distil", PROJECT, "--json") == made
     assert call.err == ""
 
     rows = made["rows"]
     assert set(rows) == {
         "uniform", "bayes", "fixed share", "robust", "student", "student-top-1", "student-top-2", "dense",
-        "student-top-1, all experts run", "student-top-2, all experts run",
     }  # fmt: skip
     for row in rows.values():
         assert row["worst"] == pytest.approx(max(each["value"] for each in row["domains"].values()))
         assert row["domains"][row["worst_domain"]]["value"] == pytest.approx(row["worst"])
     assert rows["bayes"]["worst"] < rows["uniform"]["worst"]
-    assert "student-top-2" in call("gate", "distil", project)
-    assert "student-top-2" in (run / "gate/report.html").read_text()
+    assert "student-top-2" in call("gate", "distil", PROJECT)
     call("report", run)
-    assert "student-top-2" in (run / "report.html").read_text()
+    assert "student-top-2" in (run / "training.html").read_text()
 
     # each loads as a Hugging Face model and says of held-out text what the table says
-    cache = ScoreCache.open(run / "scores")
-    split = cache.split(0.25, seed=recipe_value()["seed"])
+    split = ScoreCache.open(run / "scores").split(0.25, seed=recipe_value()["seed"])
     for name in ("student", "dense"):
         model = AutoModelForCausalLM.from_pretrained(rows[name]["model"])
         for domain, held in split.held_domains.items():
@@ -207,14 +200,15 @@ def test_students_that_can_be_served(
 
     # the objective itself needs neither a fitted gate nor samples
     shutil.rmtree(run / "gate")
-    direct = call("gate", "distil", project, "--direct", "--json", "--set", "gating.students.dense=null")
-    assert "fit 40/40" in call.err
+    without = ["--set", "gating.students.dense=null"]
+    direct = call("gate", "distil", PROJECT, "--direct", "--json", *without)
+    assert "fit 20/20" in call.err
     assert {"direct", "direct-top-1", "direct-top-2", "fixed share"} < set(direct["rows"])
     assert "robust" not in direct["rows"]
     assert direct["rows"]["direct"]["kl"] == pytest.approx(0, abs=1e-9)
     assert AutoModelForCausalLM.from_pretrained(direct["rows"]["direct"]["model"]).gate.experts == 3
 
     # experts that changed are not served under a gate fitted on others
-    call("experts", "train", project, "--set", "experts.lora.rank=2", "--replace", "--json")
-    changed = ["--set", "gating.students.dense=null", "--set", "gating.students.refresh_every=4"]
-    assert "changed since the experts were scored" in call("gate", "distil", project, "--direct", *changed, code=1)
+    call("experts", "train", PROJECT, "--set", "experts.lora.rank=2", "--replace", "--json")
+    changed = [*without, "--set", "gating.students.refresh_every=4"]
+    assert "changed since the experts were scored" in call("gate", "distil", PROJECT, "--direct", *changed, code=1)

@@ -43,7 +43,7 @@ SECTIONS: dict[str, Any] = {
         "gate": {"steps": 1},
         "statistics_examples": 4,
     },
-    "routing": {"routers": ["merged", "phatgoose"], "build": ["phatgoose"], "timed_pairs": 1},
+    "routing": {"routers": ["merged", "phatgoose"], "build": ["phatgoose"]},
     "gating": {
         "scores": {"length": 8, "sequences": 8, "samples": 8, "batch_size": 8},
         "fit": {"steps": 8, "report_every_steps": 4, "best_response_steps": 4},

@@ -30,7 +30,7 @@ PARTS: dict[str, Any] = {
         "gate": {"steps": 2},
         "statistics_examples": 8,
     },
-    "routing": {"routers": ["merged", "phatgoose"], "build": ["phatgoose"], "timed_pairs": 1},
+    "routing": {"routers": ["merged", "phatgoose"], "build": ["phatgoose"]},
     "gating": {
         "scores": {"length": 8, "sequences": 24, "samples": 16, "batch_size": 40},
         "fit": {"unit": "token", "steps": 60, "report_every_steps": 30, "best_response_steps": 20},
@@ -89,21 +89,18 @@ def test_a_project_runs_once_and_then_only_what_changed(
     check_the_end(call("run", path), call, monkeypatch)
     assert set(states(call).values()) == {"done"}
     summary = json.loads((tmp_path / "runs/one/summary.json").read_text())
-    assert list(summary["mixture"]["target_bpb"]) == ["dga", "uniform"]
-    assert set(summary["routing"]["heldout_bpb"]) == {"base", "merged", "phatgoose", "best_single", "oracle"}
-    assert summary["routing"]["seconds"] > 0
-    assert {"monolith", "uniform", "bayes", "fixed_share", "robust", "student"} == set(
-        summary["robust"]["worst_domain_regret"]
-    )
+    assert list(summary["mixture"]) == ["dga", "uniform"]
+    assert set(summary["routing"]) == {"base", "merged", "phatgoose", "best single", "oracle"}
+    assert {"monolith", "uniform", "bayes", "fixed share", "robust", "student"} < set(summary["robust"])
     models = summary["models"]
     assert list(models) == [
         "mixture: dga", "baseline: uniform", "baseline: monolith", "routed: phatgoose", "gate: student",
         "gate: student-top-1",
     ]  # fmt: skip
     for model in models.values():
-        assert set(model["bits_per_byte"]) == {"target", *WORDS}
-        assert all(0 < value < 8 for value in model["bits_per_byte"].values())
-        assert model["accuracy"]["ask"] in (0.0, 1.0)
+        assert set(model["sets"]) == {"target", *WORDS}
+        assert all(0 < each["bits_per_byte"] < 8 for each in model["sets"].values())
+        assert model["tasks"]["ask"]["accuracy"] in (0.0, 1.0)
         assert open_model(model["path"]).kind == model["kind"]
     library = json.loads((tmp_path / "runs/one/experts/library.json").read_text())
     assert library["base"]["name"].endswith("runs/one/baselines/uniform/model")

@@ -37,7 +37,7 @@ def test_methods_and_a_stage_of_another_package(tmp_path: Path, recipe: Callable
         "mixture": {"policy": "progress_share", "update_every_steps": 4},
         "experts": {"training": {"steps": 1}, "gate": {"steps": 0}, "statistics_examples": 0},
         "evaluation": {"every_steps": None, "max_tokens_per_set": 320},
-        "routing": {"routers": ["reading-direction", "uniform"], "build": ["reading-direction"], "timed_pairs": 0},
+        "routing": {"routers": ["reading-direction", "uniform"], "build": ["reading-direction"]},
         "stages": {"token-counts": {"most": 3}},
     })  # fmt: skip
     wrong = run("run", path, "--set", "mixture.flor=0.2", "--dry-run", check=2)

@@ -51,7 +51,6 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "experts import": Command(("experts", "import", "library", "adapters/algebra", "adapters/cooking")),
-    "experts merge": Command(("experts", "merge", LIBRARY, "cooking", "algebra", "--as", "both", "--to", "merged")),
     "experts remove": Command(("experts", "remove", LIBRARY, "cooking", "algebra")),
     "score": Command(("score", RECIPE), gone=(f"{RUN}/scores",)),
     "gate fit": Command(("gate", "fit", RECIPE, "--set", "gating.fit.steps=30")),
@@ -116,7 +115,7 @@ class Project:
                 "lora": {"rank": 2, "alpha": 4}, "training": training, "validate_every_steps": 0,
                 "gate": {"steps": 2}, "statistics_examples": 4,
             },
-            "routing": {"routers": ["merged"], "build": ["merged"], "timed_pairs": 0},
+            "routing": {"routers": ["merged"], "build": ["merged"]},
             "gating": {
                 "scores": {"length": 8, "sequences": 24, "samples": 16, "batch_size": 40},
                 "fit": {"unit": "token", "steps": 20, "report_every_steps": 10, "best_response_steps": 10},

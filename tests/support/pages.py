@@ -58,7 +58,7 @@ UNSAID: dict[str, Any] = {
     "experts.gate.steps": 2, "experts.statistics_examples": 4,
     "gating.scores.length": 16, "gating.scores.sequences": 8, "gating.scores.samples": 8,
     "gating.held_out_fraction": 0.5, "gating.fit.steps": 8, "gating.fit.best_response_steps": 4,
-    "gating.students.direct.fit.steps": 8, "gating.students.distil.steps": 4, "routing.timed_pairs": 2,
+    "gating.students.direct.fit.steps": 8, "gating.students.distil.steps": 4,
 }  # fmt: skip
 """Sizes that recipes leave at their defaults, in those that have the first section."""
 

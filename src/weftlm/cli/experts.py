@@ -11,7 +11,6 @@ from typer import Argument, Option, Typer
 from weftlm.cli import options
 from weftlm.cli.command import Recipe, command, recipe_command
 from weftlm.cli.output import print_rows, say_yaml
-from weftlm.errors import ConfigError
 
 LOSSES = {
     "bits/byte before": "losses.before.bits_per_byte", "after": "losses.after.bits_per_byte",
@@ -24,9 +23,6 @@ app = Typer(help="Make experts, one per domain, and keep a library of them.", no
 @recipe_command(app, "experts")
 def train(
     recipe: Recipe,
-    only: Annotated[
-        list[str] | None, Option("--only", metavar="NAME", help="Name of the one expert to train; repeatable.")
-    ] = None,
     processes: options.Processes = 1,
     ray: options.Ray = False,
     gpus: options.Gpus = 0.0,
@@ -43,7 +39,7 @@ def train(
     from weftlm.pipeline.experts import train_experts
 
     with options.executor_for(recipe, ray, gpus, processes) as executor:
-        result = train_experts(recipe, only=only, replace=replace, executor=executor)
+        result = train_experts(recipe, replace=replace, executor=executor)
     yield result
     columns = {**LOSSES, "best step": "adapter.kept_step", "steps": "adapter.steps"}
     title = f"{result['library']} over {result['base']}"
@@ -131,9 +127,9 @@ def show(
     Of an expert modules, ranks, sizes of the updates, gate, statistics and card are shown. It is loaded, and every file
     checked against the library's digests.
     """
-    from weftlm.pipeline.expert_library import show_expert, show_library
+    from weftlm.pipeline.expert_library import show_expert
 
-    facts = show_library(library) if name is None else show_expert(library, name)
+    facts = show_expert(library, name)
     yield facts
     modules = facts.pop("modules", {})
     if modules:
@@ -142,39 +138,17 @@ def show(
     say_yaml(facts)
 
 
-NamesArgument = Annotated[list[str], Argument(metavar="NAME", help="Names of the experts.")]
-
-
 @command(app, plain=True)
-def merge(
+def remove(
     library: options.Library,
-    names: NamesArgument,
-    into: Annotated[str | None, Option("--as", metavar="NEW", help="Name of the result in the library.")] = None,
-    weights: Annotated[
-        str | None, Option(metavar="W,W,...", help="Weight of each expert, in order. Default: one over their number.")
-    ] = None,
-    to: Annotated[Path | None, Option(metavar="FOLDER", help="PEFT folder of the result, which PEFT loads.")] = None,
+    names: Annotated[list[str], Argument(metavar="NAME", help="Names of the experts.")],
 ) -> Iterator[Any]:
-    """Merge experts into one adapter.
-
-    It is the weighted sum of their updates, of the sum of their ranks; it joins the library (--as), becomes a PEFT
-    folder (--to), or both. It has no gate.
-    """
-    try:
-        shares = None if weights is None else [float(part) for part in weights.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights is {weights!r}; give numbers with commas between: 0.5,0.5") from None
-    from weftlm.pipeline.expert_library import merge_in_library
-
-    yield merge_in_library(library, names, into=into, weights=shares, to=to)
-
-
-@command(app, plain=True)
-def remove(library: options.Library, names: NamesArgument) -> Iterator[Any]:
     """Remove experts from a library and delete their files.
 
     Routed models keep copies of their experts and are not changed.
     """
-    from weftlm.pipeline.expert_library import remove_experts
+    from weftlm.experts.library import ExpertLibrary
 
-    yield {"removed": names, "experts": remove_experts(library, names)}
+    opened = ExpertLibrary.open(library)
+    opened.remove(*dict.fromkeys(opened.named(name) for name in names))
+    yield {"removed": names, "experts": opened.names}

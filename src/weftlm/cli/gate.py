@@ -10,7 +10,7 @@ from typer import Option, Typer
 from weftlm.cli import options
 from weftlm.cli.command import Recipe, recipe_command
 from weftlm.cli.output import print_rows, say, text, windows
-from weftlm.pipeline.names import CERTIFICATE, GATE_PAGE
+from weftlm.pipeline.names import CERTIFICATE
 
 scores = Typer()
 app = Typer(help="Fit, certify and distil one robust gate over the experts.", no_args_is_help=True)
@@ -90,7 +90,6 @@ def distil(
     for name, row in result["rows"].items():
         if "model" in row:
             say(f"{name}: {row['model']}")
-    say(f"page: {recipe.run / GATE_PAGE}")
 
 
 @recipe_command(app, "experts")
@@ -98,8 +97,8 @@ def certify(recipe: Recipe) -> Iterator[Any]:
     """Certify the fitted gate on held-out sequences.
 
     Gives the worst case, the duality gap, Z, and the capacity no model can be below; every figure is labelled as a
-    bound, an estimate or exact. The certificate is also written to gate/certificate.json in the run folder, and a page
-    about the gate to gate/report.html.
+    bound, an estimate or exact. The certificate is also written to gate/certificate.json in the run folder; weftlm report
+    shows it.
     """
     from weftlm.pipeline.gating import certify_gate
 
@@ -121,4 +120,3 @@ def certify(recipe: Recipe) -> Iterator[Any]:
     say(f"worst domain: {found['worst_domain']}")
     for name, figure in figures.items():
         say(f"{name}: {figure['label']}; {figure['how']}")
-    say(f"page: {recipe.run / GATE_PAGE}")

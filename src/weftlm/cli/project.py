@@ -27,7 +27,6 @@ def run(
     ] = None,
     until: Annotated[str | None, Option("--until", metavar="STAGE", help="Last stage to run.")] = None,
     processes: options.Processes = 1,
-    quick: options.Quick = False,
     dry_run: options.DryRun = False,
 ) -> Iterator[Any]:
     """Run all stages of a recipe; skip what is done, resume the rest.
@@ -36,13 +35,10 @@ def run(
     it; routing compares routers; gating fits a robust gate and distils it; compare trains baselines; a report ends it.
     A costly stage whose settings changed is replaced only with --from.
     """
-    from weftlm.pipeline.demo import quick as cut_down
     from weftlm.pipeline.recipe import load_recipe
     from weftlm.pipeline.runner import run_project
 
     project = load_recipe(recipe, set_ or [])
-    if quick:
-        project = cut_down(project)
     if dry_run:
         yield from _planned(project, from_, until)
         return
@@ -199,12 +195,16 @@ def report(
     yield {"report": str(report_folders(folders, output, title))}
 
 
+_BITS = {"mean over domains": "generic.bits_per_byte", "target": "sets.target.bits_per_byte"}
 _DEMO_TABLES = {
-    "mixture": ("bits per byte by mixture", ("target_bpb", "generic_bpb")),
-    "routing": ("bits per byte by router", ("heldout_bpb", "unseen_bpb")),
-    "robust": ("regret to the domain's own expert, nats", ("worst_domain_regret", "worst_domain", "mean_regret")),
+    "mixture": ("bits per byte by mixture", _BITS),
+    "routing": ("bits per byte by router", _BITS),
+    "robust": (
+        "regret to the domain's own expert, nats",
+        {"worst domain": "worst_domain", "worst": "worst", "mean over domains": "mean"},
+    ),
 }
-"""Section of summary.json -> title of its table, and its keys."""
+"""Section of summary.json -> title of its table, and its columns."""
 
 
 @command(app)
@@ -216,14 +216,11 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
     summary.json, the model, baselines, experts, routed models, gate and students. Finished stages are reused.
     """
     from weftlm.files import read_object
-    from weftlm.pipeline.demo import demo_recipe
-    from weftlm.pipeline.demo import quick as cut_down
+    from weftlm.pipeline.demo import QUICK, demo_recipe
     from weftlm.pipeline.names import SUMMARY
     from weftlm.pipeline.runner import run_project
 
-    project = demo_recipe(set_ or [])
-    if quick:
-        project = cut_down(project)
+    project = demo_recipe([*(QUICK if quick else ()), *(set_ or [])])
     if dry_run:
         yield from _planned(project)
         return
@@ -231,13 +228,8 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
     run_project(project, processes=min(2, os.cpu_count() or 1))
     summary = read_object(project.run / SUMMARY, "run the demonstration again") or {}
     yield summary
-    for section, (title, keys) in _DEMO_TABLES.items():
-        if found := summary.get(section):
-            by_name = {key: values for key, values in found.items() if isinstance(values, dict)}
-            rows = {
-                name.replace("_", " "): {key: values.get(name) for key, values in by_name.items()}
-                for name in found[keys[0]]
-            }
-            title += windows(found.get("sequence_length", found.get("length")))
-            print_rows(title, rows, {key.replace("_", " "): key for key in keys}, first=section)
+    for section, (title, columns) in _DEMO_TABLES.items():
+        if rows := summary.get(section):
+            length = next(iter(rows.values())).get("sequence_length") or summary["certificate"]["length"]
+            print_rows(title + windows(length), rows, columns, first=section)
     show_models(project)

@@ -80,18 +80,19 @@ def trace(
 
     if html is not None:
         refuse_project_page(html)
+    from weftlm.pipeline.any_model import open_model
     from weftlm.pipeline.routes import trace_text
     from weftlm.reporting.page import write_page
     from weftlm.reporting.traces import trace_page
 
-    traced = trace_text(folder, sys.stdin.read() if text == "-" else text, base=base)
-    found = traced.trace
+    opened = open_model(folder, base=base, encoder_decoder=True)
+    found, tokens = trace_text(opened, sys.stdin.read() if text == "-" else text)
     if html is not None:
-        write_page(trace_page([(f"{folder}", found, traced.tokens)], "Expert weights by token"), html)
-    yield traced.to_json()
+        write_page(trace_page([(f"{folder}", found, tokens)], "Expert weights by token"), html)
+    yield {"token_texts": tokens, **found.to_json()}
     rows = {
         f"{place}": {"token": repr(token), "experts": _shares(weights_E, found.experts, top)}
-        for place, (token, weights_E) in enumerate(zip(traced.tokens, found.token_weights_TE, strict=True))
+        for place, (token, weights_E) in enumerate(zip(tokens, found.token_weights_TE, strict=True))
     }
     print_rows(f"{folder}: mean over {len(found.modules)} modules", rows, {"token": "token", "experts": "experts"})
     if html is not None:

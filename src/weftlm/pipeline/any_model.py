@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.device import AUTO, choose_device
 from weftlm.models.open import DTYPES, check_vocabulary, load_base, require_decoder_only
 from weftlm.routing.config import MANIFEST as ROUTED
+from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import RoutedModel
 
 TOKENIZER = "tokenizer"
@@ -62,6 +64,8 @@ def open_model(
     dtype: str = "float32",
     device: str = AUTO,
     encoder_decoder: bool = False,
+    router: str | None = None,
+    experts: Sequence[str] | None = None,
 ) -> OpenModel:
     """Open a model for use, whatever made it.
 
@@ -74,6 +78,8 @@ def open_model(
         dtype: Data type of a plain model's parameters; the folders of routed and gated ones name their own.
         device: Device to run on (`choose_device`).
         encoder_decoder: Whether encoder-decoder models are accepted.
+        router: Router in one word under which an expert library is opened; None: a library is no model.
+        experts: Names of the library's experts to route among; None for all.
     Raises:
         ConfigError: there is no such model, or it is an encoder-decoder model and that will not do.
         DataError: it comes without a tokenizer and none was named.
@@ -88,10 +94,15 @@ def open_model(
         folder = folder / "model"
     kind: Kind = "plain"
     model: Any
-    experts: tuple[str, ...] = ()
-    if (folder / ROUTED).exists():
-        model = RoutedModel.from_pretrained(folder, base=base, device=place)
-        kind, experts = "routed", tuple(expert.name for expert in model.experts)
+    names: tuple[str, ...] = ()
+    if (folder / ROUTED).exists() or router is not None:
+        if router is None:
+            model = RoutedModel.from_pretrained(folder, base=base, device=place)
+        else:
+            model = RoutedModel.from_library(
+                base, folder, parse_router(router), experts=experts, revision=revision, dtype=dtype, device=place
+            )
+        kind, names = "routed", tuple(expert.name for expert in model.experts)
         inner, places = [model.model], [str(folder / TOKENIZER), base, model.base_reference.name]
     elif (folder / ADAPTER).exists():
         model = load_adapted(folder, base=base, revision=revision, dtype=dtype).to(place)
@@ -101,7 +112,7 @@ def open_model(
         raise ConfigError(f"base is for routed models and adapters; {path} is none")
     elif (folder / GATED).exists():
         model = ModularLM.from_pretrained(folder, device=place)
-        kind, experts, inner = "gated", tuple(model.pool.names), [member.model for member in model.pool.members]
+        kind, names, inner = "gated", tuple(model.pool.names), [member.model for member in model.pool.members]
         sources = [member.source.model for member in model.pool.members if member.source is not None]
         bases = [member.lora.base.name for member in model.pool.members if member.lora is not None]
         places = [str(folder), *dict.fromkeys([*sources, *bases])]
@@ -121,7 +132,7 @@ def open_model(
         )
     for each in inner:
         check_vocabulary(each, found.vocab_size, str(path))
-    return OpenModel(str(path), kind, model, found, experts)
+    return OpenModel(str(path), kind, model, found, names)
 
 
 def _positions(model: nn.Module) -> int | None:

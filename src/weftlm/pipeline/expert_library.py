@@ -1,4 +1,4 @@
-"""A library of experts kept by hand: import adapters, look at experts, merge some, remove some.
+"""A library of experts kept by hand: import adapters, look at experts.
 
 Importing this file needs no torch, so that a library is listed at once.
 """
@@ -60,7 +60,7 @@ def import_experts(
     """
     if name is not None and len(sources) != 1:
         raise ConfigError(f"one name for {len(sources)} adapters; import them one by one to name them")
-    names = [each.lower() for each in ([name] if name is not None else map(import_name, sources))]
+    names = [folder_name(Path(source).resolve().name).lower() for source in sources]
     if len(set(names)) < len(names):
         raise ConfigError(f"two of the adapters would have one name ({', '.join(names)}); import them one by one")
     known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
@@ -80,11 +80,6 @@ def import_experts(
     library = ExpertLibrary.open(folder, reference) if known is None else known
     library.add(*experts, replace=replace_known)
     return experts
-
-
-def import_name(source: str) -> str:
-    """The name an imported adapter has where none is given."""
-    return folder_name(Path(source).resolve().name)
 
 
 def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]:
@@ -110,8 +105,7 @@ def _named_base(source: str, revision: str | None) -> BaseReference:
     """The base an adapter says it is for."""
     from weftlm.experts.lora import read_lora  # noqa: PLC0415 - torch
 
-    folder = Path(source) if is_folder(source) else fetch_adapter(source, revision)
-    reference = read_lora(folder).base
+    reference = read_lora(Path(source) if is_folder(source) else fetch_adapter(source, revision)).base
     if not reference.name:
         raise ExpertError(
             f"{source!r} does not name its base; name it for the new library (--base), with --assume-base"
@@ -133,42 +127,34 @@ def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bo
         ConfigError, DataError: as `import_experts` and `gate_expert`.
     """
     from weftlm.pipeline.experts import gate_expert  # noqa: PLC0415 - torch
-    from weftlm.pipeline.prepare import prepare  # noqa: PLC0415 - torch
 
     folder, settings = recipe.library_folder, recipe.expert_settings
     for each in settings.imports:
         known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
-        if known is not None and each.title in known:
+        if known is not None and each.title in known and not replace:
             source = known.card(each.title).get("source")
-            if source != each.source and not replace:
+            if source != each.source:
                 raise ExpertError(
                     f"expert {each.title!r} in {folder} came from {source!r}, not from {each.source!r}; replace it "
                     "(weftlm run --from experts), or give the import another name"
                 )
-            if not replace:
-                continue
+            continue
         import_experts(
             folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
             base_revision=settings.revision, assume_base=each.assume_base, replace_known=replace,
         )  # fmt: skip
-    wanted = {each.title: each.domain for each in settings.imports if each.domain is not None}
-    if wanted:
-        prepare(recipe.data, recipe.prepared_folder, progress=progress)
     library = ExpertLibrary.open(folder)
-    for name, domain in wanted.items():
-        if not library.has_gate(name) or (settings.statistics_examples and not library.has_statistics(name)):
-            gate_expert(recipe, name, domain=domain, progress=progress)
-    return {
-        each.title: {
-            "source": each.source,
-            "gate": library.has_gate(each.title),
-            "statistics": library.has_statistics(each.title),
-        }
-        for each in settings.imports
-    }
+    found: dict[str, Any] = {}
+    for each in settings.imports:
+        whole = library.has_gate(each.title) and (library.has_statistics(each.title) or not settings.statistics_examples)
+        if each.domain is not None and not whole:
+            gate_expert(recipe, each.title, domain=each.domain, progress=progress)
+        parts = {"gate": library.has_gate(each.title), "statistics": library.has_statistics(each.title)}
+        found[each.title] = {"source": each.source, **parts}
+    return found
 
 
-# -- looking, merging, removing ---------------------------------------------------------------------------------------
+# -- looking ------------------------------------------------------------------------------------------------------
 
 
 def list_experts(folder: Path) -> list[dict[str, Any]]:
@@ -182,131 +168,41 @@ def list_experts(folder: Path) -> list[dict[str, Any]]:
     library = ExpertLibrary.open(folder)
     rows: list[dict[str, Any]] = []
     for name in library.names:
-        row: dict[str, Any] = {"name": name}
         try:
             card = library.card(name)
-            row |= {
-                "origin": _origin(card),
-                "gate": library.has_gate(name),
-                "statistics": library.has_statistics(name),
-                "losses": card.get("losses"),
-            }
+            parts = {"gate": library.has_gate(name), "statistics": library.has_statistics(name)}
+            origin = (card.get("about") or {}).get("domain") or card.get("source", "unknown")
+            rows.append({"name": name, "origin": str(origin), **parts, "losses": card.get("losses")})
         except ExpertError as error:
-            row["problem"] = str(error)
-        rows.append(row)
+            rows.append({"name": name, "problem": str(error)})
     return rows
 
 
-def _origin(card: dict[str, Any]) -> str:
-    about, merged = card.get("about"), card.get("merged")
-    if isinstance(about, dict) and about.get("domain"):
-        return str(about["domain"])
-    if isinstance(merged, dict):
-        return "merged: " + ", ".join(merged)
-    return str(card.get("source", "unknown"))
-
-
-def show_library(folder: Path) -> dict[str, Any]:
-    """A library: its base, its experts' names, and a fingerprint of them all.
-
-    Raises:
-        ExpertError: there is no library.
-    """
-    library = ExpertLibrary.open(folder)
-    return {
-        "library": str(folder),
-        "base": asdict(library.base),
-        "experts": library.names,
-        "fingerprint": library.fingerprint(),
-    }
-
-
-def show_expert(folder: Path, name: str) -> dict[str, Any]:
+def show_expert(folder: Path, name: str | None = None) -> dict[str, Any]:
     """One expert, loaded and verified: modules with rank, scale and size of the update, facts and card.
 
+    Without a name the library: its base, its experts' names, and a fingerprint of them all.
+
     Raises:
-        ExpertError: there is no such expert, or it is broken.
+        ExpertError: there is no such library or expert, or it is broken.
     """
+    library = ExpertLibrary.open(folder)
+    if name is None:
+        facts = {"base": asdict(library.base), "experts": library.names, "fingerprint": library.fingerprint()}
+        return {"library": str(folder), **facts}
     from weftlm.experts.lora import update_norm  # noqa: PLC0415 - torch
 
-    library = ExpertLibrary.open(folder)
-    name = library.named(name)
-    expert = library.load(name)
-    modules = expert.lora.modules
+    expert = library.load(library.named(name))
     return {
-        "name": name,
-        "folder": str(library.path(name)),
+        "name": expert.name,
+        "folder": str(library.path(expert.name)),
         "base": asdict(expert.lora.base),
         "parameters": expert.lora.num_parameters,
         "modules": {
             module: {"rank": each.rank, "scale": each.scale, "update_norm": update_norm(each)}
-            for module, each in modules.items()
+            for module, each in expert.lora.modules.items()
         },
         "gate": None if expert.gate is None else expert.gate.facts,
         "statistics": None if expert.statistics is None else expert.statistics.facts,
         "card": expert.card,
     }
-
-
-def merge_in_library(
-    folder: Path,
-    names: Sequence[str],
-    *,
-    into: str | None = None,
-    weights: Sequence[float] | None = None,
-    to: Path | None = None,
-) -> dict[str, Any]:
-    """Merge experts of a library into one adapter.
-
-        dW = sum over z of w_z scale_z B_z A_z
-
-    Args:
-        folder: Folder of the library.
-        names: Names of the experts.
-        into: Name of the result in the library; it has neither gate nor statistics.
-        weights: w_z by expert; 1 / number of experts where None.
-        to: PEFT folder of the result.
-    Returns:
-        name, rank, the weights by expert, library and folder.
-    Raises:
-        ConfigError: neither `into` nor `to`, an expert named twice, or as `merge_experts`.
-        ExpertError: as `merge_experts`, or the result cannot be added or written.
-    """
-    if into is None and to is None:
-        raise ConfigError("say where the merged adapter goes: a name in the library (--as), a PEFT folder (--to), both")
-    library = ExpertLibrary.open(folder)
-    names = [library.named(name) for name in names]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"an expert is named twice in {', '.join(names)}; give it a larger weight instead")
-    from weftlm.experts.lora import write_lora  # noqa: PLC0415 - torch
-    from weftlm.experts.merge import merge_experts  # noqa: PLC0415 - torch
-
-    experts = [library.load(name).lora for name in names]
-    name = into if into is not None else Path(str(to)).name
-    merged = merge_experts(experts, weights, name=name)
-    used = [1 / len(names)] * len(names) if weights is None else list(weights)
-    by_name = dict(zip(names, used, strict=True))
-    if into is not None:
-        library.add(Expert(merged, card={"name": into, "merged": by_name}))
-    if to is not None:
-        write_lora(to, merged)
-    return {
-        "name": name,
-        "weights": by_name,
-        "rank": max(each.rank for each in merged.modules.values()),
-        "library": str(folder) if into is not None else None,
-        "folder": None if to is None else str(to),
-    }
-
-
-def remove_experts(folder: Path, names: Sequence[str]) -> list[str]:
-    """Take experts out of a library; none of them where one is not there.
-
-    Returns:
-        The names that stay.
-    Raises:
-        ExpertError: there is no such expert.
-    """
-    library = ExpertLibrary.open(folder)
-    library.remove(*dict.fromkeys(library.named(name) for name in names))
-    return library.names

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weftlm.corpora.labels import expert_name
-from weftlm.corpora.tokens import find_tokenizer
-from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.errors import CheckpointError, ConfigError, ExpertError
 from weftlm.experts.adapted import adapted, unchanged
 from weftlm.experts.expert import BaseReference, LoRAExpert, base_name
 from weftlm.experts.library import MANIFEST as LIBRARY
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import from_peft_model, write_lora
 from weftlm.experts.merge import fold, merge_experts
-from weftlm.files import parse_json, whole_folder
+from weftlm.files import whole_folder
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import count_parameters, peft_warnings
 from weftlm.models.open import DTYPES, check_written, load_base, probe_logits, require_same_logits
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 Format = Literal["hf", "peft", "gguf"]
 """A Hugging Face checkpoint; one PEFT folder per expert; a GGUF file."""
 CONVERTER = "convert_hf_to_gguf.py"
-_CONVERTERS = (CONVERTER, "convert-hf-to-gguf", "convert-hf-to-gguf.py")
+_CONVERTERS = (CONVERTER, "convert-hf-to-gguf")
 _SHOWN = 2_000
 
 
@@ -63,20 +62,18 @@ def export_model(
     converter: Path | None = None,
     outtype: str = "auto",
 ) -> dict[str, Any]:
-    """Write a model in a format that needs no weftlm to load.
+    """Write a model in a format that needs no weftlm to load; the options are those of `weftlm export`.
 
     Args:
         path: Model as of `open_model`, or an expert library.
         output: Folder of the result, new; it appears whole or not at all.
         format: `hf`, `peft` or `gguf`.
-        router: Router of a routed model or a library by whose weights the experts are folded in, in one word as of
-            `weftlm route eval`: `merged`, `single:expert=a`, `uniform`. None: the routed model's own router.
+        router: Router by whose weights the experts of a routed model or a library are folded in, in one word as of
+            `weftlm route eval`; None: the routed model's own.
         expert: Name of the one expert to export.
-        base: Folder or hub name of the base, where it has moved.
-        revision: Hub revision of the base or model.
-        tokenizer: Folder or hub name of the tokenizer; None for the one that comes with the model.
+        base, revision, tokenizer: As of `open_model`.
         dtype: Data type of the written weights; None: float32, or that of a routed or gated model.
-        converter: llama.cpp's convert_hf_to_gguf.py, or its folder; None to look for it (`find_converter`).
+        converter: As of `find_converter`.
         outtype: Type of the GGUF's weights, as the converter takes it.
     Returns:
         source, output, format, kind, weight by expert, base, dtype, parameters and files.
@@ -84,8 +81,7 @@ def export_model(
         ConfigError: the model is no single set of weights, an option does not fit it, the output is not empty, or there
             is no converter.
         CheckpointError: the converter failed, or what was written is not the model it came from.
-        DataError: the model comes without a tokenizer.
-        ExpertError: there is no such expert, or it is broken.
+        DataError, ExpertError: the model comes without a tokenizer; there is no such expert, or it is broken.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -101,24 +97,17 @@ def export_model(
     how: dict[str, Any] = {
         "base": base, "revision": revision, "tokenizer": tokenizer, "dtype": dtype or "float32",
     }  # fmt: skip
-    if (folder / LIBRARY).exists() and router is None and expert is None:
-        raise ConfigError(
-            f"{folder} is a library of experts; say how they become one model (--router merged), which one to export "
-            "(--expert NAME), or write them as PEFT adapters (--format peft)"
-        )
-    opened = _open_library(folder, expert, **how) if (folder / LIBRARY).exists() else open_model(path, **how)
+    if (folder / LIBRARY).exists():
+        if router is None and expert is None:
+            raise ConfigError(
+                f"{folder} is a library of experts; say how they become one model (--router merged), which one to "
+                "export (--expert NAME), or write them as PEFT adapters (--format peft)"
+            )
+        how |= {"router": router or "merged", "experts": None if expert is None else [expert]}
+    opened = open_model(path, **how)
     model, weights = _one_set_of_weights(opened, router, expert)
     if dtype is not None:
         nn.Module.to(model, DTYPES[dtype])
-    facts = {
-        "source": str(path),
-        "output": str(output),
-        "format": format,
-        "kind": opened.kind,
-        "experts": weights,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": count_parameters(model),
-    }
     with whole_folder(output, "exported model") as making:
         checkpoint = making if script is None else making / output.name
         model.save_pretrained(checkpoint)
@@ -127,25 +116,19 @@ def export_model(
         if script is not None:
             _convert(script, checkpoint, making / f"{output.name}.gguf", outtype)
             shutil.rmtree(checkpoint)
-        return {**facts, "files": sorted(file.name for file in making.iterdir())}
+        return {
+            "source": str(path),
+            "output": str(output),
+            "format": format,
+            "kind": opened.kind,
+            "experts": weights,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": count_parameters(model),
+            "files": sorted(file.name for file in making.iterdir()),
+        }
 
 
 # -- one set of weights -------------------------------------------------------------------------------------------
-
-
-def _open_library(
-    folder: Path, expert: str | None, base: str | None, revision: str | None, tokenizer: str | None, dtype: str
-) -> OpenModel:
-    """The experts of a library over their base, as if they had been routed."""
-    library = ExpertLibrary.open(folder)
-    place = base_name(library.base.name if base is None else base)
-    revision = library.base.revision if base is None else revision
-    experts = None if expert is None else [expert]
-    routed = RoutedModel.from_library(place, library, "merged", experts=experts, revision=revision, dtype=dtype)
-    found = find_tokenizer(place, revision) if tokenizer is None else find_tokenizer(tokenizer)
-    if found is None:
-        raise DataError(f"the base {tokenizer or place} comes without a tokenizer; name one (--tokenizer)")
-    return OpenModel(str(folder), "routed", routed, found, tuple(each.name for each in routed.experts))
 
 
 def _one_set_of_weights(
@@ -155,8 +138,7 @@ def _one_set_of_weights(
     path = opened.path
     if isinstance(opened.model, RoutedModel):
         known = {each.name: each.lora for each in opened.model.experts}
-        weights = _fixed_weights(opened, router) if expert is None else {expert_name(expert): 1.0}
-        _refuse_unknown(weights, list(known), path)
+        weights = _fixed_weights(opened, router) if expert is None else {_known(expert, list(known), path): 1.0}
         used = {name: weight for name, weight in weights.items() if weight}
         merged = merge_experts([known[name] for name in used], list(used.values()), name="folded")
         return _folded(opened.model.unload(), merged, path), weights
@@ -182,22 +164,18 @@ def _one_set_of_weights(
     return opened.model, None
 
 
-def _refuse_unknown(names: Iterable[str], known: Sequence[str], path: Path | str) -> None:
-    for name in names:
-        if name not in known:
-            raise ExpertError(f"{path} has no expert {name!r}; it has {', '.join(known)}")
+def _known(expert: str, names: Sequence[str], path: Path | str) -> str:
+    name = expert_name(expert)
+    if name not in names:
+        raise ExpertError(f"{path} has no expert {name!r}; it has {', '.join(names)}")
+    return name
 
 
 def _folded(model: PreTrainedModel, expert: LoRAExpert, path: str, wanted_BTV: Tensor | None = None) -> PreTrainedModel:
-    """The model with an adapter in its weights, which gives the logits of the model with the adapter beside them.
+    """The model with an adapter in its weights, compared with the model with the adapter beside them.
 
-    Args:
-        model: Model without the adapter.
-        expert: The adapter.
-        path: Name of the model in messages.
-        wanted_BTV: The logits to give; None to take them here.
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: its logits are not those (`wanted_BTV`, taken here where None).
     """
     if wanted_BTV is None:
         with adapted(model, expert):
@@ -215,8 +193,7 @@ def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
     """
     routed: RoutedModel = opened.model
     section = routed.router.config if spec is None else parse_router(spec)
-    built = build_router(section, routed.experts, routed.targets)
-    names = [each.name for each in routed.experts]
+    built, names = build_router(section, routed.experts, routed.targets), list(opened.experts)
     if built.static_weights_E is None:
         raise ConfigError(
             f"router {built.config.router!r} of {opened.path} chooses experts for every token or text, which no "
@@ -233,19 +210,14 @@ def _export_adapters(
     folder: Path, output: Path, expert: str | None, base: str | None, revision: str | None
 ) -> dict[str, Any]:
     """Every expert of a routed model or a library as a PEFT folder."""
-    if (folder / ROUTED).exists():
-        names = parse_json((folder / ROUTED).read_text(encoding="utf-8"))["experts"]
-        library = ExpertLibrary.open(folder / EXPERTS)
-    elif (folder / LIBRARY).exists():
-        library = ExpertLibrary.open(folder)
-        names = library.names
-    else:
+    place = folder / EXPERTS if (folder / ROUTED).exists() else folder
+    if not (place / LIBRARY).exists():
         raise ConfigError(
             f"--format peft writes the experts of a routed model or of an expert library, and {folder} is neither; "
             "use --format hf"
         )
-    chosen = names if expert is None else [expert_name(expert)]
-    _refuse_unknown(chosen, names, folder)
+    library = ExpertLibrary.open(place)
+    chosen = library.names if expert is None else [_known(expert, library.names, folder)]
     reference = library.base
     if base is not None:
         reference = BaseReference(base_name(base), revision, reference.fingerprint)
@@ -290,13 +262,12 @@ def find_converter(given: Path | None = None) -> Path:
         ConfigError: it is not there.
     """
     named = os.environ.get("LLAMA_CPP") if given is None else str(given)
+    places: Iterable[str | None] = map(shutil.which, _CONVERTERS)
     if named:
-        places = [Path(named), *(Path(named) / name for name in _CONVERTERS)]
-    else:
-        places = [Path(known) for name in _CONVERTERS if (known := shutil.which(name)) is not None]
+        places = [named, *(os.path.join(named, name) for name in _CONVERTERS)]
     for place in places:
-        if place.is_file():
-            return place.resolve()
+        if place is not None and Path(place).is_file():
+            return Path(place).resolve()
     if named:
         raise ConfigError(
             f"{'LLAMA_CPP' if given is None else '--converter'} is {named}, where there is no {CONVERTER}; name that "

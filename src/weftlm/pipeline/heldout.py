@@ -21,7 +21,6 @@ from weftlm.experts.examples import training_source
 from weftlm.files import read_object
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
-from weftlm.pipeline.report import check_roles
 
 log = logging.getLogger(__name__)
 
@@ -109,3 +108,13 @@ def read_measured(path: Path, stage: str) -> dict[str, Any]:
         raise DataError(f"{path} is not there; {cure}")
     check_roles(found.get("rows", found.get("models")), path, cure)
     return found
+
+
+def check_roles(rows: Any, path: Path, cure: str) -> None:
+    """Refuse rows without a role, which earlier versions wrote.
+
+    Raises:
+        DataError: There are such.
+    """
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) and "role" in row for row in rows.values()):
+        raise DataError(f"{path} was written by another version of weftlm (rows without a role); {cure}")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-GATE, STATE, FIT, CERTIFICATE, PAGE = (
-    "gate.safetensors", "state.safetensors", "fit.json", "certificate.json", "report.html",
-)  # fmt: skip
+GATE, STATE, FIT, CERTIFICATE = "gate.safetensors", "state.safetensors", "fit.json", "certificate.json"
 EVALUATION = "evaluation.json"
 RESULT = "result.json"
-GATE_PAGE = "gate/report.html"
 REPORT, SUMMARY = "report.html", "summary.json"
 COMPARED, TRAINING = "compared.html", "training.html"
 """Pages of several runs, and of a project's training alone: never over a project's own page."""

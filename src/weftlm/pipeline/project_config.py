@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from weftlm.config import Section
 from weftlm.mixture.config import PolicyConfig, policy_config
@@ -53,9 +53,8 @@ class RoutingConfig(Section):
         default_factory=lambda: ["phatgoose"],
         min_length=1,
         description="routed models written to `routed`, one folder each; the report shows the first that chooses by "
-        "token at work, and times the last",
+        "token at work",
     )
     trace: str | None = Field(
         None, min_length=1, description="text whose routing is shown; absent: held-out text that changes domain midway"
     )
-    timed_pairs: NonNegativeInt = Field(15, description="forward passes timed beside the base's; 0: none")

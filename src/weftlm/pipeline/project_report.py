@@ -1,4 +1,4 @@
-"""The pages of runs and of projects, and a project's figures as one small JSON file.
+"""The pages of runs and of projects, and a project's figures as one JSON file.
 
 <run>/report.html, <run>/summary.json
 """
@@ -11,33 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from weftlm.errors import ConfigError, WeftError
-from weftlm.files import write_object
+from weftlm.files import read_object, write_object
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.baselines import baseline_folders
-from weftlm.pipeline.models_table import read_evaluation
-from weftlm.pipeline.names import COMPARED, EVALUATION, REPORT, STUDENT, SUMMARY, TRAINING
+from weftlm.pipeline.heldout import check_roles
+from weftlm.pipeline.models_table import baseline_folders, read_evaluation
+from weftlm.pipeline.names import CERTIFICATE, COMPARED, DIRECT, EVALUATION, FIT, REPORT, STUDENT, SUMMARY, TRAINING
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import MONOLITH, Recipe, kept_recipe, load_recipe, open_run, refuse_project_page
-from weftlm.pipeline.report import CERTIFICATE, FIT, STUDENTS, gate_facts
-from weftlm.pipeline.routes import read_routing, trace_opened
+from weftlm.pipeline.routes import read_routing, trace_text
 from weftlm.pipeline.run_folder import alone
-from weftlm.pipeline.runner import seconds_of
-from weftlm.pipeline.stage import read_stage, stages
 from weftlm.pipeline.train import read_result
 from weftlm.reporting.gating import GatingFacts
 from weftlm.reporting.page import write_page
 from weftlm.reporting.report import report_page
 from weftlm.reporting.score_table import model_table
 from weftlm.reporting.traces import RoutingFacts
-from weftlm.routing.routed_model import RoutedModel
 
 log = logging.getLogger(__name__)
 
 HALF_TOKENS = 60
 """Tokens of each domain in the text that is traced."""
-
-
-# -- runs ---------------------------------------------------------------------------------------------------------
 
 
 def report_folders(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
@@ -59,46 +52,38 @@ def report_folders(folders: Sequence[Path], output: Path | None = None, title: s
     whole = project and (first / EVALUATION).exists()
     page = first / (COMPARED if len(folders) > 1 else REPORT if whole or not project else TRAINING)
     path = page if output is None else output
-    if not whole or path.resolve() != page.resolve():
+    own = whole and path.resolve() == page.resolve()
+    if not own:
         refuse_project_page(path)
-        if whole:
-            report_project(open_run(first), path, title)
-            return path
-        gating = next((facts for facts in map(_known_gate, folders) if facts is not None), None)
-        return write_page(report_page(folders, title, prepared=_prepared(first), gating=gating), path)
-    recipe = open_run(first)
-    with alone(first):
-        report_project(recipe, title=title)
-        stage = stages["report"]("report")
-        record, known = stage.record(recipe), read_stage(recipe, stage.name)
-        if known is not None and known[0] and record.changed() is None:
-            facts = {key: value for key, value in known[1].items() if key not in ("identity", "files")}
-            record.finish(facts, stage.left(recipe))
-    return path
+    if whole:
+        recipe = open_run(first)
+        with alone(first):
+            report_project(recipe, None if own else path, title)
+        return path
+    gating = next((facts for facts in map(_known_gate, folders) if facts is not None), None)
+    data = load_recipe(first / "recipe.yaml").prepared_folder if (first / "recipe.yaml").exists() else None
+    prepared = None if data is None else _prepared(data)
+    return write_page(report_page(folders, title, prepared=prepared, gating=gating), path)
 
 
 def _known_gate(run: Path) -> GatingFacts | None:
-    if not any((run / name).exists() for name in (CERTIFICATE, FIT, *STUDENTS)):
-        return None
+    """What is known of a run's gate, where anything is."""
     try:
         return gate_facts(run)
+    except ConfigError:
+        return None
     except WeftError as error:
         log.warning("the report leaves the gate of %s out: %s", run, error)
         return None
 
 
-def _prepared(run: Path, data: Path | None = None) -> dict[str, Any] | None:
-    """Facts of the prepared data of a run, where it can still be opened."""
-    if data is None and not (run / "recipe.yaml").exists():
-        return None
+def _prepared(folder: Path) -> dict[str, Any] | None:
+    """Facts of prepared data, where it can still be opened."""
     try:
-        return PreparedData.load(data or load_recipe(run / "recipe.yaml").prepared_folder).summary()
+        return PreparedData.load(folder).summary()
     except WeftError as error:
         log.warning("the report leaves the prepared data out: %s", error)
         return None
-
-
-# -- a project ----------------------------------------------------------------------------------------------------
 
 
 def report_project(recipe: Recipe, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
@@ -109,48 +94,34 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         output: Another path for the page, which then comes without a summary file.
         title: Title of the page.
     Returns:
-        summary.json as a mapping, with `mixture`, `routing`, `robust` and `models` as far as the project has them.
+        summary.json as a mapping: sequence_length, base and models as in evaluation.json, and as far as the project has
+        them `mixture`, result.json by policy; `routing`, rows by router; `robust`, rows of baselines, gates and students;
+        `certificate` of the gate.
     Raises:
         DataError: a stage's result is missing or torn, or the page cannot be written.
     """
     baselines = {name: folder for name, folder in baseline_folders(recipe).items() if name != MONOLITH}
     evaluation = read_evaluation(recipe)
-    summary: dict[str, Any] = {}
+    monolith = evaluation.pop(MONOLITH)
+    summary = dict(evaluation)
     routing = gating = None
     if recipe.mixture is not None:
-        results = {recipe.mixture.policy: read_result(recipe.run)}
-        summary["mixture"] = summarise_mixtures(results | {name: read_result(each) for name, each in baselines.items()})
+        runs = {recipe.mixture.policy: recipe.run, **baselines}
+        summary["mixture"] = {name: read_result(folder) for name, folder in runs.items()}
     if recipe.has_experts and recipe.routing is not None:
         found = read_routing(recipe)
-        routing = routing_facts(recipe, found)
-        summary["routing"] = {
-            "heldout_bpb": _column(found["rows"], "generic"),
-            "unseen_bpb": _column(found["rows"], "sets", "target"),
-            **{key: found[key] for key in ("sequence_length", "experts", "best_single", "relative_forward_time")},
-            "seconds": seconds_of(recipe, "experts"),
-        }
-    if recipe.has_experts and recipe.gating is not None:
-        monolith = evaluation[MONOLITH]
+        summary["routing"], routing = found["rows"], routing_facts(recipe, found)
+    if recipe.has_gate:
         gating = gate_facts(recipe.run, **({} if monolith is None else {MONOLITH: monolith}))
-        summary["robust"] = _robust(gating)
-    models, length = evaluation["models"], evaluation["sequence_length"]
-    summary["models"] = {
-        name: {
-            "path": each["path"],
-            "kind": each["kind"],
-            "sequence_length": length,
-            "bits_per_byte": {one: values["bits_per_byte"] for one, values in each["sets"].items()},
-            **({"accuracy": {task: one["accuracy"] for task, one in each["tasks"].items()}} if "tasks" in each else {}),
-        }
-        for name, each in models.items()
-    }
+        certificate = None if gating.certificate is None else gating.certificate.to_json()
+        summary |= {"robust": gating.rows, "certificate": certificate}
     page = report_page(
         [recipe.run, *baselines.values()] if recipe.trains else [],
         title or f"{recipe.run.resolve().name}: the whole project",
-        prepared=_prepared(recipe.run, recipe.prepared_folder),
+        prepared=_prepared(recipe.prepared_folder),
         routing=routing,
         gating=gating,
-        models=model_table(models, "model", length),
+        models=model_table(evaluation["models"], "model", evaluation["sequence_length"]),
     )
     write_page(page, output or recipe.run / REPORT)
     if output is None:
@@ -158,55 +129,34 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
     return summary
 
 
-def _column(rows: Mapping[str, Mapping[str, Any]], *path: str) -> dict[str, float | None]:
-    """Bits per byte at one place of some rows, by the rows' labels in one word; rows without it are left out."""
-    found: dict[str, float | None] = {}
-    for label, row in rows.items():
-        place: Any = row
-        for key in path:
-            place = place.get(key) or {}
-        if "bits_per_byte" in place:
-            found[label.replace(" ", "_")] = place["bits_per_byte"]
-    return found
+def gate_facts(run: Path, **more: Mapping[str, Any]) -> GatingFacts:
+    """What a run's files hold of its gate.
 
+    Args:
+        run: The run folder.
+        more: Further rows, by name, beside the students'.
+    Raises:
+        ConfigError: nothing is known of one.
+        DataError: a file is torn.
+    """
 
-def summarise_mixtures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of summary.json's `mixture` section, from result.json by policy."""
-    first = next(iter(results.values()))
-    targets = {name: result["sets"]["target"] for name, result in results.items() if "target" in result["sets"]}
-    return {
-        "target_bpb": {name: found["bits_per_byte"] for name, found in targets.items()},
-        "target_bpb_se": {name: found["bits_per_byte_se"] for name, found in targets.items()},
-        "generic_bpb": _column(results, "generic"),
-        "train_tokens": first["train_tokens"],
-        "sequence_length": first.get("sequence_length"),
-        "seconds": {
-            name: {part: round(seconds, 2) for part, seconds in result["seconds"].items()}
-            for name, result in results.items()
-        },
-    }
+    def read(name: str) -> dict[str, Any] | None:
+        return read_object(run / name, "delete it and make it again")
 
-
-def _robust(facts: GatingFacts) -> dict[str, Any]:
-    """The `robust` section of summary.json, in nats of the certificate's unit."""
-    certificate = facts.certificate
-    assert certificate is not None
-    shown = {
-        name.replace(" ", "_"): row
-        for name, row in facts.rows.items()
-        if row["role"] in ("baseline", "gate") or name == STUDENT
-    }
-    return {
-        "unit": certificate.unit,
-        "length": certificate.length,
-        "worst_domain_regret": {name: row["worst"] for name, row in shown.items()},
-        "worst_domain": {name: row["worst_domain"] for name, row in shown.items()},
-        "mean_regret": {name: row["mean"] for name, row in shown.items()},
-        "capacity_bound": None if certificate.capacity is None else certificate.capacity.value,
-        "z": certificate.z.value,
-        "z_interval": [certificate.z.low, certificate.z.high],
-        "lambda": {row.name: row.lam for row in certificate.domains},
-    }
+    fit, students = read(f"gate/{FIT}"), []
+    identity = None if fit is None else fit.get("identity")
+    for name in (f"students/{kind}.json" for kind in (STUDENT, DIRECT)):
+        found = read(name)
+        if found is None:
+            continue
+        own = {key: value for key, value in found.get("identity", {}).items() if key != "students"}
+        identity = own if identity is None else identity
+        if own != identity:
+            log.warning("%s is of another gate or problem and left out; run weftlm gate distil again", run / name)
+            continue
+        check_roles(found.get("rows"), run / name, "make it again: weftlm gate distil, after deleting it")
+        students.append({**found, "rows": {**more, **found["rows"]}})
+    return GatingFacts.of(read(f"gate/{CERTIFICATE}"), fit, students)
 
 
 def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
@@ -217,12 +167,10 @@ def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
     traces = []
     for router in recipe.routing_settings.build if text else ():
         opened = open_model(recipe.routed_folder(router), encoder_decoder=True)
-        if isinstance(opened.model, RoutedModel) and opened.model.router.static_weights_E is None:
-            traced = trace_opened(opened, text)
-            traces.append((f"{router} on {label}", traced.trace, traced.tokens))
+        if opened.model.router.static_weights_E is None:
+            traces.append((f"{router} on {label}", *trace_text(opened, text)))
             break
-    table = model_table(found["rows"], "router", found["sequence_length"])
-    return RoutingFacts(table, found["relative_forward_time"], traces)
+    return RoutingFacts(model_table(found["rows"], "router", found["sequence_length"]), traces)
 
 
 def changing_text(data: PreparedData) -> str:

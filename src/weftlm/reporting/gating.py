@@ -17,7 +17,7 @@ from weftlm.errors import ConfigError
 from weftlm.gating.certificate import Certificate
 from weftlm.reporting.charts import drawn
 from weftlm.reporting.figures import Curve, Panel, draw, run_lines
-from weftlm.reporting.page import Block, Cell, Page, Section, Table, Text, exact
+from weftlm.reporting.page import Block, Cell, Table, Text, exact
 from weftlm.reporting.runs import mapping, number
 from weftlm.reporting.score import Score, interval_cell, pieces, score_text
 from weftlm.reporting.score_table import ScoreRow, ScoreTable, answer, headline, score_tables
@@ -109,34 +109,18 @@ class GatingFacts:
         return self.certificate is not None and self.certificate.worst.label == "exact"
 
 
-def gate_page(facts: GatingFacts, title: str) -> Page:
-    """A page of its own about a gate."""
-    return Page(
-        title=title,
-        kicker=f"Robust gate · values in {facts.nats}",
-        headline=gating_headline(facts),
-        answer=_answer(facts),
-        sections=_sections(facts),
-    )
-
-
 def gating_blocks(facts: GatingFacts) -> list[Block]:
-    """The same as blocks of a larger page."""
+    """What is known of a gate as blocks of a page."""
     blocks: list[Block] = [Text(gating_headline(facts), "lead"), *_answer(facts)]
-    for one in _sections(facts):
-        blocks += [Text(one.heading, "h3"), *one.blocks] if one.blocks else []
+    parts = {
+        "Worst domain by model": score_tables(gate_table(facts)) if facts.rows else [],
+        "Certificate": [] if facts.certificate is None else certificate_table(facts.certificate),
+        "The gate by domain": domains_table(facts),
+        "The fit, step by step": fit_charts(facts),
+    }
+    for heading, inside in parts.items():
+        blocks += [Text(heading, "h3"), *inside] if inside else []
     return blocks
-
-
-def _sections(facts: GatingFacts) -> list[Section]:
-    models = score_tables(gate_table(facts)) if facts.rows else []
-    certified = [] if facts.certificate is None else certificate_table(facts.certificate)
-    return [
-        Section("gating-models", "Worst domain by model", models),
-        Section("gating-certificate", "Certificate", certified),
-        Section("gating-domains", "The gate by domain", domains_table(facts)),
-        Section("gating-fit", "The fit, step by step", fit_charts(facts)),
-    ]
 
 
 def gating_headline(facts: GatingFacts) -> str:
@@ -176,10 +160,10 @@ def gate_table(facts: GatingFacts) -> ScoreTable:
         caption += (
             ". KL: distance of a causal model from the gate it was made from, nats per sequence, on held-out samples"
         )
-    if any(row.get("all_experts") for row in facts.rows.values()):
+    if any("experts_per_token" in row for row in facts.rows.values()):
         caption += (
             ". A student with some experts per token is measured as it generates, its other experts with a stale KV "
-            "cache that is refreshed from time to time; all experts run: every one is up to date at every token"
+            "cache that is refreshed from time to time"
         )
     return ScoreTable(
         rows, columns, domains, caption, f"{facts.nats}, {WORST}", "model",

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weftlm.errors import ConfigError, NumericsError
-from weftlm.reporting.page import Block, Number, Page, Section, Text, TraceBlock
+from weftlm.reporting.page import Block, Page, Section, Text, TraceBlock
 from weftlm.reporting.score_table import ScoreTable, score_tables
 from weftlm.routing.trace import Trace, layer_of
 from weftlm.text import printable
@@ -171,20 +171,16 @@ class RoutingFacts:
 
     Attributes:
         table: Held-out bits per byte and accuracies by router.
-        relative_forward_time: Time of a routed forward pass over the base's, where it was measured.
         traces: Label, trace and token texts of routed texts; the first is shown open.
     """
 
     table: ScoreTable
-    relative_forward_time: float | None = None
     traces: Sequence[LabelledTrace] = ()
 
 
 def routing_blocks(facts: RoutingFacts) -> list[Block]:
-    """The tables of routers, the time of a routed pass, and the traces."""
-    blocks, time = score_tables(facts.table), facts.relative_forward_time
-    if time is not None:
-        blocks.append(Text(("Time of a routed forward pass over the base's: ", Number(time, f"{time:.2f}"), ".")))
+    """The tables of routers, and the traces."""
+    blocks = score_tables(facts.table)
     for place, labelled in enumerate(facts.traces):
         heading = f"Expert weights by token: {labelled[0]}"
         if place == 0:

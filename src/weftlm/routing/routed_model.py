@@ -164,7 +164,7 @@ class RoutedModel(nn.Module):
     @classmethod
     def from_library(
         cls,
-        base: str | Path | PreTrainedModel,
+        base: str | Path | PreTrainedModel | None,
         library: str | Path | ExpertLibrary,
         router: Mapping[str, Any] | RouterConfig | str = "phatgoose",
         *,
@@ -179,7 +179,7 @@ class RoutedModel(nn.Module):
         warning.
 
         Args:
-            base: Folder, hub name or model in memory.
+            base: Folder, hub name or model in memory; None for the base that the library names, in its revision.
             library: Library or its folder.
             router: Name or section of a router.
             experts: Names of the experts to use, where one that is broken or of another base is an error; None for all,
@@ -190,6 +190,8 @@ class RoutedModel(nn.Module):
             ConfigError, ExpertError: as the class.
         """
         opened = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(Path(library))
+        if base is None:
+            base, revision = opened.base.name, opened.base.revision
         model = base if isinstance(base, PreTrainedModel) else load_base(str(base), revision=revision, dtype=dtype)
         reference = opened.base
         if not isinstance(base, PreTrainedModel):

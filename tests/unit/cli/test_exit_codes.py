@@ -51,7 +51,7 @@ def test_a_fault_inside_a_command_gives_its_code(fault, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "Usage"), (["experts"], "merge"), (["rout"], "Did you mean 'route'"),
+        ([], "Usage"), (["experts"], "import"), (["rout"], "Did you mean 'route'"),
         (["experts", "lst"], "Did you mean 'list'"), (["--nope"], "No such option"),
     ],
 )  # fmt: skip

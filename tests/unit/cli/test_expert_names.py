@@ -33,7 +33,6 @@ def library(tmp_path, monkeypatch):
 
 COMMANDS = {
     "show": ["experts", "show", "library", "{}"],
-    "merge": ["experts", "merge", "library", "{}", "law", "--as", "both"],
     "remove": ["experts", "remove", "library", "{}"],
     "export": ["export", "library", "--format", "peft", "--expert", "{}", "--output", "new"],
 }

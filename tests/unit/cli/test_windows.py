@@ -27,11 +27,15 @@ FITTED = {
 }  # fmt: skip
 EXPERT = {"name": "a", "origin": "d", "gate": None, "statistics": None, "losses": {"sequence_length": LENGTH}}
 SUMMARY = {
-    "mixture": {"target_bpb": {"dga": 2.5}, "target_bpb_se": {"dga": 0.1}, "generic_bpb": {"dga": 2.4}},
-    "routing": {"heldout_bpb": {"best_single": 1.5}, "unseen_bpb": {}, "sequence_length": LENGTH},
-    "robust": {
-        "worst_domain_regret": {"fixed_share": 0.125}, "worst_domain": {"fixed_share": "json"}, "mean_regret": {},
+    "mixture": {
+        "dga": {
+            "sequence_length": LENGTH, "generic": {"bits_per_byte": 2.4},
+            "sets": {"target": {"bits_per_byte": 2.5, "bits_per_byte_se": 0.1}},
+        }
     },
+    "routing": {"best single": {"sequence_length": LENGTH, "generic": {"bits_per_byte": 1.5}}},
+    "robust": {"fixed share": {"worst": 0.125, "worst_domain": "json"}},
+    "certificate": {"length": LENGTH},
 }  # fmt: skip
 
 
@@ -74,6 +78,6 @@ def test_the_demonstration_prints_mixtures_routers_gates_and_the_best_model(run,
     said = capsys.readouterr()
     printed = " ".join(said.out.split())
     assert "about eight minutes" in said.err
-    for part in ("dga │ 2.5000 ± 0.1000 │ 2.4000", "best single │ 1.5000 │ -", "fixed share │ 0.1250 │ json │ -"):
+    for part in ("dga │ 2.4000 │ 2.5000 ± 0.1000", "best single │ 1.5000 │ -", "fixed share │ json │ 0.1250 │ -"):
         assert part in printed
     assert "weftlm serve m" in printed

@@ -148,59 +148,42 @@ def test_a_changed_record_makes_the_table_stale_and_writing_mends_it(tables, tmp
     assert tables.main() == 0
 
 
-@pytest.fixture
-def demo(tmp_path):
-    def write(
-        page: str = "<html><img src='data:,'></html>",
-        routing: dict[str, object] | None = None,
-        robust: dict[str, object] | None = None,
-        **changes: object,
-    ) -> Path:
-        scores = {"uniform": 2.0, "importance": 1.9, "dga": 1.8}
-        mixture = {"target_bpb": scores, "generic_bpb": scores, "train_tokens": 10, "seconds": {"dga": 1.0}, **changes}
-        routers = "base merged retrieval average-activation arrow phatgoose prefix blend oracle".split()
-        by_router = dict.fromkeys(routers, 2.0)
-        routing = {
-            "heldout_bpb": by_router,
-            "unseen_bpb": by_router,
-            "experts": list("abcdef"),
-            "relative_forward_time": 1.5,
-            **(routing or {}),
-        }
-        gates = dict.fromkeys("monolith uniform bayes fixed_share robust student".split(), 0.1)
-        robust = {"worst_domain_regret": gates, "capacity_bound": 0.02, "z": 1.01, **(robust or {})}
-        summary = {"mixture": mixture, "routing": routing, "robust": robust}
-        (tmp_path / "summary.json").write_text(json.dumps(summary))
-        (tmp_path / "report.html").write_text(page)
-        return tmp_path
-
-    return write
-
-
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("section", "name", "row", "problem"),
     [
-        ({}, None),
-        ({"train_tokens": 0}, "train_tokens is 0"),
-        ({"target_bpb": {"uniform": 2.0, "dga": 1.8}}, "target_bpb lacks importance"),
-        (
-            {"generic_bpb": {"uniform": float("nan"), "importance": 1.0, "dga": 1.0}},
-            "summary.mixture.generic_bpb.uniform is nan",
-        ),
-        ({"page": "<html><script src='https://example.org/x.js'></script></html>"}, "report.html loads"),
-        ({"page": "<html>"}, "report.html is cut off"),
-        ({"routing": {"unseen_bpb": {"base": 2.0}}}, "routing.unseen_bpb lacks arrow"),
-        ({"routing": {"heldout_bpb": {"base": 20.0}}}, "routing.heldout_bpb.base is 20.0 bits per byte"),
-        ({"routing": {"experts": ["a"]}}, "routing has 1 experts"),
-        ({"routing": {"relative_forward_time": 0.0}}, "routing.relative_forward_time is 0.0"),
-        ({"robust": {"worst_domain_regret": {"bayes": 0.1}}}, "robust.worst_domain_regret lacks fixed_share"),
-        ({"robust": {"z": 0.0}}, "robust.z is 0.0"),
-        ({"robust": {"capacity_bound": -0.1}}, "robust.capacity_bound is -0.1"),
+        (None, "", {}, None),
+        ("mixture", "importance", None, "mixture lacks importance"),
+        ("mixture", "dga", {"generic": {"bits_per_byte": float("nan")}}, "mixture.dga.mean is nan"),
+        ("mixture", "dga", {"sets": {}}, "mixture.dga has 1 sets"),
+        ("routing", "arrow", None, "routing lacks arrow"),
+        ("routing", "base", {"generic": {"bits_per_byte": 20.0}}, "routing.base.mean is 20.0 bits per byte"),
+        ("robust", "fixed share", None, "robust lacks fixed share"),
+        ("robust", "bayes", {"worst": -9.0}, "robust.bayes is -9.0"),
+        ("certificate", "z", {"value": 0.0}, "Z is 0.0"),
+        ("certificate", "capacity", {"value": -0.1}, "the capacity is -0.1"),
+        ("page", "", "<html><script src='https://example.org/x.js'></script></html>", "report.html loads"),
+        ("page", "", "<html>", "report.html is cut off"),
     ],
 )
-def test_what_is_wrong_with_a_demonstration_is_found(load_script, demo, changes, problem):
-    found = load_script(".ci/check_demo.py").problems(demo(**changes))
-    if problem is None:
-        assert not found
-    else:
-        assert any(line.startswith(problem) for line in found)
+def test_what_is_wrong_with_a_demonstration_is_found(load_script, tmp_path, section, name, row, problem):
+    bits = {"bits_per_byte": 2.0}
+    measured = {"generic": bits, "sets": dict.fromkeys("abcdef", bits)}
+    routers = "base merged retrieval average-activation arrow phatgoose prefix blend oracle".split()
+    gates = ("monolith", "uniform", "bayes", "fixed share", "robust", "student")
+    summary = {
+        "mixture": {each: dict(measured) for each in ("uniform", "importance", "dga")},
+        "routing": {each: dict(measured) for each in routers},
+        "robust": {each: {"worst": 0.1} for each in gates},
+        "certificate": {"capacity": {"value": 0.02}, "z": {"value": 1.01}},
+    }
+    page = "<html><img src='data:,'></html>"
+    if section == "page":
+        page = row
+    elif row is None:
+        del summary[section][name]
+    elif section is not None:
+        summary[section][name] |= row
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "report.html").write_text(page)
+    found = load_script(".ci/check_demo.py").problems(tmp_path)
+    assert found == [] if problem is None else any(line.startswith(problem) for line in found)

@@ -17,61 +17,39 @@ from torch import nn
 
 from weftlm.corpora.tokens import find_tokenizer
 from weftlm.domains.domain import Domain
-from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
+from weftlm.errors import ConfigError, DataError, ExpertError
 from weftlm.experts.expert import Expert, Gate, LoRAExpert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.recipe import Recipe, load_recipe, make_recipe, require_experts
+from weftlm.pipeline.recipe import Recipe, make_recipe, require_experts
 from weftlm.pipeline.routes import build_route
 from weftlm.pipeline.runner import run_project
-from weftlm.routing.config import parse_router
 
+TRAINING = {"sequence_length": 16, "batch_sequences": 2, "steps": 2, "device": "cpu"}
 EXPERTS: dict[str, Any] = {
-    "lora": {"rank": 2},
-    "training": {"sequence_length": 16, "batch_sequences": 2, "steps": 2, "device": "cpu"},
-    "validate_every_steps": 0,
-    "validation_tokens": 64,
-    "gate": {"steps": 1},
-    "statistics_examples": 4,
-    "embedder": "tokens-16",
-}
+    "lora": {"rank": 2}, "training": TRAINING, "validate_every_steps": 0, "validation_tokens": 64, "gate": {"steps": 1},
+    "statistics_examples": 4, "embedder": "tokens-16",
+}  # fmt: skip
 
 
 def small(**experts: Any) -> dict[str, Any]:
     value = recipe_value()
-    section = {**EXPERTS, "base": "base", **experts}
-    return {**{key: value[key] for key in ("run", "seed", "data")}, "experts": section}
+    return {**{key: value[key] for key in ("run", "seed", "data")}, "experts": {**EXPERTS, "base": "base", **experts}}
 
 
 # -- the recipe ---------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_recipe_and_a_small_one_give_the_same_experts() -> None:
+def test_recipes_with_and_without_a_base_of_their_own_make_experts() -> None:
     whole = make_recipe({**recipe_value(), "experts": {**EXPERTS, "base": "base"}})
     assert whole.experts == make_recipe(small()).experts
-    assert whole.data == make_recipe(small()).data
-    assert whole.evaluation.every_steps == 30
-
-
-def test_a_whole_recipe_makes_experts_of_its_own_model_beside_it() -> None:
-    recipe = make_recipe({**recipe_value(), "experts": {}})
-    assert recipe.base == "runs/one/model"
-    assert recipe.library_folder == Path("runs/one/experts")
-    assert recipe.experts is not None
-    assert recipe.experts.training.total_steps == 1000
-
-
-def test_the_section_does_not_change_which_run_it_is() -> None:
-    without = make_recipe(recipe_value())
-    assert make_recipe({**recipe_value(), "experts": EXPERTS}).deciding() == without.deciding()
-
-
-def test_a_resolved_recipe_is_the_same_recipe_again() -> None:
-    recipe = make_recipe(small(training={"tokens": 1000, "sequence_length": 16}))
-    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
-    whole = make_recipe({**recipe_value(), "experts": EXPERTS})
-    assert make_recipe(yaml.safe_load(whole.to_yaml())) == whole
+    assert whole.deciding() == make_recipe(recipe_value()).deciding(), "the section does not change which run it is"
+    own = make_recipe({**recipe_value(), "experts": {}})
+    assert (own.base, own.library_folder) == ("runs/one/model", Path("runs/one/experts"))
+    assert own.expert_settings.training.total_steps == 1000
+    for recipe in (whole, own, make_recipe(small(training={"tokens": 1000, "sequence_length": 16}))):
+        assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize(
@@ -80,10 +58,9 @@ def test_a_resolved_recipe_is_the_same_recipe_again() -> None:
         (recipe_value(), "experts: missing; add a section"),
         (small(base=None), "experts.base: missing; name the base"),
         (small(lorra={}), "experts.lorra: unknown key; did you mean 'lora'"),
-        (small(lora={"rnak": 2}), "experts.lora.rnak: unknown key; did you mean 'rank'"),
         (small(domains=[]), "experts.domains"),
         ({**recipe_value(), "experts": {"revision": "main"}}, "revision goes with base"),
-        ({**small(), "exprts": {}}, "exprts: unknown key; did you mean 'experts'"),
+        (small(imports=[{"source": "a/same"}, {"source": "b/Same"}]), "two adapters would have one name"),
     ],
 )
 def test_mistakes_are_named(value: Mapping[str, Any], message: str) -> None:
@@ -92,43 +69,19 @@ def test_mistakes_are_named(value: Mapping[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_overrides_reach_the_section(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small()))
-    assert load_recipe(path, ["experts.gate.lr=1e-3"]).experts.gate.lr == 1e-3
+def test_experts_have_the_names_of_their_domains_where_a_folder_may() -> None:
+    def named(*names: str, wanted: list[str] | None = None) -> dict[str, str]:
+        domains = [Domain(name, cyclic_source(100), None, 1, 1) for name in names]
+        return {name: domain.name for name, domain in expert_domains(domains, wanted).items()}
 
-
-# -- which experts ------------------------------------------------------------------------------------------------
-
-
-def domains(*names: str) -> list[Domain]:
-    return [Domain(name, cyclic_source(100), None, 1, 1) for name in names]
-
-
-def test_experts_are_called_as_their_domains_where_a_folder_may_be() -> None:
-    found = expert_domains(domains("code/python", "a b", ".hidden", "plain"))
-    assert {name: domain.name for name, domain in found.items()} == {
-        "code%2Fpython": "code/python", "a%20b": "a b", "%2Ehidden": ".hidden", "plain": "plain",
+    assert named("code/python", "a b", ".hidden", "plain", "c++") == {
+        "code%2Fpython": "code/python", "a%20b": "a b", "%2Ehidden": ".hidden", "plain": "plain", "c%2B%2B": "c++",
     }  # fmt: skip
-
-
-def test_two_domains_may_not_share_an_expert() -> None:
-    assert list(expert_domains(domains("c", "c++", "c#", "数学", "音乐"))) == [
-        "c", "c%2B%2B", "c%23", "%E6%95%B0%E5%AD%A6", "%E9%9F%B3%E4%B9%90",
-    ]  # fmt: skip
     with pytest.raises(ConfigError, match="domains 'law' and 'Law' would both"):
-        expert_domains(domains("law", "Law"))
-
-
-def test_a_domain_that_is_not_there_is_named() -> None:
-    assert list(expert_domains(domains("law", "art"), ["art"])) == ["art"]
+        named("law", "Law")
+    assert named("law", "art", wanted=["art"]) == {"art": "art"}
     with pytest.raises(ConfigError, match="did you mean 'law'"):
-        expert_domains(domains("law", "art"), ["lwa"])
-
-
-def test_a_router_in_one_word() -> None:
-    assert parse_router("phatgoose") == {"router": "phatgoose"}
-    assert parse_router("prefix:k=1:share=0.1") == {"router": "prefix", "k": 1, "share": 0.1}
+        named("law", "art", wanted=["lwa"])
 
 
 # -- making them --------------------------------------------------------------------------------------------------
@@ -158,24 +111,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def recipe_in(folder: Path, corpora: Path, seed: int = 0, **experts: Any) -> Recipe:
+def recipe_in(folder: Path, corpora: Path, seed: int = 0, data: dict[str, Any] | None = None, **experts: Any) -> Recipe:
+    known = json.loads((corpora / "data.json").read_text())
     return Recipe.model_validate(
         {
-            "run": folder / "run", "prepared": corpora / "data", "seed": seed,
-            "data": json.loads((corpora / "data.json").read_text()),
+            "run": folder / "run", "prepared": corpora / "data" if data is None else folder / "data", "seed": seed,
+            "data": {**known, **(data or {})},
             "experts": {**EXPERTS, "base": str(corpora / "base"), **experts},
         }
     )  # fmt: skip
 
 
-def statuses(result: Mapping[str, Any]) -> dict[str, str]:
-    return {name: facts["status"] for name, facts in result["experts"].items()}
+def less(corpora: Path, tokens: int) -> dict[str, Any]:
+    return {"domains": {"max_train_tokens": tokens}, "tokenizer": {"pretrained": str(corpora / "base")}}
+
+
+def made(recipe: Recipe, **options: Any) -> dict[str, str]:
+    found = train_experts(recipe, progress=False, **options)["experts"]
+    return {name: facts["status"] for name, facts in found.items()}
 
 
 def test_experts_are_made_once_and_another_one_needs_leave(tmp_path: Path, corpora: Path) -> None:
-    recipe = recipe_in(tmp_path, corpora, domains=["cooking", "sailing"])
-    assert statuses(train_experts(recipe, only=["sailing"], progress=False)) == {"sailing": "made"}
-    assert statuses(train_experts(recipe, progress=False)) == {"cooking": "made", "sailing": "kept"}
+    assert made(recipe_in(tmp_path, corpora, domains=["sailing"])) == {"sailing": "made"}
+    both = {"domains": ["cooking", "sailing"]}
+    recipe = recipe_in(tmp_path, corpora, **both)
+    assert made(recipe) == {"cooking": "made", "sailing": "kept"}
+    saving = recipe_in(tmp_path, corpora, training={**TRAINING, "save_every_steps": 1}, **both)
+    assert made(saving) == {"cooking": "kept", "sailing": "kept"}
     library = ExpertLibrary.open(recipe.library_folder)
     assert library.base.fingerprint is not None
     assert library.card("cooking")["about"]["domain"] == "cooking"
@@ -183,19 +145,22 @@ def test_experts_are_made_once_and_another_one_needs_leave(tmp_path: Path, corpo
 
     other = recipe_in(tmp_path, corpora, seed=1, domains=["cooking"])
     with pytest.raises(ExpertError, match=r"seed: 0 before, 1 now.*--replace"):
-        train_experts(other, progress=False)
+        made(other)
     assert library.fingerprint(["cooking"]) == before
-    assert statuses(train_experts(other, replace=True, progress=False)) == {"cooking": "made"}
-    assert library.fingerprint(["cooking"]) != before
-
-    # The work is that of the other seed now: it is not taken for this one's.
+    assert made(other, replace=True) == {"cooking": "made"}
+    after = library.fingerprint(["cooking"])
+    assert after != before
     library.remove("cooking")
-    with pytest.raises(CheckpointError, match="training of another expert 'cooking'"):
-        train_experts(recipe, progress=False)
-    assert statuses(train_experts(other, progress=False)) == {"cooking": "made"}, "read back from finished work"
+    (work,) = (recipe.run / "training/cooking").iterdir()
+    assert made(other) == {"cooking": "made"}, "read back from finished work"
+    assert library.fingerprint(["cooking"]) == after
+    library.remove("cooking")
+    assert made(recipe) == {"cooking": "made", "sailing": "kept"}
+    assert library.fingerprint(["cooking"]) == before, "the work of another seed is not taken for this one's"
+    assert not work.exists()
 
 
-def test_made_anew_the_library_keeps_no_expert_that_the_recipe_does_not_make(tmp_path: Path, corpora: Path) -> None:
+def test_replaced_the_library_keeps_no_expert_that_the_recipe_does_not_make(tmp_path: Path, corpora: Path) -> None:
     two = recipe_in(tmp_path, corpora, domains=["cooking", "sailing"])
     run_project(two, until="experts", progress=False)
     library = ExpertLibrary.open(two.library_folder)
@@ -214,16 +179,9 @@ def test_made_anew_the_library_keeps_no_expert_that_the_recipe_does_not_make(tmp
     assert not two.training_folder("sailing").exists()
 
 
-def test_saving_more_often_makes_no_other_expert(tmp_path: Path, corpora: Path) -> None:
-    recipe = recipe_in(tmp_path, corpora, domains=["algebra"])
-    train_experts(recipe, progress=False)
-    saving = recipe_in(tmp_path, corpora, domains=["algebra"], training={**EXPERTS["training"], "save_every_steps": 1})
-    assert statuses(train_experts(saving, progress=False)) == {"algebra": "kept"}
-
-
 def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path) -> None:
     recipe = recipe_in(tmp_path, corpora, domains=["algebra"])
-    train_experts(recipe, progress=False)
+    made(recipe)
     library = ExpertLibrary.open(recipe.library_folder)
     before = library.load("algebra")
     longer = recipe_in(tmp_path, corpora, domains=["algebra"], gate={"steps": 3}, embedder="tokens-8")
@@ -237,20 +195,20 @@ def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path)
         assert torch.equal(after.lora.modules[name].A_RI, factors.A_RI)
         assert torch.equal(after.lora.modules[name].B_OR, factors.B_OR)
     assert any(not torch.equal(after.gate.vectors[name], before.gate.vectors[name]) for name in before.gate.vectors)
-    assert statuses(train_experts(longer, progress=False)) == {"algebra": "kept"}
+    assert made(longer) == {"algebra": "kept"}
     with pytest.raises(ExpertError, match="weftlm experts gate"):
-        train_experts(recipe, progress=False)
+        made(recipe)
     assert not list((recipe.run / "training/algebra").glob("gate-*")), "the work of the second gate is put away"
     with pytest.raises(DataError, match="made from other text"):
-        gate_expert(_with_other_text(recipe, corpora, tmp_path), "algebra", progress=False)
+        gate_expert(recipe_in(tmp_path, corpora, data=less(corpora, 500)), "algebra", progress=False)
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])
 def test_a_gate_is_not_kept_for_an_adapter_that_went_meanwhile(
     tmp_path: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    recipe = recipe_in(tmp_path, corpora, domains=["algebra"], training={**EXPERTS["training"], "steps": 1})
-    train_experts(recipe, progress=False)
+    recipe = recipe_in(tmp_path, corpora, domains=["algebra"], training={**TRAINING, "steps": 1})
+    made(recipe)
     library = ExpertLibrary.open(recipe.library_folder)
 
     def meanwhile(model: nn.Module, lora: LoRAExpert, *_: object, **__: object) -> Gate:
@@ -268,52 +226,25 @@ def test_a_gate_is_not_kept_for_an_adapter_that_went_meanwhile(
     assert not any(map(library.has_gate, library.names))
 
 
-def _with_other_text(recipe: Recipe, corpora: Path, folder: Path) -> Recipe:
-    data = recipe.data.model_dump(mode="json")
-    data["domains"]["max_train_tokens"] = 500
-    data["tokenizer"] = {"pretrained": str(corpora / "base")}
-    return Recipe.model_validate({**recipe.resolved(), "prepared": folder / "less", "data": data})
-
-
-def test_a_short_domain_stops_everything_before_anything_is_trained(tmp_path: Path, corpora: Path) -> None:
-    recipe = recipe_in(tmp_path, corpora, gate={"steps": 1, "sequence_length": 60})
-    data = recipe.data.model_dump(mode="json")
-    data["domains"]["max_train_tokens"] = 50
-    data["tokenizer"] = {"pretrained": str(corpora / "base")}
-    recipe = Recipe.model_validate({**recipe.resolved(), "prepared": tmp_path / "short", "data": data})
-    with pytest.raises(DataError, match=r"algebra \(50 tokens\), .*too little text for a sequence of 60"):
-        train_experts(recipe, progress=False)
-    assert not (recipe.run / "training").exists()
-
-
-def test_a_base_of_another_tokenizer_is_refused(tmp_path: Path, corpora: Path) -> None:
-    recipe = recipe_in(tmp_path, corpora)
-    data = recipe.data.model_dump(mode="json")
-    data["tokenizer"] = {"train": {"vocab_size": 300}}
-    other = Recipe.model_validate({**recipe.resolved(), "prepared": tmp_path / "other", "data": data})
-    with pytest.raises(DataError, match="another tokenizer than the one that comes with the base"):
-        train_experts(other, progress=False)
-    llama(vocab_size=100).save_pretrained(tmp_path / "few")
-    assert find_tokenizer(str(tmp_path / "few")) is None
-    with pytest.raises(ConfigError, match="has 100 token embeddings"):
-        train_experts(recipe_in(tmp_path, corpora, base=str(tmp_path / "few")), progress=False)
-    with pytest.raises(ConfigError, match="takes at most 64 positions"):
-        train_experts(recipe_in(tmp_path, corpora, training={"sequence_length": 65}), progress=False)
-
-
-def test_an_adapter_is_no_base(tmp_path: Path, corpora: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is an adapter over another model"):
-        train_experts(recipe_in(tmp_path, corpora, base=str(tmp_path / "adapter")), progress=False)
-
-
-def test_a_run_without_a_model_says_how_to_get_one(tmp_path: Path, corpora: Path) -> None:
-    with pytest.raises(ConfigError, match=r"finish it with weftlm train, or set experts\.base"):
-        train_experts(recipe_in(tmp_path, corpora, base=None), progress=False)
-
-
-def test_a_routed_model_is_not_built_over_a_file(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("something else")
+def test_what_cannot_be_trained_is_refused_before_anything_is(tmp_path: Path, corpora: Path) -> None:
+    adapter, few, taken = tmp_path / "adapter", tmp_path / "few", tmp_path / "taken"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    llama(vocab_size=100).save_pretrained(few)
+    assert find_tokenizer(str(few)) is None
+    short = {"data": less(corpora, 50), "gate": {"steps": 1, "sequence_length": 60}}
+    for number, (options, error, message) in enumerate((
+        (short, DataError, r"algebra \(50 tokens\), .*too little text for a sequence of 60"),
+        ({"data": {"tokenizer": {"train": {"vocab_size": 300}}}}, DataError, "another tokenizer than the one that comes"),
+        ({"base": str(few)}, ConfigError, "has 100 token embeddings"),
+        ({"training": {"sequence_length": 65}}, ConfigError, "takes at most 64 positions"),
+        ({"base": str(adapter)}, ConfigError, "is an adapter over another model"),
+        ({"base": None}, ConfigError, r"finish it with weftlm train, or set experts\.base"),
+    )):  # fmt: skip
+        recipe = recipe_in(tmp_path / str(number), corpora, **options)
+        with pytest.raises(error, match=message):
+            train_experts(recipe, progress=False)
+        assert not (recipe.run / "training").exists()
+    taken.write_text("something else")
     with pytest.raises(ConfigError, match="choose a new folder"):
-        build_route(tmp_path / "experts", "merged", tmp_path / "taken")
+        build_route(tmp_path / "experts", "merged", taken)

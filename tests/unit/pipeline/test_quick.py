@@ -1,22 +1,13 @@
-"""Sizes that are not given follow those that are; `--quick` cuts all of them down and leaves the real run alone."""
+"""Sizes that are not given follow those that are; the demonstration has a quick form."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 from support.tiny_project import recipe_value
 
-from weftlm.cli.project import show_models
 from weftlm.experts.config import ExpertTraining
-from weftlm.pipeline.demo import LARGEST, demo_recipe, quick
+from weftlm.pipeline.demo import QUICK, demo_recipe
 from weftlm.pipeline.recipe import make_recipe
-
-
-def at(value: Any, key: str) -> Any:
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 @pytest.mark.parametrize("steps", [20, 1000, 5000])
@@ -45,35 +36,10 @@ def test_a_small_recipe_is_small() -> None:
     assert (explicit.fit.steps, explicit.scores.samples) == (9000, 600)
 
 
-def test_quick_cuts_every_size_down() -> None:
-    project = demo_recipe()
-    small = quick(project)
-    assert str(small.run) == f"{project.run}-quick"
-    found = small.resolved()
-    for key, most in LARGEST.items():
-        if (value := at(found, key)) is not None:
-            assert value <= most, key
+def test_the_quick_demonstration_is_small_in_every_stage_and_a_run_of_its_own() -> None:
+    project, small = demo_recipe(), demo_recipe([*QUICK, "seed=7"])
+    assert (str(small.run), small.seed) == (f"{project.run}-quick", 7)
     assert small.training.total_steps <= 15
+    assert small.experts.training.total_steps <= 8
+    assert small.gating.fit.steps < project.gating.fit.steps
     assert [each.policy for each in small.compare.mixtures] == [each.policy for each in project.compare.mixtures]
-    assert quick(small).resolved() == {**found, "run": f"{small.run}-quick"}
-
-
-def test_a_run_ends_with_the_best_model_and_what_to_do_next(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def row(mean: float) -> dict[str, Any]:
-        return {
-            "path": f"runs/a b/{mean}",
-            "sets": {"target": {"bits_per_byte": 3.0}},
-            "generic": {"bits_per_byte": mean},
-        }
-
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(
-        "weftlm.pipeline.models_table.read_evaluation",
-        lambda project: {"models": {"base": row(2.5), "routed": row(2.0)}},
-    )
-    show_models(demo_recipe())
-    said = capsys.readouterr().out
-    assert "best on the domains" in next(line for line in said.splitlines() if line.startswith("│ routed"))
-    assert "weftlm serve 'runs/a b/2.0'" in said

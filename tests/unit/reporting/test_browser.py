@@ -13,7 +13,7 @@ from playwright.sync_api import Page as BrowserPage
 from support.gates import certificate, fit, rows
 from support.hostile import NAMES
 
-from weftlm.reporting.gating import GatingFacts, gate_page
+from weftlm.reporting.gating import GatingFacts
 from weftlm.reporting.page import render_page, write_page
 from weftlm.reporting.report import report_page
 from weftlm.reporting.score_table import model_table
@@ -112,10 +112,11 @@ def pages(folder: Path, make_run: Callable[..., Path]) -> dict[str, str]:
     }
     models["base"] = {"role": "base", "sets": sets}
     table = model_table(models, "model", 64)
-    routing = RoutingFacts(table, relative_forward_time=1.2, traces=[traced()])
+    routing = RoutingFacts(table, traces=[traced()])
     prepared: dict[str, Any] = {"sets": {name: {"documents": 3, "train_tokens": 4000} for name in DOMAINS}}
     project = report_page(runs, NAMES[14], prepared=prepared, routing=routing, gating=gate(), models=table)
-    pages = {"project": project, "gate": gate_page(gate(), NAMES[15]), "trace": trace_page([traced()], NAMES[8])}
+    alone = report_page([], NAMES[15], gating=gate())
+    pages = {"project": project, "gate": alone, "trace": trace_page([traced()], NAMES[8])}
     return {name: render_page(page) for name, page in pages.items()}
 
 

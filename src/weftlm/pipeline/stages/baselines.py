@@ -47,8 +47,12 @@ class Baselines(Stage):
             known.attempt(check_mixture, recipe.baseline(policy))
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
-        from weftlm.pipeline.baselines import train_baselines, train_monolith  # noqa: PLC0415 - torch
+        from weftlm.pipeline.experts import expert_domains  # noqa: PLC0415 - torch
+        from weftlm.pipeline.prepared import PreparedData  # noqa: PLC0415 - torch
+        from weftlm.pipeline.train import run_training  # noqa: PLC0415 - torch
 
-        train_baselines(recipe)
+        for policy in recipe.compare.mixtures:
+            run_training(recipe.baseline(policy))
         if recipe.trains_monolith:
-            train_monolith(recipe, progress=options.progress)
+            domains = PreparedData.load(recipe.prepared_folder).domains
+            run_training(recipe.monolith(len(expert_domains(domains, recipe.expert_settings.domains))))

@@ -72,11 +72,17 @@ class Experts(Stage):
         check_lengths(recipe, known.base)
         if not known.base.is_encoder_decoder:
             return
+        targets = [*recipe.data.target, *recipe.data.target_heldout]
+        plain = ", ".join(sorted({each.name for each in (*corpora, *targets) if each.prompt_field is None})[:5])
         for wrong, why in (
             (
                 plain,
                 f"which learns from prompts and targets, and documents of {plain} have none; give their corpora a "
                 "prompt_field, the held-out ones too",
+            ),
+            (
+                recipe.expert_settings.examples is False,
+                "which learns from examples; leave out experts.examples: false",
             ),
             (
                 recipe.trains_monolith,
