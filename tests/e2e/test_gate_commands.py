@@ -1,4 +1,4 @@
-"""The real command line of scores and gates, called in this process: from scored experts to a certificate, to students."""
+"""The command line of scores and gates, called in this process: from scored experts to certificates and students."""
 
 from __future__ import annotations
 

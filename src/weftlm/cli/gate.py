@@ -97,8 +97,8 @@ def certify(recipe: Recipe) -> Iterator[Any]:
     """Certify the fitted gate on held-out sequences.
 
     Gives the worst case, the duality gap, Z, and the capacity no model can be below; every figure is labelled as a
-    bound, an estimate or exact. The certificate is also written to gate/certificate.json in the run folder; weftlm report
-    shows it.
+    bound, an estimate or exact. The certificate is also written to gate/certificate.json in the run folder, and
+    weftlm report shows it.
     """
     from weftlm.pipeline.gating import certify_gate
 

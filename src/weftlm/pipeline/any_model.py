@@ -103,7 +103,8 @@ def open_model(
                 base, folder, parse_router(router), experts=experts, revision=revision, dtype=dtype, device=place
             )
         kind, names = "routed", tuple(expert.name for expert in model.experts)
-        inner, places = [model.model], [str(folder / TOKENIZER), base, model.base_reference.name]
+        own = str(folder / TOKENIZER) if router is None else None
+        inner, places = [model.model], [own, base, model.base_reference.name]
     elif (folder / ADAPTER).exists():
         model = load_adapted(folder, base=base, revision=revision, dtype=dtype).to(place)
         inner = [model.get_base_model()]

@@ -146,7 +146,9 @@ def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bo
     library = ExpertLibrary.open(folder)
     found: dict[str, Any] = {}
     for each in settings.imports:
-        whole = library.has_gate(each.title) and (library.has_statistics(each.title) or not settings.statistics_examples)
+        whole = library.has_gate(each.title) and (
+            library.has_statistics(each.title) or not settings.statistics_examples
+        )
         if each.domain is not None and not whole:
             gate_expert(recipe, each.title, domain=each.domain, progress=progress)
         parts = {"gate": library.has_gate(each.title), "statistics": library.has_statistics(each.title)}

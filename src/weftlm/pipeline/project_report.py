@@ -95,8 +95,8 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         title: Title of the page.
     Returns:
         summary.json as a mapping: sequence_length, base and models as in evaluation.json, and as far as the project has
-        them `mixture`, result.json by policy; `routing`, rows by router; `robust`, rows of baselines, gates and students;
-        `certificate` of the gate.
+        them `mixture`, result.json by policy; `routing`, rows by router; `robust`, rows of baselines, gates and
+        students; `certificate` of the gate.
     Raises:
         DataError: a stage's result is missing or torn, or the page cannot be written.
     """

@@ -180,9 +180,7 @@ def evaluate_routes(
     if alone:
         notes.append("best single and oracle are chosen on the held-out text they are scored on")
         best = min(alone, key=lambda name: _mean(found[alone[name]]))
-        oracle = {
-            each: min(alone, key=lambda name: found[alone[name]].sets[each].nats_per_token) for each in base.sets
-        }
+        oracle = {each: min(alone, key=lambda name: found[alone[name]].sets[each].nats_per_token) for each in base.sets}
         sets = {each: found[alone[name]].sets[each] for each, name in oracle.items()}
         mean = mean_result({name: sets[name] for name in base.domains}) if base.domains else None
         rows |= {BEST_SINGLE: found[alone[best]], ORACLE: SuiteResult(sets, mean, sequence_length=base.sequence_length)}
@@ -241,7 +239,9 @@ def _possible(model: RoutedModel) -> tuple[dict[str, RouterConfig], list[str]]:
     for name in routers:
         if name in ("single", "uniform"):
             continue
-        lacking = sorted({need for need in routers[name].needs for each in model.experts if getattr(each, need) is None})
+        lacking = sorted(
+            {need for need in routers[name].needs for each in model.experts if getattr(each, need) is None}
+        )
         if lacking:
             notes.append(f"{name} left out: an expert has no {' and no '.join(lacking)}")
         else:
