@@ -344,9 +344,7 @@ def run_fit(scores: OpenScores, gate: Any, config: FitConfig, state: Path, *, pr
         worst = f"worst {now.worst_domain} {now.worst:.4f} nats/{config.unit}"
         return f"fit {now.step}/{config.steps}  {worst}  {gap}  Z {now.z:.4f}  lambda {mixture}"
 
-    fit = partial(
-        fit_robust_gate, split.domains, split.samples or None, gate=gate, config=config, **scores.problem
-    )
+    fit = partial(fit_robust_gate, split.domains, split.samples or None, gate=gate, config=config, **scores.problem)
     return resumed(state, FitState, config.steps, fit, line if progress else None)
 
 

@@ -19,8 +19,8 @@ from weftlm.corpora.tokens import find_tokenizer
 from weftlm.domains.domain import Domain
 from weftlm.errors import ConfigError, DataError, ExpertError
 from weftlm.experts.expert import Expert, Gate, LoRAExpert
-from weftlm.experts.gate import adapter_fingerprint
 from weftlm.experts.library import ExpertLibrary
+from weftlm.experts.lora import adapter_fingerprint
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, make_recipe, require_experts
