@@ -14,6 +14,7 @@ from support.experts import make_pool
 from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
 from weftlm.models.factory import peft_warnings
+from weftlm.models.open import load_base
 from weftlm.pipeline.any_model import open_model
 from weftlm.routing.routed_model import RoutedModel
 
@@ -59,7 +60,7 @@ def test_a_routed_model_takes_another_base(tmp_path: Path) -> None:
 
 def test_a_routed_encoder_decoder_opens_where_it_will_do(tmp_path: Path) -> None:
     base = served.write_encoder_decoder(tmp_path / "t5")
-    model, reference = served.t5(), BaseReference(str(base))
+    model, reference = load_base(str(base)), BaseReference(str(base))
     RoutedModel(model, make_pool(model, 2, base=reference), "phatgoose", base=reference).save_pretrained(tmp_path / "r")
     with pytest.raises(ConfigError, match="is an encoder-decoder model"):
         open_model(tmp_path / "r")

@@ -59,8 +59,9 @@ def test_adapters_are_imported_once_and_gated_where_asked_for(recipe: Recipe) ->
 def test_another_source_under_the_same_name_is_refused_unless_replaced_once_it_is_read(recipe: Recipe) -> None:
     import_recipe_experts(recipe, progress=False)
     one, two = recipe.experts.imports
-    swapped = two.model_copy(update={"name": "one", "domain": None})
-    other = recipe.model_copy(update={"experts": recipe.experts.model_copy(update={"imports": [swapped]})})
+    value = recipe.resolved()
+    value["experts"]["imports"] = [{"source": two.source, "name": "one"}]
+    other = make_recipe(value)
     with pytest.raises(ExpertError, match=r"expert 'one' in .* came from .*one', not from .*two'; replace it"):
         import_recipe_experts(other, progress=False)
     assert import_recipe_experts(other, replace=True, progress=False)["one"]["source"] == two.source
