@@ -28,8 +28,10 @@ def dealt(rank: int, world: int, folder: Path) -> list[str]:
     os.chdir(folder)
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "_make_with", lambda executor, making, names, **_: asked.extend(names))
-        patch.setattr(experts, "_summary", lambda *_: {})
+        patch.setattr(
+            experts, "fan_out", lambda _, tasks, *__, **___: asked.extend(each.arguments[2] for each in tasks)
+        )
+        patch.setattr(ExpertLibrary, "card", lambda *_: {})
         experts.train_experts(load_recipe("recipe.yaml", ["run=three"]), progress=False)
     return asked
 
