@@ -1,13 +1,11 @@
-"""Exact duplicates are dropped, and kept in the first of several sets; a leak between finished sets is refused."""
+"""Exact duplicates are dropped, and kept in the first of several sets."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weftlm.corpora.source import Document
-from weftlm.errors import DataError
 
 _KEPT_EXAMPLES = 5
 
@@ -55,24 +53,3 @@ class SeenDocuments:
                 for (ours, owner), count in sorted(self.dropped.items())
             ],
         }
-
-
-def check_no_leak(sets: Mapping[str, Iterable[Document]]) -> None:
-    """Check that no two finished sets share a document; repetitions within one set pass.
-
-    Args:
-        sets: Documents by set.
-    Raises:
-        DataError: Two sets share documents; the message counts them by pair and names some.
-    """
-    seen = SeenDocuments()
-    for name, documents in sets.items():
-        for document in documents:
-            seen.add(document, name)
-    found = "; ".join(
-        f"{count} of {name} are in {owner} too ({', '.join(seen.examples[name, owner])})"
-        for (name, owner), count in sorted(seen.dropped.items())
-        if name != owner
-    )
-    if found:
-        raise DataError(f"sets that must be apart share documents: {found}; remove duplicates and prepare again")

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from weftlm.artifact import Artifact, locked
 from weftlm.corpora.config import CorpusConfig
-from weftlm.corpora.dedup import SeenDocuments, check_no_leak
+from weftlm.corpora.dedup import SeenDocuments
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore
@@ -384,17 +384,16 @@ class _Preparation:
 
     def _refuse_leaks(self) -> None:
         """Refuse sets that must be apart and share a text."""
-        check_no_leak(
-            {
-                name: (document for _, document in self.documents.stream(chosen_N))
-                for name, chosen_N in (
-                    ("the target's held-out documents", self.target_heldout_N),
-                    ("the target", self.target_N),
-                    ("held-out documents", self.heldout_N),
-                    ("training documents", self.train_N),
-                )
-            }
-        )
+        digests, owners = self.documents.digests(), dict[bytes, str]()
+        for name, chosen_N in (
+            ("the target's held-out documents", self.target_heldout_N),
+            ("the target", self.target_N),
+            ("held-out documents", self.heldout_N),
+            ("training documents", self.train_N),
+        ):
+            for number in np.flatnonzero(chosen_N).tolist():
+                if (owner := owners.setdefault(digests[number], name)) != name:
+                    raise DataError(f"sets that must be apart share documents: one of {name} is in {owner} too")
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 

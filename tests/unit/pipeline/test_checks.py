@@ -111,7 +111,6 @@ MISTAKES: dict[str, Mistake] = {
     ),
 }
 TEXTS: dict[str, Mistake] = {
-    "embedder": ({"experts": {"embedder": "words"}}, "give tokens-WIDTH"),
     "task mistyped": ({"evaluation": {"tasks": [{"path": "tasks/none.jsonl"}]}}, "matches no file"),
     "task torn": ({"evaluation": {"tasks": [{"path": "torn.jsonl"}]}}, "torn.jsonl:1"),
     "tasks of one name": (
@@ -170,11 +169,11 @@ def test_every_command_refuses_before_anything_is_written(
 
 def test_all_problems_are_said_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = Call(capsys)
-    wrong = {"experts": {"domains": ["coking"], "embedder": "words"}, "gating": {}}
+    wrong = {"experts": {"domains": ["coking"]}, "gating": {}}
     (project / "file").write_text("")
     write_recipe(project, {**wrong, **data(target=[]), "run": "file/run"})
     message = call("run", "recipe.yaml", code=2)
-    for said in ("coking", "embedder is 'words'", "follows a target", "file is a file"):
+    for said in ("coking", "follows a target", "file is a file"):
         assert said in message
 
 
