@@ -75,7 +75,7 @@ def test_a_large_pool_is_looped_over_where_products_cannot_be_grouped(monkeypatc
 def test_packing_serves_inference_mode_and_its_outside_and_calls_of_other_sizes_in_turn() -> None:
     sizes = [(40, 2, 5, 8, 16, 24), (2, 1, 1, 4, 8, 8), (64, 3, 9, 16, 32, 8), (40, 2, 5, 8, 16, 24)]
     problems = [kernel_problem(*size, "skewed", torch.float32) for size in sizes]
-    kernels._SCRATCH.buffers.clear()
+    kernels._SCRATCH.__dict__.clear()
     results = []
     for problem, mode in zip(problems, (torch.inference_mode, torch.no_grad) * 2, strict=True):
         with mode():

@@ -77,24 +77,17 @@ def encoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
 
 
 def encoder_decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
-    """The call of an encoder-decoder model; what was decided for ready `encoder_outputs` still holds."""
-    outputs = arguments.get("encoder_outputs")
+    """The call of an encoder-decoder model, or of its decoder alone; what was decided for ready outputs still holds."""
+    outputs, mask = arguments.get("encoder_outputs"), arguments.get("attention_mask")
+    if (alone_BTH := arguments.get("encoder_hidden_states")) is not None:  # given to the decoder alone
+        outputs, mask = (alone_BTH,), arguments.get("encoder_attention_mask")
     if outputs is None:
         return encoder_call(arguments, decisive_BT)
     hidden_BTH = outputs[0]
-    mask_BT = _mask(arguments.get("attention_mask"), hidden_BTH.shape[:2], hidden_BTH.device)
+    mask_BT = _mask(mask, hidden_BTH.shape[:2], hidden_BTH.device)
     memory = getattr(outputs, _MEMORY, getattr(hidden_BTH, _MEMORY, None))
     memory = Memory() if memory is None else memory.expanded(len(hidden_BTH))
     return Call(input_ids_BT=None, mask_BT=mask_BT, decisive_BT=mask_BT, memory=memory, continues=True)
-
-
-def decoder_alone_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
-    """The call of an encoder-decoder model's decoder, run alone on what the encoder gave."""
-    hidden_BTH = arguments.get("encoder_hidden_states")
-    if hidden_BTH is None:
-        return encoder_call(arguments, decisive_BT)
-    given = {"encoder_outputs": (hidden_BTH,), "attention_mask": arguments.get("encoder_attention_mask")}
-    return encoder_decoder_call(given, decisive_BT)
 
 
 def remember(call: Call, output: Any) -> None:

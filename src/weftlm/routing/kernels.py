@@ -232,23 +232,18 @@ def _can_group(A_ERI: Tensor, B_ERO: Tensor) -> bool:
     )
 
 
-class _Scratch(threading.local):
-    """Memory kept between calls, per thread: one buffer per use and dtype, grown when needed."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-_SCRATCH = _Scratch()
+_SCRATCH = threading.local()
+"""Memory kept between calls, per thread: one buffer per use and dtype, grown when needed."""
 
 
 def _scratch(use: str, shape: Sequence[int], like: Tensor) -> Tensor:
     numbers = math.prod(shape)
-    key = (use, like.dtype)
-    held = _SCRATCH.buffers.get(key)
+    buffers: dict[str, Tensor] = _SCRATCH.__dict__
+    key = f"{use} in {like.dtype}"
+    held = buffers.get(key)
     if held is None or held.numel() < numbers or held.device != like.device:
         with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
             held = torch.empty(numbers, dtype=like.dtype, device=like.device)
         if numbers * like.element_size() <= KEPT_BYTES:
-            _SCRATCH.buffers[key] = held
+            buffers[key] = held
     return held[:numbers].view(tuple(shape))

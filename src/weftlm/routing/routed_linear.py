@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,10 +54,8 @@ class Switch:
 
     def route(self, target: TargetModule, u_BTI: Tensor, call: Call) -> Routing:
         """Ask the router, in full precision also under autocast, and tell who wants to know."""
-        if torch.is_autocast_enabled(u_BTI.device.type):
-            with torch.autocast(u_BTI.device.type, enabled=False):
-                routing = self.router.route(target, u_BTI, call)
-        else:
+        device = u_BTI.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             routing = self.router.route(target, u_BTI, call)
         if call.record is not None:
             call.record(target, routing)
@@ -101,7 +100,8 @@ class RoutedLinear(nn.Module):
                 "chosen for it; call the model or its decoder (get_decoder()), or use disabled() for the base alone"
             )
         if self.folded is not None:
-            return self._folded(u_BTI, self.folded)
+            weight = self.folded.T if isinstance(self.base, Conv1D) else self.folded
+            return F.linear(u_BTI, weight, getattr(self.base, "bias", None))
         y_BTO: Tensor = self.base(u_BTI, *args, **kwargs)
         shape = u_BTI.shape
         u_tokens = u_BTI if u_BTI.dim() == 3 else u_BTI.reshape(call.mask_BT.shape[0], -1, shape[-1])
@@ -109,12 +109,6 @@ class RoutedLinear(nn.Module):
         if torch.is_grad_enabled() and (y_BTO.requires_grad or delta.requires_grad):
             return y_BTO + delta.to(y_BTO.dtype)
         return y_BTO.add_(delta.to(y_BTO.dtype))
-
-    def _folded(self, u_BTI: Tensor, folded: Tensor) -> Tensor:
-        if isinstance(self.base, Conv1D):
-            return F.linear(u_BTI, folded.T, self.base.bias)
-        bias = getattr(self.base, "bias", None)
-        return F.linear(u_BTI, folded, bias)
 
     def __getattr__(self, name: str) -> Any:
         """What a base model reads of its own modules (`weight`, `in_features`) is the base module's."""

@@ -33,7 +33,6 @@ from weftlm.models.prompted import is_encoder_decoder
 from weftlm.models.stepping import Stepping
 from weftlm.routing.calls import (
     arguments_of,
-    decoder_alone_call,
     decoder_call,
     encoder_call,
     encoder_decoder_call,
@@ -356,7 +355,7 @@ class RoutedModel(nn.Module):
         model = self.model
         make: dict[nn.Module, Any] = {}
         if is_encoder_decoder(model):
-            make = {model.get_encoder(): encoder_call, model.get_decoder(): decoder_alone_call}
+            make = {model.get_encoder(): encoder_call, model.get_decoder(): encoder_decoder_call}
             make |= {model.base_model: encoder_decoder_call, model: encoder_decoder_call}
         else:
             make = dict.fromkeys((model, model.base_model, model.get_decoder()), decoder_call)
