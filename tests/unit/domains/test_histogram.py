@@ -26,71 +26,53 @@ def test_a_histogram_counts(domains: list[int], smoothing: float) -> None:
     shares = histogram(np.array(domains), 6, smoothing)
     assert shares.dtype == np.float64
     assert shares.sum() == pytest.approx(1.0, abs=1e-12)
-    for number in range(6):
-        plain = domains.count(number) / len(domains)
-        assert shares[number] == pytest.approx((1 - smoothing) * plain + smoothing / 6, abs=1e-12)
-
-
-def test_a_histogram_of_nothing_is_an_error() -> None:
-    with pytest.raises(DataError, match="at least one target document"):
-        histogram(np.zeros(0, np.int64), 3)
+    plain = [domains.count(number) / len(domains) for number in range(6)]
+    assert shares == pytest.approx([(1 - smoothing) * share + smoothing / 6 for share in plain], abs=1e-12)
 
 
 def test_planted_target_is_found_by_mean_embeddings() -> None:
     rng = np.random.default_rng(0)
-    centres = unit_rows(rng.normal(size=(4, 12)))
-    truth = np.repeat(np.arange(4), 25)
+    centres, truth = unit_rows(rng.normal(size=(4, 12))), np.repeat(np.arange(4), 25)
     rows = unit_rows(centres[truth] + 0.1 * rng.normal(size=(100, 12)))
     means = domain_means(rows, truth, 4)
     assert np.allclose(means, [rows[truth == kind].mean(axis=0) for kind in range(4)], atol=1e-6)
-    wanted = np.array([0, 2, 2, 2, 3, 2, 0, 2])
-    target = unit_rows(centres[wanted] + 0.1 * rng.normal(size=(8, 12)))
+    target = unit_rows(centres[[0, 2, 2, 2, 3, 2, 0, 2]] + 0.1 * rng.normal(size=(8, 12)))
     assert histogram(nearest(target, means), 4).tolist() == [0.25, 0.0, 0.625, 0.125]
     with pytest.raises(DataError, match="domain number 4"):
         domain_means(rows, truth, 5)
+    with pytest.raises(DataError, match="at least one target document"):
+        histogram(np.zeros(0, np.int64), 3)
 
 
-def test_shards_deal_documents_out_and_average_to_the_histogram() -> None:
+def test_bases_from_shards_average_to_the_histogram_and_from_groups_cover_every_domain_by_size() -> None:
     domains = np.array([0, 1, 2, 0, 1, 2, 0, 0, 0])
     basis = basis_from_shards(domains, 3, 4)
     assert basis[0].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert np.allclose(basis.mean(axis=0), histogram(domains, 4))
-    with pytest.raises(ConfigError, match="count is 10 but the target has 9"):
-        basis_from_shards(domains, 10, 4)
     assert np.array_equal(basis_from_sets([domains[:2], domains[2:]], 4)[0], [0.5, 0.5, 0.0, 0.0])
-
-
-def test_groups_partition_the_domains_in_proportion_to_size() -> None:
     centroids = unit_rows(np.array([[1, 0.1], [1, 0.0], [0.0, 1], [0.1, 1], [1, 0.05]]))
     sizes = np.array([1.0, 2.0, 3.0, 1.0, 1.0])
     basis = basis_from_groups(centroids, sizes, 2, seed=0)
-    assert basis.shape == (2, 5)
-    assert np.allclose(basis.sum(axis=1), 1.0)
-    assert np.array_equal((basis > 0).sum(axis=0), np.ones(5))
     expected = [[0.25, 0.5, 0, 0, 0.25], [0, 0, 0.75, 0.25, 0]]
     assert np.allclose(basis[np.argsort(-basis[:, 0])], expected)
-    smooth = basis_from_groups(centroids, sizes, 2, seed=0, smoothing=0.5)
-    assert np.allclose(smooth, 0.5 * basis + 0.1)
+    assert np.allclose(basis_from_groups(centroids, sizes, 2, seed=0, smoothing=0.5), 0.5 * basis + 0.1)
+    with pytest.raises(ConfigError, match="count is 10 but the target has 9"):
+        basis_from_shards(domains, 10, 4)
     with pytest.raises(ConfigError, match="only 5 domains"):
         basis_from_groups(centroids, sizes, 6, seed=0)
 
 
-def test_neighbours_are_ordered_by_cosine() -> None:
+def test_neighbours_are_ordered_by_cosine_and_typical_documents_by_distance() -> None:
     found = neighbours(np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0]], np.float32), 5)
     assert [number for number, _ in found[0]] == [1, 2]
     assert found[0][0][1] == pytest.approx(0.5**0.5, abs=1e-6)
     assert neighbours(np.ones((1, 2), np.float32), 3) == [[]]
-
-
-def test_typical_documents_are_the_nearest() -> None:
     rng = np.random.default_rng(2)
-    centroids = np.eye(2, dtype=np.float32)
-    domains = rng.integers(0, 2, size=40)
+    centroids, domains = np.eye(2, dtype=np.float32), rng.integers(0, 2, size=40)
     rows = (centroids[domains] + rng.normal(size=(40, 2))).astype(np.float32)
     documents = [Document("line one\n two " * 50, f"d{i}") for i in range(40)]
-    distances = np.linalg.norm(rows - centroids[domains], axis=1)
+    order = np.argsort(np.linalg.norm(rows - centroids[domains], axis=1))
     typical = typical_documents(rows, domains, centroids, documents, 4)
     for domain in range(2):
-        mine = [i for i in np.argsort(distances) if domains[i] == domain][:4]
-        assert [item["origin"] for item in typical[domain]] == [f"d{i}" for i in mine]
+        assert [item["origin"] for item in typical[domain]] == [f"d{i}" for i in order if domains[i] == domain][:4]
         assert all("\n" not in item["excerpt"] and len(item["excerpt"]) <= 160 for item in typical[domain])
