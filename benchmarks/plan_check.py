@@ -205,7 +205,7 @@ class Work:
         for source in pool:
             self.model().config.save_pretrained(source["model"])
         gating = {"pool": pool, "scores": self.recipe.gating.scores.model_dump()}
-        return self.plan_of_parts(probe, gating=gating).stage("scores").time.seconds
+        return self.plan_of_parts(probe, gating=gating).stage("scores").seconds
 
     def planned(self) -> dict[str, Any]:
         """Every figure that is checked, as the plan has it."""
@@ -231,7 +231,7 @@ class Work:
             **{name: found[name] for name in ("training step", "generation, 1", "generation, 8")},
             **{f"with {name}": found["training step"] + more for name, more in found["estimators"].items()},
             "expert": experts.facts["seconds_per_expert"],
-            "scores": scores.time.seconds,
+            "scores": scores.seconds,
             "memory": sum(training.memory_bytes.values()),
             "memory beyond libraries": sum(training.memory_bytes.values()) - probe.resident,
             "checkpoint": training.disk_bytes["checkpoints"],

@@ -22,8 +22,7 @@ from weftlm.corpora.labels import folder_name
 from weftlm.pipeline.any_model import open_model
 from weftlm.serving.app import build_app
 from weftlm.serving.engine import Engine
-from weftlm.serving.inspector import inspector_router
-from weftlm.serving.serve_config import EngineConfig, ServeConfig
+from weftlm.serving.serve_config import ServeConfig
 from weftlm.text import printable
 
 NAMES = (
@@ -143,8 +142,8 @@ def test_hostile_names_are_served_as_they_are(project: Path) -> None:
     run = project / "runs/one"
     places = {NAMES[5]: "routed/phatgoose", NAMES[6]: "students/student", "c++": "model"}
     served = {name: open_model(run / place) for name, place in places.items()}
-    engines = {name: Engine(opened, EngineConfig(slots=1, max_waiting=2)) for name, opened in served.items()}
-    app = build_app(engines, ServeConfig(), pages=(inspector_router(served),))
+    engines = {name: Engine(opened, slots=1, max_waiting=2) for name, opened in served.items()}
+    app = build_app(engines, ServeConfig())
     with TestClient(app) as client, ExitStack() as closing:
         for engine in engines.values():
             closing.callback(engine.close)

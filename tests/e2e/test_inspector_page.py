@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.served import write_model
+from support.web import Web, serving
 
 from weftlm.pipeline.any_model import OpenModel, open_model
-from weftlm.serving.app import build_app
 from weftlm.serving.engine import Engine
-from weftlm.serving.inspector import inspector_router
-from weftlm.serving.serve_config import EngineConfig, ServeConfig
+from weftlm.serving.serve_config import ServeConfig
 
 CHROMIUM = Path("/usr/bin/chromium")
 KEY = "a key for tests"
@@ -30,29 +27,6 @@ TEXT = "the river runs over\n  old stones <b>and</b> <img src=x onerror=\"docume
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no browser at {CHROMIUM}")
 
 
-class Served:
-    """A server in a thread of its own."""
-
-    def __init__(self, app: FastAPI) -> None:
-        started = threading.Event()
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: Any = None) -> None:
-                await super().startup(sockets)
-                started.set()
-
-        self.server = Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        assert started.wait(30)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}/"
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
     folder = tmp_path_factory.mktemp("models")
@@ -60,23 +34,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OpenModel]:
 
 
 @pytest.fixture(scope="module")
-def served(models: dict[str, OpenModel]) -> Iterator[Served]:
-    yield from serving(models, ServeConfig())
+def served(models: dict[str, OpenModel]) -> Iterator[Web]:
+    with inspected(models) as web:
+        yield web
 
 
 @pytest.fixture(scope="module")
-def locked(models: dict[str, OpenModel]) -> Iterator[Served]:
-    yield from serving({"plain": models["plain"]}, ServeConfig(api_keys=(KEY,)))
+def locked(models: dict[str, OpenModel]) -> Iterator[Web]:
+    with inspected({"plain": models["plain"]}, api_keys=(KEY,)) as web:
+        yield web
 
 
-def serving(models: dict[str, OpenModel], config: ServeConfig) -> Iterator[Served]:
-    page = inspector_router(models)
-    engines = {name: Engine(opened, EngineConfig(slots=1)) for name, opened in models.items()}
-    server = Served(build_app(engines, config, pages=[page]))
-    yield server
-    server.stop()
-    for engine in engines.values():
-        engine.close()
+def inspected(models: dict[str, OpenModel], **settings: Any) -> AbstractContextManager[Web]:
+    return serving({name: Engine(opened, slots=1) for name, opened in models.items()}, ServeConfig(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +59,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser, served: Served) -> Iterator[Page]:
+def page(browser: Browser, served: Web) -> Iterator[Page]:
     """A fresh page; whatever it logs or loads from elsewhere fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
     page = context.new_page()
@@ -122,11 +92,11 @@ def state_of(page: Page) -> dict[str, str]:
 
 
 def test_a_typed_text_is_coloured_by_its_experts(page: Page, models: dict[str, OpenModel]) -> None:
-    page.focus("#text")
-    page.keyboard.type("the river <i>runs</i>")
-    page.keyboard.press("Control+Enter")
-    expect(page.locator(".tokens .t").first).to_be_visible()
-    assert page.locator(".tokens").evaluate("box => box.textContent") == "the river <i>runs</i>"
+    look(page)
+    assert page.locator(".tokens").evaluate("box => box.textContent") == TEXT
+    assert page.locator(".tokens img, .tokens b, #detail img, #detail b b").count() == 0
+    assert page.title() == "weftlm inspector"
+    assert page.locator('.tokens [data-m="↵"]').count() == 1
     classes = page.locator(".tokens .t").evaluate_all("spans => spans.map(span => span.className)")
     assert all(re.match(r"t (x\d+|xt|xb)\b", one) for one in classes)
     legend = page.locator("#legend button").all_inner_texts()
@@ -134,15 +104,6 @@ def test_a_typed_text_is_coloured_by_its_experts(page: Page, models: dict[str, O
     expect(page.locator("#course path").first).to_be_visible()
     expect(page.locator("#usage tbody tr").first).to_contain_text("layer 0")
     expect(page.locator("#totals")).to_contain_text("Bits per byte")
-
-
-def test_a_text_full_of_tags_is_shown_as_it_is(page: Page) -> None:
-    look(page)
-    assert page.locator(".tokens").evaluate("box => box.textContent") == TEXT
-    assert page.locator(".tokens img, .tokens b, #detail img, #detail b b").count() == 0
-    assert page.title() == "weftlm inspector"
-    assert page.locator('.tokens [data-m="↵"]').count() == 1
-    assert page.locator('.tokens [data-m="·"]').count() >= 1
 
 
 def test_keys_walk_from_token_to_token(page: Page, models: dict[str, OpenModel]) -> None:
@@ -276,7 +237,7 @@ def test_two_models_stand_side_by_side(page: Page) -> None:
     expect(page.locator("#detail .column")).to_have_count(2)
 
 
-def test_a_view_is_shared_by_its_address(page: Page, served: Served, models: dict[str, OpenModel]) -> None:
+def test_a_view_is_shared_by_its_address(page: Page, served: Web, models: dict[str, OpenModel]) -> None:
     name = models["routed"].experts[0]
     look(page)
     page.select_option("#without", name)
@@ -327,7 +288,7 @@ def test_errors_are_said_in_words(page: Page) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_key_is_asked_for_only_when_the_server_wants_one(page: Page, browser: Browser, locked: Served) -> None:
+def test_a_key_is_asked_for_only_when_the_server_wants_one(page: Page, browser: Browser, locked: Web) -> None:
     expect(page.locator("#unlock")).to_be_hidden()
     context = browser.new_context()
     other = context.new_page()
@@ -346,26 +307,7 @@ def test_a_key_is_asked_for_only_when_the_server_wants_one(page: Page, browser: 
     context.close()
 
 
-def test_a_browser_that_keeps_nothing_is_served_too(browser: Browser, locked: Served) -> None:
-    context = browser.new_context()
-    page = context.new_page()
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.add_init_script(
-        "for (const name of ['sessionStorage', 'localStorage']) Object.defineProperty(window, name,"
-        " { get() { throw new DOMException('no storage', 'SecurityError'); } });"
-    )
-    page.goto(locked.address)
-    page.fill("#key", KEY)
-    page.keyboard.press("Enter")
-    expect(page.locator("#model")).to_have_value("plain")
-    look(page, "the river")
-    page.click("#theme")
-    assert wrong == []
-    context.close()
-
-
-def test_it_is_dark_or_light_as_wished(page: Page, browser: Browser, served: Served) -> None:
+def test_it_is_dark_or_light_as_wished(page: Page, browser: Browser, served: Web) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(ground)
     page.click("#theme")

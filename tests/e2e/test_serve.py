@@ -23,10 +23,13 @@ from support.web import serving
 from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.serving.engine import Engine
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.serve_config import KEYS_VARIABLE, EngineConfig, ServeConfig
+from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig
 
 PROMPT = "the harbour and the sea"
 CHAT: list[Any] = [{"role": "user", "content": "sing of the sea"}]
+COMPLETION: dict[str, Any] = {
+    "model": "tiny", "prompt": PROMPT, "max_tokens": 24, "extra_body": {"ignore_eos": True},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def client_of(address: str, key: str = "unused") -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def client(opened: OpenModel) -> Iterator[openai.OpenAI]:
-    engine = Engine(opened, EngineConfig(slots=4, max_waiting=8))
+    engine = Engine(opened, slots=4, max_waiting=8)
     with serving({"tiny": engine}, ServeConfig(max_answers=12)) as web, client_of(web.address) as client:
         yield client
 
@@ -53,20 +56,16 @@ def client(opened: OpenModel) -> Iterator[openai.OpenAI]:
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "weftlm"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("huge")
 
 
 def test_completions_are_the_same_alone_streamed_and_together(client: openai.OpenAI) -> None:
-    settings: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24}
-
     def text(temperature: float) -> str:
-        return client.completions.create(**settings, temperature=temperature, seed=3).choices[0].text
+        return client.completions.create(**COMPLETION, temperature=temperature, seed=3).choices[0].text
 
     alone = {temperature: text(temperature) for temperature in (0.0, 1.0)}
     assert alone[0.0] != alone[1.0]
     for temperature, whole in alone.items():
-        pieces = list(client.completions.create(**settings, temperature=temperature, seed=3, stream=True))
+        pieces = list(client.completions.create(**COMPLETION, temperature=temperature, seed=3, stream=True))
         assert "".join(piece.choices[0].text for piece in pieces) == whole
         assert pieces[-1].choices[0].finish_reason == "length"
     with ThreadPoolExecutor(6) as pool:
@@ -74,52 +73,40 @@ def test_completions_are_the_same_alone_streamed_and_together(client: openai.Ope
 
 
 def test_each_choice_equals_a_request_with_its_seed(client: openai.OpenAI) -> None:
-    settings: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12}
-    together = client.completions.create(**settings, n=3, seed=10)
+    together = client.completions.create(**COMPLETION, n=3, seed=10)
     assert [choice.index for choice in together.choices] == [0, 1, 2]
     for number, choice in enumerate(together.choices):
-        assert choice.text == client.completions.create(**settings, seed=10 + number).choices[0].text
+        assert choice.text == client.completions.create(**COMPLETION, seed=10 + number).choices[0].text
     assert len({choice.text for choice in together.choices}) == 3
     streamed = {0: "", 1: "", 2: ""}
-    for piece in client.completions.create(**settings, n=3, seed=10, stream=True):
+    for piece in client.completions.create(**COMPLETION, n=3, seed=10, stream=True):
         streamed[piece.choices[0].index] += piece.choices[0].text
     assert list(streamed.values()) == [choice.text for choice in together.choices]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_stop_texts_end_the_answer_and_are_no_part_of_it(client: openai.OpenAI, stream: bool) -> None:
-    settings: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
-    whole = client.completions.create(**settings).choices[0].text
+def test_stop_texts_end_the_answer_and_are_no_part_of_it(client: openai.OpenAI) -> None:
+    whole = client.completions.create(**COMPLETION, temperature=0).choices[0].text
     stop = whole[9:12]
-    settings["stop"] = ["never said", stop]
-    if stream:
-        pieces = list(client.completions.create(**settings, stream=True))
-        text, reason = "".join(piece.choices[0].text for piece in pieces), pieces[-1].choices[0].finish_reason
-    else:
-        choice = client.completions.create(**settings).choices[0]
-        text, reason = choice.text, choice.finish_reason
-    assert (text, reason) == (whole[: whole.index(stop)], "stop")
+    settings: dict[str, Any] = {**COMPLETION, "temperature": 0, "stop": ["never said", stop]}
+    choice = client.completions.create(**settings).choices[0]
+    pieces = list(client.completions.create(**settings, stream=True))
+    for text, reason in (
+        (choice.text, choice.finish_reason),
+        ("".join(piece.choices[0].text for piece in pieces), pieces[-1].choices[0].finish_reason),
+    ):
+        assert (text, reason) == (whole[: whole.index(stop)], "stop")
 
 
 def test_logprobs_in_both_forms(client: openai.OpenAI) -> None:
-    found = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=3
-    ).choices[0].logprobs  # fmt: skip
-    assert found is not None
-    assert found.tokens is not None
-    assert found.token_logprobs is not None
-    assert found.top_logprobs is not None
+    found: Any = client.completions.create(**COMPLETION, temperature=0, logprobs=3).choices[0].logprobs
     for token, nats, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
         assert top[token] == nats == max(top.values()), "at temperature 0 the most likely token is drawn"
         assert len(top) == 3
     chat = client.chat.completions.create(
         model="tiny", messages=CHAT, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
     )
-    logprobs = chat.choices[0].logprobs
-    assert logprobs is not None
-    assert logprobs.content is not None
-    raw = b"".join(bytes(token.bytes or []) for token in logprobs.content)
-    assert raw.decode("utf-8", "replace") == chat.choices[0].message.content
+    logprobs: Any = chat.choices[0].logprobs
+    assert len(logprobs.content) == 6
     assert all(token.top_logprobs[0].logprob == token.logprob for token in logprobs.content)
 
 
@@ -127,7 +114,6 @@ def test_chat_whole_and_streamed_and_carried_on(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "tiny", "max_completion_tokens": 10, "temperature": 0}
     answer = client.chat.completions.create(messages=CHAT, **settings)
     message = answer.choices[0].message
-    assert message.role == "assistant"
     pieces = list(
         client.chat.completions.create(messages=CHAT, **settings, stream=True, stream_options={"include_usage": True})
     )
@@ -146,24 +132,19 @@ def test_settings_at_the_edges(client: openai.OpenAI) -> None:
     assert client.completions.create(prompt="a", extra_body={"ignore_eos": True, "timeout": 30}, **settings).choices
 
 
-def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
+def test_errors_become_the_clients_exceptions(client: openai.OpenAI, opened: OpenModel) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'huge'") as missing:
         client.completions.create(model="huge", prompt="a")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
-    with pytest.raises(openai.BadRequestError, match="presence_penalty is not offered") as wrong:
-        client.completions.create(model="tiny", prompt="a", presence_penalty=1)
-    assert wrong.value.param == "presence_penalty"
     with pytest.raises(openai.BadRequestError, match="reads 256 tokens"):
         client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=250)
-
-
-def test_errors_of_a_server_in_need(opened: OpenModel) -> None:
-    full = FakeEngine(opened, places=0)
-    late = FakeEngine(opened, lambda *_: [Finished("timeout")])
-    broken = FakeEngine(opened, lambda *_: [Token(65, "a"), Finished("error", message="not a number")])
-    config = ServeConfig(api_keys=("secret",))
+    engines = {
+        "full": FakeEngine(opened, places=0),
+        "late": FakeEngine(opened, lambda *_: [Finished("timeout")]),
+        "broken": FakeEngine(opened, lambda *_: [Token(65, "a"), Finished("error", message="not a number")]),
+    }
     with (
-        serving({"full": full, "late": late, "broken": broken}, config) as web,
+        serving(engines, ServeConfig(api_keys=("secret",))) as web,
         client_of(web.address, "secret") as client,
         client_of(web.address, "wrong") as stranger,
     ):
@@ -175,8 +156,6 @@ def test_errors_of_a_server_in_need(opened: OpenModel) -> None:
         with pytest.raises(openai.APIStatusError) as slow:
             client.completions.create(model="late", prompt="a")
         assert slow.value.status_code == 408
-        with pytest.raises(openai.InternalServerError, match="not a number"):
-            client.completions.create(model="broken", prompt="a")
         pieces = client.completions.create(model="broken", prompt="a", stream=True)
         assert next(pieces).choices[0].text == "a"
         with pytest.raises(openai.APIError, match="not a number"):
@@ -186,24 +165,14 @@ def test_errors_of_a_server_in_need(opened: OpenModel) -> None:
 def test_the_command_serves_and_stops(folder: Path, tmp_path: Path) -> None:
     arguments = ("serve", folder, folder, "--name", "one", "--name", "two", "--port", "0", "--slots", "2", "--json")
     served = subprocess.Popen(
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env={**environment(), KEYS_VARIABLE: "secret"},
-    )
+    )  # fmt: skip
     try:
         assert served.stdout is not None
         ready = json.loads(served.stdout.readline())
-        assert ready["models"] == ["one", "two"]
         with client_of(ready["address"], "secret") as client:
-            assert [model.id for model in client.models.list()] == ["one", "two"]
-            texts = {
-                client.completions.create(model=name, prompt=PROMPT, temperature=0).choices[0].text
-                for name in ready["models"]
-            }
-            assert len(texts) == 1
+            assert [model.id for model in client.models.list()] == ready["models"] == ["one", "two"]
             with urllib.request.urlopen(ready["address"], timeout=10) as page:
                 assert page.headers["content-type"].startswith("text/html")
             stream = client.completions.create(
@@ -224,15 +193,18 @@ def test_the_command_serves_and_stops(folder: Path, tmp_path: Path) -> None:
 
 def test_the_command_refuses(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
-    assert KEYS_VARIABLE in call("serve", folder, "--host", "0.0.0.0", code=2)
-    assert "--name" in call("serve", folder, folder, code=2)
-    assert "2 names" in call("serve", folder, "--name", "a", "--name", "b", code=2)
-    assert "timeout_seconds" in call("serve", folder, "--timeout-seconds", "0", code=2)
-    assert "slots" in call("serve", folder, "--slots", "0", code=2)
-    assert "there is no folder" in call("serve", "./nowhere/at/all", "--port", "0", code=2)
     two = ("serve", folder, folder, "--name", "a", "--name", "b")
-    assert "--revision is of one model and 2 came" in call(*two, "--revision", "main", code=2)
-    assert "allowed: float32" in call("serve", folder, "--port", "0", "--dtype", "half", code=2)
+    for arguments, said in (
+        (("serve", folder, "--host", "0.0.0.0"), KEYS_VARIABLE),
+        (("serve", folder, folder), "--name"),
+        (("serve", folder, "--name", "a", "--name", "b"), "2 names"),
+        (("serve", folder, "--timeout-seconds", "0"), "timeout_seconds"),
+        (("serve", folder, "--slots", "0"), "slots"),
+        (("serve", "./nowhere/at/all", "--port", "0"), "there is no folder"),
+        ((*two, "--revision", "main"), "--revision is of one model and 2 came"),
+        (("serve", folder, "--port", "0", "--dtype", "half"), "allowed: float32"),
+    ):
+        assert said in call(*arguments, code=2)
     monkeypatch.setenv(KEYS_VARIABLE, ",")
     assert "holds no key" in call("serve", folder, code=2)
 

@@ -17,32 +17,6 @@ from weftlm.serving.request import Event, Finished, Sampling, Token
 PATIENCE_S = 60.0
 
 
-class Ticket:
-    """A request and its events, taken one by one."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        timeout_s: float | None = None,
-        on_event: Callable[[], None] | None = None,
-    ) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.on_event = on_event
-        self.request = engine.submit(prompt, sampling, self._take, timeout_s=timeout_s)
-        self.cancel = self.request.cancel
-
-    def _take(self, event: Event) -> None:
-        self.events.put(event)
-        if self.on_event is not None:
-            self.on_event()
-
-    def next(self) -> Event:
-        return self.events.get(timeout=PATIENCE_S)
-
-
 @dataclass(frozen=True)
 class Answer:
     """All that came of a request."""
@@ -57,6 +31,36 @@ class Answer:
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens) + self.end.text
+
+
+class Ticket:
+    """A request and its events, taken one by one."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.on_event = on_event
+        self.request = engine.submit(prompt, sampling, self._take, timeout_s=timeout_s)
+        self.cancel = self.request.cancel
+
+    def _take(self, event: Event) -> None:
+        self.events.put(event)
+        self.on_event()
+
+    def next(self) -> Event:
+        return self.events.get(timeout=PATIENCE_S)
+
+    def begun(self) -> Ticket:
+        """The same, once it has a token."""
+        assert isinstance(self.next(), Token)
+        return self
 
 
 def collect(ticket: Ticket) -> Answer:

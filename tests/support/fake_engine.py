@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.serving.detokenise import AnswerText
 from weftlm.serving.engine import Engine, RequestState
-from weftlm.serving.request import Event, Finished, QueueFullError, Sampling, Token, check_prompt
+from weftlm.serving.request import Event, Finished, QueueFullError, Sampling, Token
 
 Script = Callable[[Sequence[int], Sampling], Sequence[Event]]
 
@@ -20,13 +18,14 @@ class FakeRequest(RequestState):
     def __init__(
         self, prompt: Sequence[int], sampling: Sampling, send: Callable[[Event], None], timeout_s: float | None
     ) -> None:
-        super().__init__(prompt, sampling, AnswerText(lambda _: "", ()), 0.0, send)
+        super().__init__(prompt, sampling, lambda _: "", 0.0, send)
         self.timeout_s = timeout_s
         self.given_up = threading.Event()
 
-    def say(self, event: Event) -> None:
-        if self.finished is None:
-            self.record(event)
+    def say(self, *events: Event) -> None:
+        for event in events:
+            if self.finished is None:
+                self.record(event)
 
     def cancel(self) -> None:
         self.say(Finished("cancelled"))
@@ -47,8 +46,6 @@ class FakeEngine(Engine):
         self.places = places
         self.requests: list[FakeRequest] = []
         self.asked = threading.Semaphore(0)
-        self.generated_tokens, self.prompt_tokens = 7, 5
-        self.finished = Counter(stop=3)
 
     def submit(
         self,
@@ -58,13 +55,12 @@ class FakeEngine(Engine):
         *,
         timeout_s: float | None = None,
     ) -> RequestState:
-        check_prompt(prompt_ids, sampling.max_tokens, self.opened.tokenizer.vocab_size, self.opened.max_length)
+        self.check(prompt_ids, sampling.max_tokens)
         if self.places is not None and self.running >= self.places:
             raise QueueFullError(f"{self.running} requests wait already")
         request = FakeRequest(prompt_ids, sampling, send, timeout_s)
         self.requests.append(request)
-        for event in self.script(prompt_ids, sampling) if self.script is not None else ():
-            request.say(event)
+        request.say(*(self.script(prompt_ids, sampling) if self.script is not None else ()))
         self.asked.release()
         return request
 

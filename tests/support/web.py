@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,3 +55,13 @@ def serving(engines: Mapping[str, Engine], config: ServeConfig | None = None) ->
             yield web
         finally:
             web.stop()
+
+
+def wait_until(done: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 8.0) -> None:
+    """Wait for something the server does by itself."""
+    end = time.monotonic() + seconds
+    time.sleep(0.05)
+    while not done():
+        assert time.monotonic() < end, "it did not come"
+        meanwhile()
+        time.sleep(0.01)

@@ -18,7 +18,7 @@ SOURCE = Path(weftlm.__file__).parent
 OWN = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, WeftError)}
 OWN |= {"ApiError", "QueueFullError", "RefusedError", "SamplerExhausted"}
 AS_IT_IS = {
-    "serving/engine.py", "serving/trial.py",  # to the log, with the exception's name
+    "serving/engine.py", "serving/stepping.py",  # to the log, with the exception's name
     # to the client whose body or template is wrong
     "serving/app.py", "serving/limits.py", "serving/chat_template.py", "serving/prompts.py",
     "corpora/formats.py",  # csv's own words are about the text

@@ -148,7 +148,7 @@ def plan(
     yield found.to_json()
     rows = {
         stage.name: {
-            "time": duration_text(stage.time.seconds) if stage.time.seconds else "-",
+            "time": duration_text(stage.seconds) if stage.seconds else "-",
             "limit": stage.limit,
             "FLOPs": f"{stage.flops:.2e}" if stage.flops else "-",
             "memory": decimal(int(sum(stage.memory_bytes.values()))),

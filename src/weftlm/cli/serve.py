@@ -18,13 +18,13 @@ from weftlm.cli.output import say
 from weftlm.config import validate
 from weftlm.errors import ConfigError, install_hint, reason
 from weftlm.serving import serve_config
-from weftlm.serving.serve_config import KEYS_VARIABLE, EngineConfig, ServeConfig
+from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig
 
 if TYPE_CHECKING:
     from weftlm.serving.engine import Engine
 
 app = Typer()
-SERVE, ENGINE = ServeConfig(), EngineConfig()
+SERVE = ServeConfig()
 
 
 @app.command()
@@ -43,10 +43,10 @@ def serve(
     base: options.Base = None,
     revision: options.Revision = None,
     tokenizer: options.Tokenizer = None,
-    slots: Annotated[int, Option(help="Batch slots per model.")] = ENGINE.slots,
+    slots: Annotated[int, Option(help="Batch slots per model.")] = SERVE.slots,
     max_waiting: Annotated[
         int, Option(help="Maximum queued answers per model; beyond that the server answers 429.")
-    ] = ENGINE.max_waiting,
+    ] = SERVE.max_waiting,
     timeout_seconds: Annotated[
         float, Option(help="Request timeout in seconds, including time in the queue.")
     ] = SERVE.timeout_seconds,
@@ -73,24 +73,24 @@ def serve(
     the server, with commas between. SIGINT and SIGTERM stop it; running answers are ended with what there is.
     """
     keys = serve_config.keys_from_environment()
-    if not keys and not allow_anonymous and not serve_config.is_loopback(host):
+    own = serve_config.ip_of(host)
+    if not keys and not allow_anonymous and not (own and own.is_loopback):
         raise ConfigError(
             f"--host {host} is reached from other machines and no API key is set; set {KEYS_VARIABLE}, or give "
             "--allow-anonymous"
         )
-    engine_config = validate(
-        EngineConfig, {"slots": slots, "max_waiting": max_waiting, "timeout_seconds": timeout_seconds}, ""
-    )
     config = validate(
         ServeConfig,
         {
+            "slots": slots,
+            "max_waiting": max_waiting,
             "timeout_seconds": timeout_seconds,
             "intake_seconds": intake_seconds,
             "max_connections": max_connections,
             "max_body_bytes": max_body_bytes,
             "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
-            "max_answers": min(max_answers, slots + max_waiting),
+            "max_answers": max_answers,
             "hosts": hosts_of(host, allow_host or [], open_to_all=bool(keys)),
             "api_keys": keys,
         },
@@ -104,7 +104,6 @@ def serve(
         from weftlm.pipeline.any_model import open_model
         from weftlm.serving.app import build_app
         from weftlm.serving.engine import Engine
-        from weftlm.serving.inspector import inspector_router
         from weftlm.serving.server import Server, address_of, listen
     except ModuleNotFoundError as missing:
         raise ConfigError(
@@ -118,10 +117,9 @@ def serve(
         }
         engines: dict[str, Engine] = {}
         for served, model in opened.items():
-            engines[served] = Engine(model, engine_config)
+            engines[served] = Engine(model, slots=slots, max_waiting=max_waiting, timeout_seconds=timeout_seconds)
             stack.callback(engines[served].close)
-        built = build_app(engines, config, pages=[inspector_router(opened)])
-        address = address_of(listener)
+        built, address = build_app(engines, config), address_of(listener)
 
         def ready() -> None:
             say(f"serving {', '.join(names)} at {address}", err=True)

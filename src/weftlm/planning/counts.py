@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
+from weftlm.gating.config import ExpertSource
+from weftlm.gating.experts import ExpertPool, experts_per_pass
 from weftlm.models.config import LoRASection
 from weftlm.models.factory import count_parameters, from_architecture, with_lora
 from weftlm.models.lora_targets import linear_widths, lora_targets, outline
 from weftlm.models.open import DTYPES
+from weftlm.planning.hardware import Work
 from weftlm.training.parallel import decoder_layers
 
 TARGET_SHARE = 0.25
@@ -37,23 +40,6 @@ MOVED = 4.0
 """Reads and writes of a number that goes in or out of a matrix, by all operations of a forward pass."""
 CALLS = 3.0
 """Kernels per module of a forward pass; a step, compiled, launches about as many."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A piece of a program: FLOPs, bytes read and written, kernel launches, bytes sent, time that was measured."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    calls: float = 0.0
-    sent: float = 0.0
-    seconds: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(**{name: value + getattr(other, name) for name, value in vars(self).items()})
-
-    def __mul__(self, count: float) -> Work:
-        return Work(**{name: value * count for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -69,6 +55,26 @@ class Counted:
     checkpointing: bool = False
     adapter: LoRASection | None = None
     experts: int = 1
+
+    @classmethod
+    def of_pool(cls, sources: Sequence[ExpertSource], *, dtype: str, bf16: bool) -> list[Self]:
+        """The models of `gating.pool` and how many experts run on each, checked as the scoring stage checks them.
+
+        Adapters over one model are taken as one of the largest rank on every kind of module that any of them adapts.
+
+        Raises:
+            ConfigError, ExpertError: as `ExpertPool.load`.
+        """
+        pool, found = ExpertPool.load(sources, device="meta"), []
+        for backbone in pool.backbones:
+            loras = [pool.members[place].lora for place in backbone.experts]
+            factors = {name: each for lora in loras if lora is not None for name, each in lora.modules.items()}
+            names = sorted({name.rpartition(".")[2] for name in factors})
+            rank = max((each.rank for each in factors.values()), default=0)
+            adapter = LoRASection(rank=rank, target_modules=names) if factors else None
+            config = backbone.model.config.get_text_config()
+            found.append(cls(config, dtype, bf16, adapter=adapter, experts=len(loras)))
+        return found
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -158,9 +164,10 @@ class Counted:
         weights = float(self.parameters * self.item)
         return Work(batch * flops, weights + batch * (moved + cache), CALLS * len(list(self.outline.modules())))
 
-    def decode(self, batch: int, context: int) -> Work:
-        """One token of every sequence behind a cache of `context` tokens, by a decoder-only model."""
-        return self.forward(batch, 1, context)
+    def of_all(self, batch: int, length: int, context: int | None = None) -> Work:
+        """Forward passes of all experts over one batch, on a GPU; experts share passes as `ExpertPool` does."""
+        together = min(self.experts, experts_per_pass(batch * length, int(self.config.vocab_size), "cuda"))
+        return self.forward(batch * together, length, context) * (self.experts / together)
 
     def step(self, batch: int, length: int) -> Work:
         """Forward and backward pass of a micro-batch."""

@@ -24,7 +24,6 @@ import psutil
 from weftlm.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from weftlm.planning.counts import Work
     from weftlm.planning.probe import Probe
 
 GB, TB, TFLOPS = 1e9, 1e12, 1e12
@@ -52,25 +51,19 @@ class Device:
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        # NVIDIA A100 Tensor Core GPU datasheet (2021): 312 TFLOP/s bf16, 156 tf32, 1555 and 2039 GB/s, NVLink 600 GB/s
-        # both ways; DGX A100: one 200 Gb/s HDR port per GPU.
+        # NVIDIA A100 datasheet (2021): NVLink both ways over two; DGX A100: one 200 Gb/s HDR port per GPU.
         Device("A100-40", 312 * TFLOPS, 156 * TFLOPS, 40 * GB, 1.555 * TB, 300 * GB, 25 * GB, 0.45),
         Device("A100-80", 312 * TFLOPS, 156 * TFLOPS, 80 * GB, 2.039 * TB, 300 * GB, 25 * GB, 0.45),
-        # NVIDIA H100 datasheet, SXM5: 1979 TFLOP/s bf16 and 989 tf32 with sparsity, half of it dense; 3.35 TB/s; NVLink
-        # 900 GB/s both ways; DGX H100: one 400 Gb/s NDR port per GPU.
+        # NVIDIA H100 (SXM5) and H200 datasheets: half of the FLOP/s with sparsity; DGX H100: one 400 Gb/s port per GPU.
         Device("H100", 989 * TFLOPS, 494 * TFLOPS, 80 * GB, 3.35 * TB, 450 * GB, 50 * GB, 0.40),
-        # NVIDIA H200 datasheet: the H100's arithmetic, 141 GB at 4.8 TB/s.
         Device("H200", 989 * TFLOPS, 494 * TFLOPS, 141 * GB, 4.8 * TB, 450 * GB, 50 * GB, 0.40),
-        # NVIDIA HGX B200 datasheet, per GPU: 4.5 PFLOP/s bf16 and 2.2 tf32 with sparsity; 180 GB at 7.7 TB/s; NVLink
-        # 1.8 TB/s both ways; one 400 Gb/s port per GPU.
+        # NVIDIA HGX B200 datasheet, per GPU, half of the FLOP/s with sparsity; one 400 Gb/s port per GPU.
         Device("B200", 2250 * TFLOPS, 1100 * TFLOPS, 180 * GB, 7.7 * TB, 900 * GB, 50 * GB, 0.35),
-        # NVIDIA L40S datasheet: 362 TFLOP/s bf16, 183 tf32, 48 GB at 864 GB/s, PCIe 4 x16, no NVLink; 25 Gb/s assumed.
+        # NVIDIA L40S datasheet: PCIe 4 x16, no NVLink; 25 Gb/s assumed.
         Device("L40S", 362 * TFLOPS, 183 * TFLOPS, 48 * GB, 0.864 * TB, 32 * GB, 3.1 * GB, 0.35),
-        # NVIDIA Ada architecture whitepaper, RTX 4090: 165.2 TFLOP/s bf16 with float32 sums, 82.6 tf32 and float32;
-        # 24 GB at 1008 GB/s; PCIe 4 x16, no NVLink; 25 Gb/s assumed.
+        # NVIDIA Ada architecture whitepaper, bf16 with float32 sums; PCIe 4 x16, no NVLink; 25 Gb/s assumed.
         Device("RTX4090", 165.2 * TFLOPS, 82.6 * TFLOPS, 24 * GB, 1.008 * TB, 32 * GB, 3.1 * GB, 0.35),
-        # AMD Instinct MI300X data sheet: 1307 TFLOP/s bf16, 654 tf32, 192 GB at 5.3 TB/s; Infinity Fabric: seven links
-        # of 128 GB/s both ways; one 400 Gb/s port per GPU.
+        # AMD Instinct MI300X data sheet: seven links of 64 GB/s each way; one 400 Gb/s port per GPU.
         Device("MI300X", 1307 * TFLOPS, 654 * TFLOPS, 192 * GB, 5.3 * TB, 448 * GB, 50 * GB, 0.30),
     )
 }
@@ -83,6 +76,23 @@ where the interconnect or the software is slower. A run of one's own knows bette
 
 _ALIASES = {"A100": "A100-80", "4090": "RTX4090", "RTX-4090": "RTX4090", "H100-80": "H100"}
 _PATTERN = re.compile(r"(?:(?P<nodes>\d+)x)?(?:(?P<devices>\d+)x)?(?P<name>[A-Za-z][\w.-]*|4090)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of a program: FLOPs, bytes read and written, kernel launches, bytes sent, time that was measured."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    calls: float = 0.0
+    sent: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def __mul__(self, count: float) -> Work:
+        return Work(**{name: value * count for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -122,36 +132,17 @@ class Hardware:
         wire = device.link if self.nodes == 1 else min(device.link, device.network * self.devices_per_node)
         return LINK_EFFICIENCY * wire
 
-    def time(self, work: Work, *, half: bool) -> Time:
-        """Time that work takes on one device, in half precision or in float32."""
-        return Time(
-            {
-                "compute": work.flops / ((self.device.bf16 if half else self.device.fp32) * self.mfu),
-                "memory bandwidth": work.bytes / self.device.bandwidth,
-                "overhead": work.calls * self.device.launch,
-                "interconnect": work.sent / self.exchange,
-            },
-            work.seconds,
-        )
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of resources that are at work at the same time, and seconds that were measured."""
-
-    resources: Mapping[str, float] = field(default_factory=dict)
-    measured: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time."""
-        return max(self.resources.values(), default=0.0) + self.measured
-
-    @property
-    def limit(self) -> str:
-        """What takes most of the time."""
-        parts = {**self.resources, "measured": self.measured}
-        return max(parts, key=lambda name: parts[name])
+    def time(self, work: Work, *, half: bool) -> tuple[float, str]:
+        """Seconds of work on one device, in half precision or in float32, and what takes most of them."""
+        limits = {
+            "compute": work.flops / ((self.device.bf16 if half else self.device.fp32) * self.mfu),
+            "memory bandwidth": work.bytes / self.device.bandwidth,
+            "overhead": work.calls * self.device.launch,
+            "interconnect": work.sent / self.exchange,
+        }
+        longest = max(limits.values())
+        limits["measured"] = work.seconds
+        return longest + work.seconds, max(limits, key=limits.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -160,7 +151,7 @@ class Stage:
 
     name: str
     what: str
-    time: Time = field(default_factory=Time)
+    time: tuple[float, str] = (0.0, "-")
     flops: float = 0.0
     memory_bytes: Mapping[str, float] = field(default_factory=dict)
     disk_bytes: Mapping[str, float] = field(default_factory=dict)
@@ -169,13 +160,20 @@ class Stage:
     problems: tuple[str, ...] = ()
 
     @property
+    def seconds(self) -> float:
+        """Wall-clock time."""
+        return self.time[0]
+
+    @property
     def limit(self) -> str:
         """The resource that takes most of the time, or "does not fit"."""
-        return "does not fit" if self.problems else self.time.limit if self.time.seconds else "-"
+        return "does not fit" if self.problems else self.time[1] if self.seconds else "-"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "seconds": self.time.seconds, "limit": self.limit}
+        value = {**asdict(self), "seconds": self.seconds, "limit": self.limit}
+        del value["time"]
+        return value
 
 
 def parse_hardware(text: str) -> Hardware:

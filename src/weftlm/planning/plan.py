@@ -1,4 +1,12 @@
-"""The plan of a recipe: figures for each stage that the recipe has and for serving the result, and what was assumed."""
+"""The plan of a recipe: figures for each stage that the recipe has and for serving the result, and what was assumed.
+
+    pool in memory    the weights of every model once, E R sum (I + O) factors, 4 E sum I bytes of prototypes
+    routing a token   2 E sum I FLOPs for the scores, 2 K R sum (I + O) for the chosen
+    score cache       N T E x 4  +  N (T + 1) x 4  +  N x 8 bytes
+    KV cache          2 L (KV heads) (head width) x bytes, per token of a request; under a gate, once per expert
+
+E experts, K chosen, R rank, I and O input and output width, sums over the adapted modules; N sequences of T tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +22,8 @@ from transformers import PretrainedConfig
 from weftlm.corpora.store import Vocabulary
 from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError
+from weftlm.experts.statistics import BIGRAM_BUCKETS
+from weftlm.gating.config import gates
 from weftlm.mixture.policy import build_policy
 from weftlm.models.factory import architecture_config
 from weftlm.models.lora_targets import outline
@@ -24,12 +34,23 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import stages_of
 from weftlm.planning.counts import TARGET_SHARE, Counted
-from weftlm.planning.hardware import Hardware, Stage
-from weftlm.planning.pool import experts_stage, gate_stage, models_of, scoring_stage, serving_stage
+from weftlm.planning.hardware import USABLE, Hardware, Stage, Work
 from weftlm.planning.probe import Probe
-from weftlm.planning.training import Run, aligning_memory, alignments, fitting
+from weftlm.planning.training import Alignments, Run, fitting
 from weftlm.training.config import TrainingConfig
 from weftlm.training.runtime import choose_runtime
+
+EXPERT_SECONDS = 0.15
+"""Seconds of an expert beside its passes: setting up, fingerprints, files; measured on one x86 core."""
+CARD_BYTES = 8192
+"""Bytes of an expert's card, configuration and file headers, about."""
+CHOSEN = 2
+"""K, experts per token of a routed model."""
+FIT_MEMORY = 8.0
+"""Peak memory of a fit over the bytes of its data, from benchmarks/results/gate_fit.md."""
+TOKEN_COPIES = {"batches": 3.0, "whole": 12.0}
+"""Peak memory of a fit of a causal gate over the bytes of all scores of tokens, measured with gate `bayes`: 2.9 with
+mini-batches (cache, its two parts, what is joined for the steps), 12 with all sequences in every step."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +74,21 @@ class Plan:
     mfu: float | None
     stages: list[Stage]
     assumptions: list[str]
-    seconds: float
-    disk_bytes: float
-    problems: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes on disk of all stages."""
+        return sum(sum(stage.disk_bytes.values()) for stage in self.stages)
+
+    @property
+    def problems(self) -> list[str]:
+        """What will not work, and what to do about it."""
+        return [problem for stage in self.stages for problem in stage.problems]
 
     def stage(self, name: str) -> Stage:
         """A stage by its name.
@@ -67,7 +100,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "stages": [stage.to_json() for stage in self.stages]}
+        sums = {"seconds": self.seconds, "disk_bytes": self.disk_bytes, "problems": self.problems}
+        return {**asdict(self), **sums, "stages": [stage.to_json() for stage in self.stages]}
 
 
 def plan_recipe(
@@ -85,12 +119,12 @@ def plan_recipe(
     prepared data are read. On the CPU work on the recipe's own models is timed (`Probe`).
 
     Args:
-        recipe: a checked recipe.
-        hardware: the hardware, from `parse_hardware`.
-        name: name of the recipe in the plan.
-        mfu: part of the peak that matrix products reach; None: the device's default.
-        assumed: what the recipe does not say.
-        probe: measurements to go on with.
+        recipe: Checked recipe.
+        hardware: Hardware, from `parse_hardware`.
+        name: Name of the recipe in the plan.
+        mfu: Part of the peak that matrix products reach; None for the device's default.
+        assumed: What the recipe does not say.
+        probe: Measurements to go on with.
     Raises:
         ConfigError: the recipe is wrong, or something needed is not known.
     """
@@ -99,24 +133,39 @@ def plan_recipe(
     timed = (probe or Probe()) if hardware.name == "cpu" else None
     hardware = replace(hardware, mfu=mfu or hardware.mfu, probe=timed)
     planner = _Planner(recipe, hardware, assumed or Assumed())
-    stages = planner.stages()
-    return Plan(
-        name, hardware.name, None if timed else hardware.mfu, stages,
-        list(dict.fromkeys([*planner.told, *_assumptions(hardware, stages)])),
-        seconds=sum(stage.time.seconds for stage in stages),
-        disk_bytes=sum(sum(stage.disk_bytes.values()) for stage in stages),
-        problems=[problem for stage in stages for problem in stage.problems],
-    )  # fmt: skip
+    planner.plan()
+    notes = list(dict.fromkeys([*planner.notes, *_assumptions(hardware, planner.stages)]))
+    return Plan(name, hardware.name, None if timed else hardware.mfu, planner.stages, notes)
 
 
 @dataclass
 class _Planner:
-    """Plans one recipe; `told` are sentences on what was found or guessed."""
+    """Plans one recipe; `notes` are sentences on what was found or guessed."""
 
     recipe: Recipe
     hardware: Hardware
     assumed: Assumed
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+
+    def plan(self) -> None:
+        """Plan every stage that the recipe has and that is planned."""
+        recipe, names = self.recipe, {stage.name for stage in stages_of(self.recipe)}
+        models: list[Counted] = []
+        if recipe.trains:
+            models = [self._model(recipe)]
+            self._training("training", recipe, models[0])
+            for each in recipe.compare.mixtures:
+                self._training(f"baseline {each.policy}", recipe.baseline(each), models[0])
+        if recipe.makes_experts:
+            models = self._experts()
+        if not recipe.makes_experts and "score" not in names:
+            self._serving(models)
+        elif "route" in names and not models[0].config.is_encoder_decoder:
+            self._serving(models, routed=True)
+        if "score" in names:
+            self._gate(models)
+        self.stages.insert(0, self._data())
 
     # -- the text -----------------------------------------------------------------------------------------------------
 
@@ -126,15 +175,15 @@ class _Planner:
         folder = self.recipe.prepared_folder
         if self.assumed.domains is not None or not (folder / MANIFEST).exists():
             return None
-        self.told.append(f"Domains, vocabulary and size of the text are those of the prepared data in {folder}.")
+        self.notes.append(f"Domains, vocabulary and size of the text are those of the prepared data in {folder}.")
         return PreparedData.load(folder)
 
     @cached_property
     def domains(self) -> int:
-        """Number of domains: as given, else as prepared or as the recipe's labels tell."""
+        """Number of domains: as given, else as prepared or by the recipe's labels."""
         data, given = self.recipe.data, self.assumed.domains
         if given is not None:
-            self.told.append(f"{given:,} domains, as given (--domains).")
+            self.notes.append(f"{given:,} domains, as given (--domains).")
             return given
         if self.data is None and data.domains.clusters is not None:
             return int(data.domains.clusters.n) + int(data.domains.include_target)
@@ -143,7 +192,7 @@ class _Planner:
             return len(known)
         named = len((self.recipe.experts and self.recipe.experts.domains) or ())
         guess = max(named, len(data.corpora) + int(data.domains.include_target))
-        self.told.append(
+        self.notes.append(
             f"The number of domains is not known before the text is read; taken as {guess} (set --domains)."
         )
         return guess
@@ -173,25 +222,27 @@ class _Planner:
         held = [] if self.data is None else [domain.heldout for domain in self.data.domains]
         return [0 if source is None else len(source) for source in held]
 
-    # -- the stages ---------------------------------------------------------------------------------------------------
+    def _data(self) -> Stage:
+        """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond."""
+        tokens = self.assumed.data_tokens
+        if tokens is None and self.data is not None:
+            tokens = sum(len(domain.train) for domain in self.data.domains)
+        if tokens is None:
+            tokens = max(int(stage.facts.get(key, 0)) for stage in self.stages for key in ("tokens", "text_tokens"))
+            self.notes.append(
+                f"The text is not prepared and its size is not given (--data-tokens): taken as the {tokens:,} tokens "
+                "that are trained on or scored, each read once."
+            )
+        try:
+            item = Vocabulary(self.vocab_size, 0, "").dtype.itemsize
+        except ConfigError:
+            item = 4
+        return Stage(
+            "data", f"{tokens:,} tokens of {self.domains:,} domains, prepared",
+            disk_bytes={"tokens": float(tokens * item)}, facts={"tokens": tokens, "domains": self.domains},
+        )  # fmt: skip
 
-    def stages(self) -> list[Stage]:
-        """Every stage that the recipe has and that is planned."""
-        recipe, names, found = self.recipe, {stage.name for stage in stages_of(self.recipe)}, []
-        models: list[Counted] = []
-        if recipe.trains:
-            models = [self._model(recipe)]
-            others = {f"baseline {each.policy}": recipe.baseline(each) for each in recipe.compare.mixtures}
-            found = [self._training(name, each, models[0]) for name, each in {"training": recipe, **others}.items()]
-        if recipe.makes_experts:
-            models = self._experts(found)
-        if not recipe.makes_experts and "score" not in names:
-            found.append(self._serving(models))
-        elif "route" in names and not models[0].config.is_encoder_decoder:
-            found.append(self._serving(models, routed=True))
-        if "score" in names:
-            self._gate(found, models)
-        return [self._data(found), *found]
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def _model(self, recipe: Recipe, config: PretrainedConfig | None = None) -> Counted:
         """The model that a recipe trains; `config`: of a base that is not there yet."""
@@ -211,60 +262,63 @@ class _Planner:
             choose_runtime(training, parameters=counted.parameters)
         return replace(counted, bf16=training.bf16(fast=self.hardware.probe is None))
 
-    def _training(self, name: str, recipe: Recipe, counted: Counted) -> Stage:
+    def _training(self, name: str, recipe: Recipe, counted: Counted) -> None:
         """A model trained on a mixture, with alignments, reference losses and evaluations."""
         (_, mixture, config), evaluation, hardware = recipe.trained, recipe.evaluation, self.hardware
         there, steps, sequences = hardware.devices, config.total_steps, config.batch_sequences
         devices = max(n for n in range(1, there + 1) if sequences % n == 0)
         if devices < there:
-            self.told.append(f"A batch of {sequences} sequences is shared equally by {devices} of {there} devices.")
+            self.notes.append(f"A batch of {sequences} sequences is shared equally by {devices} of {there} devices.")
         policy, groups, extra = build_policy(mixture.model_dump()), self.domains, {}
         if "basis" in policy.needs and (basis := recipe.data.domains.basis) is not None:
             groups = len(basis.sets) if basis.count is None else int(basis.count)
-        if "reference_losses" in policy.needs:
+        referring = "reference_losses" in policy.needs
+        if referring:
             extra["reference model"] = float(counted.parameters * counted.item)
         asked = run = Run(counted, config, hardware, devices)
+        alignments = Alignments(recipe.alignment, policy, groups)
         for _ in range(2):  # the layout decides which estimator there is, and its memory which layout fits
-            more = aligning_memory(run, recipe.alignment, policy, groups)
-            run, layout, problems = fitting(replace(asked, extra={**more, **extra}))
+            run, layout, problems = fitting(replace(asked, extra={**alignments.memory(run), **extra}))
         work = run.step * steps
         try:
-            aligning, aligned = alignments(run, recipe.alignment, policy, groups)
+            aligning, aligned = alignments.measured(run)
             work = work + aligning
         except ConfigError as error:
             aligned, problems = {}, (*problems, str(error))
-        if "reference_losses" in policy.needs:
+        if referring:
             work = work + run.work("forward", sequences * steps)
             if getattr(policy.config, "reference", None) is None:  # which is trained first
                 work = work + run.step * steps
-        times, most = 1 + (steps // evaluation.every_steps if evaluation.every_steps else 0), math.inf
-        most = evaluation.max_tokens_per_set or most
-        held: list[float] = [*self.heldout] or [most if most < math.inf else 0] * (
-            self.domains + bool(recipe.data.target)
-        )
-        evaluating = run.work("forward", times * sum(min(most, size) for size in held) / config.sequence_length)
-        work, half = work + evaluating, counted.half
-        step = hardware.time(run.step, half=half).seconds
-        return Stage(
-            name, f"{counted.parameters / 1e6:,.1f}M parameters, {config.total_tokens:,} tokens, {mixture.policy}",
-            hardware.time(work, half=half), work.flops * devices, run.memory, run.disk, work.sent,
-            {
-                "parameters": counted.parameters,
-                "trainable_parameters": counted.trainable,
-                "steps": steps,
-                "tokens": config.total_tokens,
-                "seconds_per_step": step,
-                "tokens_per_second": sequences * config.sequence_length / step,
-                "layout": layout,
-                "evaluations": times,
-                "seconds_of_evaluation": hardware.time(evaluating, half=half).seconds,
-                **aligned,
-            },
-            problems,
+        times = 1 + (steps // evaluation.every_steps if evaluation.every_steps else 0)
+        most = evaluation.max_tokens_per_set
+        held = self.heldout or [most or 0] * (self.domains + bool(recipe.data.target))
+        scored = sum(size if most is None else min(most, size) for size in held)
+        evaluating = run.work("forward", times * scored / config.sequence_length)
+        work, step = work + evaluating, run.seconds(run.step)
+        self.stages.append(
+            Stage(
+                name, f"{counted.parameters / 1e6:,.1f}M parameters, {config.total_tokens:,} tokens, {mixture.policy}",
+                hardware.time(work, half=counted.half), work.flops * devices, run.memory, run.disk, work.sent,
+                {
+                    "parameters": counted.parameters,
+                    "trainable_parameters": counted.trainable,
+                    "steps": steps,
+                    "tokens": config.total_tokens,
+                    "seconds_per_step": step,
+                    "tokens_per_second": sequences * config.sequence_length / step,
+                    "layout": layout,
+                    "evaluations": times,
+                    "seconds_of_evaluation": run.seconds(evaluating),
+                    **aligned,
+                },
+                problems,
+            )
         )  # fmt: skip
 
-    def _experts(self, found: list[Stage]) -> list[Counted]:
-        """Experts over a base, and the monolith beside them; returns the base with all its adapters."""
+    # -- experts ------------------------------------------------------------------------------------------------------
+
+    def _experts(self) -> list[Counted]:
+        """Adapters, each trained by one process that holds the whole base; returns the base with all of them."""
         recipe, config, checkpointing = self.recipe, self.recipe.expert_settings, False
         if config.base is not None:
             base = read_config(config.base, revision=config.revision, local_files_only=True)
@@ -275,67 +329,177 @@ class _Planner:
         trained = trained if given is None else max(0, given - imported)
         if recipe.trains_monolith:
             monolith = recipe.monolith(trained)
-            found.append(self._training("baseline monolith", monolith, self._model(monolith, base)))
+            self._training("baseline monolith", monolith, self._model(monolith, base))
+        training, examples, hardware = config.training, config.statistics_examples, self.hardware
         counted = Counted(base, config.dtype, checkpointing=checkpointing, adapter=config.lora)
-        counted = self._as_trained(counted, config.training)
-        scored = [config.validation_tokens, sum(self.heldout) / len(self.heldout) if self.heldout else None]
-        validation = min((size for size in scored if size is not None), default=0)
+        run = Run(self._as_trained(counted, training), training, hardware, 1)
+        counted, length = run.counted, training.sequence_length
         if base.is_encoder_decoder:
-            self.told.append(
-                "Prompts are taken as long as experts.training.sequence_length, "
-                f"{config.training.sequence_length:,} tokens, and targets as {TARGET_SHARE:.0%} of that. Serving of "
-                "encoder-decoders is not planned."
+            self.notes.append(
+                f"Prompts are taken as long as experts.training.sequence_length, {length:,} tokens, and targets as "
+                f"{TARGET_SHARE:.0%} of that. Serving of encoder-decoders is not planned."
             )
-        gated = sum(each.domain is not None for each in config.imports)
-        run = Run(counted, config.training, self.hardware, 1)
-        found.append(experts_stage(config, run, validation, trained=trained, imported=imported, gated=gated))
+        sizes = [config.validation_tokens, sum(self.heldout) / len(self.heldout) if self.heldout else None]
+        validation = min((size for size in sizes if size is not None), default=0)
+        looks = 1 + (training.total_steps // config.validate_every_steps if config.validate_every_steps else 1)
+        gate = config.gate.training(training).total_tokens if config.gate.steps else 0
+        # A gate's backward pass goes through the same activations as an adapter's.
+        after = run.work("step", gate / length) + run.work("forward", examples) + Work(seconds=EXPERT_SECONDS)
+        one = run.step * training.total_steps
+        one = one + run.work("forward", looks * validation / counted.predicted(length)) + after
+        gated = sum(each.domain is not None for each in config.imports)  # imports that get gates and statistics
+        work = one * math.ceil(trained / hardware.devices) + after * gated
+        weights = (counted.parameters * counted.item + 12.0 * counted.trainable) / USABLE / 1e9
+        problem = (
+            f"an adapter is trained by one process, which holds the whole base: {run.shortage}; set experts.dtype: "
+            "bfloat16 or experts.training.micro_batch_sequences: 1, or use a device of more than "
+            f"{weights:.0f} GB, which weights and optimizer alone take"
+        )
+        inputs = 4.0 * sum(i for i, _ in counted.targets.values())
+        width = int(config.embedder.removeprefix("tokens-"))
+        statistics = inputs + 4.0 * (examples * width + int(counted.config.vocab_size) + BIGRAM_BUCKETS)
+        library = CARD_BYTES + 4.0 * counted.trainable + (inputs if gate else 0.0) + (statistics if examples else 0.0)
+        self.stages.append(
+            Stage(
+                "experts",
+                f"{trained:,} experts of rank {config.lora.rank}, {training.total_steps} steps each, and {imported:,} "
+                "imported",
+                hardware.time(work, half=counted.half), one.flops * trained + after.flops * gated, run.memory,
+                {"library": library * (trained + imported), "checkpoints": run.disk["checkpoints"] * trained},
+                facts={
+                    "experts": trained + imported,
+                    "parameters_per_expert": counted.trainable,
+                    "tokens": training.total_tokens * trained,
+                    "seconds_per_expert": run.seconds(one),
+                    "seconds_per_adapter_step": run.seconds(run.step),
+                    "imported": imported,
+                    "seconds_per_imported_expert": run.seconds(after),
+                },
+                problems=() if run.fits else (problem,),
+            )
+        )  # fmt: skip
         return [replace(counted, checkpointing=False, experts=trained + imported)]
 
-    def _gate(self, found: list[Stage], models: list[Counted]) -> None:
-        """Scores, the gate and its serving."""
-        gating, experts, held = self.recipe.gating_settings, self.recipe.expert_settings, self.heldout
-        scores, bf16 = gating.scores, gating.scores.bf16(fast=self.hardware.probe is None)
+    # -- a gate -------------------------------------------------------------------------------------------------------
+
+    def _gate(self, models: list[Counted]) -> None:
+        """Text and samples scored under every expert, the gate fitted on the scores, and its serving."""
+        gating, config, held = self.recipe.gating_settings, self.recipe.gating_settings.scores, self.heldout
+        hardware, probe, bf16 = self.hardware, self.hardware.probe, config.bf16(fast=self.hardware.probe is None)
         if gating.pool is not None:
-            models = models_of(gating.pool, dtype=experts.dtype, bf16=bf16)
+            models = Counted.of_pool(gating.pool, dtype=self.recipe.expert_settings.dtype, bf16=bf16)
         else:
             wanted = models[0].experts if gating.experts is None else len(gating.experts)
             models = [replace(models[0], bf16=bf16, experts=wanted)]
+        experts, batch, length = sum(each.experts for each in models), config.batch_size, config.length
         domains = self.domains if gating.domains is None else len(gating.domains)
-        there = [min(scores.sequences, math.ceil(max(0, size - 1) / scores.length)) for size in held]
-        texts = round(sum(there) * domains / len(there)) if there else scores.sequences * domains
-        found.append(scoring_stage(models, gating, self.hardware, texts))
-        found.append(gate_stage(gating, sum(each.experts for each in models), texts))
-        found.append(self._serving(models))
+        there = [min(config.sequences, math.ceil(max(0, size - 1) / length)) for size in held]
+        texts = round(sum(there) * domains / len(there)) if there else config.sequences * domains
+        samples, work = experts * config.samples, Work()
+        for each in models:
+            read = each.of_all(batch, length) * (1.0 / batch)
+            draw = each.forward(batch, 1, length // 2) * (length / batch)
+            if probe:
+                token = probe.token(replace(each, experts=1), batch, length, gated=False)
+                read = replace(read, seconds=probe.score(each, batch, length))
+                draw = replace(draw, seconds=token * length / batch)
+            work = work + read * (texts + samples) + draw * (each.experts * config.samples)
+        activations = max(each.activations(batch, length, training=False) for each in models)
+        memory, have = {**_held(models), "activations": activations}, hardware.device.memory
+        needed, work = sum(memory.values()), work * (1.0 / hardware.devices)
+        problem = (
+            f"scoring holds all experts on one device: {needed / 1e9:.0f} GB on {have / 1e9:.0f} GB; score fewer "
+            "experts (gating.experts), of a smaller rank, with experts.dtype: bfloat16, or on the CPU"
+        )
+        every = texts + samples
+        scores = Stage(
+            "scores", f"{every:,} sequences of {length} tokens under {experts:,} experts",
+            hardware.time(work, half=models[0].half), work.flops * hardware.devices, memory,
+            {"score cache": float(every * (length * experts * 4 + (length + 1) * 4 + 8))},
+            facts={"text_sequences": texts, "text_tokens": texts * length, "sample_sequences": samples},
+            problems=(problem,) if needed > hardware.memory else (),
+        )  # fmt: skip
+        fitted = int(every * (1.0 - gating.held_out_fraction))
+        data = fitted * (12.0 * experts + 8.0)
+        memory = {"data": data, "fit": (FIT_MEMORY - 1.0) * data, "token ids": 4.0 * every * (length + 1)}
+        if gates[gating.gate.gate].causal:
+            copies = TOKEN_COPIES["whole" if gating.fit.batch_sequences is None else "batches"]
+            memory["scores of tokens"] = copies * 4.0 * every * length * experts
+        what = f"{gating.gate.gate} over {experts:,} experts, {gating.fit.steps} steps at most, time not planned"
+        disk = {"gate": 8.0 * experts * (2 * experts + 1)}
+        gate = Stage("gate", what, memory_bytes=memory, disk_bytes=disk, facts={"sequences": fitted})
+        self.stages += [scores, gate]
+        self._serving(models)
 
-    def _serving(self, models: Sequence[Counted], *, routed: bool = False) -> Stage:
-        recipe, new = self.recipe, self.assumed.new
+    # -- serving ------------------------------------------------------------------------------------------------------
+
+    def _serving(self, models: Sequence[Counted], *, routed: bool = False) -> None:
+        """Generation by one copy of a model, routed experts or a gate over all, for one request and several at once.
+
+        Over several devices layers run one after the other; requests are fewer where memory does not hold their caches.
+        """
+        recipe, hardware, new = self.recipe, self.hardware, self.assumed.new
         length = recipe.training.sequence_length if recipe.training else recipe.gating_settings.scores.length
         length = recipe.expert_settings.training.sequence_length if recipe.makes_experts else length
         prompt = self.assumed.prompt or length
         positions = [getattr(each.config, "max_position_embeddings", None) or prompt + new for each in models]
         prompt = max(1, min([prompt, *(int(most) - new for most in positions)]))
-        requests = self.assumed.requests
-        return serving_stage(models, self.hardware, routed=routed, prompt=prompt, new=new, requests=requests)
+        models = [replace(each, bf16=False) for each in models]
+        experts, first, memory, routing = sum(each.experts for each in models), models[0], _held(models), Work()
+        gated = experts > 1 and not routed
+        if routed:  # one pass of the base, and per token the router's scores and the chosen factors
+            inputs = sum(i for i, _ in first.targets.values())
+            memory["prototypes"] = 4.0 * experts * inputs
+            flops = 2.0 * experts * inputs + 2.0 * min(CHOSEN, experts) * first.adapter_parameters
+            routing = Work(flops, memory["prototypes"], 12.0 * len(first.targets))
+            models = [replace(first, adapter=None, experts=1)]
 
-    def _data(self, stages: Sequence[Stage]) -> Stage:
-        """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond."""
-        tokens = self.assumed.data_tokens
-        if tokens is None and self.data is not None:
-            tokens = sum(len(domain.train) for domain in self.data.domains)
-        if tokens is None:
-            tokens = max(int(stage.facts.get(key, 0)) for stage in stages for key in ("tokens", "text_tokens"))
-            self.told.append(
-                f"The text is not prepared and its size is not given (--data-tokens): taken as the {tokens:,} tokens "
-                "that are trained on or scored, each read once."
+        def time(batch: int, length: int, context: int | None = None) -> tuple[float, str]:
+            """A pass of everything over prompts, or over a token of every request behind `context` others."""
+            work = sum((each.of_all(batch, length, context) for each in models), Work())
+            added = replace(routing, flops=routing.flops * batch * length)
+            if hardware.probe:
+                timed = hardware.probe.generate if context is None else hardware.probe.token
+                seconds = sum(timed(each, batch, context or length, gated=gated) for each in models)
+                work = replace(work, seconds=seconds * (1.0 + added.flops / work.flops))
+            return hardware.time(work + added, half=first.half)
+
+        kv_bytes, held = sum(each.experts * each.kv_bytes for each in models), sum(memory.values())
+        cache, there = kv_bytes * (prompt + new), hardware.devices
+        needed = max(1, math.ceil((held + cache) / hardware.memory))
+        at_most = int((needed * hardware.memory - held) // cache)
+        at_once = max(1, min(self.assumed.requests, at_most))
+        token = {batch: time(batch, 1, prompt + new // 2) for batch in (1, at_once)}
+        problem = (
+            f"one copy needs {held / 1e9:.0f} GB and a request {cache / 1e9:.3g} GB, {needed} devices; there are "
+            f"{there}: take more, or hold it in bfloat16"
+        )
+        name = "routed model" if routed else f"gate over {experts:,} experts" if gated else "plain model"
+        parts = {**memory, "KV cache": cache * at_once}
+        self.stages.append(
+            Stage(
+                "gated serving" if gated else "serving", f"{name}, prompts of {prompt}, {new} new tokens",
+                memory_bytes={part: size / needed for part, size in parts.items()},
+                facts={
+                    "kv_bytes_per_token": kv_bytes,
+                    "devices_per_copy": needed,
+                    "requests_in_memory": at_most,
+                    **{f"tokens_per_second_at_{batch}": batch / seconds for batch, (seconds, _) in token.items()},
+                    **{f"limit_at_{batch}": limit for batch, (_, limit) in token.items()},
+                    "seconds_to_first_token": time(1, prompt)[0],
+                },
+                problems=(problem,) if needed > there else (),
             )
-        try:
-            item = Vocabulary(self.vocab_size, 0, "").dtype.itemsize
-        except ConfigError:
-            item = 4
-        return Stage(
-            "data", f"{tokens:,} tokens of {self.domains:,} domains, prepared",
-            disk_bytes={"tokens": float(tokens * item)}, facts={"tokens": tokens, "domains": self.domains},
         )  # fmt: skip
+
+
+def _held(models: Sequence[Counted]) -> dict[str, float]:
+    """Bytes of all models, and of all adapters over them."""
+    adapters = [each.adapter_parameters * each.item for each in models]
+    return {
+        "weights": float(sum(each.parameters * each.item for each in models) - sum(adapters)),
+        "experts' factors": float(sum(each.experts * size for each, size in zip(models, adapters, strict=True))),
+    }
 
 
 def _assumptions(hardware: Hardware, stages: Sequence[Stage]) -> list[str]:

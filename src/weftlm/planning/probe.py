@@ -44,8 +44,8 @@ class Probe:
     """Pieces of work timed on this machine, each once.
 
     Attributes:
-        clock: seconds; processor time is better where other work shares the machine and there is one thread.
-        resident: bytes that Python and the libraries hold before anything is timed.
+        clock: Clock in seconds; processor time is better where other work shares the machine and there is one thread.
+        resident: Bytes that Python and the libraries hold before anything is timed.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -74,25 +74,19 @@ class Probe:
 
         return scale * whole / rows * self._seconds(("step", small, config), prepared)
 
-    def score(self, counted: Counted, batch: int, length: int, *, drawn: bool = False) -> float:
-        """Seconds of scoring a sequence under all experts on a model; `drawn`: and of drawing it from one before."""
+    def score(self, counted: Counted, batch: int, length: int) -> float:
+        """Seconds of scoring a sequence under all experts on a model."""
         some = replace(counted, experts=min(SOME, counted.experts))
         small, rows, scale = _affordable(some, "forward", batch, length)
 
         def prepared() -> Callable[[], Any]:
             tokens_NT1 = _tokens(small, rows * (length + 1)).reshape(rows, -1).astype(np.int32)
-            text = Unscored("sample" if drawn else "domain", "expert 0", 0, tokens_NT1, np.arange(rows), seed=0)
+            text = Unscored("domain", "text", 0, tokens_NT1, np.arange(rows), seed=0)
             pool = _pool(small)
             return lambda: score_shard(pool, text, rows, small.bf16)
 
-        found = self._seconds(("score", small, rows, length, drawn), prepared)
+        found = self._seconds(("score", small, rows, length), prepared)
         return found * scale / rows * counted.experts / some.experts
-
-    def draw(self, counted: Counted, batch: int, length: int) -> float:
-        """Seconds of drawing a sequence from an expert."""
-        one, short = replace(counted, experts=1), min(length, SHORT)
-        both, scored = self.score(one, batch, short, drawn=True), self.score(one, batch, short)
-        return max(0.0, both - scored) * length / short
 
     def generate(self, counted: Counted, batch: int, prompt: int, new: int = 1, *, gated: bool) -> float:
         """Seconds of `new` tokens behind each of some prompts, by a model, or a gate over the experts on it."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from weftlm.errors import ConfigError
 from weftlm.mixture.policy import MixturePolicy
-from weftlm.planning.counts import Counted, Work
-from weftlm.planning.hardware import Hardware
+from weftlm.planning.counts import Counted
+from weftlm.planning.hardware import Hardware, Work
 from weftlm.training.alignment import Choice, Cost, Facts, choose_for_policy
 from weftlm.training.config import AlignmentConfig, TrainingConfig, estimators
 
@@ -45,9 +46,9 @@ class Run:
         return self.config.sharded(self.devices)
 
     @property
-    def held(self) -> float:
-        """Trained parameters that a process holds."""
-        return self.counted.trainable / (self.devices if self.sharded else 1)
+    def share(self) -> float:
+        """Part of the parameters that a process holds."""
+        return 1.0 / self.devices if self.sharded else 1.0
 
     @property
     def micro(self) -> int:
@@ -69,13 +70,17 @@ class Run:
         work = once * (sequences / self.devices / self.micro)
         return replace(work, seconds=self.step.seconds * work.flops / self.step.flops)
 
+    def seconds(self, work: Work) -> float:
+        """Seconds of work on one device."""
+        return self.hardware.time(work, half=self.counted.half)[0]
+
     @cached_property
     def step(self) -> Work:
         """A device's part of a step of the optimizer."""
         work = self.counted.step(self.micro, self.config.sequence_length) * self.passes
         if self.hardware.probe:
             return replace(work, seconds=self.hardware.probe.step(self.counted, self.config))
-        return work + Work(0.0, UPDATE_BYTES * self.held, sent=self.sent)
+        return work + Work(0.0, UPDATE_BYTES * self.share * self.counted.trainable, sent=self.sent)
 
     @property
     def summed(self) -> float:
@@ -91,13 +96,13 @@ class Run:
     @cached_property
     def memory(self) -> dict[str, float]:
         """Bytes on a device by what they hold."""
-        counted, share = self.counted, 1.0 / self.devices if self.sharded else 1.0
+        counted, held = self.counted, self.share * self.counted.trainable
         computing = replace(counted, dtype="bfloat16") if self.sharded and counted.bf16 else counted
         found = {
-            "weights": share * counted.parameters * counted.item,
-            "gradients": 4.0 * self.held,
-            "Adam moments": 8.0 * self.held,
-            **{name: share * size for name, size in self.extra.items()},
+            "weights": self.share * counted.parameters * counted.item,
+            "gradients": 4.0 * held,
+            "Adam moments": 8.0 * held,
+            **{name: self.share * size for name, size in self.extra.items()},
             "activations": computing.activations(self.micro, self.config.sequence_length),
         }
         if self.sharded:
@@ -135,19 +140,18 @@ def fitting(run: Run) -> tuple[Run, str, tuple[str, ...]]:
     Returns:
         The run as it is planned, its layout with the reason, and problems.
     """
-    asked, one, recompute = (
-        run.config.parallel,
-        "training.micro_batch_sequences: 1",
-        "model.gradient_checkpointing: true",
-    )
+    asked = run.config.parallel
     for layout in [asked] if run.devices == 1 else dict.fromkeys([asked, "fsdp2"]):
         run = run.changed(parallel=layout)
         if run.fits:
-            told = "as asked, and it fits" if layout == asked else f"{asked} does not fit; set training.parallel: fsdp2"
-            return run, f"{layout}: {told}", ()
-    small, recomputing = run.changed(micro_batch_sequences=1), replace(run.counted, checkpointing=True)
-    smallest, devices = replace(small, counted=recomputing), max(2, run.devices)
-    changes = {one: small, recompute: replace(run, counted=recomputing), f"{recompute} and {one}": smallest}
+            why = "as asked, and it fits" if layout == asked else f"{asked} does not fit; set training.parallel: fsdp2"
+            return run, f"{layout}: {why}", ()
+    one, recompute = "training.micro_batch_sequences: 1", "model.gradient_checkpointing: true"
+    recomputing = replace(run, counted=replace(run.counted, checkpointing=True))
+    smallest, devices = recomputing.changed(micro_batch_sequences=1), max(2, run.devices)
+    changes = {
+        one: run.changed(micro_batch_sequences=1), recompute: recomputing, f"{recompute} and {one}": smallest,
+    }  # fmt: skip
     cure = next((f"set {what}" for what, changed in changes.items() if changed.fits), None)
     while cure is None and devices <= MOST_DEVICES and not run.hardware.probe:
         sequences = max(devices, run.config.batch_sequences)
@@ -158,66 +162,67 @@ def fitting(run: Run) -> tuple[Run, str, tuple[str, ...]]:
     return run, f"{run.config.parallel}: does not fit", (problem,)
 
 
-def estimator_of(run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], groups: int) -> Choice | None:
-    """The estimator that training will choose; None for policies that need no alignment.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    return choose_for_policy(
-        policy, config, model=run.counted.build("meta"), groups=groups,
-        batch_size=run.config.batch_sequences, processes=run.devices, sharded=run.sharded,
-    )  # fmt: skip
-
-
-def cost_of(run: Run, choice: Choice, groups: int) -> Cost:
-    """What a measurement by the chosen estimator takes."""
-    facts = Facts(groups, run.config.batch_sequences, run.devices, sharded=run.sharded)
-    return estimators[choice.estimator]().cost(facts, choice.probe)
-
-
-def aligning_memory(run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], groups: int) -> dict[str, float]:
-    """Bytes of the direction and of what the estimator holds beside it; `alignments` says where there is none."""
-    try:
-        choice = estimator_of(run, config, policy, groups)
-    except ConfigError:
-        return {}
-    if choice is None:
-        return {}
-    each = {"direction": 4.0, "estimator": cost_of(run, choice, groups).bytes_per_parameter}
-    return {name: size * run.counted.trainable for name, size in each.items() if size}
-
-
-def alignments(
-    run: Run, config: AlignmentConfig, policy: MixturePolicy[Any], groups: int
-) -> tuple[Work, dict[str, Any]]:
-    """Gradient alignments measured beside training, every T_r steps: a device's part of the work, and figures.
+@dataclass(frozen=True)
+class Alignments:
+    """Gradient alignments measured beside training, every T_r steps.
 
     A measurement is the direction (forward and backward of the target's sequences) and what the estimator costs: a
     number of forward passes per sequence of the batch or of the groups, and of passes over the parameters.
 
     overhead = measurement / (T_r x step)
-
-    Raises:
-        ConfigError: no estimator can measure them.
     """
-    every, training, half = policy.config.update_every_steps, run.config, run.counted.half
-    choice, updates = estimator_of(run, config, policy, groups), training.total_steps // every
-    if choice is None or not updates:
-        return Work(), {}
-    extra = groups * config.sequences_per_group if choice.probe == "extra" else 0
-    cost = cost_of(run, choice, groups)
-    # Sequences are dealt out to the devices, so that each has one at least.
-    target, probed = (run.devices * math.ceil(n / run.devices) for n in (config.target_sequences, extra))
-    once = run.work("step", target) + run.work("forward", cost.forwards * (probed or training.batch_sequences))
-    sent = once.flops / run.step.flops * run.sent if run.sharded else run.summed * (1 + cost.reductions)
-    once = once + Work(0.0, 4.0 * cost.parameter_passes * run.held, sent=sent)
-    seconds, step = (run.hardware.time(work, half=half).seconds for work in (once, run.step))
-    return once * updates, {
-        "alignment_estimator": f"{choice.estimator} on {choice.probe}: {choice.reason}",
-        "alignment_groups": groups,
-        "alignments": updates,
-        "sequences_per_alignment": config.target_sequences + extra,
-        "seconds_per_alignment": seconds,
-        "alignment_overhead": seconds / (every * step),
-    }
+
+    config: AlignmentConfig
+    policy: MixturePolicy[Any]
+    groups: int
+
+    def chosen(self, run: Run) -> tuple[Choice, Cost] | None:
+        """The estimator that training will choose, and what a measurement by it takes; None where none is needed.
+
+        Raises:
+            ConfigError: no estimator can measure them.
+        """
+        batch = run.config.batch_sequences
+        choice = choose_for_policy(
+            self.policy, self.config, model=run.counted.build("meta"), groups=self.groups, batch_size=batch,
+            processes=run.devices, sharded=run.sharded,
+        )  # fmt: skip
+        if choice is None:
+            return None
+        facts = Facts(self.groups, batch, run.devices, sharded=run.sharded)
+        return choice, estimators[choice.estimator]().cost(facts, choice.probe)
+
+    def memory(self, run: Run) -> dict[str, float]:
+        """Bytes of the direction and of what the estimator holds beside it; `measured` says where there is none."""
+        with suppress(ConfigError):
+            if chosen := self.chosen(run):
+                each = {"direction": 4.0, "estimator": chosen[1].bytes_per_parameter}
+                return {name: size * run.counted.trainable for name, size in each.items() if size}
+        return {}
+
+    def measured(self, run: Run) -> tuple[Work, dict[str, Any]]:
+        """A device's part of the work, and figures.
+
+        Raises:
+            ConfigError: no estimator can measure them.
+        """
+        config, chosen = self.config, self.chosen(run)
+        every: int = self.policy.config.update_every_steps
+        updates = run.config.total_steps // every
+        if chosen is None or not updates:
+            return Work(), {}
+        choice, cost = chosen
+        extra = self.groups * config.sequences_per_group if choice.probe == "extra" else 0
+        # Sequences are dealt out to the devices, so that each has one at least.
+        target, probed = (run.devices * math.ceil(n / run.devices) for n in (config.target_sequences, extra))
+        once = run.work("step", target) + run.work("forward", cost.forwards * (probed or run.config.batch_sequences))
+        sent = once.flops / run.step.flops * run.sent if run.sharded else run.summed * (1 + cost.reductions)
+        once = once + Work(0.0, 4.0 * cost.parameter_passes * run.share * run.counted.trainable, sent=sent)
+        return once * updates, {
+            "alignment_estimator": f"{choice.estimator} on {choice.probe}: {choice.reason}",
+            "alignment_groups": self.groups,
+            "alignments": updates,
+            "sequences_per_alignment": config.target_sequences + extra,
+            "seconds_per_alignment": run.seconds(once),
+            "alignment_overhead": run.seconds(once) / (every * run.seconds(run.step)),
+        }

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -42,6 +43,17 @@ ACCELERATOR_CALL_FLOPS = 1e8
 """Operations in the time of one kernel launch, about 5 us at 2e13 a second: an estimate for float32 on a GPU."""
 KEPT_BYTES = 1 << 28
 """Scratch buffers larger than this are not kept between calls."""
+_APART = threading.local()
+
+
+@contextmanager
+def tokens_apart() -> Iterator[None]:
+    """Inside, no token's update depends on what other tokens chose, to the last bit: none is laid out by expert."""
+    _APART.on = True
+    try:
+        yield
+    finally:
+        _APART.on = False
 
 
 def routed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -60,10 +72,13 @@ def routed_delta(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Te
     assignments = experts_NK.numel()
     if assignments == 0:
         return u_NI.new_zeros(u_NI.shape[0], B_ERO.shape[2])
-    if assignments <= FEW_ASSIGNMENTS:
+    apart = getattr(_APART, "on", False)
+    if assignments <= FEW_ASSIGNMENTS or (apart and u_NI.device.type != "cpu"):
         return gather_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if u_NI.device.type == "cpu" and not grad:
-        return _cheapest(u_NI.shape[0], assignments, A_ERI, B_ERO)(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
+        return _cheapest(u_NI.shape[0], assignments, A_ERI, B_ERO, apart=apart)(
+            u_NI, experts_NK, weights_NK, A_ERI, B_ERO
+        )
     if _can_group(A_ERI, B_ERO):
         return grouped_delta(u_NI, experts_NK, weights_NK, A_ERI, B_ERO)
     if _dense_pays(u_NI.shape[0], assignments, A_ERI, B_ERO):
@@ -199,7 +214,7 @@ def _sorted(experts_NK: Tensor, weights_NK: Tensor, experts: int) -> tuple[Tenso
     return order_M.div(experts_NK.shape[1], rounding_mode="floor"), weights_NK.flatten()[order_M], counts_E
 
 
-def _cheapest(tokens: int, assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> Way:
+def _cheapest(tokens: int, assignments: int, A_ERI: Tensor, B_ERO: Tensor, *, apart: bool = False) -> Way:
     """The way that costs least on a CPU: what it copies and reads, its arithmetic, and its calls."""
     experts = A_ERI.shape[0]
     numbers = A_ERI[0].numel() + B_ERO[0].numel()
@@ -209,7 +224,7 @@ def _cheapest(tokens: int, assignments: int, A_ERI: Tensor, B_ERO: Tensor) -> Wa
     costs = {
         each_delta: 3 * CALL_SECONDS + assignments * (CALL_SECONDS / 2 + copied),
         dense_delta: 4 * CALL_SECONDS + pool + tokens * experts * flop * LARGE_PRODUCT,
-        packed_delta: 30 * CALL_SECONDS + 2 * pool + assignments * (flop + copied / 16) * 1.5,
+        packed_delta: torch.inf if apart else 30 * CALL_SECONDS + 2 * pool + assignments * (flop + copied / 16) * 1.5,
     }
     return min(costs, key=costs.__getitem__)
 

@@ -1,27 +1,29 @@
-"""The web application: OpenAI's routes, limits, keys, figures and errors around the engines."""
+"""The web application: OpenAI's routes and the inspector around the engines."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
 
 from weftlm import __version__
 from weftlm.errors import ConfigError
-from weftlm.serving.engine import Engine, RequestState
+from weftlm.serving.engine import Engine
+from weftlm.serving.inspector import PAGE, inspector_router
 from weftlm.serving.limits import ApiError, Guard, add_handlers
 from weftlm.serving.metrics import Metrics
 from weftlm.serving.prompts import Prompts
-from weftlm.serving.replies import EventQueue, Form, in_short_calls, sse
-from weftlm.serving.request import ContextLengthError, Event, PromptError, Sampling
-from weftlm.serving.schemas import SEED_BITS, ChatRequest, Completion, CompletionRequest, ErrorBody, GenerationRequest
+from weftlm.serving.replies import Answers, Form, in_short_calls, stream
+from weftlm.serving.request import PromptError
+from weftlm.serving.schemas import ChatRequest, Completion, CompletionRequest, ErrorBody, GenerationRequest
 from weftlm.serving.serve_config import ServeConfig
 
 COMPLETION_TOKENS = 16
@@ -37,18 +39,15 @@ async def _after_response() -> AsyncIterator[ExitStack]:
 AfterResponse = Annotated[ExitStack, Depends(_after_response)]
 
 
-def build_app(engines: Mapping[str, Engine], config: ServeConfig, *, pages: Sequence[APIRouter] = ()) -> FastAPI:
+def build_app(engines: Mapping[str, Engine], config: ServeConfig) -> FastAPI:
     """The application that serves engines by their names; it starts and stops none.
 
     Args:
-        engines: Engines by name, at least one.
+        engines: Engines by name. Nothing may run on their models meanwhile.
         config: Limits and keys.
-        pages: Further routes, `/` and those under `/api/`.
     Raises:
-        ConfigError: There is no engine, or a name cannot be part of an address.
+        ConfigError: A name cannot be part of an address.
     """
-    if not engines:
-        raise ConfigError("there is no model to serve; name at least one")
     for name in engines:
         if not name or "/" in name or not name.isprintable() or len(name) > 200:
             message = f"a model's name is {name!r}; it must be printable, without '/', of at most 200 characters"
@@ -69,13 +68,19 @@ def build_app(engines: Mapping[str, Engine], config: ServeConfig, *, pages: Sequ
         """Whether the server runs."""
         return {"status": "ok"}
 
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """The inspector."""
+        return FileResponse(PAGE / "index.html")
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics_() -> Response:
         """Figures for Prometheus."""
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    for router in (_openai_router(engines, config, metrics), *pages):
-        app.include_router(router)
+    app.include_router(_openai_router(engines, config, metrics))
+    app.include_router(inspector_router({name: engine.opened for name, engine in engines.items()}))
+    app.mount("/page", StaticFiles(directory=PAGE, packages=[("weftlm.reporting", "templates")]))
     app.add_middleware(Guard, config=config, metrics=metrics)
     return app
 
@@ -110,15 +115,11 @@ def _openai_router(engines: Mapping[str, Engine], config: ServeConfig, metrics: 
         """Continue texts or token ids."""
         prompts, given = prompts_of(asked.model), asked.prompt
         each: Any = given if isinstance(given, list) and isinstance(given[0], str | list) else [given]
-        _check(asked, len(each), config)
-        if asked.best_of not in (None, asked.n or 1):
-            message = f"best_of is {asked.best_of} and n {asked.n or 1}: ranked answers are not offered"
-            raise ApiError(400, f"{message}; leave best_of out", param="best_of", code="unsupported_value")
+        check(asked, len(each))
         if isinstance(each[0], str):
             special = asked.add_special_tokens is not False
             each = await asyncio.to_thread(lambda: [prompts.text(text, special=special) for text in each])
-        form = Form(asked.model, prompts, asked.logprobs, chat=False)
-        return await reply(request, asked, each, asked.max_tokens, form, after)
+        return await reply(request, asked, each, asked.max_tokens, after)
 
     @router.post("/chat/completions", response_model=Completion)
     async def chat(request: Request, asked: ChatRequest, after: AfterResponse) -> Response:
@@ -128,123 +129,62 @@ def _openai_router(engines: Mapping[str, Engine], config: ServeConfig, metrics: 
         message and the line `assistant:`.
         """
         prompts = prompts_of(asked.model)
-        _check(asked, 1, config)
+        check(asked, 1)
         try:
-            with _naming("messages"):
-                async with prompts.lock:
-                    ids = await asyncio.to_thread(prompts.chat, [message.fields() for message in asked.messages])
+            async with prompts.lock:
+                ids = await asyncio.to_thread(prompts.chat, [message.fields() for message in asked.messages])
         except (TimeoutError, RuntimeError) as error:
             raise ApiError(500, f"{error}; the model needs another template", code="chat_template_failed") from None
-        wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        form = Form(asked.model, prompts, (asked.top_logprobs or 0) if asked.logprobs else None, chat=True)
-        return await reply(request, asked, [ids], wanted, form, after)
+        return await reply(request, asked, [ids], asked.max_completion_tokens or asked.max_tokens, after)
 
-    def max_tokens(model: str, prompts: Sequence[Sequence[int]], wanted: int | None, default: int) -> int:
+    def check(asked: GenerationRequest, prompts: int) -> None:
+        answers, most = prompts * (asked.n or 1), min(config.max_answers, config.slots + config.max_waiting)
+        if answers > most:
+            message = f"{prompts} prompts and n {asked.n or 1} make {answers} answers; at most {most}"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        if asked.timeout is not None and asked.timeout > config.timeout_seconds:
+            message = f"timeout is {asked.timeout:g}; at most {config.timeout_seconds:g} seconds are allowed"
+            raise ApiError(400, message, param="timeout", code="invalid_value")
+
+    def max_tokens(asked: GenerationRequest, longest: int, wanted: int | None) -> int:
         """Tokens each answer may have: what was asked for, or the default as far as the context allows it."""
-        longest, context = max(map(len, prompts)), engines[model].opened.max_length
         if wanted is not None and wanted > config.max_new_tokens:
             message = f"max_tokens is {wanted:,}; at most {config.max_new_tokens:,} tokens are generated per answer"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
         if longest > config.max_prompt_tokens:
             message = f"the prompt has {longest:,} tokens; at most {config.max_prompt_tokens:,} are allowed"
-            raise ContextLengthError(message)
-        left = default if context is None else max(1, context - longest)
-        return min(default, left, config.max_new_tokens) if wanted is None else wanted
+            raise PromptError(message, "context_length_exceeded")
+        if wanted is not None:
+            return wanted
+        context = engines[asked.model].opened.max_length
+        left = config.max_new_tokens if context is None else max(1, context - longest)
+        return min(left, config.max_new_tokens, config.max_new_tokens if asked.chat else COMPLETION_TOKENS)
 
     async def reply(
-        request: Request,
-        asked: GenerationRequest,
-        prompts: Sequence[list[int]],
-        wanted: int | None,
-        form: Form,
-        after: ExitStack,
+        request: Request, asked: GenerationRequest, prompts: Sequence[list[int]], wanted: int | None, after: ExitStack
     ) -> Response:
-        """Queue every prompt n times and answer, whole or piece by piece.
-
-        Nothing of a stream is sent before its first event has come, so that what fails before it is an ordinary error.
-        """
-        engine, timeout_s = engines[asked.model], asked.timeout or config.timeout_seconds
-        queue, answers = EventQueue(), list[RequestState]()
-        with _naming("messages" if form.chat else "prompt"):
-            tokens = max_tokens(asked.model, prompts, wanted, config.max_new_tokens if form.chat else COMPLETION_TOKENS)
-            for prompt, sampling in itertools.product(prompts, _samplings(asked, tokens, form.top)):
-                answers.append(engine.submit(prompt, sampling, queue.sender(len(answers)), timeout_s=timeout_s))
-                after.callback(metrics.observe, asked.model, answers[-1])
-                after.callback(answers[-1].cancel)
+        """Queue every prompt n times and answer, whole or piece by piece."""
+        answers, form = Answers(request, after), Form(asked, served[asked.model])
+        samplings = asked.samplings(max_tokens(asked, max(map(len, prompts)), wanted))
+        for prompt, sampling in itertools.product(prompts, samplings):
+            timeout_s = asked.timeout or config.timeout_seconds
+            state = answers.submit(engines[asked.model], prompt, sampling, timeout_s)
+            after.callback(metrics.observe, asked.model, state)
+            after.callback(state.cancel)
 
         def usage() -> dict[str, int]:
-            read, made = sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers)
+            read, made = sum(map(len, prompts)), sum(len(state.tokens) for state in answers.states)
             return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
-        events = queue.until_finished(answers, request, stream=bool(asked.stream))
-        first = await anext(events)
         if asked.stream:
-            counts = usage if asked.stream_options is not None and asked.stream_options.include_usage else None
+            counted = asked.stream_options is not None and asked.stream_options.include_usage
+            lines = stream(answers, form, usage if counted else None)
+            await anext(lines)
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            lines = _lines(first, events, form, counts)
             return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
-        async for _ in events:
+        async for _ in answers:
             pass
-        written = await asyncio.to_thread(in_short_calls, form.whole(answers, usage()))
+        written = await asyncio.to_thread(in_short_calls, form.whole(answers.states, usage()))
         return Response(written, media_type="application/json")
 
     return router
-
-
-async def _lines(
-    first: tuple[int, Event],
-    events: AsyncIterator[tuple[int, Event]],
-    form: Form,
-    usage: Callable[[], dict[str, int]] | None,
-) -> AsyncIterator[bytes]:
-    """One event per piece, then the token counts if asked for, then `[DONE]`; a failure is sent as the last event."""
-    counts = {} if usage is None else {"usage": None}
-    try:
-        for choice in form.pieces(*first):
-            yield sse(form.chunk([choice]) | counts)
-        async for event in events:
-            for choice in form.pieces(*event):
-                yield sse(form.chunk([choice]) | counts)
-                await asyncio.sleep(0)  # others' turn; and a connection lost meanwhile is noticed
-    except ApiError as error:
-        yield sse(error.body())
-        return
-    if usage is not None:
-        yield sse(form.chunk([]) | {"usage": usage()})
-    yield b"data: [DONE]\n\n"
-
-
-@contextmanager
-def _naming(param: str) -> Iterator[None]:
-    """Name the field at fault where a prompt is refused."""
-    try:
-        yield
-    except PromptError as error:
-        raise ApiError(400, str(error), param=param, code=error.code) from None
-
-
-def _check(asked: GenerationRequest, prompts: int, config: ServeConfig) -> None:
-    answers = prompts * (asked.n or 1)
-    if answers > config.max_answers:
-        message = f"{prompts} prompts and n {asked.n or 1} make {answers} answers; at most {config.max_answers}"
-        raise ApiError(400, message, param="n", code="invalid_value")
-    if asked.timeout is not None and asked.timeout > config.timeout_seconds:
-        message = f"timeout is {asked.timeout:g}; at most {config.timeout_seconds:g} seconds are allowed"
-        raise ApiError(400, message, param="timeout", code="invalid_value")
-
-
-def _samplings(asked: GenerationRequest, tokens: int, top: int | None) -> list[Sampling]:
-    """How the tokens of each answer to a prompt are drawn: the seed is the request's plus its number, modulo 2^63."""
-    first = Sampling(
-        max_tokens=tokens,
-        temperature=0.0 if asked.top_p == 0 else 1.0 if asked.temperature is None else asked.temperature,
-        top_p=asked.top_p or 1.0,
-        seed=asked.seed,
-        stop=(asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ()),
-        logprobs=top,
-        ignore_eos=bool(asked.ignore_eos),
-    )
-    if asked.seed is None:
-        return [first] * (asked.n or 1)
-    seeds = ((asked.seed + number) % (1 << SEED_BITS) for number in range(asked.n or 1))
-    return [first.model_copy(update={"seed": seed}) for seed in seeds]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,9 +28,7 @@ class RefusedError(Exception):
 class Renderer:
     """The process, started at the first template and again after it was killed; one thread at a time may use it."""
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._end: Callable[[], object] = lambda: None
+    _process: subprocess.Popen[str] | None = None
 
     def render(self, template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, Any]) -> str:
         """What a chat template writes, in transformers' sandbox.
@@ -44,10 +42,13 @@ class Renderer:
             TimeoutError: It does not end in time.
             RuntimeError: It ends the process.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
         process = self._process
-        assert process is not None
+        if process is None or process.poll() is not None:
+            process = self._process = subprocess.Popen(  # -P: the folder of this file is no place to import from
+                [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True, encoding="ascii",
+            )  # fmt: skip
+            weakref.finalize(self, _end, process)
         assert process.stdin is not None
         assert process.stdout is not None
         job = {"template": template, "messages": messages, "tokens": tokens, "seconds": TEMPLATE_SECONDS}
@@ -57,7 +58,8 @@ class Renderer:
             process.stdin.flush()
             line = process.stdout.readline()
         if not line.endswith("\n"):
-            if process.wait() == -signal.SIGALRM:
+            _end(process)
+            if process.returncode == -signal.SIGALRM:
                 raise TimeoutError(f"the model's chat template did not end within {TEMPLATE_SECONDS:g} s")
             raise RuntimeError(f"the process that renders the model's chat template ended ({process.returncode})")
         result: dict[str, str] = json.loads(line)
@@ -65,27 +67,15 @@ class Renderer:
             raise RefusedError(result["refused"])
         return result["text"]
 
-    def _start(self) -> None:
-        self._end()
-        # -P: the folder of this file is no place to import from.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, encoding="ascii",
-        )  # fmt: skip
-        self._end = weakref.finalize(self, _end, self._process)
-
 
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         process.communicate()
 
 
-# -- in the process ----------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
-    """Render templates until the input ends."""
+    """Render templates until the input ends: the program of the process."""
     import resource  # noqa: PLC0415  (POSIX alone has it)
 
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415  (slow)

@@ -8,17 +8,15 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or not yet one."""
 CONTEXT = 4
 """Tokens of the prompt that an answer is decoded after."""
-LONG = 16
-"""Tokens held while their text ends in no whole character; most of a longer run is given out."""
 
 
 class AnswerText:
     """The text each token adds to an answer, up to its first stop text.
 
-    A token that ends within a character adds nothing until the character is whole, or the run of such tokens is long;
-    text that may be the beginning of a stop text is held back. All pieces, with that of `finish`, join to the decoder's
-    text of all tokens, up to the stop text that is complete first. Only the last few tokens are decoded again: decoders
-    may treat a token at the start of a text differently.
+    A token that ends within a character adds nothing until the character is whole; text that may be the beginning of a
+    stop text is held back. All pieces, with that of `finish`, join to the decoder's text of all tokens, up to the stop
+    text that is complete first. Only the last few tokens are decoded again: decoders may treat a token at the start of
+    a text differently.
 
     Attributes:
         stopped: Whether a stop text came; nothing more is given out.
@@ -43,43 +41,26 @@ class AnswerText:
         """The text to give out with a token."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        if not text.endswith(BROKEN):
-            return self._release(self._take(text))
-        return self._release(self._cut(text)) if len(self._ids) - self._given > LONG else ""
+        return "" if text.endswith(BROKEN) else self._release(text)
 
     def finish(self) -> str:
         """The text left at the end, broken characters included; a stop text may be found in it."""
-        text = self._release(self._take(self._decode(self._ids)))
+        text = self._release(self._decode(self._ids))
         held, self._held = self._held, ""
         return text + held
 
-    def _take(self, text: str) -> str:
-        """What the newest tokens add to those before; they become the context of the next."""
-        new = text[len(self._decode(self._ids[: self._given])) :]
-        self._ids = self._ids[self._given :]
-        self._given = len(self._ids)
-        return new
-
-    def _cut(self, text: str) -> str:
-        """The front of a long run of broken characters, up to a place from which the rest reads as it did."""
-        for cut in range(len(self._ids) - LONG // 2, len(self._ids) - LONG // 4):
-            front, last = self._decode(self._ids[:cut]), self._decode(self._ids[cut - 1 : cut])
-            if front + self._decode(self._ids[cut - 1 :])[len(last) :] == text:
-                new = front[len(self._decode(self._ids[: self._given])) :]
-                self._ids, self._given = self._ids[cut - 1 :], 1
-                return new
-        return ""
-
     def _release(self, text: str) -> str:
-        """What of the text held back and the new one can be given out."""
+        """What can be given out of the text of all tokens held; the newest become the context of the next."""
+        new = self._held + text[len(self._decode(self._ids[: self._given])) :]
+        self._ids = self._ids[self._given :]
+        self._given, self._held = len(self._ids), ""
         if self.stopped:
             return ""
-        text = self._held + text
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self._stop if (place := new.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        begun = (count for stop in self._stop for count in range(1, len(stop)) if text.endswith(stop[:count]))
-        kept = len(text) - max(begun, default=0)
-        self._held = text[kept:]
-        return text[:kept]
+            self.stopped = True
+            return new[: min(found)[1]]
+        begun = (count for stop in self._stop for count in range(1, len(stop)) if new.endswith(stop[:count]))
+        kept = len(new) - max(begun, default=0)
+        self._held = new[kept:]
+        return new[:kept]

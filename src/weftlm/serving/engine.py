@@ -12,12 +12,11 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, get_args
+from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
@@ -25,20 +24,18 @@ from torch import Tensor
 from weftlm.models.stepping import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving.detokenise import AnswerText
-from weftlm.serving.drawing import Draw
 from weftlm.serving.request import (
+    Draw,
     EngineClosedError,
     Event,
     Finished,
     FinishReason,
+    PromptError,
     QueueFullError,
     Sampling,
     Token,
-    check_prompt,
 )
-from weftlm.serving.serve_config import EngineConfig
-from weftlm.serving.stepping import OneByOne
-from weftlm.serving.trial import stepper_for
+from weftlm.serving.stepping import ModelState, OneByOne, stepper_for
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +50,14 @@ class RequestState:
         tokens: Tokens so far.
         finished: How it ended; None while it goes on.
         times: When it was submitted, and when the first and the last token came; seconds from any start.
+        read: Number of tokens of the prompt read so far.
     """
 
     def __init__(
         self,
         prompt: Sequence[int],
         sampling: Sampling,
-        text: AnswerText,
+        decode: Callable[[Sequence[int]], str],
         deadline: float,
         send: Callable[[Event], None],
     ) -> None:
@@ -68,11 +66,11 @@ class RequestState:
         self.deadline = deadline
         self.tokens: list[Token] = []
         self.finished: Finished | None = None
-        self.times = (time.perf_counter(), 0.0, 0.0)
-        self.decoder = text
+        self.times = (perf_counter(), 0.0, 0.0)
+        self.decoder = AnswerText(decode, sampling.stop, prompt)
         self.draw = Draw(sampling)
-        self.cache: Any = None  # the stepper's
-        self.read = 0  # tokens of the prompt
+        self.state = ModelState()
+        self.read = 0
         self.cancelled = False
         self._send = send
 
@@ -93,7 +91,7 @@ class RequestState:
     def record(self, event: Event) -> None:
         """Keep an event and send it."""
         if isinstance(event, Token):
-            now = time.perf_counter()
+            now = perf_counter()
             self.times = self.times[0], self.times[1] if self.tokens else now, now
             self.tokens.append(event)
         else:
@@ -111,33 +109,28 @@ class Engine:
     `stop` and is not sent as a `Token`, unless a request ignores it. Time limits count from `submit`, waiting included.
     An exception in a pass ends the requests of that pass with the reason `error`; the others go on.
 
-    Attributes:
-        generated_tokens: Tokens generated since the start.
-        prompt_tokens: Tokens of prompts read since the start.
-        finished: Number of requests ended since the start, by reason.
-
     Args:
         opened: The model; nothing else may run it until `close`.
-        config: How it is shared.
-        clock: Seconds from any start, for time limits.
+        slots: Batch slots: requests generated at a time.
+        max_waiting: Maximum number of queued requests; more are refused.
+        timeout_seconds: Request timeout in seconds, including time in the queue; None for no limit.
     """
 
     def __init__(
         self,
         opened: OpenModel,
-        config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
         *,
-        clock: Callable[[], float] = time.monotonic,
+        slots: int = 8,
+        max_waiting: int = 64,
+        timeout_seconds: float | None = 120.0,
     ) -> None:
         self.opened = opened
-        self.config = config
-        self.generated_tokens = self.prompt_tokens = 0
-        self.finished: Counter[str] = Counter(dict.fromkeys(get_args(FinishReason), 0))
-        self._clock = clock
-        self._vocab_size = int(opened.model.config.vocab_size)
-        self._end_ids = _end_ids(opened)
+        self._slots, self._places = slots, slots + max_waiting
+        self._timeout_seconds = math.inf if timeout_seconds is None else timeout_seconds
+        ends = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
+        self._end_ids = {opened.tokenizer.eos_id, *([ends] if isinstance(ends, int) else ends or ())}
         self._in_pieces = stepping_of(opened.model).in_pieces
-        self._stepper: OneByOne = stepper_for(opened, config.slots)
+        self._stepper: OneByOne = stepper_for(opened, slots)
         self._changed = threading.Condition()
         self._waiting: deque[RequestState] = deque()  # changed with `_changed` held
         self._active: list[RequestState] = []  # changed by the worker alone
@@ -172,22 +165,36 @@ class Engine:
             timeout_s: Time limit in seconds, waiting included; None for the engine's own.
         Raises:
             QueueFullError: As many requests run and wait as may.
-            ConfigError: The prompt is refused (see `check_prompt`).
+            PromptError: The prompt is empty, too long with max_tokens, or holds a number that is no token id.
             EngineClosedError: `close` was called.
         """
-        check_prompt(prompt_ids, sampling.max_tokens, self._vocab_size, self.opened.max_length)
-        timeout_s = self.config.timeout_seconds if timeout_s is None else timeout_s
-        deadline = math.inf if timeout_s is None else self._clock() + timeout_s
-        text = AnswerText(self.opened.tokenizer.decode, sampling.stop, prompt_ids)
-        request = RequestState(prompt_ids, sampling, text, deadline, send)
+        self.check(prompt_ids, sampling.max_tokens)
+        deadline = monotonic() + (self._timeout_seconds if timeout_s is None else timeout_s)
+        request = RequestState(prompt_ids, sampling, self.opened.tokenizer.decode, deadline, send)
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is closed and takes no more requests; make another")
-            if self.running + self.waiting >= self.config.slots + self.config.max_waiting:
+            if self.running + self.waiting >= self._places:
                 raise QueueFullError(f"{self.waiting} requests wait already")
             self._waiting.append(request)
             self._changed.notify()
         return request
+
+    def check(self, prompt_ids: Sequence[int], max_tokens: int) -> None:
+        """Check a prompt against the model; see `submit`."""
+        if not prompt_ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        total, most = len(prompt_ids) + max_tokens, self.opened.max_length
+        if most is not None and total > most:
+            raise PromptError(
+                f"a prompt of {len(prompt_ids):,} tokens and max_tokens {max_tokens:,} make {total:,}; the model reads "
+                f"{most:,} tokens at most: shorten the prompt or lower max_tokens",
+                "context_length_exceeded",
+            )
+        vocab_size = int(self.opened.model.config.vocab_size)
+        for token in (min(prompt_ids), max(prompt_ids)):
+            if not 0 <= token < vocab_size:
+                raise PromptError(f"the prompt holds {token}, which is no token id; ids go from 0 to {vocab_size - 1}")
 
     def close(self) -> None:
         """End what runs (`cancelled`) after the turn under way, and stop. Closing twice is closing once.
@@ -238,12 +245,12 @@ class Engine:
 
     def _sweep(self) -> None:
         """End requests that are cancelled or late, and fill free batch slots from the queue."""
-        now = self._clock()
+        now = monotonic()
         with self._changed:
             gone = [each for each in (*self._active, *self._waiting) if each.cancelled or now >= each.deadline]
             self._waiting = deque(each for each in self._waiting if each not in gone)
             self._active = [each for each in self._active if each not in gone]
-            while self._waiting and len(self._active) < self.config.slots:
+            while self._waiting and len(self._active) < self._slots:
                 self._active.append(self._waiting.popleft())
         for request in gone:
             self._end(request, "cancelled" if request.cancelled else "timeout")
@@ -257,11 +264,8 @@ class Engine:
         if self._in_pieces and first + PREFILL_TOKENS + 1 < last:
             last = first + PREFILL_TOKENS
         with self._ending_on_error([request]):
-            if request.cache is None:
-                request.cache = self._stepper.begin()
-            logits_V = self._stepper.read(request.cache, request.prompt[first:last])
+            logits_V = self._stepper.read(request.state, request.prompt[first:last])
             request.read = last
-            self.prompt_tokens += last - first
             if request.decoding:
                 self._answer(request, logits_V)
 
@@ -269,7 +273,7 @@ class Engine:
         """The next token of requests that share a pass."""
         logits: Sequence[Tensor] = ()
         with self._ending_on_error(requests):
-            logits = self._stepper.step([each.cache for each in requests], [each.tokens[-1].id for each in requests])
+            logits = self._stepper.step([each.state for each in requests], [each.tokens[-1].id for each in requests])
         for request, logits_V in zip(requests, logits, strict=False):
             with self._ending_on_error([request]):
                 self._answer(request, logits_V)
@@ -281,7 +285,6 @@ class Engine:
             self._end(request, "stop")
             return
         request.record(replace(drawn, text=request.decoder.push(drawn.id)))
-        self.generated_tokens += 1
         if request.decoder.stopped:
             self._end(request, "stop")
         elif len(request.tokens) == request.sampling.max_tokens:
@@ -301,7 +304,7 @@ class Engine:
         """Free a request's batch slot and cache, and send its end."""
         if request in self._active:
             self._active.remove(request)
-        request.cache = None
+        request.state = ModelState()
         try:
             text = request.decoder.finish()
         except Exception as error:
@@ -309,12 +312,4 @@ class Engine:
             text, reason, message = "", "error", message or f"{type(error).__name__}: {error}"
         if request.decoder.stopped and reason == "length":
             reason = "stop"
-        self.finished[reason] += 1
         request.record(Finished(reason, text, message))
-
-
-def _end_ids(opened: OpenModel) -> frozenset[int]:
-    """The tokenizer's end-of-text token and what the model's generation settings name."""
-    named = getattr(getattr(opened.model, "generation_config", None), "eos_token_id", None)
-    ids = [] if named is None else named if isinstance(named, list | tuple) else [named]
-    return frozenset([opened.tokenizer.eos_id, *map(int, ids)])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import reprlib
 import time
 from collections.abc import Sequence
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -20,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weftlm.errors import NumericsError, WeftError
 from weftlm.serving.metrics import Metrics
-from weftlm.serving.request import EngineClosedError, QueueFullError
-from weftlm.serving.serve_config import ServeConfig, host_name
+from weftlm.serving.request import EngineClosedError, PromptError, QueueFullError
+from weftlm.serving.serve_config import ServeConfig, host_name, ip_of
 
 CLIENT_LEFT = 499
 """Status of a request whose client left before it was answered; counted, and received by no client."""
@@ -30,10 +29,17 @@ OPEN_PATHS = ("/", "/healthz", "/page/")
 """Paths answered without a key: the health check, and the page with its files, which hold no data and ask for it."""
 MAX_BRACKETS = 10_000
 """Maximum number of opening brackets in a body: a list takes much longer to read than a byte."""
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+"""Headers of every response that has none of its own: the page loads nothing from elsewhere."""
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
 """Shows what a client sent without reading all of it."""
-METHODS = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT".split())
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
@@ -90,6 +96,9 @@ def _api_error(request: Request, error: Exception) -> ApiError:
         case QueueFullError():
             message = f"{error}; try again in {RETRY_SECONDS} s"
             return ApiError(429, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
+        case PromptError():
+            field = "messages" if request.url.path.endswith("/chat/completions") else "prompt"
+            return ApiError(400, str(error), param=field, code=error.code)
         case EngineClosedError():
             return ApiError(503, "the server stops", code="stopping")
         case NumericsError():
@@ -149,26 +158,28 @@ class Guard:
 
         async def counted(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], MutableHeaders(scope=message)
+                for name, value in PAGE_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         try:
             with self.metrics.open.track_inprogress():
-                refused = self._refused(scope)
+                refused = self._refused(scope, Headers(scope=scope))
                 await (self.app if refused is None else refused.response())(scope, bounded, counted)
         except Exception:
             status = 500
             raise
         finally:  # a route is counted by its template, never by what a client wrote
             route = getattr(scope.get("route"), "path", "none")
-            method = scope["method"] if scope["method"] in METHODS else "other"
+            method = scope["method"] if scope["method"] in HTTPMethod.__members__ else "other"
             self.metrics.requests.labels(method, route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
-    def _refused(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
+    def _refused(self, scope: Scope, headers: Headers) -> ApiError | None:
         name = host_name(headers.get("host", ""))
-        if self.hosts is not None and name not in self.hosts and not _is_local(name):
+        if self.hosts is not None and name not in self.hosts and ip_of(name) is None:
             message = (
                 f"the request is for the host {name!r:.100}, which is not one of this server's names; start it with "
                 "--allow-host for each name it is reached under"
@@ -194,14 +205,3 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.most:,} bytes; send less", code="body_too_large")
-
-
-def _is_local(name: str) -> bool:
-    """Whether a name can only mean an address or this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

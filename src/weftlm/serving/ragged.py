@@ -7,36 +7,30 @@ keys when the keys are padded to another length. So:
   elementwise functions work through memory several numbers at a time and finish what is left over one by one, with
   other last bits: the number of rows is a multiple of 8, which leaves nothing over at usual widths.
 - Attention runs request by request, over the request's own keys and values and no others.
-- Prompts are read alone.
+- Prompts are read alone, and of a routed product no token is laid out beside others (`tokens_apart`).
 
 With 8 rows and requests a (5 tokens so far) and b (9), a step is one pass of the model over the column of tokens
 [a6, b10, 0, 0, 0, 0, 0, 0] at positions [5, 9, 0, ...]. In each layer the new keys of row 0 go to a's cache, those of
 row 1 to b's, and attention runs twice: row 0 over a's 6 keys, row 1 over b's 10. The other rows are not attended to.
 
-That this holds for a model on a machine is tried before it is relied on (`trial.py`).
+That this holds for a model on a machine is tried before it is relied on (`stepping.trial`).
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from weftlm.routing.kernels import FEW_ASSIGNMENTS, packed_delta
-from weftlm.routing.kernels import _cheapest as cheapest
-from weftlm.routing.pool import ModulePool
-from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Routing, TargetModule
+from weftlm.routing.kernels import tokens_apart
 
 ATTENTION = "weftlm_ragged"
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -44,9 +38,7 @@ _FOLLOWS_LENGTH = frozenset({"dynamic", "longrope"})
 """Kinds of rotary embeddings that depend on the longest text of a pass."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Settings of models that sort the tokens of a pass by expert."""
-
-RequestRows = tuple[slice, Cache]
-"""Rows of a pass, and the cache that holds the keys and values of their request."""
+_BYPASSED = "the model's attention bypasses `ragged_attention`"
 
 
 class RaggedCache(Cache):
@@ -56,7 +48,7 @@ class RaggedCache(Cache):
         requests: Rows and cache of each request; rows of no request are idle.
     """
 
-    def __init__(self, requests: Sequence[RequestRows]) -> None:
+    def __init__(self, requests: Sequence[tuple[slice, Cache]]) -> None:
         super().__init__(layers=[])
         self.requests = tuple(requests)
         self.unread: list[tuple[Tensor, Tensor]] | None = None
@@ -67,7 +59,7 @@ class RaggedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values, and have those of every request ready for `ragged_attention`."""
         if self.unread is not None:
-            raise RuntimeError("the model's attention bypasses `ragged_attention`")
+            raise RuntimeError(_BYPASSED)
         self.unread = [
             cache.update(key_states[rows], value_states[rows], layer_idx) for rows, cache in self.requests
         ]  # fmt: skip
@@ -127,20 +119,17 @@ def ragged_pass(cache: RaggedCache) -> Iterator[None]:
     """
     _PASS.cache = cache
     try:
-        yield
+        with tokens_apart():
+            yield
     finally:
         _PASS.cache = None
     if cache.unread is not None:
-        raise RuntimeError("the model's attention bypasses `ragged_attention`")
+        raise RuntimeError(_BYPASSED)
 
 
-def cannot_be_ragged(model: nn.Module) -> str:
-    """Why a transformers model cannot take part in a ragged pass; empty if nothing is seen to be against it."""
-    if not isinstance(model, PreTrainedModel):
-        return f"a {type(model).__name__} is no transformers model"
-    config = model.config
-    if missing := {"past_key_values", "position_ids"} - set(inspect.signature(model.forward).parameters):
-        return f"its forward does not take {' and '.join(sorted(missing))}"
+def cannot_be_ragged(model: Any) -> str:
+    """Why a model cannot take part in a ragged pass, where a trial might not show it; empty if nothing is known."""
+    config: Any = model.config
     if kinds := set(getattr(config, "layer_types", None) or ()) - _LAYERS:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
     if not model._supports_attention_backend or config._attn_implementation not in ("sdpa", ATTENTION):
@@ -150,29 +139,4 @@ def cannot_be_ragged(model: nn.Module) -> str:
     rotary = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
     if found := _FOLLOWS_LENGTH & set(re.findall(r"\w+", str(rotary))):
         return f"its positions ({', '.join(sorted(found))}) depend on the longest text of a pass"
-    return ""
-
-
-def mixes_rows(model: RoutedModel, rows: int) -> str:
-    """Why the routed products of a pass over `rows` tokens are not row by row; empty if they are.
-
-    On a CPU the way a product is taken depends on its size alone, and all ways but one (`packed_delta`, which lays
-    tokens out by expert) take every token by itself. Elsewhere tokens are sorted by expert.
-    """
-    chosen: dict[str, int] = {}
-
-    def record(target: TargetModule, routing: Routing) -> None:
-        chosen[target.name] = routing.experts_BTK.shape[-1]
-
-    with model.recording(record), torch.no_grad():
-        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=False)
-    for name, count in chosen.items():
-        pool = model.model.get_submodule(name).pool
-        assert isinstance(pool, ModulePool)
-        if rows * count <= FEW_ASSIGNMENTS:
-            continue
-        if pool.A_ERI.device.type != "cpu":
-            return f"on a {pool.A_ERI.device.type} device the tokens of a pass are sorted by expert"
-        if cheapest(rows, rows * count, pool.A_ERI, pool.B_ERO) is packed_delta:
-            return f"the experts of {name} are so many or large that the tokens of a pass are sorted by expert"
     return ""

@@ -1,15 +1,17 @@
-"""What is asked of an engine, and the events that answer it."""
+"""What is asked of an engine, how its tokens are drawn, and the events that answer it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from weftlm.config import Section
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, NumericsError
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 
@@ -83,35 +85,51 @@ class EngineClosedError(ConfigError):
 class PromptError(ConfigError):
     """A prompt that the model cannot continue; `code` is a name for programs."""
 
-    code = "invalid_value"
+    def __init__(self, message: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class ContextLengthError(PromptError):
-    """A prompt and its max_tokens exceed the model's context."""
+class Draw:
+    """The draws of one request.
 
-    code = "context_length_exceeded"
+        p(v) proportional to exp(log p_model(v) / temperature) over the smallest set of most likely tokens whose
+        probability is at least top_p
 
-
-def check_prompt(prompt_ids: Sequence[int], max_tokens: int, vocab_size: int, max_length: int | None) -> None:
-    """Check a prompt against a model.
-
-    Args:
-        prompt_ids: Token ids of the prompt.
-        max_tokens: Maximum number of tokens to generate.
-        vocab_size: V.
-        max_length: Number of tokens the model can read; None if unknown.
-    Raises:
-        ContextLengthError: The prompt is too long with max_tokens.
-        PromptError: The prompt is empty, or holds a number that is no token id.
+    Draws are made by a generator of the request's own, on the CPU, for one request at a time: neither other requests
+    nor what they ask for change them.
     """
-    if not prompt_ids:
-        raise PromptError("the prompt is empty; give at least one token")
-    total = len(prompt_ids) + max_tokens
-    if max_length is not None and total > max_length:
-        raise ContextLengthError(
-            f"a prompt of {len(prompt_ids):,} tokens and max_tokens {max_tokens:,} make {total:,}; the model reads "
-            f"{max_length:,} tokens at most: shorten the prompt or lower max_tokens"
-        )
-    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-        wrong = min(prompt_ids) if min(prompt_ids) < 0 else max(prompt_ids)
-        raise PromptError(f"the prompt holds {wrong}, which is no token id; ids go from 0 to {vocab_size - 1}")
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._generator = torch.Generator()
+        self._generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+
+    def __call__(self, logits_V: Tensor) -> Token:
+        """Draw a token, its text not yet known.
+
+        Args:
+            logits_V: Logits of the model, up to a constant; any float type, on any device.
+        Raises:
+            NumericsError: They hold NaN, or no finite number at all.
+        """
+        logits_V = logits_V.to(device="cpu", dtype=torch.float32)
+        highest, count = float(logits_V.max()), self._sampling.logprobs
+        if not abs(highest) < torch.inf:
+            raise NumericsError(f"the model's highest logit is {highest}; a token cannot be drawn from that")
+        token = self._sample(logits_V) if self._sampling.temperature else int(logits_V.argmax())
+        if count is None:
+            return Token(token)
+        logp_V = torch.log_softmax(logits_V, dim=-1)
+        top = logp_V.topk(min(count, len(logp_V)))
+        likely = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return Token(token, "", float(logp_V[token]), tuple(likely))
+
+    def _sample(self, logits_V: Tensor) -> int:
+        scaled_V = (logits_V.double() - logits_V.max()) / self._sampling.temperature
+        p_V = torch.softmax(scaled_V, dim=-1)
+        if self._sampling.top_p < 1.0:
+            sorted_V, ids_V = p_V.sort(descending=True, stable=True)
+            # Those beyond top_p: the sum of those before them has reached it.
+            p_V[ids_V[1:][sorted_V.cumsum(0)[:-1] >= self._sampling.top_p]] = 0.0
+        return int(torch.multinomial(p_V, 1, generator=self._generator))

@@ -6,12 +6,13 @@ Fields of OpenAI's API that would change the answer and are not offered are acce
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from weftlm.errors import did_you_mean
+from weftlm.serving.request import Sampling
 
 SEED_BITS = 63
 MAX_CHOICES, MAX_PROMPTS, MAX_MESSAGES, MAX_CHARACTERS = 16, 1_000, 1_000, 500_000
@@ -74,14 +75,18 @@ class GenerationRequest(Body):
 
     Attributes:
         n: Answers to each prompt; each is drawn with a seed of its own, `seed` + its number.
+        max_tokens: Maximum number of tokens to generate; by default 16 for completions, and for chats what the model's
+            context leaves.
         temperature, top_p: 0 takes the most likely token.
         seed: Random seed of the draw; the same seed gives the same answer whatever else the server does.
         timeout: Request timeout in seconds, including time in the queue; at most the server's own.
         ignore_eos: Whether generation goes on after the end-of-text token, up to the limit of tokens.
     """
 
+    chat: ClassVar[bool]
     model: Annotated[str, Field(min_length=1, max_length=200)]
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1)] | None = None
@@ -91,23 +96,54 @@ class GenerationRequest(Body):
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     ignore_eos: bool | None = None
 
+    @property
+    def top(self) -> int | None:
+        """Alternatives reported for each token; None for no log-probabilities."""
+        raise NotImplementedError
+
+    def samplings(self, tokens: int) -> list[Sampling]:
+        """How the tokens of each answer to a prompt are drawn: with the seed plus its number, modulo 2^63."""
+        first = Sampling(
+            max_tokens=tokens,
+            temperature=0.0 if self.top_p == 0 else 1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p or 1.0,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=self.top,
+            ignore_eos=bool(self.ignore_eos),
+        )
+        numbers = range(self.n or 1)
+        if self.seed is None:
+            return [first for _ in numbers]
+        return [first.model_copy(update={"seed": (self.seed + number) % (1 << SEED_BITS)}) for number in numbers]
+
 
 class CompletionRequest(GenerationRequest):
     """A request to `/v1/completions`.
 
     Attributes:
         prompt: A text, token ids, or a list of either; the empty text begins a document.
-        max_tokens: Maximum number of tokens to generate; 16 by default, or what the model's context leaves.
         logprobs: Alternatives reported for each token; 0 for the tokens' own log-probabilities alone.
         best_of: 1, or the same as `n`.
         add_special_tokens: Whether the model's own tokens come before a text (a beginning-of-text token); default true.
     """
 
+    chat = False
     prompt: Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[TokenIds], Several]
-    max_tokens: Count | None = None
     logprobs: Top | None = None
     best_of: Count | None = None
     add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _nothing_ranked(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n or 1):
+            context = {"name": "best_of"}
+            raise PydanticCustomError("unsupported_value", "{name} must be n: answers are not ranked", context)
+        return self
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(Body):
@@ -134,28 +170,31 @@ class ChatRequest(GenerationRequest):
     """A request to `/v1/chat/completions`.
 
     Attributes:
-        max_completion_tokens: Maximum number of tokens to generate; what the model's context leaves by default.
-        max_tokens: Older name of `max_completion_tokens`, which takes precedence.
+        max_completion_tokens: Newer name of `max_tokens`, which takes precedence.
         logprobs: Whether the log-probability of each token is reported.
         top_logprobs: Alternatives reported for each token; counts only with `logprobs`.
     """
 
+    chat = True
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Count | None = None
-    max_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
 
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class Completion(BaseModel):
-    r"""A response of `/v1/completions` or `/v1/chat/completions`, or one event of its stream.
+    """A response of `/v1/completions` or `/v1/chat/completions`, or one event of its stream.
 
     Attributes:
         choices: Answers in OpenAI's form. `index` is the number of the prompt times `n`, plus the number of the answer.
             `finish_reason` is `stop` for a stop text or the end of the text, `length` for the limit of tokens,
             `timeout` for the limit of time, `cancelled` when the server stops, and null while the answer goes on.
-            Log-probabilities are nats under the model's own distribution; a token that is no text by itself is written
-            `bytes:\xe2\x96`; `text_offset` counts the characters given out before a token.
+            Log-probabilities are nats under the model's own distribution; a token that is part of a character is
+            written as in the vocabulary, without `bytes`; `text_offset` counts the characters given out before a token.
         usage: Token counts over all answers; a prompt counts once, whatever `n` is.
     """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import socket
+from contextlib import suppress
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr
 
 from weftlm.config import Section
 from weftlm.errors import ConfigError
@@ -15,9 +15,11 @@ KEYS_VARIABLE = "WEFTLM_API_KEYS"
 
 
 class ServeConfig(Section):
-    """Limits of the HTTP side; an engine's own are in `EngineConfig`.
+    """Limits of a server.
 
     Attributes:
+        slots: Batch slots per model.
+        max_waiting: Maximum number of queued answers per model; beyond that the server answers 429.
         timeout_seconds: Request timeout in seconds, including time in the queue; a request may ask for less.
         intake_seconds: Time for a request's head, and then its body, to arrive, in seconds.
         max_connections: Maximum number of open connections; beyond that the server answers 503.
@@ -29,6 +31,8 @@ class ServeConfig(Section):
         api_keys: Keys, any of which opens the server; empty for a server open to all who reach it.
     """
 
+    slots: PositiveInt = 8
+    max_waiting: NonNegativeInt = 64
     timeout_seconds: float = Field(default=120.0, gt=0, le=86_400)
     intake_seconds: float = Field(default=20.0, gt=0, le=3_600)
     max_connections: PositiveInt = 400
@@ -38,29 +42,6 @@ class ServeConfig(Section):
     max_answers: PositiveInt = 64
     hosts: tuple[str, ...] | None = None
     api_keys: tuple[SecretStr, ...] = ()
-
-
-class EngineConfig(Section):
-    """How an engine shares a model among requests.
-
-    Attributes:
-        slots: Batch slots: requests generated at a time.
-        max_waiting: Maximum number of queued requests; more are refused.
-        timeout_seconds: Time limit of a request that names none, in seconds, waiting included; None for no limit.
-    """
-
-    slots: PositiveInt = 8
-    max_waiting: NonNegativeInt = 64
-    timeout_seconds: PositiveFloat | None = 120.0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host's addresses; False for a name that has none."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
 def keys_from_environment() -> tuple[str, ...]:
@@ -87,3 +68,10 @@ def host_name(given: str) -> str:
     if name.startswith("["):
         return name[1:].partition("]")[0]
     return (name.rpartition(":")[0] if name.count(":") == 1 else name).rstrip(".")
+
+
+def ip_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host name is or can only mean, as localhost does; None for other names."""
+    with suppress(ValueError):
+        return ipaddress.ip_address("127.0.0.1" if name == "localhost" or name.endswith(".localhost") else name)
+    return None

@@ -88,23 +88,15 @@ class Server(uvicorn.Server):
             "answer_seconds": config.timeout_seconds + GRACE_SECONDS,
             "max_connections": 2 * config.max_connections,
         }
+        # Clients cannot fill the log: what they can cause is logged below the level of errors.
         super().__init__(
             uvicorn.Config(
-                app,
-                http=type("Connection", (_Connection,), limits),
-                ws="none",
-                log_config=None,
-                log_level="error",  # clients cannot fill the log: what they can cause is logged below this level
-                access_log=False,
-                server_header=False,
-                backlog=BACKLOG,
-                limit_concurrency=config.max_connections,
-                timeout_keep_alive=math.ceil(config.intake_seconds),
-                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-                loop="asyncio",
-                timeout_graceful_shutdown=STOP_SECONDS,
+                app, http=type("Connection", (_Connection,), limits), ws="none", loop="asyncio", backlog=BACKLOG,
+                log_config=None, log_level="error", access_log=False, server_header=False,
+                limit_concurrency=config.max_connections, h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_keep_alive=math.ceil(config.intake_seconds), timeout_graceful_shutdown=STOP_SECONDS,
             )
-        )
+        )  # fmt: skip
         self.engines = engines
         self._ready = ready
 
@@ -121,11 +113,8 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A listening socket; port 0 takes a free one.
 
-    Args:
-        host: Name or address.
-        port: 0 for a free one.
     Raises:
         ConfigError: The address is not this machine's, or is taken.
     """

@@ -1,7 +1,8 @@
-"""Counts of a plan against models that are really built and run, and figures against files that really exist."""
+"""Counts of a plan against models that are really built and run, and figures of whole plans."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,6 @@ from weftlm.pipeline.recipe import make_recipe
 from weftlm.planning.counts import LOGITS, Counted
 from weftlm.planning.hardware import DEVICES, Hardware, parse_hardware
 from weftlm.planning.plan import Assumed, Plan, plan_recipe
-from weftlm.planning.pool import models_of
 from weftlm.planning.probe import Probe
 from weftlm.planning.training import Run, fitting
 from weftlm.training.config import TrainingConfig
@@ -34,7 +34,6 @@ from weftlm.training.loop import adamw
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "qwen2": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
 }
 
@@ -86,13 +85,19 @@ def test_hardware_is_read(text: str, nodes: int, devices: int, name: str) -> Non
     ],
 )  # fmt: skip
 def test_other_hardware_is_refused(text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=said):
         parse_hardware(text)
 
 
-def test_rings_over_machines_share_their_ports() -> None:
+def test_time_is_that_of_the_slowest_resource() -> None:
+    """Rings over machines share their ports."""
     assert parse_hardware("8xH100").exchange == pytest.approx(0.8 * DEVICES["H100"].link)
     assert parse_hardware("2x8xH100").exchange == pytest.approx(0.8 * 8 * DEVICES["H100"].network)
+    work = Counted(config_of(hidden_size=4096, intermediate_size=8192)).step(64, 512)
+    slow, fast = (Hardware(1, 1, DEVICES["H100"], mfu).time(work, half=False) for mfu in (0.2, 0.4))
+    assert slow == (pytest.approx(2 * fast[0]), "compute")
+    with pytest.raises(ConfigError, match="above 0"):
+        plan_value(recipe_value(), "H100", mfu=1.5)
 
 
 # -- counts ----------------------------------------------------------------------------------------------------------
@@ -114,21 +119,16 @@ def test_parameters_and_flops_are_those_of_the_built_model(kind: str, tmp_path: 
         cache = DynamicCache(config=config)
         model(input_ids=tokens[:, :16], past_key_values=cache, use_cache=True)
         token = flops_of(lambda: model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True))
-    assert planned.decode(3, 16).flops == pytest.approx(token, rel=0.03)
+    assert planned.forward(3, 1, 16).flops == pytest.approx(token, rel=0.03)
     step = flops_of(lambda: token_losses(model, tokens).mean().backward())
     assert planned.step(3, 16).flops == pytest.approx(step, rel=0.1)
 
 
-def test_an_encoder_reads_the_prompt_and_a_decoder_the_target() -> None:
-    sizes = {"d_model": 32, "encoder_layers": 1, "encoder_ffn_dim": 64, "encoder_attention_heads": 4}
-    other = {"decoder_layers": 1, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "max_position_embeddings": 64}
-    for config in (t5(1), AutoConfig.for_model("bart", vocab_size=96, **sizes, **other)):
-        attention, ffn, head = 4 * 32 * 32, 2 * 32 * 64, 32 * 96
-        found = Counted(config).per_token(16, lambda i, o: float(i * o))
-        assert found == 16 * (attention + ffn) + 4 * (2 * attention + ffn + head)
-
-
-def test_a_mixture_of_experts_runs_those_it_chooses() -> None:
+def test_other_models_are_counted_by_what_a_token_meets() -> None:
+    """An encoder reads the prompt and a decoder the target; a mixture of experts runs those it chooses."""
+    attention, ffn, head = 4 * 32 * 32, 2 * 32 * 64, 32 * 96
+    found = Counted(t5(1)).per_token(16, lambda i, o: float(i * o))
+    assert found == 16 * (attention + ffn) + 4 * (2 * attention + ffn + head)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"vocab_size": 96, "num_key_value_heads": 2, "num_local_experts": 8}
     one, all_ = (
@@ -148,7 +148,8 @@ def test_what_learns_and_what_is_recomputed_decide_work_and_memory() -> None:
     assert Counted(config, bf16=True).activations(2, 512) < whole.activations(2, 512)
 
 
-def test_activations_are_about_what_autograd_keeps() -> None:
+def test_memory_is_about_what_training_keeps() -> None:
+    """Activations are those that autograd keeps; moments, gradients and weights those of a real optimizer."""
     config, kept = config_of(hidden_size=64, intermediate_size=176, num_hidden_layers=4), {}
     model = real(config)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -161,52 +162,43 @@ def test_activations_are_about_what_autograd_keeps() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = token_losses(model, torch.zeros(4, 65, dtype=torch.int64)).mean()
-    assert loss.isfinite()
     logits = 4 * 64 * 96 * 4  # of which autograd keeps the log-probabilities alone
     assert sum(kept.values()) == pytest.approx(Counted(config).activations(4, 64) - (LOGITS - 1) * logits, rel=0.25)
-
-
-# -- memory and layouts ----------------------------------------------------------------------------------------------
-
-
-def run_of(hardware: str, *, hidden: int = 4096, layers: int = 32, micro: int = 1) -> Run:
-    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
-    training = TrainingConfig(steps=1, batch_sequences=64, sequence_length=512, micro_batch_sequences=micro)
-    found = parse_hardware(hardware)
-    return Run(Counted(config_of(**sizes, num_attention_heads=32), bf16=True), training, found, found.devices)
-
-
-def test_memory_is_that_of_a_real_optimizer() -> None:
-    model = real(config_of())
     optimizer = adamw(dict(model.named_parameters()), TrainingConfig(steps=1))
-    token_losses(model, torch.zeros(2, 9, dtype=torch.int64)).mean().backward()
+    loss.backward()
     optimizer.step()
     moments = sum(t.nbytes for state in optimizer.state.values() for key, t in state.items() if key != "step")
     training = TrainingConfig(steps=1, batch_sequences=2, sequence_length=8)
-    planned = Run(Counted(config_of()), training, parse_hardware("1xH100"), 1).memory
+    planned = Run(Counted(config), training, parse_hardware("1xH100"), 1).memory
     assert planned["Adam moments"] == moments
     assert planned["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert planned["weights"] == sum(p.nbytes for p in model.parameters())
 
 
-def test_a_model_too_large_for_ddp_is_split() -> None:
-    run, layout, problems = fitting(run_of("8xH100"))
-    assert run.sharded
-    assert "set training.parallel: fsdp2" in layout
-    assert problems == ()
-    assert run.sent == pytest.approx(7 / 8 * 8 * run.counted.parameters * 8)
+# -- layouts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("run", "told"),
+    ("hardware", "sizes", "said"),
     [
-        (("1xRTX4090", {}), "devices with training.parallel: fsdp2"),
-        (("1xL40S", {"hidden": 1024, "layers": 24, "micro": 64}), "set training.micro_batch_sequences: 1"),
+        ("8xH100", {}, "set training.parallel: fsdp2"),
+        ("1xRTX4090", {}, "devices with training.parallel: fsdp2"),
+        ("1xL40S", {"hidden": 1024, "layers": 24, "micro": 64}, "set training.micro_batch_sequences: 1"),
     ],
 )
-def test_what_fits_nowhere_is_told_how_to_fit(run: tuple[str, dict[str, int]], told: str) -> None:
-    (problem,) = fitting(run_of(run[0], **run[1]))[2]
-    assert told in problem
+def test_what_does_not_fit_is_changed_as_little_as_possible(hardware: str, sizes: dict[str, int], said: str) -> None:
+    hidden = sizes.get("hidden", 4096)
+    widths = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": sizes.get("layers", 32)}
+    training = TrainingConfig(
+        steps=1, batch_sequences=64, sequence_length=512, micro_batch_sequences=sizes.get("micro", 1)
+    )
+    found = parse_hardware(hardware)
+    asked = Run(Counted(config_of(**widths, num_attention_heads=32), bf16=True), training, found, found.devices)
+    run, layout, problems = fitting(asked)
+    assert said in (problems[0] if problems else layout)
+    assert run.sharded == (not problems)
+    if run.sharded:
+        assert run.sent == pytest.approx(7 / 8 * 8 * run.counted.parameters * 8)
 
 
 # -- whole plans -----------------------------------------------------------------------------------------------------
@@ -241,15 +233,6 @@ def test_a_plan_has_the_stages_of_its_recipe_and_no_others() -> None:
     assert not routed.problems
 
 
-def test_mfu_counts_where_arithmetic_limits() -> None:
-    work = Counted(config_of(hidden_size=4096, intermediate_size=8192)).step(64, 512)
-    slow, fast = (Hardware(1, 1, DEVICES["H100"], mfu).time(work, half=False) for mfu in (0.2, 0.4))
-    assert slow.limit == "compute"
-    assert slow.seconds == pytest.approx(2 * fast.seconds)
-    with pytest.raises(ConfigError, match="above 0"):
-        plan_value(recipe_value(), "H100", mfu=1.5)
-
-
 def test_alignment_costs_by_groups_not_by_domains() -> None:
     data = recipe_value()["data"]
     many = {"by": "clusters", "clusters": {"n": 600}}
@@ -274,16 +257,18 @@ def test_the_memory_of_alignments_is_that_of_the_estimator_of_the_layout(paralle
 
 
 def test_the_reference_of_doremi_is_trained_too() -> None:
-    plans = [plan_of("3xH100", mixture={"policy": name}, evaluation={"max_tokens_per_set": 1}) for name in
-             ("uniform", "doremi")]  # fmt: skip
+    evaluation = {"max_tokens_per_set": 1}
+    plans = [plan_of("3xH100", mixture={"policy": name}, evaluation=evaluation) for name in ("uniform", "doremi")]
     plain, doremi = (plan.stage("training") for plan in plans)
     assert any("2 of 3 devices" in line for line in plans[0].assumptions)
     assert doremi.flops == pytest.approx((2 + 1 / 3) * plain.flops, rel=0.05)
     assert doremi.memory_bytes["reference model"] == plain.memory_bytes["weights"]
 
 
-def test_experts_pools_scores_and_gates_are_planned() -> None:
-    found = plan_of(experts=EXPERTS, routing={}, gating={}, assumed=Assumed(domains=50, experts=20))
+@pytest.mark.parametrize("causal", [False, True])
+def test_experts_pools_scores_and_gates_are_planned(causal: bool) -> None:
+    gating = {"gate": {"gate": "bayes"}, "fit": {"batch_sequences": 16}} if causal else {}
+    found = plan_of(experts=EXPERTS, routing={}, gating=gating, assumed=Assumed(domains=50, experts=20))
     assert names_of(found) == ["data", "training", "experts", "serving", "scores", "gate", "gated serving"]
     widths = 2 * (4 * (32 + 32) + 2 * (32 + 64) + (64 + 32))
     assert found.stage("experts").facts["parameters_per_expert"] == 4 * widths
@@ -293,10 +278,7 @@ def test_experts_pools_scores_and_gates_are_planned() -> None:
     assert found.stage("scores").disk_bytes["score cache"] == arrays
     held = found.stage("gate").memory_bytes
     assert held["token ids"] == 4 * sequences * (length + 1)
-    gating = {"gate": {"gate": "bayes"}, "fit": {"batch_sequences": 16}}
-    causal = plan_of(experts=EXPERTS, routing={}, gating=gating, assumed=Assumed(domains=50, experts=20))
-    scores = {"scores of tokens": 3 * 4 * sequences * length * experts}
-    assert causal.stage("gate").memory_bytes == {**held, **scores}
+    assert held.get("scores of tokens") == (3 * 4 * sequences * length * experts if causal else None)
     assert any("50 domains" in line for line in found.assumptions)
 
 
@@ -319,7 +301,7 @@ def test_imported_adapters_are_not_trained() -> None:
     assert [found.facts[key] for key in ("experts", "imported", "tokens")] == [3, 3, 0]
     assert found.disk_bytes["checkpoints"] == 0.0
     assert 0.0 < found.flops < trained.flops
-    assert found.time.seconds == pytest.approx(2 * found.facts["seconds_per_imported_expert"], rel=0.01)
+    assert found.seconds == pytest.approx(2 * found.facts["seconds_per_imported_expert"], rel=0.01)
 
 
 def test_baselines_are_planned_as_the_trainings_they_are() -> None:
@@ -349,18 +331,14 @@ def test_experts_over_an_encoder_decoder_are_planned_and_no_mixture(tmp_path: Pa
     assert any("targets as 25% of that" in line for line in found.assumptions)
     with pytest.raises(ConfigError, match="is an encoder-decoder model"):
         plan_of(model={"pretrained": str(tmp_path)})
-
-
-def test_an_unknown_vocabulary_is_asked_for() -> None:
-    data = {**recipe_value()["data"], "tokenizer": {"pretrained": "nobody/has-this-tokenizer"}}
     with pytest.raises(ConfigError, match="size of the vocabulary is not known"):
-        plan_of(data=data)
+        plan_of(data={**data, "tokenizer": {"pretrained": "nobody/has-this-tokenizer"}})
 
 
 # -- a gate over models that are there ---------------------------------------------------------------------------------
 
 
-def pool_of(folder: Path, **changes: Any) -> list[ExpertSource]:
+def pool_of(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     """Two whole models and two adapters over the first, as configurations and without weights of the models."""
     config_of().save_pretrained(folder / "first")
     config_of(**{"hidden_size": 64, **changes}).save_pretrained(folder / "second")
@@ -370,15 +348,19 @@ def pool_of(folder: Path, **changes: Any) -> list[ExpertSource]:
             for layer in range(2)
         }
         write_lora(folder / name, LoRAExpert(name, BaseReference(str(folder / "first")), modules, {}))
-    return [ExpertSource(name=name, model=str(folder / name)) for name in ("first", "second", "small", "large")]
+    names = ("first", "second", "small", "large")
+    return [ExpertSource(name=name, model=str(folder / name)).model_dump() for name in names]
+
+
+def gate_plan(pool: list[dict[str, Any]], dtype: str = "float32") -> Plan:
+    gating = {"pool": pool, "scores": {"length": 32, "sequences": 40, "samples": 16, "batch_size": 4}}
+    value = {**{key: recipe_value()[key] for key in ("run", "data")}, "gating": gating, "experts": {"dtype": dtype}}
+    return plan_value(value, "H100", assumed=Assumed(domains=3, requests=8, prompt=32, new=64))
 
 
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
 def test_a_gate_over_models_that_are_there_is_planned(dtype: str, item: int, tmp_path: Path) -> None:
-    scores = {"length": 32, "sequences": 40, "samples": 16, "batch_size": 4}
-    gating = {"pool": [source.model_dump() for source in pool_of(tmp_path)], "scores": scores}
-    value = {**{key: recipe_value()[key] for key in ("run", "data")}, "gating": gating, "experts": {"dtype": dtype}}
-    found = plan_value(value, "H100", assumed=Assumed(domains=3, requests=8, prompt=32, new=64))
+    found = gate_plan(pool_of(tmp_path), dtype)
     assert names_of(found) == ["data", "scores", "gate", "gated serving"]
     scores, serving = found.stage("scores"), found.stage("gated serving")
     assert (scores.facts["text_sequences"], scores.facts["sample_sequences"]) == (3 * 40, 4 * 16)
@@ -392,42 +374,43 @@ def test_a_gate_over_models_that_are_there_is_planned(dtype: str, item: int, tmp
 
 
 @pytest.mark.parametrize(
-    ("changes", "twice", "error", "told"),
+    ("changes", "twice", "said"),
     [
-        ({"vocab_size": 128}, False, ConfigError, "a vocabulary of 96 and 'second' one of 128"),
-        ({"num_key_value_heads": 3}, False, ConfigError, "expert 'second' has 4 attention heads over 3"),
-        ({}, True, ExpertError, "need different names"),
+        ({"vocab_size": 128}, False, "a vocabulary of 96 and 'second' one of 128"),
+        ({"num_key_value_heads": 3}, False, "expert 'second' has 4 attention heads over 3"),
+        ({}, True, "need different names"),
     ],
 )
 def test_a_pool_that_cannot_be_scored_is_refused(
-    changes: dict[str, int], twice: bool, error: type[Exception], told: str, tmp_path: Path
+    changes: dict[str, int], twice: bool, said: str, tmp_path: Path
 ) -> None:
     sources = pool_of(tmp_path, **changes)
-    with pytest.raises(error, match=told):
-        models_of([*sources, sources[0]] if twice else sources, dtype="float32", bf16=False)
+    with pytest.raises((ConfigError, ExpertError), match=said):
+        gate_plan([*sources, sources[0]] if twice else sources)
 
 
 # -- this machine ----------------------------------------------------------------------------------------------------
 
 
 def test_this_machine_is_timed_by_what_does_the_work() -> None:
-    ticks = iter(range(1_000_000))
-    probe = Probe(clock=lambda: float(next(ticks)))
+    ticks = itertools.count()
     value = {**recipe_value(), "experts": EXPERTS, "routing": {}, "gating": {"scores": {"samples": 4}}}
     value["training"] |= {"exhaustion": "stop", "max_epochs": 1.0}  # a probe has little text and reads it often
+    probe = Probe(clock=lambda: float(next(ticks)))
     found = plan_value(value, "cpu", probe=probe, assumed=Assumed(experts=3, requests=2, new=8))
     # The clock is read after every run.
     assert found.stage("training").facts["seconds_per_step"] == 1.0
     assert found.stage("experts").facts["seconds_per_adapter_step"] == 1.0
-    assert found.stage("scores").time.measured > 0
     assert found.stage("gated serving").facts["tokens_per_second_at_1"] > 0
     assert found.mfu is None
-    assert {stage.limit for stage in found.stages} <= {"measured", "-"}
+    assert {stage.name: stage.limit for stage in found.stages if stage.seconds} == dict.fromkeys(
+        ("training", "experts", "scores"), "measured"
+    )
     assert any("was timed on this machine" in line for line in found.assumptions)
 
 
 def test_a_large_model_is_timed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter(range(1_000_000))
+    ticks = itertools.count()
     config = config_of(hidden_size=256, intermediate_size=768, num_hidden_layers=6, vocab_size=512)
     whole, small = Counted(config), Counted(config).shallow(2)
     monkeypatch.setattr("weftlm.planning.probe.LARGEST_FLOPS", 2 * small.step(1, 32).flops)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 from support.fake_engine import FakeEngine, words
-from support.served import write_model
 
-from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving.app import build_app
-from weftlm.serving.inspector import inspector_router
 from weftlm.serving.schemas import ChatRequest, CompletionRequest
 from weftlm.serving.serve_config import ServeConfig
 
@@ -70,12 +67,9 @@ ALL = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    opened = open_model(write_model(tmp_path_factory.mktemp("served"), "plain"))
+def client(opened: OpenModel) -> TestClient:
     engines = {"tiny": FakeEngine(opened, words(opened))}
-    app = build_app(engines, ServeConfig(), pages=[inspector_router({"tiny": opened})])
-    with TestClient(app, raise_server_exceptions=False) as client:
-        yield client
+    return TestClient(build_app(engines, ServeConfig()), raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize("route", ALL)

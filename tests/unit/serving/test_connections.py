@@ -8,30 +8,24 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.fake_engine import FakeEngine
-from support.served import write_model
-from support.web import Web, serving
+from support.web import Web, serving, wait_until
 
 from weftlm.errors import ConfigError
-from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving import server as server_module
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, is_loopback, keys_from_environment
+from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, ip_of, keys_from_environment
 from weftlm.serving.server import address_of, listen
 
 SHORT = 0.3
 LARGE = "x" * 400_000
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
-    return open_model(write_model(tmp_path_factory.mktemp("served"), "plain"))
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +80,6 @@ def trickle(connection: socket.socket, piece: bytes) -> None:
         connection.sendall(piece)
 
 
-def wait_until(done: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 8.0) -> None:
-    end = time.monotonic() + seconds
-    time.sleep(0.05)
-    while not done():
-        assert time.monotonic() < end, "it did not come"
-        meanwhile()
-        time.sleep(0.01)
-
-
 # -- clients ------------------------------------------------------------------------------------------------------
 
 
@@ -112,17 +97,6 @@ def test_a_client_that_leaves_gives_its_places_up(web: Web, engine: FakeEngine, 
         wait_until(request.given_up.is_set, coming)
 
 
-def test_tokens_are_sent_as_they_come(web: Web, engine: FakeEngine) -> None:
-    with web.connect() as connection:
-        connection.sendall(closing(stream=True))
-        request = engine.wait_for_request()
-        for text in ("one", "two", "three"):
-            request.say(Token(65, text))
-            read_until(connection, b'"%s"' % text.encode())
-        request.say(Finished("stop"))
-        assert b"[DONE]" in read_all(connection)
-
-
 def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None:
     before = threading.active_count()
     connections = [web.connect() for _ in range(60)]
@@ -131,8 +105,7 @@ def test_clients_that_wait_take_no_threads(web: Web, engine: FakeEngine) -> None
         engine.wait_for_request()
     assert threading.active_count() - before < 40, "those of the pool that tokenises"
     for request in engine.requests[-60:]:
-        request.say(Token(65, "b"))
-        request.say(Finished("length"))
+        request.say(Token(65, "b"), Finished("length"))
     for connection in connections:
         assert b'"text":"b"' in read_all(connection)
         connection.close()
@@ -143,8 +116,7 @@ def test_nonsense_after_a_request_does_not_disturb_it(web: Web, engine: FakeEngi
         connection.sendall(post(asked()))
         request = engine.wait_for_request()
         connection.sendall(b"\x00nonsense\r\n\r\n")
-        request.say(Token(65, "b"))
-        request.say(Finished("length"))
+        request.say(Token(65, "b"), Finished("length"))
         received = read_all(connection)
         assert received.startswith(b"HTTP/1.1 200 ")
         assert b'"text":"b"' in received
@@ -201,8 +173,7 @@ def test_an_answer_that_closes_its_connection_is_written_whole(opened: OpenModel
         connection.sendall(closing())
         request = engine.wait_for_request()
         time.sleep(2 * SHORT)
-        for event in [*[Token(65, LARGE)] * 30, Finished("length")]:
-            request.say(event)
+        request.say(*[Token(65, LARGE)] * 30, Finished("length"))
         time.sleep(SHORT / 2)
         assert read_all(connection).count(b"x") >= 30 * len(LARGE)
 
@@ -232,28 +203,16 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 AMBIGUOUS = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n\r\n",
     "no HTTP": b"hello\r\n\r\n",
-    "no host at all": b"GET / HTTP/1.1\r\n\r\n",
-    "byte beyond ASCII": b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
     "endless path": b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     "length and chunked": HEAD + SIZE + CHUNKED + b"\r\n" + CHUNKS,
     "chunked and length": HEAD + CHUNKED + SIZE + b"\r\n" + CHUNKS,
-    "two different lengths": HEAD + SIZE + b"content-length: 3\r\n\r\n" + BODY,
-    "length in words": HEAD + b"Content-Length: many\r\n\r\n" + BODY,
     "signed length": HEAD + b"Content-Length: +%d\r\n\r\n" % len(BODY) + BODY,
-    "negative length": HEAD + b"Content-Length: -1\r\n\r\n" + BODY,
-    "hexadecimal length": HEAD + b"Content-Length: 0x10\r\n\r\n" + BODY,
     "length too long": HEAD + b"Content-Length: 1%s\r\n\r\n" % (b"0" * 30) + BODY,
     "bare CR": HEAD + SIZE + b"X-A: b\rc\r\n\r\n" + BODY,
     "space before colon": HEAD + b"Content-Length : %d\r\n\r\n" % len(BODY) + BODY,
-    "tab before colon": HEAD + SIZE + b"Transfer-Encoding\t: chunked\r\n\r\n" + BODY,
-    "no colon": HEAD + SIZE + b"X-A\r\n\r\n" + BODY,
     "NUL in a value": HEAD + SIZE + b"X-A: \x00\r\n\r\n" + BODY,
-    "chunked, chunked": HEAD + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + CHUNKS,
     "gzip, chunked": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS,
     "chunk size with sign": HEAD + CHUNKED + b"\r\n+5\r\nabcde\r\n0\r\n\r\n",
-    "chunk size too long": HEAD + CHUNKED + b"\r\n" + b"f" * 30 + b"\r\nabc",
-    "chunk longer than said": HEAD + CHUNKED + b"\r\n3\r\nabcde\r\n0\r\n\r\n",
-    "no chunk size": HEAD + CHUNKED + b"\r\nzz\r\n",
     "two hosts": HEAD + b"Host: other\r\n" + SIZE + b"\r\n" + BODY,
     "many headers": HEAD + SIZE + b"X-A: a\r\n" * 20_000 + b"\r\n" + BODY,
     "body too large, still sent": closing(prompt="x" * 3_000_000),
@@ -274,12 +233,8 @@ def test_what_two_servers_may_read_differently_is_refused(answering: Web, shape:
     ("sent", "statuses"),
     [
         (HEAD + CHUNKED + b"\r\n" + CHUNKS.replace(b"\r\n", b";a=b\r\n", 1), [200]),
-        (HEALTH.replace(b"GET", b"HEAD"), [405]),
-        (HEALTH.replace(b"/1.1", b"/1.0"), [200]),
-        (HEALTH.replace(b"/healthz", b"http://localhost/healthz"), [404]),
         (HEALTH.replace(b"/healthz", b"/page/%2e%2e%2f%2e%2e%2fetc%2fpasswd"), [404]),
         (HEALTH.replace(b"/healthz", b"/page/..%5cserver.py"), [404]),
-        (HEALTH.replace(b"/healthz", b"/%00%0d%0a"), [404]),
         (HEAD + SIZE + b"Expect: 100-continue\r\n\r\n" + BODY, [200]),
         (HEALTH + HEAD + SIZE + b"\r\n" + BODY + HEALTH, [200, 200, 200]),
     ],
@@ -327,13 +282,10 @@ def test_listening() -> None:
         listen("no.such.host.invalid", 0)
 
 
-def test_which_hosts_are_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "192.0.2.1")] == [True] * 3 + [
-        False
-    ] * 2
-    names = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: names)
-    assert not is_loopback("both"), "a name that also has an address others reach"
+def test_which_hosts_are_addresses_or_this_machine() -> None:
+    found = [ip_of(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "192.0.2.1", "0x7f.1", "box")]
+    assert [ip is not None and ip.is_loopback for ip in found] == [True] * 3 + [False] * 4
+    assert [ip is None for ip in found] == [False] * 5 + [True] * 2
 
 
 def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import schemathesis
 from schemathesis.engine import events, from_schema
 from support.fake_engine import FakeEngine, words
-from support.served import write_model
 
-from weftlm.pipeline.any_model import open_model
+from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving.app import build_app
-from weftlm.serving.inspector import inspector_router
 from weftlm.serving.serve_config import ServeConfig
 
 ROUTES = {
@@ -21,11 +18,10 @@ ROUTES = {
 }  # fmt: skip
 
 
-def test_the_server_does_what_its_document_says(tmp_path: Path) -> None:
-    opened = open_model(write_model(tmp_path, "plain"))
+def test_the_server_does_what_its_document_says(opened: OpenModel) -> None:
     config = ServeConfig(max_prompt_tokens=200, max_new_tokens=4, max_answers=16)
     engines = {"tiny": FakeEngine(opened, words(opened))}
-    app = build_app(engines, config, pages=[inspector_router({"tiny": opened})])
+    app = build_app(engines, config)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     schema.config.generation.max_examples = 3
     schema.config.generation.deterministic = True
