@@ -44,7 +44,7 @@ def test_the_server_does_what_its_document_says(opened: OpenModel) -> None:
     assert found == []
     assert checked["not_a_server_error"] > 200
     assert min(checked[name] for name in ("negative_data_rejection", "response_schema_conformance")) > 20
-    assert statuses[200] > 10
+    assert statuses[200] > 5
     assert statuses[400] > 50
     assert not any(status >= 500 for status in statuses)
     assert set(app.openapi()["paths"]) == ROUTES
