@@ -51,10 +51,8 @@ def log_probs(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
 
 def unpacked(found: dict[str, Any], packed: list[int]) -> list[dict[str, float]]:
     """Packed weights by the experts' names."""
-    names, numbers, rows = found["trace"]["experts"], iter(packed), []
-    for count in numbers:
-        rows.append({names[next(numbers)]: next(numbers) / SCALE for _ in range(count)})
-    return rows
+    names, numbers = found["trace"]["experts"], iter(packed)
+    return [{names[next(numbers)]: next(numbers) / SCALE for _ in range(count)} for count in numbers]
 
 
 def nats(found: dict[str, Any]) -> float:
