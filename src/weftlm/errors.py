@@ -63,6 +63,8 @@ def reason(error: BaseException) -> str:
         return f"it is not UTF-8 text (byte {error.start:,})"
     if isinstance(error, json.JSONDecodeError):
         return f"it is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
     if isinstance(error, RecursionError):
         return "its values are nested too deep"
     if "integer string conversion" in str(error):

@@ -21,7 +21,6 @@ import shlex
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -30,8 +29,6 @@ from typing import Any
 
 from weftlm.errors import CheckpointError, ConfigError, DataError, WeftError, reason
 
-_PACKAGE = Path(__file__).parent
-_PROGRAMMING = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 SEAL = "digests.json"
 _SEAL_FORMAT = "weftlm digests 1"
 _CHECKSUM = "checksum"
@@ -214,22 +211,6 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(reason(RecursionError())) from None
 
 
-def cause(error: Exception) -> str:
-    """Why something of the user's could not be read, in one line, from what a library raised while it read.
-
-    Raises:
-        Exception: `error` itself where it is no fault of the data: an error of weftlm's own making (`WeftError`), or a
-            programming error raised by weftlm's own code.
-    """
-    if isinstance(error, WeftError):
-        raise error
-    if isinstance(error, _PROGRAMMING):
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(innermost).is_relative_to(_PACKAGE):
-            raise error
-    return "there is not enough memory for it" if isinstance(error, MemoryError) else reason(error)
-
-
 # -- checking -----------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +238,7 @@ def read_object(path: Path, cure: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({cause(error)}); {cure}") from error
+        raise DataError(f"{path} cannot be read ({reason(error)}); {cure}") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} holds no JSON object; {cure}")
     stated = found.pop(_CHECKSUM, None)

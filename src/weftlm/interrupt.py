@@ -8,7 +8,6 @@ since the last safe point and damages nothing.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -16,10 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from weftlm.files import command_line
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_WITH_VALUE = ("--from",)
 
 
 class Stopped(BaseException):
@@ -112,20 +108,16 @@ def stop() -> None:
 
 
 def done_with(*options: str) -> None:
-    """Leave options out of the command that goes on: what they discard has been discarded."""
+    """Say that the command goes on without some options: what they discard has been discarded."""
     _State.done_with += options
 
 
 def how_to_go_on(stopped: Stopped) -> str:
-    """One line for a person: that nothing finished is lost, and the command to type."""
-    words, kept = iter(shlex.split(command_line())), []
-    for word in words:
-        if word.partition("=")[0] not in _State.done_with:
-            kept.append(word)
-        elif word in _WITH_VALUE:
-            next(words, None)
-    name = signal.Signals(stopped.number).name
-    return f"weftlm: stopped by {name}; what is finished is kept. To go on: {shlex.join(kept)}"
+    """One line for a person: that nothing finished is lost, and what to do."""
+    typed = {word.partition("=")[0] for word in sys.argv}
+    without = " and ".join(option for option in _State.done_with if option in typed)
+    again = f"run the command again{f' without {without}' if without else ''} to go on"
+    return f"weftlm: stopped by {signal.Signals(stopped.number).name}; what is finished is kept: {again}"
 
 
 def end_children() -> None:

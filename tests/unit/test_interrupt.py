@@ -73,19 +73,13 @@ def test_a_second_signal_ends_the_process_on_the_spot() -> None:
 @pytest.mark.parametrize(
     ("typed", "again"),
     [
-        (["train", "my recipe.yaml", "--set", "seed=1"], "weftlm train 'my recipe.yaml' --set seed=1"),
-        (["run", "r.yaml", "--from", "experts", "--until", "gate"], "weftlm run r.yaml --until gate"),
-        (["run", "r.yaml", "--from=experts"], "weftlm run r.yaml"),
-        (["score", "r.yaml", "--overwrite"], "weftlm score r.yaml"),
+        (["train", "recipe.yaml"], "run the command again to go on"),
+        (["run", "r.yaml", "--from=experts"], "run the command again without --from to go on"),
     ],
 )
-def test_the_line_is_the_command_without_what_it_has_discarded(
-    monkeypatch: pytest.MonkeyPatch, typed: list[str], again: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/weftlm", *typed])
+def test_the_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, typed: list[str], again: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["weftlm", *typed])
     with handled():
-        assert how_to_go_on(Stopped(signal.SIGTERM)).endswith(f"To go on: weftlm {' '.join(typed)}") or " " in typed[1]
         interrupt.done_with("--from", "--overwrite")
-        assert how_to_go_on(Stopped(signal.SIGINT)) == (
-            f"weftlm: stopped by SIGINT; what is finished is kept. To go on: {again}"
-        )
+        said = how_to_go_on(Stopped(signal.SIGINT))
+    assert said == f"weftlm: stopped by SIGINT; what is finished is kept: {again}"

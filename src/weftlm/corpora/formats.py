@@ -28,8 +28,7 @@ from typing import IO, Any, Literal
 import zstandard
 
 from weftlm.corpora.config import Format
-from weftlm.errors import reason
-from weftlm.files import cause
+from weftlm.errors import WeftError, reason
 
 Reason = Literal[
     "undecodable", "broken_json", "broken_csv", "not_an_object", "missing_field", "not_text", "empty", "missing_label",
@@ -81,19 +80,18 @@ class Cursor:
 
 
 def guarded(records: Iterator[tuple[str, Record]], cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record]]:
-    """The records of a reader; any error it raises while it advances becomes a fault at the cursor, and ends it.
-
-    Errors of weftlm's own making pass (`weftlm.files.cause`).
-    """
+    """The records of a reader; any error it raises while it advances becomes a fault at the cursor, and ends it."""
     try:
         yield from records
+    except WeftError:
+        raise
     except Exception as error:  # noqa: BLE001 - what readers of damaged files raise is not to be listed
         _fail(error, str(cursor), fail)
 
 
 def _fail(error: Exception, place: str, fail: Fail) -> None:
     """Report an error met while a user's file was read."""
-    why = cause(error)
+    why = reason(error)
     log.debug("%s cannot be read", place, exc_info=error)
     if isinstance(error, EOFError):
         fail("truncated", place, f"the file ends too early ({why}); the rest of it is missing")
@@ -151,7 +149,9 @@ def _jsonl(path: Path, cursor: Cursor, fail: Fail) -> Iterator[tuple[str, Record
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            fail("broken_json", str(cursor), f"{reason(error)}; every line must be a JSON object")
+            fail(
+                "broken_json", str(cursor), f"{reason(error).removeprefix('it is ')}; every line must be a JSON object"
+            )
             continue
         yield from _object(record, cursor, fail)
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from weftlm.errors import DataError
-from weftlm.files import cause
+from weftlm.errors import DataError, reason
 from weftlm.places import near
 
 Ignore = Callable[[str], None]
@@ -53,7 +52,7 @@ def corpus_files(path: str, ignore: Ignore) -> tuple[list[Path], bool]:
         folder = Path(*place.parts[:fixed])
         found = sorted(_below(folder, [place.parts[fixed:]], _root(folder), note)) if folder.is_dir() else []
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"path {path!r} cannot be read: {cause(error)}") from error
+        raise DataError(f"path {path!r} cannot be read: {reason(error)}") from error
     if not found:
         hint = f"; left out: {left[0]}" if left else near(path) or "; check the spelling"
         raise DataError(f"path {path!r} matches no file (looked from {Path.cwd()}){hint}")
@@ -73,7 +72,7 @@ def dataset_files(folder: Path) -> list[Path]:
     try:
         return list(_below(folder, [("**",)], _root(folder), refuse))
     except OSError as error:
-        raise DataError(f"dataset {str(folder)!r} cannot be read: {cause(error)}") from error
+        raise DataError(f"dataset {str(folder)!r} cannot be read: {reason(error)}") from error
 
 
 def _below(folder: Path, globs: Iterable[tuple[str, ...]], root: Path, ignore: Ignore) -> Iterator[Path]:
@@ -114,7 +113,7 @@ def _is_wanted(entry: os.DirEntry[str], root: Path, ignore: Ignore) -> bool:
         elif entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
             why = "a link that leaves the folder"
     except OSError as error:
-        why = cause(error)
+        why = reason(error)
     if why:
         ignore(f"{entry.path} ({why})")
     return not why

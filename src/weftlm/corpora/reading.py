@@ -25,8 +25,8 @@ from weftlm.corpora.formats import (
 )
 from weftlm.corpora.paths import corpus_files, dataset_files
 from weftlm.corpora.source import Document
-from weftlm.errors import ConfigError, DataError
-from weftlm.files import cause, checksum
+from weftlm.errors import ConfigError, DataError, WeftError, reason
+from weftlm.files import checksum
 from weftlm.places import locate
 
 __all__ = ["CorpusConfig", "ReadingReport", "corpus_fingerprint", "known_labels", "read_documents"]
@@ -156,7 +156,7 @@ def _state_of(path: Path) -> list[Any]:
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {cause(error)}") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}") from error
     return [str(path), found.st_size, found.st_mtime_ns]
 
 
@@ -375,6 +375,8 @@ def _open_dataset(config: CorpusConfig) -> Any:
             )
         loaded = datasets.load_from_disk(name)
         return loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+    except WeftError:
+        raise
     except Exception as error:
         asked = f"dataset {str(config.dataset)!r} (config {config.config}, split {config.split})"
-        raise DataError(f"{asked} cannot be opened: {cause(error)}") from error
+        raise DataError(f"{asked} cannot be opened: {reason(error)}") from error

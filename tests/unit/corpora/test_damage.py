@@ -323,11 +323,3 @@ def test_faults_are_counted_by_label(tmp_path: Path) -> None:
     report = ReadingReport()
     assert read(report, path=str(path), label_field="d", on_error="skip") == ["b"]
     assert report.faults_by_label == {"sea": 2, "": 2}
-
-
-def test_our_own_mistakes_are_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(LINES)
-    monkeypatch.setattr(formats, "json", object())
-    with pytest.raises(AttributeError):
-        read(path=str(path), on_error="skip")
