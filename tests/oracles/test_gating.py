@@ -170,16 +170,6 @@ def test_the_estimated_best_response_of_a_constant_gate_is_the_best_constant_aga
     assert found < unmoved - 0.1
 
 
-def test_points_only_some_experts_know():
-    P = normalised([[3, 2, 1, 0, 0], [0, 1, 1, 2, 0]])
-    Q = normalised([[3, 1, 1, 0, 0], [0, 1, 1, 3, 0]])
-    exact = exact_robust_gate(P, Q)
-    fit = fit_robust_gate(P, Q, config=FitConfig(steps=1500))
-    assert fit.value == pytest.approx(exact.value, abs=1e-3)
-    assert np.isfinite(exact.gate).all()
-    assert channel_capacity(P).value <= exact.value + 1e-7
-
-
 LINE = np.linspace(-7.0, 7.0, 71)
 
 

@@ -128,17 +128,6 @@ def test_a_text_that_changes_hands_is_followed_and_one_that_may_not_is_not(exper
     assert weight_on_second[0.0] < 0.1
 
 
-def test_a_gate_weight_of_zero_is_the_prefix_alone_and_a_large_one_is_not(experts):
-    tokens = random_tokens(30, 9, rows=2)
-    model = RoutedModel(llama(), experts, SECTION)
-    with torch.inference_mode():
-        prefix = model(input_ids=tokens).logits
-        model.use_router({**SECTION, "router": "blend", "gate_weight": 0.0})
-        torch.testing.assert_close(model(input_ids=tokens).logits, prefix, atol=1e-5, rtol=1e-5)
-        model.use_router({**SECTION, "router": "blend", "gate_weight": 3.0})
-        assert not torch.allclose(model(input_ids=tokens).logits, prefix, atol=1e-3)
-
-
 def test_the_blend_adds_centred_gate_scores_to_the_log_posterior(experts):
     tokens = random_tokens(15, 10)
     weight = 0.8

@@ -71,8 +71,7 @@ def test_serving_without_the_scores_of_sleeping_experts(language):
         log_served(full, language.features, refresh_every=0)
 
 
-@pytest.mark.parametrize("every", [1, 5, 16, None])
-@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize(("top", "every"), [(1, 5), (2, 16), (2, None)])
 def test_what_is_said_of_serving_is_what_is_served(top: int, every: int | None) -> None:
     pool = whole_pool(4)
     gate = PrefixGate.of([0.25] * 4, PrefixGateConfig(base="fixed_share", share=0.2)).with_top(top)

@@ -16,7 +16,6 @@ from weftlm.experts.adapted import adapted
 from weftlm.experts.expert import BaseReference, Expert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import write_lora
-from weftlm.experts.low_rank import Rows
 from weftlm.gating import experts as room
 from weftlm.gating.config import ExpertSource
 from weftlm.gating.experts import ExpertPool, Member
@@ -83,14 +82,6 @@ def test_padding_changes_nothing(side):
     scores = pool.token_log_probs(padded, mask)
     torch.testing.assert_close(scores[:, own], pool.token_log_probs(ids), **NEAR)
     assert scores.abs().sum() == scores[:, own].abs().sum()
-
-
-@pytest.mark.parametrize("places", [[0, 1, 2, 1], [1, 1, 0, 0], [2, 2, 2, 2], [0, 2, 0, 2]])
-def test_rows_of_any_form_run_their_own_experts(places):
-    backbone, ids = mixed_pool().backbones[0], tokens(4, 5)
-    found = backbone.run(Rows.of(torch.tensor(places)), ids)
-    for row, place in enumerate(places):
-        torch.testing.assert_close(found[row], backbone.run(Rows(one=place), ids)[row], **NEAR)
 
 
 def test_libraries_and_peft_folders_load(tmp_path):

@@ -25,8 +25,7 @@ def features(rows, names=()):
 def test_features_count_themselves_and_join():
     assert len(Features(3)) == 3
     assert len(features([[1.0], [2.0]]).rows(torch.tensor([1]))) == 1
-    joined = Features.joined([features([[1.0]]), features([[2.0], [3.0]])])
-    assert joined.sequence_BF.tolist() == [[1.0], [2.0], [3.0]]
+    assert Features.joined([features([[1.0]]), features([[2.0]])]).sequence_BF.tolist() == [[1.0], [2.0]]
 
 
 def test_features_of_sequences_hold_no_length():
@@ -36,12 +35,7 @@ def test_features_of_sequences_hold_no_length():
     logq = np.random.default_rng(0).normal(-50, 10, size=(6, 3))
     once, twice = sequence_features(logq, [20] * 6), sequence_features(2 * logq, [40] * 6)
     torch.testing.assert_close(once.sequence_BF, twice.sequence_BF)
-    clipped = sequence_features([[-4.0, -np.inf]], [4])
-    assert clipped.sequence_BF.tolist() == [[-1.0, -1.0 - FLOOR, 0.0, -FLOOR]]
-
-
-READ_ONLY = np.zeros((2, 2))
-READ_ONLY.flags.writeable = False
+    assert sequence_features([[-4.0, -np.inf]], [4]).sequence_BF.tolist() == [[-1.0, -1.0 - FLOOR, 0.0, -FLOOR]]
 
 
 @pytest.mark.parametrize(
@@ -59,15 +53,10 @@ READ_ONLY.flags.writeable = False
         (lambda: init_gate("liner", 2, Features(3)), ConfigError, "did you mean 'linear'"),
         (lambda: gate_config({"gate": "linear", "featurs": 3}), ConfigError, "unknown key"),
         (lambda: gate_config({}), ConfigError, "must be one of"),
-        (lambda: ConstantGate.of([0.5, 0.6]), ConfigError, "sum to 1"),
         (lambda: ConstantGate.of([1.5, -0.5]), ConfigError, "sum to 1"),
-        (
-            lambda: sequence_features([[-1.0], [-np.inf]], [4, 4]),
-            DataError,
-            "probability 0 under every one of 1 experts",
-        ),
+        (lambda: PrefixGate.of([0.5, 0.5]).with_top(3), ConfigError, "top is 3"),
+        (lambda: sequence_features([[-1.0], [-np.inf]], [4, 4]), DataError, "probability 0 under every one of 1"),
         (lambda: sequence_features([[-4.0]], [0]), ConfigError, "one per sequence"),
-        (lambda: sequence_features([[-4.0]], [1, 2]), ConfigError, "one per sequence"),
         (lambda: sequence_features([[np.inf]], [1]), NumericsError, "inf"),
         (lambda: sequence_features(np.zeros((1, 1), np.float16), [1]), ConfigError, "loses whole nats"),
         (lambda: ScoredSequences.of(np.zeros((0, 2)), name="law"), DataError, "law: 0 sequences"),
@@ -89,11 +78,12 @@ def test_what_does_not_fit_is_refused(make, error, match):
 
 
 def test_arrays_keep_float32_and_may_be_read_only():
-    one = ScoredSequences.of(np.zeros((3, 2), np.float32), tokens_N=[1, 2, 3])
+    array = np.zeros((3, 2), np.float32)
+    array.flags.writeable = False
+    one = ScoredSequences.of(array, tokens_N=[1, 2, 3])
     assert one.logq_NE.dtype == torch.float32
     assert one.features.sequence_BF.shape == (3, 4)
     assert one.probability().tolist() == [1 / 3] * 3
-    assert len(ScoredSequences.of(READ_ONLY)) == 2
 
 
 def test_a_split_is_disjoint_and_keeps_clusters_whole():
@@ -118,8 +108,7 @@ def test_the_linear_gate_standardises_and_remembers_names():
     seen = features([[1.0, 5.0], [3.0, 5.0]], ("a", "b"))
     gate = init_gate("linear", 2, seen)
     assert gate.config.features == ("a", "b")
-    assert gate.tensors["mean_F"].tolist() == [2.0, 5.0]
-    assert gate.tensors["scale_F"].tolist() == [1.0, 1.0]
+    assert (gate.tensors["mean_F"].tolist(), gate.tensors["scale_F"].tolist()) == ([2.0, 5.0], [1.0, 1.0])
     steep = gate.replaced({"weight_EF": torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)})
     expected = torch.log_softmax(torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), dim=1)
     torch.testing.assert_close(steep.log_weights(seen), expected)
@@ -138,9 +127,7 @@ def test_the_tabular_gate_knows_its_points():
 
 def test_files_are_whole_or_refused(tmp_path):
     path = tmp_path / "new" / "gate.safetensors"
-    gate = ConstantGate.of([0.25, 0.75])
-    assert gate.log_weights(Features(2)).exp().tolist() == [pytest.approx([0.25, 0.75])] * 2
-    save_gate(gate, path)
+    save_gate(ConstantGate.of([0.25, 0.75]), path)
     assert [file.name for file in path.parent.iterdir()] == ["gate.safetensors"]
     assert load_gate(path).log_weights(Features(1))[0].tolist() == pytest.approx([math.log(0.25), math.log(0.75)])
     data = path.read_bytes()

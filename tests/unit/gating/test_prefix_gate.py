@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from weftlm.errors import ConfigError
 from weftlm.gating import prefix_gate
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import PrefixGateConfig
@@ -118,12 +117,3 @@ def test_top_keeps_the_largest_weights_renormalised(tmp_path, top):
     save_gate(sparse, tmp_path / "gate.safetensors")
     assert load_gate(tmp_path / "gate.safetensors").config == sparse.config
     torch.testing.assert_close(sparse.with_top(None).log_weights(features).exp(), full)
-
-
-def test_wrong_numbers_of_experts_and_priors_are_refused():
-    with pytest.raises(ConfigError, match="over 3"):
-        PrefixGate.of(PRIOR).log_weights(Features(logp_BTE=scores(experts=2)))
-    with pytest.raises(ConfigError, match="prior_E"):
-        PrefixGate.of([0.5, 0.6])
-    with pytest.raises(ConfigError, match="top is 0"):
-        PrefixGate.of(PRIOR).with_top(0)

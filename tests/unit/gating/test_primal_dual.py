@@ -17,13 +17,12 @@ from weftlm.gating import (
     FitConfig,
     FitState,
     ScoredSequences,
-    certify,
     fit_robust_gate,
     primal_dual,
 )
 from weftlm.gating.gate import init_gate
 from weftlm.gating.linear import ConstantGate
-from weftlm.gating.primal_dual import _Draw, best_response
+from weftlm.gating.primal_dual import _Draw
 from weftlm.gating.problem import dual_value, evaluate, make_problem
 from weftlm.gating.sequences import sequence_features
 
@@ -57,8 +56,6 @@ def test_a_fit_reports_on_the_way_and_is_deterministic():
     assert one.history[-1].worst == pytest.approx(one.worst)
     assert one.gate.config.gate == "linear"
     same(one, fit_robust_gate(domains, sets(1), config=SHORT))
-    more = fit_robust_gate(domains, sets(1), gate=one.gate, config=SHORT.model_copy(update={"steps": 200}))
-    assert more.worst < one.worst + 1e-6
 
 
 def test_the_penalty_of_mini_batches_is_the_square_on_average():
@@ -176,27 +173,19 @@ def test_a_model_that_gives_a_domain_no_probability_is_refused():
         make_problem(sets(0), sets(1), unit="byte")
 
 
-def test_ridge_counts_where_data_are_few_and_not_where_all_is_known() -> None:
-    random = np.random.default_rng(0)
-
-    def draw(count: int) -> tuple[list[ScoredSequences], list[ScoredSequences]]:
-        def scored(good: int) -> ScoredSequences:
-            means = np.where(np.arange(3) == good, -60.0, -66.0)
-            return ScoredSequences.of(means + random.normal(0, 4, (count, 3)), tokens_N=np.full(count, 32))
-
-        return [scored(d) for d in range(3)], [scored(k) for k in range(3)]
-
-    domains, samples = draw(12)
-    fresh = make_problem(*draw(2000))
-    values = {}
-    for ridge in (0.0, 1.0):
-        config = FitConfig(steps=400, report_every_steps=400, best_response_steps=0, ridge=ridge)
-        values[ridge] = evaluate(fit_robust_gate(domains, samples, gate="linear", config=config).gate, fresh)
-    assert values[1.0].worst < values[0.0].worst
-    assert abs(values[1.0].z - 1.0) < abs(values[0.0].z - 1.0)
+def test_ridge_counts_where_data_are_few_and_not_where_all_is_known():
+    few, fresh = (
+        (sets(seed, 12, 3, 32, 6.0) for seed in (0, 1)),
+        make_problem(*(sets(s, 2000, 3, 32, 6.0) for s in (2, 3))),
+    )
+    few, values = tuple(few), []
+    for ridge in (1.0, 0.0):
+        config = FitConfig(steps=300, report_every_steps=300, best_response_steps=0, ridge=ridge)
+        values.append(evaluate(fit_robust_gate(*few, gate="linear", config=config).gate, fresh))
+    assert values[0].worst < values[1].worst
+    assert abs(values[0].z - 1.0) < abs(values[1].z - 1.0)
     P, Q = random_problem(0)
-    worst = {fit_robust_gate(P, Q, config=FitConfig(ridge=ridge, steps=50)).worst for ridge in (9.0, 0.0)}
-    assert len(worst) == 1
+    assert len({fit_robust_gate(P, Q, config=FitConfig(ridge=ridge, steps=50)).worst for ridge in (9.0, 0.0)}) == 1
 
 
 @pytest.mark.parametrize(("eps", "exact"), [(0.1, 0.320626), (1.0, 0.396852)])
@@ -235,21 +224,6 @@ def test_a_fit_whose_gap_is_not_measured_stops_where_its_worst_case_stands_still
     assert math.isnan(fit.gap)
     states[1].save(tmp_path / "state")
     same(fit, fit_robust_gate(domains, gate="bayes", config=config, state=FitState.load(tmp_path / "state")))
-    never = config.model_copy(update={"gap_tolerance": None, "steps": fit.state.step + 10})
-    assert fit_robust_gate(domains, gate="bayes", config=never).state.step == never.steps
-
-
-def test_a_gate_of_an_early_stop_is_certified_as_well_as_one_of_all_steps():
-    config = FitConfig(steps=600, report_every_steps=150, best_response_steps=50)
-    every_step = config.model_copy(update={"gap_tolerance": None})
-    early, late = (fit_robust_gate(sets(0), sets(1), config=one) for one in (config, every_step))
-    assert early.state.step < late.state.step == config.steps
-    assert all(line.duality_gap is None for line in late.history)
-    problem = make_problem(sets(0), sets(1))
-    least, _ = best_response(early.gate, problem, early.nu, config, mu=early.mu)
-    assert early.gap == evaluate(early.gate, problem).worst - least <= config.gap_tolerance
-    worst = [certify(one, sets(2), sets(3), config=config).worst.value for one in (early, late)]
-    assert worst[0] == pytest.approx(worst[1], abs=2 * config.gap_tolerance)
 
 
 def test_the_adversary_s_share_of_the_gap_stops_no_fit():
