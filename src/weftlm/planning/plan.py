@@ -51,6 +51,8 @@ FIT_MEMORY = 8.0
 TOKEN_COPIES = {"batches": 3.0, "whole": 12.0}
 """Peak memory of a fit of a causal gate over the bytes of all scores of tokens, measured with gate `bayes`: 2.9 with
 mini-batches (cache, its two parts, what is joined for the steps), 12 with all sequences in every step."""
+PREFIX_BYTES = 850.0
+"""Bytes of a step of gate `prefix` per token and expert of its sequences, measured: about a hundred float64."""
 
 
 @dataclass(frozen=True)
@@ -425,6 +427,9 @@ class _Planner:
         if gates[gating.gate.gate].causal:
             copies = TOKEN_COPIES["whole" if gating.fit.batch_sequences is None else "batches"]
             memory["scores of tokens"] = copies * 4.0 * every * length * experts
+            if gating.gate.gate == "prefix":
+                drawn = min(fitted, domains * (gating.fit.batch_sequences or fitted))
+                memory["step"] = PREFIX_BYTES * drawn * length * experts
         what = f"{gating.gate.gate} over {experts:,} experts, {gating.fit.steps} steps at most, time not planned"
         disk = {"gate": 8.0 * experts * (2 * experts + 1)}
         gate = Stage("gate", what, memory_bytes=memory, disk_bytes=disk, facts={"sequences": fitted})
