@@ -134,7 +134,7 @@ def test_what_an_encoder_decoder_cannot_learn_from_is_refused(bases: dict[str, s
     for changes, message in (
         ({"prompts": False}, "documents of .*cooking.* have none; give their corpora a prompt_field"),
         ({"heldout": plain}, r"documents of .*cooking.* have none; .* the held-out ones too"),
-        ({"target": plain}, r"documents of .*cooking.* have none"),
+        ({"target": plain}, r"documents of the target .*cooking.* have no prompts"),
         ({"examples": False}, r"learns from examples; leave out experts\.examples: false"),
     ):
         sets = {key: changes.pop(key) for key in ("heldout", "target") if key in changes}

@@ -73,7 +73,7 @@ class Experts(Stage):
         if not known.base.is_encoder_decoder:
             return
         targets = [*recipe.data.target, *recipe.data.target_heldout]
-        plain = ", ".join(sorted({each.name for each in (*corpora, *targets) if each.prompt_field is None})[:5])
+        plain_targets = ", ".join(sorted({each.name for each in targets if each.prompt_field is None})[:5])
         for wrong, why in (
             (
                 plain,
@@ -89,6 +89,7 @@ class Experts(Stage):
                 "and compare.monolith trains the experts' base on windows of text; leave compare.monolith out",
             ),
             (recipe.gating is not None, "and gating scores texts token by token; leave gating out"),
+            (plain_targets, f"and documents of the target {plain_targets} have no prompts; give them a prompt_field"),
         ):
             if wrong:
                 raise ConfigError(f"the base {recipe.base} is an encoder-decoder model, {why}")
