@@ -143,11 +143,6 @@ def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: Part
     return result
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return bool(PartialState().is_main_process)
-
-
 def training_task(data: PreparedData, policy: Any, reference: nn.Module | None = None) -> Task:
     """Prepared data and a policy as the training loop takes them."""
     names = tuple(domain.name for domain in data.domains)

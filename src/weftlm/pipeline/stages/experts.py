@@ -95,10 +95,11 @@ class Experts(Stage):
                 raise ConfigError(f"the base {recipe.base} is an encoder-decoder model, {why}")
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
+        from accelerate import PartialState  # noqa: PLC0415 - torch
+
         from weftlm.fan_out import processes  # noqa: PLC0415 - torch
         from weftlm.pipeline.expert_library import import_recipe_experts  # noqa: PLC0415 - torch
         from weftlm.pipeline.experts import remove_unwanted, train_experts  # noqa: PLC0415 - torch
-        from weftlm.pipeline.train import is_main_process  # noqa: PLC0415 - torch
 
         experts = recipe.expert_settings
         if experts.imports:
@@ -106,5 +107,5 @@ class Experts(Stage):
         if experts.trains:
             with processes(options.processes) if options.processes > 1 else nullcontext() as executor:
                 train_experts(recipe, replace=options.replace, executor=executor, progress=options.progress)
-        if options.replace and experts.library is None and is_main_process():
+        if options.replace and experts.library is None and PartialState().is_main_process:
             remove_unwanted(recipe)
