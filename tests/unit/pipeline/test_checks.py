@@ -78,7 +78,7 @@ MISTAKES: dict[str, Mistake] = {
     "encoder-decoder of plain text": ({"experts": {"base": "t5"}}, "learns from prompts and targets"),
     "monolith of an encoder-decoder": (
         {
-            **data(corpora=[{**corpus, "prompt_field": "text"} for corpus in DATA["corpora"]]),
+            **data(**{key: [{**each, "prompt_field": "text"} for each in DATA[key]] for key in ("corpora", "target")}),
             "experts": {"base": "t5"},
             "compare": {"monolith": True},
         },
