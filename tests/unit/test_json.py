@@ -22,7 +22,7 @@ from weftlm.training.checkpoint import load_checkpoint
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 SOURCES = Path(weftlm.__file__).parent
 OWN = {
-    "files.py", "models/fingerprint.py", "serving/chat_template.py",
+    "files.py", "experts/lora.py", "models/fingerprint.py", "serving/chat_template.py",
     "corpora/formats.py",
     "recipe_text.py", "pipeline/demo.py", "gating/scores.py",
 }  # fmt: skip
