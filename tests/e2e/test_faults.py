@@ -63,8 +63,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(project: Project, c
 
 
 def _library(library: ExpertLibrary) -> Any:
-    files = {path: path.read_bytes() for name in library.names for path in library.path(name).iterdir()}
-    return [library.fingerprint(), files]
+    return [library.fingerprint(), {name: lora_files(library.load(name).lora) for name in library.names}]
 
 
 def _page(run: Path) -> Any:
