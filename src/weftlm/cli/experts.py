@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from weftlm.cli import options
+from weftlm.cli import complete, options
 from weftlm.cli.command import Recipe, command, recipe_command
+from weftlm.cli.folders import takes
 from weftlm.cli.output import print_rows, say_yaml
 
 LOSSES = {
@@ -68,7 +69,7 @@ def gate(
 
 @command(app, "import", plain=True)
 def import_(
-    library: Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the library.")],
+    library: Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the library.", callback=takes("new library"))],
     paths: Annotated[list[str], Argument(metavar="PATH", help="PEFT folders, or hub ids (owner/adapter).")],
     name: Annotated[
         str | None, Option(help="Name of the expert, for a single one. Default: the last part of its path.")
@@ -119,7 +120,12 @@ def list_(library: options.Library) -> Iterator[Any]:
 def show(
     library: options.Library,
     name: Annotated[
-        str | None, Argument(metavar="NAME", help="Name of the expert; without it the library itself is shown.")
+        str | None,
+        Argument(
+            metavar="NAME",
+            help="Name of the expert; without it the library itself is shown.",
+            autocompletion=complete.experts,
+        ),
     ] = None,
 ) -> Iterator[Any]:
     """Show a library, or one expert in full.
@@ -141,7 +147,9 @@ def show(
 @command(app, plain=True)
 def remove(
     library: options.Library,
-    names: Annotated[list[str], Argument(metavar="NAME", help="Names of the experts.")],
+    names: Annotated[
+        list[str], Argument(metavar="NAME", help="Names of the experts.", autocompletion=complete.experts)
+    ],
 ) -> Iterator[Any]:
     """Remove experts from a library and delete their files.
 

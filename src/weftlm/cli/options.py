@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from weftlm.cli import complete
+from weftlm.cli.folders import takes
 from weftlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,10 +19,16 @@ if TYPE_CHECKING:
     from weftlm.evaluation.config import EvaluationConfig
     from weftlm.pipeline.recipe import Recipe
 
-RecipePath = Annotated[Path, Argument(metavar="RECIPE.yaml", help="Path of the recipe.")]
-Library = Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the expert library.")]
+RecipePath = Annotated[Path, Argument(metavar="RECIPE.yaml", help="Path of the recipe.", callback=takes("recipe"))]
+Library = Annotated[Path, Argument(metavar="LIBRARY", help="Folder of the expert library.", callback=takes("library"))]
 Set = Annotated[
-    list[str] | None, Option("--set", metavar="a.b=value", help="Key of the recipe with another value; repeatable.")
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="a.b=value",
+        help="Key of the recipe with another value; repeatable.",
+        autocompletion=complete.settings,
+    ),
 ]
 DryRun = Annotated[bool, Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]

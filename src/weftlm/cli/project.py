@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from weftlm.cli import options
+from weftlm.cli import complete, options
 from weftlm.cli.command import Recipe, command
+from weftlm.cli.folders import takes
 from weftlm.cli.output import print_rows, say, say_yaml, windows
 from weftlm.planning.hardware import DEVICES
 
@@ -23,9 +24,17 @@ def run(
     recipe: options.RecipePath,
     set_: options.Set = None,
     from_: Annotated[
-        str | None, Option("--from", metavar="STAGE", help="First stage to redo, with everything after it.")
+        str | None,
+        Option(
+            "--from",
+            metavar="STAGE",
+            autocompletion=complete.stages,
+            help="First stage to redo, with everything after it.",
+        ),
     ] = None,
-    until: Annotated[str | None, Option("--until", metavar="STAGE", help="Last stage to run.")] = None,
+    until: Annotated[
+        str | None, Option("--until", metavar="STAGE", autocompletion=complete.stages, help="Last stage to run.")
+    ] = None,
     processes: options.Processes = 1,
     dry_run: options.DryRun = False,
 ) -> Iterator[Any]:
@@ -69,7 +78,7 @@ def _stages(project: Recipe, stages: list[dict[str, Any]], **recipe: Any) -> Ite
 
 @command(app)
 def status(
-    folder: Annotated[Path, Argument(metavar="RUN", help="Run folder of weftlm run.")],
+    folder: Annotated[Path, Argument(metavar="RUN", help="Run folder of weftlm run.", callback=takes("project"))],
 ) -> Iterator[Any]:
     """Show which stages are done, running, stale or to do, and why.
 
@@ -171,7 +180,9 @@ def plan(
 
 @command(app, plain=True)
 def report(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Run folders, or recipes naming them.")],
+    runs: Annotated[
+        list[Path], Argument(metavar="RUN...", help="Run folders, or recipes naming them.", callback=takes("run"))
+    ],
     output: Annotated[
         Path | None,
         Option(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option, Typer
 
-from weftlm.cli import options
+from weftlm.cli import complete, options
 from weftlm.cli.command import Recipe, command, recipe_command
+from weftlm.cli.folders import takes
 from weftlm.cli.output import print_rows, say, windows
 from weftlm.config import apply_overrides
 from weftlm.errors import ConfigError
@@ -25,7 +26,7 @@ app = Typer(help="Route among experts per token and module, and compare routers.
 def build(
     library: options.Library,
     to: Annotated[Path, Option(metavar="FOLDER", help="Folder of the routed model, new.")],
-    router: Annotated[str, Option(help="Name of the router.")] = "phatgoose",
+    router: Annotated[str, Option(help="Name of the router.", autocompletion=complete.routers)] = "phatgoose",
     set_: Annotated[
         list[str] | None, Option("--set", metavar="router.a=value", help="Key of the router with a value; repeatable.")
     ] = None,
@@ -66,7 +67,7 @@ def build(
 
 @command(app)
 def trace(
-    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of the routed model.")],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder of the routed model.", callback=takes("routed"))],
     text: Annotated[str, Argument(metavar="TEXT", help="Text; - reads it from stdin.")],
     base: options.Base = None,
     top: Annotated[int, Option(help="Number of experts named per token.", min=1)] = 3,
@@ -113,6 +114,7 @@ def evaluate(
         str | None,
         Option(
             metavar="A,B,...",
+            autocompletion=complete.routers,
             help="Routers to compare, with options as phatgoose:k=1. Default: all the experts have the parts for.",
         ),
     ] = None,

@@ -14,6 +14,7 @@ from typer import Argument, Option, Typer
 
 from weftlm.cli import options
 from weftlm.cli.command import command
+from weftlm.cli.folders import takes
 from weftlm.cli.output import say
 from weftlm.config import validate
 from weftlm.errors import ConfigError, install_hint, reason
@@ -31,7 +32,7 @@ SERVE = ServeConfig()
 def serve(
     models: Annotated[
         list[str],
-        Argument(metavar="MODEL...", help="Run folders, models, or names on the hub."),
+        Argument(metavar="MODEL...", help="Run folders, models, or names on the hub.", callback=takes("model")),
     ],
     name: Annotated[list[str] | None, Option(help="Name of a model, in order. Default: the folder's.")] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
@@ -168,7 +169,9 @@ def names_of_models(models: list[str], given: list[str]) -> list[str]:
 def export(
     model: Annotated[
         str,
-        Argument(metavar="MODEL", help="Run folder, model, expert library, or a model's hub name."),
+        Argument(
+            metavar="MODEL", help="Run folder, model, expert library, or a model's hub name.", callback=takes("export")
+        ),
     ],
     output: Annotated[Path, Option(metavar="FOLDER", help="Folder of the result, new.")],
     format: Annotated[

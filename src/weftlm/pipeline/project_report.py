@@ -46,8 +46,8 @@ def report_folders(folders: Sequence[Path], output: Path | None = None, title: s
         DataError: a result is torn, or the page cannot be written.
     """
     for folder in folders:
-        if not any((folder / name).exists() for name in ("stages", "recipe.yaml", "metrics.jsonl")):
-            raise ConfigError(f"{folder} is no run folder; weftlm run and weftlm train make one")
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no run folder; weftlm train makes one")
     first, project = folders[0], len(folders) == 1 and kept_recipe(folders[0]).exists()
     whole = project and (first / EVALUATION).exists()
     page = first / (COMPARED if len(folders) > 1 else REPORT if whole or not project else TRAINING)
