@@ -19,7 +19,8 @@ from support.tiny_project import WORDS, sentence
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
 from weftlm.pipeline.checks import check_recipe
-from weftlm.pipeline.recipe import Recipe, load_recipe, make_recipe
+from weftlm.pipeline.quick import quick
+from weftlm.pipeline.recipe import load_recipe, make_recipe
 from weftlm.pipeline.runner import plan_stages, run_project
 from weftlm.planning.hardware import parse_hardware
 from weftlm.planning.plan import plan_recipe
@@ -32,39 +33,7 @@ SMALLER: dict[str, Any] = {
     "sample_documents": 50, "n": 3, "min_bytes": 1, "count": 2, "target_train_documents": 8, "length": 8,
     "precision": "fp32", "dtype": "float32", "target_sequences": 4, "dimensions": 4,
 }  # fmt: skip
-"""Sizes by key, wherever a recipe has it, beside those of `MOST`; all else stays as it ships."""
-
-MOST = {
-    "data.domains.max_train_tokens": 10_000, "mixture.update_every_steps": 5, "training.steps": 10,
-    "training.warmup_steps": 3, "evaluation.max_tokens_per_set": 512, "experts.training.steps": 8,
-    "experts.training.warmup_steps": 2, "experts.validation_tokens": 512, "experts.gate.steps": 4,
-    "experts.statistics_examples": 16, "gating.scores.sequences": 12, "gating.scores.samples": 8,
-    "gating.fit.steps": 100, "gating.fit.report_every_steps": 50, "gating.fit.best_response_steps": 30,
-    "gating.students.distil.steps": 20, "gating.students.distil.evaluate_every_steps": 10,
-    "gating.students.dense.training.steps": 8,
-}  # fmt: skip
-"""Largest value of each key; smaller ones stay."""
-
-
-def cut_down(recipe: Recipe) -> Recipe:
-    """The recipe with no size above `MOST`."""
-    value = recipe.resolved()
-    for key, most in MOST.items():
-        *path, last = key.split(".")
-        section: Any = value
-        for part in path:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
-            continue
-        if last == "steps" and section.get("tokens") is not None:  # one of the two gives the length
-            per_step = section["batch_sequences"] * section["sequence_length"]
-            section["tokens"] = min(section["tokens"], most * per_step)
-        else:
-            section[last] = most if section[last] is None else min(section[last], most)
-    if "evaluation" in value:
-        value["evaluation"]["every_steps"] = None
-    return make_recipe(value)
-
+"""Sizes by key, wherever a recipe has it, beside those of `--quick`; all else stays as it ships."""
 
 DATASETS = ["mrpc", "sciq"]
 """Of the datasets that a recipe names as domains, those that have stand-ins."""
@@ -191,7 +160,7 @@ class StandIns:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_be_carried_out(path: Path, tmp_path: Path) -> None:
     value = {**StandIns(tmp_path).replace(yaml.safe_load(path.read_text())), "run": str(tmp_path / "run")}
-    project = cut_down(make_recipe(value))
+    project = quick(make_recipe(value))
     planned = plan_recipe(project, parse_hardware("8xH100"))
     stages = {stage.name for stage in planned.stages}
     assert ("training" in stages) == project.trains

@@ -33,7 +33,7 @@ Set = Annotated[
 DryRun = Annotated[bool, Option("--dry-run", help="Print the resolved recipe and what would be done; do nothing.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Quick = Annotated[
-    bool, Option("--quick", help="All stages in about two minutes: sizes cut down, results in runs/demo-quick.")
+    bool, Option("--quick", help="All stages in about two minutes: sizes cut down, results in RUN-quick.")
 ]
 Processes = Annotated[int, Option("--processes", min=1, help="Number of experts trained in parallel.")]
 Ray = Annotated[bool, Option("--ray", help="Use the machines of a Ray cluster (extra 'ray'), which share a disk.")]

@@ -36,6 +36,7 @@ def run(
         str | None, Option("--until", metavar="STAGE", autocompletion=complete.stages, help="Last stage to run.")
     ] = None,
     processes: options.Processes = 1,
+    quick: options.Quick = False,
     dry_run: options.DryRun = False,
 ) -> Iterator[Any]:
     """Run all stages of a recipe; skip what is done, resume the rest.
@@ -44,10 +45,13 @@ def run(
     it; routing compares routers; gating fits a robust gate and distils it; compare trains baselines; a report ends it.
     A costly stage whose settings changed is replaced only with --from.
     """
+    from weftlm.pipeline.quick import quick as cut_down
     from weftlm.pipeline.recipe import load_recipe
     from weftlm.pipeline.runner import run_project
 
     project = load_recipe(recipe, set_ or [])
+    if quick:
+        project = cut_down(project)
     if dry_run:
         yield from _planned(project, from_, until)
         return
@@ -227,11 +231,14 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
     summary.json, the model, baselines, experts, routed models, gate and students. Finished stages are reused.
     """
     from weftlm.files import read_object
-    from weftlm.pipeline.demo import QUICK, demo_recipe
+    from weftlm.pipeline.demo import demo_recipe
     from weftlm.pipeline.names import SUMMARY
+    from weftlm.pipeline.quick import quick as cut_down
     from weftlm.pipeline.runner import run_project
 
-    project = demo_recipe([*(QUICK if quick else ()), *(set_ or [])])
+    project = demo_recipe(set_ or [])
+    if quick:
+        project = cut_down(project)
     if dry_run:
         yield from _planned(project)
         return

@@ -6,7 +6,8 @@ import pytest
 from support.tiny_project import recipe_value
 
 from weftlm.experts.config import ExpertTraining
-from weftlm.pipeline.demo import QUICK, demo_recipe
+from weftlm.pipeline.demo import demo_recipe
+from weftlm.pipeline.quick import LARGEST, quick
 from weftlm.pipeline.recipe import make_recipe
 
 
@@ -37,9 +38,21 @@ def test_a_small_recipe_is_small() -> None:
 
 
 def test_the_quick_demonstration_is_small_in_every_stage_and_a_run_of_its_own() -> None:
-    project, small = demo_recipe(), demo_recipe([*QUICK, "seed=7"])
+    project = demo_recipe(["seed=7"])
+    small = quick(project)
     assert (str(small.run), small.seed) == (f"{project.run}-quick", 7)
     assert small.training.total_steps <= 15
     assert small.experts.training.total_steps <= 8
     assert small.gating.fit.steps < project.gating.fit.steps
     assert [each.policy for each in small.compare.mixtures] == [each.policy for each in project.compare.mixtures]
+
+
+def test_every_key_that_quick_cuts_is_one_of_a_recipe() -> None:
+    dense = {"model": recipe_value()["model"], "training": {"steps": 100}}
+    value = {**recipe_value(), "experts": {}, "gating": {"students": {"dense": dense}}}
+    resolved = make_recipe(value).resolved()
+    for key in LARGEST:
+        section = resolved
+        for part in key.split("."):
+            assert part in section, key
+            section = section[part]

@@ -1,0 +1,55 @@
+"""`--quick`: a recipe with every size cut down, so that all its stages are seen in about two minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weftlm.pipeline.recipe import Recipe, make_recipe
+
+LARGEST: Mapping[str, int] = {
+    "data.domains.max_train_tokens": 10_000,
+    "mixture.update_every_steps": 5,
+    "training.steps": 15,
+    "training.warmup_steps": 3,
+    "evaluation.max_tokens_per_set": 512,
+    "experts.training.steps": 8,
+    "experts.training.warmup_steps": 2,
+    "experts.validation_tokens": 512,
+    "experts.gate.steps": 4,
+    "experts.statistics_examples": 16,
+    "gating.scores.sequences": 12,
+    "gating.scores.samples": 8,
+    "gating.fit.steps": 100,
+    "gating.fit.report_every_steps": 50,
+    "gating.fit.best_response_steps": 30,
+    "gating.students.distil.steps": 20,
+    "gating.students.distil.evaluate_every_steps": 10,
+    "gating.students.direct.fit.steps": 30,
+    "gating.students.dense.training.steps": 8,
+}
+"""Largest value of each key; smaller ones stay."""
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The project with small sizes, in a run folder of its own (`RUN-quick`): nothing of the real run is touched.
+
+    Figures of such a run show that everything works and nothing else.
+    """
+    value = recipe.resolved()
+    for key, most in LARGEST.items():
+        *path, last = key.split(".")
+        section: Any = value
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            continue
+        if last == "steps" and section.get("tokens") is not None:  # one of the two gives the length
+            per_step = section["batch_sequences"] * section["sequence_length"]
+            section["tokens"] = min(section["tokens"], most * per_step)
+        else:
+            section[last] = most if section[last] is None else min(section[last], most)
+    if "evaluation" in value:
+        value["evaluation"]["every_steps"] = None
+    value["run"] = f"{value['run'].rstrip('/')}-quick"
+    return make_recipe(value)
