@@ -6,6 +6,7 @@ import pytest
 import torch
 import typer
 
+from weftlm.cli.main import commands
 from weftlm.errors import ConfigError
 from weftlm.integrations import lm_eval
 from weftlm.models.device import choose_device
@@ -32,8 +33,7 @@ def test_what_is_no_device_here_is_refused(asked: str, monkeypatch: pytest.Monke
 
 
 def test_every_option_called_device_is_auto() -> None:
-    group = typer.main.get_command(__import__("weftlm.cli.main", fromlist=["app"]).app)
-    waiting, found = [group], []
+    waiting, found = [commands()], []
     while waiting:
         command = waiting.pop()
         if hasattr(command, "list_commands"):

@@ -91,7 +91,7 @@ def test_a_project_page_opens_with_its_best_model_and_has_a_section_for_everythi
     models = model_table(given, "model", 128)
     trace = ("a text", Trace((7,), ("a", "b"), ("l.0.up",), torch.tensor([[[0.75, 0.25]]])), ["x"])
     gating = GatingFacts(certificate(), fit(), rows())
-    facts = {"prepared": prepared, "models": models, "routing": RoutingFacts(models, 1.2, [trace]), "gating": gating}
+    facts = {"prepared": prepared, "models": models, "routing": RoutingFacts(models, [trace]), "gating": gating}
     text = render_page(report_page([make_run(tmp_path / "run", "dga", ["a"])], **facts))
     assert text.index('<p class="headline">routed: 1.500') < text.index('class="answer"') < text.index("<nav")
     page = Html(text)
