@@ -82,7 +82,7 @@ def test_a_project_runs_once_and_then_only_what_changed(
     asked = tmp_path / "ask.jsonl"
     asked.write_text(json.dumps(question) + "\n")
     refused = call("status", "runs/one", code=2)
-    assert "is no run folder of weftlm run" in refused
+    assert "there is no folder runs/one" in refused
     assert set(acts(call).values()) == {"run"}
     assert not (tmp_path / "runs").exists(), "--dry-run writes nothing"
 
