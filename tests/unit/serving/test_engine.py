@@ -217,7 +217,9 @@ def test_an_error_ends_the_requests_of_its_pass(
 def test_closing_ends_everything(opened: OpenModel, caplog: pytest.LogCaptureFixture) -> None:
     """Closing twice is closing once, and a receiver may close too."""
     engine = Engine(opened, slots=1)
-    tickets = [Ticket(engine, PROMPT, LONG, on_event=engine.close), *(Ticket(engine, PROMPT, LONG) for _ in range(2))]
+    with held(engine):
+        closing = Ticket(engine, PROMPT, LONG, on_event=engine.close)
+        tickets = [closing, *(Ticket(engine, PROMPT, LONG) for _ in range(2))]
     assert [collect(ticket).end.reason for ticket in tickets] == ["cancelled"] * 3
     engine.close()
     assert engine.running == engine.waiting == 0
