@@ -129,6 +129,7 @@ def serve(
 
         gc.collect()
         gc.freeze()  # a search of all that was imported and loaded takes half a second, in which nobody is answered
+        gc.collect()  # the collector waits for growth by a quarter of what this finds: little, so it comes early
         Server(built, engines, config, ready).run(sockets=[listener])
 
 

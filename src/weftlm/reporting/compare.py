@@ -11,14 +11,19 @@ from weftlm.evaluation.result import mean_result, paired_difference
 from weftlm.evaluation.suite import TARGET
 from weftlm.progress import count_text
 from weftlm.reporting.figures import NAMED, OTHER, Line, domain_lines, paint, run_lines
-from weftlm.reporting.runs import GENERIC, Run, mapping, number
+from weftlm.reporting.runs import GENERIC, Record, Run, mapping, number
 from weftlm.reporting.score import Score
 from weftlm.reporting.score_table import ScoreRow, ScoreTable
 
 
 def gap(run: Run, base: Run, name: str) -> Score:
-    """A run's score minus the base's, paired window by window where both kept their window losses."""
+    """A run's score minus the base's, paired window by window where both kept their window losses.
+
+    Runs that differ only in their seed have a difference without an error: what another seed would change is not known.
+    """
     apart = run.score(name).minus(base.score(name))
+    if _apart_from_seed(run) == _apart_from_seed(base):
+        return Score(apart.value)
     ours, theirs = run.windows, base.windows
     if ours.keys() != theirs.keys():
         return apart
@@ -49,7 +54,17 @@ def caveats(runs: Sequence[Run]) -> list[str]:
     prints = {run.windows[TARGET].fingerprint for run in runs if TARGET in run.windows}
     if len(prints) > 1:
         found.append("The runs were evaluated on different target text: their numbers are not comparable.")
+    settings = [_apart_from_seed(run) for run in runs]
+    if twins := [run.label for run, each in zip(runs, settings, strict=True) if settings.count(each) > 1]:
+        found.append(
+            f"{', '.join(twins)}: the same settings with other seeds. Errors are over documents and do not hold what "
+            "another seed changes; the better of two seeds is not the better setting."
+        )
     return found
+
+
+def _apart_from_seed(run: Run) -> Record:
+    return {key: value for key, value in run.recipe.items() if key not in ("run", "seed")} or {"run": run.label}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class _Connection(H11Protocol):
             transport.abort()
         self._watch(None, self.loop.time())
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()  # else it keeps all objects of a finished connection until the limit
+        super().connection_lost(exc)
+
     def _watch(self, last: Any, since: float) -> None:
         """Abort the connection at its limit; `last` is its state at the look before, first seen at `since`."""
         cycle: Any = self.cycle  # None before the first request, whatever uvicorn declares
@@ -54,7 +58,7 @@ class _Connection(H11Protocol):
         if now - since >= (self.intake_seconds if waiting else self.answer_seconds):
             self.transport.abort()
         else:
-            self.loop.call_later(self.intake_seconds, self._watch, state, since)
+            self._timer = self.loop.call_later(self.intake_seconds, self._watch, state, since)
 
     def send_400_response(self, msg: str) -> None:
         cycle: Any = self.cycle

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from support.blocks import render_blocks
 
 from weftlm.evaluation.result import load_windows, paired_difference
@@ -87,6 +88,15 @@ def test_unequal_costs_other_text_and_a_missing_target_are_said(tmp_path: Path, 
         sets = json.loads((folder / "result.json").read_text())["sets"]
         edit(folder, sets={name: one for name, one in sets.items() if name != "target"})
     assert "bits per byte, mean over domains" in headline(compared(folders))
+
+
+def test_another_seed_is_not_called_better(tmp_path: Path, make_run: MakeRun) -> None:
+    folders = [make_run(tmp_path / f"seed{seed}", "dga", ["a"], target_bits=1.9 - seed / 10) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        recipe = {**yaml.safe_load((folder / "recipe.yaml").read_text()), "run": str(folder), "seed": seed}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert headline(compared(folders)).endswith("against seed0: no error known.")
+    assert "seed0, seed1: the same settings with other seeds" in " ".join(caveats(read_runs(folders)))
 
 
 @pytest.mark.parametrize(("target", "verdict"), [(1.95, "worse"), (1.8995, "not significant"), (1.8, "better")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from support.fake_engine import FakeEngine
 from support.web import Web, serving, wait_until
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel
@@ -163,6 +165,26 @@ def test_no_state_of_a_connection_lasts(
             other.sendall(HEALTH)
             assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
     assert [record for record in caplog.records if record.exc_info] == [], "clients cause no tracebacks"
+
+
+def test_a_finished_connection_leaves_nothing(opened: OpenModel) -> None:
+    """Else a busy server keeps thousands of them for `intake_seconds`, and garbage collection searches them all."""
+
+    def kept() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), H11Protocol) for each in gc.get_objects())
+
+    engine = FakeEngine(opened, lambda *_: [Token(65, "b"), Finished("length")])
+    with serving({"tiny": engine}, ServeConfig(intake_seconds=600.0)) as web:
+        before = kept()
+        for sent in (closing(), closing(stream=True), closing(prompt=-1), b"nonsense\r\n\r\n"):
+            with web.connect() as connection:
+                connection.sendall(sent)
+                assert read_all(connection)
+        with web.connect() as connection:
+            connection.sendall(HEALTH)
+            read_until(connection, b"ok")
+        wait_until(lambda: kept() <= before)
 
 
 def test_an_answer_that_closes_its_connection_is_written_whole(opened: OpenModel) -> None:
