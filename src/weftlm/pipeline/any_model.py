@@ -95,6 +95,7 @@ def open_model(
     kind: Kind = "plain"
     model: Any
     names: tuple[str, ...] = ()
+    places: list[tuple[str | None, str | None]]
     if (folder / ROUTED).exists() or router is not None:
         if router is None:
             model = RoutedModel.from_pretrained(folder, base=base, device=place)
@@ -103,33 +104,35 @@ def open_model(
                 base, folder, parse_router(router), experts=experts, revision=revision, dtype=dtype, device=place
             )
         kind, names = "routed", tuple(expert.name for expert in model.experts)
-        own = str(folder / TOKENIZER) if router is None else None
-        inner, places = [model.model], [own, base, model.base_reference.name]
+        inner, reference = [model.model], model.base_reference
+        places = [(str(folder / TOKENIZER) if router is None else None, None), (reference.name, reference.revision)]
     elif (folder / ADAPTER).exists():
         model = load_adapted(folder, base=base, revision=revision, dtype=dtype).to(place)
         inner = [model.get_base_model()]
-        places = [str(folder), model.peft_config["default"].base_model_name_or_path or base]
+        adapted = model.peft_config["default"]
+        places = [(str(folder), None), (base, revision), (adapted.base_model_name_or_path, adapted.revision)]
     elif base is not None:
         raise ConfigError(f"base is for routed models and adapters; {path} is none")
     elif (folder / GATED).exists():
         model = ModularLM.from_pretrained(folder, device=place)
         kind, names, inner = "gated", tuple(model.pool.names), [member.model for member in model.pool.members]
-        sources = [member.source.model for member in model.pool.members if member.source is not None]
-        bases = [member.lora.base.name for member in model.pool.members if member.lora is not None]
-        places = [str(folder), *dict.fromkeys([*sources, *bases])]
+        sources = [member.source for member in model.pool.members if member.source is not None]
+        bases = [member.lora.base for member in model.pool.members if member.lora is not None]
+        places = [(str(folder), None), *((each.model, each.revision) for each in sources)]
+        places += [(each.name, each.revision) for each in bases]
     else:
         name = str(folder) if folder.is_dir() else str(path)
         model = nn.Module.to(load_base(name, revision=revision, dtype=dtype), place)
-        inner, places = [model], [name]
+        inner, places = [model], [(name, revision)]
     model.eval()
     for each in () if encoder_decoder else inner:
         require_decoder_only(each, str(path))
-    tried = [tokenizer] if tokenizer is not None else [each for each in places if each]
-    found = next((one for one in (find_tokenizer(each, revision) for each in tried) if one is not None), None)
+    tried = {(tokenizer, None): None} if tokenizer is not None else dict.fromkeys(place for place in places if place[0])
+    found = next((one for one in (find_tokenizer(str(name), at) for name, at in tried) if one is not None), None)
     if found is None:
+        looked = ", ".join(str(name) for name, _ in tried)
         raise DataError(
-            f"{path} comes without a tokenizer (looked in {', '.join(tried)}); save one beside it, or name one "
-            "(tokenizer)"
+            f"{path} comes without a tokenizer (looked in {looked}); save one beside it, or name one (tokenizer)"
         )
     for each in inner:
         check_vocabulary(each, found.vocab_size, str(path))

@@ -146,7 +146,7 @@ def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bo
     library = ExpertLibrary.open(folder)
     found: dict[str, Any] = {}
     for each in settings.imports:
-        whole = library.has_gate(each.title) and (
+        whole = (library.has_gate(each.title) or not settings.gate.steps) and (
             library.has_statistics(each.title) or not settings.statistics_examples
         )
         if each.domain is not None and not whole:

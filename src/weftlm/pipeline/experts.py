@@ -202,7 +202,7 @@ def make_one(making: ExpertMaking, name: str, *, replace: bool = False, patience
 def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one expert's gate again and collect its statistics again, on its own domain alone.
 
-    Works on an expert of any origin, and knows nothing of the others.
+    Works on an expert of any origin, and knows nothing of the others. Without steps, or examples, it has none after.
 
     Args:
         recipe: Recipe with the settings of gate, training and statistics.
@@ -233,10 +233,9 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
             gate, statistics = describe(
                 base.model, expert.lora, source, config, folder=work, seed=recipe.seed, runtime=runtime
             )
-            gate, statistics = gate or expert.gate, statistics or expert.statistics
             parts = {"gate": gate, "statistics": statistics}
             facts = {key: None if part is None else dict(part.facts) for key, part in parts.items()}
-            card = {**expert.card, **{key: value for key, value in facts.items() if value is not None}}
+            card = {**expert.card, **facts}
             if "settings" in card:
                 now = config.model_dump(mode="json")
                 card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}

@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from weftlm.corpora.tokens import find_tokenizer
-from weftlm.errors import ConfigError
+from weftlm.errors import ConfigError, ExpertError
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import mean_result
 from weftlm.evaluation.suite import SuiteResult
@@ -231,7 +231,7 @@ def _score_far(
 
 
 def _possible(model: RoutedModel) -> tuple[dict[str, RouterConfig], list[str]]:
-    """Routers that run without further options on these experts, and notes on those that lack something.
+    """Routers that can be built without options over these experts, and for each other a note that says why not.
 
     `uniform` is left out: it gives the numbers of `merged`.
     """
@@ -239,13 +239,12 @@ def _possible(model: RoutedModel) -> tuple[dict[str, RouterConfig], list[str]]:
     for name in routers:
         if name in ("single", "uniform"):
             continue
-        lacking = sorted(
-            {need for need in routers[name].needs for each in model.experts if getattr(each, need) is None}
-        )
-        if lacking:
-            notes.append(f"{name} left out: an expert has no {' and no '.join(lacking)}")
+        try:
+            model.use_router(name)
+        except (ConfigError, ExpertError) as error:
+            notes.append(f"{name} left out: {error}")
         else:
-            sections[name] = router_config(name)
+            sections[name] = model.router.config
     return sections, notes
 
 

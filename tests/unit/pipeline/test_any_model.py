@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from support import served
 from support.experts import make_pool
 
+from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.experts.expert import BaseReference
+from weftlm.experts.library import ExpertLibrary
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
 from weftlm.pipeline.any_model import open_model
@@ -65,6 +67,23 @@ def test_a_routed_encoder_decoder_opens_where_it_will_do(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="is an encoder-decoder model"):
         open_model(tmp_path / "r")
     assert open_model(tmp_path / "r", encoder_decoder=True, tokenizer=str(base)).kind == "routed"
+
+
+def test_a_tokenizer_is_of_the_revision_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = served.write_model(tmp_path, "plain")
+    library = ExpertLibrary.open(tmp_path / "library", BaseReference(str(base), "v1"))
+    library.add(*make_pool(load_base(str(base)), 2, base=library.base))
+    asked: list[tuple[str, str | None]] = []
+
+    def found(name: str, revision: str | None) -> Tokenizer:
+        asked.append((name, revision))
+        return served.tokenizer()
+
+    monkeypatch.setattr("weftlm.pipeline.any_model.find_tokenizer", found)
+    open_model(library.folder, router="merged")
+    open_model(base, revision="v2")
+    open_model(base, revision="v2", tokenizer="another/place")
+    assert asked == [(str(base), "v1"), (str(base), "v2"), ("another/place", None)]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ def test_adapters_are_imported_once_and_gated_where_asked_for(recipe: Recipe) ->
     assert ExpertLibrary.open(recipe.library_folder).fingerprint() == before
 
 
+def test_a_domain_without_steps_of_a_gate_gives_statistics_alone_and_once(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = recipe.resolved()
+    value["experts"]["gate"]["steps"] = 0
+    found = import_recipe_experts(make_recipe(value), progress=False)
+    assert (found["sailor"]["gate"], found["sailor"]["statistics"]) == (False, True)
+    monkeypatch.setattr("weftlm.pipeline.experts.gate_expert", None)
+    assert import_recipe_experts(make_recipe(value), progress=False) == found
+
+
 def test_another_source_under_the_same_name_is_refused_unless_replaced_once_it_is_read(recipe: Recipe) -> None:
     import_recipe_experts(recipe, progress=False)
     one, two = recipe.experts.imports

@@ -24,7 +24,7 @@ from weftlm.experts.lora import adapter_fingerprint
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, make_recipe, require_experts
-from weftlm.pipeline.routes import build_route
+from weftlm.pipeline.routes import build_route, evaluate_routes
 from weftlm.pipeline.runner import run_project
 
 TRAINING = {"sequence_length": 16, "batch_sequences": 2, "steps": 2, "device": "cpu"}
@@ -200,6 +200,10 @@ def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path)
     with pytest.raises(ExpertError, match="weftlm experts gate"):
         made(recipe)
     assert not list((recipe.run / "training/algebra").glob("gate-*")), "the work of the second gate is put away"
+    none = recipe_in(tmp_path, corpora, domains=["algebra"], gate={"steps": 0}, embedder="tokens-8")
+    assert gate_expert(none, "algebra", progress=False)["gate"] is None
+    assert (library.has_gate("algebra"), library.has_statistics("algebra")) == (False, True)
+    assert made(none) == {"algebra": "kept"}
     with pytest.raises(DataError, match="made from other text"):
         gate_expert(recipe_in(tmp_path, corpora, data=less(corpora, 500)), "algebra", progress=False)
 
@@ -225,6 +229,21 @@ def test_a_gate_is_not_kept_for_an_adapter_that_went_meanwhile(
         gate_expert(recipe, "algebra", progress=False)
     assert library.names == (["algebra"] if change == "replaced" else [])
     assert not any(map(library.has_gate, library.names))
+
+
+def test_routers_that_the_experts_do_not_serve_are_left_out_with_the_cure(tmp_path: Path, corpora: Path) -> None:
+    recipe = recipe_in(tmp_path, corpora, domains=["algebra"], gate={"steps": 0}, training={**TRAINING, "steps": 1})
+    made(recipe)
+    library = ExpertLibrary.open(recipe.library_folder)
+    expert = library.load("algebra")
+    assert expert.statistics is not None
+    earlier = replace(expert.statistics, embedder="sentence-transformers:of-an-earlier-version")
+    library.add(replace(expert, statistics=earlier), replace=True)
+    found = evaluate_routes(recipe, singles=False, progress=False)
+    notes = dict(note.split(" left out: ") for note in found["notes"] if " left out: " in note)
+    assert not {"phatgoose", "retrieval"} & set(found["rows"])
+    assert "merged" in found["rows"]
+    assert all("weftlm experts gate" in notes[name] for name in ("phatgoose", "retrieval"))
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is(tmp_path: Path, corpora: Path) -> None:
