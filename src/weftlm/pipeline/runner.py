@@ -120,12 +120,6 @@ def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], bu
     return StageStatus(stage, "stale" if why else "done", why, facts=facts)
 
 
-def seconds_of(recipe: Recipe, name: str) -> float | None:
-    """Time that a finished stage took; None where it is not finished."""
-    read = read_stage(recipe, name)
-    return float(read[1]["seconds"]) if read is not None and read[0] else None
-
-
 def plan_stages(
     recipe: Recipe, *, from_stage: str | None = None, until: str | None = None
 ) -> list[tuple[StageStatus, Act]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import pytest
 from support.command_line import Call
 from support.tiny_project import recipe_value, write_corpora, write_recipe
 from transformers import LlamaConfig, T5Config
+
+from weftlm.errors import ConfigError
+from weftlm.pipeline.checks import check_recipe
+from weftlm.pipeline.recipe import make_recipe
+from weftlm.routing.config import routers
 
 Mistake = tuple[Mapping[str, Any], str]
 
@@ -83,10 +89,6 @@ MISTAKES: dict[str, Mistake] = {
             "compare": {"monolith": True},
         },
         "leave compare.monolith out",
-    ),
-    "router without statistics": (
-        {"experts": {"statistics_examples": 0}, "routing": {"routers": ["retrieval"]}},
-        "retrieval needs statistics",
     ),
     "routed models of one name": (
         {"experts": {}, "routing": {"build": ["phatgoose", "phatgoose"]}},
@@ -165,6 +167,26 @@ def test_every_command_refuses_before_anything_is_written(
     assert said in found.pop()
     assert not found
     assert sorted(project.rglob("*")) == before
+
+
+WITHOUT: dict[str, dict[str, Any]] = {
+    "gate": {"gate": {"steps": 0}},
+    "statistics": {"statistics_examples": 0},
+    "import": {"imports": [{"source": "adapter"}]},
+}
+"""Requirement of routers -> the setting that takes it away; an adapter without a domain takes away all of them."""
+
+
+@pytest.mark.parametrize("key", ["routers", "build"])
+def test_a_router_whose_experts_lack_what_it_needs_is_refused(key: str, project: Path) -> None:
+    routing = {"routers": ["merged"], "build": ["merged"]}
+    for router in routers:
+        for need, experts in WITHOUT.items():
+            word = "single:expert=cooking" if router == "single" else router
+            recipe = make_recipe({**recipe_value(), "experts": experts, "routing": {**routing, key: [word]}})
+            lacking = need in routers[router].needs or (need == "import" and bool(routers[router].needs))
+            with pytest.raises(ConfigError, match=rf"routing\.{key}: {router} needs") if lacking else nullcontext():
+                check_recipe(recipe)
 
 
 def test_all_problems_are_said_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

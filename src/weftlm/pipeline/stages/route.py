@@ -51,11 +51,17 @@ class Route(Stage):
 
     def _check(self, recipe: Recipe, known: Known, key: str, name: str) -> None:
         kind, experts = routers[name], recipe.expert_settings
-        if "statistics" in kind.needs and not experts.statistics_examples:
-            raise ConfigError(
-                f"{key}: {name} needs statistics of the experts, and experts.statistics_examples is 0; raise it, or "
-                "leave the router out"
-            )
+        made = {
+            "gate": ("gate.steps", experts.gate.steps),
+            "statistics": ("statistics_examples", experts.statistics_examples),
+        }
+        for need in sorted(kind.needs):
+            setting, size = made[need]
+            if not size:
+                raise ConfigError(
+                    f"{key}: {name} needs {need if need == 'statistics' else 'a gate'} of the experts, and "
+                    f"experts.{setting} is 0; raise it, or name another router"
+                )
         without = [each.title for each in experts.imports if each.domain is None]
         if kind.needs and without:
             raise ConfigError(
