@@ -211,12 +211,28 @@ the template when read back, as in `basis_ND: Tensor = dataclasses.field(metadat
 
 
 def state_to_json(state: Any) -> dict[str, Any]:
-    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers stay.
+    """A policy state as JSON: float64 tensors become lists of exact decimal reprs, numbers and tuples of them stay.
 
     `CONSTANT` fields are left out. NaN is kept, as Python's json module writes it.
+
+    Raises:
+        ConfigError: a field holds something else, which could not be read back.
     """
     values = {field.name: getattr(state, field.name) for field in _variable_fields(state)}
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not _is_plain(value):
+            raise ConfigError(
+                f"{type(state).__module__}.{type(state).__qualname__} cannot be saved: its field {name!r} is a "
+                f"{type(value).__name__}; a policy keeps tensors, numbers, texts and tuples of the last two"
+            )
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives a value back, once its lists are tuples again."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def state_from_json(template: S, value: Mapping[str, Any]) -> S:
@@ -252,4 +268,8 @@ def _from_json(template: Any, value: Any, name: str) -> Any:
                 "did the number of domains change?"
             )
         return tensor
-    return value
+    return _with_tuples(value)
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value

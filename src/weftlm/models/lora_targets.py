@@ -57,8 +57,8 @@ def lora_targets(model: nn.Module, targets: str | Sequence[str], where: str = "l
     meant = named_by(targets, list(known), where)
     if not meant:
         raise ConfigError(f"{where} is empty; {cure}")
-    if lost := next((target for target, names in meant.items() if not names), None):
-        raise ConfigError(f"{where}: {lost!r:.80} matches no module of this model; {cure}")
+    if lost := [target for target, names in meant.items() if not names]:
+        raise ConfigError(f"{where}: {lost[0]!r:.80} matches no module of this model; {cure}")
     chosen = [name for name in known if any(name in names for names in meant.values())]
     if wrong := next((name for name in chosen if name not in good), None):
         why = f"is of type {type(known[wrong]).__name__} and no linear module"

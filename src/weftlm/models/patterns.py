@@ -22,7 +22,7 @@ MAX_SECONDS = 2.0
 def named_by(entries: str | Sequence[str], names: Sequence[str], what: str) -> dict[str, set[str]]:
     """The modules that each entry of a setting means, as PEFT reads it.
 
-    A text is a regular expression of whole names; an entry of a list is a full name, or else the end of names.
+    A text is a regular expression of whole names; an entry of a list is the end of names, from a dot or the start on.
 
     Args:
         entries: Setting.
@@ -34,10 +34,12 @@ def named_by(entries: str | Sequence[str], names: Sequence[str], what: str) -> d
     if isinstance(entries, str):
         (hits,) = matches([entries], names, what)
         return {entries: {name for name, hit in zip(names, hits, strict=True) if hit}}
-    known = set(names)
-    return {
-        each: {each} if each in known else {name for name in names if name.endswith(f".{each}")} for each in entries
-    }
+    ends: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for first in range(len(parts)):
+            ends.setdefault(".".join(parts[first:]), set()).add(name)
+    return {each: ends.get(each, set()) for each in entries}
 
 
 def matches(patterns: Sequence[str], names: Sequence[str], what: str, *, tail: bool = False) -> list[list[bool]]:

@@ -181,6 +181,7 @@ class MixtureRun:
                 batch_size=share.batch_sequences,
             )  # fmt: skip
         self.state = task.policy.init(task.setting)
+        state_to_json(self.state)  # a state that no checkpoint can hold is refused before training
         self.sampler.set_weights(0, task.policy.weights(self.state).numpy())
         self.step = 0
         self._direction: Direction | None = None

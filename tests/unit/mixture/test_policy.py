@@ -1,7 +1,9 @@
 """Choosing a policy by name, the mirror step, and states through JSON."""
 
+import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +73,24 @@ def test_a_saved_state_is_that_of_its_policy_and_domains_without_what_never_chan
     saved = json.loads(json.dumps(state_to_json(state)))
     assert not {"basis_ND", "groups"} & saved.keys()
     assert state_from_json(state, saved).groups == ("a", "b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """The state of a policy of another package."""
+
+    weights_D: torch.Tensor
+    memory: Any = ()
+
+
+def test_a_state_of_another_package_keeps_its_tuples_and_what_json_cannot_give_back_is_refused_by_name():
+    weights_D = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    state, template = Foreign(weights_D, (3, ("a", 0.1), (None, True))), Foreign(torch.zeros(2, dtype=torch.float64))
+    back = state_from_json(template, json.loads(json.dumps(state_to_json(state))))
+    assert torch.equal(back.weights_D, weights_D)
+    assert back.memory == state.memory
+    for odd in ({1: 2}, [1.0], (weights_D,), ((weights_D.numpy(),),)):
+        with pytest.raises(
+            ConfigError, match=r"test_policy\.Foreign cannot be saved: its field 'memory' is a (dict|list|tuple)"
+        ):
+            state_to_json(Foreign(weights_D, odd))

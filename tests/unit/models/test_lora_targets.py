@@ -15,6 +15,7 @@ from weftlm.experts.lora import check_fits, from_peft_model
 from weftlm.models.config import LoRASection
 from weftlm.models.factory import with_lora
 from weftlm.models.lora_targets import linear_widths, lora_targets, outline
+from weftlm.models.patterns import named_by
 
 _COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,6 +81,8 @@ def test_names_and_expressions_mean_what_they_mean_to_peft() -> None:
     assert lora_targets(model, ["q_proj"]) == lora_targets(model, r".*\.q_proj") == q
     assert lora_targets(model, [q[1]]) == lora_targets(model, r"model\.layers\.[1]\..*q_proj") == [q[1]]
     assert adapted(model, ["lm_head", "q_proj"]) == {"lm_head", "q_proj"}
+    names = ["head", "body.head", "body.ahead"]
+    assert named_by(["head", "dy.head"], names, "x") == {"head": {"head", "body.head"}, "dy.head": set()}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,8 @@ def test_names_and_expressions_mean_what_they_mean_to_peft() -> None:
         (["q_proj", "embed_tokens"], "embed_tokens is of type Embedding and no linear module"),
         (["mlp"], "mlp is of type LlamaMLP and no linear module"),
         ([], "is empty"),
+        ([""], "'' matches no module"),
+        ("", "'' matches no module"),
         ("q_proj", "'q_proj' matches no module"),
         ("(", "'\\(' is not a regular expression"),
         (r"(.|..)*[!?]", "too much time or memory"),
