@@ -31,14 +31,14 @@ def count_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration in its two largest units: 42s, 3m 20s, 2h 05m, 3d 04h; `-` where it is not finite."""
+    """A duration in its two largest units: <1s, 42s, 3m 20s, 2h 05m, 3d 04h; `-` where it is not finite."""
     if not math.isfinite(seconds) or seconds < 0:
         return "-"
     whole = round(seconds)
     for size, part, large, small in ((86400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
         if whole >= size:
             return f"{whole // size}{large} {whole % size // part:02d}{small}"
-    return f"{whole}s"
+    return f"{whole}s" if whole or not seconds else "<1s"
 
 
 def weights_text(weights: Mapping[str, float], top: int) -> str:

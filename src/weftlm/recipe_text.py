@@ -183,6 +183,7 @@ for _name, _construct in {
     "float": _PlainLoader.construct_number,
     "str": _PlainLoader.construct_text,
     "timestamp": _PlainLoader.construct_text,
+    "value": _PlainLoader.construct_text,  # =
 }.items():
     _PlainLoader.add_constructor(_TAG + _name, _construct)
 _PlainLoader.add_implicit_resolver(

@@ -240,7 +240,9 @@ def test_a_worker_of_another_version_or_without_the_folders_is_refused(tmp_path:
         _on_worker("0", Path.cwd(), [], say, ("first",))
 
 
-def test_a_cluster_that_cannot_be_used_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_cannot_be_used_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     started: list[str] = []
 
     def init(address: str, **options: Any) -> None:
@@ -254,11 +256,19 @@ def test_a_cluster_that_cannot_be_used_is_said(call: Call, monkeypatch: pytest.M
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     monkeypatch.setattr(ray, "shutdown", lambda: started.append("shut down"))
-    with pytest.raises(ConfigError, match="each task asks for 1 GPUs, which this machine does not have"):
+    with pytest.raises(ConfigError, match="each task asks for 1 CPUs and 1 GPUs, which this machine does not have"):
         connect(gpus=1)
     assert started == ["auto", "local", "shut down"]
+    with monkeypatch.context() as connected:
+        connected.setattr(ray, "is_initialized", lambda: True)
+        connect(cpus=2)
+        assert not caplog.messages
+        connect(cpus=3)
+        assert caplog.messages == [
+            "each task asks for 3 CPUs and 0 GPUs, which no machine of the cluster has: waiting for another to join"
+        ]
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"no Ray cluster lets this process in at RAY_ADDRESS '127\.0\.0\.1:1'"):
         connect()

@@ -52,6 +52,7 @@ def test_did_you_mean_lists_what_is_allowed_when_nothing_is_near() -> None:
         ("new.section.key=null", ("new", "section", "key"), None),
         ("steps=7", ("steps",), 7),
         ("steps=nan", ("steps",), "nan"),
+        ("steps==", ("steps",), "="),
         ("inner.learning_rate=1_000.5", ("inner", "learning_rate"), 1000.5),
     ],
 )

@@ -16,6 +16,8 @@ from typing import Any
 
 from weftlm.errors import ConfigError, WeftError, install_hint, reason
 
+log = logging.getLogger(__name__)
+
 RETRIES = 3
 """How often Ray gives a task to another worker after its own died."""
 
@@ -99,17 +101,20 @@ def ray_executor(cpus: int = 1, gpus: float = 0.0) -> Iterator[RayExecutor]:
         ) from error
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
+        alone = False
         if not ray.is_initialized():
             stack.callback(ray.shutdown)
             alone = _connect(ray)
-            has = ray.cluster_resources() if alone else {}
-            lacking = {kind: asked for kind, asked in (("CPU", cpus), ("GPU", gpus)) if asked > has.get(kind, 0)}
-            if alone and lacking:
-                asked = " and ".join(f"{count:g} {kind}s" for kind, count in lacking.items())
+        asked = {"CPU": cpus, "GPU": gpus}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(has.get(kind, 0) >= count for kind, count in asked.items()) for has in machines):
+            said = f"each task asks for {cpus} CPUs and {gpus:g} GPUs, which"
+            if alone:
                 raise ConfigError(
-                    f"each task asks for {asked}, which this machine does not have; ask for less, or connect to a "
-                    "cluster that has them (RAY_ADDRESS)"
+                    f"{said} this machine does not have; ask for less, or connect to a cluster that has them "
+                    "(RAY_ADDRESS)"
                 )
+            log.warning("%s no machine of the cluster has: waiting for another to join", said)
         executor = RayExecutor(cpus, gpus)
         stack.callback(executor.shutdown, cancel_futures=True)
         yield executor
