@@ -46,7 +46,8 @@ def test_counts_have_three_digits(count: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0s"), (0.3, "<1s"), (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (273_600, "3d 04h"), (math.inf, "-"), (-1, "-"),
+        (0, "0s"), (0.3, "<1s"),
+        (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (273_600, "3d 04h"), (math.inf, "-"), (-1, "-"),
     ],
 )  # fmt: skip
 def test_durations_have_two_units(seconds: float, text: str) -> None:
