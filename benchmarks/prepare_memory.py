@@ -22,8 +22,8 @@ import numpy as np
 from _common import environment_lines, finish, parser, say, table
 
 from weftlm.corpora.config import CorpusConfig, TrainConfig
-from weftlm.corpora.dedup import SeenDocuments
 from weftlm.corpora.reading import ReadingReport, read_documents
+from weftlm.corpora.source import Document
 from weftlm.corpora.store_writer import tokenise_by_label
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 
@@ -55,10 +55,16 @@ def prepare(corpus: str, tokenizer: str, folder: str) -> dict[str, float]:
     before = peak_mb()
     report = ReadingReport()
     start = time.perf_counter()
-    seen = SeenDocuments()
+    seen: set[bytes] = set()
     documents = read_documents(CorpusConfig(path=corpus, label="d"), report)
-    stream = (document for document in documents if seen.add(document, "train") is None)
-    store = tokenise_by_label(stream, loaded, Path(folder) / "store")["d"]
+
+    def unique() -> Iterator[Document]:
+        for document in documents:
+            if (digest := document.digest()) not in seen:
+                seen.add(digest)
+                yield document
+
+    store = tokenise_by_label(unique(), loaded, Path(folder) / "store")["d"]
     seconds = time.perf_counter() - start
     return {
         "peak_mb": peak_mb(),
@@ -66,7 +72,7 @@ def prepare(corpus: str, tokenizer: str, folder: str) -> dict[str, float]:
         "seconds": seconds,
         "text_mb": report.bytes / 1e6,
         "documents": report.documents,
-        "dropped": sum(seen.dropped.values()),
+        "dropped": report.documents - len(seen),
         "tokens": len(store),
     }
 

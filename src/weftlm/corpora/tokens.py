@@ -12,10 +12,9 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -39,8 +38,7 @@ RUN_CHARACTERS = 1 << 10
 _RUN = re.compile(rf"(?<!\S)\S{{{RUN_CHARACTERS + 1},}}|(?<!\s)\s{{{RUN_CHARACTERS + 1},}}")
 
 
-@dataclass(frozen=True)
-class TextLoss:
+class TextLoss(NamedTuple):
     """What a tokenizer keeps of a text.
 
         given back = 1 - max(bytes lost, bytes added) / bytes
@@ -49,31 +47,17 @@ class TextLoss:
     a text that differs in order only as one byte. One blank added or dropped at the very beginning does not count.
 
     Attributes:
-        bytes: UTF-8 bytes of the text measured.
-        given_back: Bytes that decode(encode(text)) gives back.
-        tokens: Tokens of the text.
-        unknown: Number of them that are the unknown token.
+        given_back: Share of the UTF-8 bytes that decode(encode(text)) gives back.
+        unknown: Share of the tokens that are the unknown token.
     """
 
-    bytes: int
-    given_back: int
-    tokens: int
-    unknown: int
-
-    @property
-    def given_back_share(self) -> float:
-        """Share of the bytes given back; 1 for no text."""
-        return self.given_back / self.bytes if self.bytes else 1.0
-
-    @property
-    def unknown_share(self) -> float:
-        """Share of the tokens that are the unknown token."""
-        return self.unknown / self.tokens if self.tokens else 0.0
+    given_back: float
+    unknown: float
 
     @property
     def lost(self) -> float:
         """The larger of the two: share of bytes not given back, share of unknown tokens."""
-        return max(1.0 - self.given_back_share, self.unknown_share)
+        return max(1.0 - self.given_back, self.unknown)
 
 
 class NoEndOfTextError(ConfigError):
@@ -163,14 +147,13 @@ class Tokenizer:
 
     def loss(self, texts: Sequence[str]) -> TextLoss:
         """Measure what is lost between texts and their tokens."""
-        total = kept = tokens = unknown = 0
+        total = apart = tokens = unknown = 0
         for text, ids_N in zip(texts, self.encode_batch(texts), strict=True):
-            size = len(text.encode("utf-8"))
-            total += size
-            kept += size - _bytes_apart(text, self.decode(ids_N))
+            total += len(text.encode("utf-8"))
+            apart += _bytes_apart(text, self.decode(ids_N))
             tokens += len(ids_N)
             unknown += int(np.isin(ids_N, self._unknown_ids).sum())
-        return TextLoss(total, kept, tokens, unknown)
+        return TextLoss(1 - apart / max(1, total), unknown / max(1, tokens))
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer so that `AutoTokenizer.from_pretrained(folder)` and `Tokenizer.load` open it."""

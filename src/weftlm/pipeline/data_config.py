@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from weftlm.artifact import Artifact
 from weftlm.config import Section, Seed, settings
 from weftlm.corpora.config import CorpusConfig, TokenizerConfig
 from weftlm.corpora.reading import corpus_fingerprint
@@ -16,15 +14,16 @@ from weftlm.domains.config import ClusterConfig, EmbedderConfig
 from weftlm.domains.split import SplitConfig
 from weftlm.errors import DataError
 
+TARGET_SET = "target"
+"""Name of the target's own set among those of the domains."""
 TARGET_DOMAIN = "target_examples"
 """Name of the domain made of the target's own training documents, where a recipe asks for it."""
 OTHER_DOMAIN = "other"
 """Name of the domain that takes the documents of domains too small for their own."""
-RESERVED_NAMES = frozenset({"target", TARGET_DOMAIN})
 SETS = ("target_heldout", "target", "heldout", "corpora")
 """Sets of documents; a text that several of them hold stays in the first."""
 MANIFEST = "prepared.json"
-STEPS_VERSION = 3
+STEPS_VERSION = 4
 """Raised whenever the same configuration and inputs would be prepared differently."""
 REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
@@ -163,18 +162,13 @@ def data_identity(config: DataConfig) -> dict[str, Any]:
     return {"data": settings(config), "inputs": inputs, "steps": STEPS_VERSION}
 
 
-def prepared_artifact(config: DataConfig, folder: Path) -> Artifact:
-    """Prepared data in a folder, finished or under way."""
-    return Artifact(folder / MANIFEST, data_identity(config), REMEDY)
-
-
 def refuse_reserved(names: Iterable[str]) -> None:
     """Refuse names of domains that mean something else.
 
     Raises:
         DataError: The first of them.
     """
-    if reserved := sorted(RESERVED_NAMES.intersection(names)):
+    if reserved := sorted({TARGET_SET, TARGET_DOMAIN}.intersection(names)):
         raise DataError(
             f"a domain may not be called {reserved[0]!r}, which names the target's own set; rename the label"
         )

@@ -6,7 +6,7 @@ is held in memory, about 60 bytes per document.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,10 @@ def write_documents(path: Path, documents: Iterable[tuple[str, Document]]) -> No
         waiting = 0
         for name, document in documents:
             size = len(document.text.encode("utf-8"))
-            rows.append(
-                {
-                    "set": SETS.index(name),
-                    "digest": document.digest(),
-                    "bytes": size,
-                    "label": None if document.label is None else _encoded(document.label),
-                    "text": document.text,
-                    "origin": _encoded(document.origin),
-                    "prompt": document.prompt,
-                }
-            )
+            label = None if document.label is None else _encoded(document.label)
+            facts = {"set": SETS.index(name), "digest": document.digest(), "bytes": size, "label": label}
+            text = {"text": document.text, "origin": _encoded(document.origin), "prompt": document.prompt}
+            rows.append({**facts, **text})
             waiting += size
             if len(rows) == _BATCH_DOCUMENTS or waiting > _BATCH_BYTES:
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
@@ -63,6 +56,7 @@ class Documents:
 
     Attributes:
         set_N: Number of each document's set in `SETS`.
+        digests: `Document.digest()` of each.
         bytes_N: UTF-8 bytes of its text.
         label_N: Number of its label in `labels`; -1 where it has none.
         labels: Names of the labels.
@@ -72,12 +66,12 @@ class Documents:
         self._path = path
         with path.open("rb") as raw, pq.ParquetFile(raw) as file:  # a path with a colon would be read as a URI
             table = file.read(["set", "digest", "bytes", "label"])
-        self._digests: pa.ChunkedArray = table["digest"]
         self.set_N: NDArray[np.uint8] = table["set"].to_numpy()
         self.bytes_N: NDArray[np.int64] = table["bytes"].to_numpy()
         labels = table["label"].combine_chunks().dictionary_encode()
         self.labels = [_decoded(label) for label in labels.dictionary.to_pylist()]
         self.label_N: NDArray[np.int64] = labels.indices.fill_null(-1).to_numpy().astype(np.int64)
+        self.digests: list[bytes] = table["digest"].to_pylist()
 
     def __len__(self) -> int:
         return len(self.set_N)
@@ -87,14 +81,9 @@ class Documents:
         found: NDArray[np.bool_] = self.set_N == SETS.index(name)
         return found
 
-    def digests(self) -> list[bytes]:
-        """The digest of every document."""
-        found: list[bytes] = self._digests.to_pylist()
-        return found
-
     def positions(self, seed: int, purpose: str) -> NDArray[np.uint64]:
         """The position of every document in the order of one choice; see `weftlm.domains.split`."""
-        return positions(self.digests(), seed, purpose)
+        return positions(self.digests, seed, purpose)
 
     def stream(self, chosen_N: NDArray[np.bool_]) -> Iterator[tuple[int, Document]]:
         """The chosen documents in order, each with its number."""
@@ -102,17 +91,13 @@ class Documents:
         with self._path.open("rb") as raw, pq.ParquetFile(raw) as file:
             for group in range(file.num_row_groups):  # of a few MB each: a batch may span several
                 rows = file.metadata.row_group(group).num_rows
-                if chosen_N[start : start + rows].any():
+                numbers = np.flatnonzero(chosen_N[start : start + rows])
+                if len(numbers):
                     (batch,) = file.iter_batches(rows, [group], ["label", "text", "origin", "prompt"])
-                    numbers = np.flatnonzero(chosen_N[start : start + rows])
                     for number, row in zip(numbers.tolist(), batch.take(pa.array(numbers)).to_pylist(), strict=True):
-                        yield start + number, _document(row)
+                        label = None if row["label"] is None else _decoded(row["label"])
+                        yield start + number, Document(row["text"], _decoded(row["origin"]), label, row["prompt"])
                 start += rows
-
-
-def _document(row: Mapping[str, Any]) -> Document:
-    label = None if row["label"] is None else _decoded(row["label"])
-    return Document(row["text"], _decoded(row["origin"]), label, row["prompt"])
 
 
 def _encoded(text: str) -> bytes:

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from weftlm.artifact import Artifact, locked
 from weftlm.corpora.config import CorpusConfig
-from weftlm.corpora.dedup import SeenDocuments
 from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import Document
 from weftlm.corpora.store import TokenStore
@@ -39,19 +38,29 @@ from weftlm.domains.histogram import (
     neighbours,
     typical_documents,
 )
-from weftlm.domains.split import SplitConfig, first_within, heldout_count
+from weftlm.domains.split import first_within, heldout_count
 from weftlm.errors import DataError
 from weftlm.files import SEAL, seal, whole_folder
-from weftlm.pipeline.data_config import OTHER_DOMAIN, REMEDY, SETS, TARGET_DOMAIN, DataConfig, prepared_artifact
+from weftlm.pipeline.data_config import (
+    MANIFEST,
+    OTHER_DOMAIN,
+    REMEDY,
+    SETS,
+    TARGET_DOMAIN,
+    TARGET_SET,
+    DataConfig,
+    data_identity,
+)
 from weftlm.pipeline.discovery import Discovered, batches, by_clusters, by_label
 from weftlm.pipeline.documents import Documents, write_documents
-from weftlm.pipeline.prepared import FATES, LOST_ACCEPTED, TARGET_SET, PreparedData
+from weftlm.pipeline.prepared import FATES, LOST_ACCEPTED, PreparedData
 from weftlm.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN_AT_MOST = 16
 _NO_LABEL = "(no label)"
+_OTHER_SETS = {"target": TARGET_SET, "target_heldout": "target, held-out", "heldout": "held-out text"}
 _SHOWN_LOSS = 0.2
 """Share of a domain's documents whose absence from training is a warning."""
 LOST_REFUSED = 0.2
@@ -59,8 +68,8 @@ LOST_REFUSED = 0.2
 _LOSS_DOCUMENTS, _LOSS_CHARACTERS = 1024, 1 << 14
 """The tokenizer's loss is measured on so many documents over all domains (64 per domain at most, 1 at least), each cut
 to so many characters: at most about 16 MB of text and, measured, 16 s on one core."""
-_SAMPLE_PER_DOMAIN, _TYPICAL, _NEIGHBOURS = 400, 5, 3
-"""Documents of each domain that are embedded for its centroid; typical documents and neighbours that are listed."""
+_SAMPLE_PER_DOMAIN, _TYPICAL, _NEIGHBOURS, _EXAMPLES = 400, 5, 3, 5
+"""Documents of each domain that are embedded for its centroid; typical documents, neighbours and duplicates listed."""
 
 Chosen = NDArray[np.bool_]
 
@@ -79,7 +88,7 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
         ConfigError: the configuration does not fit the data.
     """
     folder = Path(folder)
-    artifact = prepared_artifact(config, folder)
+    artifact = Artifact(folder / MANIFEST, data_identity(config), REMEDY)
     if (found := _reuse(artifact, rebuild)) is not None:
         return found
 
@@ -93,8 +102,8 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
             raise DataError(f"{folder} holds files but no prepared data; choose another folder, or empty it")
         with whole_folder(folder, "data", replace=True) as making:
             manifest = _Preparation(config, making, progress).run()
-            made = Artifact(making / artifact.record.name, artifact.identity, artifact.cure)
-            made.finish(manifest, [f"tokenizer/{SEAL}"], nan=True)
+            seals = [path.relative_to(making).as_posix() for path in sorted(making.glob(f"*/{SEAL}"))]
+            Artifact(making / MANIFEST, artifact.identity, REMEDY).finish(manifest, seals, nan=True)
     return PreparedData.load(folder)
 
 
@@ -119,24 +128,25 @@ def _reuse(artifact: Artifact, rebuild: bool) -> PreparedData | None:
 
 
 class _Preparation:
-    """One preparation, step by step.
+    """One preparation, step by step. The target is one more group of documents, after the domains.
 
     Attributes:
         documents: All documents.
-        found: The domains, and the domain of each document.
+        found: The domains.
+        names: Names of the groups: the domains, then the target.
+        group_N: Number of each document's group; -1 where it is not used.
         train_N: Which documents are trained on.
-        heldout_N: Which are held out of the domains.
-        target_N: Which are the target's training documents.
-        target_heldout_N: Which are held out of the target.
+        heldout_N: Which are held out.
         tokenizer: The tokenizer.
+        warnings: What to tell the user at the end.
     """
 
     documents: Documents
     found: Discovered
+    names: tuple[str, ...]
+    group_N: NDArray[np.int64]
     train_N: Chosen
     heldout_N: Chosen
-    target_N: Chosen
-    target_heldout_N: Chosen
     tokenizer: Tokenizer
 
     def __init__(self, config: DataConfig, folder: Path, progress: bool) -> None:
@@ -146,9 +156,8 @@ class _Preparation:
     def run(self) -> dict[str, Any]:
         """Prepare into the folder; returns the manifest."""
         path = self.folder / "documents.parquet"
-        facts = self._read(path)
+        read = self._read(path)
         self.documents = Documents(path)
-        self._need_documents()
         self.found = self._discover()
         self._split()
         self.tokenizer = self._make_tokenizer()
@@ -157,62 +166,88 @@ class _Preparation:
         self._cap()
         self._refuse_leaks()
         stores = self._tokenise()
-        self._warn_of_documents(facts["counts"])
-        manifest = self._manifest(facts, stores, losses)
+        described = self._described(stores["train"])
         path.unlink()
-        return manifest
+        for line in (warnings := list(dict.fromkeys(self.warnings))):
+            log.warning("%s", line)
+        return {
+            **read,
+            **described,
+            "reading": read["reading"] + described["reading"],
+            "text_loss": {name: loss._asdict() for name, loss in losses.items()},
+            "max_train_tokens": self.config.domains.max_train_tokens,
+            "warnings": warnings,
+        }
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """Read every input once, each text kept only in the first set that has it."""
+        """Read every input once, each text kept only in the first set that has it.
+
+        Returns:
+            Parts of the manifest: `reading`, a report for each input; `documents`, counts by fate for each domain and
+            each other set; `duplicates`, what was dropped by pairs of sets, with the first origins.
+        """
+        config = self.config
         reading: list[dict[str, Any]] = []
-        counts: dict[str, dict[str, Counter[str]]] = {name: {} for name in SETS}
-        seen = SeenDocuments()
+        rows: dict[str, dict[str, Counter[str]]] = {name: {} for name in reversed(SETS)}
+        owners: dict[bytes, str] = {}
+        dropped: dict[tuple[str, str], list[str]] = {}
+        corpus_row = "all corpora" if config.domains.by == "clusters" else None
+
+        def count(name: str, label: str | None, fate: str, documents: int = 1) -> None:
+            row = rows[name].setdefault(_OTHER_SETS.get(name) or corpus_row or label or _NO_LABEL, Counter())
+            row.update({"read": documents, fate: documents})
+
+        def kept() -> Iterator[tuple[str, Document]]:
+            for name in SETS:
+                for corpus in config.labelled(name):
+                    report = ReadingReport()
+                    for document in read_documents(corpus, report):
+                        digest = document.digest()
+                        owner = owners.get(digest)
+                        if owner is None:
+                            owners[digest] = name
+                            count(name, document.label, "kept")
+                            yield name, document
+                        else:
+                            in_target = owner != name and "target" in owner
+                            count(name, document.label, "in_target" if in_target else "duplicates")
+                            dropped.setdefault((name, owner), []).append(document.origin)
+                        counter.advance()
+                    for label, faults in report.faults_by_label.items():
+                        count(name, label, "faulty", faults)
+                    reading.append({"set": name, "input": corpus.name, **report.to_json()})
+
         with ProgressBar("read", unit="documents", enabled=self.progress) as counter:
-
-            def row(name: str, label: str | None) -> Counter[str]:
-                """The row of the table of documents that one is counted in."""
-                shown = "all corpora" if self.config.domains.by == "clusters" else label or _NO_LABEL
-                return counts[name].setdefault(shown, Counter())
-
-            def kept() -> Iterator[tuple[str, Document]]:
-                for name in SETS:
-                    for corpus in self.config.labelled(name):
-                        report = ReadingReport()
-                        for document in read_documents(corpus, report):
-                            owner = seen.add(document, name)
-                            fate = "kept"
-                            if owner is not None:
-                                fate = "in_target" if owner != name and "target" in owner else "duplicates"
-                            row(name, document.label).update(("read", fate))
-                            if owner is None:
-                                yield name, document
-                            counter.advance()
-                        for label, faults in report.faults_by_label.items():
-                            row(name, label).update(read=faults, faulty=faults)
-                        reading.append({"set": name, "input": corpus.name, **report.to_json()})
-
             write_documents(path, kept())
-        return {"reading": reading, "duplicates": seen.to_json(), "counts": counts}
-
-    def _warn_of_documents(self, counts: dict[str, dict[str, dict[str, int]]]) -> None:
-        """Warn of every domain that loses more than a fifth of its documents, or all of them."""
-        words = {"in_target": "in the target too", "duplicates": "duplicates or held-out text", "faulty": "faulty"}
-        for name, tally in sorted(counts["corpora"].items()):
-            total, kept = tally["read"], tally.get("kept", 0)
-            if total - kept <= _SHOWN_LOSS * total:
-                continue
-            why = ", ".join(f"{tally[fate]} {words[fate]}" for fate in FATES if fate in words and tally.get(fate))
-            what = "disappears" if kept == 0 else f"loses {(total - kept) / total:.0%} of its documents"
-            of = "text without a label" if name == _NO_LABEL else f"domain {name!r}"
-            self.warnings.append(f"{of} {what}: {total} read, {why}, {kept} kept")
-
-    def _need_documents(self) -> None:
         for name in SETS:
-            if getattr(self.config, name) and not self.documents.of(name).any():
+            if getattr(config, name) and "kept" not in sum(rows[name].values(), Counter()):
                 raise DataError(
                     f"data.{name} holds no document that is not in another set already; check the inputs (a text that "
                     f"several sets hold stays in the first of {', '.join(SETS)})"
                 )
+        for shown, row in sorted(rows["corpora"].items()):
+            self._warn_of_documents(shown, row)
+        return {
+            "reading": reading,
+            "documents": {
+                shown: {fate: row[fate] for fate in FATES} for of in rows.values() for shown, row in sorted(of.items())
+            },
+            "duplicates": [
+                {"set": name, "already_in": owner, "documents": len(origins), "examples": origins[:_EXAMPLES]}
+                for (name, owner), origins in sorted(dropped.items())
+            ],
+        }
+
+    def _warn_of_documents(self, name: str, row: Counter[str]) -> None:
+        """Warn of a domain that loses more than a fifth of its documents, or all of them."""
+        total, kept = row["read"], row["kept"]
+        if total - kept <= _SHOWN_LOSS * total:
+            return
+        words = {"duplicates": "duplicates or held-out text", "in_target": "in the target too", "faulty": "faulty"}
+        why = ", ".join(f"{row[fate]} {said}" for fate, said in words.items() if row[fate])
+        what = "disappears" if kept == 0 else f"loses {(total - kept) / total:.0%} of its documents"
+        of = "text without a label" if name == _NO_LABEL else f"domain {name!r}"
+        self.warnings.append(f"{of} {what}: {total} read, {why}, {kept} kept")
 
     def _discover(self) -> Discovered:
         if self.config.domains.by != "clusters":
@@ -224,71 +259,46 @@ class _Preparation:
     # -- which documents are used for what ------------------------------------------------------------------------
 
     def _first(
-        self,
-        among_N: Chosen,
-        purpose: str,
-        limit_G: ArrayLike,
-        *,
-        groups_N: NDArray[np.int64] | None = None,
-        size_N: NDArray[np.int64] | None = None,
+        self, among_N: Chosen, purpose: str, limit_G: ArrayLike, size_N: NDArray[np.int64] | None = None
     ) -> Chosen:
-        """The first of some documents in the order of one choice, of each domain up to a limit; see `first_within`."""
+        """The first of some documents in the order of one choice, of each group up to a limit; see `first_within`."""
         numbers = np.flatnonzero(among_N)
-        groups_N = self.found.domain_N if groups_N is None else groups_N
+        positions_N = self.documents.positions(self.config.seed, purpose)
+        sizes_N = None if size_N is None else size_N[numbers]
         chosen_N = np.zeros(len(among_N), bool)
-        chosen_N[numbers] = first_within(
-            self.documents.positions(self.config.seed, purpose)[numbers],
-            groups_N[numbers],
-            limit_G,
-            None if size_N is None else size_N[numbers],
-        )
+        chosen_N[numbers] = first_within(positions_N[numbers], self.group_N[numbers], limit_G, sizes_N)
         return chosen_N
 
-    def _held_out(self, among_N: Chosen, split: SplitConfig, groups_N: NDArray[np.int64]) -> Chosen:
-        counts = [heldout_count(int(count), split) for count in np.bincount(groups_N[among_N])]
-        return self._first(among_N, "heldout", counts, groups_N=groups_N)
-
     def _split(self) -> None:
-        config, documents = self.config, self.documents
-        one_N = np.zeros(len(documents), np.int64)
-        of_domains_N = self.found.domain_N >= 0
-        corpora_N, target_N = documents.of("corpora") & of_domains_N, documents.of("target")
-        if config.heldout:
-            self.heldout_N = documents.of("heldout") & of_domains_N
-        else:
-            self.heldout_N = self._held_out(corpora_N, config.split, self.found.domain_N)
-        self.train_N = corpora_N & ~self.heldout_N
-        if config.target_heldout:
-            self.target_heldout_N = documents.of("target_heldout")
-        else:
-            self.target_heldout_N = self._held_out(target_N, config.target_split, one_N)
-            if target_N.sum() == 1:
-                self.warnings.append(
-                    "the target has one document: nothing of it is held out, so it cannot be evaluated"
-                )
-        self.target_N = target_N & ~self.target_heldout_N
+        """Put every document into its group, and hold some of each out where no held-out text is given."""
+        config, documents, target = self.config, self.documents, len(self.found.names)
+        self.names = (*self.found.names, TARGET_SET)
+        target_N = documents.of("target") | documents.of("target_heldout")
+        self.group_N = np.where(target_N, target, self.found.domain_N)
+        used_N = self.group_N >= 0
+        pool_N = (documents.of("corpora") | documents.of("target")) & used_N
+        counts = np.bincount(self.group_N[pool_N], minlength=len(self.names)).tolist()
+        limits = [0 if config.heldout else heldout_count(count, config.split) for count in counts[:target]]
+        limits.append(0 if config.target_heldout else heldout_count(counts[target], config.target_split))
+        given_N = (documents.of("heldout") | documents.of("target_heldout")) & used_N
+        self.heldout_N = given_N | self._first(pool_N, "heldout", limits)
+        self.train_N = pool_N & ~self.heldout_N
+        if counts[target] == 1 and not config.target_heldout:
+            self.warnings.append("the target has one document: nothing of it is held out, so it cannot be evaluated")
         if (wanted := config.target_train_documents) is not None:
-            if self.target_N.sum() < wanted:
+            left_N = self.train_N & target_N
+            if left_N.sum() < wanted:
                 self.warnings.append(
-                    f"data.target_train_documents is {wanted} but only {self.target_N.sum()} are left beside the "
-                    "held-out ones"
+                    f"data.target_train_documents is {wanted} but only {left_N.sum()} are left beside the held-out ones"
                 )
-            self.target_N = self._first(self.target_N, "target", wanted, groups_N=one_N)
-
-    def _count_tokens(self, chosen_N: Chosen) -> NDArray[np.int64]:
-        """Tokens of some documents, with the one that closes each; 0 for the others."""
-        counts_N = np.zeros(len(chosen_N), np.int64)
-        for batch in batches(self.documents.stream(chosen_N), 256):
-            encoded = encode_documents(self.tokenizer, [document for _, document in batch])
-            for (number, _), (tokens, _) in zip(batch, encoded, strict=True):
-                counts_N[number] = len(tokens) + 1
-        return counts_N
+            self.train_N &= ~target_N | self._first(left_N, "target", wanted)
 
     def _make_tokenizer(self) -> Tokenizer:
         """Trained on an even sample of the training text, or loaded; saved at once."""
-        sample_N = self.train_N
+        corpora_N = self.documents.of("corpora")
+        sample_N = self.train_N & corpora_N
         if (training := self.config.tokenizer.train) is not None:
-            share = training.sample_bytes / max(1, int(self.documents.bytes_N[self.documents.of("corpora")].sum()))
+            share = training.sample_bytes / max(1, int(self.documents.bytes_N[corpora_N].sum()))
             if share < 1:
                 positions_N = self.documents.positions(self.config.seed, "tokenizer")
                 sample_N = sample_N & (positions_N < np.uint64(int(share * 2**64)))
@@ -305,25 +315,38 @@ class _Preparation:
         seal(folder)
         return Tokenizer.load(folder)
 
+    def _count_tokens(self) -> tuple[Chosen, NDArray[np.int64]]:
+        """Tokens of training documents, each with the one that closes it, of as many as sizes and caps can need.
+
+        Returns:
+            Which documents of the domains were encoded, the first in the order of the choice `cap`; and their tokens.
+        """
+        options = self.config.domains
+        limit = max(options.min_tokens, options.max_train_tokens or 0) * _BYTES_PER_TOKEN_AT_MOST
+        training_N = self.train_N & self.documents.of("corpora")
+        counted_N = self._first(training_N, "cap", limit, self.documents.bytes_N + 1)
+        tokens_N = np.zeros(len(counted_N), np.int64)
+        for batch in batches(self.documents.stream(counted_N), 256):
+            encoded = encode_documents(self.tokenizer, [document for _, document in batch])
+            tokens_N[[number for number, _ in batch]] = [len(tokens) + 1 for tokens, _ in encoded]
+        return counted_N, tokens_N
+
     def _merge_small(self) -> None:
         """Domains with fewer than `min_tokens` training tokens named, dropped or merged, as the recipe says.
-
-        Only domains of so little text that they may be too small are encoded.
 
         Raises:
             DataError: there are some and `small` is `stop`, or what is left is still too small.
         """
-        options, names, domain_N = self.config.domains, self.found.names, self.found.domain_N
-        sizes_D = np.bincount(domain_N[self.train_N], self.documents.bytes_N[self.train_N], len(names))
-        few_D = sizes_D < options.min_tokens * _BYTES_PER_TOKEN_AT_MOST
-        tokens_N = self._count_tokens(self.train_N & few_D[domain_N])
-        tokens_D = np.bincount(domain_N[self.train_N], tokens_N[self.train_N], len(names))
-        small = {names[n]: int(tokens_D[n]) for n in np.flatnonzero(few_D & (tokens_D < options.min_tokens))}
+        options, names = self.config.domains, self.found.names
+        counted_N, tokens_N = self._count_tokens()
+        tokens_D = np.bincount(self.group_N[counted_N], tokens_N[counted_N], len(names))
+        small = {names[n]: int(tokens_D[n]) for n in np.flatnonzero(tokens_D < options.min_tokens)}
         if not small:
             return
-        shown = ", ".join(f"{name} ({count})" for name, count in list(small.items())[:50])
-        shown += f" and {len(small) - 50} more" if len(small) > 50 else ""
-        least = f"fewer training tokens than data.domains.min_tokens, {options.min_tokens}: {shown}"
+        least = (
+            f"fewer training tokens than data.domains.min_tokens, {options.min_tokens}: "
+            f"{_listed([f'{name} ({count})' for name, count in small.items()], 50)}"
+        )
         if options.small == "stop":
             raise DataError(
                 f"{len(small)} domains have {least}; give them more text, lower it, or set data.domains.small to drop, "
@@ -344,119 +367,88 @@ class _Preparation:
         Raises:
             DataError: it loses so much of one that training on the tokens would not be training on the text.
         """
-        names = (*self.found.names, TARGET_SET)
-        groups_N = np.where(self.found.domain_N < 0, len(names) - 1, self.found.domain_N)
-        used_N = self.train_N | self.heldout_N | self.target_N | self.target_heldout_N
-        sample_N = self._first(used_N, "loss", max(1, min(64, _LOSS_DOCUMENTS // len(names))), groups_N=groups_N)
+        limit = max(1, min(64, _LOSS_DOCUMENTS // len(self.names)))
         texts: dict[str, list[str]] = {}
-        for number, document in self.documents.stream(sample_N):
-            texts.setdefault(names[groups_N[number]], []).append(document.text[:_LOSS_CHARACTERS])
-        losses = {name: self.tokenizer.loss(texts[name]) for name in names if name in texts}
+        for number, document in self.documents.stream(self._first(self.train_N | self.heldout_N, "loss", limit)):
+            texts.setdefault(self.names[self.group_N[number]], []).append(document.text[:_LOSS_CHARACTERS])
+        losses = {name: self.tokenizer.loss(texts[name]) for name in self.names if name in texts}
         worst = sorted((name for name in losses if losses[name].lost > LOST_ACCEPTED), key=lambda n: -losses[n].lost)
-        if not worst:
-            return losses
-        shown = "; ".join(
-            f"{name}: {losses[name].given_back_share:.1%} of the bytes come back, "
-            f"{losses[name].unknown_share:.1%} of the tokens are unknown"
-            for name in worst[:5]
-        ) + (f"; and {len(worst) - 5} more" if len(worst) > 5 else "")
-        said = f"the tokenizer loses text of {len(worst)} sets ({shown})"
-        if losses[worst[0]].lost > LOST_REFUSED:
-            raise DataError(
-                f"{said}, and over {LOST_REFUSED:.0%} is refused; use one that keeps the text: data.tokenizer: "
-                "{train: {}}, or a byte-level one"
-            )
-        self.warnings.append(f"{said}: bits per byte is not given for them")
+        if worst:
+            shown = [
+                f"{name}: {losses[name].given_back:.1%} of the bytes come back, "
+                f"{losses[name].unknown:.1%} of the tokens are unknown"
+                for name in worst
+            ]
+            said = f"the tokenizer loses text of {len(worst)} sets ({_listed(shown, 5, '; ')})"
+            if losses[worst[0]].lost > LOST_REFUSED:
+                raise DataError(
+                    f"{said}, and over {LOST_REFUSED:.0%} is refused; use one that keeps the text: data.tokenizer: "
+                    "{train: {}}, or a byte-level one"
+                )
+            self.warnings.append(f"{said}: bits per byte is not given for them")
         return losses
 
     def _cap(self) -> None:
         """Choose at random the documents that fill `max_train_tokens` of each larger domain."""
-        cap, domain_N = self.config.domains.max_train_tokens, self.found.domain_N
-        if cap is None:
-            return
-        size_N = self.documents.bytes_N + 1
-        rough_N = self._first(self.train_N, "cap", cap * _BYTES_PER_TOKEN_AT_MOST, size_N=size_N)
-        larger_D = np.bincount(domain_N[rough_N], size_N[rough_N], len(self.found.names)) > cap
-        larger_N = self.train_N & larger_D[domain_N]
-        tokens_N = self._count_tokens(rough_N & larger_N)
-        exact_N = self._first(rough_N & larger_N, "cap", cap, size_N=tokens_N)
-        self.train_N = np.where(larger_N, exact_N, self.train_N)
+        if (cap := self.config.domains.max_train_tokens) is not None:
+            counted_N, tokens_N = self._count_tokens()
+            self.train_N &= ~self.documents.of("corpora") | self._first(counted_N, "cap", cap, tokens_N)
 
     def _refuse_leaks(self) -> None:
         """Refuse sets that must be apart and share a text."""
-        digests, owners = self.documents.digests(), dict[bytes, str]()
-        for name, chosen_N in (
-            ("the target's held-out documents", self.target_heldout_N),
-            ("the target", self.target_N),
-            ("held-out documents", self.heldout_N),
-            ("training documents", self.train_N),
-        ):
-            for number in np.flatnonzero(chosen_N).tolist():
-                if (owner := owners.setdefault(digests[number], name)) != name:
-                    raise DataError(f"sets that must be apart share documents: one of {name} is in {owner} too")
+        numbers = [*np.flatnonzero(self.train_N).tolist(), *np.flatnonzero(self.heldout_N).tolist()]
+        shared = len(numbers) - len({self.documents.digests[number] for number in numbers})
+        if shared:
+            raise DataError(f"sets that must be apart share documents: {shared} texts are used twice")
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 
     def _tokenise(self) -> dict[str, dict[str, TokenStore]]:
-        """Write the token stores."""
-        names, domain_N = self.found.names, self.found.domain_N
-
-        def by_domain(chosen_N: Chosen) -> Iterator[Document]:
-            for number, document in self.documents.stream(chosen_N):
-                yield replace(document, label=names[domain_N[number]])
-
-        def target() -> Iterator[Document]:
-            for label, chosen_N in (("train", self.target_N), ("heldout", self.target_heldout_N)):
-                for _, document in self.documents.stream(chosen_N):
-                    yield replace(document, label=label)
-
-        found: dict[str, dict[str, TokenStore]] = {}
-        with ProgressBar("tokenise", unit="bytes", enabled=self.progress) as counter:
-
-            def stored(size: int) -> None:
-                counter.update(size + sum(store.bytes for stores in found.values() for store in stores.values()))
-
-            for name, chosen_N, documents in (
-                ("train", self.train_N, by_domain(self.train_N)),
-                ("heldout", self.heldout_N, by_domain(self.heldout_N)),
-                ("target", self.target_N | self.target_heldout_N, target()),
-            ):
-                some = bool(chosen_N.any())
-                found[name] = (
-                    tokenise_by_label(documents, self.tokenizer, self.folder / name, progress=stored) if some else {}
-                )
+        """Write the token stores, `train` and `heldout`, by domain; those of the target as `TARGET_DOMAIN`."""
+        labels = (*self.found.names, TARGET_DOMAIN)
+        found: dict[str, dict[str, TokenStore]] = {"train": {}, "heldout": {}}
+        for name, chosen_N in (("train", self.train_N), ("heldout", self.heldout_N)):
+            documents = (
+                replace(document, label=labels[self.group_N[number]])
+                for number, document in self.documents.stream(chosen_N)
+            )
+            with ProgressBar(f"tokenise {name}", unit="bytes", enabled=self.progress) as counter:
+                if chosen_N.any():
+                    found[name] = tokenise_by_label(
+                        documents, self.tokenizer, self.folder / name, progress=counter.update
+                    )
+        without = [name for name in self.found.names if name not in found["heldout"]]
+        if without:
+            shown = _listed(without, 5)
+            self.warnings.append(f"no held-out text for {len(without)} domains ({shown}): they are not evaluated")
         return found
 
-    def _described(self, stores: dict[str, dict[str, TokenStore]]) -> dict[str, Any]:
+    def _described(self, stores: dict[str, TokenStore]) -> dict[str, Any]:
         """What embedding tells of the domains: centroids of a sample, then histogram, basis and facts.
 
+        Args:
+            stores: Training tokens by group.
         Returns:
             Parts of the manifest: `domains`, their names; `target_histogram_D`, None without a target; `basis_ND`, None
             where none is asked for; `facts`, for each domain its name, typical documents and neighbours; `embedder`,
             its fingerprint and dimensions; `reading`, reports of the auxiliary sets of a basis.
         """
-        config, embedding, found = self.config.domains, self.config.domains.embedder, self.found
-        names, groups_N, used_N = found.names, found.domain_N, self.train_N
-        sizes_D = [float(stores["train"][name].bytes) for name in names]
-        if config.include_target:
-            groups_N, used_N = np.where(self.target_N, len(names), groups_N), used_N | self.target_N
-            names = (*names, TARGET_DOMAIN)
-            sizes_D.append(float(stores["target"]["train"].bytes))
+        config, found = self.config.domains, self.found
+        embedding, target = config.embedder, len(found.names)
+        names = [*found.names, *([TARGET_DOMAIN] if config.include_target else [])]
         count = int(np.clip(embedding.sample_documents // len(names), 4, _SAMPLE_PER_DOMAIN))
-        chosen_N = self._first(used_N, "centroids", count, groups_N=groups_N)
-        numbers: list[int] = []
-        documents: list[Document] = []
-        for part_N in (self.train_N, self.target_N):
-            for number, document in self.documents.stream(chosen_N & part_N):
-                numbers.append(int(groups_N[number]))
-                documents.append(replace(document, text=document.text[: embedding.max_chars]))
+        chosen_N = self._first(self.train_N & (self.group_N < len(names)), "centroids", count)
+        documents = [
+            replace(document, text=document.text[: embedding.max_chars])
+            for _, document in self.documents.stream(chosen_N)
+        ]
         texts = [document.text for document in documents]
         embedder = make_embedder(embedding, texts, self.config.seed) if found.embedder is None else found.embedder
         rows_NE = np.concatenate([embedder.embed(batch) for batch in batches(texts, embedding.batch_documents)])
-        centroids_DE = domain_means(rows_NE, np.array(numbers), len(names))
+        centroids_DE = domain_means(rows_NE, self.group_N[chosen_N], len(names))
         if found.clusters is not None:
-            centroids_DE[: len(found.clusters)] = found.clusters.centroids_CE
-        typical = typical_documents(rows_NE, np.array(numbers), centroids_DE, documents, _TYPICAL)
+            centroids_DE[:target] = found.clusters.centroids_CE
+        typical = typical_documents(rows_NE, self.group_N[chosen_N], centroids_DE, documents, _TYPICAL)
         near = neighbours(centroids_DE, _NEIGHBOURS)
 
         def place(stream: Iterable[Document]) -> NDArray[np.int64]:
@@ -473,21 +465,17 @@ class _Preparation:
 
         reading: list[dict[str, Any]] = []
         basis_ND, options = None, config.basis
-        target_N = place(document for _, document in self.documents.stream(self.target_N))
-        if options is not None and options.count is None:
-            sets = [place(read(corpus)) for corpus in options.sets]
-            basis_ND = basis_from_sets(sets, len(names), options.smoothing)
+        target_N = place(document for _, document in self.documents.stream(self.train_N & (self.group_N == target)))
+        if options is not None and options.of == "sets":
+            basis_ND = basis_from_sets([place(read(corpus)) for corpus in options.sets], len(names), options.smoothing)
         elif options is not None and options.of == "groups":
-            assert options.count is not None
-            basis_ND = basis_from_groups(
-                centroids_DE, np.array(sizes_D), options.count, self.config.seed, options.smoothing
-            )
+            sizes_D = np.array([float(stores[name].bytes) for name in names])
+            basis_ND = basis_from_groups(centroids_DE, sizes_D, options.count or 0, self.config.seed, options.smoothing)
         elif options is not None:
-            assert options.count is not None
-            basis_ND = basis_from_shards(target_N, options.count, len(names), options.smoothing)
+            basis_ND = basis_from_shards(target_N, options.count or 0, len(names), options.smoothing)
         shares_D = histogram(target_N, len(names), config.histogram_smoothing) if len(target_N) else None
         return {
-            "domains": list(names),
+            "domains": names,
             "target_histogram_D": None if shares_D is None else shares_D.tolist(),
             "basis_ND": None if basis_ND is None else basis_ND.tolist(),
             "embedder": {
@@ -506,25 +494,7 @@ class _Preparation:
             "reading": reading,
         }  # fmt: skip
 
-    def _manifest(
-        self, facts: dict[str, Any], stores: dict[str, dict[str, TokenStore]], losses: dict[str, TextLoss]
-    ) -> dict[str, Any]:
-        """What prepared.json says."""
-        described = self._described(stores)
-        without = [name for name in self.found.names if name not in stores["heldout"]]
-        if without:
-            shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
-            self.warnings.append(f"no held-out text for {len(without)} domains ({shown}): they are not evaluated")
-        manifest = {
-            **described,
-            "text_loss": {name: asdict(loss) for name, loss in losses.items()},
-            "counts": facts["counts"],
-            "max_train_tokens": self.config.domains.max_train_tokens,
-            "reading": facts["reading"] + described["reading"],
-            "duplicates": facts["duplicates"],
-            "warnings": list(dict.fromkeys(self.warnings)),
-        }
-        for line in manifest["warnings"]:
-            log.warning("%s", line)
-        manifest["fingerprint"] = PreparedData.of(self.folder, manifest).fingerprint
-        return manifest
+
+def _listed(texts: list[str], count: int, between: str = ", ") -> str:
+    """The first of some texts, and how many more there are."""
+    return between.join(texts[:count]) + (f"{between}and {len(texts) - count} more" if len(texts) > count else "")

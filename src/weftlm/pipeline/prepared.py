@@ -15,13 +15,10 @@ from weftlm.corpora.tokens import TextLoss, Tokenizer
 from weftlm.domains.domain import Domain, TokenPrefix
 from weftlm.errors import ConfigError, DataError
 from weftlm.files import check_listed, check_sealed, checksum, read_object
-from weftlm.pipeline.data_config import MANIFEST, REMEDY, STEPS_VERSION, TARGET_DOMAIN
+from weftlm.pipeline.data_config import MANIFEST, REMEDY, STEPS_VERSION, TARGET_DOMAIN, TARGET_SET
 
-TARGET_SET = "target"
-"""Name of the target's own set among those of the domains."""
 FATES = ("read", "kept", "duplicates", "in_target", "faulty")
 """What the documents of a set are counted by."""
-_OTHER_SETS = {"target": TARGET_SET, "target_heldout": "target, held-out", "heldout": "held-out text"}
 LOST_ACCEPTED = 0.001
 """Share of bytes or tokens lost by the tokenizer up to which bits per byte holds."""
 
@@ -61,41 +58,27 @@ class PreparedData:
         folder = Path(folder)
         manifest = read_manifest(folder)
         check_listed(folder, manifest["files"], REMEDY)
-        result = cls.of(folder, manifest)
-        if result.fingerprint != manifest["fingerprint"]:
-            raise DataError(f"{folder} is not what {MANIFEST} describes: a part was replaced; {REMEDY}")
-        return result
-
-    @classmethod
-    def of(cls, folder: Path, manifest: Mapping[str, Any]) -> PreparedData:
-        """Open the parts that a manifest, finished or in the making, names.
-
-        Raises:
-            DataError: a part is missing, changed or made with another tokenizer.
-        """
         check_sealed(folder / "tokenizer", REMEDY, closed=True)
         tokenizer = Tokenizer.load(folder / "tokenizer")
-        train, heldout, target = (
+        train, heldout = (
             open_stores(folder / name, tokenizer=tokenizer.fingerprint) if (folder / name).is_dir() else {}
-            for name in ("train", "heldout", "target")
+            for name in ("train", "heldout")
         )
         for name, loss in manifest["text_loss"].items():
-            held_of_it = target.get("heldout") if name == TARGET_SET else heldout.get(name)
+            held_of_it = heldout.get(TARGET_DOMAIN if name == TARGET_SET else name)
             if held_of_it is not None and TextLoss(**loss).lost > LOST_ACCEPTED:
                 held_of_it.forget_bytes()
-        domains = []
+        cap, domains = manifest["max_train_tokens"], []
         for name in manifest["domains"]:
-            store = target.get("train") if name == TARGET_DOMAIN else train.get(name)
-            if store is None:
-                raise DataError(f"domain {name!r} has no token store; {REMEDY}")
-            cap = manifest["max_train_tokens"]
-            source = TokenPrefix(store, cap) if cap is not None and cap < len(store) else store
-            domains.append(Domain(name, source, heldout.get(name), store.documents, store.bytes))
+            source = TokenPrefix(train[name], cap) if cap is not None and cap < len(train[name]) else train[name]
+            held = None if name == TARGET_DOMAIN else heldout.get(name)
+            domains.append(Domain(name, source, held, train[name].documents, train[name].bytes))
         histogram, basis = (
             None if manifest[key] is None else torch.tensor(manifest[key], dtype=torch.float64)
             for key in ("target_histogram_D", "basis_ND")
         )
-        return cls(folder, domains, target.get("train"), target.get("heldout"), tokenizer, histogram, basis, manifest)
+        target = train.get(TARGET_DOMAIN), heldout.get(TARGET_DOMAIN)
+        return cls(folder, domains, *target, tokenizer, histogram, basis, manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -128,29 +111,21 @@ class PreparedData:
         stores = {each.name: (each.documents, each.bytes, each.train, each.heldout) for each in self.domains}
         if (target := self.target_train) is not None:
             stores[TARGET_SET] = (target.documents, target.bytes, target, self.target_heldout)
-        sets: dict[str, dict[str, int | float]] = {
+        sets = {
             name: {
                 "documents": documents,
                 "bytes": size,
                 "train_tokens": len(train),
                 "heldout_tokens": 0 if heldout is None else len(heldout),
+                **self.manifest["text_loss"].get(name, {}),
             }
             for name, (documents, size, train, heldout) in stores.items()
         }
-        for name, loss in self.manifest["text_loss"].items():
-            found = TextLoss(**loss)
-            if name in sets:
-                sets[name] |= {"given_back": found.given_back_share, "unknown": found.unknown_share}
-        counts = dict(sorted(self.manifest["counts"]["corpora"].items()))
-        for key, name in _OTHER_SETS.items():
-            if of_set := self.manifest["counts"][key].values():
-                counts[name] = {fate: sum(tally.get(fate, 0) for tally in of_set) for fate in FATES}
         return {
             "fingerprint": self.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             "sets": sets,
-            "documents": {name: {fate: tally.get(fate, 0) for fate in FATES} for name, tally in counts.items()},
-            **{key: self.manifest[key] for key in ("reading", "duplicates", "warnings")},
+            **{key: self.manifest[key] for key in ("documents", "reading", "duplicates", "warnings")},
         }
 
     def domain_facts(self) -> list[dict[str, Any]]:

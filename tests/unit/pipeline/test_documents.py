@@ -30,7 +30,7 @@ def test_documents_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.of("target").tolist() == [True, False, False, False]
     assert [found.labels[n] if n >= 0 else None for n in found.label_N] == [each.label for _, each in WRITTEN]
     assert found.bytes_N.tolist() == [len(each.text.encode()) for _, each in WRITTEN]
-    assert found.digests() == [each.digest() for _, each in WRITTEN]
+    assert found.digests == [each.digest() for _, each in WRITTEN]
 
 
 def test_no_documents_are_none(tmp_path: Path) -> None:
