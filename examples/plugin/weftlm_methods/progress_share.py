@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from weftlm.mixture.config import PolicyConfig, Signal, policies
-from weftlm.mixture.policy import MixtureSetting, Report, entropy, with_floor
+from weftlm.mixture.policy import MixturePolicy, MixtureSetting, Report, entropy, with_floor
 from weftlm.mixture.signals import keep_last, read_losses
 from weftlm.mixture.uniform import uniform_weights
 
@@ -38,7 +38,7 @@ class ProgressShareState:
     does="gives weight to the domains whose loss still falls",
     costs="nothing",
 )
-class ProgressSharePolicy:
+class ProgressSharePolicy(MixturePolicy[ProgressShareConfig, ProgressShareState]):
     """Draw the domains whose loss falls.
 
     p_i     = max(previous loss_i - loss_i, 0)
@@ -46,9 +46,6 @@ class ProgressSharePolicy:
     """
 
     Config: ClassVar[type[PolicyConfig]] = ProgressShareConfig
-
-    def __init__(self, config: ProgressShareConfig) -> None:
-        self.config = config
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -18,6 +18,9 @@ Signal = Literal["losses", "reference_losses", "target_alignment", "generalist_a
 """What a policy can ask for. The first four are measured by the loop and arrive in a `Report`; `target_histogram` and
 `basis` are prepared before training and arrive in the `MixtureSetting`."""
 
+Initial = Literal["uniform", "importance", "proportional"]
+"""Policy whose weights another one starts from."""
+
 
 class PolicyConfig(Section):
     """Base of every policy's configuration.
@@ -44,7 +47,23 @@ class PolicyConfig(Section):
         return frozenset()
 
 
-class AlignmentPolicyConfig(PolicyConfig):
+class MirrorPolicyConfig(PolicyConfig):
+    """Base of the configuration of policies that move by mirror steps (`mirror.py`)."""
+
+    eta: FiniteFloat = Field(gt=0.0, description="Step of the mirror update.")
+    initial: Initial = Field(default="uniform", description="Weights before the first update.")
+
+    @property
+    def measured(self) -> frozenset[Signal]:
+        """Signals that move the weights."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.measured | {"target_histogram"} if self.initial == "importance" else self.measured
+
+
+class AlignmentPolicyConfig(MirrorPolicyConfig):
     """Base of the configuration of policies driven by gradient alignment.
 
     `precondition` is kept for the estimator of the alignment: it decides the direction v, not the rule.
@@ -63,15 +82,7 @@ class AlignmentPolicyConfig(PolicyConfig):
     )
 
 
-policies: Registry[MixturePolicy[Any]] = Registry("mixture policy", "weftlm.mixture", "policy", "weftlm.policies")
-
-
-Initial = Literal["uniform", "importance", "proportional"]
-
-
-def _initial_needs(initial: Initial) -> tuple[Signal, ...]:
-    """The signals that the weights before the first update are made of."""
-    return ("target_histogram",) if initial == "importance" else ()
+policies: Registry[MixturePolicy[Any, Any]] = Registry("mixture policy", "weftlm.mixture", "policy", "weftlm.policies")
 
 
 class UniformConfig(PolicyConfig):
@@ -167,10 +178,8 @@ class DgaConfig(AlignmentPolicyConfig):
     )
 
     @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset(
-            {"target_alignment", *(("basis",) if self.reweight == "basis" else ()), *_initial_needs(self.initial)}
-        )
+    def measured(self) -> frozenset[Signal]:
+        return frozenset({"target_alignment", "basis"} if self.reweight == "basis" else {"target_alignment"})
 
 
 class DogeConfig(AlignmentPolicyConfig):
@@ -189,15 +198,14 @@ class DogeConfig(AlignmentPolicyConfig):
     floor: FiniteFloat = Field(
         default=0.0, ge=0.0, le=1.0, description="Share of the uniform distribution in every step; the paper has none."
     )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
     sample: Literal["current", "average"] = Field(
         default="current",
         description="What is sampled: the newest weights, or their mean over updates (the paper's final run).",
     )
 
     @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({self.direction, *_initial_needs(self.initial)})
+    def measured(self) -> frozenset[Signal]:
+        return frozenset({self.direction})
 
     @property
     def direction(self) -> Literal["target_alignment", "generalist_alignment"]:
@@ -205,7 +213,7 @@ class DogeConfig(AlignmentPolicyConfig):
         return "target_alignment" if self.target else "generalist_alignment"
 
 
-class DoremiConfig(PolicyConfig):
+class DoremiConfig(MirrorPolicyConfig):
     """Configuration of `doremi`."""
 
     policy: Literal["doremi"] = Field(default="doremi", description="Name of this policy.")
@@ -220,18 +228,17 @@ class DoremiConfig(PolicyConfig):
     smoothing: FiniteFloat = Field(
         default=1e-3, ge=0.0, le=1.0, description="c, the share of the uniform distribution in every step."
     )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
     sample: Literal["current", "average"] = Field(
         default="current",
         description="What is sampled: the newest weights, or their mean over updates (the paper's final run).",
     )
 
     @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({"losses", "reference_losses", *_initial_needs(self.initial)})
+    def measured(self) -> frozenset[Signal]:
+        return frozenset({"losses", "reference_losses"})
 
 
-class GroupDroConfig(PolicyConfig):
+class GroupDroConfig(MirrorPolicyConfig):
     """Configuration of `group_dro`."""
 
     policy: Literal["group_dro"] = Field(default="group_dro", description="Name of this policy.")
@@ -251,11 +258,10 @@ class GroupDroConfig(PolicyConfig):
     floor: FiniteFloat = Field(
         default=0.0, ge=0.0, le=1.0, description="Share of the uniform distribution in every step; the paper has none."
     )
-    initial: Initial = Field(default="uniform", description="Weights before the first update.")
 
     @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({"losses", *_initial_needs(self.initial)})
+    def measured(self) -> frozenset[Signal]:
+        return frozenset({"losses"})
 
 
 class OdmConfig(PolicyConfig):

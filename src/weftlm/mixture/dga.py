@@ -12,44 +12,27 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.mixture.config import DgaConfig, PolicyConfig, policies
-from weftlm.mixture.initial import initial_weights, nearest_mixture
-from weftlm.mixture.policy import (
-    CONSTANT,
-    MixtureSetting,
-    Policy,
-    Report,
-    entropy,
+from weftlm.mixture.mirror import (
+    MirrorPolicy,
+    MirrorState,
     exponentiated_gradient,
-    missing_signal,
-    with_floor,
+    initial_weights,
+    nearest_mixture,
 )
-from weftlm.mixture.signals import keep_last, max_abs, read_alignment
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, missing_signal, with_floor
+from weftlm.mixture.signals import read_alignment
 from weftlm.mixture.uniform import uniform_weights
 
 
 @dataclass(frozen=True)
-class DgaState:
-    """What DGA knows.
+class DgaState(MirrorState):
+    """What DGA knows; a group's value is its scaled alignment, and `smooth_G` is what is sampled.
 
     Attributes:
-        weights_G: smoothed weights, the ones sampled; over domains, or over basis distributions (w).
-        mirror_G: result of the last mirror step, before smoothing.
-        alignment_G: each group's last scaled alignment; NaN until the group was first seen.
-        max_exponent: max_i |eta a_i| of the last update.
-        updates: reports that moved the weights.
-        skipped: reports that told nothing (no group present, or a direction of norm 0) and changed nothing.
-        groups: names of the groups, for messages.
         basis_ND: the basis distributions under reweight: basis, else shape (0, D).
         initial_G: weights before the first update, what `anchor` pulls to.
     """
 
-    weights_G: Tensor
-    mirror_G: Tensor
-    alignment_G: Tensor
-    max_exponent: float
-    updates: int
-    skipped: int
-    groups: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
     basis_ND: Tensor = dataclasses.field(metadata=CONSTANT)
     initial_G: Tensor = dataclasses.field(metadata=CONSTANT)
 
@@ -60,7 +43,7 @@ class DgaState:
     costs="0.6 to 0.8 % of training at T_r = 100, 6 to 8 % at 10, 23 to 42 % at 1",
     paper="arXiv:2410.02498",
 )
-class DgaPolicy(Policy[DgaConfig]):
+class DgaPolicy(MirrorPolicy[DgaConfig, DgaState]):
     """Online mixture by gradient alignment with a target.
 
     One gradient step on the mixture changes the target's loss by about -rho sum_i alpha_i <g_i, g_spe>. Every T_r steps
@@ -99,54 +82,33 @@ class DgaPolicy(Policy[DgaConfig]):
             groups = setting.domains
             start_G = initial_weights(config.initial, setting, config.policy)
         start_G = with_floor(start_G, config.floor)
-        return DgaState(
-            weights_G=start_G,
-            mirror_G=start_G,
-            alignment_G=torch.full_like(start_G, torch.nan),
-            max_exponent=0.0,
-            updates=0,
-            skipped=0,
-            groups=groups,
-            basis_ND=basis_ND,
-            initial_G=start_G,
-        )
+        return DgaState.at(start_G, groups, basis_ND=basis_ND, initial_G=start_G)
 
     def _basis_start(self, setting: MixtureSetting, basis_ND: Tensor) -> Tensor:
         if self.config.initial == "uniform":
             return uniform_weights(len(basis_ND))
         return nearest_mixture(initial_weights(self.config.initial, setting, self.config.policy), basis_ND)
 
-    def weights(self, state: DgaState) -> Tensor:
-        return state.weights_G @ state.basis_ND if self.config.reweight == "basis" else state.weights_G
+    def measured(self, state: DgaState, report: Report) -> Tensor | None:
+        return read_alignment(report, self.config, "target_alignment", state.groups)
 
-    def update(self, state: DgaState, report: Report) -> DgaState:
-        config = self.config
-        new_G = read_alignment(report, config, "target_alignment", state.groups)
-        if new_G is None:
-            return dataclasses.replace(state, skipped=state.skipped + 1)
-        alignment_G = keep_last(state.alignment_G, new_G)
-        exponents_G = config.eta * alignment_G
-        start_G = state.weights_G if config.ema_feedback else state.mirror_G
-        pull_G = config.anchor * torch.where(start_G > 0, state.initial_G / start_G, 1.0).log()
-        mirror_G = with_floor(exponentiated_gradient(start_G, exponents_G + pull_G), config.floor)
-        return dataclasses.replace(
-            state,
-            weights_G=(1.0 - config.ema) * state.weights_G + config.ema * mirror_G,
-            mirror_G=mirror_G,
-            alignment_G=alignment_G,
-            max_exponent=max_abs(exponents_G),
-            updates=state.updates + 1,
-        )
+    def mirror_step(self, state: DgaState, exponents_G: Tensor) -> Tensor:
+        start_G = state.smooth_G if self.config.ema_feedback else state.mirror_G
+        pull_G = self.config.anchor * torch.where(start_G > 0, state.initial_G / start_G, 1.0).log()
+        return exponentiated_gradient(start_G, exponents_G + pull_G)
+
+    def smoothed(self, state: DgaState, mirror_G: Tensor) -> Tensor:
+        return (1.0 - self.config.ema) * state.smooth_G + self.config.ema * mirror_G
+
+    def weights(self, state: DgaState) -> Tensor:
+        return state.smooth_G @ state.basis_ND if self.config.reweight == "basis" else state.smooth_G
 
     def diagnostics(self, state: DgaState) -> Mapping[str, float | list[float]]:
         """`alignment` and `group_weights` are per group; `entropy_nats` is that of the domains' weights."""
         return {
-            "max_exponent": state.max_exponent,
-            "entropy_nats": entropy(self.weights(state)),
-            "updates": float(state.updates),
-            "skipped": float(state.skipped),
-            "alignment": state.alignment_G.tolist(),
-            "group_weights": state.weights_G.tolist(),
+            **super().diagnostics(state),
+            "alignment": state.values_G.tolist(),
+            "group_weights": state.smooth_G.tolist(),
         }
 
 

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from weftlm.mixture.config import DogeConfig, PolicyConfig, policies
-from weftlm.mixture.initial import initial_weights
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy, exponentiated_gradient, with_floor
-from weftlm.mixture.signals import keep_last, max_abs, read_alignment, running_mean
-
-
-@dataclass(frozen=True)
-class DogeState:
-    """What DoGE knows.
-
-    Attributes:
-        current_D: weights after the last mirror step.
-        average_D: mean of the weights after each update so far; the initial weights before the first.
-        alignment_D: each domain's last scaled alignment; NaN until it was first seen.
-        max_exponent: max_i |eta W_i| of the last update.
-        updates: reports that moved the weights.
-        skipped: reports that told nothing and changed nothing.
-        domains: names, for messages.
-    """
-
-    current_D: Tensor
-    average_D: Tensor
-    alignment_D: Tensor
-    max_exponent: float
-    updates: int
-    skipped: int
-    domains: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
+from weftlm.mixture.mirror import MirrorPolicy, MirrorState
+from weftlm.mixture.policy import Report
+from weftlm.mixture.signals import read_alignment
 
 
 @policies.register(
@@ -45,7 +19,7 @@ class DogeState:
     costs="as `dga`",
     paper="arXiv:2310.15393",
 )
-class DogePolicy(Policy[DogeConfig]):
+class DogePolicy(MirrorPolicy[DogeConfig, MirrorState]):
     """Domain reweighting with generalization estimation, run online.
 
         W_i     = < grad L_i, v >, scaled as `normalize` says
@@ -66,45 +40,15 @@ class DogePolicy(Policy[DogeConfig]):
 
     Config: ClassVar[type[PolicyConfig]] = DogeConfig
 
-    def init(self, setting: MixtureSetting) -> DogeState:
-        config = self.config
-        start_D = with_floor(initial_weights(config.initial, setting, config.policy), config.floor)
-        return DogeState(
-            current_D=start_D,
-            average_D=start_D,
-            alignment_D=torch.full_like(start_D, torch.nan),
-            max_exponent=0.0,
-            updates=0,
-            skipped=0,
-            domains=setting.domains,
-        )
+    def measured(self, state: MirrorState, report: Report) -> Tensor | None:
+        return read_alignment(report, self.config, self.config.direction, state.groups)
 
-    def weights(self, state: DogeState) -> Tensor:
-        return state.average_D if self.config.sample == "average" else state.current_D
+    def weights(self, state: MirrorState) -> Tensor:
+        return state.smooth_G if self.config.sample == "average" else state.mirror_G
 
-    def update(self, state: DogeState, report: Report) -> DogeState:
-        config = self.config
-        new_D = read_alignment(report, config, self.config.direction, state.domains)
-        if new_D is None:
-            return dataclasses.replace(state, skipped=state.skipped + 1)
-        alignment_D = keep_last(state.alignment_D, new_D)
-        exponents_D = config.eta * alignment_D
-        current_D = with_floor(exponentiated_gradient(state.current_D, exponents_D), config.floor)
-        return dataclasses.replace(
-            state,
-            current_D=current_D,
-            average_D=running_mean(state.average_D, current_D, state.updates),
-            alignment_D=alignment_D,
-            max_exponent=max_abs(exponents_D),
-            updates=state.updates + 1,
-        )
-
-    def diagnostics(self, state: DogeState) -> Mapping[str, float | list[float]]:
+    def diagnostics(self, state: MirrorState) -> Mapping[str, float | list[float]]:
         return {
-            "max_exponent": state.max_exponent,
-            "entropy_nats": entropy(self.weights(state)),
-            "updates": float(state.updates),
-            "skipped": float(state.skipped),
-            "alignment": state.alignment_D.tolist(),
-            "average": state.average_D.tolist(),
+            **super().diagnostics(state),
+            "alignment": state.values_G.tolist(),
+            "average": state.smooth_G.tolist(),
         }

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from weftlm.mixture.config import DoremiConfig, PolicyConfig, policies
-from weftlm.mixture.initial import initial_weights
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy, exponentiated_gradient, with_floor
-from weftlm.mixture.signals import keep_last, max_abs, read_losses, running_mean
-
-
-@dataclass(frozen=True)
-class DoremiState:
-    """What DoReMi knows.
-
-    Attributes:
-        current_D: weights after the last step.
-        average_D: mean of the weights after each update so far; the initial weights before the first.
-        excess_D: each domain's last excess loss, nats per token; NaN until it was first drawn.
-        updates: reports that moved the weights.
-        skipped: reports in which no domain was drawn; they changed nothing.
-        domains: names, for messages.
-    """
-
-    current_D: Tensor
-    average_D: Tensor
-    excess_D: Tensor
-    updates: int
-    skipped: int
-    domains: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
+from weftlm.mixture.mirror import MirrorPolicy, MirrorState
+from weftlm.mixture.policy import Report
+from weftlm.mixture.signals import read_losses
 
 
 @policies.register(
@@ -43,7 +19,7 @@ class DoremiState:
     costs="the training of the reference, and its forward pass on every batch",
     paper="arXiv:2305.10429",
 )
-class DoremiPolicy(Policy[DoremiConfig]):
+class DoremiPolicy(MirrorPolicy[DoremiConfig, MirrorState]):
     """Minimax mixture over the excess loss, run online.
 
         lambda_i = mean over the tokens x of domain i of max(l(x) - l_ref(x), 0)
@@ -63,43 +39,17 @@ class DoremiPolicy(Policy[DoremiConfig]):
     """
 
     Config: ClassVar[type[PolicyConfig]] = DoremiConfig
+    floor: ClassVar[str] = "smoothing"
 
-    def init(self, setting: MixtureSetting) -> DoremiState:
-        config = self.config
-        start_D = with_floor(initial_weights(config.initial, setting, config.policy), config.smoothing)
-        return DoremiState(
-            current_D=start_D,
-            average_D=start_D,
-            excess_D=torch.full_like(start_D, torch.nan),
-            updates=0,
-            skipped=0,
-            domains=setting.domains,
-        )
+    def measured(self, state: MirrorState, report: Report) -> Tensor | None:
+        return read_losses(report.excess_losses_D, report, self.config.policy, "reference_losses", state.groups)
 
-    def weights(self, state: DoremiState) -> Tensor:
-        return state.average_D if self.config.sample == "average" else state.current_D
+    def weights(self, state: MirrorState) -> Tensor:
+        return state.smooth_G if self.config.sample == "average" else state.mirror_G
 
-    def update(self, state: DoremiState, report: Report) -> DoremiState:
-        config = self.config
-        new_D = read_losses(report.excess_losses_D, report, config.policy, "reference_losses", state.domains)
-        if new_D is None:
-            return dataclasses.replace(state, skipped=state.skipped + 1)
-        excess_D = keep_last(state.excess_D, new_D)
-        current_D = with_floor(exponentiated_gradient(state.current_D, config.eta * excess_D), config.smoothing)
-        return dataclasses.replace(
-            state,
-            current_D=current_D,
-            average_D=running_mean(state.average_D, current_D, state.updates),
-            excess_D=excess_D,
-            updates=state.updates + 1,
-        )
-
-    def diagnostics(self, state: DoremiState) -> Mapping[str, float | list[float]]:
+    def diagnostics(self, state: MirrorState) -> Mapping[str, float | list[float]]:
         return {
-            "max_exponent": max_abs(self.config.eta * state.excess_D),
-            "entropy_nats": entropy(self.weights(state)),
-            "updates": float(state.updates),
-            "skipped": float(state.skipped),
-            "excess_losses": state.excess_D.tolist(),
-            "average": state.average_D.tolist(),
+            **super().diagnostics(state),
+            "excess_losses": state.values_G.tolist(),
+            "average": state.smooth_G.tolist(),
         }

@@ -12,30 +12,20 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.mixture.config import GroupDroConfig, PolicyConfig, policies
-from weftlm.mixture.initial import initial_weights
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy, exponentiated_gradient, with_floor
-from weftlm.mixture.signals import keep_last, max_abs, read_losses
+from weftlm.mixture.mirror import MirrorPolicy, MirrorState, initial_weights
+from weftlm.mixture.policy import CONSTANT, MixtureSetting, Report, with_floor
+from weftlm.mixture.signals import read_losses
 
 
 @dataclass(frozen=True)
-class GroupDroState:
-    """What Group DRO knows.
+class GroupDroState(MirrorState):
+    """What Group DRO knows; a group's value is its loss, nats per token.
 
     Attributes:
-        weights_D: q, the weights.
-        losses_D: each domain's last loss, nats per token; NaN until it was first drawn.
-        updates: reports that moved the weights.
-        skipped: reports in which no domain was drawn; they changed nothing.
         offsets_D: C / sqrt(n_i), nats per token.
-        domains: names, for messages.
     """
 
-    weights_D: Tensor
-    losses_D: Tensor
-    updates: int
-    skipped: int
     offsets_D: Tensor = dataclasses.field(metadata=CONSTANT)
-    domains: tuple[str, ...] = dataclasses.field(metadata=CONSTANT)
 
 
 @policies.register(
@@ -44,7 +34,7 @@ class GroupDroState:
     costs="nothing",
     paper="arXiv:1911.08731",
 )
-class GroupDroPolicy(Policy[GroupDroConfig]):
+class GroupDroPolicy(MirrorPolicy[GroupDroConfig, GroupDroState]):
     """Distributionally robust optimisation over domains.
 
         q_i = q_i exp(eta (L_i + C / sqrt(n_i))) / sum_j q_j exp(eta (L_j + C / sqrt(n_j)))
@@ -64,44 +54,19 @@ class GroupDroPolicy(Policy[GroupDroConfig]):
     def init(self, setting: MixtureSetting) -> GroupDroState:
         config = self.config
         start_D = with_floor(initial_weights(config.initial, setting, config.policy), config.floor)
+        offsets_D = torch.zeros_like(start_D)
         if config.adjustment > 0.0:
             empty = [name for name, n in zip(setting.domains, setting.tokens_D.tolist(), strict=True) if not n > 0]
             if empty:
                 raise ConfigError(f"mixture.adjustment divides by training tokens, and {', '.join(empty)} has none")
             offsets_D = config.adjustment / setting.tokens_D.to(torch.float64).sqrt()
-        else:
-            offsets_D = torch.zeros_like(start_D)
-        return GroupDroState(
-            weights_D=start_D,
-            losses_D=torch.full_like(start_D, torch.nan),
-            updates=0,
-            skipped=0,
-            offsets_D=offsets_D,
-            domains=setting.domains,
-        )
+        return GroupDroState.at(start_D, setting.domains, offsets_D=offsets_D)
 
-    def weights(self, state: GroupDroState) -> Tensor:
-        return state.weights_D
+    def measured(self, state: GroupDroState, report: Report) -> Tensor | None:
+        return read_losses(report.losses_D, report, self.config.policy, "losses", state.groups)
 
-    def update(self, state: GroupDroState, report: Report) -> GroupDroState:
-        config = self.config
-        new_D = read_losses(report.losses_D, report, config.policy, "losses", state.domains)
-        if new_D is None:
-            return dataclasses.replace(state, skipped=state.skipped + 1)
-        losses_D = keep_last(state.losses_D, new_D)
-        exponents_D = config.eta * (losses_D + state.offsets_D)
-        return dataclasses.replace(
-            state,
-            weights_D=with_floor(exponentiated_gradient(state.weights_D, exponents_D), config.floor),
-            losses_D=losses_D,
-            updates=state.updates + 1,
-        )
+    def exponents(self, state: GroupDroState, values_G: Tensor) -> Tensor:
+        return self.config.eta * (values_G + state.offsets_D)
 
     def diagnostics(self, state: GroupDroState) -> Mapping[str, float | list[float]]:
-        return {
-            "max_exponent": max_abs(self.config.eta * (state.losses_D + state.offsets_D)),
-            "entropy_nats": entropy(state.weights_D),
-            "updates": float(state.updates),
-            "skipped": float(state.skipped),
-            "last_losses": state.losses_D.tolist(),
-        }
+        return {**super().diagnostics(state), "last_losses": state.values_G.tolist()}

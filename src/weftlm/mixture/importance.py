@@ -9,8 +9,7 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.mixture.config import ImportanceConfig, PolicyConfig, policies
-from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting, missing_signal, with_floor
+from weftlm.mixture.policy import ConstantPolicy, ConstantState, MixtureSetting, missing_signal, with_floor
 
 
 def importance_weights(setting: MixtureSetting, policy: str = "importance") -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weftlm.mixture.config import OdmConfig, PolicyConfig, policies
-from weftlm.mixture.policy import CONSTANT, MixtureSetting, Policy, Report, entropy
+from weftlm.mixture.policy import CONSTANT, MixturePolicy, MixtureSetting, Report, entropy
 from weftlm.mixture.signals import max_abs, read_losses
 from weftlm.mixture.uniform import uniform_weights
 
@@ -49,7 +49,7 @@ def exploration(domains: int, turn: int) -> float:
     costs="nothing",
     paper="arXiv:2312.02406",
 )
-class OdmPolicy(Policy[OdmConfig]):
+class OdmPolicy(MixturePolicy[OdmConfig, OdmState]):
     """Online data mixing by an adversarial bandit: a domain is an arm, its training loss the reward.
 
         R_i <- decay R_i + (1 - decay) L_i / pi_i                        for the domains drawn; the others keep theirs

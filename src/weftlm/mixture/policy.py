@@ -4,8 +4,8 @@ A policy never touches the model or the data. The loop measures what the policy 
 and samples by `weights`. State is a frozen dataclass of tensors and numbers, so that checkpointing and resuming come
 free (`state_to_json`, `state_from_json`).
 
-A new policy is one file in this folder: a config section, a frozen state, and a class (a `Policy`) registered by name.
-`doge.py` is a good one to read.
+A new policy is one file in this folder: a config section, a frozen state, and a class (a `MixturePolicy`) registered by
+name. Where it moves by mirror steps, `mirror.py` has all but what it measures: `doge.py` is a good one to read.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from weftlm.errors import CheckpointError, ConfigError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError
 from weftlm.mixture.config import PolicyConfig, Signal, policies, policy_config
 
 
@@ -83,27 +83,27 @@ class Report:
     alignment: Alignment | None = None
 
 
+C = TypeVar("C", bound=PolicyConfig)
 S = TypeVar("S")
 
 
-class MixturePolicy(Protocol[S]):
-    """A mixture policy; `S` is its frozen state.
+class MixturePolicy(Generic[C, S]):
+    """A mixture policy: `C` is the section it is configured by, `S` its frozen state.
 
     Attributes:
-        Config: the pydantic section it is configured by; `__init__` takes one.
-        config: that section, as given.
-        needs: signals the loop must measure or prepare; may depend on the configuration.
+        Config: class of that section.
+        config: the section, as given.
     """
 
     Config: ClassVar[type[PolicyConfig]]
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: C) -> None:
+        self.config = config
 
     @property
-    def config(self) -> PolicyConfig: ...
-
-    @property
-    def needs(self) -> frozenset[Signal]: ...
+    def needs(self) -> frozenset[Signal]:
+        """Signals the loop must measure or prepare; what the configuration says."""
+        return self.config.needs
 
     def init(self, setting: MixtureSetting) -> S:
         """The state before the first step.
@@ -111,11 +111,11 @@ class MixturePolicy(Protocol[S]):
         Raises:
             ConfigError: the setting lacks what the policy needs, or the configuration does not fit the domains.
         """
-        ...
+        raise NotImplementedError
 
     def weights(self, state: S) -> Tensor:
         """alpha_D, float64, non-negative, sums to 1 within 1e-9: the probability of drawing each domain."""
-        ...
+        raise NotImplementedError
 
     def update(self, state: S, report: Report) -> S:
         """The state after a report; the old state stays valid.
@@ -124,28 +124,34 @@ class MixturePolicy(Protocol[S]):
             ConfigError: the report lacks a signal the policy needs.
             NumericsError: a measured number is not finite although its group was drawn.
         """
-        ...
+        raise NotImplementedError
 
     def diagnostics(self, state: S) -> Mapping[str, float | list[float]]:
         """Numbers worth logging beside the weights (for example max|eta a|)."""
-        ...
+        return {}
 
 
-C = TypeVar("C", bound=PolicyConfig)
+@dataclass(frozen=True)
+class ConstantState:
+    """alpha_D, float64, sums to 1."""
+
+    weights_D: Tensor
 
 
-class Policy(Generic[C]):
-    """Base of the policies of this folder: keeps the configuration, which knows the signals it needs."""
+class ConstantPolicy(MixturePolicy[C, ConstantState]):
+    """Base of the policies that never move: their weights are decided in `init`."""
 
-    def __init__(self, config: C) -> None:
-        self.config = config
+    def weights(self, state: ConstantState) -> Tensor:
+        return state.weights_D
 
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.config.needs
+    def update(self, state: ConstantState, report: Report) -> ConstantState:
+        return state
+
+    def diagnostics(self, state: ConstantState) -> Mapping[str, float | list[float]]:
+        return {"entropy_nats": entropy(state.weights_D)}
 
 
-def build_policy(value: Mapping[str, Any] | PolicyConfig, where: str = "mixture") -> MixturePolicy[Any]:
+def build_policy(value: Mapping[str, Any] | PolicyConfig, where: str = "mixture") -> MixturePolicy[Any, Any]:
     """The policy a recipe asks for.
 
     Raises:
@@ -166,38 +172,6 @@ def missing_signal(policy: str, signal: Signal) -> ConfigError:
 def entropy(weights_G: Tensor) -> float:
     """-sum_i w_i log w_i in nats: log G when uniform, 0 when one group has it all."""
     return float(torch.special.entr(weights_G).sum())
-
-
-def exponentiated_gradient(weights_G: Tensor, exponents_G: Tensor) -> Tensor:
-    """Mirror step on the simplex, computed in log space.
-
-        w'_i = w_i exp(x_i) / sum_j w_j exp(x_j)
-
-    A NaN exponent means nothing is known of that entry: its weight stays exactly as it was, and the others share the
-    rest of the mass by the rule above.
-
-    Args:
-        weights_G: float64, non-negative, sums to 1.
-        exponents_G: float64.
-
-    Returns:
-        float64, sums to 1; entries at exactly 0 stay 0.
-
-    Raises:
-        NumericsError: an exponent is infinite.
-    """
-    exponents_G = exponents_G.to(torch.float64)
-    if torch.isinf(exponents_G).any():
-        raise NumericsError(
-            f"mirror step exponents {exponents_G.tolist()} hold an infinity; lower eta or use normalize: scale"
-        )
-    known_G = ~torch.isnan(exponents_G) & (weights_G > 0)
-    if not known_G.any():
-        return weights_G
-    known = weights_G[known_G]
-    moved_G = weights_G.clone()
-    moved_G[known_G] = torch.softmax(torch.log(known) + exponents_G[known_G], dim=0) * known.sum()
-    return moved_G
 
 
 def with_floor(weights_G: Tensor, floor: float) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from weftlm.errors import ConfigError
 from weftlm.mixture.config import PolicyConfig, ProportionalConfig, policies
-from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting
+from weftlm.mixture.policy import ConstantPolicy, ConstantState, MixtureSetting
 
 
 def proportional_weights(setting: MixtureSetting, temperature: float = 1.0) -> Tensor:

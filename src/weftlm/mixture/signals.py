@@ -112,11 +112,6 @@ def keep_last(old_D: Tensor, new_D: Tensor) -> Tensor:
     return torch.where(torch.isnan(new_D), old_D, new_D)
 
 
-def running_mean(mean_D: Tensor, value_D: Tensor, count: int) -> Tensor:
-    """The mean of count + 1 values, from the mean of the first `count` and the next; with count 0, the value itself."""
-    return mean_D + (value_D - mean_D) / (count + 1) if count else value_D
-
-
 def max_abs(values_G: Tensor) -> float:
     """max_i |x_i| over the entries that are not NaN; 0 when there is none."""
     return float(torch.nan_to_num(values_G, nan=0.0).abs().max())

@@ -8,8 +8,7 @@ import torch
 
 from weftlm.errors import ConfigError, did_you_mean
 from weftlm.mixture.config import PolicyConfig, StaticConfig, policies
-from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting
+from weftlm.mixture.policy import ConstantPolicy, ConstantState, MixtureSetting
 
 TOLERANCE = 1e-6
 """How far from 1 written weights may sum: rounding of decimals, nothing more."""

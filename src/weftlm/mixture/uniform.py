@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from weftlm.mixture.config import PolicyConfig, UniformConfig, policies
-from weftlm.mixture.constant import ConstantPolicy, ConstantState
-from weftlm.mixture.policy import MixtureSetting
+from weftlm.mixture.policy import ConstantPolicy, ConstantState, MixtureSetting
 
 
 def uniform_weights(groups: int) -> Tensor:

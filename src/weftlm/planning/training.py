@@ -173,7 +173,7 @@ class Alignments:
     """
 
     config: AlignmentConfig
-    policy: MixturePolicy[Any]
+    policy: MixturePolicy[Any, Any]
     groups: int
 
     def chosen(self, run: Run) -> tuple[Choice, Cost] | None:

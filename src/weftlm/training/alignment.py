@@ -142,7 +142,7 @@ def choose_estimator(
 
 
 def choose_for_policy(
-    policy: MixturePolicy[Any],
+    policy: MixturePolicy[Any, Any],
     config: AlignmentConfig,
     *,
     model: nn.Module,

@@ -68,7 +68,7 @@ class Task:
 
     domains: tuple[str, ...]
     sources: tuple[Source, ...]
-    policy: MixturePolicy[Any]
+    policy: MixturePolicy[Any, Any]
     setting: MixtureSetting
     target: Source | None = None
     reference: nn.Module | None = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from weftlm.errors import ConfigError, NumericsError
-from weftlm.mixture.initial import nearest_mixture
+from weftlm.mixture.mirror import nearest_mixture
 from weftlm.mixture.policy import Alignment, MixtureSetting, Report, build_policy
 
 NAN = math.nan
@@ -38,7 +38,7 @@ def test_scale_does_not_change_with_the_size_of_gradients():
     policy = dga(normalize="scale")
     small = after(policy, probe([1e-6, 2e-6, NAN], [1e-3, 3e-3, NAN], direction_norm=1e-3))
     large = after(policy, probe([1e6, 2e6, NAN], [1e3, 3e3, NAN], direction_norm=1e3))
-    assert small.alignment_G[:2].tolist() == pytest.approx([0.5, 1.0], rel=1e-12)
+    assert small.values_G[:2].tolist() == pytest.approx([0.5, 1.0], rel=1e-12)
     torch.testing.assert_close(policy.weights(small), policy.weights(large), rtol=1e-12, atol=0)
 
 
@@ -52,7 +52,7 @@ def test_scale_does_not_change_with_the_size_of_gradients():
 def test_alignments_are_divided_by_norms(normalize, given, expected, lacking):
     policy = dga(normalize=normalize)
     state = after(policy, probe([1.0, 0.0, -1.0], **given))
-    assert state.alignment_G.tolist() == expected
+    assert state.values_G.tolist() == expected
     with pytest.raises(ConfigError, match=lacking):
         policy.update(state, probe([1.0, 0.0, -1.0], batch_norm=None))
 
@@ -62,7 +62,7 @@ def test_an_absent_group_keeps_its_last_alignment_and_one_never_seen_its_weight(
     state = after(policy, probe([1.0, NAN, 3.0]))
     assert float(policy.weights(state)[1]) == pytest.approx(1 / 3, rel=1e-15)
     state = policy.update(policy.update(state, probe([1.0, 2.0, 3.0])), probe([0.5, NAN, 0.0]))
-    assert state.alignment_G.tolist() == [0.5, 2.0, 0.0]
+    assert state.values_G.tolist() == [0.5, 2.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_probe_that_tells_nothing_changes_nothing_and_is_counted(report, feedb
     state = after(policy, probe([1.0, 0.0, -1.0]))
     following = policy.update(state, report)
     assert torch.equal(policy.weights(following), policy.weights(state))
-    assert torch.equal(following.alignment_G, state.alignment_G)
+    assert torch.equal(following.values_G, state.values_G)
     assert [policy.diagnostics(following)[key] for key in ("skipped", "updates")] == [1.0, 1.0]
 
 

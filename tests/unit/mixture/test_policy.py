@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
-from weftlm.mixture.policy import (
-    MixtureSetting,
-    build_policy,
-    exponentiated_gradient,
-    state_from_json,
-    state_to_json,
-)
+from weftlm.mixture.mirror import exponentiated_gradient
+from weftlm.mixture.policy import MixtureSetting, build_policy, state_from_json, state_to_json
 
 NAN = math.nan
 
