@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from weftlm.evaluation.suite import TARGET
-from weftlm.pipeline.recipe import MONOLITH
+from weftlm.pipeline.names import MONOLITH
 from weftlm.reporting.figures import Curve, Panel, domain_lines, draw, inline_svg, run_lines, to_svg
 from weftlm.reporting.runs import GENERIC, Run, read_runs
 

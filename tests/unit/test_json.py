@@ -24,7 +24,7 @@ SOURCES = Path(weftlm.__file__).parent
 OWN = {
     "files.py", "experts/lora.py", "models/fingerprint.py", "serving/chat_template.py",
     "corpora/formats.py",
-    "recipe_text.py", "pipeline/demo.py", "gating/scores.py",
+    "recipe_text.py", "gating/scores.py",
 }  # fmt: skip
 """Files that read JSON this process wrote, or that have a guard of their own."""
 

@@ -72,11 +72,13 @@ def recipe_command(
 
     def register(work: Work) -> Work:
         def follow(recipe: Path, set_: list[str] | None, dry_run: bool, **given: Any) -> Iterator[Any]:
-            from weftlm.pipeline.checks import load_checked
-            from weftlm.pipeline.recipe import require_experts
+            from weftlm.pipeline.checks import check_recipe
+            from weftlm.pipeline.recipe import load_recipe, require_experts
 
             needs = {"training": lambda recipe: recipe.trained, "data": lambda recipe: None}.get(topic, require_experts)
-            resolved = load_checked(recipe, set_ or [], needs=needs, ask=not dry_run)
+            resolved = load_recipe(recipe, set_ or [])
+            needs(resolved)
+            check_recipe(resolved, ask=not dry_run, whole=False)
             yield from _described(resolved, topic) if dry_run else work(resolved, **given)
 
         follow.__name__, follow.__doc__ = work.__name__, work.__doc__

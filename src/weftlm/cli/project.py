@@ -149,11 +149,13 @@ def plan(
     """
     from rich.filesize import decimal
 
-    from weftlm.pipeline.checks import load_checked
+    from weftlm.pipeline.checks import check_recipe
+    from weftlm.pipeline.recipe import load_recipe
     from weftlm.planning.hardware import parse_hardware
     from weftlm.progress import duration_text
 
-    machine, checked = parse_hardware(hardware), load_checked(recipe, set_ or [], here=False)
+    machine, checked = parse_hardware(hardware), load_recipe(recipe, set_ or [])
+    check_recipe(checked, here=False, whole=False)
     from weftlm.planning.plan import Assumed, plan_recipe
 
     assumed = Assumed(domains, experts, data_tokens, requests, prompt, new_tokens)
@@ -231,8 +233,8 @@ def demo(set_: options.Set = None, quick: options.Quick = False, dry_run: option
     summary.json, the model, baselines, experts, routed models, gate and students. Finished stages are reused.
     """
     from weftlm.files import read_object
-    from weftlm.pipeline.demo import demo_recipe
     from weftlm.pipeline.names import SUMMARY
+    from weftlm.pipeline.quick import demo_recipe
     from weftlm.pipeline.quick import quick as cut_down
     from weftlm.pipeline.runner import run_project
 

@@ -45,7 +45,6 @@ def open_base(recipe: Recipe, data: PreparedData) -> Base:
             how = "weftlm train" if recipe.expert_settings.baseline is None else "weftlm run --until baselines"
             raise ConfigError(f"{recipe.base_run} has no trained model yet; finish it with {how}, or set experts.base")
         require_same_data(recipe.base_run, data)
-    check_base_kind(name)
     model = load_base(name, revision=revision, dtype=recipe.expert_settings.dtype)
     check_vocabulary(model, data.tokenizer.vocab_size, f"{name} (the base)")
     own = find_tokenizer(name, revision)
@@ -58,19 +57,6 @@ def open_base(recipe: Recipe, data: PreparedData) -> Base:
         )
     check_lengths(recipe, model.config)
     return Base(model, BaseReference(name, revision, base_fingerprint(model)))
-
-
-def check_base_kind(name: str) -> None:
-    """Refuse an adapter as a base.
-
-    Raises:
-        ConfigError: it is one.
-    """
-    if (Path(name) / "adapter_config.json").exists():
-        raise ConfigError(
-            f"the base {name} is an adapter over another model; name that model as experts.base, or merge the adapter "
-            f"into it first (PEFT: merge_and_unload, save_pretrained)"
-        )
 
 
 def check_lengths(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -6,7 +6,7 @@ problems are named at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,32 +15,9 @@ from typing import Any
 from weftlm.corpora.reading import known_labels
 from weftlm.errors import ConfigError, DataError, WeftError
 from weftlm.pipeline.data_config import MANIFEST, TARGET_DOMAIN, refuse_reserved
-from weftlm.pipeline.recipe import Recipe, load_recipe
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import stages_of
 from weftlm.places import locate
-
-
-def load_checked(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    needs: Callable[[Recipe], object] = lambda recipe: None,
-    ask: bool = False,
-    here: bool = True,
-) -> Recipe:
-    """Read a recipe and check all of it; see `check_recipe`.
-
-    Args:
-        path: The recipe.
-        overrides: `section.key=value` lines.
-        needs: Refuses a recipe without the sections that the command works on.
-        ask: See `check_recipe`.
-        here: See `check_recipe`.
-    """
-    recipe = load_recipe(path, overrides)
-    needs(recipe)
-    check_recipe(recipe, ask=ask, here=here, whole=False)
-    return recipe
 
 
 def check_recipe(recipe: Recipe, *, ask: bool = False, here: bool = True, whole: bool = True) -> None:

@@ -35,12 +35,12 @@ from weftlm.gating.scores import ScoreCache, ScoreSplit, score
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.gating.state import GateState
 from weftlm.pipeline.experts import process_group
-from weftlm.pipeline.gate_recipe import GatingConfig, check_domains
 from weftlm.pipeline.names import CERTIFICATE, FIT, GATE, STATE
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.run_folder import alone
+from weftlm.pipeline.stages.gate import GatingConfig, check_domains
 from weftlm.pipeline.train import require_same_data
 from weftlm.progress import Pace, weights_text, write_line
 from weftlm.training.runtime import choose_runtime

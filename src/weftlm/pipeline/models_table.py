@@ -16,9 +16,9 @@ from weftlm.files import write_object
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.gating import open_scores
 from weftlm.pipeline.heldout import HeldOut, difference, read_measured
-from weftlm.pipeline.names import EVALUATION
+from weftlm.pipeline.names import EVALUATION, MONOLITH
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.recipe import MONOLITH, Recipe
+from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.students import held_out_problem, model_row, read_students
 from weftlm.progress import ProgressBar
 from weftlm.reporting.score_table import Role

@@ -14,13 +14,12 @@ from weftlm.errors import ConfigError, WeftError
 from weftlm.files import read_object, write_object
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.heldout import check_roles
-from weftlm.pipeline.models_table import baseline_folders, read_evaluation
 from weftlm.pipeline.names import CERTIFICATE, COMPARED, DIRECT, EVALUATION, FIT, REPORT, STUDENT, SUMMARY, TRAINING
 from weftlm.pipeline.prepared import PreparedData
-from weftlm.pipeline.recipe import MONOLITH, Recipe, kept_recipe, load_recipe, open_run, refuse_project_page
-from weftlm.pipeline.routes import read_routing, trace_text
+from weftlm.pipeline.recipe import Recipe, kept_recipe, load_recipe, open_run, refuse_project_page
+from weftlm.pipeline.routes import trace_text
 from weftlm.pipeline.run_folder import alone
-from weftlm.pipeline.train import read_result
+from weftlm.pipeline.stage import stages_of
 from weftlm.reporting.gating import GatingFacts
 from weftlm.reporting.page import write_page
 from weftlm.reporting.report import report_page
@@ -100,28 +99,17 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
     Raises:
         DataError: a stage's result is missing or torn, or the page cannot be written.
     """
-    baselines = {name: folder for name, folder in baseline_folders(recipe).items() if name != MONOLITH}
-    evaluation = read_evaluation(recipe)
-    monolith = evaluation.pop(MONOLITH)
-    summary = dict(evaluation)
-    routing = gating = None
-    if recipe.mixture is not None:
-        runs = {recipe.mixture.policy: recipe.run, **baselines}
-        summary["mixture"] = {name: read_result(folder) for name, folder in runs.items()}
-    if recipe.has_experts and recipe.routing is not None:
-        found = read_routing(recipe)
-        summary["routing"], routing = found["rows"], routing_facts(recipe, found)
-    if recipe.has_gate:
-        gating = gate_facts(recipe.run, **({} if monolith is None else {MONOLITH: monolith}))
-        certificate = None if gating.certificate is None else gating.certificate.to_json()
-        summary |= {"robust": gating.rows, "certificate": certificate}
+    summary: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    for stage in stages_of(recipe):
+        for whole, part in zip((summary, shown), stage.shown(recipe), strict=True):
+            for key, value in part.items():
+                whole[key] = {**whole[key], **value} if key in whole else value
     page = report_page(
-        [recipe.run, *baselines.values()] if recipe.trains else [],
+        [*shown.pop("runs", {}).values()],
         title or f"{recipe.run.resolve().name}: the whole project",
         prepared=_prepared(recipe.prepared_folder),
-        routing=routing,
-        gating=gating,
-        models=model_table(evaluation["models"], "model", evaluation["sequence_length"]),
+        **shown,
     )
     write_page(page, output or recipe.run / REPORT)
     if output is None:

@@ -1,10 +1,14 @@
-"""`--quick`: a recipe with every size cut down, so that all its stages are seen in about two minutes."""
+"""The recipe of the demonstration; and any recipe with its sizes cut down, so that it takes about two minutes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
+import yaml
+
+from weftlm.config import apply_overrides
 from weftlm.pipeline.recipe import Recipe, make_recipe
 
 LARGEST: Mapping[str, int] = {
@@ -53,3 +57,9 @@ def quick(recipe: Recipe) -> Recipe:
         value["evaluation"]["every_steps"] = None
     value["run"] = f"{value['run'].rstrip('/')}-quick"
     return make_recipe(value)
+
+
+def demo_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of `weftlm demo`, `demo.yaml` beside this file."""
+    text = resources.files("weftlm.pipeline").joinpath("demo.yaml").read_text(encoding="utf-8")
+    return make_recipe(apply_overrides(yaml.safe_load(text), overrides))

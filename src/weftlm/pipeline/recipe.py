@@ -23,16 +23,17 @@ from weftlm.experts.expert import base_name
 from weftlm.mixture.config import PolicyConfig, policy_config
 from weftlm.models.config import ModelConfig
 from weftlm.pipeline.data_config import DataConfig
-from weftlm.pipeline.experts_config import ExpertsConfig
-from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.inherited import inherit
-from weftlm.pipeline.names import REPORT
-from weftlm.pipeline.project_config import BASELINES, CompareConfig, RoutingConfig
+from weftlm.pipeline.names import MONOLITH, REPORT
+from weftlm.pipeline.stage import stages
+from weftlm.pipeline.stages.baselines import CompareConfig
+from weftlm.pipeline.stages.experts import ExpertsConfig
+from weftlm.pipeline.stages.gate import GatingConfig
+from weftlm.pipeline.stages.route import RoutingConfig
 from weftlm.recipe_text import read_yaml
 from weftlm.routing.config import parse_router, router_config
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 
-MONOLITH = "monolith"
 _TRAINED = ("model", "mixture", "training")
 _OF_A_TRAINING = (*_TRAINED, "alignment", "trackers", "compare")
 S = TypeVar("S", bound=Section)
@@ -76,8 +77,6 @@ class Recipe(Section):
     @field_validator("stages")
     @classmethod
     def _of_other_packages(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from weftlm.pipeline.stage import stages  # noqa: PLC0415 - stages work on recipes
-
         found = {}
         for name, given in value.items():
             section = stages[name].Config
@@ -156,7 +155,7 @@ class Recipe(Section):
     @property
     def baselines_folder(self) -> Path:
         """Folder in which the baselines are trained, each in a folder of its own."""
-        return self.run / BASELINES
+        return self.run / "baselines"
 
     @property
     def base(self) -> str:

@@ -26,7 +26,7 @@ from weftlm.files import check_listed, checksum, write_whole
 from weftlm.pipeline.checks import check_recipe
 from weftlm.pipeline.recipe import Recipe, kept_recipe
 from weftlm.pipeline.run_folder import LOCK, alone
-from weftlm.pipeline.stage import Stage, StageOptions, read_stage, stages_of
+from weftlm.pipeline.stage import Stage, StageOptions, stages_of
 from weftlm.progress import write_line
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ class StageStatus:
         """A digest of all that it left; None where it is not finished."""
         return checksum(self.facts["files"]) if "files" in self.facts else None
 
-    def act(self, *, again: bool = False) -> Act:
-        """What a run does with the stage; `again` where it is to be replaced on request."""
+    @property
+    def act(self) -> Act:
+        """What a run does with the stage."""
         if self.state == "to do":
             return "run" if self.settled else "replace"
-        if again:
-            return "replace"
         if self.state == "stale":
             return "replace" if not self.stage.costly else "run" if self.settled else "refuse"
-        return {"done": "skip", "running": "refuse"}.get(self.state, "continue")  # type: ignore[return-value]
+        acts: Mapping[State, Act] = {"done": "skip", "running": "refuse"}
+        return acts.get(self.state, "continue")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, with the seconds it took and the time at which it ended, UTC."""
@@ -91,20 +91,18 @@ def project_status(recipe: Recipe) -> list[StageStatus]:
     return list(found.values())
 
 
-def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], busy: bool) -> StageStatus:
+def _status(recipe: Recipe, stage: Stage, earlier: Mapping[str, StageStatus], busy: bool = False) -> StageStatus:
     """The state of a stage, given those of the stages before it."""
-    read = read_stage(recipe, stage.name)
-    if read is None:
+    known = stage.known(recipe)
+    if known is None:
         return StageStatus(stage, "to do")
-    finished, facts = read
+    finished, facts = known
     if facts.get("due"):
         return StageStatus(stage, "to do", settled=False)
     before = [earlier[name] for name in stage.needed(recipe) if name in earlier]
-    why = differences(facts.get("identity", {}), stage.settings(recipe), most=3)
-    for each in () if why else before:
-        if each.digest not in (None, facts.get("needs", {}).get(each.stage.name)):
-            why = f"{each.stage.name} was replaced"
-            break
+    needs = {each.stage.name: each.digest for each in before if each.digest is not None}
+    replaced = (f"{name} was replaced" for name, digest in needs.items() if facts.get("needs", {}).get(name) != digest)
+    why = differences(facts.get("identity", {}), stage.settings(recipe), most=3) or next(replaced, "")
     if why:
         return StageStatus(stage, "stale", why, settled=False, facts=facts)
     if not finished:
@@ -133,17 +131,20 @@ def plan_stages(
     for option, name in (("--from", from_stage), ("--until", until)):
         if name is not None and name not in names:
             raise ConfigError(f"{option} {name}: this project has no such stage{did_you_mean(name, names)}")
-    first = len(names) if from_stage is None else names.index(from_stage)
     last = len(names) if until is None else names.index(until) + 1
-    if from_stage is not None and first >= last:
+    if from_stage is None:
+        return [(status, status.act) for status in found[:last]]
+    first = names.index(from_stage)
+    if first >= last:
         raise ConfigError(f"--from {from_stage} comes after --until {until}; there is nothing between them")
-    for status in found[:first] if from_stage is not None else ():
+    for status in found[:first]:
         if status.state != "done":
             raise ConfigError(
                 f"--from {from_stage}: the stage {status.stage.name} before it is not done "
                 f"({': '.join(filter(None, (status.state, status.why)))}); start there, or leave --from out"
             )
-    return [(status, status.act(again=place >= first)) for place, status in enumerate(found[:last])]
+    again = [(status, status.act if status.state == "to do" else "replace") for status in found[first:last]]
+    return [*((status, status.act) for status in found[:first]), *again]
 
 
 def run_project(
@@ -193,25 +194,23 @@ def run_project(
             for status, act in planned if from_stage is not None else ():
                 if act == "replace":  # which goes on without --from where this run is cut short
                     status.stage.record(recipe).begin(due=True)
+        together()
         known: dict[str, StageStatus] = {}
-        for number, (status, act) in enumerate(planned):
-            stage = status.stage
-            if from_stage is None or act != "replace":
-                status = _status(recipe, stage, known, busy=False)
-                act = status.act()
-                _refuse(status, act)
-            if act == "replace" and first:
+        for number, stage in enumerate(status.stage for status, _ in planned):
+            status = _status(recipe, stage, known)
+            _refuse(status, status.act)
+            replace = status.act == "replace" or (status.act == "continue" and bool(status.facts.get("replace")))
+            if status.act == "replace" and first:
                 stage.clear(recipe)
             together()
             if progress and first:
-                doing = "done already" if act == "skip" else stage.title
+                doing = "done already" if status.act == "skip" else stage.title
                 write_line(f"stage {number + 1} of {len(planned)}, {stage.name}: {doing}")
-            if act != "skip" and (first or stage.shared):
-                replace = act == "replace" or (act == "continue" and bool(status.facts.get("replace")))
+            if status.act != "skip" and (first or stage.shared):
                 options = StageOptions(replace, processes, progress and first)
                 _carry_out(recipe, stage, options, known, keep=first)
             together()
-            known[stage.name] = StageStatus(stage, "done", facts=(read_stage(recipe, stage.name) or (True, {}))[1])
+            known[stage.name] = StageStatus(stage, "done", facts=(stage.known(recipe) or (True, {}))[1])
     return project_status(recipe)
 
 
@@ -219,11 +218,9 @@ def _group(recipe: Recipe) -> PartialState | None:
     """The process group torchrun started this process in; None for a process on its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    from accelerate import PartialState  # noqa: PLC0415 - torch
-
     from weftlm.pipeline.experts import process_group  # noqa: PLC0415 - torch
 
-    return process_group(recipe) if recipe.has_experts else PartialState()
+    return process_group(recipe)
 
 
 def _refuse(status: StageStatus, act: Act) -> None:

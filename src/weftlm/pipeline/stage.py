@@ -1,8 +1,8 @@
 """What a stage of a project is: a class in a file of its own under `stages/`, found by the registry.
 
 A stage says which recipes have it, what of a recipe decides its result, which files it leaves, what would make it fail,
-and how it is carried out. Another package adds one by an entry point of the group `weftlm.stages`; its settings are
-those under `stages: {NAME: ...}` of a recipe, checked by the stage's `Config`.
+how it is carried out, and what it adds to the summary and the page. Another package adds one by an entry point of the
+group `weftlm.stages`; its settings are those under `stages: {NAME: ...}` of a recipe, checked by the stage's `Config`.
 """
 
 from __future__ import annotations
@@ -104,11 +104,26 @@ class Stage(ABC):
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         """Carry it out; resumes what was interrupted and keeps what is finished."""
 
+    def shown(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its part of summary.json, and of the arguments of `report_page`, where it is done.
+
+        Mappings that several stages give under one key become one.
+        """
+        return {}, {}
+
     # -- its record -----------------------------------------------------------------------------------------------
 
     def record(self, recipe: Recipe) -> Artifact:
         """What is known of it in the run folder: stages/NAME.json, decided by its settings."""
         return Artifact(recipe.stages_folder / f"{self.name}.json", self.settings(recipe), _CURE)
+
+    def known(self, recipe: Recipe) -> tuple[bool, dict[str, Any]] | None:
+        """Whether it is finished, and its record, whatever its settings; None where it never began.
+
+        Raises:
+            DataError: The record is torn.
+        """
+        return read_record(recipe.stages_folder / f"{self.name}.json", _CURE)
 
     def left(self, recipe: Recipe) -> list[str]:
         """Its outputs: those in the run folder by their paths from the folder of the records, others by absolute ones.
@@ -127,25 +142,12 @@ class Stage(ABC):
             remove(path)
 
 
-def read_stage(recipe: Recipe, name: str) -> tuple[bool, dict[str, Any]] | None:
-    """Whether a stage is finished, and its record; None where it never began.
-
-    Raises:
-        DataError: The record is torn.
-    """
-    return read_record(recipe.stages_folder / f"{name}.json", _CURE)
-
-
-def every_stage() -> tuple[Stage, ...]:
-    """All registered stages, in the order in which they are carried out: each after those that it needs."""
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages that a project has, in the order in which they are carried out: each after those that it needs."""
     found = {name: stages[name](name) for name in stages}
 
     def depth(name: str) -> int:
         return 1 + max((depth(each) for each in found[name].needs if each in found), default=0)
 
-    return tuple(sorted(found.values(), key=lambda stage: (depth(stage.name), stage.name)))
-
-
-def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages that a project has, in order."""
-    return tuple(stage for stage in every_stage() if stage.wanted(recipe))
+    ordered = sorted(found.values(), key=lambda stage: (depth(stage.name), stage.name))
+    return tuple(stage for stage in ordered if stage.wanted(recipe))

@@ -40,7 +40,6 @@ from weftlm.gating.problem import Evaluation, Problem, evaluate, make_problem, m
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.models.hf import token_losses
 from weftlm.models.open import check_written, probe_logits
-from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.gating import (
     OpenScores,
     fit_artifact,
@@ -56,6 +55,7 @@ from weftlm.pipeline.names import DENSE, DIRECT, STUDENT
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.run_folder import alone
+from weftlm.pipeline.stages.gate import GatingConfig
 from weftlm.progress import Pace, write_line
 from weftlm.training.runtime import choose_runtime
 

@@ -12,7 +12,7 @@ from weftlm.corpora.labels import folder_name
 from weftlm.experts.expert import BaseReference
 from weftlm.experts.library import ExpertLibrary
 from weftlm.gating.config import ExpertSource
-from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.stages.gate import GatingConfig
 from weftlm.routing.config import parse_router, router_config
 
 LABEL, NAME = "c++", "c%2B%2B"

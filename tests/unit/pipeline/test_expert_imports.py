@@ -14,8 +14,8 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.models.factory import peft_warnings
 from weftlm.models.open import load_base
 from weftlm.pipeline.expert_library import import_recipe_experts
-from weftlm.pipeline.experts_config import ExpertsConfig
 from weftlm.pipeline.recipe import Recipe, make_recipe
+from weftlm.pipeline.stages.experts import ExpertsConfig
 
 
 @pytest.fixture

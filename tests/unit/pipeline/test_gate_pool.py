@@ -13,9 +13,9 @@ from support.tiny_project import WORDS, write_corpora
 
 from weftlm.errors import ConfigError, DataError
 from weftlm.pipeline.any_model import open_model
-from weftlm.pipeline.gate_recipe import GatingConfig
 from weftlm.pipeline.recipe import make_recipe
 from weftlm.pipeline.runner import run_project
+from weftlm.pipeline.stages.gate import GatingConfig
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pytest
 from support.tiny_project import recipe_value
 
 from weftlm.experts.config import ExpertTraining
-from weftlm.pipeline.demo import demo_recipe
-from weftlm.pipeline.quick import LARGEST, quick
+from weftlm.pipeline.quick import LARGEST, demo_recipe, quick
 from weftlm.pipeline.recipe import make_recipe
 
 

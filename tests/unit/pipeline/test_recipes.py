@@ -12,9 +12,9 @@ from support.tiny_project import recipe_value
 from weftlm.config import validate
 from weftlm.errors import ConfigError
 from weftlm.gating.mixtures import Box
-from weftlm.pipeline.demo import demo_recipe
-from weftlm.pipeline.gate_recipe import GatingConfig
+from weftlm.pipeline.quick import demo_recipe
 from weftlm.pipeline.recipe import load_recipe, make_recipe
+from weftlm.pipeline.stages.gate import GatingConfig
 from weftlm.pipeline.stages.train import training_plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.config import settings
 from weftlm.evaluation.config import task_files
-from weftlm.pipeline.checks import Known
 from weftlm.pipeline.names import EVALUATION
-from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages, stages_of
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.checks import Known
+    from weftlm.pipeline.recipe import Recipe
 
 
 def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
@@ -50,3 +52,11 @@ class Evaluate(Stage):
         from weftlm.pipeline.models_table import evaluate_models  # noqa: PLC0415 - torch
 
         evaluate_models(recipe, progress=options.progress)
+
+    def shown(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+        from weftlm.pipeline.models_table import read_evaluation  # noqa: PLC0415 - torch
+        from weftlm.reporting.score_table import model_table  # noqa: PLC0415 - torch
+
+        found = read_evaluation(recipe)
+        summary = {key: found[key] for key in ("sequence_length", "base", "models")}
+        return summary, {"models": model_table(found["models"], "model", found["sequence_length"])}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.corpora.reading import corpus_fingerprint
 from weftlm.errors import ConfigError
-from weftlm.pipeline.checks import Known
 from weftlm.pipeline.data_config import MANIFEST, data_identity
-from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.checks import Known
+    from weftlm.pipeline.recipe import Recipe
 
 
 @stages.register("prepare", does="corpora to domains and tokens", costs="one pass over the text for each step")

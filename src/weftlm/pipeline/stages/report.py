@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.pipeline.names import REPORT, SUMMARY
-from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages, stages_of
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.recipe import Recipe
 
 
 @stages.register("report", does="one page and one summary", costs="seconds")

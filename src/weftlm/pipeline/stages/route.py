@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlm.config import settings
+from pydantic import Field
+
+from weftlm.config import Section, settings
 from weftlm.errors import ConfigError
 from weftlm.files import SEAL
-from weftlm.pipeline.checks import Known
 from weftlm.pipeline.names import ROUTING
-from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
 from weftlm.pipeline.stages.evaluate import evaluation_settings
 from weftlm.routing.config import MANIFEST, parse_router, router_config, routers
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.checks import Known
+    from weftlm.pipeline.recipe import Recipe
+
+
+class RoutingConfig(Section):
+    """Which routers are compared over the experts, and which routed models are written."""
+
+    routers: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="routers compared on held-out text, in one word each (`phatgoose:k=1`); absent: every one that "
+        "the experts have what it needs for",
+    )
+    build: list[str] = Field(
+        default_factory=lambda: ["phatgoose"],
+        min_length=1,
+        description="routed models written to `routed`, one folder each; the report shows the first that chooses by "
+        "token at work",
+    )
+    trace: str | None = Field(
+        None, min_length=1, description="text whose routing is shown; absent: held-out text that changes domain midway"
+    )
 
 
 @stages.register("route", does="routers compared, routed models written", costs="held-out text once for each router")
@@ -76,3 +100,10 @@ class Route(Stage):
         from weftlm.pipeline.routes import route_experts  # noqa: PLC0415 - torch
 
         route_experts(recipe, progress=options.progress)
+
+    def shown(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+        from weftlm.pipeline.project_report import routing_facts  # noqa: PLC0415 - torch
+        from weftlm.pipeline.routes import read_routing  # noqa: PLC0415 - torch
+
+        found = read_routing(recipe)
+        return {"routing": found["rows"]}, {"routing": routing_facts(recipe, found)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlm.pipeline.checks import Known
-from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.checks import Known
+    from weftlm.pipeline.recipe import Recipe
 
 
 @stages.register("score", does="text and samples under every expert", costs="scored tokens times experts, forward")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlm.errors import ConfigError, install_hint
 from weftlm.files import SEAL
-from weftlm.pipeline.checks import Known
 from weftlm.pipeline.names import RESULT
-from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import Stage, StageOptions, stages
+
+if TYPE_CHECKING:
+    from weftlm.pipeline.checks import Known
+    from weftlm.pipeline.recipe import Recipe
 
 _LEFT = (
     "checkpoints", "metrics.jsonl", "model", RESULT, "run.json", "recipe.yaml", "windows.safetensors", "reference",
@@ -57,6 +59,12 @@ class Train(Stage):
         from weftlm.pipeline.train import run_training  # noqa: PLC0415 - torch
 
         run_training(recipe)
+
+    def shown(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+        from weftlm.pipeline.train import read_result  # noqa: PLC0415 - torch
+
+        name = recipe.trained[1].policy
+        return {"mixture": {name: read_result(recipe.run)}}, {"runs": {name: recipe.run}}
 
 
 def check_mixture(recipe: Recipe) -> None:
