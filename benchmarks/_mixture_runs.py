@@ -114,13 +114,14 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         basis_ND=None if data.basis is None or target_only else torch.tensor(data.basis, dtype=torch.float64),
     )
     config = TrainingConfig.model_validate(dict(spec.training))
-    model = build_model(
-        ModelConfig.model_validate(dict(spec.model)),
-        vocab_size=data.vocab_size,
-        sequence_length=config.sequence_length,
-        eos_id=data.eos_id,
-        seed=spec.seed,
-    )
+
+    def make_model(seed: int) -> nn.Module:
+        model = ModelConfig.model_validate(dict(spec.model))
+        return build_model(
+            model, vocab_size=data.vocab_size, sequence_length=config.sequence_length, eos_id=data.eos_id, seed=seed
+        )
+
+    model = make_model(spec.seed)
     parameters = count_parameters(model)
     evaluation = EvaluationConfig(max_tokens_per_set=spec.generic_tokens)
     whole = EvaluationConfig(max_tokens_per_set=None)
@@ -131,12 +132,29 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
             module, {d.name: d.heldout for d in data.domains}, sequence_length=config.sequence_length, config=evaluation
         )
         assert generic.generic is not None
-        return {"sets": {"target": target.sets["target"].to_json()}, "generic": generic.generic.to_json()}
+        sets = {**generic.sets, "target": target.sets["target"]}
+        return {"sets": {name: one.to_json() for name, one in sets.items()}, "generic": generic.generic.to_json()}
 
     folder = Path(tempfile.mkdtemp(prefix=f"{spec.name}.", dir=work))
+    policy = build_policy(dict(spec.mixture or {"policy": "uniform"}))
+    reference, reference_seconds = None, 0.0
+    if "reference_losses" in policy.needs:
+        reference = make_model(spec.seed)
+        task = Task(names, sources, build_policy({"policy": "uniform"}), setting)
+        runtime = choose_runtime(config, parameters=parameters)
+        first = Trainer(
+            reference,
+            task,
+            config,
+            alignment=AlignmentConfig(),
+            runtime=runtime,
+            folder=folder / "reference",
+            seed=spec.seed,
+        ).run()
+        reference_seconds = first.seconds["train"]
     trainer = Trainer(
         model,
-        Task(names, sources, build_policy(dict(spec.mixture or {"policy": "uniform"})), setting, data.target_train),
+        Task(names, sources, policy, setting, data.target_train, reference),
         config,
         alignment=AlignmentConfig.model_validate(dict(spec.alignment)),
         runtime=choose_runtime(config, parameters=parameters),
@@ -157,6 +175,7 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         for line in lines
         if line["kind"] == "eval" and line["step"] > 0
     ]
+    final = next(line["sets"] for line in reversed(lines) if line["kind"] == "eval")
     mixtures = [list(line["weights"].values()) for line in lines if line["kind"] == "mixture"]
     choice = trainer.mixture.choice
     shutil.rmtree(folder)
@@ -168,10 +187,12 @@ def run_one(spec: RunSpec, make_data: Callable[..., Data], work: Path) -> dict[s
         "target": curve[-1]["target"],
         "target_best": min(point["target"] for point in curve),
         "generic": curve[-1]["generic"],
+        "domains": {name: one["bits_per_byte"] for name, one in final.items() if name != "target"},
         "tokens": result.tokens,
         "steps": result.step,
         "parameters": parameters,
         "seconds": result.seconds,
+        "reference_seconds": reference_seconds,
         "wall_seconds": time.perf_counter() - start,
         "alignment_share": result.seconds["alignment"] / (result.seconds["train"] + result.seconds["alignment"]),
         "weights": result.weights,
