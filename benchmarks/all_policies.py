@@ -25,7 +25,7 @@ from _mixture_runs import QUICK_MODEL, QUICK_TOKENS, Data, RunSpec, run_all
 
 from weftlm.mixture.config import policies
 
-DOMAINS = (
+DOMAINS: tuple[str, ...] = (
     "arxiv_cs", "biomed_fulltext", "novels_en", "legal_uscode", "rp_c4", "rp_stackexchange", "wikipedia_en",
 )  # fmt: skip
 """Of unlike size (600,000 to 1,900,000 tokens) and unlike difficulty."""
@@ -83,7 +83,7 @@ def row(runs: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[int, 
         return statistics.fmean(run["domains"].values())
 
     def worst(run: Mapping[str, Any]) -> float:
-        return max(run["domains"].values())
+        return float(max(run["domains"].values()))
 
     found = {"mean": list(map(mean, runs)), "worst": list(map(worst, runs))}
     for name, by_seed in baselines.items():
