@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +33,6 @@ from weftlm.errors import CheckpointError, WeftError
 from weftlm.files import (
     check_listed,
     checksum,
-    command_line,
     describe,
     parse_json,
     read_object,
@@ -54,16 +55,13 @@ class Artifact:
 
     def __init__(self, record: Path, identity: Mapping[str, Any], cure: str) -> None:
         self.record, self.identity, self.cure = record, dict(identity), cure
-        self.begun = _begun(record)
+        self.begun = record.with_name(f".{record.stem}.begun.json")
 
     @property
     def id(self) -> str:
         """A digest by which other results refer to this one: of its identity as it was first written."""
-        for path in (self.record, self.begun):
-            found = read_object(path, self.cure)
-            if found is not None and not self._changed(found):
-                return checksum(found[_IDENTITY])
-        return checksum(self.identity)
+        same = (found for found in map(self._read, (self.record, self.begun)) if found and not self._changed(found))
+        return checksum(next(same, {_IDENTITY: self.identity})[_IDENTITY])
 
     def changed(self) -> str | None:
         """How the identity of what is there, finished or begun, differs from this one; None where it does not.
@@ -71,11 +69,8 @@ class Artifact:
         Raises:
             DataError: a record is torn or altered.
         """
-        for path in (self.record, self.begun):
-            found = read_object(path, self.cure)
-            if found is not None:
-                return self._changed(found) or None
-        return None
+        found = self._read(self.record) or self._read(self.begun)
+        return None if found is None else self._changed(found) or None
 
     def reuse(self) -> dict[str, Any] | None:
         """The facts of the finished result, its files compared with their digests; None where it is not finished.
@@ -83,7 +78,7 @@ class Artifact:
         Raises:
             DataError: the record or a file is missing, torn or altered.
         """
-        found = read_object(self.record, self.cure)
+        found = self._read(self.record)
         if found is None or self._changed(found):
             return None
         check_listed(self.record.parent, found.pop(_FILES, {}), self.cure)
@@ -95,14 +90,14 @@ class Artifact:
         Raises:
             DataError: its record is torn or altered.
         """
-        found = read_object(self.begun, self.cure)
+        found = self._read(self.begun)
         return found is not None and not self._changed(found)
 
     def begin(self, **notes: Any) -> None:
         """Note that the work of this identity begins; a result of another one stays until `finish`.
 
         Args:
-            notes: What else to note, as JSON values, for `read_record`.
+            notes: What else to note, as JSON values, for `last`.
         """
         self.begun.parent.mkdir(parents=True, exist_ok=True)
         write_object(self.begun, {_IDENTITY: self.identity, **notes})
@@ -124,24 +119,22 @@ class Artifact:
         plain: dict[str, Any] = parse_json(json.dumps(found))
         return plain
 
+    def last(self) -> tuple[bool, dict[str, Any]] | None:
+        """Whether what is there is finished, and its record, of any identity: of work under way, or of the result.
+
+        Raises:
+            DataError: the record is torn or altered.
+        """
+        for path in (self.begun, self.record):
+            if (found := self._read(path)) is not None:
+                return path == self.record, found
+        return None
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        return read_object(path, self.cure)
+
     def _changed(self, found: Mapping[str, Any]) -> str:
         return differences(found.get(_IDENTITY), self.identity)
-
-
-def read_record(record: Path, cure: str) -> tuple[bool, dict[str, Any]] | None:
-    """Whether a result is finished, and its record, whatever its identity: of work under way, or else of the result.
-
-    Args:
-        record: The JSON file of the finished result.
-        cure: What to do about a torn or altered file, for messages.
-    Raises:
-        DataError: The record is torn or altered.
-    """
-    for path in (_begun(record), record):
-        found = read_object(path, cure)
-        if found is not None:
-            return path == record, found
-    return None
 
 
 def refuse_other(artifact: Artifact, what: str, cure: str) -> None:
@@ -156,10 +149,6 @@ def refuse_other(artifact: Artifact, what: str, cure: str) -> None:
     """
     if (changed := artifact.changed()) is not None:
         raise CheckpointError(f"{artifact.record.parent} holds {what} of something else ({changed}); {cure}")
-
-
-def _begun(record: Path) -> Path:
-    return record.with_name(f".{record.stem}.begun.json")
 
 
 # -- one process at a time ----------------------------------------------------------------------------------------
@@ -203,7 +192,8 @@ def locked(
             raise refusal(_holder(lock)) from None
     try:
         with suppress(OSError):  # a full disk
-            lock.write_text(f"{os.getpid()} on {this_host()}: {command_line()}\n", encoding="utf-8")
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            lock.write_text(f"{os.getpid()} on {this_host()}: {command}\n", encoding="utf-8")
         sweep(lock.parent)
         yield
     finally:

@@ -91,11 +91,11 @@ class Settings(dict[str, Any]):
     """The values of a section as JSON values, for the identity of a result.
 
     Attributes:
-        defaults: Keys whose value is the default. A result that was kept before such a key existed is of the same
-            settings, since it was made as the default makes it.
+        stated: Those that are not the default. A result that was kept before a key existed is of the same settings
+            where the key is not among these, since it was made as the default makes it.
     """
 
-    defaults: frozenset[str] = frozenset()
+    stated: Mapping[str, Any] = {}
 
 
 def settings(section: BaseModel, *, only: Collection[str] | None = None, without: Collection[str] = ()) -> Settings:
@@ -106,49 +106,39 @@ def settings(section: BaseModel, *, only: Collection[str] | None = None, without
         only: Keys to include, instead of all.
         without: Keys to leave out.
     """
-    fields = type(section).model_fields
-    names = [name for name in fields if (only is None or name in only) and name not in without]
-    dumped = section.model_dump(mode="json", include=set(names))
-    found = Settings({name: _settings_within(getattr(section, name), dumped[name]) for name in names})
-    found.defaults = frozenset(
-        name
-        for name in names
-        if not fields[name].is_required()
-        and getattr(section, name) == fields[name].get_default(call_default_factory=True)
-    )
+    names = {name for name in type(section).model_fields if (only is None or name in only) and name not in without}
+    found = Settings(section.model_dump(mode="json", include=names))
+    found.stated = section.model_dump(mode="json", include=names, exclude_defaults=True)
     return found
 
 
-def _settings_within(value: Any, dumped: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return settings(value)
-    if isinstance(value, list | tuple):
-        return [_settings_within(each, plain) for each, plain in zip(value, dumped, strict=True)]
-    return dumped
-
-
-def changed_keys(old: Any, new: Any, place: str = "") -> list[str]:
+def changed_keys(old: Any, new: Any, place: str = "", stated: Any = None) -> list[str]:
     """Dotted keys at which two resolved configurations differ, with both values, cut where they differ.
 
-    A key that `old` lacks and that is at its default in `new` (`Settings`) does not count.
+    A key that `old` lacks and that is at its default in `new` (`Settings`) does not count; `stated` are the others.
     """
+    stated = new.stated if isinstance(new, Settings) else stated
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        absent = new.defaults - old.keys() if isinstance(new, Settings) else frozenset()
-        for key in sorted((old.keys() | new.keys()) - absent):
-            here = f"{place}.{key}" if place else key
-            found += changed_keys(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in sorted(old.keys() | new.keys())}
+        inner = {key: None if stated is None else stated.get(key, {}) for key in pairs}
+        default = set() if stated is None else new.keys() - old.keys() - stated.keys()
         return [
             line
-            for number, pair in enumerate(zip(old, new, strict=True))
-            for line in changed_keys(*pair, f"{place}.{number}")
+            for key, pair in pairs.items()
+            if key not in default
+            for line in changed_keys(*pair, f"{place}.{key}" if place else key, inner[key])
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = stated if isinstance(stated, list) else [None if stated is None else {}] * len(new)
+        return [
+            line
+            for number, (before, now, part) in enumerate(zip(old, new, parts, strict=True))
+            for line in changed_keys(before, now, f"{place}.{number}", part)
         ]
     if old is new or (old == new and type(old) is type(new)):
         return []
-    before, now = _around("absent" if old is _ABSENT else repr(old), "absent" if new is _ABSENT else repr(new))
-    return [f"{place}: {before} before, {now} now"]
+    was, now = _around("absent" if old is _ABSENT else repr(old), "absent" if new is _ABSENT else repr(new))
+    return [f"{place}: {was} before, {now} now"]
 
 
 def differences(old: Any, new: Any, place: str = "", most: int = 5) -> str:
@@ -206,9 +196,8 @@ def explain(section: type[BaseModel], error: ValidationError, where: str) -> str
         if not came:
             found += said
             continue
-        quote = ""
-        if (all(each == _TEXT for each in said) and came in ("True", "False", "None")) or came.isdigit():
-            quote = "; put it in quotes to mean text" if _TEXT in said else ""
+        plain = came in ("True", "False", "None") or came.isdigit()
+        quote = "; put it in quotes to mean text" if plain and _TEXT in said else ""
         found.append(f"{place}: {' or '.join(dict.fromkeys(said)).replace(' or must be ', ' or ')} (got {came}){quote}")
     return "\n".join(found)
 
@@ -275,17 +264,17 @@ _MEANT = {key: names.split() for key, _, names in (line.partition(":") for line 
 
 def _hint(section: type[BaseModel], loc: Sequence[int | str], where: str) -> str:
     """What was meant by an unknown key: a key of its section, or of another where people look for it here."""
-    name, here = str(loc[-1]), _keys_at(section, loc[:-1])
+    name, own = str(loc[-1]), tuple(part for part in loc[:-1] if isinstance(part, str))
+    paths = list(_paths(section, ()))
+    here = [path[-1] for path in paths if path[:-1] == own]
     meant = [key for key, others in _MEANT.items() if name.lower() in others]
-    near = difflib.get_close_matches(name, here, n=1, cutoff=0.75)
-    for key in (*meant, *near):
+    for key in (*meant, *difflib.get_close_matches(name, here, n=1, cutoff=0.75)):
         if key in here:
             return f"; did you mean {key!r}?"
-    own = [str(part) for part in loc[:-1] if not isinstance(part, int)]
     names = [*meant, name]
     elsewhere = min(
-        (path for path in _paths(section, ()) if path[-1] in names),
-        key=lambda path: (-len(os.path.commonprefix([own, list(path[:-1])])), len(path), names.index(path[-1])),  # noqa: RUF071
+        (path for path in paths if path[-1] in names),
+        key=lambda path: (-len(os.path.commonprefix([own, path[:-1]])), len(path), names.index(path[-1])),  # noqa: RUF071
         default=(),
     )
     if elsewhere:
@@ -297,23 +286,9 @@ def _paths(section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[s
     """Every key of a section and of those in it, as a path; without the items of lists."""
     for name, field in section.model_fields.items():
         yield (*above, name)
-        if len(above) < 4:
-            for model in sections_in(field.annotation)[:1]:
-                yield from _paths(model, (*above, name))
-
-
-def _keys_at(section: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """The field names allowed at a place inside a section, or [] where the place cannot be followed."""
-    here: type[BaseModel] = section
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = here.model_fields.get(part)
-        models = sections_in(field.annotation) if field is not None else []
-        if len(models) != 1:
-            return []
-        here = models[0]
-    return list(here.model_fields)
+        inner = sections_in(field.annotation)
+        if len(inner) == 1:
+            yield from _paths(inner[0], (*above, name))
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -10,9 +10,8 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,30 +26,16 @@ Answer = TypeVar("Answer")
 Kept = TypeVar("Kept")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """One unit of work.
-
-    Attributes:
-        title: Name for messages: "expert 'cooking'".
-        arguments: Arguments of the work function.
-        size: Amount it adds to the progress shown.
-    """
-
-    title: str
-    arguments: tuple[Any, ...]
-    size: float = 1.0
-
-
 def fan_out(
     executor: Executor,
-    tasks: Sequence[Task],
+    tasks: Mapping[str, tuple[Any, ...]],
     work: Callable[..., Answer],
-    done: Callable[[Task, Answer], None],
+    done: Callable[[str, Answer], object],
     *,
     shared: Sequence[Path] = (),
     description: str = "work",
     unit: str = "tasks",
+    sizes: Mapping[str, float] | None = None,
     already: float = 0.0,
     show: bool = True,
 ) -> None:
@@ -58,36 +43,38 @@ def fan_out(
 
     Args:
         executor: Executor of the tasks. Workers run in this process's working folder, which they must see.
-        tasks: Tasks to do; those that are done already are not among them.
+        tasks: Arguments of each task to do, by its title ("expert 'cooking'").
         work: Function of a module, called with a task's arguments on a worker.
-        done: Function called here once for each task, with its answer.
+        done: Function called here once for each task, with its title and answer.
         shared: Further folders that all workers must see.
         description: Name of all of it, for the progress shown.
         unit: Unit counted there, plural.
+        sizes: Amount each task adds to the progress shown, by title; 1 where None.
         already: Amount done before.
         show: Whether to show progress on stderr.
     Raises:
         ConfigError: A worker lacks one of the folders, or has another version of weftlm.
         WeftError: A task's error, which ends all of them; or a worker died and its task was given up.
     """
-    total = already + sum(task.size for task in tasks)
+    sizes = dict.fromkeys(tasks, 1.0) if sizes is None else sizes
     place, folders = Path.cwd(), [path.resolve() for path in shared]
-    with ProgressBar(description, total, unit=unit, done=already, enabled=show) as bar:
+    with ProgressBar(description, already + sum(sizes.values()), unit=unit, done=already, enabled=show) as bar:
         futures = {
-            executor.submit(_on_worker, __version__, place, folders, work, task.arguments): task for task in tasks
+            executor.submit(_on_worker, __version__, place, folders, work, arguments): title
+            for title, arguments in tasks.items()
         }
         try:
             for future in as_completed(futures):
-                task = futures[future]
+                title = futures[future]
                 try:
                     answer = future.result()
                 except BrokenExecutor as error:
                     raise WeftError(
-                        f"{task.title}: its worker died ({reason(error)}); where memory is short, let fewer run at the "
+                        f"{title}: its worker died ({reason(error)}); where memory is short, let fewer run at the "
                         "same time. What is finished is kept: run again"
                     ) from error
-                done(task, answer)
-                bar.advance(task.size)
+                done(title, answer)
+                bar.advance(sizes[title])
         except interrupt.Stopped:
             interrupt.end_children()
             raise

@@ -17,9 +17,7 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -121,27 +119,17 @@ def room(folder: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, WeftError) or not is_full(error):
+        known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        words = ("No space left", "Disk quota exceeded", "File too large")  # of libraries that give no number
+        if isinstance(error, WeftError) or not (known or any(each in str(error) for each in words)):
             raise
-        raise CheckpointError(no_room(folder, needed)) from error
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error of any library is that of a full disk, quota or file-size limit."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return any(text in str(error) for text in ("No space left", "Disk quota exceeded", "File too large"))
-
-
-def no_room(folder: Path, needed: int | None = None) -> str:
-    """The message about a full disk, on which `folder` was to be written."""
-    place = next((each for each in (folder, *folder.parents) if each.exists()), Path())
-    free = f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free"
-    wanted = free if needed is None else f"{needed / 1e6:,.1f} MB needed, {free}"
-    return (
-        f"cannot write {folder}: the disk is full, or a quota or limit is reached ({wanted}); what was finished before "
-        "is kept: make room and run the same command again"
-    )
+        place = next((each for each in (folder, *folder.parents) if each.exists()), Path())
+        wanted = "" if needed is None else f"{needed / 1e6:,.1f} MB needed, "
+        raise CheckpointError(
+            f"cannot write {folder}: the disk is full, or a quota or limit is reached ({wanted}"
+            f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free); what was finished before is kept: make room and run "
+            "the same command again"
+        ) from error
 
 
 # -- removing -----------------------------------------------------------------------------------------------------
@@ -307,13 +295,3 @@ def _files(folder: Path) -> list[str]:
 def _described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return dict(zip(names, pool.map(lambda name: describe(folder / name), names), strict=True))
-
-
-# -- this process ---------------------------------------------------------------------------------------------------
-
-
-def command_line() -> str:
-    """The command of this process as it would be typed again."""
-    name = Path(sys.argv[0]).name
-    start = [name] if name != "__main__.py" else ["python", "-m", Path(sys.argv[0]).parent.name]
-    return shlex.join([*start, *sys.argv[1:]])

@@ -123,13 +123,12 @@ class Registry(Generic[T]):
             ConfigError: a module of another package cannot be imported, or registers no method of this name.
         """
         module = self._modules[name]
-        if module.startswith(f"{self.package}."):
-            importlib.import_module(module)
-            return
         where = f"{self.kind} {name!r} of another package ({module}, entry point of {self.group})"
         try:
             importlib.import_module(module)
         except Exception as error:
+            if module.startswith(f"{self.package}."):
+                raise
             raise ConfigError(
                 f"{where} cannot be imported ({reason(error)}); repair or uninstall the package"
             ) from error

@@ -18,8 +18,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -28,29 +28,21 @@ log = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 1.0
 FIRST_WINDOW_SECONDS = 0.2
+_process = cache(psutil.Process)  # by its number, which a forked process has of its own
 
 
-class Load(NamedTuple):
-    """Readings of three clocks.
+def busy_elsewhere() -> float:
+    """Cores that other processes have used since the last call.
 
-    Attributes:
-        wall: Seconds.
-        machine: Processor seconds of all processes of this priority or above, over all cores.
-        own: Processor seconds of this process.
+    Work of lower priority (`nice`) does not count, since it gives way.
     """
-
-    wall: float
-    machine: float
-    own: float
-
-
-def read_load() -> Load:
-    """The clocks as they are; work of lower priority (`nice`) does not count, since it gives way."""
     names = ["user", "system", "irq", "softirq", "steal"]
     if hasattr(os, "nice") and os.nice(0) > 0:
         names.append("nice")
-    times = psutil.cpu_times()
-    return Load(time.monotonic(), sum(getattr(times, name, 0.0) for name in names), time.process_time())
+    percent = psutil.cpu_times_percent()
+    machine: float = sum(getattr(percent, name, 0.0) for name in names) / 100 * (psutil.cpu_count() or 1)
+    own: float = _process(os.getpid()).cpu_percent()
+    return max(0.0, machine - own / 100)
 
 
 def usable_cores() -> int:
@@ -66,41 +58,40 @@ def usable_cores() -> int:
 class ThreadCount:
     """Decides how many threads to compute with, from how busy other processes are.
 
-    free = cores - (machine - own) / wall, over the last window; threads = free, rounded, within [cores / 2, cores].
-    Fewer than half would leave a crowded machine to the processes that keep spinning.
+    threads = cores - cores used by others in the last window, rounded, within [cores / 2, cores]. Fewer than half
+    would leave a crowded machine to the processes that keep spinning.
 
     Args:
         cores: Most threads to use.
         apply: Function called with the new number.
-        read: Function that gives the readings.
-        clock: Clock in seconds; asked at every call, the readings once per window.
+        others: Function that gives the cores used by others since its last call; called once per window.
+        clock: Clock in seconds, called every time.
     """
 
     def __init__(
         self,
         cores: int,
         apply: Callable[[int], None],
-        read: Callable[[], Load] = read_load,
+        others: Callable[[], float] = busy_elsewhere,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cores = self.threads = self._proposed = cores
-        self._apply, self._read, self._clock = apply, read, clock
-        self._last = read()
+        self._apply, self._others, self._clock = apply, others, clock
+        self._looked, _ = clock(), others()
 
     def look(self, window: float = WINDOW_SECONDS, *, at_once: bool = False) -> None:
-        """Compare the clocks with the last look; change the number of threads where two looks in a row agree.
+        """Look at the load since the last look; change the number of threads where two looks in a row agree.
 
         Args:
             window: Seconds between looks; sooner calls do nothing.
             at_once: Whether one look is enough.
         """
-        if self._clock() - self._last.wall < window:
+        if self._clock() - self._looked < window:
             return
-        last, now = self._last, self._read()
-        others = max(0.0, (now.machine - last.machine) - (now.own - last.own)) / (now.wall - last.wall)
+        self._looked, others = self._clock(), self._others()
         wanted = min(self.cores, max(1, self.cores // 2, round(self.cores - others)))
         confirmed = at_once or wanted == self._proposed
-        self._last, self._proposed = now, wanted
+        self._proposed = wanted
         if confirmed and wanted != self.threads:
             log.info(
                 "%d threads instead of %d: other processes use %.1f of %d cores (training.threads or OMP_NUM_THREADS "

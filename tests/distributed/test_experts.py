@@ -29,7 +29,7 @@ def dealt(rank: int, world: int, folder: Path) -> list[str]:
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            experts, "fan_out", lambda _, tasks, *__, **___: asked.extend(each.arguments[2] for each in tasks)
+            experts, "fan_out", lambda _, tasks, *__, **___: asked.extend(arguments[2] for arguments in tasks.values())
         )
         patch.setattr(ExpertLibrary, "card", lambda *_: {})
         experts.train_experts(load_recipe("recipe.yaml", ["run=three"]), progress=False)

@@ -26,7 +26,7 @@ from support.tiny_project import WORDS, recipe_value, write_corpora
 from weftlm import __version__
 from weftlm.errors import ConfigError, DataError, WeftError
 from weftlm.experts.library import ExpertLibrary
-from weftlm.fan_out import Task, _on_worker, fan_out
+from weftlm.fan_out import _on_worker, fan_out
 from weftlm.gating import scores
 from weftlm.integrations.ray_executor import RayExecutor, ray_executor
 from weftlm.pipeline import experts
@@ -41,7 +41,7 @@ ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RECIPE = "recipe.yaml"
-TWO = [Task(name, (name,)) for name in ("first", "second")]
+TWO = {name: (name,) for name in ("first", "second")}
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +207,10 @@ def say(name: str) -> str:
 
 
 def test_tasks_that_fail_die_or_are_interrupted_end_all_of_them(cluster: None, tmp_path: Path) -> None:
-    tasks = [Task(name, (name, tmp_path)) for name in ("first", "second")]
+    tasks = {name: (name, tmp_path) for name in TWO}
     answers: list[str] = []
     with ray_executor() as executor:
-        fan_out(executor, TWO, say, lambda task, answer: answers.append(answer), shared=[tmp_path], show=False)
+        fan_out(executor, TWO, say, lambda _, answer: answers.append(answer), shared=[tmp_path], show=False)
     assert sorted(answers) == [f"first in {Path.cwd()}", f"second in {Path.cwd()}"]
     with pytest.raises(DataError, match=r"^there is no text$"), ray_executor() as executor:
         fan_out(executor, tasks, fail, print, show=False)
@@ -218,7 +218,7 @@ def test_tasks_that_fail_die_or_are_interrupted_end_all_of_them(cluster: None, t
     with pytest.raises(WeftError, match=r"(first|second): its worker died \(WorkerCrashedError"):
         fan_out(RayExecutor(retries=0), TWO, die, print, show=False)
 
-    def interrupt(task: Task, answer: str) -> None:
+    def interrupt(title: str, answer: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), ray_executor() as executor:

@@ -8,37 +8,20 @@ import sys
 import pytest
 
 from weftlm import threads
-from weftlm.threads import Load, ThreadCount, usable_cores
+from weftlm.threads import ThreadCount, usable_cores
 
 
 class Machine:
-    """Clocks of a machine on which other processes use `others` cores and this one what is left of its threads."""
+    """A machine on which other processes use `others` cores, and its clock."""
 
     def __init__(self, cores: int) -> None:
-        self.cores, self.others, self.threads = cores, 0.0, cores
-        self.now, self.changes = Load(0.0, 0.0, 0.0), list[int]()
+        self.others, self.now, self.changes = 0.0, 0.0, list[int]()
+        self.count = ThreadCount(cores, self.changes.append, lambda: self.others, lambda: self.now)
 
-    def apply(self, count: int) -> None:
-        self.threads = count
-        self.changes.append(count)
-
-    def clock(self) -> float:
-        return self.now.wall
-
-    def read(self) -> Load:
-        return self.now
-
-    def pass_time(self, seconds: float) -> None:
-        own = min(self.threads, self.cores - self.others)
-        self.now = Load(
-            self.now.wall + seconds, self.now.machine + (own + self.others) * seconds, self.now.own + own * seconds
-        )
-
-
-def run(machine: Machine, count: ThreadCount, seconds: int) -> None:
-    for _ in range(seconds * 10):
-        machine.pass_time(0.1)
-        count.look()
+    def run(self, seconds: int) -> None:
+        for _ in range(seconds * 10):
+            self.now += 0.1
+            self.count.look()
 
 
 @pytest.mark.parametrize(
@@ -47,19 +30,18 @@ def run(machine: Machine, count: ThreadCount, seconds: int) -> None:
 )
 def test_the_cores_that_others_leave_are_used(cores: int, others: float, threads: int) -> None:
     machine = Machine(cores)
-    count = ThreadCount(cores, machine.apply, machine.read, machine.clock)
     machine.others = others
-    run(machine, count, 4)
-    assert count.threads == machine.threads == threads
+    machine.run(4)
+    assert machine.count.threads == threads
+    assert machine.changes == ([] if threads == cores else [threads])
 
 
 def test_the_number_returns_when_the_machine_is_free_again(caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine(2)
-    count = ThreadCount(2, machine.apply, machine.read, machine.clock)
     caplog.set_level("INFO", logger="weftlm")
     for others in (0.0, 1.0, 0.0):
         machine.others = others
-        run(machine, count, 5)
+        machine.run(5)
     assert machine.changes == [1, 2]
     assert ["1 threads instead of 2" in caplog.messages[0], "2 threads instead of 1" in caplog.messages[1]] == [
         True
@@ -68,11 +50,9 @@ def test_the_number_returns_when_the_machine_is_free_again(caplog: pytest.LogCap
 
 def test_one_busy_second_changes_nothing() -> None:
     machine = Machine(2)
-    count = ThreadCount(2, machine.apply, machine.read, machine.clock)
-    for others in (0.0, 1.0, 0.0, 1.0, 0.0):
-        machine.others = others
-        machine.pass_time(1.0)
-        count.look()
+    for machine.others in (0.0, 1.0, 0.0, 1.0, 0.0):
+        machine.now += 1.0
+        machine.count.look()
     assert machine.changes == []
 
 

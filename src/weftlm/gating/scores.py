@@ -36,7 +36,7 @@ from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.perplexity import windows_of
 from weftlm.experts.low_rank import Rows
-from weftlm.fan_out import Task, fan_out, keep, new_key
+from weftlm.fan_out import fan_out, keep, new_key
 from weftlm.files import check_listed, checksum, read_object, room
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool
@@ -223,7 +223,7 @@ def score(
         places = [Path(place) for source in experts for place in (source.library, source.model) if place is not None]
         shared = [place for place in places if place.is_dir()]
         found: list[PoolFacts] = []
-        asked = [Task("the experts' fingerprints", (*far, config))]
+        asked = {"the experts' fingerprints": (*far, config)}
         fan_out(executor, asked, _far_facts, lambda _, facts: found.append(facts), shared=shared, show=False)
         facts = found[0]
     sets, bf16 = _sets(facts, domains, config, eos_id), facts[-1]
@@ -247,12 +247,11 @@ def score(
                     write(shard, score_shard(experts, shard, config.batch_size, bf16, counter.advance))
                     interrupt.point()
         elif executor is not None:
-            arguments = config.batch_size, bf16
-            named = [(f"shard of {each.title(0)} and on", each) for each in left]
-            tasks = {Task(title, (*far, each, *arguments), len(each)): each for title, each in named}
+            named = {f"shard of {each.title(0)} and on": each for each in left}
             fan_out(
-                executor, list(tasks), _far_shard, lambda task, scored: write(tasks[task], scored), shared=shared,
-                description="score", unit="sequences", already=already, show=shown,
+                executor, {title: (*far, each, config.batch_size, bf16) for title, each in named.items()}, _far_shard,
+                lambda title, scored: write(named[title], scored), shared=shared, description="score", unit="sequences",
+                sizes={title: len(each) for title, each in named.items()}, already=already, show=shown,
             )  # fmt: skip
         _barrier()
         if rank == 0 and not finished:

@@ -32,7 +32,7 @@ from weftlm.experts.expert import Expert
 from weftlm.experts.library import ExpertLibrary, check_name
 from weftlm.experts.lora import adapter_fingerprint, check_fits
 from weftlm.experts.train import describe, train_expert
-from weftlm.fan_out import Task, fan_out, keep, new_key, processes
+from weftlm.fan_out import fan_out, keep, new_key, processes
 from weftlm.files import checksum, remove
 from weftlm.models.config import ModelConfig
 from weftlm.models.device import choose_device
@@ -152,8 +152,8 @@ def train_experts(
         if executor is not None and todo:
             key = new_key()
             fan_out(
-                executor, [Task(f"expert {name!r}", (key, recipe, name, replace)) for name in todo],
-                _make_far, lambda task, _: None,
+                executor, {f"expert {name!r}": (key, recipe, name, replace) for name in todo},
+                _make_far, lambda *_: None,
                 shared=shared_folders(recipe), description="train", unit="experts", show=progress,
             )  # fmt: skip
         for number, name in enumerate(todo if executor is None else ()):

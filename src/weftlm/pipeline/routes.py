@@ -22,7 +22,7 @@ from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.result import mean_result
 from weftlm.evaluation.suite import SuiteResult
 from weftlm.experts.library import ExpertLibrary
-from weftlm.fan_out import Task, fan_out, keep, new_key
+from weftlm.fan_out import fan_out, keep, new_key
 from weftlm.files import refuse_full, whole_folder, write_object
 from weftlm.pipeline.any_model import TOKENIZER, OpenModel
 from weftlm.pipeline.base import open_base
@@ -164,9 +164,9 @@ def evaluate_routes(
     found: dict[str, SuiteResult] = {}
     if executor is not None:
         key = new_key()
-        tasks = {Task(label, (key, recipe, experts, config, section)): label for label, section in wanted.items()}
+        tasks = {label: (key, recipe, experts, config, section) for label, section in wanted.items()}
         fan_out(
-            executor, list(tasks), _score_far, lambda task, result: found.update({tasks[task]: result}),
+            executor, tasks, _score_far, found.__setitem__,
             shared=shared_folders(recipe), description="evaluate", unit="models", show=progress,
         )  # fmt: skip
     else:

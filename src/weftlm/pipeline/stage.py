@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from weftlm.artifact import Artifact, read_record
+from weftlm.artifact import Artifact
 from weftlm.config import Section
 from weftlm.files import remove
 from weftlm.registry import Registry
@@ -123,7 +123,7 @@ class Stage(ABC):
         Raises:
             DataError: The record is torn.
         """
-        return read_record(recipe.stages_folder / f"{self.name}.json", _CURE)
+        return Artifact(recipe.stages_folder / f"{self.name}.json", {}, _CURE).last()
 
     def left(self, recipe: Recipe) -> list[str]:
         """Its outputs: those in the run folder by their paths from the folder of the records, others by absolute ones.

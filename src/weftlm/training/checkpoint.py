@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlm.errors import CheckpointError, DataError, reason
-from weftlm.files import SEAL, check_sealed, is_full, no_room, parse_json, remove, sweep, whole_folder
+from weftlm.files import SEAL, check_sealed, parse_json, remove, sweep, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
             save_file(tensors, making / TENSORS)
             (making / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8")
     except (OSError, SafetensorError, CheckpointError) as error:
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        full = isinstance(error, CheckpointError) or is_full(error)
         raise CheckpointError(
-            f"checkpoint of step {checkpoint.step} could not be written to {folder}: "
-            f"{no_room(folder, needed) if full else reason(error)}; "
+            f"checkpoint of step {checkpoint.step} could not be written to {folder}: {reason(error)}; "
             f"older checkpoints are untouched and the same command continues from the newest"
         ) from error
     for old in _steps(folder)[:-keep]:
