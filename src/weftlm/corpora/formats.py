@@ -21,6 +21,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -306,53 +307,41 @@ class _Decompressed(io.RawIOBase):
     """A compressed file read as a stream, which ends with an error where it grows too much."""
 
     def __init__(self, raw: IO[bytes], compression: str) -> None:
-        kinds: dict[str, Callable[[Any], Any]] = {
-            ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-            ".zst": _ZstdFile,
-            ".xz": lzma.LZMAFile,
-            ".bz2": bz2.BZ2File,
-        }
-        self._raw, self._stream, self._size = raw, kinds[compression](raw), 0
+        self._raw, self._size, self._rest = raw, 0, b""
+        if compression == ".zst":
+            self._blocks = _zstd_blocks(raw)
+        else:
+            open_stream: Any = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[compression]
+            # One read at a time: a longer one would lose what precedes the end of a truncated file.
+            self._blocks = iter(partial(open_stream(raw).read1, _BLOCK), b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        # One read at a time: a longer one would lose what precedes the end of a truncated file.
-        data = self._stream.read1(min(len(buffer), _BLOCK))
-        self._size += len(data)
-        _check_growth(self._size, self._raw.tell())
-        buffer[: len(data)] = data
-        return len(data)
+        while not self._rest and (block := next(self._blocks, None)) is not None:
+            self._rest = block
+            self._size += len(block)
+            _check_growth(self._size, self._raw.tell())
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
     def close(self) -> None:
-        if not self.closed:
-            self._raw.close()
+        self._raw.close()
         super().close()
 
 
-class _ZstdFile:
-    """A zstd file, several frames or one, that notices an end inside a frame (zstandard's own reader does not)."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = self._output = b""
-
-    def read1(self, size: int) -> bytes:
-        while not self._output:
-            data = self._input or self._file.read(1 << 10)  # little, for it may hold 30 000 times its size
-            if not data and self._frame is not None:
-                raise EOFError("the zstd stream ends inside a frame")
-            if not data:
-                return b""
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
-            self._input, self._output = b"", self._frame.decompress(data)
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        found, self._output = self._output[:size], self._output[size:]
-        return found
+def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """Blocks of a zstd file, several frames or one; an end inside a frame is an error, unlike for zstandard's reader."""
+    frame: zstandard.ZstdDecompressionObj | None = None
+    while data := file.read(1 << 10):  # little, for it may hold 30 000 times its size
+        while data:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
+            yield frame.decompress(data)
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("the zstd stream ends inside a frame")
 
 
 def _lines(path: Path, cursor: Cursor, fail: Fail) -> Iterator[bytes]:

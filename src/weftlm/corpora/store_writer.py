@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import DataError
 from weftlm.files import checksum, describe, whole_folder, write_object
 
-_OVERHEAD = 3 * 64 + 2 * 96
-"""Bytes of the objects that hold a document in memory, beside its tokens."""
+_OVERHEAD = 128
+"""Bytes of the objects that hold a row of a file in memory, beside the row."""
 
 
 @contextmanager
@@ -70,8 +72,10 @@ class StoreWriter:
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, buffer_bytes: int) -> None:
         self._folder, self._vocabulary, self._buffer_bytes = folder, vocabulary, buffer_bytes
-        self._stores: dict[str, _GrowingStore] = {}
-        self._names: set[str] = set()
+        self._counts: dict[str, dict[str, int]] = {}  # by label, as in the index
+        self._names: dict[str, str] = {}
+        self._examples: dict[str, bool] = {}
+        self._waiting: defaultdict[Path, list[bytes]] = defaultdict(list)
         self.documents = self.bytes = self.waiting_bytes = 0
 
     def append(
@@ -86,46 +90,9 @@ class StoreWriter:
             origin: Where the document came from, for messages.
             prompt: Of an example, how many of the tokens, and of the bytes, are its prompt's.
         Raises:
-            DataError: An id is outside the vocabulary, or some documents of a store are examples and some not.
+            DataError: An id is outside the vocabulary, some documents of a store are examples and some not, or two
+                labels differ in case only.
         """
-        store = self._stores.get(label) or self._open(label)
-        self.waiting_bytes += store.append(tokens, text_bytes, origin, prompt)
-        self.documents += 1
-        self.bytes += text_bytes
-        if self.waiting_bytes >= self._buffer_bytes:
-            for each in self._stores.values():
-                each.flush()
-            self.waiting_bytes = 0
-
-    def close(self) -> None:
-        """Put everything on disk, an index into each store, and the list of the labels beside them."""
-        for store in self._stores.values():
-            store.close()
-        write_object(self._folder / STORES, {"labels": sorted(self._stores)})
-        os.sync()  # one flush of everything is far cheaper than thousands of single ones
-
-    def _open(self, label: str) -> _GrowingStore:
-        name = folder_name(label)
-        if name.casefold() in self._names:
-            raise DataError(f"label {label!r} would share its folder {name!r} with another label; rename one of them")
-        self._names.add(name.casefold())
-        self._stores[label] = _GrowingStore(self._folder / name, self._vocabulary)
-        return self._stores[label]
-
-
-class _GrowingStore:
-    """One store while it is written: rows of its files that wait in memory."""
-
-    def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
-        folder.mkdir()
-        self._folder, self._vocabulary = folder, vocabulary
-        self._documents = self._tokens = self._bytes = 0
-        self._examples: bool | None = None
-        self._eos = np.array([vocabulary.eos_id], dtype=vocabulary.dtype)
-        self._waiting: dict[str, list[NDArray[Any]]] = {TOKENS: [], DOCUMENTS: [], PROMPTS: []}
-
-    def append(self, tokens: ArrayLike, text_bytes: int, origin: str, prompt: tuple[int, int] | None) -> int:
-        """Append a document; returns the bytes of memory it takes until `flush`."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
             raise DataError(f"document {origin}: tokens must be a row of integers, not {ids.dtype} {ids.shape}")
@@ -134,45 +101,62 @@ class _GrowingStore:
                 f"document {origin}: token ids {int(ids.min())} .. {int(ids.max())} do not fit a vocabulary of "
                 f"{self._vocabulary.size}; was it encoded with another tokenizer?"
             )
-        if self._examples not in (None, prompt is not None):
+        name = folder_name(label)
+        if self._names.setdefault(name.casefold(), label) != label:
+            raise DataError(f"label {label!r} would share its folder {name!r} with another label; rename one of them")
+        if self._examples.setdefault(label, prompt is not None) != (prompt is not None):
             raise DataError(
                 f"document {origin} has {'no' if prompt is None else 'a'} prompt, unlike those before it in domain "
-                f"{self._folder.name}; the documents of a domain must all be examples, or none: set prompt_field on "
-                "all of its corpora, or on none"
+                f"{name}; the documents of a domain must all be examples, or none: set prompt_field on all of its "
+                "corpora, or on none"
             )
-        self._examples = prompt is not None
+        counts = self._counts.setdefault(label, {"documents": 0, "tokens": 0, "bytes": 0})
+        counts["documents"] += 1
+        counts["tokens"] += len(ids) + 1
+        counts["bytes"] += int(text_bytes)
+        self._wait(name, TOKENS, np.append(ids, self._vocabulary.eos_id).astype(self._vocabulary.dtype))
+        self._wait(name, DOCUMENTS, np.array((counts["tokens"], int(text_bytes)), DOCUMENT))
         if prompt is not None:
-            self._waiting[PROMPTS].append(np.array([prompt], dtype=PROMPT))
-        self._tokens += len(ids) + 1
-        self._bytes += int(text_bytes)
-        self._documents += 1
-        self._waiting[TOKENS] += [ids.astype(self._vocabulary.dtype), self._eos]
-        self._waiting[DOCUMENTS].append(np.array([(self._tokens, int(text_bytes))], dtype=DOCUMENT))
-        return (len(ids) + 1) * self._vocabulary.dtype.itemsize + _OVERHEAD
-
-    def flush(self) -> None:
-        """Append to the files what waits."""
-        for name, rows in self._waiting.items():
-            if rows:
-                with open(self._folder / name, "ab") as file:
-                    file.write(np.concatenate(rows).tobytes())
-                rows.clear()
+            self._wait(name, PROMPTS, np.array(prompt, PROMPT))
+        self.documents += 1
+        self.bytes += int(text_bytes)
+        if self.waiting_bytes >= self._buffer_bytes:
+            self._flush()
 
     def close(self) -> None:
-        """Write what waits, and the index. The fingerprint follows tokenizer and contents, not their way here."""
-        self.flush()
-        digests = [describe(self._folder / name)["blake2b"] for name in self._waiting if (self._folder / name).exists()]
-        index = {
-            "format": FORMAT,
-            "tokenizer": self._vocabulary.fingerprint,
-            "vocab_size": self._vocabulary.size,
-            "eos_id": self._vocabulary.eos_id,
-            "documents": self._documents,
-            "tokens": self._tokens,
-            "bytes": self._bytes,
-            "fingerprint": checksum([self._vocabulary.fingerprint, *digests]),
-        }
-        write_object(self._folder / INDEX, index)
+        """Put everything on disk, an index into each store, and the list of the labels beside them.
+
+        The fingerprint of a store follows tokenizer and contents, not their way here.
+        """
+        self._flush()
+        made_with = self._vocabulary.fingerprint
+        for label, counts in self._counts.items():
+            folder = self._folder / folder_name(label)
+            files = [folder / name for name in (TOKENS, DOCUMENTS, PROMPTS)]
+            index = {
+                "format": FORMAT,
+                "tokenizer": made_with,
+                "vocab_size": self._vocabulary.size,
+                "eos_id": self._vocabulary.eos_id,
+                **counts,
+                "fingerprint": checksum([made_with, *(describe(file)["blake2b"] for file in files if file.exists())]),
+            }
+            write_object(folder / INDEX, index)
+        write_object(self._folder / STORES, {"labels": sorted(self._counts)})
+        os.sync()  # one flush of everything is far cheaper than thousands of single ones
+
+    def _wait(self, folder: str, file: str, row: NDArray[Any]) -> None:
+        self._waiting[self._folder / folder / file].append(row.tobytes())
+        self.waiting_bytes += row.nbytes + _OVERHEAD
+
+    def _flush(self) -> None:
+        """Append to the files what waits, one file open at a time."""
+        for path, rows in self._waiting.items():
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(b"".join(rows))
+        self._waiting.clear()
+        self.waiting_bytes = 0
 
 
 # -- from documents -----------------------------------------------------------------------------------------------
@@ -220,10 +204,7 @@ def tokenise_by_label(
         for batch in _batches(documents, batch_bytes):
             for document, (tokens_N, prompt) in zip(batch, encode_documents(tokenizer, batch), strict=True):
                 if document.label is None:
-                    raise DataError(
-                        f"document {document.origin or '(no origin)'} has no label; set label, label_field or "
-                        f"label_from"
-                    )
+                    raise DataError(f"document {document.origin} has no label; set label, label_field or label_from")
                 size = len(document.text.encode("utf-8"))
                 writer.append(tokens_N, size, document.label, document.origin, prompt)
             if progress is not None:
@@ -233,13 +214,11 @@ def tokenise_by_label(
 
 def _batches(documents: Iterable[Document], batch_bytes: int) -> Iterator[list[Document]]:
     """Documents to encode together."""
-    batch: list[Document] = []
     total = 0
-    for document in documents:
-        batch.append(document)
+
+    def number(document: Document) -> int:
+        nonlocal total
         total += len(document.text.encode("utf-8")) + 64
-        if total >= batch_bytes:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
+        return total // batch_bytes
+
+    return (list(batch) for _, batch in groupby(documents, number))

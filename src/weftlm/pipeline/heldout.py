@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftlm.corpora.source import Source
 from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import DataError
-from weftlm.evaluation.choices import Questions, read_tasks, score_tasks
+from weftlm.evaluation.choices import read_tasks, score_tasks
 from weftlm.evaluation.config import EvaluationConfig
-from weftlm.evaluation.result import MeanResult, finite_or_none, mean_result
+from weftlm.evaluation.result import mean_result
 from weftlm.evaluation.suite import SuiteResult, evaluate_suite, suite_difference
 from weftlm.experts.examples import training_source
 from weftlm.files import read_object
@@ -25,39 +23,32 @@ from weftlm.pipeline.recipe import Recipe
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
 class HeldOut:
-    """What models are compared on.
+    """What models are compared on: the held-out sets of prepared data, and tasks.
 
+    Args:
+        recipe: Recipe, whose experts say how documents with prompts are read.
+        data: Prepared data.
+        config: Extent of the evaluation.
+        length: Tokens of a window.
+        device: Device that the models are on.
     Attributes:
         domains: Held-out text by domain.
         target: Held-out text of the target; None without a target.
         questions: Questions of the tasks.
-        config: Extent of the evaluation.
-        length: Tokens of a window.
-        device: Device that the models are on.
+    Raises:
+        ConfigError: nothing is held out, or examples are asked of plain text.
     """
 
-    domains: Mapping[str, Source]
-    target: Source | None
-    questions: Questions
-    config: EvaluationConfig
-    length: int
-    device: torch.device
-
-    @classmethod
-    def of(
-        cls, recipe: Recipe, data: PreparedData, config: EvaluationConfig, length: int, device: torch.device
-    ) -> HeldOut:
-        """The held-out sets of prepared data, documents with prompts as the recipe's experts read them.
-
-        Raises:
-            ConfigError: nothing is held out, or examples are asked of plain text.
-        """
+    def __init__(
+        self, recipe: Recipe, data: PreparedData, config: EvaluationConfig, length: int, device: torch.device
+    ) -> None:
         examples = recipe.expert_settings.examples if recipe.has_experts else None
-        domains = {name: training_source(store, name, examples) for name, store in data.heldout().items()}
-        target = None if data.target_heldout is None else training_source(data.target_heldout, "target", examples)
-        return cls(domains, target, read_tasks(config.tasks), config, length, device)
+        self.domains = {name: training_source(store, name, examples) for name, store in data.heldout().items()}
+        held = data.target_heldout
+        self.target = None if held is None else training_source(held, "target", examples)
+        self.questions = read_tasks(config.tasks)
+        self.config, self.length, self.device = config, length, device
 
     def score(self, model: Any, tokenizer: Tokenizer) -> SuiteResult:
         """Evaluate a model on every set and task."""
@@ -73,7 +64,7 @@ class HeldOut:
 
 
 def difference(result: SuiteResult, base: SuiteResult) -> dict[str, Any] | None:
-    """A model minus the base in bits per byte, window by window; None where the two did not read the same windows.
+    """A model minus the base, window by window; None where the two did not read the same windows.
 
     Returns:
         `sets` by name, `mean` over all sets, and `generic` over the domains where there are any, each with its
@@ -87,13 +78,9 @@ def difference(result: SuiteResult, base: SuiteResult) -> dict[str, Any] | None:
     means = {"generic": sets.pop("generic")} if result.domains else {}
     means["mean"] = mean_result(sets)
     return {
-        **{name: _bits(one) for name, one in means.items()},
-        "sets": {name: _bits(one) for name, one in sets.items()},
+        **{name: one.to_json() for name, one in means.items()},
+        "sets": {name: one.to_json() for name, one in sets.items()},
     }
-
-
-def _bits(one: MeanResult) -> dict[str, float | None]:
-    return {key: finite_or_none(getattr(one, key)) for key in ("bits_per_byte", "bits_per_byte_se")}
 
 
 def read_measured(path: Path, stage: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def evaluate_models(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     if recipe.has_experts:
         length = min(length, recipe.expert_settings.training.sequence_length)
     device = choose_runtime(training, parameters=0).device
-    heldout, models = HeldOut.of(recipe, data, recipe.evaluation, length, device), models_of(recipe)
+    heldout, models = HeldOut(recipe, data, recipe.evaluation, length, device), models_of(recipe)
     found: dict[str, Any] = {}
     results: dict[str, SuiteResult] = {}
     with ProgressBar("evaluate", total=len(models), unit="models", enabled=progress) as counter:

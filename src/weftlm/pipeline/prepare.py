@@ -141,14 +141,6 @@ class _Preparation:
         warnings: What to tell the user at the end.
     """
 
-    documents: Documents
-    found: Discovered
-    names: tuple[str, ...]
-    group_N: NDArray[np.int64]
-    train_N: Chosen
-    heldout_N: Chosen
-    tokenizer: Tokenizer
-
     def __init__(self, config: DataConfig, folder: Path, progress: bool) -> None:
         self.config, self.folder, self.progress = config, folder, progress
         self.warnings: list[str] = []

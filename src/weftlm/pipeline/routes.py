@@ -208,7 +208,7 @@ def _bench(
     """A base with its experts, and what evaluates them under a router; the base alone where there is none."""
     training = recipe.expert_settings.training
     device = torch.device(place) if place is not None else choose_runtime(training, parameters=0).device
-    heldout = HeldOut.of(recipe, data, config, training.sequence_length, device)
+    heldout = HeldOut(recipe, data, config, training.sequence_length, device)
     library, base = ExpertLibrary.open(recipe.library_folder), open_base(recipe, data)
     model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=device)
 

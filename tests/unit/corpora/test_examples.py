@@ -17,16 +17,14 @@ from weftlm.corpora.reading import ReadingReport, read_documents
 from weftlm.corpora.source import ArraySource, Document
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.store_writer import tokenise_by_label, write_stores
-from weftlm.corpora.tokens import Tokenizer, train_tokenizer
+from weftlm.corpora.tokens import train_tokenizer
 from weftlm.domains.domain import TokenPrefix
 from weftlm.errors import ConfigError, DataError
 
 PAIRS = [("is é a letter? ", "yes"), ("is 7 a letter? ", "no, a number"), ("say nothing much: ", "well")]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["is a letter a number, yes or no, well much " * 9], TrainConfig(vocab_size=280))
+TOKENIZER = train_tokenizer(["is a letter a number, yes or no, well much " * 9], TrainConfig(vocab_size=280))
 
 
 def write(path: Path, records: list[Any]) -> str:
@@ -38,8 +36,8 @@ def documents(pairs: list[tuple[str, str]] = PAIRS) -> list[Document]:
     return [Document(p + t, f"o{i}", "task", len(p)) for i, (p, t) in enumerate(pairs)]
 
 
-def read(config: dict[str, Any], report: ReadingReport | None = None) -> list[Document]:
-    return list(read_documents(CorpusConfig.model_validate(config), report or ReadingReport()))
+def read(config: dict[str, Any]) -> list[Document]:
+    return list(read_documents(CorpusConfig.model_validate(config), ReadingReport()))
 
 
 def test_prompts_are_read_from_their_field(tmp_path: Path) -> None:
@@ -58,8 +56,7 @@ def test_a_faulty_prompt_is_a_faulty_record(tmp_path: Path, record: dict[str, An
     config = {"path": write(tmp_path / "a.jsonl", [record]), "text_field": "out", "prompt_field": "in"}
     with pytest.raises(DataError, match=r"a\.jsonl:1"):
         read(config)
-    report = ReadingReport()
-    assert read({**config, "on_error": "skip"}, report) == []
+    assert read({**config, "on_error": "skip"}) == []
 
 
 def test_what_has_no_fields_has_no_prompts(tmp_path: Path) -> None:
@@ -71,15 +68,15 @@ def test_what_has_no_fields_has_no_prompts(tmp_path: Path) -> None:
             CorpusConfig.model_validate({**wrong, "prompt_field": "p"})
 
 
-def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    store = tokenise_by_label(documents(), tokenizer, tmp_path / "s", batch_bytes=20)["task"]
+def test_a_store_gives_its_examples_back(tmp_path: Path) -> None:
+    store = tokenise_by_label(documents(), TOKENIZER, tmp_path / "s", batch_bytes=20)["task"]
     examples = examples_of(store)
     assert examples is not None
     assert len(examples) == store.documents == 3
     for (prompt, target), found in zip(PAIRS, examples.read([0, 1, 2]), strict=True):
-        assert tokenizer.decode(found.prompt_P.tolist()) == prompt
-        assert tokenizer.decode(found.target_C.tolist()) == target
-        assert found.prompt_P.tolist() == tokenizer.encode_batch([prompt])[0].tolist()
+        assert TOKENIZER.decode(found.prompt_P.tolist()) == prompt
+        assert TOKENIZER.decode(found.target_C.tolist()) == target
+        assert found.prompt_P.tolist() == TOKENIZER.encode_batch([prompt])[0].tolist()
     assert examples.target_bytes_N.tolist() == [len(t.encode()) for _, t in PAIRS]
     assert store.bytes == sum(len((p + t).encode()) for p, t in PAIRS)
     assert [len(part) for part in examples.read([2])[0]] == [examples.prompts_N[2], examples.targets_N[2]]
@@ -87,9 +84,9 @@ def test_a_store_gives_its_examples_back(tokenizer: Tokenizer, tmp_path: Path) -
         examples.read([3])
 
 
-def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tmp_path: Path) -> None:
     def made(name: str, cut: int | None) -> TokenStore:
-        with write_stores(tmp_path / name, tokenizer.vocabulary) as writer:
+        with write_stores(tmp_path / name, TOKENIZER.vocabulary) as writer:
             writer.append([1, 2, 3, 4], 9, "d", prompt=None if cut is None else (cut, 2 * cut))
         return open_stores(tmp_path / name)["d"]
 
@@ -105,14 +102,14 @@ def test_prompts_belong_to_the_fingerprint_and_to_what_is_verified(tokenizer: To
         open_stores(tmp_path / "two")
 
 
-def test_a_domain_is_of_one_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_domain_is_of_one_kind(tmp_path: Path) -> None:
     mixed = [*documents(), Document("plain", "p", "task")]
     with pytest.raises(DataError, match="has no prompt, unlike those before it"):
-        tokenise_by_label(mixed, tokenizer, tmp_path / "a")
+        tokenise_by_label(mixed, TOKENIZER, tmp_path / "a")
     with pytest.raises(DataError, match="has a prompt, unlike"):
-        tokenise_by_label(mixed[::-1], tokenizer, tmp_path / "b")
+        tokenise_by_label(mixed[::-1], TOKENIZER, tmp_path / "b")
     two = [*documents(), Document("plain", "p", "text")]
-    stores = tokenise_by_label(two, tokenizer, tmp_path / "c")
+    stores = tokenise_by_label(two, TOKENIZER, tmp_path / "c")
     assert [examples_of(stores[label]) is None for label in ("task", "text")] == [False, True]
 
 

@@ -18,7 +18,7 @@ from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.source import Document, Source
 from weftlm.corpora.store import TokenStore, Vocabulary, open_stores
 from weftlm.corpora.store_writer import tokenise_by_label, write_stores
-from weftlm.corpora.tokens import Tokenizer, train_tokenizer
+from weftlm.corpora.tokens import train_tokenizer
 from weftlm.errors import CheckpointError, ConfigError, DataError
 from weftlm.files import SEAL
 
@@ -50,9 +50,9 @@ def test_a_store_says_what_is_in_it(tmp_path: Path) -> None:
     for start, count in ((-1, 2), (12, 2), (14, 0), (0, -1)):
         with pytest.raises(IndexError):
             store.read(start, count)
-    for starts in ([-1, 3], [3, 12]):
-        with pytest.raises(IndexError):
-            store.read_many(np.array(starts), 2)
+        if count > 0:
+            with pytest.raises(IndexError):
+                store.read_many(np.array([3, start]), count)
     assert store.read_many(np.array([], dtype=np.int64), 3).shape == (0, 3)
 
 
@@ -180,14 +180,10 @@ def test_many_domains_at_once_in_bounded_memory(tmp_path: Path, monkeypatch: pyt
         for number in range(1_800):
             writer.append([number % 49 + 1] * (number % 5), 1, f"topic/{number * 7 % 300}")
             waiting.append(writer.waiting_bytes)
-    assert max(waiting) < 300_000
+    assert max(waiting) < 300_000 < sum(np.diff(waiting).clip(0))
     stores = open_stores(tmp_path / "m")
     assert list(stores) == sorted(f"topic/{number}" for number in range(300))
     assert sum(store.documents for store in stores.values()) == 1_800
-    for label in ("topic/0", "topic/299"):
-        wanted = [number for number in range(1_800) if f"topic/{number * 7 % 300}" == label]
-        expected = [token for number in wanted for token in [number % 49 + 1] * (number % 5) + [0]]
-        assert stores[label].read(0, len(stores[label])).tolist() == expected
 
 
 def test_labels_that_differ_only_in_case_cannot_share_a_disk(tmp_path: Path) -> None:
@@ -199,26 +195,23 @@ def test_labels_that_differ_only_in_case_cannot_share_a_disk(tmp_path: Path) -> 
 
 # -- from documents -----------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer((document.text for document in DOCUMENTS), TrainConfig(vocab_size=300))
+TOKENIZER = train_tokenizer((document.text for document in DOCUMENTS), TrainConfig(vocab_size=300))
 
 
-def test_documents_come_back_in_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_documents_come_back_in_order(tmp_path: Path) -> None:
     seen: list[int] = []
-    stores = tokenise_by_label(DOCUMENTS, tokenizer, tmp_path / "s", batch_bytes=500, progress=seen.append)
+    stores = tokenise_by_label(DOCUMENTS, TOKENIZER, tmp_path / "s", batch_bytes=500, progress=seen.append)
     for label, store in stores.items():
-        mine = [document for document in DOCUMENTS if document.label == label]
-        assert tokenizer.decode(store.read(0, len(store))) == "".join(d.text + "<|endoftext|>" for d in mine)
-        assert store.bytes == sum(len(document.text.encode()) for document in mine)
-        assert store.tokenizer == tokenizer.fingerprint
+        mine = [document.text for document in DOCUMENTS if document.label == label]
+        assert TOKENIZER.decode(store.read(0, len(store))) == "".join(text + "<|endoftext|>" for text in mine)
+        assert store.bytes == len("".join(mine).encode())
+        assert store.tokenizer == TOKENIZER.fingerprint
     assert len(seen) > 3
     assert seen == sorted(set(seen))
     assert seen[-1] == sum(store.bytes for store in stores.values())
 
 
-def test_what_cannot_be_tokenised_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_cannot_be_tokenised_leaves_nothing(tmp_path: Path) -> None:
     def breaking() -> Iterator[Document]:
         yield from DOCUMENTS[:9]
         raise DataError("the stream broke")
@@ -227,5 +220,5 @@ def test_what_cannot_be_tokenised_leaves_nothing(tokenizer: Tokenizer, tmp_path:
         ([], "no document"), ([Document("text", "here")], "document here has no label"), (breaking(), "broke"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=says):
-            tokenise_by_label(documents, tokenizer, tmp_path / "s", batch_bytes=100)
+            tokenise_by_label(documents, TOKENIZER, tmp_path / "s", batch_bytes=100)
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from weftlm.config import validate
 from weftlm.corpora import tokens
@@ -34,11 +34,6 @@ SMALL = TrainConfig(vocab_size=400)
 TOKENIZER = train_tokenizer(TEXTS, SMALL)
 
 
-@pytest.fixture
-def tokenizer() -> Tokenizer:
-    return TOKENIZER
-
-
 @given(st.text())
 @example(f"a{END_OF_DOCUMENT}b")
 def test_text_comes_back_unchanged(text: str) -> None:
@@ -47,21 +42,20 @@ def test_text_comes_back_unchanged(text: str) -> None:
     assert TOKENIZER.eos_id not in ids
 
 
-def test_training_is_deterministic(tokenizer: Tokenizer) -> None:
-    assert train_tokenizer(iter(TEXTS), SMALL).fingerprint == tokenizer.fingerprint
-    assert train_tokenizer(TEXTS, TrainConfig(vocab_size=401)).fingerprint != tokenizer.fingerprint
-
-
-def test_no_text_is_an_error() -> None:
+def test_training_is_deterministic_and_needs_text(tmp_path: Path) -> None:
+    assert train_tokenizer(iter(TEXTS), SMALL).fingerprint == TOKENIZER.fingerprint
+    assert train_tokenizer(TEXTS, TrainConfig(vocab_size=401)).fingerprint != TOKENIZER.fingerprint
     for texts in ([], [""]):
         with pytest.raises(DataError, match="training text is empty"):
             train_tokenizer(texts, SMALL)
+    TOKENIZER.save(tmp_path)
+    untouched = (pytest.fail("the text was read") for _ in range(1))
+    made = make_tokenizer(TokenizerConfig(pretrained=str(tmp_path)), untouched)
+    assert made.fingerprint == make_tokenizer(TokenizerConfig(train=SMALL), iter(TEXTS)).fingerprint
 
 
-def test_a_saved_folder_loads_everywhere_without_a_word(
-    tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer.save(tmp_path / "t")
+def test_a_saved_folder_loads_everywhere_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    TOKENIZER.save(tmp_path / "t")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hf = AutoTokenizer.from_pretrained(tmp_path / "t")
@@ -69,53 +63,43 @@ def test_a_saved_folder_loads_everywhere_without_a_word(
     assert capfd.readouterr() == ("", "")
     text = TEXTS[3] + " 🧵"
     assert hf(text, add_special_tokens=False)["input_ids"] == loaded.encode_batch([text])[0].tolist()
-    assert hf.eos_token_id == loaded.eos_id == tokenizer.eos_id
-    assert loaded.fingerprint == tokenizer.fingerprint
-    assert ForkingPickler.loads(ForkingPickler.dumps(loaded)).fingerprint == tokenizer.fingerprint
-    assert load_pretrained(str(tmp_path / "t")).fingerprint == tokenizer.fingerprint
+    assert hf.eos_token_id == loaded.eos_id == TOKENIZER.eos_id
+    again = [loaded, ForkingPickler.loads(ForkingPickler.dumps(loaded)), load_pretrained(str(tmp_path / "t"))]
+    assert {each.fingerprint for each in again} == {TOKENIZER.fingerprint}
 
 
-def test_tokenizers_of_other_ends_share_a_vocabulary(tokenizer: Tokenizer) -> None:
-    hf = copy.deepcopy(tokenizer.hf)
+def test_tokenizers_of_other_ends_share_a_vocabulary() -> None:
+    hf = copy.deepcopy(TOKENIZER.hf)
     hf.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     base, chat = Tokenizer(hf), copy.deepcopy(hf)
     chat.eos_token = "<|im_end|>"
     assert Tokenizer(chat).eos_id != base.eos_id
     assert Tokenizer(chat).fingerprint != base.fingerprint
-    assert Tokenizer(chat).vocabulary_fingerprint == base.vocabulary_fingerprint != tokenizer.vocabulary_fingerprint
+    assert Tokenizer(chat).vocabulary_fingerprint == base.vocabulary_fingerprint != TOKENIZER.vocabulary_fingerprint
 
 
-def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "cat": 2}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+def _words() -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "cat": 2}, unk_token="[UNK]"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    return found
+
+
+def test_tokenizers_of_other_kinds_keep_their_texts_whole_and_survive_a_round_trip(tmp_path: Path) -> None:
+    backend = _words()
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-
-
-def test_other_tokenizers_keep_their_texts_whole_and_survive_a_round_trip(tmp_path: Path) -> None:
-    word_tokenizer(eos_token="</s>").save_pretrained(tmp_path / "t")
-    tokenizer = load_pretrained(str(tmp_path / "t"))
-    assert [ids.tolist() for ids in tokenizer.encode_batch(["cat cat cat dog", ""])] == [[2, 2, 2, 0], []]
-    tokenizer.save(tmp_path / "u")
-    assert Tokenizer.load(tmp_path / "u").fingerprint == tokenizer.fingerprint
-
-
-def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
-    from transformers import ByT5Tokenizer
-
-    tokenizer = Tokenizer(ByT5Tokenizer(), "byt5")
-    (ids,) = tokenizer.encode_batch(["héllo </s>"])
-    assert tokenizer.decode(ids) == "héllo </s>"
-    assert tokenizer.eos_id not in ids
-    tokenizer.save(tmp_path / "t")
-    assert Tokenizer.load(tmp_path / "t").fingerprint == tokenizer.fingerprint
-
-
-def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path: Path) -> None:
-    word_tokenizer().save_pretrained(tmp_path / "t")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "words")
+    words, in_python = load_pretrained(str(tmp_path / "words")), Tokenizer(ByT5Tokenizer(), "byt5")
+    assert [ids.tolist() for ids in words.encode_batch(["cat cat cat dog", ""])] == [[2, 2, 2, 0], []]
+    (ids,) = in_python.encode_batch(["héllo </s>"])
+    assert in_python.decode(ids) == "héllo </s>"
+    assert in_python.eos_id not in ids
+    for number, tokenizer in enumerate((words, in_python)):
+        tokenizer.save(tmp_path / str(number))
+        assert Tokenizer.load(tmp_path / str(number)).fingerprint == tokenizer.fingerprint
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "endless")
     with pytest.raises(ConfigError, match=r"has no end-of-sequence token.*eos_token"):
-        load_pretrained(str(tmp_path / "t"))
+        load_pretrained(str(tmp_path / "endless"))
 
 
 def test_the_configuration_is_one_of_two() -> None:
@@ -126,13 +110,6 @@ def test_the_configuration_is_one_of_two() -> None:
             validate(TokenizerConfig, value, "tokenizer")
     resolved = TokenizerConfig().model_dump()
     assert validate(TokenizerConfig, resolved, "tokenizer") == TokenizerConfig()
-
-
-def test_make_tokenizer_reads_text_only_to_train(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path)
-    untouched = (pytest.fail("the text was read") for _ in range(1))
-    assert make_tokenizer(TokenizerConfig(pretrained=str(tmp_path)), untouched).fingerprint == tokenizer.fingerprint
-    assert make_tokenizer(TokenizerConfig(train=SMALL), iter(TEXTS)).fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 16, 1000])
@@ -153,27 +130,17 @@ def test_learning_from_one_long_run_takes_no_time(run: str) -> None:
     assert learnt.decode(learnt.encode_batch([run])[0]) == run
 
 
-def _words() -> tokenizers.Tokenizer:
-    found = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2, "cat": 3}, unk_token="[UNK]"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
-    return found
-
-
 def _uncased() -> tokenizers.Tokenizer:
     found = tokenizers.Tokenizer(models.BPE())
     found.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()])
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
-    return _trained(found)
-
-
-def _trained(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet(), *"".join(TEXTS)})
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    found.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=700, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False),
     )
-    backend.train_from_iterator(TEXTS, trainer)
-    return backend
+    return found
 
 
 LOSSY = {"word level": (_words, 0.3, 0.5), "uncased": (_uncased, 0.001, 0.0)}
@@ -189,29 +156,20 @@ def test_what_a_tokenizer_loses_is_measured(kind: str) -> None:
     assert loss.lost == max(1 - loss.given_back, loss.unknown)
 
 
-def test_a_byte_level_tokenizer_loses_nothing(tokenizer: Tokenizer) -> None:
-    assert tokenizer.loss([*TEXTS, " \t\r\n ", "<|endoftext|>"]).lost == 0.0
-    assert tokenizer.loss([]).lost == 0.0
-
-
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "Qwen2Tokenizer"])
-def test_the_class_named_beside_a_byte_level_tokenizer_does_not_change_it(
-    tokenizer: Tokenizer, tmp_path: Path, name: str
-) -> None:
+def test_a_byte_level_tokenizer_loses_nothing_whatever_class_is_named_beside_it(tmp_path: Path, name: str) -> None:
     """transformers before 5.22 rebuilt such a tokenizer as Llama's own and dropped every blank."""
-    tokenizer.save(tmp_path)
+    assert TOKENIZER.loss([*TEXTS, " \t\r\n ", "<|endoftext|>"]) == TOKENIZER.loss([]) == (1.0, 0.0)
+    TOKENIZER.save(tmp_path)
     settings_file = tmp_path / "tokenizer_config.json"
     settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "tokenizer_class": name}))
-    loaded = Tokenizer.load(tmp_path)
-    assert loaded.loss(TEXTS).lost == 0.0
+    assert Tokenizer.load(tmp_path).loss(TEXTS).lost == 0.0
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("damage", ["torn", "empty", "odd", "deep"])
-def test_a_torn_tokenizer_is_an_error_and_never_none(
-    tokenizer: Tokenizer, tmp_path: Path, name: str, damage: str
-) -> None:
-    tokenizer.save(tmp_path)
+def test_a_torn_tokenizer_is_an_error_and_never_none(tmp_path: Path, name: str, damage: str) -> None:
+    TOKENIZER.save(tmp_path)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(
         {"torn": data[: len(data) // 2], "empty": b"", "odd": b"[]", "deep": b"[" * 99_999}[damage]
