@@ -333,7 +333,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """Blocks of a zstd file, several frames or one; an end inside a frame is an error, unlike for zstandard's reader."""
+    """Blocks of a zstd file, several frames or one; an end inside a frame is an error (zstandard reads on)."""
     frame: zstandard.ZstdDecompressionObj | None = None
     while data := file.read(1 << 10):  # little, for it may hold 30 000 times its size
         while data:
