@@ -68,12 +68,9 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call
     assert [(each["name"], each["gate"], each["statistics"]) for each in listed] == [
         (name, True, True) for name in sorted(WORDS)
     ]
-    assert "cooking" in call("experts", "list", library)
     shown = call("experts", "show", library, "cooking", "--json")
     assert {each["rank"] for each in shown["modules"].values()} == {4}
     assert shown["card"]["about"]["domain"] == "cooking"
-    assert call("experts", "show", library, "--json")["experts"] == sorted(WORDS)
-    assert "model.layers.0.mlp.down_proj" in call("experts", "show", library, "cooking")
     assert "did you mean 'cooking'" in call("experts", "show", library, "cookin", code=1)
 
     # -- a gate again, and the experts stay those of the recipe with that gate
@@ -109,9 +106,6 @@ def test_from_a_base_to_routed_experts(project: Path, tmp_path: Path, call: Call
     assert built["router"]["k"] == 1
     assert built["experts"] == list(WORDS)
     assert len(RoutedModel.from_pretrained(routed).experts) == 3
-    assert "router.kk: unknown key; did you mean 'k'" in call(
-        "route", "build", library, "--to", "x", "--set", "router.kk=1", code=2
-    )
     traced = call("route", "trace", routed, "pan butter onion. mast sail wind.", "--json")
     assert "".join(traced["token_texts"]) == "pan butter onion. mast sail wind."
     assert all(sum(each.values()) == pytest.approx(1) for each in traced["token_weights"])

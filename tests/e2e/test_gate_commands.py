@@ -81,9 +81,6 @@ def stopping(at: str) -> Any:
 
 def test_from_scores_to_a_certified_gate(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     # -- scoring
-    planned = call("score", PROJECT, "--dry-run", "--json")
-    assert planned["recipe"]["gating"]["gate"]["gate"] == "linear"
-    assert "did you mean 'cooking'" in call("score", PROJECT, "--set", "gating.domains=[coking]", code=2)
     scores = call("score", PROJECT, "--json")
     assert scores["experts"] == sorted(WORDS)
     assert set(scores["domains"]) == set(WORDS)
@@ -99,8 +96,6 @@ def test_from_scores_to_a_certified_gate(run: Path, call: Call, monkeypatch: pyt
 
     # -- fitting; cut short at its first report, a fit goes on to the same gate
     assert "fit one first" in call("gate", "certify", PROJECT, code=1)
-    planned = call("gate", "fit", PROJECT, "--dry-run", "--json")
-    assert planned["recipe"]["gating"]["fit"]["steps"] == 60
     with monkeypatch.context() as patch:
         patch.setattr(gating, "write_line", stopping("fit 30/60"))
         said = call("gate", "fit", PROJECT, code=1)
@@ -114,13 +109,10 @@ def test_from_scores_to_a_certified_gate(run: Path, call: Call, monkeypatch: pyt
     assert call("gate", "fit", PROJECT, "--json") == fitted
     assert call.err.count("lambda") == 2
     assert (fitted["steps"], fitted["stopped_early"]) == (60, False)
-    assert fitted["worst"] == pytest.approx(max(each["value"] for each in fitted["domains"].values()))
     assert fitted["domains"][fitted["worst_domain"]]["value"] == pytest.approx(fitted["worst"])
     assert sum(each["lam"] for each in fitted["domains"].values()) == pytest.approx(1)
     assert fitted["z"] > 0.0
     assert [line["step"] for line in fitted["history"]] == [30, 60]
-    assert load_gate(run / "gate/gate.safetensors").experts == 3
-    assert fitted.items() <= json.loads((run / "gate/fit.json").read_text()).items()
     assert "worst domain: " in call("gate", "fit", PROJECT)
 
     # -- certifying
@@ -143,12 +135,7 @@ def test_from_scores_to_a_certified_gate(run: Path, call: Call, monkeypatch: pyt
     assert (refitted["z"], refitted["unit"], refitted["gate"]["gate"]) == (1.0, "token", "fixed_share")
     assert refitted["domains"]["cooking"]["lam"] <= 0.2 + 1e-9
     assert not (run / "gate/certificate.json").exists()
-    for option, message, code in (
-        ("gating.mixtures.upper={coking: 0.2}", "did you mean 'cooking'", 2),
-        ("gating.offsets={cooking: 1.0}", "none for algebra, sailing", 2),
-        ("gating.scores.length=4", "score again", 1),
-    ):
-        assert message in call("gate", "fit", PROJECT, "--set", option, code=code)
+    assert "score again" in call("gate", "fit", PROJECT, "--set", "gating.scores.length=4", code=1)
 
 
 def test_students_that_can_be_served(run: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +163,6 @@ def test_students_that_can_be_served(run: Path, call: Call, monkeypatch: pytest.
     }  # fmt: skip
     for row in rows.values():
         assert row["worst"] == pytest.approx(max(each["value"] for each in row["domains"].values()))
-        assert row["domains"][row["worst_domain"]]["value"] == pytest.approx(row["worst"])
     assert rows["bayes"]["worst"] < rows["uniform"]["worst"]
     assert "student-top-2" in call("gate", "distil", PROJECT)
     call("report", run)

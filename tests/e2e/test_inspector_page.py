@@ -91,7 +91,7 @@ def state_of(page: Page) -> dict[str, str]:
     return dict(pairs)
 
 
-def test_a_typed_text_is_coloured_by_its_experts(page: Page, models: dict[str, OpenModel]) -> None:
+def test_a_typed_text_is_coloured_by_its_experts_and_walked_by_keys(page: Page, models: dict[str, OpenModel]) -> None:
     look(page)
     assert page.locator(".tokens").evaluate("box => box.textContent") == TEXT
     assert page.locator(".tokens img, .tokens b, #detail img, #detail b b").count() == 0
@@ -104,10 +104,7 @@ def test_a_typed_text_is_coloured_by_its_experts(page: Page, models: dict[str, O
     expect(page.locator("#course path").first).to_be_visible()
     expect(page.locator("#usage tbody tr").first).to_contain_text("layer 0")
     expect(page.locator("#totals")).to_contain_text("Bits per byte")
-
-
-def test_keys_walk_from_token_to_token(page: Page, models: dict[str, OpenModel]) -> None:
-    look(page)
+    # keys walk from token to token
     page.locator(".tokens .t").nth(2).click()
     page.keyboard.press("ArrowRight")
     focused = "[...document.querySelectorAll('.tokens .t')].indexOf(document.activeElement)"
@@ -150,10 +147,7 @@ def test_everything_is_reached_by_tab_with_a_visible_focus(page: Page) -> None:
     )
     assert labelled
     assert page.locator("svg[role=img]:not([aria-label])").count() == 0
-
-
-def test_the_link_past_the_head_keeps_what_is_looked_at(page: Page) -> None:
-    look(page)
+    # the link past the head keeps what is looked at
     before = page.url
     page.focus(".skip")
     page.keyboard.press("Enter")
@@ -164,7 +158,7 @@ def test_the_link_past_the_head_keeps_what_is_looked_at(page: Page) -> None:
     expect(page.locator(".tokens")).to_be_visible()
 
 
-def test_views_by_layer_and_module_recolour_the_text(page: Page) -> None:
+def test_views_and_experts_switched_off_recolour_the_text(page: Page, models: dict[str, OpenModel]) -> None:
     look(page)
     colours = ".tokens .t", "spans => spans.map(span => span.className + span.style.getPropertyValue('--a')).join()"
     seen = {page.locator(colours[0]).evaluate_all(colours[1])}
@@ -183,10 +177,7 @@ def test_views_by_layer_and_module_recolour_the_text(page: Page) -> None:
     first.click()
     expect(first).to_have_attribute("aria-pressed", "true")
     assert page.locator("#legend button").first.evaluate("button => button === document.activeElement")
-
-
-def test_an_expert_is_switched_off(page: Page, models: dict[str, OpenModel]) -> None:
-    look(page)
+    # an expert is switched off
     name = models["routed"].experts[1]
     page.select_option("#without", name)
     expect(page.locator("#totals")).to_contain_text(f"Without {name}")
@@ -218,7 +209,7 @@ def test_a_gates_weights_are_drawn_along_the_text(page: Page) -> None:
     expect(page.locator("#detail")).to_contain_text("1.000")
 
 
-def test_two_models_stand_side_by_side(page: Page) -> None:
+def test_two_models_are_shown_side_by_side_and_on_400_pixels(page: Page) -> None:
     page.select_option("#beside", "gated")
     look(page)
     panes = page.locator(".tokens")
@@ -235,6 +226,8 @@ def test_two_models_stand_side_by_side(page: Page) -> None:
     assert panes.nth(2).locator(".at").count() == 1
     expect(page.locator("#detail")).to_contain_text(re.compile("predicts? it (better|alike)"))
     expect(page.locator("#detail .column")).to_have_count(2)
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 def test_a_view_is_shared_by_its_address(page: Page, served: Web, models: dict[str, OpenModel]) -> None:
@@ -321,15 +314,3 @@ def test_it_is_dark_or_light_as_wished(page: Page, browser: Browser, served: Web
     other.goto(served.address)
     assert other.evaluate(ground) == dark
     context.close()
-
-
-@pytest.mark.parametrize("beside", ["", "gated"])
-def test_it_is_readable_on_400_pixels(page: Page, tmp_path: Path, beside: str) -> None:
-    page.set_viewport_size({"width": 400, "height": 800})
-    if beside:
-        page.select_option("#beside", beside)
-    look(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    narrow = page.screenshot(path=tmp_path / "narrow.png")
-    assert narrow.startswith(b"\x89PNG")
-    assert len(narrow) > 10_000

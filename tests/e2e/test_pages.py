@@ -186,25 +186,16 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     "page",
     [
         "```bash\n.venv/bin/weftlm experts trian pool.yaml\n```",
-        "```bash\n.venv/bin/weftlm demo --dry-run --loud\n```",
         "```bash\nmake test\n```",
-        "```bash\ncurl http://127.0.0.1:8000/v1/models\n```",
-        "```yaml\nmodle: {}\n```",
         "Save this as `a.yaml`:\n```yaml\nmodle: {}\n```\n```bash\n.venv/bin/weftlm run a.yaml --dry-run\n```",
         "```python\nfrom weftlm.routing import no_such_router\n```",
         "```text\n$ .venv/bin/weftlm train absent.yaml\nweftlm: another message\n```",
-        "```sh\nls\n```",
         "```\nls\n```",
     ],
 )
 def test_a_page_that_shows_what_does_not_exist_fails(reader: Reader, page: str) -> None:
     with pytest.raises((AssertionError, ImportError, ValueError, KeyError)):
         reader.follow(page)
-
-
-def test_a_marked_block_is_left_out(reader: Reader) -> None:
-    reader.follow("<!-- not run: a sketch -->\n```bash\nmake test\n```\n  ~~~python\n  ~~~\n")
-    assert reader.commands == []
 
 
 def test_sizes_are_replaced_and_nothing_else() -> None:

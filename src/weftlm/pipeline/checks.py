@@ -121,7 +121,8 @@ def known_domains(recipe: Recipe) -> list[str] | None:
             from weftlm.pipeline.prepared import read_manifest  # noqa: PLC0415 - torch
 
             return list(read_manifest(folder)["domains"])
-        found = [None] if data.domains.by == "clusters" else [known_labels(each) for each in data.labelled("corpora")]
+        others = data.domains.by == "clusters" or data.domains.small == "other"  # domains that no label names
+        found = [None] if others else [known_labels(each) for each in data.labelled("corpora")]
     except DataError:  # the text is elsewhere
         return None
     for each in found:

@@ -36,7 +36,7 @@ LARGEST: Mapping[str, int] = {
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The project with small sizes, in a run folder of its own (`RUN-quick`): nothing of the real run is touched.
+    """The project with small sizes, in folders of its own (`RUN-quick`): nothing of the real run is touched.
 
     Figures of such a run show that everything works and nothing else.
     """
@@ -55,7 +55,12 @@ def quick(recipe: Recipe) -> Recipe:
             section[last] = most if section[last] is None else min(section[last], most)
     if "evaluation" in value:
         value["evaluation"]["every_steps"] = None
-    value["run"] = f"{value['run'].rstrip('/')}-quick"
+    experts, mixture = value.get("experts") or {}, value.get("mixture") or {}
+    for section, key in ((value, "run"), (value, "prepared"), (experts, "library")):
+        if section.get(key) is not None:
+            section[key] = f"{section[key].rstrip('/')}-quick"
+    if "reference" in mixture:  # a run on other data than these
+        mixture["reference"] = None
     return make_recipe(value)
 
 

@@ -31,7 +31,6 @@ from weftlm.pipeline.stages.experts import ExpertsConfig
 from weftlm.pipeline.stages.gate import GatingConfig
 from weftlm.pipeline.stages.route import RoutingConfig
 from weftlm.recipe_text import read_yaml
-from weftlm.routing.config import parse_router, router_config
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 
 _TRAINED = ("model", "mixture", "training")
@@ -211,31 +210,24 @@ class Recipe(Section):
 
     def monolith(self, experts: int) -> Recipe:
         """The recipe of the gate's baseline: the experts' base, trained for as many tokens as all experts together."""
-        _, _, training = self.trained
-        given = self.expert_settings
-        tokens = experts * given.training.total_tokens
-        return self._beside(
-            MONOLITH,
-            {
-                "model": ModelConfig(pretrained=self.base, revision=given.revision),
-                "mixture": policy_config({"policy": "uniform"}),
-                "training": training.model_copy(update={"tokens": tokens, "steps": None}),
-                "evaluation": self.evaluation.model_copy(update={"every_steps": None}),
-            },
-        )
+        given, tokens = self.expert_settings, experts * self.expert_settings.training.total_tokens
+        changed = {
+            "model": ModelConfig(pretrained=self.base, revision=given.revision),
+            "mixture": policy_config({"policy": "uniform"}),
+            "training": self.trained[2].model_copy(update={"tokens": tokens, "steps": None}),
+            "evaluation": self.evaluation.model_copy(update={"every_steps": None}),
+        }
+        return self._beside(MONOLITH, changed)
 
     def _beside(self, name: str, changed: Mapping[str, Any]) -> Recipe:
-        return self.model_copy(
-            update={**changed, "run": self.baselines_folder / name, "prepared": self.prepared_folder}
-        )
+        folders = {"run": self.baselines_folder / name, "prepared": self.prepared_folder}
+        return self.model_copy(update={**changed, **folders})
 
     # -- as text --------------------------------------------------------------------------------------------------
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain YAML values."""
-        unused: set[str] = set() if self.trains else set(_OF_A_TRAINING)
-        value: dict[str, Any] = self.model_dump(mode="json", exclude=unused)
-        return value
+        return self.model_dump(mode="json", exclude=set() if self.trains else set(_OF_A_TRAINING))
 
     def to_yaml(self) -> str:
         """The resolved recipe; reading it again gives this recipe."""
@@ -244,13 +236,9 @@ class Recipe(Section):
     def deciding(self) -> dict[str, Any]:
         """All of the recipe that decides the trained weights, but the data."""
         model, mixture, training = self.trained
-        return {
-            "seed": self.seed,
-            "model": settings(model),
-            "mixture": settings(mixture),
-            "alignment": settings(self.alignment),
-            "training": training.deciding(),
-        }
+        sections = {"model": model, "mixture": mixture, "alignment": self.alignment}
+        decided = {name: settings(section) for name, section in sections.items()}
+        return {"seed": self.seed, **decided, "training": training.deciding()}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -271,9 +259,6 @@ def make_recipe(value: Mapping[str, Any]) -> Recipe:
     problems = []
     if any(value.get(name) is not None for name in _OF_A_TRAINING):
         problems += [f"{name}: missing" for name in _TRAINED if value.get(name) is None]
-    mixture = value.get("mixture")
-    if isinstance(mixture, Mapping):
-        policy_config(mixture)  # reports an unknown policy or key by its own name
     try:
         validate(Recipe, value, "")  # what is wrong is said where it was written, and there alone
         recipe = validate(Recipe, inherit(value), "")
@@ -313,12 +298,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
             f"compare.mixtures names {recipe.mixture.policy!r}, the recipe's own policy; mixtures are named by their "
             "policy: compare it under other options in a run of its own"
         )
-    routing = recipe.routing_settings
-    for key, router in [*(("routers", each) for each in routing.routers or ()), *(("build", r) for r in routing.build)]:
-        try:
-            router_config(parse_router(router))
-        except ConfigError as error:
-            problems.append(f"routing.{key}: {error}")
     return problems
 
 

@@ -131,9 +131,7 @@ def _train(recipe: Recipe, data: PreparedData, artifact: Artifact, process: Part
         "weights": trained.weights,
         "epochs": trained.epochs,
         "stopped_early": trained.stopped_early,
-        "estimator": None
-        if choice is None
-        else {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
+        "estimator": choice and {"name": choice.estimator, "probe": choice.probe, "reason": choice.reason},
         **latest[0].to_json(),
     }
     if writes:
@@ -147,16 +145,11 @@ def training_task(data: PreparedData, policy: Any, reference: nn.Module | None =
     """Prepared data and a policy as the training loop takes them."""
     names = tuple(domain.name for domain in data.domains)
     tokens_D = torch.tensor([len(domain.train) for domain in data.domains], dtype=torch.float64)
-    return Task(
-        domains=names,
-        sources=tuple(domain.train for domain in data.domains),
-        policy=policy,
-        setting=MixtureSetting(
-            names, tokens_D=tokens_D, target_histogram_D=data.target_histogram_D, basis_ND=data.basis_ND
-        ),
-        target=data.target_train,
-        reference=reference,
+    setting = MixtureSetting(
+        names, tokens_D=tokens_D, target_histogram_D=data.target_histogram_D, basis_ND=data.basis_ND
     )
+    sources = tuple(domain.train for domain in data.domains)
+    return Task(names, sources, policy, setting, target=data.target_train, reference=reference)
 
 
 def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteResult:
@@ -173,28 +166,20 @@ def evaluate_run(run: Path, recipe: Recipe, config: EvaluationConfig) -> SuiteRe
 def _evaluate(
     model: nn.Module, data: PreparedData, recipe: Recipe, runtime: Runtime, config: EvaluationConfig
 ) -> SuiteResult:
+    length, distributed = recipe.trained[2].sequence_length, PartialState().num_processes > 1
     return evaluate_suite(
-        model,
-        data.heldout(),
-        data.target_heldout,
-        sequence_length=recipe.trained[2].sequence_length,
-        config=config,
-        device=runtime.device,
-        distributed=PartialState().num_processes > 1,
-    )
+        model, data.heldout(), data.target_heldout,
+        sequence_length=length, config=config, device=runtime.device, distributed=distributed,
+    )  # fmt: skip
 
 
 def _reference_run(recipe: Recipe, policy: Any) -> Path:
     """The run of DoReMi's reference: the one it names, or one trained first on a plain mixture."""
     if policy.reference is not None:
         return Path(policy.reference)
-    plain = {
-        "run": recipe.run / "reference",
-        "prepared": recipe.prepared_folder,
-        "mixture": policy_config({"policy": policy.reference_policy}),
-    }
-    run_training(recipe.model_copy(update=plain))
-    return recipe.run / "reference"
+    run, mixture = recipe.run / "reference", policy_config({"policy": policy.reference_policy})
+    run_training(recipe.model_copy(update={"run": run, "prepared": recipe.prepared_folder, "mixture": mixture}))
+    return run
 
 
 def _load(run: Path, recipe: Recipe, data: PreparedData) -> nn.Module:

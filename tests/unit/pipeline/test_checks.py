@@ -35,6 +35,10 @@ MISTAKES: dict[str, Mistake] = {
         "mixture policy 'dga' follows a target",
     ),
     "basis": ({"mixture": {"policy": "dga", "reweight": "basis"}}, "say which in data.domains.basis"),
+    "reference that is not trained": (
+        {"mixture": {"policy": "doremi", "reference": "llama"}},
+        "mixture.reference: llama has no trained model yet",
+    ),
     "nothing held out": (
         data(split={"fraction": 0, "min_documents": 0}, target_split={"fraction": 0, "min_documents": 0}),
         "nothing is held out to evaluate on",
@@ -92,7 +96,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "routed models of one name": (
         {"experts": {}, "routing": {"build": ["phatgoose", "phatgoose"]}},
-        "would be one folder",
+        "routing.build: a router is named twice: phatgoose, phatgoose",
     ),
     "gate without samples": (
         {**EXPERTS, "gating": {"scores": {"samples": 0}}},
@@ -199,9 +203,21 @@ def test_all_problems_are_said_at_once(project: Path, capsys: pytest.CaptureFixt
         assert said in message
 
 
-def test_a_sound_recipe_passes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**EXPERTS, "gating": {}, "routing": {}, "compare": {"monolith": True}},
+        {
+            **data(domains={"small": "other", "min_tokens": 100}),
+            "experts": {"domains": ["cooking", "other"]},
+            "gating": {"domains": ["other"]},
+        },
+    ],
+    ids=["whole", "small domains in one"],
+)
+def test_a_sound_recipe_passes(changes: dict[str, Any], project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = Call(capsys)
-    write_recipe(project, {**EXPERTS, "gating": {}, "routing": {}, "compare": {"monolith": True}})
+    write_recipe(project, changes)
     call("run", "recipe.yaml", "--dry-run")
 
 

@@ -46,6 +46,16 @@ def test_the_quick_demonstration_is_small_in_every_stage_and_a_run_of_its_own() 
     assert [each.policy for each in small.compare.mixtures] == [each.policy for each in project.compare.mixtures]
 
 
+def test_a_quick_run_writes_into_no_folder_of_the_real_one() -> None:
+    mixture = {"policy": "doremi", "reference": "runs/reference"}
+    value = {**recipe_value(), "mixture": mixture, "prepared": "shared/data", "experts": {"library": "shared/experts"}}
+    small = quick(make_recipe(value))
+    assert [str(each) for each in (small.run, small.prepared, small.library_folder)] == [
+        "runs/one-quick", "shared/data-quick", "shared/experts-quick",
+    ]  # fmt: skip
+    assert small.mixture.reference is None, "which is of other data"
+
+
 def test_every_key_that_quick_cuts_is_one_of_a_recipe() -> None:
     dense = {"model": recipe_value()["model"], "training": {"steps": 100}}
     value = {**recipe_value(), "experts": {}, "gating": {"students": {"dense": dense}}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from weftlm.config import Section, settings
 from weftlm.errors import ConfigError
@@ -39,6 +39,15 @@ class RoutingConfig(Section):
         None, min_length=1, description="text whose routing is shown; absent: held-out text that changes domain midway"
     )
 
+    @field_validator("routers", "build")
+    @classmethod
+    def _known(cls, value: list[str] | None) -> list[str] | None:
+        for router in value or ():
+            router_config(parse_router(router))
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError(f"a router is named twice: {', '.join(value)}; name each once")
+        return value
+
 
 @stages.register("route", does="routers compared, routed models written", costs="held-out text once for each router")
 class Route(Stage):
@@ -60,41 +69,28 @@ class Route(Stage):
         return [recipe.run / ROUTING, recipe.run / "routed"]
 
     def check(self, recipe: Recipe, known: Known) -> None:
-        routing = recipe.routing_settings
-        places: dict[str, str] = {}
-        for router in routing.build:
-            folder = router.replace(":", ",")
-            if folder in places:
-                raise ConfigError(
-                    f"routing.build: {places[folder]!r} and {router!r} would be one folder; leave one of them"
-                )
-            places[folder] = router
-        for key, asked in (("routers", routing.routers or ()), ("build", routing.build)):
-            for router in asked:
-                self._check(recipe, known, f"routing.{key}", router_config(parse_router(router)).router)
-
-    def _check(self, recipe: Recipe, known: Known, key: str, name: str) -> None:
-        kind, experts = routers[name], recipe.expert_settings
+        routing, experts = recipe.routing_settings, recipe.expert_settings
         made = {
-            "gate": ("gate.steps", experts.gate.steps),
-            "statistics": ("statistics_examples", experts.statistics_examples),
+            "gate": ("a gate", "gate.steps", experts.gate.steps),
+            "statistics": ("statistics", "statistics_examples", experts.statistics_examples),
         }
-        for need in sorted(kind.needs):
-            setting, size = made[need]
-            if not size:
-                raise ConfigError(
-                    f"{key}: {name} needs {need if need == 'statistics' else 'a gate'} of the experts, and "
-                    f"experts.{setting} is 0; raise it, or name another router"
-                )
-        without = [each.title for each in experts.imports if each.domain is None]
-        if kind.needs and without:
-            raise ConfigError(
-                f"{key}: {name} needs a {' and '.join(sorted(kind.needs))} of every expert, and the imported "
-                f"{', '.join(without)} gets none; say which domain it belongs to (experts.imports: domain), or leave "
-                "the router out"
-            )
-        if known.base is not None and known.base.is_encoder_decoder and not kind.supports_encoder_decoder:
-            raise ConfigError(f"router {name!r} follows a text from left to right and serves decoder-only models")
+        without = ", ".join(each.title for each in experts.imports if each.domain is None)
+        asked = {**dict.fromkeys(routing.routers or (), "routers"), **dict.fromkeys(routing.build, "build")}
+        for router, key in asked.items():
+            name = router_config(parse_router(router)).router
+            for what, setting, size in (made[need] for need in sorted(routers[name].needs)):
+                if not size:
+                    raise ConfigError(
+                        f"routing.{key}: {name} needs {what} of the experts, and experts.{setting} is 0; raise it, or "
+                        "name another router"
+                    )
+                if without:
+                    raise ConfigError(
+                        f"routing.{key}: {name} needs {what} of every expert, and the imported {without} gets none; "
+                        "say which domain it belongs to (experts.imports: domain), or name another router"
+                    )
+            if known.base is not None and known.base.is_encoder_decoder and not routers[name].supports_encoder_decoder:
+                raise ConfigError(f"router {name!r} follows a text from left to right and serves decoder-only models")
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
         from weftlm.pipeline.routes import route_experts  # noqa: PLC0415 - torch

@@ -68,16 +68,20 @@ class Train(Stage):
 
 
 def check_mixture(recipe: Recipe) -> None:
-    """Refuse a mixture policy that needs what the data section does not give.
+    """Refuse a mixture policy that needs what is not there.
 
     Raises:
-        ConfigError: The policy follows a target and there is none, or it reweights distributions and none are given.
+        ConfigError: The policy follows a target and there is none, it reweights distributions and none are given, or
+            its reference has no model.
     """
     _, mixture, _ = recipe.trained
     if mixture.needs & {"target_alignment", "target_histogram"} and not recipe.data.target:
         raise ConfigError(f"mixture policy {mixture.policy!r} follows a target and the data has none; give data.target")
     if "basis" in mixture.needs and recipe.data.domains.basis is None:
         raise ConfigError(f"mixture policy {mixture.policy!r} reweights distributions; say which in data.domains.basis")
+    reference = getattr(mixture, "reference", None)
+    if reference is not None and not (Path(reference) / "model").is_dir():
+        raise ConfigError(f"mixture.reference: {reference} has no trained model yet; finish it with weftlm train")
 
 
 def training_plan(recipe: Recipe) -> dict[str, Any]:
