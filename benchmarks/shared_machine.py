@@ -30,7 +30,8 @@ from transformers import LlamaConfig
 
 from weftlm.corpora.source import ArraySource
 from weftlm.mixture.policy import MixtureSetting, build_policy
-from weftlm.models.factory import count_parameters, from_architecture
+from weftlm.models.factory import count_parameters
+from weftlm.models.open import from_architecture
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime

@@ -30,14 +30,14 @@ from weftlm.gating.sequences import draw_rows
 from weftlm.mixture.loader import Batch
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
-from weftlm.training.best import BestWeights
 from weftlm.training.config import NOT_DECIDING, AlignmentConfig
 from weftlm.training.loop import Task, Trainer
+from weftlm.training.losses import BatchLoss
 from weftlm.training.metrics import METRICS, read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
 Teacher = Callable[[Tensor], Tensor]
-"""tokens_BT -> logp_BTV, nats, normalised over V: `LanguageModel.log_probs`."""
+"""tokens_BT -> logp_BTV, nats, normalised over V: `ModularLM.log_probs`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,6 @@ def distil_dense(
     runtime = runtime or choose_runtime(config.training, parameters=count_parameters(model))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     identity = _identity(config, seed, text, real, held_out, teacher is not None, parameters) if folder else ""
-    best = BestWeights(None if folder is None else folder / "best.safetensors", identity)
     history: list[DenseProgress] = []
 
     def evaluate(module: nn.Module) -> dict[str, Any]:
@@ -192,8 +191,6 @@ def distil_dense(
         found = (None, None, None) if held_out is None else _held_out(module, held_out, size, runtime)
         line = DenseProgress(trainer.step, trainer.last_loss, *found)
         history.append(line)
-        if line.ce is not None:
-            best.offer(line.step, line.ce, trainer.parameters)
         if on_progress is not None:
             on_progress(line)
         return {name: value for name, value in asdict(line).items() if name != "step"}
@@ -202,13 +199,14 @@ def distil_dense(
         model, Task.of_one("samples", _Numbers(length)), config.training,
         alignment=AlignmentConfig(), runtime=runtime, folder=folder, seed=seed,
         loss=_DistillationLoss(text, real, config, teacher, seed), evaluate=evaluate,
-        evaluate_every_steps=config.evaluate_every_steps or config.training.total_steps, identity=identity,
+        evaluate_every_steps=config.evaluate_every_steps or config.training.total_steps,
+        keep_best=None if held_out is None else "ce", identity=identity,
     )  # fmt: skip
     if folder is not None:
         history += [_progress(line) for line in read_metrics(folder / METRICS) if line["kind"] == "eval"]
     trainer.run()
     if held_out is not None:
-        best.restore(trainer.parameters)
+        trainer.restore_best()
     model.eval()
     kept = history[-1] if held_out is None else min(history, key=lambda line: math.inf if line.ce is None else line.ce)
     return DenseResult(
@@ -268,8 +266,8 @@ class _Numbers:
         return np.zeros((len(starts_N), count), dtype=np.int64)
 
 
-class _DistillationLoss:
-    """Samples and real text, drawn by their weights as a function of (seed, step): a `BatchLoss`.
+class _DistillationLoss(BatchLoss):
+    """Samples and real text, drawn by their weights as a function of (seed, step).
 
     What the loop hands around are numbers of sequences, whose ids are looked up when their loss is taken.
     """
@@ -284,7 +282,7 @@ class _DistillationLoss:
         self._parts = [(text, batch - count)] + ([] if real is None else [(real, count)])
         self._tokens_NT1 = torch.cat([one.tokens_NT1 for one, _ in self._parts])
         self._teacher, self._token_kl, self._seed = teacher, config.token_kl, seed
-        self.tokens_per_sequence = float(text.tokens_NT1.shape[1] - 1)
+        super().__init__(text.tokens_NT1.shape[1] - 1)
 
     def prepare(self, batch: Batch) -> Batch:
         """The numbers of the step's sequences in place of what the loop drew."""

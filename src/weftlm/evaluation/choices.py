@@ -23,7 +23,6 @@ from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean
 from weftlm.evaluation.config import ChoiceTask
 from weftlm.evaluation.perplexity import check_sizes, prompted_nats
 from weftlm.evaluation.result import finite_or_none, ratio_and_error
-from weftlm.models.language_model import LanguageModel
 from weftlm.models.prompted import Prompted, attribute, is_encoder_decoder
 
 
@@ -142,7 +141,7 @@ def _question(record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def score_choices(
-    model: nn.Module | LanguageModel, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], **how: Any
+    model: nn.Module, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion], **how: Any
 ) -> ChoiceResult:
     """Rank every question's choices by `choice_scores`, with its arguments, and sum the ranking up."""
     scores = choice_scores(model, tokenizer, questions, **how)
@@ -155,7 +154,7 @@ def score_choices(
 
 
 def choice_scores(
-    model: nn.Module | LanguageModel,
+    model: nn.Module,
     tokenizer: Tokenizer,
     questions: Sequence[ChoiceQuestion],
     *,
@@ -181,8 +180,7 @@ def choice_scores(
     judged after the same text. Choices are never cut.
 
     Args:
-        model: A Hugging Face causal or encoder-decoder language model (bare, or wrapped by accelerate), or a
-            `LanguageModel`.
+        model: A Hugging Face causal or encoder-decoder language model (bare, or wrapped by accelerate).
         tokenizer: The model's own tokenizer.
         questions: What to ask.
         batch_size: Choices per forward pass.
@@ -220,7 +218,7 @@ def choice_scores(
             )
         kept_P = np.concatenate([prompt_P[max(0, len(prompt_P) - room) :].astype(np.int64), end])
         rows += [Prompted(kept_P, np.concatenate([choice_C.astype(np.int64), end])) for choice_C in own]
-    size = model.vocab_size if isinstance(model, LanguageModel) else attribute(attribute(model, "config"), "vocab_size")
+    size = attribute(attribute(model, "config"), "vocab_size")
     largest = max(int(ids.max()) for row in rows for ids in row)
     if isinstance(size, int) and largest >= size:  # a GPU would report it without saying what is wrong
         raise ConfigError(
@@ -260,9 +258,7 @@ def read_tasks(tasks: Sequence[ChoiceTask]) -> Questions:
     return found
 
 
-def score_tasks(
-    model: nn.Module | LanguageModel, tokenizer: Tokenizer, questions: Questions, **how: Any
-) -> dict[str, ChoiceResult]:
+def score_tasks(model: nn.Module, tokenizer: Tokenizer, questions: Questions, **how: Any) -> dict[str, ChoiceResult]:
     """`score_choices` of each task, with its arguments but the separator; an error names the task."""
     found = {}
     for name, (task, asked) in questions.items():

@@ -16,7 +16,6 @@ from weftlm.corpora.source import Source
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.result import SetResult, WindowScores
 from weftlm.models.hf import token_losses
-from weftlm.models.language_model import LanguageModel
 from weftlm.models.prompted import Prompted, PromptedExamples, batches_by_length, is_encoder_decoder, target_nats
 from weftlm.threads import follow_load
 
@@ -49,7 +48,7 @@ def windows_of(
 
 
 def evaluate_source(
-    model: nn.Module | LanguageModel,
+    model: nn.Module,
     source: Source,
     *,
     sequence_length: int,
@@ -69,7 +68,8 @@ def evaluate_source(
     The model is put in evaluation mode, run without gradient, and every module's mode is put back afterwards.
 
     Args:
-        model: A `LanguageModel`, or a Hugging Face causal language model (bare, or wrapped by accelerate).
+        model: Causal language model whose output has `.logits`, as those of Hugging Face (bare, or wrapped by
+            accelerate), routed and gated ones have; logits may be log-probabilities.
         source: Held-out tokens.
         sequence_length: T, tokens scored per window.
         batch_size: Windows per forward pass.
@@ -89,11 +89,7 @@ def evaluate_source(
 
     def nats_of(chosen_B: NDArray[np.int64]) -> Tensor:
         read_BT1 = source.read_many(starts_N[chosen_B], int(tokens_N[chosen_B[0]]) + 1)
-        tokens_BT1 = torch.from_numpy(read_BT1).to(device)
-        if isinstance(model, LanguageModel):
-            logp_BTV = model.log_probs(tokens_BT1[:, :-1])
-            return -logp_BTV.gather(-1, tokens_BT1[:, 1:, None]).squeeze(-1).cpu().double().sum(dim=1)
-        return token_losses(model, tokens_BT1).cpu().double().sum(dim=1)
+        return token_losses(model, torch.from_numpy(read_BT1).to(device)).cpu().double().sum(dim=1)
 
     batches = []
     for length in np.unique(tokens_N)[::-1]:
@@ -108,7 +104,7 @@ def evaluate_source(
 
 
 def evaluate_examples(
-    model: nn.Module | LanguageModel,
+    model: nn.Module,
     examples: Examples,
     *,
     sequence_length: int,
@@ -142,7 +138,7 @@ def evaluate_examples(
 
 
 def prompted_nats(
-    model: nn.Module | LanguageModel,
+    model: nn.Module,
     rows: Sequence[Prompted],
     batch_size: int,
     what: str,
@@ -152,13 +148,13 @@ def prompted_nats(
 ) -> NDArray[np.float64]:
     """The loss of each row's target after its prompt, nats.
 
-    Torch modules get batches padded on the right with an attention mask, sorted by length; a `LanguageModel`, which
-    takes no mask, gets batches of equal lengths. A model whose attribute `accepts_routing_mask` is True also gets
-    `routing_mask`, routing_mask_BT of the shape of the prompt's ids: True on the tokens of the prompt, False on target
-    and padding, so that a router of whole sequences decides by the prompt alone.
+    Batches are padded on the right with an attention mask, and sorted by length. A model whose attribute
+    `accepts_routing_mask` is True also gets `routing_mask`, routing_mask_BT of the shape of the prompt's ids: True on
+    the tokens of the prompt, False on target and padding, so that a router of whole sequences decides by the prompt
+    alone.
     """
-    encoder, equal = is_encoder_decoder(model), isinstance(model, LanguageModel)
-    batches = [np.array(each) for each in batches_by_length(rows, batch_size, encoder=encoder, equal_lengths=equal)]
+    encoder = is_encoder_decoder(model)
+    batches = [np.array(each) for each in batches_by_length(rows, batch_size, encoder=encoder)]
 
     def nats_of(batch_B: NDArray[np.int64]) -> Tensor:
         return target_nats(model, [rows[index] for index in batch_B], torch.device(device), encoder=encoder)
@@ -167,12 +163,10 @@ def prompted_nats(
 
 
 @contextmanager
-def evaluation_mode(model: object) -> Iterator[None]:
-    """Put a module, or the modules an object holds, in evaluation mode; put each submodule's own mode back after."""
-    roots = [model] if isinstance(model, nn.Module) else [v for v in vars(model).values() if isinstance(v, nn.Module)]
-    modes = [(module, module.training) for root in roots for module in root.modules()]
-    for root in roots:
-        root.eval()
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; put each submodule's own mode back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
@@ -192,7 +186,7 @@ def check_sizes(least: int, **sizes: int | None) -> None:
 
 
 def scored_in_batches(
-    model: object,
+    model: nn.Module,
     batches: Sequence[NDArray[np.int64]],
     nats_of: Callable[[NDArray[np.int64]], Tensor],
     what: str,

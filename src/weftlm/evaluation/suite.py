@@ -16,7 +16,6 @@ from weftlm.evaluation.choices import ChoiceResult
 from weftlm.evaluation.config import EvaluationConfig
 from weftlm.evaluation.perplexity import evaluate_examples, evaluate_source
 from weftlm.evaluation.result import MeanResult, SetResult, mean_result, paired_difference
-from weftlm.models.language_model import LanguageModel
 
 TARGET = "target"
 """The name of the target's held-out set in every result."""
@@ -58,7 +57,7 @@ class SuiteResult:
 
 
 def evaluate_suite(
-    model: nn.Module | LanguageModel,
+    model: nn.Module,
     domains: Mapping[str, Source],
     target: Source | None = None,
     *,

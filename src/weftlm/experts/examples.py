@@ -23,6 +23,7 @@ from weftlm.models.prompted import PromptedExamples, is_encoder_decoder, target_
 from weftlm.training.config import AlignmentConfig, TrainingConfig
 from weftlm.training.estimators.direction import sum_over_ranks
 from weftlm.training.loop import Task, Trainer
+from weftlm.training.losses import BatchLoss
 from weftlm.training.runtime import Runtime
 
 
@@ -107,8 +108,8 @@ class ExampleNumbers:
         return np.repeat(starts_N[:, None] // self._length, count, axis=1)
 
 
-class ExampleLoss:
-    """The loss of whole examples, of decoder-only or encoder-decoder models: a `BatchLoss` over `ExampleNumbers`.
+class ExampleLoss(BatchLoss):
+    """The loss of whole examples, of decoder-only or encoder-decoder models, over `ExampleNumbers`.
 
         loss = sum_b sum_j -log p(target[b, j] | prompt[b], target[b, :j]) / sum_b tokens[b]
 
@@ -121,7 +122,7 @@ class ExampleLoss:
     def __init__(self, prompted: PromptedExamples, device: torch.device) -> None:
         self.prompted, self._device = prompted, device
         self._targets_N = prompted.targets_N
-        self.tokens_per_sequence = float((prompted.prompts_N + self._targets_N).mean())
+        super().__init__((prompted.prompts_N + self._targets_N).mean())
 
     def prepare(self, batch: Batch) -> Batch:
         """Weigh every example by its target tokens; neighbours in the batch are of about one length, to pad little."""

@@ -30,10 +30,9 @@ from torch import Tensor, nn
 from weftlm.errors import ConfigError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import CONFIG, WEIGHTS, BaseReference, LoRAExpert, LoRAFactors, plain
 from weftlm.files import SEAL, check_sealed, parse_json, whole_folder
-from weftlm.models.factory import load_model, peft_warnings
-from weftlm.models.lora_targets import ALL_LINEAR, linear_widths
-from weftlm.models.open import load_base
-from weftlm.models.patterns import matches, named_by
+from weftlm.models.factory import peft_warnings
+from weftlm.models.lora_targets import ALL_LINEAR, linear_widths, matches, named_by
+from weftlm.models.open import load_base, require_decoder_only
 
 MAX_UPDATE_NORM = 1e4
 """Largest ||scale * B A||_F taken for a trained adapter; the weights of large models have norms of about 1e2."""
@@ -185,9 +184,11 @@ def load_trained(folder: Path, *, dtype: str = "float32") -> nn.Module:
     """Open what `weftlm train` wrote: a whole model, or an adapter with the name of its base.
 
     Raises:
-        ConfigError, ExpertError: as `load_model` and `load_adapted`.
+        ConfigError, ExpertError: as `load_base` and `load_adapted`, or the model is an encoder-decoder.
     """
-    return load_adapted(folder, dtype=dtype) if (folder / CONFIG).exists() else load_model(folder)
+    if (folder / CONFIG).exists():
+        return load_adapted(folder, dtype=dtype)
+    return require_decoder_only(load_base(str(folder), dtype="auto"), str(folder))
 
 
 def write_lora(folder: Path, expert: LoRAExpert) -> None:

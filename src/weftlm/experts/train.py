@@ -36,14 +36,13 @@ from weftlm.experts.statistics import collect_statistics
 from weftlm.models.factory import count_parameters, with_lora
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.prompted import is_encoder_decoder
-from weftlm.training.best import BestWeights
 from weftlm.training.config import NOT_DECIDING, TrainingConfig
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
 log = logging.getLogger(__name__)
 
-ADAPTER, GATE, BEST = "adapter", "gate", "best.safetensors"
+ADAPTER, GATE = "adapter", "gate"
 
 _LOSSES = ("nats_per_token", "bits_per_byte", "scored_tokens")
 
@@ -118,14 +117,10 @@ def train_expert(
     with unchanged(model):
         model.to(runtime.device)
         peft_model = _untrained(model, config.lora, base, seed)
-        best = BestWeights(folder / BEST, identity)
 
         def validate(module: nn.Module) -> dict[str, Any]:
             assert heldout is not None
-            found = held_out_losses(module, heldout, config, runtime.device)
-            if selecting and trainer.accelerator.is_main_process:
-                best.offer(trainer.step, found["nats_per_token"], trainer.parameters)
-            return found
+            return held_out_losses(module, heldout, config, runtime.device)
 
         trainer = domain_trainer(
             peft_model,
@@ -137,6 +132,7 @@ def train_expert(
             seed=seed,
             evaluate=None if heldout is None else validate,
             evaluate_every_steps=0 if heldout is None else config.validate_every_steps or config.training.total_steps,
+            keep_best="nats_per_token" if selecting else None,
             identity=identity,
         )
         result = trainer.run()
@@ -144,11 +140,8 @@ def train_expert(
         if heldout is not None:
             lines = [line for line in read_metrics(folder / ADAPTER / "metrics.jsonl") if line["kind"] == "eval"]
             found = {line["step"]: {key: line[key] for key in _LOSSES} for line in lines}
-            if result.step not in found:  # the data ended before the last step
-                found[result.step] = validate(peft_model)
-            trainer.accelerator.wait_for_everyone()
             if selecting:
-                kept_step = best.restore(trainer.parameters)
+                kept_step = trainer.restore_best()
             length = config.training.sequence_length
             losses = {"before": found.get(0), "after": found[kept_step], "sequence_length": length}
             log.info("expert %s: kept the adapter of step %d of %d", name, kept_step, result.step)

@@ -31,8 +31,7 @@ from weftlm.experts.low_rank import LowRank, Rows, placement
 from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.lora_targets import outline
-from weftlm.models.open import check_vocabulary, load_base, read_config
+from weftlm.models.open import check_vocabulary, load_base, outline, read_config
 
 LOGITS = 1 << 26
 """Logits (sequences x tokens x vocabulary) made in one pass at most where they need not be kept."""

@@ -38,7 +38,7 @@ from weftlm.gating.modular_cache import ModularCache, rows_of
 from weftlm.gating.modular_reader import ModularReader
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
-from weftlm.models.stepping import Stepping
+from weftlm.models.open import Stepping
 
 _PER_EXPERT = ("output_hidden_states", "output_attentions")
 """Arguments of `forward` that ask for what each expert has of its own."""
@@ -76,7 +76,7 @@ class _Saved(Section):
 
 
 class ModularLM(PreTrainedModel, GenerationMixin):
-    """A gated model: see the top of this file. A `LanguageModel`, and a model for `generate`.
+    """A gated model: see the top of this file. Its logits are log-probabilities.
 
     Greedy decoding, sampling, beams and left padding work; assisted generation does not.
 
@@ -211,7 +211,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def log_probs(self, tokens_BT: Tensor) -> Tensor:
-        """log pi(. | tokens[:, :t + 1]) for every position t, BTV, nats, float32: see `LanguageModel`."""
+        """log pi(. | tokens[:, :t + 1]) for every position t, BTV, nats, float32, normalised over V."""
         return self._whole(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
 
     def _whole(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

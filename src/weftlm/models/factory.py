@@ -5,19 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
+from transformers import AutoConfig, PretrainedConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, did_you_mean, reason
 from weftlm.models.config import LoRASection, ModelConfig
 from weftlm.models.lora_targets import check_targets, lora_targets
-from weftlm.models.open import check_vocabulary, config_at_hand, load_base, require_decoder_only
+from weftlm.models.open import check_vocabulary, config_at_hand, from_architecture, load_base, require_decoder_only
 
 _SMALL_LLAMA = {
     "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -114,6 +113,8 @@ def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length
         built: PretrainedConfig = AutoConfig.for_model(name, **sizes)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model.config does not make a {name}: {reason(error)}") from error
+    if built.is_encoder_decoder:
+        raise ConfigError(f"model.architecture {name!r} is an encoder-decoder; try llama, gpt2 or qwen2")
     if why := uneven_heads(built):
         raise ConfigError(f"model.config has {why}")
     return built
@@ -159,32 +160,6 @@ def uneven_heads(config: PretrainedConfig) -> str | None:
             "of num_key_value_heads"
         )
     return None
-
-
-def from_architecture(config: PretrainedConfig) -> Any:
-    """A model with fresh weights.
-
-    Raises:
-        ConfigError: the configuration's sizes do not fit each other, or it is of no causal language model.
-    """
-    try:
-        return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"model.config does not make a {config.model_type} language model: {reason(error)}"
-        ) from error
-
-
-def load_model(folder: Path) -> nn.Module:
-    """Load a whole causal language model that weftlm or transformers saved, in the dtype it was stored in.
-
-    Args:
-        folder: what `save_pretrained` wrote.
-    Raises:
-        ConfigError: the folder holds no loadable causal language model.
-        DataError: a file of it is missing or was altered since weftlm wrote it.
-    """
-    return require_decoder_only(load_base(str(folder), dtype="auto"), str(folder))
 
 
 @contextmanager

@@ -1,24 +1,31 @@
 """The modules of a model that LoRA adapts, known from its configuration before anything is trained.
 
 The results are full names of linear modules, so that an adapter trained on them is one that the expert library,
-exports and the server take.
+exports and the server take. Settings name modules by their full names, by ends of names and by regular expressions,
+which come from files and recipes and are matched within a bound of time: a short pattern can take years on a short
+name, and `re` cannot be interrupted; `regex` can.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
-import torch
+import regex
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, reason
-from weftlm.models.patterns import named_by
+from weftlm.models.open import outline
 
 ALL_LINEAR = "all-linear"
+MAX_PATTERN = 4096
+"""Largest length of one pattern, in characters."""
+MAX_SECONDS = 2.0
+"""Largest time for all names of a setting's patterns."""
 _SHOWN = 6
 _CONVERSION = "peft.utils.transformers_weight_conversion"
 
@@ -111,16 +118,60 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
-def outline(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of a configuration on the meta device: modules and shapes, no memory.
+def named_by(entries: str | Sequence[str], names: Sequence[str], what: str) -> dict[str, set[str]]:
+    """The modules that each entry of a setting means, as PEFT reads it.
 
+    A text is a regular expression of whole names; an entry of a list is the end of names, from a dot or the start on.
+
+    Args:
+        entries: Setting.
+        names: Names of modules.
+        what: The setting's name, for messages.
     Raises:
-        ConfigError: the configuration is of no language model.
+        ConfigError: as `matches`.
     """
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError) as error:
-        raise ConfigError(f"the configuration makes no {config.model_type} language model: {reason(error)}") from error
-    return model
+    if isinstance(entries, str):
+        (hits,) = matches([entries], names, what)
+        return {entries: {name for name, hit in zip(names, hits, strict=True) if hit}}
+    ends: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for first in range(len(parts)):
+            ends.setdefault(".".join(parts[first:]), set()).add(name)
+    return {each: ends.get(each, set()) for each in entries}
+
+
+def matches(patterns: Sequence[str], names: Sequence[str], what: str, *, tail: bool = False) -> list[list[bool]]:
+    r"""Which names each pattern matches.
+
+        matches([r"model\.layers\.[01]\..*q_proj"], ["model.layers.1.self_attn.q_proj"], "target_modules")
+        -> [[True]]
+
+    Args:
+        patterns: Regular expressions.
+        names: Names of modules.
+        what: The setting they come from, for messages.
+        tail: Match the end of a name from any dot on too, `(.*\.)?(pattern)`; else the whole name.
+    Returns:
+        For each pattern, for each name.
+    Raises:
+        ConfigError: a pattern is no regular expression or longer than `MAX_PATTERN`, or matching takes more than
+            `MAX_SECONDS`.
+    """
+    cure = "write it with module names and simple wildcards, or list the modules"
+    end = time.monotonic() + MAX_SECONDS
+    found = []
+    for pattern in patterns:
+        if len(pattern) > MAX_PATTERN:
+            raise ConfigError(f"{what} has a pattern of {len(pattern):,} characters; the limit is {MAX_PATTERN:,}")
+        try:
+            compiled = regex.compile(rf"(.*\.)?({pattern})" if tail else pattern)
+            hits = [compiled.fullmatch(name, timeout=max(0.01, end - time.monotonic())) is not None for name in names]
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"{what}: {pattern!r:.80} is not a regular expression ({reason(error)}); {cure}"
+            ) from error
+        except (TimeoutError, MemoryError) as error:
+            raise ConfigError(f"{what}: {pattern!r:.80} needs too much time or memory to match; {cure}") from error
+        found.append(hits)
+    return found

@@ -1,6 +1,7 @@
 """Pretrained language models: every tensor accounted for, safetensors only, no code of their own.
 
-`load_base` opens a model, `read_config` its configuration alone. Every part of weftlm opens its models here.
+`load_base` opens a model, `read_config` its configuration alone; `stepping_of` says how one is run token by token.
+Every part of weftlm opens its models here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -153,6 +155,25 @@ def read_config(name: str, *, revision: str | None = None, local_files_only: boo
     return config
 
 
+def from_architecture(config: PretrainedConfig) -> Any:
+    """A language model of a configuration with fresh weights, decoder-only or encoder-decoder.
+
+    Raises:
+        ConfigError: the configuration's sizes do not fit each other, or it is of no language model.
+    """
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        return kind.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"the configuration makes no {config.model_type} language model: {reason(error)}") from error
+
+
+def outline(config: PretrainedConfig) -> Any:
+    """The same on the meta device: modules and shapes, no memory."""
+    with torch.device("meta"):
+        return from_architecture(config)
+
+
 def config_at_hand(name: str, revision: str | None = None) -> PretrainedConfig | None:
     """The configuration of a model in a folder or in the hub's local cache; None where it is not there."""
     try:
@@ -216,6 +237,33 @@ def keeps_cache(model: nn.Module) -> bool:
     return _CACHED[model]
 
 
+@dataclass(frozen=True)
+class Stepping:
+    """What an engine must know of a model to run it token by token; a model's `stepper()` gives it.
+
+    Attributes:
+        inner: Models of transformers whose `forward` a pass ends in.
+        keeps_cache: Whether all that is carried from token to token is a cache passed as `past_key_values`.
+        in_pieces: Whether a prompt read in pieces gives what it gives in one pass.
+        takes_prompt_mask: Whether `forward` takes `routing_mask`, true for the tokens of the prompt.
+    """
+
+    inner: tuple[nn.Module, ...]
+    keeps_cache: bool
+    in_pieces: bool
+    takes_prompt_mask: bool = False
+
+
+def stepping_of(model: Any) -> Stepping:
+    """How a model is stepped: as its `stepper()` says, else as a model of transformers, bare or under PEFT."""
+    if hasattr(model, "stepper"):
+        found: Stepping = model.stepper()
+        return found
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cached = keeps_cache(inner)
+    return Stepping((inner,), keeps_cache=cached, in_pieces=cached)
+
+
 # -- what was written -------------------------------------------------------------------------------------------------
 
 
@@ -225,10 +273,13 @@ def probe_logits(model: Any) -> Tensor:
     longest = getattr(model.config, "max_position_embeddings", None) or _PROBE[1]
     shape = _PROBE[0], min(_PROBE[1], int(longest))
     ids_BT = torch.randint(min(_rows(model)), shape, generator=torch.Generator().manual_seed(0))
-    ids_BT = ids_BT.to(next(model.parameters()).device)
+    return _logits(model, ids_BT.to(next(model.parameters()).device)).float().cpu()
+
+
+def _logits(model: Any, ids_BT: Tensor) -> Tensor:
     arguments = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
     logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **arguments).logits
-    return logits_BTV.float().cpu()
+    return logits_BTV
 
 
 def check_written(folder: Path, wanted_BTV: Tensor) -> None:
@@ -343,15 +394,14 @@ def _try_out(name: str, model: PreTrainedModel) -> None:
     if getattr(model, "is_quantized", False) or model.num_parameters() * cost > _TRIAL_PARAMETERS:
         return
     ids_BT = torch.tensor([[0, 1, 2], [0, 1, 3]]) % min(_rows(model))
-    arguments = {"decoder_input_ids": ids_BT} if model.config.is_encoder_decoder else {}
     try:
         with _quiet():
-            logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **arguments).logits
+            logits_BTV = _logits(model, ids_BT)
     except Exception as error:
         raise _refusal(name, f"the model cannot run: {reason(error)}") from error
     if not bool(logits_BTV.isfinite().all()):
         raise _refusal(name, f"the model's logits are not finite; check {_CONFIG}, or download the model again")
-    if not arguments:
+    if not model.config.is_encoder_decoder:
         first, second = logits_BTV[:, :2].float()
         if float((first - second).abs().max()) > 0.02 * float(logits_BTV.float().abs().max().clamp_min(1e-6)):
             raise _refusal(name, f"a {model.config.model_type} model whose predictions read later tokens is no causal "

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from weftlm.corpora.examples import Examples
 from weftlm.errors import ConfigError
-from weftlm.models.language_model import LanguageModel
 
 IGNORED = -100
 """The label that Hugging Face losses ignore."""
@@ -125,8 +125,6 @@ class PromptedExamples:
 
 def is_encoder_decoder(model: object) -> bool:
     """Whether a model, bare or wrapped, has an encoder of its own for the prompt."""
-    if isinstance(model, LanguageModel):
-        return False
     return getattr(attribute(model, "config"), "is_encoder_decoder", False) is True
 
 
@@ -136,30 +134,22 @@ def attribute(model: object, name: str) -> Any:
     return value if value is not None else getattr(getattr(model, "module", None), name, None)
 
 
-def batches_by_length(
-    rows: Sequence[Prompted], batch_size: int, *, encoder: bool, equal_lengths: bool = False
-) -> Iterator[list[int]]:
+def batches_by_length(rows: Sequence[Prompted], batch_size: int, *, encoder: bool) -> Iterator[list[int]]:
     """Indices of rows of about one length, the longest first, so that what does not fit in memory fails at once.
 
     Args:
         rows: Prompts with their targets.
         batch_size: Maximum number of rows in a batch.
         encoder: Whether prompts and targets are read apart.
-        equal_lengths: Whether all rows of a batch have one length, so that none is padded.
     """
 
     def length(index: int) -> tuple[int, int]:
         prompt, target = len(rows[index].prompt_P), len(rows[index].target_C)
         return (prompt, target) if encoder else (prompt + target, 0)
 
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=length, reverse=True):
-        if batch and (len(batch) == batch_size or (equal_lengths and length(index) != length(batch[0]))):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    order = sorted(range(len(rows)), key=length, reverse=True)
+    for first in range(0, len(order), batch_size):
+        yield order[first : first + batch_size]
 
 
 @dataclass(frozen=True)
@@ -209,23 +199,18 @@ def model_arguments(model: object, inputs: PromptedInputs, device: torch.device)
     given = {"input_ids": inputs.tokens_BT.to(device), "attention_mask": inputs.mask_BT.to(device).long()}
     if inputs.encoder:
         given["labels"] = inputs.labels_BX.to(device)
-    return {**given, "use_cache": False, **_routing_mask(model, inputs, device)}
+    if attribute(model, "accepts_routing_mask") is True:
+        given["routing_mask"] = inputs.prompt_mask_BT.to(device)
+    return {**given, "use_cache": False}
 
 
-def _routing_mask(model: object, inputs: PromptedInputs, device: torch.device) -> dict[str, Tensor]:
-    accepted = attribute(model, "accepts_routing_mask") is True
-    return {"routing_mask": inputs.prompt_mask_BT.to(device)} if accepted else {}
-
-
-def target_nats(
-    model: nn.Module | LanguageModel, batch: Sequence[Prompted], device: torch.device, *, encoder: bool
-) -> Tensor:
+def target_nats(model: nn.Module, batch: Sequence[Prompted], device: torch.device, *, encoder: bool) -> Tensor:
     """The loss of each row, summed over its target's tokens.
 
         nats[b] = -sum_j log p(target[b, j] | prompt[b], target[b, :j])
 
     Args:
-        model: Hugging Face model, bare or wrapped, or a `LanguageModel`.
+        model: Hugging Face model, bare or wrapped.
         batch: Prompts with their targets.
         device: Device of the model.
         encoder: Whether the model has an encoder for the prompt.
@@ -236,12 +221,9 @@ def target_nats(
         ConfigError: the model returns scores for other positions than it was given.
     """
     inputs = prompted_inputs(batch, encoder=encoder)
-    known_BX = inputs.labels_BX.to(device) != IGNORED
-    scores_BXV: Tensor
-    if isinstance(model, LanguageModel):
-        scores_BXV = model.log_probs(inputs.tokens_BT.to(device), **_routing_mask(model, inputs, device))
-    else:
-        scores_BXV = model(**model_arguments(model, inputs, device)).logits
+    labels_BX = inputs.labels_BX.to(device)
+    known_BX = labels_BX != IGNORED
+    scores_BXV: Tensor = model(**model_arguments(model, inputs, device)).logits
     if scores_BXV.shape[:2] != known_BX.shape:
         raise ConfigError(
             f"the model returned scores of shape {tuple(scores_BXV.shape)} for {known_BX.shape[0]} sequences of "
@@ -250,9 +232,5 @@ def target_nats(
     scores_NV = scores_BXV[known_BX]
     if scores_NV.dtype in (torch.float16, torch.bfloat16):
         scores_NV = scores_NV.float()
-    logp_NV = scores_NV if isinstance(model, LanguageModel) else torch.log_softmax(scores_NV, dim=-1)
-    logp_N = logp_NV.gather(-1, inputs.labels_BX.to(device)[known_BX][:, None]).squeeze(-1)
-    tokens_B1 = known_BX.sum(dim=1, keepdim=True)
-    there_BC = torch.arange(int(tokens_B1.max()), device=device) < tokens_B1
-    logp_BC = torch.zeros(there_BC.shape, dtype=logp_N.dtype, device=device).masked_scatter(there_BC, logp_N)
-    return -logp_BC.sum(dim=1)
+    nats_N = F.cross_entropy(scores_NV, labels_BX[known_BX], reduction="none")
+    return torch.zeros(known_BX.shape, dtype=nats_N.dtype, device=device).masked_scatter(known_BX, nats_N).sum(dim=1)

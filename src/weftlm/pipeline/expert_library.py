@@ -85,8 +85,7 @@ def import_experts(
 def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]:
     """A base with its fingerprint, and its modules and shapes; None for both where it is not a folder here."""
     from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch
-    from weftlm.models.lora_targets import outline  # noqa: PLC0415 - torch
-    from weftlm.models.open import config_at_hand, load_base  # noqa: PLC0415 - torch
+    from weftlm.models.open import config_at_hand, load_base, outline  # noqa: PLC0415 - torch
 
     if not is_folder(reference.name):
         log.warning(

@@ -21,14 +21,14 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from weftlm.gating.config import ExpertSource
 from weftlm.gating.experts import ExpertPool, experts_per_pass
 from weftlm.models.config import LoRASection
-from weftlm.models.factory import count_parameters, from_architecture, with_lora
-from weftlm.models.lora_targets import linear_widths, lora_targets, outline
-from weftlm.models.open import DTYPES
+from weftlm.models.factory import count_parameters, with_lora
+from weftlm.models.lora_targets import linear_widths, lora_targets
+from weftlm.models.open import DTYPES, from_architecture, outline
 from weftlm.planning.hardware import Work
 from weftlm.training.parallel import decoder_layers
 
@@ -203,9 +203,8 @@ class Counted:
         """The model with random weights, its adapter put in."""
         config = copy.deepcopy(self.config)
         config.dtype = DTYPES[self.dtype]
-        kind: Any = AutoModelForSeq2SeqLM.from_config if config.is_encoder_decoder else from_architecture
         with torch.device(device), warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model = kind(config)
+            model = from_architecture(config)
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 model.enable_input_require_grads()

@@ -26,8 +26,7 @@ from weftlm.experts.statistics import BIGRAM_BUCKETS
 from weftlm.gating.config import gates
 from weftlm.mixture.policy import build_policy
 from weftlm.models.factory import architecture_config
-from weftlm.models.lora_targets import outline
-from weftlm.models.open import read_config, require_decoder_only
+from weftlm.models.open import outline, read_config, require_decoder_only
 from weftlm.pipeline.checks import known_domains
 from weftlm.pipeline.data_config import MANIFEST
 from weftlm.pipeline.prepared import PreparedData

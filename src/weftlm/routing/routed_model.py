@@ -28,9 +28,8 @@ from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
 from weftlm.models.lora_targets import linear_widths
-from weftlm.models.open import keeps_cache, load_base
+from weftlm.models.open import Stepping, keeps_cache, load_base
 from weftlm.models.prompted import is_encoder_decoder
-from weftlm.models.stepping import Stepping
 from weftlm.routing.calls import (
     arguments_of,
     decoder_call,

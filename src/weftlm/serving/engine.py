@@ -21,7 +21,7 @@ from time import monotonic, perf_counter
 import torch
 from torch import Tensor
 
-from weftlm.models.stepping import stepping_of
+from weftlm.models.open import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving.detokenise import AnswerText
 from weftlm.serving.request import (

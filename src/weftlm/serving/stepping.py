@@ -21,7 +21,7 @@ from weftlm.experts.low_rank import Rows
 from weftlm.gating.modular_cache import ModularCache
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.modular_reader import ModularReader
-from weftlm.models.stepping import stepping_of
+from weftlm.models.open import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing.calls import _MEMORY as MEMORY
 from weftlm.routing.router import Memory

@@ -34,7 +34,7 @@ from weftlm.threads import follow_load
 from weftlm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from weftlm.training.config import AlignmentConfig, TrainingConfig, derive_seed, learning_rate
 from weftlm.training.estimators.direction import reshard
-from weftlm.training.losses import BatchLoss, NextTokenLoss
+from weftlm.training.losses import BatchLoss
 from weftlm.training.metrics import METRICS, MetricsLog, check_metrics
 from weftlm.training.mixture_run import MixtureOptions, MixtureRun, Share, Task
 from weftlm.training.parallel import shard, whole
@@ -83,6 +83,7 @@ class Trainer:
         loss: what is minimised; absent: the cross-entropy of next tokens.
         evaluate: called with the model every `evaluate_every_steps`; its result is logged.
         evaluate_every_steps: 0 evaluates never.
+        keep_best: key of a loss that `evaluate` gives: the weights of its lowest value are kept, for `restore_best`.
         identity: JSON value that says what is trained; a checkpoint of another identity is refused.
         trackers: get the numbers of every metric line.
         may_shard: the caller can work with a model whose parameters are split over processes: it calls the trainer,
@@ -105,14 +106,15 @@ class Trainer:
         loss: BatchLoss | None = None,
         evaluate: Evaluate | None = None,
         evaluate_every_steps: int = 0,
+        keep_best: str | None = None,
         identity: Any = "",
         trackers: tuple[Any, ...] = (),
         may_shard: bool = False,
     ) -> None:
         self.task, self.config, self.runtime = task, config, runtime
         self.folder, self.seed, self.identity = folder, seed, parse_json(json.dumps(identity))
-        self.evaluate, self.evaluate_every_steps = evaluate, evaluate_every_steps
-        self.loss = NextTokenLoss(config.sequence_length) if loss is None else loss
+        self.evaluate, self.evaluate_every_steps, self.keep_best = evaluate, evaluate_every_steps, keep_best
+        self.loss = BatchLoss(config.sequence_length) if loss is None else loss
         self.accelerator = Accelerator(cpu=runtime.device.type == "cpu")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -144,6 +146,7 @@ class Trainer:
             log.warning(warning)
         if warmup >= total:
             log.warning("warm-up takes %d of %d steps: the peak learning rate is never reached", warmup, total)
+        self._best: Checkpoint | None = None
         self.last_loss: float | None = None
         self.evaluated_step = -1
         self.stopping = False
@@ -199,6 +202,9 @@ class Trainer:
         load_tensors(self.module, self.optimizer, self.parameters, checkpoint.tensors)
         self.mixture.load_state_dict(checkpoint.state)
         self.seconds = dict(checkpoint.state["seconds"])
+        if best := checkpoint.state.get("best"):
+            kept = {name: checkpoint.tensors[f"best.{name}"] for name in self.parameters}
+            self._best = Checkpoint(best["step"], kept, {"loss": best["loss"]})
         log.info("continuing from step %d", self.step)
 
     def save(self) -> None:
@@ -220,6 +226,9 @@ class Trainer:
                 **self.mixture.state_dict(meter),
                 "seconds": self.seconds,
             }
+            if self._best is not None:
+                tensors |= {f"best.{name}": tensor for name, tensor in self._best.tensors.items()}
+                state["best"] = {"step": self._best.step, **self._best.state}
             save_checkpoint(
                 self.folder / "checkpoints", Checkpoint(self.step, tensors, state), keep=self.config.keep_checkpoints
             )
@@ -271,6 +280,8 @@ class Trainer:
                     loss, norm = self.train_step()
                 except SamplerExhausted as error:
                     log.warning("training ends at step %d of %d: %s", self.step, total, error)
+                    if self.evaluated_step != self.step:
+                        self._evaluate()
                     self.save()
                     return str(error)
                 last = self.step == total
@@ -388,8 +399,31 @@ class Trainer:
             return
         start = time.perf_counter()
         result = self.evaluate(self.module)
+        if self.keep_best is not None:
+            self._offer(float(result[self.keep_best]))
         self.module.train()
         reshard(self.module)
         self.metrics.write("eval", self.step, self.tokens, **result)
         self.evaluated_step = self.step
         self.seconds["eval"] += time.perf_counter() - start
+
+    def _offer(self, loss: float) -> None:
+        """Keep the present weights if their loss is lower than every one before, by the mean over processes."""
+        if self.world > 1:
+            loss = float(self.accelerator.reduce(torch.tensor(loss, device=self.device), "mean"))
+        if loss < (math.inf if self._best is None else self._best.state["loss"]):
+            kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+            self._best = Checkpoint(self.step, kept, {"loss": loss})
+
+    def restore_best(self) -> int:
+        """Put the weights of the lowest loss back; returns their step.
+
+        Raises:
+            NumericsError: no loss was finite.
+        """
+        if self._best is None:
+            raise NumericsError("no evaluation gave a finite loss; try a lower training.lr")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self._best.tensors[name])
+        return self._best.step

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor, nn
 
 from weftlm.mixture.loader import Batch
 from weftlm.models.hf import token_losses
 
 
-class BatchLoss(Protocol):
+class BatchLoss:
     """How a batch that was drawn becomes a loss: sum_b w_b mean_t l_bt / B over all processes.
 
-    Attributes:
+    This one is the cross-entropy of every next token, each sequence weighed as the draw says; others derive from it.
+
+    Args:
         tokens_per_sequence: tokens trained on per drawn sequence, on average; for counts and speeds.
     """
 
-    @property
-    def tokens_per_sequence(self) -> float: ...
+    def __init__(self, tokens_per_sequence: float) -> None:
+        self.tokens_per_sequence = float(tokens_per_sequence)
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with its rows replaced, reordered or weighed; called once per step, on every process."""
-        ...
-
-    def __call__(self, model: nn.Module, tokens_BT1: Tensor, /) -> Tensor:
-        """losses_BT of a micro-batch, in nats, with their gradient; T may be 1."""
-        ...
-
-
-class NextTokenLoss:
-    """The cross-entropy of every next token, each sequence weighed as the draw says.
-
-    Args:
-        sequence_length: T, tokens predicted per sequence.
-    """
-
-    def __init__(self, sequence_length: int) -> None:
-        self.tokens_per_sequence = float(sequence_length)
-
-    def prepare(self, batch: Batch) -> Batch:
-        """See `BatchLoss.prepare`."""
         return batch
 
     def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Tensor:
-        """See `BatchLoss.__call__`."""
+        """losses_BT of a micro-batch, in nats, with their gradient; T may be 1."""
         return token_losses(model, tokens_BT1)

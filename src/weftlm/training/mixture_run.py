@@ -50,7 +50,7 @@ from weftlm.training import alignment as align
 from weftlm.training.alignment import Direction
 from weftlm.training.config import AlignmentConfig, derive_seed
 from weftlm.training.estimators.contract import BatchProbe
-from weftlm.training.meter import DomainMeter
+from weftlm.training.estimators.direction import sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class MixtureRun:
         self.reference = None
         if task.reference is not None:
             self.reference = task.reference.to(self.device).eval().requires_grad_(False)
-        self._meter = DomainMeter(len(task.domains), self.device)
+        # By domain since the last report: sequences, and sums of their losses, the reference's and the excess over it.
+        self._sums_4D = torch.zeros(4, len(task.domains), dtype=torch.float64, device=self.device)
         self._counts_D = np.zeros(len(task.domains), dtype=np.int64)
         self.groups_GD = torch.eye(len(task.domains), dtype=torch.float64)
         if "basis" in task.policy.needs and task.setting.basis_ND is not None:
@@ -255,11 +256,14 @@ class MixtureRun:
 
     def meter(self, domains_B: Tensor, tokens_BT1: Tensor, losses_BT: Tensor) -> None:
         """Add the training losses of a micro-batch, and the reference model's on the same tokens."""
-        reference_BT = None
+        losses_BT, domains_B = losses_BT.detach(), domains_B.to(self.device)
+        rows = [torch.ones(len(domains_B), dtype=torch.float64, device=self.device), losses_BT.double().mean(1)]
         if self.reference is not None:
             with torch.no_grad():
                 reference_BT = token_losses(self.reference, tokens_BT1)
-        self._meter.add(domains_B, losses_BT.detach(), reference_BT)
+            rows += [reference_BT.double().mean(1), (losses_BT - reference_BT).clamp(min=0).double().mean(1)]
+        for row, values_B in enumerate(rows):
+            self._sums_4D[row].index_add_(0, domains_B, values_B)
 
     def finish_step(
         self, optimizer: Any, gradient_norm: float | None = None, dots_B: Tensor | None = None
@@ -297,12 +301,22 @@ class MixtureRun:
             step=self.step,
             tokens_D=torch.from_numpy(self._counts_D).double() * self.options.sequence_length,
             alignment=alignment,
-            **(self._meter.report(self.share.num_processes) if self.metering else {}),
+            **(self._mean_losses() if self.metering else {}),
         )
         self.state = self.task.policy.update(self.state, report)
         self._counts_D[:] = 0
         self.sampler.set_weights(self.step, self.task.policy.weights(self.state).numpy())
         return report
+
+    def _mean_losses(self) -> dict[str, Tensor]:
+        """Mean losses over all ranks since the last report, NaN where nothing was drawn; starts the next interval."""
+        sums_4D = self._summed_losses()
+        self._sums_4D.zero_()
+        means = dict(zip(("losses_D", "reference_losses_D", "excess_losses_D"), sums_4D[1:] / sums_4D[0], strict=True))
+        return means if self.reference is not None else {"losses_D": means["losses_D"]}
+
+    def _summed_losses(self) -> Tensor:
+        return sum_over_ranks(self._sums_4D.clone()).cpu()
 
     def _take_direction(self, optimizer: Any) -> Direction:
         """v after so many steps; preconditioned where the policy asks, from the first step on."""
@@ -353,7 +367,7 @@ class MixtureRun:
 
     def meter_state(self) -> dict[str, Any] | None:
         """Sums of losses over all processes; every process must ask. None where losses are not metered."""
-        return self._meter.state_dict(self.share.num_processes) if self.metering else None
+        return {"sums": self._summed_losses().tolist()} if self.metering else None
 
     def state_dict(self, meter: dict[str, Any] | None) -> dict[str, Any]:
         """Everything the rest of the run depends on, as JSON values, exact to the last bit.
@@ -381,7 +395,8 @@ class MixtureRun:
             self.state = state_from_json(self.state, saved["policy"])
             self._counts_D[:] = saved["sequences"]
             if self.metering:
-                self._meter.load_state_dict(saved["meter"], keep=self.share.rank == 0)
+                sums_4D = torch.tensor(saved["meter"]["sums"], dtype=torch.float64)  # kept by one rank alone
+                self._sums_4D.copy_(sums_4D if self.share.rank == 0 else torch.zeros_like(sums_4D))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the state of the mixture cannot be read: {reason(error)}; use an earlier checkpoint"

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from weftlm.corpora.source import ArraySource
 
 
-class BigramModel:
+class BigramModel(nn.Module):
     """p(v | u) from a table: the context beyond one token changes nothing, so windows cannot either."""
 
     def __init__(self, table_VV: NDArray[np.float64]) -> None:
-        self.vocab_size = len(table_VV)
+        super().__init__()
         self.log_table_VV = torch.tensor(np.log(table_VV), dtype=torch.float32)
-        self.batches: list[tuple[int, int]] = []
+        self.batches: list[tuple[int, ...]] = []
 
-    def log_probs(self, tokens_BT: Tensor) -> Tensor:
-        self.batches.append((tokens_BT.shape[0], tokens_BT.shape[1]))
-        return self.log_table_VV[tokens_BT]
+    def forward(self, input_ids: Tensor, **how: Any) -> SimpleNamespace:
+        self.batches.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=self.log_table_VV[input_ids])
 
     def nats(self, source: Any) -> NDArray[np.float64]:
         """Loss of each token but the first, in float64."""

@@ -28,7 +28,7 @@ from weftlm.experts.expert import BaseReference, Gate, LoRAExpert, LoRAFactors
 from weftlm.experts.train import train_gate
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import Trainer
-from weftlm.training.losses import NextTokenLoss
+from weftlm.training.losses import BatchLoss
 
 TRAINING = TrainingConfig(
     steps=1, sequence_length=LENGTH, batch_sequences=8, device="cpu", threads=1, save_every_steps=100
@@ -161,13 +161,13 @@ def test_it_is_adamw_on_the_formula_and_leaves_no_trace(tmp_path: Path, monkeypa
     """By hand: no decay, warm-up, clipping, on the batches the loader draws."""
     model, source, batches = llama(), cyclic_source(), []
     model.model.embed_tokens.weight.requires_grad_(False)
-    before, original = Fingerprint(model), NextTokenLoss.__call__
+    before, original = Fingerprint(model), BatchLoss.__call__
 
-    def spy(self: NextTokenLoss, model: nn.Module, tokens: Tensor) -> Tensor:
+    def spy(self: BatchLoss, model: nn.Module, tokens: Tensor) -> Tensor:
         batches.append(tokens.clone())
         return original(self, model, tokens)
 
-    monkeypatch.setattr(NextTokenLoss, "__call__", spy)
+    monkeypatch.setattr(BatchLoss, "__call__", spy)
     gate = train(model, tmp_path, source=source, config=GateConfig(steps=6, lr=0.1))
     before.check(model)
     losses = []

@@ -14,8 +14,8 @@ from weftlm.experts.expert import BaseReference
 from weftlm.experts.lora import check_fits, from_peft_model
 from weftlm.models.config import LoRASection
 from weftlm.models.factory import with_lora
-from weftlm.models.lora_targets import linear_widths, lora_targets, outline
-from weftlm.models.patterns import named_by
+from weftlm.models.lora_targets import linear_widths, lora_targets, named_by
+from weftlm.models.open import outline
 
 _COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

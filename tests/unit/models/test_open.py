@@ -32,8 +32,7 @@ from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model
 from weftlm.models.fingerprint import base_fingerprint
-from weftlm.models.open import keeps_cache, load_base, read_config
-from weftlm.models.stepping import stepping_of
+from weftlm.models.open import keeps_cache, load_base, read_config, stepping_of
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.export import export_model
 from weftlm.routing.routed_model import RoutedModel

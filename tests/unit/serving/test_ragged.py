@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.prefix_gate import PrefixGate
-from weftlm.models.stepping import stepping_of
+from weftlm.models.open import stepping_of
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.routing import kernels
 from weftlm.serving import engine as engine_module

@@ -86,9 +86,8 @@ def check_mixture(recipe: Recipe) -> None:
 
 def training_plan(recipe: Recipe) -> dict[str, Any]:
     """Steps and tokens of a training, and the parameters of a model from scratch, for which no memory is taken."""
-    import torch  # noqa: PLC0415 - a wrong recipe is refused without it
-
-    from weftlm.models.factory import architecture_config, from_architecture  # noqa: PLC0415 - torch
+    from weftlm.models.factory import architecture_config, count_parameters  # noqa: PLC0415 - torch
+    from weftlm.models.open import outline  # noqa: PLC0415 - torch
 
     model, mixture, training = recipe.trained
     described: dict[str, Any] = {
@@ -101,7 +100,5 @@ def training_plan(recipe: Recipe) -> dict[str, Any]:
         config = architecture_config(
             model, vocab_size=trained.vocab_size, sequence_length=training.sequence_length, eos_id=0
         )
-        with torch.device("meta"):
-            built = from_architecture(config)
-        described["parameters"] = sum(parameter.numel() for parameter in built.parameters())
+        described["parameters"] = count_parameters(outline(config))
     return described
