@@ -21,7 +21,7 @@ from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model
 from weftlm.planning.counts import Counted
 from weftlm.planning.hardware import parse_hardware
-from weftlm.planning.training import Alignments, Run
+from weftlm.planning.training import Run
 from weftlm.training.config import AlignmentConfig, TrainingConfig, estimators
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.runtime import choose_runtime
@@ -89,8 +89,14 @@ def planned(case: tuple[Any, ...], devices: int) -> list[str]:
     training, alignment, policy = settings(*case)
     net = model()
     assert isinstance(net, PreTrainedModel)
-    run = Run(Counted(net.config), training, parse_hardware(f"{devices}xH100"), devices)
-    return chosen(lambda: Alignments(alignment, policy, len(NAMES)).chosen(run)[0])
+    hardware = parse_hardware(f"{devices}xH100")
+    run = Run(Counted(net.config), training, hardware, devices, policy, alignment, len(NAMES))
+
+    def choose() -> Any:
+        found = run.estimator
+        return found and found[0]
+
+    return chosen(choose)
 
 
 def choose_everywhere(rank: int, world: int, folder: Path) -> list[list[str]]:

@@ -16,7 +16,7 @@ from weftlm.errors import ConfigError, WeftError, reason
 
 SOURCE = Path(weftlm.__file__).parent
 OWN = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, WeftError)}
-OWN |= {"ApiError", "QueueFullError", "RefusedError", "SamplerExhausted"}
+OWN |= {"ApiError", "QueueFullError", "SamplerExhausted"}
 AS_IT_IS = {
     "serving/engine.py", "serving/stepping.py",  # to the log, with the exception's name
     # to the client whose body or template is wrong

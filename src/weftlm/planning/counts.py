@@ -24,7 +24,7 @@ import torch
 from transformers import PretrainedConfig
 
 from weftlm.gating.config import ExpertSource
-from weftlm.gating.experts import ExpertPool, experts_per_pass
+from weftlm.gating.experts import ExpertPool
 from weftlm.models.config import LoRASection
 from weftlm.models.factory import count_parameters, with_lora
 from weftlm.models.lora_targets import linear_widths, lora_targets
@@ -163,11 +163,6 @@ class Counted:
         cache = 0.0 if context is None else context * self.kv_bytes
         weights = float(self.parameters * self.item)
         return Work(batch * flops, weights + batch * (moved + cache), CALLS * len(list(self.outline.modules())))
-
-    def of_all(self, batch: int, length: int, context: int | None = None) -> Work:
-        """Forward passes of all experts over one batch, on a GPU; experts share passes as `ExpertPool` does."""
-        together = min(self.experts, experts_per_pass(batch * length, int(self.config.vocab_size), "cuda"))
-        return self.forward(batch * together, length, context) * (self.experts / together)
 
     def step(self, batch: int, length: int) -> Work:
         """Forward and backward pass of a micro-batch."""

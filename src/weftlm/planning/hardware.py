@@ -13,11 +13,10 @@ and direction. With u, the model-FLOPs utilisation, work takes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -133,47 +132,16 @@ class Hardware:
         return LINK_EFFICIENCY * wire
 
     def time(self, work: Work, *, half: bool) -> tuple[float, str]:
-        """Seconds of work on one device, in half precision or in float32, and what takes most of them."""
+        """Seconds of work on one device, in half precision or in float32, and what takes most of them; "-" for none."""
         limits = {
             "compute": work.flops / ((self.device.bf16 if half else self.device.fp32) * self.mfu),
             "memory bandwidth": work.bytes / self.device.bandwidth,
             "overhead": work.calls * self.device.launch,
             "interconnect": work.sent / self.exchange,
         }
-        longest = max(limits.values())
+        seconds = max(limits.values()) + work.seconds
         limits["measured"] = work.seconds
-        return longest + work.seconds, max(limits, key=limits.__getitem__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a plan: FLOPs over all devices, memory and traffic of one, figures, and what to do about problems."""
-
-    name: str
-    what: str
-    time: tuple[float, str] = (0.0, "-")
-    flops: float = 0.0
-    memory_bytes: Mapping[str, float] = field(default_factory=dict)
-    disk_bytes: Mapping[str, float] = field(default_factory=dict)
-    sent_bytes: float = 0.0
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """Wall-clock time."""
-        return self.time[0]
-
-    @property
-    def limit(self) -> str:
-        """The resource that takes most of the time, or "does not fit"."""
-        return "does not fit" if self.problems else self.time[1] if self.seconds else "-"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        value = {**asdict(self), "seconds": self.seconds, "limit": self.limit}
-        del value["time"]
-        return value
+        return seconds, max(limits, key=limits.__getitem__) if seconds else "-"
 
 
 def parse_hardware(text: str) -> Hardware:

@@ -11,7 +11,7 @@ E experts, K chosen, R rank, I and O input and output width, sums over the adapt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from weftlm.corpora.tokens import load_pretrained
 from weftlm.errors import ConfigError
 from weftlm.experts.statistics import BIGRAM_BUCKETS
 from weftlm.gating.config import gates
+from weftlm.gating.experts import experts_per_pass
 from weftlm.mixture.policy import build_policy
 from weftlm.models.factory import architecture_config
 from weftlm.models.open import outline, read_config, require_decoder_only
@@ -33,9 +34,9 @@ from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.stage import stages_of
 from weftlm.planning.counts import TARGET_SHARE, Counted
-from weftlm.planning.hardware import USABLE, Hardware, Stage, Work
+from weftlm.planning.hardware import USABLE, Hardware, Work
 from weftlm.planning.probe import Probe
-from weftlm.planning.training import Alignments, Run, fitting
+from weftlm.planning.training import Run
 from weftlm.training.config import TrainingConfig
 from weftlm.training.runtime import choose_runtime
 
@@ -64,6 +65,25 @@ class Assumed:
     requests: int = 32
     prompt: int | None = None
     new: int = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a plan: FLOPs over all devices, memory and traffic of one, figures, and what to do about problems.
+
+    `limit` is the resource that takes most of the time, or "does not fit".
+    """
+
+    name: str
+    what: str
+    seconds: float
+    limit: str
+    flops: float
+    memory_bytes: Mapping[str, float]
+    disk_bytes: Mapping[str, float]
+    sent_bytes: float
+    facts: Mapping[str, Any]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +122,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         sums = {"seconds": self.seconds, "disk_bytes": self.disk_bytes, "problems": self.problems}
-        return {**asdict(self), **sums, "stages": [stage.to_json() for stage in self.stages]}
+        return {**asdict(self), **sums}
 
 
 def plan_recipe(
@@ -160,13 +180,32 @@ class _Planner:
                 self._training(f"baseline {each.policy}", recipe.baseline(each), models[0])
         if recipe.makes_experts:
             models = self._experts()
-        if not recipe.makes_experts and "score" not in names:
-            self._serving(models)
-        elif "route" in names and not models[0].config.is_encoder_decoder:
-            self._serving(models, routed=True)
+        routed = recipe.makes_experts and "route" in names and not models[0].config.is_encoder_decoder
+        if routed or not (recipe.makes_experts or "score" in names):
+            self._serving(models, routed=routed)
         if "score" in names:
             self._gate(models)
-        self.stages.insert(0, self._data())
+        self._data()
+        self.stages.insert(0, self.stages.pop())
+
+    def _add(
+        self,
+        name: str,
+        what: str,
+        work: Work = Work(),  # noqa: B008 (frozen)
+        *,
+        half: bool = False,
+        flops: float = 0.0,
+        memory: Mapping[str, float] | None = None,
+        disk: Mapping[str, float] | None = None,
+        problems: Sequence[str] = (),
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Add a stage: `work` is a device's part, `flops` are those of all."""
+        seconds, limit = self.hardware.time(work, half=half)
+        limit = "does not fit" if problems else limit
+        stage = Stage(name, what, seconds, limit, flops, memory or {}, disk or {}, work.sent, facts, tuple(problems))
+        self.stages.append(stage)
 
     # -- the text -----------------------------------------------------------------------------------------------------
 
@@ -181,18 +220,17 @@ class _Planner:
 
     @cached_property
     def domains(self) -> int:
-        """Number of domains: as given, else as prepared or by the recipe's labels."""
+        """Number of domains: as given, else as prepared or by the recipe's clusters or labels."""
         data, given = self.recipe.data, self.assumed.domains
         if given is not None:
             self.notes.append(f"{given:,} domains, as given (--domains).")
             return given
         if self.data is None and data.domains.clusters is not None:
             return int(data.domains.clusters.n) + int(data.domains.include_target)
-        known = known_domains(self.recipe)
-        if known is not None:
+        if (known := known_domains(self.recipe)) is not None:
             return len(known)
-        named = len((self.recipe.experts and self.recipe.experts.domains) or ())
-        guess = max(named, len(data.corpora) + int(data.domains.include_target))
+        named = self.recipe.expert_settings.domains or ()
+        guess = max(len(named), len(data.corpora) + int(data.domains.include_target))
         self.notes.append(
             f"The number of domains is not known before the text is read; taken as {guess} (set --domains)."
         )
@@ -223,7 +261,7 @@ class _Planner:
         held = [] if self.data is None else [domain.heldout for domain in self.data.domains]
         return [0 if source is None else len(source) for source in held]
 
-    def _data(self) -> Stage:
+    def _data(self) -> None:
         """The prepared text on disk: 2 bytes per token up to 65,536 ids and 4 beyond."""
         tokens = self.assumed.data_tokens
         if tokens is None and self.data is not None:
@@ -238,10 +276,9 @@ class _Planner:
             item = Vocabulary(self.vocab_size, 0, "").dtype.itemsize
         except ConfigError:
             item = 4
-        return Stage(
-            "data", f"{tokens:,} tokens of {self.domains:,} domains, prepared",
-            disk_bytes={"tokens": float(tokens * item)}, facts={"tokens": tokens, "domains": self.domains},
-        )  # fmt: skip
+        what = f"{tokens:,} tokens of {self.domains:,} domains, prepared"
+        facts = {"tokens": tokens, "domains": self.domains}
+        self._add("data", what, disk={"tokens": float(tokens * item)}, facts=facts)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -265,28 +302,23 @@ class _Planner:
 
     def _training(self, name: str, recipe: Recipe, counted: Counted) -> None:
         """A model trained on a mixture, with alignments, reference losses and evaluations."""
-        (_, mixture, config), evaluation, hardware = recipe.trained, recipe.evaluation, self.hardware
-        there, steps, sequences = hardware.devices, config.total_steps, config.batch_sequences
+        (_, mixture, config), evaluation = recipe.trained, recipe.evaluation
+        there, steps, sequences = self.hardware.devices, config.total_steps, config.batch_sequences
         devices = max(n for n in range(1, there + 1) if sequences % n == 0)
         if devices < there:
             self.notes.append(f"A batch of {sequences} sequences is shared equally by {devices} of {there} devices.")
-        policy, groups, extra = build_policy(mixture.model_dump()), self.domains, {}
+        policy, groups = build_policy(mixture.model_dump()), self.domains
         if "basis" in policy.needs and (basis := recipe.data.domains.basis) is not None:
             groups = len(basis.sets) if basis.count is None else int(basis.count)
-        referring = "reference_losses" in policy.needs
-        if referring:
-            extra["reference model"] = float(counted.parameters * counted.item)
-        asked = run = Run(counted, config, hardware, devices)
-        alignments = Alignments(recipe.alignment, policy, groups)
-        for _ in range(2):  # the layout decides which estimator there is, and its memory which layout fits
-            run, layout, problems = fitting(replace(asked, extra={**alignments.memory(run), **extra}))
+        asked = Run(counted, config, self.hardware, devices, policy, recipe.alignment, groups)
+        run, layout, problems = asked.fitting()
         work = run.step * steps
         try:
-            aligning, aligned = alignments.measured(run)
+            aligning, aligned = run.alignments()
             work = work + aligning
         except ConfigError as error:
             aligned, problems = {}, (*problems, str(error))
-        if referring:
+        if "reference_losses" in policy.needs:
             work = work + run.work("forward", sequences * steps)
             if getattr(policy.config, "reference", None) is None:  # which is trained first
                 work = work + run.step * steps
@@ -296,24 +328,21 @@ class _Planner:
         scored = sum(size if most is None else min(most, size) for size in held)
         evaluating = run.work("forward", times * scored / config.sequence_length)
         work, step = work + evaluating, run.seconds(run.step)
-        self.stages.append(
-            Stage(
-                name, f"{counted.parameters / 1e6:,.1f}M parameters, {config.total_tokens:,} tokens, {mixture.policy}",
-                hardware.time(work, half=counted.half), work.flops * devices, run.memory, run.disk, work.sent,
-                {
-                    "parameters": counted.parameters,
-                    "trainable_parameters": counted.trainable,
-                    "steps": steps,
-                    "tokens": config.total_tokens,
-                    "seconds_per_step": step,
-                    "tokens_per_second": sequences * config.sequence_length / step,
-                    "layout": layout,
-                    "evaluations": times,
-                    "seconds_of_evaluation": run.seconds(evaluating),
-                    **aligned,
-                },
-                problems,
-            )
+        self._add(
+            name, f"{counted.parameters / 1e6:,.1f}M parameters, {config.total_tokens:,} tokens, {mixture.policy}",
+            work, half=counted.half, flops=work.flops * devices, memory=run.memory, disk=run.disk, problems=problems,
+            facts={
+                "parameters": counted.parameters,
+                "trainable_parameters": counted.trainable,
+                "steps": steps,
+                "tokens": config.total_tokens,
+                "seconds_per_step": step,
+                "tokens_per_second": sequences * config.sequence_length / step,
+                "layout": layout,
+                "evaluations": times,
+                "seconds_of_evaluation": run.seconds(evaluating),
+                **aligned,
+            },
         )  # fmt: skip
 
     # -- experts ------------------------------------------------------------------------------------------------------
@@ -331,9 +360,9 @@ class _Planner:
         if recipe.trains_monolith:
             monolith = recipe.monolith(trained)
             self._training("baseline monolith", monolith, self._model(monolith, base))
-        training, examples, hardware = config.training, config.statistics_examples, self.hardware
+        training, examples = config.training, config.statistics_examples
         counted = Counted(base, config.dtype, checkpointing=checkpointing, adapter=config.lora)
-        run = Run(self._as_trained(counted, training), training, hardware, 1)
+        run = Run(self._as_trained(counted, training), training, self.hardware, 1)
         counted, length = run.counted, training.sequence_length
         if base.is_encoder_decoder:
             self.notes.append(
@@ -349,7 +378,6 @@ class _Planner:
         one = run.step * training.total_steps
         one = one + run.work("forward", looks * validation / counted.predicted(length)) + after
         gated = sum(each.domain is not None for each in config.imports)  # imports that get gates and statistics
-        work = one * math.ceil(trained / hardware.devices) + after * gated
         weights = (counted.parameters * counted.item + 12.0 * counted.trainable) / USABLE / 1e9
         problem = (
             f"an adapter is trained by one process, which holds the whole base: {run.shortage}; set experts.dtype: "
@@ -360,24 +388,22 @@ class _Planner:
         width = int(config.embedder.removeprefix("tokens-"))
         statistics = inputs + 4.0 * (examples * width + int(counted.config.vocab_size) + BIGRAM_BUCKETS)
         library = CARD_BYTES + 4.0 * counted.trainable + (inputs if gate else 0.0) + (statistics if examples else 0.0)
-        self.stages.append(
-            Stage(
-                "experts",
-                f"{trained:,} experts of rank {config.lora.rank}, {training.total_steps} steps each, and {imported:,} "
-                "imported",
-                hardware.time(work, half=counted.half), one.flops * trained + after.flops * gated, run.memory,
-                {"library": library * (trained + imported), "checkpoints": run.disk["checkpoints"] * trained},
-                facts={
-                    "experts": trained + imported,
-                    "parameters_per_expert": counted.trainable,
-                    "tokens": training.total_tokens * trained,
-                    "seconds_per_expert": run.seconds(one),
-                    "seconds_per_adapter_step": run.seconds(run.step),
-                    "imported": imported,
-                    "seconds_per_imported_expert": run.seconds(after),
-                },
-                problems=() if run.fits else (problem,),
-            )
+        self._add(
+            "experts",
+            f"{trained:,} experts of rank {config.lora.rank}, {training.total_steps} steps each, {imported:,} imported",
+            one * math.ceil(trained / self.hardware.devices) + after * gated, half=counted.half,
+            flops=one.flops * trained + after.flops * gated, memory=run.memory,
+            disk={"library": library * (trained + imported), "checkpoints": run.disk["checkpoints"] * trained},
+            problems=() if run.fits else (problem,),
+            facts={
+                "experts": trained + imported,
+                "parameters_per_expert": counted.trainable,
+                "tokens": training.total_tokens * trained,
+                "seconds_per_expert": run.seconds(one),
+                "seconds_per_adapter_step": run.seconds(run.step),
+                "imported": imported,
+                "seconds_per_imported_expert": run.seconds(after),
+            },
         )  # fmt: skip
         return [replace(counted, checkpointing=False, experts=trained + imported)]
 
@@ -385,8 +411,8 @@ class _Planner:
 
     def _gate(self, models: list[Counted]) -> None:
         """Text and samples scored under every expert, the gate fitted on the scores, and its serving."""
-        gating, config, held = self.recipe.gating_settings, self.recipe.gating_settings.scores, self.heldout
-        hardware, probe, bf16 = self.hardware, self.hardware.probe, config.bf16(fast=self.hardware.probe is None)
+        gating, config, hardware = self.recipe.gating_settings, self.recipe.gating_settings.scores, self.hardware
+        bf16 = config.bf16(fast=hardware.probe is None)
         if gating.pool is not None:
             models = Counted.of_pool(gating.pool, dtype=self.recipe.expert_settings.dtype, bf16=bf16)
         else:
@@ -394,31 +420,27 @@ class _Planner:
             models = [replace(models[0], bf16=bf16, experts=wanted)]
         experts, batch, length = sum(each.experts for each in models), config.batch_size, config.length
         domains = self.domains if gating.domains is None else len(gating.domains)
-        there = [min(config.sequences, math.ceil(max(0, size - 1) / length)) for size in held]
+        there = [min(config.sequences, math.ceil(max(0, size - 1) / length)) for size in self.heldout]
         texts = round(sum(there) * domains / len(there)) if there else config.sequences * domains
-        samples, work = experts * config.samples, Work()
-        for each in models:
-            read = each.of_all(batch, length) * (1.0 / batch)
-            draw = each.forward(batch, 1, length // 2) * (length / batch)
-            if probe:
-                token = probe.token(replace(each, experts=1), batch, length, gated=False)
-                read = replace(read, seconds=probe.score(each, batch, length))
-                draw = replace(draw, seconds=token * length / batch)
-            work = work + read * (texts + samples) + draw * (each.experts * config.samples)
+        samples = experts * config.samples
+        every = texts + samples
+        work = self._pass(models, batch, length) * (every / batch)
+        for each in models:  # an expert draws its own samples
+            token = self._pass([replace(each, experts=1)], batch, 1, length // 2)
+            work = work + token * (length / batch * each.experts * config.samples)
         activations = max(each.activations(batch, length, training=False) for each in models)
         memory, have = {**_held(models), "activations": activations}, hardware.device.memory
-        needed, work = sum(memory.values()), work * (1.0 / hardware.devices)
+        needed = sum(memory.values())
         problem = (
             f"scoring holds all experts on one device: {needed / 1e9:.0f} GB on {have / 1e9:.0f} GB; score fewer "
             "experts (gating.experts), of a smaller rank, with experts.dtype: bfloat16, or on the CPU"
         )
-        every = texts + samples
-        scores = Stage(
+        self._add(
             "scores", f"{every:,} sequences of {length} tokens under {experts:,} experts",
-            hardware.time(work, half=models[0].half), work.flops * hardware.devices, memory,
-            {"score cache": float(every * (length * experts * 4 + (length + 1) * 4 + 8))},
-            facts={"text_sequences": texts, "text_tokens": texts * length, "sample_sequences": samples},
+            work * (1.0 / hardware.devices), half=models[0].half, flops=work.flops, memory=memory,
+            disk={"score cache": float(every * (length * experts * 4 + (length + 1) * 4 + 8))},
             problems=(problem,) if needed > hardware.memory else (),
+            facts={"text_sequences": texts, "text_tokens": texts * length, "sample_sequences": samples},
         )  # fmt: skip
         fitted = int(every * (1.0 - gating.held_out_fraction))
         data = fitted * (12.0 * experts + 8.0)
@@ -431,8 +453,7 @@ class _Planner:
                 memory["step"] = PREFIX_BYTES * drawn * length * experts
         what = f"{gating.gate.gate} over {experts:,} experts, {gating.fit.steps} steps at most, time not planned"
         disk = {"gate": 8.0 * experts * (2 * experts + 1)}
-        gate = Stage("gate", what, memory_bytes=memory, disk_bytes=disk, facts={"sequences": fitted})
-        self.stages += [scores, gate]
+        self._add("gate", what, memory=memory, disk=disk, facts={"sequences": fitted})
         self._serving(models)
 
     # -- serving ------------------------------------------------------------------------------------------------------
@@ -443,9 +464,8 @@ class _Planner:
         Over several devices layers run one after the other; requests are fewer where memory does not hold their caches.
         """
         recipe, hardware, new = self.recipe, self.hardware, self.assumed.new
-        length = recipe.training.sequence_length if recipe.training else recipe.gating_settings.scores.length
-        length = recipe.expert_settings.training.sequence_length if recipe.makes_experts else length
-        prompt = self.assumed.prompt or length
+        trained = recipe.expert_settings.training if recipe.makes_experts else recipe.training
+        prompt = self.assumed.prompt or (trained.sequence_length if trained else recipe.gating_settings.scores.length)
         positions = [getattr(each.config, "max_position_embeddings", None) or prompt + new for each in models]
         prompt = max(1, min([prompt, *(int(most) - new for most in positions)]))
         models = [replace(each, bf16=False) for each in models]
@@ -460,12 +480,9 @@ class _Planner:
 
         def time(batch: int, length: int, context: int | None = None) -> tuple[float, str]:
             """A pass of everything over prompts, or over a token of every request behind `context` others."""
-            work = sum((each.of_all(batch, length, context) for each in models), Work())
+            work = self._pass(models, batch, length, context)
             added = replace(routing, flops=routing.flops * batch * length)
-            if hardware.probe:
-                timed = hardware.probe.generate if context is None else hardware.probe.token
-                seconds = sum(timed(each, batch, context or length, gated=gated) for each in models)
-                work = replace(work, seconds=seconds * (1.0 + added.flops / work.flops))
+            added = replace(added, seconds=work.seconds * added.flops / work.flops)
             return hardware.time(work + added, half=first.half)
 
         kv_bytes, held = sum(each.experts * each.kv_bytes for each in models), sum(memory.values())
@@ -480,21 +497,35 @@ class _Planner:
         )
         name = "routed model" if routed else f"gate over {experts:,} experts" if gated else "plain model"
         parts = {**memory, "KV cache": cache * at_once}
-        self.stages.append(
-            Stage(
-                "gated serving" if gated else "serving", f"{name}, prompts of {prompt}, {new} new tokens",
-                memory_bytes={part: size / needed for part, size in parts.items()},
-                facts={
-                    "kv_bytes_per_token": kv_bytes,
-                    "devices_per_copy": needed,
-                    "requests_in_memory": at_most,
-                    **{f"tokens_per_second_at_{batch}": batch / seconds for batch, (seconds, _) in token.items()},
-                    **{f"limit_at_{batch}": limit for batch, (_, limit) in token.items()},
-                    "seconds_to_first_token": time(1, prompt)[0],
-                },
-                problems=(problem,) if needed > there else (),
-            )
+        self._add(
+            "gated serving" if gated else "serving", f"{name}, prompts of {prompt}, {new} new tokens",
+            memory={part: size / needed for part, size in parts.items()},
+            problems=(problem,) if needed > there else (),
+            facts={
+                "kv_bytes_per_token": kv_bytes,
+                "devices_per_copy": needed,
+                "requests_in_memory": at_most,
+                **{f"tokens_per_second_at_{batch}": batch / seconds for batch, (seconds, _) in token.items()},
+                **{f"limit_at_{batch}": limit for batch, (_, limit) in token.items()},
+                "seconds_to_first_token": time(1, prompt)[0],
+            },
         )  # fmt: skip
+
+    def _pass(self, models: Sequence[Counted], batch: int, length: int, context: int | None = None) -> Work:
+        """Forward passes of all experts over one batch, or over a token of every sequence behind `context` others.
+
+        Experts over one model share passes as `ExpertPool` has them share; on this machine passes are timed.
+        """
+        probe, work = self.hardware.probe, Work()
+        for each in models:
+            most = experts_per_pass(batch * length, int(each.config.vocab_size), "cpu" if probe else "cuda")
+            together = min(each.experts, most)
+            one, rows = each.forward(batch * together, length, context), batch * together
+            if probe:
+                seconds = probe.forward(each, rows, length) if context is None else probe.token(each, rows)
+                one = replace(one, seconds=seconds)
+            work = work + one * (each.experts / together)
+        return work
 
 
 def _held(models: Sequence[Counted]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     seconds = seconds of what was timed  x  FLOPs of what is planned / FLOPs of what was timed
 
-Training is timed by steps of the trainer, scoring by `score_shard`, generation by `generate`. What takes more than
-`LARGEST_FLOPS` is timed with fewer sequences, and with two layers where one sequence is too much.
+Training is timed by steps of the trainer, reading a text by forward passes, writing one by `generate`. What takes more
+than `LARGEST_FLOPS` is timed with fewer sequences, and with two layers where one sequence is too much.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ import torch
 from weftlm.corpora.examples import ExampleSource
 from weftlm.corpora.source import ArraySource
 from weftlm.experts.examples import domain_trainer
-from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
-from weftlm.gating.bayes import FixedShareGate
-from weftlm.gating.experts import ExpertPool, Member
-from weftlm.gating.modular_lm import ModularLM
-from weftlm.gating.scores import Unscored, score_shard
+from weftlm.models.hf import token_losses
 from weftlm.planning.counts import Counted
 from weftlm.training.config import TrainingConfig
 from weftlm.training.runtime import choose_runtime
@@ -33,10 +29,8 @@ LARGEST_FLOPS, LARGEST_PARAMETERS = 4e10, 2e8
 """FLOPs of the largest piece that is timed, a second on two cores, and of the largest model with all its layers."""
 RUNS, SECONDS = 3, 0.5
 """A piece is timed for so many runs at least, and for so long, after a first one that is not timed."""
-TOKENS, SHORT = 24, 32
-"""Tokens that are generated, and the longest sequences by which that is timed."""
-SOME = 4
-"""Most adapters over one model that are run together."""
+TOKENS = 32
+"""Tokens that are generated."""
 
 
 @dataclass
@@ -74,41 +68,32 @@ class Probe:
 
         return scale * whole / rows * self._seconds(("step", small, config), prepared)
 
-    def score(self, counted: Counted, batch: int, length: int) -> float:
-        """Seconds of scoring a sequence under all experts on a model."""
-        some = replace(counted, experts=min(SOME, counted.experts))
-        small, rows, scale = _affordable(some, "forward", batch, length)
+    def forward(self, counted: Counted, batch: int, length: int) -> float:
+        """Seconds of the losses of a batch, without gradients."""
+        small, rows, scale = _affordable(counted, "forward", batch, length)
 
         def prepared() -> Callable[[], Any]:
-            tokens_NT1 = _tokens(small, rows * (length + 1)).reshape(rows, -1).astype(np.int32)
-            text = Unscored("domain", "text", 0, tokens_NT1, np.arange(rows), seed=0)
-            pool = _pool(small)
-            return lambda: score_shard(pool, text, rows, small.bf16)
+            model, tokens_BT1 = small.build().eval(), _tokens(small, rows, length + 1)
 
-        found = self._seconds(("score", small, rows, length), prepared)
-        return found * scale / rows * counted.experts / some.experts
+            def run() -> None:
+                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=small.bf16):
+                    token_losses(model, torch.from_numpy(tokens_BT1))
 
-    def generate(self, counted: Counted, batch: int, prompt: int, new: int = 1, *, gated: bool) -> float:
-        """Seconds of `new` tokens behind each of some prompts, by a model, or a gate over the experts on it."""
-        some = replace(counted, experts=min(SOME, counted.experts))
-        small, rows, scale = _affordable(some, "forward", batch, prompt)
+            return run
+
+        return scale * batch / rows * self._seconds(("forward", small, rows, length), prepared)
+
+    def token(self, counted: Counted, batch: int) -> float:
+        """Seconds of a generated token of every sequence of a batch."""
+        small, rows, scale = _affordable(counted, "forward", batch, TOKENS)
 
         def prepared() -> Callable[[], Any]:
-            gate = FixedShareGate.of(np.full(some.experts, 1.0 / some.experts), 0.02)
-            model: Any = ModularLM(_pool(small), gate) if gated else small.build().eval()
+            model, tokens_B1 = small.build().eval(), torch.from_numpy(_tokens(small, rows, 1))
             model.generation_config.eos_token_id = None
-            tokens = torch.from_numpy(_tokens(small, rows * prompt).reshape(rows, prompt))
-            how = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "pad_token_id": 0}
-            return lambda: model.generate(tokens, max_new_tokens=new, **how)
+            how = {"attention_mask": torch.ones_like(tokens_B1), "do_sample": False, "pad_token_id": 0}
+            return lambda: model.generate(tokens_B1, max_new_tokens=TOKENS, **how)
 
-        found = self._seconds(("generate", small, rows, prompt, new, gated), prepared)
-        return found * scale * batch / rows * counted.experts / some.experts
-
-    def token(self, counted: Counted, batch: int, prompt: int, *, gated: bool) -> float:
-        """Seconds of a token of every sequence of a batch, behind its prompt."""
-        short = min(prompt, SHORT)
-        one, more = (self.generate(counted, batch, short, new, gated=gated) for new in (1, 1 + TOKENS))
-        return max((more - one) / TOKENS, 0.5 * more / (1 + TOKENS))  # whatever the noise of the two
+        return scale * batch / rows / TOKENS * self._seconds(("generate", small, rows), prepared)
 
     def _seconds(self, piece: Any, prepared: Callable[[], Callable[[], Any]]) -> float:
         """Mean seconds of a run; means, since a plan is about sums."""
@@ -127,25 +112,12 @@ class Probe:
 
 def _affordable(counted: Counted, kind: str, batch: int, length: int) -> tuple[Counted, int, float]:
     """The model or two layers of it, how many sequences of a batch can be timed, and FLOPs of all layers over those."""
-    small, one = counted, getattr(counted, kind)(1, length).flops * counted.experts
+    small, one = replace(counted, experts=1), getattr(counted, kind)(1, length).flops
     if counted.parameters > LARGEST_PARAMETERS or one > LARGEST_FLOPS:
-        small = counted.shallow(2)
-    part = getattr(small, kind)(1, length).flops * counted.experts
+        small = small.shallow(2)
+    part = getattr(small, kind)(1, length).flops
     return small, max(1, min(batch, int(LARGEST_FLOPS / part))), one / part
 
 
-def _tokens(counted: Counted, count: int) -> Any:
-    return np.random.default_rng(0).integers(int(counted.config.vocab_size), size=count)
-
-
-def _pool(counted: Counted) -> ExpertPool:
-    """The experts on a model, adapters or the model itself, with random weights."""
-    if counted.adapter is None:
-        return ExpertPool([Member("expert 0", counted.build())])
-    base, rank = replace(counted, adapter=None).build(), counted.adapter.rank
-    factors = {
-        name: LoRAFactors(0.02 * torch.randn(rank, i), 0.02 * torch.randn(o, rank), 1.0)
-        for name, (i, o) in counted.targets.items()
-    }
-    names = [f"expert {number}" for number in range(counted.experts)]
-    return ExpertPool([Member(name, base, LoRAExpert(name, BaseReference("random"), factors, {})) for name in names])
+def _tokens(counted: Counted, *shape: int) -> Any:
+    return np.random.default_rng(0).integers(int(counted.config.vocab_size), size=shape)

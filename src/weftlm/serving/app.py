@@ -40,11 +40,8 @@ AfterResponse = Annotated[ExitStack, Depends(_after_response)]
 
 
 def build_app(engines: Mapping[str, Engine], config: ServeConfig) -> FastAPI:
-    """The application that serves engines by their names; it starts and stops none.
+    """The application that serves engines by their names; it starts and stops none, and none may run meanwhile.
 
-    Args:
-        engines: Engines by name. Nothing may run on their models meanwhile.
-        config: Limits and keys.
     Raises:
         ConfigError: A name cannot be part of an address.
     """
@@ -119,7 +116,7 @@ def _openai_router(engines: Mapping[str, Engine], config: ServeConfig, metrics: 
         if isinstance(each[0], str):
             special = asked.add_special_tokens is not False
             each = await asyncio.to_thread(lambda: [prompts.text(text, special=special) for text in each])
-        return await reply(request, asked, each, asked.max_tokens, after)
+        return await reply(request, asked, each, after)
 
     @router.post("/chat/completions", response_model=Completion)
     async def chat(request: Request, asked: ChatRequest, after: AfterResponse) -> Response:
@@ -133,42 +130,41 @@ def _openai_router(engines: Mapping[str, Engine], config: ServeConfig, metrics: 
         try:
             async with prompts.lock:
                 ids = await asyncio.to_thread(prompts.chat, [message.fields() for message in asked.messages])
-        except (TimeoutError, RuntimeError) as error:
+        except RuntimeError as error:
             raise ApiError(500, f"{error}; the model needs another template", code="chat_template_failed") from None
-        return await reply(request, asked, [ids], asked.max_completion_tokens or asked.max_tokens, after)
+        return await reply(request, asked, [ids], after)
 
     def check(asked: GenerationRequest, prompts: int) -> None:
-        answers, most = prompts * (asked.n or 1), min(config.max_answers, config.slots + config.max_waiting)
-        if answers > most:
-            message = f"{prompts} prompts and n {asked.n or 1} make {answers} answers; at most {most}"
-            raise ApiError(400, message, param="n", code="invalid_value")
-        if asked.timeout is not None and asked.timeout > config.timeout_seconds:
-            message = f"timeout is {asked.timeout:g}; at most {config.timeout_seconds:g} seconds are allowed"
-            raise ApiError(400, message, param="timeout", code="invalid_value")
+        """Refuse what the server's limits do not allow, before any prompt is read."""
+        most = min(config.max_answers, config.slots + config.max_waiting)
+        limits = [
+            ("n", prompts * (asked.n or 1), most, "answers, the prompts times n"),
+            ("timeout", asked.timeout, config.timeout_seconds, "seconds"),
+            ("max_tokens", asked.wanted, config.max_new_tokens, "tokens"),
+        ]
+        for name, given, limit, what in limits:
+            if given is not None and given > limit:
+                message = f"{name}: {given:g} {what}; at most {limit:g} are allowed"
+                raise ApiError(400, message, param=name, code="invalid_value")
 
-    def max_tokens(asked: GenerationRequest, longest: int, wanted: int | None) -> int:
+    def max_tokens(asked: GenerationRequest, longest: int) -> int:
         """Tokens each answer may have: what was asked for, or the default as far as the context allows it."""
-        if wanted is not None and wanted > config.max_new_tokens:
-            message = f"max_tokens is {wanted:,}; at most {config.max_new_tokens:,} tokens are generated per answer"
-            raise ApiError(400, message, param="max_tokens", code="invalid_value")
         if longest > config.max_prompt_tokens:
             message = f"the prompt has {longest:,} tokens; at most {config.max_prompt_tokens:,} are allowed"
             raise PromptError(message, "context_length_exceeded")
-        if wanted is not None:
-            return wanted
         context = engines[asked.model].opened.max_length
         left = config.max_new_tokens if context is None else max(1, context - longest)
-        return min(left, config.max_new_tokens, config.max_new_tokens if asked.chat else COMPLETION_TOKENS)
+        default = min(left, config.max_new_tokens, config.max_new_tokens if asked.chat else COMPLETION_TOKENS)
+        return asked.wanted or default
 
     async def reply(
-        request: Request, asked: GenerationRequest, prompts: Sequence[list[int]], wanted: int | None, after: ExitStack
+        request: Request, asked: GenerationRequest, prompts: Sequence[list[int]], after: ExitStack
     ) -> Response:
         """Queue every prompt n times and answer, whole or piece by piece."""
         answers, form = Answers(request, after), Form(asked, served[asked.model])
-        samplings = asked.samplings(max_tokens(asked, max(map(len, prompts)), wanted))
+        samplings = asked.samplings(max_tokens(asked, max(map(len, prompts))))
         for prompt, sampling in itertools.product(prompts, samplings):
-            timeout_s = asked.timeout or config.timeout_seconds
-            state = answers.submit(engines[asked.model], prompt, sampling, timeout_s)
+            state = answers.submit(engines[asked.model], prompt, sampling, asked.timeout or config.timeout_seconds)
             after.callback(metrics.observe, asked.model, state)
             after.callback(state.cancel)
 

@@ -21,12 +21,8 @@ MAX_WRITTEN = 8_000_000
 """Maximum characters a template may write."""
 
 
-class RefusedError(Exception):
-    """A template refuses the messages, or fails on them."""
-
-
 class Renderer:
-    """The process, started at the first template and again after it was killed; one thread at a time may use it."""
+    """The process, started at the first template and again after it ended; one thread at a time may use it."""
 
     _process: subprocess.Popen[str] | None = None
 
@@ -38,9 +34,8 @@ class Renderer:
             messages: `role`, `content` and perhaps `name` of each.
             tokens: Special tokens by name.
         Raises:
-            RefusedError: The template refuses the messages, fails on them, or needs too much memory.
-            TimeoutError: It does not end in time.
-            RuntimeError: It ends the process.
+            ValueError: The template refuses the messages, fails on them, or needs too much memory.
+            RuntimeError: It does not end in time, or ends the process.
         """
         process = self._process
         if process is None or process.poll() is not None:
@@ -59,12 +54,12 @@ class Renderer:
             line = process.stdout.readline()
         if not line.endswith("\n"):
             _end(process)
-            if process.returncode == -signal.SIGALRM:
-                raise TimeoutError(f"the model's chat template did not end within {TEMPLATE_SECONDS:g} s")
-            raise RuntimeError(f"the process that renders the model's chat template ended ({process.returncode})")
+            raise RuntimeError(
+                f"the model's chat template did not end within {TEMPLATE_SECONDS:g} s, or ended its process"
+            )
         result: dict[str, str] = json.loads(line)
         if "refused" in result:
-            raise RefusedError(result["refused"])
+            raise ValueError(result["refused"])
         return result["text"]
 
 
@@ -85,16 +80,15 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
         job = json.loads(line)
+        conversations, options = [job["messages"]], {"add_generation_prompt": True, **job["tokens"]}
         # No handler: the system ends the process, also within one long operation.
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])
         try:
-            rendered = render_jinja_template(
-                [job["messages"]], chat_template=job["template"], add_generation_prompt=True, **job["tokens"]
-            )
-            text = rendered[0][0]  # of the first conversation
-            result = {"text": text}
+            texts, _ = render_jinja_template(conversations, chat_template=job["template"], **options)
+            text = "".join(texts)  # of one conversation
             if len(text) > MAX_WRITTEN:
-                result = {"refused": f"it writes more than {MAX_WRITTEN:,} characters"}
+                raise ValueError(f"it writes more than {MAX_WRITTEN:,} characters")
+            result = {"text": text}
         except Exception as error:  # noqa: BLE001 (a template may do anything)
             result = {"refused": str(error)[:500] or type(error).__name__}
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -109,20 +109,11 @@ class Engine:
     `stop` and is not sent as a `Token`, unless a request ignores it. Time limits count from `submit`, waiting included.
     An exception in a pass ends the requests of that pass with the reason `error`; the others go on.
 
-    Args:
-        opened: The model; nothing else may run it until `close`.
-        slots: Batch slots: requests generated at a time.
-        max_waiting: Maximum number of queued requests; more are refused.
-        timeout_seconds: Request timeout in seconds, including time in the queue; None for no limit.
+    Nothing else may run the model until `close`. The limits are those of `ServeConfig`; a timeout of None is no limit.
     """
 
     def __init__(
-        self,
-        opened: OpenModel,
-        *,
-        slots: int = 8,
-        max_waiting: int = 64,
-        timeout_seconds: float | None = 120.0,
+        self, opened: OpenModel, *, slots: int = 8, max_waiting: int = 64, timeout_seconds: float | None = 120.0
     ) -> None:
         self.opened = opened
         self._slots, self._places = slots, slots + max_waiting

@@ -62,11 +62,7 @@ class InspectRequest(Body):
 
 
 def inspector_router(models: Mapping[str, OpenModel]) -> APIRouter:
-    """The questions of the page.
-
-    Args:
-        models: Models by the name they are served under. Nothing may run on them while the router is made.
-    """
+    """The questions of the page; nothing may run on the models while the router is made."""
     inspectors = {name: Inspector(name, opened) for name, opened in models.items()}
     router = APIRouter(tags=["inspector"])
 
@@ -98,35 +94,26 @@ def inspector_router(models: Mapping[str, OpenModel]) -> APIRouter:
 
 
 class Inspector:
-    """Inspects texts with one model, one at a time.
+    """Inspects texts with one model, one at a time; nothing may run on the model while the inspector is made.
 
     Attributes:
         facts: Facts about the model for `/api/models`.
         lock: To be held during an inspection.
-
-    Args:
-        name: Name the model is served under.
-        opened: The model. Nothing may run on it while the inspector is made; afterwards anything may.
     """
 
     def __init__(self, name: str, opened: OpenModel) -> None:
         self.name = name
         self.opened = opened
         self.lock = asyncio.Lock()
-        kept: list[Any] = [opened.tokenizer]
+        model, kept, by, held = opened.model, [opened.tokenizer], None, 1  # held: distributions at a time
         if opened.kind == "routed":
-            kept += opened.model.experts
-        if opened.kind == "gated":
-            kept += [member.lora for member in opened.model.pool.members if member.lora is not None]
-        model = self._model = structural_copy(opened.model, kept)
-        held = len(opened.experts) if opened.kind == "gated" else 1  # distributions at a time
+            kept, by = [*kept, *model.experts], model.router.config.router
+        elif opened.kind == "gated":
+            kept += [member.lora for member in model.pool.members if member.lora is not None]
+            by, held = model.gate.config.gate + (f", top {model.config.top_m}" if model.sparse else ""), len(model.pool)
+        self._model = structural_copy(model, kept)
         room = MAX_LOGITS // (held * (getattr(model.config, "vocab_size", None) or opened.tokenizer.vocab_size))
         self.max_tokens = room if opened.max_length is None else min(room, opened.max_length)
-        by = None
-        if opened.kind == "routed":
-            by = model.router.config.router
-        elif opened.kind == "gated":
-            by = model.gate.config.gate + (f", top {model.config.top_m}" if model.sparse else "")
         self.facts = {
             "name": name, "kind": opened.kind, "by": by, "experts": opened.experts,
             "max_tokens": self.max_tokens, "max_characters": MAX_CHARACTERS,
@@ -140,7 +127,7 @@ class Inspector:
             ExpertError, ConfigError: The model cannot do without the expert.
             NumericsError: A token has no finite log-probability.
         """
-        kind, tokenizer, experts = self.opened.kind, self.opened.tokenizer, self.opened.experts
+        tokenizer, experts = self.opened.tokenizer, self.opened.experts
         if without is not None and without not in experts:
             known = did_you_mean(without, experts) if experts else "; it is a model without experts"
             raise ApiError(404, f"{self.name} has no expert {without!r}{known}", param="without", code="not_found")
@@ -155,7 +142,7 @@ class Inspector:
         ids_1T = torch.tensor([ids], device=self._model.device)
         looks = {"routed": self._routed, "gated": self._gated, "plain": self._plain}
         with torch.inference_mode():
-            logits_TV, trace = looks[kind](ids_1T, without)
+            logits_TV, trace = looks[self.opened.kind](ids_1T, without)
             logprobs, tops = self._predicted(ids_1T[0], logits_TV)
         decoder = AnswerText(tokenizer.decode, ())
         texts = [decoder.push(token) for token in ids]
@@ -164,8 +151,10 @@ class Inspector:
             {"id": token, "text": piece, "logprob": logprob, "top": top}
             for token, piece, logprob, top in zip(ids, texts, [None, *logprobs], [[], *tops[:-1]], strict=True)
         ]
-        data = None if trace is None else trace_data(trace, (), trace.weights_STE.numpy())
-        return {"model": self.name, "kind": kind, "without": without, "tokens": tokens, "next": tops[-1], "trace": data}
+        return {
+            "model": self.name, "kind": self.opened.kind, "without": without, "tokens": tokens, "next": tops[-1],
+            "trace": None if trace is None else trace_data(trace, (), trace.weights_STE.numpy()),
+        }  # fmt: skip
 
     # -- one pass: logits after every token, TV, and the trace ------------------------------------------------------
 

@@ -44,15 +44,7 @@ TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_err
 
 
 class ApiError(HTTPException):
-    """An error for the client.
-
-    Args:
-        status: HTTP status.
-        message: What came, what is allowed, what to do; it may quote any text a client sent.
-        param: Field at fault.
-        code: Name for programs; that of the status by default.
-        headers: Headers of the response.
-    """
+    """An error for the client: the message may quote any text it sent, `code` is by default the name of the status."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str = "", headers: Any = None
@@ -79,8 +71,7 @@ def add_handlers(app: FastAPI) -> None:
             return Response(status_code=CLIENT_LEFT)
         return _api_error(request, error).response()
 
-    kinds = (RequestValidationError, StarletteHTTPException, QueueFullError, WeftError, ClientDisconnect, Exception)
-    for kind in kinds:
+    for kind in (RequestValidationError, StarletteHTTPException, WeftError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answered)
 
 
@@ -93,12 +84,12 @@ def _api_error(request: Request, error: Exception) -> ApiError:
         case StarletteHTTPException():
             message = f"{request.method[:20]} {request.url.path[:200]!r}: {error.detail}; see /openapi.json"
             return ApiError(error.status_code, message, headers=error.headers)
-        case QueueFullError():
-            message = f"{error}; try again in {RETRY_SECONDS} s"
-            return ApiError(429, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
         case PromptError():
             field = "messages" if request.url.path.endswith("/chat/completions") else "prompt"
             return ApiError(400, str(error), param=field, code=error.code)
+        case QueueFullError():
+            message = f"{error}; try again in {RETRY_SECONDS} s"
+            return ApiError(429, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
         case EngineClosedError():
             return ApiError(503, "the server stops", code="stopping")
         case NumericsError():

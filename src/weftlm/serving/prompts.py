@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.pipeline.any_model import OpenModel
-from weftlm.serving.chat_template import RefusedError, Renderer
+from weftlm.serving.chat_template import Renderer
 from weftlm.serving.detokenise import BROKEN
 from weftlm.serving.request import PromptError
 
@@ -66,8 +66,7 @@ class Prompts:
             messages: `role`, `content` and perhaps `name` of each.
         Raises:
             PromptError: The template refuses the messages.
-            TimeoutError: The template does not end.
-            RuntimeError: It ends the process that renders it.
+            RuntimeError: The template does not end, or ends the process that renders it.
         """
         backend = self._backend
         if backend is None:
@@ -87,7 +86,7 @@ class Prompts:
         ]
         try:
             written = self.renderer.render(self._hf.get_chat_template(), given, self._hf.special_tokens_map)
-        except (RefusedError, ValueError) as error:
+        except ValueError as error:
             raise PromptError(f"messages: the model's chat template refuses them: {error}") from None
         ids: list[int] = []
         for place, piece in enumerate(QUOTED.split(written)):

@@ -74,7 +74,7 @@ class Finished:
 Event = Token | Finished
 
 
-class QueueFullError(Exception):
+class QueueFullError(ConfigError):
     """The queue has no room for another request."""
 
 

@@ -71,7 +71,7 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body):
-    """What both kinds of request share.
+    """What both kinds of request share; the remaining fields are those of OpenAI's API.
 
     Attributes:
         n: Answers to each prompt; each is drawn with a seed of its own, `seed` + its number.
@@ -97,6 +97,11 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
 
     @property
+    def wanted(self) -> int | None:
+        """Maximum number of tokens that the request names."""
+        return self.max_tokens
+
+    @property
     def top(self) -> int | None:
         """Alternatives reported for each token; None for no log-probabilities."""
         raise NotImplementedError
@@ -112,10 +117,10 @@ class GenerationRequest(Body):
             logprobs=self.top,
             ignore_eos=bool(self.ignore_eos),
         )
-        numbers = range(self.n or 1)
-        if self.seed is None:
-            return [first for _ in numbers]
-        return [first.model_copy(update={"seed": (self.seed + number) % (1 << SEED_BITS)}) for number in numbers]
+        seeds = [
+            None if self.seed is None else (self.seed + number) % (1 << SEED_BITS) for number in range(self.n or 1)
+        ]
+        return [first.model_copy(update={"seed": seed}) for seed in seeds]
 
 
 class CompletionRequest(GenerationRequest):
@@ -180,6 +185,10 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
+
+    @property
+    def wanted(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def top(self) -> int | None:

@@ -71,21 +71,12 @@ class _Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn for engines: closes them before it waits for its clients, so that every answer ends and none is awaited.
 
-    SIGINT and SIGTERM stop it; a second SIGINT stops it without waiting for clients.
-
-    Args:
-        app: Result of `build_app`.
-        engines: Engines by name, closed when the server stops.
-        config: Time-outs and limits.
-        ready: Called once connections are accepted.
+    SIGINT and SIGTERM stop it; a second SIGINT stops it without waiting for clients. `ready` is called once connections
+    are accepted.
     """
 
     def __init__(
-        self,
-        app: FastAPI,
-        engines: Mapping[str, Engine],
-        config: ServeConfig,
-        ready: Callable[[], None] = lambda: None,
+        self, app: FastAPI, engines: Mapping[str, Engine], config: ServeConfig, ready: Callable[[], None]
     ) -> None:
         limits = {
             "intake_seconds": config.intake_seconds,

@@ -97,11 +97,8 @@ class OneByOne:
 class Ragged(OneByOne):
     """Plain and routed models, one ragged pass for all running requests.
 
-    Until `close` the model attends through `ragged_attention`, which outside ragged passes changes nothing.
-
-    Args:
-        opened: The model.
-        rows: Rows of every pass; a multiple of 8.
+    Until `close` the model attends through `ragged_attention`, which outside ragged passes changes nothing. The number
+    of rows of every pass is a multiple of 8.
     """
 
     together = True
@@ -122,9 +119,8 @@ class Ragged(OneByOne):
         caches = [state.cache for state in states]
         cache = RaggedCache([(slice(row, row + 1), own) for row, own in enumerate(caches)])
         inputs = self._inputs(tokens, [own.get_seq_length() for own in caches])
-        memories = [getattr(own, MEMORY) for own in caches if getattr(own, MEMORY, None) is not None]
-        if memories:
-            object.__setattr__(cache, MEMORY, self._joined(memories))
+        if hasattr(caches[0], MEMORY):
+            object.__setattr__(cache, MEMORY, self._joined([getattr(own, MEMORY) for own in caches]))
         with ragged_pass(cache):
             logits_BV: Tensor = self._model(
                 input_ids=inputs[0, :, None], position_ids=inputs[1, :, None], past_key_values=cache, use_cache=True
@@ -132,8 +128,8 @@ class Ragged(OneByOne):
         memory: Memory | None = getattr(cache, MEMORY, None)
         for row, own in enumerate(caches if memory is not None else ()):
             assert memory is not None
-            apart = Memory(follows_tokens=memory.follows_tokens)
-            apart.tensors = {name: value[row : row + 1].clone() for name, value in memory.tensors.items()}
+            apart = memory.expanded(self._rows)
+            apart.select(torch.tensor([row]))
             object.__setattr__(own, MEMORY, apart)
         return logits_BV[: len(states)].unbind()
 
@@ -202,12 +198,7 @@ def _of_row(passes: Sequence[Tensor], row: int, cache: ModularCache, number: int
 
 
 def stepper_for(opened: OpenModel, slots: int) -> OneByOne:
-    """How an engine drives a model; the log says why requests share no pass.
-
-    Args:
-        opened: The model.
-        slots: Maximum number of requests at a time.
-    """
+    """How an engine drives a model, of at most `slots` requests at a time; the log says why they share no pass."""
     single, stepping = OneByOne(opened), stepping_of(opened.model)
     if slots == 1:
         return single

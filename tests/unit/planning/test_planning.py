@@ -28,7 +28,7 @@ from weftlm.planning.counts import LOGITS, Counted
 from weftlm.planning.hardware import DEVICES, Hardware, parse_hardware
 from weftlm.planning.plan import Assumed, Plan, plan_recipe
 from weftlm.planning.probe import Probe
-from weftlm.planning.training import Run, fitting
+from weftlm.planning.training import Run
 from weftlm.training.config import TrainingConfig
 from weftlm.training.loop import adamw
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_changed_as_little_as_possible(hardware: str, sizes
     )
     found = parse_hardware(hardware)
     asked = Run(Counted(config_of(**widths, num_attention_heads=32), bf16=True), training, found, found.devices)
-    run, layout, problems = fitting(asked)
+    run, layout, problems = asked.fitting()
     assert said in (problems[0] if problems else layout)
     assert run.sharded == (not problems)
     if run.sharded:
@@ -309,7 +309,7 @@ def test_baselines_are_planned_as_the_trainings_they_are() -> None:
     found = plan_of(experts=EXPERTS, compare=compare, assumed=Assumed(experts=6))
     assert names_of(found)[1:5] == ["training", "baseline uniform", "baseline doremi", "baseline monolith"]
     uniform, plain = found.stage("baseline uniform"), plan_of(mixture={"policy": "uniform"}).stage("training")
-    assert (uniform.flops, uniform.time, uniform.disk_bytes) == (plain.flops, plain.time, plain.disk_bytes)
+    assert (uniform.flops, uniform.seconds, uniform.disk_bytes) == (plain.flops, plain.seconds, plain.disk_bytes)
     assert found.stage("baseline monolith").facts["tokens"] == 6 * 10 * 4 * 32
     imports = {**EXPERTS, "imports": [{"source": "somewhere"}], "domains": ["algebra", "cooking"]}
     fewer = plan_of(experts=imports, compare={"monolith": True})

@@ -15,54 +15,47 @@ from weftlm.serving.schemas import ChatRequest, CompletionRequest
 from weftlm.serving.serve_config import ServeConfig
 
 NUMBERS = [
-    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"1e308", b"-0", b"-0.0", b"0e0", b"1E2", b"01", b"+1",
-    b".5", b"1.", b"0x10", b"1_0", b"9223372036854775807", b"9223372036854775808", b"-9223372036854775809",
-    b"18446744073709551616", b"1" + b"0" * 400, b"1" + b"0" * 5000, b"1.0", b"1.5", b"5e-324", b"true", b"null", b'"1"',
-    b"[1]", b"{}",
+    b"NaN", b"-Infinity", b"1e999", b"1e308", b"-0.0", b"1E2", b"01", b"+1", b"1_0", b"-9223372036854775809",
+    b"18446744073709551616", b"1" + b"0" * 5000, b"1.5", b"true", b"null", b'"1"', b"[1]", b"{}",
 ]  # fmt: skip
 FIELDS = ["seed", "max_tokens", "n", "logprobs", "best_of", "temperature", "top_p", "timeout"]
 TEXTS = [
-    b'"\\ud800"', b'"\\udfff\\ud800"', b'"\\u0000"', b'"\x00"', b'"\x1b[31m"', b'"\\ud83d\\ude00"', b'"\xed\xa0\x80"',
-    b'"\xff"', b'"\\x41"', b'"\\"', b'"a', b"'a'", b'"</script>"', b'"\\u202e"', b'"\xef\xbb\xbf"', b'""', b"[]",
-    b"[[]]", b'[""]', b"[null]", b"[[1],[\"a\"]]", b"[1.5]", b"[1e999]", b"[-1]", b"[99999999999999999999]",
-    b"{\"a\":1}", b"[[[1]]]",
-    b"[" * 500 + b"]" * 500, b"[" * 5_000 + b"]" * 5_000, b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
+    b'"\\ud800"', b'"\\u0000"', b'"\x00"', b'"\x1b[31m"', b'"\\ud83d\\ude00"', b'"\xed\xa0\x80"', b'"\xff"', b'"\\x41"',
+    b'"\\"', b"'a'", b'"\\u202e"', b'"\xef\xbb\xbf"', b'""', b"[]", b"[[]]", b"[null]", b"[[1],[\"a\"]]", b"[1e999]",
+    b"[99999999999999999999]", b'{"a":1}', b"[" * 500 + b"]" * 500, b'{"a":' * 5_000 + b"1" + b"}" * 5_000,
 ]  # fmt: skip
 WHOLE = [
-    b"", b" ", b"\x00", b"null", b"0", b"[]", b'"a"', b"{", b"}", b"{}", b"{,}", b'{"model"}', b'{"model":"tiny",}',
-    b'{"model":"tiny","prompt":"a"} x', b'{"model":"tiny","prompt":"a"}{}', b"\xef\xbb\xbf{}",
-    '{"model":"tiny","prompt":"a"}'.encode("utf-16"), b'{"model":"tiny","model":"other","prompt":"a"}',
-    b'{"model":"other","model":"tiny","prompt":"a"}', b'{"prompt":"a","prompt":[1],"model":"tiny"}',
-    b'{"model":"tiny","prompt":"a","":1}', b'{"model":"tiny","prompt":"a","\\u0000":1}',
+    b"", b"\x00", b"null", b"[]", b'"a"', b"{", b"{}", b'{"model"}', b'{"model":"tiny",}', b"\xef\xbb\xbf{}",
+    b'{"model":"tiny","prompt":"a"}{}', '{"model":"tiny","prompt":"a"}'.encode("utf-16"),
+    b'{"prompt":"a","prompt":[1],"model":"tiny"}', b'{"model":"tiny","prompt":"a","\\u0000":1}',
     b'{"model":"tiny","prompt":"a","__class__":1}', b'{"model":"tiny","prompt":"a","\\ud800":1}',
-    b'{"model":["tiny"],"prompt":"a"}', b'{"model":{"tiny":1},"prompt":"a"}', b'{"model":"TINY","prompt":"a"}',
-    b'{"model":"tiny\\u0000","prompt":"a"}', b'{"model":"\\u001b[2J","prompt":"a"}', b'{"model":null,"prompt":"a"}',
+    b'{"model":{"tiny":1},"prompt":"a"}', b'{"model":"\\u001b[2J","prompt":"a"}',
     b'{"model":"tiny","prompt":"a","stop":[null]}', b'{"model":"tiny","prompt":"a","stop":"\\ud800"}',
     b'{"model":"tiny","prompt":"a","stream_options":[]}', b'{"model":"tiny","prompt":"a","logit_bias":{"1":NaN}}',
-    b'{"model":"tiny","prompt":"a","metadata":{"a":{"b":{}}}}', b'{"model":"tiny","prompt":"a","user":1}',
-    b'{"model":"tiny","prompt":"a","stream":"yes"}', b'{"model":"tiny","prompt":"a",/* c */"n":1}',
-    b'{"model":"tiny","prompt":"a",\n\t"n"\r:1 }', b"{'model':'tiny','prompt':'a'}",
+    b'{"model":"tiny","prompt":"a","metadata":{"a":{"b":{}}}}', b'{"model":"tiny","prompt":"a","stream":"yes"}',
 ]  # fmt: skip
-BODIES = [
-    *(b'{"model":"tiny","prompt":"a","%s":%s}' % (field.encode(), number) for field in FIELDS for number in NUMBERS),
-    *(b'{"model":"tiny","max_tokens":1,"prompt":%s}' % text for text in TEXTS),
-    *WHOLE,
-]
-CHATS = [
-    *(b'{"model":"tiny","max_tokens":1,"messages":[{"role":"user","content":%s}]}' % text for text in TEXTS),
-    *(b'{"model":"tiny","max_tokens":1,"messages":%s}' % text for text in TEXTS),
-    *(b'{"model":"tiny","max_tokens":1,"messages":[{"role":%s,"content":"a"}]}' % text for text in TEXTS[:12]),
-    *(b'{"model":"tiny","max_tokens":1,"messages":[{"role":"user","content":"a","name":%s}]}' % text for text in TEXTS),
-]
-QUESTIONS = [
-    *(b'{"model":"tiny","text":%s}' % text for text in TEXTS),
-    *(b'{"model":%s,"text":"a"}' % text for text in TEXTS),
-    *(b'{"model":"tiny","text":"a","without":%s}' % text for text in TEXTS),
-]
+MESSAGES = b'{"model":"tiny","max_tokens":1,"messages":%s}'
 ALL = {
-    "/v1/completions": BODIES,
-    "/v1/chat/completions": [*CHATS, *WHOLE],
-    "/api/inspect": [*QUESTIONS, *WHOLE],
+    "/v1/completions": [
+        *(
+            b'{"model":"tiny","prompt":"a","%s":%s}' % (field.encode(), number)
+            for field in FIELDS
+            for number in NUMBERS
+        ),
+        *(b'{"model":"tiny","max_tokens":1,"prompt":%s}' % text for text in TEXTS),
+        *WHOLE,
+    ],
+    "/v1/chat/completions": [
+        *(MESSAGES % text for text in TEXTS),
+        *(MESSAGES % (b'[{"role":"user","content":%s}]' % text) for text in TEXTS),
+        *(MESSAGES % (b'[{"role":%s,"content":"a","name":%s}]' % (text, text)) for text in TEXTS),
+        *WHOLE,
+    ],
+    "/api/inspect": [
+        *(b'{"model":"tiny","text":%s}' % text for text in TEXTS),
+        *(b'{"model":%s,"text":"a","without":%s}' % (text, text) for text in TEXTS),
+        *WHOLE,
+    ],
 }
 
 
@@ -91,11 +84,8 @@ def test_every_body_has_a_clean_answer(client: TestClient, route: str) -> None:
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
-        (CompletionRequest, {"prompt": [{}] * 1_000}),
         (CompletionRequest, {"prompt": [[{}] * 1_000] * 100}),
-        (CompletionRequest, {"prompt": [[]] * 100}),
         (CompletionRequest, {"prompt": "a", **{f"a{number}": 1 for number in range(1_000)}}),
-        (ChatRequest, {"messages": [{}] * 100}),
         (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 100}] * 100}),
         (ChatRequest, {"messages": [{"role": "user", "content": "a", **{f"a{n}": 1 for n in range(1_000)}}]}),
     ],

@@ -21,7 +21,7 @@ from weftlm.errors import ConfigError
 from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving import server as server_module
 from weftlm.serving.request import Finished, Token
-from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, ip_of, keys_from_environment
+from weftlm.serving.serve_config import KEYS_VARIABLE, ServeConfig, keys_from_environment
 from weftlm.serving.server import address_of, listen
 
 SHORT = 0.3
@@ -128,20 +128,15 @@ def test_nonsense_after_a_request_does_not_disturb_it(web: Web, engine: FakeEngi
 
 STATES: dict[str, tuple[list[bytes], bytes]] = {
     # what is sent, and what is sent again and again after it
-    "accepted": ([], b""),
     "head": ([b"POST /v1/comp"], b"l"),
     "body": ([post(b"{", length=1_000)], b" "),
     "body in chunks": ([post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")], b"1\r\n \r\n"),
-    "answered before its body": ([post(b"", length=1_000).replace(b"/v1/completions", b"/nowhere")], b" "),
     "too large": ([post(b"", length=10**9)], b" "),
-    "no key needed, method refused": ([post(b"", length=1_000).replace(b"POST", b"PUT")], b" "),
     "waiting for 100-continue": ([post(b"", b"Expect: 100-continue", length=1_000)], b" "),
     "idle": ([HEALTH], b""),
-    "idle, then a byte": ([HEALTH], b"G"),
     "empty lines": ([HEALTH], b"\r\n"),
     "answer awaited": ([post(asked())], b"x"),
     "stream not read": ([post(asked(stream=True))], b""),
-    "answer not read": ([post(asked())], b""),
     "last answer not read": ([closing()], b""),
     "refused": ([b"hello\r\n\r\n"], b"x"),
     "upgrade": ([HEALTH[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"], b"x"),
@@ -224,15 +219,11 @@ SIZE = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 AMBIGUOUS = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64) + b"\r\n\r\n",
-    "no HTTP": b"hello\r\n\r\n",
     "endless path": b"GET /" + b"a" * 2_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
     "length and chunked": HEAD + SIZE + CHUNKED + b"\r\n" + CHUNKS,
-    "chunked and length": HEAD + CHUNKED + SIZE + b"\r\n" + CHUNKS,
     "signed length": HEAD + b"Content-Length: +%d\r\n\r\n" % len(BODY) + BODY,
-    "length too long": HEAD + b"Content-Length: 1%s\r\n\r\n" % (b"0" * 30) + BODY,
     "bare CR": HEAD + SIZE + b"X-A: b\rc\r\n\r\n" + BODY,
     "space before colon": HEAD + b"Content-Length : %d\r\n\r\n" % len(BODY) + BODY,
-    "NUL in a value": HEAD + SIZE + b"X-A: \x00\r\n\r\n" + BODY,
     "gzip, chunked": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS,
     "chunk size with sign": HEAD + CHUNKED + b"\r\n+5\r\nabcde\r\n0\r\n\r\n",
     "two hosts": HEAD + b"Host: other\r\n" + SIZE + b"\r\n" + BODY,
@@ -251,23 +242,18 @@ def test_what_two_servers_may_read_differently_is_refused(answering: Web, shape:
     assert received or len(AMBIGUOUS[shape]) > 100_000, "reset, when more came than was read"
 
 
-@pytest.mark.parametrize(
-    ("sent", "statuses"),
-    [
+def test_unusual_requests_are_answered_in_order(answering: Web) -> None:
+    for sent, statuses in (
         (HEAD + CHUNKED + b"\r\n" + CHUNKS.replace(b"\r\n", b";a=b\r\n", 1), [200]),
         (HEALTH.replace(b"/healthz", b"/page/%2e%2e%2f%2e%2e%2fetc%2fpasswd"), [404]),
         (HEALTH.replace(b"/healthz", b"/page/..%5cserver.py"), [404]),
-        (HEAD + SIZE + b"Expect: 100-continue\r\n\r\n" + BODY, [200]),
+        (HEAD + SIZE + b"Expect: 100-continue\r\n\r\n" + BODY, [100, 200]),
         (HEALTH + HEAD + SIZE + b"\r\n" + BODY + HEALTH, [200, 200, 200]),
-    ],
-    ids=lambda value: repr(value[:50]) if isinstance(value, bytes) else None,
-)
-def test_unusual_requests_are_answered_in_order(answering: Web, sent: bytes, statuses: list[int]) -> None:
-    with answering.connect() as connection:
-        connection.sendall(sent)
-        connection.settimeout(1.0)
-        found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", read_all(connection))]
-    assert [status for status in found if status != 100] == statuses
+    ):
+        with answering.connect() as connection:
+            connection.sendall(sent)
+            connection.settimeout(1.0)
+            assert list(map(int, re.findall(rb"HTTP/1\.1 (\d+) ", read_all(connection)))) == statuses, sent[:60]
 
 
 # -- the server ---------------------------------------------------------------------------------------------------
@@ -304,22 +290,17 @@ def test_listening() -> None:
         listen("no.such.host.invalid", 0)
 
 
-def test_which_hosts_are_addresses_or_this_machine() -> None:
-    found = [ip_of(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "192.0.2.1", "0x7f.1", "box")]
-    assert [ip is not None and ip.is_loopback for ip in found] == [True] * 3 + [False] * 4
-    assert [ip is None for ip in found] == [False] * 5 + [True] * 2
-
-
-def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(None, ()), (" one, two ,", ("one", "two")), (" , ", "holds no key"), ("one,s\u00e9cret", "key 2")],
+)
+def test_keys_come_from_the_environment(given: str | None, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
-    assert keys_from_environment() == ()
-    monkeypatch.setenv(KEYS_VARIABLE, " one, two ,")
-    assert keys_from_environment() == ("one", "two")
-    for wrong in ("", " , "):
-        monkeypatch.setenv(KEYS_VARIABLE, wrong)
-        with pytest.raises(ConfigError, match="holds no key"):
-            keys_from_environment()
-    monkeypatch.setenv(KEYS_VARIABLE, "one,sécret")
-    with pytest.raises(ConfigError, match="key 2") as caught:
+    if given is not None:
+        monkeypatch.setenv(KEYS_VARIABLE, given)
+    if not isinstance(found, str):
+        assert keys_from_environment() == found
+        return
+    with pytest.raises(ConfigError, match=found) as caught:
         keys_from_environment()
     assert "cret" not in str(caught.value)

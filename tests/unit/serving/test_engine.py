@@ -63,18 +63,6 @@ def test_answers_are_what_generate_gives(
         assert [nats for _, nats in token.top] == pytest.approx(logp_V.topk(4).values.tolist(), abs=1e-4)
 
 
-def test_texts_and_stop_texts(engine: Engine) -> None:
-    for seed in range(4):
-        free = Sampling(max_tokens=30, temperature=2.0, seed=seed, ignore_eos=True)
-        whole = ask(engine, PROMPT, free)
-        assert whole.text == engine.opened.tokenizer.decode(whole.ids)
-        assert (len(whole.ids), whole.end.reason) == (30, "length")
-        stop = whole.text[10:13]
-        answer = ask(engine, PROMPT, free.model_copy(update={"stop": ("\0\0", stop)}))
-        assert (answer.text, answer.end.reason) == (whole.text[: whole.text.index(stop)], "stop")
-        assert answer.ids == whole.ids[: len(answer.ids)]
-
-
 def test_end_of_text_ends_the_answer_and_is_no_token(opened: OpenModel, engine: Engine) -> None:
     """Generation settings may name several; the tokenizer's own counts too."""
     free = ask(engine, PROMPT, GREEDY)

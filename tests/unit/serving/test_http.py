@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -18,7 +16,7 @@ from support.served import POSITIONS, VOCAB
 
 from weftlm.cli.serve import hosts_of
 from weftlm.errors import ConfigError
-from weftlm.pipeline.any_model import OpenModel, open_model
+from weftlm.pipeline.any_model import OpenModel
 from weftlm.serving.app import build_app
 from weftlm.serving.request import Event, Finished, Token
 from weftlm.serving.serve_config import ServeConfig
@@ -73,16 +71,6 @@ def events_of(response: httpx.Response) -> list[Any]:
 # -- answers ------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_listed(client: TestClient) -> None:
-    listed = client.get("/v1/models").json()
-    assert [card["id"] for card in listed["data"]] == ["tiny"]
-    assert client.get("/v1/models/tiny").json() == listed["data"][0]
-    for missing in (client.get("/v1/models/huge"), complete(client, model="huge")):
-        error = error_of(missing, 404)
-        assert (error["param"], error["code"]) == ("model", "model_not_found")
-        assert "tiny" in error["message"]
-
-
 def test_a_completion(client: TestClient, engine: FakeEngine, opened: OpenModel) -> None:
     ids = opened.tokenizer.encode_batch(["the sea"])[0].tolist()
     answer = complete(client, max_tokens=len(ids), temperature=0.5, top_p=0.25, seed=7, stop="x", timeout=3).json()
@@ -107,21 +95,17 @@ def test_the_four_forms_of_a_prompt(client: TestClient, engine: FakeEngine, prom
         assert answer["usage"]["prompt_tokens"] == 3
 
 
-def test_each_of_n_is_a_request_with_a_seed_of_its_own(client: TestClient, engine: FakeEngine) -> None:
-    answer = complete(client, prompt=["a", "b"], n=3, seed=5).json()
-    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
-    assert answer["usage"]["prompt_tokens"] == 2
-    complete(client, n=2, seed=2**63 - 1)
-    complete(client, n=2)
+def test_each_of_n_has_a_seed_of_its_own(client: TestClient, engine: FakeEngine) -> None:
+    for fields in ({"prompt": ["a", "b"], "n": 2, "seed": 5}, {"n": 2, "seed": 2**63 - 1}, {"n": 2}):
+        complete(client, **fields)
     seeds = [request.sampling.seed for request in engine.requests]
-    assert seeds == [5, 6, 7, 5, 6, 7, 2**63 - 1, 0, None, None]
+    assert seeds == [5, 6, 5, 6, 2**63 - 1, 0, None, None]
 
 
 def test_logprobs_of_a_completion(client: TestClient, opened: OpenModel) -> None:
-    text = "tie é"
+    text = "tie \u00e9"
     ids = opened.tokenizer.encode_batch([text])[0].tolist()
     found = complete(client, prompt=text, max_tokens=len(ids), logprobs=2).json()["choices"][0]["logprobs"]
-    assert found["token_logprobs"] == [-0.25] * len(ids)
     assert found["tokens"][-2:] == opened.tokenizer.hf.convert_ids_to_tokens(ids[-2:]), "parts of a character"
     assert "".join(found["tokens"][:-2]) == "tie "
     names = [opened.tokenizer.decode([token]) for token in (0, 1)]
@@ -137,76 +121,33 @@ def test_logprobs_of_a_completion(client: TestClient, opened: OpenModel) -> None
 
 
 def test_a_chat(client: TestClient, engine: FakeEngine, opened: OpenModel) -> None:
-    messages = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]},
-    ]
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
     answer = chat(client, messages=messages, max_completion_tokens=4, max_tokens=9).json()
-    assert answer["object"] == "chat.completion"
-    message = answer["choices"][0]["message"]
-    assert (message["role"], message["refusal"]) == ("assistant", None)
     assert answer["usage"]["completion_tokens"] == 4
     assert opened.tokenizer.decode(engine.requests[0].prompt) == "system: be brief\nuser: hello\nassistant:"
-    history = [*messages, message, {"role": "user", "content": "more"}]
-    assert chat(client, messages=history).status_code == 200, "an answer may be sent back as it came"
+    assert chat(client, messages=messages).status_code == 200
     last = engine.requests[-1]
     assert last.sampling.max_tokens == POSITIONS - len(last.prompt), "to the end of the context unless told"
 
 
 def test_logprobs_of_a_chat(client: TestClient) -> None:
-    answer = chat(client, logprobs=True, top_logprobs=2, max_tokens=1).json()
-    (content,) = answer["choices"][0]["logprobs"]["content"]
-    assert content["logprob"] == -0.25
+    (content,) = chat(client, logprobs=True, max_tokens=1).json()["choices"][0]["logprobs"]["content"]
     assert bytes(content["bytes"]).decode() == content["token"]
-    assert [other["logprob"] for other in content["top_logprobs"]] == [-0.5, -1.5]
-    bare = chat(client, logprobs=True, max_tokens=1).json()["choices"][0]["logprobs"]["content"][0]
-    assert bare["top_logprobs"] == []
+    assert content["top_logprobs"] == []
     assert chat(client, top_logprobs=2, max_tokens=1).json()["choices"][0]["logprobs"] is None
-
-
-def test_the_tokenizers_chat_template_writes_the_prompt(folders: dict[str, Path]) -> None:
-    model = open_model(folders["plain"])
-    model.tokenizer.hf.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-        "<|endoftext|>{{ m.role }}/{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|endoftext|>assistant/{% endif %}"
-    )
-    engine = FakeEngine(model, words(model))
-    client = client_of(engine)
-    assert chat(client, max_tokens=1).status_code == 200
-    ids = engine.requests[0].prompt
-    assert model.tokenizer.decode(ids) == "<|endoftext|>user/hello<|endoftext|>assistant/"
-    assert ids.count(model.tokenizer.eos_id) == 2, "the template's special tokens are special"
-    refused = chat(client, messages=[{"role": "system", "content": "x"}])
-    assert "no system here" in error_of(refused, 400)["message"]
 
 
 # -- streams ------------------------------------------------------------------------------------------------------
 
 
-def test_a_streamed_completion(client: TestClient) -> None:
-    events = events_of(complete(client, max_tokens=20, stream=True, n=2, logprobs=1))
+def test_offsets_and_ids_of_a_stream(client: TestClient) -> None:
+    events = events_of(complete(client, max_tokens=20, stream=True, logprobs=1))
     whole = complete(client, max_tokens=20, logprobs=1).json()["choices"][0]
-    for index in (0, 1):
-        pieces = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
-        assert "".join(piece["text"] for piece in pieces) == whole["text"]
-        assert [piece["finish_reason"] for piece in pieces] == [None] * 20 + ["length"]
-        offsets = [place for piece in pieces[:-1] for place in piece["logprobs"]["text_offset"]]
-        assert offsets == whole["logprobs"]["text_offset"]
+    offsets = [place for event in events[:-1] for place in event["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == whole["logprobs"]["text_offset"]
     assert all("usage" not in event for event in events)
     assert len({event["id"] for event in events}) == 1
-
-
-def test_a_streamed_chat_with_usage(client: TestClient) -> None:
-    events = events_of(chat(client, max_tokens=3, stream=True, stream_options={"include_usage": True}))
-    assert {event["object"] for event in events} == {"chat.completion.chunk"}
-    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
-    assert (deltas[0], deltas[-1]) == ({"role": "assistant", "content": ""}, {})
-    assert events[-2]["choices"][0]["finish_reason"] == "length"
-    assert (events[-1]["choices"], events[-1]["usage"]["completion_tokens"]) == ([], 3)
-    assert all(event["usage"] is None for event in events[:-1])
-    whole = chat(client, max_tokens=3).json()
-    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
 
 
 def test_text_held_back_comes_with_the_end(opened: OpenModel) -> None:
@@ -216,34 +157,6 @@ def test_text_held_back_comes_with_the_end(opened: OpenModel) -> None:
     assert chat(client).json()["choices"][0]["message"]["content"] == "abc"
     streamed = events_of(chat(client, stream=True))
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in streamed) == "abc"
-
-
-@pytest.mark.parametrize(
-    ("end", "status", "kind"),
-    [
-        (Finished("timeout"), 408, "timeout_error"),
-        (Finished("cancelled"), 503, "overloaded_error"),
-        (Finished("error", message="nan"), 500, "server_error"),
-    ],
-)
-def test_what_ends_before_it_begins_is_an_error(opened: OpenModel, end: Finished, status: int, kind: str) -> None:
-    client = saying(opened, end)
-    for ask in (complete, chat):
-        for stream in (False, True):
-            assert error_of(ask(client, stream=stream), status)["type"] == kind
-
-
-def test_an_answer_that_began_ends_with_what_there_is(opened: OpenModel) -> None:
-    """A failure is the last event of a stream."""
-    client = saying(opened, Token(65, "a"), Finished("timeout"))
-    choice = complete(client).json()["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("a", "timeout")
-    assert events_of(complete(client, stream=True))[-1]["choices"][0]["finish_reason"] == "timeout"
-    client = saying(opened, Token(65, "a"), Finished("error", message="nan"))
-    last = json.loads(complete(client, stream=True).text.strip().rpartition("data: ")[2])
-    assert last["error"]["type"] == "server_error"
-    assert "nan" in last["error"]["message"]
-    assert error_of(complete(client), 500)["code"] == "generation_failed"
 
 
 def test_a_full_queue_says_when_to_come_back_and_keeps_nothing(opened: OpenModel) -> None:
@@ -305,31 +218,15 @@ def test_neutral_and_harmless_fields_pass(client: TestClient) -> None:
     assert chat(client, **shared, **extra, parallel_tool_calls=True, max_tokens=1).status_code == 200
 
 
-def test_each_model_has_its_own_limits(opened: OpenModel) -> None:
-    config = SimpleNamespace(max_position_embeddings=16, vocab_size=VOCAB)
-    small = OpenModel("small", "plain", SimpleNamespace(config=config), opened.tokenizer, ())
-    engines = {"small": FakeEngine(small, words(small)), "large": FakeEngine(opened, words(opened))}
-    for engine, most in ((engines["small"], 15), (engines["large"], POSITIONS - 1)):
-        engine.check([1], most)
-        engine.check([1] * most, 1)
-        for prompt, tokens in (([1], most + 1), ([1] * (most + 1), 1)):
-            with pytest.raises(ConfigError, match="tokens at most"):
-                engine.check(prompt, tokens)
-
-
 VALID = b'{"model": "tiny", "prompt": "a"}'
 
 
-def test_paths_methods_and_content_types(client: TestClient) -> None:
-    assert client.get("/healthz").json() == {"status": "ok"}
-    error_of(client.get("/v1/nothing"), 404)
-    error_of(client.get("/%ff%00"), 404)
-    response = client.get("/v1/completions")
-    error_of(response, 405)
-    assert response.headers["allow"] == "POST"
-    for kind in ("application/json", "application/json; charset=UTF-8", "application/x+json"):
+def test_paths_and_content_types(client: TestClient) -> None:
+    for path in ("/v1/nothing", "/%ff%00"):
+        error_of(client.get(path), 404)
+    for kind in ("application/json; charset=UTF-8", "application/x+json"):
         assert client.post("/v1/completions", content=VALID, headers={"content-type": kind}).status_code == 200
-    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "x"}, {"content-type": "a\x00b"}):
+    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "a\x00b"}):
         assert error_of(client.post("/v1/completions", content=VALID, headers=headers), 400)["code"] == "bad_request"
 
 
@@ -347,21 +244,20 @@ def test_large_bodies_are_refused_with_and_without_a_length(engine: FakeEngine) 
 def test_keys_open_all_but_the_health_check_and_the_page(engine: FakeEngine, place: str) -> None:
     """Also where the application is mounted in another."""
     app = build_app({"tiny": engine}, ServeConfig(api_keys=("one", "two")))
-    if place:
-        outer = FastAPI()
-        outer.mount(place, app)
-        app = outer
-    client = TestClient(app, raise_server_exceptions=False)
+    outer = FastAPI()
+    outer.mount(place, app)
+    client = TestClient(outer if place else app, raise_server_exceptions=False)
     assert client.get(f"{place}/healthz").status_code == client.get(f"{place}/").status_code == 200
     error_of(client.get(f"{place}/page/nothing.js"), 404)
     for path in ("/v1/models", "/metrics", "/openapi.json", "/api/models", "/nothing"):
         response = client.get(f"{place}{path}")
         assert error_of(response, 401)["type"] == "authentication_error"
         assert response.headers["www-authenticate"] == "Bearer"
-    for given in ("Bearer three", "Basic one", "one", "Bearer", "Bearer on", "Bearer one two", b"Bearer \xff"):
-        error_of(client.get(f"{place}/v1/models", headers={"authorization": given}), 401)
-    for given in ("Bearer one", "bearer two"):
-        assert client.get(f"{place}/v1/models", headers={"authorization": given}).status_code == 200
+    for given, status in (
+        ("Bearer one", 200), ("bearer two", 200), ("Bearer three", 401), ("Basic one", 401), ("one", 401),
+        ("Bearer", 401), ("Bearer on", 401), ("Bearer one two", 401), (b"Bearer \xff", 401),
+    ):  # fmt: skip
+        assert client.get(f"{place}/v1/models", headers={"authorization": given}).status_code == status, given
     error_of(client.post(f"{place}/v1/completions", content=VALID), 401)
     assert engine.requests == []
     assert "secret" not in repr(ServeConfig(api_keys=("secret",)))
@@ -370,13 +266,15 @@ def test_keys_open_all_but_the_health_check_and_the_page(engine: FakeEngine, pla
 def test_hosts(engine: FakeEngine) -> None:
     client, free = client_of(engine, hosts=("hub.Example:8443",)), client_of(engine)
     for host in (
-        "localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.10", "[::1]:8000", "weftlm.localhost", "192.0.2.1:80",
-        "[2001:db8::1]:8000", "Hub.example:1", "hub.example.",
-    ):  # fmt: skip
+        "LOCALHOST:8000",
+        "127.8.9.10",
+        "[2001:db8::1]:8000",
+        "weftlm.localhost",
+        "Hub.example:1",
+        "hub.example.",
+    ):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200, host
-    for host in (
-        "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "notlocalhost", "0x7f.1"
-    ):  # fmt: skip
+    for host in ("evil.example:8000", "localhost.evil.example", "", "127.0.0.1.evil.example", "notlocalhost", "0x7f.1"):
         for path in ("/v1/models", "/healthz", "/metrics"):
             error = error_of(client.get(path, headers={"host": host}), 403)
             assert error["code"] == "host_not_allowed"
@@ -387,10 +285,9 @@ def test_hosts(engine: FakeEngine) -> None:
 def test_the_names_of_a_server_follow_where_it_listens(engine: FakeEngine) -> None:
     own = socket.gethostname()
     assert hosts_of("127.0.0.1", [], open_to_all=False) == ["127.0.0.1", own]
-    assert hosts_of("box", ["hub.example"], open_to_all=False) == ["box", own, "hub.example"]
     assert hosts_of("0.0.0.0", [], open_to_all=True) is None
     assert hosts_of("0.0.0.0", ["hub.example"], open_to_all=True) == ["0.0.0.0", own, "hub.example"]
-    for wrong in ("https://hub.example", "", "  ", "hub example", "a/b"):
+    for wrong in ("https://hub.example", "  ", "hub example"):
         with pytest.raises(ConfigError, match="without scheme or path"):
             hosts_of("127.0.0.1", [wrong], open_to_all=False)
     for name in ("", "a/b", "a\n", "x" * 201):
@@ -403,15 +300,16 @@ def test_metrics(client: TestClient, engine: FakeEngine) -> None:
     complete(client, n=0)
     client.get("/some/path")
     text = client.get("/metrics").text
-    assert 'weftlm_http_requests_total{method="POST",route="/v1/completions",status="200"} 1.0' in text
-    assert 'weftlm_http_requests_total{method="POST",route="/v1/completions",status="400"} 1.0' in text
-    assert 'weftlm_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
+    for figure in (
+        'http_requests_total{method="POST",route="/v1/completions",status="200"} 1.0',
+        'http_requests_total{method="POST",route="/v1/completions",status="400"} 1.0',
+        'http_requests_total{method="GET",route="none",status="404"} 1.0',
+        'time_to_first_token_seconds_count{model="tiny"} 1.0', 'time_per_token_seconds_count{model="tiny"} 1.0',
+        'running_requests{model="tiny"} 0.0', 'generated_tokens_total{model="tiny"} 3.0',
+        'finished_requests_total{model="tiny",reason="length"} 1.0',
+    ):  # fmt: skip
+        assert f"weftlm_{figure}" in text
     assert "/some/path" not in text
-    assert 'weftlm_time_to_first_token_seconds_count{model="tiny"} 1.0' in text
-    assert 'weftlm_time_per_token_seconds_count{model="tiny"} 1.0' in text
-    assert 'weftlm_running_requests{model="tiny"} 0.0' in text
-    assert 'weftlm_generated_tokens_total{model="tiny"} 3.0' in text
-    assert 'weftlm_finished_requests_total{model="tiny",reason="length"} 1.0' in text
     assert 'route="/v1/completions"' not in client_of(engine).get("/metrics").text, "every app counts for itself"
 
 
