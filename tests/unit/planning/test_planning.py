@@ -141,11 +141,9 @@ def test_other_models_are_counted_by_what_a_token_meets() -> None:
 def test_what_learns_and_what_is_recomputed_decide_work_and_memory() -> None:
     config = config_of(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
     whole, recomputing = Counted(config), Counted(config, checkpointing=True)
-    adapter = Counted(config, adapter=LoRASection(rank=4))
-    assert 0.6 < adapter.step(2, 16).flops / whole.step(2, 16).flops < 0.8
+    assert 0.6 < Counted(config, adapter=LoRASection(rank=4)).step(2, 16).flops / whole.step(2, 16).flops < 0.8
     assert recomputing.step(2, 16).flops == pytest.approx(4 * whole.forward(2, 16).flops)
     assert recomputing.activations(2, 16) < 0.6 * whole.activations(2, 16)
-    assert Counted(config, bf16=True).activations(2, 512) < whole.activations(2, 512)
 
 
 def test_memory_is_about_what_training_keeps() -> None:
@@ -373,20 +371,9 @@ def test_a_gate_over_models_that_are_there_is_planned(dtype: str, item: int, tmp
     assert found.stage("data").facts["tokens"] == 3 * 40 * 32
 
 
-@pytest.mark.parametrize(
-    ("changes", "twice", "said"),
-    [
-        ({"vocab_size": 128}, False, "a vocabulary of 96 and 'second' one of 128"),
-        ({"num_key_value_heads": 3}, False, "expert 'second' has 4 attention heads over 3"),
-        ({}, True, "need different names"),
-    ],
-)
-def test_a_pool_that_cannot_be_scored_is_refused(
-    changes: dict[str, int], twice: bool, said: str, tmp_path: Path
-) -> None:
-    sources = pool_of(tmp_path, **changes)
-    with pytest.raises((ConfigError, ExpertError), match=said):
-        gate_plan([*sources, sources[0]] if twice else sources)
+def test_a_pool_that_cannot_be_scored_is_refused(tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, ExpertError), match="a vocabulary of 96 and 'second' one of 128"):
+        gate_plan(pool_of(tmp_path, vocab_size=128))
 
 
 # -- this machine ----------------------------------------------------------------------------------------------------

@@ -185,14 +185,14 @@ def test_a_finished_connection_leaves_nothing(opened: OpenModel) -> None:
 def test_an_answer_that_closes_its_connection_is_written_whole(opened: OpenModel) -> None:
     """It ends after more than `intake_seconds`, and is read a little later."""
     engine = FakeEngine(opened)
-    with serving({"tiny": engine}, ServeConfig(intake_seconds=SHORT)) as web, web.connect() as connection:
+    with serving({"tiny": engine}, ServeConfig(intake_seconds=1.0)) as web, web.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         connection.sendall(closing())
         request = engine.wait_for_request()
-        time.sleep(2 * SHORT)
-        request.say(*[Token(65, LARGE)] * 30, Finished("length"))
-        time.sleep(SHORT / 2)
-        assert read_all(connection).count(b"x") >= 30 * len(LARGE)
+        time.sleep(1.5)
+        request.say(*[Token(65, LARGE)] * 10, Finished("length"))
+        time.sleep(0.3)
+        assert read_all(connection).count(b"x") >= 10 * len(LARGE)
 
 
 def test_connections_are_limited_and_places_come_back(opened: OpenModel) -> None:

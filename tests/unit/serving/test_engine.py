@@ -105,9 +105,8 @@ def test_a_long_prompt_does_not_starve_those_that_run(opened: OpenModel, monkeyp
     with held(engine):
         events.clear()
         long = Ticket(engine, [5] * 96, GREEDY, on_event=lambda: events.append("long"))
-    long.next()
-    assert events.index("long") == 11, "one token beside each of 11 pieces; with the 12th the long one has a token"
     assert collect(long).end.reason == "length"
+    assert events.index("long") == 11, "one token beside each of 11 pieces; with the 12th the long one has a token"
     assert running.request.finished is None
     engine.close()
 

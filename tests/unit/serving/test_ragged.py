@@ -52,20 +52,20 @@ def test_together_as_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
 
     That they are the model's own within rounding is tried when the engine is made, and said in the log where not.
     """
-    asked = requests(10, seed=12, vocab=tiny.VOCAB, longest=36, most=14)
+    asked = requests(7, seed=12, vocab=tiny.VOCAB, longest=36, most=14)
     rng = random.Random(12)
     engine = Engine(TOGETHER[name](), slots=5)
     try:
         alone = [ask(engine, prompt, sampling) for prompt, sampling in asked]
         tickets = {}
-        for place in rng.sample(range(10), 10):
+        for place in rng.sample(range(7), 7):
             other = Ticket(engine, [place, 9, 2], asked[place][1])
             tickets[place] = Ticket(engine, *asked[place])
             if rng.random() < 0.3:  # the next one joins a turn or more later, in a place that becomes free
                 with held(engine):
                     other.cancel()
         assert {place: collect(ticket) for place, ticket in tickets.items()} == dict(enumerate(alone))
-        assert [answer.end.reason for answer in alone] == ["length"] * 10
+        assert [answer.end.reason for answer in alone] == ["length"] * 7
     finally:
         engine.close()
     assert ("in turn" in caplog.text) == (name == "sparse")
