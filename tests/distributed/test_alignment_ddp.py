@@ -14,14 +14,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from weftlm.errors import ConfigError
-from weftlm.mixture.policy import Alignment
+from weftlm.mixture.policy import Alignment, build_policy
 from weftlm.models.hf import sequence_losses
 from weftlm.training.alignment import (
     Probe,
     ShadowProbe,
-    choose_estimator,
+    choose_for_policy,
     estimators,
-    facts_of,
     gradient_direction,
     group_alignment,
 )
@@ -110,8 +109,9 @@ def measure_sharded(rank: int, world: int, folder: Path | None = None) -> dict[s
     for parameter, (gradient, weight) in zip(net.parameters(), before, strict=True):
         assert torch.equal(local(parameter.grad), gradient)
         assert torch.equal(local(parameter.detach()), weight)
-    facts = facts_of(net, groups=GROUPS, batch_size=ROWS)
-    found["choice"] = choose_estimator(AlignmentConfig(), facts).estimator
+    doge = build_policy({"policy": "doge"})
+    choice = choose_for_policy(doge, AlignmentConfig(), model=net, groups=GROUPS, batch_size=ROWS)
+    found["choice"] = choice and choice.estimator
     if world > 1:
         with pytest.raises(ConfigError, match="use separate"):
             ShadowProbe(net, v)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlm.errors import ConfigError, did_you_mean, reason
 from weftlm.models.config import LoRASection, ModelConfig
-from weftlm.models.lora_targets import check_targets, lora_targets
+from weftlm.models.lora_targets import lora_targets
 from weftlm.models.open import check_vocabulary, config_at_hand, from_architecture, load_base, require_decoder_only
 
 _SMALL_LLAMA = {
@@ -118,16 +118,6 @@ def architecture_config(config: ModelConfig, *, vocab_size: int, sequence_length
     if why := uneven_heads(built):
         raise ConfigError(f"model.config has {why}")
     return built
-
-
-def check_adapter(model: ModelConfig) -> None:
-    """Refuse, before anything is read, an adapter that could not be used once it is trained.
-
-    Raises:
-        ConfigError: `model.lora.target_modules` names what the model does not have or no expert can hold.
-    """
-    if model.lora is not None and (config := config_to_be(model, sequence_length=1)) is not None:
-        check_targets(config, model.lora.target_modules, "model.lora")
 
 
 def config_to_be(model: ModelConfig, *, sequence_length: int) -> PretrainedConfig | None:

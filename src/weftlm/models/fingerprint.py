@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,18 +59,9 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the base alone, tied ones once."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        held: Mapping[str, Tensor | None] = {
-            **module._parameters,
-            **{name: buffer for name, buffer in module._buffers.items()
-               if name not in module._non_persistent_buffers_set},
-        }  # fmt: skip
-        for short, tensor in held.items():
-            name = f"{prefix}.{short}" if prefix else short
-            if tensor is None or id(tensor) in seen or ".lora_" in name or ".modules_to_save." in name:
-                continue
-            seen.add(id(tensor))
+    kept = model.state_dict()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept and ".lora_" not in name and ".modules_to_save." not in name:
             yield _WRAPPERS.sub("", name), tensor.detach()
 
 

@@ -69,19 +69,24 @@ def fitted(prompt_P: NDArray[Any], target_C: NDArray[Any], *, eos_id: int, lengt
     return Prompted(whole_P[len(whole_P) - prompt :], np.concatenate([target_C, end]).astype(np.int64)[:target])
 
 
-@dataclass(frozen=True, eq=False)
 class PromptedExamples:
     """The examples of a source as a model reads them, cut by `fitted`.
 
-    Attributes:
+    Args:
         examples: The whole ones.
         length: T, the largest number of tokens.
         encoder: Whether the model has an encoder for the prompt.
+    Attributes:
+        prompts_N: Tokens of each prompt that are read.
+        targets_N: Tokens predicted of each example: those of its target that are kept, and its end.
     """
 
-    examples: Examples
-    length: int
-    encoder: bool
+    prompts_N: NDArray[np.int64]
+    targets_N: NDArray[np.int64]
+
+    def __init__(self, examples: Examples, length: int, encoder: bool) -> None:
+        self.examples, self.length, self.encoder = examples, length, encoder
+        self.prompts_N, self.targets_N = kept(examples.prompts_N, examples.targets_N, length=length, encoder=encoder)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -92,19 +97,6 @@ class PromptedExamples:
             fitted(*example, eos_id=self.examples.eos_id, length=self.length, encoder=self.encoder)
             for example in self.examples.read(indices_B)
         ]
-
-    def _kept(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return kept(self.examples.prompts_N, self.examples.targets_N, length=self.length, encoder=self.encoder)
-
-    @property
-    def targets_N(self) -> NDArray[np.int64]:
-        """Tokens predicted of each example: those of its target that are kept, and its end."""
-        return self._kept()[1]
-
-    @property
-    def prompts_N(self) -> NDArray[np.int64]:
-        """Tokens of each prompt that are read."""
-        return self._kept()[0]
 
     @property
     def bytes_N(self) -> NDArray[np.float64]:

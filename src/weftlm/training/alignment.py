@@ -47,7 +47,7 @@ from weftlm.training.estimators.shadow import ShadowProbe
 
 __all__ = [
     "Alignment", "AlignmentConfig", "Choice", "Cost", "Direction", "Facts", "Probe", "ShadowProbe", "choose_estimator",
-    "choose_for_policy", "estimators", "facts_of", "gradient_direction", "group_alignment", "has_dropout",
+    "choose_for_policy", "estimators", "gradient_direction", "group_alignment", "has_dropout",
     "precondition", "trainable_parameters", "trial_on",
 ]  # fmt: skip
 
@@ -70,27 +70,6 @@ class Choice:
     reason: str
 
 
-def facts_of(model: nn.Module, *, processes: int | None = None, sharded: bool | None = None, **others: Any) -> Facts:
-    """The facts of a run by its model.
-
-    Args:
-        model: the model as it will be trained (wrapped, sharded, with adapters); on the meta device for a plan.
-        processes: number of training processes; absent: those of the default process group.
-        sharded: whether parameters are split over the processes; absent: whether the model's are.
-        others: the facts that the model does not decide, as in `Facts`.
-    Raises:
-        ConfigError: the model has no trainable parameter.
-    """
-    parameters = trainable_parameters(model).values()
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return Facts(
-        processes=processes or (torch.distributed.get_world_size() if together else 1),
-        sharded=is_sharded(parameters) if sharded is None else sharded,
-        dropout=has_dropout(model),
-        **others,
-    )
-
-
 def choose_estimator(
     config: AlignmentConfig, facts: Facts, trial: Callable[[Estimator], str | None] | None = None
 ) -> Choice:
@@ -105,7 +84,7 @@ def choose_estimator(
 
     Args:
         config: the recipe's `alignment` section.
-        facts: the facts of the run (`facts_of`, or a plan's).
+        facts: the facts of the run.
         trial: reason an estimator fails on the model (`trial_on`), asked before it is chosen; without it, that shows
             when the first probe runs.
     Raises:
@@ -146,8 +125,11 @@ def choose_for_policy(
     config: AlignmentConfig,
     *,
     model: nn.Module,
+    groups: int,
+    batch_size: int,
     losses: SequenceLosses | None = None,
-    **layout: Any,
+    processes: int | None = None,
+    sharded: bool | None = None,
 ) -> Choice | None:
     """The estimator for what a policy needs; None for policies that need no alignment.
 
@@ -156,16 +138,27 @@ def choose_for_policy(
     Args:
         policy: its `needs` and configuration decide whether norms count and what a group is.
         config: the recipe's `alignment` section.
-        model: see `facts_of`.
+        model: the model as it will be trained (wrapped, sharded, with adapters); on the meta device for a plan.
+        groups, batch_size: as in `Facts`.
         losses: with it, estimators are tried on the model (`trial_on`), unless its parameters are sharded.
-        layout: the other arguments of `facts_of`.
+        processes: number of training processes; absent: those of the default process group.
+        sharded: whether parameters are split over the processes; absent: whether the model's are.
     Raises:
-        ConfigError: no estimator can measure what the policy needs on this model.
+        ConfigError: no estimator can measure what the policy needs on this model, or it has no trainable parameter.
     """
     if not policy.needs & {"target_alignment", "generalist_alignment"}:
         return None
-    norms = getattr(policy.config, "normalize", None) == "cosine"
-    facts = facts_of(model, needs_norms=norms, basis="basis" in policy.needs, **layout)
+    parameters = trainable_parameters(model).values()
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    facts = Facts(
+        groups,
+        batch_size,
+        processes=processes or (torch.distributed.get_world_size() if together else 1),
+        needs_norms=getattr(policy.config, "normalize", None) == "cosine",
+        basis="basis" in policy.needs,
+        sharded=is_sharded(parameters) if sharded is None else sharded,
+        dropout=has_dropout(model),
+    )
     return choose_estimator(config, facts, None if losses is None or facts.sharded else trial_on(model, losses))
 
 

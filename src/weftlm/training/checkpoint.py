@@ -31,7 +31,7 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps taken.
-        tensors: weights (`model.*`), optimizer moments (`optimizer.*`) and random-generator states (`rng.*`).
+        tensors: weights (`model.*`), optimizer moments (`optimizer.*`) and the best weights so far (`best.*`), if kept.
         state: JSON-able rest: sampler, policy, counters.
     """
 

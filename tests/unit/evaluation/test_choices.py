@@ -23,6 +23,7 @@ from weftlm.corpora.config import TrainConfig
 from weftlm.corpora.tokens import Tokenizer, train_tokenizer
 from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.evaluation.choices import ChoiceQuestion, QuestionScores, choice_scores, read_choices, score_choices
+from weftlm.models.prompted import Prompted, target_nats
 
 WORDS = {word: index for index, word in enumerate("abcdefghij")}
 EOS = 10
@@ -65,17 +66,6 @@ def random_questions(seed: int = 0) -> list[ChoiceQuestion]:
     return [ask(text(1, 14), *each, "a b c d e f g", answer=int(rng.integers(len(each)))) for each in choices]
 
 
-def by_hand(model: Any, prompt: list[int], choice: list[int], *, encoder: bool) -> float:
-    model.eval()
-    given = {"input_ids": torch.tensor([prompt if encoder else prompt + choice])}
-    if encoder:
-        given["decoder_input_ids"] = torch.tensor([[0, *choice[:-1]]])
-    with torch.no_grad():
-        logp_TV = torch.log_softmax(model(**given).logits[0].double(), -1)
-    first = 0 if encoder else len(prompt) - 1
-    return sum(float(logp_TV[first + j, token]) for j, token in enumerate(choice))
-
-
 def flat(scores: list[QuestionScores]) -> list[float]:
     return [value for score in scores for value in score.log_probs.tolist()]
 
@@ -107,18 +97,20 @@ def test_a_choice_costs_what_it_costs_alone_whatever_its_batch(
 ) -> None:
     model, end = (t5, [EOS]) if encoder else (llama, [])
     questions = random_questions()
-    expected = [
-        by_hand(model, ids(question.prompt) + end, ids(choice) + end, encoder=encoder)
+    rows = [
+        Prompted(np.array(ids(question.prompt) + end), np.array(ids(choice) + end))
         for question in questions
         for choice in question.choices
     ]
+    model.eval()
+    with torch.no_grad():
+        expected = [-float(target_nats(model, [row], torch.device("cpu"), encoder=encoder)) for row in rows]
     model.train()
     for batch_size in (1, 3, 64):
         scores = choice_scores(model, words, questions[::-1], batch_size=batch_size, max_length=64)[::-1]
         assert flat(scores) == pytest.approx(expected, rel=1e-5)
     assert model.training, "evaluated without dropout, and its mode put back"
-    lengths = [len(choice.split()) + len(end) for question in questions for choice in question.choices]
-    assert [length for score in scores for length in score.tokens.tolist()] == lengths
+    assert [length for score in scores for length in score.tokens.tolist()] == [len(row.target_C) for row in rows]
 
 
 class Recorder(nn.Module):
@@ -139,16 +131,6 @@ class Recorder(nn.Module):
 
 QUESTIONS = [ask("a b c", "d", "e f"), ask("g", "h i", "j")]
 ENCODER = SimpleNamespace(is_encoder_decoder=True)
-
-
-def test_batches_are_padded_on_the_right_longest_first(words: Tokenizer) -> None:
-    model = Recorder()
-    choice_scores(model, words, QUESTIONS, batch_size=3, max_length=9)
-    first, second = model.calls
-    assert first["input_ids"].tolist() == [[0, 1, 2, 4], [0, 1, 2, 0], [6, 7, 0, 0]]
-    assert first["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
-    assert second["input_ids"].tolist() == [[6]]
-    assert first.keys() == {"input_ids", "attention_mask", "use_cache"}, "no routing mask is asked for"
 
 
 def test_a_model_that_routes_sequences_gets_the_places_of_the_prompts(words: Tokenizer) -> None:

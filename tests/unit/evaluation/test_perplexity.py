@@ -48,15 +48,6 @@ def test_windows_score_every_token_but_the_first_once_and_a_cap_takes_some_evenl
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
-def test_a_uniform_model_costs_the_logarithm_of_the_vocabulary(source: Any) -> None:
-    result = evaluate_source(Constant(), source, sequence_length=16, batch_size=4)
-    assert result.nats_per_token == pytest.approx(math.log(64), abs=1e-6)
-    assert result.nats_per_token_se == pytest.approx(0.0, abs=1e-9)
-    assert result.perplexity == pytest.approx(64, rel=1e-6)
-    assert (result.tokens, result.bytes) == (202, 640)
-    assert result.bits_per_byte == pytest.approx(6 * 202 / 640, rel=1e-6)
-
-
 @pytest.mark.parametrize(("length", "batch_size"), [(1, 64), (7, 3), (101, 1), (202, 3), (500, 64)])
 def test_a_bigram_model_costs_what_its_table_says_whatever_the_windows(
     bigram: Any, source: Any, length: int, batch_size: int

@@ -34,14 +34,6 @@ def after(policy, *reports, setting=SETTING):
     return state
 
 
-def test_scale_does_not_change_with_the_size_of_gradients():
-    policy = dga(normalize="scale")
-    small = after(policy, probe([1e-6, 2e-6, NAN], [1e-3, 3e-3, NAN], direction_norm=1e-3))
-    large = after(policy, probe([1e6, 2e6, NAN], [1e3, 3e3, NAN], direction_norm=1e3))
-    assert small.values_G[:2].tolist() == pytest.approx([0.5, 1.0], rel=1e-12)
-    torch.testing.assert_close(policy.weights(small), policy.weights(large), rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize(
     ("normalize", "given", "expected", "lacking"),
     [
@@ -55,14 +47,6 @@ def test_alignments_are_divided_by_norms(normalize, given, expected, lacking):
     assert state.values_G.tolist() == expected
     with pytest.raises(ConfigError, match=lacking):
         policy.update(state, probe([1.0, 0.0, -1.0], batch_norm=None))
-
-
-def test_an_absent_group_keeps_its_last_alignment_and_one_never_seen_its_weight():
-    policy = dga(normalize="raw", floor=0.0)
-    state = after(policy, probe([1.0, NAN, 3.0]))
-    assert float(policy.weights(state)[1]) == pytest.approx(1 / 3, rel=1e-15)
-    state = policy.update(policy.update(state, probe([1.0, 2.0, 3.0])), probe([0.5, NAN, 0.0]))
-    assert state.values_G.tolist() == [0.5, 2.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +89,6 @@ def test_a_raw_step_too_large_for_floats_is_an_error():
         after(dga(normalize="raw"), probe([1e308, 0.0, 0.0]))
 
 
-def test_the_floor_lets_a_lost_domain_come_back():
-    away, back = probe([-1.0, 1.0, 1.0]), probe([1.0, -1.0, -1.0])
-    policies = [dga(normalize="raw", ema=1.0, floor=floor) for floor in (0.0, 0.05)]
-    lost, found = (float(policy.weights(after(policy, *[away] * 50, *[back] * 5))[0]) for policy in policies)
-    assert lost < 1e-100
-    assert found > 0.9
-
-
 @pytest.mark.parametrize(
     ("initial", "expected"),
     [("uniform", [1 / 3, 1 / 3, 1 / 3]), ("proportional", [0.25, 0.25, 0.5]), ("importance", [1.0, 0.0, 0.0])],
@@ -124,14 +100,12 @@ def test_starts(initial, expected):
     assert ("target_histogram" in policy.needs) == (initial == "importance")
 
 
-def test_basis_reweighting_mixes_the_distributions():
-    policy = dga(reweight="basis", normalize="raw", eta=1.0, ema=1.0, floor=0.0)
+def test_basis_reweighting_measures_every_distribution():
+    policy = dga(reweight="basis")
     basis_ND = tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
     state = policy.init(MixtureSetting(SETTING.domains, SETTING.tokens_D, basis_ND=basis_ND))
     assert policy.needs == {"target_alignment", "basis"}
     assert policy.weights(state).tolist() == [0.25, 0.25, 0.5]
-    state = policy.update(state, probe([math.log(3.0), 0.0]))
-    assert policy.weights(state).tolist() == pytest.approx([0.375, 0.375, 0.25], rel=1e-14)
     with pytest.raises(ConfigError, match="2 groups"):
         policy.update(state, probe([1.0, 0.0, 0.0]))
 

@@ -80,17 +80,6 @@ def test_what_gives_no_mixture_of_the_domains_is_refused(policy, tokens, keys, m
 # -- policies driven by losses ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["doremi", "group_dro"])
-def test_a_domain_not_drawn_keeps_its_last_loss_and_one_never_drawn_its_weight(name):
-    policy, state = start(name, 4.0, 16.0, **({"smoothing": 0.0} if name == "doremi" else {}))
-    state = policy.update(state, report([2.0, NAN]))
-    assert policy.weights(state).tolist() == [0.5, 0.5]
-    state = policy.update(state, report([NAN, 1.0]))
-    assert state.values_G.tolist() == [2.0, 1.0]
-    expected = math.e / (math.e + 1.0)
-    assert policy.weights(state).tolist() == pytest.approx([expected, 1.0 - expected], rel=1e-14)
-
-
 @pytest.mark.parametrize("name", ["doremi", "group_dro", "odm"])
 def test_a_broken_loss_of_a_drawn_domain_is_an_error_that_names_it(name):
     policy, state = start(name, 1.0, 1.0)
@@ -98,15 +87,6 @@ def test_a_broken_loss_of_a_drawn_domain_is_an_error_that_names_it(name):
         policy.update(state, report([0.5, math.inf]))
     with pytest.raises(ConfigError, match=rf"\(3,\) losses; policy '{name}' has 2 domains"):
         policy.update(state, report([1.0, 1.0, 1.0]))
-
-
-def test_smoothing_bounds_every_weight_from_below_and_the_adjustment_lifts_small_domains():
-    policy, state = start("doremi", 1.0, 1.0, smoothing=0.1)
-    for _ in range(20):
-        state = policy.update(state, report([40.0, 0.0]))
-    assert policy.weights(state).tolist() == pytest.approx([0.95, 0.05], rel=1e-6)
-    policy, state = start("group_dro", 4.0, 16.0, adjustment=4 * math.log(3.0))
-    assert policy.weights(policy.update(state, report([1.0, 1.0]))).tolist() == pytest.approx([0.75, 0.25], rel=1e-14)
 
 
 def test_a_bandit_explores_and_learns_nothing_during_the_warm_up():

@@ -47,14 +47,6 @@ def test_every_size_up_to_300_is_permuted() -> None:
             assert (np.sort(part) == np.arange(n)).all(), n
 
 
-def test_small_and_large_sizes_mix() -> None:
-    sizes_N = np.array([3, 300, 255, 256, 3, 10**9] * 50)
-    positions_N, keys_N = np.arange(300) % 3, np.repeat(keys(50), 6)
-    together = keyed_permutation(positions_N, sizes_N, keys_N)
-    alone = [int(keyed_permutation(positions_N[[i]], sizes_N[[i]], keys_N[[i]])[0]) for i in range(300)]
-    assert together.tolist() == alone
-
-
 def test_sizes_near_the_limit_stay_in_range_and_distinct() -> None:
     n = 2**61 + 12345
     positions_N = np.concatenate([np.arange(2000), n - 1 - np.arange(2000)])

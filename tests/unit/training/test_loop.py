@@ -122,19 +122,6 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:
         assert left["weights"] == pytest.approx(right["weights"], abs=1e-4)
 
 
-def test_a_probed_step_trains_exactly_as_it_would_without_the_probe(tmp_path: Path) -> None:
-    """The shadow term leaves the gradients of its own step alone, bit for bit."""
-    mixture = {"policy": "dga", "update_every_steps": 1}
-    plain, probed = (trainer(tmp_path / name, mixture) for name in ("plain", "probed"))
-    batch = plain.mixture.loader.next(min_per_domain=1)
-    plain._backward(batch)
-    probed.mixture.begin_step(probed.optimizer)
-    probed._backward(batch)
-    for name, parameter in plain.parameters.items():
-        assert parameter.grad is not None
-        assert torch.equal(parameter.grad, probed.parameters[name].grad), name
-
-
 def test_dropout_is_a_function_of_the_step(tmp_path: Path) -> None:
     section = ModelConfig(architecture="gpt2", config={"n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.3})
     runs = []

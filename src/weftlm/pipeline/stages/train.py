@@ -42,10 +42,10 @@ class Train(Stage):
         return [recipe.run / name for name in _LEFT]
 
     def check(self, recipe: Recipe, known: Known) -> None:
-        from weftlm.models.factory import check_adapter, check_positions, config_to_be  # noqa: PLC0415 - transformers
+        from weftlm.models.factory import check_positions, config_to_be  # noqa: PLC0415 - transformers
+        from weftlm.models.lora_targets import check_targets  # noqa: PLC0415 - transformers
 
         known.attempt(check_mixture, recipe)
-        known.attempt(check_adapter, recipe.trained[0])
         for tracker in recipe.trackers if known.here else ():
             if find_spec(tracker) is None:
                 raise ConfigError(f"trackers names {tracker}, which is not installed; {install_hint(tracker)}")
@@ -53,6 +53,8 @@ class Train(Stage):
         if not (recipe.run / RESULT).exists():
             known.locate(model.pretrained, "model.pretrained", model.revision)
         config = config_to_be(model, sequence_length=training.sequence_length)
+        if model.lora is not None and config is not None:
+            known.attempt(check_targets, config, model.lora.target_modules, "model.lora")
         check_positions(config, training.sequence_length, "training.sequence_length", "the model")
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:

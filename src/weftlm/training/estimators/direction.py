@@ -223,13 +223,7 @@ def high_precision(values: Tensor) -> Tensor:
 
 
 def chunks(tokens_BT1: Tensor, micro_batch: int | None) -> Sequence[Tensor]:
-    """The sequences in runs of at most `micro_batch`; no run at all where there are no sequences.
-
-    Raises:
-        ConfigError: micro_batch is not positive.
-    """
-    if micro_batch is not None and micro_batch < 1:
-        raise ConfigError(f"micro_batch is {micro_batch}; it must be at least 1")
+    """The sequences in runs of at most `micro_batch`, or all in one; no run at all where there are no sequences."""
     return tokens_BT1.split(micro_batch or len(tokens_BT1)) if len(tokens_BT1) else ()
 
 
