@@ -31,10 +31,10 @@ from weftlm.gating import scores
 from weftlm.integrations.ray_executor import RayExecutor, ray_executor
 from weftlm.pipeline import experts
 from weftlm.pipeline.experts import train_experts
-from weftlm.pipeline.gating import score_experts
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.recipe import Recipe, load_recipe
 from weftlm.pipeline.routes import evaluate_routes
+from weftlm.pipeline.scoring import score_experts
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 

@@ -23,14 +23,14 @@ from weftlm.experts.lora import lora_files, read_lora
 from weftlm.gating.scores import ScoreCache
 from weftlm.pipeline.any_model import open_model
 from weftlm.pipeline.expert_library import list_experts
-from weftlm.pipeline.gating import open_gate, open_scores
-from weftlm.pipeline.models_table import read_evaluation
+from weftlm.pipeline.gating import open_gate, student_folders
+from weftlm.pipeline.heldout import read_evaluation
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.project_report import gate_facts
 from weftlm.pipeline.recipe import load_recipe
 from weftlm.pipeline.routes import read_routing
 from weftlm.pipeline.runner import project_status
-from weftlm.pipeline.students import read_students
+from weftlm.pipeline.scoring import open_scores
 from weftlm.pipeline.train import read_result, require_same_data
 from weftlm.reporting.runs import read_runs
 from weftlm.training.checkpoint import load_checkpoint
@@ -78,7 +78,7 @@ READ: Sequence[tuple[str, Callable[[str], Any]]] = [
     (f"{RUN}/model/", lambda _: _model(RUN)),
     (f"{RUN}/routed/", lambda _: _model(f"{RUN}/routed/merged")),
     (f"{RUN}/students/student/", lambda _: _model(f"{RUN}/students/student")),
-    (f"{RUN}/students/", lambda _: [read_students(_recipe()), gate_facts(Path(RUN))]),
+    (f"{RUN}/students/", lambda _: [student_folders(_recipe()), gate_facts(Path(RUN))]),
     (f"{LIBRARY}/", lambda _: [_library(ExpertLibrary.open(Path(LIBRARY))), list_experts(Path(LIBRARY))]),
     (f"{RUN}/scores/", lambda _: _scores(ScoreCache.open(f"{RUN}/scores"))),
     (f"{RUN}/gate/g", lambda _: open_gate(_recipe(), open_scores(_recipe()))),

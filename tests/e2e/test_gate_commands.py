@@ -19,7 +19,7 @@ from weftlm.distillation.structural import student_kl
 from weftlm.errors import NumericsError
 from weftlm.gating.gate import load_gate
 from weftlm.gating.scores import ScoreCache
-from weftlm.pipeline import gating, students
+from weftlm.pipeline import gating
 from weftlm.pipeline.recipe import load_recipe
 from weftlm.pipeline.runner import run_project
 
@@ -173,7 +173,7 @@ def test_students_that_can_be_served(run: Path, call: Call, monkeypatch: pytest.
     for name in ("student", "dense"):
         model = AutoModelForCausalLM.from_pretrained(rows[name]["model"])
         for domain, held in split.held_domains.items():
-            logs = students.log_likelihoods(model, held)
+            logs = gating.log_likelihoods(model, held)
             assert -float(logs.mean()) == pytest.approx(rows[name]["domains"][domain]["cross_entropy"], rel=1e-4)
         if name == "student":
             kl, _ = student_kl(load_gate(run / "gate/gate.safetensors"), model.gate, split.held_samples)

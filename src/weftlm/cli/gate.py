@@ -31,7 +31,7 @@ def score(
     folder; gates are fitted on them without running an expert again. Run again after an interruption, the command
     resumes. Under torchrun the ranks share the work.
     """
-    from weftlm.pipeline.gating import score_experts
+    from weftlm.pipeline.scoring import score_experts
 
     with options.executor_for(recipe, ray, gpus) as executor:
         result = score_experts(recipe, overwrite=overwrite, executor=executor)
@@ -79,7 +79,7 @@ def distil(
     `students` in the run folder, which from_pretrained loads and generate drives. Run again after an interruption, the
     command resumes.
     """
-    from weftlm.pipeline.students import distil_gate
+    from weftlm.pipeline.gating import distil_gate
 
     result = distil_gate(recipe, direct=direct)
     yield result

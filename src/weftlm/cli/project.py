@@ -97,7 +97,7 @@ def status(
 
 def show_models(project: Recipe) -> None:
     """Print every model of a finished project, the best marked, and what to do next."""
-    from weftlm.pipeline.models_table import read_evaluation
+    from weftlm.pipeline.heldout import read_evaluation
     from weftlm.pipeline.names import REPORT
 
     evaluation = read_evaluation(project)

@@ -50,9 +50,9 @@ class OpenModel:
     def max_length(self) -> int | None:
         """Tokens the model can read; None where it does not say."""
         if isinstance(self.model, ModularLM):
-            sizes = [_positions(member.model) for member in self.model.pool.members]
-            return min((size for size in sizes if size is not None), default=None)
-        return _positions(self.model)
+            return self.model.pool.longest
+        size = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return size if isinstance(size, int) and size > 0 else None
 
 
 def open_model(
@@ -137,8 +137,3 @@ def open_model(
     for each in inner:
         check_vocabulary(each, found.vocab_size, str(path))
     return OpenModel(str(path), kind, model, found, names)
-
-
-def _positions(model: nn.Module) -> int | None:
-    size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return size if isinstance(size, int) and size > 0 else None

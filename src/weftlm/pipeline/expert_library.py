@@ -6,7 +6,7 @@ Importing this file needs no torch, so that a library is listed at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,12 +45,9 @@ def import_experts(
     adapters' modules and shapes are compared with its own; a base on the hub is compared when it is loaded.
 
     Args:
-        folder: Folder of the library.
-        sources: Folders or hub ids of the adapters.
+        sources, revision: Folders or hub ids of the adapters, and their hub revision.
         name: Name of the expert, for a single source; the last part of its source where None.
-        revision: Hub branch, tag or commit of the adapters.
-        base: Base of a new library; the base the first adapter names where None.
-        base_revision: Hub revision of `base`.
+        base, base_revision: Base of a new library; the one the first adapter names where None.
         assume_base: Whether adapters that name another base, or none, are taken as made for the library's.
         replace_known: Whether they replace experts of their names, once they are read and checked.
     Raises:
@@ -65,25 +62,24 @@ def import_experts(
         raise ConfigError(f"two of the adapters would have one name ({', '.join(names)}); import them one by one")
     known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
     if known is None:
-        reference = _named_base(sources[0], revision) if base is None else BaseReference(base_name(base), base_revision)
+        wanted = _named_base(sources[0], revision) if base is None else BaseReference(base_name(base), base_revision)
     else:
-        reference = known.base
-        if base is not None and base_name(base) != base_name(reference.name):
+        wanted = known.base
+        if base is not None and base_name(base) != base_name(wanted.name):
             raise ConfigError(
-                f"library {folder} is for the base {reference.name}, not {base}; use a library for each base"
+                f"library {folder} is for the base {wanted.name}, not {base}; use a library for each base"
             )
-    reference, model = _at_hand(reference)
+    reference, model = _at_hand(wanted)
     experts = [
         read_peft(source, reference, name=name, revision=revision, model=model, assume_base=assume_base)
         for source in sources
     ]
-    library = ExpertLibrary.open(folder, reference) if known is None else known
-    library.add(*experts, replace=replace_known)
+    (known or ExpertLibrary.open(folder, reference)).add(*experts, replace=replace_known)
     return experts
 
 
 def _at_hand(reference: BaseReference) -> tuple[BaseReference, nn.Module | None]:
-    """A base with its fingerprint, and its modules and shapes; None for both where it is not a folder here."""
+    """A base with its fingerprint, and its modules and shapes; as it is, and None, where it is not a folder here."""
     from weftlm.models.fingerprint import base_fingerprint  # noqa: PLC0415 - torch
     from weftlm.models.open import config_at_hand, load_base, outline  # noqa: PLC0415 - torch
 
@@ -112,15 +108,11 @@ def _named_base(source: str, revision: str | None) -> BaseReference:
     return BaseReference(base_name(reference.name), reference.revision)
 
 
-def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Bring the adapters of `experts.imports` into the library; those that are there already are kept.
+def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bool = True) -> None:
+    """Bring the adapters of `experts.imports` into the library, with gates and statistics where they have a domain.
 
-    Args:
-        recipe: Recipe with the imports.
-        replace: Whether experts of the same names are replaced, each once the new one is whole.
-        progress: Whether progress is shown on stderr.
-    Returns:
-        By name: source, and whether it has a gate and statistics.
+    Those that are there already are kept; with `replace` each is replaced once the new one is whole.
+
     Raises:
         ExpertError: an adapter cannot be read, or another expert has its name and `replace` is not set.
         ConfigError, DataError: as `import_experts` and `gate_expert`.
@@ -130,32 +122,33 @@ def import_recipe_experts(recipe: Recipe, *, replace: bool = False, progress: bo
     folder, settings = recipe.library_folder, recipe.expert_settings
     for each in settings.imports:
         known = ExpertLibrary.open(folder) if (folder / MANIFEST).exists() else None
-        if known is not None and each.title in known and not replace:
-            source = known.card(each.title).get("source")
-            if source != each.source:
-                raise ExpertError(
-                    f"expert {each.title!r} in {folder} came from {source!r}, not from {each.source!r}; replace it "
-                    "(weftlm run --from experts), or give the import another name"
-                )
-            continue
-        import_experts(
-            folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
-            base_revision=settings.revision, assume_base=each.assume_base, replace_known=replace,
-        )  # fmt: skip
+        if known is None or replace or each.title not in known:
+            import_experts(
+                folder, [each.source], name=each.title, revision=each.revision, base=recipe.base,
+                base_revision=settings.revision, assume_base=each.assume_base, replace_known=replace,
+            )  # fmt: skip
+        elif (source := known.card(each.title).get("source")) != each.source:
+            raise ExpertError(
+                f"expert {each.title!r} in {folder} came from {source!r}, not from {each.source!r}; replace it "
+                "(weftlm run --from experts), or give the import another name"
+            )
     library = ExpertLibrary.open(folder)
-    found: dict[str, Any] = {}
     for each in settings.imports:
         whole = (library.has_gate(each.title) or not settings.gate.steps) and (
             library.has_statistics(each.title) or not settings.statistics_examples
         )
         if each.domain is not None and not whole:
             gate_expert(recipe, each.title, domain=each.domain, progress=progress)
-        parts = {"gate": library.has_gate(each.title), "statistics": library.has_statistics(each.title)}
-        found[each.title] = {"source": each.source, **parts}
-    return found
 
 
 # -- looking ------------------------------------------------------------------------------------------------------
+
+
+def fact_of(card: Mapping[str, Any], part: str, key: str) -> str | None:
+    """A text in one part of an expert's card, which may be of anybody's making; None where there is none."""
+    value = card.get(part)
+    found = value.get(key) if isinstance(value, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def list_experts(folder: Path) -> list[dict[str, Any]]:
@@ -172,7 +165,7 @@ def list_experts(folder: Path) -> list[dict[str, Any]]:
         try:
             card = library.card(name)
             parts = {"gate": library.has_gate(name), "statistics": library.has_statistics(name)}
-            origin = (card.get("about") or {}).get("domain") or card.get("source", "unknown")
+            origin = fact_of(card, "about", "domain") or card.get("source", "unknown")
             rows.append({"name": name, "origin": str(origin), **parts, "losses": card.get("losses")})
         except ExpertError as error:
             rows.append({"name": name, "problem": str(error)})

@@ -9,14 +9,13 @@ worker that takes over from one that died goes on from its last checkpoint, or f
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate import PartialState
 
@@ -34,12 +33,11 @@ from weftlm.experts.lora import adapter_fingerprint, check_fits
 from weftlm.experts.train import describe, train_expert
 from weftlm.fan_out import fan_out, keep, new_key, processes
 from weftlm.files import checksum, remove
-from weftlm.models.config import ModelConfig
 from weftlm.models.device import choose_device
-from weftlm.models.factory import config_to_be, count_parameters
+from weftlm.models.factory import count_parameters
 from weftlm.models.lora_targets import check_targets
-from weftlm.models.open import config_at_hand
 from weftlm.pipeline.base import Base, open_base
+from weftlm.pipeline.expert_library import fact_of
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
 from weftlm.pipeline.recipe import Recipe
@@ -52,42 +50,6 @@ _GATE_PARTS = ("gate", "statistics_examples", "embedder")
 """Keys of an expert's settings that its adapter does not depend on."""
 _PATIENCE_S = 120.0
 """How long a worker waits for the lock of one that died: a file system may notice that only after a while."""
-
-
-@dataclass(frozen=True)
-class ExpertMaking:
-    """What experts are made of: base and data opened, the library that takes them, and each expert's domain by name."""
-
-    recipe: Recipe
-    data: PreparedData
-    base: Base
-    library: ExpertLibrary
-    domains: Mapping[str, Domain]
-
-
-def open_for_making(recipe: Recipe, data: PreparedData) -> ExpertMaking:
-    """Load the base, and open the library or start it; errors as `open_base`, `expert_domains` and `ExpertLibrary`."""
-    domains, base = expert_domains(data.domains, recipe.expert_settings.domains), open_base(recipe, data)
-    library = ExpertLibrary.open(recipe.library_folder, base.reference)
-    return ExpertMaking(recipe, data, base, library, domains)
-
-
-def check_experts(recipe: Recipe, model: ModelConfig | None = None) -> None:
-    """Refuse, before anything is read or trained, adapters that no library would take.
-
-    The base's modules are known from its configuration, where that is on this machine, or from section `model`.
-
-    Raises:
-        ConfigError: `experts.lora.target_modules` names what no expert can hold, or what the base does not have.
-    """
-    experts = recipe.expert_settings
-    if not experts.trains:
-        return
-    config = config_at_hand(recipe.base, experts.revision)
-    if config is None and experts.base is None and model is not None:
-        config = config_to_be(model, sequence_length=experts.training.sequence_length)
-    if config is not None:
-        check_targets(config, experts.lora.target_modules, "experts.lora")
 
 
 def expert_domains(domains: Sequence[Domain], wanted: Sequence[str] | None = None) -> dict[str, Domain]:
@@ -119,49 +81,41 @@ def train_experts(
     """Make an expert of every domain and add each to the library as soon as it is whole.
 
     Run again after an interruption, it continues: experts in the library are kept, an unfinished one goes on from its
-    last checkpoint. Started by torchrun, the ranks deal the experts out among themselves; each is still made by one
-    process alone, so that it does not depend on how many there were.
+    last checkpoint. Each is made by one process alone, so that it does not depend on how many there are: this one, the
+    ranks of torchrun, which deal the experts out among themselves, or the workers of an executor, which see the same
+    folders. Sums over another number of threads may differ in the last bits.
 
-    Args:
-        recipe: Recipe of the experts.
-        replace: Whether to discard experts of other settings, data or seed under the same names.
-        executor: Executor of one task per expert (`fan_out.processes`, `integrations.ray_executor`). Its
-            workers must see the run folder, the prepared data, the base and the library. None: in this process, or for
-            each process of torchrun in one beside it. Sums over another number of threads may differ in the last bits.
-        progress: Whether to show progress on stderr.
     Returns:
         library, base, and by expert: domain, status (made now, or kept), and its card's losses and adapter facts.
     Raises:
-        ExpertError: an expert of other settings has the name and `replace` is not set.
-        WeftError: as `prepare`, `open_for_making`, `train_expert` and `fan_out`.
+        ExpertError: an expert of other settings, data or seed has the name and `replace` is not set.
+        WeftError: as `open_base`, `expert_domains`, `prepare`, `train_expert` and `fan_out`.
     """
-    check_experts(recipe)
     group = process_group(recipe)
-    first = bool(group is None or group.is_main_process)
-    progress = progress and first
-    with ExitStack() as stack:
-        stack.enter_context(alone(recipe.run) if first else nullcontext())
-        with nullcontext() if group is None else group.main_process_first():
-            making = open_for_making(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
-        made = [name for name in making.domains if not _standing(making, name, replace=replace)]
-        _check_lengths(making, made)
-        todo = made if group is None else made[group.process_index :: group.num_processes]
-        if executor is None and group is not None:
+    first = group.is_main_process
+    with alone(recipe.run) if first else nullcontext(), ExitStack() as stack:
+        with group.main_process_first():
+            making = _Making.open(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress and first))
+        check_targets(making.base.model.config, recipe.expert_settings.lora.target_modules, "experts.lora")
+        made = [name for name in making.domains if not making.has(name, replace=replace)]
+        making.check_lengths(made)
+        todo = made[group.process_index :: group.num_processes]
+        if executor is None and group.num_processes > 1:
             # The training loop joins the group that the environment tells of; a process beside this one trains alone.
             executor = stack.enter_context(processes(1))
-        if executor is not None and todo:
+        if executor is None:
+            for number, name in enumerate(todo, 1):
+                if progress:
+                    write_line(f"expert {number} of {len(todo)}: {name}")
+                making.make(name, replace=replace)
+        elif todo:
             key = new_key()
             fan_out(
                 executor, {f"expert {name!r}": (key, recipe, name, replace) for name in todo},
                 _make_far, lambda *_: None,
-                shared=shared_folders(recipe), description="train", unit="experts", show=progress,
+                shared=shared_folders(recipe), description="train", unit="experts", show=progress and first,
             )  # fmt: skip
-        for number, name in enumerate(todo if executor is None else ()):
-            if progress:
-                write_line(f"expert {number + 1} of {len(todo)}: {name}")
-            make_one(making, name, replace=replace)
-        if group is not None:
-            group.wait_for_everyone()
+        group.wait_for_everyone()
         experts = {}
         for name, domain in making.domains.items():
             card, status = making.library.card(name), "made" if name in made else "kept"
@@ -170,45 +124,12 @@ def train_experts(
         return {"library": str(making.library.folder), "base": making.base.reference.name, "experts": experts}
 
 
-def make_one(making: ExpertMaking, name: str, *, replace: bool = False, patience_s: float = 0.0) -> None:
-    """Make one expert and add it to the library, unless it is there.
-
-    Raises:
-        CheckpointError: another process is making it, for longer than `patience_s`.
-    """
-    recipe, data, domain = making.recipe, making.data, making.domains[name]
-    home = recipe.training_folder(name)
-    work = home / checksum(_identity(making, name))[:12]
-    with _alone(home, name, patience_s):
-        if _standing(making, name, replace=replace):
-            return
-        about = {
-            "domain": domain.name,
-            "domains_by": recipe.data.domains.by,
-            "corpora": [corpus.name for corpus in recipe.data.corpora],
-            "documents": domain.documents,
-            "prepared": data.fingerprint,
-        }
-        expert = train_expert(
-            making.base.model, making.base.reference, domain.train, recipe.expert_settings.expert_training,
-            name=name, folder=work, seed=recipe.seed, heldout=domain.heldout, about=about,
-        )  # fmt: skip
-        making.library.add(expert, replace=replace)
-        for other in home.iterdir():
-            if other != work:
-                remove(other)
-
-
 def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one expert's gate again and collect its statistics again, on its own domain alone.
 
     Works on an expert of any origin, and knows nothing of the others. Without steps, or examples, it has none after.
+    The domain is that which is named, the one it was made from, or the one of its name.
 
-    Args:
-        recipe: Recipe with the settings of gate, training and statistics.
-        name: Name of the expert in the library.
-        domain: Domain to which it belongs; None for the one it was made from, or the one of its name.
-        progress: Whether to show progress on stderr.
     Returns:
         expert, domain, and the facts of gate and statistics.
     Raises:
@@ -217,12 +138,12 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
         ExpertError: there is no such expert, it does not fit the base, or it was replaced or removed meanwhile.
     """
     with alone(recipe.run):
-        making = open_for_making(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
+        making = _Making.open(recipe, prepare(recipe.data, recipe.prepared_folder, progress=progress))
         library, base, config = making.library, making.base, recipe.expert_settings.expert_training
         name = library.named(name)
         expert = library.load(name)
         check_fits(expert.lora, base.model, fingerprint=base.reference.fingerprint)
-        text, adapter = _domain_of(making, expert, domain), adapter_fingerprint(expert.lora)
+        text, adapter = making.domain_of(expert, domain), adapter_fingerprint(expert.lora)
         if progress:
             write_line(f"gate of {name} on {text.name}")
         home = recipe.training_folder(name)
@@ -236,7 +157,7 @@ def gate_expert(recipe: Recipe, name: str, *, domain: str | None = None, progres
             parts = {"gate": gate, "statistics": statistics}
             facts = {key: None if part is None else dict(part.facts) for key, part in parts.items()}
             card = {**expert.card, **facts}
-            if "settings" in card:
+            if isinstance(card.get("settings"), dict):
                 now = config.model_dump(mode="json")
                 card["settings"] = {**card["settings"], **{key: now[key] for key in _GATE_PARTS}}
             library.add(Expert(expert.lora, gate, statistics, card), replace=True, same_adapter=True)
@@ -260,90 +181,127 @@ def remove_unwanted(recipe: Recipe) -> None:
             remove(recipe.training_folder(name))
 
 
-# -- which experts ------------------------------------------------------------------------------------------------
+# -- one expert ---------------------------------------------------------------------------------------------------
 
 
-def _check_lengths(making: ExpertMaking, names: Sequence[str]) -> None:
-    """Refuse domains too small for one sequence before anything is trained."""
-    experts = making.recipe.expert_settings
-    length = max(experts.training.sequence_length, experts.gate.sequence_length or 0)
-    sources = {name: training_source(making.domains[name].train, name, experts.examples) for name in names}
-    short = [name for name, source in sources.items() if examples_of(source) is None and len(source) <= length]
-    if short:
-        sizes = ", ".join(f"{name} ({len(sources[name]):,} tokens)" for name in short[:5])
-        more = f" and {len(short) - 5} more" if len(short) > 5 else ""
-        raise DataError(
-            f"{sizes}{more}: too little text for a sequence of {length} tokens; leave them out with experts.domains, "
-            f"or lower experts.training.sequence_length"
-        )
+@dataclass(frozen=True)
+class _Making:
+    """What experts are made of: base and data opened, the library that takes them, and each expert's domain by name."""
 
+    recipe: Recipe
+    data: PreparedData
+    base: Base
+    library: ExpertLibrary
+    domains: dict[str, Domain]
 
-def _identity(making: ExpertMaking, name: str) -> dict[str, Any]:
-    """All that decides an expert."""
-    recipe, domain = making.recipe, making.domains[name]
-    return {
-        "base": making.base.reference.fingerprint,
-        "data": domain.train.fingerprint,
-        "heldout": None if domain.heldout is None else domain.heldout.fingerprint,
-        "seed": recipe.seed,
-        "settings": _deciding(recipe.expert_settings.expert_training),
-    }
+    @classmethod
+    def open(cls, recipe: Recipe, data: PreparedData) -> Self:
+        """Load the base, and open the library or start it; errors as `open_base`, `expert_domains`, `ExpertLibrary`."""
+        domains, base = expert_domains(data.domains, recipe.expert_settings.domains), open_base(recipe, data)
+        return cls(recipe, data, base, ExpertLibrary.open(recipe.library_folder, base.reference), domains)
+
+    def make(self, name: str, *, replace: bool, patience_s: float = 0.0) -> None:
+        """Make one expert and add it to the library, unless it is there.
+
+        Raises:
+            CheckpointError: another process is making it, for longer than `patience_s`.
+        """
+        recipe, domain, home = self.recipe, self.domains[name], self.recipe.training_folder(name)
+        work = home / checksum(self._identity(name))[:12]
+        with _alone(home, name, patience_s):
+            if self.has(name, replace=replace):
+                return
+            about = {
+                "domain": domain.name,
+                "domains_by": recipe.data.domains.by,
+                "corpora": [corpus.name for corpus in recipe.data.corpora],
+                "documents": domain.documents,
+                "prepared": self.data.fingerprint,
+            }
+            expert = train_expert(
+                self.base.model, self.base.reference, domain.train, recipe.expert_settings.expert_training,
+                name=name, folder=work, seed=recipe.seed, heldout=domain.heldout, about=about,
+            )  # fmt: skip
+            self.library.add(expert, replace=replace)
+            for other in home.iterdir():
+                if other != work:
+                    remove(other)
+
+    def has(self, name: str, *, replace: bool) -> bool:
+        """Whether the very expert that is wanted is in the library, by its card.
+
+        Raises:
+            ExpertError: another one has its name, and `replace` is not set.
+        """
+        check_name(name)
+        if name not in self.library:
+            return False
+        card, wanted = self.library.card(name), self._identity(name)
+        made: dict[str, Any] = {key: fact_of(card, key, "fingerprint") for key in ("base", "data", "heldout")}
+        made |= {"seed": card.get("seed"), "settings": card.get("settings")}
+        with suppress(ConfigError):  # settings of another version of weftlm are left as they are, and different
+            made["settings"] = _deciding(validate(ExpertTraining, made["settings"], "settings"))
+        changes = changed_keys(made, wanted)
+        if changes and not replace:
+            parts = tuple(f"settings.{key}" for key in _GATE_PARTS)
+            gate = all(change.startswith(parts) for change in changes)
+            trained = "settings" in card
+            raise ExpertError(
+                f"expert {name!r} in {self.library.folder} is another one than the recipe makes "
+                f"({differences(made, wanted) if trained else 'it was not made by weftlm experts train'}); replace it "
+                f"(weftlm experts train --replace), or choose another library"
+                + ("; gate and statistics alone are made again by weftlm experts gate" if gate else "")
+            )
+        return not changes
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        """All that decides an expert."""
+        domain = self.domains[name]
+        return {
+            "base": self.base.reference.fingerprint,
+            "data": domain.train.fingerprint,
+            "heldout": None if domain.heldout is None else domain.heldout.fingerprint,
+            "seed": self.recipe.seed,
+            "settings": _deciding(self.recipe.expert_settings.expert_training),
+        }
+
+    def check_lengths(self, names: Sequence[str]) -> None:
+        """Refuse domains too short for one sequence, all of them at once, before any expert is trained."""
+        experts = self.recipe.expert_settings
+        length = max(experts.training.sequence_length, experts.gate.sequence_length or 0)
+        sources = {name: training_source(self.domains[name].train, name, experts.examples) for name in names}
+        short = [name for name, source in sources.items() if examples_of(source) is None and len(source) <= length]
+        if short:
+            sizes = ", ".join(f"{name} ({len(sources[name]):,} tokens)" for name in short[:5])
+            more = f" and {len(short) - 5} more" if len(short) > 5 else ""
+            raise DataError(
+                f"{sizes}{more}: too little text for a sequence of {length} tokens; leave them out with "
+                f"experts.domains, or lower experts.training.sequence_length"
+            )
+
+    def domain_of(self, expert: Expert, asked: str | None) -> Domain:
+        """The domain an expert belongs to; errors as `gate_expert`."""
+        known = {domain.name: domain for domain in self.data.domains}
+        own = self.domains.get(expert.name)
+        name = asked or fact_of(expert.card, "about", "domain") or (None if own is None else own.name)
+        if name not in known:
+            raise ConfigError(
+                f"expert {expert.name!r} belongs to no domain of the data"
+                + (f" ({name!r}{did_you_mean(name, known)})" if name else f"; allowed: {', '.join(known)}")
+                + "; name its domain"
+            )
+        domain, trained = known[name], fact_of(expert.card, "data", "fingerprint")
+        if asked is None and trained not in (None, domain.train.fingerprint):
+            raise DataError(
+                f"expert {expert.name!r} was made from other text of {name!r} (fingerprint {trained}, here "
+                f"{domain.train.fingerprint}); a gate belongs on the expert's own text: give the prepared data it was "
+                f"made from, or name the domain to mean this text"
+            )
+        return domain
 
 
 def _deciding(config: ExpertTraining) -> dict[str, Any]:
-    found = settings(config)
-    found["training"] = config.training.deciding()
-    return found
-
-
-def _standing(making: ExpertMaking, name: str, *, replace: bool) -> bool:
-    """Whether the very expert that is wanted is in the library, by its card.
-
-    Raises:
-        ExpertError: another one has its name, and `replace` is not set.
-    """
-    check_name(name)
-    if name not in making.library:
-        return False
-    card, wanted = making.library.card(name), _identity(making, name)
-    made: dict[str, Any] = {key: (card.get(key) or {}).get("fingerprint") for key in ("base", "data", "heldout")}
-    made |= {"seed": card.get("seed"), "settings": card.get("settings")}
-    with suppress(ConfigError):  # settings of another version of weftlm are left as they are, and different
-        made["settings"] = _deciding(validate(ExpertTraining, made["settings"], "settings"))
-    changes = changed_keys(made, wanted)
-    if changes and not replace:
-        parts = tuple(f"settings.{key}" for key in _GATE_PARTS)
-        gate = all(change.startswith(parts) for change in changes)
-        trained = "settings" in card
-        raise ExpertError(
-            f"expert {name!r} in {making.library.folder} is another one than the recipe makes "
-            f"({differences(made, wanted) if trained else 'it was not made by weftlm experts train'}); replace it "
-            f"(weftlm experts train --replace), or choose another library"
-            + ("; gate and statistics alone are made again by weftlm experts gate" if gate else "")
-        )
-    return not changes
-
-
-def _domain_of(making: ExpertMaking, expert: Expert, asked: str | None) -> Domain:
-    """The domain an expert belongs to."""
-    known = {domain.name: domain for domain in making.data.domains}
-    own = making.domains.get(expert.name)
-    name = asked or (expert.card.get("about") or {}).get("domain") or (None if own is None else own.name)
-    if name not in known:
-        raise ConfigError(
-            f"expert {expert.name!r} belongs to no domain of the data"
-            + (f" ({name!r}{did_you_mean(name, known)})" if name else f"; allowed: {', '.join(known)}")
-            + "; name its domain"
-        )
-    domain = known[name]
-    trained = (expert.card.get("data") or {}).get("fingerprint")
-    if asked is None and trained not in (None, domain.train.fingerprint):
-        raise DataError(
-            f"expert {expert.name!r} was made from other text of {name!r} (fingerprint {trained}, here "
-            f"{domain.train.fingerprint}); a gate belongs on the expert's own text: give the prepared data it was made "
-            f"from, or name the domain to mean this text"
-        )
-    return domain
+    return {**settings(config), "training": config.training.deciding()}
 
 
 # -- processes ----------------------------------------------------------------------------------------------------
@@ -358,14 +316,10 @@ def _alone(home: Path, name: str, patience_s: float = 0.0) -> AbstractContextMan
     return locked(home.parent / f".{home.name}.lock", refusal, patience_s=patience_s)
 
 
-def process_group(recipe: Recipe) -> PartialState | None:
-    """The process group torchrun started this process in; None for a process on its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    return PartialState(
-        timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION),
-        cpu=choose_device(recipe.expert_settings.training.device).type == "cpu",
-    )
+def process_group(recipe: Recipe) -> PartialState:
+    """The process group torchrun started this process in; of one process on its own."""
+    cpu = choose_device(recipe.expert_settings.training.device).type == "cpu"
+    return PartialState(timeout=timedelta(hours=HOURS_TO_WAIT_FOR_PREPARATION), cpu=cpu)
 
 
 def shared_folders(recipe: Recipe) -> list[Path]:
@@ -375,5 +329,5 @@ def shared_folders(recipe: Recipe) -> list[Path]:
 
 
 def _make_far(key: str, recipe: Recipe, name: str, replace: bool) -> None:
-    making = keep(key, lambda: open_for_making(recipe, PreparedData.load(recipe.prepared_folder)))
-    make_one(making, name, replace=replace, patience_s=_PATIENCE_S)
+    making = keep(key, lambda: _Making.open(recipe, PreparedData.load(recipe.prepared_folder)))
+    making.make(name, replace=replace, patience_s=_PATIENCE_S)

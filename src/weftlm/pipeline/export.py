@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from weftlm.corpora.labels import expert_name
@@ -37,7 +37,6 @@ from weftlm.pipeline.any_model import OpenModel, open_model
 from weftlm.routing.config import MANIFEST as ROUTED
 from weftlm.routing.config import parse_router
 from weftlm.routing.routed_model import BASE, EXPERTS, RoutedModel
-from weftlm.routing.router import build_router
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +61,10 @@ def export_model(
     converter: Path | None = None,
     outtype: str = "auto",
 ) -> dict[str, Any]:
-    """Write a model in a format that needs no weftlm to load; the options are those of `weftlm export`.
+    """Write a model, or an expert library, in a format that needs no weftlm to load.
 
-    Args:
-        path: Model as of `open_model`, or an expert library.
-        output: Folder of the result, new; it appears whole or not at all.
-        format: `hf`, `peft` or `gguf`.
-        router: Router by whose weights the experts of a routed model or a library are folded in, in one word as of
-            `weftlm route eval`; None: the routed model's own.
-        expert: Name of the one expert to export.
-        base, revision, tokenizer: As of `open_model`.
-        dtype: Data type of the written weights; None: float32, or that of a routed or gated model.
-        converter: As of `find_converter`.
-        outtype: Type of the GGUF's weights, as the converter takes it.
+    The options are those of `weftlm export`; the output appears whole or not at all.
+
     Returns:
         source, output, format, kind, weight by expert, base, dtype, parameters and files.
     Raises:
@@ -94,18 +84,25 @@ def export_model(
                 raise ConfigError(f"{option} {given}: --format peft writes adapters as they are: leave it out")
         return _export_adapters(folder, output, expert, base, revision)
     script = find_converter(converter) if format == "gguf" else None
-    how: dict[str, Any] = {
-        "base": base, "revision": revision, "tokenizer": tokenizer, "dtype": dtype or "float32",
-    }  # fmt: skip
+    library: dict[str, Any] = {}
     if (folder / LIBRARY).exists():
         if router is None and expert is None:
             raise ConfigError(
                 f"{folder} is a library of experts; say how they become one model (--router merged), which one to "
                 "export (--expert NAME), or write them as PEFT adapters (--format peft)"
             )
-        how |= {"router": router or "merged", "experts": None if expert is None else [expert]}
-    opened = open_model(path, **how)
-    model, weights = _one_set_of_weights(opened, router, expert)
+        library = {"router": router or "merged", "experts": None if expert is None else [expert]}
+    opened = open_model(
+        path, base=base, revision=revision, tokenizer=tokenizer, dtype=dtype or "float32", **library
+    )  # fmt: skip
+    wanted_BTV = probe_logits(opened.model) if isinstance(opened.model, PeftModel) else None
+    model, adapter, weights = _one_set_of_weights(opened, router, expert)
+    if adapter is not None:
+        if wanted_BTV is None:
+            with adapted(model, adapter):
+                wanted_BTV = probe_logits(model)
+        fold(model, adapter)
+        require_same_logits(probe_logits(model), wanted_BTV, f"{path} with its adapter folded in", model.dtype)
     if dtype is not None:
         nn.Module.to(model, DTYPES[dtype])
     with whole_folder(output, "exported model") as making:
@@ -133,15 +130,15 @@ def export_model(
 
 def _one_set_of_weights(
     opened: OpenModel, router: str | None, expert: str | None
-) -> tuple[PreTrainedModel, dict[str, float] | None]:
-    """A plain model, and the weight of each expert in it; None where it has no experts."""
+) -> tuple[PreTrainedModel, LoRAExpert | None, dict[str, float] | None]:
+    """A plain model, the adapter to fold into it, and the weight of each expert there; None where it has none."""
     path = opened.path
     if isinstance(opened.model, RoutedModel):
         known = {each.name: each.lora for each in opened.model.experts}
         weights = _fixed_weights(opened, router) if expert is None else {_known(expert, list(known), path): 1.0}
         used = {name: weight for name, weight in weights.items() if weight}
         merged = merge_experts([known[name] for name in used], list(used.values()), name="folded")
-        return _folded(opened.model.unload(), merged, path), weights
+        return opened.model.unload(), merged, weights
     if router is not None:
         raise ConfigError(f"--router is for routed models and expert libraries; {path} is {opened.kind}")
     if isinstance(opened.model, ModularLM):
@@ -154,14 +151,13 @@ def _one_set_of_weights(
             )
         member = pool.members[pool.place(expert)]
         pool.release()
-        return member.model if member.lora is None else _folded(member.model, member.lora, path), {expert: 1.0}
+        return member.model, member.lora, {expert: 1.0}
     if expert is not None:
         raise ConfigError(f"--expert names a part of a routed or gated model; {path} is one set of weights")
     if isinstance(opened.model, PeftModel):
         adapter = from_peft_model(opened.model, "adapter", base=BaseReference(""))
-        wanted_BTV = probe_logits(opened.model)
-        return _folded(opened.model.unload(), adapter, path, wanted_BTV), None
-    return opened.model, None
+        return opened.model.unload(), adapter, None
+    return opened.model, None, None
 
 
 def _known(expert: str, names: Sequence[str], path: Path | str) -> str:
@@ -171,36 +167,22 @@ def _known(expert: str, names: Sequence[str], path: Path | str) -> str:
     return name
 
 
-def _folded(model: PreTrainedModel, expert: LoRAExpert, path: str, wanted_BTV: Tensor | None = None) -> PreTrainedModel:
-    """The model with an adapter in its weights, compared with the model with the adapter beside them.
-
-    Raises:
-        CheckpointError: its logits are not those (`wanted_BTV`, taken here where None).
-    """
-    if wanted_BTV is None:
-        with adapted(model, expert):
-            wanted_BTV = probe_logits(model)
-    fold(model, expert)
-    require_same_logits(probe_logits(model), wanted_BTV, f"{path} with its adapter folded in", model.dtype)
-    return model
-
-
 def _fixed_weights(opened: OpenModel, spec: str | None) -> dict[str, float]:
-    """Weight of each expert under a router that gives every token the same.
+    """Weight of each expert under a router that gives every token the same; None: the model's own.
 
     Raises:
         ConfigError: the router chooses for every token or sequence.
     """
-    routed: RoutedModel = opened.model
-    section = routed.router.config if spec is None else parse_router(spec)
-    built, names = build_router(section, routed.experts, routed.targets), list(opened.experts)
-    if built.static_weights_E is None:
+    if spec is not None:
+        opened.model.use_router(parse_router(spec))
+    names, router = opened.experts, opened.model.router
+    if router.static_weights_E is None:
         raise ConfigError(
-            f"router {built.config.router!r} of {opened.path} chooses experts for every token or text, which no "
+            f"router {router.config.router!r} of {opened.path} chooses experts for every token or text, which no "
             f"single checkpoint can. Fold them with fixed weights (--router merged, --router single:expert={names[0]}),"
             f" export one (--expert {'|'.join(names)}), or write them as PEFT adapters (--format peft)"
         )
-    return dict(zip(names, built.static_weights_E.tolist(), strict=True))
+    return dict(zip(names, router.static_weights_E.tolist(), strict=True))
 
 
 # -- adapters -----------------------------------------------------------------------------------------------------
@@ -256,8 +238,9 @@ def _export_adapters(
 def find_converter(given: Path | None = None) -> Path:
     """llama.cpp's `convert_hf_to_gguf.py`.
 
-    Args:
-        given: The script or its folder; None: the folder in the environment variable LLAMA_CPP, then PATH.
+    It is the script that is given, or in the folder given; else in the folder in the environment variable LLAMA_CPP, or
+    on PATH.
+
     Raises:
         ConfigError: it is not there.
     """

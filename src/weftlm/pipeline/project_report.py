@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weftlm.errors import ConfigError, WeftError
 from weftlm.files import read_object, write_object
@@ -27,6 +27,7 @@ from weftlm.reporting.score_table import model_table
 from weftlm.reporting.traces import RoutingFacts
 
 log = logging.getLogger(__name__)
+Facts = TypeVar("Facts")
 
 HALF_TOKENS = 60
 """Tokens of each domain in the text that is traced."""
@@ -35,10 +36,8 @@ HALF_TOKENS = 60
 def report_folders(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
     """Write the page about some run folders: of a single project whose models are measured the whole project's.
 
-    Args:
-        folders: The run folders.
-        output: Path of the page; None for the first folder's own, under a name that follows from what it shows.
-        title: Title of the page.
+    The page goes to `output`, or to the first folder under a name that follows from what it shows.
+
     Raises:
         ConfigError: there is no such folder, or another project's page is there.
         CheckpointError: another process is at work in the project.
@@ -59,39 +58,31 @@ def report_folders(folders: Sequence[Path], output: Path | None = None, title: s
         with alone(first):
             report_project(recipe, None if own else path, title)
         return path
-    gating = next((facts for facts in map(_known_gate, folders) if facts is not None), None)
-    data = load_recipe(first / "recipe.yaml").prepared_folder if (first / "recipe.yaml").exists() else None
-    prepared = None if data is None else _prepared(data)
-    return write_page(report_page(folders, title, prepared=prepared, gating=gating), path)
+    known = (_readable(f"the gate of {folder}", gate_facts, folder) for folder in folders)
+    gating = next((facts for facts in known if facts is not None), None)
+    recipe_file = first / "recipe.yaml"
+    data = _prepared(load_recipe(recipe_file)) if recipe_file.exists() else None
+    return write_page(report_page(folders, title, prepared=data, gating=gating), path)
 
 
-def _known_gate(run: Path) -> GatingFacts | None:
-    """What is known of a run's gate, where anything is."""
+def _readable(what: str, read: Callable[[Path], Facts], folder: Path) -> Facts | None:
+    """What a folder holds; None where there is nothing, or where it cannot be read, with a warning."""
     try:
-        return gate_facts(run)
+        return read(folder)
     except ConfigError:
         return None
     except WeftError as error:
-        log.warning("the report leaves the gate of %s out: %s", run, error)
+        log.warning("the report leaves %s out: %s", what, error)
         return None
 
 
-def _prepared(folder: Path) -> dict[str, Any] | None:
-    """Facts of prepared data, where it can still be opened."""
-    try:
-        return PreparedData.load(folder).summary()
-    except WeftError as error:
-        log.warning("the report leaves the prepared data out: %s", error)
-        return None
+def _prepared(recipe: Recipe) -> dict[str, Any] | None:
+    return _readable("the prepared data", lambda folder: PreparedData.load(folder).summary(), recipe.prepared_folder)
 
 
 def report_project(recipe: Recipe, output: Path | None = None, title: str | None = None) -> dict[str, Any]:
-    """Write the page and the summary of what a project has made.
+    """Write the page and the summary of what a project has made; to another path the page alone.
 
-    Args:
-        recipe: Recipe whose stages but the report are done.
-        output: Another path for the page, which then comes without a summary file.
-        title: Title of the page.
     Returns:
         summary.json as a mapping: sequence_length, base and models as in evaluation.json, and as far as the project has
         them `mixture`, result.json by policy; `routing`, rows by router; `robust`, rows of baselines, gates and
@@ -105,12 +96,8 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
         for whole, part in zip((summary, shown), stage.shown(recipe), strict=True):
             for key, value in part.items():
                 whole[key] = {**whole[key], **value} if key in whole else value
-    page = report_page(
-        [*shown.pop("runs", {}).values()],
-        title or f"{recipe.run.resolve().name}: the whole project",
-        prepared=_prepared(recipe.prepared_folder),
-        **shown,
-    )
+    title = title or f"{recipe.run.resolve().name}: the whole project"
+    page = report_page([*shown.pop("runs", {}).values()], title, prepared=_prepared(recipe), **shown)
     write_page(page, output or recipe.run / REPORT)
     if output is None:
         write_object(recipe.run / SUMMARY, summary)
@@ -118,11 +105,8 @@ def report_project(recipe: Recipe, output: Path | None = None, title: str | None
 
 
 def gate_facts(run: Path, **more: Mapping[str, Any]) -> GatingFacts:
-    """What a run's files hold of its gate.
+    """What a run's files hold of its gate, and further rows, by name, beside the students'.
 
-    Args:
-        run: The run folder.
-        more: Further rows, by name, beside the students'.
     Raises:
         ConfigError: nothing is known of one.
         DataError: a file is torn.
@@ -150,8 +134,10 @@ def gate_facts(run: Path, **more: Mapping[str, Any]) -> GatingFacts:
 def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
     """What the report shows of the comparison of routers, and of one text under the first that chooses per token."""
     text, label = recipe.routing_settings.trace, "the recipe's text"
-    if text is None:
-        text, label = changing_text(PreparedData.load(recipe.prepared_folder)), "a text that changes domain midway"
+    if text is None:  # held-out text of the first two domains that hold out any
+        data, label = PreparedData.load(recipe.prepared_folder), "a text that changes domain midway"
+        heldout = [one for one in data.heldout().values() if len(one)][:2]
+        text = "\n".join(data.tokenizer.decode(one.read(0, min(HALF_TOKENS, len(one))).tolist()) for one in heldout)
     traces = []
     for router in recipe.routing_settings.build if text else ():
         opened = open_model(recipe.routed_folder(router), encoder_decoder=True)
@@ -159,9 +145,3 @@ def routing_facts(recipe: Recipe, found: Mapping[str, Any]) -> RoutingFacts:
             traces.append((f"{router} on {label}", *trace_text(opened, text)))
             break
     return RoutingFacts(model_table(found["rows"], "router", found["sequence_length"]), traces)
-
-
-def changing_text(data: PreparedData) -> str:
-    """Held-out text that changes domain midway: from the first domain to the second that hold out any."""
-    heldout = [domain.heldout for domain in data.domains if domain.heldout is not None and len(domain.heldout)]
-    return "\n".join(data.tokenizer.decode(one.read(0, min(HALF_TOKENS, len(one))).tolist()) for one in heldout[:2])

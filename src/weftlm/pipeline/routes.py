@@ -27,8 +27,7 @@ from weftlm.files import refuse_full, whole_folder, write_object
 from weftlm.pipeline.any_model import TOKENIZER, OpenModel
 from weftlm.pipeline.base import open_base
 from weftlm.pipeline.experts import shared_folders
-from weftlm.pipeline.heldout import HeldOut, read_measured
-from weftlm.pipeline.models_table import compared
+from weftlm.pipeline.heldout import BASE, HeldOut, compared, read_measured
 from weftlm.pipeline.names import ROUTING
 from weftlm.pipeline.prepare import prepare
 from weftlm.pipeline.prepared import PreparedData
@@ -42,7 +41,7 @@ from weftlm.training.runtime import choose_runtime
 
 log = logging.getLogger(__name__)
 
-BASE, BEST_SINGLE, ORACLE = "base", "best single", "oracle"
+BEST_SINGLE, ORACLE = "best single", "oracle"
 ROLES: Mapping[str, Role] = {BASE: "base", BEST_SINGLE: "expert", ORACLE: "bound"}
 RouterSection = Mapping[str, Any] | RouterConfig | str
 
@@ -57,16 +56,10 @@ def build_route(
     replace: bool = False,
     **how: Any,
 ) -> dict[str, Any]:
-    """Write a routed model: the router's section, its experts, the base's tokenizer, and on request the base.
+    """Write a routed model of `RoutedModel.from_library`: router's section, experts, tokenizer, on request the base.
 
-    Args:
-        library: Folder of the experts.
-        router: Name or section of the router.
-        output: Folder of the routed model, new.
-        base: Folder or hub name of the base; None for the library's own.
-        copy_base: Whether the base's weights are written too.
-        replace: Whether another routed model in the folder is replaced, once this one is whole.
-        how: Further arguments of `RoutedModel.from_library`: revision, experts, dtype.
+    With `replace` another routed model in the folder is replaced once this one is whole.
+
     Returns:
         output, base, router, experts, those left out with the reason, adapted modules, and whether there is a
         tokenizer.
@@ -95,10 +88,8 @@ def build_route(
 
 
 def trace_text(opened: OpenModel, text: str) -> tuple[Trace, list[str]]:
-    """Run a routed model on a text and note which experts handle each token.
+    """The weights of the experts by token and module on a text, and the text of each token.
 
-    Returns:
-        The weights of the experts by token and module, and the text of each token.
     Raises:
         ConfigError: the model is no routed model, the text is empty or too long, or the router gives every token the
             same experts.
@@ -131,14 +122,11 @@ def evaluate_routes(
     text that they are scored on: they are bounds, not methods.
 
     Args:
-        recipe: Recipe of the experts.
-        routes: Routers in one word each (`parse_router`); None for every router the experts have what it needs for.
+        routes: Routers in one word each (`parse_router`); None for every router that can be built over the experts.
         experts: Names of the experts to route among; None for all.
         config: Extent of the evaluation; None for the recipe's.
         singles: Whether every expert is scored alone too, for the best single one and the oracle.
-        executor: Where to score, one task for the base, each router and each single expert; its workers must see the
-            prepared data, the base and the library. None: in this process.
-        progress: Whether progress is shown on stderr.
+        executor: Executor of one task per row, whose workers see the same folders; None: this process.
     Returns:
         sequence_length; rows, by label (`compared`); singles, by expert; best_single; oracle, the expert by set; notes;
         experts; left_out, with reasons.
@@ -150,13 +138,13 @@ def evaluate_routes(
     sections = {text: router_config(parse_router(text)) for text in routes or ()}
     data = prepare(recipe.data, recipe.prepared_folder, progress=progress)
     model, score = _bench(recipe, data, experts, config, "cpu" if executor is not None else None)
-    names = [expert.name for expert in model.experts]
-    notes: list[str] = []
+    names, notes = [expert.name for expert in model.experts], list[str]()
     if routes is None:
         sections, notes = _possible(model)
-    for label, section in sections.items():
-        if routers[section.router].reads_ahead:
-            notes.append(f"{label} chooses by text that includes the tokens it is scored on")
+    notes += [
+        f"{label} chooses by text that includes the tokens it is scored on"
+        for label, section in sections.items() if routers[section.router].reads_ahead
+    ]  # fmt: skip
     alone = {name: f"single:expert={name}" for name in names if singles}
     wanted: dict[str, RouterSection | None] = {
         BASE: None, **sections, **{label: {"router": "single", "expert": name} for name, label in alone.items()}
@@ -185,10 +173,9 @@ def evaluate_routes(
         mean = mean_result({name: sets[name] for name in base.domains}) if base.domains else None
         rows |= {BEST_SINGLE: found[alone[best]], ORACLE: SuiteResult(sets, mean, sequence_length=base.sequence_length)}
     left_out = dict(model.left_out)
-    roles: dict[str, Role] = {label: ROLES.get(label, "router") for label in rows}
     return {
         "sequence_length": base.sequence_length,
-        "rows": compared(rows, roles, BASE),
+        "rows": compared(rows, {label: ROLES.get(label, "router") for label in rows}, BASE),
         "singles": {name: found[label].to_json() for name, label in alone.items()},
         "best_single": best,
         "oracle": oracle,
@@ -207,7 +194,7 @@ def _bench(
 ) -> tuple[RoutedModel, Callable[[RouterSection | None], SuiteResult]]:
     """A base with its experts, and what evaluates them under a router; the base alone where there is none."""
     training = recipe.expert_settings.training
-    device = torch.device(place) if place is not None else choose_runtime(training, parameters=0).device
+    device = choose_runtime(training, parameters=0).device if place is None else torch.device(place)
     heldout = HeldOut(recipe, data, config, training.sequence_length, device)
     library, base = ExpertLibrary.open(recipe.library_folder), open_base(recipe, data)
     model = RoutedModel.from_library(base.model, library, "merged", experts=experts, device=device)
@@ -258,11 +245,7 @@ def _mean(result: SuiteResult) -> float:
 
 
 def route_experts(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
-    """Compare the routers over a library's experts and write the routed models.
-
-    Returns:
-        What routing.json holds: the comparison (`evaluate_routes`).
-    """
+    """Compare the routers over a library's experts and write the routed models; gives what routing.json holds."""
     experts = recipe.expert_settings
     found = evaluate_routes(recipe, recipe.routing_settings.routers, progress=progress)
     for router in recipe.routing_settings.build:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -33,19 +32,14 @@ def test_every_kind_opens_with_its_tokenizer_and_experts(tmp_path: Path, kind: s
         assert found.model(ids).logits.shape == (*ids.shape, served.VOCAB)
 
 
-def test_a_run_folder_opens_its_model(tmp_path: Path) -> None:
-    shutil.copytree(served.write_model(tmp_path / "made", "plain"), tmp_path / "run" / "model")
-    (tmp_path / "run" / "recipe.yaml").touch()
-    assert open_model(tmp_path / "run").kind == "plain"
-
-
-def test_an_adapter_opens_over_its_base_with_the_base_s_tokenizer(tmp_path: Path) -> None:
+def test_a_run_folder_opens_its_adapter_over_its_base_with_the_base_s_tokenizer(tmp_path: Path) -> None:
     base = served.write_model(tmp_path, "plain")
     model = open_model(base).model
     with peft_warnings():
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        adapted.save_pretrained(tmp_path / "adapter")
-    found = open_model(tmp_path / "adapter")
+        adapted.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "recipe.yaml").touch()
+    found = open_model(tmp_path / "run")
     assert (found.kind, found.max_length) == ("plain", served.POSITIONS)
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():

@@ -42,15 +42,10 @@ def small(**experts: Any) -> dict[str, Any]:
 # -- the recipe ---------------------------------------------------------------------------------------------------
 
 
-def test_recipes_with_and_without_a_base_of_their_own_make_experts() -> None:
+def test_a_section_of_experts_does_not_change_which_run_it_is() -> None:
     whole = make_recipe({**recipe_value(), "experts": {**EXPERTS, "base": "base"}})
-    assert whole.experts == make_recipe(small()).experts
-    assert whole.deciding() == make_recipe(recipe_value()).deciding(), "the section does not change which run it is"
-    own = make_recipe({**recipe_value(), "experts": {}})
-    assert (own.base, own.library_folder) == ("runs/one/model", Path("runs/one/experts"))
-    assert own.expert_settings.training.total_steps == 1000
-    for recipe in (whole, own, make_recipe(small(training={"tokens": 1000, "sequence_length": 16}))):
-        assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert whole.deciding() == make_recipe(recipe_value()).deciding()
+    assert make_recipe(yaml.safe_load(whole.to_yaml())) == whole
 
 
 @pytest.mark.parametrize(
@@ -135,13 +130,9 @@ def made(recipe: Recipe, **options: Any) -> dict[str, str]:
 def test_experts_are_made_once_and_another_one_needs_leave(tmp_path: Path, corpora: Path) -> None:
     assert made(recipe_in(tmp_path, corpora, domains=["sailing"])) == {"sailing": "made"}
     both = {"domains": ["cooking", "sailing"]}
-    recipe = recipe_in(tmp_path, corpora, **both)
+    recipe = recipe_in(tmp_path, corpora, training={**TRAINING, "save_every_steps": 1}, **both)
     assert made(recipe) == {"cooking": "made", "sailing": "kept"}
-    saving = recipe_in(tmp_path, corpora, training={**TRAINING, "save_every_steps": 1}, **both)
-    assert made(saving) == {"cooking": "kept", "sailing": "kept"}
     library = ExpertLibrary.open(recipe.library_folder)
-    assert library.base.fingerprint is not None
-    assert library.card("cooking")["about"]["domain"] == "cooking"
     before, first = library.fingerprint(["cooking"]), adapter_fingerprint(library.load("cooking").lora)
 
     other = recipe_in(tmp_path, corpora, seed=1, domains=["cooking"])
@@ -192,13 +183,8 @@ def test_a_gate_is_made_again_without_the_adapter(tmp_path: Path, corpora: Path)
     assert after.gate is not None
     assert after.statistics is not None
     assert after.statistics.embeddings_NF.shape[1] == 8
-    for name, factors in before.lora.modules.items():
-        assert torch.equal(after.lora.modules[name].A_RI, factors.A_RI)
-        assert torch.equal(after.lora.modules[name].B_OR, factors.B_OR)
+    assert adapter_fingerprint(after.lora) == adapter_fingerprint(before.lora)
     assert any(not torch.equal(after.gate.vectors[name], before.gate.vectors[name]) for name in before.gate.vectors)
-    assert made(longer) == {"algebra": "kept"}
-    with pytest.raises(ExpertError, match="weftlm experts gate"):
-        made(recipe)
     assert not list((recipe.run / "training/algebra").glob("gate-*")), "the work of the second gate is put away"
     none = recipe_in(tmp_path, corpora, domains=["algebra"], gate={"steps": 0}, embedder="tokens-8")
     assert gate_expert(none, "algebra", progress=False)["gate"] is None
@@ -258,7 +244,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(tmp_path: Path, co
         ({"data": {"tokenizer": {"train": {"vocab_size": 300}}}}, DataError, "another tokenizer than the one that"),
         ({"base": str(few)}, ConfigError, "has 100 token embeddings"),
         ({"training": {"sequence_length": 65}}, ConfigError, "takes at most 64 positions"),
-        ({"base": str(adapter)}, ConfigError, "is an adapter over another model"),
+        ({"base": str(adapter)}, ConfigError, "an adapter over another model"),
         ({"base": None}, ConfigError, r"finish it with weftlm train, or set experts\.base"),
     )):  # fmt: skip
         recipe = recipe_in(tmp_path / str(number), corpora, **options)

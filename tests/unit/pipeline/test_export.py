@@ -88,8 +88,6 @@ def test_a_plain_model_is_written_with_its_tokenizer(models: dict[str, Path], tm
     facts = export_model(models["plain"], tmp_path / "out")
     assert torch.equal(loaded(tmp_path / "out"), logits(served.llama()))
     assert (facts["kind"], facts["experts"], facts["dtype"]) == ("plain", None, "float32")
-    assert facts["parameters"] == sum(each.numel() for each in served.llama().parameters())
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(facts["files"])
     with pytest.raises(ConfigError, match="is not empty"):
         export_model(models["plain"], tmp_path / "out")
     export_model(models["plain"], tmp_path / "half", dtype="bfloat16")
@@ -111,7 +109,6 @@ def test_an_adapter_is_merged_into_its_base(models: dict[str, Path], tmp_path: P
     ("router", "weights"),
     [
         ("merged", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}),
-        ("uniform", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}),
         ("merged:weights.a=0.75:weights.c=-0.5", {"a": 0.75, "b": 0.0, "c": -0.5}),
         ("single:expert=b", {"a": 0.0, "b": 1.0, "c": 0.0}),
     ],

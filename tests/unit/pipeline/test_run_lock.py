@@ -12,11 +12,11 @@ from support.tiny_project import recipe_value, write_corpora
 
 from weftlm.errors import CheckpointError
 from weftlm.pipeline.experts import gate_expert, train_experts
-from weftlm.pipeline.gating import certify_gate, fit_gate, score_experts
+from weftlm.pipeline.gating import certify_gate, distil_gate, fit_gate
 from weftlm.pipeline.recipe import Recipe, make_recipe
 from weftlm.pipeline.run_folder import LOCK
 from weftlm.pipeline.runner import run_project
-from weftlm.pipeline.students import distil_gate
+from weftlm.pipeline.scoring import score_experts
 from weftlm.pipeline.train import run_training
 
 WRITERS: list[Callable[[Recipe], Any]] = [

@@ -81,13 +81,13 @@ class Distil(Stage):
         return [recipe.students_folder]
 
     def check(self, recipe: Recipe, known: Known) -> None:
-        from weftlm.pipeline.students import check_teaching_samples  # noqa: PLC0415 - torch
+        from weftlm.pipeline.scoring import check_samples  # noqa: PLC0415 - torch
 
         config = recipe.gating_settings
         if known.whole and gates[config.gate.gate].causal:  # of others the stage `gate` says that they need samples
-            check_teaching_samples(config, scored=config.scores.samples > 0, direct=False)
+            check_samples(config, scored=config.scores.samples > 0, direct=False)
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
-        from weftlm.pipeline.students import distil_gate  # noqa: PLC0415 - torch
+        from weftlm.pipeline.gating import distil_gate  # noqa: PLC0415 - torch
 
         distil_gate(recipe, progress=options.progress)

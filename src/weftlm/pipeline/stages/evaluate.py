@@ -49,12 +49,12 @@ class Evaluate(Stage):
             read_tasks(recipe.evaluation.tasks)
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
-        from weftlm.pipeline.models_table import evaluate_models  # noqa: PLC0415 - torch
+        from weftlm.pipeline.heldout import evaluate_models  # noqa: PLC0415 - torch
 
         evaluate_models(recipe, progress=options.progress)
 
     def shown(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-        from weftlm.pipeline.models_table import read_evaluation  # noqa: PLC0415 - torch
+        from weftlm.pipeline.heldout import read_evaluation  # noqa: PLC0415 - torch
         from weftlm.reporting.score_table import model_table  # noqa: PLC0415 - torch
 
         found = read_evaluation(recipe)

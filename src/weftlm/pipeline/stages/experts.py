@@ -121,14 +121,19 @@ class Experts(Stage):
         return [recipe.library_folder / "library.json"]
 
     def check(self, recipe: Recipe, known: Known) -> None:
-        from weftlm.pipeline.experts import check_experts  # noqa: PLC0415 - torch
-
         experts = recipe.expert_settings
         known.locate(experts.base, "experts.base", experts.revision)
         for each in experts.imports:
             known.locate(each.source, "experts.imports: source", each.revision)
-        known.attempt(check_experts, recipe, recipe.model)
+        known.attempt(self._check_adapters, recipe, known)
         known.attempt(self._check_base, recipe, known)
+
+    def _check_adapters(self, recipe: Recipe, known: Known) -> None:
+        from weftlm.models.lora_targets import check_targets  # noqa: PLC0415 - torch
+
+        experts = recipe.expert_settings
+        if experts.trains and known.base is not None:
+            check_targets(known.base, experts.lora.target_modules, "experts.lora")
 
     def _check_base(self, recipe: Recipe, known: Known) -> None:
         from weftlm.pipeline.base import check_lengths  # noqa: PLC0415 - torch

@@ -151,7 +151,7 @@ class GateStage(Stage):
     def check(self, recipe: Recipe, known: Known) -> None:
         from weftlm.models.factory import check_positions  # noqa: PLC0415 - transformers
         from weftlm.models.open import config_at_hand  # noqa: PLC0415 - transformers
-        from weftlm.pipeline.gating import check_samples, own_experts  # noqa: PLC0415 - torch
+        from weftlm.pipeline.scoring import check_samples, own_experts  # noqa: PLC0415 - torch
 
         config = recipe.gating_settings
         check_samples(config, scored=config.scores.samples > 0)
@@ -184,7 +184,7 @@ class GateStage(Stage):
         certify_gate(recipe)
 
     def shown(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-        from weftlm.pipeline.models_table import read_evaluation  # noqa: PLC0415 - torch
+        from weftlm.pipeline.heldout import read_evaluation  # noqa: PLC0415 - torch
         from weftlm.pipeline.project_report import gate_facts  # noqa: PLC0415 - torch
 
         monolith = read_evaluation(recipe)[MONOLITH]

@@ -37,6 +37,6 @@ class Score(Stage):
             known.locate(source.library, key)
 
     def work(self, recipe: Recipe, options: StageOptions) -> None:
-        from weftlm.pipeline.gating import score_experts  # noqa: PLC0415 - torch
+        from weftlm.pipeline.scoring import score_experts  # noqa: PLC0415 - torch
 
         score_experts(recipe, overwrite=options.replace, progress=options.progress)

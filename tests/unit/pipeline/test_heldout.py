@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.tiny_project import recipe_value
 
-from weftlm.pipeline.models_table import base_of, models_of
+from weftlm.pipeline.heldout import base_of, models_of
 from weftlm.pipeline.recipe import Recipe, make_recipe
 
 
