@@ -119,9 +119,7 @@ def room(folder: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        words = ("No space left", "Disk quota exceeded", "File too large")  # of libraries that give no number
-        if isinstance(error, WeftError) or not (known or any(each in str(error) for each in words)):
+        if isinstance(error, WeftError) or not _is_full(error):
             raise
         place = next((each for each in (folder, *folder.parents) if each.exists()), Path())
         wanted = "" if needed is None else f"{needed / 1e6:,.1f} MB needed, "
@@ -130,6 +128,13 @@ def room(folder: Path, needed: int | None = None) -> Iterator[None]:
             f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free); what was finished before is kept: make room and run "
             "the same command again"
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether an error of any library is that of a full disk, quota or file-size limit."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(text in str(error) for text in ("No space left", "Disk quota exceeded", "File too large"))
 
 
 # -- removing -----------------------------------------------------------------------------------------------------
