@@ -84,8 +84,8 @@ def main() -> None:
         # No handler: the system ends the process, also within one long operation.
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])
         try:
-            texts, _ = render_jinja_template(conversations, chat_template=job["template"], **options)
-            text = "".join(texts)  # of one conversation
+            written = render_jinja_template(conversations, chat_template=job["template"], **options)[0]
+            text = "".join(written)  # a list with the text of the one conversation
             if len(text) > MAX_WRITTEN:
                 raise ValueError(f"it writes more than {MAX_WRITTEN:,} characters")
             result = {"text": text}

@@ -47,18 +47,15 @@ Name = Annotated[str, Field(max_length=1_000)]
 
 
 class InspectRequest(Body):
-    """A text to inspect.
-
-    Attributes:
-        model: Name of the model.
-        text: Text, of at most as many characters and tokens as `/api/models` says.
-        without: Expert to leave out: a routed model routes over the others, a gated one's weights are made to sum to 1
-            over the others.
-    """
+    """A text to inspect, of at most as many characters and tokens as `/api/models` says."""
 
     model: Name
     text: Annotated[str, Field(max_length=MAX_CHARACTERS)]
-    without: Name | None = None
+    without: Name | None = Field(
+        None,
+        description="Expert to leave out: a routed model routes over the others, a gated one's weights are made to sum "
+        "to 1 over the others.",
+    )
 
 
 def inspector_router(models: Mapping[str, OpenModel]) -> APIRouter:

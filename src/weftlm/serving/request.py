@@ -19,24 +19,18 @@ FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 class Sampling(Section):
     """How tokens are drawn; a value out of range is a pydantic `ValidationError`, which is a ValueError.
 
-    Attributes:
-        max_tokens: Maximum number of tokens to generate.
-        temperature: 0 takes the most likely token, the lowest id among equals.
-        top_p: Smallest set of most likely tokens with at least this probability.
-        seed: Random seed of the draw; None draws one. The same seed, prompt and model give the same tokens whatever
-            else runs.
-        stop: Texts that end the answer and are not part of it.
-        logprobs: Number of most likely tokens reported for each generated one; None for no log-probabilities.
-        ignore_eos: Whether generation goes on after the end-of-text token, up to max_tokens.
+    The same seed, prompt and model give the same tokens whatever else runs.
     """
 
-    max_tokens: int = Field(16, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    logprobs: int | None = Field(None, ge=0, le=20)
-    ignore_eos: bool = False
+    max_tokens: int = Field(16, ge=1, description="Maximum number of tokens to generate.")
+    temperature: float = Field(1.0, ge=0, description="0 takes the most likely token, the lowest id among equals.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Probability of the smallest set of most likely tokens.")
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64, description="Random seed of the draw; None draws one.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Texts that end the answer and are not part of it."
+    )
+    logprobs: int | None = Field(None, ge=0, le=20, description="Most likely tokens reported for each; None for none.")
+    ignore_eos: bool = Field(False, description="Whether generation goes on after the end-of-text token.")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail
 Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 Count = Annotated[int, Field(ge=1)]
 Top = Annotated[int, Field(ge=0, le=20)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1)]
 StopText = Annotated[str, Field(min_length=1, max_length=1_000)]
 
 
@@ -71,30 +73,28 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body):
-    """What both kinds of request share; the remaining fields are those of OpenAI's API.
-
-    Attributes:
-        n: Answers to each prompt; each is drawn with a seed of its own, `seed` + its number.
-        max_tokens: Maximum number of tokens to generate; by default 16 for completions, and for chats what the model's
-            context leaves.
-        temperature, top_p: 0 takes the most likely token.
-        seed: Random seed of the draw; the same seed gives the same answer whatever else the server does.
-        timeout: Request timeout in seconds, including time in the queue; at most the server's own.
-        ignore_eos: Whether generation goes on after the end-of-text token, up to the limit of tokens.
-    """
+    """What both kinds of request share; fields of OpenAI's API mean what they mean there."""
 
     chat: ClassVar[bool]
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="Answers to each prompt; each is drawn with a seed of its own, `seed` + its number."
+    )
+    max_tokens: Count | None = Field(
+        None, description="By default 16 for completions, and for chats what the model's context leaves."
+    )
+    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = Field(None, description="0: the most likely token.")
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = Field(None, description="0: the most likely token.")
+    seed: Seed | None = Field(None, description="The same seed gives the same answer whatever else the server does.")
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    ignore_eos: bool | None = None
+    timeout: Annotated[Finite, Field(gt=0)] | None = Field(
+        None, description="Request timeout in seconds, including time in the queue; at most the server's own."
+    )
+    ignore_eos: bool | None = Field(
+        None, description="Whether generation goes on after the end-of-text token, up to the limit of tokens."
+    )
 
     @property
     def wanted(self) -> int | None:
@@ -124,20 +124,15 @@ class GenerationRequest(Body):
 
 
 class CompletionRequest(GenerationRequest):
-    """A request to `/v1/completions`.
-
-    Attributes:
-        prompt: A text, token ids, or a list of either; the empty text begins a document.
-        logprobs: Alternatives reported for each token; 0 for the tokens' own log-probabilities alone.
-        best_of: 1, or the same as `n`.
-        add_special_tokens: Whether the model's own tokens come before a text (a beginning-of-text token); default true.
-    """
+    """A request to `/v1/completions`: a text, token ids, or a list of either; the empty text begins a document."""
 
     chat = False
     prompt: Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[TokenIds], Several]
-    logprobs: Top | None = None
-    best_of: Count | None = None
-    add_special_tokens: bool | None = None
+    logprobs: Top | None = Field(None, description="Alternatives reported for each token; 0: its own log-probability.")
+    best_of: Count | None = Field(None, description="1, or the same as `n`.")
+    add_special_tokens: bool | None = Field(
+        None, description="Whether the model's own tokens come before a text (beginning of text); default true."
+    )
 
     @model_validator(mode="after")
     def _nothing_ranked(self) -> CompletionRequest:
@@ -172,19 +167,13 @@ class Message(Body):
 
 
 class ChatRequest(GenerationRequest):
-    """A request to `/v1/chat/completions`.
-
-    Attributes:
-        max_completion_tokens: Newer name of `max_tokens`, which takes precedence.
-        logprobs: Whether the log-probability of each token is reported.
-        top_logprobs: Alternatives reported for each token; counts only with `logprobs`.
-    """
+    """A request to `/v1/chat/completions`."""
 
     chat = True
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Top | None = None
+    max_completion_tokens: Count | None = Field(None, description="Newer name of `max_tokens`, which takes precedence.")
+    logprobs: bool | None = Field(None, description="Whether the log-probability of each token is reported.")
+    top_logprobs: Top | None = Field(None, description="Alternatives reported for each token, with `logprobs` alone.")
 
     @property
     def wanted(self) -> int | None:

@@ -15,33 +15,25 @@ KEYS_VARIABLE = "WEFTLM_API_KEYS"
 
 
 class ServeConfig(Section):
-    """Limits of a server.
+    """Limits of a server."""
 
-    Attributes:
-        slots: Batch slots per model.
-        max_waiting: Maximum number of queued answers per model; beyond that the server answers 429.
-        timeout_seconds: Request timeout in seconds, including time in the queue; a request may ask for less.
-        intake_seconds: Time for a request's head, and then its body, to arrive, in seconds.
-        max_connections: Maximum number of open connections; beyond that the server answers 503.
-        max_body_bytes: Maximum request body size in bytes.
-        max_prompt_tokens: Maximum number of tokens of a prompt; the model's own context may be shorter.
-        max_new_tokens: Maximum number of tokens of an answer; the model's own context may be shorter.
-        max_answers: Maximum number of answers of a request, its prompts times `n`.
-        hosts: Names the server may be reached under beside localhost and its addresses; None for any name.
-        api_keys: Keys, any of which opens the server; empty for a server open to all who reach it.
-    """
-
-    slots: PositiveInt = 8
-    max_waiting: NonNegativeInt = 64
-    timeout_seconds: float = Field(default=120.0, gt=0, le=86_400)
-    intake_seconds: float = Field(default=20.0, gt=0, le=3_600)
-    max_connections: PositiveInt = 400
-    max_body_bytes: PositiveInt = 2_000_000
-    max_prompt_tokens: PositiveInt = 131_072
-    max_new_tokens: PositiveInt = 16_384
-    max_answers: PositiveInt = 64
-    hosts: tuple[str, ...] | None = None
-    api_keys: tuple[SecretStr, ...] = ()
+    slots: PositiveInt = Field(8, description="Batch slots per model.")
+    max_waiting: NonNegativeInt = Field(64, description="Maximum queued answers per model; beyond that 429.")
+    timeout_seconds: float = Field(
+        120.0, gt=0, le=86_400, description="Request timeout, including time in the queue; a request may ask for less."
+    )
+    intake_seconds: float = Field(
+        20.0, gt=0, le=3_600, description="Time for a request's head, and then its body, to arrive."
+    )
+    max_connections: PositiveInt = Field(400, description="Maximum number of open connections; beyond that 503.")
+    max_body_bytes: PositiveInt = Field(2_000_000, description="Maximum request body size in bytes.")
+    max_prompt_tokens: PositiveInt = Field(131_072, description="Maximum number of tokens of a prompt.")
+    max_new_tokens: PositiveInt = Field(16_384, description="Maximum number of tokens of an answer.")
+    max_answers: PositiveInt = Field(64, description="Maximum number of answers of a request, its prompts times `n`.")
+    hosts: tuple[str, ...] | None = Field(
+        None, description="Names the server may be reached under beside localhost and its addresses; None for any."
+    )
+    api_keys: tuple[SecretStr, ...] = Field((), description="Keys, any of which opens the server; empty: open to all.")
 
 
 def keys_from_environment() -> tuple[str, ...]:
