@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,12 +74,6 @@ class Examples:
             ids_N = self.source.read(int(self.starts_N[index]), cut + int(self.targets_N[index]))
             found.append(Example(ids_N[:cut], ids_N[cut:]))
         return found
-
-    def until(self, tokens: int, fingerprint: str) -> Examples:
-        """The examples that are whole within the first tokens of the source, under the fingerprint of that part."""
-        count = int(np.searchsorted(self.starts_N + self.prompts_N + self.targets_N + 1, tokens, side="right"))
-        kept = {name: getattr(self, name)[:count] for name in ("starts_N", "prompts_N", "targets_N", "target_bytes_N")}
-        return replace(self, **kept, fingerprint=fingerprint)
 
 
 class ExampleSource(ArraySource):

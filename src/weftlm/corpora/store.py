@@ -64,7 +64,7 @@ class TokenStore:
         path: Folder of the store.
         tokenizer: Fingerprint the tokens must have been made with; None accepts any.
     Attributes:
-        bytes: UTF-8 bytes of the text; 0 after `forget_bytes`.
+        bytes: UTF-8 bytes of the text; 0 where the tokens do not hold the text, so that there are no bits per byte.
     Raises:
         DataError: It is no store of this version of weftlm, or another tokenizer made the tokens.
     """
@@ -87,7 +87,6 @@ class TokenStore:
         self.eos_id: int = index["eos_id"]
         self._length: int = index["tokens"]
         self._windows: dict[int, NDArray[Any]] = {}
-        self._bytes_known = True
 
     def __len__(self) -> int:
         return self._length
@@ -96,11 +95,7 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}, tokens={self._length}, documents={self.documents})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.fingerprint, self._bytes_known)
-
-    def forget_bytes(self) -> None:
-        """Know no bytes from now on, because the tokens do not hold the text: there are no bits per byte of them."""
-        self.bytes, self._bytes_known = 0, False
+        return _reopen, (str(self.path), self.fingerprint)
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens `start .. start + count`, a fresh int64 array of shape (count,).
@@ -143,7 +138,7 @@ class TokenStore:
         if not (self.path / PROMPTS).exists():
             return None
         prompts = self._map(PROMPTS, PROMPT)
-        targets_N = (self.document_bytes - prompts["text_bytes"]) * np.uint64(self._bytes_known)
+        targets_N = self.document_bytes - prompts["text_bytes"]
         return Examples.of(self, self.document_spans, prompts["tokens"], targets_N, self.eos_id)
 
     @cached_property
@@ -187,10 +182,8 @@ def _compare(root: Path, files: tuple[tuple[str, int, int], ...]) -> None:
     check_sealed(root, _CURE, closed=True)
 
 
-def _reopen(path: str, fingerprint: str, bytes_known: bool) -> TokenStore:
+def _reopen(path: str, fingerprint: str) -> TokenStore:
     store = TokenStore(path)
-    if not bytes_known:
-        store.forget_bytes()
     if store.fingerprint != fingerprint:
         raise DataError(f"token store {path} was replaced while in use; start again")
     return store

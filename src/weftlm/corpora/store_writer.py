@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -123,6 +124,10 @@ class StoreWriter:
         if self.waiting_bytes >= self._buffer_bytes:
             self._flush()
 
+    def tokens(self, label: str) -> int:
+        """Tokens appended so far to one store, those that close documents included."""
+        return self._counts[label]["tokens"] if label in self._counts else 0
+
     def close(self) -> None:
         """Put everything on disk, an index into each store, and the list of the labels beside them.
 
@@ -182,6 +187,8 @@ def tokenise_by_label(
     tokenizer: Tokenizer,
     path: str | Path,
     *,
+    limits: Mapping[str, int] | None = None,
+    lossy: Collection[str] = (),
     batch_bytes: int = 2 << 20,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, TokenStore]:
@@ -194,21 +201,30 @@ def tokenise_by_label(
         documents: Stream of documents.
         tokenizer: Tokenizer to encode with.
         path: Folder of the stores, new.
+        limits: Largest number of tokens by label; the document that would exceed it is cut, an example left out.
+        lossy: Labels of which the tokens do not hold the text; 0 bytes are noted for their documents.
         batch_bytes: UTF-8 bytes encoded at a time.
         progress: Called after every batch with the UTF-8 bytes encoded so far.
     Raises:
         DataError: There are no documents, or one has no label. An error out of the stream itself passes through.
         ConfigError: The folder holds something already.
     """
+    encoded = 0
     with write_stores(path, tokenizer.vocabulary) as writer:
         for batch in _batches(documents, batch_bytes):
             for document, (tokens_N, prompt) in zip(batch, encode_documents(tokenizer, batch), strict=True):
                 if document.label is None:
                     raise DataError(f"document {document.origin} has no label; set label, label_field or label_from")
                 size = len(document.text.encode("utf-8"))
-                writer.append(tokens_N, size, document.label, document.origin, prompt)
+                encoded += size
+                if document.label in lossy:
+                    size, prompt = 0, None if prompt is None else (prompt[0], 0)
+                left = (limits or {}).get(document.label, math.inf) - writer.tokens(document.label)
+                if left > len(tokens_N) or (left >= 1 and prompt is None):
+                    kept_N = tokens_N[: int(min(len(tokens_N), left - 1))]
+                    writer.append(kept_N, size, document.label, document.origin, prompt)
             if progress is not None:
-                progress(writer.bytes)
+                progress(encoded)
     return open_stores(path, verify=False)
 
 

@@ -34,8 +34,9 @@ END_OF_DOCUMENT = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 20
 
 _TOKENIZER_FILE = re.compile(r"^(.*token.*\.json|vocab.*|merges\.txt|.*(token|spiece|spm).*\.model)$")
-RUN_CHARACTERS = 1 << 10
-_RUN = re.compile(rf"(?<!\S)\S{{{RUN_CHARACTERS + 1},}}|(?<!\s)\s{{{RUN_CHARACTERS + 1},}}")
+_LONG_RUNS = pre_tokenizers.Split(tokenizers.Regex(r"\S{1024}|\s{1024}"), "isolated")
+"""Cuts runs without white space, or of nothing else, while merges are learnt, which takes time in the square of a run:
+400 kB of one letter took 214 s whole and take 0.2 s in pieces."""
 
 
 class TextLoss(NamedTuple):
@@ -202,7 +203,10 @@ def train_tokenizer(texts: Iterable[str], config: TrainConfig) -> Tokenizer:
     first = next(sample, None)
     if first is None:
         raise DataError("a tokenizer cannot be trained: the training text is empty")
+    byte_level = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_LONG_RUNS, byte_level])
     backend.train_from_iterator(chain((first,), sample), trainer=trainer)
+    backend.pre_tokenizer = byte_level
     hf: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_DOCUMENT)
     return Tokenizer(hf, "trained on text")
 
@@ -315,29 +319,11 @@ def _fingerprint(value: Any) -> str:
 
 
 def _front(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The texts up to `limit` UTF-8 bytes, the last one cut, without runs that are long."""
-    left = limit
+    """The texts up to `limit` UTF-8 bytes, the last one cut."""
     for text in texts:
-        for piece in _short_runs(text):
-            size = len(piece.encode("utf-8"))
-            if size > left:
-                piece = piece.encode("utf-8")[:left].decode("utf-8", errors="ignore")
-            if piece:
-                yield piece
-            left -= size
-            if left <= 0:
-                return
-
-
-def _short_runs(text: str) -> Iterator[str]:
-    """A text cut wherever a run without white space, or of nothing else, exceeds `RUN_CHARACTERS`.
-
-    Learning merges takes time in the square of such a run: 400 kB of one letter took 214 s whole and take 0.2 s in
-    pieces.
-    """
-    start = 0
-    for run in _RUN.finditer(text):
-        for end in range(run.start() + RUN_CHARACTERS, run.end(), RUN_CHARACTERS):
-            yield text[start:end]
-            start = end
-    yield text[start:]
+        data = text.encode("utf-8")[:limit]
+        limit -= len(data)
+        if data:
+            yield data.decode("utf-8", errors="ignore")
+        if limit <= 0:
+            return

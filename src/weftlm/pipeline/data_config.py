@@ -23,7 +23,7 @@ OTHER_DOMAIN = "other"
 SETS = ("target_heldout", "target", "heldout", "corpora")
 """Sets of documents; a text that several of them hold stays in the first."""
 MANIFEST = "prepared.json"
-STEPS_VERSION = 4
+STEPS_VERSION = 5
 """Raised whenever the same configuration and inputs would be prepared differently."""
 REMEDY = "prepare again with rebuild (weftlm prepare --rebuild)"
 
@@ -59,7 +59,8 @@ class DomainsConfig(Section):
         clusters: how many and how, with by: clusters.
         embedder: vectors for clustering, for the target's histogram and for `weftlm domains`.
         include_target: make the target's training documents a domain too (`target_examples`).
-        max_train_tokens: at most so many training tokens per domain, a random choice of its documents cut exactly.
+        max_train_tokens: at most so many training tokens per domain of the corpora, a random choice of its documents;
+            the last one is cut, an example left out.
         min_tokens: training tokens below which a domain is too small.
         small: what becomes of domains that are too small: `stop` with an error that names them all, `drop` them, or put
             their documents into one domain called `other`.

@@ -23,7 +23,6 @@ from weftlm.artifact import locked
 from weftlm.config import changed_keys, differences, settings, validate
 from weftlm.corpora.examples import examples_of
 from weftlm.corpora.labels import folder_name
-from weftlm.domains.domain import Domain
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError, did_you_mean
 from weftlm.experts.config import ExpertTraining
 from weftlm.experts.examples import training_source
@@ -39,7 +38,7 @@ from weftlm.models.lora_targets import check_targets
 from weftlm.pipeline.base import Base, open_base
 from weftlm.pipeline.expert_library import fact_of
 from weftlm.pipeline.prepare import prepare
-from weftlm.pipeline.prepared import PreparedData
+from weftlm.pipeline.prepared import Domain, PreparedData
 from weftlm.pipeline.recipe import Recipe
 from weftlm.pipeline.run_folder import alone
 from weftlm.pipeline.train import HOURS_TO_WAIT_FOR_PREPARATION
@@ -215,7 +214,7 @@ class _Making:
                 "domain": domain.name,
                 "domains_by": recipe.data.domains.by,
                 "corpora": [corpus.name for corpus in recipe.data.corpora],
-                "documents": domain.documents,
+                "documents": domain.train.documents,
                 "prepared": self.data.fingerprint,
             }
             expert = train_expert(

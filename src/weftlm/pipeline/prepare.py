@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from weftlm.pipeline.data_config import (
 )
 from weftlm.pipeline.discovery import Discovered, batches, by_clusters, by_label
 from weftlm.pipeline.documents import Documents, write_documents
-from weftlm.pipeline.prepared import FATES, LOST_ACCEPTED, PreparedData
+from weftlm.pipeline.prepared import FATES, PreparedData
 from weftlm.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ _NO_LABEL = "(no label)"
 _OTHER_SETS = {"target": TARGET_SET, "target_heldout": "target, held-out", "heldout": "held-out text"}
 _SHOWN_LOSS = 0.2
 """Share of a domain's documents whose absence from training is a warning."""
-LOST_REFUSED = 0.2
-"""Share of bytes or tokens lost by the tokenizer from which data is refused."""
+LOST_ACCEPTED, LOST_REFUSED = 0.001, 0.2
+"""Share of bytes or tokens lost by the tokenizer up to which bits per byte holds, and from which data is refused."""
 _LOSS_DOCUMENTS, _LOSS_CHARACTERS = 1024, 1 << 14
 """The tokenizer's loss is measured on so many documents over all domains (64 per domain at most, 1 at least), each cut
 to so many characters: at most about 16 MB of text and, measured, 16 s on one core."""
@@ -157,7 +157,7 @@ class _Preparation:
         losses = self._losses()
         self._cap()
         self._refuse_leaks()
-        stores = self._tokenise()
+        stores = self._tokenise(losses)
         described = self._described(stores["train"])
         path.unlink()
         for line in (warnings := list(dict.fromkeys(self.warnings))):
@@ -167,7 +167,6 @@ class _Preparation:
             **described,
             "reading": read["reading"] + described["reading"],
             "text_loss": {name: loss._asdict() for name, loss in losses.items()},
-            "max_train_tokens": self.config.domains.max_train_tokens,
             "warnings": warnings,
         }
 
@@ -395,11 +394,18 @@ class _Preparation:
 
     # -- what is kept ---------------------------------------------------------------------------------------------
 
-    def _tokenise(self) -> dict[str, dict[str, TokenStore]]:
+    def _tokenise(self, losses: Mapping[str, TextLoss]) -> dict[str, dict[str, TokenStore]]:
         """Write the token stores, `train` and `heldout`, by domain; those of the target as `TARGET_DOMAIN`."""
         labels = (*self.found.names, TARGET_DOMAIN)
+        lossy = [
+            label
+            for label, name in zip(labels, self.names, strict=True)
+            if name in losses and losses[name].lost > LOST_ACCEPTED
+        ]
         found: dict[str, dict[str, TokenStore]] = {"train": {}, "heldout": {}}
-        for name, chosen_N in (("train", self.train_N), ("heldout", self.heldout_N)):
+        cap = self.config.domains.max_train_tokens
+        train: dict[str, Any] = {"limits": {} if cap is None else dict.fromkeys(self.found.names, cap)}
+        for name, chosen_N, how in (("train", self.train_N, train), ("heldout", self.heldout_N, {"lossy": lossy})):
             documents = (
                 replace(document, label=labels[self.group_N[number]])
                 for number, document in self.documents.stream(chosen_N)
@@ -407,8 +413,12 @@ class _Preparation:
             with ProgressBar(f"tokenise {name}", unit="bytes", enabled=self.progress) as counter:
                 if chosen_N.any():
                     found[name] = tokenise_by_label(
-                        documents, self.tokenizer, self.folder / name, progress=counter.update
+                        documents, self.tokenizer, self.folder / name, progress=counter.update, **how
                     )
+        if empty := [name for name in self.found.names if name not in found["train"]]:
+            raise DataError(
+                f"no example of {_listed(empty, 5)} fits into data.domains.max_train_tokens, {cap}; raise it"
+            )
         without = [name for name in self.found.names if name not in found["heldout"]]
         if without:
             shown = _listed(without, 5)

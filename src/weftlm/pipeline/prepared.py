@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from weftlm.corpora.store import TokenStore, open_stores
-from weftlm.corpora.tokens import TextLoss, Tokenizer
-from weftlm.domains.domain import Domain, TokenPrefix
+from weftlm.corpora.tokens import Tokenizer
 from weftlm.errors import ConfigError, DataError
 from weftlm.files import check_listed, check_sealed, checksum, read_object
 from weftlm.pipeline.data_config import MANIFEST, REMEDY, STEPS_VERSION, TARGET_DOMAIN, TARGET_SET
 
 FATES = ("read", "kept", "duplicates", "in_target", "faulty")
 """What the documents of a set are counted by."""
-LOST_ACCEPTED = 0.001
-"""Share of bytes or tokens lost by the tokenizer up to which bits per byte holds."""
+
+
+class Domain(NamedTuple):
+    """A named part of the corpus.
+
+    Attributes:
+        name: Its name, unique among the domains.
+        train: Its training tokens.
+        heldout: Its held-out tokens, or None where it has too few documents to hold any out.
+    """
+
+    name: str
+    train: TokenStore
+    heldout: TokenStore | None
 
 
 @dataclass(frozen=True)
@@ -64,15 +75,10 @@ class PreparedData:
             open_stores(folder / name, tokenizer=tokenizer.fingerprint) if (folder / name).is_dir() else {}
             for name in ("train", "heldout")
         )
-        for name, loss in manifest["text_loss"].items():
-            held_of_it = heldout.get(TARGET_DOMAIN if name == TARGET_SET else name)
-            if held_of_it is not None and TextLoss(**loss).lost > LOST_ACCEPTED:
-                held_of_it.forget_bytes()
-        cap, domains = manifest["max_train_tokens"], []
-        for name in manifest["domains"]:
-            source = TokenPrefix(train[name], cap) if cap is not None and cap < len(train[name]) else train[name]
-            held = None if name == TARGET_DOMAIN else heldout.get(name)
-            domains.append(Domain(name, source, held, train[name].documents, train[name].bytes))
+        domains = [
+            Domain(name, train[name], None if name == TARGET_DOMAIN else heldout.get(name))
+            for name in manifest["domains"]
+        ]
         histogram, basis = (
             None if manifest[key] is None else torch.tensor(manifest[key], dtype=torch.float64)
             for key in ("target_histogram_D", "basis_ND")
@@ -108,18 +114,18 @@ class PreparedData:
         `documents` counts those read, kept, dropped as duplicates, dropped because the target has them, and faulty: by
         domain, also of domains of which nothing is left (of clusters: in all), and of the other sets.
         """
-        stores = {each.name: (each.documents, each.bytes, each.train, each.heldout) for each in self.domains}
-        if (target := self.target_train) is not None:
-            stores[TARGET_SET] = (target.documents, target.bytes, target, self.target_heldout)
+        stores = {name: (train, heldout) for name, train, heldout in self.domains}
+        if self.target_train is not None:
+            stores[TARGET_SET] = self.target_train, self.target_heldout
         sets = {
             name: {
-                "documents": documents,
-                "bytes": size,
+                "documents": train.documents,
+                "bytes": train.bytes,
                 "train_tokens": len(train),
                 "heldout_tokens": 0 if heldout is None else len(heldout),
                 **self.manifest["text_loss"].get(name, {}),
             }
-            for name, (documents, size, train, heldout) in stores.items()
+            for name, (train, heldout) in stores.items()
         }
         return {
             "fingerprint": self.fingerprint,

@@ -18,7 +18,6 @@ from weftlm.corpora.source import ArraySource, Document
 from weftlm.corpora.store import TokenStore, open_stores
 from weftlm.corpora.store_writer import tokenise_by_label, write_stores
 from weftlm.corpora.tokens import train_tokenizer
-from weftlm.domains.domain import TokenPrefix
 from weftlm.errors import ConfigError, DataError
 
 PAIRS = [("is é a letter? ", "yes"), ("is 7 a letter? ", "no, a number"), ("say nothing much: ", "well")]
@@ -113,16 +112,25 @@ def test_a_domain_is_of_one_kind(tmp_path: Path) -> None:
     assert [examples_of(stores[label]) is None for label in ("task", "text")] == [False, True]
 
 
-def test_a_cap_keeps_whole_examples() -> None:
+def test_a_limit_keeps_whole_examples_and_cuts_text(tmp_path: Path) -> None:
+    mixed = [*documents(), *(Document("a letter a number", "p", "text") for _ in range(3))]
+    whole = tokenise_by_label(mixed, TOKENIZER, tmp_path / "whole")
+    ends = whole["task"].document_spans[:, 1].tolist()
+    for number, (limit, count) in enumerate([(ends[2], 3), (ends[2] - 1, 2), (ends[1], 2), (ends[0] + 1, 1)]):
+        stores = tokenise_by_label(mixed, TOKENIZER, tmp_path / str(number), limits={"task": limit, "text": limit})
+        found = examples_of(stores["task"])
+        assert found is not None
+        assert len(found) == stores["task"].documents == count
+        assert len(stores["text"]) == min(limit, len(whole["text"]))
+        begin = len(stores["text"]) - 1
+        assert stores["text"].read(0, begin).tolist() == whole["text"].read(0, begin).tolist()
+        assert stores["text"].read(begin, 1).tolist() == [TOKENIZER.eos_id]
+
+
+def test_examples_in_memory() -> None:
     source = ExampleSource([([1, 2], [3]), ([4], [5, 6]), ([7], [8])], eos_id=9, target_bytes=[1, 2, 1])
     assert source.read(0, len(source)).tolist() == [1, 2, 3, 9, 4, 5, 6, 9, 7, 8, 9]
-    for tokens, count in ((11, 3), (10, 2), (8, 2), (7, 1), (3, 0)):
-        prefix = TokenPrefix(source, tokens)
-        capped = examples_of(prefix)
-        assert capped is not None
-        assert len(capped) == count
-        assert capped.fingerprint == prefix.fingerprint
     assert [part.tolist() for part in source.examples.read(np.array([1]))[0]] == [[4], [5, 6]]
-    assert examples_of(TokenPrefix(ArraySource([1, 2, 3]), 2)) is None
+    assert examples_of(ArraySource([1, 2, 3])) is None
     with pytest.raises(DataError, match="each with a target"):
         ExampleSource([([1], [])], eos_id=9)

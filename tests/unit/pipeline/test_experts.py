@@ -16,13 +16,13 @@ from support.tiny_project import recipe_value, write_corpora
 from torch import nn
 
 from weftlm.corpora.tokens import find_tokenizer
-from weftlm.domains.domain import Domain
 from weftlm.errors import ConfigError, DataError, ExpertError
 from weftlm.experts.expert import Expert, Gate, LoRAExpert
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import adapter_fingerprint
 from weftlm.pipeline.experts import expert_domains, gate_expert, train_experts
 from weftlm.pipeline.prepare import prepare
+from weftlm.pipeline.prepared import Domain
 from weftlm.pipeline.recipe import Recipe, make_recipe, require_experts
 from weftlm.pipeline.routes import build_route, evaluate_routes
 from weftlm.pipeline.runner import run_project
@@ -67,7 +67,7 @@ def test_mistakes_are_named(value: Mapping[str, Any], message: str) -> None:
 
 def test_experts_have_the_names_of_their_domains_where_a_folder_may() -> None:
     def named(*names: str, wanted: list[str] | None = None) -> dict[str, str]:
-        domains = [Domain(name, cyclic_source(100), None, 1, 1) for name in names]
+        domains = [Domain(name, cyclic_source(100), None) for name in names]
         return {name: domain.name for name, domain in expert_domains(domains, wanted).items()}
 
     assert named("code/python", "a b", ".hidden", "plain", "c++") == {

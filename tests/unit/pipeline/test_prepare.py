@@ -19,7 +19,6 @@ from support.faults import dead_process, host
 from transformers import PreTrainedTokenizerFast
 
 from weftlm.config import validate
-from weftlm.corpora.store import TokenStore
 from weftlm.errors import ConfigError, DataError
 from weftlm.pipeline import prepare as module
 from weftlm.pipeline.data_config import DataConfig
@@ -73,16 +72,9 @@ def run(config: DataConfig, folder: Path, **named: Any) -> PreparedData:
     return prepare(config, folder, progress=False, **named)
 
 
-def store(source: Any) -> TokenStore:
-    assert isinstance(source, TokenStore)
-    return source
-
-
 def decoded(data: PreparedData, source: Any) -> list[str]:
-    opened = store(source)
-    return [
-        data.tokenizer.decode(opened.read(int(first), int(last - first - 1))) for first, last in opened.document_spans
-    ]
+    spans = source.document_spans.tolist()
+    return [data.tokenizer.decode(source.read(first, last - first - 1)) for first, last in spans]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -91,21 +83,19 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> None:
     data = run(make(), tmp_path / "data")
-    assert [domain.name for domain in data.domains] == ["code", "law", "sea"]
     everything: list[str] = []
     for domain in data.domains:
         train, held = decoded(data, domain.train), decoded(data, domain.heldout)
-        assert (len(train), len(held), domain.documents) == (27, 3, 27)
-        assert domain.bytes == sum(len(text.encode()) for text in train)
+        assert (len(train), len(held), domain.train.documents) == (27, 3, 27)
+        assert domain.train.bytes == sum(len(text.encode()) for text in train)
         everything += train + held
     assert sorted(everything) == sorted(text for kind in WORDS for text in texts(kind, 30))
     target = decoded(data, data.target_train), decoded(data, data.target_heldout)
     assert [len(part) for part in target] == [16, 4]
     assert sorted(target[0] + target[1]) == sorted(texts("sea", 20, seed=9))
+    parts = ["digests.json", "heldout", "prepared.json", "tokenizer", "train"]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == parts
     assert data.basis_ND is None
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
-        "digests.json", "heldout", "prepared.json", "tokenizer", "train",
-    ]  # fmt: skip
     assert data.target_histogram_D is not None
     assert data.target_histogram_D.dtype == torch.float64
     assert data.target_histogram_D.tolist() == [0.0, 0.0, 1.0]
@@ -119,18 +109,15 @@ def test_everything_is_there_and_nothing_is_lost(make: Make, tmp_path: Path) -> 
 def test_the_bits_do_not_depend_on_time_or_process_but_on_the_seed(make: Make, tmp_path: Path) -> None:
     config = make(domains=CLUSTERS)
     here = run(config, tmp_path / "a")
-    (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
         "import sys\n"
         "from weftlm.pipeline.data_config import DataConfig\n"
         "from weftlm.pipeline.prepare import prepare\n"
-        "prepare(DataConfig.model_validate_json(open(sys.argv[1]).read()), sys.argv[2], progress=False)\n"
+        "prepare(DataConfig.model_validate_json(sys.argv[1]), sys.argv[2], progress=False)\n"
     )
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "config.json"), str(tmp_path / "b")],
-        env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", program, config.model_dump_json(), str(tmp_path / "b")]
+    subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     other = run(make(domains=CLUSTERS, seed=1), tmp_path / "c")
     assert decoded(here, here.domains[0].heldout) != decoded(other, other.domains[0].heldout)
@@ -154,7 +141,7 @@ def test_what_is_prepared_is_reused_unchanged_and_replaced_on_request_alone(
     with pytest.raises(DataError, match=r"inputs\.corpora\.2 .*law\.jsonl\): .* before, .* now"):
         run(make(), folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert store(run(changed, folder, rebuild=True).domains[0].heldout).documents == 6
+    assert run(changed, folder, rebuild=True).domains[0].heldout.documents == 6  # type: ignore[union-attr]
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
     with pytest.raises(DataError, match="holds files but no prepared data"):
@@ -232,34 +219,32 @@ def test_domains_by_file(make: Make, tmp_path: Path) -> None:
     assert [domain.name for domain in data.domains] == ["code", "law", "sea"]  # the target's file is all target
 
 
-def test_clusters_find_the_planted_kinds(make: Make, tmp_path: Path) -> None:
+def test_clusters_find_the_planted_kinds_and_small_ones_are_dissolved(make: Make, tmp_path: Path) -> None:
     data = run(make(domains=CLUSTERS), tmp_path / "data")
     assert [domain.name for domain in data.domains] == ["cluster_0", "cluster_1", "cluster_2"]
     kinds = [{text.split()[0] for text in decoded(data, domain.train)} for domain in data.domains]
     assert sorted(map(sorted, kinds)) == [["code"], ["law"], ["sea"]]
     assert data.target_histogram_D is not None
     assert data.target_histogram_D[kinds.index({"sea"})] == 1.0
-
-
-def test_small_clusters_are_dissolved(make: Make, tmp_path: Path) -> None:
     size = len(texts("sea", 1)[0]) * 8
-    data = run(make(domains={**CLUSTERS, "clusters": {"n": 20, "min_bytes": size}}), tmp_path / "data")
-    sizes = [domain.bytes + store(domain.heldout).bytes for domain in data.domains]
-    assert 3 <= len(sizes) < 20
-    assert min(sizes) >= size
-    assert sum(domain.documents + store(domain.heldout).documents for domain in data.domains) == 90
+    many = run(make(domains={**CLUSTERS, "clusters": {"n": 20, "min_bytes": size}}), tmp_path / "many")
+    held: list[Any] = [domain.heldout for domain in many.domains]
+    assert 3 <= len(many.domains) < 20
+    assert min(domain.train.bytes + each.bytes for domain, each in zip(many.domains, held, strict=True)) >= size
+    assert sum(domain.train.documents + each.documents for domain, each in zip(many.domains, held, strict=True)) == 90
 
 
 def test_token_caps_are_exact_and_random(make: Make, tmp_path: Path) -> None:
     full = run(make(), tmp_path / "full")
     data = run(make(domains={"max_train_tokens": 700, **EMBEDDER}), tmp_path / "data")
     assert [len(domain.train) for domain in data.domains] == [700, 700, 700]
-    assert all(domain.documents < 27 for domain in data.domains)
+    assert all(domain.train.documents < 27 for domain in data.domains)
     assert data.tokenizer.fingerprint == full.tokenizer.fingerprint
     assert decoded(data, data.domains[0].heldout) == decoded(full, full.domains[0].heldout)
-    mine = decoded(data, TokenStore(tmp_path / "data" / "train" / "code"))
+    *mine, last = decoded(data, data.domains[0].train)
     everything = decoded(full, full.domains[0].train)
     assert set(mine) < set(everything)
+    assert any(text.startswith(last) for text in set(everything) - set(mine))
     assert mine != everything[: len(mine)]
     loose = run(make(domains={"max_train_tokens": 10**6, **EMBEDDER}), tmp_path / "loose")
     assert [len(domain.train) for domain in loose.domains] == [len(domain.train) for domain in full.domains]
@@ -269,8 +254,8 @@ def test_few_target_examples_nest(make: Make, tmp_path: Path) -> None:
     chosen = []
     for count in (3, 8):
         data = run(make(target_train_documents=count), tmp_path / str(count))
-        assert store(data.target_heldout).documents == 4
         chosen.append(set(decoded(data, data.target_train)))
+        assert len(decoded(data, data.target_heldout)) == 4
     assert len(chosen[0]) == 3
     assert chosen[0] < chosen[1]
 
@@ -280,13 +265,12 @@ def test_separate_heldout_sets(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "in" / "held.jsonl", sea[:2] + texts("sea", 3, seed=4), "sea")
     write(tmp_path / "in" / "target_held.jsonl", texts("sea", 6, seed=7))
     held = [{"path": str(tmp_path / "in" / "held.jsonl"), "label_field": "label"}]
-    data = run(
-        make(heldout=held, target_heldout=[{"path": str(tmp_path / "in" / "target_held.jsonl")}]), tmp_path / "data"
-    )
+    target_held = [{"path": str(tmp_path / "in" / "target_held.jsonl")}]
+    data = run(make(heldout=held, target_heldout=target_held), tmp_path / "data")
     assert [domain.heldout is None for domain in data.domains] == [True, True, False]
     assert decoded(data, data.domains[2].heldout) == sea[:2] + texts("sea", 3, seed=4)
-    assert data.domains[2].documents == 28
-    assert (store(data.target_heldout).documents, store(data.target_train).documents) == (6, 20)
+    assert data.domains[2].train.documents == 28
+    assert (len(decoded(data, data.target_heldout)), len(decoded(data, data.target_train))) == (6, 20)
     assert "no held-out text for 2 domains (code, law)" in data.summary()["warnings"][0]
     write(tmp_path / "in" / "held.jsonl", texts("sea", 3, seed=4), "ocean")
     with pytest.raises(DataError, match="label 'ocean', which no corpus has"):
@@ -315,7 +299,8 @@ def test_the_target_may_be_a_domain_or_absent(make: Make, tmp_path: Path) -> Non
     data = run(make(domains={"include_target": True, **EMBEDDER}), tmp_path / "with")
     assert [domain.name for domain in data.domains] == ["code", "law", "sea", "target_examples"]
     assert data.domains[3].heldout is None
-    assert data.domains[3].train.fingerprint == store(data.target_train).fingerprint
+    assert data.target_train is not None
+    assert data.domains[3].train.fingerprint == data.target_train.fingerprint
     assert data.target_histogram_D is not None
     assert data.target_histogram_D.shape == (4,)
     data = run(make(target=[]), tmp_path / "without")
@@ -327,13 +312,10 @@ def test_single_documents_stay_in_training(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "in" / "target.jsonl", texts("sea", 1, seed=9))
     write(tmp_path / "in" / "law.jsonl", texts("law", 1), "law")
     data = run(make(), tmp_path / "data")
-    assert (data.domains[1].documents, data.domains[1].heldout, data.target_heldout) == (1, None, None)
+    assert (data.domains[1].train.documents, data.domains[1].heldout, data.target_heldout) == (1, None, None)
     first, second = data.summary()["warnings"]
     assert first == "the target has one document: nothing of it is held out, so it cannot be evaluated"
     assert second == "no held-out text for 1 domains (law): they are not evaluated"
-    one = run(make(corpora=[{"path": str(tmp_path / "in" / "sea.jsonl"), "label": "only"}]), tmp_path / "one")
-    assert one.target_histogram_D is not None
-    assert one.target_histogram_D.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -401,9 +383,7 @@ def test_where_text_is_lost_there_are_no_bits_per_byte_and_most_of_it_is_refused
     assert any("bits per byte is not given for them" in line for line in data.summary()["warnings"])
     sets = data.summary()["sets"]
     assert all(0.8 < sets[name]["given_back"] < 1 and 0 < sets[name]["unknown"] < 0.2 for name in ("sea", "target"))
-    held = store(data.domains[0].heldout)
-    assert held.bytes == 0
-    assert store(run(make(), tmp_path / "whole").domains[0].heldout).bytes > 0
+    assert [domain.heldout.bytes for domain in data.domains if domain.heldout is not None] == [0, 0, 0]
 
 
 # -- what becomes of documents ----------------------------------------------------------------------------------------
