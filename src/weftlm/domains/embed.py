@@ -5,8 +5,6 @@ Embeddings are unit rows of float32, so that Euclidean distance and cosine order
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -28,11 +26,9 @@ class Embedder(Protocol):
 
     Attributes:
         dimensions: E.
-        fingerprint: hash of everything that decides the vectors.
     """
 
     dimensions: int
-    fingerprint: str
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit rows (zero where nothing in a text is known), shape (N, E)."""
@@ -65,13 +61,13 @@ class TfidfSvd:
     def __init__(self, texts: Sequence[str], config: EmbedderConfig, seed: int) -> None:
         self.config = config
         self._counters = _analyzers(config.analyzer)
-        self.vocabularies = [_vocabulary(each, self._cut(texts), config) for each in _analyzers(config.analyzer)]
-        if not any(self.vocabularies):
+        vocabularies = [_vocabulary(each, self._cut(texts), config) for each in _analyzers(config.analyzer)]
+        if not any(vocabularies):
             raise DataError(
                 f"documents cannot be embedded: none of {len(texts)} sampled documents holds a word or a repeated "
                 f"character run; check the corpora, or embed with analyzer: char"
             )
-        for counter, names in zip(self._counters, self.vocabularies, strict=True):
+        for counter, names in zip(self._counters, vocabularies, strict=True):
             counter.set_params(vocabulary={name: number for number, name in enumerate(names)})
         self._tfidf = TfidfTransformer(sublinear_tf=True)
         weighted_NV = self._tfidf.fit_transform(self._counts(texts))
@@ -79,10 +75,6 @@ class TfidfSvd:
         _, _, components_EV = randomized_svd(weighted_NV, rank, n_iter=5, random_state=seed)
         self._components_EV = np.ascontiguousarray(components_EV, dtype=np.float32)
         self.dimensions = rank
-        total = hashlib.blake2b(digest_size=16)
-        total.update(json.dumps([config.analyzer, config.max_chars, self.vocabularies]).encode())
-        total.update(self._tfidf.idf_.tobytes() + self._components_EV.tobytes())
-        self.fingerprint = total.hexdigest()
 
     def _cut(self, texts: Sequence[str]) -> list[str]:
         return [text[: self.config.max_chars] for text in texts]
@@ -140,9 +132,6 @@ class SentenceTransformerEmbedder:
             ) from error
         self.config = config
         self.dimensions = int(self.embed(["a"]).shape[1])
-        probe = np.round(self.embed(["the quick brown fox", "import numpy"]), 3) + 0.0
-        named = json.dumps([config.model, config.max_chars, probe.tolist()]).encode()
-        self.fingerprint = hashlib.blake2b(named, digest_size=16).hexdigest()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         if not texts:

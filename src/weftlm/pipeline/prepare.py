@@ -432,8 +432,8 @@ class _Preparation:
             stores: Training tokens by group.
         Returns:
             Parts of the manifest: `domains`, their names; `target_histogram_D`, None without a target; `basis_ND`, None
-            where none is asked for; `facts`, for each domain its name, typical documents and neighbours; `embedder`,
-            its fingerprint and dimensions; `reading`, reports of the auxiliary sets of a basis.
+            where none is asked for; `facts`, for each domain its name, typical documents and neighbours; `reading`,
+            reports of the auxiliary sets of a basis.
         """
         config, found = self.config.domains, self.found
         embedding, target = config.embedder, len(found.names)
@@ -480,9 +480,6 @@ class _Preparation:
             "domains": names,
             "target_histogram_D": None if shares_D is None else shares_D.tolist(),
             "basis_ND": None if basis_ND is None else basis_ND.tolist(),
-            "embedder": {
-                "fingerprint": embedder.fingerprint, "dimensions": embedder.dimensions, "kind": embedding.kind,
-            },
             "facts": [
                 {
                     "name": name,
