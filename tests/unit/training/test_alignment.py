@@ -136,64 +136,37 @@ class First(nn.Module):
 
 
 class WithLayer(nn.Module):
-    """Owns a layer, which a subclass uses in a way of its own."""
+    """Owns a layer, and uses it in a way of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-
-class InPlace(WithLayer):
-    """Changes the output of its layer in place, which the shadow term does not survive."""
+        self.layer, self.use = nn.Linear(4, 4), use
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).add_(1.0)
-
-
-class Borrowing(WithLayer):
-    """Uses a layer's weight without calling the layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.layer.weight
-
-
-class Flattening(WithLayer):
-    """Sees all tokens of the batch in one row, as a mixture of experts does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.flatten(0, 1)).view(x.shape)
+        return self.use(self.layer, x)
 
 
 class WithScale(nn.Module):
     """Owns a bare parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-
-class Noisy(WithScale):
-    """Draws random numbers in evaluation mode too, as attention by hashing does."""
+        self.scale, self.use = nn.Parameter(torch.ones(4)), use
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + torch.rand(4)
+        return self.use(self.scale, x)
 
 
 class Undifferentiable(torch.autograd.Function):
+    """A function without a forward-mode rule."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, scale: Tensor, x: Tensor) -> Tensor:
         return x * scale * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.sum((0, 1))
-
-
-class BackwardOnly(WithScale):
-    """Owns a parameter used by a function without a forward-mode rule."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Undifferentiable.apply(x, self.scale)
+        return grad.sum((0, 1)), grad
 
 
 def probed_step(model: nn.Module, v: dict[str, Tensor]) -> Tensor:
@@ -208,14 +181,14 @@ def probed_step(model: nn.Module, v: dict[str, Tensor]) -> Tensor:
     [
         (lambda: [nn.Linear(4, 4)], None),
         (lambda: [nn.RNN(4, 4, batch_first=True), First()], None),
-        (lambda: [InPlace()], ""),
-        (lambda: [Noisy()], "random numbers"),
-        (lambda: [Borrowing()], "not called"),
-        (
-            lambda: [Flattening()],
+        (lambda: [WithLayer(lambda layer, x: layer(x).add_(1.0))], ""),  # changed in place by what follows
+        (lambda: [WithScale(lambda scale, x: x * scale + torch.rand(4))], "random numbers"),
+        (lambda: [WithLayer(lambda layer, x: x @ layer.weight)], "not called"),
+        (  # all tokens of the batch in one row, as a mixture of experts sees them
+            lambda: [WithLayer(lambda layer, x: layer(x.flatten(0, 1)).view(x.shape))],
             r"middle.0.layer \(Linear\): .* of shape \(15, 4\), does not run over the 3 sequences",
         ),
-        (lambda: [BackwardOnly()], "forward-mode"),
+        (lambda: [WithScale(Undifferentiable.apply)], "forward-mode"),
     ],
 )
 def test_an_estimator_is_chosen_only_where_it_is_right(middle: Callable[[], list[nn.Module]], why: str | None) -> None:
@@ -252,19 +225,8 @@ def test_choice_tries_the_shadow_on_models_of_transformers() -> None:
 # -- values at the edges ----------------------------------------------------------------------------------------------
 
 
-class OnePlus(nn.Module):
-    """A gain around 1, as Gemma's norms have it: affine in its weight, with a constant part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1 + self.weight)
-
-
 def test_a_small_direction_is_not_lost_beside_a_constant_part() -> None:
-    model = Bigram(OnePlus())
+    model = Bigram(WithScale(lambda scale, x: x * (1 + scale)))  # as Gemma's norms have it
     v = gradient_direction(model, losses, tokens(2))
     plain, small = (
         each("shadow", model, losses, tokens(2), {name: size * part for name, part in v.items()}).dots_G / size
