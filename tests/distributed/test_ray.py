@@ -154,7 +154,7 @@ def test_the_results_are_those_of_one_process_and_killed_workers_are_replaced(
     alone: dict[str, Any], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(experts, "_make_far", dying_in_training(experts._make_far, tmp_path / "killed"))
-    monkeypatch.setattr(scores, "_far_shard", dying_after(scores._far_shard, tmp_path / "killed too"))
+    monkeypatch.setattr(scores, "score_shard", dying_after(scores.score_shard, tmp_path / "killed too"))
 
     made = call("experts", "train", RECIPE, "--set", "run=two", "--ray", "--json")
     assert (tmp_path / "killed").exists()

@@ -169,14 +169,15 @@ def test_students_that_can_be_served(run: Path, call: Call, monkeypatch: pytest.
     assert "student-top-2" in (run / "training.html").read_text()
 
     # each loads as a Hugging Face model and says of held-out text what the table says
-    split = ScoreCache.open(run / "scores").split(0.25, seed=recipe_value()["seed"])
+    _, held_out = ScoreCache.open(run / "scores").split(0.25, seed=recipe_value()["seed"])
     for name in ("student", "dense"):
         model = AutoModelForCausalLM.from_pretrained(rows[name]["model"])
-        for domain, held in split.held_domains.items():
+        for domain, held in held_out.domains.items():
             logs = gating.log_likelihoods(model, held)
             assert -float(logs.mean()) == pytest.approx(rows[name]["domains"][domain]["cross_entropy"], rel=1e-4)
         if name == "student":
-            kl, _ = student_kl(load_gate(run / "gate/gate.safetensors"), model.gate, split.held_samples)
+            gate, samples = load_gate(run / "gate/gate.safetensors"), list(held_out.samples.values())
+            kl, _ = student_kl(gate, model.gate, samples)
             assert rows["student"]["kl"] == pytest.approx(kl)
     tokenizer = AutoTokenizer.from_pretrained(rows["student-top-1"]["model"])
     model = AutoModelForCausalLM.from_pretrained(rows["student-top-1"]["model"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from weftlm.gating.sequences import draw_rows
 from weftlm.mixture.loader import Batch
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
+from weftlm.models.fingerprint import base_fingerprint
 from weftlm.training.config import NOT_DECIDING, AlignmentConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.losses import BatchLoss
@@ -45,9 +46,9 @@ class WeightedText:
     """Token ids of sequences and how often each is to be drawn.
 
     Attributes:
-        tokens_NT1: int64; T inputs and the label after each, as for any causal language model.
-        weights_N: float64, sums to 1.
-        weighted: the scored samples they are, from which the teacher's log-probability is known; None: unknown.
+        tokens_NT1: Token ids, int64; T inputs and the label after each, as for any causal language model.
+        weights_N: Probability of each, float64, sums to 1.
+        weighted: Scored samples they are, from which the teacher's log-probability is known; None: unknown.
     """
 
     tokens_NT1: Tensor
@@ -83,8 +84,8 @@ class WeightedText:
         """The experts' samples with the weights that make them the gated model's.
 
         Args:
-            weighted: `weigh` of the gate and the scored samples.
-            tokens: token ids of each expert's samples, N_k x (T + 1), in the same order.
+            weighted: Result of `weigh` for the gate and the scored samples.
+            tokens: Token ids of each expert's samples, N_k x (T + 1), in the same order.
         Raises:
             ConfigError: not as many sequences as were scored.
         """
@@ -100,11 +101,11 @@ class DenseProgress:
     """One measurement; plain numbers.
 
     Attributes:
-        step: steps taken.
+        step: Steps taken.
         loss: Loss of the last batch, nats per token.
-        ce: cross-entropy on held-out sequences, nats per token; None without any.
+        ce: Cross-entropy on held-out sequences, nats per token; None without any.
         kl: KL(pi_g / Z || student) on them, nats per sequence; None where the teacher's log-probabilities are unknown.
-        error: standard error of `kl` (`student_kl`); 0 where the sequences are enumerated.
+        error: Standard error of `kl` (`student_kl`); 0 where the sequences are enumerated.
     """
 
     step: int
@@ -119,22 +120,14 @@ class DenseResult:
     """A dense student.
 
     Attributes:
-        model: in evaluation mode, with the weights of the best held-out cross-entropy, else the last.
-        step: steps those had taken.
-        parameters: number of them.
-        ce: as in `DenseProgress`; of the sequences by which the weights were chosen, so slightly optimistic.
-        kl: likewise.
-        error: likewise.
-        history: measurements.
+        model: Student in evaluation mode, with the weights of the best held-out cross-entropy, else the last.
+        best: Measurement of those; of the sequences by which they were chosen, so slightly optimistic.
+        history: All measurements.
     """
 
     model: nn.Module
-    step: int
-    parameters: int
-    ce: float | None
-    kl: float | None
-    error: float | None
-    history: tuple[DenseProgress, ...] = field(default=())
+    best: DenseProgress
+    history: tuple[DenseProgress, ...]
 
 
 def distil_dense(
@@ -157,32 +150,31 @@ def distil_dense(
     Sequences are drawn with replacement by their weights.
 
     Args:
-        model: its configuration, or a causal language model to start from.
-        text: the experts' samples with the gated model's weights (`WeightedText.sampled`).
-        config: how.
-        vocab_size: ids the tokenizer can give.
-        eos_id: end-of-document id.
-        teacher: the gated model's next-token log-probabilities, for `config.token_kl` above 0; called on the model's
+        model: Configuration of the student, or a causal language model to start from.
+        text: Samples of the experts with the gated model's weights (`WeightedText.sampled`).
+        config: Settings of the training.
+        vocab_size: Number of ids the tokenizer can give.
+        eos_id: End-of-document id.
+        teacher: Next-token log-probabilities of the gated model, for `config.token_kl` above 0; called on the model's
             device, without gradient.
-        real: real text, for `config.real_fraction` above 0; of the same length.
-        held_out: weighted samples not among `text`, to choose the best weights and to report.
-        folder: checkpoints, metrics.jsonl and the best weights go there, and a run found there is continued. None: none
-            are written.
+        real: Real text, for `config.real_fraction` above 0; of the same length.
+        held_out: Weighted samples not among `text`, to choose the best weights and to report.
+        folder: Folder of checkpoints, metrics.jsonl and the best weights; a run found there is continued. None: nothing
+            is written.
         seed: Random seed of the first weights, the draws and dropout.
-        runtime: device and precision; None: chosen for this machine.
-        on_progress: called with each measurement.
+        runtime: Device and precision; None: chosen for this machine.
+        on_progress: Called with each measurement.
     Raises:
         ConfigError: lengths, ids or options do not fit each other; as `build_model`.
         CheckpointError: the folder holds another run, or cannot be written.
         NumericsError: a loss or a gradient is not finite; the last good checkpoint stays.
     """
     length = text.tokens_NT1.shape[1] - 1
-    _check(text, real, held_out, config, vocab_size, length, teacher)
+    _check(text, real, held_out, config, vocab_size, teacher)
     if isinstance(model, ModelConfig):
         model = build_model(model, vocab_size=vocab_size, sequence_length=length, eos_id=eos_id, seed=seed)
     runtime = runtime or choose_runtime(config.training, parameters=count_parameters(model))
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    identity = _identity(config, seed, text, real, held_out, teacher is not None, parameters) if folder else ""
+    identity = _identity(config, seed, (text, real, held_out), teacher is not None, model) if folder else ""
     history: list[DenseProgress] = []
 
     def evaluate(module: nn.Module) -> dict[str, Any]:
@@ -209,9 +201,7 @@ def distil_dense(
         trainer.restore_best()
     model.eval()
     kept = history[-1] if held_out is None else min(history, key=lambda line: math.inf if line.ce is None else line.ce)
-    return DenseResult(
-        model, kept.step, count_parameters(model), kept.ce, kept.kl, kept.error, tuple(history)
-    )  # fmt: skip
+    return DenseResult(model, kept, tuple(history))
 
 
 def _check(
@@ -220,20 +210,15 @@ def _check(
     held_out: WeightedText | None,
     config: DenseConfig,
     vocab_size: int,
-    length: int,
     teacher: Teacher | None,
 ) -> None:
-    if config.training.sequence_length != length:
-        raise ConfigError(
-            f"training.sequence_length is {config.training.sequence_length}; the samples have {length} tokens to "
-            "predict"
-        )
+    length = config.training.sequence_length
     for name, one in (("text", text), ("real", real), ("held_out", held_out)):
         if one is None:
             continue
-        if one.tokens_NT1.shape[1] != length + 1:
+        if (count := one.tokens_NT1.shape[1] - 1) != length:
             raise ConfigError(
-                f"{name} has {one.tokens_NT1.shape[1] - 1} tokens to predict, the samples {length}; pad and mask"
+                f"{name} has {count} tokens to predict, and training.sequence_length is {length}; make them equal"
             )
         low, high = int(one.tokens_NT1.min()), int(one.tokens_NT1.max())
         if low < 0 or high >= vocab_size:
@@ -348,26 +333,15 @@ def _progress(line: Mapping[str, Any]) -> DenseProgress:
 
 
 def _identity(
-    config: DenseConfig,
-    seed: int,
-    text: WeightedText,
-    real: WeightedText | None,
-    held_out: WeightedText | None,
-    taught: bool,
-    parameters: Mapping[str, Tensor],
+    config: DenseConfig, seed: int, texts: Sequence[WeightedText | None], taught: bool, model: nn.Module
 ) -> dict[str, Any]:
     """What is trained on what: settings, data, and the student's first weights."""
-    settings = config.model_dump(mode="json")
+    settings, data = config.model_dump(mode="json"), hashlib.blake2b(digest_size=16)
     for name in (*NOT_DECIDING, "threads"):
         settings["training"].pop(name)
-    data, weights = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    for one in (text, real, held_out):
+    for one in texts:
         for tensor in () if one is None else (one.tokens_NT1, one.weights_N):
             data.update(np.ascontiguousarray(tensor.numpy()).tobytes())
         data.update(b"/")
-    for name, parameter in parameters.items():
-        weights.update(f"{name} {tuple(parameter.shape)}".encode())
-        weights.update(np.float64(parameter.detach().double().sum().item()).tobytes())
-    return {
-        **settings, "seed": seed, "teacher": taught, "data": data.hexdigest(), "first weights": weights.hexdigest(),
-    }  # fmt: skip
+    facts = {"data": data.hexdigest(), "first weights": base_fingerprint(model)}
+    return {**settings, "seed": seed, "teacher": taught, **facts}

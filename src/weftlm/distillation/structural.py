@@ -24,13 +24,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from weftlm.config import Section
 from weftlm.distillation.config import DistilConfig
 from weftlm.distillation.sparse import log_sparse
 from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
@@ -75,20 +75,18 @@ class DistilState(GateState):
 
     config: DistilConfig
     gate: CausalGate
+    history: tuple[DistilProgress, ...]
     best: Mapping[str, Tensor]
     best_kl: float = math.inf
     stale: int = 0
 
     kind: ClassVar[str] = "distillation of a gate"
-    Config: ClassVar[type[Section]] = DistilConfig
-    Line: ClassVar[type] = DistilProgress
 
     @property
     def finished(self) -> bool:
         """Whether no step is left to take."""
-        patience = self.config.patience
-        stale = patience is not None and self.stale >= patience
-        return stale or self.step >= self.config.steps or not self.gate.learned
+        patience, steps = self.config.patience, self.config.steps
+        return self.step >= steps or not self.gate.learned or (patience is not None and self.stale >= patience)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +163,10 @@ def weigh(gate: Gate, samples: Sequence[ScoredSequences]) -> Weighted:
             f"samples of {len(sets)} experts, scored by {sorted({one.experts for one in sets})}, came for a gate over "
             f"{gate.experts}; draw some from each expert and score them with all"
         )
-    enumerated = {one.weights_N is not None for one in sets}
-    if len(enumerated) != 1:
+    exact = sets[0].weights_N is not None
+    if any((one.weights_N is not None) != exact for one in sets):
         raise ConfigError("some experts' samples are enumerated and some drawn; give all of one kind")
-    total = sum(len(one) for one in sets)
-    exact = enumerated.pop()
+    total = sum(map(len, sets))
     log_share_E = torch.tensor([1.0 / len(sets) if exact else len(one) / total for one in sets]).double().log()
     masses, logs = [], []
     with torch.no_grad():
@@ -252,42 +249,30 @@ def distil_structural(
             (one, one) if one.weights_N is not None else one.split(config.held_out_fraction, config.seed)
             for one in sets
         ]
-        sets, held_out = tuple(first for first, _ in parts), tuple(second for _, second in parts)
+        sets, held_out = zip(*parts, strict=True)
     train, test = weigh(gate, sets), weigh(gate, held_out)
-
-    def measure(now: DistilState) -> DistilState:
-        now = _measured(now, test)
-        if on_progress is not None:
-            on_progress(now.history[-1], now)
-        return now
-
     if state is None:
-        first = _student(student, gate, train, config)
-        state = measure(DistilState(config, 0, first, {}, (), {}))
+        state = _measured(DistilState(config, 0, _student(student, gate, train, config), {}, (), {}), test=test)
+        if on_progress is not None:
+            on_progress(state.history[-1], state)
     elif state.config != config:
         raise CheckpointError(f"the state is of a distillation with config {state.config}; now {config}; start afresh")
     if state.gate.experts != gate.experts:
         raise ConfigError(f"the student is over {state.gate.experts} experts; the gate over {gate.experts}")
-    plain = [dataclasses.replace(one, features=_tokens(one.features)) for one in sets]
-    joined = dataclasses.replace(Joined.of(plain), weights_N=train.mass_B / train.mass_B.sum())
-    joined = dataclasses.replace(joined, set_N=torch.zeros_like(joined.set_N))
+    joined = Joined.of([dataclasses.replace(one, features=_tokens(one.features)) for one in sets])
+    shares_N, one_set_N = train.mass_B / train.mass_B.sum(), torch.zeros_like(joined.set_N)
+    joined = dataclasses.replace(joined, weights_N=shares_N, set_N=one_set_N)
     # With an enumerated support nothing is unknown, and the ridge of a prior has no place.
     ridge = 0.0 if train.exact else config.ridge * len(sets) / len(train.mass_B)
-
-    def step(now: DistilState) -> DistilState:
-        return _step(now, joined, ridge)
-
-    end = config.steps if until is None else min(until, config.steps)
-    state = run_steps(state, end, config.evaluate_every_steps, step, measure, on_stop)
-    best = {name: tensor.double() for name, tensor in state.best.items()}
-    kept = state.gate.to("cpu", torch.float64).replaced(best)
+    step, measure = partial(_step, samples=joined, ridge=ridge), partial(_measured, test=test)
+    state = run_steps(state, until, config.evaluate_every_steps, step, measure, on_progress, on_stop)
+    kept = state.gate.replaced(state.best).to("cpu", torch.float64)
     held_kl, held_error = _kl(test, kept)
     if held_kl < -max(5.0 * held_error, 1e-6):
         log.warning(
-            "KL to the gated model is %.4g with standard error %.2g: below 0, so the samples are not what the experts "
-            "would write by these scores; draw them at temperature 1, uncut, and score them as they were drawn",
-            held_kl,
-            held_error,
+            f"KL to the gated model is {held_kl:.4g} with standard error {held_error:.2g}: below 0, so the samples are "
+            "not what the experts would write by these scores; draw them at temperature 1, uncut, and score them as "
+            "they were drawn"
         )
     taken = max((line.step for line in state.history if line.best), default=0)
     return DistilResult(kept, _kl(train, kept)[0], held_kl, held_error, taken, state.history, state)
@@ -330,7 +315,7 @@ def _responsibilities(gate: Gate, train: Weighted) -> Tensor:
     return shares_E / shares_E.sum()
 
 
-def _step(state: DistilState, samples: Joined, ridge: float) -> DistilState:
+def _step(state: DistilState, *, samples: Joined, ridge: float) -> DistilState:
     """One step of Adam on the student, on sequences that are a function of seed and step."""
     config, gate = state.config, state.gate
     if config.batch_sequences is not None:
@@ -342,10 +327,9 @@ def _step(state: DistilState, samples: Joined, ridge: float) -> DistilState:
     else:
         logs_B = log_student(moving, samples.features)
     loss = -(samples.weights_N.to(logs_B.dtype) * logs_B).sum()
-    found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+    found = torch.autograd.grad(loss, list(theta.values()), allow_unused=True, materialize_grads=True)
     gradients = {
-        name: (ridge * theta[name].detach() if name in gate.shrunk else torch.zeros_like(theta[name]))
-        + (0.0 if gradient is None else gradient)
+        name: gradient + ridge * theta[name].detach() if name in gate.shrunk else gradient
         for name, gradient in zip(theta, found, strict=True)
     }
     if not math.isfinite(float(loss.detach())) or not all(bool(each.isfinite().all()) for each in gradients.values()):
@@ -359,7 +343,7 @@ def _step(state: DistilState, samples: Joined, ridge: float) -> DistilState:
     return dataclasses.replace(state, step=state.step + 1, gate=gate.replaced(moved), moments=moments)
 
 
-def _measured(state: DistilState, test: Weighted) -> DistilState:
+def _measured(state: DistilState, *, test: Weighted) -> DistilState:
     """The state with the student measured on held-out samples, and kept if it is the best so far."""
     kl, error = _kl(test, state.gate)
     better = kl < state.best_kl
@@ -372,15 +356,11 @@ def _measured(state: DistilState, test: Weighted) -> DistilState:
     )
 
 
-def log_students(student: CausalGate, one: ScoredSequences) -> Tensor:
-    """log s(x) of every sequence of a set, float64 and without gradient."""
-    with torch.no_grad():
-        return log_models(student.to("cpu", torch.float64), one).double()
-
-
+@torch.no_grad()
 def _kl(data: Weighted, student: CausalGate) -> tuple[float, float]:
     """See `student_kl`."""
-    return model_kl(data, torch.cat([log_students(student, one) for one in data.samples]))
+    wide = student.to("cpu", torch.float64)
+    return model_kl(data, torch.cat([log_models(wide, one) for one in data.samples]))
 
 
 def model_kl(data: Weighted, logs_B: Tensor) -> tuple[float, float]:

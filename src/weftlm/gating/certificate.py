@@ -150,43 +150,32 @@ def certify(
     problem = make_problem(domains, samples, offsets=offsets, mixtures=mixtures, unit=unit, own_experts=own_experts)
     mu = 1.0
     if isinstance(gate, FitResult):
-        nu = gate.nu if nu is None else nu
-        config = config or gate.state.config
+        nu, config = gate.nu if nu is None else nu, config or gate.state.config
         mu, gate = gate.mu, gate.gate
     config = config or FitConfig()
-    found, exact = evaluate(gate, problem), problem.support is not None
+    found = evaluate(gate, problem)
     nu_M = None if nu is None else simplex_vector(nu, "nu", len(problem.adversary.weights_MD))
     # What the error of log Z adds to each domain's value. Domains are independent of each other, Z is common to all.
     share_D: Floats = problem.scale_D * (found.z_error / found.z * problem.report)
     lam_D = problem.adversary.lam(found.nu_M)
     own = float((lam_D[lam_D > 0] ** 2 * found.errors_D[lam_D > 0] ** 2).sum())
-    low, high = _ends(found.worst, math.sqrt(own + float(lam_D @ share_D) ** 2), exact=exact)
     how = "largest value over the allowed mixtures, whose maximum is at an extreme mixture"
-    if not exact:
+    if problem.support is None:
         how += "; exact on these sequences, 95 % normal interval over sequences and samples"
+        worst = Figure(found.worst, "estimate", how, *_ends(found.worst, math.hypot(own**0.5, lam_D @ share_D)))
+    else:
+        worst = Figure(found.worst, "exact", how)
     lower, gap = (None, None) if nu_M is None else _duality(gate, problem, found, nu_M, config, mu)
+    domains = _table(problem, found, share_D, None if nu_M is None else problem.adversary.lam(nu_M))
     return Certificate(
-        unit=unit,
-        offsets=problem.offset_kind,
-        causal=gate.causal,
-        capacity=_capacity(problem),
-        worst=Figure(found.worst, _label(exact), how, low, high),
-        worst_domain=problem.names[found.worst_domain],
-        lower=lower,
-        gap=gap,
-        z=_normaliser(gate, problem, found),
-        domains=_table(problem, found, share_D, None if nu_M is None else problem.adversary.lam(nu_M)),
-    )
+        unit, problem.offset_kind, gate.causal, _capacity(problem), worst, problem.names[found.worst_domain],
+        lower, gap, _normaliser(gate, problem, found), domains,
+    )  # fmt: skip
 
 
-def _label(exact: bool) -> Label:
-    return "exact" if exact else "estimate"
-
-
-def _ends(value: float, error: float, *, exact: bool = False) -> tuple[float | None, float | None]:
-    """95 % normal interval; None for an end that is infinite, or where the value is exact."""
-    ends = value - Z_NORMAL * error, value + Z_NORMAL * error
-    low, high = (None if exact or not math.isfinite(end) else end for end in ends)
+def _ends(value: float, error: float) -> tuple[float | None, float | None]:
+    """95 % normal interval; None for an end that is infinite."""
+    low, high = (end if math.isfinite(end) else None for end in (value - Z_NORMAL * error, value + Z_NORMAL * error))
     return low, high
 
 
@@ -195,14 +184,15 @@ def _duality(
 ) -> tuple[Figure, Figure]:
     """The least a gate can have against the fit's mixture, and the gap."""
     least, kind = best_response(gate, problem, nu_M, config, mu=mu)
-    how = "closed form (water-filling) over all sequence-level gates: with Z = 1, none has a worst case below it"
-    gap_how = "the worst case is above the optimum over gates with Z = 1 by at most this"
-    if kind == "estimate":
-        steps = config.best_response_steps if gate.learned else 0
-        how = f"{steps} steps of a gate of this kind against the mixture, on these sequences; its best may be lower"
-        gap_how = "worst minus an estimated best response; may understate the gap"
-    label: Label = "bound" if kind == "exact" else "estimate"
-    return Figure(least, label, how), Figure(found.worst - least, label, gap_how)
+    gap = found.worst - least
+    if kind == "exact":
+        how = "closed form (water-filling) over all sequence-level gates: with Z = 1, none has a worst case below it"
+        above = "the worst case is above the optimum over gates with Z = 1 by at most this"
+        return Figure(least, "bound", how), Figure(gap, "bound", above)
+    steps = config.best_response_steps if gate.learned else 0
+    how = f"{steps} steps of a gate of this kind against the mixture, on these sequences; its best may be lower"
+    apart = "worst minus an estimated best response; may understate the gap"
+    return Figure(least, "estimate", how), Figure(gap, "estimate", apart)
 
 
 def _capacity(problem: Problem) -> Figure | None:
@@ -212,18 +202,17 @@ def _capacity(problem: Problem) -> Figure | None:
     "expert"; None where neither applies.
     """
     relative = ""
+    draws = [problem.samples[k] for k in problem.own_D if problem.samples]
     if problem.support is not None:
         if problem.adversary.bounded:
             return None
         known = channel_capacity(problem.adversary.weights_MD @ problem.support[0])
         how = "Blahut-Arimoto, lower end"
+    elif not draws or any(one.weights_N is not None for one in draws):
+        return None
     else:
-        if not problem.own_D or not problem.samples:
-            return None
-        if any(problem.samples[k].weights_N is not None for k in problem.own_D):
-            return None
-        scored = [problem.samples[k].logq_NE[:, list(problem.own_D)] for k in problem.own_D]
         scale_D = problem.scale_D * problem.report if problem.unit == "token" else None
+        scored = [one.logq_NE[:, list(problem.own_D)] for one in draws]
         known = sampled_capacity(scored, mixtures=problem.adversary, scale_D=scale_D)
         how = "Blahut-Arimoto on samples of the domains' own experts: the capacity between the experts"
         relative = ", over the mixtures that are allowed" if problem.adversary.restricted else "; all mixtures allowed"
@@ -240,10 +229,9 @@ def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
     if problem.support is not None:
         return Figure(found.z, "exact", "summed over the support")
     low, high = _ends(found.z, found.z_error)
-    draws = sum(len(one) for one in problem.samples)
     clustered = any(one.clusters_N is not None for one in problem.samples)
     kind = "cluster-robust normal" if clustered else "normal"
-    how = f"mean over {draws} samples of {problem.experts} experts, 95 % {kind} interval"
+    how = f"mean over {sum(map(len, problem.samples))} samples of {problem.experts} experts, 95 % {kind} interval"
     if low is not None and high is not None and not low - TOLERANCE <= 1.0 <= high + TOLERANCE:
         off = (
             f"the interval excludes 1: the gate makes {'more' if found.z > 1.0 else 'less'} than a distribution, and "
@@ -257,20 +245,10 @@ def _normaliser(gate: Gate, problem: Problem, found: Evaluation) -> Figure:
 def _table(problem: Problem, found: Evaluation, share_D: Floats, lam_D: Floats | None) -> tuple[DomainRow, ...]:
     rows = []
     for d, one in enumerate(problem.domains):
-        value = float(found.values_D[d]) * problem.report
-        error = math.hypot(float(found.errors_D[d]), float(share_D[d]))
-        low, high = _ends(value, error, exact=problem.support is not None)
-        rows.append(
-            DomainRow(
-                name=one.name,
-                sequences=len(one),
-                tokens=None if one.tokens_N is None else float(one.probability() @ one.tokens_N),
-                cross_entropy=float(found.ce_D[d]),
-                offset=float(problem.offsets_D[d]) * problem.report,
-                value=value,
-                low=low,
-                high=high,
-                lam=None if lam_D is None else float(lam_D[d]),
-            )
-        )
+        value, offset = (float(each[d]) * problem.report for each in (found.values_D, problem.offsets_D))
+        ends = _ends(value, math.hypot(float(found.errors_D[d]), float(share_D[d])))
+        low, high = ends if problem.support is None else (None, None)
+        tokens = None if one.tokens_N is None else float(one.probability() @ one.tokens_N)
+        lam = None if lam_D is None else float(lam_D[d])
+        rows.append(DomainRow(one.name, len(one), tokens, float(found.ce_D[d]), offset, value, low, high, lam))
     return tuple(rows)

@@ -8,11 +8,10 @@ its own adapter. The base's weights are held, and read from memory, once.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,8 +25,9 @@ from weftlm.errors import ConfigError, ExpertError, did_you_mean
 from weftlm.experts.adapted import module_input
 from weftlm.experts.expert import CONFIG, LoRAExpert
 from weftlm.experts.library import ExpertLibrary
-from weftlm.experts.lora import check_fits, read_lora
+from weftlm.experts.lora import adapter_fingerprint, check_fits, read_lora
 from weftlm.experts.low_rank import LowRank, Rows, placement
+from weftlm.files import checksum
 from weftlm.gating.config import ExpertSource
 from weftlm.models.factory import uneven_heads
 from weftlm.models.fingerprint import base_fingerprint
@@ -102,9 +102,8 @@ class Backbone(nn.Module):
         for name, module in model.named_modules():
             if name in names:
                 factors = [None if lora is None else lora.modules.get(name) for lora in loras]
-                branch = LowRank(factors, *placement(module))
-                self.branches.append(branch)
-                self._hooks.append(module.register_forward_hook(partial(self._add, branch), with_kwargs=True))
+                self.branches.append(branch := LowRank(factors, *placement(module)))
+                self._hooks.append(module.register_forward_hook(functools.partial(self._add, branch), with_kwargs=True))
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -174,12 +173,12 @@ class ExpertPool(nn.Module):
         for member in members:
             if why := uneven_heads(member.model.config.get_text_config()):
                 raise ConfigError(f"expert {member.name!r} has {why}; build it again with other numbers")
-        groups: dict[int, list[int]] = {}
+        groups: dict[PreTrainedModel, list[int]] = {}
         for place, member in enumerate(members):
-            groups.setdefault(id(member.model), []).append(place)
+            groups.setdefault(member.model, []).append(place)
         made = (
-            Backbone(members[places[0]].model, places, [members[place].lora for place in places], self.vocab_size)
-            for places in groups.values()
+            Backbone(model, places, [members[place].lora for place in places], self.vocab_size)
+            for model, places in groups.items()
         )
         self.backbones = cast("Sequence[Backbone]", nn.ModuleList(made))
         self.requires_grad_(False)
@@ -211,29 +210,30 @@ class ExpertPool(nn.Module):
             ConfigError, ExpertError: as the class, or a model or adapter cannot be loaded.
         """
         shapes = torch.device(device).type == "meta"
-        models: dict[tuple[str, str | None], PreTrainedModel] = {}
-        digests: dict[tuple[str, str | None], str] = {}
+
+        @functools.cache
+        def model_at(name: str, revision: str | None) -> PreTrainedModel:
+            if shapes:
+                return outline(read_config(name, revision=revision, local_files_only=True))
+            return load_base(name, revision=revision, dtype=dtype) if base is None else base
+
+        fingerprint = functools.cache(base_fingerprint)
         members = []
         for source in sources:
             lora, key, wanted = adapter_of(source)
-            if key not in models and shapes:
-                models[key] = outline(read_config(key[0], revision=key[1], local_files_only=True))
-            elif key not in models:
-                models[key] = load_base(key[0], revision=key[1], dtype=dtype) if base is None else base
-            if wanted is not None and key not in digests and not shapes:
-                digests[key] = base_fingerprint(models[key])
-            if wanted is not None and digests.get(key, wanted) != wanted:
+            model = model_at(*key)
+            if wanted is not None and not shapes and fingerprint(model) != wanted:
                 raise ExpertError(
                     f"expert {source.name!r} was made for a base of fingerprint {wanted}; {key[0]} has "
-                    f"{digests[key]}: load the base it was trained on"
+                    f"{fingerprint(model)}: load the base it was trained on"
                 )
             places = ((source.model, source.revision), key)
             found = (find_tokenizer(name, revision) for name, revision in places if name is not None)
             tokenizer = next((each for each in found if each is not None), None)
             if tokenizer is not None:
-                check_vocabulary(models[key], tokenizer.vocab_size, f"{key[0]} (expert {source.name!r})")
+                check_vocabulary(model, tokenizer.vocab_size, f"{key[0]} (expert {source.name!r})")
             vocabulary = None if tokenizer is None else tokenizer.vocabulary_fingerprint
-            members.append(Member(source.name, models[key], lora, vocabulary, source))
+            members.append(Member(source.name, model, lora, vocabulary, source))
         return cls(members).to(device)
 
     def __len__(self) -> int:
@@ -265,14 +265,9 @@ class ExpertPool(nn.Module):
         found = {}
         for backbone in self.backbones:
             base = base_fingerprint(backbone.model)
-            for place in backbone.experts:
-                member = self.members[place]
-                digest = hashlib.blake2b(f"{base} {member.tokenizer}".encode(), digest_size=16)
-                for name, factors in sorted(member.lora.modules.items()) if member.lora is not None else ():
-                    digest.update(f"\n{name} {factors.scale!r} {tuple(factors.A_RI.shape)}".encode())
-                    for factor in (factors.A_RI, factors.B_OR):
-                        digest.update(factor.contiguous().numpy().tobytes())
-                found[member.name] = digest.hexdigest()
+            for member in (self.members[place] for place in backbone.experts):
+                adapter = None if member.lora is None else adapter_fingerprint(member.lora)
+                found[member.name] = checksum([base, member.tokenizer, adapter])
         return {name: found[name] for name in self.names}
 
     def place(self, name: str) -> int:

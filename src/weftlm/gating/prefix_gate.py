@@ -24,8 +24,6 @@ from weftlm.gating.linear import moments
 _DEAD = -1e4
 """Nats that stand for a log-posterior of -inf: weight 0 in every float type, and finite."""
 _WEIGHTS = "weights_BE"
-_CHUNK = 128
-"""Tokens whose decayed sums are one product of matrices."""
 
 
 @gates.register(
@@ -142,36 +140,9 @@ class PrefixGate(CausalGate):
         logp_BTE, mask_BT = self.tokens(features)
         if not logp_BTE.shape[1]:
             return logp_BTE.to(self.tensors["prior_E"].dtype)
-        return self._logits(*self._evidence(self.all_states(logp_BTE, mask_BT)))
-
-    @torch.no_grad()
-    def all_states(self, logp_BTE: Tensor, mask_BT: Tensor | None) -> State:
-        """The states before all tokens; no learned tensor has a part in them."""
-        if mask_BT is not None:  # real tokens first: the state before a token follows from how many there were
-            rows_B1 = torch.arange(len(mask_BT), device=mask_BT.device)[:, None]
-            order_BT = (~mask_BT).to(torch.uint8).argsort(dim=1, stable=True)
-            count_BT = mask_BT.cumsum(dim=1) - mask_BT.to(torch.int64)
-            states = self.all_states(logp_BTE[rows_B1, order_BT], None)
-            return {name: each[rows_B1, count_BT] for name, each in states.items()}
-        logp_BTE = logp_BTE.to(self.tensors["prior_E"].dtype)
-        count_T = torch.arange(logp_BTE.shape[1], dtype=logp_BTE.dtype, device=logp_BTE.device)
-        return {
-            **{name: gate.all_states(logp_BTE, None)[_WEIGHTS] for name, gate in self._untrained.items()},
-            "sums_BLE": self._decayed_sums(logp_BTE),
-            "count_B": count_T.expand(logp_BTE.shape[:2]),
-        }
-
-    def _decayed_sums(self, logp_BTE: Tensor) -> Tensor:
-        """sum_{s < t} decay_l^(t - 1 - s) worth_s before all tokens, BTLE; `advance` adds them up token by token."""
-        decay_L = self._decays(logp_BTE)
-        sums_BSLE = [logp_BTE.new_zeros(len(logp_BTE), 1, len(decay_L), self.experts)]
-        for worth_BSE in _worth(logp_BTE[:, :-1]).split(_CHUNK, dim=1):
-            at_S = torch.arange(worth_BSE.shape[1], device=logp_BTE.device)
-            lag_SS = at_S[:, None] - at_S
-            kernel_LSS = torch.where(lag_SS >= 0, decay_L[:, None, None] ** lag_SS.clamp_min(0), 0.0)
-            carried_BSLE = decay_L[:, None] ** (at_S[:, None, None] + 1) * sums_BSLE[-1][:, -1:]
-            sums_BSLE.append(torch.einsum("lts,bse->btle", kernel_LSS, worth_BSE) + carried_BSLE)
-        return torch.cat(sums_BSLE, dim=1)
+        with torch.no_grad():  # no learned tensor has a part in the states
+            states = self.all_states(logp_BTE, mask_BT)
+        return self._logits(*self._evidence(states))
 
     @torch.no_grad()
     def _evidence(self, state: State) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from weftlm.config import Section, differences
+from weftlm.config import differences
 from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.gating.arrays import Floats
 from weftlm.gating.config import FitConfig, GateConfig, Unit, gate_config, gates
@@ -75,13 +76,12 @@ class FitState(GateState):
     """
 
     config: FitConfig
+    history: tuple[Progress, ...]
     play: Mapping[str, Tensor]
     averaged: int
     mean: Mapping[str, Tensor]
 
     kind: ClassVar[str] = "fit of a gate"
-    Config: ClassVar[type[Section]] = FitConfig
-    Line: ClassVar[type] = Progress
 
     @property
     def finished(self) -> bool:
@@ -149,11 +149,6 @@ class FitResult:
     state: FitState
 
     @property
-    def value(self) -> float:
-        """`worst`, under the name the exact programme uses."""
-        return self.worst
-
-    @property
     def history(self) -> tuple[Progress, ...]:
         """`Progress` every so many steps."""
         return self.state.history
@@ -205,18 +200,9 @@ def fit_robust_gate(
     )
     state = _start(problem, gate, config) if state is None else _checked(state, problem, config)
     fits(state.gate, problem)
-    draw = _Draw(problem, state.gate, config)
-
-    def report(now: FitState) -> FitState:
-        line = _progress(now, problem)
-        now = dataclasses.replace(now, history=(*now.history, line))
-        if on_progress is not None:
-            on_progress(line, now)
-        return now
-
-    end = config.steps if until is None else min(until, config.steps)
-    every = config.report_every_steps
-    return _result(run_steps(state, end, every, lambda now: _step(now, draw, problem), report, on_stop), problem)
+    step = partial(_step, draw=_Draw(problem, state.gate, config), problem=problem)
+    every, report = config.report_every_steps, partial(_reported, problem=problem)
+    return _result(run_steps(state, until, every, step, report, on_progress, on_stop), problem)
 
 
 def _start(problem: Problem, gate: Any, config: FitConfig) -> FitState:
@@ -305,7 +291,7 @@ def _descend(state: FitState, draw: _Draw, problem: Problem, nu_M: Floats, lr: f
     return now, excess_D.detach().numpy()
 
 
-def _step(state: FitState, draw: _Draw, problem: Problem) -> FitState:
+def _step(state: FitState, *, draw: _Draw, problem: Problem) -> FitState:
     """One step of theta, nu and mu, and their averages."""
     config, log_nu_M = state.config, state.play["log_nu_M"].numpy()
     averaging_from = config.steps - math.ceil(config.final_fraction * config.steps)
@@ -326,22 +312,17 @@ def averages(mean: Mapping[str, Tensor], now: Mapping[str, Tensor], count: int) 
     return {name: each + (now[name] - each) / count for name, each in mean.items()}
 
 
-def _progress(state: FitState, problem: Problem) -> Progress:
+def _reported(state: FitState, *, problem: Problem) -> FitState:
+    """The state with a measurement of its answer on all data."""
     gate, nu_M, mu = state.answer()
     config, found = state.config, evaluate(gate, problem)
     gap, duality_gap = found.worst - problem.against(found.values_D, nu_M), None
     measured = config.best_response_steps > 0 or _kind(gate, problem) == "exact"
     if measured and config.gap_tolerance is not None and max(gap, abs(found.z - 1.0)) <= config.gap_tolerance:
         duality_gap = found.worst - best_response(gate, problem, nu_M, config, mu=mu)[0]
-    return Progress(
-        step=state.step,
-        worst=found.worst,
-        worst_domain=problem.names[found.worst_domain],
-        lam=tuple(problem.adversary.lam(nu_M).tolist()),
-        z=found.z,
-        gap=gap,
-        duality_gap=duality_gap,
-    )
+    lam, worst_domain = tuple(problem.adversary.lam(nu_M).tolist()), problem.names[found.worst_domain]
+    line = Progress(state.step, found.worst, worst_domain, lam, found.z, gap, duality_gap)
+    return dataclasses.replace(state, history=(*state.history, line))
 
 
 def best_response(
@@ -382,20 +363,10 @@ def _kind(gate: Gate, problem: Problem) -> Kind:
 def _result(state: FitState, problem: Problem) -> FitResult:
     gate, nu_M, mu = state.answer()
     found, config = evaluate(gate, problem), state.config
-    gap = state.history[-1].duality_gap if state.history and state.history[-1].step == state.step else None
+    gap = next((line.duality_gap for line in state.history[-1:] if line.step == state.step), None)
     if gap is None and (config.best_response_steps or problem.support is not None):
         gap = found.worst - best_response(gate, problem, nu_M, config, mu=mu)[0]
     return FitResult(
-        gate=gate,
-        lam=problem.adversary.lam(nu_M),
-        nu=nu_M,
-        mu=mu,
-        z=found.z,
-        values=found.values_D * problem.report,
-        worst=found.worst,
-        worst_domain=found.worst_domain,
-        gap=math.nan if gap is None else gap,
-        gap_kind=_kind(gate, problem),
-        unit=problem.unit,
-        state=state,
-    )
+        gate, problem.adversary.lam(nu_M), nu_M, mu, found.z, found.values_D * problem.report, found.worst,
+        found.worst_domain, math.nan if gap is None else gap, _kind(gate, problem), problem.unit, state,
+    )  # fmt: skip

@@ -194,13 +194,13 @@ def _scales(sets: tuple[ScoredSequences, ...], unit: Unit) -> tuple[Floats, floa
         return np.ones(len(sets)), 1.0
     if unit != "token":
         raise ConfigError(f"unit is {unit!r}; it must be 'sequence' or 'token'")
-    means = []
-    for one in sets:
+    means_D = np.zeros(len(sets))
+    for d, one in enumerate(sets):
         if one.tokens_N is None:
             raise ConfigError(f"unit 'token' needs tokens_N, and {one.name} has none")
-        means.append(float(one.probability() @ one.tokens_N))
-    mean = sum(means) / len(means)
-    return np.array([mean / each for each in means]), 1.0 / mean
+        means_D[d] = one.probability() @ one.tokens_N
+    mean = float(sum(means_D)) / len(sets)
+    return mean / means_D, 1.0 / mean
 
 
 def _offsets(
@@ -268,20 +268,20 @@ def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
 
 def log_models(gate: Gate, one: ScoredSequences) -> Tensor:
     """`log_model` of every sequence of a set, in its own float type."""
-    return torch.cat([log_model(gate, one.logq_NE[rows], one.features.rows(rows)) for rows in _chunks(gate, one)])
+    return torch.cat([log_model(gate, part.logq_NE, part.features) for part in _chunks(gate, one)])
 
 
 def log_gates(gate: Gate, one: ScoredSequences) -> Tensor:
     """log g(x, k) of every sequence of a set, NE, of a gate that sees whole sequences."""
-    return torch.cat([gate.log_weights(one.features.rows(rows)) for rows in _chunks(gate, one)])
+    return torch.cat([gate.log_weights(part.features) for part in _chunks(gate, one)])
 
 
-def _chunks(gate: Gate, one: ScoredSequences) -> Iterator[Tensor]:
-    """Rows of a bounded number of sequences at a time."""
+def _chunks(gate: Gate, one: ScoredSequences) -> Iterator[ScoredSequences]:
+    """A bounded number of sequences at a time."""
     most, width, logp_BTE = CHUNK, one.experts, one.features.logp_BTE
     if gate.causal and logp_BTE is not None:
         most, width = TOKEN_CHUNK, width * logp_BTE.shape[1]
-    return iter(torch.arange(len(one)).split(max(1, most // max(width, 1))))
+    return map(one.rows, torch.arange(len(one)).split(max(1, most // max(width, 1))))
 
 
 def evaluate(gate: Gate, problem: Problem) -> Evaluation:
@@ -337,24 +337,12 @@ def measure(logs: Sequence[Tensor], problem: Problem, *, z: float = 1.0, z_error
     ce_D = problem.scale_D * (nats_D + math.log(z))
     values_D = ce_D - problem.offsets_D
     payoff, nu_M = problem.adversary.best(problem.payoffs(values_D))
-    return Evaluation(
-        ce_D=ce_D * problem.report,
-        values_D=values_D,
-        errors_D=errors_D * problem.report,
-        z=z,
-        z_error=z_error,
-        worst=payoff * problem.report,
-        nu_M=nu_M,
-        worst_domain=int(values_D.argmax()),
-    )
+    worst, worst_domain = payoff * problem.report, int(values_D.argmax())
+    return Evaluation(ce_D * problem.report, values_D, errors_D * problem.report, z, z_error, worst, nu_M, worst_domain)
 
 
 def fits(gate: Gate, problem: Problem) -> None:
-    """Refuse a gate over another number of experts, and one that needs samples where there are none.
-
-    Raises:
-        ConfigError: so it is.
-    """
+    """Refuse (ConfigError) a gate over another number of experts, or one that needs samples where there are none."""
     if gate.experts != problem.experts:
         raise ConfigError(f"gate {gate.config.gate!r} is over {gate.experts} experts; the data over {problem.experts}")
     if not gate.causal and not problem.samples:

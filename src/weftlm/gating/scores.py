@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -54,36 +55,20 @@ _PARTS = ("logp_NTE", "tokens_NT1", "clusters_N")
 _REMEDY = "score again (weftlm score --overwrite; overwrite=True), or choose another folder"
 
 Role = Literal["domain", "sample"]
+Answer = TypeVar("Answer")
 Shard = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]]
 """Scores of every token under every expert (nats, N x T x E), tokens (context first, N x (T + 1)), clusters."""
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreSplit:
-    """Sequences to fit a gate on and disjoint ones to certify it with; samples in the experts' order.
-
-    Attributes:
-        domains: Sequences to fit on, by name.
-        samples: Samples to fit on.
-        held_domains: Held-out sequences, by name.
-        held_samples: Held-out samples.
-    """
-
-    domains: dict[str, ScoredSequences]
-    samples: tuple[ScoredSequences, ...]
-    held_domains: dict[str, ScoredSequences]
-    held_samples: tuple[ScoredSequences, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class ScoreCache:
-    """A finished cache. Open one with `ScoreCache.open`, make one with `score`.
+    """A finished cache, or a part of its sequences. Open one with `ScoreCache.open`, make one with `score`.
 
     Attributes:
         folder: Folder it was read from.
         experts: Names, in the order of the scores' last axis.
         domains: Real text by domain.
-        samples: Samples by the expert they were drawn from.
+        samples: Samples by the expert they were drawn from, in the experts' order; empty where none were drawn.
         config: Settings it was made with.
         fingerprint: Digest of experts, tokens and settings.
         expert_fingerprints: Fingerprint of each expert, as `ExpertPool.fingerprints` has them.
@@ -112,7 +97,9 @@ class ScoreCache:
         if index is None:
             done = len(list(folder.glob("*.safetensors")))
             if done:
-                raise DataError(f"the score cache in {folder} is not finished ({done} shards so far); score it on")
+                raise DataError(
+                    f"the score cache in {folder} is not finished ({done} shards so far); run the scoring again"
+                )
             raise DataError(f"{folder} holds no score cache; make one with score (weftlm score)")
         identity = index.get("identity", {})
         if identity.get("format") != FORMAT:
@@ -120,36 +107,19 @@ class ScoreCache:
         check_listed(folder, index.get("files", {}), _REMEDY)
         sets: dict[Role, dict[str, ScoredSequences]] = {"domain": {}, "sample": {}}
         for entry in index["sets"]:
-            shards = []
-            for name in entry["shards"]:
-                shard, _ = read_tensors(folder / name, "scores")
-                shard["logq_NE"] = shard["logp_NTE"].sum(dim=1, dtype=torch.float64)
-                if not tokens:
-                    del shard["logp_NTE"]
-                shards.append(shard)
-            joined = {name: torch.cat([shard.pop(name) for shard in shards]) for name in tuple(shards[0])}
-            lengths_N = torch.full((len(joined["tokens_NT1"]),), joined["tokens_NT1"].shape[1] - 1)
-            one = ScoredSequences.of(
-                joined["logq_NE"],
-                features=sequence_features(joined["logq_NE"], lengths_N, logp_NTE=joined.get("logp_NTE")),
-                tokens_N=lengths_N,
-                clusters_N=joined["clusters_N"],
-                name=entry["name"],
-            )
-            sets[entry["role"]][entry["name"]] = dataclasses.replace(one, tokens_NT1=joined["tokens_NT1"])
+            paths = [folder / name for name in entry["shards"]]
+            sets[entry["role"]][entry["name"]] = _read_set(entry["name"], paths, tokens)
         experts = identity["experts"]
         config = ScoreConfig(**index["config"])
         return cls(folder, tuple(experts), sets["domain"], sets["sample"], config, checksum(identity), dict(experts))
 
-    def without_tokens(self) -> ScoreCache:
-        """The same cache without the scores of single tokens."""
-        domains, samples = (
-            {name: one.without_tokens() for name, one in sets.items()} for sets in (self.domains, self.samples)
-        )
+    def changed(self, change: Callable[[ScoredSequences], ScoredSequences]) -> ScoreCache:
+        """The same cache with every set of sequences changed."""
+        domains, samples = ({name: change(one) for name, one in of.items()} for of in (self.domains, self.samples))
         return dataclasses.replace(self, domains=domains, samples=samples)
 
-    def split(self, fraction: float = 0.25, *, seed: int = 0) -> ScoreSplit:
-        """Two disjoint parts; the same ones for the same cache, fraction and seed.
+    def split(self, fraction: float = 0.25, *, seed: int = 0) -> tuple[ScoreCache, ScoreCache]:
+        """A part to fit gates on and a disjoint one to certify them with; the same for the same fraction and seed.
 
         Args:
             fraction: Part of each set that is held out; windows of one document stay together, unless a domain is one
@@ -160,18 +130,30 @@ class ScoreCache:
             DataError: a set cannot be split.
         """
 
-        def halves(one: ScoredSequences) -> tuple[ScoredSequences, ScoredSequences]:
+        def part(number: int, one: ScoredSequences) -> ScoredSequences:
             single = one.clusters_N is not None and bool((one.clusters_N == one.clusters_N[0]).all())
-            return (dataclasses.replace(one, clusters_N=None) if single else one).split(fraction, seed)
+            one = dataclasses.replace(one, clusters_N=None) if single else one
+            return one.rows(one.split_rows(fraction, seed)[number])
 
-        domains = {name: halves(one) for name, one in self.domains.items()}
-        samples = [halves(self.samples[name]) for name in self.experts if self.samples]
-        return ScoreSplit(
-            {name: kept for name, (kept, _) in domains.items()},
-            tuple(kept for kept, _ in samples),
-            {name: held for name, (_, held) in domains.items()},
-            tuple(held for _, held in samples),
-        )
+        return self.changed(partial(part, 0)), self.changed(partial(part, 1))
+
+
+def _read_set(name: str, shards: Sequence[Path], tokens: bool) -> ScoredSequences:
+    """The sequences of a domain, or the samples of an expert, from their shards."""
+    parts = []
+    for path in shards:
+        part, _ = read_tensors(path, "scores")
+        part["logq_NE"] = part["logp_NTE"].sum(dim=1, dtype=torch.float64)
+        if not tokens:
+            del part["logp_NTE"]
+        parts.append(part)
+    joined = {key: torch.cat([part.pop(key) for part in parts]) for key in tuple(parts[0])}
+    tokens_NT1, logq_NE = joined["tokens_NT1"], joined["logq_NE"]
+    lengths_N = torch.full((len(tokens_NT1),), tokens_NT1.shape[1] - 1)
+    features = sequence_features(logq_NE, lengths_N, logp_NTE=joined.get("logp_NTE"))
+    clusters_N = joined["clusters_N"]
+    one = ScoredSequences.of(logq_NE, features=features, tokens_N=lengths_N, clusters_N=clusters_N, name=name)
+    return dataclasses.replace(one, tokens_NT1=tokens_NT1)
 
 
 def score(
@@ -213,18 +195,18 @@ def score(
         CheckpointError: the folder holds a cache of other inputs, or a shard cannot be written.
     """
     config, folder, rank, world = config or ScoreConfig(), Path(folder), 0, 1
-    far: tuple[Any, ...] = (new_key(), experts, dtype)
-    shared = []
     if isinstance(experts, ExpertPool):
         facts = _facts(experts, config)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
+        if _grouped():
+            rank, world = dist.get_rank(), dist.get_world_size()
+    elif executor is None:
+        raise ConfigError("sources of experts are scored by an executor's workers; give executor, or an ExpertPool")
     else:
-        assert executor is not None
+        far, found = (new_key(), experts, dtype), []
         places = [Path(place) for source in experts for place in (source.library, source.model) if place is not None]
-        shared = [place for place in places if place.is_dir()]
-        found: list[PoolFacts] = []
-        asked = {"the experts' fingerprints": (*far, config)}
-        fan_out(executor, asked, _far_facts, lambda _, facts: found.append(facts), shared=shared, show=False)
+        spread = partial(fan_out, executor, shared=[place for place in places if place.is_dir()])
+        asked = {"the experts' fingerprints": (*far, _facts, config)}
+        spread(asked, _on_pool, lambda _, facts: found.append(facts), show=False)
         facts = found[0]
     sets, bf16 = _sets(facts, domains, config, eos_id), facts[-1]
     shards = {each: each.shards(config.shard_sequences) for each in sets}
@@ -246,11 +228,11 @@ def score(
                 for shard in left:
                     write(shard, score_shard(experts, shard, config.batch_size, bf16, counter.advance))
                     interrupt.point()
-        elif executor is not None:
+        else:
             named = {f"shard of {each.title(0)} and on": each for each in left}
-            fan_out(
-                executor, {title: (*far, each, config.batch_size, bf16) for title, each in named.items()}, _far_shard,
-                lambda title, scored: write(named[title], scored), shared=shared, description="score", unit="sequences",
+            spread(
+                {title: (*far, score_shard, each, config.batch_size, bf16) for title, each in named.items()}, _on_pool,
+                lambda title, scored: write(named[title], scored), description="score", unit="sequences",
                 sizes={title: len(each) for title, each in named.items()}, already=already, show=shown,
             )  # fmt: skip
         _barrier()
@@ -266,20 +248,12 @@ def score(
     return ScoreCache.open(folder, tokens=tokens and rank == 0)
 
 
-def _far_pool(key: str, sources: Sequence[ExpertSource], dtype: str) -> ExpertPool:
-    """The experts on a worker, loaded once for all its shards."""
+def _on_pool(
+    key: str, sources: Sequence[ExpertSource], dtype: str, work: Callable[..., Answer], *arguments: Any
+) -> Answer:
+    """Work on the experts by a worker, which loads them once for all its tasks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return keep(key, lambda: ExpertPool.load(sources, dtype=dtype, device=device))
-
-
-def _far_facts(key: str, sources: Sequence[ExpertSource], dtype: str, config: ScoreConfig) -> PoolFacts:
-    return _facts(_far_pool(key, sources, dtype), config)
-
-
-def _far_shard(
-    key: str, sources: Sequence[ExpertSource], dtype: str, text: Unscored, batch_size: int, bf16: bool
-) -> Shard:
-    return score_shard(_far_pool(key, sources, dtype), text, batch_size, bf16)
+    return work(keep(key, lambda: ExpertPool.load(sources, dtype=dtype, device=device)), *arguments)
 
 
 # -- the folder ---------------------------------------------------------------------------------------------------

@@ -163,14 +163,20 @@ class ScoredSequences:
             raise ConfigError(
                 f"cannot hold out {fraction} of {self.name or 'the sequences'}: need 0 < fraction < 1 of a sample"
             )
-        clusters = torch.arange(len(self)) if self.clusters_N is None else self.clusters_N
-        names, place_N = torch.unique(clusters, return_inverse=True)
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(names)))
-        held = min(max(round(fraction * len(names)), 1), len(names) - 1)
+        place_N, count = self.groups()
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
+        held = min(max(round(fraction * count), 1), count - 1)
         if held < 1:
-            raise DataError(f"{self.name or 'the sequences'}: {len(names)} independent sequence cannot be split in two")
+            raise DataError(f"{self.name or 'the sequences'}: {count} independent sequence cannot be split in two")
         out_N = torch.isin(place_N, order[:held])
         return (~out_N).nonzero()[:, 0], out_N.nonzero()[:, 0]
+
+    def groups(self) -> tuple[Tensor, int]:
+        """Number of each sequence's cluster, from 0, and how many clusters there are."""
+        if self.clusters_N is None:
+            return torch.arange(len(self)), len(self)
+        names, place_N = torch.unique(self.clusters_N, return_inverse=True)
+        return place_N, len(names)
 
     def split(self, fraction: float, seed: int) -> tuple[ScoredSequences, ScoredSequences]:
         """Two disjoint parts, for held-out figures; see `split_rows`."""
@@ -180,11 +186,9 @@ class ScoredSequences:
 
 def squared_error(terms_N: Tensor, one: ScoredSequences) -> float:
     """Variance of a weighted mean from its centred terms, summed within clusters first; inf from one cluster alone."""
-    if one.clusters_N is not None:
-        names, place_N = torch.unique(one.clusters_N, return_inverse=True)
-        terms_N = torch.zeros(len(names), dtype=terms_N.dtype).index_add(0, place_N, terms_N)
-    count = len(terms_N)
-    return float((terms_N**2).sum()) * count / (count - 1) if count > 1 else math.inf
+    place_N, count = one.groups()
+    terms_C = torch.zeros(count, dtype=terms_N.dtype).index_add(0, place_N, terms_N)
+    return float((terms_C**2).sum()) * count / (count - 1) if count > 1 else math.inf
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,15 +9,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from torch.optim.adam import adam
+from torch.optim import Adam
 
 from weftlm import interrupt
-from weftlm.config import Section
 from weftlm.errors import CheckpointError, WeftError, reason
 from weftlm.gating.gate import Gate, gate_facts, read_tensors, restored_gate, write_tensors
 from weftlm.threads import follow_load
@@ -30,22 +29,20 @@ class GateState:
     """Everything work on a gate needs to continue as if it had never stopped; draws depend on seed and step alone.
 
     Attributes:
-        config: Settings of the work.
+        config: Settings of the work, its `steps` among them.
         step: Steps taken.
         gate: Gate as it is.
         moments: State of Adam, `exp_avg.NAME` and `exp_avg_sq.NAME` of each learned tensor; empty at first.
         history: Measurements so far.
     """
 
-    config: Section
+    config: Any
     step: int
     gate: Gate
     moments: Mapping[str, Tensor]
     history: tuple[Any, ...]
 
     kind: ClassVar[str]
-    Config: ClassVar[type[Section]]
-    Line: ClassVar[type]
 
     @property
     @abstractmethod
@@ -75,15 +72,15 @@ class GateState:
             CheckpointError: the file is missing, torn, or of another version.
         """
         tensors, facts = read_tensors(Path(path), cls.kind)
+        types = get_type_hints(cls)
 
         def group(field: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{field}."): each for key, each in tensors.items() if key.startswith(f"{field}.")}
 
         try:
-            facts["config"] = cls.Config.model_validate(facts["config"])
+            for field in ("config", "history"):
+                facts[field] = TypeAdapter(types[field]).validate_python(facts[field])
             facts["gate"] = restored_gate(facts["gate"], group("gate"))
-            line: TypeAdapter[Any] = TypeAdapter(cls.Line)
-            facts["history"] = tuple(line.validate_python(each) for each in facts["history"])
             return cls(**{field.name: facts.get(field.name, group(field.name)) for field in dataclasses.fields(cls)})
         except (KeyError, TypeError, ValueError, WeftError) as error:
             raise CheckpointError(
@@ -96,28 +93,33 @@ State = TypeVar("State", bound=GateState)
 
 def run_steps(
     state: State,
-    end: int,
+    until: int | None,
     every: int,
     step: Callable[[State], State],
     report: Callable[[State], State],
+    on_progress: Callable[[Any, State], None] | None,
     on_stop: Callable[[State], None] | None,
 ) -> State:
-    """Take steps up to `end` or until the state is finished, and report every so many and at the last of all.
+    """Take the steps of the state's config, until it is finished, and report every so many and at the last of all.
 
     Args:
         state: State from which to continue.
-        end: Steps in all.
+        until: Steps in all after which to stop; None: those of the config.
         every: Steps between two reports.
         step: Function that takes one step.
         report: Function that adds a measurement to the history.
+        on_progress: Called with each measurement and the state to continue from.
         on_stop: Called with the state where the process is asked to stop, which it then does.
     """
+    steps: int = state.config.steps
     with interrupt.safe_points() if on_stop is not None else nullcontext():
-        while state.step < end and not state.finished:
+        while state.step < min(steps, steps if until is None else until) and not state.finished:
             follow_load()
             state = step(state)
-            if state.step % every == 0 or state.step == getattr(state.config, "steps", None):
+            if state.step % every == 0 or state.step == steps:
                 state = report(state)
+                if on_progress is not None:
+                    on_progress(state.history[-1], state)
             if on_stop is not None:
                 interrupt.point(partial(on_stop, state))
     return state
@@ -138,16 +140,13 @@ def adam_step(
         The moved tensors and the new moments; what was given is not written to.
     """
     moved = {name: gate.tensors[name].detach().clone() for name in gate.learned}
-    after = {
-        f"{key}.{name}": moments[f"{key}.{name}"].clone() if moments else torch.zeros_like(each)
-        for key in _MOMENTS
-        for name, each in moved.items()
-    }
-    first, second = ([after[f"{key}.{name}"] for name in moved] for key in _MOMENTS)
-    steps = [torch.tensor(float(step)) for _ in moved]
-    with torch.no_grad():
-        adam(
-            list(moved.values()), [gradients[name] for name in moved], first, second, [], steps, foreach=False,
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
-    return moved, after
+    if not moved:
+        return moved, {}
+    adam, after = Adam(moved.values(), lr=lr), dict[str, Tensor]()
+    for name, tensor in moved.items():
+        tensor.grad = gradients[name]
+        held = {key: moments[f"{key}.{name}"].clone() if moments else torch.zeros_like(tensor) for key in _MOMENTS}
+        adam.state[tensor] = {"step": torch.tensor(float(step)), **held}
+        after |= {f"{key}.{name}": each for key, each in held.items()}
+    adam.step()
+    return {name: tensor.detach() for name, tensor in moved.items()}, after

@@ -139,8 +139,8 @@ def fit_gate(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         if (known := finished(artifact, folder / STATE)) is not None:
             return known
         result = _fitted(scores, config.gate, config.fit, folder / STATE, progress)
-        state, names = result.state, list(scores.split.domains)
-        sizes, values, lam = map(len, scores.split.domains.values()), result.values.tolist(), result.lam.tolist()
+        state, names = result.state, list(scores.fit.domains)
+        sizes, values, lam = map(len, scores.fit.domains.values()), result.values.tolist(), result.lam.tolist()
         facts = {
             **scores.facts,
             "gate": result.gate.config.model_dump(mode="json"),
@@ -179,7 +179,7 @@ def certify_gate(recipe: Recipe) -> Certificate:
     with alone(recipe.run):
         config, scores = recipe.gating_settings.fit, open_scores(recipe)
         gate, facts = open_gate(recipe, scores)
-        held, samples = scores.split.held_domains, scores.split.held_samples or None
+        held, samples = scores.held.domains, scores.held.samples or None
         measured = certify(gate, held, samples, nu=facts["nu"], unit=config.unit, config=config, **scores.problem)
         found = dataclasses.replace(measured, length=scores.cache.config.length)
         write_object(recipe.gate_folder / CERTIFICATE, found.to_json(), nan=False)
@@ -209,7 +209,7 @@ def _fit_artifact(recipe: Recipe, scores: OpenScores) -> Artifact:
 
 def _fitted(scores: OpenScores, gate: Any, config: FitConfig, state: Path, progress: bool) -> FitResult:
     """A gate fitted to scores, resumed from the state in a file."""
-    split, domains = scores.split, list(scores.cache.domains)
+    given, domains = scores.fit, list(scores.cache.domains)
 
     def line(now: Progress) -> str:
         gap = f"adversary's gap {now.gap:.4f}" if now.duality_gap is None else f"duality gap {now.duality_gap:.4f}"
@@ -217,7 +217,7 @@ def _fitted(scores: OpenScores, gate: Any, config: FitConfig, state: Path, progr
         worst = f"worst {now.worst_domain} {now.worst:.4f} nats/{config.unit}"
         return f"fit {now.step}/{config.steps}  {worst}  {gap}  Z {now.z:.4f}  lambda {mixture}"
 
-    fit = partial(fit_robust_gate, split.domains, split.samples or None, gate=gate, config=config, **scores.problem)
+    fit = partial(fit_robust_gate, given.domains, given.samples or None, gate=gate, config=config, **scores.problem)
     return resumed(state, FitState, config.steps, fit, line if progress else None)
 
 
@@ -291,7 +291,7 @@ def _causal_gates(
 
     Where no gate was fitted the causal gate of the minimax objective is trained first, and is the teacher.
     """
-    section, samples = recipe.gating_settings.students, scores.split.samples
+    section, samples = recipe.gating_settings.students, tuple(scores.fit.samples.values())
     kind = DIRECT if fitted is None else STUDENT
 
     def distilled(name: str, teacher: Gate, start: Any) -> Any:
@@ -322,7 +322,7 @@ def _dense(
     """The dense student of best cross-entropy on samples it was not trained on; `served` is for `token_kl`."""
     section, seed = recipe.gating_settings.students.dense, recipe.seed
     assert section is not None
-    sets, domains = scores.split.samples, scores.split.domains.values()
+    sets, domains = scores.fit.samples.values(), scores.fit.domains.values()
     cuts = [one.split_rows(_STOPPING, seed) for one in sets]
 
     def text(part: int) -> WeightedText:

@@ -23,7 +23,7 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.gating.config import ExpertSource, gates
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.problem import Problem, make_problem
-from weftlm.gating.scores import ScoreCache, ScoreSplit, score
+from weftlm.gating.scores import ScoreCache, score
 from weftlm.gating.sequences import ScoredSequences
 from weftlm.pipeline.experts import process_group
 from weftlm.pipeline.prepare import prepare
@@ -168,12 +168,14 @@ class OpenScores:
 
     Attributes:
         cache: The scores, without those of single tokens.
-        split: Sequences to fit on and held-out ones.
+        fit: Sequences and samples to fit on.
+        held: Those that are held out.
         problem: Offsets, mixtures and own experts, as `fit_robust_gate` and `certify` take them.
     """
 
     cache: ScoreCache
-    split: ScoreSplit
+    fit: ScoreCache
+    held: ScoreCache
     problem: Mapping[str, Any]
 
     @property
@@ -184,7 +186,7 @@ class OpenScores:
 
     def held_out(self, recipe: Recipe) -> Problem:
         """The problem on the sequences no gate was fitted on."""
-        held, samples = self.split.held_domains, self.split.held_samples or None
+        held, samples = self.held.domains, self.held.samples or None
         return make_problem(held, samples, unit=recipe.gating_settings.fit.unit, **self.problem)
 
 
@@ -219,8 +221,8 @@ def open_scores(recipe: Recipe, *, causal: bool | None = None) -> OpenScores:
         "mixtures": config.mixtures.over(names),
         "own_experts": own_experts(names, experts) if config.offsets == "expert" else None,
     }
-    split = cache.split(config.held_out_fraction, seed=recipe.seed)
-    return OpenScores(cache.without_tokens(), split, problem)
+    parts = cache.split(config.held_out_fraction, seed=recipe.seed)
+    return OpenScores(cache.changed(ScoredSequences.without_tokens), *parts, problem)
 
 
 def check_samples(config: GatingConfig, *, scored: bool, direct: bool | None = None) -> None:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from weftlm.gating import prefix_gate
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import PrefixGateConfig
 from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
@@ -65,8 +64,7 @@ def test_a_prefix_no_expert_can_write_leaves_finite_weights_and_gradients():
 
 
 @pytest.mark.parametrize("top", [None, 1, 2])
-def test_batches_and_token_by_token_agree_over_padding(monkeypatch, top):
-    monkeypatch.setattr(prefix_gate, "_CHUNK", 8)
+def test_batches_and_token_by_token_agree_over_padding(top):
     gate, logp_BTE = trained(PrefixGateConfig(top=top)), scores(batch=3, time=30)
     mask_BT = torch.rand(3, 30, generator=torch.Generator().manual_seed(1)) < 0.8
     mask_BT[2] = True

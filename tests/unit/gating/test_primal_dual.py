@@ -241,10 +241,10 @@ def test_a_fit_that_is_asked_to_stop_keeps_its_last_step(tmp_path, monkeypatch):
     whole = fit_robust_gate(sets(0), sets(1), config=SHORT)
     step, path = primal_dual._step, tmp_path / "state.safetensors"
 
-    def asked(state, *rest):
+    def asked(state, **rest):
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(state, *rest)
+        return step(state, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(primal_dual, "_step", asked)

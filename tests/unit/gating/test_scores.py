@@ -238,20 +238,19 @@ def test_altered_files_are_noticed(tmp_path):
 
 def test_a_cache_feeds_fitting_and_certifying(tmp_path):
     cache = make(tmp_path, sequences=30, samples=40)
-    split, again = (cache.split(0.25, seed=3) for _ in range(2))
-    assert torch.equal(split.held_domains["low"].logq_NE, again.held_domains["low"].logq_NE)
+    (fitted_on, held_out), (_, again) = (cache.split(0.25, seed=3) for _ in range(2))
+    assert torch.equal(held_out.domains["low"].logq_NE, again.domains["low"].logq_NE)
     assert len(set(cache.domains["high"].clusters_N.tolist())) == 1  # one document: its windows are divided
     for name, text in cache.domains.items():
-        parts = torch.cat([split.domains[name].logq_NE, split.held_domains[name].logq_NE])
+        parts = torch.cat([fitted_on.domains[name].logq_NE, held_out.domains[name].logq_NE])
         assert sorted(parts[:, 0].tolist()) == sorted(text.logq_NE[:, 0].tolist())
-    low, held = split.domains["low"], split.held_domains["low"]
+    low, held = fitted_on.domains["low"], held_out.domains["low"]
     assert not set(low.clusters_N.tolist()) & set(held.clusters_N.tolist())
-    assert [len(sample) for sample in split.samples] == [30, 30, 30]
+    assert [len(sample) for sample in fitted_on.samples.values()] == [30, 30, 30]
     config = FitConfig(steps=20, best_response_steps=5)
-    fit = fit_robust_gate(split.domains, split.samples, gate="linear", offsets="none", config=config)
-    assert certify(fit, split.held_domains, split.held_samples, offsets="none").worst_domain in cache.domains
-    assert certify(BayesGate.of([1 / 3] * 3), split.held_domains, offsets="none").causal
-    assert cache.without_tokens().domains["low"].features.logp_BTE is None
+    fit = fit_robust_gate(fitted_on.domains, fitted_on.samples, gate="linear", offsets="none", config=config)
+    assert certify(fit, held_out.domains, held_out.samples, offsets="none").worst_domain in cache.domains
+    assert certify(BayesGate.of([1 / 3] * 3), held_out.domains, offsets="none").causal
 
 
 def test_machines_need_ray(tmp_path, monkeypatch):
