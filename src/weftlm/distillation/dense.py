@@ -223,14 +223,11 @@ def _check(
         low, high = int(one.tokens_NT1.min()), int(one.tokens_NT1.max())
         if low < 0 or high >= vocab_size:
             raise ConfigError(f"{name} holds ids from {low} to {high}; the vocabulary has {vocab_size}")
-    if (config.token_kl > 0.0) != (teacher is not None):
-        raise ConfigError(
-            f"token_kl is {config.token_kl} and {'a' if teacher else 'no'} teacher came; give both or neither"
-        )
-    if (config.real_fraction > 0.0) != (real is not None):
-        raise ConfigError(
-            f"real_fraction is {config.real_fraction} and {'' if real else 'no '}real text came; give both or neither"
-        )
+    for key, share, given, name in (
+        ("token_kl", config.token_kl, teacher, "teacher"), ("real_fraction", config.real_fraction, real, "real text"),
+    ):  # fmt: skip
+        if (share > 0.0) != (given is not None):
+            raise ConfigError(f"{key} is {share} and {'no ' if given is None else ''}{name} came; give both or neither")
 
 
 class _Numbers:
@@ -285,8 +282,7 @@ class _DistillationLoss(BatchLoss):
         """Loss of each sequence summed over its labels, (B, 1)."""
         tokens_BT1 = self._tokens_NT1[numbers_B1[:, 0].cpu()].to(numbers_B1.device)
         logp_BTV = _log_probs(model, tokens_BT1)
-        loss_BT = F.nll_loss(logp_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="none")
-        loss_BT = loss_BT.view(logp_BTV.shape[:2])
+        loss_BT = -logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0]
         if self._teacher is not None:
             with torch.no_grad():
                 taught_BTV = self._teacher(tokens_BT1[:, :-1])

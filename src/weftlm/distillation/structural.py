@@ -292,17 +292,15 @@ def _tokens(features: Features) -> Features:
 def _student(wanted: Any, gate: Gate, train: Weighted, config: DistilConfig) -> CausalGate:
     """The student before its first step, in the float type of the steps."""
     dtype = torch.float32 if config.precision == "float32" else torch.float64
+    section = wanted.config if isinstance(wanted, Gate) else gate_config(wanted or "prefix", "student")
+    if not gates[section.gate].causal:
+        raise ConfigError(f"gate {section.gate!r} is not causal and cannot be a student; try 'prefix'")
     if not isinstance(wanted, Gate):
-        section = gate_config(wanted or "prefix", "student")
-        if not gates[section.gate].causal:
-            raise ConfigError(f"gate {section.gate!r} is not causal and cannot be a student; try 'prefix'")
         few = torch.arange(_STANDARDISED_ON)
         seen = Features.joined([_tokens(one.features.rows(few[: len(one)])) for one in train.samples])
         wanted = init_gate(section, gate.experts, seen, config.seed)
         if not gate.causal:
             wanted = wanted.with_prior(_responsibilities(gate, train))
-    if not wanted.causal:
-        raise ConfigError(f"gate {wanted.config.gate!r} is not causal and cannot be a student; try 'prefix'")
     student: CausalGate = wanted.to("cpu", dtype)
     return student
 

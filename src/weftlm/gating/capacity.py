@@ -144,13 +144,8 @@ def _climbed(
 ) -> CapacityResult:
     """Exponentiated gradient up lambda . D(lambda), with steps of 1 / `largest`; the best value met and its bracket.
 
-    Args:
-        divergences: D, scaled, of a mixture.
-        adversary: Allowed mixtures.
-        largest: Largest scale.
-        tolerance: Width of the bracket at which to stop, before it is scaled.
-        max_iterations: Steps at most.
-        stalls: Whether to stop too where a step changes the value by less than the tolerance.
+    D, scaled by at most `largest`, is `divergences` of a mixture. `tolerance` is the width of the bracket, before it is
+    scaled, at which to stop; with `stalls` a step that changes the value by less stops it too.
     """
     if not (np.isfinite(tolerance) and tolerance >= 0.0) or max_iterations < 1:
         raise ConfigError(f"tolerance {tolerance} and max_iterations {max_iterations}; need 0 or more, and 1 or more")

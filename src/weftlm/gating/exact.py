@@ -146,9 +146,7 @@ def extreme_gate(pi_X: Floats, q_EX: Floats) -> Floats:
         g(x, .) = a(x) at the largest q_k(x), 1 - a(x) at the smallest, shared equally among equal ones
         a(x) = (pi(x) - min_k q_k(x)) / (max_k q_k(x) - min_k q_k(x))
 
-    Args:
-        pi_X: Model, between the experts' smallest and largest probability at every point.
-        q_EX: Experts.
+    The model pi must be between the experts' smallest and largest probability at every point.
     """
     low_X, high_X = q_EX.min(axis=0), q_EX.max(axis=0)
     share_X = np.clip((pi_X - low_X) / np.where(high_X > low_X, high_X - low_X, 1.0), 0.0, 1.0)

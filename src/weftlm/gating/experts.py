@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -75,6 +76,7 @@ class Backbone(nn.Module):
     Attributes:
         model: Model; its modules stay as they are, adapters are added by hooks.
         experts: Places in the pool, in the order of this backbone's own places.
+        hooks: Handles of the hooks that add the adapters.
         keeps_keys: Whether all it carries from token to token is keys and values.
         vocab_size: Number of ids it gives logits for; embeddings beyond them are padding. None: all it has.
     """
@@ -98,12 +100,12 @@ class Backbone(nn.Module):
                 check_fits(lora, model)
         names = {name for lora in loras if lora is not None for name in lora.modules}
         self.branches = nn.ModuleList()
-        self._hooks = []
+        self.hooks = []
         for name, module in model.named_modules():
             if name in names:
                 factors = [None if lora is None else lora.modules.get(name) for lora in loras]
                 self.branches.append(branch := LowRank(factors, *placement(module)))
-                self._hooks.append(module.register_forward_hook(functools.partial(self._add, branch), with_kwargs=True))
+                self.hooks.append(module.register_forward_hook(functools.partial(self._add, branch), with_kwargs=True))
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -136,12 +138,6 @@ class Backbone(nn.Module):
             return None
         alone = len(module._forward_hooks) == 1  # another hook may hold what the module has just made
         return branch.add(y, module_input(args, kwargs), self._rows, in_place=alone)
-
-    def release(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
 
 class ExpertPool(nn.Module):
@@ -262,13 +258,13 @@ class ExpertPool(nn.Module):
 
     def fingerprints(self) -> dict[str, str]:
         """By name, a fingerprint of what decides the expert's scores: base parameters, adapter, tokenizer."""
-        found = {}
-        for backbone in self.backbones:
-            base = base_fingerprint(backbone.model)
-            for member in (self.members[place] for place in backbone.experts):
-                adapter = None if member.lora is None else adapter_fingerprint(member.lora)
-                found[member.name] = checksum([base, member.tokenizer, adapter])
-        return {name: found[name] for name in self.names}
+        base = functools.cache(base_fingerprint)
+
+        def fingerprint(one: Member) -> str:
+            adapter = None if one.lora is None else adapter_fingerprint(one.lora)
+            return checksum([base(one.model), one.tokenizer, adapter])
+
+        return {member.name: fingerprint(member) for member in self.members}
 
     def place(self, name: str) -> int:
         """Place of an expert in the pool.
@@ -286,59 +282,50 @@ class ExpertPool(nn.Module):
 
     def release(self) -> None:
         """Take the hooks off the models; the pool cannot run its adapters afterwards."""
-        for backbone in self.backbones:
-            backbone.release()
+        for hook in chain.from_iterable(backbone.hooks for backbone in self.backbones):
+            hook.remove()
 
     @torch.no_grad()
-    def log_probs(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    def log_probs(self, tokens_BT: Tensor) -> Tensor:
         """log q_e(. | tokens[:, :t + 1]) of every expert for every position t.
 
         Args:
             tokens_BT: Token ids, int64.
-            mask_BT: True for real tokens; None: all are.
         Returns:
             logp_BTEV: nats, float32; E times the size of one expert's.
         """
         self.check_ids(tokens_BT, tokens_BT.shape[-1])
         shape = (*tokens_BT.shape, len(self), self.vocab_size)
         logp_BTEV = torch.empty(shape, dtype=torch.float32, device=tokens_BT.device)
-        for expert, logits_BTV in self._logits(tokens_BT, mask_BT):
+        for expert, logits_BTV in self._logits(tokens_BT):
             logp_BTEV[:, :, expert] = torch.log_softmax(logits_BTV.float(), dim=-1)
         return logp_BTEV
 
     @torch.no_grad()
-    def token_log_probs(self, tokens_BT1: Tensor, mask_BT1: Tensor | None = None) -> Tensor:
+    def token_log_probs(self, tokens_BT1: Tensor) -> Tensor:
         """log q_e(tokens[b, t + 1] | tokens[b, :t + 1]) of every expert, without keeping what other tokens would get.
 
         Args:
             tokens_BT1: Token ids, int64, T inputs and the label after each.
-            mask_BT1: True for real tokens; None: all are. A token is scored where it and the one before are real.
         Returns:
-            logp_BTE: nats, float32, 0 where nothing is scored.
+            logp_BTE: nats, float32.
         """
         self.check_ids(tokens_BT1, tokens_BT1.shape[-1] - 1)
         labels_BT = tokens_BT1[:, 1:]
         logp_BTE = torch.empty((*labels_BT.shape, len(self)), dtype=torch.float32, device=tokens_BT1.device)
-        mask_BT = None if mask_BT1 is None else mask_BT1[:, :-1]
-        for expert, logits_BTV in self._logits(tokens_BT1[:, :-1], mask_BT):
+        for expert, logits_BTV in self._logits(tokens_BT1[:, :-1]):
             own_BT = logits_BTV.float().gather(-1, labels_BT[..., None])[..., 0]
             logp_BTE[:, :, expert] = own_BT - torch.logsumexp(logits_BTV.float(), dim=-1)
-        return logp_BTE if mask_BT1 is None else torch.where(scored(mask_BT1)[:, 1:, None], logp_BTE, 0.0)
+        return logp_BTE
 
-    def _logits(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    def _logits(self, ids_BT: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Each expert and its logits, BTV; as many of a backbone's experts run at a time as gain by it."""
-        arguments: dict[str, Tensor] = {}
-        if mask_BT is not None and not bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all()):
-            # No earlier token sees padding on the right; other padding needs a mask and positions.
-            arguments = {"attention_mask": mask_BT.long(), "position_ids": positions(mask_BT.bool())}
         together = experts_per_pass(ids_BT.numel(), self.vocab_size, ids_BT.device.type)
         for backbone in self.backbones:
             for first in range(0, len(backbone), together):
                 places = tuple(range(first, min(first + together, len(backbone))))
-                times = len(places)
-                rows = Rows(one=first) if times == 1 else Rows(blocks=places)
-                repeated: dict[str, Any] = {name: value.repeat(times, 1) for name, value in arguments.items()}
-                logits_MBTV = backbone.run(rows, ids_BT.repeat(times, 1), **repeated).unflatten(0, (times, -1))
+                rows, times = Rows(one=first) if len(places) == 1 else Rows(blocks=places), len(places)
+                logits_MBTV = backbone.run(rows, ids_BT.repeat(times, 1)).unflatten(0, (times, -1))
                 for place, logits_BTV in zip(places, logits_MBTV, strict=True):
                     yield backbone.experts[place], logits_BTV
 
@@ -361,12 +348,6 @@ class ExpertPool(nn.Module):
         longest = self.longest
         if longest is not None and read > longest:
             raise ConfigError(f"sequences of {read} tokens; the experts take {longest} positions at most")
-
-
-def scored(mask_BT: Tensor) -> Tensor:
-    """True where a token and the one before it are real; the first token of a sequence is context and never scored."""
-    real_BT = mask_BT.bool()
-    return torch.cat([torch.zeros_like(real_BT[:, :1]), real_BT[:, 1:] & real_BT[:, :-1]], dim=1)
 
 
 def positions(real_BT: Tensor) -> Tensor:

@@ -37,12 +37,12 @@ FLOOR = 50.0
 Need = Literal["sequence", "points", "tokens"]
 """What a gate can ask of `Features`."""
 
-_FIELDS: Mapping[Need, str] = {"sequence": "sequence_BF", "points": "points_B", "tokens": "logp_BTE"}
-_CURES: Mapping[Need, str] = {
-    "sequence": "make them with `sequence_features`",
-    "points": "give each sequence's place in the enumerated support",
-    "tokens": "give the experts' log-probability of every token",
+_FIELDS: Mapping[Need, tuple[str, str]] = {
+    "sequence": ("sequence_BF", "make them with `sequence_features`"),
+    "points": ("points_B", "give each sequence's place in the enumerated support"),
+    "tokens": ("logp_BTE", "give the experts' log-probability of every token"),
 }
+"""The field of each, and what to do where it is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class Features:
     def rows(self, index_B: Tensor) -> Features:
         """The features of some of the sequences."""
         chosen: dict[str, Any] = {name: tensor[index_B] for name, tensor in self._tensors().items()}
-        return Features(count=len(index_B), names=self.names, **chosen)
+        return dataclasses.replace(self, count=len(index_B), **chosen)
 
     @staticmethod
     def joined(parts: list[Features]) -> Features:
@@ -113,9 +113,8 @@ class Features:
                 f"the sets of sequences carry different features: {sorted(kinds)}; make them all in the same way"
             )
         try:
-            joined: dict[str, Any] = {
-                name: torch.cat([part._tensors()[name] for part in parts]) for name in parts[0]._tensors()
-            }
+            names, sets = parts[0]._tensors(), [part._tensors() for part in parts]
+            joined: dict[str, Any] = {name: torch.cat([each[name] for each in sets]) for name in names}
         except RuntimeError as error:
             raise ConfigError(
                 f"the sets' features differ in width or length: {reason(error)}; pad and mask tokens"
@@ -128,9 +127,10 @@ class Features:
         Raises:
             ConfigError: it is not there.
         """
-        found: Tensor | None = getattr(self, _FIELDS[need])
+        field, cure = _FIELDS[need]
+        found: Tensor | None = getattr(self, field)
         if found is None:
-            raise ConfigError(f"gate {gate!r} needs {_FIELDS[need]}, and the features have none; {_CURES[need]}")
+            raise ConfigError(f"gate {gate!r} needs {field}, and the features have none; {cure}")
         return found
 
 
@@ -190,12 +190,8 @@ class Gate(ABC):
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Self:
         """The same gate elsewhere, or in another float type (float32 or better)."""
-        return self.replaced(
-            {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in self.tensors.items()
-            }
-        )
+        moved = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in self.tensors.items()}
+        return self.replaced(moved)
 
 
 State = Mapping[str, Tensor]

@@ -86,7 +86,7 @@ class SlotWindow(Cache):
         return self._start + count, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """None."""
+        """-1: a cache of any length."""
         return -1
 
 
@@ -128,11 +128,6 @@ class ModularCache(Cache):
         self.settle({name: tensor.to(device) for name, tensor in begin(batch).items()})
 
     @property
-    def batch(self) -> int:
-        """B."""
-        return self.ids_BS.shape[0]
-
-    @property
     def length(self) -> int:
         """Slots so far."""
         return self.ids_BS.shape[1]
@@ -150,7 +145,7 @@ class ModularCache(Cache):
     def first_scores(self, experts_M: Tensor) -> Tensor:
         """What experts said of the token in the first slot that not all have read, MB1; 0 of the very first."""
         if self.logq_EBV is None:
-            return torch.zeros(len(experts_M), self.batch, 1, device=self.ids_BS.device)
+            return torch.zeros(len(experts_M), self.batch_size, 1, device=self.ids_BS.device)
         token_B1 = self.ids_BS[:, self.anchor : self.anchor + 1]
         return self.logq_EBV[experts_M].gather(2, token_B1.expand(len(experts_M), -1, -1))
 
@@ -165,13 +160,13 @@ class ModularCache(Cache):
         return self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """None."""
+        """-1: a cache of any length."""
         return -1
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return self.batch
+        return self.ids_BS.shape[0]
 
     @property
     def is_croppable(self) -> bool:
@@ -184,7 +179,7 @@ class ModularCache(Cache):
         def pick(tensor: Tensor, axis: int = 0) -> Tensor:
             return tensor.index_select(axis, beam_idx.to(tensor.device))
 
-        before, chosen = self.batch, beam_idx.cpu()
+        before, chosen = self.batch_size, beam_idx.cpu()
         for store in self.stores:
             experts = store.rows // before
             store.select((torch.arange(experts)[:, None] * before + chosen[None]).flatten())
@@ -201,12 +196,12 @@ class ModularCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Take every sequence so many times in a row."""
-        self.reorder_cache(torch.arange(self.batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget all tokens."""
         backbones, begin, device = self._facts
-        ModularCache.__init__(self, backbones, self.batch, begin, device)
+        ModularCache.__init__(self, backbones, self.batch_size, begin, device)
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: see `is_croppable`.

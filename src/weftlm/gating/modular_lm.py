@@ -5,6 +5,14 @@
 so pi is normalised at every prefix. The first token of a sequence is context: the gate has seen nothing when it weighs
 the experts for the second. How tokens are read on, by all experts or by few, is `modular_reader`'s. Adapters over one
 base share its weights; keys and values they cannot share, since an adapter changes what every layer above it sees.
+
+An example: experts 0 and 2 are adapters of one base (backbone 0), expert 1 is a whole model (backbone 1), and a batch
+holds the sequences r and s. `_run` is asked for some rows of a backbone; a row is one expert on one sequence:
+
+    row of backbone 0        0    1    2    3           row of backbone 1        0    1
+    expert, sequence       0, r 0, s 2, r 2, s                                 1, r 1, s
+
+A prompt takes one pass per backbone, of all rows. Where expert 2 alone is active on s, the next token takes row 3.
 """
 
 from __future__ import annotations
@@ -32,8 +40,8 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.low_rank import Rows
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
-from weftlm.gating.experts import ExpertPool, positions, scored
-from weftlm.gating.gate import CausalGate, Features, Gate, load_gate, save_gate
+from weftlm.gating.experts import ExpertPool, positions
+from weftlm.gating.gate import CausalGate, Gate, load_gate, save_gate
 from weftlm.gating.modular_cache import ModularCache, rows_of
 from weftlm.gating.modular_reader import ModularReader
 from weftlm.models.fingerprint import base_fingerprint
@@ -190,67 +198,43 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         if asked := [name for name in _PER_EXPERT if kwargs.get(name)]:
             raise ConfigError(f"{asked[0]}: each expert has its own; run one alone (model.pool.members[0].model)")
         batch, count = input_ids.shape
-        kept = count if logits_to_keep == 0 else min(count, int(logits_to_keep))
         cache = past_key_values
-        if cache is not None or use_cache:
-            cache = self._start(batch) if cache is None else cache
-            if not isinstance(cache, ModularCache) or cache.batch != batch:
-                raise ConfigError(
-                    f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
-                    f"model's own forward gave for these {batch}"
-                )
-            self.pool.check_ids(input_ids, cache.length + count)
-            mask_BK = _new_mask(attention_mask, cache.length, input_ids)
-            logits_BKV = self._reader().read(cache, input_ids, mask_BK, kept)
-        else:
-            logits_BKV = self._whole(input_ids, _new_mask(attention_mask, 0, input_ids))[:, count - kept :]
-        loss = None
+        if cache is None:
+            cache = ModularCache([len(each) for each in self.pool.backbones], batch, self.gate.begin, self.device)
+        if not isinstance(cache, ModularCache) or cache.batch_size != batch:
+            raise ConfigError(
+                f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
+                f"model's own forward gave for these {batch}"
+            )
+        self.pool.check_ids(input_ids, cache.length + count)
+        mask_BK = _new_mask(attention_mask, cache.length, input_ids)
+        kept = count if logits_to_keep == 0 else min(count, int(logits_to_keep))
+        logits_BKV, loss = self._reader().read(cache, input_ids, mask_BK, kept), None
         if labels is not None:
             loss = ForCausalLMLoss(logits_BKV, labels, self.vocab_size, kwargs.get("num_items_in_batch"))
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BKV, past_key_values=cache)
+        given = cache if use_cache or past_key_values is not None else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BKV, past_key_values=given)
 
-    @torch.no_grad()
     def log_probs(self, tokens_BT: Tensor) -> Tensor:
         """log pi(. | tokens[:, :t + 1]) for every position t, BTV, nats, float32, normalised over V."""
-        return self._whole(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
-
-    def _whole(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Every position of a text in one pass."""
-        logq_BTEV = self.pool.log_probs(ids_BT, mask_BT)
-        labels_BTE1 = ids_BT[:, 1:, None, None].expand(-1, -1, len(self.pool), -1)
-        logp_BTE = logq_BTEV[:, :-1].gather(-1, labels_BTE1)[..., 0]
-        # The weights after each token are those before the next one; of what follows the last nothing is known.
-        logp_BTE = torch.cat([logp_BTE, logp_BTE.new_zeros(len(ids_BT), 1, len(self.pool))], dim=1)
-        mask = torch.cat([scored(mask_BT)[:, 1:], mask_BT.new_zeros(len(ids_BT), 1)], dim=1)
-        features = Features(logp_BTE=torch.where(mask[..., None], logp_BTE, 0.0), mask_BT=mask)
-        logw_BTE = self._reader().weights(self.gate.log_weights(features)).float()
-        return torch.logsumexp(logq_BTEV.add_(logw_BTE[..., None]), dim=2)
-
-    def _start(self, batch: int) -> ModularCache:
-        for backbone in self.pool.backbones:
-            if not backbone.keeps_keys:
-                raise ConfigError(
-                    f"a {type(backbone.model).__name__} carries a state from token to token that is no KV cache; "
-                    "generate with use_cache=False"
-                )
-        return ModularCache([len(each) for each in self.pool.backbones], batch, self.gate.begin, self.device)
+        logits_BTV: Tensor = self(tokens_BT).logits
+        return logits_BTV
 
     def _run(self, cache: ModularCache, number: int, index_X: Tensor, places_X: Tensor, first: int, end: int) -> Tensor:
         """Slots `first` .. `end` through some rows of a backbone; log-probabilities after each, XKV, float32."""
-        device = cache.ids_BS.device
-        rows_X = (index_X % cache.batch).to(device)
+        device, backbone, store = cache.ids_BS.device, self.pool.backbones[number], cache.stores[number]
+        rows_X, places = (index_X % cache.batch_size).to(device), Rows.of(places_X.to(device))
+        start = first if backbone.keeps_keys else 0  # a model whose state is no KV cache reads the text again
         arguments: dict[str, Any] = {}
-        if cache.all_real:
-            arguments["position_ids"] = torch.arange(first, end, device=device).expand(len(rows_X), -1)
-        else:
+        if not cache.all_real:
             real_XS = cache.real_BS[rows_X, :end]
-            arguments = {"attention_mask": real_XS.long(), "position_ids": positions(real_XS)[:, first:]}
-        store = cache.stores[number]
-        whole = slice(None) if len(index_X) == store.rows else rows_of(index_X)
-        window = store.window(whole if isinstance(whole, slice) else whole.to(device), first)
-        logits_XKV = self.pool.backbones[number].run(
-            Rows.of(places_X.to(device)), cache.ids_BS[rows_X, first:end], cache=window, **arguments
-        )
+            arguments = {"attention_mask": real_XS.long(), "position_ids": positions(real_XS)[:, start:]}
+        elif backbone.keeps_keys:
+            arguments["position_ids"] = torch.arange(first, end, device=device).expand(len(rows_X), -1)
+        if backbone.keeps_keys:
+            held = slice(None) if len(index_X) == store.rows else rows_of(index_X)
+            arguments["cache"] = store.window(held if isinstance(held, slice) else held.to(device), first)
+        logits_XKV = backbone.run(places, cache.ids_BS[rows_X, start:end], **arguments)[:, first - start :]
         return torch.log_softmax(logits_XKV.float(), dim=-1)
 
     # -- on disk ------------------------------------------------------------------------------------------------
@@ -302,17 +286,18 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                 self._write(making, copy_experts, options)
 
     def _write(self, folder: Path, copy: bool, options: Mapping[str, Any]) -> None:
-        members, here = self.pool.members, Path()
-        sources = [_placed(member.source, here) for member in members if member.source is not None]
+        members, config = self.pool.members, self.config
+        sources = [_placed(member.source, Path()) for member in members if member.source is not None]
         if copy:
             sources = _copy_experts(self.pool, folder, options)
         # A pool is loaded in one float type: the one that holds all of the experts'.
         widest = functools.reduce(torch.promote_types, (member.model.dtype for member in members))
+        dtype = str(widest).removeprefix("torch.")
         saved = _Saved(
             format=FORMAT,
-            dtype=str(widest).removeprefix("torch."),
-            top_m=self.config.top_m,
-            refresh_every=self.config.refresh_every,
+            dtype=dtype,
+            top_m=config.top_m,
+            refresh_every=config.refresh_every,
             copied=copy,
             experts=sources,
         )
@@ -352,8 +337,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
         check_sealed(folder, "save the gated model again (weftlm gate distil)")
         pool = ExpertPool.load(sources, dtype=saved.dtype, device=device)
         model = cls(pool, load_gate(folder / GATE), top_m=saved.top_m, refresh_every=saved.refresh_every)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
 
 

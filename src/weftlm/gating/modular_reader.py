@@ -118,7 +118,7 @@ class ModularReader:
 
     def _read_all(self, cache: ModularCache, kept: int) -> Tensor:
         """Every expert reads all it has not; the gate's state becomes exact. Answers for the last `kept` slots."""
-        end, anchor, batch = cache.length, cache.anchor, cache.batch
+        end, anchor, batch = cache.length, cache.anchor, cache.batch_size
         answers: dict[int, Tensor] = {}
         scores: dict[int, Tensor] = {}
         for number, places in enumerate(self.backbones):
@@ -143,14 +143,14 @@ class ModularReader:
             state = self.gate.advance(state, *cache.counted(scores_BLE[:, slot - anchor], slot))
             if slot >= end - kept:
                 rows.append(self.gate.current(state))
-        cache.logq_EBV = logq_EBKV[:, :, -1].contiguous()
+        cache.logq_EBV = logq_EBKV[:, :, -1].clone()
         cache.settle(state)
         if self.sparse:
             cache.active_BM = self._preferred(rows[-1])
             experts_BEV = cache.logq_EBV.transpose(0, 1)
             cache.logq_BMV = torch.take_along_dim(experts_BEV, cache.active_BM[..., None], dim=1)
         logw_EBK = self.weights(torch.stack(rows, dim=1)).to(logq_EBKV.dtype).permute(2, 0, 1)
-        return torch.logsumexp(logq_EBKV + logw_EBK[..., None], dim=0)
+        return torch.logsumexp(logq_EBKV.add_(logw_EBK[..., None]), dim=0)
 
     def _read_some(self, cache: ModularCache) -> Tensor:
         """One new slot: the active experts run on it."""
@@ -166,7 +166,7 @@ class ModularReader:
             found_MBM = active_BM.cpu() == torch.tensor(places)[:, None, None]
             place_X, row_X, rank_X = found_MBM.nonzero(as_tuple=True)
             if len(place_X):
-                logq_XKV = self.run(cache, number, place_X * cache.batch + row_X, place_X, end - 1, end)
+                logq_XKV = self.run(cache, number, place_X * cache.batch_size + row_X, place_X, end - 1, end)
                 cache.logq_BMV[row_X, rank_X] = logq_XKV[:, 0]
         logw_BM = self.gate.current(cache.state).gather(1, active_BM).clamp_min(_LEAST)
         logw_BM = torch.log_softmax(logw_BM, dim=-1).to(cache.logq_BMV.dtype)

@@ -220,8 +220,7 @@ def _start(problem: Problem, gate: Any, config: FitConfig) -> FitState:
 def _checked(state: FitState, problem: Problem, config: FitConfig) -> FitState:
     if found := differences(state.config.model_dump(), config.model_dump()):
         raise CheckpointError(f"the state is of a fit with another config ({found}); start afresh")
-    mixed, wanted = len(state.play["log_nu_M"]), len(problem.adversary.weights_MD)
-    if mixed != wanted:
+    if (mixed := len(state.play["log_nu_M"])) != (wanted := len(problem.adversary.weights_MD)):
         raise CheckpointError(f"the state mixes {mixed} domains or mixtures; the data has {wanted}; start afresh")
     return state
 

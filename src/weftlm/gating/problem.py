@@ -248,13 +248,8 @@ def _offsets(
 def log_model(gate: Gate, logq_BE: Tensor, features: Features) -> Tensor:
     """log pi_g(x) of B sequences, nats, not divided by Z.
 
-        log pi_g(x) = logsumexp_k [ log g(x, k) + log q_k(x) ]                              sequence-level
-        log pi_g(x) = sum_t logsumexp_k [ log gamma_k(x_<t) + log q_k(x_t | x_<t) ]         causal; Z is 1
-
-    Args:
-        gate: Any gate.
-        logq_BE: Log-likelihoods of the sequences under the experts.
-        features: Features of the sequences.
+    log pi_g(x) = logsumexp_k [ log g(x, k) + log q_k(x) ]                              sequence-level
+    log pi_g(x) = sum_t logsumexp_k [ log gamma_k(x_<t) + log q_k(x_t | x_<t) ]         causal; Z is 1
     """
     logw = gate.log_weights(features)
     if not gate.causal:

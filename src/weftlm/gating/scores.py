@@ -51,13 +51,12 @@ FORMAT = "weftlm score cache 4"
 INDEX = "index.json"
 
 _BLOCK = 1 << 20
-_PARTS = ("logp_NTE", "tokens_NT1", "clusters_N")
 _REMEDY = "score again (weftlm score --overwrite; overwrite=True), or choose another folder"
 
 Role = Literal["domain", "sample"]
 Answer = TypeVar("Answer")
-Shard = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]]
-"""Scores of every token under every expert (nats, N x T x E), tokens (context first, N x (T + 1)), clusters."""
+Shard = dict[str, Tensor]
+"""`logp_NTE`, scores of every token under every expert, nats; `tokens_NT1`, the context first; `clusters_N`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +96,7 @@ class ScoreCache:
         if index is None:
             done = len(list(folder.glob("*.safetensors")))
             if done:
-                raise DataError(
-                    f"the score cache in {folder} is not finished ({done} shards so far); run the scoring again"
-                )
+                raise DataError(f"the score cache in {folder} is not finished ({done} shards so far); score again")
             raise DataError(f"{folder} holds no score cache; make one with score (weftlm score)")
         identity = index.get("identity", {})
         if identity.get("format") != FORMAT:
@@ -214,9 +211,7 @@ def score(
     artifact = Artifact(folder / INDEX, _identity(sets, facts, config, eos_id), _REMEDY)
 
     def write(shard: Unscored, scored: Shard) -> None:
-        arrays = zip(_PARTS, scored, strict=True)  # read-only where another process made them
-        tensors = {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in arrays}
-        write_tensors(folder / shard.file, "scores", tensors, {})
+        write_tensors(folder / shard.file, "scores", scored, {})
 
     with _alone(artifact, rank, overwrite) as finished:
         left = [shard for shard in every[rank::world] if not (finished or (folder / shard.file).exists())]
@@ -291,10 +286,9 @@ def _alone(artifact: Artifact, rank: int, overwrite: bool) -> Iterator[bool]:
 
 def _remove_others(folder: Path, names: Sequence[str]) -> None:
     """Remove all shards but these."""
-    for pattern in ("domain-*", "sample-*"):
-        for path in folder.glob(pattern):
-            if path.name not in names:
-                path.unlink()
+    for path in [*folder.glob("domain-*"), *folder.glob("sample-*")]:
+        if path.name not in names:
+            path.unlink()
 
 
 def _grouped() -> bool:
@@ -385,42 +379,41 @@ def score_shard(
         NumericsError: a score is not a number, naming expert and sequence.
         DataError: a sequence is impossible under every expert.
     """
-    tokens_NT1 = text.tokens_NT1.copy()
-    logp_NTE = np.zeros((len(text), tokens_NT1.shape[1] - 1, len(pool)), dtype=np.float32)
+    tokens_NT1, clusters_N = torch.from_numpy(text.tokens_NT1.copy()), torch.from_numpy(text.clusters_N.copy())
+    logp_NTE = torch.zeros(len(text), tokens_NT1.shape[1] - 1, len(pool))
     with torch.autocast(pool.device.type, torch.bfloat16, enabled=bf16):
         for first in range(0, len(text), batch_size):
             follow_load()
             rows = slice(first, min(first + batch_size, len(text)))
             if text.role == "sample":
                 tokens_NT1[rows] = _draw(pool, text, rows)
-            tokens_BT1 = torch.from_numpy(tokens_NT1[rows].astype(np.int64)).to(pool.device)
-            logp_NTE[rows] = pool.token_log_probs(tokens_BT1).cpu().numpy()
+            logp_NTE[rows] = pool.token_log_probs(tokens_NT1[rows].to(pool.device, torch.int64)).cpu()
             _check_scores(pool, text, first, logp_NTE[rows])
             if done is not None:
                 done(rows.stop - rows.start)
-    return logp_NTE, tokens_NT1, text.clusters_N
+    return {"logp_NTE": logp_NTE, "tokens_NT1": tokens_NT1, "clusters_N": clusters_N}
 
 
-def _check_scores(pool: ExpertPool, text: Unscored, first: int, logp_BTE: NDArray[np.float32]) -> None:
-    wrong = np.argwhere(~(logp_BTE <= 1e-3))
+def _check_scores(pool: ExpertPool, text: Unscored, first: int, logp_BTE: Tensor) -> None:
+    wrong = (~(logp_BTE <= 1e-3)).nonzero()
     if len(wrong):
-        row, token, expert = (int(i) for i in wrong[0])
+        row, token, expert = wrong[0].tolist()
         raise NumericsError(
             f"expert {pool.names[expert]!r} gives token {token + 1} of {text.title(first + row)} a log-probability of "
             f"{logp_BTE[row, token, expert]}; its weights hold NaN or infinity, or its precision does not suffice: "
             "mend or leave out the expert (or precision: fp32); what is scored so far is kept"
         )
-    dead_B = np.asarray(np.all(np.any(np.isneginf(logp_BTE), axis=1), axis=1))
-    if dead_B.any():
+    dead_B = logp_BTE.isneginf().any(dim=1).all(dim=1)
+    if bool(dead_B.any()):
         raise DataError(
-            f"{text.title(first + int(dead_B.argmax()))} has probability 0 under every expert "
+            f"{text.title(first + int(dead_B.nonzero()[0]))} has probability 0 under every expert "
             f"({', '.join(pool.names)}), and no gate can give it any; leave that text out or add an expert that can "
             "say it"
         )
 
 
 @torch.no_grad()
-def _draw(pool: ExpertPool, text: Unscored, rows: slice) -> NDArray[np.int32]:
+def _draw(pool: ExpertPool, text: Unscored, rows: slice) -> Tensor:
     """Samples of an expert with their context token in front, tokens_BT1.
 
     Token t of sample i is where the cumulated softmax passes u_it, uniform in [0, 1) and a function of seed, expert and
@@ -451,7 +444,7 @@ def _draw(pool: ExpertPool, text: Unscored, rows: slice) -> NDArray[np.int32]:
                 f"{text.title(rows.start + row)} are not numbers; mend or leave out the expert"
             )
         tokens_BT1[:, t + 1] = _inverse(probs_BV, u_BT[:, t].to(device))
-    return tokens_BT1.cpu().numpy().astype(np.int32)
+    return tokens_BT1
 
 
 def _inverse(probs_BV: Tensor, u_B: Tensor) -> Tensor:

@@ -100,16 +100,10 @@ def run_steps(
     on_progress: Callable[[Any, State], None] | None,
     on_stop: Callable[[State], None] | None,
 ) -> State:
-    """Take the steps of the state's config, until it is finished, and report every so many and at the last of all.
+    """Take the steps of the state's config, up to `until`, or until the state is finished.
 
-    Args:
-        state: State from which to continue.
-        until: Steps in all after which to stop; None: those of the config.
-        every: Steps between two reports.
-        step: Function that takes one step.
-        report: Function that adds a measurement to the history.
-        on_progress: Called with each measurement and the state to continue from.
-        on_stop: Called with the state where the process is asked to stop, which it then does.
+    `report` adds a measurement to the history: after `every` steps and after the last of all. `on_progress` is called
+    with each measurement and the state, `on_stop` with the state where the process is asked to stop, and then stops.
     """
     steps: int = state.config.steps
     with interrupt.safe_points() if on_stop is not None else nullcontext():
@@ -128,16 +122,9 @@ def run_steps(
 def adam_step(
     gate: Gate, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor], *, step: int, lr: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One step of PyTorch's Adam with its default decay rates.
+    """One step of PyTorch's Adam on a gate's learned tensors, after `step` steps: the moved tensors, the new moments.
 
-    Args:
-        gate: Gate whose learned tensors move.
-        gradients: Gradients of the learned tensors.
-        moments: As in `GateState`.
-        step: Number of steps so far.
-        lr: Learning rate.
-    Returns:
-        The moved tensors and the new moments; what was given is not written to.
+    What is given is not written to; `moments` as in `GateState`.
     """
     moved = {name: gate.tensors[name].detach().clone() for name in gate.learned}
     if not moved:

@@ -111,7 +111,7 @@ def test_stopped_and_continued_is_as_never_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: distil(config(5, sequence_length=8)), ConfigError, "text has 4 .* sequence_length is 8"),
+        (lambda: distil(config(5, sequence_length=8)), ConfigError, "text has 4 .*sequence_length is 8"),
         (lambda: distil(config(5), vocab_size=3), ConfigError, "ids from 0 to 3"),
         (lambda: distil(config(5, token_kl=0.5)), ConfigError, "no teacher came"),
         (lambda: distil(config(5), real=TEXT), ConfigError, "real text came; give both"),

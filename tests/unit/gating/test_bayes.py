@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from weftlm.errors import ConfigError
 from weftlm.gating.bayes import BayesGate, FixedShareGate
-from weftlm.gating.gate import Features, init_gate
+from weftlm.gating.gate import Features
 from weftlm.gating.problem import log_model
 
 INF = math.inf
@@ -17,16 +16,6 @@ each_gate = pytest.mark.parametrize("gate", [BayesGate.of([0.3, 0.7]), FixedShar
 def scores(*rows):
     """One text, T x E, as features."""
     return Features(logp_BTE=torch.tensor([rows], dtype=torch.float64))
-
-
-def test_weights_by_hand():
-    text = scores([math.log(0.2), math.log(0.6)], [0.0, 0.0])
-    found = BayesGate.of([0.5, 0.5]).log_weights(text).exp()[0].tolist()
-    assert found == [pytest.approx([0.5, 0.5]), pytest.approx([0.25, 0.75])]
-    shared = FixedShareGate.of([0.5, 0.5], 0.1).log_weights(text).exp()[0, 1].tolist()
-    assert shared == pytest.approx([0.9 * 0.25 + 0.05, 0.9 * 0.75 + 0.05])
-    even = FixedShareGate.of([0.5, 0.5], 1.0).log_weights(scores([-INF, -1.0], [-INF, -INF], [0.0, -9.0])).exp()
-    torch.testing.assert_close(even, torch.full_like(even, 0.5))
 
 
 def test_bayes_never_recovers_an_expert_it_saw_fail_and_fixed_share_does():
@@ -70,16 +59,3 @@ def test_long_texts_do_not_underflow():
     weights = BayesGate.of([1 / 3] * 3).log_weights(Features(logp_BTE=logp_BTE))
     assert weights.dtype == torch.float64
     assert weights[0, -1].tolist() == pytest.approx([-0.1 * 1999, 0.0, -0.1 * 1999], rel=1e-3, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: FixedShareGate.of([0.5, 0.5], 1.5), r"share.*1"),
-        (lambda: BayesGate.of([0.3, 0.3, 0.4]).log_weights(scores([-1.0, -1.0])), "over 3"),
-        (lambda: init_gate("bayes", 2, Features(2)), "log-probability of every token"),
-    ],
-)
-def test_what_is_refused(make, match):
-    with pytest.raises(ConfigError, match=match):
-        make()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support.gating import random_problem
 
-from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.gating import Box, channel_capacity, sampled_capacity
 
 
@@ -83,21 +82,3 @@ def test_with_every_outcome_drawn_in_its_share_it_is_the_value_of_the_game(mixtu
 def test_other_domains_models_may_rule_a_sample_out():
     found = sampled_capacity([[[-1.0, -np.inf]] * 3, [[-np.inf, -2.0]] * 5])
     assert (found.value, found.standard_error) == (pytest.approx(math.log(2)), pytest.approx(0.0, abs=1e-12))
-
-
-@pytest.mark.parametrize(
-    ("function", "value", "options", "error", "match"),
-    [
-        (channel_capacity, [[0.5, 0.5], [0.5, 0.3]], {}, NumericsError, r"row 1 of logP_DX sums to 0\.8"),
-        (channel_capacity, np.zeros((0, 3)), {}, ConfigError, "a row and a column"),
-        (channel_capacity, [[1.0]], {"max_iterations": 0}, ConfigError, "max_iterations"),
-        (sampled_capacity, [], {}, DataError, "no domains"),
-        (sampled_capacity, [[[-1.0, -2.0]], np.zeros((0, 2))], {}, DataError, "domain 1 has no samples"),
-        (sampled_capacity, [[[-np.inf, -2.0]], [[-1.0, -1.0]]], {}, DataError, "own model"),
-        (sampled_capacity, [[[-1.0, -2.0]], [[-1.0, -1.0]]], {"scale_D": [1.0, 0.0]}, ConfigError, "a positive number"),
-        (sampled_capacity, [[[-1.0]], [[-1.0]]], {}, ConfigError, "1 columns"),
-    ],
-)
-def test_what_is_refused(function, value, options, error, match):
-    with pytest.raises(error, match=match):
-        function(value, **options)

@@ -80,13 +80,6 @@ def test_a_z_whose_interval_excludes_one_is_told_in_words(slope, said, caplog):
     assert not caplog.records
 
 
-def test_per_token_figures_divide_the_capacity_too():
-    by_sequence, by_token = (certify(HALF, HELD, DRAWS, unit=unit, nu=[0.5, 0.5]) for unit in ("sequence", "token"))
-    for name in ("capacity", "worst", "lower"):
-        assert getattr(by_token, name).value * 4 == pytest.approx(getattr(by_sequence, name).value, rel=1e-3)
-    assert by_token.unit == "token"
-
-
 def test_causal_gates_need_no_samples_and_a_gate_alone_has_no_gap():
     found = certify(BayesGate.of([0.5, 0.5]), HELD)
     assert (found.causal, found.z.value, found.z.label) == (True, 1.0, "exact")

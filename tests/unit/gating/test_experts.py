@@ -72,18 +72,6 @@ def test_memory_is_bounded_by_passes_of_few_experts(monkeypatch):
     torch.testing.assert_close(pool.token_log_probs(ids), wide, **NEAR)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side):
-    pool, ids = mixed_pool(), tokens(1, 6)
-    pad, real = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 6, dtype=torch.bool)
-    parts = [(pad, pad.bool()), (ids, real)] if side == "left" else [(ids, real), (pad, pad.bool())]
-    padded, mask = (torch.cat(each, 1) for each in zip(*parts, strict=True))
-    own = slice(3, None) if side == "left" else slice(0, 5)
-    scores = pool.token_log_probs(padded, mask)
-    torch.testing.assert_close(scores[:, own], pool.token_log_probs(ids), **NEAR)
-    assert scores.abs().sum() == scores[:, own].abs().sum()
-
-
 def test_libraries_and_peft_folders_load(tmp_path):
     base = tiny.llama()
     base.save_pretrained(tmp_path / "base")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError
 from weftlm.gating import ScoredSequences, enumerated
-from weftlm.gating.config import FitConfig, PrefixGateConfig, gate_config
+from weftlm.gating.config import FitConfig, PrefixGateConfig
 from weftlm.gating.gate import FLOOR, Features, init_gate, load_gate, save_gate
 from weftlm.gating.linear import ConstantGate
 from weftlm.gating.prefix_gate import PrefixGate
@@ -22,12 +22,6 @@ def features(rows, names=()):
     return Features(sequence_BF=torch.tensor(rows, dtype=torch.float64), names=names)
 
 
-def test_features_count_themselves_and_join():
-    assert len(Features(3)) == 3
-    assert len(features([[1.0], [2.0]]).rows(torch.tensor([1]))) == 1
-    assert Features.joined([features([[1.0]]), features([[2.0]])]).sequence_BF.tolist() == [[1.0], [2.0]]
-
-
 def test_features_of_sequences_hold_no_length():
     found = sequence_features([[-4.0, -8.0], [-9.0, -3.0]], [4, 3])
     assert found.names == ("mean.0", "mean.1", "below_best.0", "below_best.1")
@@ -36,54 +30,6 @@ def test_features_of_sequences_hold_no_length():
     once, twice = sequence_features(logq, [20] * 6), sequence_features(2 * logq, [40] * 6)
     torch.testing.assert_close(once.sequence_BF, twice.sequence_BF)
     assert sequence_features([[-4.0, -np.inf]], [4]).sequence_BF.tolist() == [[-1.0, -1.0 - FLOOR, 0.0, -FLOOR]]
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda: Features(3, points_B=torch.zeros(2, dtype=torch.int64)), ConfigError, "how many sequences"),
-        (Features, ConfigError, "how many sequences"),
-        (lambda: features([[1.0]], ("a", "b")), ConfigError, "2 names"),
-        (lambda: features([[float("-inf")]]), NumericsError, "clips"),
-        (lambda: Features(logp_BTE=torch.full((1, 2, 2), torch.nan)), NumericsError, "token scores"),
-        (lambda: Features(logp_BTE=torch.zeros(1, 2, 2), mask_BT=torch.ones(1, 3)), ConfigError, "mask"),
-        (lambda: Features.joined([features([[1.0]]), Features(2)]), ConfigError, "different features"),
-        (lambda: Features.joined([features([[1.0]]), features([[1.0, 2.0]])]), ConfigError, "width"),
-        (lambda: init_gate("linear", 2, Features(3)), ConfigError, "sequence_features"),
-        (lambda: init_gate("liner", 2, Features(3)), ConfigError, "did you mean 'linear'"),
-        (lambda: gate_config({"gate": "linear", "featurs": 3}), ConfigError, "unknown key"),
-        (lambda: gate_config({}), ConfigError, "must be one of"),
-        (lambda: ConstantGate.of([1.5, -0.5]), ConfigError, "sum to 1"),
-        (lambda: PrefixGate.of([0.5, 0.5]).with_top(3), ConfigError, "top is 3"),
-        (lambda: sequence_features([[-1.0], [-np.inf]], [4, 4]), DataError, "probability 0 under every one of 1"),
-        (lambda: sequence_features([[-4.0]], [0]), ConfigError, "one per sequence"),
-        (lambda: sequence_features([[np.inf]], [1]), NumericsError, "inf"),
-        (lambda: sequence_features(np.zeros((1, 1), np.float16), [1]), ConfigError, "loses whole nats"),
-        (lambda: ScoredSequences.of(np.zeros((0, 2)), name="law"), DataError, "law: 0 sequences"),
-        (lambda: ScoredSequences.of([[0.0, np.nan]]), NumericsError, r"first at \(0, 1\)"),
-        (lambda: ScoredSequences.of([0.0]), ConfigError, "N x E"),
-        (lambda: ScoredSequences.of([[0.0]], tokens_N=[0]), ConfigError, "tokens_N"),
-        (lambda: ScoredSequences.of([[0.0]], features=Features(2)), ConfigError, "features of 2"),
-        (lambda: ScoredSequences.of([[0.0], [0.0]], weights_N=[0.5, 0.4]), NumericsError, r"sum to 0\.9"),
-        (lambda: ScoredSequences.of([[0.0]]).split(0.5, 0), DataError, "cannot be split"),
-        (lambda: ScoredSequences.of([[0.0], [0.0]]).split(1.0, 0), ConfigError, "hold out"),
-        (lambda: enumerated([[0.5, 0.5]], [[1.0]]), ConfigError, "one support"),
-        (lambda: enumerated([[0.5, 0.4]], [[0.5, 0.5]]), NumericsError, r"row 0 of P sums to 0.9"),
-        (lambda: enumerated([[1.5, -0.5]], [[0.5, 0.5]]), NumericsError, "both signs"),
-    ],
-)
-def test_what_does_not_fit_is_refused(make, error, match):
-    with pytest.raises(error, match=match):
-        make()
-
-
-def test_arrays_keep_float32_and_may_be_read_only():
-    array = np.zeros((3, 2), np.float32)
-    array.flags.writeable = False
-    one = ScoredSequences.of(array, tokens_N=[1, 2, 3])
-    assert one.logq_NE.dtype == torch.float32
-    assert one.features.sequence_BF.shape == (3, 4)
-    assert one.probability().tolist() == [1 / 3] * 3
 
 
 def test_a_split_is_disjoint_and_keeps_clusters_whole():
@@ -116,13 +62,6 @@ def test_the_linear_gate_standardises_and_remembers_names():
     for other in (features([[1.0, 5.0]], ("b", "a")), features([[1.0]])):
         with pytest.raises(ConfigError, match="was made for 2 features"):
             gate.log_weights(other)
-
-
-def test_the_tabular_gate_knows_its_points():
-    gate = init_gate("tabular", 2, Features(points_B=torch.tensor([0, 4])))
-    assert gate.tensors["logits_XE"].shape == (5, 2)
-    with pytest.raises(ConfigError, match="over 5 points"):
-        gate.log_weights(Features(points_B=torch.tensor([5])))
 
 
 def test_files_are_whole_or_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import experts as tiny
 from support.gated import mixed_pool, tokens, whole_pool
+from support.in_memory import without_keys
 from support.tiny_expert import random_expert
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
@@ -63,6 +64,24 @@ def test_generation_with_caches_equals_generation_without(gate, options, how):
     assert torch.equal(*found)
     assert found[0].shape == (3 * how.get("num_return_sequences", 1), 12)
     assert model.config.top_m == options.get("top_m", gate.top)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    model, (ids, pad) = ModularLM(mixed_pool(), share(4)), (tokens(1, 6), torch.zeros(1, 3, dtype=torch.int64))
+    parts = [(pad, pad), (ids, pad.new_ones(1, 6))] if side == "left" else [(ids, pad.new_ones(1, 6)), (pad, pad)]
+    padded_ids, mask = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    own = slice(3, None) if side == "left" else slice(0, 6)
+    logits = model(padded_ids, attention_mask=mask).logits[:, own]
+    torch.testing.assert_close(logits, model(ids).logits, **NEAR)
+
+
+def test_experts_without_keys_and_values_read_the_text_again():
+    model, ids = ModularLM(ExpertPool.of({"a": without_keys(), "b": tiny.llama()}), share(2)), tokens(2, 5)
+    logits = model.log_probs(ids)
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 5))
+    cached, again = (model.generate(ids, max_new_tokens=4, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, again)
 
 
 @pytest.mark.parametrize("top_m", [1, 3])

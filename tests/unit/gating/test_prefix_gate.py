@@ -7,9 +7,8 @@ import torch
 
 from weftlm.gating.bayes import BayesGate, FixedShareGate
 from weftlm.gating.config import PrefixGateConfig
-from weftlm.gating.gate import Features, init_gate, load_gate, save_gate
+from weftlm.gating.gate import Features, load_gate, save_gate
 from weftlm.gating.prefix_gate import PrefixGate
-from weftlm.gating.problem import log_model
 
 PRIOR = [0.5, 0.2, 0.3]
 INF = math.inf
@@ -61,46 +60,6 @@ def test_a_prefix_no_expert_can_write_leaves_finite_weights_and_gradients():
     torch.testing.assert_close(torch.logsumexp(logw_BTE, dim=-1), torch.zeros(4, 7, dtype=torch.float64))
     for gradient in torch.autograd.grad(logw_BTE.clamp_min(-50.0).sum(), list(theta.values())):
         assert bool(torch.isfinite(gradient).all())
-
-
-@pytest.mark.parametrize("top", [None, 1, 2])
-def test_batches_and_token_by_token_agree_over_padding(top):
-    gate, logp_BTE = trained(PrefixGateConfig(top=top)), scores(batch=3, time=30)
-    mask_BT = torch.rand(3, 30, generator=torch.Generator().manual_seed(1)) < 0.8
-    mask_BT[2] = True
-    logw_BTE = gate.log_weights(Features(logp_BTE=logp_BTE, mask_BT=mask_BT))
-    state = gate.begin(3)
-    for t in range(30):
-        torch.testing.assert_close(gate.current(state), logw_BTE[:, t], rtol=1e-8, atol=1e-9)
-        state = gate.advance(state, logp_BTE[:, t], mask_BT[:, t])
-    order = torch.tensor([2, 0, 0])
-    picked = {name: each[order] for name, each in state.items()}
-    torch.testing.assert_close(gate.current(picked), gate.current(state)[order])
-
-
-def test_padding_changes_nothing_wherever_it_is_and_whatever_it_holds():
-    gate, short, places = trained(), scores(batch=1, time=4), [1, 2, 4, 6]
-    padded, mask = torch.full((1, 7, 3), -INF, dtype=torch.float64), torch.zeros(1, 7, dtype=torch.bool)
-    padded[:, places], mask[:, places] = short, True
-    padded[0, 0] = torch.tensor([9.0, -9.0, 2.0])
-    masked, plain, nothing = Features(logp_BTE=padded, mask_BT=mask), Features(logp_BTE=short), torch.zeros(1)
-    torch.testing.assert_close(gate.log_weights(masked)[:, places], gate.log_weights(plain))
-    found, expected = (log_model(gate, nothing, each) for each in (masked, plain))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    for one, other in zip(
-        gate.standardised(masked).tensors.values(), gate.standardised(plain).tensors.values(), strict=True
-    ):
-        torch.testing.assert_close(one, other)
-
-
-def test_relabelling_experts_relabels_the_weights():
-    gate, logp_BTE, order = trained(), scores(), [2, 0, 1]
-    per_expert = {name: gate.tensors[name][order] for name in ("prior_E", "bias_E", "expert_EH")}
-    found = gate.replaced(per_expert).log_weights(Features(logp_BTE=logp_BTE[..., order]))
-    expected = gate.log_weights(Features(logp_BTE=logp_BTE))[..., order]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    alone = Features(logp_BTE=logp_BTE[..., :1])
-    assert init_gate("prefix", 1, alone).log_weights(alone).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("top", [1, 2])

@@ -46,18 +46,6 @@ def same(one, other):
     assert all(torch.equal(other.gate.tensors[name], tensor) for name, tensor in one.gate.tensors.items())
 
 
-def test_a_fit_reports_on_the_way_and_is_deterministic():
-    lines = []
-    domains = dict(zip("ab", sets(0), strict=True))
-    one = fit_robust_gate(domains, sets(1), config=SHORT, on_progress=lambda line, now: lines.append((line, now.step)))
-    assert [step for _, step in lines] == [10, 20]
-    assert tuple(line for line, _ in lines) == one.history
-    assert one.history[-1].worst_domain in ("a", "b")
-    assert one.history[-1].worst == pytest.approx(one.worst)
-    assert one.gate.config.gate == "linear"
-    same(one, fit_robust_gate(domains, sets(1), config=SHORT))
-
-
 def test_the_penalty_of_mini_batches_is_the_square_on_average():
     problem = make_problem(sets(0), sets(1, count=60))
     gate = init_gate("linear", 2, Features.joined([one.features for one in problem.samples]))
@@ -70,18 +58,6 @@ def test_the_penalty_of_mini_batches_is_the_square_on_average():
     assert abs(z.mean() - truth) < 4 * z.std() / math.sqrt(800)
     assert abs(penalty.mean() - (truth - 1.0) ** 2) < 4 * penalty.std() / math.sqrt(800)
     assert ((z - 1.0) ** 2).mean() > (truth - 1.0) ** 2 + 4 * penalty.std() / math.sqrt(800)  # as one would have it
-
-
-def test_values_are_those_of_the_normalised_model_by_hand():
-    domains = sets(0)
-    found = evaluate(ConstantGate.of([0.3, 0.7]), make_problem(domains, sets(1)))
-    for d, one in enumerate(domains):
-        logq = one.logq_NE.numpy()
-        regret = logq[:, d] - np.log(np.exp(logq) @ [0.3, 0.7])
-        assert found.values_D[d] == pytest.approx(regret.mean())
-        assert found.errors_D[d] == pytest.approx(regret.std(ddof=1) / math.sqrt(len(regret)))
-    assert found.z == pytest.approx(1.0)
-    assert found.z_error == 0.0
 
 
 def test_tokens_divide_each_domain_by_its_own_length():
@@ -101,14 +77,6 @@ def test_tokens_divide_each_domain_by_its_own_length():
     assert by_token.worst * 8 == pytest.approx(by_sequence.worst, rel=1e-9)
     assert by_token.lam == pytest.approx(by_sequence.lam, rel=1e-9)
     assert by_token.gap * 8 == pytest.approx(by_sequence.gap, rel=1e-6)
-
-
-def test_clusters_widen_the_interval():
-    logq = np.repeat(np.random.default_rng(0).normal(-20, 1, size=(10, 2)), 5, axis=0)
-    both = ScoredSequences.of(logq), ScoredSequences.of(logq, clusters_N=np.repeat(np.arange(10), 5))
-    errors = [evaluate(HALF, make_problem([one], sets(1), own_experts=[0])).errors_D[0] for one in both]
-    # Five copies of ten sequences are ten sequences.
-    assert errors[1] / errors[0] == pytest.approx(math.sqrt(5 * 49 / 9 / 5), rel=1e-9)
 
 
 @pytest.mark.parametrize("batch", [None, 8])
