@@ -303,7 +303,6 @@ class Comparison:
 
     def _dense(self, gate: Gate, student: CausalGate, fit_samples: Sequence[ScoredSequences]) -> nn.Module:
         """An expert-sized model, begun at the base, that learns the student's distributions on training text."""
-        tokens, weights = [one.tokens_NT1 for one in fit_samples], weigh(gate, fit_samples)
         real = np.concatenate(
             [windows(self.setting.text(name)["train"], 40 if self.quick else 1500) for name in self.names]
         )
@@ -316,7 +315,7 @@ class Comparison:
         )
         result = distil_dense(
             self.setting.load("base"),
-            WeightedText.sampled(weights, tokens),
+            WeightedText.sampled(weigh(gate, fit_samples)),
             config,
             vocab_size=self.setting.tokenizer.vocab_size,
             eos_id=self.setting.tokenizer.eos_id,

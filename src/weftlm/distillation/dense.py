@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from weftlm.distillation.config import DenseConfig
 from weftlm.distillation.structural import Weighted, model_kl
 from weftlm.errors import ConfigError, DataError, NumericsError
+from weftlm.evaluation.result import finite_or_none
 from weftlm.gating.sequences import draw_rows
 from weftlm.mixture.loader import Batch
 from weftlm.models.config import ModelConfig
 from weftlm.models.factory import build_model, count_parameters
 from weftlm.models.fingerprint import base_fingerprint
+from weftlm.models.hf import token_losses
 from weftlm.training.config import NOT_DECIDING, AlignmentConfig
 from weftlm.training.loop import Task, Trainer
 from weftlm.training.losses import BatchLoss
@@ -80,20 +82,16 @@ class WeightedText:
         return cls(tokens, weights / total)
 
     @classmethod
-    def sampled(cls, weighted: Weighted, tokens: Sequence[Any]) -> WeightedText:
-        """The experts' samples with the weights that make them the gated model's.
+    def sampled(cls, weighted: Weighted) -> WeightedText:
+        """Samples of the experts (`weigh`) with the weights that make them the gated model's.
 
-        Args:
-            weighted: Result of `weigh` for the gate and the scored samples.
-            tokens: Token ids of each expert's samples, N_k x (T + 1), in the same order.
         Raises:
-            ConfigError: not as many sequences as were scored.
+            ConfigError: an expert's samples have no token ids.
         """
-        counts = [len(one) for one in weighted.samples], [len(each) for each in tokens]
-        if counts[0] != counts[1]:
-            raise ConfigError(f"{counts[1]} sequences of token ids came for {counts[0]} scored samples, by expert")
-        joined = np.concatenate([np.asarray(each) for each in tokens])
-        return replace(cls.of(joined, weights_N=weighted.mass_B), weighted=weighted)
+        tokens = [one.tokens_NT1 for one in weighted.samples if one.tokens_NT1 is not None]
+        if len(tokens) < len(weighted.samples):
+            raise ConfigError("a dense student learns from token ids; give the samples theirs (tokens_NT1)")
+        return replace(cls.of(torch.cat(tokens), weights_N=weighted.mass_B), weighted=weighted)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class DenseProgress:
         loss: Loss of the last batch, nats per token.
         ce: Cross-entropy on held-out sequences, nats per token; None without any.
         kl: KL(pi_g / Z || student) on them, nats per sequence; None where the teacher's log-probabilities are unknown.
-        error: Standard error of `kl` (`student_kl`); 0 where the sequences are enumerated.
+        error: Standard error of `kl` (`student_kl`); 0 where the sequences are enumerated, None from one alone.
     """
 
     step: int
@@ -195,7 +193,8 @@ def distil_dense(
         keep_best=None if held_out is None else "ce", identity=identity,
     )  # fmt: skip
     if folder is not None:
-        history += [_progress(line) for line in read_metrics(folder / METRICS) if line["kind"] == "eval"]
+        lines, names = read_metrics(folder / METRICS), [each.name for each in fields(DenseProgress)]
+        history += [DenseProgress(**{name: line[name] for name in names}) for line in lines if line["kind"] == "eval"]
     trainer.run()
     if held_out is not None:
         trainer.restore_best()
@@ -281,7 +280,8 @@ class _DistillationLoss(BatchLoss):
     def __call__(self, model: nn.Module, numbers_B1: Tensor) -> Tensor:
         """Loss of each sequence summed over its labels, (B, 1)."""
         tokens_BT1 = self._tokens_NT1[numbers_B1[:, 0].cpu()].to(numbers_B1.device)
-        logp_BTV = _log_probs(model, tokens_BT1)
+        logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+        logp_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
         loss_BT = -logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0]
         if self._teacher is not None:
             with torch.no_grad():
@@ -300,11 +300,6 @@ class _DistillationLoss(BatchLoss):
         return loss_BT.sum(dim=1, keepdim=True)
 
 
-def _log_probs(model: nn.Module, tokens_BT1: Tensor) -> Tensor:
-    logits_BTV: Tensor = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
-    return torch.log_softmax(logits_BTV.float(), dim=-1)
-
-
 def _held_out(
     model: nn.Module, one: WeightedText, size: int, runtime: Runtime
 ) -> tuple[float, float | None, float | None]:
@@ -314,18 +309,13 @@ def _held_out(
         for rows in torch.arange(len(one)).split(size):
             tokens_BT1 = one.tokens_NT1[rows].to(runtime.device)
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.bf16):
-                logp_BTV = _log_probs(model, tokens_BT1)
-            logp_BT = logp_BTV.gather(2, tokens_BT1[:, 1:, None])[..., 0].double().cpu()
-            logs.append(logp_BT.sum(dim=1))
+                logs.append(-token_losses(model, tokens_BT1).double().sum(dim=1).cpu())
     logs_N = torch.cat(logs)
     ce = -float(one.weights_N @ logs_N) / (one.tokens_NT1.shape[1] - 1)
-    return (ce, None, None) if one.weighted is None else (ce, *model_kl(one.weighted, logs_N))
-
-
-def _progress(line: Mapping[str, Any]) -> DenseProgress:
-    """A measurement out of metrics.jsonl, which holds null where the error of a single sequence is infinite."""
-    found = DenseProgress(**{each.name: line[each.name] for each in fields(DenseProgress)})
-    return replace(found, error=math.inf) if found.kl is not None and found.error is None else found
+    if one.weighted is None:
+        return ce, None, None
+    kl, error = model_kl(one.weighted, logs_N)
+    return ce, kl, finite_or_none(error)
 
 
 def _identity(

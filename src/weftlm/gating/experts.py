@@ -210,7 +210,8 @@ class ExpertPool(nn.Module):
         @functools.cache
         def model_at(name: str, revision: str | None) -> PreTrainedModel:
             if shapes:
-                return outline(read_config(name, revision=revision, local_files_only=True))
+                shape: PreTrainedModel = outline(read_config(name, revision=revision, local_files_only=True))
+                return shape
             return load_base(name, revision=revision, dtype=dtype) if base is None else base
 
         fingerprint = functools.cache(base_fingerprint)

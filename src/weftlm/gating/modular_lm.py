@@ -375,19 +375,17 @@ def _copy_experts(pool: ExpertPool, folder: Path, options: Mapping[str, Any]) ->
     """Write every backbone once and its adapters as a library; sources relative to the folder."""
     sources: dict[int, ExpertSource] = {}
     for number, backbone in enumerate(pool.backbones):
-        where = f"{BASES}-{number}"
+        where, library = f"{BASES}-{number}", f"{ADAPTERS}-{number}"
         backbone.model.save_pretrained(folder / where, **options)
-        members = [(place, pool.members[place]) for place in backbone.experts]
-        library = f"{ADAPTERS}-{number}"
-        if any(member.lora is not None for _, member in members):
-            base = BaseReference(where, None, base_fingerprint(backbone.model))
-            opened = ExpertLibrary.open(folder / library, base)
-        for place, member in members:
+        base, adapters = BaseReference(where, None, base_fingerprint(backbone.model)), []
+        for place in backbone.experts:
+            member, name = pool.members[place], f"expert-{place}"
             sources[place] = ExpertSource(name=member.name, model=where)
             if member.lora is not None:
-                name = f"expert-{place}"
-                opened.add(Expert(replace(member.lora, name=name, base=base)))
+                adapters.append(Expert(replace(member.lora, name=name, base=base)))
                 sources[place] = ExpertSource(name=member.name, model=where, library=library, expert=name)
+        if adapters:
+            ExpertLibrary.open(folder / library, base).add(*adapters)
     return [sources[place] for place in range(len(pool))]
 
 

@@ -327,7 +327,7 @@ def _dense(
 
     def text(part: int) -> WeightedText:
         chosen = [one.rows(cut[part]) for one, cut in zip(sets, cuts, strict=True)]
-        return WeightedText.sampled(weigh(teacher, chosen), [one.tokens_NT1 for one in chosen])
+        return WeightedText.sampled(weigh(teacher, chosen))
 
     real = None
     if section.real_fraction > 0.0:

@@ -1,6 +1,7 @@
 """Dense students: what they learn from weighted samples, teachers and real text; resumption; refusals."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "
 MODEL, DEEPER = (ModelConfig(architecture="llama", config={**SIZES, "num_hidden_layers": n}) for n in (1, 2))
 TEXTS = torch.tensor(LANGUAGE.texts)
 IDS = torch.cat([torch.full((len(TEXTS), 1), BOS), TEXTS], dim=1)  # every text after a start token: X x (T + 1)
-WEIGHTED = weigh(GATE, LANGUAGE.enumerated())
-TEXT = WeightedText.sampled(WEIGHTED, [IDS] * LANGUAGE.experts)
+WEIGHTED = weigh(GATE, [replace(one, tokens_NT1=IDS) for one in LANGUAGE.enumerated()])
+TEXT = WeightedText.sampled(WEIGHTED)
 
 
 def config(steps, **changes):
@@ -120,7 +121,7 @@ def test_stopped_and_continued_is_as_never_stopped(tmp_path):
         (lambda: WeightedText.of(np.zeros((2, 4)), weights_N=[1.0]), ConfigError, "weights_N has shape"),
         (lambda: WeightedText.of(np.zeros((0, 3))), DataError, "1 x 2 at least"),
         (lambda: WeightedText.of(np.zeros((2, 3)), weights_N=[0.0, 0.0]), NumericsError, "weights_N sum"),
-        (lambda: WeightedText.sampled(WEIGHTED, [IDS]), ConfigError, "by expert"),
+        (lambda: WeightedText.sampled(weigh(GATE, LANGUAGE.enumerated())), ConfigError, "tokens_NT1"),
     ],
 )
 def test_what_is_refused(make, error, match):
