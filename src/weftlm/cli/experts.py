@@ -11,7 +11,7 @@ from typer import Argument, Option, Typer
 from weftlm.cli import complete, options
 from weftlm.cli.command import Recipe, command, recipe_command
 from weftlm.cli.folders import takes
-from weftlm.cli.output import print_rows, say_yaml
+from weftlm.cli.output import print_rows, say, say_yaml
 
 LOSSES = {
     "bits/byte before": "losses.before.bits_per_byte", "after": "losses.after.bits_per_byte",
@@ -111,9 +111,12 @@ def list_(library: options.Library) -> Iterator[Any]:
 
     experts = list_experts(library)
     yield experts
-    rows = {each["name"]: {**each, "origin": each.get("origin", each.get("problem"))} for each in experts}
+    rows = {each["name"]: {"origin": "cannot be read", **each} for each in experts}
     columns = {"made from": "origin", "gate": "gate", "statistics": "statistics", **LOSSES}
     print_rows(str(library), rows, columns, first="expert")
+    for each in experts:
+        if "problem" in each:
+            say(f"{each['name']}: {each['problem']}", err=True)
 
 
 @command(app)

@@ -40,7 +40,7 @@ from weftlm.domains.histogram import (
 )
 from weftlm.domains.split import first_within, heldout_count
 from weftlm.errors import DataError
-from weftlm.files import SEAL, seal, whole_folder
+from weftlm.files import SEAL, seal, sweep, whole_folder
 from weftlm.pipeline.data_config import (
     MANIFEST,
     OTHER_DOMAIN,
@@ -89,6 +89,7 @@ def prepare(config: DataConfig, folder: str | Path, *, rebuild: bool = False, pr
     """
     folder = Path(folder)
     artifact = Artifact(folder / MANIFEST, data_identity(config), REMEDY)
+    sweep(folder.parent)
     if (found := _reuse(artifact, rebuild)) is not None:
         return found
 

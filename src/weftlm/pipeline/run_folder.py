@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ LOCK = ".lock"
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """Hold a run folder against other processes that write into it, and sweep the folders in it.
+    """Hold a run folder against other processes that write into it, and sweep it with all folders in it.
 
     Args:
         run: The folder.
@@ -29,6 +30,6 @@ def alone(run: Path) -> Iterator[None]:
         )
 
     with locked(run / LOCK, refusal, again=True):
-        for folder in run.iterdir():
-            sweep(folder)
+        for folder, _, _ in os.walk(run):
+            sweep(Path(folder))
         yield
