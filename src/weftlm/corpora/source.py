@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -57,7 +57,42 @@ class Source(Protocol):
         ...
 
 
-class ArraySource:
+class TokenReader:
+    """Reading of tokens that are in one array, in memory or mapped from disk; part of a `Source`."""
+
+    _tokens: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """See `Source.read`.
+
+        Raises:
+            IndexError: The run is not within the source.
+        """
+        self._check(start, start + count, count)
+        return self._tokens[start : start + count].astype(np.int64)
+
+    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """See `Source.read_many`.
+
+        Raises:
+            IndexError: A run is not within the source.
+        """
+        starts_N = np.asarray(starts_N, dtype=np.int64)
+        if len(starts_N) == 0 or count == 0:
+            return np.empty((len(starts_N), count), dtype=np.int64)
+        self._check(int(starts_N.min()), int(starts_N.max()) + count, count)
+        runs_TC = np.lib.stride_tricks.sliding_window_view(self._tokens, count)  # every run of `count` tokens, a view
+        return runs_TC[starts_N].astype(np.int64)
+
+    def _check(self, start: int, end: int, count: int) -> None:
+        if start < 0 or count < 0 or end > len(self):
+            raise IndexError(f"tokens {start} .. {end} of a source of {len(self)}")
+
+
+class ArraySource(TokenReader):
     """Tokens held in memory as a `Source`: for tests, benchmarks and loops that bring their own tokens.
 
     Args:
@@ -82,22 +117,3 @@ class ArraySource:
         self._tokens = np.ascontiguousarray(array, dtype=np.int64)
         self.bytes = text_bytes
         self.fingerprint = hashlib.blake2b(self._tokens.tobytes(), digest_size=16).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """See `Source.read`."""
-        self._check(start, start + count)
-        return self._tokens[start : start + count].copy()
-
-    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """See `Source.read_many`."""
-        if len(starts_N):
-            self._check(int(starts_N.min()), int(starts_N.max()) + count)
-        rows: NDArray[np.int64] = self._tokens[starts_N[:, None] + np.arange(count)]
-        return rows
-
-    def _check(self, first: int, end: int) -> None:
-        if first < 0 or end > len(self._tokens):
-            raise DataError(f"tokens {first} .. {end} were asked for; the source holds {len(self._tokens)}")

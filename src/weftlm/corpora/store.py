@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from weftlm.corpora.examples import Examples
 from weftlm.corpora.labels import folder_name
+from weftlm.corpora.source import TokenReader
 from weftlm.errors import DataError
 from weftlm.files import SEAL, check_sealed, read_object
 
@@ -57,7 +58,7 @@ class Vocabulary:
         return np.dtype("<u2") if self.size <= 1 << 16 else np.dtype("<u4")
 
 
-class TokenStore:
+class TokenStore(TokenReader):
     """A store opened for reading; a `Source`. Pickling keeps the path alone: the copy maps the files again.
 
     Args:
@@ -86,39 +87,15 @@ class TokenStore:
         self.vocab_size: int = index["vocab_size"]
         self.eos_id: int = index["eos_id"]
         self._length: int = index["tokens"]
-        self._windows: dict[int, NDArray[Any]] = {}
 
-    def __len__(self) -> int:
+    def __len__(self) -> int:  # without mapping the file, of which a process may hold but so many
         return self._length
 
     def __repr__(self) -> str:
-        return f"TokenStore({str(self.path)!r}, tokens={self._length}, documents={self.documents})"
+        return f"TokenStore({str(self.path)!r}, tokens={len(self)}, documents={self.documents})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (str(self.path), self.fingerprint)
-
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Tokens `start .. start + count`, a fresh int64 array of shape (count,).
-
-        Raises:
-            IndexError: The run is not within the store.
-        """
-        self._check_within(start, start + count, count)
-        return self._ids[start : start + count].astype(np.int64)
-
-    def read_many(self, starts_N: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """One run of `count` tokens from each start, a fresh int64 array of shape (N, count).
-
-        Raises:
-            IndexError: A run is not within the store.
-        """
-        starts_N = np.asarray(starts_N, dtype=np.int64)
-        if len(starts_N) == 0 or count == 0:
-            return np.empty((len(starts_N), count), dtype=np.int64)
-        self._check_within(int(starts_N.min()), int(starts_N.max()) + count, count)
-        if count not in self._windows:  # every run of `count` tokens, a view
-            self._windows[count] = np.lib.stride_tricks.sliding_window_view(self._ids, count)
-        return self._windows[count][starts_N].astype(np.int64)
 
     @property
     def document_bytes(self) -> NDArray[np.uint64]:
@@ -142,15 +119,11 @@ class TokenStore:
         return Examples.of(self, self.document_spans, prompts["tokens"], targets_N, self.eos_id)
 
     @cached_property
-    def _ids(self) -> NDArray[Any]:
+    def _tokens(self) -> NDArray[Any]:  # type: ignore[override]
         return self._map(TOKENS, Vocabulary(self.vocab_size, self.eos_id, self.tokenizer).dtype)
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.asarray(np.memmap(self.path / name, dtype=dtype, mode="r"))
-
-    def _check_within(self, start: int, end: int, count: int) -> None:
-        if start < 0 or count < 0 or end > self._length:
-            raise IndexError(f"tokens {start} .. {end} of a store of {self._length} ({self.path})")
 
 
 def open_stores(root: str | Path, verify: bool = True, tokenizer: str | None = None) -> dict[str, TokenStore]:

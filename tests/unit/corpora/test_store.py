@@ -196,14 +196,9 @@ def test_labels_that_differ_only_in_case_cannot_share_a_disk(tmp_path: Path) -> 
 TOKENIZER = train_tokenizer((document.text for document in DOCUMENTS), TrainConfig(vocab_size=300))
 
 
-def test_documents_come_back_in_order(tmp_path: Path) -> None:
+def test_progress_is_told_in_bytes_of_text(tmp_path: Path) -> None:
     seen: list[int] = []
     stores = tokenise_by_label(DOCUMENTS, TOKENIZER, tmp_path / "s", batch_bytes=500, progress=seen.append)
-    for label, store in stores.items():
-        mine = [document.text for document in DOCUMENTS if document.label == label]
-        assert TOKENIZER.decode(store.read(0, len(store))) == "".join(text + "<|endoftext|>" for text in mine)
-        assert store.bytes == len("".join(mine).encode())
-        assert store.tokenizer == TOKENIZER.fingerprint
     assert len(seen) > 3
     assert seen == sorted(set(seen))
     assert seen[-1] == sum(store.bytes for store in stores.values())
