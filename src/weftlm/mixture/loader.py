@@ -43,17 +43,18 @@ def sequence_counts(sources: Sequence[Source], sequence_length: int, names: Sequ
     """Training sequences in each source: (tokens - 1) // T.
 
     Raises:
-        DataError: a source is too short for one; the message names the domain.
+        DataError: sources are too short for one; the message names the domains.
     """
     if sequence_length < 1:
         raise ConfigError(f"sequence_length is {sequence_length}; it must be at least 1 token")
     counts = [(len(source) - 1) // sequence_length for source in sources]
-    for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
-        if count < 1:
-            raise DataError(
-                f"domain {names[index] if names else str(index)!r} has {len(source)} tokens; one training sequence "
-                f"needs {sequence_length + 1}; give it more text, shorten the sequences or leave it out"
-            )
+    named = zip(names or range(len(sources)), sources, counts, strict=True)
+    if short := [f"{str(name)!r} ({len(source)} tokens)" for name, source, count in named if count < 1]:
+        raise DataError(
+            f"too short for one training sequence of {sequence_length + 1} tokens: domain {', '.join(short[:8])}; "
+            "give it more text, shorten the sequences, or have data.domains.min_tokens and data.domains.small drop or "
+            "join such domains"
+        )
     return counts
 
 

@@ -159,11 +159,7 @@ class MixtureSampler:
             raise ConfigError(f"{len(self.names)} names for {len(sizes_D)} domains; give one name each")
         if (sizes_D < 1).any():
             short = [self.names[index] for index in np.flatnonzero(sizes_D < 1)[:8]]
-            raise ConfigError(
-                f"too short for one training sequence: domain {', '.join(map(repr, short))}; a sequence of T tokens "
-                "needs T + 1; give the domain more text, shorten the sequences, or have "
-                "data.domains.min_tokens and data.domains.small drop or join such domains"
-            )
+            raise ConfigError(f"domain {', '.join(map(repr, short))} has no sequence; leave it out")
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1 sequence")
         if not 0 <= seed < 2**63:

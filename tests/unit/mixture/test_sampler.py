@@ -228,7 +228,7 @@ def test_fractions_of_an_epoch_round_down_but_not_below_what_was_meant() -> None
         ({"exhaustion": "stop", "max_epochs": 0.01}, "of domain 'a' .* is less than one sequence"),
         ({"exhaustion": "stop", "max_epochs": [1.0]}, r"shape \(1,\) for 2 domains"),
         ({"exhaustion": "wrap"}, "allowed: 'repeat', 'drop', 'stop'"),
-        ({"sequences_D": [3, 0]}, "too short for one training sequence: domain 'b'"),
+        ({"sequences_D": [3, 0]}, "domain 'b' has no sequence"),
         ({"sequences_D": [], "names": None}, "at least one"),
         ({"batch_size": 0}, "at least 1"),
         ({"seed": -1}, r"0 \.\. 2\*\*63"),
