@@ -60,7 +60,7 @@ def gate(
 
     Its statistics are collected again too. The adapter stays as it is and no other expert is read. An imported adapter
     gets its gate in the same way. Settings are experts.gate, experts.statistics_examples and experts.embedder:
-    --set experts.gate.steps=300.
+    --set experts.gate.steps=300. With 0 steps, or examples, an expert's gate, or statistics, are taken away.
     """
     from weftlm.pipeline.experts import gate_expert
 
