@@ -65,7 +65,7 @@ _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")
 databases, pickles and text of wide characters from UTF-8."""
 
 log = logging.getLogger(__name__)
-csv.field_size_limit(1 << 26)
+csv.field_size_limit(DOCUMENT_BYTES)
 
 
 @dataclass

@@ -368,15 +368,19 @@ def _open_dataset(config: CorpusConfig) -> Any:
     name = locate(str(config.dataset), "data.corpora: dataset", revision=config.revision, repository="dataset")
     if Path(name).is_dir():
         dataset_files(Path(name))
+    asked = f"dataset {str(config.dataset)!r} (config {config.config}, split {config.split}) cannot be opened"
     try:
         if not _is_saved_dataset(Path(name)):
             return datasets.load_dataset(
                 name, config.config, split=config.split, streaming=config.streaming, revision=config.revision
             )
         loaded = datasets.load_from_disk(name)
-        return loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     except WeftError:
         raise
     except Exception as error:
-        asked = f"dataset {str(config.dataset)!r} (config {config.config}, split {config.split})"
-        raise DataError(f"{asked} cannot be opened: {reason(error)}") from error
+        raise DataError(f"{asked}: {reason(error)}") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if config.split not in loaded:
+        raise DataError(f"{asked}: it has the splits {', '.join(map(str, loaded)) or '(none)'}")
+    return loaded[config.split]

@@ -67,7 +67,6 @@ class StoreWriter:
 
     Attributes:
         documents: Documents appended so far over all stores.
-        bytes: UTF-8 bytes of their text.
         waiting_bytes: Memory of what is not on disk yet.
     """
 
@@ -77,7 +76,7 @@ class StoreWriter:
         self._names: dict[str, str] = {}
         self._examples: dict[str, bool] = {}
         self._waiting: defaultdict[Path, list[bytes]] = defaultdict(list)
-        self.documents = self.bytes = self.waiting_bytes = 0
+        self.documents = self.waiting_bytes = 0
 
     def append(
         self, tokens: ArrayLike, text_bytes: int, label: str, origin: str = "", prompt: tuple[int, int] | None = None
@@ -120,7 +119,6 @@ class StoreWriter:
         if prompt is not None:
             self._wait(name, PROMPTS, np.array(prompt, PROMPT))
         self.documents += 1
-        self.bytes += int(text_bytes)
         if self.waiting_bytes >= self._buffer_bytes:
             self._flush()
 

@@ -1,6 +1,7 @@
 """Damaged, misnamed, hostile and endless inputs: for every reader a `DataError` with file and place, in little time."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -219,6 +220,7 @@ def test_a_bomb_of_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
 def test_one_document_is_bounded(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert csv.field_size_limit() == formats.DOCUMENT_BYTES
     for module in ("formats", "reading"):
         monkeypatch.setattr(f"weftlm.corpora.{module}.DOCUMENT_BYTES", 1 << 21)
     text = "word " * (1 << 19)
