@@ -31,6 +31,13 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> tor
     )  # fmt: skip
 
 
+def _weights(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Trained weights and persistent buffers, under the names they have in checkpoints."""
+    kept = module.state_dict()
+    held = {**parameters, **{name: buffer for name, buffer in module.named_buffers() if name in kept}}
+    return {f"model.{name}": tensor for name, tensor in held.items()}
+
+
 def dump_tensors(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -46,13 +53,12 @@ def dump_tensors(
         parameters: its trainable parameters. Where they are sharded every rank must call this.
         keep: False gives nothing, and only takes part in gathering.
     """
-    kept = module.state_dict()
-    found: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    found |= {f"model.{name}": buffer for name, buffer in module.named_buffers() if name in kept}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            found[f"optimizer.{key}.{name}"] = value
-    return gathered(found, keep=keep)
+    moments = {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    return gathered({**_weights(module, parameters), **moments}, keep=keep)
 
 
 def load_tensors(
@@ -66,14 +72,11 @@ def load_tensors(
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    kept = module.state_dict()
-    wanted = {**parameters, **{name: buffer for name, buffer in module.named_buffers() if name in kept}}
-    held = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
-    if held != set(wanted):
-        odd = sorted(held ^ set(wanted))
+    wanted = _weights(module, parameters)
+    if odd := sorted({name for name in tensors if name.startswith("model.")} ^ wanted.keys()):
         raise CheckpointError(f"the checkpoint is of another model: {odd[0]!r} and {len(odd) - 1} more do not match")
     for name, tensor in wanted.items():
-        put(tensor, tensors[f"model.{name}"])
+        put(tensor, tensors[name])
     for name, parameter in parameters.items():
         stored = {key: tensors[at] for key in _MOMENTS if (at := f"optimizer.{key}.{name}") in tensors}
         if stored:
