@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,37 +24,31 @@ class Example(NamedTuple):
     target_C: NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
 class Examples:
     """The examples of a source of tokens.
 
-    Attributes:
+    Args:
         source: Source of the tokens.
+        spans_N2: Start and end of each document in tokens, its end-of-document token included, int64.
+        prompts: Tokens of each prompt.
+        target_bytes: UTF-8 bytes of each target.
+        eos_id: End-of-document token.
+    Attributes:
         starts_N: Position of each example's first token, int64.
         prompts_N: Tokens of each prompt, int64.
         targets_N: Tokens of each target, the end-of-document token not counted, int64.
         target_bytes_N: UTF-8 bytes of each target, int64.
-        eos_id: End-of-document token.
         fingerprint: Fingerprint of the source, which covers where prompts end.
     """
 
-    source: Source = field(repr=False)
-    starts_N: NDArray[np.int64] = field(repr=False)
-    prompts_N: NDArray[np.int64] = field(repr=False)
-    targets_N: NDArray[np.int64] = field(repr=False)
-    target_bytes_N: NDArray[np.int64] = field(repr=False)
-    eos_id: int
-    fingerprint: str
-
-    @classmethod
-    def of(
-        cls, source: Source, spans_N2: NDArray[np.int64], prompts: ArrayLike, target_bytes: ArrayLike, eos_id: int
-    ) -> Examples:
-        """From each document's span (its end-of-document token included), prompt in tokens and target in bytes."""
-        prompts_N = np.asarray(prompts).astype(np.int64)
-        targets_N = spans_N2[:, 1] - spans_N2[:, 0] - 1 - prompts_N
-        sizes_N = np.asarray(target_bytes).astype(np.int64)
-        return cls(source, spans_N2[:, 0].copy(), prompts_N, targets_N, sizes_N, eos_id, source.fingerprint)
+    def __init__(
+        self, source: Source, spans_N2: NDArray[np.int64], prompts: ArrayLike, target_bytes: ArrayLike, eos_id: int
+    ) -> None:
+        self.source, self.eos_id, self.fingerprint = source, eos_id, source.fingerprint
+        self.starts_N = spans_N2[:, 0].copy()
+        self.prompts_N = np.asarray(prompts).astype(np.int64)
+        self.targets_N = spans_N2[:, 1] - spans_N2[:, 0] - 1 - self.prompts_N
+        self.target_bytes_N = np.asarray(target_bytes).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.starts_N)
@@ -106,7 +99,7 @@ class ExampleSource(ArraySource):
         self.fingerprint = total.hexdigest()
         ends_N = np.cumsum(lengths_N)
         spans_N2 = np.stack([ends_N - lengths_N, ends_N], axis=1)
-        self.examples = Examples.of(self, spans_N2, prompts_N, sizes_N, eos_id)
+        self.examples = Examples(self, spans_N2, prompts_N, sizes_N, eos_id)
 
 
 def examples_of(source: object) -> Examples | None:

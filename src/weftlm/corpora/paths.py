@@ -69,10 +69,7 @@ def dataset_files(folder: Path) -> list[Path]:
     def refuse(entry: str) -> None:
         raise DataError(f"dataset {str(folder)!r} holds {entry}; remove it")
 
-    try:
-        return list(_below(folder, [("**",)], _root(folder), refuse))
-    except OSError as error:
-        raise DataError(f"dataset {str(folder)!r} cannot be read: {reason(error)}") from error
+    return corpus_files(str(folder), refuse)[0]
 
 
 def _below(folder: Path, globs: Iterable[tuple[str, ...]], root: Path, ignore: Ignore) -> Iterator[Path]:

@@ -91,12 +91,7 @@ class ReadingReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the counts by label, as JSON."""
-        plain = {name: value for name, value in vars(self).items() if name != "faults_by_label"}
-        return {
-            **plain,
-            "problems": dict(sorted(self.problems.items())),
-            "examples": dict(sorted(self.examples.items())),
-        }
+        return {name: value for name, value in vars(self).items() if name != "faults_by_label"}
 
 
 def read_documents(config: CorpusConfig, report: ReadingReport) -> Iterator[Document]:

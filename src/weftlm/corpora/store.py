@@ -116,7 +116,7 @@ class TokenStore(TokenReader):
             return None
         prompts = self._map(PROMPTS, PROMPT)
         targets_N = self.document_bytes - prompts["text_bytes"]
-        return Examples.of(self, self.document_spans, prompts["tokens"], targets_N, self.eos_id)
+        return Examples(self, self.document_spans, prompts["tokens"], targets_N, self.eos_id)
 
     @cached_property
     def _tokens(self) -> NDArray[Any]:  # type: ignore[override]

@@ -61,7 +61,7 @@ def test_what_cannot_be_scored_is_said() -> None:
     model, source = llama(), task()
     with pytest.raises(ConfigError, match="sequence_length is 1; it must be at least 2"):
         evaluate_examples(model, source.examples, sequence_length=1, batch_size=2)
-    none = Examples.of(source, np.zeros((0, 2), np.int64), [], [], EOS)
+    none = Examples(source, np.zeros((0, 2), np.int64), [], [], EOS)
     with pytest.raises(DataError, match="holds no example"):
         evaluate_examples(model, none, sequence_length=8, batch_size=2)
     unknown = evaluate_examples(model, ExampleSource([([1], [2])], EOS).examples, sequence_length=8, batch_size=2)
