@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command_line import Call
-from support.tiny_project import command, environment, write_corpora, write_recipe
-
-Weftlm = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def weftlm(tmp_path: Path) -> Weftlm:
-    """Run `weftlm ...` in the test's folder and return the finished process."""
-
-    def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
-        finished = subprocess.run(
-            command(*arguments),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment(),
-            timeout=300,
-            check=False,
-        )
-        if check is not None:
-            assert finished.returncode == check, finished.stderr
-        return finished
-
-    return run
+from support.tiny_project import write_corpora, write_recipe
 
 
 @pytest.fixture

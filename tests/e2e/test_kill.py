@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -13,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-
-from weftlm.cli.main import main
+from support.command_line import start
 
 Write = Callable[..., Path]
 
@@ -27,27 +24,13 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def start(folder: Path, recipe: Path, run: str) -> int:
-    """`weftlm train` in a process of its own, forked from this one so that nothing is imported again; its number."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.chdir(folder)
-            # The parent's native thread pool is gone after a fork.
-            torch.set_num_threads(torch.get_num_threads())
-            with open(os.devnull, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                main(["train", str(recipe), "--set", f"run={run}", "--set", "prepared=prepared"])
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        finally:
-            os._exit(code)
-    return child
+def begin(folder: Path, recipe: Path, run: str) -> int:
+    """`weftlm train` in a process of its own; its number."""
+    return start(folder, "train", recipe, "--set", f"run={run}", "--set", "prepared=prepared")
 
 
 def train(folder: Path, recipe: Path, run: str) -> None:
-    assert os.waitstatus_to_exitcode(os.waitpid(start(folder, recipe, run), 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(begin(folder, recipe, run), 0)[1]) == 0
 
 
 def logged_step(run: Path) -> int:
@@ -57,7 +40,7 @@ def logged_step(run: Path) -> int:
 
 def kill_somewhere(folder: Path, recipe: Path, run: str, rng: random.Random) -> int:
     """Start a run and kill it at a random moment after it has gone on some steps; returns the last logged step."""
-    enough, child = logged_step(folder / run) + rng.choice((5, 10, 15)), start(folder, recipe, run)
+    enough, child = logged_step(folder / run) + rng.choice((5, 10, 15)), begin(folder, recipe, run)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
         if logged_step(folder / run) >= enough:

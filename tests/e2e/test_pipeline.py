@@ -6,15 +6,14 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import Call
-from support.tiny_project import WORDS, command, environment, recipe_value
+from support.command_line import Call, start
+from support.tiny_project import WORDS, recipe_value
 
 from weftlm.pipeline.any_model import open_model
 from weftlm.serving.server import Server
@@ -151,15 +150,15 @@ def test_a_run_is_looked_at_from_anywhere(
 def test_a_killed_pipeline_continues(call: Call, recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe({"training": {**recipe_value()["training"], "steps": 4000, "save_every_steps": 5}})
     checkpoints = tmp_path / "runs/one/checkpoints"
-    process = subprocess.Popen(command("run", path), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    process = start(tmp_path, "run", path)
     try:
         end = time.monotonic() + 120
         while not any(checkpoints.glob("step-*")) and time.monotonic() < end:
-            assert process.poll() is None
+            assert os.waitpid(process, os.WNOHANG) == (0, 0)
             time.sleep(0.05)
         assert states(call)["train"] == "running"
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
     assert states(call) == {"prepare": "done", "train": "interrupted", "evaluate": "to do", "report": "to do"}
     assert acts(call)["train"] == "continue"

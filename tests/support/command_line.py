@@ -1,12 +1,15 @@
-"""The command line, called in the test's own process."""
+"""The command line, called in the test's own process or in a fork of it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from weftlm.cli.main import main
 
@@ -32,3 +35,22 @@ class Call:
         if code:
             return printed.err
         return json.loads(printed.out) if "--json" in arguments else printed.out
+
+
+def start(folder: Path, *arguments: str | Path) -> int:
+    """A command in a process of its own, forked from this one so that nothing is imported again; its number."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            # The parent's native thread pool is gone after a fork.
+            torch.set_num_threads(torch.get_num_threads())
+            with open(os.devnull, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            os._exit(code)
+    return child

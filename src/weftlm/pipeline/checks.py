@@ -115,7 +115,6 @@ class Known:
 def known_domains(recipe: Recipe) -> list[str] | None:
     """Names of the domains: of the prepared data, or of the recipe's labels where those are all there will be."""
     folder, data = recipe.prepared_folder, recipe.data
-    labels: set[str] = set()
     try:
         if (folder / MANIFEST).exists():
             from weftlm.pipeline.prepared import read_manifest  # noqa: PLC0415 - torch
@@ -125,9 +124,8 @@ def known_domains(recipe: Recipe) -> list[str] | None:
         found = [None] if others else [known_labels(each) for each in data.labelled("corpora")]
     except DataError:  # the text is elsewhere
         return None
-    for each in found:
-        if each is None:
-            return None
-        labels |= each
+    labels = {label for each in found for label in each or ()}
     refuse_reserved(labels)
+    if None in found:
+        return None
     return [*sorted(labels), *([TARGET_DOMAIN] if data.domains.include_target else [])]
