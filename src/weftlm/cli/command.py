@@ -75,9 +75,11 @@ def recipe_command(
             from weftlm.pipeline.checks import check_recipe
             from weftlm.pipeline.recipe import load_recipe, require_experts
 
-            needs = {"training": lambda recipe: recipe.trained, "data": lambda recipe: None}.get(topic, require_experts)
             resolved = load_recipe(recipe, set_ or [])
-            needs(resolved)
+            if topic == "training":
+                _ = resolved.trained
+            elif topic == "experts":
+                require_experts(resolved)
             check_recipe(resolved, ask=not dry_run, whole=False)
             yield from _described(resolved, topic) if dry_run else work(resolved, **given)
 

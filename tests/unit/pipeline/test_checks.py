@@ -74,6 +74,14 @@ MISTAKES: dict[str, Mistake] = {
     "architecture": ({"model": {"architecture": "lama"}}, "is no transformers model type"),
     "base mistyped": ({"experts": {"base": "llamaa"}}, "did you mean llama?"),
     "base is an adapter": ({"experts": {"base": "adapter"}}, "is an adapter over another model"),
+    "modules of the base": (
+        {"experts": {"base": "llama", "lora": {"target_modules": ["q_prj"]}}},
+        "experts.lora.target_modules",
+    ),
+    "modules of the trained base": (
+        {"experts": {"lora": {"target_modules": ["c_attn"]}}},
+        "experts.lora.target_modules",
+    ),
     "import mistyped": ({"experts": {"imports": [{"source": "adaptor"}]}}, "did you mean adapter?"),
     "import without a domain": (
         {"experts": {"imports": [{"source": "adapter", "domain": "baking"}]}},
