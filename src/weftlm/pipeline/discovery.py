@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -18,6 +18,7 @@ from weftlm.domains.split import first_within
 from weftlm.errors import DataError
 from weftlm.pipeline.data_config import DataConfig, refuse_reserved
 from weftlm.pipeline.documents import Documents
+from weftlm.progress import ProgressBar
 
 Item = TypeVar("Item")
 
@@ -82,7 +83,7 @@ def by_label(documents: Documents) -> Discovered:
     return Discovered(tuple(names), np.where(corpus_N | heldout_N, table[documents.label_N], -1))
 
 
-def by_clusters(documents: Documents, config: DataConfig, tick: Callable[[int], None]) -> Discovered:
+def by_clusters(documents: Documents, config: DataConfig, progress: bool) -> Discovered:
     """Domains discovered: fit on a bounded sample, assign every document, dissolve clusters with too little text.
 
     Raises:
@@ -107,15 +108,16 @@ def by_clusters(documents: Documents, config: DataConfig, tick: Callable[[int], 
         for batch in batches(documents.stream(chosen_N), embedding.batch_documents):
             texts = [document.text for _, document in batch]
             domain_N[[number for number, _ in batch]] = to.assign(embedder.embed(texts))
-            tick(len(batch))
+            counter.advance(len(batch))
 
-    assign(corpus_N, clusters)
-    sizes_C = np.bincount(domain_N[corpus_N], documents.bytes_N[corpus_N], len(clusters))
-    kept_C = (sizes_C > 0) & (sizes_C >= options.min_bytes)
-    kept = clusters.keep(kept_C)
-    dissolved_N = corpus_N & ~kept_C[domain_N]
-    domain_N[corpus_N] = (np.cumsum(kept_C) - 1)[domain_N[corpus_N]]
-    assign(dissolved_N | documents.of("heldout"), kept)
+    with ProgressBar("cluster", total=int(corpus_N.sum()), unit="documents", enabled=progress) as counter:
+        assign(corpus_N, clusters)
+        sizes_C = np.bincount(domain_N[corpus_N], documents.bytes_N[corpus_N], len(clusters))
+        kept_C = (sizes_C > 0) & (sizes_C >= options.min_bytes)
+        kept = clusters.keep(kept_C)
+        dissolved_N = corpus_N & ~kept_C[domain_N]
+        domain_N[corpus_N] = (np.cumsum(kept_C) - 1)[domain_N[corpus_N]]
+        assign(dissolved_N | documents.of("heldout"), kept)
     width = len(str(len(kept) - 1))
     names = tuple(f"cluster_{number:0{width}d}" for number in range(len(kept)))
     return Discovered(names, domain_N, embedder, kept)

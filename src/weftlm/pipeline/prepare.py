@@ -151,7 +151,8 @@ class _Preparation:
         path = self.folder / "documents.parquet"
         read = self._read(path)
         self.documents = Documents(path)
-        self.found = self._discover()
+        by_cluster = self.config.domains.by == "clusters"
+        self.found = by_clusters(self.documents, self.config, self.progress) if by_cluster else by_label(self.documents)
         self._split()
         self.tokenizer = self._make_tokenizer()
         self._merge_small()
@@ -240,13 +241,6 @@ class _Preparation:
         what = "disappears" if kept == 0 else f"loses {(total - kept) / total:.0%} of its documents"
         of = "text without a label" if name == _NO_LABEL else f"domain {name!r}"
         self.warnings.append(f"{of} {what}: {total} read, {why}, {kept} kept")
-
-    def _discover(self) -> Discovered:
-        if self.config.domains.by != "clusters":
-            return by_label(self.documents)
-        total = int(self.documents.of("corpora").sum())
-        with ProgressBar("cluster", total=total, unit="documents", enabled=self.progress) as counter:
-            return by_clusters(self.documents, self.config, counter.advance)
 
     # -- which documents are used for what ------------------------------------------------------------------------
 
@@ -397,16 +391,15 @@ class _Preparation:
 
     def _tokenise(self, losses: Mapping[str, TextLoss]) -> dict[str, dict[str, TokenStore]]:
         """Write the token stores, `train` and `heldout`, by domain; those of the target as `TARGET_DOMAIN`."""
-        labels = (*self.found.names, TARGET_DOMAIN)
-        lossy = [
+        labels, cap = (*self.found.names, TARGET_DOMAIN), self.config.domains.max_train_tokens
+        lost = [
             label
             for label, name in zip(labels, self.names, strict=True)
             if name in losses and losses[name].lost > LOST_ACCEPTED
         ]
+        limits = {} if cap is None else dict.fromkeys(self.found.names, cap)
         found: dict[str, dict[str, TokenStore]] = {"train": {}, "heldout": {}}
-        cap = self.config.domains.max_train_tokens
-        train: dict[str, Any] = {"limits": {} if cap is None else dict.fromkeys(self.found.names, cap)}
-        for name, chosen_N, how in (("train", self.train_N, train), ("heldout", self.heldout_N, {"lossy": lossy})):
+        for name, chosen_N in (("train", self.train_N), ("heldout", self.heldout_N)):
             documents = (
                 replace(document, label=labels[self.group_N[number]])
                 for number, document in self.documents.stream(chosen_N)
@@ -414,8 +407,11 @@ class _Preparation:
             with ProgressBar(f"tokenise {name}", unit="bytes", enabled=self.progress) as counter:
                 if chosen_N.any():
                     found[name] = tokenise_by_label(
-                        documents, self.tokenizer, self.folder / name, progress=counter.update, **how
-                    )
+                        documents, self.tokenizer, self.folder / name,
+                        limits=limits if name == "train" else None,
+                        lossy=lost if name == "heldout" else (),
+                        progress=counter.update,
+                    )  # fmt: skip
         if empty := [name for name in self.found.names if name not in found["train"]]:
             raise DataError(
                 f"no example of {_listed(empty, 5)} fits into data.domains.max_train_tokens, {cap}; raise it"
