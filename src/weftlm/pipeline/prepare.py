@@ -51,7 +51,7 @@ from weftlm.pipeline.data_config import (
     DataConfig,
     data_identity,
 )
-from weftlm.pipeline.discovery import Discovered, batches, by_clusters, by_label
+from weftlm.pipeline.discovery import batches, by_clusters, by_label
 from weftlm.pipeline.documents import Documents, write_documents
 from weftlm.pipeline.prepared import FATES, PreparedData
 from weftlm.progress import ProgressBar
