@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,11 @@ def test_a_worker_process_makes_what_this_one_makes_and_ranks_deal_experts_out(
     data.tokenizer.save(tmp_path / "base")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    experts.train_experts(load_recipe("recipe.yaml"), progress=False)
-    torch.set_num_threads(threads)
-    assert ranks(__file__, "dealt", tmp_path) == [[name] for name in NAMES]
     with processes(1) as executor:
+        executor.submit(import_module, experts.__name__)  # it starts while this process trains
+        experts.train_experts(load_recipe("recipe.yaml"), progress=False)
+        torch.set_num_threads(threads)
+        assert ranks(__file__, "dealt", tmp_path) == [[name] for name in NAMES]
         experts.train_experts(load_recipe("recipe.yaml", ["run=two"]), executor=executor, progress=False)
     one, two = ExpertLibrary.open(tmp_path / "one/experts"), ExpertLibrary.open(tmp_path / "two/experts")
     assert one.names == two.names == NAMES

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.experts import llama, make_expert, make_pool, padded, prompts, renamed, t5
-from support.routing import Problem, assert_solve, generate, inputs_for, kernel_problem, logits, recorded
+from support.routing import WAYS, Problem, assert_solve, generate, inputs_for, kernel_problem, logits, recorded
 from torch import Tensor
 
 from weftlm.errors import ConfigError, ExpertError
@@ -274,10 +274,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @QUICK
 @given(problem=problems())
 def test_every_way_to_the_routed_product_agrees(problem: Problem) -> None:
-    ways = ["routed", "gather", "each", "dense", "packed", "loop"]
-    if kernels._can_group(problem[3], problem[4]):
-        ways.append("grouped")
-    assert_solve(problem, **{way: getattr(kernels, f"{way}_delta")(*problem) for way in ways})
+    assert_solve(problem, **{way: kernel(*problem) for way, kernel in WAYS.items()})
 
 
 @QUICK

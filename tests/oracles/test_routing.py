@@ -43,7 +43,7 @@ from weftlm.experts.lora import write_lora
 from weftlm.routing import kernels
 from weftlm.routing.arrow import first_singular_vector
 from weftlm.routing.config import RouterConfig
-from weftlm.routing.routed_linear import RoutedLinear
+from weftlm.routing.pool import ModulePool
 from weftlm.routing.routed_model import RoutedModel
 from weftlm.routing.router import Call, Router, Routing, TargetModule, build_router
 
@@ -64,24 +64,12 @@ def test_kernels_equal_a_float64_loop(problems: list[Problem]) -> None:
 
 def test_a_large_pool_is_looped_over_where_products_cannot_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for way in ("dense", "loop"):
+    for way in ("dense", "grouped"):
         monkeypatch.setattr(kernels, f"{way}_delta", lambda *_, way=way: taken.append(way))
     for tokens, experts in ((40, 2), (500, 100)):
         u_NI, *rest = kernel_problem(tokens, 2, experts, 8, 256, 256, "drawn", torch.float64)
         kernels.routed_delta(u_NI.requires_grad_(), *rest)
-    assert taken == ["dense", "loop"]
-
-
-def test_packing_serves_inference_mode_and_its_outside_and_calls_of_other_sizes_in_turn() -> None:
-    sizes = [(40, 2, 5, 8, 16, 24), (2, 1, 1, 4, 8, 8), (64, 3, 9, 16, 32, 8), (40, 2, 5, 8, 16, 24)]
-    problems = [kernel_problem(*size, "skewed", torch.float32) for size in sizes]
-    kernels._SCRATCH.__dict__.clear()
-    results = []
-    for problem, mode in zip(problems, (torch.inference_mode, torch.no_grad) * 2, strict=True):
-        with mode():
-            results.append(kernels.packed_delta(*problem))
-    for problem, delta_NO in zip(problems, results, strict=True):  # each has memory of its own
-        assert_solve(problem, packed=delta_NO)
+    assert taken == ["dense", "grouped"]
 
 
 def dense_formula(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: Tensor, B_ERO: Tensor) -> Tensor:
@@ -90,7 +78,7 @@ def dense_formula(u_NI: Tensor, experts_NK: Tensor, weights_NK: Tensor, A_ERI: T
     return torch.einsum("ne,ero,eri,ni->no", p_NE, B_ERO, A_ERI, u_NI)
 
 
-@pytest.mark.parametrize("way", ["routed", "gather", "grouped", "dense", "loop"])
+@pytest.mark.parametrize("way", ["routed", "gather", "grouped", "dense"])
 @pytest.mark.parametrize("assigned", ["even", "skewed"])
 def test_gradients_equal_autograd_of_the_dense_formula(way: str, assigned: str) -> None:
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(40, 2, 7, 8, 16, 24, assigned, torch.float32)
@@ -106,7 +94,7 @@ def test_gradients_equal_autograd_of_the_dense_formula(way: str, assigned: str) 
         assert float((got - want).abs().max() / want.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("way", ["routed", "gather", "dense"])
+@pytest.mark.parametrize("way", ["routed", "gather", "dense", "grouped"])
 def test_gradcheck_in_float64(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FEW_ASSIGNMENTS", 0)
     u_NI, experts_NK, weights_NK, A_ERI, B_ERO = kernel_problem(4, 2, 3, 4, 4, 8, "drawn", torch.float64)
@@ -462,11 +450,11 @@ def test_fixed_weights_folded_equal_those_computed_for_every_token(
     routed = RoutedModel(model, make_pool(model), section)
     given = inputs_for(model)
     folded = logits(routed, **given)
-    assert all(module.folded is not None for module in model.modules() if isinstance(module, RoutedLinear))
+    assert all(module.folded is not None for module in model.modules() if isinstance(module, ModulePool))
     monkeypatch.setattr("weftlm.routing.routed_model.folded_weight", lambda *args: None)
     routed.use_router(section)
     torch.testing.assert_close(logits(routed, **given), folded, rtol=1e-4, atol=1e-4)
-    assert not any(module.folded is not None for module in model.modules() if isinstance(module, RoutedLinear))
+    assert not any(module.folded is not None for module in model.modules() if isinstance(module, ModulePool))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

@@ -119,8 +119,6 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "each": kernels.each_delta,
     "dense": kernels.dense_delta,
     "grouped": kernels.grouped_delta,
-    "packed": kernels.packed_delta,
-    "loop": kernels.loop_delta,
 }
 """All ways to the routed product."""
 

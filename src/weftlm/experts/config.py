@@ -96,14 +96,11 @@ class AdapterTraining(TrainingConfig):
         if value.get("steps") is None and value.get("tokens") is None:
             value = {**value, "steps": DEFAULT_STEPS}
         if "warmup_steps" not in value:
-            size = {
-                key: value.get(key, cls.model_fields[key].default) for key in ("batch_sequences", "sequence_length")
-            }
-            steps, tokens = value.get("steps"), value.get("tokens")
-            if steps is None and all(type(number) is int and number > 0 for number in (tokens, *size.values())):
-                steps = math.ceil(tokens / (size["batch_sequences"] * size["sequence_length"]))
-            if type(steps) is int and steps > 0:
-                value = {**value, "warmup_steps": warmup_of(steps)}
+            try:
+                steps = TrainingConfig.model_validate(value).total_steps
+            except ValidationError:
+                return value  # whose faults are reported
+            value = {**value, "warmup_steps": warmup_of(steps)}
         return value
 
 

@@ -148,7 +148,7 @@ class Statistics:
     Attributes:
         means: mean over examples of the mean module input (base model with this expert switched on), v_I by module.
         embeddings_NF: unit-length embeddings of N training inputs, for retrieval.
-        embedder: Name of their embedder ("tokens-1024", "sentence-transformers:NAME"), for queries.
+        embedder: Name of their embedder ("tokens-1024"), for queries.
         token_counts_V: how often each token id occurs in the sampled training tokens.
         bigram_counts_K: counts of hashed (previous, next) token pairs, K buckets (`bigram_bucket`).
         facts: examples, tokens, data fingerprint, seed.

@@ -51,6 +51,15 @@ class _File(Section):
     blake2b: str
 
 
+class _Manifest(Section):
+    """What `library.json` holds; entries are checked when they are used, so that a broken one spoils no other."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    base: BaseReference
+    experts: dict[str, Any]
+
+
 class _Entry(Section):
     """An expert in the manifest."""
 
@@ -91,12 +100,7 @@ class ExpertLibrary:
             with library._writing():
                 if not (folder / MANIFEST).exists():
                     library._commit({})
-        try:
-            library = cls(folder, BaseReference(**_read_manifest(folder).get("base")))  # type: ignore[arg-type]
-        except TypeError as error:
-            raise ExpertError(
-                f"library {folder}: {MANIFEST} does not say which base it is for; restore it from a copy"
-            ) from error
+        library = cls(folder, _read_manifest(folder).base)
         if base is not None:
             library._check_base(f"the base {base.name!r}", base)
         return library
@@ -196,8 +200,7 @@ class ExpertLibrary:
         })  # fmt: skip
 
     def _entries(self) -> dict[str, Any]:
-        entries: dict[str, Any] = _read_manifest(self.folder)["experts"]
-        return entries
+        return _read_manifest(self.folder).experts
 
     def _entry(self, name: str, entries: Mapping[str, Any] | None = None) -> _Entry:
         entries = self._entries() if entries is None else entries
@@ -361,19 +364,20 @@ def _described(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> _Manifest:
+    cure = "restore it from a copy"
     try:
-        manifest = read_object(folder / MANIFEST, "restore it from a copy")
+        manifest = read_object(folder / MANIFEST, cure)
     except DataError as error:
         raise ExpertError(f"library {folder}: {error}") from error
     if manifest is None:
         raise ExpertError(f"{folder} holds no expert library (no {MANIFEST}); create one, or check the path")
-    found = manifest.get("format")
-    if found != FORMAT:
+    if (found := manifest.get("format")) != FORMAT:
         raise ExpertError(f"library {folder} has format {found!r}; this version reads {FORMAT!r}")
-    if not isinstance(manifest.get("experts"), dict):
-        raise ExpertError(f"library {folder}: {MANIFEST} lists no experts; restore it from a copy")
-    return manifest
+    try:
+        return validate(_Manifest, manifest, MANIFEST)
+    except ConfigError as error:
+        raise ExpertError(f"library {folder}: {'; '.join(str(error).splitlines())}; {cure}") from error
 
 
 def _check_known(name: str, entries: Mapping[str, Any]) -> None:

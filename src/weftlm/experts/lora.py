@@ -19,24 +19,25 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model_state_dict
+from pydantic import ConfigDict, Field, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, ExpertError, did_you_mean, reason
 from weftlm.experts.expert import CONFIG, WEIGHTS, BaseReference, LoRAExpert, LoRAFactors, plain
-from weftlm.files import SEAL, check_sealed, parse_json, whole_folder
+from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.models.factory import peft_warnings
 from weftlm.models.lora_targets import ALL_LINEAR, linear_widths, matches, named_by
 from weftlm.models.open import load_base, require_decoder_only
 
 MAX_UPDATE_NORM = 1e4
 """Largest ||scale * B A||_F taken for a trained adapter; the weights of large models have norms of about 1e2."""
-MAX_ALPHA = 1e12
 MAX_CONFIG = 16 << 20
 """Largest adapter_config.json, in bytes."""
 
@@ -49,13 +50,28 @@ _VARIANTS = frozenset(
 )
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _SHOWN = 3
-_TYPES = {
-    "base_model_name_or_path": str, "revision": str, "target_modules": str | list, "exclude_modules": str | list,
-    "layers_to_transform": int | list, "layers_pattern": str | list, "task_type": str,
-    "rank_pattern": dict, "alpha_pattern": dict,
-}  # fmt: skip
-"""Types of settings that are read; null too."""
 _TASKS = frozenset(task.value for task in TaskType)
+
+_Alpha = Annotated[int | float, Field(ge=-1e12, le=1e12)]
+
+
+class _Settings(Section):
+    """The settings of `adapter_config.json` that are read."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    r: PositiveInt
+    lora_alpha: _Alpha
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
 
 
 @contextmanager
@@ -109,22 +125,11 @@ def parse_lora(name: str, config: bytes, weights: bytes) -> LoRAExpert:
     modules = {}
     with about(name):
         settings = _parse_config(config)
-        _refuse_variants(settings)
         pairs = _pairs(parse_tensors(WEIGHTS, weights), settings)
         ranks = _numbers(settings, "rank_pattern", "r", list(pairs))
         alphas = _numbers(settings, "alpha_pattern", "lora_alpha", list(pairs))
         for (module, (A_RI, B_OR)), rank, alpha in zip(pairs.items(), ranks, alphas, strict=True):
-            if type(rank) is not int or rank < 1:
-                raise ExpertError(f"{CONFIG} gives {module} the rank {rank!r:.80}; it must be 1 or more")
-            if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
-                raise ExpertError(f"{CONFIG} gives {module} the alpha {alpha!r:.80}; it must be a finite number")
-            if not (A_RI.numel() and B_OR.numel()):
-                raise ExpertError(
-                    f"{module} has empty tensors (lora_A {tuple(A_RI.shape)}, lora_B {tuple(B_OR.shape)}); a model "
-                    f"whose parameters were split over processes (DeepSpeed ZeRO-3, FSDP) was saved without gathering "
-                    f"them: gather, and save the adapter again"
-                )
-            if A_RI.ndim == 2 and A_RI.shape[0] != rank:
+            if A_RI.ndim == 2 and A_RI.numel() and A_RI.shape[0] != rank:
                 raise ExpertError(
                     f"{module} has rank {A_RI.shape[0]}, its {CONFIG} says {rank}; the two files do not belong "
                     f"together: export the adapter again"
@@ -194,22 +199,16 @@ def load_trained(folder: Path, *, dtype: str = "float32") -> nn.Module:
 def write_lora(folder: Path, expert: LoRAExpert) -> None:
     """Write an adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` gives the same logits.
 
-    The folder appears whole or not at all; one that holds the very same is left as it is.
+    The folder appears whole or not at all.
 
     Raises:
-        ExpertError: the folder exists and holds something else, cannot be written, or the expert is not sound
-            (`check_lora`).
+        ConfigError: the folder holds something.
+        ExpertError: it cannot be written, or the expert is not sound (`check_lora`).
         CheckpointError: the disk is full.
     """
-    folder = Path(folder)
     files = lora_files(expert)
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            paths = [path for path in folder.iterdir() if path.name != SEAL] if folder.is_dir() else []
-            if {path.name: path.is_file() and path.read_bytes() for path in paths} == files:
-                return
-            raise ExpertError(f"expert {expert.name!r}: {folder} already exists; delete it or choose another path")
-        with whole_folder(folder, "adapter") as making:
+        with whole_folder(Path(folder), "adapter") as making:
             for file, data in files.items():
                 (making / file).write_bytes(data)
     except OSError as error:
@@ -229,25 +228,21 @@ def lora_files(expert: LoRAExpert) -> dict[str, bytes]:
     for module, factors in expert.modules.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = plain(factors.A_RI)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = plain(factors.B_OR)
-    config = make_peft_config(expert.base, expert.modules, expert.peft_config)
+    config = _config_of(expert)
     return {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def make_peft_config(
-    base: BaseReference, modules: Mapping[str, LoRAFactors], like: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The `adapter_config.json` of some modules: the commonest rank and alpha, and patterns for those that differ.
+def _config_of(expert: LoRAExpert) -> dict[str, Any]:
+    """The `adapter_config.json` of an expert: the commonest rank and alpha, and patterns for modules that differ.
 
         alpha = scale * rank
 
-    Args:
-        base: Base of the adapter.
-        modules: The adapter's factors by module.
-        like: Settings to take `task_type`, `lora_dropout` and `fan_in_fan_out` from.
+    Of the settings it came with, `task_type`, `lora_dropout` and `fan_in_fan_out` are kept.
     """
-    like = {} if like is None else like
-    shapes = {module: (factors.rank, _alpha(factors)) for module, factors in modules.items()}
-    (rank, alpha), _ = Counter(shapes[module] for module in sorted(shapes)).most_common(1)[0]
+    base, like = expert.base, expert.peft_config
+    ranks = {module: factors.rank for module, factors in sorted(expert.modules.items())}
+    alphas = {module: _alpha(factors) for module, factors in sorted(expert.modules.items())}
+    (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     return {
         "peft_type": "LORA",
         "task_type": task if (task := like.get("task_type")) in _TASKS else None,
@@ -256,12 +251,10 @@ def make_peft_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_exactly(module): shapes[module][0] for module in sorted(shapes) if shapes[module][0] != rank},
-        "alpha_pattern": {
-            _exactly(module): shapes[module][1] for module in sorted(shapes) if shapes[module][1] != alpha
-        },
+        "rank_pattern": {_exactly(module): each for module, each in ranks.items() if each != rank},
+        "alpha_pattern": {_exactly(module): each for module, each in alphas.items() if each != alpha},
         "use_rslora": False,
-        "target_modules": sorted(modules),
+        "target_modules": list(ranks),
         "fan_in_fan_out": bool(like.get("fan_in_fan_out", False)),
         "lora_dropout": like.get("lora_dropout", 0.0),
         "bias": "none",
@@ -307,13 +300,13 @@ def check_lora(expert: LoRAExpert) -> None:
             raise ExpertError("the adapter is empty; it must adapt at least one linear module")
         for module, factors in expert.modules.items():
             A_RI, B_OR = factors.A_RI, factors.B_OR
-            for letter, factor in (("A", A_RI), ("B", B_OR)):
-                if not factor.dtype.is_floating_point:
-                    raise ExpertError(
-                        f"{module}: lora_{letter} holds {factor.dtype}; it must hold floating-point numbers"
-                    )
-            matrices = A_RI.ndim == 2 and B_OR.ndim == 2 and A_RI.shape[0] == B_OR.shape[1]
-            if not matrices or not A_RI.numel() or not B_OR.numel():
+            if not (A_RI.numel() and B_OR.numel()):
+                raise ExpertError(
+                    f"{module} has empty tensors (lora_A {tuple(A_RI.shape)}, lora_B {tuple(B_OR.shape)}); a model "
+                    f"whose parameters were split over processes (DeepSpeed ZeRO-3, FSDP) was saved without gathering "
+                    f"them: gather, and save the adapter again"
+                )
+            if A_RI.ndim != 2 or B_OR.ndim != 2 or A_RI.shape[0] != B_OR.shape[1]:
                 raise ExpertError(
                     f"{module}: lora_A is {tuple(A_RI.shape)} and lora_B {tuple(B_OR.shape)}; they must be rank x "
                     f"input and output x rank, of one rank: adapters of convolutions are not supported"
@@ -405,15 +398,11 @@ def _parse_config(data: bytes) -> dict[str, Any]:
         raise ExpertError(f"{CONFIG}: {reason(error)}; export the adapter again") from error
     if not isinstance(settings, dict):
         raise ExpertError(f"{CONFIG} holds {type(settings).__name__}; it must hold an object")
-    for key, allowed in _TYPES.items():
-        value = settings.get(key)
-        if isinstance(value, bool) or not isinstance(value, allowed | None):
-            raise ExpertError(f"{CONFIG} has {value!r:.80} as {key}; export the adapter again")
-        if isinstance(value, list) and not all(isinstance(each, str | int) for each in value):
-            raise ExpertError(f"{CONFIG} lists {value!r:.80} as {key}; it must list names")
-    dropout = settings.get("lora_dropout")
-    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ExpertError(f"{CONFIG} has a lora_dropout of {dropout!r:.80}; it must be from 0 to 1")
+    _refuse_variants(settings)
+    try:
+        validate(_Settings, settings, CONFIG)
+    except ConfigError as error:
+        raise ExpertError(f"{some(str(error).splitlines(), '; ')}; export the adapter again") from error
     return settings
 
 
@@ -472,9 +461,9 @@ def _pairs(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
         match, tensor = _KEY.fullmatch(key), tensors[key]
         if match is None:
             raise ExpertError(_stranger(key, settings))
-        factors.setdefault(match["module"], {})[match["factor"]] = (
-            plain(tensor) if tensor.dtype.is_floating_point else tensor
-        )
+        if not tensor.dtype.is_floating_point:
+            raise ExpertError(f"{WEIGHTS}: {key} holds {tensor.dtype}; it must hold floating-point numbers")
+        factors.setdefault(match["module"], {})[match["factor"]] = plain(tensor)
     for module, pair in factors.items():
         for there, lacking in (("A", "B"), ("B", "A")):
             if lacking not in pair:

@@ -7,12 +7,14 @@ embedded by hashing their token ids, so that a model can embed its input without
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weftlm.corpora.examples import examples_of
@@ -21,7 +23,15 @@ from weftlm.errors import ConfigError, DataError, NumericsError
 from weftlm.experts.adapted import adapted, module_input, unchanged
 from weftlm.experts.examples import prompted_examples
 from weftlm.experts.expert import LoRAExpert, Statistics
-from weftlm.models.prompted import IGNORED, PromptedExamples, batches_by_length, model_arguments, prompted_inputs
+from weftlm.models.prompted import (
+    IGNORED,
+    Prompted,
+    PromptedInputs,
+    batches_by_length,
+    is_encoder_decoder,
+    model_arguments,
+    prompted_inputs,
+)
 from weftlm.threads import follow_load
 
 log = logging.getLogger(__name__)
@@ -36,18 +46,10 @@ _UNIGRAM, _BIGRAM = 1, 2  # keys of hash functions that never meet
 
 
 class _Batch(NamedTuple):
-    """One forward pass.
+    """One forward pass: its inputs, and by shape (the encoder's or the decoder's) true where there is no padding."""
 
-    Attributes:
-        arguments: Arguments of the model.
-        query_BT: Ids that are embedded.
-        query_mask_BT: True where they are embedded; None for everywhere.
-        masks: True where a batch is not padding, by shape, which differs between encoder and decoder.
-    """
-
+    inputs: PromptedInputs
     arguments: dict[str, Any]
-    query_BT: Tensor
-    query_mask_BT: Tensor | None
     masks: dict[tuple[int, ...], Tensor]
 
 
@@ -98,17 +100,18 @@ def collect_statistics(
         )
     width = int(embedder.removeprefix("tokens-"))
     device = next(model.parameters()).device
-    held = examples_of(source)
-    if held is None:
-        windows_NT = _windows(source, examples, sequence_length, seed)
-        texts = list(windows_NT)
-        batches = [
-            _Batch({"input_ids": rows_BT.to(device)}, rows_BT, None, {})
-            for rows_BT in windows_NT.split(batch_sequences)
-        ]
-    else:
+    held, encoder = examples_of(source), is_encoder_decoder(model)
+    if held is not None:
         prompted = prompted_examples(model, held, sequence_length, expert.name)
-        batches, texts = _example_batches(model, prompted, _draw(len(held), examples, seed), batch_sequences, device)
+        rows = prompted.rows(_draw(len(held), examples, seed))
+    else:
+        rows = [Prompted(window_T, window_T[:0]) for window_T in _windows(source, examples, sequence_length, seed)]
+    batches = [
+        _batch(model, [rows[index] for index in batch_B], device, encoder)
+        for batch_B in batches_by_length(rows, batch_sequences, encoder=encoder)
+    ]
+    # The text of an example is its prompt and target; for an encoder-decoder they are two texts.
+    texts = [torch.from_numpy(part) for row in rows for part in (row if encoder else [np.concatenate(row)])]
     vocabulary, all_N = int(model.get_input_embeddings().weight.shape[0]), torch.cat(texts)  # type: ignore[operator]
     if int(all_N.max()) >= vocabulary:
         raise DataError(
@@ -119,7 +122,7 @@ def collect_statistics(
     if unreached := [name for name, mean_I in means.items() if mean_I is None]:
         log.warning("expert %s: %d modules saw no token, %s first", expert.name, len(unreached), unreached[0])
     pairs = [bigram_bucket(text_T[:-1], text_T[1:], BIGRAM_BUCKETS) for text_T in texts]
-    embedded = [embed_tokens(each.query_BT, width=width, mask_BT=each.query_mask_BT) for each in batches]
+    embedded = [embed_tokens(inputs.tokens_BT, width=width, mask_BT=inputs.prompt_mask_BT) for inputs, *_ in batches]
     return Statistics(
         means={
             name: torch.zeros(expert.modules[name].widths[0]) if mean_I is None else mean_I
@@ -130,7 +133,7 @@ def collect_statistics(
         token_counts_V=torch.bincount(all_N, minlength=vocabulary),
         bigram_counts_K=torch.bincount(torch.cat(pairs), minlength=BIGRAM_BUCKETS),
         facts={
-            "examples": sum(len(each.query_BT) for each in batches),
+            "examples": len(rows),
             "tokens": len(all_N),
             "sequence_length": sequence_length,
             "data": source.fingerprint,
@@ -153,7 +156,7 @@ def _mean_inputs(model: nn.Module, expert: LoRAExpert, batches: list[_Batch]) ->
             follow_load()
             for mean in sums.values():
                 mean.batch = batch
-            model(**{**batch.arguments, "use_cache": False})
+            model(**batch.arguments)
     found: dict[str, Tensor | None] = dict.fromkeys(sums)
     for name, mean in sums.items():
         if mean.sum_I is not None:
@@ -178,7 +181,7 @@ class _InputMean:
         self.count = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        u_XI, examples = module_input(args, kwargs), len(self.batch.query_BT)
+        u_XI, examples = module_input(args, kwargs), len(self.batch.inputs.tokens_BT)
         if u_XI.numel() == 0:
             return
         rows = examples if u_XI.ndim > 2 and u_XI.shape[0] == examples else 1
@@ -199,36 +202,23 @@ def _draw(held: int, wanted: int, seed: int) -> Any:
     return np.sort(generator.choice(held, size=min(wanted, held), replace=False, shuffle=False)).astype(np.int64)
 
 
-def _windows(source: Source, examples: int, length: int, seed: int) -> Tensor:
-    """Up to `examples` of the windows 0 .. T, T .. 2T, ... of a source, drawn by the seed: tokens_NT, int64."""
+def _windows(source: Source, examples: int, length: int, seed: int) -> NDArray[np.int64]:
+    """Up to `examples` of the windows 0 .. T, T .. 2T, ... of a source, drawn by the seed: tokens_NT."""
     held = len(source) // length
     if held < 1:
         raise DataError(f"the source has {len(source)} tokens; statistics need one window of {length}")
-    return torch.from_numpy(source.read_many(_draw(held, examples, seed) * length, length))
+    return source.read_many(_draw(held, examples, seed) * length, length)
 
 
-def _example_batches(
-    model: nn.Module, prompted: PromptedExamples, drawn_N: Any, batch_sequences: int, device: torch.device
-) -> tuple[list[_Batch], list[Tensor]]:
-    """Examples in batches of about one length, and the texts whose tokens are counted.
-
-    The text of an example is its prompt and target; for an encoder-decoder they are two texts.
-    """
-    rows = prompted.rows(drawn_N)
-    batches: list[_Batch] = []
-    for batch_B in batches_by_length(rows, batch_sequences, encoder=prompted.encoder):
-        inputs = prompted_inputs([rows[index] for index in batch_B], encoder=prompted.encoder)
-        arguments = model_arguments(model, inputs, device)
-        masks = [inputs.mask_BT.to(device)]
-        if "labels" in arguments:
-            if arguments["labels"].shape == inputs.tokens_BT.shape:  # masks are told apart by their shapes
-                arguments["labels"] = F.pad(arguments["labels"], (0, 1), value=IGNORED)
-            masks.append(arguments["labels"] != IGNORED)
-        by_shape = {tuple(mask.shape): mask for mask in masks}
-        batches.append(_Batch(arguments, inputs.tokens_BT, inputs.prompt_mask_BT, by_shape))
-    if prompted.encoder:
-        return batches, [torch.from_numpy(part) for row in rows for part in row]
-    return batches, [torch.from_numpy(np.concatenate(row)) for row in rows]
+def _batch(model: nn.Module, rows: Sequence[Prompted], device: torch.device, encoder: bool) -> _Batch:
+    inputs = prompted_inputs(rows, encoder=encoder)
+    arguments = model_arguments(model, inputs, device)
+    masks = [inputs.mask_BT.to(device)]
+    if encoder:
+        if arguments["labels"].shape == inputs.tokens_BT.shape:  # masks are told apart by their shapes
+            arguments["labels"] = F.pad(arguments["labels"], (0, 1), value=IGNORED)
+        masks.append(arguments["labels"] != IGNORED)
+    return _Batch(inputs, arguments, {tuple(mask.shape): mask for mask in masks})
 
 
 # -- embedding windows of tokens ----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from weftlm.experts.statistics import collect_statistics
 from weftlm.models.factory import count_parameters, with_lora
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.prompted import is_encoder_decoder
-from weftlm.training.config import NOT_DECIDING, TrainingConfig
+from weftlm.training.config import TrainingConfig
 from weftlm.training.metrics import read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
@@ -112,7 +112,7 @@ def train_expert(
         else [heldout.fingerprint, config.validate_every_steps, config.validation_tokens],
         "lora": settings(config.lora),
         "seed": seed,
-        "training": settings(config.training, without=NOT_DECIDING),
+        "training": config.training.deciding(),
     }
     with unchanged(model):
         model.to(runtime.device)
@@ -255,7 +255,7 @@ def train_gate(
         "adapter": adapter_fingerprint(expert),
         "data": data_identity(source),
         "seed": seed,
-        "settings": settings(section, without=NOT_DECIDING),
+        "settings": section.deciding(),
     }
     with gated(model, expert) as vectors:
         _let_gradients_through_checkpointing(model)

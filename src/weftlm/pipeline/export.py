@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +26,10 @@ from weftlm.corpora.labels import expert_name
 from weftlm.errors import CheckpointError, ConfigError, ExpertError
 from weftlm.experts.adapted import adapted, unchanged
 from weftlm.experts.expert import BaseReference, LoRAExpert, base_name
+from weftlm.experts.fold import fold, scaled
 from weftlm.experts.library import MANIFEST as LIBRARY
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import from_peft_model, write_lora
-from weftlm.experts.merge import fold, merge_experts
 from weftlm.files import whole_folder
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.factory import count_parameters, peft_warnings
@@ -96,13 +97,15 @@ def export_model(
         path, base=base, revision=revision, tokenizer=tokenizer, dtype=dtype or "float32", **library
     )  # fmt: skip
     wanted_BTV = probe_logits(opened.model) if isinstance(opened.model, PeftModel) else None
-    model, adapter, weights = _one_set_of_weights(opened, router, expert)
-    if adapter is not None:
+    model, adapters, weights = _one_set_of_weights(opened, router, expert)
+    if adapters:
         if wanted_BTV is None:
-            with adapted(model, adapter):
+            with ExitStack() as stack:
+                for adapter in adapters:
+                    stack.enter_context(adapted(model, adapter))
                 wanted_BTV = probe_logits(model)
-        fold(model, adapter)
-        require_same_logits(probe_logits(model), wanted_BTV, f"{path} with its adapter folded in", model.dtype)
+        fold(model, adapters)
+        require_same_logits(probe_logits(model), wanted_BTV, f"{path} with its adapters folded in", model.dtype)
     if dtype is not None:
         nn.Module.to(model, DTYPES[dtype])
     with whole_folder(output, "exported model") as making:
@@ -130,15 +133,14 @@ def export_model(
 
 def _one_set_of_weights(
     opened: OpenModel, router: str | None, expert: str | None
-) -> tuple[PreTrainedModel, LoRAExpert | None, dict[str, float] | None]:
-    """A plain model, the adapter to fold into it, and the weight of each expert there; None where it has none."""
+) -> tuple[PreTrainedModel, list[LoRAExpert], dict[str, float] | None]:
+    """A plain model, the adapters to fold into it, and the weight of each expert there; None where it has none."""
     path = opened.path
     if isinstance(opened.model, RoutedModel):
         known = {each.name: each.lora for each in opened.model.experts}
         weights = _fixed_weights(opened, router) if expert is None else {_known(expert, list(known), path): 1.0}
-        used = {name: weight for name, weight in weights.items() if weight}
-        merged = merge_experts([known[name] for name in used], list(used.values()), name="folded")
-        return opened.model.unload(), merged, weights
+        used = [scaled(known[name], weight) for name, weight in weights.items() if weight]
+        return opened.model.unload(), used, weights
     if router is not None:
         raise ConfigError(f"--router is for routed models and expert libraries; {path} is {opened.kind}")
     if isinstance(opened.model, ModularLM):
@@ -151,13 +153,13 @@ def _one_set_of_weights(
             )
         member = pool.members[pool.place(expert)]
         pool.release()
-        return member.model, member.lora, {expert: 1.0}
+        return member.model, [] if member.lora is None else [member.lora], {expert: 1.0}
     if expert is not None:
         raise ConfigError(f"--expert names a part of a routed or gated model; {path} is one set of weights")
     if isinstance(opened.model, PeftModel):
         adapter = from_peft_model(opened.model, "adapter", base=BaseReference(""))
-        return opened.model.unload(), adapter, None
-    return opened.model, None, None
+        return opened.model.unload(), [adapter], None
+    return opened.model, [], None
 
 
 def _known(expert: str, names: Sequence[str], path: Path | str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,20 +20,10 @@ _MEMORY = "weftlm_memory"
 """Attribute of a cache, or of an encoder's output, that carries a router's memory."""
 
 
-def arguments_of(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A forward's arguments by name, whether given by place or by name."""
-    signature = _signature(getattr(forward, "__func__", forward))
-    bound = signature.bind_partial(*((None, *args) if hasattr(forward, "__func__") else args), **kwargs)
-    found = dict(bound.arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= found.pop(name, {})
-    return found
-
-
-@functools.lru_cache(maxsize=32)
-def _signature(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
+    by_place = dict(zip(inspect.signature(forward).parameters, args, strict=False)) if args else {}
+    return {**by_place, **kwargs}
 
 
 def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
@@ -46,7 +36,7 @@ def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
         ConfigError: neither ids nor embeddings were given, masks of another shape, or a memory that is no cache of
             keys and values.
     """
-    ids_BT, device, shape = _read(arguments, "input_ids", "inputs_embeds")
+    ids_BT, device, shape = _read(arguments)
     cache = arguments.get("past_key_values")
     try:
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -71,7 +61,7 @@ def decoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Ca
 
 def encoder_call(arguments: Mapping[str, Any], decisive_BT: Tensor | None) -> Call:
     """The call of an encoder run alone, as `generate` runs it before the decoder."""
-    ids_BT, device, shape = _read(arguments, "input_ids", "inputs_embeds")
+    ids_BT, device, shape = _read(arguments)
     mask_BT = _mask(arguments.get("attention_mask"), shape, device)
     return Call(ids_BT, mask_BT, _decisive(decisive_BT, mask_BT), Memory())
 
@@ -145,12 +135,13 @@ def _followed(cls: type[Cache]) -> type[Cache]:
     return type(f"Followed{cls.__name__}", (_Followed, cls), {})
 
 
-def _read(arguments: Mapping[str, Any], *names: str) -> tuple[Tensor | None, torch.device, tuple[int, int]]:
-    for name in names:
-        value = arguments.get(name)
-        if value is not None:
-            return (value if name == "input_ids" else None), value.device, (int(value.shape[0]), int(value.shape[1]))
-    raise ConfigError(f"the model was given neither {' nor '.join(names)}")
+def _read(arguments: Mapping[str, Any]) -> tuple[Tensor | None, torch.device, tuple[int, int]]:
+    """Token ids, None for embeddings; device and shape of the tokens."""
+    ids_BT = arguments.get("input_ids")
+    read = arguments.get("inputs_embeds") if ids_BT is None else ids_BT
+    if read is None:
+        raise ConfigError("the model was given neither input_ids nor inputs_embeds")
+    return ids_BT, read.device, (int(read.shape[0]), int(read.shape[1]))
 
 
 def _mask(attention_mask: Any, shape: tuple[int, ...], device: torch.device, past: int = 0) -> Tensor:

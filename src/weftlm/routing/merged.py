@@ -19,28 +19,24 @@ from weftlm.routing.router import Call, Router, Routing, TargetModule
 
 
 class FixedRouter(Router):
-    """Weights w_E that are the same for every token and module."""
+    """Weights w_E that are the same for every token and module.
+
+    Raises:
+        ConfigError: a weight is given for an expert that the pool does not have.
+    """
 
     def __init__(self, config: RouterConfig, experts: Sequence[Expert], targets: Sequence[TargetModule]) -> None:
         super().__init__(config, experts, targets)
-        self.register_buffer("weights_E", self.weights(len(experts)), persistent=False)
-
-    def weights(self, experts: int) -> Tensor:
-        """w_E."""
-        return torch.full((experts,), 1.0 / experts)
-
-    def named(self, weights: Mapping[str, float]) -> Tensor:
-        """w_E of weights by name, 0 for all others.
-
-        Raises:
-            ConfigError: the pool has no expert of a name.
-        """
-        weights_E = torch.zeros(len(self.names))
-        for name, weight in weights.items():
+        given = self.given()
+        for name in given:
             if name not in self.names:
                 raise ConfigError(f"the pool has no expert {name!r}{did_you_mean(name, self.names)}")
-            weights_E[self.names.index(name)] = weight
-        return weights_E
+        weights_E = torch.tensor([given.get(name, 0.0) for name in self.names])
+        self.register_buffer("weights_E", weights_E, persistent=False)
+
+    def given(self) -> Mapping[str, float]:
+        """w_z by name; 0 for those left out."""
+        return dict.fromkeys(self.names, 1.0 / len(self.names))
 
     @property
     def static_weights_E(self) -> Tensor:
@@ -76,9 +72,8 @@ class MergedRouter(FixedRouter):
     Config: ClassVar[type[RouterConfig]] = MergedConfig
     config: MergedConfig
 
-    def weights(self, experts: int) -> Tensor:
-        given = self.config.weights
-        return super().weights(experts) if given is None else self.named(given)
+    def given(self) -> Mapping[str, float]:
+        return super().given() if self.config.weights is None else self.config.weights
 
 
 @routers.register(
@@ -92,5 +87,5 @@ class SingleRouter(FixedRouter):
     Config: ClassVar[type[RouterConfig]] = SingleConfig
     config: SingleConfig
 
-    def weights(self, experts: int) -> Tensor:
-        return self.named({self.config.expert: 1.0})
+    def given(self) -> Mapping[str, float]:
+        return {self.config.expert: 1.0}

@@ -42,10 +42,15 @@ class RetrievalRouter(Router):
         super().__init__(config, experts, targets)
         statistics = [expert.statistics for expert in experts if expert.statistics is not None]
         embedders = {expert.name: expert.statistics.embedder for expert in experts if expert.statistics is not None}
-        if len(set(embedders.values())) > 1 or not all(name.startswith("tokens-") for name in embedders.values()):
+        again = "make the statistics again (weftlm experts gate)"
+        if foreign := {name: used for name, used in embedders.items() if not used.startswith("tokens-")}:
             raise ExpertError(
-                f"the experts' inputs were embedded differently ({embedders}); collect the statistics again with one "
-                f"experts.embedder (weftlm experts gate)"
+                f"the inputs of {', '.join(foreign)} were embedded by {next(iter(foreign.values()))!r}, which this "
+                f"version does not have; {again}, or use another router"
+            )
+        if len(set(embedders.values())) > 1:
+            raise ExpertError(
+                f"the experts' inputs were embedded differently ({embedders}); {again} with one experts.embedder"
             )
         self.register_buffer("inputs_NF", torch.cat([each.embeddings_NF for each in statistics]), persistent=False)
         owner_N = torch.cat([torch.full((len(each.embeddings_NF),), row) for row, each in enumerate(statistics)])

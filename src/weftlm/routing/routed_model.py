@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from weftlm.config import Section, validate
 from weftlm.errors import ConfigError, ExpertError, reason
 from weftlm.experts.expert import BaseReference, Expert, base_name
+from weftlm.experts.fold import folded_weight
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import check_fits
 from weftlm.experts.low_rank import placement
-from weftlm.experts.merge import folded_weight
 from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.models.device import choose_device
 from weftlm.models.fingerprint import base_fingerprint
@@ -30,18 +30,11 @@ from weftlm.models.hf import UPLOAD, save_options
 from weftlm.models.lora_targets import linear_widths
 from weftlm.models.open import Stepping, keeps_cache, load_base
 from weftlm.models.prompted import is_encoder_decoder
-from weftlm.routing.calls import (
-    arguments_of,
-    decoder_call,
-    encoder_call,
-    encoder_decoder_call,
-    remember,
-)
+from weftlm.routing.calls import arguments_of, decoder_call, encoder_call, encoder_decoder_call, remember
 from weftlm.routing.config import MANIFEST, RouterConfig
-from weftlm.routing.pool import ModulePool
-from weftlm.routing.routed_linear import RoutedLinear, Switch
+from weftlm.routing.pool import ModulePool, Switch
 from weftlm.routing.router import Call, Router, Routing, TargetModule, build_router
-from weftlm.routing.trace import Trace, make_trace
+from weftlm.routing.trace import Trace, traces_of
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +125,7 @@ class RoutedModel(nn.Module):
             raise ExpertError("a routed model needs at least one expert; the pool is empty")
         if len({expert.name for expert in experts}) < len(experts):
             raise ExpertError(f"experts of a pool need different names; got {[expert.name for expert in experts]}")
-        if any(isinstance(module, RoutedLinear) for module in model.modules()):
+        if any(isinstance(module, ModulePool) for module in model.modules()):
             raise ConfigError("the base model is routed already; call unload() on that routed model, or use_router")
         comparable = any(expert.lora.base.fingerprint for expert in experts) and not _coarse_dtypes(model)
         found = base_fingerprint(model) if comparable else None
@@ -144,18 +137,17 @@ class RoutedModel(nn.Module):
         self.targets = _targets(model, experts)
         # Weights are never trained here: the pool and the router are buffers, and the base stays as it came.
         self.model = model
-        router_ = self._build(router)
-        self._pools = dict[str, ModulePool]()
-        self.switch = Switch(router_)
-        self.router = router_
+        built = self._build(router)
+        self.switch = Switch(built)
+        self._pools = list[ModulePool]()
         for target in self.targets:
             module = model.get_submodule(target.name)
             adapters = [experts[place].lora.modules[target.name] for place in target.experts]
             pool = ModulePool(target, adapters, len(experts), *placement(module, model.dtype))
-            self._pools[target.name] = pool
-            model.set_submodule(target.name, RoutedLinear(module, pool, target, self.switch))
+            pool.install(module, self.switch)
+            self._pools.append(pool)
         self._hooks = self._install_hooks()
-        self.use_router(router_)
+        self.use_router(built)
 
     # -- making one ---------------------------------------------------------------------------------------------
 
@@ -222,15 +214,13 @@ class RoutedModel(nn.Module):
         Raises:
             ConfigError, ExpertError: as the class.
         """
+        self._check_routed()
         built = router if isinstance(router, Router) else self._build(router)
         built.to(self.device)
         static_E = built.static_weights_E
-        for target in self.targets:
-            routed = self._routed(target)
-            routed.folded = None
-            self._pools[target.name].set_background(built.background_rank)
-            if static_E is not None:
-                routed.folded = folded_weight(routed.base, self._pools[target.name].dense_delta(static_E))
+        for pool in self._pools:
+            pool.set_background(built.background_rank)
+            pool.folded = None if static_E is None else folded_weight(pool.base, pool.dense_delta(static_E))
         self.router = self.switch.router = built
 
     def _build(self, router: Mapping[str, Any] | RouterConfig | str) -> Router:
@@ -241,16 +231,14 @@ class RoutedModel(nn.Module):
             )
         return built
 
-    def _routed(self, target: TargetModule) -> RoutedLinear:
-        module = self.model.get_submodule(target.name)
-        if not isinstance(module, RoutedLinear):
+    def _check_routed(self) -> None:
+        if not self._hooks:
             raise ConfigError("this routed model was unloaded; build another over the base and the experts")
-        return module
 
     def unload(self) -> PreTrainedModel:
         """Take the experts out and give the base model back as it was; once is enough."""
-        for target in self.targets if self._hooks else ():
-            self.model.set_submodule(target.name, self._routed(target).base)
+        for pool in self._pools if self._hooks else ():
+            pool.uninstall()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -329,25 +317,21 @@ class RoutedModel(nn.Module):
             raise ConfigError(
                 f"router {self.router.config.router!r} gives every token the same experts; there is nothing to trace"
             )
-        found: dict[str, tuple[TargetModule, Routing]] = {}
+        seen: dict[str, Routing] = {}
+        encoder = is_encoder_decoder(self.model)
 
         def record(target: TargetModule, routing: Routing) -> None:
-            found[target.name] = (target, routing)
+            if target.reads_encoder or not encoder:
+                seen[target.name] = routing
 
-        encoder = is_encoder_decoder(self.model)
         if encoder and not any(key in kwargs for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels")):
             starts = (self.model.config.decoder_start_token_id, self.model.config.pad_token_id, 0)
             start = next(token for token in starts if token is not None)
             kwargs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
         with self.recording(record), torch.inference_mode():
             self(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        seen = {name: value for name, value in found.items() if value[0].reads_encoder or not encoder}
-        real_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        names = [expert.name for expert in self.experts]
-        return [
-            make_trace(input_ids[row][real_BT[row]].tolist(), names, seen, row, real_BT[row].cpu())
-            for row in range(input_ids.shape[0])
-        ]
+        real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return traces_of(input_ids, real_BT.bool(), [expert.name for expert in self.experts], seen)
 
     def _install_hooks(self) -> list[Any]:
         """Hooks that begin and end a pass: on the model and on each part of it that is called alone."""
@@ -420,7 +404,7 @@ class RoutedModel(nn.Module):
         if return_buffers:
             held += self.buffers()
         else:
-            held += [factor for pool in self._pools.values() for factor in (pool.A_ERI, pool.B_ERO)]
+            held += [factor for pool in self._pools for factor in (pool.A_ERI, pool.B_ERO)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
@@ -452,6 +436,7 @@ class RoutedModel(nn.Module):
                 self._write(making, copy_base, options)
 
     def _write(self, folder: Path, copy_base: bool, options: Mapping[str, Any]) -> None:
+        self._check_routed()
         base = self.base_reference
         adapters = [
             replace(each.lora, base=replace(base, fingerprint=each.lora.base.fingerprint or base.fingerprint))
@@ -460,8 +445,7 @@ class RoutedModel(nn.Module):
         experts = [replace(each, lora=lora) for each, lora in zip(self.experts, adapters, strict=True)]
         ExpertLibrary.open(folder / EXPERTS, base).add(*experts)
         if copy_base:
-            with self._unrouted() as model:
-                model.save_pretrained(folder / BASE, **options)
+            self.model.save_pretrained(folder / BASE, **options)  # a pool keeps nothing among a model's saved tensors
         described = {
             "format": FORMAT,
             "base": {"name": base.name, "revision": base.revision, "copied": copy_base},
@@ -519,18 +503,6 @@ class RoutedModel(nn.Module):
             dtype=manifest.dtype,
             device=device,
         )
-
-    @contextmanager
-    def _unrouted(self) -> Iterator[PreTrainedModel]:
-        """The base model with its own modules for a while."""
-        routed = {target.name: self._routed(target) for target in self.targets}
-        for name, module in routed.items():
-            self.model.set_submodule(name, module.base)
-        try:
-            yield self.model
-        finally:
-            for name, module in routed.items():
-                self.model.set_submodule(name, module)
 
 
 def _coarse_dtypes(model: nn.Module) -> set[str]:

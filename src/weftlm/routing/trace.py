@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftlm.routing.router import Routing, TargetModule
+from weftlm.routing.router import Routing
 
 MEAN = "(mean of all)"
 """The name under which a trace lists the mean of all experts, where a router uses it."""
@@ -86,34 +86,26 @@ def layer_of(target: str) -> str:
     return target
 
 
-def make_trace(
-    tokens: Sequence[int],
-    experts: Sequence[str],
-    seen: Mapping[str, tuple[TargetModule, Routing]],
-    row: int,
-    real_T: Tensor,
-) -> Trace:
-    """The trace of one sequence of a batch.
+def traces_of(ids_BT: Tensor, real_BT: Tensor, experts: Sequence[str], routings: Mapping[str, Routing]) -> list[Trace]:
+    """The trace of each sequence of a batch, without its padding.
 
     Args:
-        tokens: its ids without padding.
-        experts: names, in the pool's order.
-        seen: target and routing by module, in the order of execution.
-        row: its place in the batch.
-        real_T: True for its tokens, False for padding.
+        ids_BT: Token ids.
+        real_BT: True for tokens, False for padding.
+        experts: Names, in the pool's order.
+        routings: Routing by module, in the order of execution.
     """
-    weights = []
-    for _, routing in seen.values():
-        chosen_TK = routing.experts_BTK[row][real_T].cpu()
-        weights_TE = torch.zeros(chosen_TK.shape[0], len(experts) + 1)
-        weights_TE.scatter_add_(1, chosen_TK, routing.weights_BTK[row][real_T].float().cpu())
+    weights_SBTE = torch.zeros(len(routings), *ids_BT.shape, len(experts) + 1)
+    for weights_BTE, routing in zip(weights_SBTE, routings.values(), strict=True):
+        weights_BTE.scatter_add_(-1, routing.experts_BTK.cpu(), routing.weights_BTK.float().cpu())
         if routing.background_BT is not None:
-            weights_TE[:, -1] = routing.background_BT[row][real_T].float().cpu()
-        weights.append(weights_TE)
-    weights_STE = torch.stack(weights)
-    if any(routing.background_BT is not None for _, routing in seen.values()):
-        return Trace(tuple(tokens), (*experts, MEAN), tuple(seen), weights_STE)
-    return Trace(tuple(tokens), tuple(experts), tuple(seen), weights_STE[..., :-1])
+            weights_BTE[..., -1] = routing.background_BT
+    with_mean = any(routing.background_BT is not None for routing in routings.values())
+    names = (*experts, MEAN) if with_mean else tuple(experts)
+    return [
+        Trace(tuple(ids_T[real_T].tolist()), names, tuple(routings), weights_STE[:, real_T.cpu(), : len(names)])
+        for ids_T, real_T, weights_STE in zip(ids_BT, real_BT, weights_SBTE.unbind(1), strict=True)
+    ]
 
 
 def _named(weights_E: Tensor, experts: Sequence[str]) -> dict[str, float]:

@@ -27,7 +27,6 @@ from weftlm.experts.config import GateConfig
 from weftlm.experts.expert import BaseReference, Gate, LoRAExpert, LoRAFactors
 from weftlm.experts.train import train_gate
 from weftlm.training.config import TrainingConfig
-from weftlm.training.loop import Trainer
 from weftlm.training.losses import BatchLoss
 
 TRAINING = TrainingConfig(
@@ -115,17 +114,15 @@ def test_compiled_training_runs_the_branches_of_every_expert_in_turn(
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
     model = llama()
-    for number, targets in enumerate(([Q], [V], [Q, DOWN])):
-        expert = random_expert(model, dict.fromkeys(targets, 2))
+    for target in (Q, "model.layers.0.mlp.down_proj"):
         plain, fast = (
             train(
-                model, tmp_path / f"{number}-{compile}", expert=expert, config=GateConfig(steps=2, lr=0.05),
-                training=TRAINING.model_copy(update={"compile": compile}),
+                model, tmp_path / f"{target}-{compile}", expert=random_expert(model, {target: 2}),
+                config=GateConfig(steps=1, lr=0.05), training=TRAINING.model_copy(update={"compile": compile}),
             )
             for compile in (False, True)
         )  # fmt: skip
-        for name, v_I in plain.vectors.items():
-            torch.testing.assert_close(fast.vectors[name], v_I)
+        torch.testing.assert_close(fast.vectors[target], plain.vectors[target])
     torch.compiler.reset()
 
 
@@ -194,34 +191,15 @@ def test_it_is_adamw_on_the_formula_and_leaves_no_trace(tmp_path: Path, monkeypa
     before.check(model)
 
 
-def test_finishing_twice_and_resuming_after_a_kill_give_the_same_gate_and_other_recipes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_gate_is_read_back_and_one_of_another_recipe_refused(tmp_path: Path) -> None:
     model = llama()
-    whole = train(model, tmp_path / "whole")
-    again = train(model, tmp_path / "whole")
+    whole, again = train(model, tmp_path), train(model, tmp_path)
     assert again.facts == whole.facts
-    before, original = Fingerprint(model), Trainer.train_step
-
-    def killed(self: Trainer) -> tuple[float, float]:
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(model, tmp_path / "killed")
-    before.check(model)
-    resumed = train(model, tmp_path / "killed")
     for name, vector in whole.vectors.items():
         assert torch.equal(again.vectors[name], vector)
-        assert torch.equal(resumed.vectors[name], vector)
-    for key in ("first_loss", "last_loss", "tokens"):
-        assert resumed.facts[key] == whole.facts[key]
     for change in (
         {"seed": 4}, {"config": GateConfig(steps=8, lr=0.04)}, {"source": cyclic_source(seed=9)},
         {"expert": random_expert(model, seed=5)},
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match="another recipe"):
-            train(model, tmp_path / "whole", **change)
+            train(model, tmp_path, **change)

@@ -19,13 +19,12 @@ from support.tiny_expert import llama
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weftlm.errors import CheckpointError, ExpertError
+from weftlm.errors import CheckpointError, ConfigError, ExpertError
 from weftlm.experts.adapted import adapted
 from weftlm.experts.expert import BaseReference, LoRAExpert, LoRAFactors
 from weftlm.experts.lora import (
     adapter_fingerprint,
     check_fits,
-    check_lora,
     from_peft_model,
     lora_files,
     read_lora,
@@ -218,14 +217,14 @@ def refused(folder: Path, message: str) -> None:
         ({"arrow_config": {"top_k": 2}}, "arrow_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"r": 5}, "has rank 3, its adapter_config.json says 5; the two files do not belong together"),
-        ({"r": "4"}, "the rank '4'"),
-        ({"r": None}, "the rank None"),
-        ({"lora_alpha": None}, "the alpha None"),
-        ({"lora_alpha": float("nan")}, "the alpha nan"),
-        ({"rank_pattern": ["q"]}, "as rank_pattern"),
+        ({"r": "4"}, r"adapter_config.json.r: must be a whole number \(got '4'\)"),
+        ({"r": None}, "adapter_config.json.r: must be"),
+        ({"lora_alpha": None}, "adapter_config.json.lora_alpha: must be .*a number"),
+        ({"lora_alpha": float("nan")}, "adapter_config.json.lora_alpha: must be .*a finite number"),
+        ({"rank_pattern": ["q"]}, "adapter_config.json.rank_pattern: must be a mapping"),
         ({"rank_pattern": {"(": 3}}, "not a regular expression"),
         ({"rank_pattern": {}}, "has rank 4, its adapter_config.json says 3"),
-        ({"alpha_pattern": {".*q_proj": "x"}}, "the alpha 'x'"),
+        ({"alpha_pattern": {".*q_proj": "x"}}, "alpha_pattern.*must be .*a number .got 'x'"),
         ({"lora_alpha": 1e9}, "diverged or is corrupt"),
     ],
 )
@@ -304,35 +303,26 @@ def test_a_folder_appears_whole_and_never_in_place_of_something_else(
     (tmp_path / "full" / "thesis.tex").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / f".e.{dead_process()}@{host()}.writing").mkdir()
-    with pytest.raises(ExpertError, match="already exists; delete it or choose another path"):
-        write_lora(tmp_path / "full", mixed())
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
-    for name in ("empty", "e", "e"):  # the very same again changes nothing
+    for name in ("empty", "e"):
         write_lora(tmp_path / name, mixed())
-    (tmp_path / "e" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ExpertError, match="already exists"):
-        write_lora(tmp_path / "e", mixed())
+    for name in ("full", "e"):
+        with pytest.raises(ConfigError, match="is not empty; choose a new folder for the adapter"):
+            write_lora(tmp_path / name, mixed())
     with pytest.raises(ExpertError, match=r"mixed.*thesis.tex/e cannot be written: .*see that the folder is writable"):
         write_lora(tmp_path / "full" / "thesis.tex" / "e", mixed())
-    with monkeypatch.context() as patch:
-
-        def fail(path: Path, data: bytes) -> None:
-            raise OSError(28, "No space left on device")
-
-        patch.setattr(Path, "write_bytes", fail)
-        with pytest.raises(CheckpointError, match=r"cannot write .*: the disk is full.*make room and run"):
-            write_lora(tmp_path / "late", mixed())
+    broken = replace(mixed(), modules={Q: replace(mixed().modules[Q], scale=float("nan"))})
+    for expert, message in ((broken, "NaN or infinite"), (replace(mixed(), modules={}), "the adapter is empty")):
+        with pytest.raises(ExpertError, match=message):
+            write_lora(tmp_path / "unsound", expert)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(CheckpointError, match=r"cannot write .*: the disk is full.*make room and run"):
+        write_lora(tmp_path / "late", mixed())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "empty", "full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_unsound_experts_are_not_written(tmp_path: Path) -> None:
-    expert = mixed()
-    broken = replace(expert, modules={Q: replace(expert.modules[Q], scale=float("nan"))})
-    with pytest.raises(ExpertError, match="NaN or infinite"):
-        write_lora(tmp_path / "e", broken)
-    with pytest.raises(ExpertError, match="the adapter is empty"):
-        check_lora(replace(expert, modules={}))
-    assert not list(tmp_path.iterdir())
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_an_adapter_fits_the_model_it_was_made_for_and_no_other() -> None:

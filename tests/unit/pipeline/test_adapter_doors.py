@@ -104,9 +104,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "vocabulary was resized",
     ),
     "own code": (configured(auto_map={"AutoModel": "x.Y"}), "code of its own"),
-    "huge alpha": (configured(lora_alpha=10**400), "must be a finite number"),
+    "huge alpha": (configured(lora_alpha=10**400), "lora_alpha: must be at most"),
     "slow rank_pattern": (configured(rank_pattern={r"(.|..)*[!?]": 2}), "rank_pattern.*too much time"),
-    "strange base": (configured(base_model_name_or_path=["x"]), "as base_model_name_or_path"),
+    "strange base": (configured(base_model_name_or_path=["x"]), "base_model_name_or_path: must be text"),
     "fifo": (fifo, "is no plain file"),
 }
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from weftlm.errors import CheckpointError, ConfigError, DataError, ExpertError
 from weftlm.experts.expert import BaseReference, Expert
+from weftlm.experts.fold import fold
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import read_lora
-from weftlm.experts.merge import fold
 from weftlm.gating.bayes import FixedShareGate
 from weftlm.gating.experts import ExpertPool, ExpertSource
 from weftlm.gating.modular_lm import ModularLM
@@ -308,4 +308,4 @@ def test_a_quantised_weight_takes_no_update() -> None:
     quantised.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     model.set_submodule("model.layers.0.self_attn.q_proj", quantised)
     with pytest.raises(ConfigError, match="q_proj is a quantised Linear"):
-        fold(model, expert)
+        fold(model, [expert])

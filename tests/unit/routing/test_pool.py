@@ -62,7 +62,7 @@ def test_the_background_is_the_mean_of_all_experts_cut_to_a_rank() -> None:
 
 def ways_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
-    for name in ("gather", "each", "dense", "packed", "grouped"):
+    for name in ("gather", "each", "dense", "grouped"):
         kernel = getattr(kernels, f"{name}_delta")
 
         def spy(*args: Any, name: str = name, kernel: Any = kernel) -> Tensor:
@@ -86,7 +86,7 @@ def test_the_way_taken_depends_on_size_and_gradient(monkeypatch: pytest.MonkeyPa
             kernels.routed_delta(u_NI, *problem[1:])
         kernels.routed_delta(*problem)
         assert len(taken) == 2
-        assert set(taken) <= {"each", "dense", "packed"}
+        assert set(taken) <= {"each", "dense", "grouped"}
         taken.clear()
         kernels.routed_delta(u_NI, *problem[1:]).sum().backward()
         assert taken == ["grouped"]

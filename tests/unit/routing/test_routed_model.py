@@ -22,7 +22,7 @@ from weftlm.experts.library import ExpertLibrary
 from weftlm.files import SEAL
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.routing.config import MANIFEST
-from weftlm.routing.routed_linear import RoutedLinear
+from weftlm.routing.pool import ModulePool
 from weftlm.routing.routed_model import RoutedModel
 
 
@@ -49,7 +49,7 @@ def test_experts_of_another_base_are_refused_and_the_base_stays_whole() -> None:
     with pytest.raises(ExpertError, match="needs a gate"):
         RoutedModel(model, [make_expert(model, gate=False)])
     assert torch.equal(logits(model, **inputs_for(model)), expected)
-    assert not any(isinstance(module, RoutedLinear) for module in model.modules())
+    assert not any(isinstance(module, ModulePool) for module in model.modules())
 
 
 def test_an_unloaded_model_is_the_base_and_says_so(tmp_path: Path) -> None:

@@ -92,6 +92,10 @@ def test_statistics_of_different_embedders_do_not_mix() -> None:
     other = replace(code, statistics=replace(code.statistics, embedder="tokens-32"))
     with pytest.raises(ExpertError, match=r"embedded differently .*news.*tokens-64.*code.*tokens-32"):
         build_router("retrieval", [news, other], TARGETS)
+    old = replace(code, statistics=replace(code.statistics, embedder="sentence-transformers:mini"))
+    for pool in ([news, old], [old]):  # of a library made when there were other embedders
+        with pytest.raises(ExpertError, match=r"inputs of code .*'sentence-transformers:mini'.*weftlm experts gate"):
+            build_router("retrieval", pool, TARGETS)
 
 
 def test_memory_follows_rows_and_repeats() -> None:

@@ -12,8 +12,8 @@ from support.routing import inputs_for, recorded
 
 from weftlm.errors import ConfigError
 from weftlm.routing.routed_model import RoutedModel
-from weftlm.routing.router import Routing, TargetModule
-from weftlm.routing.trace import MEAN, Trace, make_trace
+from weftlm.routing.router import Routing
+from weftlm.routing.trace import MEAN, Trace, traces_of
 
 TWO = Trace(
     tokens=(5, 6),
@@ -36,15 +36,16 @@ def test_usage_entropy_and_token_weights() -> None:
 
 
 def test_one_row_of_a_batch_without_its_padding() -> None:
-    target = TargetModule("m.0", 0, (0, 2), 4)
     routing = Routing(
         torch.tensor([[[0, 2], [2, 0], [0, 2]]] * 2), torch.tensor([[[9.0, 9.0], [0.75, 0.25], [1.0, 0.0]]] * 2)
     )
-    trace = make_trace([3, 4], ["a", "b", "c"], {"m.0": (target, routing)}, 1, torch.tensor([False, True, True]))
+    batch = torch.tensor([[2, 3, 4]] * 2), torch.tensor([[True] * 3, [False, True, True]]), ["a", "b", "c"]
+    trace = traces_of(*batch, {"m.0": routing})[1]
+    assert trace.tokens == (3, 4)
     assert trace.weights_STE.tolist() == [[[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]]]
     assert trace.experts == ("a", "b", "c")
     shared = Routing(routing.experts_BTK, routing.weights_BTK / 2, torch.full((2, 3), 0.5))
-    with_mean = make_trace([3, 4], ["a", "b", "c"], {"m.0": (target, shared)}, 0, torch.tensor([False, True, True]))
+    with_mean = traces_of(*batch, {"m.0": shared})[1]
     assert with_mean.experts == ("a", "b", "c", MEAN)
     assert with_mean.weights_STE.tolist() == [[[0.125, 0.0, 0.375, 0.5], [0.5, 0.0, 0.0, 0.5]]]
 

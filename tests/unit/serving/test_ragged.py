@@ -122,13 +122,13 @@ def test_shared_passes_take_no_product_that_is_sorted_by_expert(monkeypatch: pyt
     monkeypatch.setattr(kernels, "COPY_SECONDS_PER_BYTE", 1.0)
     monkeypatch.setattr(kernels, "LARGE_PRODUCT", 1e15)
     opened, taken = routed("phatgoose"), list[int]()
-    own = kernels.packed_delta
+    own = kernels.grouped_delta
 
-    def packed(*args: Tensor) -> Tensor:
+    def grouped(*args: Tensor) -> Tensor:
         taken.append(len(args[0]))
         return own(*args)
 
-    monkeypatch.setattr(kernels, "packed_delta", packed)
+    monkeypatch.setattr(kernels, "grouped_delta", grouped)
     with torch.no_grad():
         opened.model(input_ids=torch.ones((16, 1), dtype=torch.int64))
     assert 16 in taken
