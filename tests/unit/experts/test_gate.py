@@ -36,10 +36,10 @@ TRAINING = TrainingConfig(
 
 def train(model: nn.Module, folder: Path, **changes: Any) -> Gate:
     given: dict[str, Any] = {
-        "expert": random_expert(model), "source": cyclic_source(), "config": GateConfig(steps=8, lr=0.05),
-        "folder": folder, "seed": 3, "training": TRAINING, **changes,
+        "source": cyclic_source(), "config": GateConfig(steps=8, lr=0.05), "folder": folder, "seed": 3,
+        "training": TRAINING, **changes,
     }  # fmt: skip
-    return train_gate(model, **given)
+    return train_gate(model, given.pop("expert", None) or random_expert(model), **given)
 
 
 # -- the formula --------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_compiled_training_runs_the_branches_of_every_expert_in_turn(
 ) -> None:
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
-    model = llama()
+    model = llama(num_hidden_layers=1)
     for target in (Q, "model.layers.0.mlp.down_proj"):
         plain, fast = (
             train(
