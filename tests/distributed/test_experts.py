@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.ranks import Ranks
 from support.tiny_expert import llama
 from support.tiny_project import recipe_value, write_corpora
 
@@ -24,14 +24,16 @@ from weftlm.pipeline.recipe import Recipe, load_recipe
 NAMES = ["cooking", "sailing"]
 
 
-def dealt(rank: int, world: int, folder: Path) -> list[str]:
-    """The experts that a rank leaves to the worker process beside it, which trains alone."""
-    os.chdir(folder)
+def dealt(rank: int) -> list[str]:
+    """The experts that one of two ranks leaves to the worker process beside it, which trains alone."""
     asked: list[str] = []
+    group = SimpleNamespace(
+        process_index=rank, num_processes=2, is_main_process=rank == 0, main_process_first=nullcontext,
+        wait_for_everyone=lambda: None,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            experts, "fan_out", lambda _, tasks, *__, **___: asked.extend(arguments[2] for arguments in tasks.values())
-        )
+        patch.setattr(experts, "process_group", lambda recipe: group)
+        patch.setattr(experts, "fan_out", lambda _, tasks, *__, **___: asked.extend(each[2] for each in tasks.values()))
         patch.setattr(ExpertLibrary, "card", lambda *_: {})
         experts.train_experts(load_recipe("recipe.yaml", ["run=three"]), progress=False)
     return asked
@@ -40,7 +42,7 @@ def dealt(rank: int, world: int, folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_worker_process_makes_what_this_one_makes_and_ranks_deal_experts_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpora(tmp_path / "corpora")
@@ -69,7 +71,7 @@ def test_a_worker_process_makes_what_this_one_makes_and_ranks_deal_experts_out(
         executor.submit(import_module, experts.__name__)  # it starts while this process trains
         experts.train_experts(load_recipe("recipe.yaml"), progress=False)
         torch.set_num_threads(threads)
-        assert ranks(__file__, "dealt", tmp_path) == [[name] for name in NAMES]
+        assert [dealt(rank) for rank in (0, 1)] == [[name] for name in NAMES]
         experts.train_experts(load_recipe("recipe.yaml", ["run=two"]), executor=executor, progress=False)
     one, two = ExpertLibrary.open(tmp_path / "one/experts"), ExpertLibrary.open(tmp_path / "two/experts")
     assert one.names == two.names == NAMES
