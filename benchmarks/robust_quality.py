@@ -313,13 +313,14 @@ class Comparison:
         config = DenseConfig.model_validate(
             {"training": training, "token_kl": 0.5, "real_fraction": 0.75, "evaluate_every_steps": 0}
         )
+        served = ModularLM(self.pool, student)
         result = distil_dense(
             self.setting.load("base"),
             WeightedText.sampled(weigh(gate, fit_samples)),
             config,
             vocab_size=self.setting.tokenizer.vocab_size,
             eos_id=self.setting.tokenizer.eos_id,
-            teacher=ModularLM(self.pool, student).log_probs,
+            teacher=lambda ids_BT: served(ids_BT).logits,
             real=WeightedText.of(real),
             seed=self.setting.seed,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from weftlm.training.metrics import METRICS, read_metrics
 from weftlm.training.runtime import Runtime, choose_runtime
 
 Teacher = Callable[[Tensor], Tensor]
-"""tokens_BT -> logp_BTV, nats, normalised over V: `ModularLM.log_probs`."""
+"""tokens_BT -> logp_BTV, nats, normalised over V: the logits of a `ModularLM`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,11 +168,12 @@ def distil_dense(
         NumericsError: a loss or a gradient is not finite; the last good checkpoint stays.
     """
     length = text.tokens_NT1.shape[1] - 1
-    _check(text, real, held_out, config, vocab_size, teacher)
+    texts = {"text": text, "real": real, "held_out": held_out}
+    _check(texts, config, vocab_size, teacher)
     if isinstance(model, ModelConfig):
         model = build_model(model, vocab_size=vocab_size, sequence_length=length, eos_id=eos_id, seed=seed)
     runtime = runtime or choose_runtime(config.training, parameters=count_parameters(model))
-    identity = _identity(config, seed, (text, real, held_out), teacher is not None, model) if folder else ""
+    identity = _identity(config, seed, texts.values(), teacher is not None, model) if folder else ""
     history: list[DenseProgress] = []
 
     def evaluate(module: nn.Module) -> dict[str, Any]:
@@ -204,15 +205,10 @@ def distil_dense(
 
 
 def _check(
-    text: WeightedText,
-    real: WeightedText | None,
-    held_out: WeightedText | None,
-    config: DenseConfig,
-    vocab_size: int,
-    teacher: Teacher | None,
+    texts: Mapping[str, WeightedText | None], config: DenseConfig, vocab_size: int, teacher: Teacher | None
 ) -> None:
-    length = config.training.sequence_length
-    for name, one in (("text", text), ("real", real), ("held_out", held_out)):
+    length, real = config.training.sequence_length, texts["real"]
+    for name, one in texts.items():
         if one is None:
             continue
         if (count := one.tokens_NT1.shape[1] - 1) != length:
@@ -258,7 +254,7 @@ class _DistillationLoss(BatchLoss):
     ) -> None:
         batch = config.training.batch_sequences
         count = 0 if real is None else min(batch - 1, max(1, round(config.real_fraction * batch)))
-        if batch - count < 1:
+        if real is not None and batch < 2:
             raise ConfigError(f"training.batch_sequences is {batch}; with real text it must be 2 at least")
         self._parts = [(text, batch - count)] + ([] if real is None else [(real, count)])
         self._tokens_NT1 = torch.cat([one.tokens_NT1 for one, _ in self._parts])
@@ -319,7 +315,7 @@ def _held_out(
 
 
 def _identity(
-    config: DenseConfig, seed: int, texts: Sequence[WeightedText | None], taught: bool, model: nn.Module
+    config: DenseConfig, seed: int, texts: Iterable[WeightedText | None], taught: bool, model: nn.Module
 ) -> dict[str, Any]:
     """What is trained on what: settings, data, and the student's first weights."""
     settings, data = config.model_dump(mode="json"), hashlib.blake2b(digest_size=16)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from weftlm.distillation.config import DistilConfig
 from weftlm.distillation.sparse import log_sparse
-from weftlm.errors import CheckpointError, ConfigError, DataError, NumericsError
+from weftlm.errors import CheckpointError, ConfigError, NumericsError
 from weftlm.gating.config import GateConfig, gate_config, gates
 from weftlm.gating.gate import CausalGate, Features, Gate, init_gate
 from weftlm.gating.prefix_gate import PrefixGate
@@ -240,10 +240,8 @@ def distil_structural(
     """
     config = config or DistilConfig()
     sets = tuple(samples)
-    for number, one in enumerate(sets):
+    for one in sets:
         one.features.get("tokens", "student")
-        if len(one) < 1:
-            raise DataError(f"expert {number} has no samples; draw some")
     if held_out is None:
         parts = [
             (one, one) if one.weights_N is not None else one.split(config.held_out_fraction, config.seed)

@@ -95,10 +95,10 @@ class Backbone(nn.Module):
         kinds = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
         self.keeps_keys = not kinds and "past_key_values" in inspect.signature(model.forward).parameters
         self._rows: Rows | None = None
-        for lora in loras:
-            if lora is not None:
-                check_fits(lora, model)
-        names = {name for lora in loras if lora is not None for name in lora.modules}
+        present = [lora for lora in loras if lora is not None]
+        for lora in present:
+            check_fits(lora, model)
+        names = {name for lora in present for name in lora.modules}
         self.branches = nn.ModuleList()
         self.hooks = []
         for name, module in model.named_modules():

@@ -41,10 +41,6 @@ class SlotStore:
         for held in (self.keys, self.values):
             held[:] = [tensor.index_select(0, rows_X.to(tensor.device)) for tensor in held]
 
-    def window(self, rows_X: Tensor | slice, start: int) -> SlotWindow:
-        """What a pass reads and writes: some rows, new slots from `start` on."""
-        return SlotWindow(self, rows_X, start)
-
     def write(self, layer: int, rows_X: Tensor | slice, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Store a layer's new keys and values; all of the rows' so far, rows x heads x slots x width."""
         end = start + keys.shape[2]
@@ -63,7 +59,7 @@ class SlotStore:
 
 
 class SlotWindow(Cache):
-    """Some rows of a store as the cache of one forward pass."""
+    """Some rows of a store as the cache of one forward pass, whose new slots begin at `start`."""
 
     def __init__(self, store: SlotStore, rows_X: Tensor | slice, start: int) -> None:
         super().__init__(layers=[])

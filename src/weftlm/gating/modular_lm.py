@@ -42,7 +42,7 @@ from weftlm.files import check_sealed, parse_json, whole_folder
 from weftlm.gating.config import MANIFEST, REFRESH_EVERY, ExpertSource
 from weftlm.gating.experts import ExpertPool, positions
 from weftlm.gating.gate import CausalGate, Gate, load_gate, save_gate
-from weftlm.gating.modular_cache import ModularCache, rows_of
+from weftlm.gating.modular_cache import ModularCache, SlotWindow, rows_of
 from weftlm.gating.modular_reader import ModularReader
 from weftlm.models.fingerprint import base_fingerprint
 from weftlm.models.hf import UPLOAD, save_options
@@ -197,8 +197,9 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("the experts of a gated model have embeddings of their own; pass input_ids alone")
         if asked := [name for name in _PER_EXPERT if kwargs.get(name)]:
             raise ConfigError(f"{asked[0]}: each expert has its own; run one alone (model.pool.members[0].model)")
+        cache, before = past_key_values, 0 if past_key_values is None else past_key_values.get_seq_length()
+        self.pool.check_ids(input_ids, before + input_ids.shape[-1])
         batch, count = input_ids.shape
-        cache = past_key_values
         if cache is None:
             cache = ModularCache([len(each) for each in self.pool.backbones], batch, self.gate.begin, self.device)
         if not isinstance(cache, ModularCache) or cache.batch_size != batch:
@@ -206,19 +207,13 @@ class ModularLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(cache).__name__} of {cache.batch_size} sequences; pass on what this "
                 f"model's own forward gave for these {batch}"
             )
-        self.pool.check_ids(input_ids, cache.length + count)
-        mask_BK = _new_mask(attention_mask, cache.length, input_ids)
+        mask_BK = _new_mask(attention_mask, before, input_ids)
         kept = count if logits_to_keep == 0 else min(count, int(logits_to_keep))
         logits_BKV, loss = self._reader().read(cache, input_ids, mask_BK, kept), None
         if labels is not None:
             loss = ForCausalLMLoss(logits_BKV, labels, self.vocab_size, kwargs.get("num_items_in_batch"))
         given = cache if use_cache or past_key_values is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits_BKV, past_key_values=given)
-
-    def log_probs(self, tokens_BT: Tensor) -> Tensor:
-        """log pi(. | tokens[:, :t + 1]) for every position t, BTV, nats, float32, normalised over V."""
-        logits_BTV: Tensor = self(tokens_BT).logits
-        return logits_BTV
 
     def _run(self, cache: ModularCache, number: int, index_X: Tensor, places_X: Tensor, first: int, end: int) -> Tensor:
         """Slots `first` .. `end` through some rows of a backbone; log-probabilities after each, XKV, float32."""
@@ -233,7 +228,7 @@ class ModularLM(PreTrainedModel, GenerationMixin):
             arguments["position_ids"] = torch.arange(first, end, device=device).expand(len(rows_X), -1)
         if backbone.keeps_keys:
             held = slice(None) if len(index_X) == store.rows else rows_of(index_X)
-            arguments["cache"] = store.window(held if isinstance(held, slice) else held.to(device), first)
+            arguments["cache"] = SlotWindow(store, held if isinstance(held, slice) else held.to(device), first)
         logits_XKV = backbone.run(places, cache.ids_BS[rows_X, start:end], **arguments)[:, first - start :]
         return torch.log_softmax(logits_XKV.float(), dim=-1)
 

@@ -42,7 +42,7 @@ from weftlm.files import check_listed, checksum, read_object, room
 from weftlm.gating.config import ExpertSource, ScoreConfig
 from weftlm.gating.experts import ExpertPool
 from weftlm.gating.gate import read_tensors, write_tensors
-from weftlm.gating.modular_cache import SlotStore
+from weftlm.gating.modular_cache import SlotStore, SlotWindow
 from weftlm.gating.sequences import ScoredSequences, sequence_features
 from weftlm.progress import ProgressBar
 from weftlm.threads import follow_load
@@ -430,7 +430,7 @@ def _draw(pool: ExpertPool, text: Unscored, rows: slice) -> Tensor:
     store = SlotStore(batch)
     for t in range(steps):
         if backbone.keeps_keys:
-            window, position_ids = store.window(slice(None), t), torch.full((batch, 1), t, device=device)
+            window, position_ids = SlotWindow(store, slice(None), t), torch.full((batch, 1), t, device=device)
             ids_BK = tokens_BT1[:, t : t + 1]
             logits_BKV = backbone.run(Rows(one=place), ids_BK, cache=window, position_ids=position_ids)
         else:

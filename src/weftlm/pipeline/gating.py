@@ -345,7 +345,7 @@ def _dense(
     found = distil_dense(
         section.model, text(0), section,
         vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, real=real, held_out=text(1),
-        teacher=served.log_probs if section.token_kl > 0.0 else None,
+        teacher=(lambda ids_BT: served(ids_BT).logits) if section.token_kl > 0.0 else None,
         folder=work / DENSE, seed=seed, runtime=runtime, on_progress=report if tell else None,
     )  # fmt: skip
     served.pool.cpu()

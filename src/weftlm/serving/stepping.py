@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from weftlm.experts.low_rank import Rows
-from weftlm.gating.modular_cache import ModularCache
+from weftlm.gating.modular_cache import ModularCache, SlotWindow
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.gating.modular_reader import ModularReader
 from weftlm.models.open import stepping_of
@@ -176,7 +176,7 @@ class RaggedGated(Ragged):
         for number, backbone in enumerate(self._model.pool.backbones):
             size = len(backbone)
             ids_X, positions_X = inputs.repeat(1, size)
-            windows = [cache.stores[number].window(slice(0, size), cache.length) for cache in caches]
+            windows = [SlotWindow(cache.stores[number], slice(0, size), cache.length) for cache in caches]
             shared = RaggedCache([(slice(row, None, self._rows), window) for row, window in enumerate(windows)])
             with ragged_pass(shared):
                 logits_XV = backbone.run(

@@ -116,6 +116,7 @@ def test_stopped_and_continued_is_as_never_stopped(tmp_path):
         (lambda: distil(config(5), vocab_size=3), ConfigError, "ids from 0 to 3"),
         (lambda: distil(config(5, token_kl=0.5)), ConfigError, "no teacher came"),
         (lambda: distil(config(5), real=TEXT), ConfigError, "real text came; give both"),
+        (lambda: distil(config(5, batch_sequences=1, real_fraction=0.5), real=TEXT), ConfigError, "must be 2 at least"),
         (lambda: distil(config(5, token_kl=0.5), teacher=lambda t: torch.zeros(*t.shape, 7)), ConfigError, "answered"),
         (lambda: distil(config(5), held_out=WeightedText.of(np.zeros((2, 9)))), ConfigError, "held_out has 8 tokens"),
         (lambda: WeightedText.of(np.zeros((2, 4)), weights_N=[1.0]), ConfigError, "weights_N has shape"),

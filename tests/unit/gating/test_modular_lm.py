@@ -78,7 +78,7 @@ def test_padding_changes_nothing(side):
 
 def test_experts_without_keys_and_values_read_the_text_again():
     model, ids = ModularLM(ExpertPool.of({"a": without_keys(), "b": tiny.llama()}), share(2)), tokens(2, 5)
-    logits = model.log_probs(ids)
+    logits = model(ids).logits
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 5))
     cached, again = (model.generate(ids, max_new_tokens=4, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, again)
@@ -263,7 +263,8 @@ def test_calls_that_do_not_fit_are_refused():
         (lambda: model(ids[:, :1], attention_mask=torch.ones(1, 2), past_key_values=cache), "cover 4 cached and 1 new"),
         (lambda: cache.crop(-1), "cannot take tokens back"),
         (lambda: model.generate(tokens(1, 60), max_new_tokens=10), "64 positions"),
-        (lambda: model.log_probs(tokens(1, 65)), "64 positions"),
+        (lambda: model(tokens(1, 65)), "64 positions"),
+        (lambda: model(ids[0]), "B x T"),
     ):
         with pytest.raises(ConfigError, match=match):
             call()
