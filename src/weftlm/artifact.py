@@ -30,16 +30,7 @@ from filelock import FileLock, Timeout
 
 from weftlm.config import differences
 from weftlm.errors import CheckpointError, WeftError
-from weftlm.files import (
-    check_listed,
-    checksum,
-    describe,
-    parse_json,
-    read_object,
-    sweep,
-    this_host,
-    write_object,
-)
+from weftlm.files import check_listed, checksum, describe, parse_json, read_object, sweep, this_host, write_object
 
 _IDENTITY, _FILES = "identity", "files"
 

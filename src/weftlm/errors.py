@@ -43,20 +43,6 @@ class ExpertError(WeftError):
     """An expert, its adapter or its gate cannot be used."""
 
 
-_REASONS = {
-    errno.ENOENT: "there is no such file or folder",
-    errno.EACCES: "this user has no permission",
-    errno.EPERM: "this user has no permission",
-    errno.EISDIR: "it is a folder",
-    errno.ENOTDIR: "a part of its path is a file and no folder",
-    errno.ENAMETOOLONG: "its name is too long for this disk",
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk cannot be written to",
-    errno.ELOOP: "its links lead in a circle",
-}
-
-
 def reason(error: BaseException) -> str:
     """Why a file could not be read or written, or a library failed, in words and on one line, for an error message."""
     if isinstance(error, UnicodeDecodeError):
@@ -70,7 +56,8 @@ def reason(error: BaseException) -> str:
     if "integer string conversion" in str(error):
         return "a number in it has too many digits"
     if isinstance(error, OSError) and error.errno is not None:
-        return _REASONS.get(error.errno, (error.strerror or "the system gives no reason").lower())
+        full = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        return (full or "the system gives no reason").lower()
     if "null byte" in str(error) or "null character" in str(error):
         return "its name holds a NUL character"
     if isinstance(error, WeftError):

@@ -23,10 +23,6 @@ Repository = Literal["model", "dataset"]
 _HUB_NAME = re.compile(
     r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?(?:/[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?)?"
 )
-_MARKS: dict[Repository, tuple[str, ...]] = {
-    "model": ("config.json", "adapter_config.json", "tokenizer_config.json", "modules.json"),
-    "dataset": ("README.md", ".gitattributes"),
-}  # fmt: skip
 
 
 def locate(
@@ -103,12 +99,13 @@ def near(text: str | Path, *, here_alone: bool = False) -> str:
 
 
 def _cached(text: str, revision: str | None, repository: Repository) -> bool:
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (half a second; most names are folders)
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415  (half a second; most names are folders)
 
-    marks = _MARKS[repository]
-    return any(
-        isinstance(try_to_load_from_cache(text, mark, revision=revision, repo_type=repository), str) for mark in marks
-    )
+    try:
+        snapshot_download(text, revision=revision, repo_type=repository, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)

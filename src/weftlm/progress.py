@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Self, TextIO
+from collections.abc import Mapping
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -50,11 +50,10 @@ def weights_text(weights: Mapping[str, float], top: int) -> str:
     return ", ".join(shown)
 
 
-def write_line(line: str, stream: TextIO | None = None) -> None:
-    """Write one line on stderr, or on another stream; names in it may hold anything."""
-    stream = sys.stderr if stream is None else stream
-    stream.write(printable(line) + "\n")
-    stream.flush()
+def write_line(line: str) -> None:
+    """Write one line on stderr; names in it may hold anything."""
+    sys.stderr.write(printable(line) + "\n")
+    sys.stderr.flush()
 
 
 class Pace:
@@ -62,16 +61,14 @@ class Pace:
 
     Args:
         done: Units done at the start, which is now; None: the start is the first report.
-        clock: Clock in seconds, monotonic.
     """
 
-    def __init__(self, done: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._start = None if done is None else (clock(), done)
+    def __init__(self, done: float | None = None) -> None:
+        self._start = None if done is None else (time.monotonic(), done)
 
     def eta(self, done: float, total: float) -> str:
         """`ETA 3m 20s`; `ETA -` while there is no pace yet."""
-        now = self._clock()
+        now = time.monotonic()
         self._start = self._start or (now, done)
         seconds, units = now - self._start[0], done - self._start[1]
         left = 0.0 if done >= total else (total - done) * seconds / units if units > 0 and seconds > 0 else math.nan
@@ -87,8 +84,6 @@ class ProgressBar:
         unit: Unit counted, plural.
         done: Units that were done before, by another process.
         enabled: Whether to show anything (not on ranks other than the first).
-        stream: Stream to write to; stderr when None.
-        clock: Clock in seconds, monotonic.
 
     Example:
         >>> with ProgressBar("tokenise code", total=3, unit="documents") as bar:
@@ -104,17 +99,14 @@ class ProgressBar:
         unit: str = "items",
         done: float = 0.0,
         enabled: bool = True,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = sys.stderr if stream is None else stream
         self._description, self._total, self._unit = printable(description), total, unit
-        self._enabled, self._clock, self._pace = enabled, clock, Pace(done, clock)
-        self._start, self._next_line = (clock(), done), clock() + _LINE_SECONDS
+        self._enabled, self._pace = enabled, Pace(done)
+        self._start, self._next_line = (time.monotonic(), done), time.monotonic() + _LINE_SECONDS
         self.done = done
         self._note = ""
         self._bar: Progress | None = None
-        if enabled and self._stream.isatty() and not (console := Console(file=self._stream)).is_dumb_terminal:
+        if enabled and sys.stderr.isatty() and not (console := Console(stderr=True)).is_dumb_terminal:
             columns = (TextColumn("{task.description}", markup=False), BarColumn())
             status = TextColumn("{task.fields[status]}", markup=False)
             # Redirected, printed results would move onto stderr.
@@ -140,13 +132,13 @@ class ProgressBar:
     def update(self, done: float, note: str = "") -> None:
         """`done` units are done altogether; `note` is shown behind speed and time left."""
         self.done, self._note = done, note
-        seconds, units = self._clock() - self._start[0], done - self._start[1]
+        seconds, units = time.monotonic() - self._start[0], done - self._start[1]
         count = count_text(done) if self._total is None else f"{count_text(done)}/{count_text(self._total)}"
         speed = f"{count_text(units / seconds)} {self._unit}/s" if seconds > 0 and units > 0 else ""
         left = duration_text(seconds) if self._total is None else self._pace.eta(done, self._total)
         status = "  ".join(filter(None, (f"{count} {self._unit}", speed, left, printable(note))))
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
-        elif self._enabled and self._clock() >= self._next_line:
-            self._next_line = self._clock() + _LINE_SECONDS
-            write_line(f"{self._description} {status}", self._stream)
+        elif self._enabled and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_SECONDS
+            write_line(f"{self._description} {status}")

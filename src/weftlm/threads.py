@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -63,21 +62,11 @@ class ThreadCount:
 
     Args:
         cores: Most threads to use.
-        apply: Function called with the new number.
-        others: Function that gives the cores used by others since its last call; called once per window.
-        clock: Clock in seconds, called every time.
     """
 
-    def __init__(
-        self,
-        cores: int,
-        apply: Callable[[int], None],
-        others: Callable[[], float] = busy_elsewhere,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, cores: int) -> None:
         self.cores = self.threads = self._proposed = cores
-        self._apply, self._others, self._clock = apply, others, clock
-        self._looked, _ = clock(), others()
+        self._looked, _ = time.monotonic(), busy_elsewhere()
 
     def look(self, window: float = WINDOW_SECONDS, *, at_once: bool = False) -> None:
         """Look at the load since the last look; change the number of threads where two looks in a row agree.
@@ -86,9 +75,9 @@ class ThreadCount:
             window: Seconds between looks; sooner calls do nothing.
             at_once: Whether one look is enough.
         """
-        if self._clock() - self._looked < window:
+        if time.monotonic() - self._looked < window:
             return
-        self._looked, others = self._clock(), self._others()
+        self._looked, others = time.monotonic(), busy_elsewhere()
         wanted = min(self.cores, max(1, self.cores // 2, round(self.cores - others)))
         confirmed = at_once or wanted == self._proposed
         self._proposed = wanted
@@ -98,7 +87,7 @@ class ThreadCount:
                 "fixes the number)", wanted, self.threads, others, self.cores,
             )  # fmt: skip
             self.threads = wanted
-            self._apply(wanted)
+            torch.set_num_threads(wanted)
 
 
 _count: ThreadCount | None = None
@@ -112,7 +101,7 @@ def start_following(cores: int) -> int:
     _decided = True
     if _count is None or _count.cores != cores:
         torch.set_num_threads(cores)
-        _count = ThreadCount(cores, torch.set_num_threads)
+        _count = ThreadCount(cores)
         time.sleep(FIRST_WINDOW_SECONDS)
         _count.look(FIRST_WINDOW_SECONDS, at_once=True)
     torch.set_num_threads(_count.threads)

@@ -41,10 +41,7 @@ def model() -> nn.Module:
 
 def cases(layout: str) -> list[tuple[str, str, str, str]]:
     names = ("auto", *estimators)
-    asked = [
-        *itertools.product(names, PROBES, ("raw",)),
-        *itertools.product(names, ("auto",), ("cosine",)),
-    ]
+    asked = [*itertools.product(names, PROBES, ("raw",)), *itertools.product(names, ("auto",), ("cosine",))]
     return [(layout, *case) for case in asked]
 
 

@@ -29,7 +29,7 @@ AS_IT_IS = {
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "there is no such file or folder"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "no such file or directory"),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EADDRINUSE, "Address already in use"), "address already in use"),
         (KeyError("step"), "'step' is missing or unknown"),

@@ -12,7 +12,7 @@ from weftlm.corpora.store import open_stores
 from weftlm.errors import WeftError
 from weftlm.experts.library import ExpertLibrary
 from weftlm.experts.lora import read_lora
-from weftlm.files import parse_json, read_object
+from weftlm.files import read_object
 from weftlm.gating.modular_lm import ModularLM
 from weftlm.models.open import load_base
 from weftlm.pipeline.prepared import read_manifest
@@ -40,11 +40,6 @@ def test_every_reader_uses_the_one_that_guards() -> None:
             ):
                 found.add(path.relative_to(SOURCES).as_posix())
     assert found <= OWN
-
-
-def test_deep_nesting_is_a_value_error_in_words() -> None:
-    with pytest.raises(ValueError, match="nested too deep"):
-        parse_json(DEEP)
 
 
 READERS = {

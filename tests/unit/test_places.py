@@ -91,33 +91,25 @@ def test_every_door_says_that_a_mistyped_path_is_one(door: Callable[[str], Any])
 
 
 @pytest.mark.parametrize(
-    ("raised", "said"),
+    ("raised", "offline", "said"),
     [
-        (ConnectionError("no route"), r"the hub cannot be reached \(ConnectionError\)"),
-        (TimeoutError(), r"the hub cannot be reached \(TimeoutError\)"),
+        (ConnectionError("no route"), False, r"the hub cannot be reached \(ConnectionError\)"),
+        (TimeoutError(), False, r"the hub cannot be reached \(TimeoutError\)"),
+        (AssertionError("it is asked"), True, r".*HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_hub_that_does_not_answer_is_said_to_be_so(
-    raised: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+    raised: Exception, offline: bool, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def repo_info(*_: Any, timeout: float, **__: Any) -> None:
+    def repo_info(self: Any, *_: Any, timeout: float, **__: Any) -> None:
         assert timeout <= 5.0
         raise raised
 
     monkeypatch.undo()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda self, *a, **k: repo_info(*a, **k))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     places._asked.cache_clear()
     with pytest.raises(ConfigError, match=rf"'some/model' is no folder here, and {said}"):
-        locate("some/model", "base")
-    places._asked.cache_clear()
-
-
-def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    places._asked.cache_clear()
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         locate("some/model", "base")
     places._asked.cache_clear()
 

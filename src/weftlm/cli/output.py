@@ -36,24 +36,6 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: the first column left-aligned, the others right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    def cell(text: str) -> Text:
-        """Text as it is: brackets and colons are no markup."""
-        return Text(printable(text))
-
-    table = Table(title=cell(title), title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(cell(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(cell(shorten(row[0], LONGEST_NAME)), *map(cell, row[1:]))
-    Console(highlight=False, markup=False, emoji=False).print(table)
-
-
 def print_rows(
     title: str,
     rows: Mapping[str, Any],
@@ -71,12 +53,25 @@ def print_rows(
         first: Heading of the first column.
         at_once: Most columns of a table, so that it fits a terminal.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def cell(text: str) -> Text:
+        """Text as it is: brackets and colons are no markup."""
+        return Text(printable(text))
+
     paths = {head: path.split(".") if isinstance(path, str) else path for head, path in columns.items()}
     heads = list(paths)
     for start in range(0, len(heads), at_once):
         shown = heads[start : start + at_once]
-        cells = [[name, *(_cell(row, paths[head]) for head in shown)] for name, row in rows.items()]
-        print_table(title, [first, *shown], cells)
+        table = Table(title=cell(title), title_justify="left", header_style="bold")
+        table.add_column(cell(first), no_wrap=True)
+        for head in shown:
+            table.add_column(cell(head), justify="right")
+        for name, row in rows.items():
+            table.add_row(cell(shorten(name, LONGEST_NAME)), *(cell(_cell(row, paths[head])) for head in shown))
+        Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _cell(row: Any, path: Sequence[str]) -> str:

@@ -218,8 +218,8 @@ def score(
         shown, size = show and bool(left) and rank == 0, sum(map(len, every[rank::world]))
         already = size - sum(map(len, left))
         if isinstance(experts, ExpertPool):
-            with ProgressBar("score", size, unit="sequences", enabled=shown) as counter, interrupt.safe_points():
-                counter.advance(already)
+            bar = ProgressBar("score", size, unit="sequences", done=already, enabled=shown)
+            with bar as counter, interrupt.safe_points():
                 for shard in left:
                     write(shard, score_shard(experts, shard, config.batch_size, bf16, counter.advance))
                     interrupt.point()

@@ -13,18 +13,19 @@ and `weftlm` are comparable, and are weftlm.evaluation's on the same items.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from weftlm.errors import ConfigError, DataError, NumericsError, did_you_mean, install_hint, reason
+from weftlm.config import Section, validate
+from weftlm.errors import ConfigError, DataError, NumericsError, install_hint, reason
 from weftlm.models.device import AUTO, choose_device
 from weftlm.pipeline.any_model import open_model
 
@@ -44,6 +45,36 @@ _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """A text for the harness's cache (None for a window of a longer one), the ids of a context and of its continuation."""
 
 
+class _Arguments(Section):
+    """What `--model_args` may hold, beside what the harness adds of its own options.
+
+    Attributes:
+        path: as of `open_model`; `base`, `revision`, `tokenizer` and `dtype` too.
+        device: where to run; None for CUDA where there is one.
+        batch_size: texts per pass; `auto`: as many as fit in memory, `max_batch_size` at most; `auto:N`: N times anew
+            as texts get shorter, in one process.
+        max_length: tokens read at most; None for what the model says. Contexts lose their beginning beyond it.
+        max_gen_toks: tokens generated where a task does not say.
+        add_bos_token: begin texts with the tokenizer's beginning-of-text token; None: as the tokenizer does.
+        prefix_token_id: read before a text without context; None for the beginning-of-text or end-of-text token.
+    """
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # the harness takes the name 2024 for a number
+
+    path: str
+    base: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    batch_size: PositiveInt | Annotated[str, Field(pattern=r"^auto(:[1-9]\d*)?$")] = 1
+    max_batch_size: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+    max_gen_toks: PositiveInt = 256
+    add_bos_token: bool | None = None
+    prefix_token_id: NonNegativeInt | None = None
+
+
 class WeftLM(HFLM):  # type: ignore[misc]
     """Any model `open_model` opens, as the harness asks for one.
 
@@ -55,77 +86,42 @@ class WeftLM(HFLM):  # type: ignore[misc]
     requests.
 
     Args:
-        path: as of `open_model`; `base`, `revision`, `tokenizer` and `dtype` too.
-        device: where to run; None for CUDA where there is one.
-        batch_size: texts per pass; `auto`: as many as fit in memory, `max_batch_size` at most; `auto:N`: N times anew
-            as texts get shorter, in one process.
-        max_length: tokens read at most; None for what the model says. Contexts lose their beginning beyond it.
-        max_gen_toks: tokens generated where a task does not say.
-        add_bos_token: begin texts with the tokenizer's beginning-of-text token; None: as the tokenizer does.
-        prefix_token_id: read before a text without context; None for the beginning-of-text or end-of-text token.
+        arguments: as in `_Arguments`.
     Raises:
         ConfigError: an argument is unknown or out of range, or as `open_model`.
         DataError: the model comes without a tokenizer.
         NumericsError: in scoring, the weights hold NaN.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        base: str | None = None,
-        revision: str | None = None,
-        tokenizer: str | None = None,
-        dtype: str = "float32",
-        device: str | None = None,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        max_length: int | None = None,
-        max_gen_toks: int = 256,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        **unknown: Any,
-    ) -> None:
-        for name in unknown:
-            meant = (
-                "; did you mean 'path'?"
-                if name == "pretrained"
-                else did_you_mean(name, [each for each in inspect.signature(WeftLM).parameters if each != "unknown"])
-            )
-            raise ConfigError(f"--model_args {name}: unknown argument of {NAME}{meant}")
-        if path is None:
-            raise ConfigError("--model_args has no path; name the model: path=runs/x, or path=owner/name on the hub")
-        place, several = _device(device), int(os.environ.get("WORLD_SIZE", "1")) > 1
-        size, _, times = str(batch_size).partition(":")
-        for name, value in {
-            "max_length": max_length, "max_gen_toks": max_gen_toks, "max_batch_size": max_batch_size,
-            "batch_size": times or None if size == "auto" else batch_size,
-        }.items():  # fmt: skip
-            _check_whole(name, value)
-        if times and several:
-            raise ConfigError(f"batch_size is {batch_size}; several processes need batch_size=auto, or a number")
+    def __init__(self, **arguments: Any) -> None:
+        given = validate(_Arguments, arguments, "--model_args")
+        place, several = _device(given.device), int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several and str(given.batch_size).startswith("auto:"):
+            raise ConfigError(f"batch_size is {given.batch_size}; several processes need batch_size=auto, or a number")
         accelerator = None
         if several:
             accelerator = Accelerator(cpu=place.type == "cpu")
             place = accelerator.device
         opened = open_model(
-            str(path), base=base, revision=revision, tokenizer=tokenizer, dtype=dtype, device=str(place)
-        )
-        longest = opened.max_length
-        if longest is not None and max_length is not None and int(max_length) > longest:
-            raise ConfigError(f"max_length is {max_length}; {path} reads {longest} tokens at most")
+            given.path, base=given.base, revision=given.revision, tokenizer=given.tokenizer, dtype=given.dtype,
+            device=str(place),
+        )  # fmt: skip
+        length = given.max_length or opened.max_length or self._DEFAULT_MAX_LENGTH
+        if opened.max_length is not None and length > opened.max_length:
+            raise ConfigError(f"max_length is {length}; {given.path} reads {opened.max_length} tokens at most")
         harness = logging.getLogger(HFLM.__module__)
         level = harness.level
         harness.setLevel(logging.ERROR)  # it warns of models it did not load itself
         super().__init__(
             # In the model's stead, whose weights HFLM would tie and a routed model does not let go of.
             SimpleNamespace(device=place, config=opened.model.config),
-            backend="causal", tokenizer=opened.tokenizer.hf, batch_size=batch_size,
-            max_batch_size=int(max_batch_size or 64), max_length=int(max_length or longest or self._DEFAULT_MAX_LENGTH),
-            softmax_dtype="float32", add_bos_token=add_bos_token, prefix_token_id=prefix_token_id,
+            backend="causal", tokenizer=opened.tokenizer.hf, batch_size=given.batch_size,
+            max_batch_size=given.max_batch_size or 64, max_length=length, softmax_dtype="float32",
+            add_bos_token=given.add_bos_token, prefix_token_id=given.prefix_token_id,
         )  # fmt: skip
         harness.setLevel(level)
         self.opened, self._model = opened, opened.model
-        self._max_gen_toks = int(max_gen_toks)
+        self._max_gen_toks = given.max_gen_toks
         self._decided_by: int | None = None
         if accelerator is not None:
             self.accelerator = accelerator
@@ -235,12 +231,6 @@ class WeftLM(HFLM):  # type: ignore[misc]
         ends = {self.eot_token_id, *(end if isinstance(end, list) else [] if end is None else [end])}
         made: Tensor = super()._model_generate(context, max_length, stop, eos_token_id=sorted(ends), **settings)
         return made
-
-
-def _check_whole(name: str, value: Any) -> None:
-    """Refuse what is no whole number of at least 1; None stands for a default."""
-    if value is not None and not (str(value).isdecimal() and int(value) >= 1):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def _device(asked: str | None) -> torch.device:

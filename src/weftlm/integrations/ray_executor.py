@@ -65,7 +65,7 @@ class RayExecutor(Executor):
         for future in self._futures:
             if cancel_futures:
                 future.cancel()
-            elif wait:
+            elif wait and not future.cancelled():
                 future.exception()
         self._futures.clear()
 

@@ -61,13 +61,6 @@ def test_no_command_or_an_unknown_one_is_2(words, said, capsys):
     assert said in printed.out + printed.err
 
 
-@pytest.mark.parametrize("recipe", ["", "- a", "run: [", "{run: x, nonsense: 1}", "run: x\nrun: y"], ids=range(5))
-def test_a_wrong_recipe_is_2(recipe, tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text(recipe)
-    assert code_of("train", "r.yaml") == 2
-    assert "Traceback" not in capsys.readouterr().err
-
-
 def test_processes_of_torchrun_but_the_first_print_nothing(monkeypatch, capsys):
     monkeypatch.setattr("weftlm.pipeline.expert_library.list_experts", lambda library: [])
     monkeypatch.setenv("RANK", "1")

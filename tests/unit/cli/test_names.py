@@ -3,6 +3,7 @@
 import ast
 import io
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from support.hostile import NAMES, harmless_line
 
 import weftlm
 from weftlm.cli.main import _LogFormatter, main
-from weftlm.cli.output import print_table, say, say_lines
+from weftlm.cli.output import print_rows, say, say_lines
 from weftlm.progress import ProgressBar, write_line
 from weftlm.text import printable
 
@@ -23,21 +24,21 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _bar(stream: io.StringIO) -> None:
-    for name in NAMES:
-        with ProgressBar(f"tokenise {name}", total=2, unit="steps", stream=stream) as bar:
-            bar.update(2, name)
+def _bar(name: str) -> None:
+    with ProgressBar(f"tokenise {name}", total=2, unit="steps") as bar:
+        bar.update(2, name)
 
 
-@pytest.mark.parametrize("show", [_bar, lambda stream: [write_line(name, stream) for name in NAMES]])
+@pytest.mark.parametrize("show", [_bar, write_line])
 @pytest.mark.parametrize("kind", [io.StringIO, _Terminal])
 def test_progress_shows_names_as_they_are(
-    show: Callable[[io.StringIO], None], kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+    show: Callable[[str], None], kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "400")
-    stream = kind()
-    show(stream)
+    monkeypatch.setattr(sys, "stderr", stream := kind())
+    for name in NAMES:
+        show(name)
     told = stream.getvalue()
     for bad in ("\x1b[2J", "\x1b]0;", "\u202e", "\u200b", "\x07", "\x9b", "two\nlines"):
         assert bad not in told
@@ -49,7 +50,7 @@ def test_tables_and_lines_show_names_as_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "6000")
-    print_table(NAMES[4], NAMES, [NAMES, [*reversed(NAMES)]])
+    print_rows(NAMES[4], {name: dict.fromkeys(NAMES, name) for name in NAMES}, {name: [name] for name in NAMES})
     for name in NAMES:
         say(name)
         say(name, err=True)
