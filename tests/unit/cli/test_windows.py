@@ -47,7 +47,7 @@ def run(tmp_path, monkeypatch):
     write_object(tmp_path / "evaluation.json", {"sequence_length": LENGTH, "models": {"base": facts}})
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     for name, value in (
-        ("gating.score_experts", SCORED), ("gating.fit_gate", FITTED), ("students.distil_gate", STUDENTS),
+        ("scoring.score_experts", SCORED), ("gating.fit_gate", FITTED), ("gating.distil_gate", STUDENTS),
         ("expert_library.list_experts", [EXPERT]), ("runner.run_project", []),
     ):  # fmt: skip
         monkeypatch.setattr(f"weftlm.pipeline.{name}", lambda *_, value=value, **__: value)
