@@ -1,12 +1,13 @@
 """The text of a recipe: YAML, read strictly and with a bound on everything.
 
 A recipe is one document of mappings, lists, text, numbers, true, false and null. What YAML has beyond that, and what
-people never mean, is an error with its line: keys given twice or not text, tags, endless numbers, endless nesting, and
-aliases (*name), by which a short text unfolds to more than a recipe can hold.
+people never mean, is an error with its line: keys given twice or not text, tags, endless numbers, values nested within
+themselves, aliases that unfold to more than a recipe can hold.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -23,6 +24,8 @@ MAX_BYTES = 256_000
 """Largest recipe in bytes; a longer file is refused before it is read."""
 MAX_DEPTH = 64
 """Sections within sections."""
+MAX_VALUES = 100_000
+"""Values of a recipe, aliases unfolded."""
 MAX_NUMBER = 2**63 - 1
 """Largest number, and its negative the smallest."""
 
@@ -75,7 +78,8 @@ def parse_yaml(text: str, what: str) -> Any:
     """
     try:
         _check_events(text)
-        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a safe loader with less to it
+        value = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a safe loader with less to it
+        return json.loads(json.dumps(value))  # what aliases share is one value no more
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = "" if mark is None else f", line {mark.line + 1}"
@@ -95,21 +99,41 @@ class _RefusedError(yaml.MarkedYAMLError):
 
 
 def _check_events(text: str) -> None:
-    """Refuse tags, aliases, further documents and endless nesting, before a value is built."""
-    documents = depth = 0
+    """Refuse tags, further documents, endless nesting and aliases that unfold to too much, before a value is built.
+
+    A collection counts the values in it, and an alias (*name) as many as the value it stands for.
+    """
+    documents = 0
+    anchors: dict[str, tuple[int, int]] = {}
+    open_: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # anchor, values so far and depth of what they hold
     for event in yaml.parse(text, Loader=_LOADER):
         documents += isinstance(event, yaml.DocumentStartEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        tag = getattr(event, "tag", None)
         if documents > 1:
             raise _RefusedError(event, "a second document begins (---); a recipe is one document")
-        if depth > MAX_DEPTH:
-            raise _RefusedError(event, f"values nested more than {MAX_DEPTH} deep")
-        if isinstance(event, yaml.AliasEvent):
-            raise _RefusedError(event, f"an alias (*{event.anchor:.60}); write the value itself")
+        tag, anchor = getattr(event, "tag", None), getattr(event, "anchor", None)
         if tag is not None and tag != "!":
             shown = tag.replace(_TAG, "!!")
             raise _RefusedError(event, f"a tag ({shown:.60}); a recipe takes plain values without tags")
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((anchor, 0, 0))
+            found = 0, 0
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, values, depth = open_.pop()
+            found = values + 1, depth + 1
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == each for each, *_ in open_):
+                raise _RefusedError(event, "a value that is part of itself by an alias (*name)")
+            found = anchors.get(str(anchor), (0, 0))
+        else:
+            found = int(isinstance(event, yaml.ScalarEvent)), 0
+        if anchor is not None and not isinstance(event, yaml.CollectionStartEvent | yaml.AliasEvent):
+            anchors[anchor] = found
+        name, values, depth = open_[-1]
+        open_[-1] = name, values + found[0], max(depth, found[1])
+        if len(open_) + open_[-1][2] > MAX_DEPTH:
+            raise _RefusedError(event, f"values nested more than {MAX_DEPTH} deep, aliases (*name) unfolded")
+        if open_[-1][1] > MAX_VALUES:
+            raise _RefusedError(event, f"more than {MAX_VALUES:,} values, aliases (*name) unfolded; shorten the recipe")
 
 
 class _PlainLoader(_LOADER):  # type: ignore[misc]
@@ -118,6 +142,8 @@ class _PlainLoader(_LOADER):  # type: ignore[misc]
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if key.tag == f"{_TAG}merge":
+                continue
             if key.tag != f"{_TAG}str":
                 shown = f"{key.value:.60}" if isinstance(key.value, str) else "of several values"
                 raise _RefusedError(key, f"the key {shown} is no text; keys are text: write it in quotes")
@@ -158,7 +184,7 @@ for _name, _construct in {
     "str": _PlainLoader.construct_text,
     "timestamp": _PlainLoader.construct_text,
     "value": _PlainLoader.construct_text,  # =
-    "merge": _PlainLoader.construct_text,  # <<
+    "merge": _PlainLoader.construct_text,  # << as a value
 }.items():
     _PlainLoader.add_constructor(_TAG + _name, _construct)
 _PlainLoader.add_implicit_resolver(

@@ -102,8 +102,7 @@ class PromptedExamples:
     def bytes_N(self) -> NDArray[np.float64]:
         """UTF-8 bytes of each target behind the tokens predicted: of a cut one, as large a part as is kept of it."""
         share_N = self.targets_N / (self.examples.targets_N + 1)
-        bytes_N: NDArray[np.float64] = self.examples.target_bytes_N * share_N
-        return bytes_N
+        return np.asarray(self.examples.target_bytes_N * share_N, dtype=np.float64)
 
     def evenly(self, max_tokens: int | None) -> NDArray[np.int64]:
         """Indices of evenly spaced examples with about so many target tokens, at least one; None for all.

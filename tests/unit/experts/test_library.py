@@ -494,6 +494,7 @@ def test_adapters_are_read_from_folders_and_the_hub(tmp_path: Path, monkeypatch:
         return str(tmp_path / "c0ffee")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(places, "_cached", lambda *_: False)
     monkeypatch.setattr(places, "_asked", lambda *_: None)
     expert = read_peft("someone/law-lora", BASE, revision="v1")
     assert (expert.name, expert.card) == ("law-lora", {"source": "someone/law-lora", "revision": "c0ffee"})

@@ -39,6 +39,8 @@ TEXTS: dict[str, str | bytes] = {
     "NUL bytes": b"run: a\0b\n",
     "100 MB": b"x: " + b"a" * 100_000_000,
     "aliases": "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n in range(1, 9)),
+    "alias mappings": "a0: &a0 {}\n" + "".join(f"a{n}: &a{n} {{p: *a{n - 1}, q: *a{n - 1}}}\n" for n in range(1, 40)),
+    "a merge of itself": "run: &a {<<: *a}\n",
     "a mapping of itself": "run: &a {b: *a}\n",
     "merge of text": "run: {<<: text}\n",
     "deep closed lists": "run: " + "[" * 50_000 + "]" * 50_000,
@@ -159,10 +161,10 @@ def test_duplicate_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
 
 
 def test_what_yaml_means_by_itself_is_kept_and_its_surprises_are_not(tmp_path: Path) -> None:
-    text = "a: {b: 1, c: .5}\nd: '<<'\ne: 2020-01-01\nf: 12:30\ng: 1_000\nh: 0x10\ni: 007\nj: 3e-4\nk: ~\n"
+    text = "a: &x {b: 1, c: .5}\nd: {<<: *x, b: 2}\ne: 2020-01-01\nf: 12:30\ng: 1_000\nh: 0x10\ni: 007\nj: 3e-4\nk: ~\n"
     (tmp_path / "r.yaml").write_text(text)
     assert read_yaml(tmp_path / "r.yaml") == {
-        "a": {"b": 1, "c": 0.5}, "d": "<<", "e": "2020-01-01", "f": "12:30", "g": 1000, "h": 16,
+        "a": {"b": 1, "c": 0.5}, "d": {"b": 2, "c": 0.5}, "e": "2020-01-01", "f": "12:30", "g": 1000, "h": 16,
         "i": "007", "j": 0.0003, "k": None,
     }  # fmt: skip
 
