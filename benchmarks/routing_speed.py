@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from weftlm.experts.expert import BaseReference, Expert, Gate, LoRAExpert, LoRAFactors
+from weftlm.routing.pool import INSTALLED
 from weftlm.routing.routed_model import RoutedModel
 
 RANK, K, VOCABULARY, CONTEXT = 16, 2, 8192, 512
@@ -329,7 +330,7 @@ def pointers(model: RoutedModel) -> dict[str, tuple[int, int]]:
     return {
         target.name: (buffers["A_ERI"].data_ptr(), buffers["B_ERO"].data_ptr())
         for target in model.targets
-        for buffers in [dict(model.model.get_submodule(target.name).pool.named_buffers())]  # type: ignore[union-attr, operator]
+        for buffers in [dict(model.model.get_submodule(f"{target.name}.{INSTALLED}").named_buffers())]
     }
 
 
