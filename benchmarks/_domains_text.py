@@ -123,6 +123,22 @@ def tokenised_domain(
     return TokenisedDomain(domain.name, train, encode(tokenizer, heldout), tuple(chosen))
 
 
+def tokenised_domains(
+    data: Path,
+    domains: Sequence[TextDomain],
+    tokenizer: Tokenizer,
+    *,
+    train_tokens: Sequence[int],
+    heldout_documents: int,
+    seed: int,
+) -> tuple[TokenisedDomain, ...]:
+    """Cut several domains, each to a budget of its own; see `tokenised_domain`."""
+    return tuple(
+        tokenised_domain(data, domain, tokenizer, train_tokens=budget, heldout_documents=heldout_documents, seed=seed)
+        for domain, budget in zip(domains, train_tokens, strict=True)
+    )
+
+
 def histogram(domain_texts: Sequence[Sequence[str]], target_texts: Sequence[str], *, seed: int) -> tuple[float, ...]:
     """Share of the target's documents nearest to each domain's mean embedding: the importance-sampling mixture."""
     everything = [text for texts in domain_texts for text in texts]

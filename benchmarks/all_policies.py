@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import environment_lines, finish, parser, spread, table
-from _domains_text import TextDomain, encode, histogram, make_tokenizer, read_texts, shuffled, tokenised_domain
+from _domains_text import TextDomain, encode, histogram, make_tokenizer, read_texts, shuffled, tokenised_domains
 from _mixture_runs import QUICK_MODEL, QUICK_TOKENS, Data, RunSpec, run_all
 
 from weftlm.mixture.config import policies
@@ -52,12 +52,9 @@ def make_data(source: str, names: tuple[str, ...], tokens: int, seed: int) -> Da
     folder, chosen = Path(source), tuple(TextDomain(name, name) for name in names)
     tokenizer = make_tokenizer(folder, chosen, VOCABULARY)
     sizes = [sum(map(len, read_texts(folder, domain))) for domain in chosen]
-    domains = tuple(
-        tokenised_domain(
-            folder, domain, tokenizer, train_tokens=int(tokens * size / sum(sizes)),
-            heldout_documents=HELDOUT_DOCUMENTS, seed=seed,
-        )
-        for domain, size in zip(chosen, sizes, strict=True)
+    domains = tokenised_domains(
+        folder, chosen, tokenizer, train_tokens=[int(tokens * size / sum(sizes)) for size in sizes],
+        heldout_documents=HELDOUT_DOCUMENTS, seed=seed,
     )  # fmt: skip
     examples, heldout = [], []
     for domain, cut in zip(chosen, domains, strict=True):

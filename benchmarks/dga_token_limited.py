@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from _common import environment_lines
-from _domains_text import TextDomain, encode, histogram, make_tokenizer, read_texts, shuffled, tokenised_domain
+from _domains_text import TextDomain, encode, histogram, make_tokenizer, read_texts, shuffled, tokenised_domains
 from _mixture_runs import LEGEND, Data, Method, experiment, rows_table
 
 DOMAINS = (
@@ -58,12 +58,10 @@ def make_data(source: str, split: str, budget: int, seed: int) -> Data:
     folder = Path(source)
     tokenizer = make_tokenizer(folder, DOMAINS, VOCABULARY)
     sizes = np.random.default_rng(seed).permutation(SIZES)
-    domains = tuple(
-        tokenised_domain(
-            folder, domain, tokenizer, train_tokens=int(budget * size), heldout_documents=DOMAIN_HELDOUT, seed=seed
-        )
-        for domain, size in zip(DOMAINS, sizes, strict=True)
-    )
+    domains = tokenised_domains(
+        folder, DOMAINS, tokenizer, train_tokens=[int(budget * size) for size in sizes],
+        heldout_documents=DOMAIN_HELDOUT, seed=seed,
+    )  # fmt: skip
     ordered = shuffled(list(read_texts(folder, TARGETS[split])), seed=0)
     heldout, rest = ordered[:TARGET_HELDOUT], shuffled(ordered[TARGET_HELDOUT:], seed)
     examples = rest[:TARGET_DOCUMENTS]
